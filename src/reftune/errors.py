@@ -1,0 +1,33 @@
+"""What reftune tells a person who gave it something it cannot use: what, where, what was expected."""
+
+
+class ReftuneError(Exception):
+    """Base of every error that is the user's to mend. The command line prints it in one line and exits with status 2."""
+
+
+class RecipeError(ReftuneError):
+    """A recipe that cannot be run: unknown key, wrong type, a value out of range."""
+
+
+class DataError(ReftuneError):
+    """Data that cannot be read or trained on. The message starts with `file:line` where there is one."""
+
+
+class ModelError(ReftuneError):
+    """A model or tokenizer that cannot be loaded or used."""
+
+
+class CheckpointError(ReftuneError):
+    """A run folder or checkpoint that is damaged, foreign or unwritable."""
+
+
+class RewardError(ReftuneError):
+    """A reward function that raised or returned something that is not a reward, with the sample that caused it."""
+
+
+class EngineError(ReftuneError):
+    """An engine that did not return what it was asked for."""
+
+
+class NonFiniteError(ReftuneError):
+    """A loss or gradient that is not finite. The weights were not touched."""

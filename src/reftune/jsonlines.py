@@ -1,0 +1,52 @@
+"""Append-only JSON lines that can be cut back to where a checkpoint was taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from reftune.errors import CheckpointError
+
+
+class JsonLines:
+    """A file of one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Raises: CheckpointError where the disk refuses."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+
+    def size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def truncate(self, size: int) -> None:
+        """Forget everything after the first `size` bytes."""
+        if self.size() > size:
+            with self.path.open("r+b") as file:
+                file.truncate(size)
+
+    def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Forget the first line that `first` accepts, everything after it, and a torn last line."""
+        rows = self.rows()
+        self.keep(next((i for i, row in enumerate(rows) if first(row)), len(rows)))
+
+    def keep(self, count: int) -> None:
+        """Forget everything after the first `count` lines, a torn last line too."""
+        self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All whole lines; a torn last line is dropped."""
+        return [json.loads(line) for line in self._lines()]
+
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []

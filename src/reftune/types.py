@@ -1,0 +1,107 @@
+"""The nouns of reftune. Frozen, plain, without torch."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+
+class Verdict(enum.Enum):
+    """How a completion was judged. Never a truth value: compare with a member."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    FORBIDDEN = "forbidden"
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"{self} has no truth value; compare it with Verdict.CORRECT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A gold answer."""
+
+    kind: Literal["number", "choice", "text"]
+    value: Fraction | str
+    """A Fraction for a number, a lower-case letter for a choice, the text itself otherwise."""
+
+    def __str__(self) -> str:
+        if isinstance(self.value, Fraction):
+            if self.value.denominator == 1:
+                return str(self.value.numerator)
+            decimal = float(self.value)
+            return repr(decimal) if Fraction(repr(decimal)) == self.value else str(self.value)
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A question with its gold answer and, for training, a gold rationale."""
+
+    id: str
+    question: str
+    answer: Answer
+    rationale: str | None = None
+    """A worked solution as text, or a program that defines `solution()`."""
+    choices: tuple[str, ...] = ()
+    """Option texts of a multiple-choice question, a first; empty otherwise."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The data's other columns, handed to a user's reward function by name."""
+    scorer: Callable[[str], float] | None = None
+    """The task's own scorer, answer text → [0, 1], where it brings one; otherwise answers are compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to draw completions."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 is greedy decoding."""
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    top_p: float = 1.0
+    seed: int = 0
+    """Every random number of a request is a function of this seed and the request's position."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What a model wrote after a prompt."""
+
+    token_ids: tuple[int, ...]
+    """Sampled tokens, the final eos included."""
+    text: str
+    """Decoded without special tokens."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each token under the distribution it was drawn from."""
+    finish_reason: Literal["eos", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graded:
+    """A completion's verdict, the value that was read, and why."""
+
+    verdict: Verdict
+    value: str | None
+    """The answer that was read, in canonical spelling; None where there is none."""
+    reason: str
+    """One line for a person."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sampled solution of one problem, graded and paid."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+    graded: Graded
+    reward: float
