@@ -1,0 +1,129 @@
+"""Token batches. This module alone knows which position predicts which token.
+
+Letters: B sequences, L longest sequence, R longest response, N response tokens in all (docs/notation.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """Prompts followed by responses, padded on the right, so that causal attention needs no mask."""
+
+    tokens: Tensor
+    """(B, L) token ids."""
+    prompt_lengths: Tensor
+    """(B,)"""
+    response_lengths: Tensor
+    """(B,) The final eos counts."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def response_mask(self) -> Tensor:
+        """(B, R), True on response tokens."""
+        return torch.arange(int(self.response_lengths.max()), device=self.tokens.device) < self.response_lengths[:, None]
+
+    def response_index(self) -> tuple[Tensor, Tensor]:
+        """Row and column, each (N,), of every response token in `tokens`, in row-major order."""
+        rows, steps = self.response_mask.nonzero(as_tuple=True)
+        return rows, self.prompt_lengths[rows] + steps
+
+    def predictor_index(self) -> tuple[Tensor, Tensor]:
+        """Row and column, each (N,), of the position whose output predicts each response token: one to its left."""
+        rows, columns = self.response_index()
+        return rows, columns - 1
+
+    def response_tokens(self) -> Tensor:
+        """(N,) ids of all response tokens."""
+        return self.tokens[self.response_index()]
+
+    def unflatten(self, values: Tensor) -> Tensor:
+        """(N,) values of the response tokens → (B, R), 0 elsewhere."""
+        mask = self.response_mask
+        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+    def rows(self, index: Tensor) -> TokenBatch:
+        """The sequences at `index`, trimmed to their own longest."""
+        lengths = self.lengths[index]
+        return TokenBatch(
+            tokens=self.tokens[index, : int(lengths.max())],
+            prompt_lengths=self.prompt_lengths[index],
+            response_lengths=self.response_lengths[index],
+        )
+
+
+def token_batch(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, device: torch.device | str = "cpu"
+) -> TokenBatch:
+    """Pad prompt + response on the right. Padding repeats id 0, which no real token can see."""
+    assert all(prompts), "a prompt must hold at least one token: it predicts the first response token"
+    sequences = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
+    return TokenBatch(
+        tokens=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], device=device),
+        response_lengths=torch.tensor([len(response) for response in responses], device=device),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutBatch:
+    """Sampled solutions as tensors. Per-token tensors are (B, R) and 0 outside the response; per-sample ones (B,)."""
+
+    tokens: TokenBatch
+    rewards: Tensor
+    """(B,)"""
+    correct: Tensor
+    """(B,) 1 where the answer was right, else 0."""
+    groups: Tensor
+    """(B,) Equal integers for samples of one problem."""
+    sampling_logprobs: Tensor
+    """As the engine reported them."""
+    logprobs: Tensor
+    """Of the policy that sampled, recomputed by the trainer."""
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    weights: Tensor | None = None
+    """Share of each token in the loss of its minibatch; sums to 1 over the minibatch."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def response_mask(self) -> Tensor:
+        return self.tokens.response_mask
+
+    def rows(self, index: Tensor) -> RolloutBatch:
+        """The samples at `index`, trimmed to their own longest response."""
+        tokens = self.tokens.rows(index)
+        longest = int(tokens.response_lengths.max())
+        changed: dict[str, object] = {"tokens": tokens}
+        for name in (f.name for f in fields(self) if f.name != "tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                changed[name] = value[index, :longest] if value.dim() == 2 else value[index]
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+
+def micro_batches(lengths: Tensor, *, max_tokens: int) -> Iterator[Tensor]:
+    """Indices of sequences in groups of similar length whose padded size stays within `max_tokens` (one row at least)."""
+    order = torch.argsort(lengths, stable=True)
+    start = 0
+    for end in range(1, len(order) + 1):
+        longest_if_one_more = int(lengths[order[end]]) if end < len(order) else 0
+        if end == len(order) or (end - start + 1) * longest_if_one_more > max_tokens:
+            yield order[start:end]
+            start = end

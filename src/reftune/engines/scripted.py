@@ -1,0 +1,31 @@
+"""The fake engine: completions written in advance, for tests and dry runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from reftune.policy import Policy
+from reftune.recipe import Component
+from reftune.types import Completion, SamplingParams
+
+
+class Scripted(Component):
+    kind: str = "scripted"
+    texts: list[str] = Field(min_length=1)
+    """Given in turn to the prompts of each call; every call starts at the first."""
+
+    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        """One completion a prompt, in order; its log-probabilities are 0, as a script is certain of its words."""
+        return [self._completion(policy, self.texts[i % len(self.texts)], params) for i in range(len(prompts))]
+
+    def _completion(self, policy: Policy, text: str, params: SamplingParams) -> Completion:
+        token_ids = [*policy.tokenizer.encode(text, add_special_tokens=False), policy.tokenizer.eos_token_id]
+        kept = token_ids[: params.max_new_tokens]
+        return Completion(
+            token_ids=tuple(kept),
+            text=policy.decode(kept),
+            logprobs=(0.0,) * len(kept),
+            finish_reason="eos" if len(kept) == len(token_ids) else "length",
+        )

@@ -1,0 +1,256 @@
+"""The model under training: a causal LM, its value head, its reference; log-probabilities and values of response tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reftune.batch import TokenBatch, micro_batches
+from reftune.errors import ModelError
+from reftune.recipe import LoraTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOGIT_ELEMENTS = 2**25
+"""Most logits (tokens × vocabulary) held at once when log-probabilities are computed: 128 MiB in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenScores:
+    """What the policy says of the response tokens of a batch; (B, R), fp32, 0 outside the response."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor | None = None
+
+
+class Policy(nn.Module):
+    """A causal LM with a value head on its last hidden state."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype = torch.float32,
+        lora: LoraTable | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no eos token, so a model could never learn to stop; set tokenizer.eos_token")
+        self.model: Any = _with_lora(model, lora) if lora is not None else model
+        self.tokenizer = tokenizer
+        self.compute_dtype = dtype
+        self.is_lora = lora is not None
+        self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
+        """Zero at first, so that it cannot start wild; `reset_value_head` draws PyTorch's default, as the paper does."""
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset({int(self.tokenizer.eos_token_id)})
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model can read, tokens; None where the config does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens, spaces exactly as sampled."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def reset_value_head(self, seed: int) -> None:
+        """Draw the head's weights uniformly from ±1/√H, as `nn.Linear` and TRL's value head do."""
+        bound = self.value_head.in_features**-0.5
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (self.value_head.weight, self.value_head.bias):
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw))
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Forward passes in the compute dtype; the weights themselves are never cast."""
+        if self.compute_dtype == torch.float32:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=self.compute_dtype):
+                yield
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode (no dropout) and the compute dtype, for generation; the mode before is restored."""
+        training = self.training
+        self.eval()
+        try:
+            with self.arithmetic():
+                yield
+        finally:
+            self.train(training)
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """(N, H) the last hidden state that predicts each response token, in row-major order."""
+        output = self._backbone()(input_ids=batch.tokens, use_cache=False)
+        hidden: Tensor = output.last_hidden_state[batch.predictor_index()]
+        return hidden
+
+    def _backbone(self) -> Any:
+        model = self.model.get_base_model() if self.is_lora else self.model
+        return model.base_model
+
+    def _head(self) -> nn.Module:
+        model = self.model.get_base_model() if self.is_lora else self.model
+        head: nn.Module = model.get_output_embeddings()
+        return head
+
+    def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
+        """Log-probabilities and values of the response tokens, with gradients; no entropy.
+
+        Logits are made for response tokens only, in chunks that are recomputed in the backward pass, so memory does not grow
+        with vocabulary × length.
+        """
+        with self.arithmetic():
+            hidden = self.hidden_states(batch)
+            logprobs = self._by_chunks(_logprobs, hidden, batch.response_tokens(), temperature)
+        return TokenScores(logprobs=batch.unflatten(logprobs), values=batch.unflatten(self.values(hidden)))
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """(N,) values, fp32 also where the caller's arithmetic is not."""
+        with torch.autocast(self.device.type, enabled=False):
+            result: Tensor = self.value_head(hidden.float()).squeeze(-1)
+        return result
+
+    def _by_chunks(
+        self, function: Callable[[nn.Module, Tensor, Tensor, float], Tensor], hidden: Tensor, tokens: Tensor, temperature: float
+    ) -> Tensor:
+        """`function` (→ one number a token) over all tokens, (N,), holding at most `LOGIT_ELEMENTS` logits at once."""
+        rows = max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)
+        if len(tokens) <= rows:
+            return function(self._head(), hidden, tokens, temperature)
+        chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
+        return torch.cat([checkpoint(function, self._head(), h, t, temperature, use_reentrant=False) for h, t in chunks])
+
+    @torch.no_grad()
+    def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
+        """Log-probabilities, values and entropy without gradients and dropout, at most `max_tokens` padded tokens at once."""
+        parts: dict[str, Tensor] = {}
+        with self.inference():
+            for index in micro_batches(batch.lengths, max_tokens=max_tokens):
+                for name, values in self._score_rows(batch.rows(index), temperature).items():
+                    whole = parts.setdefault(name, torch.zeros(batch.response_mask.shape, device=self.device))
+                    whole[index, : values.shape[1]] = values
+        return TokenScores(**parts)
+
+    def _score_rows(self, rows: TokenBatch, temperature: float) -> dict[str, Tensor]:
+        hidden, tokens = self.hidden_states(rows), rows.response_tokens()
+        return {
+            "logprobs": rows.unflatten(self._by_chunks(_logprobs, hidden, tokens, temperature)),
+            "entropy": rows.unflatten(self._by_chunks(_entropy, hidden, tokens, temperature)),
+            "values": rows.unflatten(self.values(hidden)),
+        }
+
+    @torch.no_grad()
+    def features(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
+        """(N, H) what the value head reads, fp32, without dropout, in row-major order of the response tokens."""
+        starts = batch.response_lengths.cumsum(0) - batch.response_lengths
+        features = torch.zeros(int(batch.response_lengths.sum()), self.value_head.in_features, device=self.device)
+        with self.inference():
+            for index in micro_batches(batch.lengths, max_tokens=max_tokens):
+                slots = [torch.arange(int(starts[i]), int(starts[i] + batch.response_lengths[i])) for i in index]
+                features[torch.cat(slots)] = self.hidden_states(batch.rows(index)).float()
+        return features
+
+    def verify_head(self) -> None:
+        """Refuse a model whose logits are not its output embedding applied to its last hidden state (soft-capped, scaled).
+
+        Raises: ModelError.
+        """
+        tokens = torch.arange(8, device=self.device).unsqueeze(0) % self.model.config.vocab_size
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            expected = self.model(input_ids=tokens, use_cache=False).logits
+            found = self._head()(self._backbone()(input_ids=tokens, use_cache=False).last_hidden_state)
+        self.train(training)
+        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+            raise ModelError(
+                f"{type(self.model).__name__}: its logits are more than output embedding × last hidden state; unsupported"
+            )
+
+    def make_reference(self) -> Reference:
+        """The frozen policy as it is now: with LoRA the base model (adapter off), otherwise a copy."""
+        if self.is_lora:
+            return Reference(self, frozen=None)
+        frozen = copy.deepcopy(self)
+        frozen.eval().requires_grad_(False)
+        return Reference(self, frozen=frozen)
+
+    def save(self, folder: Path) -> None:
+        """Model (LoRA merged), tokenizer and value head in Hugging Face format; loads with plain `from_pretrained`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.model
+        if self.is_lora:
+            model = copy.deepcopy(self.model).merge_and_unload()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file({f"value_head.{name}": value.detach().contiguous() for name, value in self.value_head.state_dict().items()},
+                  folder / "value_head.safetensors")  # fmt: skip
+
+    def load_value_head(self, folder: Path) -> None:
+        """Read the head that `save` wrote, where there is one."""
+        if (folder / "value_head.safetensors").is_file():
+            tensors = load_file(folder / "value_head.safetensors")
+            self.value_head.load_state_dict({name.removeprefix("value_head."): value for name, value in tensors.items()})
+
+
+class Reference:
+    """The policy that KL is measured against."""
+
+    def __init__(self, policy: Policy, *, frozen: Policy | None) -> None:
+        self._policy, self._frozen = policy, frozen
+
+    def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
+        """As `Policy.score`, of the reference."""
+        if self._frozen is not None:
+            return self._frozen.score(batch, temperature=temperature, max_tokens=max_tokens)
+        with self._policy.model.disable_adapter():
+            return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
+
+
+def _logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """fp32 log-probability of each token, (N,)."""
+    logits: Tensor = head(hidden).float() / temperature
+    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def _entropy(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Entropy of the distribution each token was drawn from, (N,), nats."""
+    logprobs: Tensor = (head(hidden).float() / temperature).log_softmax(1)
+    return -(logprobs.exp() * logprobs).sum(1)
+
+
+def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=table.rank,
+        lora_alpha=table.alpha,
+        lora_dropout=table.dropout,
+        target_modules=table.target_modules,
+    )
+    return get_peft_model(model, config)
