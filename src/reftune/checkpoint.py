@@ -1,0 +1,182 @@
+"""Checkpoints: everything that makes a stage's future, written atomically as safetensors and JSON.
+
+A checkpoint is a folder `step-000120` that appears by one rename. Nothing that is loaded can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from reftune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What `load_latest` found."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    folder: Path
+
+
+def save_checkpoint(
+    folder: Path, *, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write `folder/step-…` whole or not at all, then drop all but the newest `keep`.
+
+    Raises: CheckpointError where the disk refuses; older checkpoints stay as they were.
+    """
+    from safetensors.torch import save_file
+
+    final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
+    try:
+        for torn in folder.glob(".partial-step-*"):
+            shutil.rmtree(torn, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        checksums = {name: _sha256(partial / name) for name in ("tensors.safetensors", "state.json")}
+        (partial / MANIFEST).write_text(json.dumps(checksums), encoding="utf-8")
+        for path in partial.iterdir():
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _refused(final, error) from None
+    newest = [path for number, path in _found(folder) if number <= step][-keep:]  # later ones were passed over as damaged
+    for _, path in _found(folder):
+        if path not in newest:
+            shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
+    """The newest checkpoint whose checksums hold, or None. Damaged ones are named through `note(message)` and passed over."""
+    from safetensors.torch import load_file
+
+    for step, path in reversed(_found(folder)):
+        damage = _damage(path)
+        if damage is None:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return Checkpoint(step=step, tensors=load_file(path / "tensors.safetensors"), state=state, folder=path)
+        if note is not None:
+            note(f"{path}: {damage}; using the checkpoint before it")
+    return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one rename. Raises: CheckpointError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise _refused(path, error) from None
+
+
+def replace_folder(folder: Path, fill: Any) -> None:
+    """`fill(partial)` writes a folder that then takes the place of `folder`. Raises: CheckpointError."""
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        fill(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise _refused(folder, error) from None
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Put the files of `source` into `target` too, without a second copy where the disk can. Raises: CheckpointError."""
+    try:
+        for path in source.iterdir():
+            link = target / path.name
+            link.unlink(missing_ok=True)
+            try:
+                link.hardlink_to(path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
+    except OSError as error:
+        raise _refused(target, error) from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat names, `optimizer.PARAMETER.KEY`; learning rates are a function of the step."""
+    import torch
+
+    states = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{key}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        for index, state in states.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _refused(path: Path, error: OSError | SafetensorError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    matches = [(_STEP.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in matches if match is not None)
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        checksums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        bad = [name for name, checksum in checksums.items() if _sha256(folder / name) != checksum]
+        missing = {"tensors.safetensors", "state.json"} - set(checksums)
+    except (OSError, ValueError, AttributeError):
+        return "torn: a file is missing or unreadable"
+    if bad or missing:
+        return f"damaged: checksum of {', '.join(sorted([*bad, *missing]))} does not match"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""Generate → grade → reward: problems to rollouts, the only place where the three meet."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reftune.encoding import Encoder
+from reftune.engines import Engine
+from reftune.errors import DataError, EngineError, RewardError
+from reftune.policy import Policy
+from reftune.rewards import Reward
+from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solved:
+    """Completions of problems in their order, graded, and the seconds they took."""
+
+    problems: Sequence[Problem]
+    prompts: list[list[int]]
+    completions: list[Completion]
+    graded: list[Graded]
+    generate_s: float
+    grade_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collector:
+    """What turns problems into graded completions and rollouts."""
+
+    engine: Engine
+    encoder: Encoder
+    reward: Reward
+    max_prompt: int | None
+
+    def solve(self, policy: Policy, problems: Sequence[Problem], params: SamplingParams) -> Solved:
+        """One graded completion a problem; repeat a problem for more. Raises: DataError for a prompt over the limit."""
+        started = time.perf_counter()
+        prompts = self.prompts(problems, policy, params)
+        completions = self.engine.generate(policy, prompts, params)
+        if len(completions) != len(prompts):
+            raise EngineError(f"engine {self.engine!r} returned {len(completions)} completions for {len(prompts)} prompts")
+        generated = time.perf_counter()
+        graded = self.encoder.format.grade(problems, [completion.text for completion in completions])
+        return Solved(
+            problems=problems,
+            prompts=prompts,
+            completions=completions,
+            graded=graded,
+            generate_s=generated - started,
+            grade_s=time.perf_counter() - generated,
+        )
+
+    def pay(self, solved: Solved) -> list[Rollout]:
+        """Rollouts of what was solved; those to which the reward does not apply (None) are left out. Raises: RewardError."""
+        rewards = self.reward(solved.problems, solved.completions, solved.graded)
+        rows = zip(solved.problems, solved.prompts, solved.completions, solved.graded, rewards, strict=True)
+        return [
+            Rollout(
+                problem=problem, prompt_ids=tuple(prompt), completion=completion, graded=graded, reward=_finite(reward, problem)
+            )
+            for problem, prompt, completion, graded, reward in rows
+            if reward is not None
+        ]
+
+    def prompts(self, problems: Sequence[Problem], policy: Policy, params: SamplingParams) -> list[list[int]]:
+        """Prompt ids. Raises: DataError for the first prompt over the limit."""
+        encoded: dict[str, list[int]] = {}
+        for problem in problems:
+            if problem.id not in encoded:
+                encoded[problem.id] = self.encoder.prompt(problem)
+                self._check_length(problem, len(encoded[problem.id]), policy, params)
+        return [encoded[problem.id] for problem in problems]
+
+    def _check_length(self, problem: Problem, length: int, policy: Policy, params: SamplingParams) -> None:
+        room = None if policy.context is None else policy.context - params.max_new_tokens
+        limits = [limit for limit in (self.max_prompt, room) if limit is not None]
+        if limits and length > min(limits):
+            raise DataError(
+                f"problem {problem.id}: prompt of {length} tokens; at most {min(limits)} fit "
+                f"(lengths.max_prompt, and the model's context of {policy.context} less {params.max_new_tokens} new tokens)"
+            )
+
+
+def _finite(reward: float, problem: Problem) -> float:
+    if not math.isfinite(reward):
+        raise RewardError(f"problem {problem.id}: reward {reward} is not a finite number")
+    return float(reward)

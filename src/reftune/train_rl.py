@@ -1,0 +1,291 @@
+"""Reinforcement learning from the model's own solutions.
+
+`Rl._step` is the whole loop: generate → grade → reward → score → credit → update. It does not know which algorithm it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import Field, SerializeAsAny
+from pydantic.functional_validators import BeforeValidator
+from torch import Tensor
+
+from reftune.advantages import explained_variance, gae, token_rewards
+from reftune.algorithms import Algorithm
+from reftune.batch import RolloutBatch, micro_batches, token_batch
+from reftune.checkpoint import write_atomically
+from reftune.errors import NonFiniteError
+from reftune.losses import masked_mean
+from reftune.policy import Policy, Reference
+from reftune.recipe import Component, load_component
+from reftune.seeds import endless_indices
+from reftune.training import Loop, OptimizerTable, StageContext, make_optimizer, optimizer_step, rate
+from reftune.types import Rollout, SamplingParams, Verdict
+from reftune.value_prefit import fit_value_head
+
+
+def _algorithm(spec: Any) -> Any:
+    return load_component(spec, group="algorithms")
+
+
+class Rl(Component):
+    kind: Literal["rl"] = "rl"
+    init: str = "warmup"
+    """Method whose chosen model this stage starts from; with a KL penalty it is also the reference."""
+    algorithm: SerializeAsAny[Annotated[Component, BeforeValidator(_algorithm)]] = Field({"kind": "ppo"}, validate_default=True)
+    steps: int = Field(gt=0)
+    """Rollouts: each is one batch of samples and the updates on it."""
+    prompts: int = Field(gt=0)
+    """Problems a rollout."""
+    samples: int = Field(1, gt=0)
+    """Sampled solutions a problem."""
+    updates: int = Field(2, gt=0)
+    """Passes over each rollout, each one optimizer step on the whole of it (PPO epochs)."""
+    temperature: float = Field(1.0, gt=0)
+    optimizer: OptimizerTable
+    value_init: Literal["uniform", "zero"] = "zero"
+    """Of the value head; `uniform` is the paper's ±1/√H."""
+    value_prefit: int = Field(0, ge=0)
+    """Rollouts that first fit the value head alone, by ridge regression. 0, as the paper: PPO then falls before it rises."""
+    eval_every: int = Field(10, gt=0)
+    """Steps between looks at dev; the best model on dev is the stage's result."""
+    save_every_s: float = Field(300.0, ge=0)
+    """Seconds between checkpoints."""
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        return ()
+
+    def run(self, context: StageContext) -> None:
+        """Train, then leave the model that was best on dev."""
+        Trainer(self, context).run()
+
+
+class Trainer:
+    """An RL stage at work."""
+
+    def __init__(self, stage: Rl, context: StageContext) -> None:
+        self.stage, self.context, self.policy = stage, context, context.policy
+        self.algorithm = cast(Algorithm, stage.algorithm)
+        self.reference: Reference | None = self.policy.make_reference() if self.algorithm.needs_reference else None
+        if stage.value_init == "uniform":
+            self.policy.reset_value_head(context.seed("value_head"))
+        self.optimizer = make_optimizer(self.policy, stage.optimizer)
+        self.loop = Loop(
+            context,
+            self.optimizer,
+            kind=stage.kind,
+            init=stage.init,
+            total_steps=stage.steps,
+            eval_every=stage.eval_every,
+            save_every_s=stage.save_every_s,
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        return self.context.recipe.model.micro_batch_tokens
+
+    def run(self) -> None:
+        self.loop.run(self.step, before=self.prefit if self.stage.value_prefit and self.algorithm.needs_values else None)
+
+    def step(self, n: int) -> dict[str, float]:
+        """One rollout and the updates on it; metrics."""
+        rollouts, metrics = self.sample(n, "rollout")
+        metrics["progress/epoch"] = n * self.stage.prompts / len(self.context.splits.train)
+        selected = self.algorithm.select(rollouts)
+        if not selected:
+            return metrics
+        batch, scored = self.score(selected)
+        batch = self.algorithm.credit(batch)
+        return {**metrics, **scored, **self.update(batch, n)}
+
+    # --- sample ---
+
+    def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
+        """Rollout number `n` for `purpose`, a function of the weights, `n` and the seed."""
+        train, seed = self.context.splits.train, self.context.seed
+        indices = endless_indices(
+            len(train), start=(n - 1) * self.stage.prompts, count=self.stage.prompts, seed=seed(purpose, "order")
+        )
+        problems = [train[i] for i in indices for _ in range(self.stage.samples)]
+        params = SamplingParams(
+            max_new_tokens=self.context.recipe.lengths.max_new,
+            temperature=self.stage.temperature,
+            seed=seed(purpose, "tokens", n),
+        )
+        solved = self.context.collector.solve(self.policy, problems, params)
+        rollouts = self.context.collector.pay(solved)
+        if purpose == "rollout":
+            self._show(n, rollouts)
+        return rollouts, {**rollout_metrics(rollouts), "time/generate_s": solved.generate_s, "time/grade_s": solved.grade_s}
+
+    def _show(self, n: int, rollouts: Sequence[Rollout]) -> None:
+        for rollout in rollouts[:SAMPLES_KEPT]:
+            self.loop.samples.append({"step": n, **sample_row(rollout, self.policy)})
+        if rollouts:
+            self.context.progress.sample(rollouts[0])
+
+    # --- score ---
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
+        """Tensors of the rollouts with log-probabilities of policy and reference, and values."""
+        started = time.perf_counter()
+        batch = rollout_batch(rollouts, device=self.policy.device)
+        scores = self.policy.score(batch.tokens, temperature=self.stage.temperature, max_tokens=self.max_tokens)
+        batch = replace(batch, logprobs=scores.logprobs, values=scores.values)
+        mask = batch.response_mask
+        assert scores.entropy is not None
+        metrics = {
+            "policy/entropy": float(masked_mean(scores.entropy, mask)),
+            "kl/mismatch": float(masked_mean((scores.logprobs - batch.sampling_logprobs).abs(), mask)),
+        }
+        if self.reference is not None:
+            reference = self.reference.score(batch.tokens, temperature=self.stage.temperature, max_tokens=self.max_tokens)
+            batch = replace(batch, ref_logprobs=reference.logprobs)
+            metrics["kl/reference"] = float(((batch.logprobs - reference.logprobs) * mask).sum(1).mean())
+        return batch, {**metrics, "time/score_s": time.perf_counter() - started}
+
+    # --- update ---
+
+    def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
+        """`updates` optimizer steps on the whole rollout, without dropout; metrics are means over them."""
+        started = time.perf_counter()
+        table, where = self.stage.optimizer, f"{self.context.name} step {n}"
+        batch = replace(batch, weights=self.algorithm.weights(batch))
+        share = rate(table, step=n, total_steps=self.stage.steps)
+        self.policy.eval()
+        passes: list[dict[str, float]] = []
+        for _ in range(self.stage.updates):
+            metrics = self.accumulate(batch, where)
+            metrics["grad/norm"] = optimizer_step(
+                self.policy, self.optimizer, share=share, max_grad_norm=table.max_grad_norm, where=where
+            )
+            passes.append(metrics)
+        tokens = batch.tokens
+        return {
+            **{name: sum(p[name] for p in passes) / len(passes) for name in passes[0]},
+            **value_metrics(batch),
+            "optim/lr": table.learning_rate * share,
+            "compute/sequence_passes": self.stage.updates * len(batch),
+            "compute/train_tokens": self.stage.updates * int(tokens.lengths.sum()),
+            "time/update_s": time.perf_counter() - started,
+        }
+
+    def accumulate(self, batch: RolloutBatch, where: str) -> dict[str, float]:
+        """Add the gradient of the minibatch, micro-batch by micro-batch. Raises: NonFiniteError, with the batch saved."""
+        totals: dict[str, float] = {}
+        for index in micro_batches(batch.tokens.lengths, max_tokens=self.max_tokens):
+            rows = batch.rows(index)
+            terms = self.algorithm.loss(self.policy(rows.tokens, temperature=self.stage.temperature), rows)
+            self._refuse_nonfinite(terms.total, rows, where)
+            terms.total.backward()
+            for name, value in {"loss/total": terms.total.detach(), **terms.metrics}.items():
+                add = max if name.endswith("_max") else float.__add__
+                totals[name] = add(totals.get(name, 0.0), float(value))
+        return totals
+
+    def _refuse_nonfinite(self, loss: Tensor, rows: RolloutBatch, where: str) -> None:
+        if torch.isfinite(loss):
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        path = self.context.folder / "nonfinite.json"
+        texts = [
+            self.policy.decode(t[:length].tolist()) for t, length in zip(rows.tokens.tokens, rows.tokens.lengths, strict=True)
+        ]
+        write_atomically(path, json.dumps({"where": where, "rewards": rows.rewards.tolist(), "sequences": texts}, indent=2))
+        raise NonFiniteError(f"{where}: loss is {float(loss)}; the weights were not changed; look at the samples in {path}")
+
+    # --- value head ---
+
+    def prefit(self) -> None:
+        """Fit the value head to the returns of the policy it starts with (VC-PPO, arXiv:2503.01491, §4.1)."""
+        rollouts = (self.sample(n, "prefit")[0] for n in range(1, self.stage.value_prefit + 1))
+        pairs = (
+            self._features_and_returns(batch) for batch in (rollout_batch(r, device=self.policy.device) for r in rollouts if r)
+        )
+        fitted = fit_value_head(self.policy.value_head, pairs)
+        self.context.progress.note(
+            f"{self.context.name}: value head pre-fitted on {self.stage.value_prefit} rollouts; "
+            f"explains {fitted:.0%} of the variance of the last one"
+        )
+
+    def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, H) and the discounted reward to come (N,); the policy is still its own reference, so KL is 0."""
+        mask = batch.response_mask
+        rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
+        _, returns = gae(rewards, torch.zeros_like(rewards), mask, gamma=getattr(self.algorithm, "gamma", 1.0), lam=1.0)
+        return self.policy.features(batch.tokens, max_tokens=self.max_tokens), returns[mask]
+
+
+SAMPLES_KEPT = 4
+"""Sampled solutions of each step that are written to samples.jsonl."""
+
+
+def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
+    """Tensors of rollouts; `logprobs` are the engine's until the trainer has computed its own."""
+    tokens = token_batch([r.prompt_ids for r in rollouts], [r.completion.token_ids for r in rollouts], device=device)
+    sampled = torch.tensor([logprob for r in rollouts for logprob in r.completion.logprobs], device=device)
+    group_of = {id_: group for group, id_ in enumerate(dict.fromkeys(r.problem.id for r in rollouts))}
+    logprobs = tokens.unflatten(sampled)
+    return RolloutBatch(
+        tokens=tokens,
+        rewards=torch.tensor([r.reward for r in rollouts], device=device),
+        correct=torch.tensor([float(r.graded.verdict is Verdict.CORRECT) for r in rollouts], device=device),
+        groups=torch.tensor([group_of[r.problem.id] for r in rollouts], device=device),
+        sampling_logprobs=logprobs,
+        logprobs=logprobs,
+    )
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What was sampled: rewards, verdicts, lengths."""
+    count = max(1, len(rollouts))
+    verdicts = Counter(r.graded.verdict for r in rollouts)
+    rewards: dict[str, list[float]] = {}
+    for r in rollouts:
+        rewards.setdefault(r.problem.id, []).append(r.reward)
+    return {
+        "reward/mean": sum(r.reward for r in rollouts) / count,
+        "reward/correct": verdicts[Verdict.CORRECT] / count,
+        **{f"verdict/{verdict.value}": verdicts[verdict] / count for verdict in Verdict},
+        "response/length": sum(len(r.completion.token_ids) for r in rollouts) / count,
+        "response/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / count,
+        "groups/constant_reward": sum(len(set(group)) == 1 for group in rewards.values()) / max(1, len(rewards)),
+        "compute/sampled_tokens": sum(len(r.completion.token_ids) for r in rollouts),
+    }
+
+
+def value_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """How good the values were that the rollout was credited with; empty for algorithms without returns."""
+    if batch.values is None or batch.returns is None:
+        return {}
+    mask = batch.response_mask
+    return {
+        "value/mean": float(masked_mean(batch.values, mask)),
+        "value/explained_variance": float(explained_variance(batch.values, batch.returns, mask)),
+    }
+
+
+def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:
+    """A rollout for samples.jsonl."""
+    completion, graded = rollout.completion, rollout.graded
+    return {
+        "id": rollout.problem.id,
+        "question": rollout.problem.question,
+        "gold": str(rollout.problem.answer),
+        "completion": completion.text,
+        "verdict": graded.verdict.value,
+        "value": graded.value,
+        "reward": rollout.reward,
+        "reason": graded.reason,
+        "finish_reason": completion.finish_reason,
+        "logprobs": [round(logprob, 4) for logprob in completion.logprobs],
+        "tokens": [policy.decode([token]) for token in completion.token_ids],
+    }

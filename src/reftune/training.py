@@ -1,0 +1,339 @@
+"""What every training stage shares: the optimizer, the step that refuses non-finite numbers, and the loop around steps that
+resumes, evaluates on dev, keeps the best model and saves."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+
+from reftune.checkpoint import (
+    link_files,
+    load_latest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    replace_folder,
+    save_checkpoint,
+    write_atomically,
+)
+from reftune.collect import Collector
+from reftune.datasets import Splits
+from reftune.errors import NonFiniteError
+from reftune.jsonlines import JsonLines
+from reftune.policy import Policy
+from reftune.progress import Progress
+from reftune.recipe import Recipe, Table
+from reftune.seeds import derive_seed
+from reftune.types import Problem, SamplingParams, Verdict
+
+
+class OptimizerTable(Table):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = Field(gt=0)
+    value_learning_rate: float | None = Field(None, gt=0)
+    """Of the value head; None: the same."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; linear and cosine reach 0 at the last step."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """On matrices; never on biases, norms and the value head."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+def make_optimizer(policy: Policy, table: OptimizerTable) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, the value head in a group of its own."""
+    body = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head.")]
+    groups = [
+        {"params": [p for p in body if p.dim() > 1], "weight_decay": table.weight_decay, "peak": table.learning_rate},
+        {"params": [p for p in body if p.dim() <= 1], "weight_decay": 0.0, "peak": table.learning_rate},
+        {
+            "params": list(policy.value_head.parameters()),
+            "weight_decay": 0.0,
+            "peak": table.value_learning_rate or table.learning_rate,
+        },
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=table.learning_rate, betas=table.betas, eps=1e-8, fused=True
+    )
+
+
+def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate at `step` (1-based), in [0, 1]."""
+    warmup_steps = round(table.warmup * total_steps)
+    if step <= warmup_steps:
+        return step / warmup_steps
+    remaining = (total_steps - step) / max(1, total_steps - warmup_steps)
+    if table.schedule == "linear":
+        return remaining
+    if table.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * remaining))
+    return 1.0
+
+
+def optimizer_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float, where: str
+) -> float:
+    """Clip, step, clear; the gradient's norm before clipping.
+
+    Raises: NonFiniteError before anything changed.
+    """
+    parameters = [p for p in policy.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if not math.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(f"{where}: gradient norm is {norm}; the weights were not changed")
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageContext:
+    """What a stage works with."""
+
+    name: str
+    recipe: Recipe
+    policy: Policy
+    """Initialised as the stage asks; trained in place."""
+    splits: Splits
+    collector: Collector
+    folder: Path
+    """`stages/NAME` of the run."""
+    metrics: JsonLines
+    progress: Progress
+
+    def seed(self, *parts: int | str) -> int:
+        return derive_seed(self.recipe.seed, self.name, *parts)
+
+
+class Stage(Protocol):
+    """A method's training. Stages are components; `init` names the method whose chosen model they start from, or `base`."""
+
+    init: str
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """Further methods this stage leaves behind, as snapshots."""
+
+    def run(self, context: StageContext) -> None:
+        """Train, then leave the chosen model and `stage.json` in `context.folder`."""
+
+
+@dataclass(slots=True)
+class Progression:
+    """The part of a stage's state that is not tensors."""
+
+    step: int = 0
+    best_step: int = -1
+    best_accuracy: float = -1.0
+    looks: int = 0
+    """Times the dev split was scored."""
+    totals: dict[str, float] = field(default_factory=dict)
+    """`compute/…` sums since the stage began."""
+    seconds: float = 0.0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint; str() is its folder."""
+
+
+class Loop:
+    """Steps 1 … total: resume, step, log, evaluate on dev, keep the best, save.
+
+    `step(n)` must be a function of the weights, the optimizer and `n`: the loop seeds torch for each step, so a resumed run
+    repeats the very same numbers.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        optimizer: torch.optim.Optimizer,
+        *,
+        kind: str,
+        init: str,
+        total_steps: int,
+        eval_every: int,
+        save_every_s: float,
+        snapshots: Mapping[str, int] | None = None,
+    ) -> None:
+        self.context, self.optimizer, self.kind, self.init = context, optimizer, kind, init
+        self.total_steps, self.eval_every, self.save_every_s = total_steps, eval_every, save_every_s
+        self.snapshots = dict(snapshots or {})
+        self.samples = JsonLines(context.folder / "samples.jsonl")
+        self.state = Progression()
+        self._stop = False
+
+    # --- the loop ---
+
+    def run(self, step: Callable[[int], dict[str, float]], *, before: Callable[[], None] | None = None) -> None:
+        """Run all remaining steps and leave the chosen model. `before` runs at step 0 of a fresh stage.
+
+        Raises: Interrupted after SIGINT or SIGTERM, checkpoint saved.
+        """
+        resumed = self._resume()
+        self.context.progress.stage(self.context.name, self.total_steps, self.state.step)
+        started, last_save = time.perf_counter() - self.state.seconds, time.perf_counter()
+        with self._signals():
+            if not resumed:
+                if before is not None:
+                    before()
+                if self.init != "base":
+                    self._look()
+                self._save()
+            while self.state.step < self.total_steps:
+                self.state.step += 1
+                self._log(self._seeded(step))
+                if self.state.step % self.eval_every == 0 or self.state.step == self.total_steps:
+                    self._look()
+                for method in [method for method, at in self.snapshots.items() if at == self.state.step]:
+                    self._snapshot(method)
+                self.state.seconds = time.perf_counter() - started
+                if self._stop or time.perf_counter() - last_save >= self.save_every_s:
+                    saved, last_save = self._save(), time.perf_counter()
+                    if self._stop and self.state.step < self.total_steps:
+                        raise Interrupted(str(saved))
+        self._finish()
+        if self._stop:
+            raise Interrupted(str(self.context.folder))
+
+    def _seeded(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        torch.manual_seed(self.context.seed("step", self.state.step))
+        return step(self.state.step)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        for name in [name for name in metrics if name.startswith("compute/")]:
+            self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
+        row = {**metrics, **self.state.totals}
+        self.context.metrics.append({"stage": self.context.name, "step": self.state.step, "time": time.time(), **row})
+        self.context.progress.step(self.state.step, row)
+
+    # --- dev ---
+
+    def _look(self) -> None:
+        """Greedy accuracy on dev; the best model so far is kept. Ties keep the earlier one."""
+        dev = self.context.splits.dev
+        accuracy = dev_accuracy(self.context, dev)
+        self.state.looks += 1
+        row = {"dev/accuracy": accuracy, "dev/n": len(dev), "dev/looks": self.state.looks, **self.state.totals}
+        self.context.metrics.append({"stage": self.context.name, "step": self.state.step, "time": time.time(), **row})
+        self.context.progress.step(self.state.step, row)
+        if accuracy > self.state.best_accuracy:
+            self.state.best_step, self.state.best_accuracy = self.state.step, accuracy
+            replace_folder(self._best, self.context.policy.save)
+
+    @property
+    def _best(self) -> Path:
+        return self.context.folder / "checkpoints" / "best"
+
+    # --- files ---
+
+    def _resume(self) -> bool:
+        found = load_latest(self.context.folder / "checkpoints", note=self.context.progress.note)
+        if found is None:
+            self.samples.truncate(0)
+            self.context.metrics.truncate_from(lambda row: row["stage"] == self.context.name)
+            return False
+        state = dict(found.state)
+        self.context.metrics.truncate(state.pop("metrics_bytes"))
+        self.samples.truncate(state.pop("samples_bytes"))
+        self.state = Progression(**state)
+        load_trainable(self.context.policy, found.tensors)
+        load_optimizer_tensors(self.optimizer, found.tensors)
+        if self.state.step > 0:
+            self.context.progress.note(f"{self.context.name}: resumed at step {self.state.step} of {self.total_steps}")
+        return True
+
+    def _save(self) -> Path:
+        state = {name: getattr(self.state, name) for name in Progression.__slots__}
+        return save_checkpoint(
+            self.context.folder / "checkpoints",
+            step=self.state.step,
+            tensors={**trainable(self.context.policy), **optimizer_tensors(self.optimizer)},
+            state={**state, "metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()},
+        )
+
+    def _snapshot(self, method: str) -> None:
+        """Leave the weights as they are now as a method of their own."""
+        folder = self.context.folder.parent / method
+        accuracy = dev_accuracy(self.context, self.context.splits.dev)
+        self.state.looks += 1
+        replace_folder(folder, self.context.policy.save)
+        write_stage(folder, method, self, chosen_step=self.state.step, accuracy=accuracy)
+
+    def _finish(self) -> None:
+        """Put the model chosen on dev in the stage's folder; `stage.json` comes last and marks the stage as done."""
+        link_files(self._best, self.context.folder)
+        write_stage(
+            self.context.folder, self.context.name, self, chosen_step=self.state.best_step, accuracy=self.state.best_accuracy
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops after the step in progress, with a checkpoint; a second one stops at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            self.context.progress.note("stopping after this step; once more stops at once")
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def dev_accuracy(context: StageContext, problems: tuple[Problem, ...]) -> float:
+    """Share of `problems` answered right by greedy decoding."""
+    params = SamplingParams(max_new_tokens=context.recipe.lengths.max_new, temperature=0)
+    solved = context.collector.solve(context.policy, problems, params)
+    return sum(graded.verdict is Verdict.CORRECT for graded in solved.graded) / len(problems)
+
+
+def write_stage(folder: Path, method: str, loop: Loop, *, chosen_step: int, accuracy: float) -> None:
+    """`stage.json`: what was chosen, on what, and what it cost."""
+    totals = loop.state.totals
+    document = {
+        "stage": method,
+        "kind": loop.kind,
+        "init": loop.init,
+        "chosen_step": chosen_step,
+        "steps": loop.state.step,
+        "dev_accuracy": accuracy,
+        "dev_n": len(loop.context.splits.dev),
+        "looks": loop.state.looks,
+        "wall_seconds": loop.state.seconds,
+        **{name.removeprefix("compute/"): int(value) for name, value in totals.items()},
+    }
+    write_atomically(folder / "stage.json", json.dumps(document, indent=2))
+
+
+def trainable(policy: Policy) -> dict[str, torch.Tensor]:
+    """The parameters that training changes, by name."""
+    return {f"policy.{name}": value for name, value in policy.named_parameters() if value.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `trainable` took."""
+    for name, parameter in trainable(policy).items():
+        parameter.copy_(tensors[name])
