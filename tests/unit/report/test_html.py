@@ -1,0 +1,151 @@
+"""The page holds everything, and nothing that a model wrote can act in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.errors import DataError
+from reftune.report import report_command, write_figures
+from reftune.report.gallery import MAX_TEXT, PROBLEMS_BYTES, SAMPLES_BYTES
+from reftune.report.html import duration, script_json
+
+WriteRun = Callable[..., Path]
+
+HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>\u2028\ud800"
+
+
+def page_of(*folders: Path) -> str:
+    return report_command(list(folders), folders[0] / "page.html").read_text(encoding="utf-8")
+
+
+def data_of(page: str) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    found: dict[str, Any] = json.loads(match[1])
+    return found
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        change(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_answer_is_in_the_page_without_any_script(write_run: WriteRun) -> None:
+    page = page_of(write_run(num_samples=3))
+    body = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    for text in ("ReFT", "95 % interval", "maj@3", "were chosen on dev accuracy", "reftune demo", "word_problems", "2.13.0"):
+        assert text in body
+
+
+def test_the_page_needs_no_network(write_run: WriteRun) -> None:
+    page = page_of(write_run())
+    assert "default-src 'none'" in page
+    links = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
+    assert links
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert "url(http" not in page
+    assert "@import" not in page
+
+
+def test_script_json_leaves_no_way_out_of_its_element() -> None:
+    text = str(script_json({"a": HOSTILE}))
+    assert not set("<>&") & set(text)
+    assert text.isascii()
+    assert json.loads(text) == {"a": HOSTILE}
+
+
+def test_hostile_text_is_escaped_wherever_it_stands(write_run: WriteRun) -> None:
+    folder = write_run()
+    for method in ("warmup", "sft", "reft"):
+        rewrite(
+            folder / "eval" / f"{method}.jsonl", lambda row: row.update(question=HOSTILE, gold=HOSTILE, id=row["id"] + HOSTILE)
+        )
+    rewrite(folder / "eval" / "reft.jsonl", lambda row: row["greedy"].update(completion=HOSTILE, reason=HOSTILE, value=HOSTILE))
+    rewrite(
+        folder / "stages" / "reft" / "samples.jsonl", lambda row: row.update(completion=HOSTILE, tokens=[HOSTILE], logprobs=[0])
+    )
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace("name: demo", "name: '<script>alert(3)</script>'"))
+    (folder / "env.json").write_text(json.dumps({"command": "<script>alert(4)</script>", "torch": "<b>"}))
+    page = page_of(folder)
+    assert "alert(1)</script>" not in page
+    assert "<img" not in page
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(4)&lt;/script&gt;" in page
+    assert page.count("<script") == 2
+    rows = data_of(page)["problems"]["rows"]
+    assert rows[0]["answers"][2]["text"] == HOSTILE
+
+
+def test_the_page_is_a_function_of_the_files(write_run: WriteRun) -> None:
+    folder = write_run(num_samples=2)
+    assert page_of(folder) == page_of(folder)
+
+
+def test_a_long_run_makes_a_small_page(write_run: WriteRun) -> None:
+    folder = write_run(num_problems=300)
+    long = "x = 1  # and so on\n" * 2_000
+    rewrite(
+        folder / "stages" / "reft" / "samples.jsonl",
+        lambda row: row.update(completion=long, tokens=["a"] * 4000, logprobs=[0.5] * 4000),
+    )
+    rewrite(folder / "eval" / "reft.jsonl", lambda row: row["greedy"].update(completion=long))
+    page = page_of(folder)
+    assert len(page) < 5_000_000
+    assert PROBLEMS_BYTES + SAMPLES_BYTES < 4_000_000
+    problems = data_of(page)["problems"]
+    assert 50 < len(problems["rows"]) < problems["total"] == 300
+    assert problems["rows"][0]["answers"][2]["text"].startswith(long[:MAX_TEXT] + "… (")
+
+
+def test_a_living_run_shows_what_there_is(write_run: WriteRun) -> None:
+    page = page_of(write_run(evaluated=["warmup"]))
+    assert "Still to come: SFT, ReFT" in page
+    assert "This run has not finished" in page
+    assert "The answer is not in yet" in page_of(write_run("other", evaluated=[]))
+
+
+def test_a_finished_run_does_not_reload(write_run: WriteRun) -> None:
+    assert 'id="pause"' not in page_of(write_run())
+
+
+def test_seeds_and_recipes_share_a_page(write_run: WriteRun) -> None:
+    seeds = [write_run(f"demo-s{seed}", seed=seed) for seed in range(2)]
+    assert "on average over 2 seeds" in page_of(*seeds)
+    page = page_of(write_run("a"), write_run("b", methods=("warmup", "reft"), seed=3))
+    assert "b: ReFT" in page
+    assert len(data_of(page)["problems"]["methods"]) == 5
+
+
+def test_samples_keep_the_tokens_they_shade(write_run: WriteRun) -> None:
+    row = data_of(page_of(write_run()))["samples"]["rows"][0]
+    assert len(row["pieces"]) == len(row["logprobs"]) > 3
+
+
+def test_a_foreign_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a run folder"):
+        report_command([tmp_path])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_durations_show_two_units() -> None:
+    assert [duration(seconds) for seconds in (None, 0.42, 42, 252, 7_500, 200_000)] == [
+        "–", "0.4 s", "42 s", "4 min 12 s", "2 h 5 min", "2 d 7 h",
+    ]  # fmt: skip
+
+
+def test_figures_are_written_twice_and_alike(write_run: WriteRun, tmp_path: Path) -> None:
+    folder = write_run()
+    first, second = write_figures([folder], tmp_path / "one"), write_figures([folder], tmp_path / "two")
+    assert [path.name for path in first] == ["accuracy.png", "accuracy.svg", "dev_accuracy.png", "dev_accuracy.svg"]
+    assert first[0].read_bytes().startswith(b"\x89PNG")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert "ReFT" in first[3].read_text()

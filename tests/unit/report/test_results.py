@@ -1,0 +1,135 @@
+"""Run folders are read whole, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reftune.errors import DataError
+from reftune.report.results import read_run, require_finished
+from reftune.types import Verdict
+
+WriteRun = Callable[..., Path]
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_run(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_run_is_read_in_the_recipes_order(write_run: WriteRun) -> None:
+    run = read_run(write_run(num_problems=7, num_samples=3))
+    assert list(run.stages) == list(run.evals) == ["warmup", "sft", "reft"]
+    assert (run.name, run.seed, run.split, run.finished) == ("demo", 0, "test", True)
+    assert len(run.evals["reft"]) == 7
+    assert len(run.evals["reft"][0].samples) == 3
+    assert isinstance(run.evals["reft"][0].greedy.graded.verdict, Verdict)
+    assert run.stages["reft"].init == "warmup"
+    assert run.stages["reft"].samples[0].tokens[-1] == "<eos>"
+
+
+def test_training_and_evaluation_lines_of_a_step_are_one_row(write_run: WriteRun) -> None:
+    row = next(row for row in read_run(write_run()).stages["reft"].metrics if row.step == 5)
+    assert {"reward/mean", "dev/accuracy"} <= set(row.values)
+
+
+def test_a_step_repeated_after_a_resume_counts_as_it_was_last(write_run: WriteRun) -> None:
+    folder = write_run()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "reft", "step": 5, "time": 0, "reward/mean": 0.125}) + "\n")
+    rows = [row for row in read_run(folder).stages["reft"].metrics if row.step == 5]
+    assert [row.values["reward/mean"] for row in rows] == [0.125]
+
+
+def test_a_line_still_being_written_is_left_for_later(write_run: WriteRun) -> None:
+    folder = write_run()
+    before = read_run(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "reft", "st')
+    assert read_run(folder).stages == before.stages
+
+
+def test_methods_not_evaluated_yet_are_missing(write_run: WriteRun) -> None:
+    run = read_run(write_run(evaluated=["warmup", "sft"]))
+    assert run.missing == ("reft",)
+    with pytest.raises(DataError, match=r"^.*demo: the run has not finished: no evaluation of reft; `reftune run`[^\n]*$"):
+        require_finished(run)
+
+
+def test_a_snapshot_is_a_method_before_its_stage(write_run: WriteRun) -> None:
+    folder = write_run()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    del recipe["stages"]["warmup"]
+    recipe["stages"]["sft"] |= {"init": "base", "snapshots": {"warmup": 27}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    run = read_run(folder)
+    assert list(run.evals) == ["warmup", "sft", "reft"]
+    assert run.finished
+
+
+def test_an_evaluation_being_written_counts_as_missing(write_run: WriteRun) -> None:
+    folder = write_run()
+    path = folder / "eval" / "reft.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
+    run = read_run(folder)
+    assert (list(run.evals), run.missing) == (["warmup", "sft"], ("reft",))
+
+
+def test_a_reward_model_is_not_evaluated(write_run: WriteRun) -> None:
+    folder = write_run()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["stages"]["judge"] = {"kind": "reward_model", "init": "sft"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert read_run(folder).finished
+
+
+def test_only_chosen_stages_must_be_evaluated(write_run: WriteRun) -> None:
+    folder = write_run(evaluated=["reft"])
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace("evaluate:\n", "evaluate:\n  stages: [reft]\n"))
+    assert read_run(folder).finished
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    assert refused(tmp_path / "nowhere").endswith("nowhere: no such run folder")
+
+
+def test_a_folder_without_recipe_is_no_run(tmp_path: Path) -> None:
+    assert refused(tmp_path).endswith("not a run folder: it has no recipe.yaml")
+
+
+@pytest.mark.parametrize("recipe", ["just text", "stages: 3", "a: [", "name: x"])
+def test_a_foreign_recipe_is_refused(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert "recipe.yaml: not" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{oops}", "not JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"id": "x"}', "question is missing"),
+        ('{"id": "x", "question": "q", "gold": "1", "greedy": {"verdict": "maybe", "completion": ""}}', "'maybe'"),
+    ],
+)
+def test_a_damaged_line_is_named_with_its_number(write_run: WriteRun, line: str, complaint: str) -> None:
+    folder = write_run(num_problems=3)
+    with (folder / "eval" / "sft.jsonl").open("a") as file:
+        file.write(line + "\n")
+    message = refused(folder)
+    assert "sft.jsonl:4" in message
+    assert complaint in message
+
+
+def test_an_empty_evaluation_is_refused(write_run: WriteRun) -> None:
+    folder = write_run()
+    (folder / "eval" / "sft.jsonl").write_text("")
+    assert "sft.jsonl: no evaluated problem" in refused(folder)

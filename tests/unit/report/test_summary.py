@@ -1,0 +1,224 @@
+"""Scores and comparisons from files whose counts a reader can redo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reftune.errors import DataError
+from reftune.report.results import read_run
+from reftune.report.summary import (
+    display,
+    group_runs,
+    headline,
+    leader,
+    outcomes,
+    points,
+    read_groups,
+    score_table,
+    summarize,
+    voting_curves,
+)
+from reftune.stats import mcnemar_exact, wilson
+
+WriteRun = Callable[..., Path]
+
+
+def answer(folder: Path, method: str, right: Sequence[int], samples: Sequence[Sequence[object]] = ()) -> None:
+    """Write an evaluation: problem i is solved where right[i]; samples are values, of which 1 is the right one."""
+    rows = []
+    for index, solved in enumerate(right):
+        drawn = [_attempt(value, value == 1) for value in samples[index]] if samples else []
+        rows.append(
+            {
+                "id": f"p{index}",
+                "question": f"q{index}",
+                "gold": "1",
+                "greedy": _attempt(1 if solved else 2, bool(solved)),
+                "samples": drawn,
+            }
+        )
+    path = folder / "eval" / f"{method}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _attempt(value: object, correct: bool) -> dict[str, object]:
+    verdict = "no_answer" if value is None else "correct" if correct else "wrong"
+    return {"completion": f"text {value}", "verdict": verdict, "value": None if value is None else str(value), "reward": 0.0,
+            "reason": "", "finish_reason": "eos"}  # fmt: skip
+
+
+def test_summary_counts_what_the_files_say(write_run: WriteRun) -> None:
+    folder = write_run()
+    answer(folder, "warmup", [1, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    answer(folder, "sft", [1, 1, 0, 0, 1, 0, 0, 0, 0, 0])
+    answer(folder, "reft", [1, 1, 1, 1, 0, 1, 1, 1, 1, 0])
+    summary = summarize(folder)
+    assert summary["methods"]["reft"] == {
+        "accuracy": 0.8,
+        "ci95": list(wilson(8, 10)),
+        "n": 10,
+        "dev_accuracy": summary["methods"]["reft"]["dev_accuracy"],
+        "looks": 5,
+    }
+    # only reft solves problems 2, 3, 5, 6, 7, 8, only sft problem 4: .8 − .3, p from 6 against 1
+    against = next(found for found in summary["comparisons"] if (found["a"], found["b"]) == ("reft", "sft"))
+    assert against["difference"] == pytest.approx(0.5)
+    assert (against["p_mcnemar"], against["n"], against["significant"]) == (mcnemar_exact(6, 1), 10, False)
+    assert [(found["a"], found["b"]) for found in summary["comparisons"]] == [
+        ("sft", "warmup"),
+        ("reft", "warmup"),
+        ("reft", "sft"),
+    ]
+    assert summary["wall_seconds"] == 3 * 61.5
+
+
+def test_summary_is_a_function_of_the_files(write_run: WriteRun) -> None:
+    folder = write_run(num_samples=3)
+    assert summarize(folder) == summarize(folder)
+    json.dumps(summarize(folder), allow_nan=False)
+
+
+def test_votes_and_pass_at_k_come_from_the_samples(write_run: WriteRun) -> None:
+    folder = write_run()
+    # majorities over 4: 1 (right); 2 (wrong); tie of 1 and 2, 1 first (right); nothing valid (wrong)
+    samples = [[1, 1, 2, None], [2, 2, 1, None], [1, 2, 2, 1], [None] * 4]
+    answer(folder, "reft", [0, 0, 0, 0], samples)
+    rows = read_run(folder).evals["reft"]
+    assert outcomes(rows)["maj@4"].tolist() == [1, 0, 1, 0]
+    # k = 2: prefixes 1 1, 2 2, 1 2 (tie, first), none
+    assert voting_curves(rows, 4)["maj"][:, 1].tolist() == [1, 0, 1, 0]
+    # pass@1 is the share right: 2/4, 1/4, 2/4, 0; pass@2 of 2 in 4: 1 − 1/6
+    assert voting_curves(rows, 4)["pass"][:, 0].tolist() == [0.5, 0.25, 0.5, 0]
+    assert voting_curves(rows, 4)["pass"][0, 1] == pytest.approx(5 / 6)
+    with pytest.raises(DataError, match="k = 5: only 4 samples"):
+        voting_curves(rows, 5)
+
+
+def test_summary_names_votes_by_their_k(write_run: WriteRun) -> None:
+    summary = summarize(write_run(num_samples=3, num_problems=20))
+    assert {"maj@3", "maj@3_ci95", "pass@3"} <= set(summary["methods"]["reft"])
+    assert ("reft maj@3", "sft maj@3") in [(found["a"], found["b"]) for found in summary["comparisons"]]
+
+
+def test_scored_samples_are_reranked(write_run: WriteRun) -> None:
+    folder = write_run()
+    answer(folder, "reft", [0, 0], [[2, 1], [1, 2]])
+    path = folder / "eval" / "reft.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["samples"][0]["score"], row["samples"][1]["score"] = 0.2, 0.7  # the second sample wins: 1, then 2
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert outcomes(read_run(folder).evals["reft"])["rerank@2"].tolist() == [1, 0]
+
+
+def test_an_unfinished_run_has_no_summary(write_run: WriteRun) -> None:
+    with pytest.raises(DataError, match="has not finished"):
+        summarize(write_run(evaluated=["warmup"]))
+
+
+def test_methods_of_a_run_must_share_their_problems(write_run: WriteRun) -> None:
+    folder = write_run()
+    answer(folder, "reft", [1, 0])
+    with pytest.raises(DataError, match="different problems"):
+        summarize(folder)
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_the_seed_are_one_group(write_run: WriteRun) -> None:
+    folders = [write_run(f"demo-s{seed}", seed=seed) for seed in range(3)]
+    (group,) = read_groups(folders)
+    assert group.label == "demo"
+    table = score_table([group])
+    assert table.num_seeds == 3
+    score = table.method("reft").greedy
+    assert len(score.by_seed) == 3
+    assert score.value == pytest.approx(np.mean(score.by_seed))
+    assert score.ci95[0] < score.value < score.ci95[1]
+
+
+def test_seeds_may_have_problems_of_their_own(write_run: WriteRun) -> None:
+    folders = [write_run(f"demo-s{seed}", seed=seed, problem_seed=seed) for seed in range(2)]
+    assert score_table(read_groups(folders)).between("reft", "sft") is not None
+
+
+def test_a_repeated_seed_is_another_run_not_another_seed(write_run: WriteRun) -> None:
+    folders = [write_run("a", seed=0), write_run("b", seed=1), write_run("c", seed=1)]
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [[run.name for run in group.runs] for group in groups] == [["a", "b"], ["c"]]
+
+
+def test_groups_of_one_name_are_told_apart_by_folder(write_run: WriteRun, tmp_path: Path) -> None:
+    first = write_run("demo")
+    second = first.rename(tmp_path / "elsewhere")
+    labels = [group.label for group in read_groups([write_run("demo"), second])]
+    assert labels == [str(first), str(second)]
+
+
+def test_other_recipes_are_other_groups(write_run: WriteRun) -> None:
+    groups = read_groups([write_run("a"), write_run("b", seed=1, methods=("warmup", "reft"))])
+    table = score_table(groups)
+    assert [method.label for method in table.methods] == ["a/warmup", "a/sft", "a/reft", "b/warmup", "b/reft"]
+    assert table.baseline == "a/sft"
+    assert table.between("b/reft", "a/reft") is not None
+
+
+def test_runs_over_different_problems_are_not_compared(write_run: WriteRun) -> None:
+    folders = [write_run("a"), write_run("b", seed=1, methods=("warmup", "reft"), problem_seed=9)]
+    with pytest.raises(DataError, match=r"^.*a and .*b: evaluated on different problems; expected [^\n]*$"):
+        read_groups(folders)
+
+
+def test_groups_of_different_sizes_are_not_compared(write_run: WriteRun) -> None:
+    folders = [write_run("a-s0"), write_run("a-s1", seed=1), write_run("b", seed=1, methods=("warmup", "reft"))]
+    with pytest.raises(DataError, match=r"different numbers of seeds \(a 2, b 1\)"):
+        read_groups(folders)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def headline_of(folder: Path) -> str:
+    return headline(score_table(read_groups([folder]))).title
+
+
+def test_the_headline_says_who_wins(write_run: WriteRun) -> None:
+    folder = write_run()
+    answer(folder, "warmup", [0] * 20)
+    answer(folder, "sft", [1] * 5 + [0] * 15)
+    answer(folder, "reft", [1] * 15 + [0] * 5)
+    assert headline_of(folder) == "ReFT beats SFT by 50.0 points"
+    answer(folder, "reft", [1] * 6 + [0] * 14)
+    assert headline_of(folder) == "ReFT and SFT are too close to call"
+    answer(folder, "sft", [1] * 20)
+    assert headline_of(folder) == "SFT stays ahead of ReFT by 70.0 points"
+
+
+def test_a_starting_point_is_no_rival(write_run: WriteRun) -> None:
+    folder = write_run()
+    answer(folder, "warmup", [1] * 20)
+    answer(folder, "sft", [1] * 5 + [0] * 15)
+    answer(folder, "reft", [1] * 15 + [0] * 5)
+    best = leader(score_table(read_groups([folder])))
+    assert best is not None
+    assert best.method == "reft"
+
+
+def test_a_run_of_one_method_still_has_a_headline(write_run: WriteRun) -> None:
+    folder = write_run(methods=("warmup",))
+    answer(folder, "warmup", [1, 0, 0, 0])
+    assert headline_of(folder) == "Warm-up solves 25.0 %"
+
+
+def test_labels_read_as_a_person_writes_them() -> None:
+    assert display("reft") == "ReFT"
+    assert display("my_method") == "my method"
+    assert display("demo/reft maj@8") == "demo: ReFT maj@8"
+    assert points(-0.0316) == "−3.2"

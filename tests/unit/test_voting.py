@@ -1,0 +1,107 @@
+"""Votes, reranking and pass@k against the paper's rules and hand computation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from reftune.errors import DataError
+from reftune.types import Graded, Verdict
+from reftune.voting import (
+    has_letter,
+    is_correct,
+    majority_curve,
+    majority_vote,
+    pass_at_k,
+    rerank,
+    weighted_vote,
+)
+
+
+def graded(value: object, gold: object = 4) -> Graded:
+    verdict = Verdict.NO_ANSWER if value is None else Verdict.CORRECT if value == gold else Verdict.WRONG
+    return Graded(verdict=verdict, value=None if value is None else str(value), reason="")
+
+
+def votes(*values: object) -> list[Graded]:
+    return [graded(value) for value in values]
+
+
+def winner_value(winner: Graded | None) -> str | None:
+    return None if winner is None else winner.value
+
+
+def test_a_tie_goes_to_the_value_seen_first() -> None:
+    # reference check E25: 4 and 5 have two votes each, 4 came first
+    assert winner_value(majority_vote(votes(4, None, 5, 5, 4))) == "4"
+    assert winner_value(majority_vote(votes(5, 4, 4, 5))) == "5"
+
+
+def test_no_valid_vote_is_wrong() -> None:
+    # reference check E25
+    assert majority_vote(votes(None, None)) is None
+    assert not is_correct(majority_vote(votes(None, None)))
+    assert not is_correct(majority_vote([]))
+
+
+def test_samples_without_a_value_do_not_vote() -> None:
+    assert winner_value(majority_vote(votes(None, None, None, 7))) == "7"
+
+
+def test_a_winner_brings_its_verdict() -> None:
+    assert is_correct(majority_vote(votes(4, 4, 5)))
+    assert not is_correct(majority_vote(votes(4, 5, 5)))
+
+
+def test_a_longer_choice_text_may_not_vote_under_the_letter_rule() -> None:
+    assert winner_value(majority_vote(votes("c )", "c )", "a"), valid=has_letter)) == "a"
+    assert majority_vote(votes("3"), valid=has_letter) is None
+
+
+def test_the_curve_is_the_vote_over_each_prefix() -> None:
+    # 5 | 5 (tie, first) | 4 | 4 (tie of 4 and 5 at two: 5 was first, so 5)
+    assert [winner_value(winner) for winner in majority_curve(votes(5, 4, 4, 5))] == ["5", "5", "4", "5"]
+
+
+def test_the_curve_agrees_with_counting_every_prefix_anew() -> None:
+    for values in itertools.product([1, 2, None], repeat=5):
+        samples = votes(*values)
+        for k, winner in enumerate(majority_curve(samples), start=1):
+            present = [value for value in values[:k] if value is not None]
+            expected = max(present, key=lambda value: (present.count(value), -present.index(value)), default=None)
+            assert winner_value(winner) == (None if expected is None else str(expected))
+
+
+def test_weights_can_outvote_a_majority() -> None:
+    # 5: .2 + .2 = .4 against 4: .5
+    assert winner_value(weighted_vote(votes(5, 5, 4), [0.2, 0.2, 0.5])) == "4"
+
+
+def test_rerank_takes_the_best_valid_score() -> None:
+    # reference check E25: .9 belongs to a sample without a value
+    assert winner_value(rerank(votes(None, 4, 5), ["x", "y", "z"], [0.9, 0.4, 0.6])) == "5"
+    assert rerank(votes(None), ["x"], [0.9]) is None
+
+
+def test_rerank_takes_the_first_of_equal_scores() -> None:
+    assert winner_value(rerank(votes(4, 5), ["x", "y"], [0.6, 0.6])) == "4"
+
+
+def test_rerank_scores_a_repeated_text_once() -> None:
+    # the second "x" must not lift it over "y"
+    assert winner_value(rerank(votes(4, 5, 4), ["x", "y", "x"], [0.1, 0.5, 0.9])) == "5"
+
+
+def test_pass_at_k_matches_enumeration() -> None:
+    # n = 4, c = 1, k = 2: of the 6 pairs 3 hold the correct one
+    assert pass_at_k(4, 1, 2) == 0.5
+    assert pass_at_k(4, 0, 4) == 0.0
+    assert pass_at_k(4, 1, 4) == 1.0
+    # k = 1 is the share of correct samples
+    assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
+
+
+def test_more_samples_than_drawn_are_refused_in_one_line() -> None:
+    with pytest.raises(DataError, match=r"^k = 5: only 4 samples a problem were drawn; expected 1 to 4[^\n]*$"):
+        pass_at_k(4, 2, 5)
