@@ -14,7 +14,4 @@ class Reward(Protocol):
     def __call__(
         self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
     ) -> list[float | None]:
-        """One number a completion, in order; None where the reward does not apply, which leaves the sample out.
-
-        Raises: RewardError, naming the sample.
-        """
+        """One finite reward a completion, in order; None leaves the rollout out. Raises: RewardError naming the sample."""

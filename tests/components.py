@@ -1,0 +1,69 @@
+"""A user's own recipe components, as the tests need them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from reftune.datasets import Splits
+from reftune.recipe import Component
+from reftune.types import Answer, Completion, Graded, Problem, Verdict
+
+
+class Tossed(Component):
+    """Bodies of programs to learn; whether a completion is right is a toss of its and the question's bytes. Nothing is run."""
+
+    def prompt(self, problem: Problem) -> str:
+        return f"{problem.question}\ndef solution():\n"
+
+    def target(self, problem: Problem) -> str:
+        assert problem.rationale is not None
+        return problem.rationale.removeprefix("def solution():\n")
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
+        tosses = [zlib.crc32(f"{p.question}{text}".encode()) % 2 for p, text in zip(problems, completions, strict=True)]
+        return [Graded(verdict=Verdict.WRONG if toss else Verdict.CORRECT, value=str(toss), reason="") for toss in tosses]
+
+
+class SayGold(Tossed):
+    """A completion is right where it starts with the gold answer."""
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
+        return [
+            Graded(verdict=Verdict.CORRECT if text.startswith(str(p.answer)) else Verdict.WRONG, value=text, reason="")
+            for p, text in zip(problems, completions, strict=True)
+        ]
+
+
+class Colours(Component):
+    """Questions of one word with an answer of one word."""
+
+    num_answers: int = 4
+
+    def load(self, *, seed: int) -> Splits:
+        words = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
+
+        def problem(split: str, i: int) -> Problem:
+            answer = Answer(kind="text", value=words[i % self.num_answers])
+            return Problem(id=f"{split}-{i}", question=words[i % len(words)], answer=answer, rationale=str(answer.value))
+
+        train, dev = (tuple(problem(split, i) for i in range(8)) for split in ("train", "dev"))
+        return Splits(train=train, dev=dev, test=dev)
+
+
+class ByVerdict(Component):
+    """1 for a right answer, 0.1 for a wrong one."""
+
+    def __call__(
+        self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
+    ) -> list[float | None]:
+        return [1.0 if g.verdict is Verdict.CORRECT else 0.1 for g in graded]
+
+
+class ByQuestion(Component):
+    """1 for questions that begin in the first half of the alphabet, whatever was answered: a value head can know it."""
+
+    def __call__(
+        self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
+    ) -> list[float | None]:
+        return [float(p.question[0].lower() < "h") for p in problems]

@@ -1,0 +1,381 @@
+"""The reader of answers and its verdicts. Numbers E… are those of the parity checks in docs/deviations.md."""
+
+from __future__ import annotations
+
+import time
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from reftune.answers import (
+    MAX_VALUE_CHARS,
+    answer_text,
+    grade_answer,
+    grade_completion,
+    grade_completion_paper,
+    grade_value,
+    grade_value_paper,
+    numbers_equal,
+    parse_gold,
+    parse_number,
+    read_choice,
+    read_number,
+    spell,
+)
+from reftune.types import Answer, Graded, Problem, Verdict
+
+TRIGGER = "\nTherefore, the answer is: "
+
+
+def number(value: str, **fields: Any) -> Problem:
+    return Problem(id="p", question="q", answer=Answer(kind="number", value=Fraction(value)), **fields)
+
+
+def choice(letter: str, *choices: str) -> Problem:
+    return Problem(id="p", question="q", answer=Answer(kind="choice", value=letter), choices=choices)
+
+
+def words(text: str, **fields: Any) -> Problem:
+    return Problem(id="p", question="q", answer=Answer(kind="text", value=text), **fields)
+
+
+def outcome(graded: Graded) -> tuple[Verdict, str | None]:
+    return graded.verdict, graded.value
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", "18"),
+        ("−5", "-5"),
+        ("-$1,234.50 in total", "-1234.5"),
+        ("3 1/2", "7/2"),
+        ("\\frac{1}{2}", "1/2"),
+        ("½", "1/2"),
+        ("1.5 × 10^3", "1500"),
+        ("2.5 million", "2500000"),
+        ("3 + 4 = 7", "7"),
+        ("**18** apples", "18"),
+        ("<203>.", "203"),
+        ("rs . 500", "500"),
+        ("297 cm 2", "297"),
+        ("18, because 2 + 2 = 4", "18"),
+        ("18 is it\n19", "18"),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text: str, value: str) -> None:
+    assert read_number(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nan",
+        "inf",
+        "five",
+        "3 + 4",
+        "2π",
+        "5x",
+        "> 5",
+        "5 or 6",
+        "5 to 6",
+        "5, 6",
+        "5 feet 6 inches",
+        "3 : 4",
+        "1/0",
+        "0x10",
+    ],
+)
+def test_what_is_not_one_number_is_none(text: str) -> None:
+    assert read_number(text) is None
+
+
+def test_a_percentage_keeps_its_sign() -> None:
+    fifty = parse_number("50 percent")
+    assert fifty is not None
+    assert (fifty.value, fifty.percent, str(fifty)) == (50, True, "50%")
+
+
+def test_a_percentage_is_right_for_the_number_and_for_its_hundredth() -> None:
+    assert grade_answer("50%", number("50")).verdict is Verdict.CORRECT
+    assert grade_answer("50%", number("0.5")).verdict is Verdict.CORRECT
+    assert grade_answer("50", number("0.5")).verdict is Verdict.WRONG
+
+
+def test_a_number_past_the_digit_limit_is_none_and_one_at_it_is_read() -> None:
+    assert read_number("9" * 1000) == 10**1000 - 1
+    assert read_number("9" * 1001) is None
+    assert read_number("1e400") == 10**400
+    assert read_number("1e401") is None
+
+
+def test_a_number_cut_by_the_segment_limit_is_not_read() -> None:
+    # 1,999 brackets leave room for one digit of 12
+    assert read_number("(" * 1999 + "12") is None
+    assert read_number("(" * 1990 + "12") == 12
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "equal"),
+    [
+        ("18.01", "18", True),  # |p - g| = .01 = min(.01, .18)
+        ("18.0101", "18", False),
+        ("100.01", "100", True),
+        ("0.00202", "0.002", True),  # 1 % of .002
+        ("0.002021", "0.002", False),
+        ("0", "0.002", False),
+        ("0.000000001", "0", True),  # 1e-9
+        ("0.0000000011", "0", False),
+        ("1000001000", "1000000000", True),  # 1e-6 of 1e9 is 1000
+        ("1000001001", "1000000000", False),
+    ],
+)
+def test_tolerance_is_exact_at_its_edge(predicted: str, gold: str, equal: bool) -> None:
+    assert numbers_equal(Fraction(predicted), Fraction(gold)) is equal
+    assert numbers_equal(-Fraction(predicted), -Fraction(gold)) is equal
+
+
+@given(st.fractions())
+def test_equal_numbers_are_spelled_alike_and_read_back(value: Fraction) -> None:
+    assert read_number(spell(value)) == value
+
+
+def test_spelling_survives_numbers_beyond_floats() -> None:
+    assert spell(Fraction(10**400 + 1, 3)).endswith("/3")
+    assert spell(Fraction(1, 10**400)).startswith("1/1000")
+
+
+# --- markers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_follows_the_last_marker_in_any_case() -> None:
+    assert answer_text("The answer is 5. #### 6") == " 6"
+    assert answer_text("#### 6 THE ANSWER IS 5") == " 5"
+    assert answer_text("The answer is \\boxed{ {7} }") == " {7} "
+
+
+def test_without_a_marker_a_bare_number_earns_nothing() -> None:
+    graded = grade_completion("42", number("42"))
+    assert outcome(graded) == (Verdict.NO_ANSWER, None)
+    assert "no marker" in graded.reason
+
+
+def test_a_box_that_is_never_closed_holds_no_answer() -> None:
+    assert answer_text("The answer is 7 \\boxed{7") is None
+    assert answer_text("\\boxed{" + "{" * 20_000 + "}" * 20_000) is None
+
+
+def test_a_percent_sign_behind_a_box_belongs_to_it() -> None:
+    assert grade_completion("\\boxed{50}\\%", number("0.5")).verdict is Verdict.CORRECT
+
+
+# --- choices and texts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["C", "(c)", "c )", "C.", "option C", "C) 30", "30", "$30", "**C**", "the answer is c", "C because"]
+)
+def test_a_choice_is_its_letter_or_its_value(text: str) -> None:
+    assert read_choice(text, ("10", "20", "30")) == "c"
+
+
+@pytest.mark.parametrize("text", ["d", "Z", "35", "", "A or B", "a, b", "c/d", "a dog", "c = 7"])
+def test_a_choice_outside_the_options_or_two_of_them_is_none(text: str) -> None:
+    assert read_choice(text, ("10", "20", "30")) is None
+
+
+def test_a_value_must_equal_exactly_one_option() -> None:
+    assert read_choice("13", ("13", "12", "13")) is None
+    assert read_choice("12", ("13", "12", "13")) == "b"
+    assert read_choice("data inadequate", ("38", "Data  inadequate.", "30")) == "b"
+
+
+def test_without_options_any_letter_is_a_choice() -> None:
+    assert read_choice("(k)", ()) == "k"
+
+
+def test_texts_are_compared_without_case_space_and_closing_punctuation() -> None:
+    assert grade_completion("The answer is New  york.", words("New York")).verdict is Verdict.CORRECT
+    assert outcome(grade_completion("The answer is Boston", words("New York"))) == (Verdict.WRONG, "Boston")
+
+
+def test_a_task_with_a_scorer_is_graded_by_it() -> None:
+    problem = words("3 1 2", scorer=lambda text: 1.0 if sorted(text.split()) == ["1", "2", "3"] else 0.5)
+    assert grade_completion("The answer is 2 3 1.", problem).verdict is Verdict.CORRECT
+    assert grade_completion("The answer is 2 3", problem).verdict is Verdict.WRONG
+    assert grade_completion("The answer is ", problem).verdict is Verdict.NO_ANSWER
+
+
+def test_a_scorer_sees_numbers_in_canonical_spelling() -> None:
+    for problem in (number("18", scorer=is_18), words("18", scorer=is_18)):
+        assert outcome(grade_completion("The answer is **$18.00**.", problem)) == (Verdict.CORRECT, "18")
+
+
+def is_18(text: str) -> float:
+    assert "*" not in text, "a scorer may fail on some spellings of an answer"
+    return float(text == "18")
+
+
+def test_a_scorer_that_fails_gives_an_error_with_its_reason() -> None:
+    graded = grade_completion("The answer is x", number("18", scorer=lambda text: float(text)))
+    assert graded.verdict is Verdict.ERROR
+    assert "ValueError" in graded.reason
+
+
+def test_long_values_that_begin_alike_stay_apart() -> None:
+    first = grade_answer("a" * 500, words("b"))
+    second = grade_answer("a" * 500 + "b", words("b"))
+    assert first.value is not None
+    assert len(first.value) <= MAX_VALUE_CHARS
+    assert first.value != second.value
+
+
+# --- values of programs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [18, 18.0, "18", "$18.00", Decimal("18.0"), 18.01])
+def test_a_programs_value_is_read_like_a_text(value: object) -> None:
+    assert grade_value(value, number("18")).verdict is Verdict.CORRECT
+
+
+@pytest.mark.parametrize("value", [None, True, [18], (18,), {18}, {"a": 18}, float("nan"), float("inf"), b"18", 18j, ""])
+def test_what_a_program_may_not_answer_is_no_answer(value: object) -> None:
+    assert outcome(grade_value(value, number("18"))) == (Verdict.NO_ANSWER, None)
+
+
+def test_an_integer_too_long_to_print_is_no_answer() -> None:
+    assert outcome(grade_value(10**5000, number("18"))) == (Verdict.NO_ANSWER, None)
+
+
+# --- the paper's rules ------------------------------------------------------------------------------------------------
+
+
+def test_e2_paper_reads_the_text_after_the_trigger() -> None:
+    assert grade_completion_paper(f"so{TRIGGER}3.0", number("3")).verdict is Verdict.CORRECT
+    assert outcome(grade_completion_paper(f"so{TRIGGER}3.0", number("4"))) == (Verdict.WRONG, "3.0")
+    assert grade_completion_paper("so 3", number("3")).verdict is Verdict.NO_ANSWER
+
+
+@pytest.mark.parametrize("text", ["1,000", "$5", "5%", "5 apples", "1/2", ""])
+def test_e3_paper_cannot_read_ordinary_spellings(text: str) -> None:
+    assert outcome(grade_completion_paper(f"so{TRIGGER}{text}", number("5"))) == (Verdict.NO_ANSWER, None)
+
+
+@pytest.mark.parametrize(("text", "value"), [("5.", "5.0"), ("1e3", "1000.0"), ("1_000", "1000.0"), ("-7 ", "-7.0")])
+def test_e3_paper_reads_what_float_reads(text: str, value: str) -> None:
+    assert outcome(grade_completion_paper(f"so{TRIGGER}{text}", number(value))) == (Verdict.CORRECT, value)
+
+
+def test_e3_paper_takes_nan_for_a_wrong_answer() -> None:
+    assert outcome(grade_completion_paper(f"so{TRIGGER}nan", number("5"))) == (Verdict.WRONG, "nan")
+
+
+def test_e4_paper_takes_the_last_answer_line_and_only_lines() -> None:
+    assert outcome(grade_completion_paper(f"a{TRIGGER}5\nb{TRIGGER}6", number("6"))) == (Verdict.CORRECT, "6.0")
+    assert grade_completion_paper("Therefore, the answer is: 5", number("5")).verdict is Verdict.NO_ANSWER
+    assert outcome(grade_completion_paper("42", number("42"))) == (Verdict.CORRECT, "42.0")
+
+
+def test_e4_paper_starts_again_at_a_second_prompt_header() -> None:
+    repeated = f"a{TRIGGER}5\nAnswer reasoning:\nb{TRIGGER}6"
+    assert outcome(grade_completion_paper(repeated, number("6"))) == (Verdict.CORRECT, "6.0")
+    assert outcome(grade_completion_paper("a\nAnswer reasoning:\n7", number("7"))) == (Verdict.CORRECT, "7.0")
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "right"),
+    [
+        (18.009, "18", True),
+        (5.01, "5", True),
+        (18.01, "18", False),  # 18.01 - 18 is .010000000000001563 in floats
+        (100.01, "100", False),
+        (0.01, "0", True),
+        (0, "0.002", True),
+        (1e9 + 0.02, "1e9", False),
+    ],
+)
+def test_e5_paper_tolerance_is_absolute_in_floats(predicted: float, gold: str, right: bool) -> None:
+    assert (grade_value_paper(predicted, number(gold)).verdict is Verdict.CORRECT) is right
+
+
+@pytest.mark.parametrize(("text", "verdict"), [("C", Verdict.CORRECT), ('"c"', Verdict.CORRECT), ("c )", Verdict.WRONG)])
+def test_e6_paper_compares_choices_as_strings(text: str, verdict: Verdict) -> None:
+    assert grade_completion_paper(f"so{TRIGGER}{text}", choice("c")).verdict is verdict
+
+
+def test_e6_paper_takes_any_text_for_a_choice() -> None:
+    assert outcome(grade_completion_paper("I do not know", choice("c"))) == (Verdict.WRONG, "i do not know")
+
+
+def test_e7_paper_takes_what_float_takes_from_a_program() -> None:
+    assert outcome(grade_value_paper(True, number("1"))) == (Verdict.CORRECT, "1.0")
+    assert outcome(grade_value_paper("7", number("7"))) == (Verdict.CORRECT, "7.0")
+    assert outcome(grade_value_paper(float("nan"), number("7"))) == (Verdict.WRONG, "nan")
+    for value in ([1], (3,), None, 10**400):
+        assert outcome(grade_value_paper(value, number("1"))) == (Verdict.NO_ANSWER, None)
+
+
+# --- golds ------------------------------------------------------------------------------------------------------------
+
+
+def test_golds_go_through_the_reader() -> None:
+    assert parse_gold("1,000", "number") == Answer(kind="number", value=Fraction(1000))
+    assert parse_gold("C )", "choice") == Answer(kind="choice", value="c")
+    assert parse_gold(" Paris ", "text") == Answer(kind="text", value="Paris")
+    assert parse_gold("many", "number") is None
+    assert parse_gold("42", "choice") is None
+    assert parse_gold(" ", "text") is None
+
+
+# --- any text ---------------------------------------------------------------------------------------------------------
+
+
+PROBLEMS = [number("18"), number("0.5"), choice("c", "10", "20", "30"), choice("b"), words("Paris")]
+SNIPPETS = st.sampled_from(
+    ("the answer is |answer:|#### |\\boxed{|}|\\frac{1}{2}|18|1,000| or | = |$|%|e9|**|<|>|\n|3 1/2|-|(c)|½|٣|\ud800|\x00"
+     "| million| x 10^|/|π|\\|1e999999999|9999999999|(|,|;").split("|")
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(SNIPPETS, st.text(st.characters(), max_size=8)), max_size=12).map("".join))
+@example("The answer is " + "9" * 5000)
+@example("The answer is 1/" + "0" * 900)
+@example("\\boxed{\\frac{" + "9" * 200 + "}{" + "9" * 200 + "}}")
+def test_any_text_gets_a_verdict_with_a_reason_on_one_line(text: str) -> None:
+    for problem in PROBLEMS:
+        for grade in (grade_completion, grade_answer, grade_value, grade_completion_paper, grade_value_paper):
+            graded = grade(text, problem)
+            assert isinstance(graded.verdict, Verdict)
+            assert graded.reason.isprintable()
+            graded.reason.encode()
+            assert graded.value is None or len(graded.value.encode()) <= 4 * MAX_VALUE_CHARS
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.fractions(), st.fractions(max_denominator=1000))
+def test_no_wrong_number_is_called_correct(written: Fraction, gold: Fraction) -> None:
+    graded = grade_completion(f"The answer is {spell(written)}", number(str(gold)))
+    assert (graded.verdict is Verdict.CORRECT) is numbers_equal(written, gold)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["9", "1,", "(", "the ", "answer ", "#", "\\boxed{", "\\frac{1}{", " ", "=", "<a", "\ud800", "½", "1/", "*", "or 5 "],
+)
+def test_a_very_long_text_is_graded_quickly(piece: str) -> None:
+    text = piece * (300_000 // len(piece))
+    started = time.perf_counter()
+    for problem in (PROBLEMS[0], PROBLEMS[2]):
+        grade_completion("The answer is " + text, problem)
+        grade_completion_paper(text, problem)
+        grade_completion(text + "#### 18", problem)
+    assert time.perf_counter() - started < 10  # 0.2 s on a free core

@@ -1,0 +1,178 @@
+"""What a rollout is paid."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from reftune.errors import RewardError
+from reftune.recipe import load_component
+from reftune.rewards import Reward
+from reftune.rewards.outcome import Outcome
+from reftune.types import Answer, Completion, Graded, Problem, Verdict
+
+FIVE = Answer(kind="number", value=Fraction(5))
+
+
+def problem(id: str, answer: Answer = FIVE, **columns: object) -> Problem:
+    return Problem(id=id, question=f"question {id}", answer=answer, columns=columns)
+
+
+def completion(text: str) -> Completion:
+    return Completion(token_ids=(1, 2), text=text, logprobs=(-1.0, -1.0), finish_reason="eos")
+
+
+def graded(verdict: Verdict, value: str | None = None) -> Graded:
+    return Graded(verdict=verdict, value=value, reason="because")
+
+
+def paid(reward: Reward, *problems: Problem) -> list[float | None]:
+    """Rewards of one completion a problem, "text ID", all graded WRONG."""
+    completions = [completion(f"text {each.id}") for each in problems]
+    return reward(problems, completions, [graded(Verdict.WRONG, "4")] * len(problems))
+
+
+# --- outcome ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reward"),
+    [
+        (Verdict.CORRECT, 1.0),
+        (Verdict.WRONG, 0.1),
+        (Verdict.NO_ANSWER, 0.0),
+        (Verdict.ERROR, 0.0),
+        (Verdict.TIMEOUT, 0.0),
+        (Verdict.MEMORY, 0.0),
+        (Verdict.FORBIDDEN, 0.0),
+    ],
+)
+def test_a_verdict_is_paid_as_in_the_paper(verdict: Verdict, reward: float) -> None:
+    assert Outcome()([problem("a")], [completion("")], [graded(verdict)]) == [reward]
+
+
+def test_a_wrong_choice_earns_its_part_only_where_asked() -> None:
+    item = problem("a", Answer(kind="choice", value="c"))
+    assert paid(Outcome(), item) == [0.0]
+    assert paid(Outcome(partial_on_choices=True), item) == [0.1]
+
+
+def test_the_prices_are_recipe_keys() -> None:
+    reward = load_component({"kind": "outcome", "correct": 2, "partial": 0, "wrong": -1}, group="rewards")
+    grades = [graded(Verdict.CORRECT), graded(Verdict.WRONG), graded(Verdict.ERROR)]
+    assert reward([problem("a")] * 3, [completion("")] * 3, grades) == [2.0, 0.0, -1.0]
+
+
+# --- a user's function ------------------------------------------------------------------------------------------------
+
+
+def reward_from(folder: Path, source: str) -> Reward:
+    file = folder / "my_reward.py"
+    file.write_text(source)
+    reward: Reward = load_component(f"{file}:score", group="rewards")
+    return reward
+
+
+def test_a_function_gets_everything_by_name_as_lists(tmp_path: Path) -> None:
+    reward = reward_from(
+        tmp_path,
+        "def score(prompts, completions, completion_ids, level, answer, verdicts, values, reasons, **others):\n"
+        "    assert prompts == ['question a', 'question b'], prompts\n"
+        "    assert completions == ['text a', 'text b'], completions\n"
+        "    assert completion_ids == [[1, 2], [1, 2]], completion_ids\n"
+        "    assert level == [1, None] and answer == ['5', '5']\n"
+        "    assert verdicts == ['wrong', 'wrong'] and values == ['4', '4'] and reasons == ['because', 'because']\n"
+        "    assert others == {'topic': [None, 'shop']}, others\n"
+        "    return [1, 0.5]\n",
+    )
+    assert paid(reward, problem("a", level=1), problem("b", topic="shop")) == [1.0, 0.5]
+
+
+def test_a_function_gets_only_what_it_names(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "def score(completions, weight=3):\n    return [weight * len(c) for c in completions]\n")
+    assert paid(reward, problem("a")) == [18.0]  # 3 times "text a"
+
+
+def test_a_column_of_the_data_hides_ours_of_the_same_name(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "def score(answer, **_):\n    return [float(a) for a in answer]\n")
+    assert paid(reward, problem("a", answer="7")) == [7.0]
+
+
+def test_a_function_may_be_async(tmp_path: Path) -> None:
+    source = "import asyncio\nasync def score(completions):\n    await asyncio.sleep(0)\n    return [2] * len(completions)\n"
+    assert paid(reward_from(tmp_path, source), problem("a")) == [2.0]
+
+
+def test_none_means_that_the_reward_does_not_apply(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "def score(completions):\n    return [None, True, 0]\n")
+    assert paid(reward, problem("a"), problem("b"), problem("c")) == [None, 1.0, 0.0]
+
+
+def test_numpy_rewards_are_numbers(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "import numpy\ndef score(completions):\n    return numpy.array([0.5, 1.5])\n")
+    assert paid(reward, problem("a"), problem("b")) == [0.5, 1.5]
+
+
+def test_an_exception_names_the_sample_that_causes_it(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "def score(completions):\n    return [1 / (c != 'text b') for c in completions]\n")
+    with pytest.raises(RewardError, match=r"my_reward.py:score: sample b: ZeroDivisionError: division by zero$"):
+        paid(reward, problem("a"), problem("b"), problem("c"))
+
+
+def test_an_exception_of_the_batch_alone_names_the_batch(tmp_path: Path) -> None:
+    reward = reward_from(
+        tmp_path, "def score(completions):\n    if len(completions) > 1:\n        raise OSError('full')\n    return [1]\n"
+    )
+    with pytest.raises(RewardError, match=r"the batch a … c: OSError: full$"):
+        paid(reward, problem("a"), problem("b"), problem("c"))
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "'1'", "[1]", "10 ** 400", "object()"])
+def test_what_is_not_a_finite_number_names_the_sample(tmp_path: Path, value: str) -> None:
+    reward = reward_from(tmp_path, f"def score(completions):\n    return [0.5, {value}]\n")
+    with pytest.raises(RewardError, match="sample b: expected a finite number or None, got"):
+        paid(reward, problem("a"), problem("b"))
+
+
+@pytest.mark.parametrize("value", ["[1]", "[]", "[1, 2, 3]"])
+def test_a_wrong_number_of_rewards_is_refused(tmp_path: Path, value: str) -> None:
+    reward = reward_from(tmp_path, f"def score(completions):\n    return {value}\n")
+    with pytest.raises(RewardError, match="expected 2 rewards, got"):
+        paid(reward, problem("a"), problem("b"))
+
+
+@pytest.mark.parametrize("value", ["1.0", "None", "'ab'", "{0: 1, 1: 2}"])
+def test_what_is_not_a_list_of_rewards_is_refused(tmp_path: Path, value: str) -> None:
+    reward = reward_from(tmp_path, f"def score(completions):\n    return {value}\n")
+    with pytest.raises(RewardError, match="expected a list of 2 numbers, got"):
+        paid(reward, problem("a"), problem("b"))
+
+
+def test_a_name_that_is_not_offered_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "def score(completions, difficulty):\n    return [1] * len(completions)\n")
+    with pytest.raises(RewardError, match="takes difficulty, which is not among answer, completion_ids, completions"):
+        paid(reward, problem("a"))
+
+
+def test_nothing_is_asked_about_no_samples(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "def score(completions):\n    raise OSError\n")
+    assert reward([], [], []) == []
+
+
+def test_a_recipe_read_twice_holds_equal_rewards(tmp_path: Path) -> None:
+    source = "def score(completions):\n    return [1]\n"
+    assert reward_from(tmp_path, source) == reward_from(tmp_path, source)
+
+
+def test_function_is_no_kind_of_its_own() -> None:
+    with pytest.raises(ValidationError, match="expected your own function"):
+        load_component("function", group="rewards")
+
+
+def test_rewards_are_finite_by_construction() -> None:
+    with pytest.raises(ValidationError):
+        Outcome(correct=math.nan)

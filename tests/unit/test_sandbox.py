@@ -1,0 +1,316 @@
+"""Programs in the sandbox: values, limits, refusals, and that none of it reaches the next program."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reftune.errors import ReftuneError
+from reftune.sandbox import ExecutionResult, ExecutionStatus, Sandbox, SandboxLimits
+
+OK, ERROR, TIMEOUT, MEMORY, FORBIDDEN = ExecutionStatus
+ORDINARY = "def solution():\n    apples = {}\n    eaten = 3\n    return apples - eaten"
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+def returned(expression: str) -> str:
+    return f"def solution():\n    return {expression}"
+
+
+def statuses(results: list[ExecutionResult]) -> list[ExecutionStatus]:
+    return [result.status for result in results]
+
+
+def test_values_come_back_in_order_as_plain_python(sandbox: Sandbox) -> None:
+    values = [6, 2.5, "six", True, None, [1, "a"], (1, 2), 10**30]
+    results = sandbox.run([returned(repr(value)) for value in values])
+    assert [result.value for result in results] == values
+    assert set(statuses(results)) == {OK}
+
+
+def test_no_programs_need_no_worker() -> None:
+    assert Sandbox(backend="monty").run([]) == []
+
+
+def test_the_call_is_any_expression_in_the_programs_scope(sandbox: Sandbox) -> None:
+    assert sandbox.run(["def price(n):\n    return n * 2"], call="price(4) + 1")[0].value == 9
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def solution(:",
+        returned("1 / 0"),
+        returned("undefined"),
+        returned("solution()"),
+        "x = 5",
+        "",
+        "\x00",
+        "\ud800",
+        "(" * 10_000,
+    ],
+)
+def test_a_program_that_fails_is_an_error_with_a_reason(sandbox: Sandbox, source: str) -> None:
+    result = sandbox.run([source])[0]
+    assert result.status is ERROR
+    assert result.value is None
+    assert result.reason
+    assert "\n" not in result.reason
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        ("def solution():\n    while True:\n        pass", TIMEOUT),
+        ("def solution():\n    while True:\n        print('x' * 1000)", TIMEOUT),
+        (returned("sum(range(10 ** 12))"), TIMEOUT),
+        (returned("10 ** 10000000"), TIMEOUT),
+        (returned("'a' * 10 ** 9"), MEMORY),
+        (returned("[0] * 10 ** 10"), MEMORY),
+        (returned("9 ** 9 ** 9"), MEMORY),
+        ("def solution():\n    x = 1\n    for _ in range(10 ** 8):\n        x = (x, x)\n    return x", MEMORY),
+        ("def solution():\n    return solution()", ERROR),
+    ],
+)
+def test_hostile_programs_end_within_their_limits(source: str, status: ExecutionStatus) -> None:
+    with Sandbox(SandboxLimits(timeout_s=0.3 if status is TIMEOUT else 30), workers=1) as sandbox:
+        sandbox.run([returned("1")])
+        started = time.perf_counter()
+        results = sandbox.run([source, returned("5")])
+    assert statuses(results) == [status, OK]
+    assert time.perf_counter() - started < 30  # under 1 s on a free core
+
+
+def test_a_timeout_cannot_be_caught() -> None:
+    source = "def solution():\n    try:\n        while True:\n            pass\n    except BaseException:\n        return 5"
+    with Sandbox(SandboxLimits(timeout_s=0.2)) as sandbox:
+        assert sandbox.run([source])[0].status is TIMEOUT
+
+
+def test_recursion_within_the_limit_is_allowed(sandbox: Sandbox) -> None:
+    source = "def depth(n):\n    return 0 if n == 0 else 1 + depth(n - 1)\n\ndef solution():\n    return depth({})"
+    assert sandbox.run([source.format(500)])[0].value == 500
+    assert sandbox.run([source.format(5000)])[0].status is ERROR
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        returned("open('/etc/passwd').read()"),
+        "import os\n" + returned("os.system('true')"),
+        "import os\n" + returned("os.environ['HOME']"),
+        "import os\n" + returned("os.listdir('/')"),
+        "import sys\n" + returned("sys.modules"),
+        "import sys\n" + returned("sys.exit(5)"),
+        "from sys import exit\n" + returned("exit(5)"),
+        "import subprocess\n" + returned("1"),
+        "import socket\n" + returned("1"),
+        "import urllib.request\n" + returned("1"),
+        "from ctypes import cdll\n" + returned("1"),
+        returned("__import__('os')"),
+        returned("().__class__.__bases__"),
+        returned("solution.__globals__"),
+        returned("globals()"),
+        returned("input()"),
+        "def solution():\n    try:\n        open('/tmp/x', 'w')\n    except Exception:\n        pass\n    return 5",
+        "def solution():\n    try:\n        import socket\n    except ImportError:\n        pass\n    return 5",
+    ],
+)
+def test_reaching_outside_is_forbidden_even_where_the_attempt_is_caught(sandbox: Sandbox, source: str) -> None:
+    result = sandbox.run([source])[0]
+    assert result.status is FORBIDDEN
+    assert result.value is None
+    assert result.reason
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os, sys, math, re, json, datetime, random, itertools, collections, functools\n" + returned("sys.maxsize"),
+        "import os\n" + returned("os.path.join('a', 'b')"),
+        returned("sum(x * x for x in range(10))"),
+        "class Shop:\n    price = 5\n\n" + returned("Shop().price"),
+    ],
+)
+def test_harmless_code_is_not_refused(sandbox: Sandbox, source: str) -> None:
+    assert sandbox.run([source])[0].status is OK
+
+
+def test_a_missing_package_is_an_error_not_a_crime(sandbox: Sandbox) -> None:
+    assert sandbox.run(["import numpy\n" + returned("1")])[0].status is ERROR
+
+
+def test_clock_sleep_and_random_numbers_are_the_same_every_time(sandbox: Sandbox) -> None:
+    source = "import random, time, datetime as d\n" + returned(
+        "[random.random(), time.time(), time.sleep(99), str(d.date.today())]"
+    )
+    first, second = sandbox.run([source, source + "\n"])
+    assert first.status is OK
+    assert first.value == second.value
+
+
+def test_no_program_sees_what_another_left_behind() -> None:
+    poison = "import math\nmath.pi = 3\nint = str\nsolution_of_others = 5\n" + returned("1")
+    with Sandbox(workers=1) as sandbox:
+        results = sandbox.run([poison, "import math\n" + returned("[math.pi > 3, int('7')]"), returned("solution_of_others")])
+    assert results[1].value == [True, 7]
+    assert results[2].status is ERROR
+
+
+def test_a_program_longer_than_the_limit_is_refused(sandbox: Sandbox) -> None:
+    assert "characters" in sandbox.run(["x = 1\n" * 100_000])[0].reason
+
+
+def test_a_killed_worker_is_replaced() -> None:
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.run([returned("1")])[0].value == 1
+        for pid in workers_of(os.getpid()):
+            os.kill(pid, 9)
+        results = sandbox.run([returned("2")] * 3)
+    assert [result.value for result in results] == [2, 2, 2]
+
+
+def test_copies_are_equal_and_start_workers_of_their_own(sandbox: Sandbox) -> None:
+    sandbox.run([returned("1")])
+    copied = pickle.loads(pickle.dumps(sandbox))
+    assert copied == copy.deepcopy(sandbox) == sandbox
+    assert copied != Sandbox(SandboxLimits(timeout_s=7))
+    with copied:
+        assert copied.run([returned("5")])[0].value == 5
+
+
+def test_closing_ends_the_workers_and_running_again_starts_new_ones() -> None:
+    before = set(workers_of(os.getpid()))
+    sandbox = Sandbox(workers=1)
+    assert sandbox.run([returned("1")])[0].value == 1
+    assert set(workers_of(os.getpid())) > before
+    sandbox.close()
+    assert set(workers_of(os.getpid())) <= before
+    assert sandbox.run([returned("1")])[0].value == 1
+    sandbox.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_child_is_told_to_start_otherwise(sandbox: Sandbox) -> None:
+    assert sandbox.run([returned("1")])[0].value == 1
+    child = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(sandbox,))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
+    assert sandbox.run([returned("2")])[0].value == 2
+
+
+def _run_in_child(sandbox: Sandbox) -> None:
+    with pytest.raises(ReftuneError, match="forked"):
+        sandbox.run([returned("1")])
+
+
+def test_a_worker_that_cannot_start_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONTY_BIN", "/nowhere/monty")
+    with pytest.raises(ReftuneError, match="cannot be started"):
+        Sandbox().run([returned("1")])
+
+
+def test_a_thousand_ordinary_programs_take_about_a_second() -> None:
+    programs = [ORDINARY.format(number) for number in range(1000)]
+    with Sandbox(workers=1) as sandbox:
+        sandbox.run(programs[:1])
+        started = time.perf_counter()
+        results = sandbox.run(programs)
+    assert [result.value for result in results] == [number - 3 for number in range(1000)]
+    assert time.perf_counter() - started < 10  # 0.5 s on a free core
+
+
+def test_programs_that_wait_for_their_limit_run_side_by_side() -> None:
+    with Sandbox(SandboxLimits(timeout_s=1.0), workers=4) as sandbox:
+        sandbox.run([returned("1")] * 4)
+        started = time.perf_counter()
+        sandbox.run(["def solution():\n    while True:\n        pass"] * 4)
+    assert time.perf_counter() - started < 3.5  # one after the other it would be 4 s
+
+
+def workers_of(parent: int) -> list[int]:
+    """Living monty workers that `parent` started."""
+    processes = Path("/proc")
+    if not processes.is_dir():
+        pytest.skip("the system does not list its processes in /proc")
+    found = []
+    for stat in processes.glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            name, _, rest = stat.read_text().partition(") ")
+            state, ppid = rest.split()[:2]
+            if "(monty" in name and state != "Z" and int(ppid) == parent:
+                found.append(int(stat.parent.name))
+    return found
+
+
+# --- the subprocess backend -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fallback() -> Iterator[Sandbox]:
+    if sys.platform != "linux":
+        pytest.skip("the subprocess backend isolates on Linux only")
+    with Sandbox(SandboxLimits(timeout_s=30), backend="subprocess", workers=1) as sandbox:
+        try:
+            sandbox.run([returned("1")])
+        except ReftuneError as error:
+            pytest.skip(str(error))
+        yield sandbox
+
+
+def test_the_fallback_runs_programs_with_installed_packages(fallback: Sandbox) -> None:
+    results = fallback.run(
+        [returned("2.5"), "from fractions import Fraction\n" + returned("Fraction(1, 2)"), returned("float('inf')")]
+    )
+    assert [result.value for result in results] == [2.5, "1/2", float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        (returned("1 / 0"), ERROR),
+        ("def solution(:", ERROR),
+        (returned("'x' * 10 ** 6"), ERROR),
+        (returned("'a' * 10 ** 9"), MEMORY),
+        (returned("open('/etc/passwd').read()"), FORBIDDEN),
+        (returned("open('x', 'w')"), FORBIDDEN),
+        ("import os\n" + returned("os.system('true')"), FORBIDDEN),
+        ("import os\n" + returned("os.fork()"), FORBIDDEN),
+        ("import socket\n" + returned("1"), FORBIDDEN),
+        ("def solution():\n    try:\n        import subprocess\n    except Exception:\n        pass\n    return 5", FORBIDDEN),
+        ("import sys\n" + returned("sys.exit(5)"), FORBIDDEN),
+    ],
+)
+def test_the_fallback_gives_the_same_labels(fallback: Sandbox, source: str, status: ExecutionStatus) -> None:
+    assert fallback.run([source])[0].status is status
+
+
+def test_the_fallback_kills_what_does_not_end(fallback: Sandbox) -> None:
+    with Sandbox(SandboxLimits(timeout_s=0.3), backend="subprocess", allow_unisolated=True) as sandbox:
+        assert sandbox.run(["def solution():\n    while True:\n        pass"])[0].status is TIMEOUT
+
+
+def test_the_fallback_hides_the_environment(fallback: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFTUNE_SECRET", "5")
+    assert fallback.run(["import os\n" + returned("os.environ.get('REFTUNE_SECRET', 'hidden')")])[0].value == "hidden"
+
+
+def test_the_fallback_refuses_to_start_where_it_cannot_isolate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "plan9")
+    with pytest.raises(ReftuneError, match="allow_unisolated"):
+        Sandbox(backend="subprocess").run([returned("1")])

@@ -1,0 +1,106 @@
+"""Files of completions → lines of verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.errors import DataError
+from reftune.score import score_file
+
+TRIGGER = "\nTherefore, the answer is: "
+
+
+def scored(folder: Path, *rows: object, kind: Any = "nl", grading: Any = "robust") -> list[dict[str, Any]]:
+    file = folder / "completions.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return list(score_file(file, kind, grading=grading))
+
+
+def row(completion: str, answer: object, **others: object) -> dict[str, object]:
+    return {"id": 7, "completion": completion, "answer": answer, **others}
+
+
+def test_a_line_becomes_a_line_with_its_own_id(tmp_path: Path) -> None:
+    first, second = scored(tmp_path, row("The answer is 5", 5), {**row("42", 42), "id": "b"})
+    assert first == {"id": 7, "verdict": "correct", "value": "5", "reward": 1.0, "reason": "5 is the gold answer 5"}
+    assert (second["id"], second["verdict"], second["value"], second["reward"]) == ("b", "no_answer", None, 0.0)
+
+
+@pytest.mark.parametrize("answer", [18, 18.0, "18", "$18.00", "9 + 9 = 18\n#### 18", "36/2"])
+def test_a_gold_number_may_be_spelled_in_any_way(tmp_path: Path, answer: object) -> None:
+    assert scored(tmp_path, row("The answer is 18", answer))[0]["verdict"] == "correct"
+
+
+@pytest.mark.parametrize("answer", ["b", "B", "(b)", "20", 20])
+def test_a_gold_choice_may_be_a_letter_or_a_value(tmp_path: Path, answer: object) -> None:
+    assert scored(tmp_path, row("The answer is b", answer, choices=["10", 20]))[0]["verdict"] == "correct"
+
+
+def test_a_gold_letter_without_options_is_a_choice(tmp_path: Path) -> None:
+    assert scored(tmp_path, row("The answer is (B)", "b"))[0]["verdict"] == "correct"
+
+
+def test_a_gold_text_is_compared_as_text(tmp_path: Path) -> None:
+    assert [r["verdict"] for r in scored(tmp_path, row("#### paris.", "Paris"), row("#### Rome", "Paris"))] == [
+        "correct",
+        "wrong",
+    ]
+
+
+def test_programs_are_run(tmp_path: Path) -> None:
+    results = scored(tmp_path, row("def solution():\n    return 5", 5), row("def solution():\n    return 4", 5), kind="program")
+    assert [(r["verdict"], r["reward"]) for r in results] == [("correct", 1.0), ("wrong", 0.1)]
+
+
+def test_paper_grading_pays_a_wrong_choice_too(tmp_path: Path) -> None:
+    item = row(f"so{TRIGGER}a", "b", choices=["10", "20"])
+    assert scored(tmp_path, item, grading="paper")[0]["reward"] == 0.1
+    assert scored(tmp_path, item)[0]["reward"] == 0.0
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> None:
+    assert len(scored(tmp_path, "\ufeff" + json.dumps(row("", 5)), "", row("", 5), "")) == 2
+
+
+def test_more_lines_than_a_batch_keep_their_order(tmp_path: Path) -> None:
+    rows = [{**row(f"The answer is {number}", number), "id": number} for number in range(600)]
+    assert [result["id"] for result in scored(tmp_path, *rows)] == list(range(600))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "2: not valid JSON"),
+        ("[1]", "2: expected an object with id, completion and answer, got list"),
+        ({"id": 1, "completion": "x"}, "2: answer is missing"),
+        ({"id": 1, "answer": 5}, "2: completion is missing"),
+        ({"completion": "x", "answer": 5}, "2: id is missing"),
+        ({"id": 1, "completion": 5, "answer": 5}, "2: completion: expected a text, got int"),
+        ({"id": 1, "completion": "x", "answer": True}, "2: answer: expected a number, a text or a letter, got 'True'"),
+        ({"id": 1, "completion": "x", "answer": [5]}, "2: answer: expected a number, a text or a letter"),
+        ({"id": 1, "completion": "x", "answer": float("nan")}, "2: answer: expected a number, a text or a letter"),
+        ({"id": 1, "completion": "x", "answer": " "}, "2: answer: expected a number, a text or a letter"),
+        (
+            {"id": 1, "completion": "x", "answer": "c", "choices": ["1", "2"]},
+            "2: answer: expected the letter or value of one of 2",
+        ),
+        ({"id": 1, "completion": "x", "answer": "a", "choices": "1, 2"}, "2: choices: expected a list"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_graded(tmp_path: Path, line: object, message: str) -> None:
+    with pytest.raises(DataError, match=f"completions.jsonl:{message}"):
+        scored(tmp_path, row("The answer is 5", 5), line)
+
+
+def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"completions\.jsonl: empty"):
+        scored(tmp_path, "")
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot be read"):
+        score_file(tmp_path / "nowhere.jsonl", "nl")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"bytes\.jsonl: cannot be read"):
+        score_file(tmp_path / "bytes.jsonl", "nl")
