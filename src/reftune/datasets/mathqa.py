@@ -1,0 +1,283 @@
+"""MathQA: GMAT-like questions with five options and an operation program each (Amini et al. 2019, arXiv:1905.13319)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Literal
+
+from pydantic import Field
+
+from reftune.datasets import Splits
+from reftune.datasets._authors import COLUMNS, Rationale, authors_rationale, is_authors
+from reftune.datasets._mathqa_formula import formula_steps
+from reftune.datasets._programs import drop_wrong_programs, program
+from reftune.datasets._reading import Row, read_value, refuse_type_changes, shown
+from reftune.datasets._splits import draw_splits, drop_untrainable, normalised, read_splits
+from reftune.errors import DataError
+from reftune.recipe import Component
+from reftune.types import Answer, Problem
+
+LETTERS = "abcde"
+AUTHORS_NAMES = {"choice": "mathqa", "numeric": "mathqa-numeric"}
+FORMULA_TOLERANCE = Fraction(1, 100)
+"""Relative: options are rounded, formulas are not."""
+
+OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
+OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
+LETTER_AGAIN = re.compile(r"^[a-e]\s*[).]\s+(?=\S)")
+"""Some options repeat it: `a ) a ) 350`, `d ) d . 3.6`."""
+LOST_RUPEES = re.compile(r"^s\s*\.?\s*(?=[-0-9.])")
+"""`s . 600` was `rs . 600`."""
+SQUARE_OR_CUBIC = re.compile(r"\b([ckm]?m|ft|in|feet|inch(?:es)?|met(?:er|re)s?)\s*\^?\s*[23]$")
+"""`500 cm 2`"""
+FINAL_LETTER = re.compile(r"\W*\b(?:answer|ans|option|choice)(?:\s*(?:is|option|choice|:|=|[-–.]))*\s*\(?\s*([a-e])[\s.)]*$")
+MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
+
+
+class Mathqa(Component):
+    """MathQA from the Hub, from its own json files, or from the JSON files of ReFT's authors."""
+
+    train: str = "regisss/math_qa"
+    """A file, a folder, or a Hub id `owner/name[:config[:split]]`."""
+    test: str | None = None
+    """Default: the test split beside `train`, if that is a folder or a Hub id."""
+    dev: str | None = None
+    """Default: drawn from train."""
+    dev_size: int | None = Field(None, ge=0)
+    """How many questions to draw for dev. Default: a tenth of train, at most 500."""
+    answer: Literal["choice", "numeric"] = "choice"
+    """`choice`: the question ends in its options and the gold is a letter. `numeric`: no options, the gold is a number."""
+    rationale: Rationale = "program"
+    """`nl`: as published. `program`: derived from linear_formula; for `choice` it returns the letter of the nearest option."""
+
+    def load(self, *, seed: int) -> Splits:
+        """Raises: DataError with file and line."""
+        authors = AUTHORS_NAMES[self.answer]
+        ending = "nl" if self.rationale == "nl" else "python_sdp"
+        names = {"train": [f"{authors}_{ending}.json"], "test": [f"{authors}_test_set.json"]}
+        rows = read_splits(self.train, self.dev, self.test, names=names)
+        counts: Counter[str] = Counter()
+        splits = draw_splits(
+            train=self._gold_checked(rows.train, counts),
+            dev=None if rows.dev is None else self._gold_checked(rows.dev, counts),
+            test=[problem for problem in self._problems(rows.test) if problem is not None],
+            dev_size=self.dev_size,
+            seed=seed,
+            key=_stem_key,
+        )
+        counts["test_without_number"] = len(rows.test) - len(splits.test)
+        splits = replace(splits, counts={**+counts, **splits.counts})
+        if self.rationale == "program":
+            return drop_wrong_programs(splits)
+        splits = drop_untrainable(splits, "no_rationale", lambda problem: problem.rationale is None)
+        return drop_untrainable(splits, "rationale_disagrees", _contradicts_gold) if self.answer == "choice" else splits
+
+    def _gold_checked(self, rows: list[Row], counts: Counter[str]) -> list[Problem]:
+        """Problems to learn from. Where the formula misses the gold by more than 1 %, one of the two is wrong: a numeric
+        problem is left out then, a multiple-choice one has no program."""
+        if (self.answer, self.rationale) == ("choice", "nl"):
+            return [problem for problem in self._problems(rows) if problem is not None]
+        problems = []
+        for problem, agrees in zip(self._problems(rows), _formulas_agree(rows), strict=True):
+            if problem is None:
+                counts["no_number"] += 1
+            elif agrees:
+                problems.append(problem)
+            elif self.answer == "numeric":
+                counts["formula_disagrees"] += 1
+            else:
+                problems.append(replace(problem, rationale=None))
+        return problems
+
+    def _problems(self, rows: list[Row]) -> list[Problem | None]:
+        """One a row; None where a numeric gold is asked for and the option says none."""
+        refuse_type_changes(rows, ("Problem", "Rationale", "options", "correct", "linear_formula", *COLUMNS))
+        return [self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows]
+
+    def _authors_problem(self, row: Row) -> Problem:
+        question = repaired(row.text("question"))
+        options: tuple[str, ...] = ()
+        if self.answer == "choice":
+            question, _, spelled = question.rpartition("\n")
+            options = _options(row, spelled)
+            question = _with_options(question, options)
+            gold = _letter(row, "answer_value", options)
+        else:
+            gold = Answer(kind="number", value=row.number("answer_value"))
+        return Problem(
+            id=row.text("item_id"),
+            question=question,
+            answer=gold,
+            rationale=authors_rationale(row, self.rationale),
+            choices=options,
+            columns=row.others(*COLUMNS),
+        )
+
+    def _problem(self, row: Row) -> Problem | None:
+        stem = repaired(row.text("Problem"))
+        options, letter = _gold_of(row)
+        columns = row.others("Problem", "Rationale", "options", "correct")
+        if self.answer == "choice":
+            rationale = _prose(row) if self.rationale == "nl" else choice_program(row, options)
+            question = _with_options(stem, options)
+            return Problem(id=row.id, question=question, answer=letter, rationale=rationale, choices=options, columns=columns)
+        number = option_number(options[LETTERS.index(str(letter))])
+        if number is None:
+            return None
+        rationale = FINAL_LETTER.sub("", _prose(row) or "") or None if self.rationale == "nl" else _formula_program(row)
+        return Problem(
+            id=row.id, question=stem, answer=Answer(kind="number", value=number), rationale=rationale, columns=columns
+        )
+
+
+def choice_program(row: Row, options: Sequence[str]) -> str | None:
+    """The formula's value, then the letter of the option nearest to it; None without a formula or a number among them."""
+    steps = _steps(row)
+    values = {letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)}
+    spelled = ", ".join(f'"{letter}": {_literal(value)}' for letter, value in values.items() if value is not None)
+    if steps is None or not spelled:
+        return None
+    nearest = f"min(options, key=lambda letter: abs(options[letter] - {steps[-1][0]}))"
+    return program([*steps, ("options", f"{{{spelled}}}")], result=nearest)
+
+
+def _formula_program(row: Row) -> str | None:
+    steps = _steps(row)
+    return None if steps is None else program(steps)
+
+
+def _steps(row: Row) -> list[tuple[str, str]] | None:
+    formula = row.optional_text("linear_formula")
+    return None if formula is None else formula_steps(formula, row.text("Problem"))
+
+
+def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
+    """Whether the value of each row's formula is within 1 % of the gold option; rows of ReFT's authors are taken to be."""
+    from reftune.sandbox import Sandbox
+
+    with Sandbox() as sandbox:
+        results = sandbox.run(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
+    return [is_authors(row) or _is_near_gold(row, result.value) for row, result in zip(rows, results, strict=True)]
+
+
+def _is_near_gold(row: Row, value: object) -> bool:
+    options, letter = _gold_of(row)
+    gold, number = option_value(options[LETTERS.index(str(letter))]), read_value(value)
+    return gold is not None and number is not None and abs(number - gold) <= FORMULA_TOLERANCE * abs(gold)
+
+
+def _prose(row: Row) -> str | None:
+    """The Rationale without the quotes that most have around them."""
+    text = row.optional_text("Rationale")
+    return None if text is None else repaired(text.strip('" \n')) or None
+
+
+def _contradicts_gold(problem: Problem) -> bool:
+    match = FINAL_LETTER.search(problem.rationale or "")
+    return match is not None and match[1] != problem.answer.value
+
+
+def _stem_key(problem: Problem) -> str:
+    """Without the options: the same question with other options is the same question."""
+    return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
+
+
+def _literal(value: Fraction) -> str:
+    return str(Answer(kind="number", value=value)).replace("/", " / ")
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def read_options(text: str) -> tuple[str, ...] | None:
+    """`a ) 38 , b ) 27.675 , …`, or a Python list of such pieces, as option texts, a first; None if it is neither."""
+    if text.startswith("["):
+        try:
+            pieces = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return None
+    else:
+        pieces = OPTION_BREAK.split(text)
+    if not 2 <= len(pieces) <= len(LETTERS) or not all(isinstance(piece, str) for piece in pieces):
+        return None
+    matches = [OPTION_LETTER.match(piece) for piece in pieces]
+    letters = "".join(match["letter"] for match in matches if match)
+    options = [piece[match.end() :].strip() for match, piece in zip(matches, pieces, strict=True) if match]
+    return tuple(options) if letters == LETTERS[: len(pieces)] and all(options) else None
+
+
+def option_value(text: str) -> Fraction | None:
+    """As `option_number`, and `3 : 4` as 3/4: formulas compute ratios so."""
+    ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
+    if ratio is None:
+        return option_number(text)
+    return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
+
+
+def option_number(text: str) -> Fraction | None:
+    """The number an option says, as the grader reads numbers; None where it says none or more than one, `3 : 4` for example."""
+    text = LETTER_AGAIN.sub("", text)
+    text = LOST_RUPEES.sub("rs ", text)
+    return None if set(text) & set("([∏") else read_value(SQUARE_OR_CUBIC.sub(r"\1", text))
+
+
+def _gold_of(row: Row) -> tuple[tuple[str, ...], Answer]:
+    options = _options(row, row.text("options"))
+    return options, _letter(row, "correct", options)
+
+
+def _options(row: Row, text: str) -> tuple[str, ...]:
+    options = read_options(repaired(text))
+    if options is None:
+        raise DataError(f"{row.where}: options {shown(text)} cannot be read; expected them like 'a ) 38 , b ) 27 , c ) 30'")
+    return options
+
+
+def _letter(row: Row, column: str, options: Sequence[str]) -> Answer:
+    letter, letters = row.text(column).lower(), LETTERS[: len(options)]
+    if len(letter) != 1 or letter not in letters:
+        raise DataError(f"{row.where}: {column} is {shown(row.columns[column])}; expected a letter from a to {letters[-1]}")
+    return Answer(kind="choice", value=letter)
+
+
+def _with_options(stem: str, options: Sequence[str]) -> str:
+    """As ReFT's authors put them: `a ) 38 , b ) 27 , …` in a line of its own."""
+    return f"{stem}\n{' , '.join(f'{letter} ) {option}' for letter, option in zip(LETTERS, options, strict=False))}"
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def repaired(text: str) -> str:
+    """Mojibake undone: UTF-8 that was read as cp1252, then lower-cased and spaced out (`ã —` for `×`), some of it twice."""
+    for _ in range(3):
+        text = MOJIBAKE.sub(_decoded, text)
+    return text
+
+
+def _decoded(match: re.Match[str]) -> str:
+    two, first, second = match.groups()
+    if two:
+        return _utf8("Ã" + two) or match[0]
+    long, short = _utf8("â" + first + second) if second else None, _utf8("Â" + first)
+    return long or (match[0] if short is None else short + match[0][match.end(2) - match.start() :])
+
+
+def _utf8(characters: str) -> str | None:
+    try:
+        return b"".join(_byte(character) for character in characters).decode("utf-8")
+    except UnicodeError:
+        return None
+
+
+def _byte(character: str) -> bytes:
+    """As cp1252, or as latin-1 where that has a hole."""
+    try:
+        return character.encode("cp1252")
+    except UnicodeEncodeError:
+        return character.encode("latin-1")

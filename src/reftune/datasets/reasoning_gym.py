@@ -1,0 +1,101 @@
+"""Any task of the reasoning-gym package: generated questions, each graded by the task's own scorer."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from functools import partial
+from typing import Any
+
+from pydantic import Field
+
+from reftune.datasets import Splits
+from reftune.datasets._splits import draw_splits, question_key
+from reftune.errors import DataError, RecipeError
+from reftune.recipe import Component, unknown_key
+from reftune.types import Answer, Problem
+
+SEED_RANGE = 100_000_000
+"""Distance between the seeds of test, of train and of another `data_seed`. A task's n-th question has seed + n."""
+PATIENCE = 20
+"""Questions drawn for each one wanted, before the task is taken to have no more different ones."""
+ANY_ANSWER = "(any answer that the scorer accepts)"
+"""Gold of the few tasks that give none."""
+
+
+class ReasoningGym(Component):
+    """A task by name. Its questions depend on `data_seed`; the run's seed draws dev among those that are not test's."""
+
+    task: str = "gsm_symbolic"
+    """A name of the package's gallery, for instance `chain_sum`."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The task's own settings, for instance `{min_terms: 2, max_terms: 4}`."""
+    train_size: int = Field(1000, gt=0)
+    """Number of training questions."""
+    dev_size: int = Field(200, ge=0)
+    """Number of dev questions."""
+    test_size: int = Field(500, ge=0)
+    """Number of test questions, which are the same whatever the other sizes."""
+    data_seed: int = Field(0, ge=0, le=20)
+    """Other questions for another number."""
+
+    def load(self, *, seed: int) -> Splits:
+        """Raises: RecipeError for an unknown task or setting; DataError where the task has too few different questions."""
+        test = self._draw("test", self.test_size, without=[])
+        rest = self._draw("train", self.train_size + self.dev_size, without=test)
+        return draw_splits(train=rest, dev=None, test=test, dev_size=self.dev_size, seed=seed)
+
+    def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
+        """The first `count` different questions of the split's seeds."""
+        first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
+        asked = {question_key(problem) for problem in without}
+        drawn: list[Problem] = []
+        for start in itertools.count(first_seed, max(count, 1)):
+            if len(drawn) >= count:
+                return drawn[:count]
+            if start >= first_seed + PATIENCE * count:
+                raise DataError(
+                    f"reasoning_gym {self.task}: {len(drawn)} different {split} questions in {PATIENCE * count} draws, "
+                    f"expected {count}; make the splits smaller or widen dataset.config"
+                )
+            for problem in self._problems(split, start, count):
+                if question_key(problem) not in asked:
+                    asked.add(question_key(problem))
+                    drawn.append(problem)
+        raise AssertionError("itertools.count ends")
+
+    def _problems(self, split: str, start: int, count: int) -> list[Problem]:
+        task = self._task(start, count)
+        return [_problem(f"{self.task}-{split}-{start + n}", task, task[n]) for n in range(count)]
+
+    def _task(self, seed: int, size: int) -> Any:
+        try:
+            import reasoning_gym
+            from reasoning_gym.factory import DATASETS
+        except ImportError:
+            raise RecipeError("dataset.kind: reasoning_gym needs its package: pip install 'reftune[reasoning-gym]'") from None
+        if self.task not in DATASETS:
+            near = difflib.get_close_matches(self.task, DATASETS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "expected a name of reasoning_gym.factory.DATASETS"
+            raise RecipeError(f"dataset.task: {self.task}: unknown task; {hint}")
+        known = [field.name for field in dataclasses.fields(DATASETS[self.task][1]) if field.name not in ("seed", "size")]
+        for key in self.config:
+            if key not in known:
+                raise RecipeError(f"dataset.config.{unknown_key(key, known)}")
+        try:
+            return reasoning_gym.create_dataset(self.task, **self.config, seed=seed, size=size)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise RecipeError(f"dataset.config: {self.task} refuses {self.config}: {error or type(error).__name__}") from None
+
+
+def _problem(id: str, task: Any, entry: dict[str, Any]) -> Problem:
+    cot = entry["metadata"].get("answer_cot")
+    return Problem(
+        id=id,
+        question=entry["question"],
+        answer=Answer(kind="text", value=ANY_ANSWER if entry["answer"] is None else str(entry["answer"])),
+        rationale=None if cot is None else cot.partition("####")[0].strip(),
+        columns={"metadata": entry["metadata"]},
+        scorer=partial(task.score_answer, entry=entry),
+    )

@@ -1,0 +1,132 @@
+"""The user's own data: columns, kinds of answers, several rationales, bad rows."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from reftune.datasets import Splits
+from reftune.datasets.jsonl import Jsonl
+from reftune.errors import DataError
+from reftune.types import Answer
+
+SUM = {"question": "2 + 3?", "answer": 5, "rationale": "2 + 3 = 5"}
+CHOICE = {"question": "Which is even?", "choices": ["one", "two", "three"], "answer": "B"}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(tmp_path: Path, *rows: dict[str, Any], **keys: Any) -> Splits:
+    source = write(tmp_path / "data.jsonl", *rows)
+    return Jsonl.model_validate({"kind": "jsonl", "train": source, "dev_size": 0, **keys}).load(seed=0)
+
+
+def test_plain_rows_need_no_settings(tmp_path: Path) -> None:
+    (problem,) = load(tmp_path, SUM).train
+    assert (problem.id, problem.question, problem.rationale) == ("data-1", "2 + 3?", "2 + 3 = 5")
+    assert problem.answer == Answer(kind="number", value=Fraction(5))
+
+
+def test_columns_may_be_called_otherwise_and_the_rest_is_kept(tmp_path: Path) -> None:
+    row = {"prompt": "q", "gold": "1,234", "why": "so", "key": 17, "level": 3, "tags": ["a"]}
+    columns = {"question": "prompt", "answer": "gold", "rationale": "why", "id": "key"}
+    (problem,) = load(tmp_path, row, columns=columns).train
+    assert (problem.id, problem.question, problem.rationale) == ("17", "q", "so")
+    assert problem.answer.value == 1234
+    assert problem.columns == {"level": 3, "tags": ["a"]}
+
+
+def test_rationales_and_ids_may_be_missing(tmp_path: Path) -> None:
+    (problem,) = load(tmp_path, {"question": "q", "answer": 5}).train
+    assert problem.rationale is None
+
+
+def test_a_question_may_have_several_rationales(tmp_path: Path) -> None:
+    splits = load(tmp_path, SUM, {**SUM, "rationale": "count: 3, 4, 5"}, SUM)
+    assert [problem.rationale for problem in splits.train] == ["2 + 3 = 5", "count: 3, 4, 5"]
+    assert splits.counts == {"duplicate": 1}
+
+
+def test_the_authors_format_is_recognised(tmp_path: Path) -> None:
+    row = {"item_id": "svamp_1", "question": "q", "answer_cot": "so 208", "answer_value": "208.0"}
+    test = write(tmp_path / "test.jsonl", {"item_id": "svamp_2", "question": "r", "answer_value": "1.0"})
+    splits = load(tmp_path, row, test=test)
+    assert (splits.train[0].id, splits.train[0].rationale, splits.train[0].answer.value) == ("svamp_1", "so 208", 208)
+    assert splits.test[0].id == "svamp_2"
+
+
+@pytest.mark.parametrize("answer", ["B", "b", "(b)", "b.", "two", "Two!"])
+def test_a_choice_is_a_letter_or_the_text_of_an_option(tmp_path: Path, answer: str) -> None:
+    (problem,) = load(tmp_path, {**CHOICE, "answer": answer}).train
+    assert problem.answer == Answer(kind="choice", value="b")
+    assert problem.choices == ("one", "two", "three")
+
+
+def test_options_in_csv_are_a_list_written_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('question,choices,answer\n"Which?","[""one"", ""two""]",a\n')
+    (problem,) = Jsonl(kind="jsonl", train=str(path), dev_size=0).load(seed=0).train
+    assert problem.choices == ("one", "two")
+
+
+def test_numeric_options_are_matched_by_their_text(tmp_path: Path) -> None:
+    (problem,) = load(tmp_path, {**CHOICE, "choices": [28, 30], "answer": 30}).train
+    assert problem.answer.value == "b"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**CHOICE, "answer": 1}, r"answer '1'; expected a letter from a to c or the text of one option"),
+        ({**CHOICE, "answer": "d"}, r"answer 'd'; expected a letter from a to c"),
+        ({**CHOICE, "choices": ["one", "one"], "answer": "one"}, r"answer 'one'; expected a letter from a to b"),
+        ({**CHOICE, "choices": ["one"]}, r"choices is \['one'\]; expected a list of 2 to 26 option texts"),
+        ({**CHOICE, "choices": "one or two"}, r"choices is 'one or two'; expected a list"),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused_with_their_line(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:1: " + message):
+        load(tmp_path, row)
+
+
+def test_answers_that_are_no_numbers_are_texts(tmp_path: Path) -> None:
+    (problem,) = load(tmp_path, {"question": "Capital of France?", "answer": "Paris"}).train
+    assert problem.answer == Answer(kind="text", value="Paris")
+
+
+def test_text_can_be_asked_for(tmp_path: Path) -> None:
+    assert load(tmp_path, {"question": "q", "answer": "007"}, answer_kind="text").train[0].answer.value == "007"
+
+
+def test_the_first_answer_decides_and_another_kind_is_refused_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:2: answer is 'Paris'; expected a number \(or dataset.answer_kind=text\)"):
+        load(tmp_path, {"question": "q", "answer": "5"}, {"question": "r", "answer": "Paris"})
+
+
+def test_a_type_change_is_refused_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:2: answer is '6', text; expected a number as in the rows before"):
+        load(tmp_path, SUM, {"question": "r", "answer": "6", "rationale": "so"})
+
+
+@pytest.mark.parametrize("answer", [None, "", True, float("nan")])
+def test_a_missing_gold_is_refused_with_its_line(tmp_path: Path, answer: object) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:1: answer is .*; expected a number"):
+        load(tmp_path, {**SUM, "answer": answer}, answer_kind="number")
+
+
+def test_a_mapped_column_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:1: no column 'why'; expected one among question, answer, rationale"):
+        load(tmp_path, SUM, columns={"rationale": "why"})
+
+
+def test_an_unknown_key_of_columns_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValidationError, match=r"qestion: unknown key; did you mean question\?"):
+        Jsonl.model_validate({"kind": "jsonl", "train": "x.jsonl", "columns": {"qestion": "q"}})

@@ -1,0 +1,233 @@
+"""Rows of files, folders and the Hub, and what is said about the ones that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.datasets._reading import Row, read_rows, refuse_type_changes
+from reftune.errors import DataError
+
+ROWS = [{"question": "1 + 1?", "answer": 2}, {"question": "2 + 2?", "answer": 4}]
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def columns(rows: list[Row]) -> list[Mapping[str, Any]]:
+    return [row.columns for row in rows]
+
+
+def test_jsonl_rows_know_their_lines_and_blank_lines_count(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.jsonl", json.dumps(ROWS[0]) + "\n\n" + json.dumps(ROWS[1]) + "\n")
+    rows = read_rows(source, "train")
+    assert columns(rows) == ROWS
+    assert [row.where for row in rows] == [f"{source}:1", f"{source}:3"]
+    assert [row.id for row in rows] == ["data-1", "data-2"]
+
+
+def test_json_list_rows_know_their_lines(tmp_path: Path) -> None:
+    # indent=1 writes "[", then each row over four lines: the rows start in lines 2 and 6
+    source = write(tmp_path / "data.json", json.dumps(ROWS, indent=1))
+    rows = read_rows(source, "train")
+    assert columns(rows) == ROWS
+    assert [row.where for row in rows] == [f"{source}:2", f"{source}:6"]
+
+
+def test_a_json_file_may_hold_one_object_a_line(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.json", "\n".join(map(json.dumps, ROWS)))
+    assert columns(read_rows(source, "train")) == ROWS
+
+
+def test_csv_rows_know_the_line_they_start_in(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.csv", 'question,answer\r\n"two\r\nlines, one comma",3\r\nplain,\r\n')
+    rows = read_rows(source, "train")
+    assert columns(rows) == [{"question": "two\r\nlines, one comma", "answer": "3"}, {"question": "plain", "answer": None}]
+    assert [row.where for row in rows] == [f"{source}:2", f"{source}:4"]
+
+
+def test_tsv_is_split_at_tabs(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.tsv", "question\tanswer\na, b\t3\n")
+    assert columns(read_rows(source, "train")) == [{"question": "a, b", "answer": "3"}]
+
+
+def test_parquet_rows_have_numbers(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "data.parquet")
+    rows = read_rows(str(tmp_path / "data.parquet"), "train")
+    assert columns(rows) == ROWS
+    assert rows[1].where == f"{tmp_path / 'data.parquet'}: row 2"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.csv", b"\xef\xbb\xbfquestion,answer\nq,3\n")
+    assert columns(read_rows(source, "train")) == [{"question": "q", "answer": "3"}]
+
+
+def test_a_folder_has_one_file_a_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", json.dumps(ROWS[0]))
+    write(tmp_path / "validation.csv", "question,answer\nq,3\n")
+    write(tmp_path / "test.json", json.dumps(ROWS))
+    assert len(read_rows(str(tmp_path), "train")) == 1
+    assert read_rows(str(tmp_path), "dev")[0].columns["question"] == "q"
+    assert len(read_rows(str(tmp_path), "test")) == 2
+
+
+def test_names_of_a_data_set_come_before_the_usual_ones(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", json.dumps(ROWS[0]))
+    write(tmp_path / "special.json", json.dumps(ROWS))
+    assert len(read_rows(str(tmp_path), "train", names=["special.json"])) == 2
+
+
+def test_a_folder_may_hold_parquet_shards(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "data").mkdir()
+    for shard, row in enumerate(ROWS):
+        table = pyarrow.Table.from_pylist([row])
+        parquet.write_table(table, tmp_path / "data" / f"train-0000{shard}-of-00002.parquet")
+    assert columns(read_rows(str(tmp_path), "train")) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"q": 1}\n{"q": \n', ":2: not valid JSON (Expecting value); expected one object a line"),
+        ("a.jsonl", '{"q": 1}\n[1]\n', ":2: [1] is a list; expected an object with named columns"),
+        ("a.jsonl", "", "no rows in the train split; expected at least one"),
+        ("a.jsonl", "\n \n", "no rows in the train split; expected at least one"),
+        ("a.jsonl", b'{"q": 1}\n{"q": "\xff"}\n', ":2: byte 0xff is not UTF-8; expected UTF-8 text"),
+        ("a.jsonl", '{"q": 1}\n' + "[" * 100_000, ":2: not valid JSON ("),
+        ("a.json", '[\n {"q": 1},\n {"q": }\n]', ":3: not valid JSON (Expecting value); expected a list of objects"),
+        ("a.json", '[\n {"q": 1}\n {"q": 2}\n]', ":3: the list breaks off; expected a comma or a closing bracket"),
+        ("a.json", '[\n {"q": 1},\n {"q": 2}\n', ":4: the list breaks off; expected a comma or a closing bracket"),
+        ("a.json", '[\n {"q": 1},\n 7\n]', ":3: 7 is a number; expected an object with named columns"),
+        ("a.json", "[]", "no rows in the train split; expected at least one"),
+        ("a.json", '{\n "data": []\n}', ":1: not valid JSON"),
+        ("a.csv", "q,a\n1,2\n1,2,3\n", ":3: 3 fields; expected 2 as in the first line"),
+        ("a.csv", "q,q\n1,2\n", ":1: columns ['q', 'q']; expected names, each once"),
+        ("a.csv", 'q,a\n"1"x,2\n', ":2: not valid CSV ("),
+        ("a.csv", "q,a\n", "no rows in the train split; expected at least one"),
+        ("a.parquet", "PAR", ": not a readable parquet file ("),
+        ("a.xlsx", "x", ": cannot read .xlsx; expected .jsonl, .json, .csv, .tsv, .parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line_with_file_and_line(
+    tmp_path: Path, name: str, text: str | bytes, message: str
+) -> None:
+    source = write(tmp_path / name, text)
+    with pytest.raises(DataError) as error:
+        read_rows(source, "train")
+    assert str(error.value).startswith(source)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "./no/such/folder", "data/missing.json", "a b", "x/y/z"])
+def test_a_missing_file_is_said_so_and_never_looked_for_on_the_hub(source: str) -> None:
+    with pytest.raises(DataError, match="no such file or folder; expected one, or a Hub id"):
+        read_rows(source, "train")
+
+
+def test_a_folder_without_the_split_lists_what_it_has(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", "{}")
+    with pytest.raises(DataError, match=r"no file of the test split, found train.jsonl; expected one like test.jsonl"):
+        read_rows(str(tmp_path), "test")
+
+
+class FakeHub:
+    """Stands in for `datasets.load_dataset`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str | None, str]] = []
+        self.failure: Exception | None = None
+
+    def __call__(self, name: str, config: str | None, *, split: str) -> Iterator[dict[str, Any]]:
+        self.calls.append((name, config, split))
+        if self.failure is not None:
+            raise self.failure
+        return iter(ROWS)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub()
+    monkeypatch.setattr("datasets.load_dataset", fake)
+    return fake
+
+
+def test_a_hub_id_may_name_a_configuration_and_a_split(hub: FakeHub) -> None:
+    rows = read_rows("owner/name", "dev")
+    read_rows("owner/name:main", "train")
+    read_rows("owner/name:main:extra", "test")
+    read_rows("owner/name::extra", "test")
+    assert hub.calls == [
+        ("owner/name", None, "validation"),
+        ("owner/name", "main", "train"),
+        ("owner/name", "main", "extra"),
+        ("owner/name", None, "extra"),
+    ]
+    assert columns(rows) == ROWS
+    assert [row.id for row in rows] == ["name-validation-1", "name-validation-2"]
+    assert rows[1].where == "owner/name: validation row 2"
+
+
+@pytest.mark.parametrize(
+    "failure", [ConnectionError("offline\nlong story"), ValueError("Unknown split"), RuntimeError("script")]
+)
+def test_what_the_hub_says_becomes_one_line(hub: FakeHub, failure: Exception) -> None:
+    hub.failure = failure
+    with pytest.raises(DataError) as error:
+        read_rows("owner/name", "train")
+    first_line = str(failure).splitlines()[0]
+    assert str(error.value) == (
+        f"owner/name: cannot load the train split from the Hub ({first_line}), and no such file or folder"
+    )
+
+
+def row(**columns: Any) -> Row:
+    return Row(where="data.jsonl:7", id="data-7", columns=columns)
+
+
+def test_numbers_are_read_exactly() -> None:
+    assert row(a=0.1).number("a") == Fraction(1, 10)
+    assert row(a=3).number("a") == 3
+    assert row(a="1,234.5").number("a") == Fraction(2469, 2)
+
+
+@pytest.mark.parametrize("value", [None, True, float("nan"), float("inf"), "many", "", [3], {"a": 3}])
+def test_what_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:7: a is .*; expected a number"):
+        row(a=value).number("a")
+
+
+@pytest.mark.parametrize("value", [None, "", "  \n", 3, ["a"], "half a character \ud800"])
+def test_what_is_no_text_is_refused(value: object) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:7: q is .*; expected text"):
+        row(q=value).text("q")
+
+
+def test_a_missing_column_is_named_with_those_there_are() -> None:
+    with pytest.raises(DataError, match=r"data.jsonl:7: no column 'q'; expected one among question, answer"):
+        row(question="a", answer=1).text("q")
+
+
+def test_a_column_that_changes_its_type_is_refused_at_the_row_where_it_does() -> None:
+    rows = [Row(where=f"f:{n}", id="", columns={"answer": value}) for n, value in enumerate([None, "3", "4", 5, "6"], start=1)]
+    with pytest.raises(DataError, match=r"f:4: answer is 5, a number; expected text as in the rows before \(from f:2\)"):
+        refuse_type_changes(rows, ["answer"])
+
+
+def test_whole_numbers_and_decimals_are_one_type_and_null_is_any() -> None:
+    refuse_type_changes([row(a=value) for value in (3, 2.5, None, 4)], ["a", "not there"])

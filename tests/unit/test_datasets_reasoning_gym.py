@@ -1,0 +1,80 @@
+"""Tasks of the reasoning-gym package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("reasoning_gym", reason="the extra reasoning-gym is not installed")
+
+from reftune.datasets import Splits
+from reftune.datasets.reasoning_gym import ANY_ANSWER, ReasoningGym
+from reftune.errors import DataError, RecipeError
+
+
+def load(task: str, seed: int = 0, **keys: Any) -> Splits:
+    sizes = {"train_size": 20, "dev_size": 5, "test_size": 10}
+    return ReasoningGym.model_validate({"kind": "reasoning_gym", "task": task, **sizes, **keys}).load(seed=seed)
+
+
+def test_sizes_are_as_asked_and_no_question_repeats() -> None:
+    splits = load("chain_sum", config={"max_terms": 2, "max_digits": 1})
+    assert (len(splits.train), len(splits.dev), len(splits.test)) == (20, 5, 10)
+    questions = [p.question for p in (*splits.train, *splits.dev, *splits.test)]
+    assert len(set(questions)) == 35
+
+
+def test_the_tasks_own_scorer_grades_the_answer_text() -> None:
+    problem = load("chain_sum").train[0]
+    assert problem.scorer is not None
+    assert problem.scorer(str(problem.answer)) == 1.0
+    assert problem.scorer("no number") < 1.0
+
+
+def test_gsm_symbolic_brings_rationales_without_the_answer_line() -> None:
+    problem = load("gsm_symbolic").train[0]
+    assert problem.rationale and "####" not in problem.rationale
+    assert problem.answer.value == str(problem.columns["metadata"]["answer_value"])
+
+
+def test_other_tasks_have_no_rationale() -> None:
+    assert load("chain_sum").train[0].rationale is None
+
+
+def test_the_test_questions_depend_on_neither_seed_nor_the_other_sizes() -> None:
+    first, other = load("chain_sum", seed=1), load("chain_sum", seed=2, train_size=7)
+    assert [p.question for p in first.test] == [p.question for p in other.test]
+
+
+def test_another_data_seed_gives_other_questions() -> None:
+    first, other = load("chain_sum"), load("chain_sum", data_seed=1)
+    assert not {p.question for p in first.train} & {p.question for p in other.train}
+
+
+def test_a_task_whose_gold_is_open_says_so() -> None:
+    assert load("graph_color", train_size=2, dev_size=0, test_size=0).train[0].answer.value == ANY_ANSWER
+
+
+def test_a_task_with_too_few_questions_is_refused() -> None:
+    # one-digit sums of two terms: fewer than 100 · 2 questions
+    with pytest.raises(DataError, match=r"reasoning_gym chain_sum: \d+ different train questions in \d+ draws, expected 305"):
+        load("chain_sum", train_size=300, config={"min_terms": 2, "max_terms": 2, "max_digits": 1})
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "message"),
+    [
+        ("chain_sums", {}, r"dataset.task: chain_sums: unknown task; did you mean chain_sum\?"),
+        ("chain_sum", {"max_term": 3}, r"dataset.config.max_term: unknown key; did you mean max_terms\?"),
+        ("chain_sum", {"seed": 3}, r"dataset.config.seed: unknown key"),
+        (
+            "chain_sum",
+            {"min_terms": 9, "max_terms": 2},
+            r"dataset.config: chain_sum refuses .*: max_terms must be >= min_terms",
+        ),
+    ],
+)
+def test_what_the_package_does_not_know_is_refused(task: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(task, config=config)
