@@ -72,6 +72,24 @@ def group_sizes(groups: Tensor) -> Tensor:
     return torch.bincount(groups)[groups]
 
 
+def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Unbiased standard deviation of each sample's group, (B,); 0 for a group of one."""
+    squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
+    sizes = group_sizes(groups)
+    return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()
+
+
+def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Each sample's reward less the mean of the others of its group, (B,); 0 for a group of one.
+
+        A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - mean)
+
+    Source: RLOO (arXiv:2402.14740), §2.3. Differs: none.
+    """
+    sizes = group_sizes(groups)
+    return (rewards - group_means(rewards, groups)) * sizes / (sizes - 1).clamp(min=1)
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Share of the returns' variance that the values explain; 1 is perfect, below 0 is worse than a constant.
 

@@ -79,7 +79,7 @@ def token_batch(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutBatch:
-    """Sampled solutions as tensors. Per-token tensors are (B, R) and 0 outside the response; per-sample ones (B,)."""
+    """Solutions as tensors. Per-token tensors are (B, R) and 0 outside the response; per-sample ones (B,)."""
 
     tokens: TokenBatch
     rewards: Tensor
@@ -92,12 +92,16 @@ class RolloutBatch:
     """As the engine reported them."""
     logprobs: Tensor
     """Of the policy that sampled, recomputed by the trainer."""
+    gold: Tensor | None = None
+    """(B,) True for gold rationales, which the policy did not sample; None: it sampled them all."""
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
-    """Share of each token in the loss of its minibatch; sums to 1 over the minibatch."""
+    """Share of each token in the loss of its minibatch; sums to 1 over the minibatch, or to less where a part is missing."""
+    nll_weights: Tensor | None = None
+    """As `weights`, of a second term that raises the likelihood of some of the samples."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,6 +109,11 @@ class RolloutBatch:
     @property
     def response_mask(self) -> Tensor:
         return self.tokens.response_mask
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """(B, R), True on response tokens that the policy sampled."""
+        return self.response_mask if self.gold is None else self.response_mask & ~self.gold[:, None]
 
     def rows(self, index: Tensor) -> RolloutBatch:
         """The samples at `index`, trimmed to their own longest response."""

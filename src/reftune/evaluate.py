@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,31 @@ def evaluate(
 
     Every sample is a function of the weights, the seed and the problem's position, so stopping changes nothing.
     """
+
+    def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
+        return _answer(policy, part, collector, recipe, seed=derive_seed(recipe.seed, method, "evaluate", start))
+
+    return in_parts(problems, path, answer, at_once=PROBLEMS_AT_ONCE)
+
+
+def in_parts(
+    problems: Sequence[Problem],
+    path: Path,
+    answer: Callable[[int, Sequence[Problem]], Sequence[Mapping[str, Any]]],
+    *,
+    at_once: int,
+) -> list[dict[str, Any]]:
+    """Write a line a problem; `answer(start, part)` makes those of `at_once` problems. Whole parts that are there are kept.
+
+    Returns: all lines.
+    """
     results = JsonLines(path)
     done = len(results.rows())
     if done < len(problems):  # stopped while a part was being written: samples are drawn for whole parts
-        done -= done % PROBLEMS_AT_ONCE
+        done -= done % at_once
     results.keep(done)
-    for start in range(done, len(problems), PROBLEMS_AT_ONCE):
-        part = problems[start : start + PROBLEMS_AT_ONCE]
-        for row in _answer(policy, part, collector, recipe, seed=derive_seed(recipe.seed, method, "evaluate", start)):
+    for start in range(done, len(problems), at_once):
+        for row in answer(start, problems[start : start + at_once]):
             results.append(row)
     return results.rows()
 

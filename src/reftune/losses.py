@@ -44,6 +44,17 @@ def ppo_policy_terms(
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
 
 
+def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Estimate of KL(π ‖ π_ref) from each sampled token, (B, R); never negative, and unbiased under π.
+
+        k3 = π_ref/π - log(π_ref/π) - 1
+
+    Source: GRPO (arXiv:2402.03300), eq. 4. Differs: the log-ratio is clamped to ±20, as in `ppo_policy_terms`.
+    """
+    log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
 def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
     """Clipped value loss of each token, (B, R).
 

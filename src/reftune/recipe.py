@@ -200,10 +200,18 @@ class EvaluateTable(Table):
     """Sampled solutions a problem besides the greedy one, for voting, reranking and pass@k."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
+    rerank: str | None = None
+    """Reward model that scores the samples: a stage of this recipe, or the stage folder of one that another run trained."""
     stages: list[str] | None = None
     """Methods to evaluate; None: all."""
     limit: int | None = Field(None, gt=0)
     """Only the first so many problems."""
+
+    @model_validator(mode="after")
+    def _samples_to_rerank(self) -> EvaluateTable:
+        if self.rerank is not None and self.samples == 0:
+            raise PydanticCustomError("rerank", "rerank: expected samples > 0, as it is samples that are reranked")
+        return self
 
 
 class CheckTable(Table):

@@ -30,8 +30,9 @@ from reftune.models import load_model, load_pretrained
 from reftune.policy import Policy
 from reftune.progress import Progress
 from reftune.recipe import Recipe, dump_recipe
+from reftune.reward_model import WEIGHTS, Classifier, add_scores, is_scored, load_classifier, require_same_tokenizer
 from reftune.seeds import derive_seed
-from reftune.training import StageContext
+from reftune.training import Stage, StageContext
 
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 
@@ -75,7 +76,8 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     """
     folder = recipe.folder
     check_stage_graph(recipe)
-    splits = load_splits(recipe)
+    run = Run(recipe=recipe, splits=load_splits(recipe), folder=folder, progress=progress)
+    run.check_reranker()
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
             raise CheckpointError(f"{folder}: cannot be a run folder: a file is in its place") from None
         except OSError as error:
             raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
-        yield Run(recipe=recipe, splits=splits, folder=folder, progress=progress)
+        yield run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +117,7 @@ class Run:
             folder=folder,
             metrics=JsonLines(self.folder / "metrics.jsonl"),
             progress=self.progress,
+            load=self.load_policy,
         )
         stage.run(context)
 
@@ -147,24 +150,40 @@ class Run:
 
     def methods(self) -> list[str]:
         """All methods in the order they come to be; a stage's snapshots before the stage."""
-        return [method for name, stage in self.recipe.stages.items() for method in (*stage.produces, name)]
+        return [method for name, stage in self.recipe.stages.items() for method in _methods_of(name, stage)]
 
     def methods_to_evaluate(self) -> list[str]:
         wanted = self.recipe.evaluate.stages
         return [method for method in self.methods() if wanted is None or method in wanted]
 
     def evaluate(self, method: str) -> None:
-        """Answer the test (or dev) problems with a method's chosen model, once."""
+        """Answer the test (or dev) problems with a method's chosen model, once, and score the samples for reranking."""
         table = self.recipe.evaluate
         problems = getattr(self.splits, table.split)[: table.limit]
         if not problems:
             raise DataError(f"evaluate.split: the dataset has no {table.split} problems")
         path = self.folder / "eval" / f"{method}.jsonl"
-        if len(JsonLines(path).rows()) == len(problems):
-            return
-        policy = self.load_policy(method)
-        rows = evaluate(policy, problems, self.collector(policy), self.recipe, method=method, path=path)
-        self.progress.note(f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right")
+        if len(JsonLines(path).rows()) < len(problems):
+            policy = self.load_policy(method)
+            rows = evaluate(policy, problems, self.collector(policy), self.recipe, method=method, path=path)
+            self.progress.note(f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right")
+        if table.rerank is not None and not is_scored(JsonLines(path).rows()):
+            classifier = self.load_reranker(table.rerank)
+            encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
+            add_scores(path, problems, classifier, encoder, max_tokens=self.recipe.model.micro_batch_tokens)
+
+    def load_reranker(self, name: str) -> Classifier:
+        """A reward model by its stage or by its folder in another run."""
+        if name in self.recipe.stages:
+            return load_classifier(self.load_policy(name), self.stage_folder(name))
+        model, tokenizer = load_pretrained(name, trust_remote_code=self.recipe.model.trust_remote_code)
+        return load_classifier(Policy(model, tokenizer, dtype=getattr(torch, self.recipe.model.dtype)), Path(name))
+
+    def check_reranker(self) -> None:
+        """Raises: ModelError where another run's reward model does not read what this run's methods write."""
+        name = self.recipe.evaluate.rerank
+        if name is not None and name not in self.recipe.stages:
+            require_same_tokenizer(self.load_reranker(name), self.load_policy("base"), where=f"evaluate.rerank: {name}")
 
     def summarize(self) -> dict[str, Any]:
         """summary.json and report.html, from the files of the run alone."""
@@ -196,18 +215,33 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Every `init` names `base` or an earlier method, and no method is made twice. Raises: RecipeError."""
-    known = ["base"]
+    """A stage needs `base` or earlier methods only, nothing is made twice, and the reranker is one. Raises: RecipeError."""
+    known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
-        if stage.init not in known:
-            raise RecipeError(f"stages.{name}.init: {stage.init} is no earlier method; known here: {', '.join(known)}")
+        for method in stage.needs:
+            if method not in known:
+                key = next(key for key in type(stage).model_fields if getattr(stage, key) == method)
+                raise RecipeError(f"stages.{name}.{key}: {method} is no earlier method; known here: {', '.join(known)}")
         for method in (*stage.produces, name):
-            if method in known:
+            if method in made:
                 raise RecipeError(f"stages.{name}: method {method} is made twice")
-            known.append(method)
+            made.add(method)
+        known += _methods_of(name, stage)
     for method in recipe.evaluate.stages or ():
         if method not in known[1:]:
             raise RecipeError(f"evaluate.stages: {method} is no method; known: {', '.join(known[1:])}")
+    rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
+    rerank = recipe.evaluate.rerank
+    if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
+        raise RecipeError(
+            f"evaluate.rerank: {rerank} is no reward model: not among this recipe's ({', '.join(rerankers) or 'it has none'}), "
+            f"and no folder with a {WEIGHTS}"
+        )
+
+
+def _methods_of(name: str, stage: Stage) -> tuple[str, ...]:
+    """What a stage leaves behind that answers problems."""
+    return (*stage.produces, name) if stage.is_method else stage.produces
 
 
 def _kinds(recipe: Recipe) -> str:

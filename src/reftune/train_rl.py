@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.functional_validators import BeforeValidator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from reftune.advantages import explained_variance, gae, token_rewards
@@ -59,9 +61,20 @@ class Rl(Component):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
 
+    is_method: ClassVar[bool] = True
+    produces: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        least = cast(Algorithm, self.algorithm).min_samples
+        if self.samples < least:
+            raise PydanticCustomError("samples", "samples: expected at least {least}: {kind} compares the samples of a problem",
+                                      {"least": least, "kind": self.algorithm.kind})  # fmt: skip
+        return self
+
     @property
-    def produces(self) -> tuple[str, ...]:
-        return ()
+    def needs(self) -> tuple[str, ...]:
+        return (self.init,)
 
     def run(self, context: StageContext) -> None:
         """Train, then leave the model that was best on dev."""
@@ -99,12 +112,17 @@ class Trainer:
         """One rollout and the updates on it; metrics."""
         rollouts, metrics = self.sample(n, "rollout")
         metrics["progress/epoch"] = n * self.stage.prompts / len(self.context.splits.train)
-        selected = self.algorithm.select(rollouts)
+        selected = [r for r in self.algorithm.select(rollouts, self.context.collector.encoder) if self.fits(r)]
         if not selected:
             return metrics
         batch, scored = self.score(selected)
         batch = self.algorithm.credit(batch)
         return {**metrics, **scored, **self.update(batch, n)}
+
+    def fits(self, rollout: Rollout) -> bool:
+        """Whether a rollout, a gold one maybe, is within the limits that samples are drawn to."""
+        length, longest = len(rollout.completion.token_ids), self.policy.context or math.inf
+        return length <= self.context.recipe.lengths.max_new and len(rollout.prompt_ids) + length <= longest
 
     # --- sample ---
 
@@ -140,7 +158,7 @@ class Trainer:
         batch = rollout_batch(rollouts, device=self.policy.device)
         scores = self.policy.score(batch.tokens, temperature=self.stage.temperature, max_tokens=self.max_tokens)
         batch = replace(batch, logprobs=scores.logprobs, values=scores.values)
-        mask = batch.response_mask
+        mask = batch.sampled_mask
         assert scores.entropy is not None
         metrics = {
             "policy/entropy": float(masked_mean(scores.entropy, mask)),
@@ -155,12 +173,12 @@ class Trainer:
     # --- update ---
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
-        """`updates` optimizer steps on the whole rollout, without dropout; metrics are means over them."""
+        """`updates` optimizer steps on the whole rollout; metrics are means over them."""
         started = time.perf_counter()
         table, where = self.stage.optimizer, f"{self.context.name} step {n}"
         batch = replace(batch, weights=self.algorithm.weights(batch))
         share = rate(table, step=n, total_steps=self.stage.steps)
-        self.policy.eval()
+        self.policy.train(self.algorithm.dropout)
         passes: list[dict[str, float]] = []
         for _ in range(self.stage.updates):
             metrics = self.accumulate(batch, where)
@@ -239,6 +257,7 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
         rewards=torch.tensor([r.reward for r in rollouts], device=device),
         correct=torch.tensor([float(r.graded.verdict is Verdict.CORRECT) for r in rollouts], device=device),
         groups=torch.tensor([group_of[r.problem.id] for r in rollouts], device=device),
+        gold=torch.tensor([r.source == "gold" for r in rollouts], device=device),
         sampling_logprobs=logprobs,
         logprobs=logprobs,
     )

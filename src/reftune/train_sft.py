@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -16,27 +17,34 @@ from reftune.encoding import Encoder
 from reftune.errors import DataError, NonFiniteError
 from reftune.losses import token_weights
 from reftune.policy import Policy
-from reftune.recipe import Component
+from reftune.recipe import Component, Table
 from reftune.seeds import generator
-from reftune.training import Loop, OptimizerTable, StageContext, make_optimizer, optimizer_step, rate
+from reftune.training import Loop, OptimizerTable, Progression, StageContext, Trained, make_optimizer, optimizer_step, rate
 from reftune.types import Problem
 
 
-class Sft(Component):
-    kind: Literal["sft"] = "sft"
-    init: str = "base"
-    """Method whose chosen model this stage starts from, or `base`."""
+class Schedule(Table):
+    """How long, how fast and how closely watched a supervised training is."""
+
     epochs: float = Field(gt=0)
     batch_size: int = Field(gt=0)
     """Sequences in one optimizer step."""
     optimizer: OptimizerTable
-    snapshots: dict[str, float] = Field(default_factory=dict)
-    """Method name → epoch. The weights after that epoch of this very schedule become a method of their own: the paper's
-    warm-up is such a snapshot of its SFT run."""
     eval_every: float = Field(1.0, gt=0)
     """Epochs between looks at dev; the best model on dev is the stage's result."""
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
+
+
+class Sft(Schedule, Component):
+    kind: Literal["sft"] = "sft"
+    init: str = "base"
+    """Method whose chosen model this stage starts from, or `base`."""
+    snapshots: dict[str, float] = Field(default_factory=dict)
+    """Method name → epoch. The weights after that epoch of this very schedule become a method of their own: the paper's
+    warm-up is such a snapshot of its SFT run."""
+
+    is_method: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _snapshots_are_passed(self) -> Self:
@@ -47,6 +55,10 @@ class Sft(Component):
         return self
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.init,)
+
+    @property
     def produces(self) -> tuple[str, ...]:
         return tuple(self.snapshots)
 
@@ -54,7 +66,7 @@ class Sft(Component):
         """Train, then leave the model that was best on dev (and the snapshots)."""
         examples = gold_examples(context.splits.train, context.collector.encoder, max_target=context.recipe.lengths.max_new,
                                  context_length=context.policy.context)  # fmt: skip
-        train_on_examples(self, context, examples)
+        train_on_examples(self, context, examples, kind=self.kind, init=self.init, snapshots=self.snapshots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +86,7 @@ def gold_examples(
     """
     with_rationale = [problem for problem in problems if problem.rationale is not None]
     examples = [Example(encoder.prompt(problem), encoder.target(problem)) for problem in with_rationale]
-    kept = [
-        e for e in examples if len(e.target) <= max_target and len(e.prompt) + len(e.target) <= (context_length or math.inf)
-    ]
+    kept = fitting(examples, max_target=max_target, context_length=context_length)
     if not kept:
         raise DataError(
             f"no training row is left of {len(problems)}: {len(with_rationale)} have a rationale, and none of them fits in "
@@ -85,47 +95,85 @@ def gold_examples(
     return kept
 
 
-def train_on_examples(stage: Sft, context: StageContext, examples: list[Example]) -> None:
-    """The SFT loop over any examples."""
-    policy, table = context.policy, stage.optimizer
-    optimizer = make_optimizer(policy, table)
-    steps_per_epoch = math.ceil(len(examples) / stage.batch_size)
-    total_steps = max(1, round(stage.epochs * steps_per_epoch))
+def fitting(examples: Iterable[Example], *, max_target: int, context_length: int | None) -> list[Example]:
+    """Those that are within the limits."""
+    longest = math.inf if context_length is None else context_length
+    return [e for e in examples if len(e.target) <= max_target and len(e.prompt) + len(e.target) <= longest]
+
+
+def train_on_examples(
+    schedule: Schedule,
+    context: StageContext,
+    examples: Sequence[Example],
+    *,
+    kind: str,
+    init: str,
+    snapshots: Mapping[str, float] | None = None,
+    start: Progression | None = None,
+) -> None:
+    """Supervised training of the context's policy; `start` holds what was spent on making the examples."""
+    policy, max_tokens = context.policy, context.recipe.model.micro_batch_tokens
+
+    def accumulate(indices: Sequence[int], where: str) -> dict[str, float]:
+        rows = [examples[i] for i in indices]
+        batch = token_batch([e.prompt for e in rows], [e.target for e in rows], device=policy.device)
+        loss = accumulate_nll(policy, batch, max_tokens=max_tokens, where=where)
+        return {"loss/sft": loss, "loss/total": loss, "compute/train_tokens": int(batch.lengths.sum())}
+
+    train_in_epochs(
+        schedule, context, policy, len(examples), accumulate, kind=kind, init=init, snapshots=snapshots, start=start
+    )  # fmt: skip
+
+
+def train_in_epochs(
+    schedule: Schedule,
+    context: StageContext,
+    model: Trained,
+    num_examples: int,
+    accumulate: Callable[[Sequence[int], str], dict[str, float]],
+    *,
+    kind: str,
+    init: str,
+    snapshots: Mapping[str, float] | None = None,
+    look: Callable[[], float] | None = None,
+    start: Progression | None = None,
+) -> None:
+    """Steps on batches of shuffled examples; `accumulate(indices, where)` adds the gradient of one and returns metrics."""
+    table = schedule.optimizer
+    optimizer = make_optimizer(model, table)
+    steps_per_epoch = math.ceil(num_examples / schedule.batch_size)
+    total_steps = max(1, round(schedule.epochs * steps_per_epoch))
 
     def step(n: int) -> dict[str, float]:
-        started = time.perf_counter()
+        started, where = time.perf_counter(), f"{context.name} step {n}"
         epoch, position = divmod(n - 1, steps_per_epoch)
-        order = generator(context.seed("epoch"), epoch).permutation(len(examples))
-        rows = [examples[i] for i in order[position * stage.batch_size : (position + 1) * stage.batch_size]]
-        batch = token_batch([e.prompt for e in rows], [e.target for e in rows], device=policy.device)
-        policy.train()
-        loss = accumulate_nll(
-            policy, batch, max_tokens=context.recipe.model.micro_batch_tokens, where=f"{context.name} step {n}"
-        )
+        order = generator(context.seed("epoch"), epoch).permutation(num_examples).tolist()
+        indices = order[position * schedule.batch_size : (position + 1) * schedule.batch_size]
+        model.train()
+        metrics = accumulate(indices, where)
         share = rate(table, step=n, total_steps=total_steps)
-        norm = optimizer_step(
-            policy, optimizer, share=share, max_grad_norm=table.max_grad_norm, where=f"{context.name} step {n}"
-        )
+        norm = optimizer_step(model, optimizer, share=share, max_grad_norm=table.max_grad_norm, where=where)
         return {
             "progress/epoch": n / steps_per_epoch,
-            "loss/sft": loss,
-            "loss/total": loss,
+            **metrics,
             "grad/norm": norm,
             "optim/lr": table.learning_rate * share,
-            "compute/sequence_passes": len(rows),
-            "compute/train_tokens": int(batch.lengths.sum()),
+            "compute/sequence_passes": len(indices),
             "time/update_s": time.perf_counter() - started,
         }
 
     loop = Loop(
         context,
         optimizer,
-        kind=stage.kind,
-        init=stage.init,
+        kind=kind,
+        init=init,
         total_steps=total_steps,
-        eval_every=max(1, round(stage.eval_every * steps_per_epoch)),
-        save_every_s=stage.save_every_s,
-        snapshots={method: max(1, round(epoch * steps_per_epoch)) for method, epoch in stage.snapshots.items()},
+        eval_every=max(1, round(schedule.eval_every * steps_per_epoch)),
+        save_every_s=schedule.save_every_s,
+        snapshots={method: max(1, round(epoch * steps_per_epoch)) for method, epoch in (snapshots or {}).items()},
+        model=model,
+        look=look,
+        start=start,
     )
     loop.run(step)
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from reftune.checkpoint import (
     link_files,
@@ -52,17 +54,27 @@ class OptimizerTable(Table):
     max_grad_norm: float = Field(1.0, gt=0)
 
 
-def make_optimizer(policy: Policy, table: OptimizerTable) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, the value head in a group of its own."""
-    body = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head.")]
+class Trained(Protocol):
+    """A module that is trained and kept: a policy, or what a stage makes of one."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def train(self) -> Any: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, a value head in a group of its own."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if name.startswith("value_head.")]
+    body = [p for name, p in trained.items() if not name.startswith("value_head.")]
     groups = [
         {"params": [p for p in body if p.dim() > 1], "weight_decay": table.weight_decay, "peak": table.learning_rate},
         {"params": [p for p in body if p.dim() <= 1], "weight_decay": 0.0, "peak": table.learning_rate},
-        {
-            "params": list(policy.value_head.parameters()),
-            "weight_decay": 0.0,
-            "peak": table.value_learning_rate or table.learning_rate,
-        },
+        {"params": head, "weight_decay": 0.0, "peak": table.value_learning_rate or table.learning_rate},
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=table.learning_rate, betas=table.betas, eps=1e-8, fused=True
@@ -83,13 +95,13 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 
 
 def optimizer_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float, where: str
+    model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float, where: str
 ) -> float:
     """Clip, step, clear; the gradient's norm before clipping.
 
     Raises: NonFiniteError before anything changed.
     """
-    parameters = [p for p in policy.parameters() if p.grad is not None]
+    parameters = [p for p in model.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
@@ -115,19 +127,29 @@ class StageContext:
     """`stages/NAME` of the run."""
     metrics: JsonLines
     progress: Progress
+    load: Callable[[str], Policy]
+    """The base model or an earlier method's chosen one, by name, for stages that need a second model."""
 
     def seed(self, *parts: int | str) -> int:
         return derive_seed(self.recipe.seed, self.name, *parts)
 
 
 class Stage(Protocol):
-    """A method's training. Stages are components; `init` names the method whose chosen model they start from, or `base`."""
+    """A training. Stages are components; `init` names the method whose chosen model they start from, or `base`."""
 
     init: str
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """All methods whose models this stage reads, `init` among them."""
+
+    @property
     def produces(self) -> tuple[str, ...]:
         """Further methods this stage leaves behind, as snapshots."""
+
+    @property
+    def is_method(self) -> bool:
+        """Whether its model answers problems, and so is evaluated and can be built on."""
 
     def run(self, context: StageContext) -> None:
         """Train, then leave the chosen model and `stage.json` in `context.folder`."""
@@ -169,12 +191,19 @@ class Loop:
         eval_every: int,
         save_every_s: float,
         snapshots: Mapping[str, int] | None = None,
+        model: Trained | None = None,
+        look: Callable[[], float] | None = None,
+        start: Progression | None = None,
     ) -> None:
+        """`model` and `look`, its accuracy on dev, are for what is no policy; `start` holds what came before step 1."""
         self.context, self.optimizer, self.kind, self.init = context, optimizer, kind, init
         self.total_steps, self.eval_every, self.save_every_s = total_steps, eval_every, save_every_s
         self.snapshots = dict(snapshots or {})
+        self.model: Trained = context.policy if model is None else model
+        self.look = look or partial(dev_accuracy, context, context.splits.dev)
+        self.is_worth_a_look = look is None and init != "base"
         self.samples = JsonLines(context.folder / "samples.jsonl")
-        self.state = Progression()
+        self.state = start or Progression()
         self._stop = False
 
     # --- the loop ---
@@ -191,7 +220,7 @@ class Loop:
             if not resumed:
                 if before is not None:
                     before()
-                if self.init != "base":
+                if self.is_worth_a_look:
                     self._look()
                 self._save()
             while self.state.step < self.total_steps:
@@ -224,16 +253,15 @@ class Loop:
     # --- dev ---
 
     def _look(self) -> None:
-        """Greedy accuracy on dev; the best model so far is kept. Ties keep the earlier one."""
-        dev = self.context.splits.dev
-        accuracy = dev_accuracy(self.context, dev)
+        """Accuracy on dev, greedy for a policy; the best model so far is kept. Ties keep the earlier one."""
+        accuracy, dev_n = self.look(), len(self.context.splits.dev)
         self.state.looks += 1
-        row = {"dev/accuracy": accuracy, "dev/n": len(dev), "dev/looks": self.state.looks, **self.state.totals}
+        row = {"dev/accuracy": accuracy, "dev/n": dev_n, "dev/looks": self.state.looks, **self.state.totals}
         self.context.metrics.append({"stage": self.context.name, "step": self.state.step, "time": time.time(), **row})
         self.context.progress.step(self.state.step, row)
         if accuracy > self.state.best_accuracy:
             self.state.best_step, self.state.best_accuracy = self.state.step, accuracy
-            replace_folder(self._best, self.context.policy.save)
+            replace_folder(self._best, self.model.save)
 
     @property
     def _best(self) -> Path:
@@ -251,7 +279,7 @@ class Loop:
         self.context.metrics.truncate(state.pop("metrics_bytes"))
         self.samples.truncate(state.pop("samples_bytes"))
         self.state = Progression(**state)
-        load_trainable(self.context.policy, found.tensors)
+        load_trainable(self.model, found.tensors)
         load_optimizer_tensors(self.optimizer, found.tensors)
         if self.state.step > 0:
             self.context.progress.note(f"{self.context.name}: resumed at step {self.state.step} of {self.total_steps}")
@@ -262,16 +290,16 @@ class Loop:
         return save_checkpoint(
             self.context.folder / "checkpoints",
             step=self.state.step,
-            tensors={**trainable(self.context.policy), **optimizer_tensors(self.optimizer)},
+            tensors={**trainable(self.model), **optimizer_tensors(self.optimizer)},
             state={**state, "metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()},
         )
 
     def _snapshot(self, method: str) -> None:
         """Leave the weights as they are now as a method of their own."""
         folder = self.context.folder.parent / method
-        accuracy = dev_accuracy(self.context, self.context.splits.dev)
+        accuracy = self.look()
         self.state.looks += 1
-        replace_folder(folder, self.context.policy.save)
+        replace_folder(folder, self.model.save)
         write_stage(folder, method, self, chosen_step=self.state.step, accuracy=accuracy)
 
     def _finish(self) -> None:
@@ -327,13 +355,13 @@ def write_stage(folder: Path, method: str, loop: Loop, *, chosen_step: int, accu
     write_atomically(folder / "stage.json", json.dumps(document, indent=2))
 
 
-def trainable(policy: Policy) -> dict[str, torch.Tensor]:
+def trainable(model: Trained) -> dict[str, torch.Tensor]:
     """The parameters that training changes, by name."""
-    return {f"policy.{name}": value for name, value in policy.named_parameters() if value.requires_grad}
+    return {f"policy.{name}": value for name, value in model.named_parameters() if value.requires_grad}
 
 
 @torch.no_grad()
-def load_trainable(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what `trainable` took."""
-    for name, parameter in trainable(policy).items():
+    for name, parameter in trainable(model).items():
         parameter.copy_(tensors[name])

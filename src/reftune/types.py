@@ -98,10 +98,12 @@ class Graded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One sampled solution of one problem, graded and paid."""
+    """One solution of one problem, graded and paid."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]
     completion: Completion
     graded: Graded
     reward: float
+    source: Literal["policy", "gold"] = "policy"
+    """Who wrote the completion: the policy, or the data (its log-probabilities mean nothing then)."""

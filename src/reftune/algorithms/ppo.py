@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from reftune.advantages import gae, token_rewards, whiten
-from reftune.algorithms import LossTerms
+from reftune.algorithms import LossTerms, with_contrast
 from reftune.batch import RolloutBatch
+from reftune.encoding import Encoder
 from reftune.losses import Reduction, policy_metrics, ppo_policy_terms, token_weights, value_terms
 from reftune.policy import TokenScores
 from reftune.recipe import Component
@@ -40,23 +42,21 @@ class Ppo(Component):
     drop_constant_groups: bool = False
     """Leave out problems whose samples all earned the same reward; needs several samples a problem."""
     positive_nll_coef: float = Field(0.0, ge=0)
-    """Weight of the negative log-likelihood of correct samples (VAPO, arXiv:2504.05118)."""
+    """Weight of the negative log-likelihood of correct samples, a mean over their tokens (VAPO, arXiv:2504.05118)."""
+
+    needs_values: ClassVar[bool] = True
+    dropout: ClassVar[bool] = False
 
     @property
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
     @property
-    def needs_values(self) -> bool:
-        return True
+    def min_samples(self) -> int:
+        return 2 if self.drop_constant_groups else 1
 
-    def select(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        if not self.drop_constant_groups:
-            return list(rollouts)
-        rewards: dict[str, set[float]] = {}
-        for rollout in rollouts:
-            rewards.setdefault(rollout.problem.id, set()).add(rollout.reward)
-        return [rollout for rollout in rollouts if len(rewards[rollout.problem.id]) > 1]
+    def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
+        return with_contrast(rollouts) if self.drop_constant_groups else list(rollouts)
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         assert batch.values is not None
@@ -65,7 +65,8 @@ class Ppo(Component):
         advantages, returns = gae(rewards, batch.values, mask, gamma=self.gamma, lam=self.lam)
         if self.value_lam is not None:
             _, returns = gae(rewards, batch.values, mask, gamma=self.gamma, lam=self.value_lam)
-        return replace(batch, advantages=whiten(advantages, mask), returns=returns)
+        positives = token_weights(mask & (batch.correct > 0)[:, None], "token")
+        return replace(batch, advantages=whiten(advantages, mask), returns=returns, nll_weights=positives)
 
     def weights(self, batch: RolloutBatch) -> Tensor:
         return token_weights(batch.response_mask, self.reduction)
@@ -81,7 +82,8 @@ class Ppo(Component):
         total = policy + self.value_coef * value
         metrics = {"policy/loss": policy.detach(), "value/loss": value.detach()}
         if self.positive_nll_coef > 0:
-            nll = -(scores.logprobs * weights * batch.correct[:, None]).sum()
+            assert batch.nll_weights is not None
+            nll = -(scores.logprobs * batch.nll_weights).sum()
             total = total + self.positive_nll_coef * nll
             metrics["policy/positive_nll"] = nll.detach()
         metrics |= policy_metrics(scores.logprobs, batch.logprobs, weights=weights, **clip)
