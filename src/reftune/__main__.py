@@ -1,0 +1,5 @@
+"""`python -m reftune` is `reftune`."""
+
+from reftune.cli import main
+
+main()

@@ -1,0 +1,294 @@
+"""The command line: reads arguments, calls one function, prints what it returns.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 bad input (one line on stderr), 130
+interrupted. Whatever is heavy is imported inside the command that needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from reftune import __version__
+from reftune.errors import RecipeError, ReftuneError
+
+if TYPE_CHECKING:
+    from reftune.progress import Progress
+    from reftune.recipe import Recipe
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+DEMO = "demo/demo.yaml"
+
+app = typer.Typer(
+    name="reftune",
+    help="Reinforced Fine-Tuning: a short supervised warm-up, then PPO on the model's own graded solutions.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or one that comes with reftune, as in demo/demo.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change, as in stages.reft.steps=100.")
+]
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, as in runs/demo.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Method = Annotated[str, typer.Option(help="The stage whose chosen model is meant.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
+    try:
+        status = app(args=arguments, prog_name="reftune", standalone_mode=False)
+    except ReftuneError as error:
+        say(str(error))
+        sys.exit(BAD_INPUT)
+    except typer.TyperException as error:
+        say(f"{error.format_message()} (see reftune --help)")
+        sys.exit(BAD_INPUT)
+    sys.exit(status or 0)
+
+
+def say(message: str) -> None:
+    """One line for a person."""
+    print(" ".join(message.splitlines()), file=sys.stderr)
+
+
+def show(document: Any) -> None:
+    """One JSON document as the result."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@app.callback()
+def _settings(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version or context.invoked_subcommand is None:
+        print(__version__ if version else context.get_help())
+        raise typer.Exit
+    for name, value in {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}.items():
+        os.environ.setdefault(name, value)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Watch a small model learn to reason. Minutes on two cores.
+
+    Supervised warm-up, then continued supervision against ReFT on the same questions.
+    """
+    _run(_load(DEMO, overrides), None, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def run(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Run a recipe, all stages. Goes on where an earlier run stopped."""
+    _run(_load(recipe, overrides), None, as_json=as_json, quiet=quiet)
+
+
+def _add_stage_command(name: str, kind: str, what: str) -> None:
+    @app.command(name, help=f"Run only {what}. The stages that they start from must be done.")
+    def command(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+        _run(_load(recipe, overrides), kind, as_json=as_json, quiet=quiet)
+
+
+_add_stage_command("sft", "sft", "supervised stages")
+_add_stage_command("rl", "rl", "reinforcement learning stages")
+_add_stage_command("self-train", "self_train", "self-training stages")
+_add_stage_command("reward-model", "reward_model", "reward models")
+
+
+def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> None:
+    """All stages and the final evaluation, or only the stages of one kind."""
+    from reftune.run import run_recipe, run_stages
+
+    with _watched(recipe, quiet=quiet) as progress:
+        if kind is not None:
+            run_stages(recipe, kinds={kind}, progress=progress)
+            return
+        summary = run_recipe(recipe, progress=progress)
+    _show_summary(recipe, summary, as_json=as_json)
+
+
+def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> None:
+    from reftune.report import table_command
+
+    if as_json:
+        show(summary)
+    else:
+        print(table_command([recipe.folder], "text"))
+    say(f"report: {recipe.folder / 'report.html'}")
+
+
+@contextmanager
+def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
+    """Progress that is closed whatever happens; an interruption names the checkpoint to go on from."""
+    from reftune.progress import make_progress
+    from reftune.training import Interrupted
+
+    progress = make_progress(quiet=quiet)
+    try:
+        yield progress
+    except (Interrupted, KeyboardInterrupt) as stop:
+        progress.close()
+        checkpoint = str(stop) or newest_checkpoint(recipe.folder) or "none yet"
+        say(f"interrupted; checkpoint: {checkpoint}; the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        progress.close()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last one written in any stage of a run."""
+    found = folder.glob("stages/*/checkpoints/step-*")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Find what would spoil a run before it starts.
+
+    Shows what the model will see, and says of each problem what to do about it.
+    """
+    from reftune.check import check_recipe
+
+    report = check_recipe(_load(recipe, overrides))
+    print(report.to_json() if as_json else report.to_text())
+    if report.failed:
+        say(f"check: refused: {', '.join(finding.name for finding in report.failed)}")
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+def sample(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    method: Method = "reft",
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Whose problems.")] = "dev",
+    num: Annotated[int, typer.Option(min=1, help="How many problems.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a trained model writes, with verdicts."""
+    from reftune.sample import sample_method, solution_text
+
+    rows = sample_method(_load(recipe, overrides), method, split=split, num=num, temperature=temperature)
+    if as_json:
+        show(rows)
+    else:
+        print("\n\n".join(solution_text(row) for row in rows))
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    method: Annotated[list[str] | None, typer.Option(help="Evaluate only this one; may be repeated.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate trained methods of a run."""
+    from reftune.run import evaluate_methods
+
+    loaded = _load(recipe, overrides)
+    with _watched(loaded, quiet=quiet) as progress:
+        summary = evaluate_methods(loaded, method or (), progress=progress)
+    _show_summary(loaded, summary, as_json=as_json)
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help='JSON lines of {"id", "completion", "answer", "choices"?}.')],
+    format_kind: Annotated[Literal["nl", "program"], typer.Option("--format", help="How completions state their answer.")],
+    grading: Annotated[Literal["robust", "paper"], typer.Option(help="The grader's rules.")] = "robust",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Grade completions and say why: how a reward is debugged."""
+    from reftune.progress import printable
+    from reftune.score import score_file
+
+    for row in score_file(file, format_kind, grading=grading):
+        print(json.dumps(row, ensure_ascii=False) if as_json else printable("  ".join(str(value) for value in row.values())))
+
+
+@app.command()
+def table(
+    runs: RunFolders,
+    form: Annotated[Literal["text", "markdown", "latex"], typer.Option("--format", help="How to print it.")] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Print the accuracies of one or more runs."""
+    from reftune.report import table_command
+
+    print(table_command(runs, "json" if as_json else form))
+
+
+@app.command()
+def report(
+    runs: RunFolders, out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run.")] = None
+) -> None:
+    """Write one HTML page of one or more runs. Prints its path."""
+    from reftune.report import report_command
+
+    print(report_command(runs, out))
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
+    method: Method = "reft",
+) -> None:
+    """Copy a trained model with a model card.
+
+    The folder loads with from_pretrained and in vLLM. Prints its path.
+    """
+    from reftune.export import export_model
+
+    print(export_model(run_folder, method, out))
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
+    from reftune.recipe import load_recipe
+
+    return load_recipe(find_recipe(name), overrides or ())
+
+
+def find_recipe(name: str) -> Path:
+    """`name` as a path, else among the recipes that come with reftune, `.yaml` and `recipes/` optional. Raises: RecipeError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    inside = name.removeprefix("recipes/")
+    for candidate in (shipped / inside, shipped / f"{inside}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(file.relative_to(shipped)) for file in shipped.glob("*/*.yaml"))
+    raise RecipeError(f"{name}: no such recipe; those that come with reftune: {', '.join(known)}")
+
+
+def shipped_recipes() -> Path:
+    """Beside the package in a wheel, at the root of the repository in an editable install."""
+    packaged = Path(__file__).parent / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"

@@ -1,0 +1,262 @@
+"""Each check finds the trap it is for, on a handful of problems and a model made from scratch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from reftune.check import CHECKS, MODEL_CHECKS, CheckReport, check_recipe
+from reftune.cli import main
+from reftune.datasets import Splits
+from reftune.errors import RecipeError, RewardError
+from reftune.recipe import Component, Recipe, ScratchTable
+from reftune.types import Answer, Completion, Graded, Problem, Verdict
+
+MARKER = "The answer is"
+
+
+class Sums(Component):
+    """Sums of two one-digit numbers."""
+
+    kind: str = "sums"
+    num_train: int = 12
+    edit: Any = None
+    """Changes problem number i of train."""
+
+    def load(self, *, seed: int) -> Splits:
+        train = tuple(self._edited(i, addition(i)) for i in range(self.num_train))
+        return Splits(train=train, dev=tuple(addition(i) for i in range(3)), test=(addition(4),), counts={"duplicate": 2})
+
+    def _edited(self, i: int, problem: Problem) -> Problem:
+        return problem if self.edit is None else self.edit(i, problem)
+
+
+def addition(i: int) -> Problem:
+    a, b = i % 7, i % 5
+    answer = Answer(kind="number", value=Fraction(a + b))
+    return Problem(id=f"sum-{i}", question=f"What is {a} + {b} ?", answer=answer, rationale=f"{a} + {b} = {a + b} .")
+
+
+class Words(Component):
+    """A natural-language format with a one-line grader."""
+
+    kind: str = "words"
+    marker_needed: bool = True
+
+    def prompt(self, problem: Problem) -> str:
+        return f"{problem.question}\n"
+
+    def target(self, problem: Problem) -> str:
+        rationale = str(problem.rationale)
+        return rationale if MARKER in rationale else f"{rationale} {MARKER} {problem.answer}"
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
+        return [self._graded(problem, text) for problem, text in zip(problems, completions, strict=True)]
+
+    def _graded(self, problem: Problem, text: str) -> Graded:
+        _, marker, value = text.rpartition(MARKER)
+        if self.marker_needed and not marker:
+            return Graded(verdict=Verdict.NO_ANSWER, value=None, reason="no marker")
+        right = value.strip() == str(problem.answer)
+        return Graded(verdict=Verdict.CORRECT if right else Verdict.WRONG, value=value.strip(), reason=f"{value.strip()!r}")
+
+
+class Pay(Component):
+    kind: str = "pay"
+    right: float = 1.0
+    wrong: float = 0.1
+    broken: bool = False
+
+    def __call__(
+        self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
+    ) -> list[float | None]:
+        if self.broken:
+            raise RewardError("problem sum-0: score: division by zero")
+        prices = {Verdict.CORRECT: self.right, Verdict.WRONG: self.wrong}
+        return [prices.get(grade.verdict, 0.0) for grade in graded]
+
+
+def recipe(**changes: Any) -> Recipe:
+    stages = {"sft": {"kind": "sft", "epochs": 1, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}}
+    tables = {
+        "name": "tiny",
+        "run_dir": "/nonexistent",
+        "model": {"scratch": ScratchTable(hidden_size=32, layers=1, heads=2, context=64)},
+        "lengths": {"max_new": 24},
+        "dataset": Sums(kind="sums"),
+        "format": Words(kind="words"),
+        "reward": Pay(kind="pay"),
+        "stages": stages,
+    }
+    return Recipe.model_validate({**tables, **changes})
+
+
+def checked(**changes: Any) -> CheckReport:
+    return check_recipe(recipe(**changes))
+
+
+def finding(name: str, **changes: Any) -> Any:
+    return next(found for found in checked(**changes).findings if found.name == name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    """Models this small only wait for a second one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def sound() -> CheckReport:
+    return checked()
+
+
+def test_a_sound_recipe_passes_every_check(sound: CheckReport):
+    # three dev problems are too few to choose by, which is the only thing to say
+    assert {found.name: found.level for found in sound.findings if found.level != "ok"} == {"splits": "warn"}
+    assert [found.name for found in sound.findings] == [*CHECKS, *MODEL_CHECKS]
+    assert not sound.failed
+
+
+def test_the_report_shows_the_boundary_and_sampled_solutions(sound: CheckReport):
+    assert sound.preview is not None
+    assert (sound.preview.prompt, sound.preview.target) == ("What is 0 + 0 ?\n", "0 + 0 = 0 . The answer is 0")
+    assert sound.preview.target_tokens[-1] == "<eos>"
+    text = sound.to_text()
+    assert "What is 0 + 0 ?\n┃0 + 0 = 0 . The answer is 0" in text
+    assert text.count("--- sampled by base ---") == 3
+    assert sound.samples[0]["verdict"] in {verdict.value for verdict in Verdict}
+
+
+def test_the_json_report_says_the_same(sound: CheckReport):
+    document = json.loads(sound.to_json())
+    assert document["ok"] is True
+    assert [found["name"] for found in document["findings"]] == [found.name for found in sound.findings]
+    assert len(document["samples"]) == 3
+
+
+def test_rationales_that_contradict_their_gold_are_listed_and_refused():
+    # one of 12 states 9 while its gold is 2: 11/12 = 91.67 % are right, below 99 %
+    def contradict(i: int, problem: Problem) -> Problem:
+        return replace(problem, rationale="1 + 1 = 9 . The answer is 9") if i == 1 else problem
+
+    found = finding("gold_rationales", dataset=Sums(kind="sums", edit=contradict))
+    assert found.level == "fail"
+    assert found.message.startswith("91.67% of 12 gold rationales are graded correct, below 99%")
+    assert found.rows == ("sum-1: wrong: '9'",)
+
+
+def test_a_waived_check_only_warns():
+    class Deaf(Words):
+        def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
+            return [Graded(verdict=Verdict.WRONG, value=None, reason="deaf") for _ in problems]
+
+    failing = {"gold_answers", "gold_rationales", "reward"}
+    assert {f.name for f in checked(format=Deaf(kind="words")).failed} == failing
+    report = checked(format=Deaf(kind="words"), check={"waive": ["gold_answers", "gold_rationales"]})
+    assert [f.name for f in report.failed] == ["reward"]
+    assert next(f for f in report.findings if f.name == "gold_answers").message.endswith("(waived)")
+
+
+def test_an_unknown_waiver_is_refused_with_the_nearest_name():
+    with pytest.raises(RecipeError, match=r"check\.waive: gold_rational: no such check; did you mean gold_rationales\?"):
+        checked(check={"waive": ["gold_rational"]})
+
+
+def test_a_grader_that_pays_a_bare_answer_is_reported():
+    # twelve golds stated without any reasoning are accepted, since no marker is asked for; an empty text is not
+    found = finding("grader_refuses", format=Words(kind="words", marker_needed=False))
+    assert found.level == "warn"
+    assert "the bare answer (12)" in found.message
+
+
+def test_a_reward_that_tells_nothing_apart_or_breaks_is_refused():
+    assert finding("reward", reward=Pay(kind="pay", wrong=1.0)).level == "fail"
+    found = finding("reward", reward=Pay(kind="pay", broken=True))
+    assert (found.level, found.message) == ("fail", "problem sum-0: score: division by zero")
+    # 12 gold solutions earn 1; shifted by one, only neighbours with equal answers are right
+    assert finding("reward").message.startswith("a gold solution earns 1, another problem's earns 0.1")
+
+
+def test_prompts_over_the_limit_are_refused_and_the_model_is_not_run():
+    # "What is 0 + 0 ?\n" is What, is, 0, +, 0, ?, newline: seven tokens and more than the five allowed
+    report = checked(lengths={"max_prompt": 5, "max_new": 24})
+    found = next(f for f in report.findings if f.name == "prompt_length")
+    assert found.level == "fail"
+    assert found.rows[0].startswith("train sum-0: ")
+    assert report.samples == ()
+    assert not {f.name for f in report.findings} & set(MODEL_CHECKS)
+
+
+def test_the_context_limits_prompts_too():
+    # a context of 64 leaves 2 tokens for the prompt before 62 new ones
+    assert finding("prompt_length", lengths={"max_new": 62}).level == "fail"
+
+
+def test_targets_over_the_limit_are_counted_with_the_limit_that_would_keep_them():
+    found = finding("target_length", lengths={"max_new": 3})
+    assert found.level == "fail"
+    assert found.message.startswith("100.0% are too long")
+    (longest,) = {int(row.split()[1]) for row in found.rows}
+    assert found.remedy == f"lengths.max_new={longest} keeps all"
+
+
+def test_an_eos_inside_a_target_is_found():
+    def inject(i: int, problem: Problem) -> Problem:
+        return replace(problem, rationale=f"{problem.rationale} <eos>") if i == 2 else problem
+
+    found = finding("eos", dataset=Sums(kind="sums", edit=inject))
+    assert (found.level, found.rows) == ("fail", ("sum-2",))
+
+
+def test_words_of_dev_that_the_vocabulary_lacks_are_found():
+    class Foreign(Sums):
+        def load(self, *, seed: int) -> Splits:
+            splits = super().load(seed=seed)
+            return replace(splits, dev=(*splits.dev, replace(addition(1), id="odd", question="Combien font 1 + 1 ?")))
+
+    found = finding("vocabulary", dataset=Foreign(kind="sums"))
+    assert (found.level, found.rows) == ("warn", ("dev odd",))
+
+
+def test_supervised_stages_without_rationales_are_refused():
+    def strip(i: int, problem: Problem) -> Problem:
+        return replace(problem, rationale=None)
+
+    found = finding("splits", dataset=Sums(kind="sums", edit=strip))
+    assert (found.level, found.remedy) == ("fail", "supervised stages need rationales")
+
+
+def test_an_engine_that_does_not_sample_from_the_policy_is_found():
+    # the scripted engine claims log-probabilities of 0; a fresh model gives each of ~30 words about ln 30 = 3.4 nats
+    found = finding("logprobs", engine={"kind": "scripted", "texts": ["The answer is 3"]})
+    assert found.level == "fail"
+
+
+def test_memory_that_no_machine_has_is_refused():
+    found = finding("memory", model={"scratch": {"hidden_size": 32, "layers": 1, "heads": 2}, "micro_batch_tokens": 10**12})
+    assert found.level == "fail"
+    assert "most of it activations" in found.message
+
+
+def test_the_command_exits_with_2_where_a_check_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sound: CheckReport
+):
+    monkeypatch.setattr("reftune.cli._load", lambda name, overrides: recipe())
+    reports = [sound, replace(sound, findings=(replace(sound.findings[0], level="fail"), *sound.findings[1:]))]
+    monkeypatch.setattr("reftune.check.check_recipe", lambda recipe: reports.pop())
+    for status, err in ((2, "check: refused: splits\n"), (0, "")):
+        with pytest.raises(SystemExit) as caught:
+            main(["check", "tiny.yaml", "--json"])
+        assert caught.value.code == status
+        captured = capsys.readouterr()
+        assert captured.err == err
+        assert json.loads(captured.out)["ok"] is (status == 0)
+
+
+def test_every_finding_is_one_line(sound: CheckReport):
+    assert all(len(found.message.splitlines()) == 1 for found in sound.findings)

@@ -1,0 +1,87 @@
+"""Time and memory estimates, redone by hand."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reftune.estimate import Lengths, Speed, evaluation_seconds, memory_parts, peak_bytes, stage_seconds
+
+SPLITS: Any = SimpleNamespace(train=range(100), dev=range(20), test=range(50))
+LENGTHS = Lengths(prompt=30, target=10)
+SPEED = Speed(train=400, sample=100)
+LOOK_S = 2.0
+"""20 dev problems of 10 tokens at 100 tokens/s."""
+
+
+def recipe(**stages: Any) -> Any:
+    evaluate = SimpleNamespace(split="test", limit=40, samples=3)
+    return SimpleNamespace(stages=stages, evaluate=evaluate)
+
+
+SFT = SimpleNamespace(kind="sft", epochs=4, eval_every=2)
+RL = SimpleNamespace(
+    kind="rl",
+    steps=8,
+    prompts=5,
+    samples=2,
+    updates=2,
+    value_prefit=3,
+    eval_every=4,
+    algorithm=SimpleNamespace(needs_reference=True),
+)
+
+
+def test_supervised_seconds_are_tokens_at_the_measured_speed_and_looks():
+    # 4 epochs of 100 rows of 40 tokens at 400 tokens/s are 40 s; a look every 2 epochs is two looks of 2 s
+    assert stage_seconds(recipe(sft=SFT), SPLITS, LENGTHS, SPEED) == {"sft": pytest.approx(40 + 2 * LOOK_S)}
+
+
+def test_rl_seconds_are_sampling_scoring_and_updates():
+    # a step: 10 samples of 10 tokens at 100 tokens/s are 1 s; 10 sequences of 40 tokens are 1 s a pass, with
+    # 2 updates and a third of a pass each for policy and reference: 2.667 s. 8 steps, 3 pre-fit rollouts, 2 looks
+    expected = 8 * (1 + 2 + 2 / 3) + 3 * 1 + 2 * LOOK_S
+    assert stage_seconds(recipe(reft=RL), SPLITS, LENGTHS, SPEED) == {"reft": pytest.approx(expected)}
+
+
+def test_self_training_counts_sampling_and_at_most_all_kept_rows():
+    # 6 samples of 100 problems of 10 tokens: 60 s; 1 epoch of (1 + 4)·100 rows of 40 tokens: 50 s; one look
+    stage = SimpleNamespace(kind="self_train", samples=6, keep=4, sft=SimpleNamespace(epochs=1, eval_every=1))
+    assert stage_seconds(recipe(st=stage), SPLITS, LENGTHS, SPEED) == {"st": pytest.approx(60 + 50 + LOOK_S)}
+
+
+def test_a_users_own_stage_is_left_out():
+    assert stage_seconds(recipe(mine=SimpleNamespace(kind="mine.py:Stage")), SPLITS, LENGTHS, SPEED) == {}
+
+
+def test_evaluation_counts_methods_problems_and_samples():
+    # 2 methods, 40 of the 50 problems, a greedy answer and 3 samples of 10 tokens at 100 tokens/s
+    assert evaluation_seconds(recipe(), SPLITS, 2, LENGTHS, SPEED) == pytest.approx(2 * 40 * 4 * 0.1)
+
+
+def test_memory_counts_weights_optimizer_reference_and_cache(make_policy: Any, make_recipe: Any):
+    policy = make_policy("llama")
+    recipe = make_recipe(lengths={"max_new": 13}, engine={"kind": "kv", "batch_size": 20})
+    parts = memory_parts(policy, recipe, longest_prompt=30)
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * total, 4 * total, 8 * total)
+    assert parts["reference"] == 4 * total, "PPO with a KL penalty keeps a copy"
+    # keys and values, fp32, 2 layers, 2 heads of 32/4 numbers, 20 rows of 30 + 13 tokens
+    assert parts["cache"] == 2 * 4 * 2 * 2 * 8 * 20 * 43
+
+
+def test_adapters_need_no_copy_and_hardly_any_optimizer(make_policy: Any, make_recipe: Any):
+    from reftune.recipe import LoraTable
+
+    full, adapters = (
+        memory_parts(make_policy("llama", lora=lora), make_recipe(), longest_prompt=30) for lora in (None, LoraTable(rank=1))
+    )
+    assert adapters["reference"] == 0
+    assert adapters["optimizer"] < full["optimizer"] / 4
+
+
+def test_sampling_and_updating_take_turns_in_memory():
+    parts = {"weights": 1.0, "gradients": 2, "optimizer": 4, "reference": 8, "activations": 16, "logits": 32, "cache": 100}
+    # 1 + 4 + 8 always, then the larger of 100 for the cache and 16 + 32 + 2 for the update
+    assert peak_bytes(parts) == 113
+    assert peak_bytes({**parts, "cache": 0}) == 63

@@ -1,0 +1,50 @@
+"""An exported model is a folder of its own with a card; a run that is not ready is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reftune.errors import CheckpointError
+from reftune.export import export_model
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A finished stage of a run, its weights a few bytes."""
+    run = tmp_path / "runs" / "tiny"
+    stage = run / "stages" / "reft"
+    (stage / "checkpoints" / "step-000004").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "samples.jsonl"):
+        (stage / name).write_text(name)
+    document = {"kind": "rl", "init": "warmup", "chosen_step": 40, "dev_accuracy": 0.625, "dev_n": 8, "looks": 3}
+    (stage / "stage.json").write_text(json.dumps(document))
+    (run / "recipe.yaml").write_text("name: tiny\nseed: 7\n")
+    (run / "summary.json").write_text(json.dumps({"methods": {"reft": {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 100}}}))
+    return run
+
+
+def test_the_model_is_copied_without_what_training_left(run_folder: Path, tmp_path: Path):
+    out = export_model(run_folder, "reft", tmp_path / "deep" / "model")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: Path):
+    card = (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
+    assert "Greedy accuracy 50.0% of 100 problems (95 % interval 40.0% to 60.0%)." in card
+    assert "step 40, chosen on 8 dev problems\n(62.5% right, the best of 3 looks)" in card
+    assert "name: tiny\nseed: 7" in card
+
+
+def test_a_model_that_was_not_evaluated_says_so(run_folder: Path, tmp_path: Path):
+    (run_folder / "summary.json").unlink()
+    assert "It has not been evaluated." in (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
+
+
+def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"stages/sft: not a finished method \(no stage\.json\); finished here: reft$"):
+        export_model(run_folder, "sft", tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match="model: exists already"):
+        export_model(run_folder, "reft", tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []

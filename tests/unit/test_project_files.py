@@ -1,0 +1,67 @@
+"""What the project's files say of each other is true."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from reftune.progress import SHOWN, TOKEN_COUNTS
+from reftune.types import Verdict
+
+ROOT = Path(__file__).parents[2]
+METRIC = re.compile(
+    r'"((?:progress|loss|grad|optim|compute|time|reward|reward_model|response|kl|policy|value|groups|dev)/[a-z_]+)"'
+)
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """Extra (or `core`) → what it asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"core": project["dependencies"], **project["optional-dependencies"]}
+    return {name: [Requirement(line) for line in lines] for name, lines in groups.items()}
+
+
+def pins() -> dict[str, str]:
+    """Package → the version that the tests run with."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+@pytest.mark.parametrize("group", ["core", "dev", "smollm2", "reasoning-gym"])
+def test_the_pinned_versions_are_within_the_ranges(group: str):
+    pinned = pins()
+    for requirement in requirements()[group]:
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} has no pin"
+        assert requirement.specifier.contains(version), f"{requirement} excludes {version}"
+
+
+def test_torch_is_pinned_first():
+    assert next(iter(pins())) == "torch"
+
+
+def test_every_dependency_has_its_line_in_the_docs():
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    for group, needed in requirements().items():
+        for requirement in needed:
+            assert re.search(rf"\| (.*\b)?{re.escape(requirement.name)}\b", page), f"{requirement.name} of {group} is missing"
+
+
+def test_every_metric_that_is_logged_or_shown_is_defined_in_the_docs():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    defined = set(re.findall(r"`([a-z_]+/[a-z_]+)`", page))
+    sources = (ROOT / "src" / "reftune").rglob("*.py")
+    logged = {name for path in sources for name in METRIC.findall(path.read_text())}
+    assert logged - defined == set()
+    assert {name for name, _, _ in SHOWN} | set(TOKEN_COUNTS) <= logged | defined
+    assert all(verdict.value in page for verdict in Verdict)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
