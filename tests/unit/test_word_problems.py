@@ -121,6 +121,7 @@ def test_questions_depend_on_neither_train_size_nor_styles_nor_answer_kind():
     one_style = word_problems(styles=1).load(seed=5)
     assert questions(every(one_style)) == questions(every(base))
     choice = word_problems(answer="choice").load(seed=5)
+    assert questions(word_problems(answer="choice", styles=3, train=500).load(seed=5).test) == questions(choice.test)
     assert [question.split("\n")[0] for question in questions(every(choice))] == questions(every(base))
 
 
@@ -135,23 +136,34 @@ def test_each_number_of_operations_is_as_likely_as_another():
 def test_styles_spell_one_solution_in_different_ways():
     problems = word_problems(styles=4, operations=[2, 2]).load(seed=0).train
     by_style = {problem.columns["style"]: problem.rationale or "" for problem in problems}
-    assert sorted(by_style) == [0, 1, 2, 3]
-    assert re.search(r"return .*\b(ann|ben|eva|ivy|leo|mia|noa|sam|tom|zoe)\b", by_style[0])
-    assert "a = " in by_style[1]
-    assert by_style[2].count("\n") == 1
-    assert re.fullmatch(r"def solution\(\):(\n    [a-d] = \d+)+\n    return [^\d]+", by_style[3])
-    assert {problem.columns["style"] for problem in word_problems(styles=1).load(seed=0).train} == {0}
+    assert sorted(by_style) == ["0", "1", "2", "3"]
+    assert re.search(r"return .*\b(ann|ben|eva|ivy|leo|mia|noa|sam|tom|zoe)\b", by_style["0"])
+    assert "a = " in by_style["1"]
+    assert by_style["2"].count("\n") == 1
+    assert re.fullmatch(r"def solution\(\):(\n    [a-d] = \d+)+\n    return [^\d]+", by_style["3"])
+    assert {problem.columns["style"] for problem in word_problems(styles=1).load(seed=0).train} == {"0"}
 
 
 def test_each_further_style_adds_a_spelling():
-    # the same seed and one style at a time: a problem of two operations is spelled in as many ways as there are styles
-    dataset = word_problems(people=2, operations=[2, 2], styles=24, train=3000).load(seed=0)
-    by_style: dict[int, set[str]] = {}
+    # one person and two operations make six shapes (two updates, or an update and a sale); each style spells all of them
+    dataset = word_problems(people=1, operations=[2, 2], distractors=0, styles=24, train=3000).load(seed=0)
+    by_style: dict[str, set[str]] = {}
     for problem in dataset.train:
         shape = re.sub("|".join(name.lower() for name in NAMES), "who", NUMBER.sub("7", problem.rationale or ""))
         by_style.setdefault(problem.columns["style"], set()).add(shape)
-    assert sorted(by_style) == list(range(24))
-    assert all(by_style[one] != by_style[other] for one in range(24) for other in range(one))
+    assert sorted(by_style, key=int) == [str(style) for style in range(24)]
+    assert all(by_style[one] != by_style[other] for one in by_style for other in by_style if one != other)
+
+
+@pytest.mark.parametrize(
+    ("rationale", "only_the_result"), [("program", "def solution():\n    return {0}"), ("nl", "That is {0}.")]
+)
+def test_terse_rationales_state_the_right_result_in_the_share_asked_for(rationale: str, only_the_result: str):
+    # n = 1000, so three standard deviations of .3 are .043
+    problems = word_problems(terse=0.3, rationale=rationale, train=1000).load(seed=0).train
+    terse = [problem for problem in problems if problem.columns["style"] == "terse"]
+    assert abs(len(terse) / len(problems) - 0.3) <= 0.043
+    assert all(problem.rationale == only_the_result.format(problem.answer) for problem in terse)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -178,7 +190,7 @@ def test_numbers_and_results_stay_in_range():
 @pytest.mark.parametrize("style", range(8))
 def test_every_equation_of_a_prose_rationale_holds_and_the_last_gives_the_answer(style: int):
     problems = every(word_problems(rationale="nl", max_value=99, operations=[0, 3], styles=8).load(seed=0))
-    for problem in (problem for problem in problems if problem.columns["style"] == style):
+    for problem in (problem for problem in problems if problem.columns["style"] == str(style)):
         equations = re.findall(r"([\d(][^=.]*) = (\d+)\.", problem.rationale or "")
         assert all(eval(left) == int(right) for left, right in equations)
         assert len(equations) >= min(problem.columns["operations"], 1)

@@ -79,10 +79,10 @@ class WordProblems(Component):
     def load(self, *, seed: int) -> Splits:
         """Problems drawn with `seed`. Raises: DataError where the settings do not allow so many different questions."""
         stories = self._different_stories(random.Random(f"stories {seed}"))
-        rng = random.Random(f"options and styles {seed}")
+        styles, options = random.Random(f"options and styles {seed}"), random.Random(f"options {seed}")
 
         def draw(split: str, size: int) -> tuple[Problem, ...]:
-            return tuple(self._problem(f"{split}-{i}", next(stories), rng) for i in range(size))
+            return tuple(self._problem(f"{split}-{i}", next(stories), styles, options) for i in range(size))
 
         test, dev, train = draw("test", self.test), draw("dev", self.dev), draw("train", self.train)
         return Splits(train=train, dev=dev, test=test)
@@ -106,10 +106,10 @@ class WordProblems(Component):
             f"need {self.train + self.dev + self.test}; widen numbers, people or max_value, or make the splits smaller"
         )
 
-    def _problem(self, id: str, story: _Story, rng: random.Random) -> Problem:
-        style = rng.randrange(self.styles)
-        is_terse = self.terse > 0 and rng.random() < self.terse
-        choices = _options(story.answer, self.max_value, rng) if self.answer == "choice" else ()
+    def _problem(self, id: str, story: _Story, styles: random.Random, options: random.Random) -> Problem:
+        style = styles.randrange(self.styles)
+        is_terse = self.terse > 0 and styles.random() < self.terse
+        choices = _options(story.answer, self.max_value, options) if self.answer == "choice" else ()
         return Problem(
             id=id,
             question=story.text + _spell_options(choices),
