@@ -35,6 +35,7 @@ demo-seeds: setup
 	@for seed in $(SEEDS); do $(BIN)/reftune demo name=demo-seed$$seed seed=$$seed || exit $$?; done
 	@mkdir -p docs/results
 	$(BIN)/reftune table $(SEEDS:%=runs/demo-seed%) --format markdown > docs/results/demo-seeds.md
+	$(BIN)/reftune table $(SEEDS:%=runs/demo-seed%) --json > docs/results/demo-seeds.json
 
 test: setup
 	$(BIN)/python -m pytest

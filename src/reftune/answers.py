@@ -179,19 +179,21 @@ _UNITS = (
     r"gallons?|degrees?"
 )
 _SHAPE = re.compile(
-    rf"(?P<number>\d+)|\b(?:(?P<or>or)|(?P<to>to|through|and|versus|vs)|(?P<unit>{_UNITS})|(?P<variable>(?-i:[xyzn]))|"
-    r"(?P<function>pi|sqrt|log|ln))\b|(?P<symbol>[π√∞±\\]|\+/-)|(?P<operator>[-+*/|])|(?P<order>[<>≤≥≠])|(?P<open>[\[({$€£])|"
-    r"(?P<word>[^\W\d_]+)",
+    r"(?P<number>\d+)|\b(?:"
+    r"(?P<function>pi|sqrt|log|ln|squared|cubed|to the power|(?:and )?(?:a |one )?(?:half|quarter)|and a third)|"
+    r"(?P<operation>plus|minus|times|multiplied by|divided by|mod|modulo)|(?P<or>or)|(?P<to>to|through|and|versus|vs)|"
+    rf"(?P<unit>{_UNITS})|(?P<variable>(?-i:[xyzn])))\b|"
+    r"(?P<symbol>[π√∞±\\]|\+/-)|(?P<operator>[-+*/|])|(?P<order>[<>≤≥≠])|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
     re.IGNORECASE,
 )
 _LETTER_OF = {"number": "9", "or": "o", "to": "t", "unit": "u", "variable": "x", "function": "π", "symbol": "π",
-              "operator": "+", "order": "<", "open": "(", "word": "w"}  # fmt: skip
+              "operation": "+", "operator": "+", "order": "<", "open": "(", "word": "w"}  # fmt: skip
 _CONTINUES = re.compile(
     r"[)\]}'\"]*(?:"
     r"[.,:]9| ?: ?9| ?9|w9|\(9"  # 1.2.3, 1,0000, 5:30, 3 : 4, 5 6, 0x10, 5(6)
     r"| ?[+^]+ ?[(+]* ?[9xπ]|(?: ?[uw]){1,2} ?\+ ?[(+]* ?9"  # 3 + 4, 2**3, 5 - x, 3 apples + 4 apples
     r"| ?π| ?x| ?<"  # 2π, 5x, 5 < x
-    r"|(?: ?[uw.,]){0,3} ?o ?[(+]*9| ?t ?[(+]*9"  # 5 or 6, 5 apples or 6, 5 to 6
+    r"|(?: ?[uw.,(]){0,3} ?o ?[(+]*9| ?t ?[(+]*9"  # 5 or 6, 5 apples or 6, 5 to 6
     r"| ?, ?[(+]*9[.9]* ?(?:$|[,.)ot\]])| ?u[., t]*9)"  # the list 5, 6; 5 feet 6 inches
 )
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from reftune import __version__
-from reftune.errors import RecipeError, ReftuneError
+from reftune.errors import NonFiniteError, RecipeError, ReftuneError
 
 if TYPE_CHECKING:
     from reftune.progress import Progress
     from reftune.recipe import Recipe
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 DEMO = "demo/demo.yaml"
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = app(args=arguments, prog_name="reftune", standalone_mode=False)
     except ReftuneError as error:
         say(str(error))
-        sys.exit(BAD_INPUT)
+        sys.exit(FAILED if isinstance(error, NonFiniteError) else BAD_INPUT)
     except typer.TyperException as error:
         say(f"{error.format_message()} (see reftune --help)")
         sys.exit(BAD_INPUT)

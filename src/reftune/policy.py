@@ -201,6 +201,9 @@ class Policy(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Model (LoRA merged), tokenizer and value head in Hugging Face format; loads with plain `from_pretrained`."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # the run has its own
         folder.mkdir(parents=True, exist_ok=True)
         model = self.model
         if self.is_lora:

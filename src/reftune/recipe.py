@@ -83,6 +83,10 @@ def load_component(spec: Any, *, group: str) -> Any:
     cls = component_class(str(spec["kind"]), group=group)
     if inspect.isfunction(cls):
         return _wrap_function(spec, group=group)
+    if not (inspect.isclass(cls) and issubclass(cls, Component)):
+        raise PydanticCustomError(
+            "not_a_component", "{kind} is no class derived from reftune.recipe.Component", {"kind": spec["kind"]}
+        )
     return cls.model_validate(dict(spec))
 
 
@@ -121,7 +125,11 @@ def _user_object(kind: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"reftune_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever a user's file does when it is read
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PydanticCustomError("bad_file", "{file}: cannot be loaded: {reason}", {"file": file, "reason": reason}) from None
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
         raise PydanticCustomError("no_name", "{file} has no {name}; it defines {public}",
@@ -331,6 +339,6 @@ def _first_problem(error: ValidationError) -> str:
     if first["type"] == "unknown_key":
         return f"{where}.{first['msg']}" if where else first["msg"]
     message = first["msg"][:1].lower() + first["msg"][1:]
-    if first["type"] == "missing" or first["type"].endswith(("_kind", "_file", "_name")):
+    if first["type"] == "missing" or first["type"].endswith(("_kind", "_file", "_name", "_component")):
         return f"{where}: {message}"
     return f"{where}: {message}, got {first['input']!r}"[:300]

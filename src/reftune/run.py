@@ -45,6 +45,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     with open_run(recipe, progress) as run:
         for name in recipe.stages:
             run.train(name)
+            run.report()
         for method in run.methods_to_evaluate():
             run.evaluate(method)
         return run.summarize()
@@ -187,12 +188,18 @@ class Run:
 
     def summarize(self) -> dict[str, Any]:
         """summary.json and report.html, from the files of the run alone."""
-        from reftune.report import summarize, write_report
+        from reftune.report import summarize
 
         summary = summarize(self.folder)
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2))
-        write_report([self.folder], self.folder / "report.html")
+        self.report()
         return summary
+
+    def report(self) -> None:
+        """report.html as far as the run has come."""
+        from reftune.report import write_report
+
+        write_report([self.folder], self.folder / "report.html")
 
 
 def load_splits(recipe: Recipe) -> Splits:

@@ -160,10 +160,10 @@ class Trainer:
         batch = replace(batch, logprobs=scores.logprobs, values=scores.values)
         mask = batch.sampled_mask
         assert scores.entropy is not None
-        metrics = {
-            "policy/entropy": float(masked_mean(scores.entropy, mask)),
-            "kl/mismatch": float(masked_mean((scores.logprobs - batch.sampling_logprobs).abs(), mask)),
-        }
+        metrics: dict[str, float] = {}
+        if mask.any():
+            metrics["policy/entropy"] = float(masked_mean(scores.entropy, mask))
+            metrics["kl/mismatch"] = float(masked_mean((scores.logprobs - batch.sampling_logprobs).abs(), mask))
         if self.reference is not None:
             reference = self.reference.score(batch.tokens, temperature=self.stage.temperature, max_tokens=self.max_tokens)
             batch = replace(batch, ref_logprobs=reference.logprobs)

@@ -300,7 +300,7 @@ class Loop:
         accuracy = self.look()
         self.state.looks += 1
         replace_folder(folder, self.model.save)
-        write_stage(folder, method, self, chosen_step=self.state.step, accuracy=accuracy)
+        write_stage(folder, method, self, chosen_step=self.state.step, accuracy=accuracy, snapshot_of=self.context.name)
 
     def _finish(self) -> None:
         """Put the model chosen on dev in the stage's folder; `stage.json` comes last and marks the stage as done."""
@@ -337,12 +337,15 @@ def dev_accuracy(context: StageContext, problems: tuple[Problem, ...]) -> float:
     return sum(graded.verdict is Verdict.CORRECT for graded in solved.graded) / len(problems)
 
 
-def write_stage(folder: Path, method: str, loop: Loop, *, chosen_step: int, accuracy: float) -> None:
-    """`stage.json`: what was chosen, on what, and what it cost."""
+def write_stage(
+    folder: Path, method: str, loop: Loop, *, chosen_step: int, accuracy: float, snapshot_of: str | None = None
+) -> None:
+    """`stage.json`: what was chosen, on what, and what it cost; a snapshot's cost is part of its stage's."""
     totals = loop.state.totals
     document = {
         "stage": method,
         "kind": loop.kind,
+        "snapshot_of": snapshot_of,
         "init": loop.init,
         "chosen_step": chosen_step,
         "steps": loop.state.step,

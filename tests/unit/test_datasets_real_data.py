@@ -13,7 +13,10 @@ from reftune.datasets._reading import read_rows
 from reftune.recipe import load_component
 
 DATA = os.environ.get("REFTUNE_DATA", "")
-pytestmark = pytest.mark.skipif(not DATA, reason="REFTUNE_DATA does not name a folder with the published files")
+pytestmark = [
+    pytest.mark.skipif(not DATA, reason="REFTUNE_DATA does not name a folder with the published files"),
+    pytest.mark.timeout(600),
+]
 
 
 def load(kind: str, train: str, test: str | None = None, seed: int = 0, **keys: Any) -> Splits:

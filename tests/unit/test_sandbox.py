@@ -87,7 +87,7 @@ def test_a_program_that_fails_is_an_error_with_a_reason(sandbox: Sandbox, source
     ],
 )
 def test_hostile_programs_end_within_their_limits(source: str, status: ExecutionStatus) -> None:
-    with Sandbox(SandboxLimits(timeout_s=0.3 if status is TIMEOUT else 30), workers=1) as sandbox:
+    with Sandbox(SandboxLimits(timeout_s=0.3 if status is TIMEOUT else 30, memory_mib=16), workers=1) as sandbox:
         sandbox.run([returned("1")])
         started = time.perf_counter()
         results = sandbox.run([source, returned("5")])

@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from reftune.datasets import Splits
 from reftune.datasets._splits import drop_untrainable
 from reftune.types import Problem, Verdict
 
+if TYPE_CHECKING:
+    from reftune.sandbox import ExecutionResult
+
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.USub, ast.UAdd)
 NODES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
+TIMEOUT_S = 20.0
 LARGEST_WHOLE = 10**15
 """Floats up to here that are whole are written without `.0`."""
 
@@ -61,12 +66,19 @@ def drop_wrong_programs(splits: Splits) -> Splits:
     return drop_untrainable(splits, "program_disagrees", lambda problem: problem.id in wrong)
 
 
+def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
+    """Run in the sandbox, with so much time that how busy the machine is does not decide what is trained on."""
+    from reftune.sandbox import Sandbox, SandboxLimits
+
+    with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
+        return sandbox.run(programs)
+
+
 def _wrong_programs(problems: Sequence[Problem]) -> frozenset[str]:
     from reftune.answers import grade_value
-    from reftune.sandbox import ExecutionStatus, Sandbox
+    from reftune.sandbox import ExecutionStatus
 
-    with Sandbox() as sandbox:
-        results = sandbox.run([problem.rationale or "" for problem in problems])
+    results = run_programs([problem.rationale or "" for problem in problems])
     return frozenset(
         problem.id
         for problem, result in zip(problems, results, strict=True)

@@ -15,7 +15,7 @@ from pydantic import Field
 from reftune.datasets import Splits
 from reftune.datasets._authors import COLUMNS, Rationale, authors_rationale, is_authors
 from reftune.datasets._mathqa_formula import formula_steps
-from reftune.datasets._programs import drop_wrong_programs, program
+from reftune.datasets._programs import drop_wrong_programs, program, run_programs
 from reftune.datasets._reading import Row, read_value, refuse_type_changes, shown
 from reftune.datasets._splits import draw_splits, drop_untrainable, normalised, read_splits
 from reftune.errors import DataError
@@ -158,10 +158,7 @@ def _steps(row: Row) -> list[tuple[str, str]] | None:
 
 def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
     """Whether the value of each row's formula is within 1 % of the gold option; rows of ReFT's authors are taken to be."""
-    from reftune.sandbox import Sandbox
-
-    with Sandbox() as sandbox:
-        results = sandbox.run(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
+    results = run_programs(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
     return [is_authors(row) or _is_near_gold(row, result.value) for row, result in zip(rows, results, strict=True)]
 
 

@@ -176,7 +176,7 @@ def _kicker(groups: Sequence[Group]) -> list[str]:
     names = " · ".join(dict.fromkeys(group.label for group in groups))
     seeds = f"seed {runs[0].seed}" if len(runs) == 1 else f"{len(runs)} runs"
     started = str(runs[0].env.get("started", ""))[:10]
-    seconds = sum(float(stage.info.get("wall_seconds", 0)) for run in runs for stage in run.stages.values())
+    seconds = sum(run.wall_seconds for run in runs)
     return [part for part in (names, seeds, started, duration(seconds) if seconds else "") if part]
 
 

@@ -114,6 +114,12 @@ class RunResults:
         return not self.missing
 
     @property
+    def wall_seconds(self) -> float:
+        """Of all training; a snapshot's seconds are part of its stage's."""
+        stages = [stage.info for stage in self.stages.values() if not stage.info.get("snapshot_of")]
+        return sum(float(info.get("wall_seconds", 0)) for info in stages)
+
+    @property
     def split(self) -> str:
         """Which problems the final evaluation used."""
         return str((self.recipe.get("evaluate") or {}).get("split", "test"))
