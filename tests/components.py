@@ -28,6 +28,9 @@ class Tossed(Component):
 class SayGold(Tossed):
     """A completion is right where it starts with the gold answer."""
 
+    def prompt(self, problem: Problem) -> str:
+        return f"{problem.question}\n"
+
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         return [
             Graded(verdict=Verdict.CORRECT if text.startswith(str(p.answer)) else Verdict.WRONG, value=text, reason="")

@@ -119,7 +119,9 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
         "name": "tiny",
         "run_dir": str(tmp_path / "run"),
         "model": {"scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "context": 80, "dropout": 0.1}},
-        "dataset": {"kind": "word_problems", "train": 24, "dev": 8, "test": 10, "operations": [0, 1], "people": 2, "distractors": 0},
+        "dataset": {
+            "kind": "word_problems", "train": 24, "dev": 8, "test": 10, "operations": [0, 1], "people": 2, "distractors": 0
+        },
         "format": {"kind": f"{COMPONENTS}:Tossed"},
         "reward": {"kind": f"{COMPONENTS}:ByVerdict"},
         "engine": {"kind": "kv", "batch_size": 20},
@@ -134,7 +136,10 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     }  # fmt: skip
 
     def make(**changes: Any) -> Recipe:
-        return parse_recipe(merge(base, changes))
+        merged = merge(base, changes)
+        if "stages" in merged["evaluate"]:
+            merged["evaluate"]["stages"] = [name for name in merged["evaluate"]["stages"] if name in merged["stages"]]
+        return parse_recipe(merged)
 
     return make
 

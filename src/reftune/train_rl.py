@@ -218,7 +218,9 @@ class Trainer:
             self.policy.decode(t[:length].tolist()) for t, length in zip(rows.tokens.tokens, rows.tokens.lengths, strict=True)
         ]
         write_atomically(path, json.dumps({"where": where, "rewards": rows.rewards.tolist(), "sequences": texts}, indent=2))
-        raise NonFiniteError(f"{where}: loss is {float(loss)}; the weights were not changed; look at the samples in {path}")
+        raise NonFiniteError(
+            f"{where}: loss is {float(loss.detach())}; the weights were not changed; look at the samples in {path}"
+        )
 
     # --- value head ---
 

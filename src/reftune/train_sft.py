@@ -191,7 +191,7 @@ def accumulate_nll(
         scores = policy(batch.rows(index))
         loss = -(scores.logprobs * weights[index, : scores.logprobs.shape[1]]).sum()
         if not torch.isfinite(loss):
-            raise NonFiniteError(f"{where}: loss is {float(loss)}; the weights were not changed")
+            raise NonFiniteError(f"{where}: loss is {float(loss.detach())}; the weights were not changed")
         loss.backward()
         total += float(loss.detach())
     return total

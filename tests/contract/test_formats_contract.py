@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reftune.errors import DataError
@@ -80,7 +80,7 @@ def test_grading_does_not_depend_on_the_batch(spec: dict[str, str]) -> None:
 
 
 @each_format
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=st.lists(st.text(st.characters(), max_size=60), max_size=3))
 def test_any_text_gets_one_grade_with_a_reason_on_one_line(spec: dict[str, str], texts: list[str]) -> None:
     format: Any = FORMATS.setdefault(str(spec), loaded(spec))

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from reftune.answers import (
@@ -28,6 +28,7 @@ from reftune.answers import (
 )
 from reftune.types import Answer, Graded, Problem, Verdict
 
+UNHURRIED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TRIGGER = "\nTherefore, the answer is: "
 
 
@@ -143,6 +144,7 @@ def test_tolerance_is_exact_at_its_edge(predicted: str, gold: str, equal: bool) 
     assert numbers_equal(-Fraction(predicted), -Fraction(gold)) is equal
 
 
+@UNHURRIED
 @given(st.fractions())
 def test_equal_numbers_are_spelled_alike_and_read_back(value: Fraction) -> None:
     assert read_number(spell(value)) == value
@@ -345,7 +347,7 @@ SNIPPETS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@UNHURRIED
 @given(st.lists(st.one_of(SNIPPETS, st.text(st.characters(), max_size=8)), max_size=12).map("".join))
 @example("The answer is " + "9" * 5000)
 @example("The answer is 1/" + "0" * 900)
@@ -360,7 +362,7 @@ def test_any_text_gets_a_verdict_with_a_reason_on_one_line(text: str) -> None:
             assert graded.value is None or len(graded.value.encode()) <= 4 * MAX_VALUE_CHARS
 
 
-@settings(max_examples=100, deadline=None)
+@UNHURRIED
 @given(st.fractions(), st.fractions(max_denominator=1000))
 def test_no_wrong_number_is_called_correct(written: Fraction, gold: Fraction) -> None:
     graded = grade_completion(f"The answer is {spell(written)}", number(str(gold)))

@@ -50,8 +50,11 @@ def _unique(*programs: str) -> tuple[str, ...]:
 
 
 def _without_prose(program: str) -> str:
+    """Only the definitions, imports and assignments; the program itself where its `solution` stands inside quotes."""
     chunks = _chunks(program)
-    last = max(index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk))
+    last = max((index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)), default=None)
+    if last is None:
+        return program
     return "\n".join(
         chunk
         for index, chunk in enumerate(chunks)

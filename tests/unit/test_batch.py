@@ -1,0 +1,98 @@
+"""Token batches: who predicts whom, padding, and pieces of a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reftune.batch import RolloutBatch, TokenBatch, micro_batches, token_batch
+
+PROMPTS = [[5, 6, 7], [8]]
+RESPONSES = [[9, 1], [2, 3, 4, 1]]
+
+
+def rollouts() -> RolloutBatch:
+    tokens = token_batch(PROMPTS, RESPONSES)
+    per_token = tokens.unflatten(torch.arange(1.0, 7.0))
+    return RolloutBatch(
+        tokens=tokens,
+        rewards=torch.tensor([1.0, 0.1]),
+        correct=torch.tensor([1.0, 0.0]),
+        groups=torch.tensor([0, 1]),
+        sampling_logprobs=per_token,
+        logprobs=per_token * 10,
+    )
+
+
+def test_prompt_and_response_lie_side_by_side_padded_on_the_right():
+    batch = token_batch(PROMPTS, RESPONSES)
+    assert batch.tokens.tolist() == [[5, 6, 7, 9, 1], [8, 2, 3, 4, 1]]
+    assert token_batch([[5], [5, 6]], [[1], [7, 1]]).tokens.tolist() == [[5, 1, 0, 0], [5, 6, 7, 1]]
+    assert batch.lengths.tolist() == [5, 5]
+    assert len(batch) == 2
+
+
+def test_the_mask_is_true_on_response_tokens_and_counts_the_eos():
+    assert token_batch(PROMPTS, RESPONSES).response_mask.tolist() == [[True, True, False, False], [True] * 4]
+
+
+def test_each_response_token_is_predicted_by_the_position_to_its_left():
+    batch = token_batch(PROMPTS, RESPONSES)
+    # row 0: prompt at 0–2, response at 3 and 4, predicted from 2 (the last prompt token) and 3
+    # row 1: prompt at 0, response at 1–4, predicted from 0–3
+    assert [index.tolist() for index in batch.response_index()] == [[0, 0, 1, 1, 1, 1], [3, 4, 1, 2, 3, 4]]
+    assert [index.tolist() for index in batch.predictor_index()] == [[0, 0, 1, 1, 1, 1], [2, 3, 0, 1, 2, 3]]
+    assert batch.response_tokens().tolist() == [9, 1, 2, 3, 4, 1]
+
+
+def test_flat_values_go_back_to_their_rows():
+    batch = token_batch(PROMPTS, RESPONSES)
+    assert batch.unflatten(torch.arange(1.0, 7.0)).tolist() == [[1, 2, 0, 0], [3, 4, 5, 6]]
+
+
+def test_unflattened_values_carry_gradients():
+    values = torch.arange(1.0, 7.0, requires_grad=True)
+    (token_batch(PROMPTS, RESPONSES).unflatten(values) * torch.tensor([[2.0] * 4, [3.0] * 4])).sum().backward()
+    assert values.grad is not None and values.grad.tolist() == [2, 2, 3, 3, 3, 3]
+
+
+def test_a_prompt_without_tokens_is_our_own_mistake():
+    with pytest.raises(AssertionError, match="at least one token"):
+        token_batch([[]], [[1]])
+
+
+def test_chosen_rows_are_trimmed_to_their_own_longest():
+    whole = token_batch([[5, 6], [7, 8, 9], [4]], [[1], [2, 3, 4, 1], [2, 1]])
+    part = whole.rows(torch.tensor([2, 0]))
+    assert part.tokens.tolist() == [[4, 2, 1], [5, 6, 1]]
+    assert part.response_mask.tolist() == [[True, True], [True, False]]
+    assert isinstance(part, TokenBatch)
+
+
+def test_chosen_rollouts_keep_all_they_have_and_nothing_else():
+    part = rollouts().rows(torch.tensor([0]))
+    assert part.logprobs.tolist() == [[10, 20]]
+    assert part.sampling_logprobs.tolist() == [[1, 2]]
+    assert part.rewards.tolist() == [1.0]
+    assert part.groups.tolist() == [0]
+    assert part.values is None and part.advantages is None
+    assert part.response_mask.shape == (1, 2)
+
+
+def test_micro_batches_hold_every_sequence_once_within_the_limit():
+    lengths = torch.tensor([7, 3, 9, 1, 4, 4, 20, 2])
+    groups = [group.tolist() for group in micro_batches(lengths, max_tokens=16)]
+    assert sorted(i for group in groups for i in group) == list(range(8))
+    for group in groups:
+        assert len(group) * max(int(lengths[i]) for i in group) <= 16 or len(group) == 1
+
+
+def test_micro_batches_are_as_full_as_the_limit_allows():
+    # sorted lengths 1 2 3 4 | 4 7 | 9 | 20: a fifth row of length 4 would make 5 · 4 = 20 > 16, a third of 9 27 > 16
+    lengths = torch.tensor([7, 3, 9, 1, 4, 4, 20, 2])
+    assert [group.tolist() for group in micro_batches(lengths, max_tokens=16)] == [[3, 7, 1, 4], [5, 0], [2], [6]]
+    assert [group.tolist() for group in micro_batches(lengths, max_tokens=160)] == [[3, 7, 1, 4, 5, 0, 2, 6]]
+
+
+def test_a_sequence_over_the_limit_goes_alone():
+    assert [group.tolist() for group in micro_batches(torch.tensor([30, 30]), max_tokens=1)] == [[0], [1]]

@@ -1,0 +1,255 @@
+"""Checkpoints: whole or not at all, and the newest sound one is found."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from reftune.checkpoint import (
+    link_files,
+    load_latest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    replace_folder,
+    save_checkpoint,
+    write_atomically,
+)
+from reftune.errors import CheckpointError
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3.5)}
+
+
+def save(folder: Path, step: int, keep: int = 2) -> Path:
+    return save_checkpoint(folder, step=step, tensors=TENSORS, state={"best": 0.1, "totals": {"x": 3}}, keep=keep)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow past 8 KiB: writing more fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_was_saved_is_loaded_to_the_bit(tmp_path):
+    tensors = {**TENSORS, "transposed": torch.randn(4, 3).T, "step": torch.tensor(7, dtype=torch.int64)}
+    path = save_checkpoint(tmp_path, step=12, tensors=tensors, state={"best_accuracy": 1 / 3, "looks": 2})
+    found = load_latest(tmp_path)
+    assert found is not None and found.folder == path == tmp_path / "step-000012"
+    assert found.step == 12
+    assert found.state == {"step": 12, "best_accuracy": 1 / 3, "looks": 2}
+    assert set(found.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path):
+    assert load_latest(tmp_path) is None
+    assert load_latest(tmp_path / "absent") is None
+
+
+def test_the_newest_is_found_and_only_so_many_are_kept(tmp_path):
+    for step in (2, 10, 9, 1_000_000):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step-000009", "step-1000000"]
+    found = load_latest(tmp_path)
+    assert found is not None and found.step == 1_000_000
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    save(tmp_path, 3)
+    save_checkpoint(tmp_path, step=3, tensors={"a": torch.zeros(1)}, state={})
+    found = load_latest(tmp_path)
+    assert found is not None and found.tensors["a"].tolist() == [0]
+
+
+def damaged(folder: Path, how: str) -> None:
+    tensors = folder / "tensors.safetensors"
+    if how == "one flipped bit":
+        content = bytearray(tensors.read_bytes())
+        content[-1] ^= 1
+        tensors.write_bytes(bytes(content))
+    elif how == "torn tensors":
+        tensors.write_bytes(tensors.read_bytes()[:20])
+    elif how == "no tensors":
+        tensors.unlink()
+    elif how == "changed state":
+        (folder / "state.json").write_text("{}")
+    elif how == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif how == "torn manifest":
+        (folder / "manifest.json").write_text('{"tensors.sa')
+    elif how == "empty manifest":
+        (folder / "manifest.json").write_text("{}")
+    elif how == "foreign manifest":
+        (folder / "manifest.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["one flipped bit", "torn tensors", "no tensors", "changed state", "no manifest", "torn manifest", "empty manifest",
+     "foreign manifest"],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, how):
+    save(tmp_path, 1)
+    damaged(save(tmp_path, 2), how)
+    notes: list[str] = []
+    found = load_latest(tmp_path, note=notes.append)
+    assert found is not None and found.step == 1
+    assert len(notes) == 1 and notes[0].startswith(f"{tmp_path / 'step-000002'}: ") and "\n" not in notes[0]
+
+
+def test_where_all_are_damaged_there_is_none(tmp_path):
+    damaged(save(tmp_path, 1), "torn tensors")
+    assert load_latest(tmp_path) is None
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_sound_ones(tmp_path):
+    save(tmp_path, 1)
+    damaged(save(tmp_path, 5), "torn tensors")
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_away(tmp_path):
+    (tmp_path / ".partial-step-000007").mkdir()
+    (tmp_path / ".partial-step-000007" / "tensors.safetensors").write_bytes(b"torn")
+    assert load_latest(tmp_path) is None
+    save(tmp_path, 8)
+    assert names(tmp_path) == ["step-000008"]
+
+
+def test_a_full_disk_is_told_in_one_line_and_spares_older_checkpoints(tmp_path):
+    save(tmp_path, 1)
+    with full_disk(), pytest.raises(CheckpointError) as error:
+        save_checkpoint(tmp_path, step=2, tensors={"large": torch.zeros(10_000)}, state={})
+    assert str(error.value).startswith(f"{tmp_path / 'step-000002'}: cannot be written: ") and "\n" not in str(error.value)
+    assert names(tmp_path) == ["step-000001"]
+    found = load_latest(tmp_path)
+    assert found is not None and found.step == 1
+
+
+# --- single files and folders -----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    write_atomically(tmp_path / "sub" / "a.json", "old")
+    write_atomically(tmp_path / "sub" / "a.json", "new")
+    assert (tmp_path / "sub" / "a.json").read_text() == "new"
+    assert names(tmp_path / "sub") == ["a.json"]
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
+    write_atomically(tmp_path / "a.json", "old")
+    with full_disk(), pytest.raises(CheckpointError, match=r"a\.json: cannot be written: "):
+        write_atomically(tmp_path / "a.json", "x" * 20_000)
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def fill(content: str):
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "file").write_text(content)
+
+    return write
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    replace_folder(tmp_path / "best", fill("old"))
+    (tmp_path / "best" / "stale").touch()
+    replace_folder(tmp_path / "best", fill("new"))
+    assert (tmp_path / "best" / "file").read_text() == "new"
+    assert names(tmp_path / "best") == ["file"]
+    assert names(tmp_path) == ["best"]
+
+
+def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path):
+    replace_folder(tmp_path / "best", fill("old"))
+    with full_disk(), pytest.raises(CheckpointError, match="best: cannot be written: "):
+        replace_folder(tmp_path / "best", fill("x" * 20_000))
+    assert (tmp_path / "best" / "file").read_text() == "old"
+
+
+def test_a_folder_of_model_weights_on_a_full_disk_is_told_in_one_line(tmp_path):
+    from safetensors.torch import save_file
+
+    def weights(folder: Path) -> None:
+        folder.mkdir()
+        save_file({"w": torch.zeros(10_000)}, folder / "model.safetensors")
+
+    with full_disk(), pytest.raises(CheckpointError, match="best: cannot be written: "):
+        replace_folder(tmp_path / "best", weights)
+
+
+def test_linked_files_replace_those_in_their_place(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    fill("new")(source)
+    fill("old")(target)
+    link_files(source, target)
+    assert (target / "file").read_text() == "new"
+    assert (target / "file").samefile(source / "file")
+
+
+def test_files_are_copied_where_the_disk_has_no_links(tmp_path, monkeypatch):
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    source, target = tmp_path / "source", tmp_path / "target"
+    fill("new")(source)
+    target.mkdir()
+    link_files(source, target)
+    assert (target / "file").read_text() == "new"
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+
+
+def trained(steps: int, optimizer_state: dict[str, torch.Tensor] | None = None, weights: torch.Tensor | None = None):
+    """A parameter and its AdamW after some steps on fixed gradients; a second parameter never has any."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 4) if weights is None else weights.clone())
+    optimizer = torch.optim.AdamW([{"params": [weight, torch.nn.Parameter(torch.ones(2))], "peak": 0.1}], lr=0.1, fused=True)
+    if optimizer_state is not None:
+        load_optimizer_tensors(optimizer, optimizer_state)
+    for _ in range(steps):
+        weight.grad = weight.detach() ** 2 - 0.3
+        optimizer.step()
+    return weight, optimizer
+
+
+def test_an_optimizer_that_was_put_back_goes_on_to_the_bit(tmp_path):
+    straight, _ = trained(5)
+    half, optimizer = trained(3)
+    save_checkpoint(tmp_path, step=3, tensors=optimizer_tensors(optimizer), state={})
+    found = load_latest(tmp_path)
+    assert found is not None
+    resumed, again = trained(2, {**found.tensors, "policy.x": torch.ones(1)}, half.detach())
+    assert torch.equal(resumed, straight)
+    assert again.param_groups[0]["peak"] == 0.1
+
+
+def test_a_fresh_optimizer_has_nothing_to_save():
+    _, optimizer = trained(0)
+    assert optimizer_tensors(optimizer) == {}
+    load_optimizer_tensors(optimizer, {})
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_a_checkpoint_is_readable_without_us(tmp_path):
+    path = save(tmp_path, 1)
+    assert json.loads((path / "state.json").read_text()) == {"step": 1, "best": 0.1, "totals": {"x": 3}}
+    assert sorted(json.loads((path / "manifest.json").read_text())) == ["state.json", "tensors.safetensors"]

@@ -1,0 +1,76 @@
+"""JSON lines that can be cut back."""
+
+from __future__ import annotations
+
+import pytest
+
+from reftune.errors import CheckpointError
+from reftune.jsonlines import JsonLines
+
+
+@pytest.fixture
+def lines(tmp_path) -> JsonLines:
+    lines = JsonLines(tmp_path / "runs" / "metrics.jsonl")
+    for step in range(4):
+        lines.append({"stage": "sft" if step < 2 else "reft", "step": step, "text": "é\n"})
+    return lines
+
+
+def steps(lines: JsonLines) -> list[int]:
+    return [row["step"] for row in lines.rows()]
+
+
+def test_rows_come_back_in_order(lines):
+    assert lines.rows()[3] == {"stage": "reft", "step": 3, "text": "é\n"}
+    assert steps(lines) == [0, 1, 2, 3]
+
+
+def test_a_file_that_is_not_there_has_no_rows(tmp_path):
+    lines = JsonLines(tmp_path / "absent.jsonl")
+    lines.truncate(0)
+    lines.keep(3)
+    assert lines.rows() == [] and lines.size() == 0
+    assert not lines.path.exists()
+
+
+def test_what_was_written_after_a_size_is_forgotten(lines):
+    size = lines.size()
+    lines.append({"step": 4})
+    lines.truncate(size)
+    assert steps(lines) == [0, 1, 2, 3]
+    lines.truncate(size + 100)
+    assert lines.size() == size
+
+
+def test_a_torn_last_line_is_no_row(lines):
+    with lines.path.open("a") as file:
+        file.write('{"stage": "reft", "st')
+    assert steps(lines) == [0, 1, 2, 3]
+
+
+def test_cutting_back_drops_a_torn_line_so_that_the_next_one_is_whole(lines):
+    with lines.path.open("a") as file:
+        file.write('{"stage": "reft", "st')
+    lines.truncate_from(lambda row: row["stage"] == "report")
+    lines.append({"step": 4})
+    assert steps(lines) == [0, 1, 2, 3, 4]
+
+
+def test_cutting_back_to_a_stage_forgets_it_and_all_after(lines):
+    lines.truncate_from(lambda row: row["stage"] == "reft")
+    assert steps(lines) == [0, 1]
+
+
+def test_only_so_many_lines_are_kept(lines):
+    lines.keep(3)
+    assert steps(lines) == [0, 1, 2]
+    lines.keep(9)
+    assert steps(lines) == [0, 1, 2]
+    lines.keep(0)
+    assert lines.size() == 0
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot be written: "):
+        JsonLines(tmp_path / "file" / "metrics.jsonl").append({"step": 1})

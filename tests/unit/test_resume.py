@@ -1,0 +1,306 @@
+"""A run that was stopped, killed or damaged and started again ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.errors import CheckpointError, RecipeError
+from reftune.jsonlines import JsonLines
+from reftune.progress import Progress, SilentProgress
+from reftune.recipe import Recipe
+from reftune.run import open_run
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
+    """Every stage and every evaluation that is not done yet."""
+    with open_run(recipe, progress or SilentProgress()) as run:
+        for name in recipe.stages:
+            run.train(name)
+        for method in run.methods_to_evaluate():
+            run.evaluate(method)
+
+
+class Noting(SilentProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+class Stopping(Noting):
+    """Raises KeyboardInterrupt inside step `at` of a stage, after its metrics were written and before it is saved."""
+
+    def __init__(self, stage: str, at: int) -> None:
+        super().__init__()
+        self.wanted, self.at, self.current = stage, at, ""
+
+    def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
+        self.current = name
+
+    def step(self, step: int, metrics: Any) -> None:
+        if (self.current, step) == (self.wanted, self.at) and "dev/accuracy" not in metrics:
+            raise KeyboardInterrupt
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, without clocks: weights and answers by the byte, numbers by their value."""
+
+    def timeless(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if not name.startswith("time") and name != "wall_seconds"}
+
+    found: dict[str, Any] = {}
+    for path in (
+        sorted(folder.glob("stages/*/*.safetensors"))
+        + sorted(folder.glob("eval/*"))
+        + sorted(folder.glob("stages/*/samples.jsonl"))
+    ):
+        found[str(path.relative_to(folder))] = path.read_bytes()
+    for path in folder.glob("stages/*/stage.json"):
+        found[str(path.relative_to(folder))] = timeless(json.loads(path.read_text()))
+    found["metrics"] = [timeless(row) for row in JsonLines(folder / "metrics.jsonl").rows()]
+    return found
+
+
+def assert_same_outcome(folder: Path, straight: dict[str, Any]) -> None:
+    found = outcome(folder)
+    assert found["metrics"] == straight["metrics"]
+    assert set(found) == set(straight)
+    assert [name for name in straight if found[name] != straight[name]] == []
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    """The outcome of the run that nobody stopped, made once."""
+    return {}
+
+
+@pytest.fixture
+def straight(kept: dict[str, Any], make_recipe: MakeRecipe, tmp_path: Path) -> dict[str, Any]:
+    if not kept:
+        run_all(make_recipe(run_dir=str(tmp_path / "straight")))
+        kept["outcome"], kept["folder"] = outcome(tmp_path / "straight"), tmp_path / "straight"
+    return dict(kept["outcome"])
+
+
+def test_the_run_that_is_compared_with_has_everything(straight):
+    # otherwise the tests below would show less than they say
+    assert {"stages/warmup/model.safetensors", "stages/sft/model.safetensors", "stages/reft/model.safetensors"} <= set(straight)
+    assert {"stages/reft/value_head.safetensors", "stages/reft/samples.jsonl", "eval/reft.jsonl", "eval/sft.jsonl"} <= set(
+        straight
+    )
+    assert len({straight[f"stages/{name}/model.safetensors"] for name in ("warmup", "sft", "reft")}) == 3
+    rewards = {row["reward/mean"] for row in straight["metrics"] if "reward/mean" in row}
+    assert len(rewards) > 1
+    assert len(straight["eval/reft.jsonl"].splitlines()) == 10
+
+
+def test_another_seed_is_another_run(straight, make_recipe):
+    recipe = make_recipe(seed=1)
+    with open_run(recipe, SilentProgress()) as run:
+        run.train("sft")
+    assert outcome(recipe.folder)["stages/sft/model.safetensors"] != straight["stages/sft/model.safetensors"]
+
+
+@pytest.mark.parametrize(("stage", "at"), [("sft", 5), ("reft", 3)])
+def test_a_stage_stopped_before_it_was_saved_begins_again_to_the_same_bits(straight, make_recipe, stage, at):
+    recipe = make_recipe(stages={name: {"save_every_s": 1000} for name in ("sft", "reft")})
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recipe, Stopping(stage, at))
+    progress = Noting()
+    run_all(recipe, progress)
+    assert_same_outcome(recipe.folder, straight)
+    assert not any("resumed" in note for note in progress.notes)
+
+
+def test_a_run_stopped_inside_many_steps_goes_on_to_the_same_bits(straight, make_recipe):
+    recipe, resumed = make_recipe(), []
+    for stage, at in (("sft", 1), ("sft", 4), ("sft", 4), ("reft", 1), ("reft", 2), ("reft", 4)):
+        progress = Stopping(stage, at)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(recipe, progress)
+        resumed += [note for note in progress.notes if "resumed" in note]
+    progress = Noting()
+    run_all(recipe, progress)
+    assert_same_outcome(recipe.folder, straight)
+    assert [*resumed, *progress.notes[:1]] == [  # a stage stopped in its first step begins again
+        "sft: resumed at step 3 of 8", "sft: resumed at step 3 of 8", "reft: resumed at step 1 of 4",
+        "reft: resumed at step 3 of 4",
+    ]  # fmt: skip
+
+
+def test_a_finished_run_does_nothing_when_started_again(make_recipe, straight, kept):
+    recipe = make_recipe(run_dir=str(kept["folder"]))
+    before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    run_all(recipe)
+    assert {
+        path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*") if path.is_file() and path.name != ".lock"
+    } == before
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("whole_lines", "torn"), [(0, b'{"id"'), (3, b""), (4, b'{"id": "test-4", "que'), (9, b"")])
+def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(make_recipe, straight, kept, monkeypatch, whole_lines, torn):
+    # 10 problems in parts of 4: samples of a part share a seed, so a part that was cut is drawn again
+    monkeypatch.setattr("reftune.evaluate.PROBLEMS_AT_ONCE", 4)
+    recipe = make_recipe(run_dir=str(kept["folder"]))
+    path = recipe.folder / "eval" / "sft.jsonl"
+    original = path.read_bytes()
+    try:
+        with open_run(recipe, SilentProgress()) as run:
+            if "in parts of 4" not in kept:
+                path.unlink()
+                run.evaluate("sft")
+                kept["in parts of 4"] = path.read_bytes()
+            path.write_bytes(b"".join(kept["in parts of 4"].splitlines(keepends=True)[:whole_lines]) + torn)
+            run.evaluate("sft")
+        assert path.read_bytes() == kept["in parts of 4"]
+    finally:
+        path.write_bytes(original)
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+
+def run_in_child(recipe: Recipe) -> int:
+    """A process of its own that runs the recipe; forked, as a fresh interpreter would spend its time on imports."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run_all(recipe)
+        finally:
+            os._exit(0)
+    return child
+
+
+def rows_written(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(straight, make_recipe):
+    recipe, rng, killed = make_recipe(), random.Random(0), 0
+    for rows in sorted(rng.sample(range(1, len(straight["metrics"]) - 1), 3)):
+        child = run_in_child(recipe)
+        while rows_written(recipe.folder / "metrics.jsonl") < rows and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert killed == 3
+    run_all(recipe)
+    assert_same_outcome(recipe.folder, straight)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(straight, make_recipe):
+    recipe = make_recipe()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recipe, Stopping("reft", 4))
+    newest = max((recipe.folder / "stages" / "reft" / "checkpoints").glob("step-*"))
+    tensors = newest / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-4] + b"\x7f\x7f\x7f\x7f")
+    with (recipe.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "reft", "step": 4, "torn')
+    progress = Noting()
+    run_all(recipe, progress)
+    assert [note for note in progress.notes if note.startswith(f"{newest}: ")]
+    assert "reft: resumed at step 2 of 4" in progress.notes
+    assert_same_outcome(recipe.folder, straight)
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_on_a_run_folder_is_refused(make_recipe):
+    recipe = make_recipe()
+    with open_run(recipe, SilentProgress()), pytest.raises(CheckpointError) as error, open_run(recipe, SilentProgress()):
+        pass
+    assert str(error.value) == f"{recipe.folder}: another process is using this run folder"
+    with open_run(recipe, SilentProgress()):  # and free again
+        pass
+
+
+def test_the_lock_is_released_when_a_run_fails(make_recipe):
+    recipe = make_recipe()
+    with pytest.raises(KeyboardInterrupt), open_run(recipe, SilentProgress()):
+        raise KeyboardInterrupt
+    with open_run(recipe, SilentProgress()):
+        pass
+
+
+def refused(recipe: Recipe, error_class: type[Exception]) -> str:
+    with pytest.raises(error_class) as error, open_run(recipe, SilentProgress()):
+        pass
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_with_other_things_in_it_is_no_run_folder(make_recipe):
+    recipe = make_recipe()
+    recipe.folder.mkdir()
+    (recipe.folder / "thesis.tex").touch()
+    assert refused(recipe, CheckpointError).startswith(f"{recipe.folder}: is not empty and not a run folder")
+
+
+def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_recipe):
+    recipe = make_recipe()
+    with open_run(recipe, SilentProgress()):
+        pass
+    message = refused(make_recipe(stages={"reft": {"steps": 5}}), RecipeError)
+    assert message == f"{recipe.folder}: belongs to another recipe: stages.reft.steps was 4, now 5; choose another run_dir"
+    assert "seed was 0, now 7" in refused(make_recipe(seed=7), RecipeError)
+
+
+def test_a_run_folder_may_be_moved(make_recipe, tmp_path):
+    recipe = make_recipe()
+    with open_run(recipe, SilentProgress()):
+        pass
+    recipe.folder.rename(tmp_path / "moved")
+    with open_run(make_recipe(run_dir=str(tmp_path / "moved")), SilentProgress()):
+        pass
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_told(make_recipe, tmp_path):
+    recipe = make_recipe()
+    recipe.folder.touch()
+    assert refused(recipe, CheckpointError) == f"{recipe.folder}: cannot be a run folder: a file is in its place"
+    below = make_recipe(run_dir=str(recipe.folder / "below"))
+    assert refused(below, CheckpointError) == f"{below.folder}: cannot be a run folder: a file is in its place"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_place_that_cannot_be_written_is_told(make_recipe, monkeypatch, number):
+    recipe = make_recipe()
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert refused(recipe, CheckpointError) == f"{recipe.folder}: cannot be written: {os.strerror(number)}"
+
+
+def test_errors_of_the_run_itself_are_not_taken_for_those_of_its_folder(make_recipe):
+    with pytest.raises(PermissionError, match="secret"), open_run(make_recipe(), SilentProgress()):
+        raise PermissionError(errno.EACCES, "secret")
+
+
+def test_a_stage_whose_start_is_not_trained_yet_is_refused(make_recipe):
+    with open_run(make_recipe(), SilentProgress()) as run, pytest.raises(RecipeError, match="method warmup is not trained yet"):
+        run.train("reft")

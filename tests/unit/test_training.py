@@ -1,0 +1,400 @@
+"""What training stages share: learning rate, optimizer, the step that refuses non-finite numbers, the loop, examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from reftune.algorithms import LossTerms
+from reftune.batch import token_batch
+from reftune.collect import Collector
+from reftune.encoding import Encoder
+from reftune.errors import DataError, EngineError, NonFiniteError, RecipeError, RewardError
+from reftune.progress import SilentProgress
+from reftune.run import open_run
+from reftune.train_sft import Sft, accumulate_nll, gold_examples
+from reftune.training import Interrupted, OptimizerTable, load_trainable, make_optimizer, optimizer_step, rate, trainable
+from reftune.types import Answer, Problem, SamplingParams
+
+
+def table(**settings) -> OptimizerTable:
+    return OptimizerTable(**{"learning_rate": 1e-3, **settings})
+
+
+def rates(total_steps: int, **settings) -> list[float]:
+    return [rate(table(**settings), step=step, total_steps=total_steps) for step in range(1, total_steps + 1)]
+
+
+# --- learning rate ----------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_rate_is_constant_from_the_first_step():
+    assert rates(4) == [1, 1, 1, 1]
+
+
+def test_the_rate_rises_in_equal_steps_to_its_peak():
+    assert rates(10, warmup=0.5)[:6] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+
+
+def test_a_linear_rate_falls_to_zero_at_the_last_step():
+    # 2 of 10 steps rise; then 8 equal falls from 1 to 0
+    assert rates(10, warmup=0.2, schedule="linear") == pytest.approx(
+        [0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]
+    )
+
+
+def test_a_cosine_rate_falls_to_zero_along_half_a_wave():
+    expected = [0.5, 1, *(0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9))]
+    assert rates(10, warmup=0.2, schedule="cosine") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 7, 100])
+def test_a_rate_is_a_share_of_the_peak(schedule, total_steps):
+    assert all(0 <= share <= 1 for share in rates(total_steps, schedule=schedule, warmup=0.1))
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+
+
+def test_every_trainable_parameter_is_in_one_group(make_policy):
+    policy = make_policy("qwen2, tied")
+    grouped = [p for group in make_optimizer(policy, table()).param_groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped})
+    assert {id(p) for p in grouped} == {id(p) for p in policy.parameters()}
+
+
+def test_only_matrices_decay_and_never_the_value_head(make_policy):
+    policy = make_policy("gpt2")
+    optimizer = make_optimizer(policy, table(weight_decay=0.1, value_learning_rate=0.5))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    peak = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in policy.named_parameters():
+        is_head = name.startswith("value_head")
+        assert decay[id(parameter)] == (0.1 if parameter.dim() > 1 and not is_head else 0.0), name
+        assert peak[id(parameter)] == (0.5 if is_head else 1e-3), name
+
+
+def with_gradients(policy, value: float = 1.0) -> None:
+    for parameter in policy.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+def test_a_step_moves_each_group_at_its_own_rate(make_policy):
+    policy = make_policy()
+    optimizer = make_optimizer(policy, table(learning_rate=1e-3, value_learning_rate=0.1))
+    body, head = policy.model.lm_head.weight, policy.value_head.weight
+    before = body.detach().clone(), head.detach().clone()
+    with_gradients(policy)
+    optimizer_step(policy, optimizer, share=0.5, max_grad_norm=1e9, where="")
+    # the first step of Adam is lr · sign(gradient)
+    assert_close(before[0] - body.detach(), torch.full_like(body, 0.5e-3), atol=1e-6, rtol=0)
+    assert_close(before[1] - head.detach(), torch.full_like(head, 0.05), atol=1e-6, rtol=0)
+
+
+def test_a_step_tells_the_norm_before_clipping_and_clears_the_gradient(make_policy):
+    policy = make_policy()
+    optimizer = make_optimizer(policy, table())
+    with_gradients(policy, 2.0)
+    count = sum(p.numel() for p in policy.parameters())
+    norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
+    assert norm == pytest.approx(2 * math.sqrt(count), rel=1e-5)
+    assert all(p.grad is None for p in policy.parameters())
+    # Adam's first moment shows what it was given: .1 · 2 / norm
+    moment = optimizer.state[policy.value_head.weight]["exp_avg"]
+    assert_close(moment, torch.full_like(moment, 0.1 * 2 / norm))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_never_steps(make_policy, poison):
+    policy = make_policy()
+    optimizer = make_optimizer(policy, table(weight_decay=0.1))
+    with_gradients(policy)
+    optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
+    before = {name: value.clone() for name, value in {**policy.state_dict(), **flat(optimizer)}.items()}
+    with_gradients(policy)
+    policy.value_head.weight.grad[0, 3] = poison
+    with pytest.raises(NonFiniteError, match=r"^reft step 7: gradient norm is (nan|inf); the weights were not changed$"):
+        optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="reft step 7")
+    after = {**policy.state_dict(), **flat(optimizer)}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def flat(optimizer) -> dict[str, torch.Tensor]:
+    return {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+
+
+def test_trainable_parameters_are_put_back_as_they_were(make_policy):
+    policy, other = make_policy(seed=0), make_policy(seed=1)
+    load_trainable(other, {name: value.clone() for name, value in trainable(policy).items()})
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in policy.state_dict().items())
+
+
+# --- supervised loss --------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(make_policy):
+    policy = make_policy()
+    with torch.no_grad():
+        policy.model.lm_head.weight[5] = math.inf
+    with pytest.raises(NonFiniteError, match=r"^sft step 3: loss is (nan|inf); the weights were not changed$"):
+        accumulate_nll(policy, token_batch([[3]], [[4, 1]]), max_tokens=100, where="sft step 3")
+
+
+def problem(i: int, rationale: str | None) -> Problem:
+    return Problem(id=str(i), question="w" * i, answer=Answer(kind="text", value="x"), rationale=rationale)
+
+
+class Spelled:
+    """Prompt and target as they stand in the problem."""
+
+    def prompt(self, problem: Problem) -> str:
+        return " ".join(problem.question)
+
+    def target(self, problem: Problem) -> str:
+        assert problem.rationale is not None
+        return problem.rationale
+
+
+def test_rows_without_a_rationale_or_too_long_are_left_out(tokenizer):
+    encoder = Encoder(tokenizer, Spelled())
+    problems = (problem(1, "1"), problem(2, None), problem(3, "123 4"), problem(9, "1"))
+    # targets with eos: 2, -, 4 (123 is unknown, blank, 4, eos), 2; prompts: 1, -, 3, 9
+    found = gold_examples(problems, encoder, max_target=3, context_length=8)
+    assert [(len(e.prompt), len(e.target)) for e in found] == [(1, 2)]
+    assert len(gold_examples(problems, encoder, max_target=4, context_length=None)) == 3
+    assert found[0].target == [*encoder.encode("1"), 1]
+
+
+def test_no_training_row_at_all_is_refused(tokenizer):
+    with pytest.raises(DataError, match="no training row is left of 1: 1 have a rationale, and none of them fits"):
+        gold_examples((problem(1, "1 2 3"),), Encoder(tokenizer, Spelled()), max_target=2, context_length=None)
+
+
+def test_a_snapshot_that_the_run_never_passes_is_refused():
+    settings = {"epochs": 2, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}
+    assert Sft(**settings, snapshots={"warmup": 2}).produces == ("warmup",)
+    for epoch in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=r"snapshots\.warmup: expected an epoch within 0 and epochs=2"):
+            Sft(**settings, snapshots={"warmup": epoch})
+
+
+# --- collecting -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class FakeEngine:
+    """Says one word to every prompt but the last `missing`."""
+
+    missing: int = 0
+
+    def generate(self, policy, prompts, params):
+        from reftune.engines.scripted import Scripted
+
+        return Scripted(texts=["wa"]).generate(policy, prompts, params)[: len(prompts) - self.missing]
+
+
+class Judge(Spelled):
+    def grade(self, problems, completions):
+        from reftune.types import Graded, Verdict
+
+        return [Graded(verdict=Verdict.CORRECT, value=text, reason="") for text in completions]
+
+
+def collector(tokenizer, *, engine=None, rewards=(), max_prompt=None) -> Collector:
+    return Collector(
+        engine=engine or FakeEngine(),
+        encoder=Encoder(tokenizer, Judge()),
+        reward=lambda problems, completions, graded: list(rewards),
+        max_prompt=max_prompt,
+    )
+
+
+PARAMS = SamplingParams(max_new_tokens=10)
+
+
+def test_rollouts_without_a_reward_are_left_out(make_policy, tokenizer):
+    problems = [problem(1, None), problem(2, None), problem(3, None)]
+    team = collector(tokenizer, rewards=[0.5, None, 1])
+    rollouts = team.pay(team.solve(make_policy(), problems, PARAMS))
+    assert [(r.problem.id, r.reward) for r in rollouts] == [("1", 0.5), ("3", 1.0)]
+    assert rollouts[1].prompt_ids == tuple(team.encoder.prompt(problems[2]))
+
+
+def test_a_reward_that_is_no_number_names_its_problem(make_policy, tokenizer):
+    team = collector(tokenizer, rewards=[math.nan])
+    with pytest.raises(RewardError, match="problem 3: reward nan is not a finite number"):
+        team.pay(team.solve(make_policy(), [problem(3, None)], PARAMS))
+
+
+def test_an_engine_that_loses_a_prompt_is_told(make_policy, tokenizer):
+    with pytest.raises(EngineError, match="returned 1 completions for 2 prompts"):
+        collector(tokenizer, engine=FakeEngine(missing=1)).solve(make_policy(), [problem(1, None)] * 2, PARAMS)
+
+
+def test_a_prompt_over_the_limit_names_its_problem(make_policy, tokenizer):
+    # the context of 64 less 10 new tokens leaves 54
+    policy = make_policy()
+    with pytest.raises(DataError, match="problem 55: prompt of 55 tokens; at most 54 fit"):
+        collector(tokenizer).solve(policy, [problem(54, None), problem(55, None)], PARAMS)
+    with pytest.raises(DataError, match="problem 7: prompt of 7 tokens; at most 6 fit"):
+        collector(tokenizer, max_prompt=6).solve(policy, [problem(7, None)], PARAMS)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Signalling(SilentProgress):
+    """Sends this process a signal when a step is reported."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.notes, self.seen = at, [], []
+
+    def step(self, step, metrics):
+        self.seen.append(step)
+        if step == self.at and "loss/sft" in metrics:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+def test_a_signal_stops_after_the_step_with_a_checkpoint(make_recipe):
+    recipe, progress = make_recipe(stages={"sft": {"save_every_s": 1000}}), Signalling(at=3)
+    before = signal.getsignal(signal.SIGTERM)
+    with open_run(recipe, progress) as run, pytest.raises(Interrupted) as stop:
+        run.train("sft")
+    assert str(stop.value).endswith("step-000003")
+    assert max(progress.seen) == 3
+    assert progress.notes == ["stopping after this step; once more stops at once"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_in_the_last_step_finishes_the_stage_but_does_not_start_another(make_recipe):
+    recipe = make_recipe()
+    with open_run(recipe, Signalling(at=8)) as run, pytest.raises(Interrupted):
+        run.train("sft")
+    assert json.loads((recipe.folder / "stages" / "sft" / "stage.json").read_text())["steps"] == 8
+
+
+def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equals(make_recipe, monkeypatch):
+    scores = iter([0.2, 0.5, 0.5, 0.4])
+    monkeypatch.setattr("reftune.training.dev_accuracy", lambda context, problems: next(scores))
+    recipe = make_recipe(stages={"sft": {"epochs": 4, "snapshots": None}, "reft": None})
+    seen = {}
+
+    class Watching(SilentProgress):
+        def step(self, step, metrics):
+            if "dev/accuracy" in metrics:
+                seen[step] = run_weights(recipe)
+
+    with open_run(recipe, Watching()) as run:
+        run.train("sft")
+    document = json.loads((recipe.folder / "stages" / "sft" / "stage.json").read_text())
+    # 24 examples, 6 a step, 4 steps an epoch, one look an epoch
+    assert (document["chosen_step"], document["dev_accuracy"], document["looks"]) == (8, 0.5, 4)
+    rows = [row for row in rows_of(recipe) if "dev/accuracy" in row]
+    assert [row["step"] for row in rows] == [4, 8, 12, 16]
+    chosen = (recipe.folder / "stages" / "sft" / "model.safetensors").read_bytes()
+    assert chosen == (recipe.folder / "stages" / "sft" / "checkpoints" / "best" / "model.safetensors").read_bytes()
+    assert chosen == seen[12] != seen[8]  # seen[n] is the best model before look n
+
+
+def run_weights(recipe) -> bytes | None:
+    path = recipe.folder / "stages" / "sft" / "checkpoints" / "best" / "model.safetensors"
+    return path.read_bytes() if path.exists() else None
+
+
+def rows_of(recipe) -> list[dict]:
+    return [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_snapshot_is_the_model_of_that_very_step(make_recipe):
+    # the snapshot at epoch ¾ of 2 is step 3 of 8: it has the weights of the same run stopped there
+    recipe = make_recipe()
+    with open_run(recipe, SilentProgress()) as run:
+        run.train("sft")
+        warmup = run.load_policy("warmup")
+    assert json.loads((recipe.folder / "stages" / "warmup" / "stage.json").read_text())["chosen_step"] == 3
+    stopped = make_recipe(run_dir=str(recipe.folder) + "2")
+    with open_run(stopped, Signalling(at=3)) as run, pytest.raises(Interrupted):
+        run.train("sft")
+    from reftune.checkpoint import load_latest
+
+    found = load_latest(stopped.folder / "stages" / "sft" / "checkpoints")
+    assert found is not None and found.step == 3
+    for name, value in trainable(warmup).items():
+        assert torch.equal(value, found.tensors[name]), name
+
+
+# --- reinforcement ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypatch):
+    rollouts, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(rollouts)
+    before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+    ppo = type(trainer.algorithm)
+    monkeypatch.setattr(ppo, "loss", lambda self, scores, rows: LossTerms(total=scores.logprobs.sum() * math.nan))
+    with pytest.raises(NonFiniteError) as error:
+        trainer.update(trainer.algorithm.credit(batch), 5)
+    path = trainer.context.folder / "nonfinite.json"
+    assert str(error.value) == f"reft step 5: loss is nan; the weights were not changed; look at the samples in {path}"
+    assert len(json.loads(path.read_text())["sequences"]) == len(rollouts)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+
+
+def test_a_rollout_that_no_reward_applies_to_trains_nothing(trainer, monkeypatch):
+    monkeypatch.setattr(
+        type(trainer.context.collector.reward), "__call__", lambda self, problems, completions, graded: [None] * len(problems)
+    )
+    before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+    metrics = trainer.step(1)
+    assert metrics["reward/mean"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+
+
+def test_updates_are_made_without_dropout(make_trainer):
+    # with next to no learning rate nothing but dropout could move a ratio from 1
+    trainer = make_trainer({"optimizer": {"learning_rate": 1e-9}})
+    rollouts, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(rollouts)
+    trainer.policy.train()
+    metrics = trainer.update(trainer.algorithm.credit(batch), 1)
+    assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+
+
+def test_samples_of_one_problem_are_one_group(trainer):
+    rollouts, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(rollouts)
+    assert batch.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [r.problem.id for r in rollouts[::2]] == [r.problem.id for r in rollouts[1::2]]
+
+
+def test_rollouts_go_through_the_training_problems_epoch_by_epoch(trainer):
+    # 24 problems, 4 a rollout: 6 rollouts are an epoch
+    seen = [r.problem.id for n in range(1, 7) for r in trainer.sample(n, "rollout")[0][::2]]
+    assert sorted(seen) == sorted(p.id for p in trainer.context.splits.train)
+
+
+def test_a_stage_that_starts_from_no_earlier_method_is_refused(make_recipe):
+    recipe = make_recipe(stages={"reft": {"init": "wramup"}})
+    with (
+        pytest.raises(RecipeError, match=r"stages\.reft\.init: wramup is no earlier method; known here: base, warmup, sft"),
+        open_run(recipe, SilentProgress()),
+    ):
+        pass
+
+
+def test_a_method_that_is_made_twice_is_refused(make_recipe):
+    recipe = make_recipe(stages={"sft": {"snapshots": {"sft": 1}}, "reft": {"init": "sft"}})
+    with pytest.raises(RecipeError, match="method sft is made twice"), open_run(recipe, SilentProgress()):
+        pass
