@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -150,9 +149,7 @@ def choice(id: str, row: dict[str, Any]) -> Problem:
 
 def measured(group: Group) -> dict[str, Any]:
     pairs = [(problem, text) for problem, text in zip(group.problems, group.texts, strict=True) if text is not None]
-    started = time.perf_counter()
     graded = group.format.grade([problem for problem, _ in pairs], [text for _, text in pairs])
-    seconds = time.perf_counter() - started
     failures = [
         failure(problem, text, grade)
         for (problem, text), grade in zip(pairs, graded, strict=True)
@@ -163,7 +160,6 @@ def measured(group: Group) -> dict[str, Any]:
         "rows": len(group.problems),
         "without_text": len(group.problems) - len(pairs),
         "verdicts": dict(Counter(grade.verdict.value for grade in graded)),
-        "seconds": round(seconds, 2),
         "failures": failures[:SHOWN],
     }
 
@@ -197,14 +193,14 @@ def markdown(published: Sequence[dict[str, Any]], trained: Sequence[dict[str, An
 def table(rows: Sequence[dict[str, Any]]) -> str:
     others = [verdict.value for verdict in Verdict if verdict is not Verdict.CORRECT]
     shown = [verdict for verdict in others if any(verdict in row["verdicts"] for row in rows)]
-    head = ["gold", "rows", "no text", "correct", "%", *(verdict.replace("_", " ") for verdict in shown), "seconds"]
+    head = ["gold", "rows", "no text", "correct", "%", *(verdict.replace("_", " ") for verdict in shown)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in rows:
         counts, texts = row["verdicts"], row["rows"] - row["without_text"]
         correct = counts.get("correct", 0)
         share = f"{100 * correct / texts:.2f}" if texts else ""
         others_counted = [counts.get(verdict, 0) for verdict in shown]
-        lines.append([row["name"], row["rows"], row["without_text"], correct, share, *others_counted, row["seconds"]])
+        lines.append([row["name"], row["rows"], row["without_text"], correct, share, *others_counted])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

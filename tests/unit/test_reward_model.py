@@ -294,6 +294,6 @@ def test_reranking_asks_for_a_reward_model_and_for_samples(make_reranked):
 
 def test_nothing_grows_from_a_reward_model(make_recipe):
     late = {"kind": "sft", "init": "judge", "epochs": 1, "batch_size": 8, "optimizer": OPTIMIZER}
-    recipe = make_recipe(stages={"sft": SFT, "reft": None, "judge": REWARD_MODEL, "late": late}, evaluate=None)
+    recipe = make_recipe(stages={"sft": SFT, "reft": None, "judge": REWARD_MODEL, "late": late}, evaluate={"stages": None})
     with pytest.raises(RecipeError, match=r"^stages\.late\.init: judge is no earlier method; known here: base, sft$"):
         check_stage_graph(recipe)

@@ -55,7 +55,9 @@ def make_stage_recipe(make_recipe: Callable[..., Recipe]) -> Callable[..., Recip
 
     def make(**settings: Any) -> Recipe:
         stage = {"kind": "self_train", "sampler": "base", "samples": 3, "sft": FINE_TUNING, **settings}
-        return make_recipe(stages={"sft": None, "reft": None, "offline_st": stage}, evaluate=None, lengths={"max_new": 24})
+        return make_recipe(
+            stages={"sft": None, "reft": None, "offline_st": stage}, evaluate={"stages": None}, lengths={"max_new": 24}
+        )
 
     return make
 
