@@ -243,8 +243,8 @@ def test_a_run_with_a_reward_model_scores_every_sample_once(make_reranked):
     assert document["chosen_step"] > 0, "an untrained classifier is no candidate"
     assert {"classifier.safetensors", "model.safetensors", "config.json", "sampled.jsonl", "sampled_dev.jsonl"} <= names(folder)
     assert len((folder / "sampled_dev.jsonl").read_text().splitlines()) == len(run.splits.dev), "dev, never test"
-    tokens = [json.loads(line)["tokens"] for file in ("sampled.jsonl", "sampled_dev.jsonl") for line in (folder / file).open()]
-    assert document["sampled_tokens"] == sum(tokens)
+    lines = [line for file in ("sampled.jsonl", "sampled_dev.jsonl") for line in (folder / file).read_text().splitlines()]
+    assert document["sampled_tokens"] == sum(json.loads(line)["tokens"] for line in lines)
 
 
 def names(folder: Path) -> set[str]:
