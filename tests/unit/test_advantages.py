@@ -72,9 +72,9 @@ def test_what_lies_behind_a_response_does_not_matter():
 
 
 def test_the_reward_falls_on_the_last_token_and_kl_on_each():
-    # β = .1; log ratios .5 and -1 in row 0 (two tokens), 2 in row 1 (one token)
+    # β = .1; log ratios .5 and -1 in row 0 (two tokens), 2 in row 1 (one token, junk behind it)
     mask = torch.tensor([[True, True], [True, False]])
-    logprobs, reference = torch.tensor([[-1.0, -3.0], [-1.0, 0.0]]), torch.tensor([[-1.5, -2.0], [-3.0, 0.0]])
+    logprobs, reference = torch.tensor([[-1.0, -3.0], [-1.0, 9.0]]), torch.tensor([[-1.5, -2.0], [-3.0, 5.0]])
     found = token_rewards(torch.tensor([1.0, 0.1]), logprobs, reference, mask, kl_coef=0.1)
     assert_close(found, torch.tensor([[-0.05, 1.1], [-0.2 + 0.1, 0.0]]))
 

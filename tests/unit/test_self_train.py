@@ -33,6 +33,7 @@ def test_joined_once_every_solution_is_one_row():
     assert join_once(["a", "b", "a", "c"], "g", 2) == ["a", "b", "g"]
     assert join_once(["a", "b", "a", "c"], "b", 10) == ["a", "b", "c"]
     assert join_once([], "g", 10) == ["g"]
+    assert join_once(["a", "a", "b"], "g", 2) == ["a", "b", "g"], "a repeated sample takes nobody's place"
 
 
 def test_without_gold_the_samples_are_all_there_is():

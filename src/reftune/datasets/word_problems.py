@@ -112,7 +112,7 @@ class WordProblems(Component):
         choices = _options(story.answer, self.max_value, options) if self.answer == "choice" else ()
         return Problem(
             id=id,
-            question=story.text + _spell_options(choices),
+            question=story.text,
             answer=_answer(story.answer.value, choices),
             rationale=self._rationale(story, style, is_terse=is_terse),
             choices=choices,
@@ -292,10 +292,6 @@ def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str,
     values = [value for value in dict.fromkeys([right.value, *mistakes, *slips]) if 1 <= value <= max_value][:NUM_OPTIONS]
     rng.shuffle(values)
     return tuple(map(str, values))
-
-
-def _spell_options(choices: tuple[str, ...]) -> str:
-    return "\n" + " ".join(f"{letter}) {text}" for letter, text in zip("abcd", choices, strict=True)) if choices else ""
 
 
 def _answer(value: int, choices: tuple[str, ...]) -> Answer:
