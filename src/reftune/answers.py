@@ -300,10 +300,9 @@ def _box_content(text: str, start: int) -> str | None:
 
 
 def _clip(text: str) -> str:
-    """One bounded line that can be encoded."""
+    """One bounded line that can be encoded: a lone surrogate is not printable."""
     line = " ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS]
-    printable = "".join(char if char.isprintable() else "�" for char in line)
-    return printable.encode("utf-8", "replace").decode()
+    return "".join(char if char.isprintable() else "�" for char in line)
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------

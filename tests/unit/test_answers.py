@@ -253,6 +253,11 @@ def test_what_a_program_may_not_answer_is_no_answer(value: object) -> None:
     assert outcome(grade_value(value, number("18"))) == (Verdict.NO_ANSWER, None)
 
 
+def test_true_is_no_answer_even_where_the_text_true_is() -> None:
+    assert grade_value("True", words("True")).verdict is Verdict.CORRECT
+    assert grade_value(True, words("True")).verdict is Verdict.NO_ANSWER
+
+
 def test_an_integer_too_long_to_print_is_no_answer() -> None:
     assert outcome(grade_value(10**5000, number("18"))) == (Verdict.NO_ANSWER, None)
 
