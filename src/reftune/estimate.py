@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reftune.batch import TokenBatch, micro_batches, token_batch
+from reftune.batch import TokenBatch, token_batch
 from reftune.datasets import Splits
 from reftune.engines import Engine
+from reftune.logprobs import LOGIT_ELEMENTS
 from reftune.losses import masked_mean
-from reftune.policy import LOGIT_ELEMENTS, Policy
+from reftune.policy import Policy
 from reftune.recipe import Recipe
 from reftune.types import SamplingParams
 
 ACTIVATIONS_PER_TOKEN = 24
 """Numbers kept for the backward pass of one token in one layer, in units of the hidden size, for Llama-like layers."""
-MEASURED_TOKENS = 1024
-"""Trained on, at most, to learn the speed."""
-LONG_PASS_S = 1.0
-MEASURED_ROWS = 64
-MEASURED_NEW_TOKENS = 16
+WARM_TOKENS = 256
+"""Trained on before the clock starts: a first pass chooses kernels, casts weights and allocates."""
+WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
+"""Sampled a row before the clock starts; and at least, with it running, as each is a small part of the reading of a prompt."""
+BUDGET_S = 8.0
+"""Seconds that a timed pass may take, about; a large model's is then smaller than in training."""
+STEADY_S = 0.5
+"""Shorter passes are repeated for so long."""
 SCORING_COST = 1 / 3
 """Of a forward pass, in units of a forward and backward pass."""
 
@@ -48,32 +52,60 @@ class Lengths:
     target: float
 
 
-def measure_speed(policy: Policy, engine: Engine, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> Speed:
-    """Train on a few rows (no optimizer step) and sample a few tokens."""
-    return Speed(train=_train_speed(policy, prompts, targets), sample=_sample_speed(policy, engine, prompts))
+def measure_speed(
+    policy: Policy, engine: Engine, prompts: Sequence[list[int]], targets: Sequence[list[int]], *, rows: int, max_tokens: int
+) -> Speed:
+    """Train on `rows` at once, at most `max_tokens` (no optimizer step), and sample as many, both after a warm-up."""
+    batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
+    length = math.ceil(sum(map(len, targets)) / len(targets))
+    return Speed(train=_train_speed(policy, batch, max_tokens), sample=_sample_speed(policy, engine, prompts[:rows], length))
 
 
-def _train_speed(policy: Policy, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> float:
-    lengths = torch.tensor([len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)])
-    index = next(micro_batches(lengths, max_tokens=MEASURED_TOKENS)).tolist()
-    batch = token_batch([prompts[i] for i in index], [targets[i] for i in index], device=policy.device)
-    seconds = _training_pass_seconds(policy, batch)
-    if seconds < LONG_PASS_S:
-        seconds = _training_pass_seconds(policy, batch)  # the first one also allocated, which counts where it is short
-    return int(batch.lengths.sum()) / seconds
+def _train_speed(policy: Policy, batch: TokenBatch, max_tokens: int) -> float:
+    few = _rows_within(batch, WARM_TOKENS)
+    _training_pass(policy, few)
+    affordable = BUDGET_S * int(few.lengths.sum()) / _seconds(lambda: _training_pass(policy, few))
+    many = _rows_within(batch, min(max_tokens, affordable))
+    return int(many.lengths.sum()) / _seconds(lambda: _training_pass(policy, many))
 
 
-def _training_pass_seconds(policy: Policy, batch: TokenBatch) -> float:
-    started = time.perf_counter()
+def _rows_within(batch: TokenBatch, max_tokens: float) -> TokenBatch:
+    """The first rows whose padded size stays within `max_tokens`, one at least."""
+    count = max(1, int(max_tokens // int(batch.lengths.max())))
+    return batch.rows(torch.arange(min(count, len(batch.lengths))))
+
+
+def _training_pass(policy: Policy, batch: TokenBatch) -> None:
     masked_mean(policy(batch).logprobs, batch.response_mask).backward()
     policy.zero_grad(set_to_none=True)
-    return time.perf_counter() - started
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize(policy.device)
 
 
-def _sample_speed(policy: Policy, engine: Engine, prompts: Sequence[list[int]]) -> float:
+def _sample_speed(policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int) -> float:
+    """Of solutions of `num_tokens`, also where only their beginnings are affordable."""
+
+    def sample(length: int) -> int:
+        completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
+        return sum(len(completion.token_ids) for completion in completions)
+
+    sample(WARM_NEW_TOKENS)
+    begun_s = _seconds(lambda: sample(WARM_NEW_TOKENS))  # mostly the reading of the prompts
+    length = max(FEWEST_NEW_TOKENS, min(num_tokens, int(BUDGET_S / begun_s * WARM_NEW_TOKENS)))
     started = time.perf_counter()
-    completions = engine.generate(policy, prompts[:MEASURED_ROWS], SamplingParams(max_new_tokens=MEASURED_NEW_TOKENS))
-    return sum(len(completion.token_ids) for completion in completions) / (time.perf_counter() - started)
+    num_sampled = sample(length)
+    seconds = time.perf_counter() - started
+    step_s = max(0.0, seconds - begun_s) / (length - WARM_NEW_TOKENS)
+    return num_sampled * (num_tokens / length) / (seconds + step_s * (num_tokens - length))
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    """Mean seconds of one call."""
+    started, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - started < STEADY_S:
+        act()
+        calls += 1
+    return (time.perf_counter() - started) / calls
 
 
 def stage_seconds(recipe: Recipe, splits: Splits, lengths: Lengths, speed: Speed) -> dict[str, float]:
@@ -98,7 +130,8 @@ def stage_seconds(recipe: Recipe, splits: Splits, lengths: Lengths, speed: Speed
 def evaluation_seconds(recipe: Recipe, splits: Splits, num_methods: int, lengths: Lengths, speed: Speed) -> float:
     """Seconds of the final evaluation of so many methods."""
     num_problems = len(getattr(splits, recipe.evaluate.split)[: recipe.evaluate.limit])
-    return num_methods * num_problems * (1 + recipe.evaluate.samples) * lengths.target / speed.sample
+    num_sampled = num_methods if recipe.evaluate.sampled is None else len(recipe.evaluate.sampled)
+    return num_problems * (num_methods + num_sampled * recipe.evaluate.samples) * lengths.target / speed.sample
 
 
 def _sft_seconds(schedule: Any, num_rows: int, lengths: Lengths, speed: Speed, look_s: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from reftune.batch import TokenBatch, micro_batches
 from reftune.errors import ModelError
+from reftune.logprobs import logprobs_and_entropy, token_logprobs
 from reftune.recipe import LoraTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LOGIT_ELEMENTS = 2**25
-"""Most logits (tokens × vocabulary) held at once when log-probabilities are computed: 128 MiB in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +53,8 @@ class Policy(nn.Module):
         """Zero at first, so that it cannot start wild; `reset_value_head` draws PyTorch's default, as the paper does."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.value_backbone: nn.Module | None = None
+        """The value head's own transformer; None: it reads the policy's."""
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +81,12 @@ class Policy(nn.Module):
             for parameter in (self.value_head.weight, self.value_head.bias):
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw))
 
+    def separate_value_model(self) -> None:
+        """Give the value head a transformer of its own, a copy of the policy's as it is now. `save` leaves it out."""
+        if self.is_lora:
+            raise ModelError("a separate value model would be trained whole; expected no model.lora beside it")
+        self.value_backbone = copy.deepcopy(self._backbone())
+
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
         """Forward passes in the compute dtype; the weights themselves are never cast."""
@@ -104,9 +109,11 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """(N, H) the last hidden state that predicts each response token, in row-major order."""
-        output = self._backbone()(input_ids=batch.tokens, use_cache=False)
-        hidden: Tensor = output.last_hidden_state[batch.predictor_index()]
-        return hidden
+        return _predictors(self._backbone(), batch)
+
+    def value_states(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """(N, H) what the value head reads, where `hidden` are the policy's own states."""
+        return hidden if self.value_backbone is None else _predictors(self.value_backbone, batch)
 
     def _backbone(self) -> Any:
         model = self.model.get_base_model() if self.is_lora else self.model
@@ -120,29 +127,19 @@ class Policy(nn.Module):
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         """Log-probabilities and values of the response tokens, with gradients; no entropy.
 
-        Logits are made for response tokens only, in chunks that are recomputed in the backward pass, so memory does not grow
-        with vocabulary × length.
+        Logits are made for response tokens only.
         """
         with self.arithmetic():
             hidden = self.hidden_states(batch)
-            logprobs = self._by_chunks(_logprobs, hidden, batch.response_tokens(), temperature)
-        return TokenScores(logprobs=batch.unflatten(logprobs), values=batch.unflatten(self.values(hidden)))
+            logprobs = token_logprobs(self._head(), hidden, batch.response_tokens(), temperature)
+            values = self.values(self.value_states(batch, hidden))
+        return TokenScores(logprobs=batch.unflatten(logprobs), values=batch.unflatten(values))
 
     def values(self, hidden: Tensor) -> Tensor:
         """(N,) values, fp32 also where the caller's arithmetic is not."""
         with torch.autocast(self.device.type, enabled=False):
             result: Tensor = self.value_head(hidden.float()).squeeze(-1)
         return result
-
-    def _by_chunks(
-        self, function: Callable[[nn.Module, Tensor, Tensor, float], Tensor], hidden: Tensor, tokens: Tensor, temperature: float
-    ) -> Tensor:
-        """`function` (→ one number a token) over all tokens, (N,), holding at most `LOGIT_ELEMENTS` logits at once."""
-        rows = max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)
-        if len(tokens) <= rows:
-            return function(self._head(), hidden, tokens, temperature)
-        chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
-        return torch.cat([checkpoint(function, self._head(), h, t, temperature, use_reentrant=False) for h, t in chunks])
 
     @torch.no_grad()
     def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
@@ -156,12 +153,10 @@ class Policy(nn.Module):
         return TokenScores(**parts)
 
     def _score_rows(self, rows: TokenBatch, temperature: float) -> dict[str, Tensor]:
-        hidden, tokens = self.hidden_states(rows), rows.response_tokens()
-        return {
-            "logprobs": rows.unflatten(self._by_chunks(_logprobs, hidden, tokens, temperature)),
-            "entropy": rows.unflatten(self._by_chunks(_entropy, hidden, tokens, temperature)),
-            "values": rows.unflatten(self.values(hidden)),
-        }
+        hidden = self.hidden_states(rows)
+        logprobs, entropy = logprobs_and_entropy(self._head(), hidden, rows.response_tokens(), temperature)
+        scores = {"logprobs": logprobs, "entropy": entropy, "values": self.values(self.value_states(rows, hidden))}
+        return {name: rows.unflatten(values) for name, values in scores.items()}
 
     @torch.no_grad()
     def features(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
@@ -171,7 +166,8 @@ class Policy(nn.Module):
         with self.inference():
             for index in micro_batches(batch.lengths, max_tokens=max_tokens):
                 slots = [torch.arange(int(starts[i]), int(starts[i] + batch.response_lengths[i])) for i in index]
-                features[torch.cat(slots)] = self.hidden_states(batch.rows(index)).float()
+                rows = batch.rows(index)
+                features[torch.cat(slots)] = _predictors(self.value_backbone or self._backbone(), rows).float()
         return features
 
     def verify_head(self) -> None:
@@ -196,6 +192,7 @@ class Policy(nn.Module):
         if self.is_lora:
             return Reference(self, frozen=None)
         frozen = copy.deepcopy(self)
+        frozen.value_backbone = None
         frozen.eval().requires_grad_(False)
         return Reference(self, frozen=frozen)
 
@@ -234,16 +231,10 @@ class Reference:
             return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
 
 
-def _logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """fp32 log-probability of each token, (N,)."""
-    logits: Tensor = head(hidden).float() / temperature
-    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
-
-
-def _entropy(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Entropy of the distribution each token was drawn from, (N,), nats."""
-    logprobs: Tensor = (head(hidden).float() / temperature).log_softmax(1)
-    return -(logprobs.exp() * logprobs).sum(1)
+def _predictors(backbone: Any, batch: TokenBatch) -> Tensor:
+    """(N, H) the last hidden state that predicts each response token, in row-major order."""
+    hidden: Tensor = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state[batch.predictor_index()]
+    return hidden
 
 
 def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
@@ -256,4 +247,7 @@ def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
         lora_dropout=table.dropout,
         target_modules=table.target_modules,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None

@@ -269,7 +269,7 @@ def test_what_stands_in_the_padding_changes_nothing(make_policy, family):
 def test_log_probabilities_made_in_pieces_change_nothing(step, monkeypatch, tokens_at_once):
     policy, batch, loss, whole = step
     scores = policy.score(batch.tokens, max_tokens=10_000)
-    monkeypatch.setattr("reftune.policy.LOGIT_ELEMENTS", tokens_at_once * policy.model.config.vocab_size)
+    monkeypatch.setattr("reftune.logprobs.LOGIT_ELEMENTS", tokens_at_once * policy.model.config.vocab_size)
     assert accumulate(policy, batch) == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(gradients(policy), whole)
     in_pieces = policy.score(batch.tokens, max_tokens=10_000)
@@ -283,7 +283,7 @@ def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monke
     tokens = token_batch_of(some_samples())
     found = []
     for elements in (2**25, 3 * policy.model.config.vocab_size):
-        monkeypatch.setattr("reftune.policy.LOGIT_ELEMENTS", elements)
+        monkeypatch.setattr("reftune.logprobs.LOGIT_ELEMENTS", elements)
         policy.zero_grad()
         policy(tokens).logprobs.sum().backward()
         found.append(gradients(policy))

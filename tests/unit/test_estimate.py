@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 
-from reftune.estimate import Lengths, Speed, evaluation_seconds, memory_parts, peak_bytes, stage_seconds
+from reftune.batch import token_batch
+from reftune.estimate import (
+    BUDGET_S,
+    Lengths,
+    Speed,
+    _sample_speed,
+    _train_speed,
+    evaluation_seconds,
+    memory_parts,
+    peak_bytes,
+    stage_seconds,
+)
 
 SPLITS: Any = SimpleNamespace(train=range(100), dev=range(20), test=range(50))
 LENGTHS = Lengths(prompt=30, target=10)
@@ -15,7 +26,7 @@ LOOK_S = 2.0
 
 
 def recipe(**stages: Any) -> Any:
-    evaluate = SimpleNamespace(split="test", limit=40, samples=3)
+    evaluate = SimpleNamespace(split="test", limit=40, samples=3, sampled=None)
     return SimpleNamespace(stages=stages, evaluate=evaluate)
 
 
@@ -57,6 +68,65 @@ def test_a_users_own_stage_is_left_out():
 def test_evaluation_counts_methods_problems_and_samples():
     # 2 methods, 40 of the 50 problems, a greedy answer and 3 samples of 10 tokens at 100 tokens/s
     assert evaluation_seconds(recipe(), SPLITS, 2, LENGTHS, SPEED) == pytest.approx(2 * 40 * 4 * 0.1)
+
+
+class Clock:
+    """Time that passes only where a test says so; the first call of all is cold."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.cold = 100.0
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds + self.cold
+        self.cold = 0.0
+
+
+class TimedEngine:
+    """Reads the prompts in a second, writes a token a row in a tenth."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def generate(self, policy: Any, prompts: list[list[int]], params: Any) -> list[Any]:
+        self.clock.spend(1 + 0.1 * params.max_new_tokens)
+        return [SimpleNamespace(token_ids=(0,) * params.max_new_tokens) for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("length", "seconds"),
+    [
+        (20, 3),  # 1 s and 20 tokens of a tenth
+        (12, 2.2),
+        (5, 1.5),
+        (100, 11),  # more than the budget of 8 s: 13 tokens are timed (1.2 s for 2 of them), and the rest is told from these
+    ],
+)
+def test_sampling_is_timed_after_a_warm_up_at_the_length_of_a_solution(
+    length: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+):
+    clock = Clock()
+    monkeypatch.setattr("reftune.estimate.time.perf_counter", lambda: clock.now)
+    engine: Any = TimedEngine(clock)
+    assert _sample_speed(None, engine, [[1], [2], [3]], length) == pytest.approx(3 * length / seconds)  # type: ignore[arg-type]
+    assert clock.now < 100 + 3 * BUDGET_S
+
+
+def test_training_is_timed_after_a_warm_up_on_what_the_budget_allows(monkeypatch: pytest.MonkeyPatch):
+    # 64 rows of 50 tokens; a pass takes .1 s and 10 ms a token. Few: 5 rows, 250 tokens, 2.6 s, so 8 s allow for 769 tokens, or
+    # 15 rows: 750 tokens in 7.6 s
+    clock, passes = Clock(), []
+
+    def training_pass(policy: Any, batch: Any) -> None:
+        passes.append(len(batch.lengths))
+        clock.spend(0.1 + 0.01 * int(batch.lengths.sum()))
+
+    monkeypatch.setattr("reftune.estimate.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("reftune.estimate._training_pass", training_pass)
+    batch = token_batch([[5] * 40] * 64, [[6] * 10] * 64)
+    assert _train_speed(None, batch, 10**6) == pytest.approx(750 / 7.6)  # type: ignore[arg-type]
+    assert passes == [5, 5, 15]
+    assert _train_speed(None, batch, 100) == pytest.approx(100 / 1.1), "a micro-batch holds two rows"  # type: ignore[arg-type]
 
 
 def test_memory_counts_weights_optimizer_reference_and_cache(make_policy: Any, make_recipe: Any):

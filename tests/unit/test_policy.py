@@ -205,3 +205,16 @@ def test_a_tokenizer_without_an_eos_token_is_refused(make_model, tokenizer):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "codegen", "gptneox"])
 def test_the_context_is_known_whatever_the_config_calls_it(make_policy, family):
     assert make_policy(family).context == 64
+
+
+def test_a_separate_value_model_starts_equal_and_shares_no_gradient(make_policy):
+    policy = make_policy("llama")
+    batch = token_batch([[3, 4, 5]], [[6, 7, 1]], device=policy.device)
+    shared = policy(batch)
+    policy.separate_value_model()
+    separate = policy(batch)
+    assert torch.equal(separate.values, shared.values) and torch.equal(separate.logprobs, shared.logprobs)
+    separate.values.sum().backward()
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+    assert all(parameter.grad is not None for parameter in policy.value_backbone.layers.parameters())
+    assert policy.make_reference()._frozen.value_backbone is None

@@ -1,7 +1,8 @@
 """The default engine: cached decoding with plain transformers, in the training process, on the training weights.
 
 Rows that finish leave the batch, so one long solution does not hold up the others, and waiting prompts take their place.
-Equal prompts are read once.
+Equal prompts are read once. New keys and values are written into room kept for them; the cache is copied only when rows leave
+or join, or when the room is full.
 """
 
 from __future__ import annotations
@@ -14,12 +15,20 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicLayer
 
 from reftune.policy import Policy
 from reftune.recipe import Component
 from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
+
+DROP_SHARE = 1 / 8
+"""Of the rows must have finished before they are dropped: dropping copies the cache of the others."""
+ROOM = 64
+"""Tokens that a cache which is full grows by."""
+BLOCK = 256
+"""Tokens of the vocabulary whose probability is summed as one when a token is drawn."""
 
 
 class Kv(Component):
@@ -89,7 +98,7 @@ class _Decoder:
         tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        cache = DynamicCache()  # without the config: every layer keeps all columns, also those with a sliding window
+        cache = Cache(layer_class_to_replicate=_RoomyLayer)  # every layer keeps all columns, also one with a sliding window
         return cache, mask, self._forward(tokens, mask, cache)
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
@@ -112,14 +121,16 @@ class _Decoder:
         return torch.from_numpy(np.stack(draws)).to(self.policy.device)
 
     def step(self) -> None:
-        """Draw one token a row, drop the rows that are done, and read the new tokens."""
+        """Draw one token a row, drop rows that are done, and read the new tokens."""
         # Rows join at different times: each takes the number of its own step.
-        steps = torch.tensor([len(request.token_ids) for request in self.active], device=self.policy.device)
+        last = self.params.max_new_tokens - 1
+        steps = torch.tensor([min(len(request.token_ids), last) for request in self.active], device=self.policy.device)
         uniforms = self.uniforms.gather(1, steps[:, None]).squeeze(1)
         tokens, logprobs = draw_tokens(self.logits, uniforms, self.params)
         self._record(tokens.tolist(), logprobs.tolist())
         keep = [row for row, request in enumerate(self.active) if not self._done(request)]
-        if len(keep) < len(self.active):
+        done = len(self.active) - len(keep)
+        if done and done >= DROP_SHARE * len(self.active):
             self._keep(torch.tensor(keep, dtype=torch.long, device=self.policy.device))
             tokens = tokens[keep]
         if self.active:
@@ -128,11 +139,14 @@ class _Decoder:
 
     def _record(self, tokens: list[int], logprobs: list[float]) -> None:
         for request, token, logprob in zip(self.active, tokens, logprobs, strict=True):
-            request.token_ids.append(token)
-            request.logprobs.append(logprob)
+            if not self._done(request):
+                request.token_ids.append(token)
+                request.logprobs.append(logprob)
 
     def _done(self, request: _Request) -> bool:
-        return request.token_ids[-1] in self.eos_ids or len(request.token_ids) >= self.params.max_new_tokens
+        return bool(request.token_ids) and (
+            request.token_ids[-1] in self.eos_ids or len(request.token_ids) >= self.params.max_new_tokens
+        )
 
     def _keep(self, rows: Tensor) -> None:
         self.active = [self.active[row] for row in rows.tolist()]
@@ -146,6 +160,39 @@ class _Decoder:
                     layer.keys, layer.values = layer.keys[..., unused:, :], layer.values[..., unused:, :]
 
 
+class _RoomyLayer(DynamicLayer):
+    """A layer's cache whose tensors are views of larger ones, so that a token is written and not appended by copying."""
+
+    seen: Tensor | None = None
+    """The keys as last written: when rows were selected or stacked since, they lie elsewhere."""
+    room: tuple[Tensor, Tensor]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, S, D); all keys and values so far."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self.seen is None or self.keys is not self.seen or end > self.room[0].shape[-2]:
+            self._move(key_states, value_states, start, end + ROOM)
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[..., start:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        self.seen = self.keys
+        return self.keys, self.values
+
+    def _move(self, key_states: Tensor, value_states: Tensor, held: int, length: int) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.room = (_longer(key_states, length), _longer(value_states, length))
+        if held:
+            assert self.keys is not None and self.values is not None
+            self.room[0][..., :held, :], self.room[1][..., :held, :] = self.keys, self.values
+
+
+def _longer(states: Tensor, length: int) -> Tensor:
+    """Memory for `length` tokens of the shape of `states` (B, heads, S, D)."""
+    return states.new_empty(*states.shape[:-2], length, states.shape[-1])
+
+
 def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Tokens (B,) and their log-probabilities (B,) under the distribution they were drawn from.
 
@@ -153,13 +200,35 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tup
     own logits and number. Greedy tokens get the log-probability of the untempered distribution. `logits` (B, V), fp32.
     """
     if params.temperature == 0:
-        tokens = logits.argmax(1)
-        return tokens, logits.log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
-    scores = _restrict(logits / params.temperature, params).log_softmax(1)
-    cumulative = scores.double().exp().cumsum(1)
-    threshold = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return tokens, scores.gather(1, tokens[:, None]).squeeze(1)
+        largest, tokens = logits.max(1)
+        return tokens, largest - logits.logsumexp(1)
+    scores = _restrict(logits / params.temperature, params)
+    largest = scores.amax(1, keepdim=True)
+    weights = scores.sub(largest).exp_()
+    tokens, total = _invert(weights, uniforms)
+    return tokens, (scores.gather(1, tokens[:, None]) - largest).squeeze(1) - total.log().float()
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token at which the running sum of `weights` (B, V) passes its share of the total, (B,), and the total, (B,).
+
+    Found among blocks of tokens first and then within one, so that only one pass goes over the vocabulary.
+    """
+    blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(2).double()
+    total = sums.sum(1)
+    threshold = uniforms * total
+    block = _first_past(sums.cumsum(1), threshold)
+    rows = torch.arange(len(weights), device=weights.device)
+    before = sums.cumsum(1)[rows, block] - sums[rows, block]
+    inside = blocks[rows, block].double().cumsum(1)
+    return block * BLOCK + _first_past(inside, threshold - before), total
+
+
+def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
+    """First column (B,) of non-decreasing rows (B, N) above `threshold` (B,); by rounding none: the last that adds anything."""
+    found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
+    return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:

@@ -1,0 +1,44 @@
+"""The kv engine with answers of given lengths: what `reftune run` samples with in the step benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from benchmarks.forced import force_eos
+from benchmarks.workload import read_workload
+
+from reftune.engines import kv
+from reftune.policy import Policy
+from reftune.types import Completion, SamplingParams
+
+
+class ForcedKv(kv.Kv):
+    workload: Path
+
+    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        lengths = read_workload(self.workload).lengths
+        original, kv._Decoder = kv._Decoder, lambda *args: ForcedDecoder(*args, lengths=lengths)
+        try:
+            completions = super().generate(policy, prompts, params)
+        finally:
+            kv._Decoder = original
+        return [replace(c, text=program(i, params.seed)) for i, c in enumerate(completions)]
+
+
+class ForcedDecoder(kv._Decoder):
+    def __init__(self, policy: Policy, params: SamplingParams, *, lengths: Sequence[int]) -> None:
+        super().__init__(policy, params)
+        self.lengths = lengths
+
+    def step(self) -> None:
+        ends = [len(r.token_ids) == self.lengths[r.position % len(self.lengths)] - 1 for r in self.active]
+        force_eos(self.logits, torch.tensor(ends), min(self.eos_ids))
+        super().step()
+
+
+def program(row: int, seed: int) -> str:
+    """An ordinary program, another one for each row and step, so that grading has real work: an untrained model writes none."""
+    return f"\n    apples = {row + 3}\n    boxes = {seed % 97 + 2}\n    total = apples * boxes\n    return total - 1\n"

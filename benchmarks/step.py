@@ -1,0 +1,206 @@
+"""One ReFT step, side by side: reftune, the authors' step in plain transformers (fp32 and bf16) and TRL's GRPO.
+
+    python -m benchmarks.step [--samples 16] [--repeats 5] [--trl PYTHON] [--only reftune,plain-bf16]
+
+Every contestant samples answers of the same lengths to the same prompts, scores them and makes two updates, on SmolLM2-135M,
+in a process of its own, one after the other. Prints a table and, as its last line, one JSON document. PYTHON is an interpreter
+with TRL in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from benchmarks.workload import Workload, make_workload, write_workload
+
+from reftune.datasets.word_problems import WordProblems
+from reftune.formats.program import Program
+from reftune.models import smollm2_folder
+
+ROOT = Path(__file__).parent.parent
+MODEL = {"layers": 30, "hidden": 576, "vocabulary": 49152, "body": 106_203_456}
+"""SmolLM2-135M; `body` counts all weights but the embedding, which is also the output head."""
+UPDATES = 2
+TARGETS = {
+    "ratio_to_trl": 4.0, "ratio_to_plain": 5.0, "ratio_to_plain_bf16": 2.5, "update_mfu": 0.55, "decode_roofline": 0.5,
+    "bookkeeping_share": 0.02, "memory_to_trl": 0.25,
+}  # fmt: skip
+
+
+def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, Any]:
+    """ReFT from the base model on the workload's questions; nothing is evaluated but one dev problem at the end."""
+    return {
+        "name": "step",
+        "run_dir": str(runs),
+        "model": {"path": "smollm2-135m", "dtype": "bfloat16", "micro_batch_tokens": 2048},
+        "dataset": {"kind": "word_problems", "train": samples, "dev": 1, "test": 1},
+        "format": {"kind": "program", "style": "compact"},
+        "engine": {"kind": f"{ROOT}/benchmarks/forced_engine.py:ForcedKv", "workload": str(workload)},
+        "lengths": {"max_new": 150},
+        "stages": {
+            "reft": {
+                "kind": "rl",
+                "init": "base",
+                "steps": steps,
+                "prompts": samples,
+                "updates": UPDATES,
+                "eval_every": steps + 1,
+                "optimizer": {"learning_rate": 3e-7},
+                "algorithm": {"kind": "ppo", "kl_coef": 0.01},
+            }
+        },
+    }
+
+
+def run_reftune(workload: Path, samples: int, repeats: int, folder: Path) -> dict[str, Any]:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(workload, samples, repeats + 2, folder / "run")), encoding="utf-8")
+    peak = measured([sys.executable, "-m", "reftune", "run", str(path)])["peak_kib"]
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "time/update_s" in row]
+    steps = [
+        {"step_s": row["time"] - before["time"]}
+        | {name: row[f"time/{name}"] for name in ("generate_s", "grade_s", "score_s", "update_s")}
+        for before, row in itertools.pairwise(rows)
+    ]
+    return {"steps": steps[-repeats:], "peak_kib": peak}
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    """Run a command at the root; its last line, where that is JSON, and its peak memory. Raises CalledProcessError."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=sys.stderr)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise subprocess.CalledProcessError(status, command)
+        output.seek(0)
+        lines = output.read().strip().splitlines()
+    result: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return {**result, "peak_kib": usage.ru_maxrss}
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def matmul_peak() -> float:
+    """bf16 FLOP/s of a large square product, the best of ten."""
+    a, b = torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(2048, 2048, dtype=torch.bfloat16)
+    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(10))
+
+
+def bandwidth() -> float:
+    """Bytes a second read by a product that is all reading: a matrix of 256 MiB by one vector."""
+    matrix, vector = torch.randn(2**13, 2**14, dtype=torch.bfloat16), torch.randn(2**14, dtype=torch.bfloat16)
+    return matrix.nbytes / min(seconds(lambda: matrix @ vector) for _ in range(10))
+
+
+def seconds(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def update_flops(lengths: list[int], prompts: list[int]) -> float:
+    """Of all updates: three times the forward pass, logits for response tokens only, causal attention."""
+    tokens = sum(lengths) + sum(prompts)
+    attention = sum(2 * MODEL["layers"] * MODEL["hidden"] * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True))
+    head = 2 * MODEL["vocabulary"] * MODEL["hidden"] * sum(lengths)
+    return UPDATES * 3 * (2 * MODEL["body"] * tokens + head + attention)
+
+
+def decode_floor(lengths: list[int], prompts: list[int], peak: float, bytes_s: float) -> float:
+    """Seconds that sampling takes at least: each step reads all weights (bf16) or is bound by its products."""
+    weights = MODEL["body"] + MODEL["vocabulary"] * MODEL["hidden"]
+    total = 2 * MODEL["body"] * sum(prompts) / peak
+    for step in range(max(lengths)):
+        rows = sum(length > step for length in lengths)
+        total += max(2 * weights / bytes_s, 2 * weights * rows / peak)
+    return total
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def summary(results: dict[str, Any], workload: Workload, prompts: list[int], machine: dict[str, float]) -> dict[str, Any]:
+    """Medians, ratios and shares."""
+    medians = {name: {k: statistics.median(s[k] for s in r["steps"]) for k in r["steps"][0]} for name, r in results.items()}
+    document: dict[str, Any] = {"medians_s": medians, "peak_gib": {n: r["peak_kib"] / 2**20 for n, r in results.items()}}
+    if "reftune" in medians:
+        ours = medians["reftune"]
+        for name, key in (("trl", "ratio_to_trl"), ("plain-fp32", "ratio_to_plain"), ("plain-bf16", "ratio_to_plain_bf16")):
+            if name in medians:
+                document[key] = medians[name]["step_s"] / ours["step_s"]
+        if "trl" in results:
+            document["memory_to_trl"] = results["reftune"]["peak_kib"] / results["trl"]["peak_kib"]
+        flops = update_flops(workload.lengths, prompts)
+        document["update_mfu"] = flops / ours["update_s"] / machine["matmul_flops"]
+        floor = decode_floor(workload.lengths, prompts, machine["matmul_flops"], machine["bytes_s"])
+        document["decode_roofline"] = floor / ours["generate_s"]
+        phases = ours["generate_s"] + ours["score_s"] + ours["update_s"]
+        document["bookkeeping_share"] = (ours["step_s"] - phases) / ours["step_s"]
+    return document
+
+
+def print_table(document: dict[str, Any]) -> None:
+    print("| contestant | step s | generate s | score s | update s | peak GiB |\n|---|---|---|---|---|---|")
+    for name, median in document["medians_s"].items():
+        cells = [f"{median[key]:.2f}" if key in median else "" for key in ("step_s", "generate_s", "score_s", "update_s")]
+        print(f"| {name} | {' | '.join(cells)} | {document['peak_gib'][name]:.1f} |")
+    print("\n| figure | measured | target |\n|---|---|---|")
+    for key, target in TARGETS.items():
+        if key in document:
+            bound = "≤" if key in ("bookkeeping_share", "memory_to_trl") else "≥"
+            print(f"| {key} | {document[key]:.3g} | {bound} {target} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--trl", help="interpreter that has TRL")
+    parser.add_argument("--only", default="reftune,plain-bf16,plain-fp32,trl")
+    arguments = parser.parse_args()
+    data = WordProblems(kind="word_problems", train=arguments.samples, dev=1, test=1).load(seed=0)
+    texts = [Program(kind="program", style="compact").prompt(problem) for problem in data.train]
+    workload = make_workload(smollm2_folder(), texts, arguments.samples)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workload.model)
+    prompts = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in workload.prompts]
+    machine = {"matmul_flops": matmul_peak(), "bytes_s": bandwidth(), "threads": torch.get_num_threads()}
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "workload.json"
+        write_workload(workload, path)
+        plain = [sys.executable, "-m", "benchmarks.step_plain", str(path)]
+        for contestant in arguments.only.split(","):
+            repeats = arguments.repeats
+            if contestant == "reftune":
+                results[contestant] = run_reftune(path, arguments.samples, repeats, folder)
+            elif contestant == "trl" and arguments.trl:
+                results[contestant] = measured([arguments.trl, "-m", "benchmarks.step_trl", str(path), str(repeats)])
+            elif contestant.startswith("plain"):
+                dtype = {"plain-fp32": "float32", "plain-bf16": "bfloat16"}[contestant]
+                results[contestant] = measured([*plain, dtype, str(repeats)])
+    document = summary(results, workload, prompts, machine)
+    print_table(document)
+    settings = {"samples": arguments.samples, "repeats": arguments.repeats, "torch": torch.__version__, "machine": machine}
+    print(json.dumps({**document, **settings, "mean_prompt": statistics.mean(prompts)}))
+
+
+if __name__ == "__main__":
+    main()

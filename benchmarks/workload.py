@@ -1,0 +1,45 @@
+"""The work that every contestant of the step benchmark does: the same prompts, each answered in a given number of tokens.
+
+The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens (docs/performance.md), dealt out in a fixed
+shuffled order, so that short and long solutions share a batch, as they do in a run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+LENGTHS = (36, 42, 46, 49, 51, 54, 56, 58, 60, 62, 66, 69, 73, 77, 85, 103)
+MAX_NEW = 150
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One step's work."""
+
+    model: str
+    """Folder of the model."""
+    prompts: list[str]
+    lengths: list[int]
+    """Tokens of each answer, eos included."""
+    rewards: list[float]
+    max_new: int = MAX_NEW
+
+
+def make_workload(model: Path, questions: list[str], samples: int) -> Workload:
+    """`samples` prompts, one answer each."""
+    draw = random.Random(0)
+    lengths = [LENGTHS[i % len(LENGTHS)] for i in range(samples)]
+    draw.shuffle(lengths)
+    prompts = [questions[i % len(questions)] for i in range(samples)]
+    return Workload(str(model), prompts, lengths, [float(draw.random() < 0.5) for _ in range(samples)])
+
+
+def write_workload(workload: Workload, path: Path) -> None:
+    path.write_text(json.dumps(asdict(workload)), encoding="utf-8")
+
+
+def read_workload(path: str | Path) -> Workload:
+    return Workload(**json.loads(Path(path).read_text(encoding="utf-8")))
