@@ -286,6 +286,18 @@ def answer_text(completion: str) -> str | None:
     return completion[last.end() :]
 
 
+def reasoning_text(completion: str) -> str:
+    """What stands before the first marker: the reasoning that leads to the answer."""
+    marker = _MARKER.search(completion)
+    return completion if marker is None else completion[: marker.start()]
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, in canonical spelling."""
+    values = [_value(match) for match in _NUMBER.finditer(_plain(text[-MAX_SEGMENT_CHARS:]))]
+    return next((spell(value) for value in reversed(values) if value is not None), None)
+
+
 def _box_content(text: str, start: int) -> str | None:
     """The content of the braces at `start`; a percent sign right behind them belongs to it."""
     depth = 0

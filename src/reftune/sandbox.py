@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import datetime
 import enum
+import gc
 import os
 import re
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,8 @@ from typing import Any, Literal, NoReturn, Protocol
 from reftune.errors import ReftuneError
 
 MAX_SOURCE_CHARS = 100_000
+MAX_VALUE_BYTES = 1 << 20
+"""Of what a program returns."""
 GRACE_S = 0.25
 """How long a program over its time limit may take to stop by itself before its worker is killed."""
 
@@ -255,10 +259,17 @@ class _MontyBackend:
         except Exception as error:  # noqa: BLE001  a hostile value may fail in any way while it is turned into a Python one
             result = _error(f"the value cannot be read: {_first_line(error)}")
         else:
-            result = ExecutionResult(status=ExecutionStatus.OK, value=value)
+            result = _returned(value)
         if reached:
             return ExecutionResult(status=ExecutionStatus.FORBIDDEN, reason=f"it reached for {reached[0]}")
         return result
+
+
+def _returned(value: Any) -> ExecutionResult:
+    """Refuses a value that would fill the memory of the process that grades."""
+    if _size_bytes(value, MAX_VALUE_BYTES) > MAX_VALUE_BYTES:
+        return _error("the value is too large")
+    return ExecutionResult(status=ExecutionStatus.OK, value=value)
 
 
 def _failed(error: Exception) -> ExecutionResult:
@@ -315,6 +326,24 @@ def forbidden_error(text: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """`Type: message`, one bounded line without lone surrogates."""
-    text = str(error).partition("\n")[0][:200]
-    return text.encode("utf-8", "replace").decode() or type(error).__name__
+    """`Type: message`."""
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """The first line of what a program wrote, bounded, and without what could not be printed or would steer a terminal."""
+    return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])
+
+
+def _size_bytes(value: Any, limit: int) -> int:
+    """Memory of a program's value with all that it holds, each object once; counting ends soon after `limit`."""
+    size, waiting, seen = 0, [value], {id(value)}
+    while waiting and size <= limit:
+        each = waiting.pop()
+        size += sys.getsizeof(each)
+        if size <= limit:
+            # monty keeps the attributes of an object where the garbage collector does not look
+            inside = [*gc.get_referents(each), getattr(each, "attributes", None)]
+            waiting += [item for item in inside if id(item) not in seen and not isinstance(item, type)]
+            seen.update(map(id, inside))
+    return size

@@ -1,9 +1,9 @@
 """The sandbox's opt-in fallback: each program in a CPython process of its own, for programs that need packages.
 
-Around each: an isolated interpreter without site, an empty environment, a temporary folder of its own, user, network and IPC
-namespaces of its own, limits on memory, processor time, file size and open files, a session of its own that is killed as a
-whole. It reads the installed packages and may read what the user may read where it gets past the audit hook: the default
-sandbox is the safer one.
+Around each: an isolated interpreter without site, an empty environment, an empty temporary folder as its place, Landlock (only
+the libraries can be read, nothing written), an allow-list of system calls (no sockets, processes, threads, signals), user,
+network and IPC namespaces of its own, limits on memory, processor time and open files, a session that is killed as a whole.
+docs/sandbox.md lists what that covers and what not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from reftune.errors import ReftuneError
-from reftune.sandbox import FORBIDDEN_MODULES, ExecutionResult, ExecutionStatus, SandboxLimits, forbidden_error
+from reftune.sandbox import FORBIDDEN_MODULES, ExecutionResult, ExecutionStatus, SandboxLimits, forbidden_error, one_line
 
 CHILD = Path(__file__).with_name("_sandbox_child.py")
 NOT_ISOLATED = 77
@@ -33,6 +33,8 @@ INTERPRETER_MIB = 256
 """Address space of the interpreter and its packages, on top of the program's own."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """Nothing of ours; without these numpy reserves memory for a thread a core."""
+SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")
+"""What packages need of the system: shared libraries, and time zones for pandas."""
 
 
 class SubprocessBackend:
@@ -47,13 +49,18 @@ class SubprocessBackend:
             "timeout_s": limits.timeout_s,
             "recursion": limits.recursion,
             "forbidden_modules": sorted(FORBIDDEN_MODULES),
-            "paths": _package_folders(),
-            "libraries": sorted({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.base_prefix + "/lib"}),
+            "paths": _folders_of("purelib", "platlib"),
+            "readable": [
+                *_folders_of("purelib", "platlib", "stdlib", "platstdlib"),
+                f"{sys.base_prefix}/lib",
+                *SYSTEM_LIBRARIES,
+            ],
             "limits": {
                 "RLIMIT_AS": (INTERPRETER_MIB + limits.memory_mib) << 20,
                 "RLIMIT_CPU": int(limits.timeout_s + START_S),
                 "RLIMIT_FSIZE": 1 << 20,
                 "RLIMIT_NOFILE": 64,
+                "RLIMIT_NPROC": 0,
                 "RLIMIT_CORE": 0,
             },
         }
@@ -83,8 +90,8 @@ class SubprocessBackend:
         return _read(output, process.returncode)
 
 
-def _package_folders() -> list[str]:
-    return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+def _folders_of(*kinds: str) -> list[str]:
+    return sorted({sysconfig.get_path(kind) for kind in kinds})
 
 
 def _exchange(process: subprocess.Popen[bytes], source: bytes, timeout_s: float) -> bytes:
@@ -118,28 +125,30 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
     last = lines[-1] if lines else ""
     reached = next((line[1:] for line in lines if line.startswith("F")), None)
     if reached is not None:
-        return ExecutionResult(status=ExecutionStatus.FORBIDDEN, reason=f"it reached for {reached}"[:200])
+        return ExecutionResult(status=ExecutionStatus.FORBIDDEN, reason=one_line(f"it reached for {reached}"))
     if len(output) > MAX_OUTPUT_BYTES:
-        return ExecutionResult(status=ExecutionStatus.ERROR, reason="the value is too large")
+        return _error("the value is too large")
     if last.startswith("V"):
         return _value(last[1:])
     if last.startswith("E"):
-        return ExecutionResult(status=_status(last[1:]), reason=last[1:200])
+        return ExecutionResult(status=_status(last[1:]), reason=one_line(last[1:]))
     if returncode == NOT_ISOLATED:
-        return ExecutionResult(
-            status=ExecutionStatus.ERROR, reason="the system gives it no namespaces (allow_unisolated would)"
-        )
+        return _error(f"the system lacks {last[1:200]} (allow_unisolated would do without)")
     if returncode in (-signal.SIGALRM, -signal.SIGKILL, -signal.SIGXCPU):
         return ExecutionResult(status=ExecutionStatus.TIMEOUT, reason="it was killed when its time was up")
-    return ExecutionResult(status=ExecutionStatus.ERROR, reason=f"the process ended with status {returncode}")
+    return _error(f"the process ended with status {returncode}")
 
 
 def _value(text: str) -> ExecutionResult:
     try:
         value: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return ExecutionResult(status=ExecutionStatus.ERROR, reason=f"the value cannot be read: {str(error)[:100]}")
+        return _error(f"the value cannot be read: {str(error)[:100]}")
     return ExecutionResult(status=ExecutionStatus.OK, value=value)
+
+
+def _error(reason: str) -> ExecutionResult:
+    return ExecutionResult(status=ExecutionStatus.ERROR, reason=one_line(reason))
 
 
 def _status(error: str) -> ExecutionStatus:

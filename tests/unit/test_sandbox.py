@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from reftune import sandbox_subprocess
 from reftune.errors import ReftuneError
 from reftune.sandbox import ExecutionResult, ExecutionStatus, Sandbox, SandboxLimits
 
@@ -234,6 +235,26 @@ def test_a_worker_that_cannot_start_is_one_clear_line(monkeypatch: pytest.Monkey
         Sandbox().run([returned("1")])
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["'x' * 10 ** 7", "1 << 10 ** 7", "[str(i) * 100 for i in range(10_000)]", "ValueError('x' * 10 ** 7)", "Box()"],
+)
+def test_a_value_that_would_fill_the_graders_memory_is_an_error(sandbox: Sandbox, value: str) -> None:
+    box = "class Box:\n    def __init__(self):\n        self.content = 'x' * 10 ** 7\n\n"
+    result = sandbox.run([box + returned(value)])[0]
+    assert result == ExecutionResult(status=ERROR, reason="the value is too large")
+
+
+def test_shared_and_circular_values_are_counted_once(sandbox: Sandbox) -> None:
+    shared = "def solution():\n    x = [1]\n    for _ in range(60):\n        x = [x, x]\n    x.append(x)\n    return x"
+    assert sandbox.run([shared])[0].status is OK
+
+
+def test_a_reason_cannot_steer_a_terminal(sandbox: Sandbox) -> None:
+    result = sandbox.run(["def solution():\n    raise ValueError('\\x1b[2J\\x07\\r\\ud800')"])[0]
+    assert result.reason == "ValueError: �[2J���"
+
+
 def test_a_thousand_ordinary_programs_take_about_a_second() -> None:
     programs = [ORDINARY.format(number) for number in range(1000)]
     with Sandbox(workers=1) as sandbox:
@@ -317,6 +338,46 @@ def test_the_fallback_kills_what_does_not_end(fallback: Sandbox) -> None:
 def test_the_fallback_hides_the_environment(fallback: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFTUNE_SECRET", "5")
     assert fallback.run(["import os\n" + returned("os.environ.get('REFTUNE_SECRET', 'hidden')")])[0].value == "hidden"
+
+
+def child_without(tmp_path: Path, changes: dict[str, str]) -> Path:
+    """The sandbox's child on a system that lacks something."""
+    source = sandbox_subprocess.CHILD.read_text(encoding="utf-8")
+    for there, gone in changes.items():
+        assert there in source
+        source = source.replace(there, gone)
+    path = tmp_path / "child.py"
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
+NO_LANDLOCK = {"if version < 1:": "if True:"}
+NO_SECCOMP = {"if table is None:": "if True:"}
+NO_NAMESPACES = {"libc.unshare(": "1 + ("}
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        (NO_LANDLOCK, "the system lacks Landlock, to fence off files .allow_unisolated"),
+        (NO_SECCOMP | NO_NAMESPACES, "the system lacks seccomp or namespaces, to cut off the network .allow_unisolated"),
+    ],
+)
+def test_the_fallback_refuses_a_kernel_that_cannot_fence_it_in(
+    fallback: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: dict[str, str], message: str
+) -> None:
+    monkeypatch.setattr(sandbox_subprocess, "CHILD", child_without(tmp_path, lacking))
+    with pytest.raises(ReftuneError, match=message):
+        Sandbox(backend="subprocess").run([returned("1")])
+    assert Sandbox(backend="subprocess", allow_unisolated=True).run([returned("1")])[0].value == 1
+
+
+@pytest.mark.parametrize("lacking", [NO_SECCOMP, NO_NAMESPACES])
+def test_either_seccomp_or_namespaces_are_enough(
+    fallback: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: dict[str, str]
+) -> None:
+    monkeypatch.setattr(sandbox_subprocess, "CHILD", child_without(tmp_path, lacking))
+    assert Sandbox(backend="subprocess").run([returned("1")])[0].value == 1
 
 
 def test_the_fallback_refuses_to_start_where_it_cannot_isolate(monkeypatch: pytest.MonkeyPatch) -> None:
