@@ -22,7 +22,9 @@ from reftune.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-MANIFEST = "manifest.json"
+MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
+FILES = (TENSORS, STATE)
+"""What the manifest holds checksums of."""
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -50,15 +52,14 @@ def save_checkpoint(
         for torn in folder.glob(".partial-step-*"):
             shutil.rmtree(torn, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        checksums = {name: _sha256(partial / name) for name in ("tensors.safetensors", "state.json")}
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+        (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        checksums = {name: _sha256(partial / name) for name in FILES}
         (partial / MANIFEST).write_text(json.dumps(checksums), encoding="utf-8")
-        for path in partial.iterdir():
-            _sync(path)
+        _sync_files(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _refused(final, error) from None
@@ -71,15 +72,12 @@ def save_checkpoint(
 
 def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
     """The newest checkpoint whose checksums hold, or None. Damaged ones are named through `note(message)` and passed over."""
-    from safetensors.torch import load_file
-
     for step, path in reversed(_found(folder)):
-        damage = _damage(path)
-        if damage is None:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(step=step, tensors=load_file(path / "tensors.safetensors"), state=state, folder=path)
-        if note is not None:
-            note(f"{path}: {damage}; using the checkpoint before it")
+        try:
+            return _read(path, step)
+        except CheckpointError as damage:
+            if note is not None:
+                note(f"{damage}; using the checkpoint before it")
     return None
 
 
@@ -89,8 +87,9 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
     except OSError as error:
         raise _refused(path, error) from None
 
@@ -101,10 +100,12 @@ def replace_folder(folder: Path, fill: Any) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         fill(partial)
+        _sync_files(partial)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise _refused(folder, error) from None
@@ -157,16 +158,20 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match is not None)
 
 
-def _damage(folder: Path) -> str | None:
+def _read(path: Path, step: int) -> Checkpoint:
+    """Raises: CheckpointError where it is torn or damaged."""
+    from safetensors.torch import load_file
+
     try:
-        checksums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        bad = [name for name, checksum in checksums.items() if _sha256(folder / name) != checksum]
-        missing = {"tensors.safetensors", "state.json"} - set(checksums)
-    except (OSError, ValueError, AttributeError):
-        return "torn: a file is missing or unreadable"
-    if bad or missing:
-        return f"damaged: checksum of {', '.join(sorted([*bad, *missing]))} does not match"
-    return None
+        checksums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        changed = [name for name in FILES if _sha256(path / name) != checksums[name]]
+        if changed:
+            raise CheckpointError(f"{path}: damaged: the checksum of {' and '.join(changed)} does not match")
+        state = dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+        return Checkpoint(step=step, tensors=load_file(path / TENSORS), state=state, folder=path)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{path}: torn or damaged: {reason}") from None
 
 
 def _sha256(path: Path) -> str:
@@ -174,7 +179,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlast a power cut. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -41,8 +41,7 @@ class Collector:
         started = time.perf_counter()
         prompts = self.prompts(problems, policy, params)
         completions = self.engine.generate(policy, prompts, params)
-        if len(completions) != len(prompts):
-            raise EngineError(f"engine {self.engine!r} returned {len(completions)} completions for {len(prompts)} prompts")
+        _require_whole(completions, problems, type(self.engine).__name__)
         generated = time.perf_counter()
         graded = self.encoder.format.grade(problems, [completion.text for completion in completions])
         return Solved(
@@ -80,8 +79,22 @@ class Collector:
         limits = [limit for limit in (self.max_prompt, room) if limit is not None]
         if limits and length > min(limits):
             raise DataError(
-                f"problem {problem.id}: prompt of {length} tokens; at most {min(limits)} fit "
+                f"problem {problem.id}: prompt of {length} tokens; at most {max(0, min(limits))} fit "
                 f"(lengths.max_prompt, and the model's context of {policy.context} less {params.max_new_tokens} new tokens)"
+            )
+
+
+def _require_whole(completions: Sequence[Completion] | None, problems: Sequence[Problem], engine: str) -> None:
+    """Raises: EngineError where a completion is missing, is empty or lacks log-probabilities."""
+    found = 0 if completions is None else len(completions)
+    if completions is None or found != len(problems):
+        raise EngineError(f"engine {engine}: returned {found} completions for {len(problems)} prompts")
+    for problem, completion in zip(problems, completions, strict=True):
+        tokens, logprobs = len(completion.token_ids), len(completion.logprobs)
+        if tokens == 0 or tokens != logprobs:
+            raise EngineError(
+                f"engine {engine}: problem {problem.id}: {tokens} tokens with {logprobs} log-probabilities; expected at least "
+                "one token, the eos, and as many log-probabilities"
             )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,25 @@ class JsonLines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Raises: CheckpointError where the disk refuses."""
-        try:
+        with _refusals(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+
+    def sync(self) -> None:
+        """Wait until what was appended would outlast a power cut. Raises: CheckpointError."""
+        if self.path.exists():
+            with _refusals(self.path), self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def size(self) -> int:
         """Bytes."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def truncate(self, size: int) -> None:
-        """Forget everything after the first `size` bytes."""
+        """Forget everything after the first `size` bytes. Raises: CheckpointError where the disk refuses."""
         if self.size() > size:
-            with self.path.open("r+b") as file:
+            with _refusals(self.path), self.path.open("r+b") as file:
                 file.truncate(size)
 
     def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
@@ -50,3 +56,12 @@ class JsonLines:
 
     def _lines(self) -> list[bytes]:
         return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Raises: CheckpointError where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None

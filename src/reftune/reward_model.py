@@ -22,13 +22,13 @@ from reftune import voting
 from reftune.batch import TokenBatch, micro_batches, token_batch
 from reftune.checkpoint import write_atomically
 from reftune.encoding import Encoder
-from reftune.errors import ModelError, NonFiniteError
+from reftune.errors import ModelError
 from reftune.jsonlines import JsonLines
 from reftune.policy import Policy
 from reftune.recipe import Component
 from reftune.self_train import Samples, Sampling, describe, draw
 from reftune.train_sft import Schedule, train_in_epochs
-from reftune.training import Progression, StageContext
+from reftune.training import Progression, StageContext, require_finite
 from reftune.types import Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
@@ -78,11 +78,14 @@ class RewardModel(Schedule, Component):
         def accumulate(indices: Sequence[int], where: str) -> dict[str, float]:
             return accumulate_loss(classifier, encoder, [solutions[i] for i in indices], max_tokens=max_tokens, where=where)
 
-        def look() -> float:
-            return rerank_accuracy(classifier, encoder, dev, max_tokens=max_tokens)
+        def look() -> dict[str, float]:
+            return {"dev/accuracy": rerank_accuracy(classifier, encoder, dev, max_tokens=max_tokens)}
+
+        def show(indices: Sequence[int]) -> list[dict[str, Any]]:
+            return [{"id": s.problem.id, "text": s.text, "label": s.label} for s in (solutions[i] for i in indices)]
 
         train_in_epochs(
-            self, context, classifier, len(solutions), accumulate, kind=self.kind, init=self.init, look=look, start=start
+            self, context, classifier, len(solutions), accumulate, show, kind=self.kind, init=self.init, look=look, start=start
         )  # fmt: skip
 
     def _sampling(self, num: int) -> Sampling:
@@ -173,8 +176,7 @@ def accumulate_loss(
     for index in micro_batches(batch.lengths, max_tokens=max_tokens):
         logits = classifier(batch.rows(index))
         loss = nn.functional.cross_entropy(logits, labels[index], reduction="sum") / len(solutions)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"{where}: loss is {float(loss)}; the weights were not changed")
+        require_finite(loss, index, where)
         loss.backward()
         total += float(loss.detach())
         right += int((logits.argmax(1) == labels[index]).sum())
@@ -206,7 +208,13 @@ def rerank_accuracy(classifier: Classifier, encoder: Encoder, drawn: Sequence[Sa
     """Share of problems whose highest-scored solution is correct."""
     solutions = [(samples.problem, text) for samples in drawn for text in samples.texts]
     scores = iter(score_texts(classifier, encoder, solutions, max_tokens=max_tokens))
-    winners = [voting.rerank(s.graded, s.texts, [next(scores) for _ in s.texts]) for s in drawn]
+    valid = [
+        voting.voters(getattr(encoder.format, "grading", None), is_choice=s.problem.answer.kind == "choice") for s in drawn
+    ]
+    winners = [
+        voting.rerank(s.graded, s.texts, [next(scores) for _ in s.texts], valid=may_vote)
+        for s, may_vote in zip(drawn, valid, strict=True)
+    ]
     return sum(map(voting.is_correct, winners)) / len(winners)
 
 
@@ -223,7 +231,7 @@ def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier, 
 
 def is_scored(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every sample of an evaluation has its score."""
-    return all("score" in sample for row in rows for sample in row["samples"])
+    return all("score" in sample for row in rows for sample in row.get("samples", ()))
 
 
 def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str) -> None:

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -19,16 +18,15 @@ from pydantic.functional_validators import BeforeValidator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from reftune.advantages import explained_variance, gae, token_rewards
+from reftune.advantages import explained_variance, gae, token_rewards, truncated_importance
 from reftune.algorithms import Algorithm
 from reftune.batch import RolloutBatch, micro_batches, token_batch
-from reftune.checkpoint import write_atomically
-from reftune.errors import NonFiniteError
+from reftune.errors import NonFiniteError, RecipeError
 from reftune.losses import masked_mean
 from reftune.policy import Policy, Reference
 from reftune.recipe import Component, load_component
 from reftune.seeds import endless_indices
-from reftune.training import Loop, OptimizerTable, StageContext, make_optimizer, optimizer_step, rate
+from reftune.training import Loop, OptimizerTable, StageContext, make_optimizer, optimizer_step, rate, require_finite
 from reftune.types import Rollout, SamplingParams, Verdict
 from reftune.value_prefit import fit_value_head
 
@@ -51,15 +49,22 @@ class Rl(Component):
     updates: int = Field(2, gt=0)
     """Passes over each rollout, each one optimizer step on the whole of it (PPO epochs)."""
     temperature: float = Field(1.0, gt=0)
+    mismatch_cap: float | None = Field(None, gt=0)
+    """Truncated importance sampling for engines whose log-probabilities differ from the trainer's: each token's advantage is
+    multiplied by min(π_train / π_sample, cap). None: off. 2 is usual."""
     optimizer: OptimizerTable
     value_init: Literal["uniform", "zero"] = "zero"
     """Of the value head; `uniform` is the paper's ±1/√H."""
+    value_model: Literal["shared", "separate"] = "shared"
+    """`separate`: the value head reads a transformer of its own, which starts as the policy's. Costs a second pass."""
     value_prefit: int = Field(0, ge=0)
     """Rollouts that first fit the value head alone, by ridge regression. 0, as the paper: PPO then falls before it rises."""
     eval_every: int = Field(10, gt=0)
     """Steps between looks at dev; the best model on dev is the stage's result."""
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints kept; the best model on dev is kept beside them."""
 
     is_method: ClassVar[bool] = True
     produces: ClassVar[tuple[str, ...]] = ()
@@ -90,15 +95,19 @@ class Trainer:
         self.reference: Reference | None = self.policy.make_reference() if self.algorithm.needs_reference else None
         if stage.value_init == "uniform":
             self.policy.reset_value_head(context.seed("value_head"))
+        if stage.value_model == "separate":
+            self.policy.separate_value_model()
         self.optimizer = make_optimizer(self.policy, stage.optimizer)
         self.loop = Loop(
             context,
             self.optimizer,
+            stage.optimizer,
             kind=stage.kind,
             init=stage.init,
             total_steps=stage.steps,
             eval_every=stage.eval_every,
             save_every_s=stage.save_every_s,
+            keep=stage.keep,
         )
 
     @property
@@ -116,8 +125,8 @@ class Trainer:
         if not selected:
             return metrics
         batch, scored = self.score(selected)
-        batch = self.algorithm.credit(batch)
-        return {**metrics, **scored, **self.update(batch, n)}
+        batch, weighed = correct_mismatch(self.algorithm.credit(batch), self.stage.mismatch_cap)
+        return {**metrics, **scored, **weighed, **self.update(batch, n)}
 
     def fits(self, rollout: Rollout) -> bool:
         """Whether a rollout, a gold one maybe, is within the limits that samples are drawn to."""
@@ -173,7 +182,10 @@ class Trainer:
     # --- update ---
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
-        """`updates` optimizer steps on the whole rollout; metrics are means over them."""
+        """`updates` optimizer steps on the whole rollout, fewer where one's numbers are not finite; metrics, means over them.
+
+        Raises: NonFiniteError where the recipe does not allow a step to be left out.
+        """
         started = time.perf_counter()
         table, where = self.stage.optimizer, f"{self.context.name} step {n}"
         batch = replace(batch, weights=self.algorithm.weights(batch))
@@ -181,46 +193,37 @@ class Trainer:
         self.policy.train(self.algorithm.dropout)
         passes: list[dict[str, float]] = []
         for _ in range(self.stage.updates):
-            metrics = self.accumulate(batch, where)
-            metrics["grad/norm"] = optimizer_step(
-                self.policy, self.optimizer, share=share, max_grad_norm=table.max_grad_norm, where=where
-            )
+            try:
+                metrics = self.accumulate(batch, where)
+                metrics["grad/norm"] = optimizer_step(
+                    self.policy, self.optimizer, share=share, max_grad_norm=table.max_grad_norm, where=where
+                )
+            except NonFiniteError as error:
+                self.loop.give_up_step(error, batch_rows(batch, self.policy))
+                break
             passes.append(metrics)
         tokens = batch.tokens
         return {
-            **{name: sum(p[name] for p in passes) / len(passes) for name in passes[0]},
+            **{name: sum(p[name] for p in passes) / len(passes) for name in (passes[0] if passes else ())},
             **value_metrics(batch),
             "optim/lr": table.learning_rate * share,
-            "compute/sequence_passes": self.stage.updates * len(batch),
-            "compute/train_tokens": self.stage.updates * int(tokens.lengths.sum()),
+            "compute/sequence_passes": len(passes) * len(batch),
+            "compute/train_tokens": len(passes) * int(tokens.lengths.sum()),
             "time/update_s": time.perf_counter() - started,
         }
 
     def accumulate(self, batch: RolloutBatch, where: str) -> dict[str, float]:
-        """Add the gradient of the minibatch, micro-batch by micro-batch. Raises: NonFiniteError, with the batch saved."""
+        """Add the gradient of the minibatch, micro-batch by micro-batch. Raises: NonFiniteError."""
         totals: dict[str, float] = {}
         for index in micro_batches(batch.tokens.lengths, max_tokens=self.max_tokens):
             rows = batch.rows(index)
             terms = self.algorithm.loss(self.policy(rows.tokens, temperature=self.stage.temperature), rows)
-            self._refuse_nonfinite(terms.total, rows, where)
+            require_finite(terms.total, index, where)
             terms.total.backward()
             for name, value in {"loss/total": terms.total.detach(), **terms.metrics}.items():
                 add = max if name.endswith("_max") else float.__add__
                 totals[name] = add(totals.get(name, 0.0), float(value))
         return totals
-
-    def _refuse_nonfinite(self, loss: Tensor, rows: RolloutBatch, where: str) -> None:
-        if torch.isfinite(loss):
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        path = self.context.folder / "nonfinite.json"
-        texts = [
-            self.policy.decode(t[:length].tolist()) for t, length in zip(rows.tokens.tokens, rows.tokens.lengths, strict=True)
-        ]
-        write_atomically(path, json.dumps({"where": where, "rewards": rows.rewards.tolist(), "sequences": texts}, indent=2))
-        raise NonFiniteError(
-            f"{where}: loss is {float(loss.detach())}; the weights were not changed; look at the samples in {path}"
-        )
 
     # --- value head ---
 
@@ -265,6 +268,24 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
     )
 
 
+def correct_mismatch(batch: RolloutBatch, cap: float | None) -> tuple[RolloutBatch, dict[str, float]]:
+    """The batch, its advantages weighted for what the engine sampled and the policy did not quite say; metrics.
+
+    Scaling an advantage scales the clipped policy loss of its token, and neither values nor their loss.
+    """
+    if cap is None:
+        return batch, {}
+    if batch.advantages is None:
+        raise RecipeError("mismatch_cap: expected an algorithm with advantages (ppo, grpo, rloo)")
+    mask = batch.sampled_mask
+    weights = truncated_importance(batch.logprobs, batch.sampling_logprobs, mask, cap=cap)
+    metrics = {
+        "mismatch/weight": float(masked_mean(weights, mask)),
+        "mismatch/capped": float(masked_mean((weights >= cap).float(), mask)),
+    }
+    return replace(batch, advantages=batch.advantages * weights), metrics
+
+
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """What was sampled: rewards, verdicts, lengths."""
     count = max(1, len(rollouts))
@@ -292,6 +313,18 @@ def value_metrics(batch: RolloutBatch) -> dict[str, float]:
         "value/mean": float(masked_mean(batch.values, mask)),
         "value/explained_variance": float(explained_variance(batch.values, batch.returns, mask)),
     }
+
+
+def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
+    """The samples of a batch with the numbers that went into its loss, for a person who looks for the wrong one."""
+    lengths, responses = batch.tokens.lengths.tolist(), batch.tokens.response_lengths.tolist()
+    rows: list[dict[str, Any]] = []
+    for i, (length, response) in enumerate(zip(lengths, responses, strict=True)):
+        tokens = batch.tokens.tokens[i, :length].tolist()
+        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "tokens"}
+        numbers = {name: (t[i, :response] if t.dim() == 2 else t[i]).tolist() for name, t in tensors.items() if t is not None}
+        rows.append({"text": policy.decode(tokens), "tokens": tokens, **numbers})
+    return rows
 
 
 def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -19,7 +19,17 @@ from reftune.losses import token_weights
 from reftune.policy import Policy
 from reftune.recipe import Component, Table
 from reftune.seeds import generator
-from reftune.training import Loop, OptimizerTable, Progression, StageContext, Trained, make_optimizer, optimizer_step, rate
+from reftune.training import (
+    Loop,
+    OptimizerTable,
+    Progression,
+    StageContext,
+    Trained,
+    make_optimizer,
+    optimizer_step,
+    rate,
+    require_finite,
+)
 from reftune.types import Problem
 
 
@@ -34,6 +44,8 @@ class Schedule(Table):
     """Epochs between looks at dev; the best model on dev is the stage's result."""
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints kept; the best model on dev is kept beside them."""
 
 
 class Sft(Schedule, Component):
@@ -120,8 +132,12 @@ def train_on_examples(
         loss = accumulate_nll(policy, batch, max_tokens=max_tokens, where=where)
         return {"loss/sft": loss, "loss/total": loss, "compute/train_tokens": int(batch.lengths.sum())}
 
+    def show(indices: Sequence[int]) -> list[dict[str, Any]]:
+        sequences = [[*examples[i].prompt, *examples[i].target] for i in indices]
+        return [{"text": policy.decode(tokens), "tokens": tokens} for tokens in sequences]
+
     train_in_epochs(
-        schedule, context, policy, len(examples), accumulate, kind=kind, init=init, snapshots=snapshots, start=start
+        schedule, context, policy, len(examples), accumulate, show, kind=kind, init=init, snapshots=snapshots, start=start
     )  # fmt: skip
 
 
@@ -131,14 +147,18 @@ def train_in_epochs(
     model: Trained,
     num_examples: int,
     accumulate: Callable[[Sequence[int], str], dict[str, float]],
+    show: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]],
     *,
     kind: str,
     init: str,
     snapshots: Mapping[str, float] | None = None,
-    look: Callable[[], float] | None = None,
+    look: Callable[[], dict[str, float]] | None = None,
     start: Progression | None = None,
 ) -> None:
-    """Steps on batches of shuffled examples; `accumulate(indices, where)` adds the gradient of one and returns metrics."""
+    """Steps on batches of shuffled examples; `accumulate(indices, where)` adds the gradient of one and returns metrics.
+
+    `show(indices)` are the examples for a person to read where a step's numbers are not finite.
+    """
     table = schedule.optimizer
     optimizer = make_optimizer(model, table)
     steps_per_epoch = math.ceil(num_examples / schedule.batch_size)
@@ -150,9 +170,13 @@ def train_in_epochs(
         order = generator(context.seed("epoch"), epoch).permutation(num_examples).tolist()
         indices = order[position * schedule.batch_size : (position + 1) * schedule.batch_size]
         model.train()
-        metrics = accumulate(indices, where)
         share = rate(table, step=n, total_steps=total_steps)
-        norm = optimizer_step(model, optimizer, share=share, max_grad_norm=table.max_grad_norm, where=where)
+        try:
+            metrics = accumulate(indices, where)
+            norm = optimizer_step(model, optimizer, share=share, max_grad_norm=table.max_grad_norm, where=where)
+        except NonFiniteError as error:
+            loop.give_up_step(error, show(indices))
+            return {"progress/epoch": n / steps_per_epoch, "time/update_s": time.perf_counter() - started}
         return {
             "progress/epoch": n / steps_per_epoch,
             **metrics,
@@ -165,11 +189,13 @@ def train_in_epochs(
     loop = Loop(
         context,
         optimizer,
+        table,
         kind=kind,
         init=init,
         total_steps=total_steps,
         eval_every=max(1, round(schedule.eval_every * steps_per_epoch)),
         save_every_s=schedule.save_every_s,
+        keep=schedule.keep,
         snapshots={method: max(1, round(epoch * steps_per_epoch)) for method, epoch in (snapshots or {}).items()},
         model=model,
         look=look,
@@ -190,8 +216,7 @@ def accumulate_nll(
     for index in micro_batches(batch.lengths, max_tokens=max_tokens):
         scores = policy(batch.rows(index))
         loss = -(scores.logprobs * weights[index, : scores.logprobs.shape[1]]).sum()
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"{where}: loss is {float(loss.detach())}; the weights were not changed")
+        require_finite(loss, index, where)
         loss.backward()
         total += float(loss.detach())
     return total

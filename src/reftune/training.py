@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,15 +27,16 @@ from reftune.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
+from reftune.choices import choice_metrics, diagnose, is_multiple_choice
 from reftune.collect import Collector
 from reftune.datasets import Splits
-from reftune.errors import NonFiniteError
+from reftune.errors import CheckpointError, NonFiniteError
 from reftune.jsonlines import JsonLines
 from reftune.policy import Policy
 from reftune.progress import Progress
 from reftune.recipe import Recipe, Table
 from reftune.seeds import derive_seed
-from reftune.types import Problem, SamplingParams, Verdict
+from reftune.types import SamplingParams, Verdict
 
 
 class OptimizerTable(Table):
@@ -52,6 +53,10 @@ class OptimizerTable(Table):
     """On matrices; never on biases, norms and the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite: the run stops before it, or goes on without it."""
+    max_skipped: int = Field(10, gt=0)
+    """Steps of a stage that `on_nonfinite: skip` may leave out; the next one stops the run."""
 
 
 class Trained(Protocol):
@@ -99,18 +104,27 @@ def optimizer_step(
 ) -> float:
     """Clip, step, clear; the gradient's norm before clipping.
 
-    Raises: NonFiniteError before anything changed.
+    Raises: NonFiniteError, naming the first parameter concerned, before anything changed.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-    if not math.isfinite(norm):
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    if not torch.isfinite(norm):
+        first = next((name for name, gradient in gradients.items() if not gradient.isfinite().all()), "their sum of squares")
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"{where}: gradient norm is {norm}; the weights were not changed")
+        raise NonFiniteError(f"{where}: gradient norm is {float(norm)}, first in {first}")
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return float(norm)
+
+
+def require_finite(loss: torch.Tensor, rows: torch.Tensor, where: str) -> None:
+    """Raises: NonFiniteError, naming the rows of the step's batch that `loss` is of."""
+    if not torch.isfinite(loss):
+        concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
+        raise NonFiniteError(f"{where}: loss is {float(loss.detach())} in rows {concerned}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,6 +180,8 @@ class Progression:
     """Times the dev split was scored."""
     totals: dict[str, float] = field(default_factory=dict)
     """`compute/…` sums since the stage began."""
+    skipped: int = 0
+    """Steps left out because their numbers were not finite."""
     seconds: float = 0.0
 
 
@@ -184,23 +200,25 @@ class Loop:
         self,
         context: StageContext,
         optimizer: torch.optim.Optimizer,
+        table: OptimizerTable,
         *,
         kind: str,
         init: str,
         total_steps: int,
         eval_every: int,
         save_every_s: float,
+        keep: int = 2,
         snapshots: Mapping[str, int] | None = None,
         model: Trained | None = None,
-        look: Callable[[], float] | None = None,
+        look: Callable[[], dict[str, float]] | None = None,
         start: Progression | None = None,
     ) -> None:
-        """`model` and `look`, its accuracy on dev, are for what is no policy; `start` holds what came before step 1."""
-        self.context, self.optimizer, self.kind, self.init = context, optimizer, kind, init
-        self.total_steps, self.eval_every, self.save_every_s = total_steps, eval_every, save_every_s
+        """`model` and `look`, its `dev/accuracy` and more, are for what is no policy; `start` holds what came before step 1."""
+        self.context, self.optimizer, self.table, self.kind, self.init = context, optimizer, table, kind, init
+        self.total_steps, self.eval_every, self.save_every_s, self.keep = total_steps, eval_every, save_every_s, keep
         self.snapshots = dict(snapshots or {})
         self.model: Trained = context.policy if model is None else model
-        self.look = look or partial(dev_accuracy, context, context.splits.dev)
+        self.look = look or partial(look_at_dev, context)
         self.is_worth_a_look = look is None and init != "base"
         self.samples = JsonLines(context.folder / "samples.jsonl")
         self.state = start or Progression()
@@ -246,17 +264,38 @@ class Loop:
     def _log(self, metrics: dict[str, float]) -> None:
         for name in [name for name in metrics if name.startswith("compute/")]:
             self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
-        row = {**metrics, **self.state.totals}
+        skipped = {"optim/skipped": self.state.skipped} if self.table.on_nonfinite == "skip" else {}
+        row = {**metrics, **self.state.totals, **skipped}
         self.context.metrics.append({"stage": self.context.name, "step": self.state.step, "time": time.time(), **row})
         self.context.progress.step(self.state.step, row)
+
+    def give_up_step(self, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Save the batch of a step whose numbers are not finite and clear its gradient; return where the step may be left out.
+
+        Raises: NonFiniteError where it may not.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        path = self.context.folder / f"nonfinite-{self.state.step:06d}.json"
+        unsound = [name for name, value in self.model.named_parameters() if not value.isfinite().all()]
+        document = {"where": str(error), "weights_not_finite": unsound, "rows": list(rows)}
+        write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False))
+        before = f" ({unsound[0]} was not finite before it)" if unsound else ""
+        told = f"{error}{before}; the weights were not changed; look at the samples in {path}"
+        if self.table.on_nonfinite == "stop":
+            raise NonFiniteError(told)
+        if self.state.skipped == self.table.max_skipped:
+            raise NonFiniteError(f"{told}; {self.state.skipped} steps were left out before, as many as max_skipped allows")
+        self.state.skipped += 1
+        self.context.progress.note(f"{told}; left out, {self.state.skipped} of at most {self.table.max_skipped}")
 
     # --- dev ---
 
     def _look(self) -> None:
         """Accuracy on dev, greedy for a policy; the best model so far is kept. Ties keep the earlier one."""
-        accuracy, dev_n = self.look(), len(self.context.splits.dev)
+        seen, dev_n = self.look(), len(self.context.splits.dev)
+        accuracy = seen["dev/accuracy"]
         self.state.looks += 1
-        row = {"dev/accuracy": accuracy, "dev/n": dev_n, "dev/looks": self.state.looks, **self.state.totals}
+        row = {**seen, "dev/n": dev_n, "dev/looks": self.state.looks, **self.state.totals}
         self.context.metrics.append({"stage": self.context.name, "step": self.state.step, "time": time.time(), **row})
         self.context.progress.step(self.state.step, row)
         if accuracy > self.state.best_accuracy:
@@ -276,28 +315,36 @@ class Loop:
             self.context.metrics.truncate_from(lambda row: row["stage"] == self.context.name)
             return False
         state = dict(found.state)
-        self.context.metrics.truncate(state.pop("metrics_bytes"))
-        self.samples.truncate(state.pop("samples_bytes"))
-        self.state = Progression(**state)
-        load_trainable(self.model, found.tensors)
-        load_optimizer_tensors(self.optimizer, found.tensors)
+        try:
+            metrics_bytes, samples_bytes = state.pop("metrics_bytes"), state.pop("samples_bytes")
+            self.state = Progression(**state)
+            load_trainable(self.model, found.tensors)
+            load_optimizer_tensors(self.optimizer, found.tensors)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise CheckpointError(f"{found.folder}: is of another model or version: {reason}; choose another run_dir") from None
+        self.context.metrics.truncate(metrics_bytes)
+        self.samples.truncate(samples_bytes)
         if self.state.step > 0:
             self.context.progress.note(f"{self.context.name}: resumed at step {self.state.step} of {self.total_steps}")
         return True
 
     def _save(self) -> Path:
         state = {name: getattr(self.state, name) for name in Progression.__slots__}
+        for log in (self.context.metrics, self.samples):
+            log.sync()
         return save_checkpoint(
             self.context.folder / "checkpoints",
             step=self.state.step,
             tensors={**trainable(self.model), **optimizer_tensors(self.optimizer)},
             state={**state, "metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()},
+            keep=self.keep,
         )
 
     def _snapshot(self, method: str) -> None:
         """Leave the weights as they are now as a method of their own."""
         folder = self.context.folder.parent / method
-        accuracy = self.look()
+        accuracy = self.look()["dev/accuracy"]
         self.state.looks += 1
         replace_folder(folder, self.model.save)
         write_stage(folder, method, self, chosen_step=self.state.step, accuracy=accuracy, snapshot_of=self.context.name)
@@ -330,11 +377,16 @@ class Loop:
                 signal.signal(number, handler)
 
 
-def dev_accuracy(context: StageContext, problems: tuple[Problem, ...]) -> float:
-    """Share of `problems` answered right by greedy decoding."""
-    params = SamplingParams(max_new_tokens=context.recipe.lengths.max_new, temperature=0)
-    solved = context.collector.solve(context.policy, problems, params)
-    return sum(graded.verdict is Verdict.CORRECT for graded in solved.graded) / len(problems)
+def look_at_dev(context: StageContext) -> dict[str, float]:
+    """`dev/accuracy`, the share of dev answered right by greedy decoding; on multiple choice the signs of `choices` too."""
+    problems, max_new = context.splits.dev, context.recipe.lengths.max_new
+    solved = context.collector.solve(context.policy, problems, SamplingParams(max_new_tokens=max_new, temperature=0))
+    metrics = {"dev/accuracy": sum(graded.verdict is Verdict.CORRECT for graded in solved.graded) / len(problems)}
+    if not is_multiple_choice(problems):
+        return metrics
+    texts = [completion.text for completion in solved.completions]
+    rows = diagnose(context.policy, context.collector, problems, texts, solved.graded, max_new_tokens=max_new)
+    return metrics | choice_metrics(rows)
 
 
 def write_stage(

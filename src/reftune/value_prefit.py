@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from reftune.errors import NonFiniteError
+
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties tried, in units of the features' mean variance times the number of tokens."""
 
@@ -19,9 +21,12 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
     `rollouts` gives (features (N, H), returns (N,)) pairs, which are summed up one by one: memory does not grow with them.
     Returns: explained variance of the last rollout by the fit to the others, 0 where there is only one.
+    Raises: NonFiniteError.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:
+        if not (features.isfinite().all() and returns.isfinite().all()):
+            raise NonFiniteError("value head pre-fit: hidden states or returns are not finite; the weights were not changed")
         if last is not None:
             sums.add(*last)
         last = (features.double(), returns.double())

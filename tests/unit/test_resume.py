@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,22 +14,13 @@ from typing import Any
 
 import pytest
 
+from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import CheckpointError, RecipeError
-from reftune.jsonlines import JsonLines
-from reftune.progress import Progress, SilentProgress
-from reftune.recipe import Recipe
+from reftune.progress import SilentProgress
+from reftune.recipe import Recipe, dump_recipe
 from reftune.run import open_run
 
 MakeRecipe = Callable[..., Recipe]
-
-
-def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
-    """Every stage and every evaluation that is not done yet."""
-    with open_run(recipe, progress or SilentProgress()) as run:
-        for name in recipe.stages:
-            run.train(name)
-        for method in run.methods_to_evaluate():
-            run.evaluate(method)
 
 
 class Noting(SilentProgress):
@@ -53,32 +44,6 @@ class Stopping(Noting):
     def step(self, step: int, metrics: Any) -> None:
         if (self.current, step) == (self.wanted, self.at) and "dev/accuracy" not in metrics:
             raise KeyboardInterrupt
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, without clocks: weights and answers by the byte, numbers by their value."""
-
-    def timeless(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in row.items() if not name.startswith("time") and name != "wall_seconds"}
-
-    found: dict[str, Any] = {}
-    for path in (
-        sorted(folder.glob("stages/*/*.safetensors"))
-        + sorted(folder.glob("eval/*"))
-        + sorted(folder.glob("stages/*/samples.jsonl"))
-    ):
-        found[str(path.relative_to(folder))] = path.read_bytes()
-    for path in folder.glob("stages/*/stage.json"):
-        found[str(path.relative_to(folder))] = timeless(json.loads(path.read_text()))
-    found["metrics"] = [timeless(row) for row in JsonLines(folder / "metrics.jsonl").rows()]
-    return found
-
-
-def assert_same_outcome(folder: Path, straight: dict[str, Any]) -> None:
-    found = outcome(folder)
-    assert found["metrics"] == straight["metrics"]
-    assert set(found) == set(straight)
-    assert [name for name in straight if found[name] != straight[name]] == []
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +222,30 @@ def test_a_folder_with_other_things_in_it_is_no_run_folder(make_recipe):
     recipe.folder.mkdir()
     (recipe.folder / "thesis.tex").touch()
     assert refused(recipe, CheckpointError).startswith(f"{recipe.folder}: is not empty and not a run folder")
+
+
+@pytest.mark.parametrize("left", [[".recipe.yaml.partial"], ["env.json"], ["env.json", ".recipe.yaml.partial"]])
+def test_a_run_killed_before_its_recipe_was_written_starts_again(make_recipe, left):
+    recipe = make_recipe()
+    recipe.folder.mkdir()
+    for name in left:
+        (recipe.folder / name).write_text("{")
+    with open_run(recipe, SilentProgress()):
+        pass
+    assert (recipe.folder / "env.json").read_text().startswith('{\n  "reftune": ')
+
+
+def test_the_checkpoint_of_another_model_is_refused_in_one_line(make_recipe):
+    recipe = make_recipe(stages={"reft": None})
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recipe, Stopping("sft", 4))
+    shutil.copytree(recipe.folder / "stages", recipe.folder.with_name("other") / "stages")
+    other = make_recipe(
+        run_dir=str(recipe.folder.with_name("other")), model={"scratch": {"hidden_size": 32}}, stages={"reft": None}
+    )
+    (other.folder / "recipe.yaml").write_text(dump_recipe(other))
+    with pytest.raises(CheckpointError, match=r"step-000003: is of another model or version: RuntimeError: .*; choose another"):
+        run_all(other)
 
 
 def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_recipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from fractions import Fraction
 from pathlib import Path
 
@@ -145,7 +146,45 @@ def test_a_wrong_number_of_rewards_is_refused(tmp_path: Path, value: str) -> Non
         paid(reward, problem("a"), problem("b"))
 
 
-@pytest.mark.parametrize("value", ["1.0", "None", "'ab'", "{0: 1, 1: 2}"])
+def test_tensor_rewards_are_numbers(tmp_path: Path) -> None:
+    source = "import torch\ndef score(completions):\n    return torch.tensor([0.5, 1.5])\n"
+    assert paid(reward_from(tmp_path, source), problem("a"), problem("b")) == [0.5, 1.5]
+
+
+def test_a_tensor_with_a_row_a_sample_names_the_sample(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "import torch\ndef score(completions):\n    return torch.ones(2, 3)\n")
+    with pytest.raises(RewardError, match="sample a: expected a finite number or None, got tensor"):
+        paid(reward, problem("a"), problem("b"))
+
+
+@pytest.mark.parametrize(
+    "hang", ["time.sleep(60)", "[None for _ in iter(int, 1)]", "exec('try:\\n  time.sleep(60)\\nexcept Exception: pass')"]
+)
+def test_a_function_that_hangs_is_stopped_and_named(tmp_path: Path, hang: str) -> None:
+    (tmp_path / "slow.py").write_text(f"import time\ndef score(completions):\n    {hang}\n    return [1, 1]\n")
+    reward = load_component({"kind": f"{tmp_path / 'slow.py'}:score", "timeout_s": 0.2}, group="rewards")
+    with pytest.raises(RewardError, match=r"slow.py:score: took more than timeout_s=0.2 for the batch a … b$"):
+        paid(reward, problem("a"), problem("b"))
+
+
+def test_an_alarm_that_was_set_before_is_set_again(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    rest = signal.setitimer(signal.ITIMER_REAL, 100)
+    try:
+        paid(reward_from(tmp_path, "def score(completions):\n    return [1]\n"), problem("a"))
+        assert 90 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
+        assert signal.getsignal(signal.SIGALRM) == before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *rest)
+
+
+def test_a_function_that_exits_names_the_sample_and_does_not_end_the_run_unseen(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "import sys\ndef score(completions):\n    sys.exit(0)\n")
+    with pytest.raises(RewardError, match=r"sample a: SystemExit: 0$"):
+        paid(reward, problem("a"), problem("b"))
+
+
+@pytest.mark.parametrize("value", ["1.0", "None", "'ab'", "{0: 1, 1: 2}", "__import__('torch').tensor(1.0)"])
 def test_what_is_not_a_list_of_rewards_is_refused(tmp_path: Path, value: str) -> None:
     reward = reward_from(tmp_path, f"def score(completions):\n    return {value}\n")
     with pytest.raises(RewardError, match="expected a list of 2 numbers, got"):

@@ -142,7 +142,7 @@ def test_the_stage_leaves_a_model_and_what_it_cost(make_stage_recipe: Callable[.
     with open_run(recipe, SilentProgress()) as run:
         run.train("offline_st")
         run.load_policy("offline_st")
-        assert run.methods() == ["offline_st"]
+        assert run.methods_to_evaluate() == ["offline_st"]
     folder = recipe.folder / "stages" / "offline_st"
     rows = [json.loads(line) for line in (folder / "sampled.jsonl").read_text().splitlines()]
     document = json.loads((folder / "stage.json").read_text())

@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_never_steps(make_policy, poison):
     before = {name: value.clone() for name, value in {**policy.state_dict(), **flat(optimizer)}.items()}
     with_gradients(policy)
     policy.value_head.weight.grad[0, 3] = poison
-    with pytest.raises(NonFiniteError, match=r"^reft step 7: gradient norm is (nan|inf); the weights were not changed$"):
+    with pytest.raises(NonFiniteError, match=r"^reft step 7: gradient norm is (nan|inf), first in value_head\.weight$"):
         optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="reft step 7")
     after = {**policy.state_dict(), **flat(optimizer)}
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(make_policy):
     policy = make_policy()
     with torch.no_grad():
         policy.model.lm_head.weight[5] = math.inf
-    with pytest.raises(NonFiniteError, match=r"^sft step 3: loss is (nan|inf); the weights were not changed$"):
+    with pytest.raises(NonFiniteError, match=r"^sft step 3: loss is (nan|inf) in rows 0$"):
         accumulate_nll(policy, token_batch([[3]], [[4, 1]]), max_tokens=100, where="sft step 3")
 
 
@@ -287,7 +287,7 @@ def test_a_signal_in_the_last_step_finishes_the_stage_but_does_not_start_another
 
 def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equals(make_recipe, monkeypatch):
     scores = iter([0.2, 0.5, 0.5, 0.4])
-    monkeypatch.setattr("reftune.training.dev_accuracy", lambda context, problems: next(scores))
+    monkeypatch.setattr("reftune.training.look_at_dev", lambda context: {"dev/accuracy": next(scores)})
     recipe = make_recipe(stages={"sft": {"epochs": 4, "snapshots": None}, "reft": None})
     seen = {}
 
@@ -344,11 +344,17 @@ def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypa
     before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
     ppo = type(trainer.algorithm)
     monkeypatch.setattr(ppo, "loss", lambda self, scores, rows: LossTerms(total=scores.logprobs.sum() * math.nan))
+    trainer.loop.state.step = 5
     with pytest.raises(NonFiniteError) as error:
         trainer.update(trainer.algorithm.credit(batch), 5)
-    path = trainer.context.folder / "nonfinite.json"
-    assert str(error.value) == f"reft step 5: loss is nan; the weights were not changed; look at the samples in {path}"
-    assert len(json.loads(path.read_text())["sequences"]) == len(rollouts)
+    path = trainer.context.folder / "nonfinite-000005.json"
+    assert str(error.value) == (
+        f"reft step 5: loss is nan in rows 0, 1, 2, 3, 4, 5, 6, 7; the weights were not changed; look at the samples in {path}"
+    )
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [[*r.prompt_ids, *r.completion.token_ids] for r in rollouts]
+    assert [row["rewards"] for row in rows] == pytest.approx([r.reward for r in rollouts])
+    assert all(len(row["advantages"]) == len(r.completion.token_ids) for row, r in zip(rows, rollouts, strict=True))
     assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
 
 

@@ -12,10 +12,14 @@ import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from reftune.errors import RewardError
@@ -25,6 +29,9 @@ from reftune.types import Completion, Graded, Problem
 
 class FunctionReward(Component):
     """Calls the function that `kind` names, `file.py:name`."""
+
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds that one call, on a whole batch, may take; a function that hangs ends the run."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:
@@ -42,13 +49,20 @@ class FunctionReward(Component):
             rewards = self._call(samples)
         except RewardError:
             raise
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise self._blame(samples, error) from error
         return [self._number(reward, sample) for reward, sample in zip(rewards, samples, strict=True)]
 
     def _call(self, samples: Sequence[_Sample]) -> Sequence[Any]:
-        rewards = _finished(_function(self.kind)(**self._arguments(samples)))
-        if not hasattr(rewards, "__len__") or isinstance(rewards, str | bytes | Mapping):
+        arguments = self._arguments(samples)
+        try:
+            with _time_limit(self.timeout_s):
+                rewards = _finished(_function(self.kind)(**arguments))
+        except _TimeUpError:
+            raise RewardError(
+                f"reward {self.kind}: took more than timeout_s={self.timeout_s:g} for the batch {_names(samples)}"
+            ) from None
+        if getattr(rewards, "ndim", 1) == 0 or not hasattr(rewards, "__len__") or isinstance(rewards, str | bytes | Mapping):
             raise RewardError(f"reward {self.kind}: expected a list of {len(samples)} numbers, got {type(rewards).__name__}")
         if len(rewards) != len(samples):
             raise RewardError(
@@ -80,15 +94,38 @@ class FunctionReward(Component):
             )
         return number
 
-    def _blame(self, samples: Sequence[_Sample], error: Exception) -> RewardError:
+    def _blame(self, samples: Sequence[_Sample], error: BaseException) -> RewardError:
         """The error with the first sample that causes one alone, else with the batch."""
         for sample in samples if len(samples) > 1 else ():
             try:
                 self._call([sample])
-            except Exception as alone:  # noqa: BLE001  the user's code may raise anything
+            except (Exception, SystemExit) as alone:  # noqa: BLE001  the user's code may raise anything
                 return self._blame([sample], alone)
         where = f"sample {samples[0][0].id}" if len(samples) == 1 else f"the batch {_names(samples)}"
         return RewardError(f"reward {self.kind}: {where}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+
+
+class _TimeUpError(BaseException):
+    """No Exception, which the user's code may catch."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises: _TimeUpError when the time is up. Without effect outside of the main thread, where no signal arrives."""
+
+    def expire(number: int, frame: Any) -> None:
+        raise _TimeUpError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, expire)
+    rest = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # once more a second later: the first may have been swallowed
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *rest)
+        signal.signal(signal.SIGALRM, handler)
 
 
 @functools.cache

@@ -1,0 +1,71 @@
+"""Memory, file handles, threads and worker processes stay flat over many steps.
+
+200 steps in the default tests; 2,000 with `make trust`, or `pytest -m "fault and slow"`.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.progress import SilentProgress
+from reftune.run import open_run
+
+pytestmark = pytest.mark.fault
+
+PROCESS = Path("/proc/self")
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What this process holds."""
+
+    resident_mib: float
+    handles: int
+    threads: int
+    workers: int
+
+
+def used() -> Used:
+    pages = int((PROCESS / "statm").read_text().split()[1])
+    tasks = list((PROCESS / "task").iterdir())
+    return Used(
+        resident_mib=pages * os.sysconf("SC_PAGESIZE") / 2**20,
+        handles=len(list((PROCESS / "fd").iterdir())),
+        threads=len(tasks),
+        workers=sum(len((task / "children").read_text().split()) for task in tasks),
+    )
+
+
+class Watching(SilentProgress):
+    """Notes what is held after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[Used] = []
+
+    def step(self, step: int, metrics: Any) -> None:
+        self.seen.append(used())
+
+
+@pytest.mark.skipif(not (PROCESS / "statm").exists(), reason="reads /proc")
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("steps", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_nothing_grows_over_many_steps(make_recipe, monkeypatch, steps):
+    # programs run in a sandbox worker; a checkpoint every tenth of a second, a look at dev every 20 steps
+    monkeypatch.setattr("reftune.sandbox._num_cores", lambda: 1)  # a second worker would start when it is first needed
+    stage = {"init": "base", "steps": steps, "prompts": 2, "value_prefit": 0, "eval_every": 20, "save_every_s": 0.1}
+    recipe, progress = make_recipe(format={"kind": "program"}, stages={"reft": stage}), Watching()
+    with open_run(recipe, progress) as run:
+        run.train("reft")
+    quarter = len(progress.seen) // 4
+    early, late = progress.seen[quarter : 2 * quarter], progress.seen[-quarter:]
+    for what in ("handles", "threads", "workers"):
+        assert max(getattr(u, what) for u in late) <= max(getattr(u, what) for u in early), what
+    assert {u.workers for u in late} == {1}
+    grown = statistics.median(u.resident_mib for u in late) - statistics.median(u.resident_mib for u in early)
+    assert grown < 4, f"{grown:.1f} MiB over {steps // 2} steps"
