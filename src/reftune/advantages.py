@@ -59,6 +59,17 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
+def truncated_importance(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, *, cap: float) -> Tensor:
+    """Weight of each token whose sampler was not quite the policy, (B, R); 1 where the mask is False.
+
+        w = min(π_train / π_sample, cap)
+
+    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025). Differs: none.
+    """
+    ratio = (logprobs - sampling_logprobs).exp().clamp(max=cap)
+    return torch.where(mask, ratio, torch.ones_like(ratio))
+
+
 def group_means(rewards: Tensor, groups: Tensor) -> Tensor:
     """Mean reward of each sample's group, (B,). `groups` (B,) holds equal integers for samples of one problem."""
     num_groups = int(groups.max()) + 1 if groups.numel() else 0

@@ -6,7 +6,9 @@ shape of a completion are its own.
 
 from __future__ import annotations
 
+import gc
 import importlib
+import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -23,9 +25,10 @@ from reftune.types import Completion, SamplingParams
 
 KINDS = known_kinds("engines")
 SAMPLING = [kind for kind in KINDS if kind != "scripted"]
-SETTINGS: dict[str, dict[str, Any]] = {"scripted": {"texts": ["wa wb", "wa"]}}
+SETTINGS: dict[str, dict[str, Any]] = {"scripted": {"texts": ["wa wb", "wa"]}, "vllm": {"eager": True}}
 SMALL: dict[str, list[dict[str, Any]]] = {
-    "kv": [{"batch_size": 1}, {"batch_size": 3, "refill": 1.0}, {"batch_size": 4, "refill": 0.01}]
+    "kv": [{"batch_size": 1}, {"batch_size": 3, "refill": 1.0}, {"batch_size": 4, "refill": 0.01}],
+    "continuous": [{"batch_size": 3}, {"batch_size": 2, "batch_tokens": 4}],
 }
 """Settings under which requests share batches in another way."""
 
@@ -39,18 +42,28 @@ PROMPTS = [
     [13, 14],
 ]
 FAMILIES = ["llama", "phi3", "mistral, window of 5", "qwen3, tied", "gpt2", "opt", "codegen", "gptneox"]
+NOT_ON = {"continuous": {"codegen"}, "vllm": set(FAMILIES) - {"llama", "qwen3, tied", "gpt2"}}
+"""Families that an engine refuses, or, as each takes vLLM a start of its own, that say nothing new."""
+ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
 
 
 def make(kind: str, **settings: Any) -> Any:
     """The engine, or a skip where what it needs is not installed."""
-    try:
-        importlib.import_module(f"reftune.engines.{kind}")
-    except ImportError as error:
-        pytest.skip(f"engine {kind}: {error}")
+    if kind == "vllm":
+        pytest.importorskip("vllm")
+    importlib.import_module(f"reftune.engines.{kind}")
     engine = load_component({"kind": kind, **SETTINGS.get(kind, {}), **settings}, group="engines")
     if getattr(engine, "needs_gpu", False) and not torch.cuda.is_available():
         pytest.skip(f"engine {kind} needs an accelerator")
     return engine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_here_is_no_garbage():
+    """transformers collects garbage twice a `continuous` call, which takes longer than the call."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=KINDS)
@@ -61,6 +74,18 @@ def engine(request) -> Any:
 @pytest.fixture(params=SAMPLING)
 def sampler(request) -> Any:
     return make(request.param)
+
+
+@pytest.fixture
+def make_policy(make_policy) -> Callable[..., Policy]:
+    """As everywhere; where vLLM is installed with heads of 32, the smallest that its kernels take."""
+    if importlib.util.find_spec("vllm") is None:
+        return make_policy
+
+    def make_wide(family: str, **changes: Any) -> Policy:
+        return make_policy(family, **({"n_head": 1} if family == "gpt2" else ONE_HEAD), **changes)
+
+    return make_wide
 
 
 @pytest.fixture
@@ -77,7 +102,7 @@ def ids(completions: list[Completion]) -> list[tuple[int, ...]]:
 
 
 def with_eos(policy: Policy, logit: float) -> Policy:
-    """The policy, its logit of the eos changed to a number: -1e9 never ends, a large one ends soon."""
+    """The policy, its logit of the eos changed to a number: a large one ends soon."""
     with torch.no_grad():
         weight = policy.model.lm_head.weight
         weight[1] = 0
@@ -85,8 +110,23 @@ def with_eos(policy: Policy, logit: float) -> Policy:
     return policy
 
 
+class Endless(Policy):
+    eos_ids = frozenset()
+
+
 def without_eos(policy: Policy) -> Policy:
-    return with_eos(policy, -1e9)
+    """The policy, to which no token is the end."""
+    policy.__class__ = Endless
+    return policy
+
+
+def skip_missing(engine: Any, family: str) -> None:
+    if family in NOT_ON.get(engine.kind, ()):
+        pytest.skip(f"{engine.kind}: no {family}")
+
+
+def batch_independent(engine: Any) -> bool:
+    return getattr(engine, "batch_independent", True)
 
 
 # --- every engine -----------------------------------------------------------------------------------------------------
@@ -154,7 +194,9 @@ def test_equal_prompts_are_drawn_apart(sampler, policy):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_request_does_not_depend_on_its_neighbours(sampler, policy, temperature):
+def test_a_request_does_not_depend_on_its_neighbours(request, sampler, policy, temperature):
+    if temperature > 0 and not batch_independent(sampler):
+        request.applymarker(pytest.mark.xfail(reason="the engine says so", raises=AssertionError))
     together = ids(sampler.generate(policy, PROMPTS, params(temperature=temperature)))
     others = [[21], [22] * 15, PROMPTS[2], [3, 9], [9] * 3, [8], [7, 7]]
     among_others = ids(sampler.generate(policy, others, params(temperature=temperature)))
@@ -171,10 +213,11 @@ def test_completions_are_in_the_order_of_the_prompts(sampler, policy):
     assert ids(sampler.generate(policy, [PROMPTS[i] for i in order], greedy)) == [straight[i] for i in order]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_log_probabilities_are_those_the_policy_computes(sampler, make_policy, family, temperature):
     # of absolute positions (gpt2, opt) too, where padding would shift them
+    skip_missing(sampler, family)
     policy = make_policy(family)
     completions = sampler.generate(policy, PROMPTS, params(temperature=temperature))
     assert max(len(c.token_ids) for c in completions) > 6
@@ -186,6 +229,7 @@ def test_sampling_log_probabilities_are_those_the_policy_computes(sampler, make_
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_decoding_is_that_of_transformers(sampler, make_policy, family):
+    skip_missing(sampler, family)
     policy = make_policy(family)
     ours = ids(sampler.generate(policy, PROMPTS, params(temperature=0)))
     for prompt, found in zip(PROMPTS, ours, strict=True):
@@ -297,9 +341,10 @@ class Forwards:
 @pytest.mark.parametrize("family", ["gpt2", "mistral, window of 5"])
 @pytest.mark.parametrize(("kind", "settings"), [(kind, settings) for kind, several in SMALL.items() for settings in several])
 def test_how_requests_share_batches_changes_no_token(make_policy, kind, settings, family):
-    policy = make_policy(family)
-    together = make(kind).generate(policy, PROMPTS * 2, params())
-    apart = make(kind, **settings).generate(policy, PROMPTS * 2, params())
+    policy, engine = make_policy(family), make(kind)
+    drawn = params(temperature=1.0 if batch_independent(engine) else 0.0)
+    together = engine.generate(policy, PROMPTS * 2, drawn)
+    apart = make(kind, **settings).generate(policy, PROMPTS * 2, drawn)
     assert ids(apart) == ids(together)
     for one, other in zip(apart, together, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
@@ -318,8 +363,9 @@ def test_finished_rows_leave_the_batch(make_policy, monkeypatch):
     completions = Kv().generate(policy, [[i, i] for i in range(3, 30)], params(max_new_tokens=40))
     lengths = sorted(len(c.token_ids) for c in completions)
     assert lengths[-1] > 2 * lengths[len(lengths) // 2]  # there is a straggler
-    # every token but a row's first costs one row of one pass, and the last one is not read
-    assert forwards.decoded_rows == sum(lengths) - len(lengths)
+    # every token but a row's first costs one row of one pass, and the last one is not read; an eighth may be done rows
+    live = sum(lengths) - len(lengths)
+    assert live <= forwards.decoded_rows <= live * 8 / 7
 
 
 def test_waiting_prompts_take_the_place_of_finished_rows(make_policy, monkeypatch):
@@ -329,7 +375,8 @@ def test_waiting_prompts_take_the_place_of_finished_rows(make_policy, monkeypatc
     completions = Kv(batch_size=9, refill=0.25).generate(policy, prompts, params(max_new_tokens=40))
     lengths = [len(c.token_ids) for c in completions]
     assert max(rows for rows, _ in forwards.shapes) == 9
-    assert forwards.decoded_rows == sum(lengths) - len(lengths)
+    live = sum(lengths) - len(lengths)
+    assert live <= forwards.decoded_rows <= live * 8 / 7
     # 27 prompts in rows of 9, three batches one after the other, would take the longest row of each
     in_turn = sum(max(lengths[i : i + 9]) - 1 for i in (0, 9, 18))
     assert len(forwards.shapes) - len(forwards.prefills) < 0.9 * in_turn

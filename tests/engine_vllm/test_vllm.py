@@ -1,0 +1,130 @@
+"""vLLM for real: what the contract suite does not ask of every engine. Run by `make test-vllm`."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from reftune.batch import token_batch
+from reftune.engines.vllm import Vllm
+from reftune.recipe import LoraTable
+from reftune.types import SamplingParams
+
+pytest.importorskip("vllm")
+
+PROMPTS = [[3, 4, 5, 6, 7, 8, 9, 10, 11], [12, 13], [5, 6, 7], [12, 13]]
+ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
+START_S = 600
+
+
+def move(policy, seed):
+    """Change every weight that is trained, as an update would."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
+
+
+def mismatch(engine, policy, seed=3):
+    """Largest difference between the engine's log-probabilities and the policy's, nats; and the tokens."""
+    completions = engine.generate(policy, PROMPTS, SamplingParams(max_new_tokens=12, seed=seed))
+    batch = token_batch(PROMPTS, [completion.token_ids for completion in completions])
+    recomputed = policy.score(batch, max_tokens=1000).logprobs
+    reported = batch.unflatten(torch.tensor([logprob for c in completions for logprob in c.logprobs]))
+    return float((reported - recomputed).abs().max()), [completion.token_ids for completion in completions]
+
+
+@pytest.mark.parametrize("lora", [None, LoraTable(rank=4)], ids=["whole", "lora"])
+def test_every_update_reaches_the_engine(make_policy, lora):
+    policy, engine = make_policy("llama", lora=lora, **ONE_HEAD), Vllm(eager=True)
+    drawn = []
+    for update in range(3):
+        difference, tokens = mismatch(engine, policy)
+        assert difference < 2e-5
+        drawn.append(tuple(tokens))
+        move(policy, update)
+    assert len(set(drawn)) == 3  # the weights did change
+
+
+def test_a_prefix_that_older_weights_read_is_forgotten(make_policy):
+    policy, engine = make_policy("llama", max_position_embeddings=512, **ONE_HEAD), Vllm(eager=True)
+    long = [list(range(3, 30)) * 12]  # several blocks of the prefix cache
+    sampling = SamplingParams(max_new_tokens=4, temperature=0)
+    engine.generate(policy, long, sampling)
+    move(policy, 1)
+    (completion,) = engine.generate(policy, long, sampling)
+    batch = token_batch(long, [completion.token_ids])
+    assert_close(torch.tensor(completion.logprobs), policy.score(batch, max_tokens=1000).logprobs[0], atol=2e-5, rtol=0)
+
+
+def test_reinforcement_learning_samples_from_the_policy_of_each_step(make_trainer):
+    trainer = make_trainer(
+        {"mismatch_cap": 2.0, "prompts": 8},
+        model={"scratch": {"hidden_size": 64, "heads": 2, "layers": 1, "context": 80, "dropout": 0.1}},
+        engine={"kind": "vllm", "eager": True},
+    )
+    before = trainer.policy.model.get_output_embeddings().weight.clone()
+    for n in (1, 2, 3):
+        metrics = trainer.step(n)
+        assert metrics["kl/mismatch"] < 1e-5
+        assert metrics["mismatch/weight"] == pytest.approx(1, abs=1e-4)
+    assert not torch.equal(before, trainer.policy.model.get_output_embeddings().weight)
+
+
+@pytest.fixture(scope="module")
+def server(make_policy, tmp_path_factory):
+    """Address of `vllm serve` on a model whose weights are not the policy's."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    make_policy("llama", seed=9, **ONE_HEAD).save(folder)
+    (folder / "value_head.safetensors").unlink()  # vLLM reads every safetensors file, and refuses weights it does not know
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = (
+        f"--model {folder} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --logprobs-mode processed_logprobs"
+    )
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
+    log = tmp_path_factory.mktemp("log") / "server.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}, stdout=output, stderr=output
+        )
+    try:
+        wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_until_healthy(process, address, log):
+    for _ in range(START_S):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    pytest.fail(log.read_text()[-3000:])
+
+
+@pytest.mark.parametrize("lora", [None, LoraTable(rank=4)], ids=["whole", "lora"])
+def test_a_server_samples_from_the_weights_it_is_given(make_policy, server, lora):
+    policy, engine = make_policy("llama", lora=lora, **ONE_HEAD), Vllm(server=server)
+    drawn = []
+    for update in range(2):
+        difference, tokens = mismatch(engine, policy)
+        assert difference < 2e-5
+        assert mismatch(engine, policy)[1] == tokens  # the same call, the same tokens
+        drawn.append(tuple(tokens))
+        move(policy, update)
+    assert drawn[0] != drawn[1]
+    assert drawn[0][1] != drawn[0][3]  # equal prompts are drawn apart
