@@ -41,6 +41,10 @@ class Answer:
         return self.value
 
 
+ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
+"""Gold of problems that state none: what their scorer accepts is right."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """A question with its gold answer and, for training, a gold rationale."""

@@ -24,6 +24,11 @@ def has_letter(graded: Graded) -> bool:
     return graded.value is not None and len(graded.value) == 1 and graded.value.isalpha()
 
 
+def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
+    """Which samples may vote under a format's grading: all with an answer; in the paper's, on choices, those with a letter."""
+    return has_letter if grading == "paper" and is_choice else has_value
+
+
 def majority_vote(samples: Sequence[Graded], *, valid: Callable[[Graded], bool] = has_value) -> Graded | None:
     """The first sample with the most frequent value; None where no sample is valid. Ties: the value seen first."""
     return weighted_vote(samples, [1.0] * len(samples), valid=valid)

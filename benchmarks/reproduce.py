@@ -1,0 +1,179 @@
+"""The paper's comparison, and `modern` against `paper`, over seeds: runs, tables as JSON, docs/results.md from that JSON.
+
+python benchmarks/reproduce.py 0 1 2 3 4 [-- KEY=VALUE …]     # goes on where it was stopped; `make reproduce`
+python benchmarks/reproduce.py --page                         # only write the page again
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reftune.cli import main as reftune
+from reftune.report import table_command
+from reftune.report.summary import display
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "results.md"
+TITLES = {
+    "comparison": "Solutions are programs",
+    "comparison-nl": "Solutions are in words",
+    "modern": "Preset `modern` against preset `paper`",
+}
+"""Recipe of recipes/demo → heading."""
+FINDINGS = [
+    ("ReFT beats supervised fine-tuning", "reft", "sft"),
+    ("ReFT beats offline self-training", "reft", "offline_st"),
+    ("ReFT beats online self-training", "reft", "online_st"),
+    ("Offline self-training beats supervised fine-tuning", "offline_st", "sft"),
+    ("Online self-training beats supervised fine-tuning", "online_st", "sft"),
+    ("With voting, ReFT beats supervised fine-tuning", "reft maj@100", "sft maj@100"),
+    ("With reranking, ReFT beats supervised fine-tuning", "reft rerank@100", "sft rerank@100"),
+]
+"""What the paper reports (Tables 2 and 4), as better method, worse method."""
+
+
+def run_all(seeds: Sequence[str], overrides: Sequence[str]) -> None:
+    """All recipes of all seeds. A seed comes whole before the next, so that a stop leaves whole seeds."""
+    for seed in seeds:
+        for recipe in TITLES:
+            path, folder = ROOT / "recipes" / "demo" / f"{recipe}.yaml", folder_of(recipe, seed)
+            call(["run", str(path), f"name={folder.name}", f"run_dir={folder}", f"seed={seed}", *overrides])
+
+
+def folder_of(recipe: str, seed: str) -> Path:
+    return Path("runs") / f"{recipe}-seed{seed}"
+
+
+def write_tables(seeds: Sequence[str], results: Path) -> None:
+    """The JSON that is committed, and the paper's layout."""
+    results.mkdir(parents=True, exist_ok=True)
+    folders = {recipe: [folder_of(recipe, seed) for seed in seeds] for recipe in TITLES}
+    for recipe, of_recipe in folders.items():
+        write(results / f"reproduce-{recipe}.json", table_command(of_recipe, json=True))
+    paper = [*folders["comparison"], *folders["comparison-nl"]]
+    write(results / "reproduce-paper.json", table_command(paper, json=True, layout="paper"))
+    write(results / "reproduce-paper.md", table_command(paper, "markdown", layout="paper"))
+
+
+def call(arguments: Sequence[str]) -> None:
+    """`reftune …`, stopping with its status where it is not 0."""
+    try:
+        reftune(arguments)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(tables: Mapping[str, Mapping[str, Any]], paper: str) -> str:
+    """docs/results.md: a function of the committed tables."""
+    seeds = next(iter(tables.values()))["seeds"]
+    parts = [
+        "# Results\n\nWritten by `make reproduce` from the JSON in [results/](results). "
+        f"Seeds: {seeds}. Models are chosen on dev and answer test once; intervals are 95 %, over seeds and problems; "
+        "differences are paired by problem. Settings: `recipes/demo/comparison.yaml`, `comparison-nl.yaml`, `modern.yaml`.",
+        "## Which of the paper's findings hold here\n\n" + findings_table(tables),
+        "## The paper's layout\n\n" + paper.strip(),
+    ]
+    parts += [f"## {TITLES[recipe]}\n\n{methods_table(table)}" for recipe, table in tables.items()]
+    if "modern" in tables:
+        parts.append("## What each part of `modern` earns\n\n" + ablation_table(tables["modern"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    recipes = [recipe for recipe in ("comparison", "comparison-nl") if recipe in tables]
+    lines = [
+        f"| {claim} | " + " | ".join(judged(difference(tables[recipe], better, worse)) for recipe in recipes) + " |"
+        for claim, better, worse in FINDINGS
+    ]
+    head = "| the paper's finding | " + " | ".join(TITLES[recipe].lower() for recipe in recipes) + " |"
+    return "\n".join([head, "|---" * (len(recipes) + 1) + "|", *lines])
+
+
+def difference(table: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | None:
+    """`a` less `b`, as the table has it or turned round."""
+    for found in table["comparisons"]:
+        if (found["a"], found["b"]) == (a, b):
+            return found
+        if (found["a"], found["b"]) == (b, a):
+            low, high = found["ci95"]
+            return {**found, "difference": 0.0 - found["difference"], "ci95": [0.0 - high, 0.0 - low]}
+    return None
+
+
+def judged(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    verdict = "undecided" if not found["significant"] else "holds" if found["difference"] > 0 else "the opposite holds"
+    return f"{verdict}: {points(found)}"
+
+
+def points(found: Mapping[str, Any]) -> str:
+    low, high = found["ci95"]
+    return f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
+
+
+def methods_table(table: Mapping[str, Any]) -> str:
+    rules = list(dict.fromkeys(rule for method in table["methods"].values() for rule in method["scores"]))
+    lines = []
+    for name, method in table["methods"].items():
+        cells = [accuracy(method["scores"].get(rule)) for rule in rules]
+        against = difference(table, name, table["baseline"])
+        cells.append("–" if against is None else points(against) + " n.s." * (not against["significant"]))
+        lines.append(f"| {display(name)} | " + " | ".join(cells) + " |")
+    head = "| method | " + " | ".join(rules) + f" | greedy vs {display(table['baseline'])} |"
+    return "\n".join([head, "|---" + "|---:" * (len(rules) + 1) + "|", *lines])
+
+
+def accuracy(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "–"
+    low, high = score["ci95"]
+    return f"{100 * score['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def ablation_table(table: Mapping[str, Any]) -> str:
+    parts = [name for name in table["methods"] if name.startswith("no_")]
+    lines = [f"| {display(name).removeprefix('no ')} | {part_text(table, name)} |" for name in parts]
+    lead = judged(difference(table, "reft_modern", "reft"))
+    return "\n".join([
+        f"`modern` beats `paper` at equal numbers of sampled solutions: {lead}.",
+        "",
+        "| part | `modern` less `modern` without it |",
+        "|---|---:|",
+        *lines,
+    ])  # fmt: skip
+
+
+def part_text(table: Mapping[str, Any], name: str) -> str:
+    found = difference(table, "reft_modern", name)
+    return "–" if found is None else points(found) + " n.s." * (not found["significant"])
+
+
+def write_page(results: Path, out: Path) -> None:
+    tables = {recipe: json.loads((results / f"reproduce-{recipe}.json").read_text(encoding="utf-8")) for recipe in TITLES}
+    write(out, page(tables, (results / "reproduce-paper.md").read_text(encoding="utf-8")))
+
+
+def main(arguments: Sequence[str]) -> None:
+    if list(arguments) != ["--page"]:
+        split = arguments.index("--") if "--" in arguments else len(arguments)
+        run_all(arguments[:split], arguments[split + 1 :])
+        write_tables(arguments[:split], RESULTS)
+    write_page(RESULTS, PAGE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

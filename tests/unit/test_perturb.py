@@ -1,0 +1,58 @@
+"""Changed gold solutions: what must be wrong is wrong to the robust grader, what must be right is right."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from reftune.formats.nl import Nl
+from reftune.formats.program import Program
+from reftune.perturb import right_solutions, wrong_solutions
+from reftune.types import Answer, Problem, Verdict
+
+NUMBER = Problem(id="n", question="How many?", answer=Answer(kind="number", value=Fraction(1500)),
+                 rationale="def solution():\n    boxes = 30\n    return boxes * 50")  # fmt: skip
+CHOICE = Problem(id="c", question="Which?", answer=Answer(kind="choice", value="d"), choices=("1", "2", "3", "4"),
+                 rationale='def solution():\n    value = 4\n    return "d"')  # fmt: skip
+TEXT = Problem(id="t", question="Who?", answer=Answer(kind="text", value="Ada"), rationale="She was first.\nThe answer is Ada")
+
+
+def words(problem: Problem) -> str:
+    return f"30 boxes of 50 are counted.\nThe answer is {problem.answer}"
+
+
+@pytest.mark.parametrize("problem", [NUMBER, CHOICE], ids=["number", "choice"])
+@pytest.mark.parametrize("kind", ["program", "nl"])
+def test_every_change_does_to_the_answer_what_it_says(problem, kind):
+    format = Program() if kind == "program" else Nl()
+    target = format.target(problem) if kind == "program" else words(problem)
+    wrong, right = list(wrong_solutions(problem, target)), list(right_solutions(problem, target))
+    assert len({p.kind for p in wrong}) >= 4 and len({p.kind for p in right}) >= 4
+    assert len({p.text for p in (*wrong, *right)} | {target}) == len(wrong) + len(right) + 1
+    for expected, cases in ((True, right), (False, wrong)):
+        graded = format.grade([problem] * len(cases), [case.text for case in cases])
+        for case, grade in zip(cases, graded, strict=True):
+            assert (grade.verdict is Verdict.CORRECT) is expected, (case, grade)
+
+
+def test_the_papers_closing_line_keeps_its_colon():
+    target = "It is 30 * 50.\nTherefore, the answer is: 1500"
+    texts = {p.kind: p.text for p in right_solutions(NUMBER, target)}
+    assert texts["a decimal"] == "It is 30 * 50.\nTherefore, the answer is: 1500.0"
+    assert texts["a thousands comma"].endswith("is: 1,500")
+
+
+@pytest.mark.parametrize(
+    ("gold", "kinds"), [(0, {"off by one", "printed and not returned"}), (10**9, {"an error before the answer"})]
+)
+def test_a_change_that_might_not_matter_is_not_made(gold, kinds):
+    problem = Problem(id="z", question="?", answer=Answer(kind="number", value=Fraction(gold)))
+    found = {p.kind for p in wrong_solutions(problem, f"    return {gold}")}
+    assert kinds <= found
+    assert not found & {"another sign", "ten times"}  # 0 is its own negative; 10^9 is too large to be put off
+
+
+def test_a_text_without_an_answer_gives_nothing():
+    assert list(wrong_solutions(NUMBER, "no marker here")) == list(right_solutions(NUMBER, "no marker here")) == []
+    assert list(right_solutions(TEXT, str(TEXT.rationale))) == []

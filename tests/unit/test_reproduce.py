@@ -1,0 +1,77 @@
+"""benchmarks/reproduce.py: the page is a function of the tables, and says of each finding whether it holds."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from reftune.recipe import load_recipe
+from reftune.run import check_stage_graph
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "recipes" / "demo"
+
+
+@pytest.fixture(scope="module")
+def reproduce() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "benchmarks" / "reproduce.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compared(a: str, b: str, difference: float, low: float, high: float) -> dict[str, Any]:
+    return {"a": a, "b": b, "difference": difference, "ci95": [low, high], "significant": low > 0 or high < 0}
+
+
+def table(*comparisons: dict[str, Any], methods: str = "sft offline_st reft") -> dict[str, Any]:
+    score = {"accuracy": 0.5, "ci95": [0.4, 0.6]}
+    return {"seeds": 5, "baseline": "sft", "methods": {name: {"scores": {"greedy": score}} for name in methods.split()},
+            "comparisons": list(comparisons)}  # fmt: skip
+
+
+def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
+    page = reproduce.page(
+        {
+            "comparison": table(compared("reft", "sft", 0.1, 0.05, 0.15), compared("offline_st", "reft", 0.04, 0.01, 0.07)),
+            "comparison-nl": table(compared("reft", "sft", 0.01, -0.02, 0.04)),
+        },
+        "PAPER",
+    )
+    assert "| ReFT beats supervised fine-tuning | holds: +10.0 [+5.0, +15.0] | undecided: +1.0 [−2.0, +4.0] |" in page
+    assert "| ReFT beats offline self-training | the opposite holds: −4.0 [−7.0, −1.0] | – |" in page
+    assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page and "PAPER" in page
+
+
+def test_the_ablation_says_what_a_part_earns(reproduce):
+    modern = table(
+        compared("reft_modern", "reft", 0.03, 0.01, 0.05), compared("no_prefit", "reft_modern", -0.02, -0.03, -0.01),
+        methods="sft reft reft_modern no_prefit",
+    )  # fmt: skip
+    text = reproduce.ablation_table(modern)
+    assert "at equal numbers of sampled solutions: holds: +3.0 [+1.0, +5.0]" in text
+    assert "| prefit | +2.0 [+1.0, +3.0] |" in text
+
+
+@pytest.mark.parametrize("recipe", ["comparison", "comparison-nl", "modern"])
+def test_its_recipes_are_sound_and_spend_alike(reproduce, recipe):
+    assert recipe in reproduce.TITLES
+    loaded = load_recipe(DEMO / f"{recipe}.yaml")
+    check_stage_graph(loaded)
+    sampled = {
+        name: (stage.steps + stage.value_prefit) * stage.prompts * stage.samples
+        for name, stage in loaded.stages.items()
+        if stage.kind == "rl" and name != "online_st"
+    }
+    assert set(sampled.values()) == {11_264 if recipe == "modern" else 11_776}
+    sft = loaded.stages["sft"]
+    continued = (sft.epochs - sft.snapshots["warmup"]) * loaded.dataset.train
+    updates = {
+        stage.updates * stage.steps * stage.prompts * stage.samples for name, stage in loaded.stages.items() if name in sampled
+    }
+    assert all(abs(passes - continued) <= 0.1 * continued for passes in updates)
