@@ -1,0 +1,145 @@
+"""The Python interface, as short as the command line: `run`, `grade`, `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
+from reftune.errors import RecipeError
+from reftune.formats import Format
+from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
+from reftune.score import problem_of
+from reftune.stats import wilson
+from reftune.types import Completion, Graded, Problem, SamplingParams, Verdict
+
+if TYPE_CHECKING:
+    from reftune.policy import Policy
+
+FormatSpec = str | Mapping[str, Any] | Format
+"""A kind (`nl`, `program`, `file.py:Name`), a mapping of recipe keys, or a format."""
+
+
+def run(recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True) -> dict[str, Any]:
+    """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune run`; resumes.
+
+    `overrides` are `key=value` texts, for a file. Returns: the content of `summary.json`. Raises: ReftuneError.
+    """
+    from reftune.progress import make_progress
+    from reftune.run import run_recipe
+    from reftune.trackers import tracked
+
+    if isinstance(recipe, str | Path):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        raise RecipeError(f"{overrides[0]}: overrides are for a recipe file; expected the key in the recipe itself")
+    parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
+    progress = tracked(make_progress(quiet=quiet), parsed)
+    try:
+        return run_recipe(parsed, progress=progress)
+    finally:
+        progress.close()
+
+
+def grade(
+    completion: str, answer: float | str, *, choices: Sequence[str] = (), format: FormatSpec = "nl", question: str = ""
+) -> Graded:
+    """Is `answer` what a completion says? As the reward and the evaluation judge it; `answer` is a number, a text or a letter.
+
+        >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
+        <Verdict.CORRECT: 'correct'>
+
+    Raises: DataError for an answer that is none of these; RecipeError for an unknown format. Never for the completion.
+    """
+    row = {"id": "1", "answer": answer, "choices": list(choices) or None, "question": question}
+    return _format(format).grade([problem_of(row, "grade")], [completion])[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Greedy answers of a model."""
+
+    problems: tuple[Problem, ...]
+    completions: tuple[Completion, ...]
+    graded: tuple[Graded, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.problems)
+
+    @property
+    def accuracy(self) -> float:
+        """Share that is right."""
+        return self._num_correct / self.n
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        return wilson(self._num_correct, self.n)
+
+    @property
+    def _num_correct(self) -> int:
+        return sum(graded.verdict is Verdict.CORRECT for graded in self.graded)
+
+
+def evaluate(
+    model: str | Path | Policy,
+    problems: Sequence[Problem | Mapping[str, Any]],
+    *,
+    format: FormatSpec | None = None,
+    max_new: int | None = None,
+) -> Evaluation:
+    """Answer problems greedily and grade the answers.
+
+    `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id or a loaded `Policy`; `problems` are
+    `Problem`s or mappings with `question`, `answer` and perhaps `id` and `choices`. Format and limit in tokens are those of
+    the run that a stage folder belongs to, else `nl` and 256. Raises: ReftuneError.
+    """
+    from reftune.collect import Collector
+    from reftune.encoding import Encoder
+    from reftune.rewards.outcome import Outcome
+
+    if not problems:
+        raise RecipeError("evaluate: no problems; expected at least one")
+    recipe = _recipe_of(model)
+    policy = _policy(model)
+    found = tuple(p if isinstance(p, Problem) else problem_of({"id": i, **p}, f"problem {i}") for i, p in enumerate(problems))
+    encoder = Encoder(policy.tokenizer, _format(format or recipe.get("format") or "nl"))
+    collector = Collector(engine=load_component("kv", group="engines"), encoder=encoder, reward=Outcome(), max_prompt=None)
+    lengths = LengthTable.model_validate(recipe.get("lengths") or {})
+    params = SamplingParams(max_new_tokens=max_new or lengths.max_new, temperature=0)
+    solved = collector.solve(policy, found, params)
+    return Evaluation(problems=found, completions=tuple(solved.completions), graded=tuple(solved.graded))
+
+
+def _policy(model: str | Path | Policy) -> Policy:
+    from reftune.models import load_model
+    from reftune.policy import Policy
+    from reftune.recipe import ModelTable
+
+    if isinstance(model, Policy):
+        return model
+    return Policy(*load_model(ModelTable(path=str(model))))  # type: ignore[call-arg]
+
+
+def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
+    """The recipe of the run that a stage folder is part of; empty where `model` is none."""
+    if not isinstance(model, str | Path) or Path(model).parent.name != "stages":
+        return {}
+    path = Path(model).parents[1] / "recipe.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _format(spec: FormatSpec) -> Format:
+    try:
+        format: Format = load_component(spec, group="formats") if isinstance(spec, str | Mapping) else spec
+    except PydanticCustomError as error:
+        raise RecipeError(f"format: {error.message()}") from None
+    except ValidationError as error:
+        raise RecipeError(f"format: {error.errors()[0]['msg']}") from None
+    return format

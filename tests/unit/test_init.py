@@ -1,0 +1,130 @@
+"""`reftune init`: from a file of questions to a recipe that `reftune check` lets pass."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from reftune.cli import main
+from reftune.errors import DataError
+from reftune.init import default_out, guess_columns, guess_format
+from reftune.recipe import load_recipe
+
+PROGRAM = "def solution():\n    a = {a}\n    b = {b}\n    return a + b"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_csv(path: Path, header: list[str], count: int = 40, rationale: str = "{a} + {b} = {c}.") -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for i in range(count):
+            a, b = 10 + i % 8, 20 + i // 8  # 40 questions of few numbers, so that train holds those of dev
+            row = [f"Ann has {a} pens and finds {b}. How many?", str(a + b), rationale.format(a=a, b=b, c=a + b)]
+            writer.writerow(row[: len(header)])
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("rationale", ["{a} + {b} = {c}.", PROGRAM])
+def test_the_recipe_passes_check(here: Path, capsys: pytest.CaptureFixture[str], rationale: str):
+    write_csv(here / "mine.csv", ["Prompt", "gold", "solution"], rationale=rationale)
+    assert status("init", "--data", "mine.csv", "--model", "scratch") == 0
+    out, err = capsys.readouterr()
+    assert out == "mine.yaml\n"
+    assert err == "columns: question is Prompt, answer is gold, rationale is solution\nnext: reftune check mine.yaml\n"
+    recipe = load_recipe("mine.yaml")
+    assert recipe.format.kind == ("program" if rationale is PROGRAM else "nl")
+    assert list(recipe.stages) == ["sft", "reft"]
+    assert (here / "mine.yaml").read_text().count("#") > 10, "it explains itself"
+    assert status("check", "mine.yaml", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"]
+    assert not [f for f in report["findings"] if f["level"] != "ok" and f["name"] != "splits"]
+    assert report["preview"]["prompt"].startswith("Ann has")
+    assert report["preview"]["target_tokens"][-1] == "<eos>"
+    assert len(report["samples"]) == 3
+    assert all(sample["verdict"] and sample["reason"] for sample in report["samples"])
+
+
+def test_without_rationales_there_is_no_warm_up(here: Path, make_policy):
+    policy = make_policy("llama")
+    policy.model.save_pretrained(here / "model")
+    policy.tokenizer.save_pretrained(here / "model")
+    write_csv(here / "mine.csv", ["question", "answer"])
+    assert status("init", "--data", "mine.csv", "--model", str(here / "model")) == 0
+    recipe = load_recipe("mine.yaml")
+    assert {name: stage.init for name, stage in recipe.stages.items()} == {"reft": "base"}
+    assert recipe.model.path == str(here / "model")
+
+
+def test_test_questions_are_scored_where_there_are_some_and_dev_where_not(here: Path):
+    write_csv(here / "mine.csv", ["question", "answer", "rationale"])
+    write_csv(here / "test.csv", ["question", "answer", "rationale"], count=3)
+    assert status("init", "--data", "mine.csv", "--model", "scratch", "--test", "test.csv", "--out", "with.yaml") == 0
+    assert status("init", "--data", "mine.csv", "--model", "scratch", "--out", "without.yaml") == 0
+    assert load_recipe("with.yaml").evaluate.split == "test"
+    assert load_recipe("with.yaml").name == "with"
+    assert load_recipe("without.yaml").evaluate.split == "dev"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--data: is missing, and there is no terminal to ask"),
+        (["--data", "none.csv"], "none.csv: no such file or folder"),
+        (["--data", "odd.csv"], "odd.csv:2: no column for the question among foo, answer; say --question COLUMN"),
+        (["--data", "odd.csv", "--question", "fo"], "odd.csv:2: no column 'fo'"),
+        (["--data", "bare.csv", "--model", "scratch"], "learns from rationales, and the data have none; say --model"),
+        (["--data", "bare.csv", "--model", "./nowhere"], "./nowhere: no tokenizer can be loaded"),
+        (["--data", "bare.csv", "--model", "scratch", "--out", "bare.csv"], "bare.csv: exists already"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+):
+    write_csv(here / "odd.csv", ["foo", "answer"])
+    write_csv(here / "bare.csv", ["question", "answer"])
+    assert status("init", *arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert expected in last
+    assert sorted(path.name for path in here.iterdir()) == ["bare.csv", "odd.csv"]
+
+
+def test_on_a_terminal_it_asks_on_stderr(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    write_csv(here / "mine.csv", ["question", "answer", "rationale"])
+    answers = iter(["mine.csv", "scratch", "nl"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("typer.prompt", lambda question, default, err: next(answers) if err else "")
+    assert status("init") == 0
+    assert capsys.readouterr().out == "mine.yaml\n"
+
+
+def test_columns_formats_and_names_are_guessed(here: Path):
+    write_csv(here / "mine.csv", ["Problem", "Label", "CoT"], rationale=PROGRAM)
+    columns = guess_columns("mine.csv")
+    assert columns == {"question": "Problem", "answer": "Label", "rationale": "CoT"}
+    assert guess_format("mine.csv", columns) == "program"
+    assert guess_columns("mine.csv", {"answer": "CoT"})["answer"] == "CoT"
+    assert [str(default_out(data)) for data in ("a/my data.csv", "a/b", "owner/set:main:train")] == [
+        "my-data.yaml", "b.yaml", "set.yaml",
+    ]  # fmt: skip
+
+
+def test_too_few_questions_are_refused(here: Path):
+    write_csv(here / "one.csv", ["question", "answer", "rationale"], count=1)
+    assert status("init", "--data", "one.csv", "--model", "scratch") == 2
+    assert not (here / "one.yaml").exists()
+    with pytest.raises(DataError):
+        guess_columns("absent.csv")

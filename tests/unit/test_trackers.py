@@ -1,0 +1,100 @@
+"""Metrics in other people's tools, offline. A tool that is not installed is skipped."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from reftune import trackers
+from reftune.errors import RecipeError
+from reftune.progress import SilentProgress
+from reftune.recipe import parse_recipe
+from reftune.trackers import TrackedProgress, tracked, tracker_names
+
+
+@pytest.fixture
+def recipe(make_recipe):
+    def make(**keys):
+        made = make_recipe()
+        return made.model_copy(update=keys)
+
+    return make
+
+
+def log_two_stages(recipe) -> None:
+    progress = tracked(SilentProgress(), recipe)
+    for stage in ("sft", "reft"):
+        progress.stage(stage, 2)
+        for step in (1, 2):
+            progress.step(step, {"loss/total": step / 4, "grad/norm": math.nan})
+    progress.close()
+    progress.close()
+
+
+def test_tensorboard_gets_every_finite_metric_by_stage_and_step(recipe, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = recipe(run_dir=str(tmp_path / "run"))
+    assert made.trackers is None, "the default"
+    log_two_stages(made)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["reft/loss/total", "sft/loss/total"]
+    assert [(event.step, event.value) for event in events.Scalars("reft/loss/total")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_wandb_gets_them_offline(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    made = recipe(run_dir=str(tmp_path / "run"), trackers=["wandb"])
+    made.folder.mkdir()
+    log_two_stages(made)
+    import wandb
+
+    wandb.teardown()  # its service writes the file when it ends
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = written.read_bytes()
+    assert b"reft/loss/total" in content
+    assert b"sft/step" in content
+    assert b"grad/norm" not in content
+
+
+def test_trackio_gets_them_offline(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    log_two_stages(recipe(run_dir=str(tmp_path / "run"), trackers=["trackio"]))
+    content = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
+    assert b"reft/loss/total" in content
+
+
+def test_the_recipe_says_which_and_a_missing_one_is_refused(recipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trackers, "is_installed", lambda package: package == "tensorboard")
+    assert tracker_names(recipe()) == ["tensorboard"]
+    assert tracker_names(recipe(trackers=[])) == []
+    with pytest.raises(RecipeError, match=r"^trackers: wandb is not installed; pip install 'reftune\[tracking\]'$"):
+        tracked(SilentProgress(), recipe(trackers=["wandb"]))
+    monkeypatch.setattr(trackers, "is_installed", lambda package: False)
+    silent = SilentProgress()
+    assert tracked(silent, recipe()) is silent
+
+
+def test_a_tracker_that_cannot_start_is_one_line(recipe, monkeypatch: pytest.MonkeyPatch):
+    class Broken:
+        def __init__(self, **settings):
+            raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setitem(__import__("accelerate.tracking").tracking.LOGGER_TYPE_TO_CLASS, "wandb", Broken)
+    progress = TrackedProgress(SilentProgress(), ["wandb"], recipe())
+    with pytest.raises(RecipeError, match=r"^trackers: wandb cannot start: ConnectionError: no network; trackers=\[\] runs"):
+        progress.stage("sft", 1)
+
+
+def test_the_default_may_be_switched_off_on_an_old_run(make_recipe):
+    content = make_recipe().model_dump(mode="json")
+    assert parse_recipe({**content, "trackers": []}).trackers == []
+    from reftune.run import _first_difference
+
+    assert _first_difference(content, {**content, "trackers": []}) is None
+    assert _first_difference(content, {**content, "seed": 7}) is not None
