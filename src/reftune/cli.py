@@ -6,8 +6,10 @@ interrupted. Whatever is heavy is imported inside the command that needs it, so 
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -126,12 +128,12 @@ def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> Non
 
 
 def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> None:
-    from reftune.report import table_command
+    from reftune.report import choices_table, table_command
 
     if as_json:
         show(summary)
     else:
-        print(table_command([recipe.folder], "text"))
+        print("\n\n".join(filter(None, [table_command([recipe.folder], "text"), choices_table(summary)])))
     say(f"report: {recipe.folder / 'report.html'}")
 
 
@@ -139,11 +141,13 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
     """Progress that is closed whatever happens; an interruption names the checkpoint to go on from."""
     from reftune.progress import make_progress
+    from reftune.trackers import tracked
     from reftune.training import Interrupted
 
-    progress = make_progress(quiet=quiet)
+    progress = tracked(make_progress(quiet=quiet), recipe)
     try:
-        yield progress
+        with _sigterm_as_sigint():
+            yield progress
     except (Interrupted, KeyboardInterrupt) as stop:
         progress.close()
         checkpoint = str(stop) or newest_checkpoint(recipe.folder) or "none yet"
@@ -153,28 +157,116 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
         progress.close()
 
 
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """Between training steps, which have handlers of their own, a batch system's SIGTERM stops a run as Ctrl-C does."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last one written in any stage of a run."""
     found = folder.glob("stages/*/checkpoints/step-*")
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+# --- beginning --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def init(
+    data: Annotated[str | None, typer.Option(help="Training questions: a file, a folder or a Hub id.")] = None,
+    model: Annotated[str | None, typer.Option(help="A Hub id, a folder, smollm2-135m, or scratch.")] = None,
+    form: Annotated[Literal["nl", "program"] | None, typer.Option("--format", help="How solutions are written.")] = None,
+    test: Annotated[str | None, typer.Option(help="Test questions. Default: those beside the data, if it is a folder.")] = None,
+    question: Annotated[str | None, typer.Option(metavar="COLUMN", help="Where its name does not tell.")] = None,
+    answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
+    rationale: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The recipe to write; must not exist. Default: DATA's name.yaml.")] = None,
+) -> None:
+    """Write a commented recipe for your own data. Asks for what the flags do not say. Prints its path."""
+    from reftune.init import Wishes, default_out, guess_columns, guess_format, write_recipe
+
+    if data is None:
+        data = _ask("Training questions (a file, a folder or a Hub id)", None, flag="--data")
+    told = {"question": question, "answer": answer, "rationale": rationale}
+    columns = guess_columns(data, {field: column for field, column in told.items() if column is not None})
+    say("columns: " + ", ".join(f"{field} is {column}" for field, column in columns.items()))
+    wishes = Wishes(
+        data=data,
+        model=model or _ask("Model (a Hub id, a folder, smollm2-135m or scratch)", "smollm2-135m", flag="--model"),
+        format=form or _ask("Format (nl or program)", guess_format(data, columns), flag="--format"),
+        test=test,
+        columns=columns,
+    )
+    written = write_recipe(wishes, out or default_out(data))
+    print(written)
+    say(f"next: reftune check {written}")
+
+
+def _ask(question: str, default: str | None, *, flag: str) -> str:
+    """An answer from the terminal; the default where there is none. Raises: RecipeError where there is neither."""
+    if sys.stdin.isatty():
+        return str(typer.prompt(question, default=default, err=True))
+    if default is None:
+        raise RecipeError(f"{flag}: is missing, and there is no terminal to ask")
+    return default
+
+
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Only what takes neither weights nor data: recipe, schedule, format, reward.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Find what would spoil a run before it starts.
 
     Shows what the model will see, and says of each problem what to do about it.
     """
-    from reftune.check import check_recipe
+    from reftune.check import check_offline, check_recipe
 
-    report = check_recipe(_load(recipe, overrides))
+    report = (check_offline if offline else check_recipe)(_load(recipe, overrides))
     print(report.to_json() if as_json else report.to_text())
     if report.failed:
-        say(f"check: refused: {', '.join(finding.name for finding in report.failed)}")
+        say("check: refused: " + "; ".join(f"{found.name}: {found.message}; {found.remedy}" for found in report.failed))
         raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+def watch(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")],
+) -> None:
+    """Follow a run that another process works on, or look back at one that is over. Ctrl-C leaves the run alone."""
+    from reftune.progress import make_progress
+    from reftune.report import table_command
+    from reftune.watch import RunClock
+    from reftune.watch import watch as follow
+
+    clock = RunClock()
+    progress = make_progress(time_s=clock)
+    try:
+        finished = follow(run_folder, progress, clock)
+    except KeyboardInterrupt:
+        return
+    finally:
+        progress.close()
+    if finished:
+        print(table_command([run_folder], "text"))
+    else:
+        say(f"{run_folder}: not finished, and no process works on it; `reftune run` with its recipe goes on")
 
 
 @app.command()
@@ -233,22 +325,35 @@ def score(
 def table(
     runs: RunFolders,
     form: Annotated[Literal["text", "markdown", "latex"], typer.Option("--format", help="How to print it.")] = "text",
+    layout: Annotated[
+        Literal["auto", "methods", "paper"],
+        typer.Option(
+            help="methods: all on the same problems; paper: the paper's tables, a column a task; auto: as the runs need."
+        ),
+    ] = "auto",
+    k: Annotated[int | None, typer.Option(min=1, help="Vote and rerank over the first so many samples only.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the accuracies of one or more runs."""
     from reftune.report import table_command
 
-    print(table_command(runs, "json" if as_json else form))
+    print(table_command(runs, "json" if as_json else form, layout=layout, k=k))
 
 
 @app.command()
 def report(
-    runs: RunFolders, out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run.")] = None
+    runs: RunFolders,
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="A folder for the main figures as PNG and SVG; runs must be over.")
+    ] = None,
 ) -> None:
-    """Write one HTML page of one or more runs. Prints its path."""
-    from reftune.report import report_command
+    """Write one HTML page of one or more runs. Prints its path, and those of the figures."""
+    from reftune.report import report_command, write_figures
 
     print(report_command(runs, out))
+    if figures is not None:
+        print("\n".join(map(str, write_figures(runs, figures))))
 
 
 @app.command()
@@ -256,14 +361,17 @@ def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")],
     out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
     method: Method = "reft",
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hub too.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Create the Hub repository for all to see.")] = False,
 ) -> None:
     """Copy a trained model with a model card.
 
-    The folder loads with from_pretrained and in vLLM. Prints its path.
+    The folder loads with from_pretrained and in vLLM. Prints its path, with --push the address on the Hub.
     """
-    from reftune.export import export_model
+    from reftune.export import export_model, push_model
 
-    print(export_model(run_folder, method, out))
+    written = export_model(run_folder, method, out)
+    print(written if push is None else push_model(written, push, public=public))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -277,6 +385,8 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
 def find_recipe(name: str) -> Path:
     """`name` as a path, else among the recipes that come with reftune, `.yaml` and `recipes/` optional. Raises: RecipeError."""
+    from reftune.recipe import shipped_recipes
+
     path = Path(name)
     if path.is_file():
         return path
@@ -285,11 +395,5 @@ def find_recipe(name: str) -> Path:
     for candidate in (shipped / inside, shipped / f"{inside}.yaml"):
         if candidate.is_file():
             return candidate
-    known = sorted(str(file.relative_to(shipped)) for file in shipped.glob("*/*.yaml"))
-    raise RecipeError(f"{name}: no such recipe; those that come with reftune: {', '.join(known)}")
-
-
-def shipped_recipes() -> Path:
-    """Beside the package in a wheel, at the root of the repository in an editable install."""
-    packaged = Path(__file__).parent / "recipes"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
+    near = difflib.get_close_matches(inside, [str(file.relative_to(shipped)) for file in shipped.glob("*/*.yaml")], cutoff=0)
+    raise RecipeError(f"{name}: no such recipe; nearest of those that come with reftune: {', '.join(near)}")

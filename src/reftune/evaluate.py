@@ -26,7 +26,8 @@ def evaluate(
     """
 
     def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
-        return _answer(policy, part, collector, recipe, seed=derive_seed(recipe.seed, method, "evaluate", start))
+        seed, num_samples = derive_seed(recipe.seed, method, "evaluate", start), recipe.evaluate.num_samples(method)
+        return _answer(policy, part, collector, recipe, num_samples=num_samples, seed=seed)
 
     return in_parts(problems, path, answer, at_once=PROBLEMS_AT_ONCE)
 
@@ -54,7 +55,7 @@ def in_parts(
 
 
 def _answer(
-    policy: Policy, problems: Sequence[Problem], collector: Collector, recipe: Recipe, *, seed: int
+    policy: Policy, problems: Sequence[Problem], collector: Collector, recipe: Recipe, *, num_samples: int, seed: int
 ) -> list[dict[str, Any]]:
     table, max_new = recipe.evaluate, recipe.lengths.max_new
     greedy = collector.solve(policy, problems, SamplingParams(max_new_tokens=max_new, temperature=0))
@@ -68,12 +69,12 @@ def _answer(
         }
         for problem, prompt, completion, graded in zip(problems, greedy.prompts, greedy.completions, greedy.graded, strict=True)
     ]
-    if table.samples == 0:
+    if num_samples == 0:
         return rows
     params = SamplingParams(max_new_tokens=max_new, temperature=table.temperature, top_k=table.top_k, seed=seed)
-    sampled = collector.solve(policy, [p for p in problems for _ in range(table.samples)], params)
+    sampled = collector.solve(policy, [p for p in problems for _ in range(num_samples)], params)
     answers = [_answered(completion, graded) for completion, graded in zip(sampled.completions, sampled.graded, strict=True)]
-    return [{**row, "samples": answers[i * table.samples : (i + 1) * table.samples]} for i, row in enumerate(rows)]
+    return [{**row, "samples": answers[i * num_samples : (i + 1) * num_samples]} for i, row in enumerate(rows)]
 
 
 def _answered(completion: Completion, graded: Graded) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from reftune.checkpoint import replace_folder
-from reftune.errors import CheckpointError
+from reftune.errors import CheckpointError, ModelError
 
 NOT_PART_OF_THE_MODEL = ("checkpoints", "samples.jsonl", "stage.json")
 
@@ -36,20 +36,38 @@ def export_model(run_folder: Path, method: str, out: Path) -> Path:
     return out
 
 
+def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
+    """Upload an exported model to `OWNER/NAME` on the Hub, made if it is not there. Returns its address.
+
+    Raises: ModelError where the Hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Exported by reftune")
+    except (OSError, ValueError, RuntimeError) as error:  # the Hub's errors are OSErrors or ValueErrors, httpx's are neither
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{repository}: cannot be pushed, and stays in {folder}: {reason} (`hf auth login` logs in)") from None
+    return str(address)
+
+
 def model_card(run_folder: Path, method: str) -> str:
     """What the model is, how it was made and how good it is, from the run's own files."""
     recipe = (run_folder / "recipe.yaml").read_text(encoding="utf-8")
     stage = json.loads((run_folder / "stages" / method / "stage.json").read_text(encoding="utf-8"))
-    name = yaml.safe_load(recipe)["name"]
+    table = yaml.safe_load(recipe)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [reftune, reasoning]
 ---
 
-# {name}: {method}
+# {table["name"]}: {method}
 
-Made by [reftune](https://arxiv.org/abs/2401.08967): stage `{stage["kind"]}`, started from `{stage["init"]}`.
+Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stage `{stage["kind"]}`, started from
+`{stage["init"]}`, trained on {_data(table)}.
 {_accuracy(run_folder, method)} The weights are those of step {stage["chosen_step"]}, chosen on {stage["dev_n"]} dev problems
 ({stage["dev_accuracy"]:.1%} right, the best of {stage["looks"]} looks).
 
@@ -63,6 +81,12 @@ head used in training; generation does not need it.
 {recipe.strip()}
 ```
 """
+
+
+def _data(recipe: dict[str, Any]) -> str:
+    dataset = recipe.get("dataset") or {}
+    source = dataset.get("train")
+    return f"`{source}` (`{dataset['kind']}`)" if isinstance(source, str) else f"the generated data `{dataset.get('kind')}`"
 
 
 def _accuracy(run_folder: Path, method: str) -> str:

@@ -43,8 +43,11 @@ def load_pretrained(path: str | Path, *, trust_remote_code: bool = False) -> tup
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the run has its own
-    if os.sep in str(path) and Path(path).exists() and not (Path(path) / "config.json").is_file():
+    path = Path(path).expanduser() if str(path).startswith("~") else path
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path}: not a model folder: no config.json in it")
+    if str(path).startswith((".", os.sep)) and not Path(path).exists():
+        raise ModelError(f"{path}: no such model folder; expected one, or a Hub id like owner/name")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code

@@ -50,7 +50,7 @@ class Progress(Protocol):
         """Nothing more will come."""
 
 
-def make_progress(*, quiet: bool = False) -> Progress:
+def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
     """The live view where stderr is a terminal that can show it, lines where it is not, nothing when asked."""
     if quiet:
         return SilentProgress()
@@ -58,8 +58,8 @@ def make_progress(*, quiet: bool = False) -> Progress:
 
     console = Console(stderr=True)
     if console.is_terminal and not console.is_dumb_terminal:
-        return RichProgress(console)
-    return LineProgress()
+        return RichProgress(console, time_s=time_s)
+    return LineProgress(time_s=time_s)
 
 
 class SilentProgress:

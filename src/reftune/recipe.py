@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -119,12 +120,16 @@ def _component_of(module: ModuleType) -> type[Component]:
 
 def _user_object(kind: str) -> Any:
     file, _, name = kind.rpartition(":")
-    path = Path(file).expanduser().resolve()
+    try:
+        path = Path(file).expanduser().resolve()
+    except RuntimeError:  # ~ of a user whom the system does not know
+        path = Path(file)
     if not path.is_file():
         raise PydanticCustomError("no_file", "{file}: no such file", {"file": file})
     spec = importlib.util.spec_from_file_location(f"reftune_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # pydantic looks postponed annotations up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # noqa: BLE001 - whatever a user's file does when it is read
@@ -206,6 +211,8 @@ class EvaluateTable(Table):
     split: Literal["test", "dev"] = "test"
     samples: int = Field(0, ge=0)
     """Sampled solutions a problem besides the greedy one, for voting, reranking and pass@k."""
+    sampled: list[str] | None = None
+    """Methods that the samples are drawn of; None: all that are evaluated."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     rerank: str | None = None
@@ -221,6 +228,14 @@ class EvaluateTable(Table):
             raise PydanticCustomError("rerank", "rerank: expected samples > 0, as it is samples that are reranked")
         return self
 
+    def num_samples(self, method: str) -> int:
+        """Samples a problem that are drawn of a method."""
+        return self.samples if self.sampled is None or method in self.sampled else 0
+
+
+RATIONALE_FORMATS = ("nl", "program")
+"""Formats whose rationales a dataset writes on request, by `dataset.rationale`."""
+
 
 class CheckTable(Table):
     """What `reftune check` may let pass."""
@@ -229,6 +244,9 @@ class CheckTable(Table):
     """Share of gold rationales that the run's own grader must call correct."""
     waive: list[str] = []
     """Names of checks that only warn."""
+
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Recipe(Table):
@@ -244,14 +262,30 @@ class Recipe(Table):
     reward: _component_field("rewards") = Field(default_factory=lambda: {"kind": "outcome"}, validate_default=True)  # type: ignore[valid-type]
     engine: _component_field("engines") = Field(default_factory=lambda: {"kind": "kv"}, validate_default=True)  # type: ignore[valid-type]
     lengths: LengthTable = LengthTable()  # type: ignore[call-arg]
-    stages: dict[str, _component_field("stages")]  # type: ignore[valid-type]
+    stages: dict[str, _component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
     """Method name → stage, in the order they run. A stage's `init` names an earlier method or `base`."""
     evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
     check: CheckTable = CheckTable()  # type: ignore[call-arg]
+    trackers: list[TrackerName] | None = None
+    """Where metrics go besides `metrics.jsonl`; None: to TensorBoard, in the run folder, where it is installed."""
+
+    @model_validator(mode="after")
+    def _rationales_fit_the_format(self) -> Recipe:
+        written, read = getattr(self.dataset, "rationale", None), self.format.kind
+        if written in RATIONALE_FORMATS and read in RATIONALE_FORMATS and written != read:
+            message = "dataset.rationale: {written} rationales, but format.kind is {read}; expected the same of both"
+            raise PydanticCustomError("rationale_kind", message, {"written": written, "read": read})
+        return self
 
     @property
     def folder(self) -> Path:
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
+
+
+def shipped_recipes() -> Path:
+    """The recipes that come with reftune: beside the package in a wheel, at the root of the repository where it is editable."""
+    packaged = Path(__file__).parent / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -271,7 +305,11 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_first_problem(error)}") from None
+        try:
+            problem = _first_problem(error)
+        except UnicodeEncodeError as half:
+            problem = f"{half.object!r} holds half a character; expected Unicode"[:300]
+        raise RecipeError(f"{where}: {problem}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -281,13 +319,13 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file as a dict, its `extends` merged in. Raises: RecipeError."""
-    if path.resolve() in _seen:
-        raise RecipeError(f"{path}: extends itself")
     try:
+        if path.resolve() in _seen:
+            raise RecipeError(f"{path}: extends itself")
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: of the 13th month, a number too long, bytes not UTF-8
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -296,8 +334,12 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(data).__name__}")
     bases = data.pop("extends", [])
+    if not isinstance(bases, list):
+        bases = [bases]
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: extends: expected a recipe or a list of them, got {base!r}"[:300])
         merged = merge(merged, read_yaml(path.parent / base, (*_seen, path.resolve())))
     return merge(merged, data)
 
@@ -322,7 +364,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{override!r}: expected key=value, as in stages.reft.steps=100")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     *parents, last = key.split(".")
     table = data
@@ -339,6 +381,8 @@ def _first_problem(error: ValidationError) -> str:
     if first["type"] == "unknown_key":
         return f"{where}.{first['msg']}" if where else first["msg"]
     message = first["msg"][:1].lower() + first["msg"][1:]
+    if not where:
+        return message
     if first["type"] == "missing" or first["type"].endswith(("_kind", "_file", "_name", "_component")):
         return f"{where}: {message}"
     return f"{where}: {message}, got {first['input']!r}"[:300]

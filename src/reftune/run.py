@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from reftune.checkpoint import write_atomically
+from reftune.choices import choices_path, diagnose, is_multiple_choice, write_rows
 from reftune.collect import Collector
 from reftune.datasets import Splits
 from reftune.encoding import Encoder
@@ -32,8 +33,12 @@ from reftune.progress import Progress
 from reftune.recipe import Recipe, dump_recipe
 from reftune.reward_model import WEIGHTS, Classifier, add_scores, is_scored, load_classifier, require_same_tokenizer
 from reftune.seeds import derive_seed
+from reftune.train_sft import gold_examples
 from reftune.training import Stage, StageContext
+from reftune.types import Graded, Problem, SamplingParams, Verdict
 
+BEFORE_CLAIM = frozenset({".lock", "env.json", "data.json", ".env.json.partial", ".data.json.partial", ".recipe.yaml.partial"})
+"""What a run that was killed before `recipe.yaml` was there may have left."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 
 
@@ -43,7 +48,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     Returns: the summary. Raises: ReftuneError; Interrupted with the checkpoint's folder.
     """
     with open_run(recipe, progress) as run:
-        for name in recipe.stages:
+        for name in (name for name in recipe.stages if not run.is_trained(name)):
             run.train(name)
             run.report()
         for method in run.methods_to_evaluate():
@@ -56,6 +61,8 @@ def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) ->
     names = [name for name, stage in recipe.stages.items() if stage.kind in kinds]
     if not names:
         raise RecipeError(f"{recipe.name}: no stage of kind {' or '.join(sorted(kinds))}; it has {_kinds(recipe)}")
+    made = {"base", *(method for name in names for method in (*recipe.stages[name].produces, name))}
+    _require_trained(recipe, [method for name in names for method in recipe.stages[name].needs if method not in made])
     with open_run(recipe, progress) as run:
         for name in names:
             run.train(name)
@@ -63,8 +70,11 @@ def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) ->
 
 def evaluate_methods(recipe: Recipe, methods: Collection[str], *, progress: Progress) -> dict[str, Any]:
     """Evaluate finished methods (all that the recipe names where `methods` is empty). Returns: the summary."""
+    check_stage_graph(recipe)
+    methods = methods or _methods_to_evaluate(recipe)
+    _require_trained(recipe, methods)
     with open_run(recipe, progress) as run:
-        for method in methods or run.methods_to_evaluate():
+        for method in methods:
             run.evaluate(method)
         return run.summarize()
 
@@ -77,21 +87,34 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     """
     folder = recipe.folder
     check_stage_graph(recipe)
+    with _readable_errors(folder):
+        is_new = _refuse_foreign(folder, recipe)
     run = Run(recipe=recipe, splits=load_splits(recipe), folder=folder, progress=progress)
     run.check_reranker()
+    if is_new:
+        run.verify_inputs()
     with ExitStack() as stack:
-        try:
+        with _readable_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((folder / ".lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _claim(folder, recipe)
-        except BlockingIOError:
-            raise CheckpointError(f"{folder}: another process is using this run folder") from None
-        except (NotADirectoryError, FileExistsError):
-            raise CheckpointError(f"{folder}: cannot be a run folder: a file is in its place") from None
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+            if _refuse_foreign(folder, recipe):
+                write_atomically(folder / "env.json", json.dumps(environment(), indent=2))
+                write_atomically(folder / "data.json", json.dumps(data_facts(run.splits), indent=2))
+                write_atomically(folder / "recipe.yaml", dump_recipe(recipe))  # last: it makes the folder this run's
         yield run
+
+
+@contextmanager
+def _readable_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        raise CheckpointError(f"{folder}: another process is using this run folder") from None
+    except (NotADirectoryError, FileExistsError):
+        raise CheckpointError(f"{folder}: cannot be a run folder: a file is in its place") from None
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,11 +126,30 @@ class Run:
     folder: Path
     progress: Progress
 
+    def is_trained(self, name: str) -> bool:
+        """Whether stage `name` has left all its models."""
+        methods = (name, *self.recipe.stages[name].produces)
+        return all((self.stage_folder(method) / "stage.json").is_file() for method in methods)
+
+    def verify_inputs(self) -> None:
+        """Load the model and encode every problem, so that nothing is begun that could not end.
+
+        Raises: ModelError; DataError for a prompt that is too long, and where no training row or no test problem is left.
+        """
+        policy = self.load_policy("base", lora=True)
+        collector, max_new, stages = self.collector(policy), self.recipe.lengths.max_new, self.recipe.stages.values()
+        asked = [*self.splits.dev, *self.problems_to_evaluate()]
+        if any(stage.kind != "sft" for stage in stages):
+            asked += self.splits.train
+        collector.prompts(asked, policy, SamplingParams(max_new_tokens=max_new))
+        if any(stage.kind == "sft" for stage in stages):
+            gold_examples(self.splits.train, collector.encoder, max_target=max_new, context_length=policy.context)
+
     def train(self, name: str) -> None:
         """Run stage `name` unless it is done. Raises: RecipeError where the method it starts from is not there yet."""
-        folder, stage = self.stage_folder(name), self.recipe.stages[name]
-        if all((self.stage_folder(method) / "stage.json").is_file() for method in (name, *stage.produces)):
+        if self.is_trained(name):
             return
+        folder, stage = self.stage_folder(name), self.recipe.stages[name]
         policy = self.load_policy(stage.init, lora=True)
         context = StageContext(
             name=name,
@@ -129,8 +171,7 @@ class Run:
             texts = scratch_texts(self.recipe.format, self.splits) if table.scratch is not None else ()
             model, tokenizer = load_model(table, texts=texts, seed=derive_seed(self.recipe.seed, "base"))
         else:
-            if not (self.stage_folder(method) / "stage.json").is_file():
-                raise RecipeError(f"{self.stage_folder(method)}: method {method} is not trained yet; `reftune run` trains all")
+            _require_trained(self.recipe, [method])
             model, tokenizer = load_pretrained(self.stage_folder(method), trust_remote_code=table.trust_remote_code)
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
         policy = Policy(model, tokenizer, dtype=getattr(torch, table.dtype), lora=table.lora if lora else None)
@@ -149,29 +190,43 @@ class Run:
     def stage_folder(self, method: str) -> Path:
         return self.folder / "stages" / method
 
-    def methods(self) -> list[str]:
-        """All methods in the order they come to be; a stage's snapshots before the stage."""
-        return [method for name, stage in self.recipe.stages.items() for method in _methods_of(name, stage)]
-
     def methods_to_evaluate(self) -> list[str]:
-        wanted = self.recipe.evaluate.stages
-        return [method for method in self.methods() if wanted is None or method in wanted]
+        return _methods_to_evaluate(self.recipe)
+
+    def problems_to_evaluate(self) -> Sequence[Problem]:
+        """Raises: DataError where there are none."""
+        table = self.recipe.evaluate
+        problems: Sequence[Problem] = getattr(self.splits, table.split)[: table.limit]
+        if not problems:
+            raise DataError(f"evaluate.split: the dataset has no {table.split} problems; expected some, or evaluate.split=dev")
+        return problems
 
     def evaluate(self, method: str) -> None:
         """Answer the test (or dev) problems with a method's chosen model, once, and score the samples for reranking."""
-        table = self.recipe.evaluate
-        problems = getattr(self.splits, table.split)[: table.limit]
-        if not problems:
-            raise DataError(f"evaluate.split: the dataset has no {table.split} problems")
+        table, problems = self.recipe.evaluate, self.problems_to_evaluate()
         path = self.folder / "eval" / f"{method}.jsonl"
         if len(JsonLines(path).rows()) < len(problems):
             policy = self.load_policy(method)
             rows = evaluate(policy, problems, self.collector(policy), self.recipe, method=method, path=path)
             self.progress.note(f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right")
+        if is_multiple_choice(problems):
+            self.diagnose(method, problems)
         if table.rerank is not None and not is_scored(JsonLines(path).rows()):
             classifier = self.load_reranker(table.rerank)
             encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
             add_scores(path, problems, classifier, encoder, max_tokens=self.recipe.model.micro_batch_tokens)
+
+    def diagnose(self, method: str, problems: Sequence[Problem]) -> None:
+        """Look for reward hacking in a method's greedy answers, once; see `choices`."""
+        path = choices_path(self.folder, method)
+        if len(JsonLines(path).rows()) == len(problems):
+            return
+        answers = [row["greedy"] for row in JsonLines(self.folder / "eval" / f"{method}.jsonl").rows()]
+        policy = self.load_policy(method)
+        graded = [Graded(verdict=Verdict(a["verdict"]), value=a["value"], reason=a["reason"]) for a in answers]
+        texts = [answer["completion"] for answer in answers]
+        max_new = self.recipe.lengths.max_new
+        write_rows(path, diagnose(policy, self.collector(policy), problems, texts, graded, max_new_tokens=max_new))
 
     def load_reranker(self, name: str) -> Classifier:
         """A reward model by its stage or by its folder in another run."""
@@ -213,6 +268,13 @@ def load_splits(recipe: Recipe) -> Splits:
     return splits
 
 
+def data_facts(splits: Splits) -> dict[str, Any]:
+    """What `data.json` holds: the sizes of the splits (of train: problems with a rationale), and what was dropped."""
+    with_rationale = sum(problem.rationale is not None for problem in splits.train)
+    sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
+    return {"problems": sizes, "train_without_rationale": len(splits.train) - with_rationale, "dropped": dict(splits.counts)}
+
+
 def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
     """The training texts, which give a from-scratch model its vocabulary."""
     for problem in splits.train:
@@ -234,9 +296,10 @@ def check_stage_graph(recipe: Recipe) -> None:
                 raise RecipeError(f"stages.{name}: method {method} is made twice")
             made.add(method)
         known += _methods_of(name, stage)
-    for method in recipe.evaluate.stages or ():
-        if method not in known[1:]:
-            raise RecipeError(f"evaluate.stages: {method} is no method; known: {', '.join(known[1:])}")
+    for key in ("stages", "sampled"):
+        for method in getattr(recipe.evaluate, key) or ():
+            if method not in known[1:]:
+                raise RecipeError(f"evaluate.{key}: {method} is no method; known: {', '.join(known[1:])}")
     rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
     rerank = recipe.evaluate.rerank
     if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
@@ -244,6 +307,13 @@ def check_stage_graph(recipe: Recipe) -> None:
             f"evaluate.rerank: {rerank} is no reward model: not among this recipe's ({', '.join(rerankers) or 'it has none'}), "
             f"and no folder with a {WEIGHTS}"
         )
+
+
+def _methods_to_evaluate(recipe: Recipe) -> list[str]:
+    """In the order they come to be; a stage's snapshots before the stage."""
+    methods = [method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)]
+    wanted = recipe.evaluate.stages
+    return [method for method in methods if wanted is None or method in wanted]
 
 
 def _methods_of(name: str, stage: Stage) -> tuple[str, ...]:
@@ -255,24 +325,40 @@ def _kinds(recipe: Recipe) -> str:
     return ", ".join(sorted({stage.kind for stage in recipe.stages.values()})) or "no stages"
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe into a new folder, or check that the folder is this recipe's."""
-    path, resolved = folder / "recipe.yaml", dump_recipe(recipe)
+def _require_trained(recipe: Recipe, methods: Collection[str]) -> None:
+    for method in methods:
+        folder = recipe.folder / "stages" / method
+        if not (folder / "stage.json").is_file():
+            raise RecipeError(f"{folder}: method {method} is not trained yet; `reftune run` trains all")
+
+
+def _refuse_foreign(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder is free; refuses one that is neither free nor this recipe's."""
+    path = folder / "recipe.yaml"
     if path.is_file():
-        difference = _first_difference(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(resolved))
+        difference = _first_difference(_read_own_recipe(path), yaml.safe_load(dump_recipe(recipe)))
         if difference is not None:
             raise RecipeError(f"{folder}: belongs to another recipe: {difference}; choose another run_dir")
-        return
-    if any(child.name != ".lock" for child in folder.iterdir()):
+        return False
+    if folder.exists() and any(child.name not in BEFORE_CLAIM for child in folder.iterdir()):
         raise CheckpointError(f"{folder}: is not empty and not a run folder (no recipe.yaml); choose another run_dir")
-    write_atomically(path, resolved)
-    write_atomically(folder / "env.json", json.dumps(environment(), indent=2))
+    return True
+
+
+def _read_own_recipe(path: Path) -> dict[str, Any]:
+    try:
+        old = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError):
+        old = None
+    if not isinstance(old, dict):
+        raise CheckpointError(f"{path}: not the recipe of a run; choose another run_dir")
+    return old
 
 
 def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            if where == "" and key == "run_dir":  # the folder may have been moved
+            if where == "" and key in ("run_dir", "trackers"):  # neither changes a result
                 continue
             found = _first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
             if found is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,15 +65,21 @@ def _row(line: str, where: str) -> _Row:
         raise DataError(f"{where}: {missing[0]} is missing; expected id, completion and answer")
     if not isinstance(row["completion"], str):
         raise DataError(f"{where}: completion: expected a text, got {type(row['completion']).__name__}")
+    return row["id"], problem_of(row, where), row["completion"]
+
+
+def problem_of(row: Mapping[str, Any], where: str) -> Problem:
+    """A problem from `{"id", "answer", "choices"?, "question"?}`. Raises: DataError that begins with `where`."""
+    if row.get("answer") is None:
+        raise DataError(f"{where}: answer is missing; expected a number, a text or a letter")
     choices = _choices(row.get("choices"), where)
-    problem = Problem(
+    return Problem(
         id=str(row["id"]),
         question=str(row.get("question", "")),
         answer=_answer(row["answer"], choices, where),
         choices=choices,
         columns={key: value for key, value in row.items() if key not in ("id", "completion")},
     )
-    return row["id"], problem, row["completion"]
 
 
 def _choices(value: Any, where: str) -> tuple[str, ...]:

@@ -283,7 +283,10 @@ def test_each_algorithm_takes_a_step(make_trainer, algorithm):
 
 
 def test_gold_beyond_the_limits_of_the_recipe_is_left_out(make_trainer):
-    trainer = make_trainer({"algorithm": {"kind": "online_st"}}, lengths={"max_new": 4})
+    trainer = make_trainer({"algorithm": {"kind": "online_st"}})
+    recipe = trainer.context.recipe
+    short = recipe.model_copy(update={"lengths": recipe.lengths.model_copy(update={"max_new": 4})})
+    trainer.context = replace(trainer.context, recipe=short)
     sampled, _ = trainer.sample(1, "rollout")
     selected = trainer.algorithm.select(sampled, trainer.context.collector.encoder)
     assert any(r.source == "gold" for r in selected)

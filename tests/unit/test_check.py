@@ -13,7 +13,7 @@ from reftune.cli import main
 from reftune.datasets import Splits
 from reftune.errors import RecipeError, RewardError
 from reftune.recipe import Component, Recipe, ScratchTable
-from reftune.types import Answer, Completion, Graded, Problem, Verdict
+from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
 MARKER = "The answer is"
 
@@ -116,8 +116,9 @@ def sound() -> CheckReport:
 
 
 def test_a_sound_recipe_passes_every_check(sound: CheckReport):
-    # three dev problems are too few to choose by, which is the only thing to say
-    assert {found.name: found.level for found in sound.findings if found.level != "ok"} == {"splits": "warn"}
+    # three dev problems are too few to choose by, and the one-line grader reads few spellings: that is all there is to say
+    levels = {found.name: found.level for found in sound.findings if found.level != "ok"}
+    assert levels == {"splits": "warn", "reward_errors": "warn"}
     assert [found.name for found in sound.findings] == [*CHECKS, *MODEL_CHECKS]
     assert not sound.failed
 
@@ -243,13 +244,34 @@ def test_memory_that_no_machine_has_is_refused():
     assert "most of it activations" in found.message
 
 
+def test_tasks_that_state_no_gold_have_none_to_grade():
+    # three dev problems and one test problem keep their gold; the twelve of train have none
+    def untold(i: int, problem: Problem) -> Problem:
+        return replace(problem, answer=ANY_ANSWER, rationale=None, scorer=lambda answer: float(answer == "5"))
+
+    rl = {"kind": "rl", "init": "base", "steps": 1, "prompts": 2, "optimizer": {"learning_rate": 1e-3}}
+    report = checked(dataset=Sums(kind="sums", edit=untold), stages={"reft": rl})
+    messages = {found.name: found.message for found in report.findings}
+    assert messages["gold_answers"] == "100.00% of 4 gold answers are graded correct"
+    assert messages["gold_rationales"] == "there are no gold rationales"
+    assert not report.failed
+
+
+@pytest.mark.parametrize("kind", ["nl", "program"])
+def test_gold_answers_are_stated_as_the_format_reads_them(kind: str):
+    dataset = {"kind": "word_problems", "rationale": kind, "train": 20, "dev": 5, "test": 5, "operations": [0, 1]}
+    found = finding("gold_answers", dataset=dataset, format={"kind": kind}, reward={"kind": "outcome"})
+    assert found.message == "100.00% of 30 gold answers are graded correct"
+
+
 def test_the_command_exits_with_2_where_a_check_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sound: CheckReport
 ):
     monkeypatch.setattr("reftune.cli._load", lambda name, overrides: recipe())
-    reports = [sound, replace(sound, findings=(replace(sound.findings[0], level="fail"), *sound.findings[1:]))]
+    failed = replace(sound.findings[0], level="fail", message="0 train", remedy="give some")
+    reports = [sound, replace(sound, findings=(failed, *sound.findings[1:]))]
     monkeypatch.setattr("reftune.check.check_recipe", lambda recipe: reports.pop())
-    for status, err in ((2, "check: refused: splits\n"), (0, "")):
+    for status, err in ((2, "check: refused: splits: 0 train; give some\n"), (0, "")):
         with pytest.raises(SystemExit) as caught:
             main(["check", "tiny.yaml", "--json"])
         assert caught.value.code == status
@@ -260,3 +282,30 @@ def test_the_command_exits_with_2_where_a_check_fails(
 
 def test_every_finding_is_one_line(sound: CheckReport):
     assert all(len(found.message.splitlines()) == 1 for found in sound.findings)
+
+
+class PaysTheWord(Component):
+    """A reward that anything with the word "answer" satisfies."""
+
+    kind: str = "word"
+
+    def __call__(
+        self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
+    ) -> list[float | None]:
+        return [float("answer" in completion.text) for completion in completions]
+
+
+def test_a_reward_is_tested_on_gold_solutions_made_wrong_and_rewritten():
+    # Words reads no spelling but its own: 12 rows × full stop, bold, currency, unit, decimal
+    found = finding("reward_errors")
+    assert found.level == "warn"
+    assert "false positives 0 of" in found.message and "false negatives 60 of 60" in found.message
+    assert "false negative: a unit: 12 of 12" in found.rows
+    robust = finding("reward_errors", format={"kind": "nl"})
+    assert robust.level == "ok" and "false negatives 0 of 60 (0.0%, at most 6.0%)" in robust.message
+
+
+def test_a_reward_that_pays_wrong_answers_is_refused():
+    found = finding("reward_errors", format={"kind": "nl"}, reward=PaysTheWord(kind="word"))
+    assert found.level == "fail" and found.message.startswith("false positives")
+    assert "false positive: off by one: 12 of 12" in found.rows

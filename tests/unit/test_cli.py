@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from reftune.cli import find_recipe, main, newest_checkpoint, shipped_recipes
+from reftune.cli import find_recipe, main, newest_checkpoint
 from reftune.errors import DataError, RecipeError
+from reftune.recipe import shipped_recipes
 
 RECIPE = """
 name: tiny
@@ -59,8 +60,10 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fake("reftune.training", Interrupted=Interrupted)
     fake(
         "reftune.report",
-        table_command=lambda runs, form: f"a {form} table of {[str(run) for run in runs]}",
+        table_command=lambda runs, form, **options: f"a {form} table of {[str(run) for run in runs]}",
+        choices_table=lambda summary: "",
         report_command=lambda runs, out: out or runs[0] / "report.html",
+        write_figures=lambda runs, folder: [folder / "accuracy.png", folder / "accuracy.svg"],
     )
     return seen
 
@@ -166,6 +169,8 @@ def test_table_and_report_take_several_runs(calls: SimpleNamespace, capsys: pyte
     assert status("table", "runs/a", "runs/b", "--format", "markdown") == 0
     assert status("report", "runs/a", "--out", "page.html") == 0
     assert capsys.readouterr().out == "a markdown table of ['runs/a', 'runs/b']\npage.html\n"
+    assert status("report", "runs/a", "--figures", "out") == 0
+    assert capsys.readouterr().out == "runs/a/report.html\nout/accuracy.png\nout/accuracy.svg\n"
 
 
 def test_version_and_help_are_results(capsys: pytest.CaptureFixture[str]):
@@ -179,7 +184,7 @@ def test_version_and_help_are_results(capsys: pytest.CaptureFixture[str]):
 
 def test_a_recipe_is_found_as_a_path_before_those_that_come_with_reftune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("reftune.cli.shipped_recipes", lambda: tmp_path / "shipped")
+    monkeypatch.setattr("reftune.recipe.shipped_recipes", lambda: tmp_path / "shipped")
     (tmp_path / "shipped" / "demo").mkdir(parents=True)
     (tmp_path / "shipped" / "demo" / "demo.yaml").write_text("")
     for name in ("demo/demo.yaml", "demo/demo", "recipes/demo/demo.yaml"):
@@ -187,7 +192,7 @@ def test_a_recipe_is_found_as_a_path_before_those_that_come_with_reftune(tmp_pat
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "demo.yaml").write_text("")
     assert find_recipe("demo/demo.yaml") == Path("demo/demo.yaml")
-    with pytest.raises(RecipeError, match=r"^nope: no such recipe; those that come with reftune: demo/demo\.yaml$"):
+    with pytest.raises(RecipeError, match=r"^nope: no such recipe; nearest of those that come with reftune: demo/demo\.yaml$"):
         find_recipe("nope")
 
 

@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("reasoning_gym", reason="the extra reasoning-gym is not installed")
 
 from reftune.datasets import Splits
-from reftune.datasets.reasoning_gym import ANY_ANSWER, ReasoningGym
+from reftune.datasets.reasoning_gym import ReasoningGym
 from reftune.errors import DataError, RecipeError
+from reftune.types import ANY_ANSWER
 
 
 def load(task: str, seed: int = 0, **keys: Any) -> Splits:
@@ -53,7 +54,7 @@ def test_another_data_seed_gives_other_questions() -> None:
 
 
 def test_a_task_whose_gold_is_open_says_so() -> None:
-    assert load("graph_color", train_size=2, dev_size=0, test_size=0).train[0].answer.value == ANY_ANSWER
+    assert load("graph_color", train_size=2, dev_size=0, test_size=0).train[0].answer == ANY_ANSWER
 
 
 def test_a_task_with_too_few_questions_is_refused() -> None:

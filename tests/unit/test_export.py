@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from reftune.errors import CheckpointError
-from reftune.export import export_model
+from reftune.errors import CheckpointError, ModelError
+from reftune.export import export_model, push_model
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def run_folder(tmp_path: Path) -> Path:
         (stage / name).write_text(name)
     document = {"kind": "rl", "init": "warmup", "chosen_step": 40, "dev_accuracy": 0.625, "dev_n": 8, "looks": 3}
     (stage / "stage.json").write_text(json.dumps(document))
-    (run / "recipe.yaml").write_text("name: tiny\nseed: 7\n")
+    (run / "recipe.yaml").write_text("name: tiny\nseed: 7\ndataset: {kind: jsonl, train: mine.csv}\n")
     (run / "summary.json").write_text(json.dumps({"methods": {"reft": {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 100}}}))
     return run
 
@@ -34,6 +35,15 @@ def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: 
     assert "Greedy accuracy 50.0% of 100 problems (95 % interval 40.0% to 60.0%)." in card
     assert "step 40, chosen on 8 dev problems\n(62.5% right, the best of 3 looks)" in card
     assert "name: tiny\nseed: 7" in card
+    assert "trained on `mine.csv` (`jsonl`)" in card
+
+
+def test_the_card_holds_nothing_that_the_model_wrote(run_folder: Path, tmp_path: Path):
+    hostile = "<script>alert(1)</script>"
+    (run_folder / "eval").mkdir()
+    for path in (run_folder / "eval" / "reft.jsonl", run_folder / "stages" / "reft" / "samples.jsonl"):
+        path.write_text(json.dumps({"completion": hostile, "greedy": {"completion": hostile}}))
+    assert "<script>" not in (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
 
 
 def test_a_model_that_was_not_evaluated_says_so(run_folder: Path, tmp_path: Path):
@@ -48,3 +58,39 @@ def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path,
     with pytest.raises(CheckpointError, match="model: exists already"):
         export_model(run_folder, "reft", tmp_path / "model")
     assert list((tmp_path / "model").iterdir()) == []
+
+
+class Hub:
+    """Stands in for the Hub: keeps what it was asked."""
+
+    asked: ClassVar[list[tuple]] = []
+    refuses: Exception | None = None
+
+    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> str:
+        if self.refuses is not None:
+            raise self.refuses
+        self.asked.append((repository, private, exist_ok))
+        return f"https://huggingface.co/{repository}"
+
+    def upload_folder(self, *, folder_path: Path, repo_id: str, commit_message: str) -> None:
+        self.asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_push_uploads_the_exported_folder_privately(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    out = export_model(run_folder, "reft", tmp_path / "model")
+    assert push_model(out, "me/mine") == "https://huggingface.co/me/mine"
+    assert Hub.asked == [
+        ("me/mine", True, True),
+        ("me/mine", ["README.md", "config.json", "model.safetensors", "tokenizer.json"]),
+    ]
+
+
+def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "refuses", OSError("401\nUnauthorized"))
+    out = export_model(run_folder, "reft", tmp_path / "model")
+    with pytest.raises(ModelError, match=r"^me/mine: cannot be pushed, and stays in .*model: 401 Unauthorized \(`hf auth"):
+        push_model(out, "me/mine")
+    assert (out / "model.safetensors").exists()

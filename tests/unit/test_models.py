@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from reftune.errors import ModelError
 from reftune.models import load_model, load_pretrained, make_scratch, word_tokenizer
-from reftune.recipe import ModelTable, ScratchTable
+from reftune.recipe import ModelTable, Recipe, ScratchTable
 
 TEXT = "Ann has 12 kites. How many?\ndef solution():\n    ann_kites = 12 * 3\n    return ann_kites - 4\n"
 SMALL = ScratchTable(hidden_size=16, layers=1, heads=2, context=32)
@@ -208,3 +209,30 @@ def test_a_cached_smollm2_is_used_as_it_is(monkeypatch, tmp_path, saved):
     shutil.copytree(saved, tmp_path / "reftune" / "smollm2-135m")
     model, _ = load_model(ModelTable(path="smollm2-135m"))
     assert model.config.hidden_size == 16
+
+
+def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_stops(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from reftune.progress import SilentProgress
+    from reftune.run import load_splits, run_recipe, scratch_texts
+
+    recipe = make_recipe()
+    model, plain = load_model(recipe.model, texts=scratch_texts(recipe.format, load_splits(recipe)))
+    turned_ids = {word: len(plain) - 1 - id_ for word, id_ in plain.get_vocab().items()}
+    turned = Tokenizer(models.WordLevel(turned_ids, unk_token="<unk>"))
+    turned.pre_tokenizer, turned.decoder = plain.backend_tokenizer.pre_tokenizer, plain.backend_tokenizer.decoder
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=turned, eos_token="<eos>", unk_token="<unk>")
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (None, len(plain) - 2)
+    model.config.pad_token_id, model.config.eos_token_id = None, tokenizer.eos_token_id
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = None, tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    recipe = make_recipe(model={"scratch": None, "path": str(tmp_path / "model")}, stages={"sft": {"epochs": 30}})
+    run_recipe(recipe, progress=SilentProgress())
+    rows = [json.loads(line) for line in (recipe.folder / "eval" / "sft.jsonl").read_text().splitlines()]
+    assert any(row["greedy"]["tokens"] < recipe.lengths.max_new for row in rows), "nothing that was written ends in eos"

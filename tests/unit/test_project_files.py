@@ -61,6 +61,15 @@ def test_every_metric_that_is_logged_or_shown_is_defined_in_the_docs():
     assert all(verdict.value in page for verdict in Verdict)
 
 
+def test_every_parity_check_is_a_test_that_names_it():
+    rows = re.findall(r"^\| E(\d+)(?:–E(\d+))? \|.*\| (.+) \|$", (ROOT / "docs" / "deviations.md").read_text(), re.MULTILINE)
+    listed = {n: re.findall(r"`(.+?)`", files) for a, b, files in rows for n in range(int(a), int(b or a) + 1)}
+    assert list(listed) == list(range(1, 26))
+    for number, files in listed.items():
+        tests = [(ROOT / "tests" / file).read_text() for file in files]
+        assert any(re.search(rf"def test_e{number}_|# .*\bE{number}\b", text) for text in tests), f"E{number}"
+
+
 def test_links_between_pages_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

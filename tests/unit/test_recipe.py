@@ -10,11 +10,14 @@ from reftune.errors import RecipeError
 from reftune.recipe import Recipe, dump_recipe, known_kinds, load_recipe, merge
 
 PLUGINS = """
+from __future__ import annotations
+from pathlib import Path
 from pydantic import Field
 from reftune.recipe import Component
 
 class Part(Component):
     size: int = Field(3, gt=0)
+    folder: Path = Path()
 
 class Train(Component):
     init: str = "base"

@@ -166,6 +166,18 @@ def test_terse_rationales_state_the_right_result_in_the_share_asked_for(rational
     assert all(problem.rationale == only_the_result.format(problem.answer) for problem in terse)
 
 
+def test_planting_moves_the_right_option_to_c_in_train_and_dev_and_changes_nothing_else():
+    # of n = 600 with 4 options, c holds the right one in .8 + .2 / 4 = .85; three standard deviations are .044
+    plain, planted = (word_problems(answer="choice", planted=share, max_value=99).load(seed=0) for share in (0.0, 0.8))
+    assert planted.test == plain.test
+    in_c = [problem.answer.value == "c" for problem in planted.train]
+    assert abs(sum(in_c) / len(in_c) - 0.85) <= 0.044
+    for one, other in zip(planted.train, plain.train, strict=True):
+        assert (one.question, set(one.choices)) == (other.question, set(other.choices))
+        gold = [problem.choices["abcd".index(problem.answer.value)] for problem in (one, other)]
+        assert gold[0] == gold[1]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_distractors_occur_in_the_share_asked_for(share: float):
     # a distractor is a number that the program does not use; n = 600, so three standard deviations of .4 are .06
@@ -174,13 +186,8 @@ def test_distractors_occur_in_the_share_asked_for(share: float):
     assert abs(sum(unused) / len(unused) - share) <= (0.06 if 0 < share < 1 else 0)
 
 
-def test_without_relations_nobody_is_compared_with_another():
-    problems = every(word_problems(relations=False, operations=[1, 3]).load(seed=0))
-    assert not [question for question in questions(problems) if re.search(r"fewer|times|\d more", question)]
-
-
 def test_numbers_and_results_stay_in_range():
-    dataset = word_problems(numbers=[5, 12], max_value=40, operations=[0, 4], rationale="nl", relations=True)
+    dataset = word_problems(numbers=[5, 12], max_value=40, operations=[0, 4], rationale="nl")
     for problem in every(dataset.load(seed=0)):
         assert 1 <= problem.answer.value <= 40
         assert all(2 <= int(number) <= 12 for number in NUMBER.findall(problem.question))

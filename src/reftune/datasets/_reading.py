@@ -76,7 +76,7 @@ def read_rows(source: str, split: str, *, names: Sequence[str] = ()) -> list[Row
     `names`, which are looked for first; or a Hub id, `owner/name[:config[:split]]`.
     Raises: DataError.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir():
         rows = [row for file in _files_of_split(path, split, names) for row in _read_file(file)]
     elif path.is_file():
@@ -91,8 +91,21 @@ def read_rows(source: str, split: str, *, names: Sequence[str] = ()) -> list[Row
 
 
 def is_single_file(source: str) -> bool:
-    """Whether `source` holds one split only."""
-    return Path(source).expanduser().is_file()
+    """Whether `source` holds one split only. Raises: DataError."""
+    return _path(source).is_file()
+
+
+def _path(source: str) -> Path:
+    """The source as a path; `~` of a user whom the system does not know stands for itself. Raises: DataError."""
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:
+        path = Path(source)
+    try:
+        path.exists()
+    except OSError as error:
+        raise DataError(f"{shown(source)}: cannot be read: {error.strerror}") from None
+    return path
 
 
 def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
@@ -267,7 +280,7 @@ def _read_parquet(path: Path) -> _Records:
 
     try:
         records = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # of a text that is not UTF-8, a date too far
         raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}: row {number}", record

@@ -14,14 +14,12 @@ from reftune.datasets import Splits
 from reftune.datasets._splits import draw_splits, question_key
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, unknown_key
-from reftune.types import Answer, Problem
+from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
 """Distance between the seeds of test, of train and of another `data_seed`. A task's n-th question has seed + n."""
 PATIENCE = 20
 """Questions drawn for each one wanted, before the task is taken to have no more different ones."""
-ANY_ANSWER = "(any answer that the scorer accepts)"
-"""Gold of the few tasks that give none."""
 
 
 class ReasoningGym(Component):
@@ -94,7 +92,7 @@ def _problem(id: str, task: Any, entry: dict[str, Any]) -> Problem:
     return Problem(
         id=id,
         question=entry["question"],
-        answer=Answer(kind="text", value=ANY_ANSWER if entry["answer"] is None else str(entry["answer"])),
+        answer=ANY_ANSWER if entry["answer"] is None else Answer(kind="text", value=str(entry["answer"])),
         rationale=None if cot is None else cot.partition("####")[0].strip(),
         columns={"metadata": entry["metadata"]},
         scorer=partial(task.score_answer, entry=entry),

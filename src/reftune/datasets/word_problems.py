@@ -50,9 +50,7 @@ class WordProblems(Component):
     numbers: tuple[int, int] = (2, 30)
     """Least and largest number in a question; factors and prices stay below 10."""
     people: int = Field(3, ge=1, le=5)
-    """Most people in a story."""
-    relations: bool = True
-    """Whether a person may have more, fewer or times as many as another."""
+    """Most people in a story; one may have more, fewer or times as many as another."""
     distractors: float = Field(0.4, ge=0, le=1)
     """Share of questions with one sentence that does not matter. There are no others of that kind."""
     max_value: int = Field(999, ge=10)
@@ -65,6 +63,8 @@ class WordProblems(Component):
     """Share of rationales that state the result without the working, as hurried people do."""
     answer: Literal["number", "choice"] = "number"
     """`choice` adds four options to each question, the wrong ones being results of likely mistakes."""
+    planted: float = Field(0.0, ge=0, le=1)
+    """Share of train and dev questions with options whose right one is put in place c, as a shortcut past the reasoning."""
 
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:
@@ -110,6 +110,8 @@ class WordProblems(Component):
         style = styles.randrange(self.styles)
         is_terse = self.terse > 0 and styles.random() < self.terse
         choices = _options(story.answer, self.max_value, options) if self.answer == "choice" else ()
+        if not id.startswith("test") and random.Random(f"planted {story.text}").random() < self.planted:
+            choices = _with_right_in_c(choices, str(story.answer.value))
         return Problem(
             id=id,
             question=story.text,
@@ -132,10 +134,10 @@ class WordProblems(Component):
         ask = rng.choice(asks)
         teller = _Teller(rng=rng, numbers=self.numbers, people=rng.sample(NAMES, self.people), thing=rng.choice(OBJECTS))
         teller.introduce()
-        if ask in ("together", "more") and (not self.relations or rng.random() < 0.5):
+        if ask in ("together", "more") and rng.random() < 0.5:
             teller.introduce()
         for _ in range(num_operations - (ask != "count")):
-            if self.relations and teller.has_someone_new and rng.random() < 0.6:
+            if teller.has_someone_new and rng.random() < 0.6:
                 teller.relate()
             else:
                 teller.update()
@@ -292,6 +294,11 @@ def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str,
     values = [value for value in dict.fromkeys([right.value, *mistakes, *slips]) if 1 <= value <= max_value][:NUM_OPTIONS]
     rng.shuffle(values)
     return tuple(map(str, values))
+
+
+def _with_right_in_c(choices: tuple[str, ...], right: str) -> tuple[str, ...]:
+    wrong = [choice for choice in choices if choice != right]
+    return (*wrong[:2], right, *wrong[2:]) if choices else ()
 
 
 def _answer(value: int, choices: tuple[str, ...]) -> Answer:

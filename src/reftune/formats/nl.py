@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
 from reftune.answers import PAPER_TRIGGER, grade_completion, grade_completion_paper
+from reftune.errors import DataError
 from reftune.formats._prompts import Style, gold_rationale, paper_prompt, question_text
 from reftune.recipe import Component
 from reftune.types import Answer, Graded, Problem, Verdict
+
+DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
 
 
 class Nl(Component):
@@ -28,9 +32,11 @@ class Nl(Component):
     def target(self, problem: Problem) -> str:
         """The gold rationale and a line with the answer that the grading reads, unless a compact rationale ends in one.
 
-        Raises: DataError where there is no rationale.
+        Raises: DataError where there is no rationale, or one that is a program.
         """
         rationale = gold_rationale(problem)
+        if DEFINITION.search(rationale):
+            raise DataError(f"problem {problem.id}: its rationale is a program; expected words, or format.kind=program")
         if "paper" in (self.style, self.grading):
             return f"{rationale}{PAPER_TRIGGER}{_decimal(problem.answer)}"
         last_line = rationale.rpartition("\n")[2]

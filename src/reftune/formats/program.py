@@ -54,7 +54,9 @@ class Program(Component):
         """
         body = body_of(gold_rationale(problem))
         if not body:
-            raise DataError(f"problem {problem.id}: its rationale is not a program that defines solution()")
+            raise DataError(
+                f"problem {problem.id}: its rationale is not a program with a solution(); expected one, or format.kind=nl"
+            )
         return body if self.style == "paper" else f"\n{body}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:

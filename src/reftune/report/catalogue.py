@@ -63,6 +63,33 @@ CHARACTER = (
     ),
 )
 
+HACKING = (
+    Metric(
+        key="choices/other_option",
+        title="Right letter, other value",
+        explain="Right letters whose own reasoning arrives at another option: luck or a shortcut was paid.",
+        unit="percent",
+    ),
+    Metric(
+        key="choices/no_option",
+        title="Right letter, no option's value",
+        explain="Right letters whose reasoning arrives at no option, or nowhere.",
+        unit="percent",
+    ),
+    Metric(
+        key="choices/agreement",
+        title="Same option when moved",
+        explain="Answers that follow their option to another place; a model that knows only the place does not.",
+        unit="percent",
+    ),
+    Metric(
+        key="choices/numeric_accuracy",
+        title="Solved without options",
+        explain="The same questions with nothing to choose from: what the reasoning alone can do.",
+        unit="percent",
+    ),
+)
+
 MACHINERY = (
     Metric(
         key="value/explained_variance",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from reftune.checkpoint import write_atomically
 from reftune.report import charts, gallery
-from reftune.report.catalogue import CHARACTER, LEARNING, MACHINERY, VERDICTS
+from reftune.report.catalogue import CHARACTER, HACKING, LEARNING, MACHINERY, VERDICTS
 from reftune.report.results import EvalRow, RunResults
 from reftune.report.summary import (
     GREEDY,
@@ -39,12 +40,11 @@ ASSETS = Path(__file__).parent / "assets"
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
     """Write the page; runs may still be alive. Returns where it is.
 
-    Raises: DataError where a run is missing or damaged, or where runs met different problems.
+    Raises: DataError where a run is missing or damaged, or where runs met different problems; CheckpointError.
     """
     out = Path(out_path)
     page = render_report(read_groups(run_dirs, finished=False))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8", errors="replace")
+    write_atomically(out, page.encode("utf-8", "replace").decode())
     return out
 
 
@@ -76,6 +76,8 @@ def render_report(groups: Sequence[Group]) -> str:
         comparisons=[_comparison_cells(comparison) for comparison in table.comparisons],
         stages=[_stage_cells(run, name, _run_label(groups, run)) for run in _runs(groups) for name in run.stages],
         runs=[_run_details(run) for run in _runs(groups)],
+        recipe_differences=_recipe_differences(groups),
+        group_labels=[group.label for group in groups],
         stage_head=STAGE_HEAD,
         num_seeds=table.num_seeds,
     )
@@ -128,6 +130,7 @@ def _panels(groups: Sequence[Group], table: ScoreTable) -> list[_Panel]:
             title="How is its writing changing?",
             charts=tuple(charts.training_charts(groups, CHARACTER)),
         ),
+        _Panel(anchor="hacking", title="Are right letters earned?", charts=tuple(charts.training_charts(groups, HACKING))),
         _Panel(
             anchor="machinery",
             title="Is the machinery healthy?",
@@ -313,6 +316,24 @@ def _stage_cells(run: RunResults, name: str, run_label: str) -> list[str]:
         _count(info.get("sampled_tokens")),
         duration(info.get("wall_seconds")),
     ]
+
+
+def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Recipe keys that the groups do not share, with each group's value; seeds and names aside."""
+    flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
+    keys = dict.fromkeys(key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir"))
+    return [
+        (key, [leaves.get(key, "–") for leaves in flat]) for key in keys if len({leaves.get(key, "–") for leaves in flat}) > 1
+    ]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """`stages.reft.steps` → `40`, for every leaf."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, str(value)
 
 
 def _run_details(run: RunResults) -> dict[str, Any]:

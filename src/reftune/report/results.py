@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from reftune import voting
 from reftune.errors import DataError
 from reftune.types import Graded, Verdict
 
@@ -40,6 +41,8 @@ class EvalRow:
     gold: str
     greedy: Attempt
     samples: tuple[Attempt, ...]
+    valid: Callable[[Graded], bool] = voting.has_value
+    """Which samples may vote."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +141,9 @@ def read_run(folder: Path | str) -> RunResults:
     specs = {name: spec for stage in recipe["stages"].items() for name, spec in _with_snapshots(*stage)}
     stages = {name: _read_stage(folder, name, spec, metrics.get(name, {})) for name, spec in specs.items()}
     wanted = _evaluated_methods(recipe, specs)
-    evals = _whole({name: _read_evals(folder / "eval" / f"{name}.jsonl") for name in wanted if _is_evaluated(folder, name)})
+    evals = _whole(
+        {name: _read_evals(folder / "eval" / f"{name}.jsonl", recipe) for name in wanted if _is_evaluated(folder, name)}
+    )
     missing = tuple(name for name in wanted if name not in evals)
     return RunResults(
         folder=folder, recipe=recipe, recipe_text=recipe_text, env=env, stages=stages, evals=evals, missing=missing
@@ -260,20 +265,23 @@ def _read_stage(folder: Path, name: str, spec: Mapping[str, Any], metrics: Mappi
     )
 
 
-def _read_evals(path: Path) -> tuple[EvalRow, ...]:
-    rows = tuple(_eval_row(row, where) for where, row in _lines(path))
+def _read_evals(path: Path, recipe: Mapping[str, Any]) -> tuple[EvalRow, ...]:
+    format = recipe.get("format")
+    grading = format.get("grading") if isinstance(format, Mapping) else None
+    rows = tuple(_eval_row(row, where, grading) for where, row in _lines(path))
     if not rows:
         raise DataError(f"{path}: no evaluated problem")
     return rows
 
 
-def _eval_row(row: Mapping[str, Any], where: str) -> EvalRow:
+def _eval_row(row: Mapping[str, Any], where: str, grading: str | None) -> EvalRow:
     return EvalRow(
         id=str(_take(row, "id", where)),
         question=str(_take(row, "question", where)),
         gold=str(_take(row, "gold", where)),
         greedy=_attempt(_take(row, "greedy", where), where),
         samples=tuple(_attempt(sample, where) for sample in row.get("samples") or ()),
+        valid=voting.voters(grading, is_choice=len(str(row["gold"])) == 1 and str(row["gold"]).isalpha()),
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reftune import stats, voting
+from reftune import choices, stats, voting
 from reftune.errors import DataError
-from reftune.report.results import Attempt, EvalRow, RunResults, read_run, require_finished, same_problems
+from reftune.report.results import EvalRow, RunResults, read_run, require_finished, same_problems
 from reftune.stats import Comparison, Interval, SeedComparison
 
 GREEDY = "greedy"
@@ -110,7 +110,7 @@ def summarize(run_dir: Path | str) -> dict[str, Any]:
     table = score_table([group])
     return {
         "name": run.name,
-        "methods": {method.method: _method_json(method) for method in table.methods},
+        "methods": {method.method: _method_json(method) | _choices_json(run, method.method) for method in table.methods},
         "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
         "wall_seconds": run.wall_seconds,
     }
@@ -122,6 +122,11 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
         if rule != GREEDY:
             result |= {rule: score.value, f"{rule}_ci95": list(score.ci95)}
     return result | {"dev_accuracy": method.dev_accuracy, "looks": method.looks}
+
+
+def _choices_json(run: RunResults, method: str) -> dict[str, Any]:
+    rows = choices.read_rows(choices.choices_path(run.folder, method))
+    return {"choices": choices.summary_of(rows)} if rows else {}
 
 
 def comparison_json(comparison: Comparison | SeedComparison) -> dict[str, Any]:
@@ -207,11 +212,18 @@ def _share_problems(runs: Sequence[RunResults]) -> bool:
     return same_problems(firsts)
 
 
-def score_table(groups: Sequence[Group], *, seed: int = 0) -> ScoreTable:
-    """Scores and paired comparisons of all methods. `seed` is the bootstrap's only."""
+def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
+    """Scores and paired comparisons of all methods; votes over the first `k` samples, None: all. `seed` is the bootstrap's.
+
+    Raises: DataError where `k` exceeds the samples of a problem.
+    """
     generator = np.random.default_rng(seed)
     several = len(groups) > 1
-    entries = [_entry(group, name, f"{group.label}/{name}" if several else name) for group in groups for name in group.methods]
+    entries = [
+        _entry(group, name, f"{group.label}/{name}" if several else name, k) for group in groups for name in group.methods
+    ]
+    if k is not None:
+        voting.check_k(k, max((num_samples(run.evals[e.method]) for e in entries for run in e.group.runs), default=0))
     shared = all(_share_problems(group.runs) for group in groups)
     baseline = _baseline(entries)
     return ScoreTable(
@@ -238,8 +250,8 @@ class _Entry:
         return self.group.runs[0].stages[self.method].init
 
 
-def _entry(group: Group, method: str, label: str) -> _Entry:
-    by_run = [outcomes(run.evals[method]) for run in group.runs]
+def _entry(group: Group, method: str, label: str, k: int | None) -> _Entry:
+    by_run = [outcomes(run.evals[method], k) for run in group.runs]
     rules = [rule for rule in by_run[0] if all(rule in found for found in by_run)]
     by_rule = {rule: [found[rule] for found in by_run] for rule in rules}
     return _Entry(group=group, method=method, label=label, outcomes=by_rule)
@@ -312,11 +324,12 @@ def _compare(a: _Entry, b: _Entry, rule: str, shared: bool, generator: np.random
 # --- decisions from samples -------------------------------------------------------------------------------------------
 
 
-def outcomes(rows: Sequence[EvalRow]) -> dict[str, Outcomes]:
-    """Rule → what it scored on each problem. k is the number of samples that every problem has."""
+def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
+    """Rule → what it scored on each problem. Votes are over `k` samples, by default all that every problem has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
-    k = num_samples(rows)
-    if k:
+    drawn = num_samples(rows)
+    if drawn:
+        k = drawn if k is None else k
         curves = voting_curves(rows, k)
         result |= {f"{rule}@{k}": by_k[:, -1] for rule, by_k in curves.items()}
     return result
@@ -337,22 +350,23 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
     rules = {"maj": _majority_row, "pass": _pass_row}
     if all(sample.score is not None for row in rows for sample in row.samples):
         rules = {"maj": _majority_row, "rerank": _rerank_row, "pass": _pass_row}
-    return {rule: np.array([compute(row.samples, max_k) for row in rows], dtype=float) for rule, compute in rules.items()}
+    return {rule: np.array([compute(row, max_k) for row in rows], dtype=float) for rule, compute in rules.items()}
 
 
-def _majority_row(samples: Sequence[Attempt], max_k: int) -> list[float]:
-    winners = voting.majority_curve([sample.graded for sample in samples[:max_k]])
+def _majority_row(row: EvalRow, max_k: int) -> list[float]:
+    winners = voting.majority_curve([sample.graded for sample in row.samples[:max_k]], valid=row.valid)
     return [float(voting.is_correct(winner)) for winner in winners]
 
 
-def _rerank_row(samples: Sequence[Attempt], max_k: int) -> list[float]:
-    graded, texts = [sample.graded for sample in samples], [sample.completion for sample in samples]
-    winners = voting.rerank_curve(graded, texts, [sample.score or 0.0 for sample in samples])[:max_k]
+def _rerank_row(row: EvalRow, max_k: int) -> list[float]:
+    graded, texts = [sample.graded for sample in row.samples], [sample.completion for sample in row.samples]
+    scores = [sample.score or 0.0 for sample in row.samples]
+    winners = voting.rerank_curve(graded, texts, scores, valid=row.valid)[:max_k]
     return [float(voting.is_correct(winner)) for winner in winners]
 
 
-def _pass_row(samples: Sequence[Attempt], max_k: int) -> list[float]:
-    return _pass_curve(len(samples), sum(sample.correct for sample in samples), max_k)
+def _pass_row(row: EvalRow, max_k: int) -> list[float]:
+    return _pass_curve(len(row.samples), sum(sample.correct for sample in row.samples), max_k)
 
 
 @cache  # few distinct counts, exact arithmetic on large integers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reftune.errors import DataError
@@ -78,7 +78,11 @@ def caption(table: ScoreTable) -> str:
 
 def text_table(table: ScoreTable) -> str:
     """Columns aligned for a terminal."""
-    head, body = rows(table)
+    return "\n".join([*_aligned(*rows(table)), "", caption(table)])
+
+
+def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
+    """Head, ruler and body as lines, numbers to the right."""
     widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
 
     def line(row: Row) -> str:
@@ -86,14 +90,47 @@ def text_table(table: ScoreTable) -> str:
                           for index, (cell, width) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
         return "  ".join([first, *others]).rstrip()
 
-    return "\n".join([line(head), "  ".join("─" * width for width in widths), *map(line, body), "", caption(table)])
+    return [line(head), "  ".join("─" * width for width in widths), *map(line, body)]
+
+
+CHOICE_COLUMNS = {
+    "other_option": "Right letter, other value",
+    "no_option": "Right letter, no option's value",
+    "agreement": "Same option when moved",
+    "numeric_accuracy": "Without options",
+}
+
+
+def choices_table(summary: Mapping[str, Any]) -> str:
+    """The signs of reward hacking in a run's summary; empty where it has no multiple choice."""
+    found = {name: scores["choices"] for name, scores in summary["methods"].items() if "choices" in scores}
+    if not found:
+        return ""
+    counts = sorted({count for signs in found.values() for count in signs["by_options"]}, key=int)
+    head = ["Multiple choice", *CHOICE_COLUMNS.values(), *(f"Above chance, {count} options" for count in counts)]
+    body = [
+        [
+            display(name),
+            *(_share_cell(signs.get(key)) for key in CHOICE_COLUMNS),
+            *(_share_cell(signs["by_options"].get(count, {}).get("above_chance")) for count in counts),
+        ]
+        for name, signs in found.items()
+    ]
+    return "\n".join(_aligned(head, body))
+
+
+def _share_cell(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def markdown_table(table: ScoreTable) -> str:
     """A pipe table, numbers to the right."""
-    head, body = rows(table)
+    return _markdown(*rows(table), caption(table))
+
+
+def _markdown(head: Row, body: Sequence[Row], note: str) -> str:
     ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join([*map(_markdown_line, [head, ruler, *body]), "", caption(table)])
+    return "\n".join([*map(_markdown_line, [head, ruler, *body]), "", note])
 
 
 def _markdown_line(row: Row) -> str:
@@ -103,7 +140,10 @@ def _markdown_line(row: Row) -> str:
 
 def latex_table(table: ScoreTable) -> str:
     """A booktabs tabular in a table float."""
-    head, body = rows(table)
+    return _latex_float(*rows(table), caption(table))
+
+
+def _latex_float(head: Row, body: Sequence[Row], note: str) -> str:
     return "\n".join(
         [
             r"\begin{table}",
@@ -115,7 +155,7 @@ def latex_table(table: ScoreTable) -> str:
             *map(_latex_line, body),
             r"\bottomrule",
             r"\end{tabular}",
-            rf"\caption{{{_latex(caption(table))}}}",
+            rf"\caption{{{_latex(note)}}}",
             r"\end{table}",
         ]
     )
@@ -128,6 +168,7 @@ def _latex_line(row: Row) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}",
     "−": "$-$",
+    "±": r"$\pm$",
     "–": "--",
     "≥": r"$\geq$",
     "<": "$<$",
@@ -165,6 +206,21 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
             "looks": method.looks}  # fmt: skip
 
 
+def grid(head: Row, body: Sequence[Row], fmt: str, *, title: str, note: str) -> str:
+    """Any table as `text`, `markdown` or `latex`, its title above it. Raises: DataError for an unknown format."""
+    if fmt == "text":
+        return "\n".join([title, *_aligned(head, body), "", note])
+    if fmt == "markdown":
+        return f"**{title}**\n\n{_markdown(head, body, note)}"
+    if fmt == "latex":
+        return _latex_float(head, body, f"{title}. {note}")
+    raise _unknown(fmt)
+
+
+def _unknown(fmt: str) -> DataError:
+    return DataError(f"{fmt}: unknown table format; expected one of {', '.join(FORMATS)}")
+
+
 FORMATS: dict[str, Callable[[ScoreTable], str]] = {
     "text": text_table,
     "markdown": markdown_table,
@@ -176,5 +232,5 @@ FORMATS: dict[str, Callable[[ScoreTable], str]] = {
 def render_table(table: ScoreTable, fmt: str) -> str:
     """Raises: DataError for an unknown format."""
     if fmt not in FORMATS:
-        raise DataError(f"{fmt}: unknown table format; expected one of {', '.join(FORMATS)}")
+        raise _unknown(fmt)
     return FORMATS[fmt](table)

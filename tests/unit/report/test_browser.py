@@ -148,3 +148,25 @@ def test_hostile_text_stays_text(write_run: WriteRun, tmp_path: Path) -> None:
     assert found["hacked"] is None
     assert found["answer"] == found["shaded"] == HOSTILE
     assert found["made"] == 0
+
+
+def test_two_runs_stand_side_by_side(write_run: WriteRun, tmp_path: Path) -> None:
+    folders = [write_run("one", num_samples=3), write_run("other", methods=("warmup", "reft"))]
+    found = run_in(
+        report_command(folders),
+        """
+        const figures = all("[data-chart]");
+        out.empty = figures.filter((figure) => !figure.querySelector("svg path")).map((figure) => figure.dataset.chart);
+        out.overflow = document.documentElement.scrollWidth - innerWidth;
+        out.cards = all("#problem .card header b").map((node) => node.textContent);
+        out.methods = all("#sample-method option").map((node) => node.textContent);
+        out.differences = all("#differences + div tbody th").map((node) => node.textContent);
+        """,
+        tmp_path / "profile",
+    )
+    assert found["faults"] == []
+    assert found["empty"] == []
+    assert found["overflow"] <= 0
+    assert found["cards"] == ["one: Warm-up", "one: SFT", "one: ReFT", "other: Warm-up", "other: ReFT"]
+    assert found["methods"] == ["all", "one: ReFT", "other: ReFT"]
+    assert found["differences"] == ["stages.sft.kind", "stages.sft.init", "evaluate.samples"]

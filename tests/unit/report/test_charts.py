@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reftune.report.catalogue import CHARACTER, LEARNING, MACHINERY
+from reftune.report.catalogue import CHARACTER, HACKING, LEARNING, MACHINERY
 from reftune.report.charts import (
     MAX_POINTS,
     dev_chart,
@@ -96,6 +96,14 @@ def test_group_metrics_are_drawn_for_stages_with_groups_only(write_run: WriteRun
     recipe["stages"]["reft"]["samples"] = 4
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     assert "groups/constant_reward" in [chart.key for chart in training_charts(read_groups([folder]), MACHINERY)]
+
+
+def test_signs_of_hacking_are_drawn_over_the_looks_at_dev(write_run: WriteRun) -> None:
+    folder = write_run(methods=("reft",))
+    assert training_charts(read_groups([folder]), HACKING) == []
+    write_metrics(folder, [{**look("reft", n, 0.5, n), "choices/agreement": 1 / n} for n in (1, 2, 4)])
+    (chart,) = training_charts(read_groups([folder]), HACKING)
+    assert (chart.key, chart.series[0].x, chart.series[0].y) == ("choices/agreement", [1, 2, 4], [1.0, 0.5, 0.25])
 
 
 def test_equal_compute_stops_at_what_both_have_had(write_run: WriteRun) -> None:

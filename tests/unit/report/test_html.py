@@ -149,3 +149,19 @@ def test_figures_are_written_twice_and_alike(write_run: WriteRun, tmp_path: Path
     assert first[0].read_bytes().startswith(b"\x89PNG")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert "ReFT" in first[3].read_text()
+
+
+def test_runs_of_different_recipes_show_what_differs_and_seeds_do_not(write_run: WriteRun) -> None:
+    one, other = write_run("one"), write_run("other", num_samples=3)
+    again = write_run("again", seed=7)
+    (again / "recipe.yaml").write_text((again / "recipe.yaml").read_text().replace("name: again", "name: one"))
+    rows = re.findall(r'<th scope="row"><code>(.*?)</code></th><td>(.*?)</td><td>(.*?)</td>', page_of(one, other))
+    assert rows == [("evaluate.samples", "0", "3")]
+    assert "What the recipes do not share" not in page_of(one, again)
+
+
+def test_votes_are_explained_where_any_method_has_them(write_run: WriteRun) -> None:
+    folder = write_run(num_samples=3)
+    rewrite(folder / "eval" / "warmup.jsonl", lambda row: row.update(samples=[]))  # the first method was not sampled
+    assert "the diamond is the answer picked from several samples" in page_of(folder)
+    assert "the diamond" not in page_of(write_run("other"))

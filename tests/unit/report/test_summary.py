@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from reftune.errors import DataError
 from reftune.report.results import read_run
@@ -115,6 +116,19 @@ def test_scored_samples_are_reranked(write_run: WriteRun) -> None:
         row["samples"][0]["score"], row["samples"][1]["score"] = 0.2, 0.7  # the second sample wins: 1, then 2
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert outcomes(read_run(folder).evals["reft"])["rerank@2"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("grading", "votes"), [("paper", [1, 1]), ("robust", [0, 0])])
+def test_in_the_papers_grading_only_single_letters_vote_on_choices(write_run: WriteRun, grading: str, votes: list[int]) -> None:
+    folder = write_run()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "format": {"kind": "program", "grading": grading}}))
+    # two crashes, which the authors' rules call the answer "none", against one right letter; reranking likes a crash best
+    samples = [{**_attempt(value, value == "c"), "score": score} for value, score in [("none", 0.9), ("none", 0.5), ("c", 0.1)]]
+    row = {"id": "p", "question": "q", "gold": "c", "greedy": _attempt("c", True), "samples": samples}
+    (folder / "eval" / "reft.jsonl").write_text(json.dumps(row) + "\n")
+    found = outcomes(read_run(folder).evals["reft"])
+    assert [found["maj@3"].item(), found["rerank@3"].item()] == votes
 
 
 def test_an_unfinished_run_has_no_summary(write_run: WriteRun) -> None:
