@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,29 @@ class Used:
     workers: int
 
 
-def used() -> Used:
+def used(not_ours: Set[str] = frozenset()) -> Used:
     pages = int((PROCESS / "statm").read_text().split()[1])
-    tasks = list((PROCESS / "task").iterdir())
     return Used(
         resident_mib=pages * os.sysconf("SC_PAGESIZE") / 2**20,
         handles=len(list((PROCESS / "fd").iterdir())),
-        threads=len(tasks),
-        workers=sum(len((task / "children").read_text().split()) for task in tasks),
+        threads=len(list((PROCESS / "task").iterdir())),
+        workers=len(children() - not_ours),
     )
 
 
+def children() -> set[str]:
+    return {child for task in (PROCESS / "task").iterdir() for child in (task / "children").read_text().split()}
+
+
 class Watching(SilentProgress):
-    """Notes what is held after each step."""
+    """Notes what is held after each step. Workers that other tests left behind are not counted."""
 
     def __init__(self) -> None:
         self.seen: list[Used] = []
+        self._not_ours = children()
 
     def step(self, step: int, metrics: Any) -> None:
-        self.seen.append(used())
+        self.seen.append(used(self._not_ours))
 
 
 @pytest.mark.skipif(not (PROCESS / "statm").exists(), reason="reads /proc")
