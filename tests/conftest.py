@@ -148,7 +148,7 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
 def make_trainer(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     """The trainer of an RL stage that starts from the base model, before its first step."""
     from reftune.progress import SilentProgress
-    from reftune.run import open_run
+    from reftune.run_folder import open_run
     from reftune.train_rl import Rl, Trainer
 
     def make(stage: dict[str, Any] | None = None, **changes: Any) -> Trainer:

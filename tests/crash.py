@@ -26,7 +26,7 @@ from reftune.cli import main
 from reftune.jsonlines import JsonLines
 from reftune.progress import Progress, SilentProgress
 from reftune.recipe import Recipe, dump_recipe
-from reftune.run import open_run
+from reftune.run_folder import open_run
 
 TRACKERS = ("tensorboard",)
 """Folders of trackers, which keep a file for each process and are no result."""
@@ -60,13 +60,16 @@ def outcome(folder: Path) -> dict[str, Any]:
     """All that a run leaves, without clocks: weights and answers by the byte, numbers by their value."""
 
     def timeless(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in row.items() if not name.startswith("time") and "seconds" not in name}
+        clocks = [name for name in row if name.startswith("time") or "seconds" in name or name.endswith("_s")]
+        return {name: value for name, value in row.items() if name not in clocks}
 
     found: dict[str, Any] = {}
-    for pattern in ("stages/*/*.safetensors", "stages/*/*.jsonl", "eval/*"):
+    for pattern in ("stages/*/*.safetensors", "stages/*/value_head/*", "stages/*/sampled*.jsonl", "eval/*"):
         found |= {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob(pattern)}
     for pattern in ("stages/*/stage.json", "summary.json"):
         found |= {str(path.relative_to(folder)): timeless(json.loads(path.read_text())) for path in folder.glob(pattern)}
+    for path in folder.glob("stages/*/samples.jsonl"):
+        found[str(path.relative_to(folder))] = [timeless(row) for row in JsonLines(path).rows()]
     found["metrics"] = [timeless(row) for row in JsonLines(folder / "metrics.jsonl").rows()]
     found["environment"] = sorted(json.loads((folder / "env.json").read_text()))
     listed = (path.relative_to(folder) for path in folder.rglob("*"))

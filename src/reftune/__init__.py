@@ -7,9 +7,7 @@ graded = reftune.grade("The answer is 1,000 dollars.", 1000)
 result = reftune.evaluate("runs/mine/stages/reft", [{"question": "1 + 1?", "answer": 2}])
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,20 +41,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
-
-
-class _CallableModule(ModuleType):
-    """`reftune.run` and `reftune.evaluate` are modules too, and a module once imported hides `__getattr__`; so it is called."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return getattr(import_module("reftune.api"), self.__name__.rpartition(".")[2])(*arguments, **options)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("run", "evaluate") and type(value) is ModuleType:
-            value.__class__ = _CallableModule
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from reftune import distributed
 from reftune.errors import RecipeError
 from reftune.formats import Format
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
@@ -28,10 +29,17 @@ FormatSpec = str | Mapping[str, Any] | Format
 def run(recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True) -> dict[str, Any]:
     """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune run`; resumes.
 
+    In a script that a launcher starts several times it is called in all processes.
+
     `overrides` are `key=value` texts, for a file. Returns: the content of `summary.json`. Raises: ReftuneError.
     """
+    with distributed.processes():
+        return _run(recipe, overrides, quiet=quiet)
+
+
+def _run(recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str], *, quiet: bool) -> dict[str, Any]:
     from reftune.progress import make_progress
-    from reftune.run import run_recipe
+    from reftune.run_folder import run_recipe
     from reftune.trackers import tracked
 
     if isinstance(recipe, str | Path):
@@ -39,7 +47,7 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet:
     elif overrides:
         raise RecipeError(f"{overrides[0]}: overrides are for a recipe file; expected the key in the recipe itself")
     parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
-    progress = tracked(make_progress(quiet=quiet), parsed)
+    progress = tracked(make_progress(quiet=quiet or not distributed.is_main()), parsed)
     try:
         return run_recipe(parsed, progress=progress)
     finally:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from reftune import distributed
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
@@ -69,7 +71,7 @@ def token_batch(
 ) -> TokenBatch:
     """Pad prompt + response on the right. Padding repeats id 0, which no real token can see."""
     assert all(prompts), "a prompt must hold at least one token: it predicts the first response token"
-    sequences = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
+    sequences = [torch.tensor([*prompt, *response], device="cpu") for prompt, response in zip(prompts, responses, strict=True)]
     return TokenBatch(
         tokens=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device),
         prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], device=device),
@@ -129,10 +131,34 @@ class RolloutBatch:
 
 def micro_batches(lengths: Tensor, *, max_tokens: int) -> Iterator[Tensor]:
     """Indices of sequences in groups of similar length whose padded size stays within `max_tokens` (one row at least)."""
+    device, lengths = lengths.device, lengths.cpu()  # they are read one by one
     order = torch.argsort(lengths, stable=True)
     start = 0
     for end in range(1, len(order) + 1):
         longest_if_one_more = int(lengths[order[end]]) if end < len(order) else 0
         if end == len(order) or (end - start + 1) * longest_if_one_more > max_tokens:
-            yield order[start:end]
+            yield order[start:end].to(device)
             start = end
+
+
+def own_micro_batches(lengths: Tensor, *, max_tokens: int, even: bool = False) -> Iterator[tuple[Tensor, bool]]:
+    """This process's share; see `shared_micro_batches`."""
+    return shared_micro_batches(
+        lengths, max_tokens=max_tokens, rank=distributed.rank(), world_size=distributed.world_size(), even=even
+    )
+
+
+def shared_micro_batches(
+    lengths: Tensor, *, max_tokens: int, rank: int, world_size: int, even: bool = False
+) -> Iterator[tuple[Tensor, bool]]:
+    """The micro-batches of one of several processes that all hold all sequences, each with whether its numbers count.
+
+    Together they hold every sequence once, and each process as many as the others, short and long. Every process gets one at
+    least, with `even` as many as any other: what is missing is the first sequence once more, which does not count.
+    """
+    order = torch.argsort(lengths, stable=True)
+    shares = [order[first::world_size] for first in range(world_size)] if even else [order[rank::world_size]]
+    batches = [[share[index] for index in micro_batches(lengths[share], max_tokens=max_tokens)] for share in shares]
+    own, most = batches[rank if even else 0], max(1, *map(len, batches))
+    yield from ((index, True) for index in own)
+    yield from ((order[:1] * 0, False) for _ in range(most - len(own)))

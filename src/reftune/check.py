@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
@@ -22,15 +23,15 @@ from reftune.estimate import (
     available_bytes,
     evaluation_seconds,
     measure_speed,
-    memory_parts,
-    peak_bytes,
     stage_seconds,
 )
+from reftune.memory import Outline, training_memory
 from reftune.perturb import right_solutions, wrong_solutions
+from reftune.plan import stage_work, trainings
 from reftune.policy import Policy
 from reftune.progress import SilentProgress, clock, printable
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
-from reftune.run import Run, check_stage_graph, load_splits
+from reftune.run_folder import Run, check_stage_graph, load_splits
 from reftune.sample import sample_rows, solution_text
 from reftune.stats import wilson
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, SamplingParams, Verdict
@@ -552,9 +553,24 @@ def check_eos(subject: Subject) -> Finding:
 
 def check_memory(subject: Subject) -> Finding:
     """Training fits in memory, as far as the model's shape tells."""
+    policy, recipe = subject.policy, subject.recipe
     longest = max(len(ids) for prompts in subject.prompts.values() for ids in prompts.values())
-    parts = memory_parts(subject.policy, subject.recipe, longest_prompt=longest)
-    need, free = peak_bytes(parts), available_bytes(subject.policy.device) + parts["weights"]
+    model = policy.model.get_base_model() if policy.is_lora else policy.model
+    outline = Outline(lambda: type(model)(copy.deepcopy(model.config)), recipe.model, device=policy.device.type)
+    problems = max(len(getattr(subject.splits, recipe.evaluate.split)), *map(len, subject.prompts.values()))
+    planned = [
+        training_memory(
+            outline,
+            stage,
+            recipe.engine,
+            stage_work(stage, recipe, prompt=longest, response=recipe.lengths.max_new, problems=problems),
+        )
+        for stage in trainings(recipe).values()
+    ]
+    if not planned:
+        return ok("cannot be told of stages that are not reftune's")
+    memory = max(planned, key=lambda memory: memory.peak)
+    parts, need, free = memory.parts, memory.peak, available_bytes(policy.device) + memory.held["weights"]
     message = f"about {need / GIB:.1f} GiB of {free / GIB:.1f} free, most of it {max(parts, key=lambda name: parts[name])}"
     if need <= free:
         return ok(message)

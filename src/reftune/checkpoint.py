@@ -1,6 +1,7 @@
 """Checkpoints: everything that makes a stage's future, written atomically as safetensors and JSON.
 
-A checkpoint is a folder `step-000120` that appears by one rename. Nothing that is loaded can run code.
+A checkpoint is a folder `step-000120` that appears by one rename. Nothing that is loaded can run code. Its tensors are
+whole, so that any number of processes can go on from it; of several only the main one writes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from reftune.distributed import is_main, part_of
 from reftune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
+    if not is_main():
+        return final
     try:
         for torn in folder.glob(".partial-step-*"):
             shutil.rmtree(torn, ignore_errors=True)
@@ -83,6 +87,8 @@ def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` in one rename. Raises: CheckpointError."""
+    if not is_main():
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +101,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_folder(folder: Path, fill: Any) -> None:
-    """`fill(partial)` writes a folder that then takes the place of `folder`. Raises: CheckpointError."""
+    """`fill(partial)` writes a folder that then takes the place of `folder`. Raises: CheckpointError.
+
+    It is called in every process, as weights may have to be gathered; only in the main one it writes.
+    """
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    if not is_main():
+        fill(partial)
+        return
     try:
         shutil.rmtree(partial, ignore_errors=True)
         fill(partial)
@@ -113,9 +125,12 @@ def replace_folder(folder: Path, fill: Any) -> None:
 
 def link_files(source: Path, target: Path) -> None:
     """Put the files of `source` into `target` too, without a second copy where the disk can. Raises: CheckpointError."""
+    if not is_main():
+        return
     try:
-        for path in source.iterdir():
-            link = target / path.name
+        for path in (path for path in source.rglob("*") if path.is_file()):
+            link = target / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             try:
                 link.hardlink_to(path)
@@ -138,12 +153,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Put back what `optimizer_tensors` took, whole tensors also where the parameters are sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
+            of_parameter = value.dim() > 0  # `step` is a number
+            state.setdefault(int(index), {})[key] = part_of(value, parameters[int(index)]) if of_parameter else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -180,7 +197,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync_files(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         sync(path)
 
 

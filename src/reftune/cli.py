@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from reftune import __version__
-from reftune.errors import NonFiniteError, RecipeError, ReftuneError
+from reftune.distributed import first_to_tell, is_main, processes
+from reftune.errors import NonFiniteError, ProcessError, RecipeError, ReftuneError
 
 if TYPE_CHECKING:
     from reftune.progress import Progress
@@ -54,10 +55,11 @@ Method = Annotated[str, typer.Option(help="The stage whose chosen model is meant
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its status."""
     try:
-        status = app(args=arguments, prog_name="reftune", standalone_mode=False)
+        with processes():
+            status = app(args=arguments, prog_name="reftune", standalone_mode=False)
     except ReftuneError as error:
         say(str(error))
-        sys.exit(FAILED if isinstance(error, NonFiniteError) else BAD_INPUT)
+        sys.exit(FAILED if isinstance(error, NonFiniteError | ProcessError) else BAD_INPUT)
     except typer.TyperException as error:
         say(f"{error.format_message()} (see reftune --help)")
         sys.exit(BAD_INPUT)
@@ -117,8 +119,10 @@ _add_stage_command("reward-model", "reward_model", "reward models")
 
 def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> None:
     """All stages and the final evaluation, or only the stages of one kind."""
-    from reftune.run import run_recipe, run_stages
+    from reftune.cpu import keep_freed_memory
+    from reftune.run_folder import run_recipe, run_stages
 
+    keep_freed_memory()
     with _watched(recipe, quiet=quiet) as progress:
         if kind is not None:
             run_stages(recipe, kinds={kind}, progress=progress)
@@ -130,6 +134,8 @@ def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> Non
 def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> None:
     from reftune.report import choices_table, table_command
 
+    if not is_main():
+        return
     if as_json:
         show(summary)
     else:
@@ -144,14 +150,15 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
     from reftune.trackers import tracked
     from reftune.training import Interrupted
 
-    progress = tracked(make_progress(quiet=quiet), recipe)
+    progress = tracked(make_progress(quiet=quiet or not is_main()), recipe)
     try:
         with _sigterm_as_sigint():
             yield progress
     except (Interrupted, KeyboardInterrupt) as stop:
         progress.close()
         checkpoint = str(stop) or newest_checkpoint(recipe.folder) or "none yet"
-        say(f"interrupted; checkpoint: {checkpoint}; the same command goes on from there")
+        if first_to_tell():
+            say(f"interrupted; checkpoint: {checkpoint}; the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         progress.close()
@@ -246,6 +253,34 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="How many GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=1, help="GB of each.")] = 80,
+    gpu: Annotated[Literal["a100", "h100", "h200"], typer.Option(help="Whose data sheet the times are of.")] = "h100",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak arithmetic that is reached.")] = 0.4,
+    prompt: Annotated[int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_prompt, else 128.")] = None,
+    response: Annotated[int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_new.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Only this one. Default: memory of the one that needs most.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate memory and time on GPUs that need not be here.
+
+    Reads the model's configuration, no weights and, unless the model is made from scratch, no data. docs/scaling.md has the
+    equations.
+    """
+    from reftune.plan import GB, Hardware, make_plan, plan_document, plan_text
+
+    hardware = Hardware(gpus=gpus, memory=memory * GB, kind=gpu, mfu=mfu)
+    made = make_plan(_load(recipe, overrides), hardware, prompt=prompt, response=response, only=stage)
+    if as_json:
+        show(plan_document(made))
+    else:
+        print(plan_text(made))
+
+
+@app.command()
 def watch(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")],
 ) -> None:
@@ -298,7 +333,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate trained methods of a run."""
-    from reftune.run import evaluate_methods
+    from reftune.run_folder import evaluate_methods
 
     loaded = _load(recipe, overrides)
     with _watched(loaded, quiet=quiet) as progress:
@@ -344,9 +379,7 @@ def table(
 def report(
     runs: RunFolders,
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run.")] = None,
-    figures: Annotated[
-        Path | None, typer.Option(help="A folder for the main figures as PNG and SVG; runs must be over.")
-    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="A folder for the figures as PNG and SVG; runs must be over.")] = None,
 ) -> None:
     """Write one HTML page of one or more runs. Prints its path, and those of the figures."""
     from reftune.report import report_command, write_figures
@@ -395,5 +428,6 @@ def find_recipe(name: str) -> Path:
     for candidate in (shipped / inside, shipped / f"{inside}.yaml"):
         if candidate.is_file():
             return candidate
-    near = difflib.get_close_matches(inside, [str(file.relative_to(shipped)) for file in shipped.glob("*/*.yaml")], cutoff=0)
+    recipes = [file for file in shipped.glob("*/*.yaml") if file.parent.name != "accelerate"]  # those are for a launcher
+    near = difflib.get_close_matches(inside, [str(file.relative_to(shipped)) for file in recipes], cutoff=0)
     raise RecipeError(f"{name}: no such recipe; nearest of those that come with reftune: {', '.join(near)}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from reftune import distributed
 from reftune.encoding import Encoder
 from reftune.engines import Engine
 from reftune.errors import DataError, EngineError, RewardError
@@ -37,25 +38,34 @@ class Collector:
     max_prompt: int | None
 
     def solve(self, policy: Policy, problems: Sequence[Problem], params: SamplingParams) -> Solved:
-        """One graded completion a problem; repeat a problem for more. Raises: DataError for a prompt over the limit."""
+        """One graded completion a problem; repeat a problem for more. Raises: DataError for a prompt over the limit.
+
+        Several processes each solve a part, and all get the whole.
+        """
         started = time.perf_counter()
         prompts = self.prompts(problems, policy, params)
-        completions = self.engine.generate(policy, prompts, params)
-        _require_whole(completions, problems, type(self.engine).__name__)
+        own = distributed.own_part(len(problems))
+        params = replace(params, first_position=params.first_position + own.start)
+        with distributed.whole(policy):
+            completions = self.engine.generate(policy, prompts[own], params)
+        _require_whole(completions, problems[own], type(self.engine).__name__)
         generated = time.perf_counter()
-        graded = self.encoder.format.grade(problems, [completion.text for completion in completions])
+        graded = self.encoder.format.grade(problems[own], [completion.text for completion in completions])
         return Solved(
             problems=problems,
             prompts=prompts,
-            completions=completions,
-            graded=graded,
+            completions=distributed.join_parts(completions),
+            graded=distributed.join_parts(graded),
             generate_s=generated - started,
             grade_s=time.perf_counter() - generated,
         )
 
     def pay(self, solved: Solved) -> list[Rollout]:
-        """Rollouts of what was solved; those to which the reward does not apply (None) are left out. Raises: RewardError."""
-        rewards = self.reward(solved.problems, solved.completions, solved.graded)
+        """Rollouts of what was solved; those to which the reward does not apply (None) are left out. Raises: RewardError.
+
+        The main process pays for all, so a reward that compares samples sees them together.
+        """
+        rewards = distributed.from_main(lambda: self.reward(solved.problems, solved.completions, solved.graded))
         rows = zip(solved.problems, solved.prompts, solved.completions, solved.graded, rewards, strict=True)
         return [
             Rollout(

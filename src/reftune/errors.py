@@ -29,5 +29,9 @@ class EngineError(ReftuneError):
     """An engine that did not return what it was asked for."""
 
 
+class ProcessError(ReftuneError):
+    """One of several processes that train together ended without a word."""
+
+
 class NonFiniteError(ReftuneError):
     """A loss or gradient that is not finite. The weights were not touched."""

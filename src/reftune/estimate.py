@@ -1,10 +1,10 @@
-"""What a run will need: memory from the model's shape, time from a short measurement on this machine."""
+"""How long a run will take, from a short measurement on this machine, and the memory there is."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,11 @@ import torch
 from reftune.batch import TokenBatch, token_batch
 from reftune.datasets import Splits
 from reftune.engines import Engine
-from reftune.logprobs import LOGIT_ELEMENTS
 from reftune.losses import masked_mean
 from reftune.policy import Policy
 from reftune.recipe import Recipe
 from reftune.types import SamplingParams
 
-ACTIVATIONS_PER_TOKEN = 24
-"""Numbers kept for the backward pass of one token in one layer, in units of the hidden size, for Llama-like layers."""
 WARM_TOKENS = 256
 """Trained on before the clock starts: a first pass chooses kernels, casts weights and allocates."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
@@ -145,40 +142,6 @@ def _rl_seconds(stage: Any, lengths: Lengths, speed: Speed, look_s: float) -> fl
     step_s = rollouts * (lengths.target / speed.sample + passes * (lengths.prompt + lengths.target) / speed.train)
     prefit_s = rollouts * stage.value_prefit * lengths.target / speed.sample
     return float(stage.steps * step_s + prefit_s + stage.steps / stage.eval_every * look_s)
-
-
-def memory_parts(policy: Policy, recipe: Recipe, *, longest_prompt: int) -> dict[str, float]:
-    """Bytes by purpose at the busiest moment of training, where a micro-batch is full of tokens."""
-    config = policy.model.config
-    total = sum(parameter.numel() for parameter in policy.parameters())
-    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    tokens = recipe.model.micro_batch_tokens
-    width = 4 if policy.compute_dtype == torch.float32 else 3  # autocast keeps part of it in fp32
-    copies = [stage for stage in recipe.stages.values() if stage.kind == "rl" and stage.algorithm.needs_reference]
-    return {
-        "weights": 4.0 * total,
-        "gradients": 4.0 * trained,
-        "optimizer": 8.0 * trained,
-        "reference": 4.0 * total if copies and not policy.is_lora else 0.0,
-        "activations": float(ACTIVATIONS_PER_TOKEN * config.hidden_size * config.num_hidden_layers * tokens * width),
-        "logits": 3 * 4.0 * min(LOGIT_ELEMENTS, tokens * config.vocab_size),
-        "cache": _cache_bytes(
-            config, rows=getattr(recipe.engine, "batch_size", 1), length=longest_prompt + recipe.lengths.max_new
-        ),
-    }
-
-
-def _cache_bytes(config: Any, *, rows: int, length: int) -> float:
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return float(4 * 2 * config.num_hidden_layers * kv_heads * head_dim * rows * length)
-
-
-def peak_bytes(parts: Mapping[str, float]) -> float:
-    """Sampling and updating take turns, so the cache and the activations do not add up."""
-    update = parts["activations"] + parts["logits"] + parts["gradients"]
-    return parts["weights"] + parts["optimizer"] + parts["reference"] + max(update, parts["cache"])
 
 
 def available_bytes(device: torch.device) -> float:

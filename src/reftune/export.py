@@ -12,7 +12,7 @@ import yaml
 from reftune.checkpoint import replace_folder
 from reftune.errors import CheckpointError, ModelError
 
-NOT_PART_OF_THE_MODEL = ("checkpoints", "samples.jsonl", "stage.json")
+NOT_PART_OF_THE_MODEL = ("checkpoints", "*.jsonl", "stage.json", "nonfinite-*.json")
 
 
 def export_model(run_folder: Path, method: str, out: Path) -> Path:
@@ -72,8 +72,8 @@ Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stag
 ({stage["dev_accuracy"]:.1%} right, the best of {stage["looks"]} looks).
 
 The model was trained on one prompt format and one kind of question, and graded by its final answers only. Its reasoning was
-not checked, and programs that it writes are untrusted: run them in a sandbox. `value_head.safetensors` holds the value
-head used in training; generation does not need it.
+not checked, and programs that it writes are untrusted: run them in a sandbox. `value_head/` holds the value head used
+in training; generation does not need it.
 
 ## Recipe
 

@@ -9,17 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from reftune.distributed import is_main
 from reftune.errors import CheckpointError
 
 
 class JsonLines:
-    """A file of one JSON object a line."""
+    """A file of one JSON object a line. Of several processes only the main one changes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Raises: CheckpointError where the disk refuses."""
+        if not is_main():
+            return
         with _refusals(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -27,7 +30,7 @@ class JsonLines:
 
     def sync(self) -> None:
         """Wait until what was appended would outlast a power cut. Raises: CheckpointError."""
-        if self.path.exists():
+        if is_main() and self.path.exists():
             with _refusals(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
@@ -37,7 +40,7 @@ class JsonLines:
 
     def truncate(self, size: int) -> None:
         """Forget everything after the first `size` bytes. Raises: CheckpointError where the disk refuses."""
-        if self.size() > size:
+        if is_main() and self.size() > size:
             with _refusals(self.path), self.path.open("r+b") as file:
                 file.truncate(size)
 

@@ -85,7 +85,7 @@ def make_scratch(table: ScratchTable, texts: Iterable[str], *, seed: int) -> tup
         pad_token_id=tokenizer.pad_token_id,
         sliding_window=None,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Phi3ForCausalLM(config), tokenizer
 

@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
-from reftune.batch import TokenBatch, micro_batches
+from reftune import distributed
+from reftune.batch import TokenBatch, own_micro_batches
+from reftune.cpu import attend_in_fp32
 from reftune.errors import ModelError
 from reftune.logprobs import logprobs_and_entropy, token_logprobs
 from reftune.recipe import LoraTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VALUE_HEAD = Path("value_head", "model.safetensors")
+"""Inside a model's folder. In a folder of its own: vLLM takes every safetensors file beside the weights for weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +35,9 @@ class TokenScores:
     logprobs: Tensor
     values: Tensor
     entropy: Tensor | None = None
+
+
+register_dataclass(TokenScores)  # FSDP2 looks for tensors in what a model returns, to gather weights before their gradient
 
 
 class Policy(nn.Module):
@@ -48,6 +57,8 @@ class Policy(nn.Module):
         self.model: Any = _with_lora(model, lora) if lora is not None else model
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
+        if dtype != torch.float32:
+            attend_in_fp32(model)
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         """Zero at first, so that it cannot start wild; `reset_value_head` draws PyTorch's default, as the paper does."""
@@ -79,7 +90,7 @@ class Policy(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in (self.value_head.weight, self.value_head.bias):
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw))
+                parameter.copy_(torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=draw))
 
     def separate_value_model(self) -> None:
         """Give the value head a transformer of its own, a copy of the policy's as it is now. `save` leaves it out."""
@@ -98,14 +109,14 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode (no dropout) and the compute dtype, for generation; the mode before is restored."""
+        """Evaluation mode (no dropout), the compute dtype and whole weights, to read only; the mode before is restored."""
         training = self.training
-        self.eval()
-        try:
-            with self.arithmetic():
+        with distributed.whole(self), self.arithmetic():
+            self.eval()
+            try:
                 yield
-        finally:
-            self.train(training)
+            finally:
+                self.train(training)
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """(N, H) the last hidden state that predicts each response token, in row-major order."""
@@ -143,13 +154,18 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
-        """Log-probabilities, values and entropy without gradients and dropout, at most `max_tokens` padded tokens at once."""
+        """Log-probabilities, values and entropy without gradients and dropout, at most `max_tokens` padded tokens at once.
+
+        Several processes each score some of the rows, and all get the whole.
+        """
         parts: dict[str, Tensor] = {}
         with self.inference():
-            for index in micro_batches(batch.lengths, max_tokens=max_tokens):
+            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens):
                 for name, values in self._score_rows(batch.rows(index), temperature).items():
                     whole = parts.setdefault(name, torch.zeros(batch.response_mask.shape, device=self.device))
-                    whole[index, : values.shape[1]] = values
+                    if counts:
+                        whole[index, : values.shape[1]] = values
+        distributed.add_up(*parts.values())  # rows of others are 0
         return TokenScores(**parts)
 
     def _score_rows(self, rows: TokenBatch, temperature: float) -> dict[str, Tensor]:
@@ -164,10 +180,15 @@ class Policy(nn.Module):
         starts = batch.response_lengths.cumsum(0) - batch.response_lengths
         features = torch.zeros(int(batch.response_lengths.sum()), self.value_head.in_features, device=self.device)
         with self.inference():
-            for index in micro_batches(batch.lengths, max_tokens=max_tokens):
-                slots = [torch.arange(int(starts[i]), int(starts[i] + batch.response_lengths[i])) for i in index]
+            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens):
+                slots = [
+                    torch.arange(int(starts[i]), int(starts[i] + batch.response_lengths[i]), device=self.device)
+                    for i in index.tolist()
+                ]
                 rows = batch.rows(index)
-                features[torch.cat(slots)] = _predictors(self.value_backbone or self._backbone(), rows).float()
+                if counts:
+                    features[torch.cat(slots)] = _predictors(self.value_backbone or self._backbone(), rows).float()
+        distributed.add_up(features)
         return features
 
     def verify_head(self) -> None:
@@ -194,6 +215,7 @@ class Policy(nn.Module):
         frozen = copy.deepcopy(self)
         frozen.value_backbone = None
         frozen.eval().requires_grad_(False)
+        distributed.distribute(frozen)
         return Reference(self, frozen=frozen)
 
     def save(self, folder: Path) -> None:
@@ -201,19 +223,25 @@ class Policy(nn.Module):
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run has its own
+        with distributed.whole(self):
+            if distributed.is_main():
+                self._save(folder)
+
+    def _save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         model = self.model
         if self.is_lora:
             model = copy.deepcopy(self.model).merge_and_unload()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        save_file({f"value_head.{name}": value.detach().contiguous() for name, value in self.value_head.state_dict().items()},
-                  folder / "value_head.safetensors")  # fmt: skip
+        (folder / VALUE_HEAD).parent.mkdir(exist_ok=True)
+        tensors = {f"value_head.{name}": value.detach().contiguous() for name, value in self.value_head.state_dict().items()}
+        save_file(tensors, folder / VALUE_HEAD)
 
     def load_value_head(self, folder: Path) -> None:
         """Read the head that `save` wrote, where there is one."""
-        if (folder / "value_head.safetensors").is_file():
-            tensors = load_file(folder / "value_head.safetensors")
+        if (folder / VALUE_HEAD).is_file():
+            tensors = load_file(folder / VALUE_HEAD)
             self.value_head.load_state_dict({name.removeprefix("value_head."): value for name, value in tensors.items()})
 
 
@@ -227,7 +255,7 @@ class Reference:
         """As `Policy.score`, of the reference."""
         if self._frozen is not None:
             return self._frozen.score(batch, temperature=temperature, max_tokens=max_tokens)
-        with self._policy.model.disable_adapter():
+        with distributed.whole(self._policy), self._policy.model.disable_adapter():
             return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
 
 

@@ -184,6 +184,8 @@ class ModelTable(Table):
     scratch: ScratchTable | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward arithmetic; weights and optimizer stay fp32, log-probabilities are always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
     lora: LoraTable | None = None
     micro_batch_tokens: int = Field(16384, gt=0)
     """Padded tokens in one forward and backward pass. Changes memory and speed, never the gradient."""

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reftune import voting
-from reftune.batch import TokenBatch, micro_batches, token_batch
+from reftune import distributed, voting
+from reftune.algorithms import LossTerms
+from reftune.batch import TokenBatch, own_micro_batches, token_batch
 from reftune.checkpoint import write_atomically
 from reftune.encoding import Encoder
 from reftune.errors import ModelError
@@ -28,7 +29,7 @@ from reftune.policy import Policy
 from reftune.recipe import Component
 from reftune.self_train import Samples, Sampling, describe, draw
 from reftune.train_sft import Schedule, train_in_epochs
-from reftune.training import Progression, StageContext, require_finite
+from reftune.training import Progression, StageContext, accumulate_gradient
 from reftune.types import Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
@@ -117,14 +118,19 @@ class Classifier(nn.Module):
         super().__init__()
         self.policy = policy
         policy.value_head.requires_grad_(False)
-        self.head = nn.Linear(policy.value_head.in_features, 2, bias=False)
+        self.head = nn.Linear(policy.value_head.in_features, 2, bias=False, device="cpu")
         with torch.no_grad():
-            draws = torch.empty(self.head.weight.shape).normal_(std=INITIAL_STD, generator=torch.Generator().manual_seed(seed))
+            draw = torch.Generator().manual_seed(seed)
+            draws = torch.empty(self.head.weight.shape, device="cpu").normal_(std=INITIAL_STD, generator=draw)
             self.head.weight.copy_(draws)
         self.head.to(policy.device)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """(B, 2) logits in fp32; see `solution_batch`."""
+        return self.logits(batch)
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """As `forward`, for a model whose weights are whole."""
         with self.policy.arithmetic():
             hidden = self.policy.hidden_states(batch)
         logits: Tensor = self.head(hidden.float())
@@ -134,15 +140,19 @@ class Classifier(nn.Module):
     def scores(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
         """(B,) probabilities that the solutions are correct, without dropout."""
         scores = torch.zeros(len(batch), device=self.policy.device)
-        with self.policy.inference():
-            for index in micro_batches(batch.lengths, max_tokens=max_tokens):
-                scores[index] = self(batch.rows(index)).softmax(1)[:, CORRECT]
+        with distributed.whole(self), self.policy.inference():
+            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens):
+                if counts:
+                    scores[index] = self.logits(batch.rows(index)).softmax(1)[:, CORRECT]
+        distributed.add_up(scores)
         return scores
 
     def save(self, folder: Path) -> None:
         """The transformer in Hugging Face format (LoRA merged), its tokenizer, and the layer beside it."""
-        self.policy.save(folder)
-        save_file({"weight": self.head.weight.detach().contiguous()}, folder / WEIGHTS)
+        with distributed.whole(self):
+            self.policy.save(folder)
+            if distributed.is_main():
+                save_file({"weight": self.head.weight.detach().contiguous()}, folder / WEIGHTS)
 
 
 def load_classifier(policy: Policy, folder: Path) -> Classifier:
@@ -172,17 +182,16 @@ def accumulate_loss(
     """
     batch = solution_batch(encoder, [(s.problem, s.text) for s in solutions], classifier.policy)
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
-    total, right = 0.0, 0
-    for index in micro_batches(batch.lengths, max_tokens=max_tokens):
+
+    def loss(index: Tensor) -> LossTerms:
         logits = classifier(batch.rows(index))
-        loss = nn.functional.cross_entropy(logits, labels[index], reduction="sum") / len(solutions)
-        require_finite(loss, index, where)
-        loss.backward()
-        total += float(loss.detach())
-        right += int((logits.argmax(1) == labels[index]).sum())
+        total = nn.functional.cross_entropy(logits, labels[index], reduction="sum") / len(solutions)
+        return LossTerms(total=total, metrics={"right": (logits.argmax(1) == labels[index]).sum()})
+
+    found = accumulate_gradient(classifier, batch.lengths, loss, max_tokens=max_tokens, where=where)
     return {
-        "loss/total": total,
-        "reward_model/accuracy": right / len(solutions),
+        "loss/total": found["loss/total"],
+        "reward_model/accuracy": found["right"] / len(solutions),
         "compute/train_tokens": int(batch.lengths.sum()) - len(solutions),
     }
 
@@ -220,7 +229,7 @@ def rerank_accuracy(classifier: Classifier, encoder: Encoder, drawn: Sequence[Sa
 
 def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier, encoder: Encoder, *, max_tokens: int) -> None:
     """Give every sample of an evaluation file a `score`. Raises: CheckpointError."""
-    rows = JsonLines(path).rows()
+    rows = distributed.from_main(JsonLines(path).rows)
     pairs = list(zip(problems, rows, strict=True))
     solutions = [(problem, sample["completion"]) for problem, row in pairs for sample in row["samples"]]
     scores = iter(score_texts(classifier, encoder, solutions, max_tokens=max_tokens))

@@ -9,7 +9,7 @@ from reftune.collect import Collector
 from reftune.policy import Policy
 from reftune.progress import SilentProgress, printable
 from reftune.recipe import Recipe
-from reftune.run import Run, load_splits
+from reftune.run_folder import Run, load_splits
 from reftune.types import Problem, SamplingParams
 
 

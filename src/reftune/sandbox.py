@@ -22,10 +22,11 @@ import gc
 import os
 import re
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn, Protocol
 
 from reftune.errors import ReftuneError
@@ -67,6 +68,8 @@ class ExecutionResult:
     """What the call returned; None unless the status is OK."""
     reason: str = ""
     """One line for a person; empty where the status is OK."""
+    seconds: float = field(default=0.0, compare=False)
+    """How long it ran, the start of its session included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +124,9 @@ class Sandbox:
         def execute(program: str) -> ExecutionResult:
             if len(program) > MAX_SOURCE_CHARS:
                 return _error(f"the program has {len(program):,} characters, more than {MAX_SOURCE_CHARS:,}")
-            return backend.execute(f"{program}\n\n{call}")
+            started = time.perf_counter()
+            result = backend.execute(f"{program}\n\n{call}")
+            return replace(result, seconds=time.perf_counter() - started)
 
         workers = min(self._workers, len(programs))
         if workers == 1:

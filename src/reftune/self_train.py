@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from reftune.distributed import from_main
 from reftune.encoding import Encoder
 from reftune.errors import DataError
-from reftune.evaluate import in_parts
+from reftune.evaluation import in_parts
 from reftune.jsonlines import JsonLines
 from reftune.policy import Policy
 from reftune.recipe import Component
@@ -152,7 +153,7 @@ def draw(sampling: Sampling, context: StageContext, problems: Sequence[Problem],
 
     A problem's samples are a function of the sampler's weights, the seed and the problem's position.
     """
-    rows = JsonLines(path).rows()
+    rows = from_main(JsonLines(path).rows)
     if len(rows) < len(problems):
         context.progress.note(f"{context.name}: {sampling.num} samples of {len(problems)} problems by {sampling.method}")
         policy = context.load(sampling.method)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reftune.distributed import is_main
 from reftune.errors import RecipeError
 from reftune.progress import Progress
 from reftune.recipe import Recipe, TrackerName
@@ -21,7 +22,7 @@ PROJECT = "reftune"
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
     """`progress`, telling the recipe's trackers too. Raises: RecipeError for one that is not installed."""
-    names = tracker_names(recipe)
+    names = tracker_names(recipe) if is_main() else []
     return TrackedProgress(progress, names, recipe) if names else progress
 
 
@@ -58,11 +59,14 @@ class TrackedProgress:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log what is finite."""
         values = {f"{self._stage}/{name}": value for name, value in metrics.items() if math.isfinite(value)}
-        for tracker in self._trackers or ():
+
+        def log(tracker: GeneralTracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.log(values, step=step)
             else:  # those count every call as a step, and want no step twice
                 tracker.log({**values, f"{self._stage}/step": step})
+
+        self._tell(log)
         self._progress.step(step, metrics)
 
     def sample(self, rollout: Rollout) -> None:
@@ -74,9 +78,18 @@ class TrackedProgress:
     def close(self) -> None:
         """Close the trackers, once."""
         self._progress.close()
-        for tracker in self._trackers or ():
-            tracker.finish()
+        self._tell(lambda tracker: tracker.finish())
         self._trackers = None
+
+    def _tell(self, act: Callable[[GeneralTracker], None]) -> None:
+        """A tracker that fails, by a full disk or a lost service, is left out from then on: the run does not depend on it."""
+        for tracker in list(self._trackers or ()):
+            try:
+                act(tracker)
+            except Exception as error:  # noqa: BLE001  a service may fail in any way
+                assert self._trackers is not None
+                self._trackers.remove(tracker)
+                self.note(f"{tracker.name}: {_reason(error)}; the run goes on without it")
 
 
 def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
@@ -88,9 +101,12 @@ def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
         tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](**_settings(name, recipe))
         tracker.start()
     except Exception as error:  # noqa: BLE001  a service may refuse in any way: no login, no network
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise RecipeError(f"trackers: {name} cannot start: {reason}; trackers=[] runs without") from None
+        raise RecipeError(f"trackers: {name} cannot start: {_reason(error)}; trackers=[] runs without") from None
     return tracker
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _settings(name: TrackerName, recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -18,15 +18,16 @@ from pydantic.functional_validators import BeforeValidator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
+from reftune import distributed
 from reftune.advantages import explained_variance, gae, token_rewards, truncated_importance
-from reftune.algorithms import Algorithm
-from reftune.batch import RolloutBatch, micro_batches, token_batch
+from reftune.algorithms import Algorithm, LossTerms
+from reftune.batch import RolloutBatch, token_batch
 from reftune.errors import NonFiniteError, RecipeError
 from reftune.losses import masked_mean
 from reftune.policy import Policy, Reference
 from reftune.recipe import Component, load_component
 from reftune.seeds import endless_indices
-from reftune.training import Loop, OptimizerTable, StageContext, make_optimizer, optimizer_step, rate, require_finite
+from reftune.training import Loop, OptimizerTable, StageContext, accumulate_gradient, make_optimizer, optimizer_step, rate
 from reftune.types import Rollout, SamplingParams, Verdict
 from reftune.value_prefit import fit_value_head
 
@@ -97,6 +98,7 @@ class Trainer:
             self.policy.reset_value_head(context.seed("value_head"))
         if stage.value_model == "separate":
             self.policy.separate_value_model()
+        distributed.distribute(self.policy)
         self.optimizer = make_optimizer(self.policy, stage.optimizer)
         self.loop = Loop(
             context,
@@ -154,7 +156,8 @@ class Trainer:
         return rollouts, {**rollout_metrics(rollouts), "time/generate_s": solved.generate_s, "time/grade_s": solved.grade_s}
 
     def _show(self, n: int, rollouts: Sequence[Rollout]) -> None:
-        for rollout in rollouts[:SAMPLES_KEPT]:
+        followed = {problem.id for problem in self.context.splits.train[:PROBLEMS_FOLLOWED]}
+        for rollout in worth_showing(rollouts, followed):
             self.loop.samples.append({"step": n, **sample_row(rollout, self.policy)})
         if rollouts:
             self.context.progress.sample(rollouts[0])
@@ -214,16 +217,12 @@ class Trainer:
 
     def accumulate(self, batch: RolloutBatch, where: str) -> dict[str, float]:
         """Add the gradient of the minibatch, micro-batch by micro-batch. Raises: NonFiniteError."""
-        totals: dict[str, float] = {}
-        for index in micro_batches(batch.tokens.lengths, max_tokens=self.max_tokens):
+
+        def loss(index: Tensor) -> LossTerms:
             rows = batch.rows(index)
-            terms = self.algorithm.loss(self.policy(rows.tokens, temperature=self.stage.temperature), rows)
-            require_finite(terms.total, index, where)
-            terms.total.backward()
-            for name, value in {"loss/total": terms.total.detach(), **terms.metrics}.items():
-                add = max if name.endswith("_max") else float.__add__
-                totals[name] = add(totals.get(name, 0.0), float(value))
-        return totals
+            return self.algorithm.loss(self.policy(rows.tokens, temperature=self.stage.temperature), rows)
+
+        return accumulate_gradient(self.policy, batch.tokens.lengths, loss, max_tokens=self.max_tokens, where=where)
 
     # --- value head ---
 
@@ -248,7 +247,9 @@ class Trainer:
 
 
 SAMPLES_KEPT = 4
-"""Sampled solutions of each step that are written to samples.jsonl."""
+"""Sampled solutions of each step that are written to samples.jsonl, besides the longest and one over its time limit."""
+PROBLEMS_FOLLOWED = 16
+"""Training problems whose solutions are kept whenever they are sampled, so that one sees how they change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
@@ -327,6 +328,17 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
     return rows
 
 
+def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
+    """`SAMPLES_KEPT` rollouts of different problems, the followed ones first; then the longest and one over its time limit."""
+    first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
+    places = sorted(
+        range(len(rollouts)), key=lambda i: (i != first[rollouts[i].problem.id], rollouts[i].problem.id not in followed)
+    )
+    longest = sorted(places, key=lambda i: -len(rollouts[i].completion.token_ids))[:1]
+    late = [i for i in places if rollouts[i].graded.verdict is Verdict.TIMEOUT][:1]
+    return [rollouts[i] for i in dict.fromkeys([*places[:SAMPLES_KEPT], *longest, *late])]
+
+
 def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:
     """A rollout for samples.jsonl."""
     completion, graded = rollout.completion, rollout.graded
@@ -340,6 +352,7 @@ def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:
         "reward": rollout.reward,
         "reason": graded.reason,
         "finish_reason": completion.finish_reason,
+        "program_s": None if graded.program_s is None else round(graded.program_s, 4),
         "logprobs": [round(logprob, 4) for logprob in completion.logprobs],
         "tokens": [policy.decode([token]) for token in completion.token_ids],
     }

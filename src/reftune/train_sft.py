@@ -12,7 +12,9 @@ import torch
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from reftune.batch import TokenBatch, micro_batches, token_batch
+from reftune import distributed
+from reftune.algorithms import LossTerms
+from reftune.batch import TokenBatch, token_batch
 from reftune.encoding import Encoder
 from reftune.errors import DataError, NonFiniteError
 from reftune.losses import token_weights
@@ -25,10 +27,10 @@ from reftune.training import (
     Progression,
     StageContext,
     Trained,
+    accumulate_gradient,
     make_optimizer,
     optimizer_step,
     rate,
-    require_finite,
 )
 from reftune.types import Problem
 
@@ -160,6 +162,7 @@ def train_in_epochs(
     `show(indices)` are the examples for a person to read where a step's numbers are not finite.
     """
     table = schedule.optimizer
+    distributed.distribute(model)
     optimizer = make_optimizer(model, table)
     steps_per_epoch = math.ceil(num_examples / schedule.batch_size)
     total_steps = max(1, round(schedule.epochs * steps_per_epoch))
@@ -212,11 +215,9 @@ def accumulate_nll(
     Raises: NonFiniteError before the gradient is used.
     """
     weights = token_weights(batch.response_mask, "token") if weights is None else weights
-    total = 0.0
-    for index in micro_batches(batch.lengths, max_tokens=max_tokens):
+
+    def loss(index: torch.Tensor) -> LossTerms:
         scores = policy(batch.rows(index))
-        loss = -(scores.logprobs * weights[index, : scores.logprobs.shape[1]]).sum()
-        require_finite(loss, index, where)
-        loss.backward()
-        total += float(loss.detach())
-    return total
+        return LossTerms(total=-(scores.logprobs * weights[index, : scores.logprobs.shape[1]]).sum())
+
+    return accumulate_gradient(policy, batch.lengths, loss, max_tokens=max_tokens, where=where)["loss/total"]

@@ -18,6 +18,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from reftune import distributed
+from reftune.algorithms import LossTerms
+from reftune.batch import own_micro_batches
 from reftune.checkpoint import (
     link_files,
     load_latest,
@@ -107,9 +110,9 @@ def optimizer_step(
     Raises: NonFiniteError, naming the first parameter concerned, before anything changed.
     """
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
+    norm = distributed.whole_tensor(torch.nn.utils.get_total_norm(gradients.values()))
     if not torch.isfinite(norm):
-        first = next((name for name, gradient in gradients.items() if not gradient.isfinite().all()), "their sum of squares")
+        first = next((name for name, gradient in gradients.items() if not is_finite(gradient)), "their sum of squares")
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(f"{where}: gradient norm is {float(norm)}, first in {first}")
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
@@ -120,11 +123,47 @@ def optimizer_step(
     return float(norm)
 
 
-def require_finite(loss: torch.Tensor, rows: torch.Tensor, where: str) -> None:
-    """Raises: NonFiniteError, naming the rows of the step's batch that `loss` is of."""
-    if not torch.isfinite(loss):
-        concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
-        raise NonFiniteError(f"{where}: loss is {float(loss.detach())} in rows {concerned}")
+def accumulate_gradient(
+    model: Trained, lengths: torch.Tensor, loss_of: Callable[[torch.Tensor], LossTerms], *, max_tokens: int, where: str
+) -> dict[str, float]:
+    """Add the gradient of a minibatch, micro-batch by micro-batch, each process its own; `loss/total` and metrics.
+
+    `loss_of(rows)` is the part of the loss that the rows of the minibatch add; parts are summed, metrics too (`…_max`: the
+    largest). `lengths` (B,) tokens. Raises: NonFiniteError, naming rows, before the gradient is used.
+    """
+    totals: dict[str, float] = {}
+    failed: NonFiniteError | None = None
+    for index, counts in own_micro_batches(lengths, max_tokens=max_tokens, even=distributed.is_sharded(model)):
+        terms = loss_of(index)
+        if counts:
+            failed = failed or not_finite(terms.total, index, where)
+            _add_metrics(totals, {"loss/total": float(terms.total.detach()), **terms.metrics})
+        (terms.total if counts else terms.total * 0).backward()
+    distributed.raise_together(failed)
+    distributed.add_up_gradients(model)
+    together: dict[str, float] = {}
+    for of_process in distributed.gather(totals):
+        _add_metrics(together, of_process)
+    return together
+
+
+def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.Tensor]) -> None:
+    for name, value in metrics.items():
+        add = max if name.endswith("_max") else float.__add__
+        totals[name] = add(totals.get(name, 0.0), float(value))
+
+
+def not_finite(loss: torch.Tensor, rows: torch.Tensor, where: str) -> NonFiniteError | None:
+    """What is wrong with `loss`, naming the rows of the step's batch that it is of."""
+    if torch.isfinite(loss):
+        return None
+    concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
+    return NonFiniteError(f"{where}: loss is {float(loss.detach())} in rows {concerned}")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all its numbers are, in all processes."""
+    return bool(distributed.whole_tensor(tensor.detach().isfinite().all()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,7 +288,9 @@ class Loop:
                 for method in [method for method, at in self.snapshots.items() if at == self.state.step]:
                     self._snapshot(method)
                 self.state.seconds = time.perf_counter() - started
-                if self._stop or time.perf_counter() - last_save >= self.save_every_s:
+                due = distributed.is_main() and time.perf_counter() - last_save >= self.save_every_s
+                self._stop, due = distributed.any_of(self._stop, due)
+                if self._stop or due:
                     saved, last_save = self._save(), time.perf_counter()
                     if self._stop and self.state.step < self.total_steps:
                         raise Interrupted(str(saved))
@@ -258,7 +299,8 @@ class Loop:
             raise Interrupted(str(self.context.folder))
 
     def _seeded(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        torch.manual_seed(self.context.seed("step", self.state.step))
+        other = ("process", distributed.rank()) if distributed.rank() > 0 else ()  # whose dropout should not repeat ours
+        torch.manual_seed(self.context.seed("step", self.state.step, *other))
         return step(self.state.step)
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -276,7 +318,7 @@ class Loop:
         """
         self.optimizer.zero_grad(set_to_none=True)
         path = self.context.folder / f"nonfinite-{self.state.step:06d}.json"
-        unsound = [name for name, value in self.model.named_parameters() if not value.isfinite().all()]
+        unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
         document = {"where": str(error), "weights_not_finite": unsound, "rows": list(rows)}
         write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False))
         before = f" ({unsound[0]} was not finite before it)" if unsound else ""
@@ -310,6 +352,7 @@ class Loop:
 
     def _resume(self) -> bool:
         found = load_latest(self.context.folder / "checkpoints", note=self.context.progress.note)
+        distributed.agree(None if found is None else found.step, what="found different checkpoints, by step")
         if found is None:
             self.samples.truncate(0)
             self.context.metrics.truncate_from(lambda row: row["stage"] == self.context.name)
@@ -331,12 +374,13 @@ class Loop:
 
     def _save(self) -> Path:
         state = {name: getattr(self.state, name) for name in Progression.__slots__}
+        tensors = distributed.whole_tensors({**trainable(self.model), **optimizer_tensors(self.optimizer)})
         for log in (self.context.metrics, self.samples):
             log.sync()
         return save_checkpoint(
             self.context.folder / "checkpoints",
             step=self.state.step,
-            tensors={**trainable(self.model), **optimizer_tensors(self.optimizer)},
+            tensors=tensors,
             state={**state, "metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()},
             keep=self.keep,
         )
@@ -419,4 +463,4 @@ def trainable(model: Trained) -> dict[str, torch.Tensor]:
 def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what `trainable` took."""
     for name, parameter in trainable(model).items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(distributed.part_of(tensors[name], parameter))

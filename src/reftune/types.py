@@ -74,6 +74,8 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     """Every random number of a request is a function of this seed and the request's position."""
+    first_position: int = 0
+    """Of the first request of a call; a part of a larger batch does not begin at 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,8 @@ class Graded:
     """The answer that was read, in canonical spelling; None where there is none."""
     reason: str
     """One line for a person."""
+    program_s: float | None = field(default=None, compare=False)
+    """Time that the completion's program ran; None where it is no program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

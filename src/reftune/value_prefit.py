@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from reftune.distributed import from_main, part_of
 from reftune.errors import NonFiniteError
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -35,9 +36,9 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
     if sums.count > 0:
         explained, penalty = max((_explained(sums.solve(p), *last), p) for p in PENALTIES)
     sums.add(*last)
-    weight, bias = sums.solve(penalty)
-    head.weight.copy_(weight[None])
-    head.bias.copy_(bias[None])
+    weight, bias = from_main(lambda: sums.solve(penalty))
+    head.weight.copy_(part_of(weight[None], head.weight))
+    head.bias.copy_(part_of(bias[None], head.bias))
     return explained
 
 
@@ -46,10 +47,10 @@ class _Moments:
 
     def __init__(self, num_features: int) -> None:
         self.count = 0
-        self.x = torch.zeros(num_features, dtype=torch.float64)
-        self.y = torch.zeros((), dtype=torch.float64)
-        self.xx = torch.zeros(num_features, num_features, dtype=torch.float64)
-        self.xy = torch.zeros(num_features, dtype=torch.float64)
+        self.x = torch.zeros(num_features, dtype=torch.float64, device="cpu")
+        self.y = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.xx = torch.zeros(num_features, num_features, dtype=torch.float64, device="cpu")
+        self.xy = torch.zeros(num_features, dtype=torch.float64, device="cpu")
 
     def add(self, features: Tensor, returns: Tensor) -> None:
         features, returns = features.cpu(), returns.cpu()
@@ -64,7 +65,10 @@ class _Moments:
         mean_x, mean_y = self.x / self.count, self.y / self.count
         covariance = self.xx - self.count * torch.outer(mean_x, mean_x)
         ridge = penalty * covariance.diagonal().mean().clamp(min=1e-12)
-        weight = torch.linalg.solve(covariance + ridge * torch.eye(len(mean_x)), self.xy - self.count * mean_x * mean_y)
+        weight = torch.linalg.solve(
+            covariance + ridge * torch.eye(len(mean_x), device=mean_x.device),
+            self.xy - self.count * mean_x * mean_y,
+        )
         return weight, mean_y - weight @ mean_x
 
 

@@ -1,5 +1,6 @@
 """vLLM for real: what the contract suite does not ask of every engine. Run by `make test-vllm`."""
 
+import json
 import os
 import socket
 import subprocess
@@ -13,7 +14,9 @@ import torch
 from torch.testing import assert_close
 
 from reftune.batch import token_batch
-from reftune.engines.vllm import Vllm
+from reftune.engines.kv import Kv
+from reftune.engines.vllm import Server, Vllm, request
+from reftune.export import export_model
 from reftune.recipe import LoraTable
 from reftune.types import SamplingParams
 
@@ -80,11 +83,20 @@ def test_reinforcement_learning_samples_from_the_policy_of_each_step(make_traine
 
 
 @pytest.fixture(scope="module")
-def server(make_policy, tmp_path_factory):
-    """Address of `vllm serve` on a model whose weights are not the policy's."""
-    folder = tmp_path_factory.mktemp("served") / "model"
-    make_policy("llama", seed=9, **ONE_HEAD).save(folder)
-    (folder / "value_head.safetensors").unlink()  # vLLM reads every safetensors file, and refuses weights it does not know
+def exported(make_policy, tmp_path_factory):
+    """A policy, and the folder that `reftune export` makes of a run that chose it."""
+    run, policy = tmp_path_factory.mktemp("served") / "run", make_policy("llama", seed=9, **ONE_HEAD)
+    policy.save(run / "stages" / "reft")
+    stage = {"kind": "rl", "init": "warmup", "chosen_step": 4, "dev_accuracy": 0.5, "dev_n": 8, "looks": 2}
+    (run / "stages" / "reft" / "stage.json").write_text(json.dumps(stage))
+    (run / "recipe.yaml").write_text("name: served\ndataset: {kind: jsonl, train: mine.csv}\n")
+    return policy, export_model(run, "reft", run.with_name("model"))
+
+
+@pytest.fixture(scope="module")
+def server(exported, tmp_path_factory):
+    """Address of `vllm serve` on an exported model."""
+    folder = exported[1]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -114,6 +126,15 @@ def wait_until_healthy(process, address, log):
         except (urllib.error.URLError, OSError):
             time.sleep(1)
     pytest.fail(log.read_text()[-3000:])
+
+
+def test_an_exported_model_is_served_as_it_is(exported, server):
+    policy, folder = exported
+    assert (folder / "value_head" / "model.safetensors").is_file()
+    greedy = SamplingParams(max_new_tokens=12, temperature=0)
+    found = Server(server, 4).sample(PROMPTS, [request(policy, greedy, position) for position in range(len(PROMPTS))])
+    expected = Kv().generate(policy, PROMPTS, greedy)
+    assert [tuple(tokens) for tokens, _ in found] == [completion.token_ids for completion in expected]
 
 
 @pytest.mark.parametrize("lora", [None, LoraTable(rank=4)], ids=["whole", "lora"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from reftune.progress import SilentProgress
-from reftune.run import open_run
+from reftune.run_folder import open_run
 
 pytestmark = pytest.mark.fault
 

@@ -11,7 +11,7 @@ from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import DataError, EngineError, ReftuneError, RewardError
 from reftune.progress import SilentProgress
 from reftune.recipe import Recipe
-from reftune.run import open_run
+from reftune.run_folder import open_run
 
 pytestmark = pytest.mark.fault
 

@@ -17,7 +17,7 @@ from reftune.jsonlines import JsonLines
 from reftune.progress import SilentProgress
 from reftune.recipe import Recipe
 from reftune.reward_model import Classifier
-from reftune.run import open_run
+from reftune.run_folder import open_run
 from reftune.training import Loop
 from reftune.value_prefit import fit_value_head
 

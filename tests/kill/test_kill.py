@@ -36,7 +36,7 @@ class Straight:
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling and evaluation in several parts, so that there is something between them."""
-    monkeypatch.setattr("reftune.evaluate.PROBLEMS_AT_ONCE", 4)
+    monkeypatch.setattr("reftune.evaluation.PROBLEMS_AT_ONCE", 4)
     monkeypatch.setattr("reftune.self_train.SAMPLES_AT_ONCE", 24)
 
 

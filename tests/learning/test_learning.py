@@ -13,7 +13,7 @@ import pytest
 from reftune.jsonlines import JsonLines
 from reftune.progress import SilentProgress
 from reftune.recipe import Recipe
-from reftune.run import open_run
+from reftune.run_folder import open_run
 
 SEEDS = [0, 1, 2]
 

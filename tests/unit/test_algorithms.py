@@ -21,7 +21,7 @@ from reftune.batch import RolloutBatch, token_batch
 from reftune.encoding import Encoder
 from reftune.losses import kl_terms
 from reftune.policy import TokenScores
-from reftune.train_rl import Rl, rollout_batch
+from reftune.train_rl import Rl, rollout_batch, worth_showing
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 
 
@@ -314,3 +314,16 @@ def test_the_likelihood_term_of_ppo_is_a_mean_over_the_tokens_of_correct_samples
     now = torch.tensor([-1.0, -1.0, -2.0])[:, None] * sampled.response_mask
     plain = loss_of(Ppo(value_coef=0, kl_coef=0), sampled, now)
     assert loss_of(algorithm, sampled, now) - plain == pytest.approx(0.5 * 7 / 4)
+
+
+# --- what is kept for people to read ----------------------------------------------------------------------------------
+
+
+def test_samples_of_followed_problems_the_longest_and_one_that_took_too_long_are_kept():
+    sampled = [rollout(id, 1.0) for id in "aabbccddeeff"]
+    sampled[7] = rollout("d", 0.1, tokens=9)
+    sampled[9] = replace(sampled[9], graded=Graded(verdict=Verdict.TIMEOUT, value=None, reason=""))
+    kept = worth_showing(sampled, {"c", "f", "z"})
+    assert [r.problem.id for r in kept] == ["c", "f", "a", "b", "d", "e"]
+    assert kept[4:] == [sampled[7], sampled[9]]
+    assert worth_showing(sampled[:2], set()) == sampled[:2]  # fewer problems than places: further tries

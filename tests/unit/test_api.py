@@ -81,7 +81,7 @@ def test_evaluate_takes_a_policy_and_problems(make_policy):
 def test_the_package_is_imported_fast_and_its_names_work_whatever_was_imported_before():
     code = (
         "import sys, reftune; assert not {'torch', 'pydantic', 'yaml'} & set(sys.modules), 'import reftune is heavy'; "
-        "import reftune.run, reftune.evaluate; from reftune.run import run_recipe; from reftune.evaluate import accuracy; "
+        "import reftune.run_folder, reftune.evaluation, reftune.cli; "
         "assert {'run', 'grade', 'evaluate'} <= set(dir(reftune)); assert callable(reftune.grade); "
         "import reftune.api as api, unittest.mock as m; "
         "api.run = m.Mock(return_value=5); api.evaluate = m.Mock(return_value=6); "
@@ -91,3 +91,18 @@ def test_the_package_is_imported_fast_and_its_names_work_whatever_was_imported_b
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'rum'"):
         _ = reftune.rum
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["/x/bin/reftune", "run", "a.yaml", "b={c: d}"], "reftune run a.yaml 'b={c: d}'"),
+        (["/x/reftune/__main__.py", "demo"], "reftune demo"),
+        (["benchmarks/reproduce.py", "0", "1"], "python benchmarks/reproduce.py 0 1"),
+    ],
+)
+def test_the_command_that_is_kept_can_be_typed_again(monkeypatch: pytest.MonkeyPatch, typed: list[str], told: str):
+    from reftune.run_folder import command
+
+    monkeypatch.setattr(sys, "argv", typed)
+    assert command() == told

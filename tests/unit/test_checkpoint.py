@@ -230,9 +230,12 @@ def test_linked_files_replace_those_in_their_place(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     fill("new")(source)
     fill("old")(target)
-    link_files(source, target)
+    fill("new, deeper")(source / "folder")
+    for _ in range(2):
+        link_files(source, target)
     assert (target / "file").read_text() == "new"
     assert (target / "file").samefile(source / "file")
+    assert (target / "folder" / "file").read_text() == "new, deeper"
 
 
 def test_files_are_copied_where_the_disk_has_no_links(tmp_path, monkeypatch):

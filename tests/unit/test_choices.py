@@ -27,7 +27,7 @@ from reftune.formats.nl import Nl
 from reftune.formats.program import Program
 from reftune.progress import SilentProgress
 from reftune.report import choices_table
-from reftune.run import run_recipe
+from reftune.run_folder import run_recipe
 from reftune.types import Answer, Completion, Graded, Problem
 
 RHOMBUS = Problem(id="r", question="The diagonals are 18 and 22. What is the area?", answer=Answer(kind="choice", value="c"),
@@ -185,7 +185,7 @@ def test_a_run_on_multiple_choice_logs_and_prints_the_signs(make_recipe, monkeyp
     assert (signs["n"], signs["n_numeric"], signs["by_options"]["4"]["n"]) == (10, 10, 10)
     table = choices_table(summary)
     assert [line.split()[0] for line in table.splitlines()] == ["Multiple", "───────────────", "SFT", "ReFT"]
-    monkeypatch.setattr("reftune.run.diagnose", lambda *arguments, **options: pytest.fail("asked again"))
+    monkeypatch.setattr("reftune.run_folder.diagnose", lambda *arguments, **options: pytest.fail("asked again"))
     assert run_recipe(recipe, progress=SilentProgress()) == summary
 
 

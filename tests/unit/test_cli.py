@@ -34,7 +34,7 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A working directory with a recipe, a fake `reftune.run`, and what it was asked."""
+    """A working directory with a recipe, a fake `reftune.run_folder`, and what it was asked."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     (tmp_path / "mine.py").write_text(PLUGIN)
@@ -52,7 +52,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         monkeypatch.setitem(sys.modules, name, module)
 
     fake(
-        "reftune.run",
+        "reftune.run_folder",
         run_recipe=lambda recipe, progress: act("run", recipe),
         run_stages=lambda recipe, kinds, progress: act("stages", kinds),
         evaluate_methods=lambda recipe, methods, progress: act("evaluate", methods),

@@ -1,4 +1,4 @@
-"""Time and memory estimates, redone by hand."""
+"""Time estimates, redone by hand."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +13,6 @@ from reftune.estimate import (
     _sample_speed,
     _train_speed,
     evaluation_seconds,
-    memory_parts,
-    peak_bytes,
     stage_seconds,
 )
 
@@ -127,31 +125,3 @@ def test_training_is_timed_after_a_warm_up_on_what_the_budget_allows(monkeypatch
     assert _train_speed(None, batch, 10**6) == pytest.approx(750 / 7.6)  # type: ignore[arg-type]
     assert passes == [5, 5, 15]
     assert _train_speed(None, batch, 100) == pytest.approx(100 / 1.1), "a micro-batch holds two rows"  # type: ignore[arg-type]
-
-
-def test_memory_counts_weights_optimizer_reference_and_cache(make_policy: Any, make_recipe: Any):
-    policy = make_policy("llama")
-    recipe = make_recipe(lengths={"max_new": 13}, engine={"kind": "kv", "batch_size": 20})
-    parts = memory_parts(policy, recipe, longest_prompt=30)
-    total = sum(parameter.numel() for parameter in policy.parameters())
-    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * total, 4 * total, 8 * total)
-    assert parts["reference"] == 4 * total, "PPO with a KL penalty keeps a copy"
-    # keys and values, fp32, 2 layers, 2 heads of 32/4 numbers, 20 rows of 30 + 13 tokens
-    assert parts["cache"] == 2 * 4 * 2 * 2 * 8 * 20 * 43
-
-
-def test_adapters_need_no_copy_and_hardly_any_optimizer(make_policy: Any, make_recipe: Any):
-    from reftune.recipe import LoraTable
-
-    full, adapters = (
-        memory_parts(make_policy("llama", lora=lora), make_recipe(), longest_prompt=30) for lora in (None, LoraTable(rank=1))
-    )
-    assert adapters["reference"] == 0
-    assert adapters["optimizer"] < full["optimizer"] / 4
-
-
-def test_sampling_and_updating_take_turns_in_memory():
-    parts = {"weights": 1.0, "gradients": 2, "optimizer": 4, "reference": 8, "activations": 16, "logits": 32, "cache": 100}
-    # 1 + 4 + 8 always, then the larger of 100 for the cache and 16 + 32 + 2 for the update
-    assert peak_bytes(parts) == 113
-    assert peak_bytes({**parts, "cache": 0}) == 63

@@ -13,7 +13,7 @@ from reftune.errors import RewardError
 from reftune.policy import TokenScores
 from reftune.progress import SilentProgress
 from reftune.recipe import load_component, load_recipe
-from reftune.run import run_recipe
+from reftune.run_folder import run_recipe
 from reftune.types import Answer, Completion, Graded, Problem, SamplingParams, Verdict
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,14 @@ def run_folder(tmp_path: Path) -> Path:
     run = tmp_path / "runs" / "tiny"
     stage = run / "stages" / "reft"
     (stage / "checkpoints" / "step-000004").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "samples.jsonl"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "samples.jsonl",
+        "sampled.jsonl",
+        "nonfinite-000003.json",
+    ):
         (stage / name).write_text(name)
     document = {"kind": "rl", "init": "warmup", "chosen_step": 40, "dev_accuracy": 0.625, "dev_n": 8, "looks": 3}
     (stage / "stage.json").write_text(json.dumps(document))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -225,6 +226,16 @@ def test_equal_programs_run_once(robust: Program, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Sandbox, "run", run)
     robust.grade([number("5")] * 3, [BODY, BODY, f"{HEADER}{BODY}"])
     assert seen == [HEADER + BODY]
+
+
+def test_a_program_tells_how_long_it_ran(robust: Program, paper: Program) -> None:
+    slow, text = "    return sum(range(3_000_000))", "no program at all"
+    for format in (robust, paper):
+        fast, slower = format.grade([number("3")] * 2, ["    return 3", slow])
+        assert fast.program_s is not None and slower.program_s is not None
+        assert 0 < fast.program_s < slower.program_s
+    assert robust.grade([number("3")], [text])[0].program_s is None
+    assert replace(slower, program_s=None) == slower, "times make no difference between grades"
 
 
 def test_a_batch_of_nothing_is_nothing(robust: Program, paper: Program) -> None:

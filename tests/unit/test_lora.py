@@ -12,7 +12,7 @@ from reftune.jsonlines import JsonLines
 from reftune.policy import Policy
 from reftune.progress import SilentProgress
 from reftune.recipe import LoraTable
-from reftune.run import open_run
+from reftune.run_folder import open_run
 from reftune.training import trainable
 from reftune.types import SamplingParams
 

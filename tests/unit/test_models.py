@@ -218,7 +218,7 @@ def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_s
     from transformers import PreTrainedTokenizerFast
 
     from reftune.progress import SilentProgress
-    from reftune.run import load_splits, run_recipe, scratch_texts
+    from reftune.run_folder import load_splits, run_recipe, scratch_texts
 
     recipe = make_recipe()
     model, plain = load_model(recipe.model, texts=scratch_texts(recipe.format, load_splits(recipe)))

@@ -1,5 +1,6 @@
 """The notebook runs from top to bottom, with settings so small that it learns nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,19 +8,38 @@ import pytest
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "first_steps.ipynb"
 
 
+@pytest.fixture(autouse=True)
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFTUNE_TINY", "1")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.timeout(300)
-def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_cells_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    namespace: dict[str, object] = {}
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
+    check(capsys.readouterr().out, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_notebook_runs_in_jupyter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("REFTUNE_TINY", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    check("".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())), tmp_path)
+
+
+def check(said: str, folder: Path) -> None:
     assert "correct    21 is the gold answer 21" in said
     assert "of 20 test problems" in said
-    assert (tmp_path / "runs" / "first-steps" / "report.html").is_file()
+    assert (folder / "runs" / "first-steps" / "report.html").is_file()
 
 
 def test_the_notebook_is_kept_without_outputs():

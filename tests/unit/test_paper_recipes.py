@@ -12,7 +12,7 @@ import pytest
 from reftune.check import check_offline
 from reftune.progress import SilentProgress
 from reftune.recipe import Recipe, load_recipe
-from reftune.run import load_splits, run_recipe, scratch_texts
+from reftune.run_folder import load_splits, run_recipe, scratch_texts
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
 NAMES = sorted(path.stem for path in PAPER.glob("*.yaml"))

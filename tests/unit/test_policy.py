@@ -160,6 +160,7 @@ def test_the_reference_is_read_at_the_temperature_asked_for(make_policy, batch):
 def test_a_saved_policy_comes_back_with_its_value_head(make_policy, batch, tmp_path, family):
     policy = make_policy(family)
     policy.save(tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == ["model.safetensors"]  # vLLM takes them all
     loaded = Policy(*load_pretrained(tmp_path / "model"))
     loaded.load_value_head(tmp_path / "model")
     expected, found = policy.score(batch, max_tokens=100), loaded.score(batch, max_tokens=100)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from reftune.recipe import load_recipe
-from reftune.run import check_stage_graph
+from reftune.run_folder import check_stage_graph
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo"

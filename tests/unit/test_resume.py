@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import CheckpointError, RecipeError
 from reftune.progress import SilentProgress
 from reftune.recipe import Recipe, dump_recipe
-from reftune.run import open_run
+from reftune.run_folder import open_run
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -63,9 +64,8 @@ def straight(kept: dict[str, Any], make_recipe: MakeRecipe, tmp_path: Path) -> d
 def test_the_run_that_is_compared_with_has_everything(straight):
     # otherwise the tests below would show less than they say
     assert {"stages/warmup/model.safetensors", "stages/sft/model.safetensors", "stages/reft/model.safetensors"} <= set(straight)
-    assert {"stages/reft/value_head.safetensors", "stages/reft/samples.jsonl", "eval/reft.jsonl", "eval/sft.jsonl"} <= set(
-        straight
-    )
+    assert {"stages/reft/value_head/model.safetensors", "stages/reft/samples.jsonl"} <= set(straight)
+    assert {"eval/reft.jsonl", "eval/sft.jsonl"} <= set(straight)
     assert len({straight[f"stages/{name}/model.safetensors"] for name in ("warmup", "sft", "reft")}) == 3
     rewards = {row["reward/mean"] for row in straight["metrics"] if "reward/mean" in row}
     assert len(rewards) > 1
@@ -121,7 +121,7 @@ def test_a_finished_run_does_nothing_when_started_again(make_recipe, straight, k
 @pytest.mark.parametrize(("whole_lines", "torn"), [(0, b'{"id"'), (3, b""), (4, b'{"id": "test-4", "que'), (9, b"")])
 def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(make_recipe, straight, kept, monkeypatch, whole_lines, torn):
     # 10 problems in parts of 4: samples of a part share a seed, so a part that was cut is drawn again
-    monkeypatch.setattr("reftune.evaluate.PROBLEMS_AT_ONCE", 4)
+    monkeypatch.setattr("reftune.evaluation.PROBLEMS_AT_ONCE", 4)
     recipe = make_recipe(run_dir=str(kept["folder"]))
     path = recipe.folder / "eval" / "sft.jsonl"
     original = path.read_bytes()
@@ -255,6 +255,21 @@ def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_
     message = refused(make_recipe(stages={"reft": {"steps": 5}}), RecipeError)
     assert message == f"{recipe.folder}: belongs to another recipe: stages.reft.steps was 4, now 5; choose another run_dir"
     assert "seed was 0, now 7" in refused(make_recipe(seed=7), RecipeError)
+
+
+def test_a_run_from_before_a_recipe_key_existed_goes_on_where_the_key_has_its_default(make_recipe):
+    recipe = make_recipe()
+    with open_run(recipe, SilentProgress()):
+        pass
+    path = recipe.folder / "recipe.yaml"
+    stored = yaml.safe_load(path.read_text())
+    assert stored["stages"]["reft"].pop("mismatch_cap", "") is None
+    assert stored["engine"].pop("refill") == 0.25
+    path.write_text(yaml.safe_dump(stored))
+    with open_run(recipe, SilentProgress()):
+        pass
+    message = refused(make_recipe(engine={"kind": "kv", "batch_size": 20, "refill": 0.5}), RecipeError)
+    assert "engine.refill was 0.25, now 0.5" in message
 
 
 def test_a_run_folder_may_be_moved(make_recipe, tmp_path):

@@ -30,7 +30,7 @@ from reftune.reward_model import (
     score_texts,
     solution_batch,
 )
-from reftune.run import check_stage_graph, open_run
+from reftune.run_folder import check_stage_graph, open_run
 from reftune.self_train import Samples
 from reftune.training import OptimizerTable, make_optimizer, optimizer_step
 from reftune.types import Answer, Graded, Problem, Verdict
@@ -257,7 +257,7 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked, monkeypat
         run.train("sft")
         run.train("judge")
         with monkeypatch.context() as patch:
-            patch.setattr("reftune.run.add_scores", lambda *_, **__: None)  # stopped before it was scored
+            patch.setattr("reftune.run_folder.add_scores", lambda *_, **__: None)  # stopped before it was scored
             run.evaluate("sft")
         path = recipe.folder / "eval" / "sft.jsonl"
         answered = [json.loads(line) for line in path.read_text().splitlines()]

@@ -13,7 +13,7 @@ from reftune import self_train
 from reftune.errors import DataError, RecipeError
 from reftune.progress import SilentProgress
 from reftune.recipe import Recipe
-from reftune.run import check_stage_graph, open_run
+from reftune.run_folder import check_stage_graph, open_run
 from reftune.self_train import Samples, Sampling, SelfTrain, describe, distinct, draw, join_as_paper, join_once
 from reftune.training import StageContext
 from reftune.types import Graded, Problem, Verdict

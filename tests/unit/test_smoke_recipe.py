@@ -10,7 +10,7 @@ import pytest
 
 from reftune.progress import SilentProgress
 from reftune.recipe import Recipe, load_recipe
-from reftune.run import run_recipe
+from reftune.run_folder import run_recipe
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "demo" / "smoke.yaml"
 RL = ("online_st", "reft", "reft_modern", "grpo", "dr_grpo", "rloo")
@@ -130,7 +130,7 @@ def test_answers_and_samples_of_every_method_are_kept(finished, method):
     if method in RL:
         shown = rows(recipe.folder / "stages" / method / "samples.jsonl")
         assert {"step", "id", "question", "gold", "completion", "verdict", "value", "reward", "reason", "finish_reason",
-                "logprobs", "tokens"} <= set(shown[0])  # fmt: skip
+                "program_s", "logprobs", "tokens"} <= set(shown[0])  # fmt: skip
 
 
 def test_a_finished_run_is_not_done_again(finished):

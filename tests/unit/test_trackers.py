@@ -94,7 +94,38 @@ def test_a_tracker_that_cannot_start_is_one_line(recipe, monkeypatch: pytest.Mon
 def test_the_default_may_be_switched_off_on_an_old_run(make_recipe):
     content = make_recipe().model_dump(mode="json")
     assert parse_recipe({**content, "trackers": []}).trackers == []
-    from reftune.run import _first_difference
+    from reftune.run_folder import _first_difference
 
     assert _first_difference(content, {**content, "trackers": []}) is None
     assert _first_difference(content, {**content, "seed": 7}) is not None
+
+
+@pytest.mark.parametrize("fails", ["log", "finish"])
+def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(recipe, monkeypatch: pytest.MonkeyPatch, fails: str):
+    notes, calls = [], []
+
+    class Failing:
+        name = "tensorboard"
+
+        def log(self, values, step):
+            self._call("log")
+
+        def finish(self):
+            self._call("finish")
+
+        def _call(self, what):
+            calls.append(what)
+            if what == fails:
+                raise OSError(28, "No space left on device", "events")
+
+    monkeypatch.setattr(trackers, "_open", lambda name, recipe: Failing())
+    progress = SilentProgress()
+    monkeypatch.setattr(progress, "note", notes.append)
+    watched = TrackedProgress(progress, ["tensorboard"], recipe())
+    watched.stage("sft", 2)
+    for step in (1, 2):
+        watched.step(step, {"loss/total": 1.0})
+    watched.close()
+    assert calls == (["log"] if fails == "log" else ["log", "log", "finish"])
+    assert len(notes) == 1
+    assert "No space left on device" in notes[0] and notes[0].endswith("the run goes on without it")

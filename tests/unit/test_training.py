@@ -18,7 +18,7 @@ from reftune.collect import Collector
 from reftune.encoding import Encoder
 from reftune.errors import DataError, EngineError, NonFiniteError, RecipeError, RewardError
 from reftune.progress import SilentProgress
-from reftune.run import open_run
+from reftune.run_folder import open_run
 from reftune.train_sft import Sft, accumulate_nll, gold_examples
 from reftune.training import Interrupted, OptimizerTable, load_trainable, make_optimizer, optimizer_step, rate, trainable
 from reftune.types import Answer, Problem, SamplingParams

@@ -62,7 +62,7 @@ class Continuous(Component):
             max_requests_per_batch=rows,
             max_batch_tokens=max(rows, self.batch_tokens),
             return_logprobs=True,
-            seed=params.seed,
+            seed=params.seed + params.first_position,
         )
 
 

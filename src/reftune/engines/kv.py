@@ -41,7 +41,7 @@ class Kv(Component):
     @torch.no_grad()
     def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """One completion a prompt, in order; see `reftune.engines.Engine`."""
-        requests = [_Request(position=i, prompt=list(prompt)) for i, prompt in enumerate(prompts)]
+        requests = [_Request(position=i, prompt=list(prompt)) for i, prompt in enumerate(prompts, params.first_position)]
         waiting = sorted(requests, key=lambda request: len(request.prompt))  # similar lengths share a batch
         with policy.inference():
             decoder = _Decoder(policy, params)

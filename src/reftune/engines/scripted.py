@@ -18,7 +18,8 @@ class Scripted(Component):
 
     def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """One completion a prompt, in order; its log-probabilities are 0, as a script is certain of its words."""
-        return [self._completion(policy, self.texts[i % len(self.texts)], params) for i in range(len(prompts))]
+        positions = range(params.first_position, params.first_position + len(prompts))
+        return [self._completion(policy, self.texts[i % len(self.texts)], params) for i in positions]
 
     def _completion(self, policy: Policy, text: str, params: SamplingParams) -> Completion:
         token_ids = [*policy.tokenizer.encode(text, add_special_tokens=False), policy.tokenizer.eos_token_id]

@@ -54,7 +54,7 @@ class Vllm(Component):
         """One completion a prompt, in order; see `reftune.engines.Engine`. Raises: EngineError, RecipeError."""
         if not prompts:
             return []
-        requests = [request(policy, params, position) for position in range(len(prompts))]
+        requests = [request(policy, params, position) for position, _ in enumerate(prompts, params.first_position)]
         with self._weights(policy) as folder:
             client = Server(self.server, self.batch_size) if self.server is not None else self._colocated(policy, folder)
             client.load(folder)

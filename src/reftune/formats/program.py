@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
@@ -90,7 +91,8 @@ def _grade_robust(problem: Problem, results: Sequence[ExecutionResult]) -> Grade
     if not results:
         return Graded(verdict=Verdict.NO_ANSWER, value=None, reason="the text defines no solution() and returns nothing")
     result = next((result for result in results if result.status is not ExecutionStatus.ERROR), results[0])
-    return grade_value(result.value, problem) if result.status is ExecutionStatus.OK else _failed(result)
+    graded = grade_value(result.value, problem) if result.status is ExecutionStatus.OK else _failed(result)
+    return replace(graded, program_s=sum(result.seconds for result in results))
 
 
 def _failed(result: ExecutionResult) -> Graded:
@@ -119,6 +121,6 @@ def _paper_source(problem: Problem, completion: str) -> str:
 
 def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
     """A crash is the value "none" where answers are strings, and no value where they are numbers."""
-    if result.status is ExecutionStatus.OK or problem.answer.kind != "number":
-        return grade_value_paper(result.value, problem)
-    return _failed(result)
+    has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
+    graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
+    return replace(graded, program_s=result.seconds)

@@ -23,6 +23,8 @@ class Metric:
     """The axis goes no lower: early outliers would flatten the rest."""
     of_groups: bool = False
     """Whether it says something only of stages that sample a problem more than once."""
+    exact: bool = False
+    """Whether it has no noise that a running mean would take away."""
 
 
 LEARNING = (
@@ -126,6 +128,7 @@ MACHINERY = (
         title="Learning rate",
         explain="How large a step the optimizer takes along the gradient.",
         over_passes=True,
+        exact=True,
     ),
     Metric(
         key="loss/sft",

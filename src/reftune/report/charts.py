@@ -55,6 +55,8 @@ class Chart:
     """Whether the axis must hold 0."""
     floor: float | None = None
     """The axis goes no lower."""
+    exact: bool = False
+    """Drawn as it is, without a running mean, however many points there are."""
 
     def json(self) -> dict[str, Any]:
         """For the page's script."""
@@ -113,6 +115,7 @@ def _metric_chart(metric: Metric, series: tuple[Series, ...]) -> Chart:
         unit=metric.unit,
         x_label=PASSES if metric.over_passes else STEPS,
         floor=metric.floor,
+        exact=metric.exact,
     )
 
 
@@ -363,7 +366,7 @@ def voting_charts(groups: Sequence[Group], table: ScoreTable) -> list[Chart]:
         if series:
             charts.append(
                 Chart(key=f"{rule}@k", title=title, explain=explain, series=series, x_label="samples k", unit="percent",
-                      log_x=True, zero=False)
+                      log_x=True, zero=False, exact=True)
             )  # fmt: skip
     return charts
 

@@ -1,13 +1,15 @@
-"""The two main figures as PNG and SVG, for papers and slides."""
+"""The page's main charts as PNG and SVG, for papers and slides."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reftune.report.charts import Chart, dev_chart, method_colours
+from reftune.report.catalogue import CHARACTER, LEARNING
+from reftune.report.charts import PASSES, STEPS, Chart, dev_chart, method_colours, training_charts, voting_charts
 from reftune.report.summary import ScoreTable, display, read_groups, score_table
 
 if TYPE_CHECKING:
@@ -16,10 +18,13 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 INK, SOFT, GRID = "#17191c", "#565d66", "#e4e6e8"
 DPI = 200
+X_LABELS = {STEPS: "step", PASSES: "sequences trained on"}
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
-    """`accuracy` (bars with intervals) and `dev_accuracy` (curves), each as .png and .svg; returns the files.
+    """`accuracy` (bars with intervals) and a figure a curve (`dev_accuracy`, `reward_mean`, `maj@k`, …), each as .png and .svg.
+
+    Returns the files.
 
     Raises: DataError where a run is missing, damaged or unfinished, or where runs met different problems.
     """
@@ -28,8 +33,9 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = _save(folder / "accuracy", lambda axes: _draw_bars(axes, table), height=0.9 + 0.42 * len(table.methods))
-    if dev is not None:
-        written += _save(folder / "dev_accuracy", lambda axes: _draw_curves(axes, dev), height=3.4)
+    curves = training_charts(groups, (*LEARNING, *CHARACTER))
+    for chart in [*([dev] if dev else []), *curves, *voting_charts(groups, table)]:
+        written += _save(folder / chart.key.replace("/", "_"), partial(_draw_curves, chart=chart), height=3.4)
     return written
 
 
@@ -77,23 +83,38 @@ def _draw_curves(axes: Axes, chart: Chart) -> None:
     colours = _hex_colours()
     for series in chart.series:
         colour = colours[series.colour]
-        axes.plot(series.x, _percents(series.y), color=colour, linewidth=1.8, label=series.label)
+        y = _scaled(series.y, chart)
+        axes.plot(series.x, y, color=colour, linewidth=1.8, label=series.label)
         if series.low is not None and series.high is not None:
-            axes.fill_between(series.x, _percents(series.low), _percents(series.high), color=colour, alpha=0.12, linewidth=0)
+            low, high = _scaled(series.low, chart), _scaled(series.high, chart)
+            axes.fill_between(series.x, low, high, color=colour, alpha=0.12, linewidth=0)
         if series.mark is not None:
-            chosen = series.x[series.mark], _percents(series.y)[series.mark]
-            axes.plot(*chosen, marker="o", markersize=6, markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.6)
-    axes.legend(frameon=False, loc="lower right", labelcolor="linecolor", handlelength=1.2)
+            ring: dict[str, Any] = {
+                "markersize": 6,
+                "markerfacecolor": "white",
+                "markeredgecolor": colour,
+                "markeredgewidth": 1.6,
+            }
+            axes.plot(series.x[series.mark], y[series.mark], marker="o", **ring)
+    axes.legend(frameon=False, loc="best", labelcolor="linecolor", handlelength=1.2)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("dev accuracy, %")
-    axes.set_xlabel("sequences trained on (rings: chosen models)")
+    if chart.log_x:
+        axes.set_xscale("log")
+    if chart.floor is not None:
+        axes.set_ylim(bottom=max(chart.floor, axes.get_ylim()[0]))
+    elif chart.zero:
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.set_ylabel(chart.title + (", %" if chart.unit == "percent" else ""))
+    rings = any(series.mark is not None for series in chart.series)
+    axes.set_xlabel(X_LABELS.get(chart.x_label, chart.x_label) + (" (rings: chosen models)" if rings else ""))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _percents(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else 100 * value for value in values]
+def _scaled(values: Sequence[float | None], chart: Chart) -> list[float]:
+    """In percent where the chart is."""
+    scale = 100 if chart.unit == "percent" else 1
+    return [float("nan") if value is None else scale * value for value in values]
 
 
 def _hex_colours() -> dict[str, str]:

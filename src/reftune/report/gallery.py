@@ -17,6 +17,8 @@ PROBLEMS_BYTES = 1_400_000
 SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
+EXTREMES = 12
+"""Longest and slowest samples of a stage that are there in any case."""
 
 Json = dict[str, Any]
 
@@ -55,8 +57,9 @@ def samples(groups: Sequence[Group]) -> Json:
         if name in run.stages and run.stages[name].samples
     ]
     each = MAX_SAMPLES // len(pools) if pools else 0
-    chosen = [_sample(sample, index, seed) for index, seed, pool in pools for sample in _spread(pool, each)]
-    order = _interleaved(range(len(chosen)))
+    chosen = [_sample(pool[place], index, seed) for index, seed, pool in pools for place in _spread(pool, each)]
+    extreme = {*_largest(chosen, "tokens"), *_largest(chosen, "program_s")}
+    order = sorted(_interleaved(range(len(chosen))), key=lambda place: place not in extreme)
     kept = sorted(_within(order, dict(enumerate(chosen)), SAMPLES_BYTES))
     return {
         "methods": [{"label": display(label), "colour": colours[label]} for label in labels],
@@ -84,10 +87,18 @@ def _interleaved(indices: Sequence[int]) -> list[int]:
     return sorted(indices, key=lambda index: (index % 16 != 0, index % 4 != 0, index % 2 != 0))
 
 
-def _spread(pool: Sequence[TrainingSample], count: int) -> list[TrainingSample]:
+def _spread(pool: Sequence[TrainingSample], count: int) -> list[int]:
+    """Places of samples evenly apart, and of the longest and slowest."""
     if len(pool) <= count:
-        return list(pool)
-    return [pool[index * len(pool) // count] for index in range(count)]
+        return list(range(len(pool)))
+    attempts = [{"tokens": sample.attempt.num_tokens, "program_s": sample.attempt.program_s} for sample in pool]
+    extreme = {*_largest(attempts, "tokens"), *_largest(attempts, "program_s")}
+    return sorted(extreme | {index * len(pool) // count for index in range(count)})
+
+
+def _largest(rows: Sequence[Json], key: str) -> list[int]:
+    """Places of the `EXTREMES` rows with most of `key`, the first of equal ones first."""
+    return sorted((place for place, row in enumerate(rows) if row[key]), key=lambda place: -rows[place][key])[:EXTREMES]
 
 
 def _problem(rows: Sequence[Any]) -> Json:
@@ -117,6 +128,7 @@ def _sample(sample: TrainingSample, method: int, seed: int) -> Json:
         "method": method,
         "seed": seed,
         "step": sample.step,
+        "program_s": sample.attempt.program_s,
         "id": sample.id,
         "question": _cut(sample.question),
         "gold": _cut(sample.gold),

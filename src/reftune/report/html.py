@@ -65,6 +65,7 @@ def render_report(groups: Sequence[Group]) -> str:
         live=any(run.missing for group in groups for run in group.runs),
         scale=_scale(bound for method in table.methods for score in method.scores.values() for bound in score.ci95),
         methods=_method_rows(table),
+        votes=_votes(table),
         differences=_difference_rows(table),
         pair=_pair(groups, table),
         equal=_equal(dev, table),
@@ -215,7 +216,11 @@ def _method_rows(table: ScoreTable) -> list[dict[str, Any]]:
             "label": display(method.label),
             "colour": colours[method.label],
             "greedy": method.greedy,
-            "others": [{"rule": rule, "score": score} for rule, score in method.scores.items() if _is_vote(rule)],
+            "others": [
+                {"rule": rule, "kind": rule.partition("@")[0], "score": score}
+                for rule, score in method.scores.items()
+                if _is_vote(rule)
+            ],
             "facts": _facts(method),
         }
         for method in table.methods
@@ -235,6 +240,13 @@ def _facts(method: MethodScore) -> list[str]:
 
 def _is_vote(rule: str) -> bool:
     return rule != GREEDY and not rule.startswith("pass@")
+
+
+def _votes(table: ScoreTable) -> str:
+    """What the marks beside the dots are."""
+    kinds = {rule.partition("@")[0] for method in table.methods for rule in method.scores if _is_vote(rule)}
+    marks = {"maj": "the majority’s answer (diamond)", "rerank": "the one that the reward model likes best (square)"}
+    return ", ".join(text for kind, text in marks.items() if kind in kinds)
 
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:

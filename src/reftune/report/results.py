@@ -26,6 +26,8 @@ class Attempt:
     num_tokens: int | None
     score: float | None
     """A reward model's, where one has scored the sample."""
+    program_s: float | None
+    """Time its program ran; None where that was not written down."""
 
     @property
     def correct(self) -> bool:
@@ -310,6 +312,7 @@ def _attempt(row: Mapping[str, Any], where: str) -> Attempt:
         finish_reason=str(row.get("finish_reason", "")),
         num_tokens=len(tokens) if isinstance(tokens, list) else tokens,
         score=row.get("score"),
+        program_s=row.get("program_s"),
     )
 
 

@@ -222,4 +222,4 @@ def _training_samples(problems: list[dict[str, Any]], steps: int, rng: np.random
             tokens = [*re.findall(r"\s*\S+", attempt["completion"]), "<eos>"]
             logprobs = [round(float(-rng.exponential(0.25)), 4) for _ in tokens]
             yield {"step": step, "id": problem["id"], "question": problem["question"], "gold": str(problem["gold"]),
-                   **attempt, "tokens": tokens, "logprobs": logprobs}  # fmt: skip
+                   **attempt, "program_s": 0.002 * (step % 7), "tokens": tokens, "logprobs": logprobs}  # fmt: skip

@@ -89,6 +89,10 @@ def test_the_page_draws_and_filters_without_a_fault(write_run: WriteRun, tmp_pat
         wrong.click();
         $("sample-from").value = "3"; $("sample-to").value = "3"; $("sample-from").dispatchEvent(new Event("input"));
         out.stepThree = count();
+        $("sample-from").value = ""; $("sample-to").value = ""; $("sample-order").value = "slow";
+        $("sample-order").dispatchEvent(new Event("change"));
+        out.slowest = document.querySelector("#sample-list header").textContent;
+        $("sample-order").value = "new";
         $("sample-search").value = "no such words"; $("sample-search").dispatchEvent(new Event("input"));
         out.none = count();
         $("sample-search").value = ""; $("sample-from").value = ""; $("sample-to").value = "";
@@ -120,6 +124,7 @@ def test_the_page_draws_and_filters_without_a_fault(write_run: WriteRun, tmp_pat
     assert found["wrongShown"]
     assert 0 < found["stepThree"] <= 3
     assert found["none"] == 0
+    assert found["slowest"].endswith("ran 12 ms")
     assert found["followed"] == 1
     assert found["place"] == f"1 of {found['disagree']}"
     assert found["moved"]

@@ -130,6 +130,23 @@ def test_samples_keep_the_tokens_they_shade(write_run: WriteRun) -> None:
     assert len(row["pieces"]) == len(row["logprobs"]) > 3
 
 
+def test_the_longest_and_the_slowest_samples_are_in_the_page_however_many_there_are(write_run: WriteRun) -> None:
+    folder = write_run(rl_steps=800)  # about 2,400 samples
+    counted = iter(range(10_000))
+
+    def change(row: dict[str, Any]) -> None:
+        place = next(counted)
+        row.update(program_s=5.0 if place == 1_001 else 0.001)
+        if place == 1_503:
+            row.update(tokens=["long"] * 900, logprobs=[-0.1] * 900)
+
+    rewrite(folder / "stages" / "reft" / "samples.jsonl", change)
+    shown = data_of(page_of(folder))["samples"]
+    assert len(shown["rows"]) < 1_300 < shown["total"]
+    assert max(row["tokens"] for row in shown["rows"]) == 900
+    assert max(row["program_s"] for row in shown["rows"]) == 5.0
+
+
 def test_a_foreign_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a run folder"):
         report_command([tmp_path])
@@ -142,13 +159,23 @@ def test_durations_show_two_units() -> None:
     ]  # fmt: skip
 
 
-def test_figures_are_written_twice_and_alike(write_run: WriteRun, tmp_path: Path) -> None:
+def test_the_main_curves_are_written_as_figures(write_run: WriteRun, tmp_path: Path) -> None:
+    written = write_figures([write_run(num_samples=2)], tmp_path / "figures")
+    assert {path.stem for path in written} == {
+        "accuracy", "dev_accuracy", "reward_mean", "reward_correct", "kl_reference", "policy_entropy", "response_length",
+        "response_truncated", "maj@k", "pass@k",
+    }  # fmt: skip
+    for path in written:
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG") if path.suffix == ".png" else b"ReFT" in content, path
+
+
+def test_the_same_runs_give_the_same_figures(write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reftune.report.figures.training_charts", lambda *_: [])
     folder = write_run()
     first, second = write_figures([folder], tmp_path / "one"), write_figures([folder], tmp_path / "two")
-    assert [path.name for path in first] == ["accuracy.png", "accuracy.svg", "dev_accuracy.png", "dev_accuracy.svg"]
-    assert first[0].read_bytes().startswith(b"\x89PNG")
+    assert len(first) == 4
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-    assert "ReFT" in first[3].read_text()
 
 
 def test_runs_of_different_recipes_show_what_differs_and_seeds_do_not(write_run: WriteRun) -> None:
@@ -163,5 +190,5 @@ def test_runs_of_different_recipes_show_what_differs_and_seeds_do_not(write_run:
 def test_votes_are_explained_where_any_method_has_them(write_run: WriteRun) -> None:
     folder = write_run(num_samples=3)
     rewrite(folder / "eval" / "warmup.jsonl", lambda row: row.update(samples=[]))  # the first method was not sampled
-    assert "the diamond is the answer picked from several samples" in page_of(folder)
-    assert "the diamond" not in page_of(write_run("other"))
+    assert "picked from several samples: the majority’s answer (diamond)." in page_of(folder)
+    assert "several samples:" not in page_of(write_run("other"))

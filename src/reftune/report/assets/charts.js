@@ -87,6 +87,13 @@ function stacked(chart) {
   });
 }
 
+// A lone spike would flatten the rest: it leaves the frame at the top, and its value can be read.
+function withoutSpikes(values) {
+  const sorted = [...values].sort((one, other) => one - other);
+  const usual = sorted[Math.floor(0.98 * (sorted.length - 1))], highest = sorted[sorted.length - 1];
+  return sorted.length > MANY_POINTS && usual > 0 && highest > 4 * usual ? 1.5 * usual : highest;
+}
+
 function layOut(chart, width, height, isHero) {
   const isArea = chart.kind === "area";
   const nameRoom = 14 + 7.2 * Math.max(...chart.series.map((series) => series.label.length));
@@ -96,7 +103,7 @@ function layOut(chart, width, height, isHero) {
   let ys = isArea ? stacked(chart).flatMap((layer) => layer.high)
     : chart.series.flatMap((series) => [...series.y, ...(series.low || []), ...(series.high || [])]);
   ys = ys.filter((value) => value !== null);
-  let low = Math.min(...ys), high = Math.max(...ys);
+  let low = Math.min(...ys), high = isArea ? Math.max(...ys) : withoutSpikes(ys);
   if (chart.floor !== null && high > chart.floor) low = Math.max(low, chart.floor);
   if (chart.zero) { low = Math.min(0, low); high = Math.max(0, high); }
   if (high === low) high = low + (Math.abs(low) || 1);
@@ -160,7 +167,7 @@ function drawLines(canvas, chart, plot) {
   for (const series of chart.series) {
     const colour = `var(${series.colour})`;
     if (series.low) canvas.append(svg("path", { class: "band", "clip-path": `url(#${clip})`, d: bandPath(series, series.low, series.high, plot), style: `fill: ${colour}` }));
-    const isNoisy = series.y.length > MANY_POINTS && !plot.isHero;
+    const isNoisy = series.y.length > MANY_POINTS && !plot.isHero && !chart.exact;
     const smooth = isNoisy ? runningMean(series.y, Math.max(3, Math.round(series.y.length / 16))) : series.y;
     if (isNoisy) canvas.append(svg("path", { class: "raw", "clip-path": `url(#${clip})`, d: pathOf(linePoints(series, series.y, plot)), style: `stroke: ${colour}` }));
     const points = linePoints(series, smooth, plot);

@@ -11,6 +11,10 @@ const chip = (verdict) => html("span", { class: "chip", "data-sign": SIGNS[verdi
 
 const tokenCount = ({ tokens }) => (tokens === null ? "" : html("span", {}, tokens === 1 ? "1 token" : `${thousands(tokens)} tokens`));
 
+const unbroken = (text) => text.replace(/^\n(?=.)/, ""); // a program's first token begins with the line break after its header
+
+const runTime = (seconds) => (seconds < 1 ? `${plain(1000 * seconds)} ms` : `${plain(seconds)} s`);
+
 const END = "⟨end⟩"; // the end-of-text token has no text of its own
 
 function why(answer) {
@@ -84,7 +88,7 @@ function startProblems({ methods, rows, total }) {
     html("p", { class: "meta" }, "right answer ", html("b", {}, row.gold), ` · ${row.id}`),
     html("div", { class: "answers" }, row.answers.map((answer, index) => html("div", { class: "card", style: `--accent: var(${methods[index].colour})` },
       html("header", {}, html("b", {}, methods[index].label), chip(answer.verdict), tokenCount(answer)),
-      html("pre", { tabindex: 0 }, answer.text), why(answer)))),
+      html("pre", { tabindex: 0 }, unbroken(answer.text)), why(answer)))),
   ];
   const step = (by) => { place = Math.max(0, Math.min(found.length - 1, place + by)); present(); };
   $("problem-prev").addEventListener("click", () => step(-1));
@@ -106,8 +110,10 @@ function startSamples({ methods, rows, total }) {
     new: (one, other) => other.step - one.step,
     old: (one, other) => one.step - other.step,
     long: (one, other) => (other.tokens || 0) - (one.tokens || 0),
+    slow: (one, other) => (other.program_s || 0) - (one.program_s || 0),
     unsure: (one, other) => least(one) - least(other),
   };
+  $("sample-slow").hidden = !rows.some((row) => row.program_s); // words do not run
   const used = [...new Set(rows.map((row) => row.method))];
   $("sample-method").append(html("option", { value: "" }, "all"), ...used.map((index) => html("option", { value: index }, methods[index].label)));
   for (const verdict of Object.keys(data.verdicts)) {
@@ -145,7 +151,8 @@ function startSamples({ methods, rows, total }) {
     const again = rows.filter((other) => other.id === row.id && other.method === row.method).length;
     return html("article", { class: "card", style: `--accent: var(${colour})` },
       html("header", {}, html("b", {}, label), html("span", {}, `step ${thousands(row.step)}`), chip(row.verdict),
-        row.reward === null ? "" : html("span", {}, `reward ${plain(row.reward)}`), tokenCount(row)),
+        row.reward === null ? "" : html("span", {}, `reward ${plain(row.reward)}`), tokenCount(row),
+        row.program_s ? html("span", {}, `ran ${runTime(row.program_s)}`) : ""),
       html("p", { class: "question" }, row.question), solution(row), why(row),
       html("footer", {}, html("span", {}, `right answer ${row.gold}`), surest(row),
         again > 1 && state.id === null ? html("button", { type: "button", onclick: () => followProblem(row) }, `all ${again} tries at this problem`) : ""));
@@ -159,8 +166,8 @@ function startSamples({ methods, rows, total }) {
     $("sample-one").focus({ preventScroll: true });
   }
   function solution(row) {
-    if (!row.pieces || !$("sample-shade").checked) return html("pre", { tabindex: 0 }, row.text);
-    return html("pre", { tabindex: 0 }, row.pieces.map((piece, index) => token(piece, row.logprobs[index])));
+    if (!row.pieces || !$("sample-shade").checked) return html("pre", { tabindex: 0 }, unbroken(row.text));
+    return html("pre", { tabindex: 0 }, row.pieces.map((piece, index) => token(index ? piece : unbroken(piece), row.logprobs[index])));
   }
   function token(piece, logprob) {
     if (logprob === null) return piece;

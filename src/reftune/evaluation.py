@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reftune.collect import Collector
+from reftune.distributed import from_main
 from reftune.jsonlines import JsonLines
 from reftune.policy import Policy
 from reftune.recipe import Recipe
@@ -44,14 +45,14 @@ def in_parts(
     Returns: all lines.
     """
     results = JsonLines(path)
-    done = len(results.rows())
+    done = len(from_main(results.rows))
     if done < len(problems):  # stopped while a part was being written: samples are drawn for whole parts
         done -= done % at_once
     results.keep(done)
     for start in range(done, len(problems), at_once):
         for row in answer(start, problems[start : start + at_once]):
             results.append(row)
-    return results.rows()
+    return from_main(results.rows)
 
 
 def _answer(

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -18,19 +19,20 @@ from typing import Any
 import torch
 import yaml
 
+from reftune import distributed
 from reftune.checkpoint import write_atomically
 from reftune.choices import choices_path, diagnose, is_multiple_choice, write_rows
 from reftune.collect import Collector
 from reftune.datasets import Splits
 from reftune.encoding import Encoder
 from reftune.errors import CheckpointError, DataError, RecipeError
-from reftune.evaluate import accuracy, evaluate
+from reftune.evaluation import accuracy, evaluate
 from reftune.formats import Format
 from reftune.jsonlines import JsonLines
 from reftune.models import load_model, load_pretrained
 from reftune.policy import Policy
 from reftune.progress import Progress
-from reftune.recipe import Recipe, dump_recipe
+from reftune.recipe import Recipe, dump_recipe, parse_recipe
 from reftune.reward_model import WEIGHTS, Classifier, add_scores, is_scored, load_classifier, require_same_tokenizer
 from reftune.seeds import derive_seed
 from reftune.train_sft import gold_examples
@@ -88,11 +90,24 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     folder = recipe.folder
     check_stage_graph(recipe)
     with _readable_errors(folder):
-        is_new = _refuse_foreign(folder, recipe)
+        is_new = distributed.from_main(lambda: _refuse_foreign(folder, recipe))
     run = Run(recipe=recipe, splits=load_splits(recipe), folder=folder, progress=progress)
     run.check_reranker()
     if is_new:
         run.verify_inputs()
+    with ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(_claimed(run))
+        distributed.shared_folder(folder)
+        if distributed.world_size() > 1:
+            progress.note(distributed.describe())
+        yield run
+
+
+@contextmanager
+def _claimed(run: Run) -> Iterator[None]:
+    """The folder, made this run's and locked."""
+    folder, recipe = run.folder, run.recipe
     with ExitStack() as stack:
         with _readable_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +117,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
                 write_atomically(folder / "env.json", json.dumps(environment(), indent=2))
                 write_atomically(folder / "data.json", json.dumps(data_facts(run.splits), indent=2))
                 write_atomically(folder / "recipe.yaml", dump_recipe(recipe))  # last: it makes the folder this run's
-        yield run
+        yield
 
 
 @contextmanager
@@ -128,8 +143,8 @@ class Run:
 
     def is_trained(self, name: str) -> bool:
         """Whether stage `name` has left all its models."""
-        methods = (name, *self.recipe.stages[name].produces)
-        return all((self.stage_folder(method) / "stage.json").is_file() for method in methods)
+        files = [self.stage_folder(method) / "stage.json" for method in (name, *self.recipe.stages[name].produces)]
+        return distributed.from_main(lambda: all(file.is_file() for file in files))
 
     def verify_inputs(self) -> None:
         """Load the model and encode every problem, so that nothing is begun that could not end.
@@ -163,6 +178,7 @@ class Run:
             load=self.load_policy,
         )
         stage.run(context)
+        distributed.wait(f"the end of {name}")
 
     def load_policy(self, method: str, *, lora: bool = False) -> Policy:
         """The base model or a finished method's chosen one. `lora` adds fresh adapters where the recipe asks for them."""
@@ -176,6 +192,7 @@ class Run:
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
         policy = Policy(model, tokenizer, dtype=getattr(torch, table.dtype), lora=table.lora if lora else None)
         policy.load_value_head(self.stage_folder(method))
+        policy.to(distributed.choose_device(table.device))
         policy.verify_head()
         return policy
 
@@ -205,13 +222,13 @@ class Run:
         """Answer the test (or dev) problems with a method's chosen model, once, and score the samples for reranking."""
         table, problems = self.recipe.evaluate, self.problems_to_evaluate()
         path = self.folder / "eval" / f"{method}.jsonl"
-        if len(JsonLines(path).rows()) < len(problems):
+        if len(distributed.from_main(JsonLines(path).rows)) < len(problems):
             policy = self.load_policy(method)
             rows = evaluate(policy, problems, self.collector(policy), self.recipe, method=method, path=path)
             self.progress.note(f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right")
         if is_multiple_choice(problems):
             self.diagnose(method, problems)
-        if table.rerank is not None and not is_scored(JsonLines(path).rows()):
+        if table.rerank is not None and not is_scored(distributed.from_main(JsonLines(path).rows)):
             classifier = self.load_reranker(table.rerank)
             encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
             add_scores(path, problems, classifier, encoder, max_tokens=self.recipe.model.micro_batch_tokens)
@@ -219,9 +236,10 @@ class Run:
     def diagnose(self, method: str, problems: Sequence[Problem]) -> None:
         """Look for reward hacking in a method's greedy answers, once; see `choices`."""
         path = choices_path(self.folder, method)
-        if len(JsonLines(path).rows()) == len(problems):
+        if len(distributed.from_main(JsonLines(path).rows)) == len(problems):
             return
-        answers = [row["greedy"] for row in JsonLines(self.folder / "eval" / f"{method}.jsonl").rows()]
+        evaluated = JsonLines(self.folder / "eval" / f"{method}.jsonl")
+        answers = [row["greedy"] for row in distributed.from_main(evaluated.rows)]
         policy = self.load_policy(method)
         graded = [Graded(verdict=Verdict(a["verdict"]), value=a["value"], reason=a["reason"]) for a in answers]
         texts = [answer["completion"] for answer in answers]
@@ -233,7 +251,8 @@ class Run:
         if name in self.recipe.stages:
             return load_classifier(self.load_policy(name), self.stage_folder(name))
         model, tokenizer = load_pretrained(name, trust_remote_code=self.recipe.model.trust_remote_code)
-        return load_classifier(Policy(model, tokenizer, dtype=getattr(torch, self.recipe.model.dtype)), Path(name))
+        policy = Policy(model, tokenizer, dtype=getattr(torch, self.recipe.model.dtype))
+        return load_classifier(policy.to(distributed.choose_device(self.recipe.model.device)), Path(name))
 
     def check_reranker(self) -> None:
         """Raises: ModelError where another run's reward model does not read what this run's methods write."""
@@ -245,7 +264,7 @@ class Run:
         """summary.json and report.html, from the files of the run alone."""
         from reftune.report import summarize
 
-        summary = summarize(self.folder)
+        summary = distributed.from_main(lambda: summarize(self.folder))
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2))
         self.report()
         return summary
@@ -254,7 +273,8 @@ class Run:
         """report.html as far as the run has come."""
         from reftune.report import write_report
 
-        write_report([self.folder], self.folder / "report.html")
+        if distributed.is_main():
+            write_report([self.folder], self.folder / "report.html")
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -336,7 +356,7 @@ def _refuse_foreign(folder: Path, recipe: Recipe) -> bool:
     """Whether the folder is free; refuses one that is neither free nor this recipe's."""
     path = folder / "recipe.yaml"
     if path.is_file():
-        difference = _first_difference(_read_own_recipe(path), yaml.safe_load(dump_recipe(recipe)))
+        difference = _first_difference(_as_of_now(_read_own_recipe(path)), yaml.safe_load(dump_recipe(recipe)))
         if difference is not None:
             raise RecipeError(f"{folder}: belongs to another recipe: {difference}; choose another run_dir")
         return False
@@ -353,6 +373,14 @@ def _read_own_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(old, dict):
         raise CheckpointError(f"{path}: not the recipe of a run; choose another run_dir")
     return old
+
+
+def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the defaults of keys that came after it; as it is where no recipe can be made of it any more."""
+    try:
+        return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
+    except RecipeError:
+        return old
 
 
 def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
@@ -376,9 +404,15 @@ def environment() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": " ".join(["reftune", *sys.argv[1:]]),
+        "command": command(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def command() -> str:
+    """What was typed to start this process."""
+    program, *arguments = sys.argv
+    return shlex.join([*(["reftune"] if Path(program).name in ("reftune", "__main__.py") else ["python", program]), *arguments])
 
 
 def _version(distribution: str) -> str | None:

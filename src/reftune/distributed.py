@@ -1,0 +1,368 @@
+"""Several processes that train one model: who they are, what they share out, what they tell each other.
+
+Every process runs the same code. The dear parts (decoding, grading, token scores, gradients) are shared out by rows and put
+together again, so that every process then holds the same rollouts, advantages and weights; only the main one writes and prints.
+A launcher (`torchrun`, `accelerate launch`) says through the environment how many there are, and whether weights are sharded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from reftune.errors import ProcessError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
+
+TIMEOUT = timedelta(hours=2)
+"""How long a process waits for another: longer than the main one ever writes. A launcher ends all when one dies."""
+
+Sharding = Literal["none", "fsdp2"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The processes of a run, as one of them sees it."""
+
+    rank: int
+    size: int
+    sharding: Sharding
+    reshard_after_forward: bool
+    store: Any
+    """Seen by all processes without their taking part."""
+
+
+_world: World | None = None
+_twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+
+
+def rank() -> int:
+    """0 in the main process."""
+    return 0 if _world is None else _world.rank
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return 1 if _world is None else _world.size
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+# --- beginning and end ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Join the processes that a launcher started, and leave them at the end; does nothing in a single process.
+
+    An error ends all of them. It leaves this context in the process that was first; the others exit with status 1, silently.
+    Raises: RecipeError for a launcher's setting that is not followed here; ProcessError where another process is gone.
+    """
+    global _world
+    if _world is not None or not _is_launched(environment):
+        yield
+        return
+    import torch.distributed as dist
+
+    try:
+        _world = _join(environment)
+        if not is_main():
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  closed with the process
+            warnings.simplefilter("ignore")
+        yield
+        dist.destroy_process_group()
+    except Exception as error:
+        if not first_to_tell():
+            sys.exit(1)
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "by peer" in str(error)):
+            raise ProcessError(
+                f"process {rank()} of {world_size()}: another one ended without a word (killed? out of memory?), the launcher "
+                "says which; the same command goes on from the last checkpoint"
+            ) from None
+        raise
+    finally:
+        _world = None
+
+
+def first_to_tell() -> bool:
+    """Whether this process is the first of all to end early, and so the one that says why."""
+    if _world is None:
+        return os.environ.get("RANK", "0") == "0"  # before they have joined, all meet the same error
+    own = str(_world.rank)
+    try:
+        told = _world.store.compare_set("reftune/ended", "", own)
+    except RuntimeError:  # the store went with the main process, which has told; had it been killed, the launcher would say so
+        return False
+    return bool(told.decode() == own)
+
+
+def _is_launched(environment: Mapping[str, str]) -> bool:
+    if "WORLD_SIZE" not in environment and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment.keys():
+        raise RecipeError("launcher: accelerate starts one process on the CPU where it is asked for several; expected torchrun")
+    wanted_sharding(environment)
+    return int(environment.get("WORLD_SIZE", "1")) > 1
+
+
+def _join(environment: Mapping[str, str]) -> World:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    sharding = wanted_sharding(environment)
+    local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise RecipeError(f"launcher: more processes than GPUs on this machine, which has {gpus}; expected at most one each")
+    if gpus:
+        torch.cuda.set_device(local)
+    store, own, size = next(iter(rendezvous("env://")))
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=PrefixStore("group", store), rank=own, world_size=size, timeout=TIMEOUT)
+    reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+    return World(rank=own, size=size, sharding=sharding, reshard_after_forward=reshard, store=store)
+
+
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not driven by this training loop; FSDP2 shards what ZeRO shards "
+    "(stage 3: fsdp_reshard_after_forward true, stage 2: false)",
+    "ACCELERATE_USE_MEGATRON_LM": "expected DDP or FSDP2",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "expected DDP or FSDP2",
+    "FSDP_OFFLOAD_PARAMS": "weights stay where they are trained; expected fsdp_offload_params: false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "expected false; the recipe's model.micro_batch_tokens bounds activations",
+}
+"""Switches of a launcher that would be passed over, and what to do instead."""
+
+
+def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
+    """What the launcher asks for. Raises: RecipeError for what would not run as asked."""
+    for name, told in REFUSED.items():
+        if environment.get(name, "false").lower() == "true":
+            raise RecipeError(f"launcher: {name}: {told}")
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise RecipeError(f"launcher: mixed_precision is {precision}; expected no, as the recipe's model.dtype says it")
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return "none"
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise RecipeError(f"launcher: fsdp_version is {version}; expected 2")
+    return "fsdp2"
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """This process's device. Raises: RecipeError where there is no such one."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise RecipeError("model.device: cuda, but torch finds no GPU; expected auto or cpu here")
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu and wanted != "cpu" else torch.device("cpu")
+
+
+def describe() -> str:
+    """`8 processes, weights sharded (FSDP2)`"""
+    told = "sharded (FSDP2)" if _world is not None and _world.sharding == "fsdp2" else "whole in each (DDP)"
+    return f"{world_size()} processes, weights {told}"
+
+
+# --- telling each other -----------------------------------------------------------------------------------------------
+
+
+def own_part(num_items: int) -> slice:
+    """The consecutive items that are this process's, of `num_items` in order; equal shares but for one."""
+    return slice(num_items * rank() // world_size(), num_items * (rank() + 1) // world_size())
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in their order."""
+    if _world is None:
+        return [value]
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * _world.size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def join_parts(items: Sequence[T]) -> list[T]:
+    """The items of all processes, in their order."""
+    return [item for part in gather(list(items)) for item in part]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What the main process makes; `make` is called there only."""
+    if _world is None:
+        return make()
+    import torch.distributed as dist
+
+    box = [make() if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def wait(where: str) -> None:
+    """Until all processes are here."""
+    agree(where, what="are at different places")
+
+
+def agree(value: T, *, what: str) -> T:
+    """`value`, the same everywhere. Raises: RuntimeError where it is not: a mistake of ours, or machines that differ."""
+    values = gather(value)
+    if any(other != values[0] for other in values):
+        raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")
+    return value
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """For each flag whether it is up in any process."""
+    return [any(column) for column in zip(*gather(flags), strict=True)]
+
+
+def raise_together(error: E | None) -> None:
+    """Raise in every process where one has an error. Raises: the first one's."""
+    first = next((found for found in gather(error) if found is not None), None)
+    if first is not None:
+        raise first
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replace each by its sum over all processes."""
+    if _world is None:
+        return
+    import torch.distributed as dist
+
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        work.wait()
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def distribute(model: Any) -> None:
+    """Make `model` one that all processes train: equal everywhere, and sharded where the launcher asked for it.
+
+    Sharded weights are gathered a transformer block at a time. Does nothing in a single process.
+    """
+    if _world is None:
+        return
+    import torch.distributed as dist
+
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), src=0)
+    if _world.sharding == "fsdp2":
+        names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+        shard(model, [module for module in model.modules() if type(module).__name__ in names])
+    assert is_sharded(model) == (_world.sharding == "fsdp2"), "the launcher asked for another sharding than what runs"
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Split every parameter over the processes, in place; gradients are sums over them, as losses are written for."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    assert _world is not None
+    device = next(model.parameters()).device
+    twin = _twin(model)
+    mesh = init_device_mesh(device.type, (_world.size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=_world.reshard_after_forward)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    _twins[model] = twin
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules whose parameters take no memory; buffers and ties are as in `model`."""
+    import copy
+
+    from torch import nn
+
+    hollow = {id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo=hollow)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether its parameters are split over the processes at this moment."""
+    if _world is None or _world.sharding == "none":
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Every process holds all weights of a sharded model, for reading: forward passes need no other process meanwhile.
+
+    All processes must enter. The children of `model` are plain copies; it must not be called itself, only what it holds.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    twin, sharded = _twins[model], dict(model._modules)
+    for full, part in zip(twin.parameters(), model.parameters(), strict=True):
+        full.data = whole_tensor(part.detach())
+    model._modules.update(twin._modules)
+    try:
+        yield
+    finally:
+        model._modules.update(sharded)
+        for full in twin.parameters():
+            full.data = full.data.new_empty(0)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The tensor that all processes hold a part of; a plain one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors whole, to be saved: sharded ones on the CPU, and in the main process only."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole_tensor(tensor.detach())
+        if is_main():
+            found[name] = value if value is tensor or not hasattr(tensor, "full_tensor") else value.cpu()
+    return found
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """The whole `value`, which every process has, split as `like` is; as it is where `like` is plain."""
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def add_up_gradients(model: Any) -> None:
+    """Sum the gradients over all processes; those of a sharded model are sums already."""
+    if _world is not None and not is_sharded(model):
+        add_up(*(p.grad for p in model.parameters() if p.grad is not None))
+
+
+def shared_folder(path: Path) -> None:
+    """Raises: RecipeError in a process that does not see what the main one wrote at `path`."""
+    wait(f"looking for {path}")
+    if not path.exists():
+        raise RecipeError(f"{path}: process {rank()} does not see it; expected a run folder that all machines share")

@@ -1,0 +1,311 @@
+"""Two processes train as one does: the same losses, gradients, answers and checkpoints; no waiting forever, no word twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ranks
+from crash import EVERY_STAGE, run_all
+from reftune import distributed
+from reftune.batch import token_batch
+from reftune.engines.kv import Kv
+from reftune.errors import NonFiniteError
+from reftune.jsonlines import JsonLines
+from reftune.recipe import Recipe, dump_recipe
+from reftune.train_sft import accumulate_nll
+from reftune.training import OptimizerTable, make_optimizer, optimizer_step
+from reftune.types import SamplingParams
+
+SteadyRecipe = Callable[..., Recipe]
+FAILING = Path(__file__).parent / "failing.py"
+SHARDINGS = ("ddp", "fsdp2")
+WEIGHT_ATOL = 1e-4
+"""Of weights that move by 3e-3 a step, where Adam makes much of the rounding of a gradient near 0."""
+GRADIENT_ATOL = 2e-6
+"""Of their running means, near 0.01."""
+
+
+# --- comparing runs ---------------------------------------------------------------------------------------------------
+
+
+def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
+    """Texts and whole numbers equal, other numbers close; clocks are left out."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            if not (name.startswith("time") or name.endswith("_s") or "seconds" in name):
+                assert_same_numbers(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same_numbers(one, other, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        # kl/mismatch is the rounding of single tokens
+        assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-5), f"{where}: {found} is not {expected}"
+    else:
+        assert found == expected, where
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Every metric of every step, weights and optimizer of every checkpoint, every answer."""
+    for file in sorted(expected.rglob("*.safetensors")):
+        tensors, others = load_file(file), load_file(found / file.relative_to(expected))
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            atol = GRADIENT_ATOL if name.startswith("optimizer.") else WEIGHT_ATOL
+            assert torch.allclose(others[name], tensor, rtol=1e-3, atol=atol), f"{file} {name}: {others[name]} is not {tensor}"
+    for file in sorted([*expected.rglob("*.jsonl"), *expected.rglob("stage.json")]):
+        other = found / file.relative_to(expected)
+        if file.suffix == ".jsonl":
+            assert_same_numbers(JsonLines(other).rows(), JsonLines(file).rows(), file.name)
+        else:
+            assert_same_numbers(json.loads(other.read_text()), json.loads(file.read_text()), file.name)
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def by_one(kept: dict[str, Path], steady_recipe: SteadyRecipe, tmp_path: Path) -> Path:
+    """The folder of a run by one process, made once."""
+    if "one" not in kept:
+        run_all(steady_recipe(tmp_path / "one"))
+        kept["one"] = tmp_path / "one"
+    return kept["one"]
+
+
+@pytest.fixture
+def by_two(kept: dict[str, Path], steady_recipe: SteadyRecipe, tmp_path: Path) -> Callable[[str], Path]:
+    """The folder of the run by two processes, made once for each sharding."""
+
+    def make(sharding: str) -> Path:
+        if sharding not in kept:
+            recipe = steady_recipe(tmp_path / sharding / "run")
+            ended = ranks.run(recipe, sharding=sharding)
+            assert [one.status for one in ended] == [0, 0], ended
+            kept[sharding] = recipe.folder
+        return kept[sharding]
+
+    return make
+
+
+# --- the same as one process ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_take_the_steps_of_one(sharding, by_one, by_two):
+    # SFT and PPO; a checkpoint a step holds weights and, in Adam's first moment, gradients: whitening over half of the
+    # rollout, a mean of the processes' means or a row counted twice would show in them
+    assert len(list(by_one.glob("stages/*/checkpoints/step-*"))) == 9
+    assert_same_run(by_two(sharding), by_one)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_the_main_process_speaks_and_says_how_weights_are_held(sharding, by_two):
+    folder = by_two(sharding).parent
+    main, other = ((folder / f"rank{rank}.err").read_text() for rank in (0, 1))
+    how = {"ddp": "2 processes, weights whole in each (DDP)", "fsdp2": "2 processes, weights sharded (FSDP2)"}[sharding]
+    assert main.count(how) == 1 and main.count("report: ") == 1
+    assert (folder / "rank0.out").read_text().count("Greedy") == 1
+    assert (folder / "rank1.out").read_text() == other == ""
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "stage", "resumed_by"),
+    [("fsdp2", "reft", "one"), ("one", "reft", "fsdp2"), ("one", "sft", "ddp"), ("ddp", "sft", "one")],
+)
+def test_a_checkpoint_goes_on_at_another_world_size(saved_by, stage, resumed_by, by_one, by_two, steady_recipe, tmp_path):
+    folder = tmp_path / "again" / "run"
+    shutil.copytree(by_one if saved_by == "one" else by_two(saved_by), folder)
+    rewind(folder, stage, 2)
+    recipe = steady_recipe(folder)
+    if resumed_by == "one":
+        run_all(recipe)
+    else:
+        ended = ranks.run(recipe, sharding=resumed_by)
+        assert [one.status for one in ended] == [0, 0], ended
+        assert f"{stage}: resumed at step 2 of " in ended[0].stderr
+    assert_same_run(folder, by_one)
+
+
+def rewind(folder: Path, stage: str, step: int) -> None:
+    """As if the run had been killed right after it saved `step` of a stage."""
+    for path in folder.glob(f"stages/{stage}/checkpoints/step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    (folder / "stages" / stage / "stage.json").unlink()
+    if stage == "sft":
+        shutil.rmtree(folder / "stages" / "reft")
+        shutil.rmtree(folder / "stages" / "warmup")
+    for path in folder.glob("eval/*.jsonl"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("changes", [
+    {"model": {"lora": {"rank": 2}}},
+    {"stages": {"reft": {"value_model": "separate"}}},
+], ids=["lora", "value model"])  # fmt: skip
+def test_adapters_and_a_value_model_are_sharded_too(changes, steady_recipe, tmp_path):
+    # the reference of a LoRA policy is its whole copy with the adapter off
+    one, two = tmp_path / "one", tmp_path / "two" / "run"
+    changes = {**changes, "evaluate": {"samples": 0}}
+    stages = {"sft": None, "reft": {"init": "base", "steps": 2, **changes.get("stages", {}).get("reft", {})}}
+    run_all(steady_recipe(one, **{**changes, "stages": stages}))
+    ended = ranks.run(steady_recipe(two, **{**changes, "stages": stages}), sharding="fsdp2")
+    assert [end.status for end in ended] == [0, 0], ended
+    assert_same_run(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_every_stage_is_the_same(sharding, steady_recipe, tmp_path):
+    changes = {**EVERY_STAGE, "stages": {name: merge_rate(stage) for name, stage in EVERY_STAGE["stages"].items()}}
+    run_all(steady_recipe(tmp_path / "one", **changes))
+    ended = ranks.run(steady_recipe(tmp_path / "two" / "run", **changes), sharding=sharding, timeout_s=110)
+    assert [end.status for end in ended] == [0, 0], ended
+    assert_same_run(tmp_path / "two" / "run", tmp_path / "one")
+
+
+def merge_rate(stage: dict[str, Any]) -> dict[str, Any]:
+    """The stage with a learning rate at which rounding does not grow."""
+    if "sft" in stage:
+        return {**stage, "sft": merge_rate(stage["sft"])}
+    return {**stage, "optimizer": {"learning_rate": 0.003}}
+
+
+# --- uneven shares ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_shares_may_be_uneven_or_empty(sharding, num_rows, make_policy, tmp_path):
+    # with 1 row a process has none; with 3, a micro-batch each, one process has two of them and the other one
+    prompts, targets = [[3], [4, 5], [6, 7]][:num_rows], [[8, 1], [9, 10, 1], [11, 12, 13, 1]][:num_rows]
+
+    def step(policy: Any) -> dict[str, Any]:
+        distributed.distribute(policy)
+        optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
+        batch = token_batch(prompts, targets)
+        loss = accumulate_nll(policy, batch, max_tokens=1, where="")
+        norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
+        scores = policy.score(batch, max_tokens=1)
+        return {"loss": loss, "norm": norm, "logprobs": scores.logprobs.tolist(), "values": scores.values.tolist()}
+
+    def body() -> None:
+        found = step(make_policy())
+        assert all(other == found for other in distributed.gather(found))
+        if distributed.is_main():
+            (tmp_path / "found.json").write_text(json.dumps(found))
+
+    ended = ranks.spread(body, tmp_path, sharding=sharding)
+    assert [end.status for end in ended] == [0, 0], ended
+    assert_same_numbers(json.loads((tmp_path / "found.json").read_text()), step(make_policy()))
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_decoding_waits_for_nobody(sharding, make_policy, tmp_path):
+    # one process decodes a token a row, the other 20, and a third nothing at all: steps that met would not
+    prompts, lengths = [[3], [4, 5], [6, 7]], [1, 20, 0]
+
+    def body() -> None:
+        policy = make_policy()
+        distributed.distribute(policy)
+        own = lengths[distributed.rank()]
+        params = SamplingParams(max_new_tokens=max(1, own), seed=1, first_position=distributed.rank())
+        with distributed.whole(policy):
+            found = Kv().generate(policy, prompts[distributed.rank() :][: min(1, own)], params)
+        tokens = distributed.join_parts([completion.token_ids for completion in found])
+        if distributed.is_main():
+            (tmp_path / "found.json").write_text(json.dumps(tokens))
+
+    ended = ranks.spread(body, tmp_path, sharding=sharding, num=3)
+    assert [end.status for end in ended] == [0, 0, 0], ended
+    whole = Kv().generate(make_policy(), prompts, SamplingParams(max_new_tokens=20, seed=1))
+    assert json.loads((tmp_path / "found.json").read_text()) == [[whole[0].token_ids[0]], list(whole[1].token_ids)]
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sharding", "rank"), [("ddp", 0), ("fsdp2", 1)])
+def test_a_process_that_fails_ends_the_run_with_its_reason(sharding, rank, steady_recipe, tmp_path):
+    recipe = steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "rank": rank})
+    ended = ranks.run(recipe, sharding=sharding)
+    told = "".join(end.stderr for end in ended)
+    assert ended[rank].status == 2 and ended[1 - rank].status == 1, ended
+    assert told.count("no grade today") == 1 and "Traceback" not in told and "another one" not in told
+
+
+def test_a_bug_in_one_process_leaves_one_traceback(steady_recipe, tmp_path):
+    ended = ranks.run(steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "how": "bug"}))
+    assert [end.status for end in ended] == [1, 1]
+    assert ended[0].stderr.count("Traceback") == 0
+    assert ended[1].stderr.endswith("ZeroDivisionError: no grade today\n")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_missed_by_the_other(rank, steady_recipe, tmp_path):
+    ended = ranks.run(steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "how": "killed", "rank": rank}))
+    assert ended[rank].status == -9 and ended[1 - rank].status == 1
+    assert "Traceback" not in ended[1 - rank].stderr
+    if rank == 1:  # what a process knows of the others lies with the main one; of that the launcher tells
+        assert ended[0].stderr.splitlines()[-1].startswith("process 0 of 2: another one ended without a word")
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_in_both(make_policy, tmp_path):
+    def body() -> None:
+        policy = make_policy()
+        weights = torch.tensor([[1.0], [1.0], [math.nan]])  # the longest row: in sorted turns it is the first process's
+        batch = token_batch([[3], [4, 5], [6, 7, 8]], [[1]] * 3)
+        with pytest.raises(NonFiniteError, match="here: loss is nan in rows 0, 2"):
+            accumulate_nll(policy, batch, max_tokens=9, where="here", weights=weights)
+        distributed.wait("both may go on")
+
+    ended = ranks.spread(body, tmp_path)
+    assert [end.status for end in ended] == [0, 0], ended
+
+
+def test_a_second_run_on_the_folder_is_refused_once(steady_recipe, tmp_path):
+    recipe = steady_recipe(tmp_path / "run")
+    recipe.folder.mkdir()
+    (recipe.folder / "mine.txt").touch()
+    ended = ranks.run(recipe)
+    assert ended[0].status == 2 and ended[1].status == 1
+    assert "".join(end.stderr for end in ended).count("choose another run_dir") == 1
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
+ACCELERATE = [
+    "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "how"), [(TORCHRUN, "(DDP)"), (ACCELERATE, "(FSDP2)")], ids=["torchrun", "accelerate"])
+def test_launchers_run_what_they_are_asked_for(launcher, how, by_one, steady_recipe, tmp_path):
+    recipe, file = steady_recipe(tmp_path / "run"), tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    port = ["--master_port" if launcher is TORCHRUN else "--main_process_port", str(ranks.free_port())]
+    command = [sys.executable, "-m", *launcher, *port, "-m", "reftune", "run", str(file)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count(how) == 1 and ended.stdout.count("Greedy") == 1
+    assert_same_run(recipe.folder, by_one)

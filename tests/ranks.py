@@ -1,0 +1,105 @@
+"""Several processes on one machine, forked from the warm test process, as a launcher would start them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reftune.cli import main
+from reftune.distributed import processes
+from reftune.recipe import Recipe, dump_recipe
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch` says for FSDP2."""
+SHARDINGS = {"ddp": {}, "fsdp2": FSDP2}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How one process ended. A negative status is the signal that ended it."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def spread(
+    body: Callable[[], object], folder: Path, *, sharding: str = "ddp", num: int = 2, timeout_s: float = 60
+) -> list[Ended]:
+    """`body` in `num` processes that have joined; `folder` takes their output. Fails where one is alive after `timeout_s`."""
+
+    def joined() -> None:
+        with processes():
+            body()
+
+    return _launch(joined, folder, sharding, num, timeout_s)
+
+
+def run(recipe: Recipe, *, sharding: str = "ddp", num: int = 2, timeout_s: float = 60) -> list[Ended]:
+    """`reftune run RECIPE` in `num` processes."""
+    file = recipe.folder.with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(dump_recipe(recipe))
+    return _launch(lambda: main(["run", str(file)]), recipe.folder.parent, sharding, num, timeout_s)
+
+
+def _launch(body: Callable[[], object], folder: Path, sharding: str, num: int, timeout_s: float) -> list[Ended]:
+    folder.mkdir(parents=True, exist_ok=True)
+    launcher = {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **SHARDINGS[sharding]}
+    sys.stdout.flush()
+    children = [_fork(body, folder, {**launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(num)]
+    statuses = _wait(children, timeout_s)
+    told = [[(folder / f"rank{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(num)]
+    return [Ended(status, *texts) for status, texts in zip(statuses, told, strict=True)]
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _fork(body: Callable[[], object], folder: Path, environment: dict[str, str]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.environ.update(environment)
+        for name, number in (("out", 1), ("err", 2)):
+            os.dup2(os.open(folder / f"rank{environment['RANK']}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        body()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:  # noqa: BLE001  as the interpreter would
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _wait(children: list[int], timeout_s: float) -> list[int]:
+    """Exit statuses. One that died leaves the others to find out by themselves: there is no launcher to end them."""
+    deadline, statuses = time.monotonic() + timeout_s, dict.fromkeys(children, 0)
+    alive = list(children)
+    while alive and time.monotonic() < deadline:
+        for child in list(alive):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                alive.remove(child)
+                statuses[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for child in alive:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert not alive, f"{len(alive)} of {len(children)} processes still wait after {timeout_s} s"
+    return list(statuses.values())

@@ -1,0 +1,58 @@
+"""Attention in fp32 on a processor: the same model, and the same in training as in sampling."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from reftune import cpu
+from reftune.batch import token_batch
+from reftune.policy import Policy
+
+
+@pytest.fixture
+def batch():
+    return token_batch([[3, 4, 5, 6], [7, 8]], [[10, 1], [11, 12, 13, 1]])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gpt2", "mistral, window of 5"])
+def test_nothing_changes_but_the_precision(make_policy, batch, architecture):
+    policy = make_policy(architecture).eval()
+    expected = policy(batch)
+    cpu.attend_in_fp32(policy.model)
+    found = policy(batch)
+    assert policy.model.config._attn_implementation == cpu.ATTENTION
+    assert_close(found.logprobs, expected.logprobs, atol=1e-6, rtol=0)
+
+
+def test_a_bf16_policy_attends_in_fp32_and_nothing_else_does(make_policy, batch, monkeypatch):
+    seen: list[torch.dtype] = []
+    from transformers.integrations import sdpa_attention
+
+    original = sdpa_attention.sdpa_attention_forward
+
+    def spy(module, query, *args, **options):
+        seen.append(query.dtype)
+        return original(module, query, *args, **options)
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", spy)
+    plain = make_policy("llama")
+    policy = Policy(plain.model, plain.tokenizer, dtype=torch.bfloat16)
+    policy(batch).logprobs.sum().backward()
+    assert set(seen) == {torch.float32}
+    with policy.arithmetic():
+        assert policy.model(input_ids=batch.tokens).logits.dtype == torch.bfloat16  # the products are in bf16 still
+
+
+def test_the_allocator_takes_every_option():
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        pytest.skip("the C library is not glibc")
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu.ctypes, "CDLL", lambda name: type("C", (), {"mallopt": lambda self, *a: taken.append(mallopt(*a))})())
+        cpu.keep_freed_memory()
+    assert taken == [1, 1, 1]

@@ -1,0 +1,49 @@
+"""Mistakes about devices, found without a GPU: whatever does not say where it is made is made where nothing can use it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reftune.engines.kv import Kv
+from reftune.reward_model import Classifier, Solution, accumulate_loss
+from reftune.types import SamplingParams
+
+
+def test_the_trap_catches_a_tensor_that_does_not_say_where_it_is():
+    with torch.device("meta"), pytest.raises((RuntimeError, NotImplementedError)):
+        (torch.ones(2, device="cpu") + torch.arange(2)).tolist()
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "online_st"])
+def test_an_rl_step_says_where_its_tensors_are(make_trainer, algorithm):
+    stage = {"algorithm": {"kind": algorithm}, "samples": 2, "mismatch_cap": None if algorithm == "online_st" else 2.0}
+    trainer = make_trainer(stage)
+    with torch.device("meta"):
+        metrics = trainer.step(1)
+    assert metrics["grad/norm"] > 0
+
+
+def test_preparing_the_value_head_says_where_its_tensors_are(make_trainer):
+    trainer = make_trainer({"value_prefit": 2})
+    with torch.device("meta"):
+        trainer.policy.reset_value_head(0)
+        trainer.prefit()
+    assert trainer.policy.value_head.weight.abs().sum() > 0
+
+
+def test_a_reward_model_step_says_where_its_tensors_are(make_trainer):
+    trainer = make_trainer()
+    problem = trainer.context.splits.train[0]
+    solutions = [Solution(problem=problem, text=text, label=label) for label, text in enumerate(("1", "2 3"))]
+    with torch.device("meta"):
+        classifier = Classifier(trainer.policy, seed=1)
+        metrics = accumulate_loss(classifier, trainer.context.collector.encoder, solutions, max_tokens=99, where="")
+    assert metrics["loss/total"] > 0
+
+
+def test_sampling_with_limits_says_where_its_tensors_are(make_policy):
+    policy, params = make_policy(), SamplingParams(max_new_tokens=4, top_k=5, top_p=0.9)
+    with torch.device("meta"):
+        completions = Kv(batch_size=2, refill=0.5).generate(policy, [[3], [4, 5], [6, 7]], params)
+    assert len(completions) == 3

@@ -1,0 +1,110 @@
+"""What a launcher may ask for, and how rows are shared out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from reftune import distributed
+from reftune.batch import micro_batches, shared_micro_batches
+from reftune.distributed import choose_device, processes, wanted_sharding
+from reftune.errors import RecipeError
+from reftune.recipe import shipped_recipes
+
+
+@pytest.mark.parametrize(
+    ("environment", "sharding"),
+    [
+        ({}, "none"),
+        ({"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"}, "none"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}, "fsdp2"),
+    ],
+)
+def test_the_launcher_says_whether_weights_are_sharded(environment, sharding):
+    assert wanted_sharding(environment) == sharding
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version is 1; expected 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version is 1; expected 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP2 shards what ZeRO shards"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16; expected no"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "expected torchrun"),
+    ],
+)
+def test_what_would_not_run_as_asked_is_refused(environment, told):
+    with pytest.raises(RecipeError, match=told), processes(environment):
+        pass
+
+
+def test_one_process_stays_alone():
+    with processes({"WORLD_SIZE": "1"}):
+        assert not torch.distributed.is_initialized()
+        assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(RecipeError, match="device: cuda, but torch finds no GPU"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_processes_share_every_row_once(world_size, even):
+    lengths = torch.tensor([5, 3, 8, 1, 9, 2, 7])
+    shares = [
+        list(shared_micro_batches(lengths, max_tokens=9, rank=r, world_size=world_size, even=even)) for r in range(world_size)
+    ]
+    counted = [row for share in shares for index, counts in share if counts for row in index.tolist()]
+    assert sorted(counted) == list(range(7))
+    sizes = [len(share) for share in shares]
+    assert min(sizes) >= 1 and (not even or len(set(sizes)) == 1)
+    assert all(index.numel() > 0 for share in shares for index, _ in share)
+
+
+def test_a_process_alone_has_the_micro_batches_in_their_order():
+    lengths = torch.tensor([5, 3, 8, 1, 9, 3, 7])
+    found = [index.tolist() for index, _ in shared_micro_batches(lengths, max_tokens=10, rank=0, world_size=1)]
+    assert found == [index.tolist() for index in micro_batches(lengths, max_tokens=10)]
+
+
+def test_shares_are_alike_in_length():
+    # sorted: 1 2 3 4 | 5 6 7 8 dealt in turns gives 1 3 5 7 and 2 4 6 8, not the short ones to one process
+    lengths = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1])
+    shares = [list(shared_micro_batches(lengths, max_tokens=99, rank=r, world_size=2)) for r in (0, 1)]
+    assert [sorted(lengths[share[0][0]].tolist()) for share in shares] == [[1, 3, 5, 7], [2, 4, 6, 8]]
+
+
+CONFIGS = shipped_recipes() / "accelerate"
+
+
+@pytest.mark.parametrize(
+    ("name", "sharding", "machines", "processes_each"),
+    [
+        ("8-gpus-ddp", "none", 1, 8),
+        ("8-gpus-fsdp2", "fsdp2", 1, 8),
+        ("2x8-gpus-ddp", "none", 2, 8),
+        ("2x8-gpus-fsdp2", "fsdp2", 2, 8),
+    ],
+)
+def test_shipped_launch_configurations_ask_for_what_they_are_named(name, sharding, machines, processes_each):
+    # what accelerate makes of the file is what our processes would read
+    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_ip", "node0", "-m", "reftune"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert arguments.multi_gpu or arguments.use_fsdp
+    environment = prepare_multi_gpu_env(arguments)
+    assert wanted_sharding(environment) == sharding
+    assert (int(getattr(arguments, "nnodes", 1)), int(arguments.nproc_per_node)) == (machines, processes_each)
+
+
+def test_the_shipped_configuration_of_one_gpu_starts_one_process():
+    command = ["--config_file", str(CONFIGS / "1-gpu.yaml"), "-m", "reftune"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert not (arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed) and arguments.num_processes == 1
