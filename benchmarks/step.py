@@ -1,10 +1,12 @@
 """One ReFT step, side by side: reftune, the authors' step in plain transformers (fp32 and bf16) and TRL's GRPO.
 
-    python -m benchmarks.step [--samples 16] [--repeats 5] [--trl PYTHON] [--only reftune,plain-bf16]
+    python -m benchmarks.step [--samples 16] [--repeats 5] [--trl PYTHON] [--only reftune,plain-bf16] [--write-baseline]
+    python -m benchmarks.step --growth 16,64,256
 
 Every contestant samples answers of the same lengths to the same prompts, scores them and makes two updates, on SmolLM2-135M,
-in a process of its own, one after the other. Prints a table and, as its last line, one JSON document. PYTHON is an interpreter
-with TRL in it.
+in a process of its own, one after the other. Prints a table, what is worse than in the baseline of this kind of processor,
+and, as its last line, one JSON document. PYTHON is an interpreter with TRL in it. `--growth` times reftune alone on more and
+more samples.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,12 @@ ROOT = Path(__file__).parent.parent
 MODEL = {"layers": 30, "hidden": 576, "vocabulary": 49152, "body": 106_203_456}
 """SmolLM2-135M; `body` counts all weights but the embedding, which is also the output head."""
 UPDATES = 2
+WARM_UP = 1
+"""Steps of each contestant that are not counted."""
+BASELINES = ROOT / "benchmarks" / "baselines"
+TOLERANCE = 0.15
+"""Share by which a figure may be worse than its baseline: two runs on one machine differ by up to a tenth."""
+LOWER_IS_BETTER = ("bookkeeping_share", "memory_to_trl")
 TARGETS = {
     "ratio_to_trl": 4.0, "ratio_to_plain": 5.0, "ratio_to_plain_bf16": 2.5, "update_mfu": 0.55, "decode_roofline": 0.5,
     "bookkeeping_share": 0.02, "memory_to_trl": 0.25,
@@ -44,7 +53,7 @@ def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, An
     return {
         "name": "step",
         "run_dir": str(runs),
-        "model": {"path": "smollm2-135m", "dtype": "bfloat16", "micro_batch_tokens": 2048},
+        "model": {"path": "smollm2-135m", "dtype": "bfloat16", "micro_batch_tokens": 1024},
         "dataset": {"kind": "word_problems", "train": samples, "dev": 1, "test": 1},
         "format": {"kind": "program", "style": "compact"},
         "engine": {"kind": f"{ROOT}/benchmarks/forced_engine.py:ForcedKv", "workload": str(workload)},
@@ -66,7 +75,7 @@ def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, An
 
 def run_reftune(workload: Path, samples: int, repeats: int, folder: Path) -> dict[str, Any]:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(workload, samples, repeats + 2, folder / "run")), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe(workload, samples, repeats + 1 + WARM_UP, folder / "run")), encoding="utf-8")
     peak = measured([sys.executable, "-m", "reftune", "run", str(path)])["peak_kib"]
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "time/update_s" in row]
@@ -162,8 +171,65 @@ def print_table(document: dict[str, Any]) -> None:
     print("\n| figure | measured | target |\n|---|---|---|")
     for key, target in TARGETS.items():
         if key in document:
-            bound = "≤" if key in ("bookkeeping_share", "memory_to_trl") else "≥"
+            bound = "≤" if key in LOWER_IS_BETTER else "≥"
             print(f"| {key} | {document[key]:.3g} | {bound} {target} |")
+
+
+# --- the baseline -----------------------------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    """What decides the figures: the widest bf16 product of the processor, and the threads, as in `amx_bf16-2`."""
+    capabilities = torch.cpu.get_capabilities()
+    widest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if capabilities.get(name)), "other")
+    return f"{widest}-{torch.get_num_threads()}"
+
+
+def regressions(document: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+    """A line for every figure that is worse than its baseline by more than the tolerance."""
+    lines = []
+    for key in TARGETS:
+        if key not in document or key not in baseline:
+            continue
+        now, before = document[key], baseline[key]
+        is_worse = now > before * (1 + TOLERANCE) if key in LOWER_IS_BETTER else now < before / (1 + TOLERANCE)
+        if is_worse:
+            lines.append(f"regression: {key} is {now:.3g}, the baseline {before:.3g}")
+    return lines
+
+
+def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) -> list[str]:
+    """Compare with the baseline of this kind of processor, or make it."""
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        return [f"baseline written: {path.relative_to(ROOT)}"]
+    if not path.is_file():
+        return [f"no baseline for {path.stem}: nothing to compare with"]
+    worse = regressions(document, json.loads(path.read_text(encoding="utf-8")))
+    return worse or [f"no regression against {path.relative_to(ROOT)} (tolerance {TOLERANCE:.0%})"]
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def growth(sizes: Sequence[int]) -> dict[str, Any]:
+    """Seconds of a step and its peak memory, by number of samples, one step after a warm-up step each."""
+    found = {}
+    for samples in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "workload.json"
+            write_workload(the_workload(samples), path)
+            ran = run_reftune(path, samples, 1, Path(name))
+        found[samples] = {"step_s": ran["steps"][0]["step_s"], "peak_gib": ran["peak_kib"] / 2**20}
+        per_sample = found[samples]["step_s"] / samples
+        print(f"{samples} samples: {per_sample:.3f} s a sample, peak {found[samples]['peak_gib']:.1f} GiB", file=sys.stderr)
+    first, last = found[sizes[0]], found[sizes[-1]]
+    return {
+        "growth": found,
+        "time_per_sample_ratio": (last["step_s"] / sizes[-1]) / (first["step_s"] / sizes[0]),
+        "memory_ratio": last["peak_gib"] / first["peak_gib"],
+    }
 
 
 def main() -> None:
@@ -172,10 +238,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl", help="interpreter that has TRL")
     parser.add_argument("--only", default="reftune,plain-bf16,plain-fp32,trl")
+    parser.add_argument("--write-baseline", action="store_true", help="make this run the baseline of its kind of processor")
+    parser.add_argument("--growth", help="numbers of samples, as in 16,64,256")
     arguments = parser.parse_args()
-    data = WordProblems(kind="word_problems", train=arguments.samples, dev=1, test=1).load(seed=0)
-    texts = [Program(kind="program", style="compact").prompt(problem) for problem in data.train]
-    workload = make_workload(smollm2_folder(), texts, arguments.samples)
+    if arguments.growth:
+        print(json.dumps(growth([int(size) for size in arguments.growth.split(",")])))
+        return
+    workload = the_workload(arguments.samples)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
@@ -199,7 +268,17 @@ def main() -> None:
     document = summary(results, workload, prompts, machine)
     print_table(document)
     settings = {"samples": arguments.samples, "repeats": arguments.repeats, "torch": torch.__version__, "machine": machine}
-    print(json.dumps({**document, **settings, "mean_prompt": statistics.mean(prompts)}))
+    document |= {**settings, "mean_prompt": statistics.mean(prompts)}
+    baseline = BASELINES / f"step-{processor()}.json"
+    print("", *against_baseline(document, baseline, write=arguments.write_baseline), sep="\n")
+    print(json.dumps(document))
+
+
+def the_workload(samples: int) -> Workload:
+    """The benchmark's prompts: generated questions in the compact style."""
+    data = WordProblems(kind="word_problems", train=samples, dev=1, test=1).load(seed=0)
+    texts = [Program(kind="program", style="compact").prompt(problem) for problem in data.train]
+    return make_workload(smollm2_folder(), texts, samples)
 
 
 if __name__ == "__main__":

@@ -29,19 +29,21 @@ class PlainStep:
         self.workload, self.dtype = workload, dtype
         self.tokenizer: Any = AutoTokenizer.from_pretrained(workload.model, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model: Any = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
+        self.model: Any = model.to(workload.device).eval()
         self.reference: Any = copy.deepcopy(self.model).requires_grad_(False)
-        self.head = nn.Linear(self.model.config.hidden_size, 1)
+        self.head = nn.Linear(self.model.config.hidden_size, 1).to(workload.device)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-7)
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.workload.device, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def run(self) -> dict[str, float]:
         """Seconds of each phase."""
         marks = [time.perf_counter()]
         inputs = self.tokenizer(self.workload.prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = inputs.to(self.workload.device)
         prompt_length = inputs["input_ids"].shape[1]
         sequences, mask = self.generate(inputs)
         self.tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
@@ -54,12 +56,19 @@ class PlainStep:
             old, values = self.score(self.model, sequences, mask)
             reference, _ = self.score(self.reference, sequences, mask)
         advantages, returns = self.credit(old, reference, values, response)
+        self.wait()
         marks.append(time.perf_counter())
         for _ in range(2):
             self.update(sequences, mask, response, old, values, advantages, returns)
+        self.wait()
         marks.append(time.perf_counter())
         generate, score, update = (end - start for start, end in itertools.pairwise(marks))
         return {"generate_s": generate, "score_s": score, "update_s": update, "step_s": marks[-1] - marks[0]}
+
+    def wait(self) -> None:
+        """A GPU works on while Python goes on."""
+        if self.workload.device == "cuda":
+            torch.cuda.synchronize()
 
     @torch.no_grad()
     def generate(self, inputs: Any) -> tuple[Tensor, Tensor]:
@@ -95,9 +104,9 @@ class PlainStep:
         for row, reward in enumerate(self.workload.rewards):
             rewards[row, int(response[row].nonzero()[-1])] += reward
         values, advantages = values * response, torch.zeros_like(rewards)
-        running = torch.zeros(len(rewards))
+        running = nothing = rewards.new_zeros(len(rewards))
         for t in reversed(range(rewards.shape[1])):
-            after = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros(len(rewards))
+            after = values[:, t + 1] if t + 1 < rewards.shape[1] else nothing
             running = (rewards[:, t] + after - values[:, t] + 0.95 * running) * response[:, t]
             advantages[:, t] = running
         returns = advantages + values

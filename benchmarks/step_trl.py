@@ -57,7 +57,7 @@ def main() -> None:
                 max_steps=2 * (repeats + 1),
                 beta=0.01,
                 bf16=True,
-                use_cpu=True,
+                use_cpu=workload.device == "cpu",
                 learning_rate=3e-7,
                 save_strategy="no",
                 report_to="none",

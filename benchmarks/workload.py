@@ -26,6 +26,8 @@ class Workload:
     """Tokens of each answer, eos included."""
     rewards: list[float]
     max_new: int = MAX_NEW
+    device: str = "cpu"
+    """Where the contestants that are not reftune work; a recipe says it of reftune."""
 
 
 def make_workload(model: Path, questions: list[str], samples: int) -> Workload:

@@ -1,0 +1,137 @@
+"""Peak memory of real runs beside what `reftune plan`'s model of memory says of them.
+
+    python -m benchmarks.plan_accuracy [--only "deep;smollm2"] [--out docs/results/plan_accuracy.json]
+
+Each case is one `reftune rl` of two PPO steps on the CPU, in a process of its own; its peak resident memory, less that of the
+same run with a model of almost no weights (interpreter, libraries, data), is compared with the prediction. Prints a table and,
+as its last line, one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from benchmarks.step import measured
+
+from reftune.encoding import Encoder
+from reftune.memory import Memory, Outline, training_memory
+from reftune.models import load_model, make_scratch
+from reftune.plan import model_maker, stage_work
+from reftune.recipe import load_recipe
+from reftune.run_folder import load_splits, scratch_texts
+
+CASES: dict[str, dict[str, Any]] = {
+    "deep": {"model": {"scratch": {"hidden_size": 384, "layers": 24, "heads": 6}, "micro_batch_tokens": 1500}},
+    "wide, value model": {
+        "model": {"scratch": {"hidden_size": 768, "layers": 6, "heads": 12}, "micro_batch_tokens": 2000},
+        "value_model": "separate",
+    },
+    "wide, bf16": {
+        "model": {"scratch": {"hidden_size": 1024, "layers": 8, "heads": 16}, "dtype": "bfloat16", "micro_batch_tokens": 2500}
+    },
+    "smollm2": {"model": {"path": "smollm2-135m", "micro_batch_tokens": 1200}},
+    "smollm2, adapters": {"model": {"path": "smollm2-135m", "micro_batch_tokens": 1200, "lora": {"rank": 16}}},
+}
+NOTHING = {"model": {"scratch": {"hidden_size": 8, "layers": 1, "heads": 2}, "micro_batch_tokens": 100}}
+"""What a run takes whose model takes nothing."""
+TOLERANCE = 0.15
+
+
+def recipe(case: dict[str, Any], folder: Path, *, prompts: int = 16, max_new: int = 32) -> dict[str, Any]:
+    """Two PPO steps from the base model, which writes until it is cut off."""
+    model = {**case["model"], "device": "cpu"}
+    if "scratch" in model:
+        model["scratch"] = {**model["scratch"], "context": 128, "dropout": 0.0}
+    return {
+        "name": "plan",
+        "run_dir": str(folder / "run"),
+        "model": model,
+        "dataset": {"kind": "word_problems", "train": prompts, "dev": prompts, "test": 1},
+        "format": {"kind": "program", "style": "compact"},
+        "engine": {"kind": "kv", "batch_size": prompts},
+        "lengths": {"max_new": max_new},
+        "trackers": [],
+        "stages": {
+            "reft": {
+                "kind": "rl",
+                "init": "base",
+                "steps": 2,
+                "prompts": prompts,
+                "value_model": case.get("value_model", "shared"),
+                "eval_every": 2,
+                "optimizer": {"learning_rate": 1e-6},
+                "algorithm": {"kind": "ppo"},
+            }
+        },
+    }
+
+
+def write_recipe(case: dict[str, Any], folder: Path, **sizes: int) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(case, folder, **sizes)), encoding="utf-8")
+    return path
+
+
+def measured_peak(path: Path) -> int:
+    """Bytes."""
+    return int(measured([sys.executable, "-m", "reftune", "rl", str(path), "--quiet"])["peak_kib"]) * 1024
+
+
+def predicted(path: Path) -> Memory:
+    """As `reftune plan`, with the lengths of the recipe's own prompts."""
+    loaded = load_recipe(path)
+    splits = load_splits(loaded)
+    if loaded.model.scratch is not None:
+        tokenizer = make_scratch(loaded.model.scratch, scratch_texts(loaded.format, splits), seed=0)[1]
+    else:
+        tokenizer = load_model(loaded.model)[1]
+    encoder = Encoder(tokenizer, loaded.format)
+    longest = max(len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev))
+    stage = loaded.stages["reft"]
+    work = stage_work(stage, loaded, prompt=longest, response=loaded.lengths.max_new, problems=len(splits.train))
+    outline = Outline(model_maker(loaded), loaded.model, device="cpu")
+    return training_memory(outline, stage, loaded.engine, work)
+
+
+def baseline() -> int:
+    with tempfile.TemporaryDirectory() as name:
+        return measured_peak(write_recipe(NOTHING, Path(name)))
+
+
+def compare(case: str, nothing: int) -> dict[str, Any]:
+    """Measured and predicted bytes; `nothing` are those of a run whose model takes none."""
+    with tempfile.TemporaryDirectory() as name:
+        path = write_recipe(CASES[case], Path(name))
+        memory = predicted(path)
+        peak = measured_peak(path) - nothing
+    error = memory.peak / peak - 1
+    print(f"| {case} | {peak / 1e6:,.0f} | {memory.peak / 1e6:,.0f} | {error:+.1%} |", flush=True)
+    found = {"case": case, "measured": peak, "predicted": memory.peak, "error": error}
+    return {**found, "baseline": nothing, "busiest": memory.busiest, "parts": memory.parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=";".join(CASES), help="cases, with ; between")
+    parser.add_argument("--out", type=Path, help="a file that is there keeps its other cases")
+    arguments = parser.parse_args()
+    out: Path | None = arguments.out
+    rows = {row["case"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]} if out and out.is_file() else {}
+    print("| case | measured MB | predicted MB | error |\n|---|---:|---:|---:|")
+    nothing = baseline()
+    for case in arguments.only.split(";"):
+        rows[case] = compare(case, nothing)
+        document = {"tolerance": TOLERANCE, "rows": [rows[case] for case in CASES if case in rows]}
+        if out is not None:
+            out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
