@@ -41,6 +41,12 @@ def attend_in_fp32(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
+def attend_as_before(model: PreTrainedModel) -> None:
+    """Undo `attend_in_fp32`, for what knows transformers' own attention only."""
+    if model.config._attn_implementation == ATTENTION:
+        model.set_attn_implementation("sdpa")
+
+
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, None]:
     """`query`, `key` and `value` (B, heads, tokens, D). One new token against a cache is read as it lies: nothing is cast."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

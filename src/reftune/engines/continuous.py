@@ -17,6 +17,7 @@ from pydantic import Field
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from reftune.cpu import attend_as_before
 from reftune.errors import EngineError
 from reftune.policy import Policy
 from reftune.recipe import Component
@@ -97,7 +98,9 @@ def _in_compute_dtype(policy: Policy) -> Any:
     if policy.compute_dtype == torch.float32:
         return model
     cast = {id(p): torch.nn.Parameter(p.to(policy.compute_dtype), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo=cast)  # buffers stay fp32: rotary frequencies would suffer
+    model = copy.deepcopy(model, memo=cast)  # buffers stay fp32: rotary frequencies would suffer
+    attend_as_before(model)
+    return model
 
 
 def _collect(manager: Any, count: int) -> dict[str, Any]:
