@@ -289,10 +289,11 @@ class Loop:
                     self._snapshot(method)
                 self.state.seconds = time.perf_counter() - started
                 due = distributed.is_main() and time.perf_counter() - last_save >= self.save_every_s
-                self._stop, due = distributed.any_of(self._stop, due)
-                if self._stop or due:
+                stop, due = distributed.any_of(self._stop, due)
+                self._stop = self._stop or stop  # a signal may have come meanwhile
+                if stop or due:
                     saved, last_save = self._save(), time.perf_counter()
-                    if self._stop and self.state.step < self.total_steps:
+                    if stop and self.state.step < self.total_steps:
                         raise Interrupted(str(saved))
         self._finish()
         if self._stop:

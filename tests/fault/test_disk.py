@@ -135,7 +135,7 @@ def test_a_signal_stops_the_run_with_the_checkpoint_named(straight, make_recipe,
 def test_a_signal_anywhere_loses_nothing(straight, make_recipe, tmp_path, record_property, number):
     # evaluation, near the end, has no handler of its own; nor has the time before the first step
     rng, operations = random.Random(number), straight["operations"]
-    places = [rng.randint(operations // 10, operations * 9 // 10) for _ in range(6)]
+    places = rng.sample(range(operations // 10, operations * 9 // 10), 6)
     record_property("tried", len(places))
     for at in places:
         assert_stops_and_goes_on(make_recipe(run_dir=str(tmp_path / f"run{at}")), straight, number, at)
