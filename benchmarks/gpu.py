@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import itertools
 import json
 import os
 import signal
@@ -31,15 +30,13 @@ from typing import Any
 
 import torch
 import yaml
-from benchmarks.step import ROOT, UPDATES, recipe
+from benchmarks.step import ROOT, UPDATES, forward_flops, prompt_texts, recipe, step_seconds
 from benchmarks.workload import Workload, make_workload, write_workload
 from torch import Tensor
 from transformers import StaticCache
 
 from reftune.batch import TokenBatch, token_batch
-from reftune.datasets.word_problems import WordProblems
 from reftune.engines.kv import Kv
-from reftune.formats.program import Program
 from reftune.losses import masked_mean
 from reftune.models import load_pretrained, make_scratch
 from reftune.policy import Policy
@@ -79,15 +76,10 @@ SCRATCH = {
 """By whether it is tiny; the first has SmolLM2-135M's layers, and a vocabulary of the prompts' words only."""
 
 
-def prompts(count: int) -> list[str]:
-    data = WordProblems(kind="word_problems", train=count, dev=1, test=1).load(seed=0)
-    return [Program(kind="program", style="compact").prompt(problem) for problem in data.train]
-
-
 def scratch_model(folder: Path, *, tiny: bool) -> Path:
     """Random weights in Hugging Face format."""
     if not (folder / "config.json").is_file():
-        model, tokenizer = make_scratch(SCRATCH[tiny], prompts(200), seed=0)
+        model, tokenizer = make_scratch(SCRATCH[tiny], prompt_texts(200), seed=0)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
@@ -154,7 +146,7 @@ def load_policy(setting: Setting, device: str, dtype: str) -> Policy:
 
 
 def some_batch(policy: Policy, device: str) -> TokenBatch:
-    encoded = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts(4)]
+    encoded = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(4)]
     return token_batch([ids[: len(ids) // 2] for ids in encoded], [ids[len(ids) // 2 :] for ids in encoded], device=device)
 
 
@@ -168,7 +160,7 @@ def scores_of(policy: Policy, device: str) -> dict[str, Any]:
 
 
 def sampling_difference(policy: Policy, setting: Setting) -> Tensor:
-    asked = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts(4)]
+    asked = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(4)]
     completions = Kv(kind="kv").generate(policy, asked, SamplingParams(max_new_tokens=setting.new_tokens, seed=0))
     batch = token_batch(asked, [completion.token_ids for completion in completions], device=setting.device)
     scored = policy.score(batch, max_tokens=setting.micro_batch_tokens).logprobs[batch.response_mask].cpu()
@@ -186,28 +178,21 @@ def step_reftune(setting: Setting) -> dict[str, Any]:
     file = Path(setting.folder) / "recipe.yaml"
     file.write_text(yaml.safe_dump(described), encoding="utf-8")
     peak = run_watched([sys.executable, "-m", "reftune", "rl", str(file), "--quiet"], setting.device)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "time/update_s" in row]
-    steps = [
-        {"step_s": row["time"] - before["time"]}
-        | {name: row[f"time/{name}"] for name in ("generate_s", "grade_s", "score_s", "update_s")}
-        for before, row in itertools.pairwise(rows)
-    ][-setting.repeats :]
+    steps = step_seconds(folder)[-setting.repeats :]
     medians = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     return {**medians, **work_of(setting, workload, medians), "peak_bytes": peak}
 
 
 def work_of(setting: Setting, workload: Workload, medians: dict[str, float]) -> dict[str, float]:
-    """Tokens a second and FLOP/s by phase; the logits of the response only, causal attention."""
+    """Tokens a second and FLOP/s by phase."""
     model, tokenizer = load_pretrained(setting.model)
     head = model.get_output_embeddings().weight
     ends = {id(p): p.numel() for p in (head, model.get_input_embeddings().weight)}
     trunk = sum(p.numel() for p in model.parameters()) - sum(ends.values())
     asked = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in workload.prompts]
     answered = workload.lengths
-    tokens, layers = sum(asked) + sum(answered), model.config.num_hidden_layers
-    attention = sum(2 * layers * head.shape[1] * (p + n) ** 2 for p, n in zip(asked, answered, strict=True))
-    forward = 2 * trunk * tokens + attention + 2 * head.numel() * sum(answered)
+    tokens = sum(asked) + sum(answered)
+    forward = forward_flops(trunk, head.numel(), model.config.num_hidden_layers, head.shape[1], answered, asked)
     return {
         "sampled_tokens_s": sum(answered) / medians["generate_s"],
         "scored_tokens_s": 2 * tokens / medians["score_s"],
@@ -241,7 +226,7 @@ def contestant(command: list[str], setting: Setting) -> dict[str, Any]:
 
 
 def the_workload(setting: Setting) -> tuple[Workload, Path]:
-    workload = make_workload(Path(setting.model), prompts(setting.samples), setting.samples)
+    workload = make_workload(Path(setting.model), prompt_texts(setting.samples), setting.samples)
     workload = replace(workload, device=setting.device)
     path = Path(setting.folder) / "workload.json"
     write_workload(workload, path)
@@ -313,7 +298,7 @@ class Endless(Policy):
 
 
 def rows_of_one_length(policy: Policy, rows: int) -> list[list[int]]:
-    encoded = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts(rows)]
+    encoded = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(rows)]
     length = min(map(len, encoded))
     return [ids[:length] for ids in encoded]
 

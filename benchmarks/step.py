@@ -77,14 +77,18 @@ def run_reftune(workload: Path, samples: int, repeats: int, folder: Path) -> dic
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(workload, samples, repeats + 1 + WARM_UP, folder / "run")), encoding="utf-8")
     peak = measured([sys.executable, "-m", "reftune", "run", str(path)])["peak_kib"]
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {"steps": step_seconds(folder / "run")[-repeats:], "peak_kib": peak}
+
+
+def step_seconds(run: Path) -> list[dict[str, float]]:
+    """Of each step but the first: the whole and its phases, from a run's metrics."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "time/update_s" in row]
-    steps = [
+    return [
         {"step_s": row["time"] - before["time"]}
         | {name: row[f"time/{name}"] for name in ("generate_s", "grade_s", "score_s", "update_s")}
         for before, row in itertools.pairwise(rows)
     ]
-    return {"steps": steps[-repeats:], "peak_kib": peak}
 
 
 def measured(command: list[str]) -> dict[str, Any]:
@@ -123,11 +127,15 @@ def seconds(work: Any) -> float:
 
 
 def update_flops(lengths: list[int], prompts: list[int]) -> float:
-    """Of all updates: three times the forward pass, logits for response tokens only, causal attention."""
-    tokens = sum(lengths) + sum(prompts)
-    attention = sum(2 * MODEL["layers"] * MODEL["hidden"] * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True))
-    head = 2 * MODEL["vocabulary"] * MODEL["hidden"] * sum(lengths)
-    return UPDATES * 3 * (2 * MODEL["body"] * tokens + head + attention)
+    """Of all updates: three times the forward pass."""
+    head = MODEL["vocabulary"] * MODEL["hidden"]
+    return UPDATES * 3 * forward_flops(MODEL["body"], head, MODEL["layers"], MODEL["hidden"], lengths, prompts)
+
+
+def forward_flops(trunk: int, head: int, layers: int, hidden: int, lengths: Sequence[int], prompts: Sequence[int]) -> float:
+    """2 a weight and token, `trunk` and `head` in weights; logits for response tokens only, causal attention."""
+    attention = sum(2 * layers * hidden * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True))
+    return 2 * trunk * (sum(lengths) + sum(prompts)) + 2 * head * sum(lengths) + attention
 
 
 def decode_floor(lengths: list[int], prompts: list[int], peak: float, bytes_s: float) -> float:
@@ -275,10 +283,13 @@ def main() -> None:
 
 
 def the_workload(samples: int) -> Workload:
-    """The benchmark's prompts: generated questions in the compact style."""
-    data = WordProblems(kind="word_problems", train=samples, dev=1, test=1).load(seed=0)
-    texts = [Program(kind="program", style="compact").prompt(problem) for problem in data.train]
-    return make_workload(smollm2_folder(), texts, samples)
+    return make_workload(smollm2_folder(), prompt_texts(samples), samples)
+
+
+def prompt_texts(count: int) -> list[str]:
+    """Generated questions in the compact style."""
+    data = WordProblems(kind="word_problems", train=count, dev=1, test=1).load(seed=0)
+    return [Program(kind="program", style="compact").prompt(problem) for problem in data.train]
 
 
 if __name__ == "__main__":

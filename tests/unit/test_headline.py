@@ -18,13 +18,8 @@ METHODS = ["warmup", "sft", "offline_st", "online_st", "reft", "reft_modern"]
 
 
 @pytest.fixture
-def headline(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import headline
-
-    yield headline
-    for name in [name for name in sys.modules if name == "benchmarks" or name.startswith("benchmarks.")]:
-        del sys.modules[name]
+def headline(benchmark_module) -> ModuleType:
+    return benchmark_module("headline")
 
 
 def test_its_recipes_are_sound_and_spend_alike():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,13 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def step(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import step
-
-    yield step
-    for name in [name for name in sys.modules if name == "benchmarks" or name.startswith("benchmarks.")]:
-        del sys.modules[name]
+def step(benchmark_module) -> ModuleType:
+    return benchmark_module("step")
 
 
 def test_a_regression_is_a_ratio_that_fell_or_a_share_that_rose(step):
