@@ -152,7 +152,7 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
 
     progress = tracked(make_progress(quiet=quiet or not is_main()), recipe)
     try:
-        with _sigterm_as_sigint():
+        with _stopped_by_signals():
             yield progress
     except (Interrupted, KeyboardInterrupt) as stop:
         progress.close()
@@ -165,17 +165,20 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
 
 
 @contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Between training steps, which have handlers of their own, a batch system's SIGTERM stops a run as Ctrl-C does."""
+def _stopped_by_signals() -> Iterator[None]:
+    """Outside training, whose loop has handlers of its own, SIGINT and a batch system's SIGTERM stop a run as Ctrl-C does.
+
+    SIGINT too: a shell's background job inherits it ignored, and Python then leaves it so.
+    """
     try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield
-        return
+        before = {}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

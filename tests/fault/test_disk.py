@@ -110,8 +110,13 @@ def test_a_disk_that_fills_up_inside_a_write_loses_nothing(straight, make_recipe
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
+def in_the_background() -> None:
+    """As a shell starts `reftune run … &`: SIGINT is ignored until somebody takes it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def assert_stops_and_goes_on(recipe: Recipe, straight: dict[str, Any], number: int, at: int) -> None:
-    life = live(recipe, at=at, act=signalled(number))
+    life = live(recipe, at=at, act=signalled(number), prepare=in_the_background)
     assert life.status == 130, life.stderr
     said = life.stderr.splitlines()[-1]
     assert said.startswith("interrupted; checkpoint: ") and said.endswith("; the same command goes on from there")
@@ -124,9 +129,9 @@ def assert_stops_and_goes_on(recipe: Recipe, straight: dict[str, Any], number: i
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGTERM], ids=["SIGTERM"])
-def test_a_signal_stops_the_run_with_the_checkpoint_named(straight, make_recipe, number):
-    assert_stops_and_goes_on(make_recipe(), straight, number, at=straight["operations"] // 2)
+@pytest.mark.parametrize(("number", "share"), [(signal.SIGTERM, 0.5), (signal.SIGINT, 0.87)], ids=["training", "evaluation"])
+def test_a_signal_stops_the_run_with_the_checkpoint_named(straight, make_recipe, number, share):
+    assert_stops_and_goes_on(make_recipe(), straight, number, at=round(share * straight["operations"]))
 
 
 @pytest.mark.slow
