@@ -266,9 +266,14 @@ def distribute(model: Any) -> None:
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), src=0)
     if _world.sharding == "fsdp2":
-        names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-        shard(model, [module for module in model.modules() if type(module).__name__ in names])
+        shard(model, transformer_blocks(model))
     assert is_sharded(model) == (_world.sharding == "fsdp2"), "the launcher asked for another sharding than what runs"
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules in `model` that transformers names as not to be split."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module]) -> None:

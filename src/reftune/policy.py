@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,7 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
         """The value head's own transformer; None: it reads the policy's."""
+        self.is_compiled = False
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +100,20 @@ class Policy(nn.Module):
         if self.is_lora:
             raise ModelError("a separate value model would be trained whole; expected no model.lora beside it")
         self.value_backbone = copy.deepcopy(self._backbone())
+        if self.is_compiled:
+            self.compile_blocks()
+
+    def compile_blocks(self) -> None:
+        """Fuse the small operations of every transformer block, for passes over whole sequences. Copies are not compiled.
+
+        Raises: ModelError where there is no C++ compiler.
+        """
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ModelError(f"model.compile: needs a compiler for C++, and there is no {compiler}; install one or set CXX")
+        self.is_compiled = True
+        for block in distributed.transformer_blocks(self):
+            block.compile(dynamic=True)
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -117,6 +134,12 @@ class Policy(nn.Module):
                 yield
             finally:
                 self.train(training)
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """As `inference`, with no block compiled: a cache would have each of them compiled by itself."""
+        with self.inference(), torch.compiler.set_stance("force_eager"):
+            yield
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """(N, H) the last hidden state that predicts each response token, in row-major order."""
@@ -215,6 +238,8 @@ class Policy(nn.Module):
         frozen = copy.deepcopy(self)
         frozen.value_backbone = None
         frozen.eval().requires_grad_(False)
+        if self.is_compiled:
+            frozen.compile_blocks()
         distributed.distribute(frozen)
         return Reference(self, frozen=frozen)
 

@@ -194,6 +194,8 @@ class Run:
         policy.load_value_head(self.stage_folder(method))
         policy.to(distributed.choose_device(table.device))
         policy.verify_head()
+        if table.compile:
+            policy.compile_blocks()
         return policy
 
     def collector(self, policy: Policy) -> Collector:

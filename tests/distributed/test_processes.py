@@ -171,6 +171,17 @@ def test_adapters_and_a_value_model_are_sharded_too(changes, steady_recipe, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path):
+    changes = {"stages": {"sft": None, "reft": {"init": "base", "steps": 2}}, "evaluate": {"samples": 0}}
+    one, two = tmp_path / "one", tmp_path / "two" / "run"
+    run_all(steady_recipe(one, **changes))
+    ended = ranks.run(steady_recipe(two, **changes, model={"compile": True}), sharding="fsdp2", timeout_s=280)
+    assert [end.status for end in ended] == [0, 0], ended
+    assert_same_run(two, one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_every_stage_is_the_same(sharding, steady_recipe, tmp_path):
     changes = {**EVERY_STAGE, "stages": {name: merge_rate(stage) for name, stage in EVERY_STAGE["stages"].items()}}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,10 +19,12 @@ from torch.testing import assert_close
 
 from reftune.algorithms.ppo import Ppo
 from reftune.batch import RolloutBatch, TokenBatch, micro_batches, token_batch
+from reftune.engines.kv import Kv
 from reftune.losses import token_weights
 from reftune.policy import Policy
 from reftune.train_sft import accumulate_nll
 from reftune.training import OptimizerTable, make_optimizer, optimizer_step
+from reftune.types import SamplingParams
 
 FAMILIES = [
     "llama", "llama, tied", "phi3", "mistral, window of 5", "qwen2, untied", "qwen2, tied", "qwen3, tied", "gpt2", "opt",
@@ -290,6 +294,21 @@ def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monke
     for name, gradient in found[0].items():
         scale = float(gradient.abs().max())
         assert_close(found[1][name] / scale, gradient / scale, atol=2e-2, rtol=0)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no compiler for C++")
+def test_compiled_blocks_change_nothing_and_decoding_does_not_use_them(step):
+    policy, batch, loss, whole = step
+    params = SamplingParams(max_new_tokens=4, temperature=1.0, seed=0)
+    before = Kv(kind="kv").generate(policy, [[3, 4, 5], [6]], params)
+    policy.compile_blocks()
+    compiled = torch._dynamo.utils.counters["stats"]
+    assert accumulate(policy, batch) == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(gradients(policy), whole)
+    graphs = compiled["unique_graphs"]
+    assert graphs > 0
+    assert Kv(kind="kv").generate(policy, [[3, 4, 5], [6]], params) == before
+    assert compiled["unique_graphs"] == graphs
 
 
 # --- the supervised loss ----------------------------------------------------------------------------------------------

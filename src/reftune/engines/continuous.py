@@ -44,7 +44,7 @@ class Continuous(Component):
         if not prompts:
             return []
         with (
-            policy.inference(),
+            policy.decoding(),
             _untouched_generator(policy.device),
             _manager(policy, self._config(prompts, params), params) as m,
         ):

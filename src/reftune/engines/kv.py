@@ -43,7 +43,7 @@ class Kv(Component):
         """One completion a prompt, in order; see `reftune.engines.Engine`."""
         requests = [_Request(position=i, prompt=list(prompt)) for i, prompt in enumerate(prompts, params.first_position)]
         waiting = sorted(requests, key=lambda request: len(request.prompt))  # similar lengths share a batch
-        with policy.inference():
+        with policy.decoding():
             decoder = _Decoder(policy, params)
             while waiting or decoder.active:
                 free = self.batch_size - len(decoder.active)
