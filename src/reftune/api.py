@@ -132,7 +132,8 @@ def _policy(model: str | Path | Policy) -> Policy:
 
     if isinstance(model, Policy):
         return model
-    return Policy(*load_model(ModelTable(path=str(model))))  # type: ignore[call-arg]
+    policy = Policy(*load_model(ModelTable(path=str(model))))  # type: ignore[call-arg]
+    return policy.to(distributed.choose_device("auto"))
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:

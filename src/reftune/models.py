@@ -31,8 +31,19 @@ def load_model(
     if table.scratch is not None:
         return make_scratch(table.scratch, texts, seed=seed)
     assert table.path is not None
-    path = str(smollm2_folder()) if table.path == SMOLLM2 else table.path
-    return load_pretrained(path, trust_remote_code=table.trust_remote_code)
+    return load_pretrained(table.path, trust_remote_code=table.trust_remote_code)
+
+
+def resolve(path: str | Path) -> Path | str:
+    """A folder or a Hub id, `smollm2-135m` and `~` replaced. Raises: ModelError where a folder is meant and not there."""
+    if path == SMOLLM2:
+        return smollm2_folder()
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder
+    if str(path).startswith((".", os.sep, "~")):
+        raise ModelError(f"{path}: no such model folder; expected one, or a Hub id like owner/name")
+    return str(path)
 
 
 def load_pretrained(path: str | Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -43,11 +54,9 @@ def load_pretrained(path: str | Path, *, trust_remote_code: bool = False) -> tup
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the run has its own
-    path = Path(path).expanduser() if str(path).startswith("~") else path
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+    path = resolve(path)
+    if isinstance(path, Path) and not (path / "config.json").is_file():
         raise ModelError(f"{path}: not a model folder: no config.json in it")
-    if str(path).startswith((".", os.sep)) and not Path(path).exists():
-        raise ModelError(f"{path}: no such model folder; expected one, or a Hub id like owner/name")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from reftune.errors import ModelError, RecipeError
 from reftune.memory import FP32, Memory, Outline, Sharding, Sizes, Work, training_memory
-from reftune.models import SMOLLM2, make_scratch, smollm2_folder
+from reftune.models import make_scratch, resolve
 from reftune.recipe import ModelTable, Recipe
 from reftune.run_folder import load_splits, scratch_texts
 
@@ -183,11 +182,8 @@ def read_config(table: ModelTable) -> Any:
     from transformers import AutoConfig
 
     assert table.path is not None
-    path = smollm2_folder() if table.path == SMOLLM2 else Path(table.path).expanduser()
-    if table.path.startswith((".", "/", "~")) and not path.exists():
-        raise ModelError(f"{table.path}: no such model folder; expected one, or a Hub id like owner/name")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=table.trust_remote_code)
+        return AutoConfig.from_pretrained(resolve(table.path), trust_remote_code=table.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{table.path}: no config.json can be read; expected a model folder or a Hub id: {reason}") from None

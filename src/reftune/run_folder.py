@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -32,12 +32,15 @@ from reftune.jsonlines import JsonLines
 from reftune.models import load_model, load_pretrained
 from reftune.policy import Policy
 from reftune.progress import Progress
-from reftune.recipe import Recipe, dump_recipe, parse_recipe
+from reftune.recipe import LoraTable, Recipe, dump_recipe, parse_recipe
 from reftune.reward_model import WEIGHTS, Classifier, add_scores, is_scored, load_classifier, require_same_tokenizer
 from reftune.seeds import derive_seed
 from reftune.train_sft import gold_examples
 from reftune.training import Stage, StageContext
 from reftune.types import Graded, Problem, SamplingParams, Verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BEFORE_CLAIM = frozenset({".lock", "env.json", "data.json", ".env.json.partial", ".data.json.partial", ".recipe.yaml.partial"})
 """What a run that was killed before `recipe.yaml` was there may have left."""
@@ -190,13 +193,18 @@ class Run:
             _require_trained(self.recipe, [method])
             model, tokenizer = load_pretrained(self.stage_folder(method), trust_remote_code=table.trust_remote_code)
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
-        policy = Policy(model, tokenizer, dtype=getattr(torch, table.dtype), lora=table.lora if lora else None)
+        policy = self._policy(model, tokenizer, lora=table.lora if lora else None)
         policy.load_value_head(self.stage_folder(method))
-        policy.to(distributed.choose_device(table.device))
         policy.verify_head()
         if table.compile:
             policy.compile_blocks()
         return policy
+
+    def _policy(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, lora: LoraTable | None = None) -> Policy:
+        """In the recipe's arithmetic and on its device."""
+        table = self.recipe.model
+        policy = Policy(model, tokenizer, dtype=getattr(torch, table.dtype), lora=lora)
+        return policy.to(distributed.choose_device(table.device))
 
     def collector(self, policy: Policy) -> Collector:
         return Collector(
@@ -252,9 +260,8 @@ class Run:
         """A reward model by its stage or by its folder in another run."""
         if name in self.recipe.stages:
             return load_classifier(self.load_policy(name), self.stage_folder(name))
-        model, tokenizer = load_pretrained(name, trust_remote_code=self.recipe.model.trust_remote_code)
-        policy = Policy(model, tokenizer, dtype=getattr(torch, self.recipe.model.dtype))
-        return load_classifier(policy.to(distributed.choose_device(self.recipe.model.device)), Path(name))
+        loaded = load_pretrained(name, trust_remote_code=self.recipe.model.trust_remote_code)
+        return load_classifier(self._policy(*loaded), Path(name))
 
     def check_reranker(self) -> None:
         """Raises: ModelError where another run's reward model does not read what this run's methods write."""

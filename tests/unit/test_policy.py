@@ -54,6 +54,12 @@ def test_a_forward_pass_in_training_mode_has_dropout_and_gradients(policy, batch
     assert all(p.grad is not None for p in policy.parameters())
 
 
+def test_compiling_without_a_compiler_is_told_in_one_line(policy, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ModelError, match="there is no no-such-compiler; install one or set CXX"):
+        policy.compile_blocks()
+
+
 def test_forward_and_score_agree(policy, batch):
     scored, forward = policy.score(batch, temperature=0.7, max_tokens=100), policy(batch, temperature=0.7)
     assert_close(forward.logprobs, scored.logprobs, atol=1e-6, rtol=0)
