@@ -261,6 +261,9 @@ class Recipe(Table):
     seed: int = 0
     run_dir: str | None = None
     """Default: `runs/NAME`."""
+    threads: int | None = Field(None, gt=0)
+    """Of the CPU, for arithmetic; None: PyTorch's choice. A tiny model is as fast on one, and its numbers then round alike on
+    machines with more cores or fewer."""
     model: ModelTable
     dataset: _component_field("datasets")  # type: ignore[valid-type]
     format: _component_field("formats")  # type: ignore[valid-type]

@@ -99,12 +99,23 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     if is_new:
         run.verify_inputs()
     with ExitStack() as stack:
+        stack.enter_context(_threads(recipe.threads))
         if distributed.is_main():
             stack.enter_context(_claimed(run))
         distributed.shared_folder(folder)
         if distributed.world_size() > 1:
             progress.note(distributed.describe())
         yield run
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from crash import assert_same_outcome, outcome, run_all
@@ -233,6 +235,14 @@ def test_a_run_killed_before_its_recipe_was_written_starts_again(make_recipe, le
     with open_run(recipe, SilentProgress()):
         pass
     assert (recipe.folder / "env.json").read_text().startswith('{\n  "reftune": ')
+
+
+def test_a_run_has_the_threads_of_its_recipe_and_leaves_them_as_they_were(make_recipe):
+    before = torch.get_num_threads()
+    with open_run(make_recipe(threads=before + 1), SilentProgress()) as run:
+        assert torch.get_num_threads() == before + 1
+        assert json.loads((run.folder / "env.json").read_text())["threads"] == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_the_checkpoint_of_another_model_is_refused_in_one_line(make_recipe):
