@@ -10,7 +10,7 @@ REPEATS ?= 3
 .PHONY: help bench docs setup demo demo-seeds reproduce test test-slow test-vllm trust lint format types check clean
 
 help:
-	@echo "make demo        watch a small model learn (about 4 minutes on 2 cores); report in runs/demo/report.html"
+	@echo "make demo        watch a small model learn (about 2 minutes); report in runs/demo/report.html"
 	@echo "make demo-seeds  the demo for seeds $(SEEDS); table in docs/results/demo-seeds.md"
 	@echo "make reproduce   the paper's whole comparison for seeds $(SEEDS), and modern against paper; goes on after a stop"
 	@echo "make test        unit, contract, parity and learning tests; test-slow runs the long ones"

@@ -1,7 +1,7 @@
 """One ReFT step, side by side: reftune, the authors' step in plain transformers (fp32 and bf16) and TRL's GRPO.
 
     python -m benchmarks.step [--samples 16] [--repeats 5] [--trl PYTHON] [--only reftune,plain-bf16] [--write-baseline]
-    python -m benchmarks.step --growth 16,64,256
+    python -m benchmarks.step --growth 16,64,512
 
 Every contestant samples answers of the same lengths to the same prompts, scores them and makes two updates, on SmolLM2-135M,
 in a process of its own, one after the other. Prints a table, what is worse than in the baseline of this kind of processor,
@@ -36,8 +36,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = {"layers": 30, "hidden": 576, "vocabulary": 49152, "body": 106_203_456}
 """SmolLM2-135M; `body` counts all weights but the embedding, which is also the output head."""
 UPDATES = 2
-WARM_UP = 1
-"""Steps of each contestant that are not counted."""
+PHASES = ("generate_s", "grade_s", "score_s", "update_s")
 BASELINES = ROOT / "benchmarks" / "baselines"
 TOLERANCE = 0.15
 """Share by which a figure may be worse than its baseline: two runs on one machine differ by up to a tenth."""
@@ -74,26 +73,32 @@ def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, An
 
 
 def run_reftune(workload: Path, samples: int, repeats: int, folder: Path) -> dict[str, Any]:
+    """`repeats` steps after one that is not counted, in which the blocks are compiled."""
+    described = recipe(workload, samples, repeats + 1, folder / "run")
+    described["model"]["compile"] = True
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(workload, samples, repeats + 1 + WARM_UP, folder / "run")), encoding="utf-8")
+    path.write_text(yaml.safe_dump(described), encoding="utf-8")
     peak = measured([sys.executable, "-m", "reftune", "run", str(path)])["peak_kib"]
-    return {"steps": step_seconds(folder / "run")[-repeats:], "peak_kib": peak}
+    return {"steps": step_seconds(folder / "run"), "peak_kib": peak}
 
 
 def step_seconds(run: Path) -> list[dict[str, float]]:
     """Of each step but the first: the whole and its phases, from a run's metrics."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "time/update_s" in row]
+    rows = step_rows(run)
     return [
-        {"step_s": row["time"] - before["time"]}
-        | {name: row[f"time/{name}"] for name in ("generate_s", "grade_s", "score_s", "update_s")}
+        {"step_s": row["time"] - before["time"]} | {name: row[f"time/{name}"] for name in PHASES}
         for before, row in itertools.pairwise(rows)
     ]
 
 
+def step_rows(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "time/update_s" in row]
+
+
 def measured(command: list[str]) -> dict[str, Any]:
     """Run a command at the root; its last line, where that is JSON, and its peak memory. Raises CalledProcessError."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=sys.stderr)
         _, status, usage = os.wait4(process.pid, 0)
@@ -222,14 +227,18 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
 
 
 def growth(sizes: Sequence[int]) -> dict[str, Any]:
-    """Seconds of a step and its peak memory, by number of samples, one step after a warm-up step each."""
+    """Seconds of a step's phases and its peak memory, by number of samples, in the first step of a run, nothing compiled."""
     found = {}
     for samples in sizes:
         with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "workload.json"
-            write_workload(the_workload(samples), path)
-            ran = run_reftune(path, samples, 1, Path(name))
-        found[samples] = {"step_s": ran["steps"][0]["step_s"], "peak_gib": ran["peak_kib"] / 2**20}
+            folder = Path(name)
+            write_workload(the_workload(samples), folder / "workload.json")
+            described = recipe(folder / "workload.json", samples, 1, folder / "run")
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(described), encoding="utf-8")
+            peak = measured([sys.executable, "-m", "reftune", "run", str(folder / "recipe.yaml")])["peak_kib"]
+            (row,) = step_rows(folder / "run")
+        phases = {name: row[f"time/{name}"] for name in PHASES}
+        found[samples] = {"step_s": sum(phases.values()), **phases, "peak_gib": peak / 2**20}
         per_sample = found[samples]["step_s"] / samples
         print(f"{samples} samples: {per_sample:.3f} s a sample, peak {found[samples]['peak_gib']:.1f} GiB", file=sys.stderr)
     first, last = found[sizes[0]], found[sizes[-1]]
@@ -247,7 +256,7 @@ def main() -> None:
     parser.add_argument("--trl", help="interpreter that has TRL")
     parser.add_argument("--only", default="reftune,plain-bf16,plain-fp32,trl")
     parser.add_argument("--write-baseline", action="store_true", help="make this run the baseline of its kind of processor")
-    parser.add_argument("--growth", help="numbers of samples, as in 16,64,256")
+    parser.add_argument("--growth", help="numbers of samples, as in 16,64,512")
     arguments = parser.parse_args()
     if arguments.growth:
         print(json.dumps(growth([int(size) for size in arguments.growth.split(",")])))

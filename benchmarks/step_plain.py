@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from benchmarks.forced import ForcedLengths
-from benchmarks.workload import Workload, read_workload
+from benchmarks.workload import Workload, first, read_workload
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+WARM_UP_SAMPLES = 4
 
 
 class PlainStep:
@@ -139,8 +141,10 @@ class PlainStep:
 def main() -> None:
     workload, dtype, repeats = read_workload(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
     torch.manual_seed(0)
-    plain = PlainStep(workload, dtype)
-    steps = [plain.run() for _ in range(repeats + 1)][1:]  # the first one warms up
+    plain = PlainStep(first(workload, WARM_UP_SAMPLES), dtype)
+    plain.run()
+    plain.workload = workload
+    steps = [plain.run() for _ in range(repeats)]
     print(json.dumps({"steps": steps, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
 
 

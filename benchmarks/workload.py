@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 LENGTHS = (36, 42, 46, 49, 51, 54, 56, 58, 60, 62, 66, 69, 73, 77, 85, 103)
@@ -37,6 +37,12 @@ def make_workload(model: Path, questions: list[str], samples: int) -> Workload:
     draw.shuffle(lengths)
     prompts = [questions[i % len(questions)] for i in range(samples)]
     return Workload(str(model), prompts, lengths, [float(draw.random() < 0.5) for _ in range(samples)])
+
+
+def first(workload: Workload, samples: int) -> Workload:
+    """Some of the work, to warm up on."""
+    part = slice(samples)
+    return replace(workload, prompts=workload.prompts[part], lengths=workload.lengths[part], rewards=workload.rewards[part])
 
 
 def write_workload(workload: Workload, path: Path) -> None:
