@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 ATTENTION = "reftune_cpu"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
+FEW_ROWS = 16
+"""The layout is chosen for products of so many rows; others gain as much."""
 LARGEST_KEPT = 32 * 2**20
 """Bytes; larger blocks go back to the system when they are freed. The largest threshold that glibc takes."""
 
@@ -27,6 +32,35 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LARGEST_KEPT), (M_TRIM_THRESHOLD, 2**31 - 1)):
             mallopt(option, value)
+
+
+@contextmanager
+def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Products of the linear layers from a copy of their weights in `dtype` that lies as oneDNN reads it, to read only.
+
+    A product takes two thirds of the time, and the copy 0.1 s for 134 million weights. Does nothing off the CPU, in fp32, and
+    where the processor has no bf16 products.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Linear and _can_be_packed(module, dtype)]
+    for layer in layers:
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), FEW_ROWS)
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        layer.forward = partial(_packed_product, weight=weight, bias=bias)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _can_be_packed(layer: nn.Linear, dtype: torch.dtype) -> bool:
+    on_cpu = layer.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return on_cpu and dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _packed_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows.to(weight.dtype), weight, bias, "none", [], "")
+    return product
 
 
 def attend_in_fp32(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
+from reftune.cpu import packed_linears
 from reftune.policy import Policy
 from reftune.recipe import Component
 from reftune.seeds import generator
@@ -43,7 +44,7 @@ class Kv(Component):
         """One completion a prompt, in order; see `reftune.engines.Engine`."""
         requests = [_Request(position=i, prompt=list(prompt)) for i, prompt in enumerate(prompts, params.first_position)]
         waiting = sorted(requests, key=lambda request: len(request.prompt))  # similar lengths share a batch
-        with policy.decoding():
+        with policy.decoding(), packed_linears(policy.model, policy.compute_dtype):
             decoder = _Decoder(policy, params)
             while waiting or decoder.active:
                 free = self.batch_size - len(decoder.active)
