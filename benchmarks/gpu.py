@@ -167,15 +167,16 @@ def sampling_difference(policy: Policy, setting: Setting) -> Tensor:
     return (scored - torch.tensor([logprob for completion in completions for logprob in completion.logprobs])).abs()
 
 
-def step_reftune(setting: Setting) -> dict[str, Any]:
+def step_reftune(setting: Setting, *, compiled: bool = False) -> dict[str, Any]:
     """A whole step of `reftune rl`, bf16, by phase."""
     workload, path = the_workload(setting)
-    folder = Path(setting.folder) / "run"
+    folder = Path(setting.folder) / ("run_compiled" if compiled else "run")
     described = recipe(path, setting.samples, setting.repeats + 2, folder)
-    model = {"path": setting.model, "device": setting.device, "micro_batch_tokens": setting.micro_batch_tokens}
-    described["model"] |= model
+    described["model"] |= {
+        "path": setting.model, "device": setting.device, "micro_batch_tokens": setting.micro_batch_tokens, "compile": compiled,
+    }  # fmt: skip
     described["engine"]["batch_size"] = setting.samples
-    file = Path(setting.folder) / "recipe.yaml"
+    file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(described), encoding="utf-8")
     peak = run_watched([sys.executable, "-m", "reftune", "rl", str(file), "--quiet"], setting.device)
     steps = step_seconds(folder)[-setting.repeats :]
@@ -366,6 +367,7 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "correctness_bfloat16": lambda setting: correctness(setting, "bfloat16"),
     "step_reftune": step_reftune,
     "step_trl": step_trl,
+    "step_compiled": lambda setting: step_reftune(setting, compiled=True),
     "decode_kv": lambda setting: decoding(setting, "kv"),
     "decode_fixed": lambda setting: decoding(setting, "fixed"),
     "decode_graph": lambda setting: decoding(setting, "graph"),
@@ -406,6 +408,8 @@ def document(results: dict[str, dict[str, Any]], setting: Setting) -> dict[str, 
     for key, name in (("ratio_to_trl", "step_trl"), ("ratio_to_plain_bf16", "step_plain")):
         if "step_s" in results.get(name, {}) and "step_s" in ours:
             figures[key] = results[name]["step_s"] / ours["step_s"]
+    if "step_s" in results.get("step_compiled", {}) and "step_s" in ours:
+        figures["compile_speedup"] = ours["step_s"] / results["step_compiled"]["step_s"]
     if peak and "update_flops" in ours:
         figures |= {"update_mfu": ours["update_flops"] / peak, "score_mfu": ours["score_flops"] / peak}
         figures["peak_bytes"] = ours["peak_bytes"]

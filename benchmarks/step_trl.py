@@ -66,10 +66,11 @@ def main() -> None:
         )
         model: Any = trainer.model
         generate = model.generate
+        warm_up = iter([[length // 4 for length in workload.lengths]])
 
         def generate_forced(*args: Any, **kwargs: Any) -> Any:
             prompt_length = kwargs["input_ids"].shape[1]
-            forced = ForcedLengths(workload.lengths, prompt_length, tokenizer.eos_token_id)
+            forced = ForcedLengths(next(warm_up, workload.lengths), prompt_length, tokenizer.eos_token_id)
             return generate(*args, **kwargs, logits_processor=LogitsProcessorList([forced]))
 
         model.generate = generate_forced

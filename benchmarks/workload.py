@@ -30,10 +30,10 @@ class Workload:
     """Where the contestants that are not reftune work; a recipe says it of reftune."""
 
 
-def make_workload(model: Path, questions: list[str], samples: int) -> Workload:
-    """`samples` prompts, one answer each."""
+def make_workload(model: Path, questions: list[str], samples: int, *, shorter: int = 1) -> Workload:
+    """`samples` prompts, one answer each, so many times shorter."""
     draw = random.Random(0)
-    lengths = [LENGTHS[i % len(LENGTHS)] for i in range(samples)]
+    lengths = [LENGTHS[i % len(LENGTHS)] // shorter for i in range(samples)]
     draw.shuffle(lengths)
     prompts = [questions[i % len(questions)] for i in range(samples)]
     return Workload(str(model), prompts, lengths, [float(draw.random() < 0.5) for _ in range(samples)])

@@ -31,7 +31,7 @@ from reftune.plan import stage_work, trainings
 from reftune.policy import Policy
 from reftune.progress import SilentProgress, clock, printable
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
-from reftune.run_folder import Run, check_stage_graph, load_splits
+from reftune.run_folder import Run, check_stage_graph, load_splits, threads_of
 from reftune.sample import sample_rows, solution_text
 from reftune.stats import wilson
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, SamplingParams, Verdict
@@ -181,12 +181,13 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     check_stage_graph(recipe)
     run = Run(recipe=recipe, splits=load_splits(recipe), folder=recipe.folder, progress=SilentProgress())
     method = _starting_method(run)
-    subject = _subject(run, run.load_policy(method, lora=True))
-    findings = _findings(subject, CHECKS)
     samples: list[dict[str, Any]] = []
-    if not any(finding.level == "fail" and finding.name in UNSAFE for finding in findings):
-        samples = sample_rows(subject.policy, subject.collector, subject.splits.dev[:NUM_SAMPLES], recipe, temperature=1.0)
-        findings += _findings(subject, MODEL_CHECKS)
+    with threads_of(recipe):
+        subject = _subject(run, run.load_policy(method, lora=True))
+        findings = _findings(subject, CHECKS)
+        if not any(finding.level == "fail" and finding.name in UNSAFE for finding in findings):
+            samples = sample_rows(subject.policy, subject.collector, subject.splits.dev[:NUM_SAMPLES], recipe, temperature=1.0)
+            findings += _findings(subject, MODEL_CHECKS)
     return CheckReport(
         recipe=recipe.name, findings=tuple(findings), preview=_preview(subject), method=method, samples=tuple(samples)
     )

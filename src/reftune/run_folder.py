@@ -99,7 +99,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     if is_new:
         run.verify_inputs()
     with ExitStack() as stack:
-        stack.enter_context(_threads(recipe.threads))
+        stack.enter_context(threads_of(recipe))
         if distributed.is_main():
             stack.enter_context(_claimed(run))
         distributed.shared_folder(folder)
@@ -109,9 +109,10 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
 
 
 @contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
+def threads_of(recipe: Recipe) -> Iterator[None]:
+    """The recipe's threads for arithmetic; those before are restored."""
     before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
+    torch.set_num_threads(recipe.threads or before)
     try:
         yield
     finally:
