@@ -54,7 +54,7 @@ def test_the_ablation_says_what_a_part_earns(reproduce):
         methods="sft reft reft_modern no_prefit",
     )  # fmt: skip
     text = reproduce.ablation_table(modern)
-    assert "at equal numbers of sampled solutions: holds: +3.0 [+1.0, +5.0]" in text
+    assert "at equal numbers of sampled solutions: holds: +3.0 [+1.0, +5.0]" in reproduce.page({"modern": modern}, "")
     assert "| prefit | +2.0 [+1.0, +3.0] |" in text
 
 
