@@ -14,7 +14,7 @@ from reftune.recipe import load_recipe
 from reftune.run_folder import check_stage_graph
 
 ROOT = Path(__file__).parents[2]
-METHODS = ["warmup", "sft", "offline_st", "online_st", "reft", "reft_modern"]
+METHODS = ["warmup", "sft", "offline_st", "online_st", "reft", "reft_tuned"]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_its_recipes_are_sound_and_spend_alike():
     stages = recipe.stages
     assert [*stages["sft"].produces, *stages] == METHODS
     continued = (stages["sft"].epochs - stages["sft"].snapshots["warmup"]) * 2823
-    for name in ("reft", "reft_modern"):
+    for name in ("reft", "reft_tuned"):
         stage = stages[name]
         assert (stage.steps + stage.value_prefit) * stage.prompts * stage.samples == 14_080, "sampled solutions"
         assert stage.steps * stage.prompts * stage.samples * stage.updates == pytest.approx(continued, rel=0.05)

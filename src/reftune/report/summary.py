@@ -383,6 +383,8 @@ _LABELS = {
     "online_st": "Online self-training",
     "reft": "ReFT",
     "reft_modern": "ReFT modern",
+    "reft_tuned": "ReFT tuned",
+    "reft_tuned_2_updates": "ReFT tuned, two updates",
     "grpo": "GRPO",
     "dr_grpo": "Dr. GRPO",
     "rloo": "RLOO",
