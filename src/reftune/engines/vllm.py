@@ -125,6 +125,7 @@ class Colocated:
                     logprobs_mode="processed_logprobs",
                     generation_config="vllm",
                     use_tqdm_on_load=False,
+                    worker_extension_cls="reftune.engines._vllm_worker.Repacking",
                 )
             except Exception as error:  # noqa: BLE001 - whatever vLLM makes of the model or the device
                 reason = " ".join(str(error).split())[:300]
@@ -132,6 +133,7 @@ class Colocated:
 
     def load(self, folder: Path) -> None:
         self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.engine.collective_rpc("repack")
         self.engine.reset_prefix_cache()
 
     def sample(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[Sampled]:
