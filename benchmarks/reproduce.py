@@ -45,11 +45,11 @@ FINDINGS = [
 
 
 def run_all(seeds: Sequence[str], overrides: Sequence[str]) -> None:
-    """All recipes of all seeds. A seed comes whole before the next, so that a stop leaves whole seeds; `tuned` comes last."""
-    runs = [(recipe, seed) for seed in seeds for recipe in TITLES if recipe != "tuned" and seed in seeds_of(recipe, seeds)]
-    for recipe, seed in [*runs, *(("tuned", seed) for seed in TUNED_SEEDS)]:
-        path, folder = ROOT / "recipes" / "demo" / f"{recipe}.yaml", folder_of(recipe, seed)
-        call(["run", str(path), f"name={folder.name}", f"run_dir={folder}", f"seed={seed}", *overrides])
+    """All recipes of all seeds. A seed comes whole before the next, so that a stop leaves whole seeds."""
+    for seed in dict.fromkeys([*seeds, *TUNED_SEEDS]):
+        for recipe in (recipe for recipe in TITLES if seed in seeds_of(recipe, seeds)):
+            path, folder = ROOT / "recipes" / "demo" / f"{recipe}.yaml", folder_of(recipe, seed)
+            call(["run", str(path), f"name={folder.name}", f"run_dir={folder}", f"seed={seed}", *overrides])
 
 
 def seeds_of(recipe: str, seeds: Sequence[str]) -> Sequence[str]:

@@ -21,6 +21,7 @@ import typer
 from reftune import __version__
 from reftune.distributed import first_to_tell, is_main, processes
 from reftune.errors import NonFiniteError, ProcessError, RecipeError, ReftuneError
+from reftune.signals import stop_signals
 
 if TYPE_CHECKING:
     from reftune.progress import Progress
@@ -152,7 +153,7 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
 
     progress = tracked(make_progress(quiet=quiet or not is_main()), recipe)
     try:
-        with _stopped_by_signals():
+        with stop_signals(signal.default_int_handler):  # training steps have handlers of their own
             yield progress
     except (Interrupted, KeyboardInterrupt) as stop:
         progress.close()
@@ -162,23 +163,6 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
         raise typer.Exit(INTERRUPTED) from None
     finally:
         progress.close()
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Outside training, whose loop has handlers of its own, SIGINT and a batch system's SIGTERM stop a run as Ctrl-C does.
-
-    SIGINT too: a shell's background job inherits it ignored, and Python then leaves it so.
-    """
-    try:
-        before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -160,9 +160,14 @@ def stage_work(stage: Any, recipe: Recipe, *, prompt: int, response: int, gpus: 
     return Work(
         prompt=prompt,
         response=response,
-        batch=max(1, min(math.ceil(sequences / gpus), recipe.model.micro_batch_tokens // (prompt + response))),
+        batch=min(math.ceil(sequences / gpus), micro_batch_sequences(recipe, prompt, response)),
         rows=rows if problems is None else min(rows, math.ceil(problems / gpus)),
     )
+
+
+def micro_batch_sequences(recipe: Recipe, prompt: int, response: int) -> int:
+    """Sequences of so many tokens in one forward and backward pass, one at least."""
+    return max(1, recipe.model.micro_batch_tokens // (prompt + response))
 
 
 def model_maker(recipe: Recipe) -> Any:
@@ -271,8 +276,7 @@ class Cost:
         share, sizes = (gpus - 1) / gpus, self.sizes
         if way != "fsdp2":
             return 2 * share * FP32 * sizes.trained / self.hardware.link
-        sequences = max(1, self.recipe.model.micro_batch_tokens // (self.prompt + self.response))
-        micro_batches = math.ceil(rollouts / gpus / sequences)
+        micro_batches = math.ceil(rollouts / gpus / micro_batch_sequences(self.recipe, self.prompt, self.response))
         return micro_batches * share * FP32 * (2 * sizes.total + sizes.trained) / self.hardware.link
 
     def _value_model(self, stage: Any) -> float:

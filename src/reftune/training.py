@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from reftune.policy import Policy
 from reftune.progress import Progress
 from reftune.recipe import Recipe, Table
 from reftune.seeds import derive_seed
+from reftune.signals import stop_signals
 from reftune.types import SamplingParams, Verdict
 
 
@@ -411,15 +411,8 @@ class Loop:
             self._stop = True
             self.context.progress.note("stopping after this step; once more stops at once")
 
-        try:
-            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            before = {}
-        try:
+        with stop_signals(stop):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def look_at_dev(context: StageContext) -> dict[str, float]:
