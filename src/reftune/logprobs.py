@@ -1,20 +1,22 @@
 """Log-probabilities of response tokens from hidden states, without ever holding the logits of all of them.
 
-Logits are made for some tokens at a time, in two buffers that every chunk uses again, and made once more in the backward
-pass. Memory therefore does not grow with vocabulary × length.
+Logits are made a tile at a time, some tokens by some of the vocabulary, and made once more in the backward pass. So memory does
+not grow with vocabulary × length, and a processor finds a tile still in its cache when it needs it again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LOGIT_ELEMENTS = 2**24
-"""Most logits (tokens × vocabulary) held at once: 64 MiB in fp32."""
+LOGIT_ELEMENTS = 2**21
+"""Most logits (tokens × vocabulary) held at once: 8 MiB in fp32."""
+TOKENS_AT_ONCE = 2**11
+"""Of a tile, where the vocabulary is large: each further lot of tokens adds to the gradient of the whole weight again."""
 
 
 def token_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
@@ -33,6 +35,9 @@ def token_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature:
 @torch.no_grad()
 def logprobs_and_entropy(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """As `token_logprobs`, without gradients, and the entropy (nats) of the distributions; each (N,)."""
+    if type(head) is nn.Linear:
+        softmax = _softmax(_cast(hidden), head.weight, head.bias, tokens, temperature, means=True)
+        return softmax.picked - softmax.normalisers, softmax.normalisers - softmax.means
     logprobs, entropy = hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
     rows = _rows_at_once(head)
     for start in range(0, len(hidden), rows):
@@ -54,17 +59,11 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float) -> Tensor:
-        ctx.wide = hidden.dtype
-        hidden, weight = _cast(hidden), _cast(weight)
-        logprobs = torch.empty(len(hidden), device=hidden.device)
-        normalisers = torch.empty_like(logprobs)
-        for chunk, logits in _logit_chunks(hidden, weight, bias, temperature):
-            picked, largest = logits.gather(1, tokens[chunk, None]).squeeze(1), logits.amax(1)
-            normalisers[chunk] = logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
-            logprobs[chunk] = picked - normalisers[chunk]
-        ctx.save_for_backward(hidden, weight, bias, tokens, normalisers)
-        ctx.temperature = temperature
-        return logprobs
+        ctx.wide, ctx.temperature = hidden.dtype, temperature
+        hidden = _cast(hidden)
+        softmax = _softmax(hidden, weight, bias, tokens, temperature)
+        ctx.save_for_backward(hidden, weight, bias, tokens, softmax.normalisers)
+        return softmax.picked - softmax.normalisers
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
@@ -72,34 +71,88 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, tokens, normalisers = ctx.saved_tensors
         grad = grads[0] / ctx.temperature
         _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, device=weight.device) if wants_weight else None
+        grad_hidden = torch.zeros(hidden.shape, device=hidden.device)
+        grad_weight = torch.empty(weight.shape, device=weight.device) if wants_weight else None
         grad_bias = torch.zeros(bias.shape, device=bias.device) if wants_bias else None
-        for chunk, logits in _logit_chunks(hidden, weight, bias, ctx.temperature):
-            logits.sub_(normalisers[chunk, None]).exp_().mul_(-grad[chunk, None])
-            logits.scatter_add_(1, tokens[chunk, None], grad[chunk, None])
+        for tile in _tiles(hidden, weight, bias, tokens, ctx.temperature):
+            rows, columns, logits = tile.rows, tile.columns, tile.logits
+            logits.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
+            logits.scatter_add_(1, tile.tokens[:, None], (grad[rows] * tile.is_inside)[:, None])
             grad_logits = logits.to(hidden.dtype)
-            grad_hidden[chunk] = grad_logits @ weight
+            grad_hidden[rows] += grad_logits @ tile.weight
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[chunk]
+                product = grad_logits.T @ hidden[rows]
+                grad_weight[columns] = product if rows.start == 0 else grad_weight[columns] + product
             if grad_bias is not None:
-                grad_bias += logits.sum(0)
+                grad_bias[columns] += logits.sum(0)
         return grad_hidden.to(ctx.wide), grad_weight, grad_bias, None, None
 
 
-def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their tempered logits, fp32; the caller may change them, the next chunk takes their place."""
-    rows = max(1, LOGIT_ELEMENTS // len(weight))
-    products = torch.empty(min(rows, len(hidden)), len(weight), dtype=hidden.dtype, device=hidden.device)
-    buffer = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
-    for start in range(0, len(hidden), rows):
-        chunk = slice(start, min(start + rows, len(hidden)))
-        size = chunk.stop - chunk.start
-        torch.mm(hidden[chunk], weight.T, out=products[:size])
-        logits = buffer[:size] if buffer is products else buffer[:size].copy_(products[:size])
-        if bias is not None:
-            logits += bias
-        yield chunk, logits if temperature == 1 else logits.div_(temperature)
+class _Softmax(NamedTuple):
+    """Of each row's tempered logits, (N,) fp32 each."""
+
+    picked: Tensor
+    """The token's logit."""
+    normalisers: Tensor
+    """log Σ exp(logit)"""
+    means: Tensor
+    """Σ probability · logit; 0 unless asked for."""
+
+
+def _softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, *, means: bool = False
+) -> _Softmax:
+    """Gathered tile by tile. Sums are of exponentials over the largest logit so far, and shrink where a larger one is met."""
+    picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
+    largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
+    for tile in _tiles(hidden, weight, bias, tokens, temperature):
+        rows, logits = tile.rows, tile.logits
+        picked[rows] += logits.gather(1, tile.tokens[:, None]).squeeze(1) * tile.is_inside
+        larger = largest[rows].maximum(logits.amax(1))
+        shift = largest[rows] - larger
+        logits.sub_(larger[:, None])
+        exponentials = logits.exp() if means else logits.exp_()
+        sums = exponentials.sum(1)
+        if means:
+            weighted[rows] = (weighted[rows] + shift * totals[rows]) * shift.exp() + exponentials.mul_(logits).sum(1)
+        totals[rows] = totals[rows] * shift.exp() + sums
+        largest[rows] = larger
+    return _Softmax(picked, totals.log() + largest, weighted / totals + largest)
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    """Of all tokens, n of them."""
+    columns: slice
+    """Of the vocabulary, C of it."""
+    logits: Tensor
+    """(n, C) tempered, fp32; for the caller to change."""
+    weight: Tensor
+    """(C, H) as it went into the product."""
+    tokens: Tensor
+    """(n,) column of each row's token; any column where it is not inside."""
+    is_inside: Tensor
+    """(n,)"""
+
+
+def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float) -> Iterator[_Tile]:
+    """All logits, a lot of rows after the other, and the vocabulary from left to right within each."""
+    vocabulary = len(weight)
+    height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)
+    for first in range(0, max(1, len(hidden)), height):
+        rows = slice(first, min(first + height, len(hidden)))
+        width = max(1, LOGIT_ELEMENTS // max(1, rows.stop - rows.start))
+        for left in range(0, vocabulary, width):
+            columns = slice(left, min(left + width, vocabulary))
+            part = weight[columns].to(hidden.dtype)
+            logits = (hidden[rows] @ part.T).float()
+            if bias is not None:
+                logits += bias[columns]
+            if temperature != 1:
+                logits /= temperature
+            inside = (tokens[rows] >= columns.start) & (tokens[rows] < columns.stop)
+            local = (tokens[rows] - columns.start).clamp(0, columns.stop - columns.start - 1)
+            yield _Tile(rows, columns, logits, part, local, inside)
 
 
 def _rows_at_once(head: Any) -> int:

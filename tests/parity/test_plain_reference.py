@@ -269,11 +269,12 @@ def test_what_stands_in_the_padding_changes_nothing(make_policy, family):
     assert_same_gradients(gradients(policy), whole)
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 3])
-def test_log_probabilities_made_in_pieces_change_nothing(step, monkeypatch, tokens_at_once):
+@pytest.mark.parametrize(("tokens_at_once", "elements"), [(2048, 1), (2048, 300), (1, 1), (3, 20), (3, 10_000)])
+def test_log_probabilities_made_in_pieces_change_nothing(step, monkeypatch, tokens_at_once, elements):
     policy, batch, loss, whole = step
     scores = policy.score(batch.tokens, max_tokens=10_000)
-    monkeypatch.setattr("reftune.logprobs.LOGIT_ELEMENTS", tokens_at_once * policy.model.config.vocab_size)
+    monkeypatch.setattr("reftune.logprobs.TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr("reftune.logprobs.LOGIT_ELEMENTS", elements)
     assert accumulate(policy, batch) == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(gradients(policy), whole)
     in_pieces = policy.score(batch.tokens, max_tokens=10_000)
@@ -286,7 +287,8 @@ def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monke
     policy = make_policy("phi3", dtype=torch.bfloat16)
     tokens = token_batch_of(some_samples())
     found = []
-    for elements in (2**25, 3 * policy.model.config.vocab_size):
+    for tokens_at_once, elements in ((2048, 2**25), (3, 20)):
+        monkeypatch.setattr("reftune.logprobs.TOKENS_AT_ONCE", tokens_at_once)
         monkeypatch.setattr("reftune.logprobs.LOGIT_ELEMENTS", elements)
         policy.zero_grad()
         policy(tokens).logprobs.sum().backward()
