@@ -11,6 +11,7 @@ from benchmarks.forced import force_eos
 from benchmarks.workload import read_workload
 
 from reftune.engines import kv
+from reftune.engines._forward import Forward
 from reftune.policy import Policy
 from reftune.types import Completion, SamplingParams
 
@@ -29,8 +30,8 @@ class ForcedKv(kv.Kv):
 
 
 class ForcedDecoder(kv._Decoder):
-    def __init__(self, policy: Policy, params: SamplingParams, *, lengths: Sequence[int]) -> None:
-        super().__init__(policy, params)
+    def __init__(self, policy: Policy, params: SamplingParams, forward: Forward, *, lengths: Sequence[int]) -> None:
+        super().__init__(policy, params, forward)
         self.lengths = lengths
 
     def step(self) -> None:

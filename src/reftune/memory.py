@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reftune.cpu import ATTENTION
+from reftune.engines._forward import forward_pass, is_llama_like
 from reftune.engines.kv import ROOM, _RoomyLayer
 from reftune.logprobs import token_logprobs
 from reftune.policy import Policy
@@ -137,6 +138,14 @@ class Outline:
             cache_bytes=self._prefill(prompt=1, rows=1)[2],
         )
 
+    @property
+    def decoding_weights(self) -> float:
+        """Bytes that each process needs to sample with, where it holds but a part of the weights."""
+        if self.policy.compute_dtype == torch.float32 or not is_llama_like(self.policy.model):
+            return float(FP32 * self.sizes.total)
+        casts, _, _ = self._prefill(prompt=1, rows=1)
+        return float(casts + FP32 * self.model.get_input_embeddings().weight.numel())
+
     @cache  # noqa: B019  an outline lives no longer than its plan
     def trace(self, work: Work) -> Traced:
         """Bytes of an update on a full micro-batch, and of reading the prompts of all rows at once."""
@@ -164,10 +173,11 @@ class Outline:
 
     @torch.no_grad()
     def _prefill(self, *, prompt: int, rows: int) -> tuple[int, int, int]:
-        with self.mode, self.policy.inference(), _LiveBytes(self.policy) as live:
+        policy = self.policy
+        with self.mode, policy.inference(), _LiveBytes(policy) as live, forward_pass(policy, pack=False) as forward:
             past: Any = Cache(layer_class_to_replicate=_RoomyLayer)
             tokens = torch.zeros(rows, prompt, dtype=torch.long)
-            self.policy.model(input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+            forward(tokens, torch.ones_like(tokens), past)
             states = [states for layer in past.layers for states in (layer.keys, layer.values)]
             held = sum(tensor.nbytes for tensor in states)
             casts = live.now - sum(tensor.untyped_storage().nbytes() for tensor in states)
@@ -285,9 +295,11 @@ def training_memory(
         generate = {}
         held["engine's copy"] = engine.memory * device_bytes if engine.server is None else 0.0
     phases = {"update": update, "generate": generate}
-    if sharding == "fsdp2":  # whole weights to sample with; two layers and the ends, and the gradients of one, to train with
+    if sharding == "fsdp2":  # whole weights to sample and score with; two layers, the ends and gradients to train with
         if generate:
-            generate["engine's copy"] = float(whole)
+            generate["engine's copy"] = outline.decoding_weights
+        if reinforced:
+            phases["score"] = {"scored weights": float(whole)}
         update["gathered"] = float(FP32 * (2 * sizes.ends + 3 * sizes.layer))
         at_start = whole * (1 + has_reference) + FP32 * value_model
         phases["start"] = {"loading": max(0.0, at_start - sum(held.values()))}

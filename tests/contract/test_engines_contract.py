@@ -10,7 +10,8 @@ import gc
 import importlib
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ import torch
 from torch.testing import assert_close
 
 from reftune.batch import token_batch
+from reftune.engines import kv
+from reftune.engines._forward import Forward, forward_pass
 from reftune.engines.kv import Kv
 from reftune.policy import Policy
 from reftune.recipe import known_kinds, load_component
@@ -317,28 +320,35 @@ def test_top_p_keeps_the_smallest_set_that_holds_p_and_renormalises(sampler, mak
 
 
 class Forwards:
-    """Rows and columns of every forward pass of a model."""
+    """Rows and columns of every forward pass of the default engine, and the length of the rows so far."""
 
-    def __init__(self, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.shapes: list[tuple[int, int]] = []
-        forward: Callable[..., Any] = policy.model.forward
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.lengths: list[int] = []
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.shapes.append(tuple(kwargs["input_ids"].shape))
-            return forward(*args, **kwargs)
+        @contextmanager
+        def counting(policy: Policy) -> Iterator[Forward]:
+            with forward_pass(policy) as forward:
 
-        monkeypatch.setattr(policy.model, "forward", counted)
+                def counted(tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+                    self.shapes.append(tuple(tokens.shape))
+                    self.lengths.append(mask.shape[1])
+                    return forward(tokens, mask, cache)
+
+                yield counted
+
+        monkeypatch.setattr(kv, "forward_pass", counting)
 
     @property
-    def prefills(self) -> list[tuple[int, int]]:
+    def prefills(self) -> list[tuple[int, ...]]:
         return [shape for shape in self.shapes if shape[1] > 1]
 
     @property
     def decoded_rows(self) -> int:
-        return sum(rows for rows, columns in self.shapes if columns == 1)
+        return sum(shape[0] for shape in self.shapes if shape[1] == 1)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral, window of 5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral, window of 5"])
 @pytest.mark.parametrize(("kind", "settings"), [(kind, settings) for kind, several in SMALL.items() for settings in several])
 def test_how_requests_share_batches_changes_no_token(make_policy, kind, settings, family):
     policy, engine = make_policy(family), make(kind)
@@ -351,7 +361,7 @@ def test_how_requests_share_batches_changes_no_token(make_policy, kind, settings
 
 
 def test_equal_prompts_are_read_once(policy, monkeypatch):
-    forwards = Forwards(policy, monkeypatch)
+    forwards = Forwards(monkeypatch)
     Kv().generate(without_eos(policy), [PROMPTS[0]] * 5 + [PROMPTS[1]] * 3, params(max_new_tokens=4))
     assert forwards.prefills == [(2, 9)]
     assert forwards.decoded_rows == 3 * 8  # 4 tokens a row, the first from the prefill
@@ -359,7 +369,7 @@ def test_equal_prompts_are_read_once(policy, monkeypatch):
 
 def test_finished_rows_leave_the_batch(make_policy, monkeypatch):
     policy = with_eos(make_policy("llama", sharpness=1.5), 1.9)
-    forwards = Forwards(policy, monkeypatch)
+    forwards = Forwards(monkeypatch)
     completions = Kv().generate(policy, [[i, i] for i in range(3, 30)], params(max_new_tokens=40))
     lengths = sorted(len(c.token_ids) for c in completions)
     assert lengths[-1] > 2 * lengths[len(lengths) // 2]  # there is a straggler
@@ -371,10 +381,10 @@ def test_finished_rows_leave_the_batch(make_policy, monkeypatch):
 def test_waiting_prompts_take_the_place_of_finished_rows(make_policy, monkeypatch):
     policy = with_eos(make_policy("llama", sharpness=1.5), 1.9)
     prompts = [[i, i] for i in range(3, 30)]
-    forwards = Forwards(policy, monkeypatch)
+    forwards = Forwards(monkeypatch)
     completions = Kv(batch_size=9, refill=0.25).generate(policy, prompts, params(max_new_tokens=40))
     lengths = [len(c.token_ids) for c in completions]
-    assert max(rows for rows, _ in forwards.shapes) == 9
+    assert max(shape[0] for shape in forwards.shapes) == 9
     live = sum(lengths) - len(lengths)
     assert live <= forwards.decoded_rows <= live * 8 / 7
     # 27 prompts in rows of 9, three batches one after the other, would take the longest row of each
@@ -384,25 +394,19 @@ def test_waiting_prompts_take_the_place_of_finished_rows(make_policy, monkeypatc
 
 def test_columns_that_no_row_needs_any_more_are_dropped(policy, monkeypatch):
     # a long prompt that ends at once must not leave its length to the others
-    lengths: list[int] = []
-    forward = policy.model.forward
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        lengths.append(kwargs["attention_mask"].shape[1])
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(policy.model, "forward", watched)
+    forwards = Forwards(monkeypatch)
     seed = next(
         s for s in range(50) if len(Kv().generate(policy, [[3] * 30], params(seed=s, max_new_tokens=2))[0].token_ids) == 1
     )
-    lengths.clear()
+    forwards.lengths.clear()
     completions = Kv().generate(policy, [[3] * 30, [4, 5]], params(seed=seed, max_new_tokens=4))
     assert len(completions[0].token_ids) == 1 < len(completions[1].token_ids)
-    assert lengths[:2] == [30, 3]
+    assert forwards.lengths[:2] == [30, 3]
 
 
-def test_bfloat16_generates_under_the_arithmetic_of_training(make_policy):
-    policy = make_policy("llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_bfloat16_generates_under_the_arithmetic_of_training(make_policy, family):
+    policy = make_policy(family, dtype=torch.bfloat16)
     completions = Kv().generate(policy, PROMPTS, params())
     batch = token_batch(PROMPTS, ids(completions))
     recomputed = policy.score(batch, max_tokens=1000).logprobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,13 +128,23 @@ def test_the_trace_takes_what_real_tensors_take(dtype, outline, make_policy):
     assert traced.activations + traced.logits == pytest.approx(live.peak, rel=0.05)
 
 
-def test_sampling_keeps_casts_of_the_weights_where_the_arithmetic_is_bf16(outline, make_model):
+def test_sampling_keeps_a_copy_of_the_weights_in_the_arithmetic(outline, make_model):
     least = Work(prompt=1, response=1, batch=1, rows=1)
     wide, narrow = outline().trace(least), outline(dtype="bfloat16").trace(least)
     model = make_model("llama")
+    merged = sum(p.numel() for name, p in model.named_parameters() if re.search("(q|k|v|gate|up)_proj", name))
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.get_input_embeddings().weight.numel()
+    assert wide.casts == pytest.approx(4 * merged, rel=0.02), "in fp32 only what is multiplied at once"
+    assert narrow.casts == pytest.approx(2 * matrices, rel=0.02)
+    assert narrow.prefill < narrow.casts / 2, "the copies are not counted a second time"
+
+
+def test_sampling_keeps_casts_of_other_models_too(outline, make_model):
+    least = Work(prompt=1, response=1, batch=1, rows=1)
+    wide, narrow = outline("phi3").trace(least), outline("phi3", dtype="bfloat16").trace(least)
+    model = make_model("phi3")
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.get_input_embeddings().weight.numel()
     assert narrow.casts == pytest.approx(wide.casts + 2 * matrices, rel=0.02)
-    assert narrow.prefill < narrow.casts / 2, "the casts are not counted a second time"
 
 
 @pytest.mark.slow

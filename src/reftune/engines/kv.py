@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
-from reftune.cpu import packed_linears
+from reftune.engines._forward import Forward, forward_pass
 from reftune.policy import Policy
 from reftune.recipe import Component
 from reftune.seeds import generator
@@ -44,8 +44,8 @@ class Kv(Component):
         """One completion a prompt, in order; see `reftune.engines.Engine`."""
         requests = [_Request(position=i, prompt=list(prompt)) for i, prompt in enumerate(prompts, params.first_position)]
         waiting = sorted(requests, key=lambda request: len(request.prompt))  # similar lengths share a batch
-        with policy.decoding(), packed_linears(policy.model, policy.compute_dtype):
-            decoder = _Decoder(policy, params)
+        with forward_pass(policy) as forward:
+            decoder = _Decoder(policy, params, forward)
             while waiting or decoder.active:
                 free = self.batch_size - len(decoder.active)
                 if waiting and (free >= self.refill * self.batch_size or not decoder.active):
@@ -66,8 +66,8 @@ class _Request:
 class _Decoder:
     """Rows that are being decoded: their cache, left-padded to one length, and the logits of each row's next token."""
 
-    def __init__(self, policy: Policy, params: SamplingParams) -> None:
-        self.policy, self.params = policy, params
+    def __init__(self, policy: Policy, params: SamplingParams, forward: Forward) -> None:
+        self.policy, self.params, self.forward = policy, params, forward
         self.eos_ids = policy.eos_ids
         self.active: list[_Request] = []
         self.cache: Any = None
@@ -100,21 +100,7 @@ class _Decoder:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
         cache = Cache(layer_class_to_replicate=_RoomyLayer)  # every layer keeps all columns, also one with a sliding window
-        return cache, mask, self._forward(tokens, mask, cache)
-
-    def _forward(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """Logits (B, V), fp32, after the last of `tokens` (B, S)."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = self.policy.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
+        return cache, mask, self.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """One number a token and row, a function of the seed and the row's position only."""
@@ -136,7 +122,7 @@ class _Decoder:
             tokens = tokens[keep]
         if self.active:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-            self.logits = self._forward(tokens[:, None], self.mask, self.cache)
+            self.logits = self.forward(tokens[:, None], self.mask, self.cache)
 
     def _record(self, tokens: list[int], logprobs: list[float]) -> None:
         for request, token, logprob in zip(self.active, tokens, logprobs, strict=True):
@@ -175,8 +161,8 @@ class _RoomyLayer(DynamicLayer):
         if self.seen is None or self.keys is not self.seen or end > self.room[0].shape[-2]:
             self._move(key_states, value_states, start, end + ROOM)
         for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[..., start:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
+            room.narrow(-2, start, end - start).copy_(states)
+        self.keys, self.values = (room.narrow(-2, 0, end) for room in self.room)
         self.seen = self.keys
         return self.keys, self.values
 
