@@ -7,14 +7,12 @@ import copy
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._pytree import register_dataclass
 
 from reftune import distributed
 from reftune.batch import TokenBatch, own_micro_batches
@@ -30,16 +28,15 @@ VALUE_HEAD = Path("value_head", "model.safetensors")
 """Inside a model's folder. In a folder of its own: vLLM takes every safetensors file beside the weights for weights."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenScores:
-    """What the policy says of the response tokens of a batch; (B, R), fp32, 0 outside the response."""
+class TokenScores(NamedTuple):
+    """What the policy says of the response tokens of a batch; (B, R), fp32, 0 outside the response.
+
+    A tuple: FSDP2 and ZeRO look for tensors in what a model returns, to gather weights before their gradient.
+    """
 
     logprobs: Tensor
     values: Tensor
     entropy: Tensor | None = None
-
-
-register_dataclass(TokenScores)  # FSDP2 looks for tensors in what a model returns, to gather weights before their gradient
 
 
 class Policy(nn.Module):
