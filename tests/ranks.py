@@ -18,7 +18,14 @@ from reftune.recipe import Recipe, dump_recipe
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` says for FSDP2."""
-SHARDINGS = {"ddp": {}, "fsdp2": FSDP2}
+SHARDINGS = {
+    "ddp": {},
+    "fsdp2": FSDP2,
+    **{
+        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        for stage in (1, 2, 3)
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ A launcher (`torchrun`, `accelerate launch`) says through the environment how ma
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from reftune.zero import ZeroOptimizer
+
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for another: longer than the main one ever writes. A launcher ends all when one dies."""
 
-Sharding = Literal["none", "fsdp2"]
+Sharding = Literal["none", "fsdp2", "zero1", "zero2", "zero3"]
+ZERO: Mapping[Sharding, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
+"""Stages of DeepSpeed's ZeRO."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +52,8 @@ class World:
 
 _world: World | None = None
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+_zero: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ZeroOptimizer]] = weakref.WeakKeyDictionary()
+"""Of models that ZeRO trains; whoever made the optimizer owns it."""
 
 
 def rank() -> int:
@@ -126,6 +133,8 @@ def _join(environment: Mapping[str, str]) -> World:
     from torch.distributed.rendezvous import rendezvous
 
     sharding = wanted_sharding(environment)
+    if sharding in ZERO and importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError("launcher: DeepSpeed is asked for and not installed; expected pip install 'reftune[deepspeed]'")
     local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if gpus and local >= gpus:
         raise RecipeError(f"launcher: more processes than GPUs on this machine, which has {gpus}; expected at most one each")
@@ -139,30 +148,51 @@ def _join(environment: Mapping[str, str]) -> World:
 
 
 REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not driven by this training loop; FSDP2 shards what ZeRO shards "
-    "(stage 3: fsdp_reshard_after_forward true, stage 2: false)",
-    "ACCELERATE_USE_MEGATRON_LM": "expected DDP or FSDP2",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "expected DDP or FSDP2",
+    "ACCELERATE_USE_MEGATRON_LM": "expected DDP, FSDP2 or DeepSpeed ZeRO",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "expected DDP, FSDP2 or DeepSpeed ZeRO",
     "FSDP_OFFLOAD_PARAMS": "weights stay where they are trained; expected fsdp_offload_params: false",
     "FSDP_ACTIVATION_CHECKPOINTING": "expected false; the recipe's model.micro_batch_tokens bounds activations",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "expected none; its state stays where the weights are trained",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "expected none; weights stay where they are trained",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "expected zero3_init_flag: false; every process loads the model whole, then it is split",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "expected false; models are saved whole, in fp32",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "expected zero_stage alone; the recipe says the rest",
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "expected none; there is no expert parallelism",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "expected none; the recipe's model.micro_batch_tokens divides a step",
+    "ACCELERATE_GRADIENT_CLIPPING": "expected none; the recipe's optimizer.max_grad_norm says it",
 }
-"""Switches of a launcher that would be passed over, and what to do instead."""
+"""Settings of a launcher that would be passed over, and what to do instead."""
+UNASKED = ("false", "none", "auto", "")
+"""Values of a setting with which it asks for nothing."""
+AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
+"""Values with which a setting asks for what happens anyway."""
 
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
     """What the launcher asks for. Raises: RecipeError for what would not run as asked."""
     for name, told in REFUSED.items():
-        if environment.get(name, "false").lower() == "true":
-            raise RecipeError(f"launcher: {name}: {told}")
+        value = environment.get(name, "false")
+        if value.lower() not in (*UNASKED, AS_WE_DO.get(name)):
+            raise RecipeError(f"launcher: {name} is {value}: {told}")
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise RecipeError(f"launcher: mixed_precision is {precision}; expected no, as the recipe's model.dtype says it")
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return _wanted_stage(environment)
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return "none"
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise RecipeError(f"launcher: fsdp_version is {version}; expected 2")
     return "fsdp2"
+
+
+def _wanted_stage(environment: Mapping[str, str]) -> Sharding:
+    wanted = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "missing")
+    found = next((sharding for sharding, stage in ZERO.items() if str(stage) == wanted), None)
+    if found is None:
+        raise RecipeError(f"launcher: zero_stage is {wanted}; expected 1, 2 or 3")
+    return found
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -175,10 +205,18 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu and wanted != "cpu" else torch.device("cpu")
 
 
+HELD: Mapping[Sharding, str] = {
+    "none": "weights whole in each (DDP)",
+    "fsdp2": "weights sharded (FSDP2)",
+    "zero1": "weights whole in each, optimizer sharded (ZeRO 1)",
+    "zero2": "weights whole in each, gradients and optimizer sharded (ZeRO 2)",
+    "zero3": "weights sharded (ZeRO 3)",
+}
+
+
 def describe() -> str:
     """`8 processes, weights sharded (FSDP2)`"""
-    told = "sharded (FSDP2)" if _world is not None and _world.sharding == "fsdp2" else "whole in each (DDP)"
-    return f"{world_size()} processes, weights {told}"
+    return f"{world_size()} processes, {HELD['none' if _world is None else _world.sharding]}"
 
 
 # --- telling each other -----------------------------------------------------------------------------------------------
@@ -257,7 +295,8 @@ def add_up(*tensors: Tensor) -> None:
 def distribute(model: Any) -> None:
     """Make `model` one that all processes train: equal everywhere, and sharded where the launcher asked for it.
 
-    Sharded weights are gathered a transformer block at a time. Does nothing in a single process.
+    Sharded weights are gathered a transformer block at a time. What ZeRO trains it takes over in `distribute_optimizer`.
+    Does nothing in a single process.
     """
     if _world is None:
         return
@@ -265,9 +304,30 @@ def distribute(model: Any) -> None:
 
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), src=0)
-    if _world.sharding == "fsdp2":
+    is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    is_split_here = _world.sharding == "fsdp2" or (_world.sharding == "zero3" and is_frozen)
+    if is_split_here:
         shard(model, transformer_blocks(model))
-    assert is_sharded(model) == (_world.sharding == "fsdp2"), "the launcher asked for another sharding than what runs"
+    assert is_sharded(model) == is_split_here, "the launcher asked for another sharding than what runs"
+
+
+def distribute_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What steps a distributed `model`: `optimizer` itself, or ZeRO around it where the launcher asked for that."""
+    if _world is None or _world.sharding not in ZERO:
+        return optimizer
+    from reftune.zero import ZeroOptimizer
+
+    if _world.sharding == "zero3":
+        _twins[model] = _twin(model)
+    zero = ZeroOptimizer(model, optimizer, stage=ZERO[_world.sharding])
+    _zero[model] = weakref.ref(zero)
+    assert is_sharded(model) == (_world.sharding == "zero3"), "the launcher asked for another stage than what runs"
+    return zero
+
+
+def _zero_of(model: Any) -> ZeroOptimizer | None:
+    found = _zero.get(model)
+    return None if found is None else found()
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -307,11 +367,20 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def is_sharded(model: Any) -> bool:
     """Whether its parameters are split over the processes at this moment."""
-    if _world is None or _world.sharding == "none":
-        return False
+    return _world is not None and _world.sharding != "none" and any(map(_is_part, model.parameters()))
+
+
+def _is_part(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    from reftune import zero
+
+    return isinstance(tensor, DTensor) or zero.is_split(tensor)
+
+
+def is_in_step(model: Any) -> bool:
+    """Whether the processes wait for each other in every micro-batch, and so must have equally many."""
+    return is_sharded(model) or _zero_of(model) is not None
 
 
 @contextmanager
@@ -325,7 +394,7 @@ def whole(model: nn.Module) -> Iterator[None]:
         return
     twin, sharded = _twins[model], dict(model._modules)
     for full, part in zip(twin.parameters(), model.parameters(), strict=True):
-        full.data = whole_tensor(part.detach())
+        full.data = whole_tensor(part).detach()
     model._modules.update(twin._modules)
     try:
         yield
@@ -337,16 +406,21 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """The tensor that all processes hold a part of; a plain one as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if hasattr(tensor, "full_tensor"):
+        whole: Tensor = tensor.full_tensor()
+        return whole
+    from reftune import zero
+
+    return zero.whole_parameter(tensor) if zero.is_split(tensor) else tensor
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors whole, to be saved: sharded ones on the CPU, and in the main process only."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        value = whole_tensor(tensor.detach())
+        value = whole_tensor(tensor).detach()
         if is_main():
-            found[name] = value if value is tensor or not hasattr(tensor, "full_tensor") else value.cpu()
+            found[name] = value.cpu() if _is_part(tensor) else value
     return found
 
 
@@ -360,10 +434,48 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Set `parameter` of a model that is trained to the whole `value`, which every process has."""
+    from reftune import zero
+
+    if not zero.assign(parameter, value):
+        parameter.copy_(part_of(value, parameter))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def backward(model: Any, loss: Tensor, *, is_last: bool) -> None:
+    """Add the gradient of a micro-batch's `loss`, with `is_last` that of the step's last one."""
+    zero = _zero_of(model)
+    if zero is None:
+        loss.backward()
+    else:
+        zero.backward(loss, is_last=is_last)
+
+
 def add_up_gradients(model: Any) -> None:
-    """Sum the gradients over all processes; those of a sharded model are sums already."""
-    if _world is not None and not is_sharded(model):
+    """Sum the gradients over all processes; those of processes that are in step are sums already."""
+    if _world is not None and not is_in_step(model):
         add_up(*(p.grad for p in model.parameters() if p.grad is not None))
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """By parameter, what of its gradient this process steps with; of the same parameters in all processes."""
+    zero = _zero_of(model)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None} if zero is None else zero.gradients()
+
+
+def gradient_norm(model: Any) -> Tensor:
+    """√ of the sum of squares of the whole gradient."""
+    import torch
+
+    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients(model).values()))
+    if _zero_of(model) is None:
+        return norm
+    squares = norm.square()
+    add_up(squares)
+    return squares.sqrt()
 
 
 def shared_folder(path: Path) -> None:

@@ -74,8 +74,8 @@ class Trained(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, a value head in a group of its own."""
+def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of a model that has been distributed, a value head in a group of its own."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]
@@ -84,9 +84,10 @@ def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.AdamW:
         {"params": [p for p in body if p.dim() <= 1], "weight_decay": 0.0, "peak": table.learning_rate},
         {"params": head, "weight_decay": 0.0, "peak": table.value_learning_rate or table.learning_rate},
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=table.learning_rate, betas=table.betas, eps=1e-8, fused=True
     )
+    return distributed.distribute_optimizer(model, adamw)
 
 
 def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
@@ -109,13 +110,14 @@ def optimizer_step(
 
     Raises: NonFiniteError, naming the first parameter concerned, before anything changed.
     """
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norm = distributed.whole_tensor(torch.nn.utils.get_total_norm(gradients.values()))
+    gradients, norm = distributed.gradients(model), distributed.gradient_norm(model)
     if not torch.isfinite(norm):
         first = next((name for name, gradient in gradients.items() if not is_finite(gradient)), "their sum of squares")
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(f"{where}: gradient norm is {float(norm)}, first in {first}")
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
+    kept = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients.values():
+        gradient.mul_(kept)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     optimizer.step()
@@ -133,12 +135,13 @@ def accumulate_gradient(
     """
     totals: dict[str, float] = {}
     failed: NonFiniteError | None = None
-    for index, counts in own_micro_batches(lengths, max_tokens=max_tokens, even=distributed.is_sharded(model)):
+    batches = list(own_micro_batches(lengths, max_tokens=max_tokens, even=distributed.is_in_step(model)))
+    for number, (index, counts) in enumerate(batches, start=1):
         terms = loss_of(index)
         if counts:
             failed = failed or not_finite(terms.total, index, where)
             _add_metrics(totals, {"loss/total": float(terms.total.detach()), **terms.metrics})
-        (terms.total if counts else terms.total * 0).backward()
+        distributed.backward(model, terms.total if counts else terms.total * 0, is_last=number == len(batches))
     distributed.raise_together(failed)
     distributed.add_up_gradients(model)
     together: dict[str, float] = {}
@@ -163,7 +166,7 @@ def not_finite(loss: torch.Tensor, rows: torch.Tensor, where: str) -> NonFiniteE
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all its numbers are, in all processes."""
-    return bool(distributed.whole_tensor(tensor.detach().isfinite().all()))
+    return not any(distributed.any_of(not distributed.whole_tensor(tensor).isfinite().all()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -457,4 +460,4 @@ def trainable(model: Trained) -> dict[str, torch.Tensor]:
 def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what `trainable` took."""
     for name, parameter in trainable(model).items():
-        parameter.copy_(distributed.part_of(tensors[name], parameter))
+        distributed.assign(parameter, tensors[name])

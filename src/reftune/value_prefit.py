@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from reftune.distributed import from_main, part_of
+from reftune.distributed import assign, from_main
 from reftune.errors import NonFiniteError
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -37,8 +37,8 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
         explained, penalty = max((_explained(sums.solve(p), *last), p) for p in PENALTIES)
     sums.add(*last)
     weight, bias = from_main(lambda: sums.solve(penalty))
-    head.weight.copy_(part_of(weight[None], head.weight))
-    head.bias.copy_(part_of(bias[None], head.bias))
+    assign(head.weight, weight[None])
+    assign(head.bias, bias[None])
     return explained
 
 

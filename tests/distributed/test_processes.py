@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,14 @@ from reftune.errors import NonFiniteError
 from reftune.jsonlines import JsonLines
 from reftune.recipe import Recipe, dump_recipe
 from reftune.train_sft import accumulate_nll
-from reftune.training import OptimizerTable, make_optimizer, optimizer_step
+from reftune.training import OptimizerTable, is_finite, make_optimizer, optimizer_step
 from reftune.types import SamplingParams
 
 SteadyRecipe = Callable[..., Recipe]
 FAILING = Path(__file__).parent / "failing.py"
-SHARDINGS = ("ddp", "fsdp2")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-deepspeed")
+ZERO = [pytest.param(sharding, marks=needs_deepspeed) for sharding in ("zero1", "zero2", "zero3")]
+SHARDINGS = ["ddp", "fsdp2", *ZERO]
 WEIGHT_ATOL = 1e-4
 """Of weights that move by 3e-3 a step, where Adam makes much of the rounding of a gradient near 0."""
 GRADIENT_ATOL = 2e-6
@@ -118,16 +123,36 @@ def test_two_processes_take_the_steps_of_one(sharding, by_one, by_two):
 def test_the_main_process_speaks_and_says_how_weights_are_held(sharding, by_two):
     folder = by_two(sharding).parent
     main, other = ((folder / f"rank{rank}.err").read_text() for rank in (0, 1))
-    how = {"ddp": "2 processes, weights whole in each (DDP)", "fsdp2": "2 processes, weights sharded (FSDP2)"}[sharding]
+    how = {
+        "ddp": "2 processes, weights whole in each (DDP)",
+        "fsdp2": "2 processes, weights sharded (FSDP2)",
+        "zero1": "2 processes, weights whole in each, optimizer sharded (ZeRO 1)",
+        "zero2": "2 processes, weights whole in each, gradients and optimizer sharded (ZeRO 2)",
+        "zero3": "2 processes, weights sharded (ZeRO 3)",
+    }[sharding]
     assert main.count(how) == 1 and main.count("report: ") == 1
-    assert (folder / "rank0.out").read_text().count("Greedy") == 1
+    printed = (folder / "rank0.out").read_text()
+    assert printed.count("Greedy") == 1 and "DeepSpeed" not in printed + main
     assert (folder / "rank1.out").read_text() == other == ""
 
 
 @pytest.mark.parametrize(
     ("saved_by", "stage", "resumed_by"),
-    [("fsdp2", "reft", "one"), ("one", "reft", "fsdp2"), ("one", "sft", "ddp"), ("ddp", "sft", "one")],
-)
+    [
+        ("fsdp2", "reft", "one"),
+        ("one", "reft", "fsdp2"),
+        ("one", "sft", "ddp"),
+        ("ddp", "sft", "one"),
+        *(pytest.param(*case, marks=needs_deepspeed) for case in (
+            ("zero1", "sft", "zero3"),
+            ("zero2", "reft", "fsdp2"),
+            ("zero3", "reft", "one"),
+            ("one", "reft", "zero2"),
+            ("one", "sft", "zero1"),
+            ("ddp", "reft", "zero3"),
+        )),
+    ],
+)  # fmt: skip
 def test_a_checkpoint_goes_on_at_another_world_size(saved_by, stage, resumed_by, by_one, by_two, steady_recipe, tmp_path):
     folder = tmp_path / "again" / "run"
     shutil.copytree(by_one if saved_by == "one" else by_two(saved_by), folder)
@@ -155,28 +180,30 @@ def rewind(folder: Path, stage: str, step: int) -> None:
         path.unlink()
 
 
+@pytest.mark.parametrize("sharding", ["fsdp2", *ZERO])
 @pytest.mark.parametrize("changes", [
     {"model": {"lora": {"rank": 2}}},
     {"stages": {"reft": {"value_model": "separate"}}},
 ], ids=["lora", "value model"])  # fmt: skip
-def test_adapters_and_a_value_model_are_sharded_too(changes, steady_recipe, tmp_path):
+def test_adapters_and_a_value_model_are_sharded_too(changes, sharding, steady_recipe, tmp_path):
     # the reference of a LoRA policy is its whole copy with the adapter off
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     changes = {**changes, "evaluate": {"samples": 0}}
     stages = {"sft": None, "reft": {"init": "base", "steps": 2, **changes.get("stages", {}).get("reft", {})}}
     run_all(steady_recipe(one, **{**changes, "stages": stages}))
-    ended = ranks.run(steady_recipe(two, **{**changes, "stages": stages}), sharding="fsdp2")
+    ended = ranks.run(steady_recipe(two, **{**changes, "stages": stages}), sharding=sharding)
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(two, one)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path):
+@pytest.mark.parametrize("sharding", ["fsdp2", *ZERO])
+def test_compiled_blocks_are_sharded_too(sharding, steady_recipe, tmp_path):
     changes = {"stages": {"sft": None, "reft": {"init": "base", "steps": 2}}, "evaluate": {"samples": 0}}
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     run_all(steady_recipe(one, **changes))
-    ended = ranks.run(steady_recipe(two, **changes, model={"compile": True}), sharding="fsdp2", timeout_s=280)
+    ended = ranks.run(steady_recipe(two, **changes, model={"compile": True}), sharding=sharding, timeout_s=280)
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(two, one)
 
@@ -277,16 +304,129 @@ def test_a_killed_process_is_missed_by_the_other(rank, steady_recipe, tmp_path):
         assert ended[0].stderr.splitlines()[-1].startswith("process 0 of 2: another one ended without a word")
 
 
-def test_a_loss_that_is_not_finite_in_one_process_is_in_both(make_policy, tmp_path):
-    def body() -> None:
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(sharding, make_policy, tmp_path):
+    batch = token_batch([[3], [4, 5], [6, 7, 8]], [[1]] * 3)
+
+    def step(policy: Any, optimizer: Any) -> dict[str, Any]:
+        loss = accumulate_nll(policy, batch, max_tokens=1, where="")
+        norm = optimizer_step(policy, optimizer, share=0.5, max_grad_norm=1.0, where="")
+        return {"loss": loss, "norm": norm, "logprobs": policy.score(batch, max_tokens=9).logprobs.tolist()}
+
+    def make() -> tuple[Any, Any]:
         policy = make_policy()
+        distributed.distribute(policy)
+        return policy, make_optimizer(policy, OptimizerTable(learning_rate=1e-3, weight_decay=0.1))
+
+    def body() -> None:
+        policy, optimizer = make()
         weights = torch.tensor([[1.0], [1.0], [math.nan]])  # the longest row: in sorted turns it is the first process's
-        batch = token_batch([[3], [4, 5], [6, 7, 8]], [[1]] * 3)
         with pytest.raises(NonFiniteError, match="here: loss is nan in rows 0, 2"):
             accumulate_nll(policy, batch, max_tokens=9, where="here", weights=weights)
-        distributed.wait("both may go on")
+        optimizer.zero_grad()
+        first = step(policy, optimizer)
+        accumulate_nll(policy, batch, max_tokens=1, where="")
+        local(distributed.gradients(policy)["model.model.norm.weight"])[-1:] = math.inf  # where a process has a part of it
+        with pytest.raises(NonFiniteError, match=r"^here: gradient norm is (inf|nan), first in model\.model\.norm\.weight$"):
+            optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="here")
+        assert all(is_finite(parameter) for parameter in policy.parameters())
+        found = [first, step(policy, optimizer)]
+        if distributed.is_main():
+            (tmp_path / "found.json").write_text(json.dumps(found))
 
-    ended = ranks.spread(body, tmp_path)
+    ended = ranks.spread(body, tmp_path, sharding=sharding)
+    assert [end.status for end in ended] == [0, 0], ended
+    policy, optimizer = make()
+    assert_same_numbers(json.loads((tmp_path / "found.json").read_text()), [step(policy, optimizer) for _ in range(2)])
+
+
+# --- what is held -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_each_process_holds_what_its_sharding_says(sharding, make_policy, tmp_path):
+    def body() -> None:
+        policy = make_policy(dtype=torch.bfloat16)
+        before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        total = sum(map(torch.numel, before.values()))
+        reference: Any = policy.make_reference()
+        distributed.distribute(policy)
+        optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-6))
+        for is_last in (False, True):
+            scores = policy(token_batch([[3], [4, 5]], [[8, 1], [9, 1]]))
+            distributed.backward(policy, -scores.logprobs.sum(), is_last=is_last)
+            if not is_last:
+                gradients = sum(local(p.grad).numel() for p in policy.parameters() if p.grad is not None)
+        distributed.add_up_gradients(policy)
+        optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
+        states = sum(local(s[key]).numel() for s in held_state(optimizer) for key in ("exp_avg", "exp_avg_sq")) / 2
+        weights, frozen = (
+            sum(local(p).numel() + getattr(p, "ds_tensor", p.new_empty(0)).numel() for p in model.parameters())
+            for model in (policy, reference._frozen)
+        )
+        shares = [held / total for held in (states, gradients, weights, frozen)]
+        split = {"ddp": (), "zero1": (0,), "zero2": (0, 1), "zero3": (0, 1, 2, 3), "fsdp2": (0, 1, 2, 3)}[sharding]
+        assert all(share < 0.6 for i, share in enumerate(shares) if i in split), shares
+        assert all(share > 0.9 for i, share in enumerate(shares) if i not in split), shares
+        # bf16 arithmetic, fp32 weights: bf16 would round a step of 1e-6 away
+        for name, parameter in policy.named_parameters():
+            now = distributed.whole_tensor(parameter).detach()
+            assert now.dtype == torch.float32
+            assert 0 < (now - before[name]).abs().max() < 2e-6 or name.startswith("value_head")
+
+    ended = ranks.spread(body, tmp_path, sharding=sharding)
+    assert [end.status for end in ended] == [0, 0], ended
+
+
+@pytest.mark.parametrize("sharding", ZERO)
+def test_parts_of_gradients_have_the_names_of_their_parameters(sharding, make_policy, tmp_path):
+    def squares(policy: Any) -> dict[str, float]:
+        accumulate_nll(policy, token_batch([[3], [4, 5]], [[8, 1], [9, 1]]), max_tokens=1, where="")
+        return {name: float(gradient.square().sum()) for name, gradient in distributed.gradients(policy).items()}
+
+    def body() -> None:
+        policy = make_policy()
+        distributed.distribute(policy)
+        optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
+        parts = distributed.gather(squares(policy))
+        assert optimizer is not None
+        if distributed.is_main():
+            (tmp_path / "found.json").write_text(json.dumps({name: sum(part[name] for part in parts) for name in parts[0]}))
+
+    ended = ranks.spread(body, tmp_path, sharding=sharding)
+    assert [end.status for end in ended] == [0, 0], ended
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found.pop("value_head.weight"), found.pop("value_head.bias")) == (0, 0)  # one process has no gradient there
+    assert_same_numbers(found, squares(make_policy()))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def held_state(optimizer: Any) -> list[dict[str, torch.Tensor]]:
+    """What the optimizer keeps in this process."""
+    return list(getattr(optimizer, "_adamw", optimizer).state.values())
+
+
+@pytest.mark.parametrize("sharding", ZERO)
+def test_a_model_that_is_trained_no_more_is_let_go(sharding, make_policy, tmp_path):
+    # DeepSpeed keeps modules in a stack and a cache of its own
+    def train() -> weakref.ref[Any]:
+        policy = make_policy()
+        distributed.distribute(policy)
+        optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
+        for _ in range(2):
+            accumulate_nll(policy, token_batch([[3], [4, 5]], [[8, 1], [9, 1]]), max_tokens=1, where="")
+            optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
+        return weakref.ref(policy)
+
+    def body() -> None:
+        trained = train()
+        gc.collect()
+        assert trained() is None
+
+    ended = ranks.spread(body, tmp_path, sharding=sharding)
     assert [end.status for end in ended] == [0, 0], ended
 
 
@@ -304,13 +444,18 @@ def test_a_second_run_on_the_folder_is_refused_once(steady_recipe, tmp_path):
 
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
 ACCELERATE = [
-    "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no",
+    "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+    "--dynamo_backend", "no",
 ]  # fmt: skip
+LAUNCHERS = [
+    pytest.param(TORCHRUN, "(DDP)", id="torchrun"),
+    pytest.param([*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"], "(FSDP2)", id="accelerate"),
+    pytest.param([*ACCELERATE, "--use_deepspeed", "--zero_stage", "3"], "(ZeRO 3)", id="deepspeed", marks=needs_deepspeed),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "how"), [(TORCHRUN, "(DDP)"), (ACCELERATE, "(FSDP2)")], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(("launcher", "how"), LAUNCHERS)
 def test_launchers_run_what_they_are_asked_for(launcher, how, by_one, steady_recipe, tmp_path):
     recipe, file = steady_recipe(tmp_path / "run"), tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
