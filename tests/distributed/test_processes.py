@@ -184,8 +184,9 @@ def rewind(folder: Path, stage: str, step: int) -> None:
 @pytest.mark.parametrize("changes", [
     {"model": {"lora": {"rank": 2}}},
     {"stages": {"reft": {"value_model": "separate"}}},
-], ids=["lora", "value model"])  # fmt: skip
-def test_adapters_and_a_value_model_are_sharded_too(changes, sharding, steady_recipe, tmp_path):
+    {"stages": {"reft": {"value_prefit": 2}}},
+], ids=["lora", "value model", "value head fitted"])  # fmt: skip
+def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(changes, sharding, steady_recipe, tmp_path):
     # the reference of a LoRA policy is its whole copy with the adapter off
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     changes = {**changes, "evaluate": {"samples": 0}}
@@ -279,7 +280,10 @@ def test_decoding_waits_for_nobody(sharding, make_policy, tmp_path):
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sharding", "rank"), [("ddp", 0), ("fsdp2", 1)])
+@pytest.mark.parametrize(
+    ("sharding", "rank"),
+    [("ddp", 0), ("fsdp2", 1), *(pytest.param(f"zero{stage}", stage % 2, marks=needs_deepspeed) for stage in (2, 3))],
+)
 def test_a_process_that_fails_ends_the_run_with_its_reason(sharding, rank, steady_recipe, tmp_path):
     recipe = steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "rank": rank})
     ended = ranks.run(recipe, sharding=sharding)
@@ -393,8 +397,8 @@ def test_parts_of_gradients_have_the_names_of_their_parameters(sharding, make_po
         if distributed.is_main():
             (tmp_path / "found.json").write_text(json.dumps({name: sum(part[name] for part in parts) for name in parts[0]}))
 
-    ended = ranks.spread(body, tmp_path, sharding=sharding)
-    assert [end.status for end in ended] == [0, 0], ended
+    ended = ranks.spread(body, tmp_path, sharding=sharding, num=3)  # few parameters divide by 3
+    assert [end.status for end in ended] == [0, 0, 0], ended
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found.pop("value_head.weight"), found.pop("value_head.bias")) == (0, 0)  # one process has no gradient there
     assert_same_numbers(found, squares(make_policy()))
