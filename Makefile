@@ -15,7 +15,7 @@ help:
 	@echo "make reproduce   the paper's whole comparison for seeds $(SEEDS), and modern against paper; goes on after a stop"
 	@echo "make test        unit, contract, parity and learning tests; test-slow runs the long ones"
 	@echo "make test-vllm   the vLLM engine for real, on its CPU build in .venv-vllm (Linux on x86-64)"
-	@echo "make test-deepspeed  tests/distributed with DeepSpeed ZeRO too, on CPUs, in .venv-deepspeed; needs a C++ compiler"
+	@echo "make test-deepspeed  tests/distributed with DeepSpeed ZeRO too, on CPUs, in .venv-deepspeed"
 	@echo "make trust       kill, fault, hostile and fuzz suites, whole: tried, survived, lost"
 	@echo "make check       lint, types, test; make format rewrites the files in our style"
 	@echo "make bench       one ReFT step beside TRL's and the authors' (SmolLM2-135M; REPEATS=5 took 11 minutes on 2 cores)"

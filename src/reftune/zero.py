@@ -6,8 +6,6 @@ optimizer together, adds gradients up while they are made, and keeps a process's
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import sys
@@ -182,7 +180,7 @@ def own_part(value: Tensor, parameter: Any) -> Tensor:
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
-    """DeepSpeed's engine around both, silent on stdout."""
+    """DeepSpeed's engine around both."""
     os.environ["DS_ACCELERATOR"] = next(model.parameters()).device.type
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # it divides by nothing but this
@@ -195,16 +193,16 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) 
             "stage3_param_persistence_threshold": 0,  # small ones are split as well
         },
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        import deepspeed
+    import deepspeed
 
-        logger = logging.getLogger("DeepSpeed")
-        logger.setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that it calls
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+            handler.setStream(sys.stderr)  # stdout has the results
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that it calls
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled now, for inference
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 

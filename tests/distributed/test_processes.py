@@ -383,7 +383,7 @@ def test_each_process_holds_what_its_sharding_says(sharding, make_policy, tmp_pa
 
 
 @pytest.mark.parametrize("sharding", ZERO)
-def test_parts_of_gradients_have_the_names_of_their_parameters(sharding, make_policy, tmp_path):
+def test_parts_of_weights_and_gradients_are_of_their_parameters(sharding, make_policy, tmp_path):
     def squares(policy: Any) -> dict[str, float]:
         accumulate_nll(policy, token_batch([[3], [4, 5]], [[8, 1], [9, 1]]), max_tokens=1, where="")
         return {name: float(gradient.square().sum()) for name, gradient in distributed.gradients(policy).items()}
@@ -392,6 +392,12 @@ def test_parts_of_gradients_have_the_names_of_their_parameters(sharding, make_po
         policy = make_policy()
         distributed.distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                value = distributed.whole_tensor(parameter).clone()
+                distributed.assign(parameter, value + 1)
+                assert torch.equal(distributed.whole_tensor(parameter), value + 1)
+                distributed.assign(parameter, value)
         parts = distributed.gather(squares(policy))
         assert optimizer is not None
         if distributed.is_main():
