@@ -51,7 +51,7 @@ def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, An
     return {
         "name": "step",
         "run_dir": str(runs),
-        "model": {"path": "smollm2-135m", "dtype": "bfloat16", "micro_batch_tokens": 1024},
+        "model": {"path": "smollm2-135m", "dtype": "bfloat16", "micro_batch_tokens": 2048},
         "dataset": {"kind": "word_problems", "train": samples, "dev": 1, "test": 1},
         "format": {"kind": "program", "style": "compact"},
         "engine": {"kind": f"{ROOT}/benchmarks/forced_engine.py:ForcedKv", "workload": str(workload)},

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from reftune import distributed
+
+GROUPS = 4
+"""Of sequences of similar length, each padded to its own longest for attention."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +60,20 @@ class TokenBatch:
         mask = self.response_mask
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
+    def packed(self) -> PackedTokens:
+        """The sequences one after the other, without padding."""
+        lengths = self.lengths
+        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_token = steps < lengths[:, None]
+        starts = lengths.cumsum(0) - lengths
+        rows, columns = self.predictor_index()
+        return PackedTokens(
+            tokens=self.tokens[is_token],
+            positions=steps.expand_as(is_token)[is_token],
+            predictors=starts[rows] + columns,
+            packing=_packing(lengths, starts, is_token),
+        )
+
     def rows(self, index: Tensor) -> TokenBatch:
         """The sequences at `index`, trimmed to their own longest."""
         lengths = self.lengths[index]
@@ -64,6 +82,47 @@ class TokenBatch:
             prompt_lengths=self.prompt_lengths[index],
             response_lengths=self.response_lengths[index],
         )
+
+
+class Packing(NamedTuple):
+    """Where N packed tokens go while they attend: groups of sequences, each padded to its longest, S slots in all."""
+
+    slots: Tensor
+    """(S,) The token in each slot; any token where there is none."""
+    is_token: Tensor
+    """(S,) Whether there is one."""
+    order: Tensor
+    """(N,) The slot of each token."""
+    sizes: tuple[tuple[int, int], ...]
+    """Sequences of each group, and their slots."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTokens:
+    """A `TokenBatch` without padding: N tokens, of which M predict a response token."""
+
+    tokens: Tensor
+    """(N,) ids."""
+    positions: Tensor
+    """(N,) Place of each token in its sequence."""
+    predictors: Tensor
+    """(M,) The tokens whose output predicts each response token, in row-major order."""
+    packing: Packing
+
+
+def _packing(lengths: Tensor, starts: Tensor, is_token: Tensor) -> Packing:
+    first_slots, slots, filled, sizes, start = torch.empty_like(lengths), [], [], [], 0
+    steps = torch.arange(is_token.shape[1], device=lengths.device)
+    groups = lengths.argsort(stable=True).tensor_split(GROUPS if len(lengths) >= 2 * GROUPS else 1)
+    for rows in groups:
+        longest = int(lengths[rows].max())
+        filled.append(is_token[rows, :longest].flatten())
+        slots.append((starts[rows, None] + steps[:longest]).flatten() * filled[-1])
+        first_slots[rows] = start + torch.arange(len(rows), device=lengths.device) * longest
+        sizes.append((len(rows), longest))
+        start += len(rows) * longest
+    order = (first_slots[:, None] + steps)[is_token]
+    return Packing(torch.cat(slots), torch.cat(filled), order, tuple(sizes))
 
 
 def token_batch(
@@ -129,27 +188,33 @@ class RolloutBatch:
         return replace(self, **changed)  # type: ignore[arg-type]
 
 
-def micro_batches(lengths: Tensor, *, max_tokens: int) -> Iterator[Tensor]:
-    """Indices of sequences in groups of similar length whose padded size stays within `max_tokens` (one row at least)."""
+def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> Iterator[Tensor]:
+    """Indices of sequences in groups of similar length whose size stays within `max_tokens` (one row at least).
+
+    The size is that of the sequences padded to the longest, or `packed`: of their tokens.
+    """
     device, lengths = lengths.device, lengths.cpu()  # they are read one by one
     order = torch.argsort(lengths, stable=True)
-    start = 0
+    start, tokens = 0, 0
     for end in range(1, len(order) + 1):
-        longest_if_one_more = int(lengths[order[end]]) if end < len(order) else 0
-        if end == len(order) or (end - start + 1) * longest_if_one_more > max_tokens:
+        tokens += int(lengths[order[end - 1]])
+        one_more = int(lengths[order[end]]) if end < len(order) else 0
+        size = tokens + one_more if packed else (end - start + 1) * one_more
+        if end == len(order) or size > max_tokens:
             yield order[start:end].to(device)
-            start = end
+            start, tokens = end, 0
 
 
-def own_micro_batches(lengths: Tensor, *, max_tokens: int, even: bool = False) -> Iterator[tuple[Tensor, bool]]:
+def own_micro_batches(
+    lengths: Tensor, *, max_tokens: int, packed: bool = False, even: bool = False
+) -> Iterator[tuple[Tensor, bool]]:
     """This process's share; see `shared_micro_batches`."""
-    return shared_micro_batches(
-        lengths, max_tokens=max_tokens, rank=distributed.rank(), world_size=distributed.world_size(), even=even
-    )
+    world = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    return shared_micro_batches(lengths, max_tokens=max_tokens, packed=packed, even=even, **world)
 
 
 def shared_micro_batches(
-    lengths: Tensor, *, max_tokens: int, rank: int, world_size: int, even: bool = False
+    lengths: Tensor, *, max_tokens: int, rank: int, world_size: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
     """The micro-batches of one of several processes that all hold all sequences, each with whether its numbers count.
 
@@ -158,7 +223,9 @@ def shared_micro_batches(
     """
     order = torch.argsort(lengths, stable=True)
     shares = [order[first::world_size] for first in range(world_size)] if even else [order[rank::world_size]]
-    batches = [[share[index] for index in micro_batches(lengths[share], max_tokens=max_tokens)] for share in shares]
+    batches = [
+        [share[index] for index in micro_batches(lengths[share], max_tokens=max_tokens, packed=packed)] for share in shares
+    ]
     own, most = batches[rank if even else 0], max(1, *map(len, batches))
     yield from ((index, True) for index in own)
     yield from ((order[:1] * 0, False) for _ in range(most - len(own)))

@@ -6,17 +6,12 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from reftune.distributed import whole_tensor
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ATTENTION = "reftune_cpu"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
 FEW_ROWS = 16
@@ -70,7 +65,7 @@ def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = Tru
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    wholes = [whole_tensor(part.detach()).to(dtype) for part in parts]
+    wholes = [whole_tensor(part).detach().to(dtype) for part in parts]
     return wholes[0] if len(parts) == 1 else torch.cat(wholes)
 
 
@@ -86,32 +81,3 @@ def _packed_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Ten
 
 def _plain_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nn.functional.linear(rows.to(weight.dtype), weight, bias)
-
-
-def attend_in_fp32(model: PreTrainedModel) -> None:
-    """Have a model that reads whole sequences attend in fp32: the backward pass of bf16 attention is slow on processors."""
-    if model.config._attn_implementation != "sdpa":
-        return
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(ATTENTION)
-
-
-def attend_as_before(model: PreTrainedModel) -> None:
-    """Undo `attend_in_fp32`, for what knows transformers' own attention only."""
-    if model.config._attn_implementation == ATTENTION:
-        model.set_attn_implementation("sdpa")
-
-
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, None]:
-    """`query`, `key` and `value` (B, heads, tokens, D). One new token against a cache is read as it lies: nothing is cast."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if query.shape[2] == 1 or query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, *args, **options)
-    with torch.autocast("cpu", enabled=False):
-        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **options)
-    return output.to(query.dtype), None

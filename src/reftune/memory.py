@@ -19,8 +19,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reftune.cpu import ATTENTION
-from reftune.engines._forward import forward_pass, is_llama_like
+from reftune.attention import ATTENTION
+from reftune.engines._forward import forward_pass, is_written_out
 from reftune.engines.kv import ROOM, _RoomyLayer
 from reftune.logprobs import token_logprobs
 from reftune.policy import Policy
@@ -141,7 +141,7 @@ class Outline:
     @property
     def decoding_weights(self) -> float:
         """Bytes that each process needs to sample with, where it holds but a part of the weights."""
-        if self.policy.compute_dtype == torch.float32 or not is_llama_like(self.policy.model):
+        if self.policy.compute_dtype == torch.float32 or not is_written_out(self.policy.model):
             return float(FP32 * self.sizes.total)
         casts, _, _ = self._prefill(prompt=1, rows=1)
         return float(casts + FP32 * self.model.get_input_embeddings().weight.numel())

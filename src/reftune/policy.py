@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reftune import distributed
+from reftune.attention import ATTENTION, attend_our_way
 from reftune.batch import TokenBatch, own_micro_batches
-from reftune.cpu import attend_in_fp32
 from reftune.errors import ModelError
 from reftune.logprobs import logprobs_and_entropy, token_logprobs
+from reftune.models import is_llama_like
 from reftune.recipe import LoraTable
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ class Policy(nn.Module):
         self.model: Any = _with_lora(model, lora) if lora is not None else model
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
-        if dtype != torch.float32:
-            attend_in_fp32(model)
+        attend_our_way(model)
+        self.packs = is_llama_like(model) and model.config._attn_implementation == ATTENTION
+        """Whether whole sequences are read without padding."""
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         """Zero at first, so that it cannot start wild; `reset_value_head` draws PyTorch's default, as the paper does."""
@@ -140,11 +142,28 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """(N, H) the last hidden state that predicts each response token, in row-major order."""
-        return _predictors(self._backbone(), batch)
+        return self._predictors(self._backbone(), batch)
 
     def value_states(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """(N, H) what the value head reads, where `hidden` are the policy's own states."""
-        return hidden if self.value_backbone is None else _predictors(self.value_backbone, batch)
+        return hidden if self.value_backbone is None else self._predictors(self.value_backbone, batch)
+
+    def _predictors(self, backbone: Any, batch: TokenBatch) -> Tensor:
+        """(N, H) the last hidden state that predicts each response token, in row-major order."""
+        hidden: Tensor
+        if not self.packs:
+            hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state[batch.predictor_index()]
+            return hidden
+        packed = batch.packed()
+        output = backbone(
+            input_ids=packed.tokens[None],
+            position_ids=packed.positions[None],
+            attention_mask=torch.empty(1, 1, 1, 1, device=batch.tokens.device),  # handed on as it is, and not read
+            use_cache=False,
+            packing=packed.packing,
+        )
+        hidden = output.last_hidden_state[0, packed.predictors]
+        return hidden
 
     def _backbone(self) -> Any:
         model = self.model.get_base_model() if self.is_lora else self.model
@@ -174,13 +193,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
-        """Log-probabilities, values and entropy without gradients and dropout, at most `max_tokens` padded tokens at once.
+        """Log-probabilities, values and entropy without gradients and dropout, at most `max_tokens` tokens at once.
 
         Several processes each score some of the rows, and all get the whole.
         """
         parts: dict[str, Tensor] = {}
         with self.inference():
-            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens):
+            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens, packed=self.packs):
                 for name, values in self._score_rows(batch.rows(index), temperature).items():
                     whole = parts.setdefault(name, torch.zeros(batch.response_mask.shape, device=self.device))
                     if counts:
@@ -200,14 +219,14 @@ class Policy(nn.Module):
         starts = batch.response_lengths.cumsum(0) - batch.response_lengths
         features = torch.zeros(int(batch.response_lengths.sum()), self.value_head.in_features, device=self.device)
         with self.inference():
-            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens):
+            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens, packed=self.packs):
                 slots = [
                     torch.arange(int(starts[i]), int(starts[i] + batch.response_lengths[i]), device=self.device)
                     for i in index.tolist()
                 ]
                 rows = batch.rows(index)
                 if counts:
-                    features[torch.cat(slots)] = _predictors(self.value_backbone or self._backbone(), rows).float()
+                    features[torch.cat(slots)] = self._predictors(self.value_backbone or self._backbone(), rows).float()
         distributed.add_up(features)
         return features
 
@@ -279,12 +298,6 @@ class Reference:
             return self._frozen.score(batch, temperature=temperature, max_tokens=max_tokens)
         with distributed.whole(self._policy), self._policy.model.disable_adapter():
             return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
-
-
-def _predictors(backbone: Any, batch: TokenBatch) -> Tensor:
-    """(N, H) the last hidden state that predicts each response token, in row-major order."""
-    hidden: Tensor = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state[batch.predictor_index()]
-    return hidden
 
 
 def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:

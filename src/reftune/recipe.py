@@ -188,7 +188,10 @@ class ModelTable(Table):
     """`auto`: a GPU where there is one."""
     lora: LoraTable | None = None
     micro_batch_tokens: int = Field(16384, gt=0)
-    """Padded tokens in one forward and backward pass. Changes memory and speed, never the gradient."""
+    """Tokens in one forward and backward pass; with padding, where a model (not Llama, Mistral, Qwen2 or Qwen3) needs it.
+
+    Changes memory and speed, never the gradient.
+    """
     compile: bool = False
     """Fuse the small operations of each transformer block (torch.compile) where whole sequences are read, so not in decoding.
     The first steps take a minute longer, results differ by rounding. Needs a compiler for C++ on this machine."""

@@ -125,6 +125,11 @@ class Classifier(nn.Module):
             self.head.weight.copy_(draws)
         self.head.to(policy.device)
 
+    @property
+    def packs(self) -> bool:
+        """As of the policy."""
+        return self.policy.packs
+
     def forward(self, batch: TokenBatch) -> Tensor:
         """(B, 2) logits in fp32; see `solution_batch`."""
         return self.logits(batch)
@@ -141,7 +146,7 @@ class Classifier(nn.Module):
         """(B,) probabilities that the solutions are correct, without dropout."""
         scores = torch.zeros(len(batch), device=self.policy.device)
         with distributed.whole(self), self.policy.inference():
-            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens):
+            for index, counts in own_micro_batches(batch.lengths, max_tokens=max_tokens, packed=self.packs):
                 if counts:
                     scores[index] = self.logits(batch.rows(index)).softmax(1)[:, CORRECT]
         distributed.add_up(scores)

@@ -65,6 +65,9 @@ class OptimizerTable(Table):
 class Trained(Protocol):
     """A module that is trained and kept: a policy, or what a stage makes of one."""
 
+    @property
+    def packs(self) -> bool: ...
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -135,7 +138,8 @@ def accumulate_gradient(
     """
     totals: dict[str, float] = {}
     failed: NonFiniteError | None = None
-    batches = list(own_micro_batches(lengths, max_tokens=max_tokens, even=distributed.is_in_step(model)))
+    even = distributed.is_in_step(model)
+    batches = list(own_micro_batches(lengths, max_tokens=max_tokens, packed=model.packs, even=even))
     for number, (index, counts) in enumerate(batches, start=1):
         terms = loss_of(index)
         if counts:

@@ -234,11 +234,12 @@ def test_two_updates_leave_the_weights_of_two_plain_ones(make_policy):
 
 
 @pytest.fixture
-def step(make_policy):
+def step(make_policy, request):
     """A policy in mid-step, its batch, and the loss and gradients of the whole batch at once."""
-    old_policy = make_policy("phi3")
-    policy, reference = moved(old_policy), make_policy("phi3", seed=1)
-    batch = credited(old_policy, reference, some_samples(7))
+    family = getattr(request, "param", "phi3")
+    old_policy = make_policy(family)
+    policy, reference = moved(old_policy), make_policy(family, seed=1)
+    batch = credited(old_policy, reference, some_samples(9))
     return policy, batch, accumulate(policy, batch), gradients(policy)
 
 
@@ -252,8 +253,26 @@ def test_splitting_a_minibatch_changes_nothing(step, max_tokens):
 
 def test_the_order_of_a_batch_changes_nothing(step):
     policy, batch, loss, whole = step
-    assert accumulate(policy, batch.rows(torch.tensor([4, 1, 6, 0, 3, 5, 2]))) == pytest.approx(loss, rel=1e-5)
+    assert accumulate(policy, batch.rows(torch.tensor([4, 1, 8, 6, 0, 7, 3, 5, 2]))) == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(gradients(policy), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2, tied", "qwen3, tied"])
+@pytest.mark.parametrize("count", [5, 11])
+def test_leaving_padding_out_changes_nothing(make_policy, family, dtype, count):
+    old_policy = make_policy(family, dtype=dtype)
+    policy, reference = moved(old_policy), make_policy(family, dtype=dtype, seed=1)
+    batch = credited(old_policy, reference, some_samples(count))
+    assert policy.packs
+    scores, loss, packed = policy.score(batch.tokens, max_tokens=10_000), accumulate(policy, batch), gradients(policy)
+    policy.packs = False
+    exact = dtype == torch.float32
+    assert_close(policy.score(batch.tokens, max_tokens=10_000).logprobs, scores.logprobs, atol=1e-5 if exact else 0.1, rtol=0)
+    assert accumulate(policy, batch) == pytest.approx(loss, rel=1e-5 if exact else 0.02)
+    for name, gradient in gradients(policy).items():
+        scale = float(gradient.abs().max())
+        assert_close(packed[name] / scale, gradient / scale, atol=1e-4 if exact else 0.1, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "opt"])
@@ -299,6 +318,7 @@ def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monke
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no compiler for C++")
+@pytest.mark.parametrize("step", ["phi3", "llama"], indirect=True)
 def test_compiled_blocks_change_nothing_and_decoding_does_not_use_them(step):
     policy, batch, loss, whole = step
     params = SamplingParams(max_new_tokens=4, temperature=1.0, seed=0)

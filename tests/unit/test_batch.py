@@ -79,6 +79,42 @@ def test_chosen_rollouts_keep_all_they_have_and_nothing_else():
     assert part.response_mask.shape == (1, 2)
 
 
+def test_packed_tokens_lie_one_sequence_after_the_other():
+    batch = token_batch([[3, 4, 5], [6], [7, 8]], [[10, 1], [11, 12, 13, 1], [1]])
+    packed = batch.packed()
+    assert packed.tokens.tolist() == [3, 4, 5, 10, 1, 6, 11, 12, 13, 1, 7, 8, 1]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2]
+    assert packed.predictors.tolist() == [2, 3, 5, 6, 7, 8, 11]
+    rows, columns = batch.predictor_index()
+    assert packed.tokens[packed.predictors].tolist() == batch.tokens[rows, columns].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 11])
+def test_every_packed_token_has_a_slot_beside_its_own_sequence(count):
+    lengths = [3 + (5 * i) % 7 for i in range(count)]
+    sequences = [[100 * i + j for j in range(length)] for i, length in enumerate(lengths)]
+    packed = token_batch([tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]).packed()
+    slots, is_token, order, sizes = packed.packing
+    assert slots[order].tolist() == list(range(sum(lengths)))
+    assert is_token.sum() == sum(lengths) and is_token[order].all()
+    assert sum(rows for rows, _ in sizes) == count and sum(rows * length for rows, length in sizes) == len(slots)
+    assert len(sizes) == (4 if count >= 8 else 1)
+    start, found = 0, []
+    for rows, length in sizes:
+        group = slice(start, start := start + rows * length)
+        for row, real in zip(slots[group].view(rows, length), is_token[group].view(rows, length), strict=True):
+            found.append(packed.tokens[row[real]].tolist())
+            assert real.tolist() == sorted(real.tolist(), reverse=True), "padding is on the right"
+            assert packed.positions[row[real]].tolist() == list(range(int(real.sum())))
+    assert sorted(found) == sequences
+
+
+def test_packed_micro_batches_count_tokens_and_no_padding():
+    lengths = torch.tensor([9, 1, 5, 5, 2])
+    assert [batch.tolist() for batch in micro_batches(lengths, max_tokens=13, packed=True)] == [[1, 4, 2, 3], [0]]
+    assert [batch.tolist() for batch in micro_batches(lengths, max_tokens=13)] == [[1, 4], [2, 3], [0]]
+
+
 def test_micro_batches_hold_every_sequence_once_within_the_limit():
     lengths = torch.tensor([7, 3, 9, 1, 4, 4, 20, 2])
     groups = [group.tolist() for group in micro_batches(lengths, max_tokens=16)]

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from reftune import cpu
+from reftune.attention import ATTENTION, attend_our_way
 from reftune.batch import token_batch
 from reftune.policy import Policy
 
@@ -22,9 +23,9 @@ def batch():
 def test_nothing_changes_but_the_precision(make_policy, batch, architecture):
     policy = make_policy(architecture).eval()
     expected = policy(batch)
-    cpu.attend_in_fp32(policy.model)
+    attend_our_way(policy.model)
     found = policy(batch)
-    assert policy.model.config._attn_implementation == cpu.ATTENTION
+    assert policy.model.config._attn_implementation == ATTENTION
     assert_close(found.logprobs, expected.logprobs, atol=1e-6, rtol=0)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers.cache_utils import Cache, DynamicCache
 
-from reftune.engines._forward import LLAMA_LIKE, LlamaForward, is_llama_like
+from reftune.engines._forward import LlamaForward, is_written_out
 from reftune.engines.kv import _RoomyLayer
+from reftune.models import LLAMA_LIKE
 from reftune.recipe import LoraTable
 
 ROWS = [[3, 4, 5, 6, 7, 8], [9, 10], [11, 12, 13, 14]]
@@ -54,7 +55,7 @@ def test_it_is_the_model(make_model, family):
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).reshape(parameter.shape))
-    assert is_llama_like(model)
+    assert is_written_out(model)
     tokens, mask = prompts()
     steps = [tokens, *LATER.split(1, dim=1)]
     for found, expected in zip(
@@ -88,18 +89,18 @@ def test_several_tokens_may_follow_a_cache(make_model):
 
 @pytest.mark.parametrize("family", ["mistral, window of 5", "phi3", "gpt2", "opt", "granite"])
 def test_other_models_are_left_to_transformers(make_model, family):
-    assert not is_llama_like(make_model(family))
+    assert not is_written_out(make_model(family))
 
 
 def test_a_window_that_is_not_used_is_none(make_model):
-    assert is_llama_like(make_model("qwen2, tied", sliding_window=5, use_sliding_window=False))
-    assert not is_llama_like(make_model("qwen2, tied", sliding_window=5, use_sliding_window=True, max_window_layers=1))
+    assert is_written_out(make_model("qwen2, tied", sliding_window=5, use_sliding_window=False))
+    assert not is_written_out(make_model("qwen2, tied", sliding_window=5, use_sliding_window=True, max_window_layers=1))
 
 
 def test_adapters_are_left_to_transformers(make_policy):
     for targets in ("all-linear", ["v_proj"], ["lm_head"]):
         policy = make_policy("llama", lora=LoraTable(rank=2, alpha=2.0, target_modules=targets))
-        assert not is_llama_like(policy.model)
+        assert not is_written_out(policy.model)
 
 
 def test_every_class_of_the_list_is_tested(make_model):

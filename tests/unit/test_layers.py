@@ -9,7 +9,7 @@ import reftune
 
 LISTING = """
 errors zero distributed signals types seeds jsonlines recipe answers perturb voting stats batch advantages losses _sandbox_child
-sandbox_subprocess sandbox encoding models logprobs cpu policy datasets formats rewards engines algorithms collect
+sandbox_subprocess sandbox encoding models logprobs cpu attention policy datasets formats rewards engines algorithms collect
 choices checkpoint progress trackers watch training evaluation value_prefit train_sft train_rl self_train reward_model
 report run_folder memory plan estimate sample check score export init api cli
 """

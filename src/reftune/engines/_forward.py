@@ -17,19 +17,18 @@ from torch.nn import functional
 
 from reftune.cpu import packed_linears, product
 from reftune.distributed import whole_tensor
+from reftune.models import is_llama_like
 from reftune.policy import Policy
 
 Forward = Callable[[Tensor, Tensor, Any], Tensor]
 """Tokens (B, S), the mask (B, T) of cache and tokens, the cache, which the tokens are added to → logits (B, V), fp32, after
 the last token."""
 
-LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
 
 @contextmanager
 def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
     """How `policy` reads tokens while it decodes; all processes must enter. `pack`: reorder weights where that is faster."""
-    if is_llama_like(policy.model):
+    if is_written_out(policy.model):
         yield LlamaForward(policy.model, policy.compute_dtype, pack=pack)
         return
 
@@ -54,12 +53,9 @@ def positions_of(mask: Tensor, tokens: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
 
 
-def is_llama_like(model: Any) -> bool:
-    """Whether `LlamaForward` computes what `model` does: not with adapters, quantized, or where a layer sees only a window."""
-    kind, config = type(model), model.config
-    if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in LLAMA_LIKE:
-        return False
-    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+def is_written_out(model: Any) -> bool:
+    """Whether `LlamaForward` computes what `model` does: not with adapters, and not where it is quantized."""
+    if not is_llama_like(model):
         return False
     layers = [layer for block in model.model.layers for part in (block.self_attn, block.mlp) for layer in _projections(part)]
     return all(type(layer) is nn.Linear for layer in (*layers, model.get_output_embeddings()))
@@ -76,7 +72,7 @@ class LlamaForward:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
-        self.embedding = whole_tensor(model.get_input_embeddings().weight.detach())
+        self.embedding = whole_tensor(model.get_input_embeddings().weight).detach()
         self.rotary, self.dtype = model.model.rotary_emb, dtype
         self.blocks = [_Block(block, index, dtype, pack) for index, block in enumerate(model.model.layers)]
         self.norm = _Norm(model.model.norm)
@@ -134,7 +130,7 @@ class _Block:
 
 class _Norm:
     def __init__(self, norm: Any) -> None:
-        self.weight, self.epsilon = whole_tensor(norm.weight.detach()), norm.variance_epsilon
+        self.weight, self.epsilon = whole_tensor(norm.weight).detach(), norm.variance_epsilon
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)

@@ -17,7 +17,7 @@ from pydantic import Field
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from reftune.cpu import attend_as_before
+from reftune.attention import attention_as_before
 from reftune.errors import EngineError
 from reftune.policy import Policy
 from reftune.recipe import Component
@@ -81,15 +81,16 @@ def _manager(policy: Policy, config: ContinuousBatchingConfig, params: SamplingP
         eos_token_id=sorted(policy.eos_ids) or -1,  # -1: none
         pad_token_id=0,
     )
-    try:
-        manager = model.init_continuous_batching(sampling, config)
-    except (AttributeError, ValueError) as error:
-        raise EngineError(f"engine continuous: transformers cannot batch {type(model).__name__}: {error}") from None
-    try:
-        yield manager
-    finally:
-        manager.stop(block=True)
-        manager.destroy()
+    with attention_as_before(model):
+        try:
+            manager = model.init_continuous_batching(sampling, config)
+        except (AttributeError, ValueError) as error:
+            raise EngineError(f"engine continuous: transformers cannot batch {type(model).__name__}: {error}") from None
+        try:
+            yield manager
+        finally:
+            manager.stop(block=True)
+            manager.destroy()
 
 
 def _in_compute_dtype(policy: Policy) -> Any:
@@ -98,9 +99,7 @@ def _in_compute_dtype(policy: Policy) -> Any:
     if policy.compute_dtype == torch.float32:
         return model
     cast = {id(p): torch.nn.Parameter(p.to(policy.compute_dtype), requires_grad=False) for p in model.parameters()}
-    model = copy.deepcopy(model, memo=cast)  # buffers stay fp32: rotary frequencies would suffer
-    attend_as_before(model)
-    return model
+    return copy.deepcopy(model, memo=cast)  # buffers stay fp32: rotary frequencies would suffer
 
 
 def _collect(manager: Any, count: int) -> dict[str, Any]:

@@ -61,8 +61,11 @@ def run_in(page: Path, script: str, profile: Path) -> dict[str, Any]:
     driven = page.with_name("driven.html")
     driven.write_text(text.replace("</body>", f"{REPORT % script}</body>"), encoding="utf-8")
     command = [browser(), *FLAGS, f"--user-data-dir={profile}", "--dump-dom", driven.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "HOME": str(profile)})
-    match = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    for _ in range(2):  # a browser may end before it has drawn anything; that says nothing of the page
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "HOME": str(profile)})
+        match = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+        if match is not None:
+            break
     assert match is not None, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(html.unescape(match[1]))
     assert "thrown" not in found, found["thrown"]
