@@ -110,9 +110,9 @@ def measured(command: list[str]) -> dict[str, Any]:
 
 
 def matmul_peak() -> float:
-    """bf16 FLOP/s of a large square product, the best of ten."""
+    """bf16 FLOP/s of a large square product, the best of a hundred."""
     a, b = torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(2048, 2048, dtype=torch.bfloat16)
-    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(10))
+    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(100))
 
 
 def bandwidth() -> float:

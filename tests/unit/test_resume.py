@@ -245,6 +245,15 @@ def test_a_run_has_the_threads_of_its_recipe_and_leaves_them_as_they_were(make_r
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("wanted", ["unsaid", "as they are"])
+def test_threads_that_are_right_already_are_not_set_again(make_recipe, monkeypatch, wanted):
+    # setting their number, also to what it is, makes decoding a quarter slower
+    recipe = make_recipe(threads=None if wanted == "unsaid" else torch.get_num_threads())
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail(f"set to {number}"))
+    with open_run(recipe, SilentProgress()):
+        pass
+
+
 def test_the_checkpoint_of_another_model_is_refused_in_one_line(make_recipe):
     recipe = make_recipe(stages={"reft": None})
     with pytest.raises(KeyboardInterrupt):
