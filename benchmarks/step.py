@@ -167,8 +167,10 @@ def summary(results: dict[str, Any], workload: Workload, prompts: list[int], mac
         document["update_mfu"] = flops / ours["update_s"] / machine["matmul_flops"]
         floor = decode_floor(workload.lengths, prompts, machine["matmul_flops"], machine["bytes_s"])
         document["decode_roofline"] = floor / ours["generate_s"]
-        phases = ours["generate_s"] + ours["score_s"] + ours["update_s"]
-        document["bookkeeping_share"] = (ours["step_s"] - phases) / ours["step_s"]
+        document["bookkeeping_share"] = statistics.median(
+            1 - (step["generate_s"] + step["score_s"] + step["update_s"]) / step["step_s"]
+            for step in results["reftune"]["steps"]
+        )
     return document
 
 
@@ -195,13 +197,14 @@ def processor() -> str:
 
 
 def regressions(document: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-    """A line for every figure that is worse than its baseline by more than the tolerance."""
+    """A line for every figure that is worse than its baseline by more than the tolerance, but for one that meets its target."""
     lines = []
     for key in TARGETS:
         if key not in document or key not in baseline:
             continue
         now, before = document[key], baseline[key]
-        is_worse = now > before * (1 + TOLERANCE) if key in LOWER_IS_BETTER else now < before / (1 + TOLERANCE)
+        most = max(TARGETS[key], before * (1 + TOLERANCE))
+        is_worse = now > most if key in LOWER_IS_BETTER else now < before / (1 + TOLERANCE)
         if is_worse:
             lines.append(f"regression: {key} is {now:.3g}, the baseline {before:.3g}")
     return lines

@@ -37,7 +37,7 @@ def logprobs_and_entropy(head: nn.Module, hidden: Tensor, tokens: Tensor, temper
     """As `token_logprobs`, without gradients, and the entropy (nats) of the distributions; each (N,)."""
     if type(head) is nn.Linear:
         softmax = _softmax(_cast(hidden), head.weight, head.bias, tokens, temperature, means=True)
-        return softmax.picked - softmax.normalisers, softmax.normalisers - softmax.means
+        return softmax.picked - softmax.largest - softmax.log_totals, softmax.log_totals - softmax.means
     logprobs, entropy = hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
     rows = _rows_at_once(head)
     for start in range(0, len(hidden), rows):
@@ -62,8 +62,9 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.wide, ctx.temperature = hidden.dtype, temperature
         hidden = _cast(hidden)
         softmax = _softmax(hidden, weight, bias, tokens, temperature)
-        ctx.save_for_backward(hidden, weight, bias, tokens, softmax.normalisers)
-        return softmax.picked - softmax.normalisers
+        normalisers = softmax.log_totals + softmax.largest
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalisers)
+        return softmax.picked - normalisers
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
@@ -93,10 +94,11 @@ class _Softmax(NamedTuple):
 
     picked: Tensor
     """The token's logit."""
-    normalisers: Tensor
-    """log Σ exp(logit)"""
+    largest: Tensor
+    log_totals: Tensor
+    """log Σ exp(logit - largest)"""
     means: Tensor
-    """Σ probability · logit; 0 unless asked for."""
+    """Σ probability · (logit - largest); 0 unless asked for."""
 
 
 def _softmax(
@@ -117,7 +119,7 @@ def _softmax(
             weighted[rows] = (weighted[rows] + shift * totals[rows]) * shift.exp() + exponentials.mul_(logits).sum(1)
         totals[rows] = totals[rows] * shift.exp() + sums
         largest[rows] = larger
-    return _Softmax(picked, totals.log() + largest, weighted / totals + largest)
+    return _Softmax(picked, largest, totals.log(), weighted / totals)
 
 
 class _Tile(NamedTuple):

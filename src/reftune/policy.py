@@ -57,9 +57,10 @@ class Policy(nn.Module):
         self.model: Any = _with_lora(model, lora) if lora is not None else model
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
-        attend_our_way(model)
+        if dtype != torch.float32:
+            attend_our_way(model)
         self.packs = is_llama_like(model) and model.config._attn_implementation == ATTENTION
-        """Whether whole sequences are read without padding."""
+        """Whether whole sequences are read without padding. Not in fp32, so that runs there repeat as they were published."""
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         """Zero at first, so that it cannot start wild; `reset_value_head` draws PyTorch's default, as the paper does."""

@@ -188,7 +188,8 @@ class ModelTable(Table):
     """`auto`: a GPU where there is one."""
     lora: LoraTable | None = None
     micro_batch_tokens: int = Field(16384, gt=0)
-    """Tokens in one forward and backward pass; with padding, where a model (not Llama, Mistral, Qwen2 or Qwen3) needs it.
+    """Tokens in one forward and backward pass; padding counts in fp32, and in bf16 of models that are not Llama, Mistral, Qwen2
+    or Qwen3.
 
     Changes memory and speed, never the gradient.
     """

@@ -125,7 +125,7 @@ class _Block:
             parts = heads.split([self.queries, self.keys], 1)
             heads = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1)
         left, right = heads.chunk(2, -1)
-        return (heads * cos).addcmul_(torch.cat([-right, left], -1), sin).to(self.dtype)
+        return (heads * cos + torch.cat([-right, left], -1) * sin).to(self.dtype)
 
 
 class _Norm:
