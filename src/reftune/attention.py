@@ -93,7 +93,7 @@ def _unpad(padded: Tensor, packing: Packing) -> Tensor:
 
 
 class _Pad(torch.autograd.Function):
-    """(N, …) tokens → (S, …) slots. No real token sees what is in the others, so their gradient is 0 and not added up."""
+    """(T, …) tokens → (S, …) slots. No real token sees what is in the others, so their gradient is 0 and not added up."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, slots: Tensor, order: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """(S, …) slots → (N, …) tokens."""
+    """(S, …) slots → (T, …) tokens."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, slots: Tensor, is_token: Tensor, order: Tensor) -> Tensor:

@@ -85,28 +85,28 @@ class TokenBatch:
 
 
 class Packing(NamedTuple):
-    """Where N packed tokens go while they attend: groups of sequences, each padded to its longest, S slots in all."""
+    """Where T packed tokens go while they attend: groups of sequences, each padded to its longest, S slots in all."""
 
     slots: Tensor
     """(S,) The token in each slot; any token where there is none."""
     is_token: Tensor
     """(S,) Whether there is one."""
     order: Tensor
-    """(N,) The slot of each token."""
+    """(T,) The slot of each token."""
     sizes: tuple[tuple[int, int], ...]
     """Sequences of each group, and their slots."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedTokens:
-    """A `TokenBatch` without padding: N tokens, of which M predict a response token."""
+    """A `TokenBatch` without padding: T tokens, of which N predict a response token."""
 
     tokens: Tensor
-    """(N,) ids."""
+    """(T,) ids."""
     positions: Tensor
-    """(N,) Place of each token in its sequence."""
+    """(T,) Place of each token in its sequence."""
     predictors: Tensor
-    """(M,) The tokens whose output predicts each response token, in row-major order."""
+    """(N,) The tokens whose output predicts each response token, in row-major order."""
     packing: Packing
 
 
