@@ -11,11 +11,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from reftune import distributed
 
 GROUPS = 4
 """Of sequences of similar length, each padded to its own longest for attention."""
+MULTIPLE = 64
+"""Packed tokens come in multiples of it: for every new number of them, products are prepared anew, and memory that was freed
+does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +63,18 @@ class TokenBatch:
         """(N,) values of the response tokens → (B, R), 0 elsewhere."""
         mask = self.response_mask
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+    def filled_up(self) -> TokenBatch:
+        """With one more sequence, without a response, where it takes that for a `MULTIPLE` of tokens in all."""
+        missing = -int(self.lengths.sum()) % MULTIPLE
+        if not missing:
+            return self
+        width = max(missing, self.tokens.shape[1])
+        return TokenBatch(
+            tokens=functional.pad(self.tokens, (0, width - self.tokens.shape[1], 0, 1)),
+            prompt_lengths=functional.pad(self.prompt_lengths, (0, 1), value=missing),
+            response_lengths=functional.pad(self.response_lengths, (0, 1)),
+        )
 
     def packed(self) -> PackedTokens:
         """The sequences one after the other, without padding."""

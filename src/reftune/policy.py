@@ -155,7 +155,7 @@ class Policy(nn.Module):
         if not self.packs:
             hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state[batch.predictor_index()]
             return hidden
-        packed = batch.packed()
+        packed = batch.filled_up().packed()
         output = backbone(
             input_ids=packed.tokens[None],
             position_ids=packed.positions[None],

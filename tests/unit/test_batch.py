@@ -109,6 +109,17 @@ def test_every_packed_token_has_a_slot_beside_its_own_sequence(count):
     assert sorted(found) == sequences
 
 
+@pytest.mark.parametrize("longest", [5, 80])
+def test_tokens_are_filled_up_by_a_sequence_that_nobody_reads(longest):
+    batch = token_batch([[3, 4], [6]], [[10] * (longest - 2), [11, 1]])
+    filled = batch.filled_up()
+    assert filled.lengths.tolist() == [longest, 3, 56 if longest == 5 else 45]
+    assert filled.tokens[:2, :longest].equal(batch.tokens) and not filled.tokens[:, longest:].any()
+    assert filled.response_tokens().equal(batch.response_tokens())
+    assert filled.packed().predictors.equal(batch.packed().predictors)
+    assert filled.filled_up() is filled
+
+
 def test_packed_micro_batches_count_tokens_and_no_padding():
     lengths = torch.tensor([9, 1, 5, 5, 2])
     assert [batch.tolist() for batch in micro_batches(lengths, max_tokens=13, packed=True)] == [[1, 4, 2, 3], [0]]
