@@ -71,10 +71,10 @@ def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, An
     }
 
 
-def run_reftune(workload: Path, samples: int, repeats: int, folder: Path, *, compiled: bool = True) -> dict[str, Any]:
+def run_reftune(workload: Path, samples: int, repeats: int, folder: Path) -> dict[str, Any]:
     """`repeats` steps after one that is not counted, in which the blocks are compiled."""
     described = recipe(workload, samples, repeats + 1, folder / "run")
-    described["model"]["compile"] = compiled
+    described["model"]["compile"] = True
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(described), encoding="utf-8")
     peak = measured([sys.executable, "-m", "reftune", "run", str(path)])["peak_kib"]
@@ -92,9 +92,10 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
     ]
 
 
-def measured(command: list[str]) -> dict[str, Any]:
+def measured(command: list[str], **variables: str) -> dict[str, Any]:
     """Run a command at the root; its last line, where that is JSON, and its peak memory. Raises CalledProcessError."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": python_path, **variables}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=sys.stderr)
         _, status, usage = os.wait4(process.pid, 0)
@@ -226,7 +227,7 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
 
 
 def growth(sizes: Sequence[int]) -> dict[str, Any]:
-    """Seconds of a step's phases and its peak memory, by number of samples, in the second step of a run, nothing compiled.
+    """Seconds of a step's phases and its peak memory, by number of samples, in the second step of a run.
 
     Answers are a quarter as long as elsewhere, so that the largest number does not take an hour.
     """
@@ -235,7 +236,7 @@ def growth(sizes: Sequence[int]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_workload(the_workload(samples, shorter=4), folder / "workload.json")
-            ran = run_reftune(folder / "workload.json", samples, 1, folder, compiled=False)
+            ran = run_reftune(folder / "workload.json", samples, 1, folder)
         found[samples] = {**ran["steps"][0], "peak_gib": ran["peak_kib"] / 2**20}
         per_sample = found[samples]["step_s"] / samples
         print(f"{samples} samples: {per_sample:.3f} s a sample, peak {found[samples]['peak_gib']:.1f} GiB", file=sys.stderr)
