@@ -34,17 +34,21 @@ for (const kind of ["error", "warn"]) console[kind] = (...words) => faults.push(
 </script>"""
 
 REPORT = """<script>
-setTimeout(() => {
-  const all = (query) => [...document.querySelectorAll(query)];
-  const out = {};
+const all = (query) => [...document.querySelectorAll(query)];
+const isDrawn = () => all("[data-chart]").every((figure) => figure.querySelector("svg path"));
+(function report(patience) {
+  if (patience && !isDrawn()) return setTimeout(report, 100, patience - 1);
+  const out = { drawn: isDrawn() };
   try { (() => { %s })(); } catch (error) { out.thrown = String(error); }
   document.body.innerHTML = "";
   const result = document.createElement("pre");
   result.id = "result";
   result.textContent = JSON.stringify({ ...out, faults, hacked: window.hacked ?? null });
   document.body.append(result);
-}, 1500);
+})(40);
 </script>"""
+STARTS = 5
+"""Of the browser, at most. Its clock is virtual: on a busy machine it may end before the page is drawn."""
 
 
 def browser() -> str:
@@ -61,13 +65,13 @@ def run_in(page: Path, script: str, profile: Path) -> dict[str, Any]:
     driven = page.with_name("driven.html")
     driven.write_text(text.replace("</body>", f"{REPORT % script}</body>"), encoding="utf-8")
     command = [browser(), *FLAGS, f"--user-data-dir={profile}", "--dump-dom", driven.as_uri()]
-    for _ in range(2):  # a browser may end before it has drawn anything; that says nothing of the page
+    for _ in range(STARTS):
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "HOME": str(profile)})
         match = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
-        if match is not None:
+        found: dict[str, Any] = json.loads(html.unescape(match[1])) if match is not None else {}
+        if found.get("drawn"):
             break
-    assert match is not None, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(html.unescape(match[1]))
+    assert found, done.stderr[-2000:]
     assert "thrown" not in found, found["thrown"]
     return found
 
