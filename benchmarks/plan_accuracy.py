@@ -41,9 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
 NOTHING = {"model": {"scratch": {"hidden_size": 8, "layers": 1, "heads": 2}, "micro_batch_tokens": 100}}
 """What a run takes whose model takes nothing."""
 TOLERANCE = 0.15
-TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-"""Otherwise glibc keeps the splinters of large blocks for small ones, so that freed tensors do not grow together again: up to a
-gigabyte is lost in this way, which no model of a run can foresee."""
 
 
 def recipe(case: dict[str, Any], folder: Path, *, prompts: int = 16, max_new: int = 32) -> dict[str, Any]:
@@ -83,8 +80,7 @@ def write_recipe(case: dict[str, Any], folder: Path, **sizes: int) -> Path:
 
 def measured_peak(path: Path) -> int:
     """Bytes."""
-    command = [sys.executable, "-m", "reftune", "rl", str(path), "--quiet"]
-    return int(measured(command, GLIBC_TUNABLES=TUNABLES)["peak_kib"]) * 1024
+    return int(measured([sys.executable, "-m", "reftune", "rl", str(path), "--quiet"])["peak_kib"]) * 1024
 
 
 def predicted(path: Path) -> Memory:

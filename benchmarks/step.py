@@ -92,10 +92,9 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
     ]
 
 
-def measured(command: list[str], **variables: str) -> dict[str, Any]:
+def measured(command: list[str]) -> dict[str, Any]:
     """Run a command at the root; its last line, where that is JSON, and its peak memory. Raises CalledProcessError."""
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": python_path, **variables}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=sys.stderr)
         _, status, usage = os.wait4(process.pid, 0)
@@ -198,7 +197,7 @@ def processor() -> str:
 
 
 def regressions(document: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-    """A line for every figure that is worse than its baseline by more than the tolerance, but for one that meets its target."""
+    """A line for every figure worse than its baseline by more than the tolerance; not for a share that meets its target."""
     lines = []
     for key in TARGETS:
         if key not in document or key not in baseline:
