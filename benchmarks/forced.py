@@ -21,7 +21,8 @@ class ForcedLengths(LogitsProcessor):
 
 
 def force_eos(scores: Tensor, ends: Tensor, eos_id: int) -> Tensor:
-    """`scores` (B, V) in which the rows that end (B,) can only draw eos and the others never do. Changed in place."""
+    """`scores` (B, V) in which the rows that end (B,) can only draw eos and the others never do.
+    Changed in place."""
     ends = ends.to(scores.device)
     scores[ends] = -torch.inf
     scores[:, eos_id] = torch.where(ends, 0.0, -torch.inf)

@@ -1,4 +1,5 @@
-"""The kv engine with answers of given lengths: what `reftune run` samples with in the step benchmark."""
+"""The kv engine with answers of given lengths: what `reftune run` samples with in the step
+benchmark."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ from benchmarks.workload import read_workload
 
 from reftune.engines import kv
 from reftune.engines._forward import Forward
-from reftune.policy import Policy
+from reftune.model.policy import Policy
 from reftune.types import Completion, SamplingParams
 
 
 class ForcedKv(kv.Kv):
     workload: Path
 
-    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+    def generate(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Completion]:
         lengths = read_workload(self.workload).lengths
         original, kv._Decoder = kv._Decoder, lambda *args: ForcedDecoder(*args, lengths=lengths)
         try:
@@ -30,16 +33,25 @@ class ForcedKv(kv.Kv):
 
 
 class ForcedDecoder(kv._Decoder):
-    def __init__(self, policy: Policy, params: SamplingParams, forward: Forward, *, lengths: Sequence[int]) -> None:
+    def __init__(
+        self, policy: Policy, params: SamplingParams, forward: Forward, *, lengths: Sequence[int]
+    ) -> None:
         super().__init__(policy, params, forward)
         self.lengths = lengths
 
     def step(self) -> None:
-        ends = [len(r.token_ids) == self.lengths[r.position % len(self.lengths)] - 1 for r in self.active]
+        ends = [
+            len(r.token_ids) == self.lengths[r.position % len(self.lengths)] - 1
+            for r in self.active
+        ]
         force_eos(self.logits, torch.tensor(ends), min(self.eos_ids))
         super().step()
 
 
 def program(row: int, seed: int) -> str:
-    """An ordinary program, another one for each row and step, so that grading has real work: an untrained model writes none."""
-    return f"\n    apples = {row + 3}\n    boxes = {seed % 97 + 2}\n    total = apples * boxes\n    return total - 1\n"
+    """An ordinary program, another one for each row and step, so that grading has real work: an
+    untrained model writes none."""
+    return (
+        f"\n    apples = {row + 3}\n    boxes = {seed % 97 + 2}\n    total = apples * boxes\n   "
+        " return total - 1\n"
+    )

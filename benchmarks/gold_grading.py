@@ -1,10 +1,11 @@
-"""How often the grader calls the data's own gold right: rationales as published, programs derived from annotations, and the
-targets that training makes of them.
+"""How often the grader calls the data's own gold right: rationales as published, programs derived
+from annotations, and the targets that training makes of them.
 
     python benchmarks/gold_grading.py --data DIR
 
-DIR holds gsm8k/{train,test}.jsonl, svamp/{svamp_nl,svamp_python_sdp,SVAMP}.json and mathqa/{dev,test}.json. Prints a Markdown
-report and writes it with its numbers to docs/results/gold_grading.{md,json}.
+DIR holds gsm8k/{train,test}.jsonl, svamp/{svamp_nl,svamp_python_sdp,SVAMP}.json and
+mathqa/{dev,test}.json. Prints a Markdown report and writes it with its numbers to
+docs/results/gold_grading.{md,json}.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reftune.answers import parse_gold
 from reftune.datasets import Splits
 from reftune.datasets.gsm8k import Gsm8k, program_of
 from reftune.datasets.mathqa import Mathqa, read_options, repaired
 from reftune.datasets.svamp import Svamp
-from reftune.formats import Format
-from reftune.formats.nl import Nl
-from reftune.formats.program import Program
+from reftune.grading.answers import parse_gold
+from reftune.grading.formats import Format
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
 from reftune.types import Answer, Graded, Problem, Verdict
 
 SHOWN = 5
@@ -33,19 +34,21 @@ NL, PROGRAM = Nl(), Program()
 NOTES = """\
 Where the grader and the data disagree:
 
-- **GSM8K, derived programs.** The calculator annotations skip steps that the prose makes, or the last one is not the
-  answer; a program made of them gives another number, or there is none. The loader leaves both out
-  (`program_disagrees`, `no_program`).
-- **SVAMP, rationales.** Three round: gold 8.9333333333 against "<9>" trucks, 0.165 against "<0.17>", 69.4 against
-  "<69.32%>". The loader leaves them out (`rationale_disagrees`).
+- **GSM8K, derived programs.** The calculator annotations skip steps that the prose makes, or the
+  last one is not the answer; a program made of them gives another number, or there is none. The
+  loader leaves both out (`program_disagrees`, `no_program`).
+- **SVAMP, rationales.** Three round: gold 8.9333333333 against "<9>" trucks, 0.165 against
+  "<0.17>", 69.4 against "<69.32%>". The loader leaves them out (`rationale_disagrees`).
 - **SVAMP, equations.** One equation does not give the answer beside it. The loader leaves it out.
-- **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. By the grader's rule that is no marker,
-  and is meant not to be: a stray letter must earn nothing. Training appends "The answer is c" where the rationale does not
-  end in a marker. The few others are forum posts ("should be d not c"); the wrong ones contradict the gold letter.
-- **MathQA, options.** An option is read as itself by its letter always, and by its text wherever no other option of the
-  question says the same or begins with another letter ("c . 14" as the text of e).
-- **GSM8K, program, paper.** A question that ends in a quotation mark breaks the docstring that the authors' prompt puts it
-  in. The robust grading does not run the docstring."""
+- **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. By the grader's
+  rule that is no marker, and is meant not to be: a stray letter must earn nothing. Training appends
+  "The answer is c" where the rationale does not end in a marker. The few others are forum posts
+  ("should be d not c"); the wrong ones contradict the gold letter.
+- **MathQA, options.** An option is read as itself by its letter always, and by its text wherever no
+  other option of the question says the same or begins with another letter ("c . 14" as the text of
+  e).
+- **GSM8K, program, paper.** A question that ends in a quotation mark breaks the docstring that the
+  authors' prompt puts it in. The robust grading does not run the docstring."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +63,15 @@ class Group:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/, svamp/ and mathqa/")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the two files go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with gsm8k/, svamp/ and mathqa/"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results"), help="where the two files go"
+    )
     arguments = parser.parse_args()
     published = [measured(group) for group in published_groups(arguments.data)]
     trained = [measured(group) for group in trained_groups(arguments.data)]
@@ -74,21 +83,42 @@ def main() -> None:
     (arguments.out / "gold_grading.json").write_text(numbers + "\n", encoding="utf-8")
 
 
-# --- what is graded ---------------------------------------------------------------------------------------------------
+# --- what is graded -------------------------------------------------------------------------------
 
 
 def published_groups(data: Path) -> Iterator[Group]:
     """Every row as it stands in the files."""
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (data / f"gsm8k/{split}.jsonl").open(encoding="utf-8")]
-        problems = [number(f"{split}-{n}", row["answer"].rpartition("####")[2]) for n, row in enumerate(rows)]
-        yield Group(name=f"GSM8K {split}, rationales", format=NL, problems=problems, texts=[row["answer"] for row in rows])
+        problems = [
+            number(f"{split}-{n}", row["answer"].rpartition("####")[2])
+            for n, row in enumerate(rows)
+        ]
+        yield Group(
+            name=f"GSM8K {split}, rationales",
+            format=NL,
+            problems=problems,
+            texts=[row["answer"] for row in rows],
+        )
         programs = [program_of(row["answer"].rpartition("####")[0]) for row in rows]
-        yield Group(name=f"GSM8K {split}, derived programs", format=PROGRAM, problems=problems, texts=programs)
-    for file, format, name in (("svamp_nl", NL, "rationales"), ("svamp_python_sdp", PROGRAM, "programs")):
+        yield Group(
+            name=f"GSM8K {split}, derived programs",
+            format=PROGRAM,
+            problems=problems,
+            texts=programs,
+        )
+    for file, format, name in (
+        ("svamp_nl", NL, "rationales"),
+        ("svamp_python_sdp", PROGRAM, "programs"),
+    ):
         rows = read(data / f"svamp/{file}.json")
         problems = [number(row["item_id"], row["answer_value"]) for row in rows]
-        yield Group(name=f"SVAMP train, {name}", format=format, problems=problems, texts=[row["answer_cot"] for row in rows])
+        yield Group(
+            name=f"SVAMP train, {name}",
+            format=format,
+            problems=problems,
+            texts=[row["answer_cot"] for row in rows],
+        )
     rows = read(data / "svamp/SVAMP.json")
     problems = [number(row["ID"], row["Answer"]) for row in rows]
     equations = [f"def solution():\n    return {row['Equation']}" for row in rows]
@@ -99,17 +129,30 @@ def published_groups(data: Path) -> Iterator[Group]:
         texts = [repaired(row["Rationale"]) for row in rows]
         yield Group(name=f"MathQA {split}, rationales", format=NL, problems=problems, texts=texts)
         options = [
-            (letter, text, problem) for problem in problems for letter, text in zip("abcde", problem.choices, strict=False)
+            (letter, text, problem)
+            for problem in problems
+            for letter, text in zip("abcde", problem.choices, strict=False)
         ]
-        golds = [replace(problem, answer=Answer(kind="choice", value=letter)) for letter, _, problem in options]
+        golds = [
+            replace(problem, answer=Answer(kind="choice", value=letter))
+            for letter, _, problem in options
+        ]
         lettered = [f"The answer is {letter} ) {text}" for letter, text, _ in options]
-        yield Group(name=f"MathQA {split}, every option with its letter", format=NL, problems=golds, texts=lettered)
+        yield Group(
+            name=f"MathQA {split}, every option with its letter",
+            format=NL,
+            problems=golds,
+            texts=lettered,
+        )
         alone = [f"The answer is {text}" for _, text, _ in options]
-        yield Group(name=f"MathQA {split}, every option without", format=NL, problems=golds, texts=alone)
+        yield Group(
+            name=f"MathQA {split}, every option without", format=NL, problems=golds, texts=alone
+        )
 
 
 def trained_groups(data: Path) -> Iterator[Group]:
-    """The targets of every problem that the loaders keep for train and dev and that has a rationale."""
+    """The targets of every problem that the loaders keep for train and dev and that has a
+    rationale."""
     mathqa = {"train": str(data / "mathqa/dev.json"), "test": str(data / "mathqa/test.json")}
     loaders: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
         ("GSM8K", Gsm8k, {"train": str(data / "gsm8k")}),
@@ -122,9 +165,16 @@ def trained_groups(data: Path) -> Iterator[Group]:
             splits: Splits = loader(kind=name, rationale=rationale, **settings).load(seed=0)
             problems = [each for each in (*splits.train, *splits.dev) if each.rationale is not None]
             for style, grading in (("compact", "robust"), ("paper", "paper")):
-                format = kind.model_validate({"kind": rationale, "style": style, "grading": grading})
+                format = kind.model_validate(
+                    {"kind": rationale, "style": style, "grading": grading}
+                )
                 texts = [format.target(problem) for problem in problems]
-                yield Group(name=f"{name}, {rationale}, {style}", format=format, problems=problems, texts=texts)
+                yield Group(
+                    name=f"{name}, {rationale}, {style}",
+                    format=format,
+                    problems=problems,
+                    texts=texts,
+                )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -140,15 +190,21 @@ def number(id: str, gold: object) -> Problem:
 
 def choice(id: str, row: dict[str, Any]) -> Problem:
     answer, options = parse_gold(row["correct"], "choice"), read_options(repaired(row["options"]))
-    assert answer is not None and options is not None, f"{id}: {row['correct']!r} of {row['options']!r}"
+    assert answer is not None and options is not None, (
+        f"{id}: {row['correct']!r} of {row['options']!r}"
+    )
     return Problem(id=id, question=row["Problem"], answer=answer, choices=options)
 
 
-# --- what came out ----------------------------------------------------------------------------------------------------
+# --- what came out --------------------------------------------------------------------------------
 
 
 def measured(group: Group) -> dict[str, Any]:
-    pairs = [(problem, text) for problem, text in zip(group.problems, group.texts, strict=True) if text is not None]
+    pairs = [
+        (problem, text)
+        for problem, text in zip(group.problems, group.texts, strict=True)
+        if text is not None
+    ]
     graded = group.format.grade([problem for problem, _ in pairs], [text for _, text in pairs])
     failures = [
         failure(problem, text, grade)
@@ -177,12 +233,18 @@ def failure(problem: Problem, text: str, grade: Graded) -> dict[str, str]:
 def markdown(published: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> str:
     parts = [
         "# The grader on gold answers",
-        "`python benchmarks/gold_grading.py --data DIR` makes this page. Robust grading unless a row says otherwise.",
+        (
+            "`python benchmarks/gold_grading.py --data DIR` makes this page. Robust grading unless"
+            " a row says otherwise."
+        ),
         "## As published",
         table(published),
         NOTES,
         "## As trained on",
-        "What the loaders keep, as the formats' targets: `compact` graded by the robust rules, `paper` by the paper's.",
+        (
+            "What the loaders keep, as the formats' targets: `compact` graded by the robust rules,"
+            " `paper` by the paper's."
+        ),
         table(trained),
         "## First failures of each row",
         *(failures(row) for row in (*published, *trained) if row["failures"]),
@@ -193,20 +255,30 @@ def markdown(published: Sequence[dict[str, Any]], trained: Sequence[dict[str, An
 def table(rows: Sequence[dict[str, Any]]) -> str:
     others = [verdict.value for verdict in Verdict if verdict is not Verdict.CORRECT]
     shown = [verdict for verdict in others if any(verdict in row["verdicts"] for row in rows)]
-    head = ["gold", "rows", "no text", "correct", "%", *(verdict.replace("_", " ") for verdict in shown)]
+    head = [
+        "gold",
+        "rows",
+        "no text",
+        "correct",
+        "%",
+        *(verdict.replace("_", " ") for verdict in shown),
+    ]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in rows:
         counts, texts = row["verdicts"], row["rows"] - row["without_text"]
         correct = counts.get("correct", 0)
         share = f"{100 * correct / texts:.2f}" if texts else ""
         others_counted = [counts.get(verdict, 0) for verdict in shown]
-        lines.append([row["name"], row["rows"], row["without_text"], correct, share, *others_counted])
+        lines.append(
+            [row["name"], row["rows"], row["without_text"], correct, share, *others_counted]
+        )
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def failures(row: dict[str, Any]) -> str:
     lines = [
-        f"- {f['id']}, gold {f['gold']}: …`{one_line(f['end'])}`: {f['verdict']}, {one_line(f['reason'])}"
+        f"- {f['id']}, gold {f['gold']}: …`{one_line(f['end'])}`: {f['verdict']},"
+        f" {one_line(f['reason'])}"
         for f in row["failures"]
     ]
     return "\n".join([f"**{row['name']}**", "", *lines])

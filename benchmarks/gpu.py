@@ -1,11 +1,13 @@
-"""What one GPU makes of a ReFT step: right against the CPU, fast by phase, beside TRL's GRPO where that is installed.
+"""What one GPU makes of a ReFT step: right against the CPU, fast by phase, beside TRL's GRPO where
+that is installed.
 
     python -m benchmarks.gpu --folder F [--model FOLDER] [--minutes 9]
     python -m benchmarks.gpu --folder F --device cpu --tiny
 
-Sections run one after the other, each in a process of its own, and leave F/SECTION.json; a call leaves out those that are
-there, so that what did not fit into its minutes is done by the next. FOLDER holds SmolLM2-135M or another causal LM in Hugging
-Face format; without it a model of that shape is made from scratch. Nothing is fetched. The last line is one JSON document.
+Sections run one after the other, each in a process of its own, and leave F/SECTION.json; a call
+leaves out those that are there, so that what did not fit into its minutes is done by the next.
+FOLDER holds SmolLM2-135M or another causal LM in Hugging Face format; without it a model of that
+shape is made from scratch. Nothing is fetched. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -35,11 +37,12 @@ from benchmarks.workload import Workload, make_workload, write_workload
 from torch import Tensor
 from transformers import StaticCache
 
-from reftune.batch import TokenBatch, token_batch
+from reftune.algorithms.losses import masked_mean
 from reftune.engines.kv import Kv
-from reftune.losses import masked_mean
-from reftune.models import load_pretrained, make_scratch
-from reftune.policy import Policy
+from reftune.model.batch import TokenBatch, token_batch
+from reftune.model.policy import Policy
+from reftune.model.scratch import make_scratch
+from reftune.model.weights import load_pretrained
 from reftune.recipe import ScratchTable
 from reftune.types import SamplingParams
 
@@ -47,7 +50,8 @@ BOUNDS = {
     "float32": {"logprobs_max": 1e-3, "loss": 1e-4, "gradient": 1e-3, "sampling_mean": 1e-4},
     "bfloat16": {"logprobs_mean": 0.05, "loss": 0.05, "gradient": 0.1, "sampling_mean": 0.05},
 }
-"""Largest differences from fp32 on the CPU: nats, nats, share of the gradient's norm; and between sampler and scorer, nats."""
+"""Largest differences from fp32 on the CPU: nats, nats, share of the gradient's norm; and between
+sampler and scorer, nats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +71,28 @@ class Setting:
     micro_batch_tokens: int
 
 
-FULL = {"samples": 128, "repeats": 5, "rows": 128, "new_tokens": 128, "matrix": 8192, "micro_batch_tokens": 32768}
-TINY = {"samples": 4, "repeats": 1, "rows": 4, "new_tokens": 8, "matrix": 256, "micro_batch_tokens": 1024}
+FULL = {
+    "samples": 128,
+    "repeats": 5,
+    "rows": 128,
+    "new_tokens": 128,
+    "matrix": 8192,
+    "micro_batch_tokens": 32768,
+}
+TINY = {
+    "samples": 4,
+    "repeats": 1,
+    "rows": 4,
+    "new_tokens": 8,
+    "matrix": 256,
+    "micro_batch_tokens": 1024,
+}
 SCRATCH = {
     False: ScratchTable(hidden_size=576, layers=30, heads=9, context=512, dropout=0.0),
     True: ScratchTable(hidden_size=32, layers=2, heads=2, context=512, dropout=0.0),
 }
-"""By whether it is tiny; the first has SmolLM2-135M's layers, and a vocabulary of the prompts' words only."""
+"""By whether it is tiny; the first has SmolLM2-135M's layers, and a vocabulary of the prompts'
+words only."""
 
 
 def scratch_model(folder: Path, *, tiny: bool) -> Path:
@@ -102,7 +121,7 @@ def seconds(work: Callable[[], Any], device: str, *, repeats: int = 5) -> float:
     return statistics.median(taken[1:])
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------
+# --- sections -------------------------------------------------------------------------------------
 
 
 def machine(setting: Setting) -> dict[str, Any]:
@@ -120,7 +139,8 @@ def machine(setting: Setting) -> dict[str, Any]:
 
 
 def correctness(setting: Setting, dtype: str) -> dict[str, Any]:
-    """Log-probabilities, loss and gradient against fp32 on the CPU; log-probabilities of samples against recomputed ones."""
+    """Log-probabilities, loss and gradient against fp32 on the CPU; log-probabilities of samples
+    against recomputed ones."""
     expected = scores_of(load_policy(setting, "cpu", "float32"), "cpu")
     policy = load_policy(setting, setting.device, dtype)
     found = scores_of(policy, setting.device)
@@ -130,12 +150,18 @@ def correctness(setting: Setting, dtype: str) -> dict[str, Any]:
         "logprobs_max": float(difference.max()),
         "logprobs_mean": float(difference.mean()),
         "loss": abs(found["loss"] - expected["loss"]),
-        "gradient": float((found["gradient"] - expected["gradient"]).norm() / expected["gradient"].norm()),
+        "gradient": float(
+            (found["gradient"] - expected["gradient"]).norm() / expected["gradient"].norm()
+        ),
         "sampling_max": float(sampling.max()),
         "sampling_mean": float(sampling.mean()),
     }
     bounds = BOUNDS[dtype]
-    return {**errors, "bounds": bounds, "ok": all(errors[name] <= bound for name, bound in bounds.items())}
+    return {
+        **errors,
+        "bounds": bounds,
+        "ok": all(errors[name] <= bound for name, bound in bounds.items()),
+    }
 
 
 def load_policy(setting: Setting, device: str, dtype: str) -> Policy:
@@ -146,8 +172,14 @@ def load_policy(setting: Setting, device: str, dtype: str) -> Policy:
 
 
 def some_batch(policy: Policy, device: str) -> TokenBatch:
-    encoded = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(4)]
-    return token_batch([ids[: len(ids) // 2] for ids in encoded], [ids[len(ids) // 2 :] for ids in encoded], device=device)
+    encoded = [
+        policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(4)
+    ]
+    return token_batch(
+        [ids[: len(ids) // 2] for ids in encoded],
+        [ids[len(ids) // 2 :] for ids in encoded],
+        device=device,
+    )
 
 
 def scores_of(policy: Policy, device: str) -> dict[str, Any]:
@@ -155,16 +187,35 @@ def scores_of(policy: Policy, device: str) -> dict[str, Any]:
     scores = policy(batch)
     loss = masked_mean(0.1 * scores.values - scores.logprobs, batch.response_mask)
     loss.backward()
-    gradient = torch.cat([p.grad.flatten().double().cpu() for p in policy.parameters() if p.grad is not None])
-    return {"logprobs": scores.logprobs[batch.response_mask].detach().cpu(), "loss": float(loss.detach()), "gradient": gradient}
+    gradient = torch.cat(
+        [p.grad.flatten().double().cpu() for p in policy.parameters() if p.grad is not None]
+    )
+    return {
+        "logprobs": scores.logprobs[batch.response_mask].detach().cpu(),
+        "loss": float(loss.detach()),
+        "gradient": gradient,
+    }
 
 
 def sampling_difference(policy: Policy, setting: Setting) -> Tensor:
-    asked = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(4)]
-    completions = Kv(kind="kv").generate(policy, asked, SamplingParams(max_new_tokens=setting.new_tokens, seed=0))
-    batch = token_batch(asked, [completion.token_ids for completion in completions], device=setting.device)
-    scored = policy.score(batch, max_tokens=setting.micro_batch_tokens).logprobs[batch.response_mask].cpu()
-    return (scored - torch.tensor([logprob for completion in completions for logprob in completion.logprobs])).abs()
+    asked = [
+        policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(4)
+    ]
+    completions = Kv(kind="kv").generate(
+        policy, asked, SamplingParams(max_new_tokens=setting.new_tokens, seed=0)
+    )
+    batch = token_batch(
+        asked, [completion.token_ids for completion in completions], device=setting.device
+    )
+    scored = (
+        policy.score(batch, max_tokens=setting.micro_batch_tokens)
+        .logprobs[batch.response_mask]
+        .cpu()
+    )
+    return (
+        scored
+        - torch.tensor([logprob for completion in completions for logprob in completion.logprobs])
+    ).abs()
 
 
 def step_reftune(setting: Setting, *, compiled: bool = False) -> dict[str, Any]:
@@ -173,12 +224,17 @@ def step_reftune(setting: Setting, *, compiled: bool = False) -> dict[str, Any]:
     folder = Path(setting.folder) / ("run_compiled" if compiled else "run")
     described = recipe(path, setting.samples, setting.repeats + 2, folder)
     described["model"] |= {
-        "path": setting.model, "device": setting.device, "micro_batch_tokens": setting.micro_batch_tokens, "compile": compiled,
-    }  # fmt: skip
+        "path": setting.model,
+        "device": setting.device,
+        "micro_batch_tokens": setting.micro_batch_tokens,
+        "compile": compiled,
+    }
     described["engine"]["batch_size"] = setting.samples
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(described), encoding="utf-8")
-    peak = run_watched([sys.executable, "-m", "reftune", "rl", str(file), "--quiet"], setting.device)
+    peak = run_watched(
+        [sys.executable, "-m", "reftune", "rl", str(file), "--quiet"], setting.device
+    )
     steps = step_seconds(folder)[-setting.repeats :]
     medians = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     return {**medians, **work_of(setting, workload, medians), "peak_bytes": peak}
@@ -190,10 +246,14 @@ def work_of(setting: Setting, workload: Workload, medians: dict[str, float]) -> 
     head = model.get_output_embeddings().weight
     ends = {id(p): p.numel() for p in (head, model.get_input_embeddings().weight)}
     trunk = sum(p.numel() for p in model.parameters()) - sum(ends.values())
-    asked = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in workload.prompts]
+    asked = [
+        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in workload.prompts
+    ]
     answered = workload.lengths
     tokens = sum(asked) + sum(answered)
-    forward = forward_flops(trunk, head.numel(), model.config.num_hidden_layers, head.shape[1], answered, asked)
+    forward = forward_flops(
+        trunk, head.numel(), model.config.num_hidden_layers, head.shape[1], answered, asked
+    )
     return {
         "sampled_tokens_s": sum(answered) / medians["generate_s"],
         "scored_tokens_s": 2 * tokens / medians["score_s"],
@@ -206,7 +266,14 @@ def work_of(setting: Setting, workload: Workload, medians: dict[str, float]) -> 
 def step_plain(setting: Setting) -> dict[str, Any]:
     """The authors' step in plain transformers, bf16."""
     _, path = the_workload(setting)
-    command = [sys.executable, "-m", "benchmarks.step_plain", str(path), "bfloat16", str(setting.repeats)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step_plain",
+        str(path),
+        "bfloat16",
+        str(setting.repeats),
+    ]
     return contestant(command, setting)
 
 
@@ -215,7 +282,9 @@ def step_trl(setting: Setting) -> dict[str, Any]:
     if importlib.util.find_spec("trl") is None:
         return {"missing": "trl is not installed"}
     _, path = the_workload(setting)
-    return contestant([sys.executable, "-m", "benchmarks.step_trl", str(path), str(setting.repeats)], setting)
+    return contestant(
+        [sys.executable, "-m", "benchmarks.step_trl", str(path), str(setting.repeats)], setting
+    )
 
 
 def contestant(command: list[str], setting: Setting) -> dict[str, Any]:
@@ -223,7 +292,10 @@ def contestant(command: list[str], setting: Setting) -> dict[str, Any]:
     with output.open("w", encoding="utf-8") as file:
         peak = run_watched(command, setting.device, stdout=file)
     steps = json.loads(output.read_text(encoding="utf-8").strip().splitlines()[-1])["steps"]
-    return {**{name: statistics.median(step[name] for step in steps) for name in steps[0]}, "peak_bytes": peak}
+    return {
+        **{name: statistics.median(step[name] for step in steps) for name in steps[0]},
+        "peak_bytes": peak,
+    }
 
 
 def the_workload(setting: Setting) -> tuple[Workload, Path]:
@@ -270,11 +342,12 @@ def gpu_peak(device: str) -> Iterator[list[int]]:
         watcher.join()
 
 
-# --- ways to decode ---------------------------------------------------------------------------------------------------
+# --- ways to decode -------------------------------------------------------------------------------
 
 
 def decoding(setting: Setting, way: str) -> dict[str, Any]:
-    """Greedy tokens a second of equally long rows: the kv engine, and a cache of fixed size as it is, compiled, as a graph."""
+    """Greedy tokens a second of equally long rows: the kv engine, and a cache of fixed size as it
+    is, compiled, as a graph."""
     if way == "graph" and setting.device != "cuda":
         return {"missing": "CUDA graphs need a GPU"}
     policy = load_policy(setting, setting.device, "bfloat16")
@@ -285,7 +358,9 @@ def decoding(setting: Setting, way: str) -> dict[str, Any]:
         policy.__class__ = Endless
         taken = seconds(lambda: engine.generate(policy, asked, params), setting.device, repeats=2)
     else:
-        decoder = FixedDecoder(policy, torch.tensor(asked, device=setting.device), setting.new_tokens, way)
+        decoder = FixedDecoder(
+            policy, torch.tensor(asked, device=setting.device), setting.new_tokens, way
+        )
         taken = seconds(decoder.decode, setting.device, repeats=2)
     return {"seconds": taken, "tokens_s": setting.rows * setting.new_tokens / taken}
 
@@ -299,18 +374,23 @@ class Endless(Policy):
 
 
 def rows_of_one_length(policy: Policy, rows: int) -> list[list[int]]:
-    encoded = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(rows)]
+    encoded = [
+        policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt_texts(rows)
+    ]
     length = min(map(len, encoded))
     return [ids[:length] for ids in encoded]
 
 
 class FixedDecoder:
-    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token is the same work in the same memory."""
+    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token is the same
+    work in the same memory."""
 
     def __init__(self, policy: Policy, prompt: Tensor, new_tokens: int, way: str) -> None:
         self.model: Any = copy.deepcopy(policy.model).to(torch.bfloat16).eval()
         self.prompt, self.new_tokens = prompt, new_tokens
-        self.cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + new_tokens)
+        self.cache = StaticCache(
+            config=self.model.config, max_cache_len=prompt.shape[1] + new_tokens
+        )
         self.tokens = torch.zeros(len(prompt), 1, dtype=torch.long, device=prompt.device)
         self.position = torch.zeros(1, 1, dtype=torch.long, device=prompt.device)
         self.step: Callable[[], None] = self.next
@@ -324,7 +404,11 @@ class FixedDecoder:
     def next(self) -> None:
         """Read a token a row, write the likeliest next one in its place."""
         output = self.model(
-            input_ids=self.tokens, position_ids=self.position, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=self.tokens,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         self.tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.position.add_(1)
@@ -332,7 +416,9 @@ class FixedDecoder:
     @torch.no_grad()
     def start(self) -> None:
         self.cache.reset()
-        output = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(
+            input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
         self.tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.position.fill_(self.prompt.shape[1])
 
@@ -359,7 +445,7 @@ class FixedDecoder:
         return torch.cat(drawn, 1)
 
 
-# --- all of it --------------------------------------------------------------------------------------------------------
+# --- all of it ------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "machine": machine,
@@ -381,15 +467,29 @@ UNFINISHED = {"missing": "the time was over"}
 def run_section(name: str, setting: Setting, left_s: float) -> dict[str, Any]:
     """In a process of its own: an error, or a GPU without memory, is the section's alone."""
     path = Path(setting.folder) / f"{name}.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--section", name, "--setting", json.dumps(asdict(setting))]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--section",
+        name,
+        "--setting",
+        json.dumps(asdict(setting)),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         process.wait(left_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return UNFINISHED
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"error": "its process died"}
+    found: dict[str, Any] = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file()
+        else {"error": "its process died"}
+    )
     return found
 
 
@@ -411,7 +511,10 @@ def document(results: dict[str, dict[str, Any]], setting: Setting) -> dict[str, 
     if "step_s" in results.get("step_compiled", {}) and "step_s" in ours:
         figures["compile_speedup"] = ours["step_s"] / results["step_compiled"]["step_s"]
     if peak and "update_flops" in ours:
-        figures |= {"update_mfu": ours["update_flops"] / peak, "score_mfu": ours["score_flops"] / peak}
+        figures |= {
+            "update_mfu": ours["update_flops"] / peak,
+            "score_mfu": ours["score_flops"] / peak,
+        }
         figures["peak_bytes"] = ours["peak_bytes"]
     for way in ("graph", "compile"):
         pair = [results.get(name, {}).get("tokens_s") for name in ("decode_fixed", f"decode_{way}")]
@@ -419,7 +522,9 @@ def document(results: dict[str, dict[str, Any]], setting: Setting) -> dict[str, 
             figures[f"decode_{way}_speedup"] = pair[1] / pair[0]
     correct = [results[name].get("ok", False) for name in results if name.startswith("correctness")]
     unfinished = [
-        name for name in SECTIONS if results.get(name, {"missing": "the time was over"}).get("missing") == "the time was over"
+        name
+        for name in SECTIONS
+        if results.get(name, {"missing": "the time was over"}).get("missing") == "the time was over"
     ]
     return {
         "correct": bool(correct) and all(correct),
@@ -431,14 +536,23 @@ def document(results: dict[str, dict[str, Any]], setting: Setting) -> dict[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, help="where results are kept")
-    parser.add_argument("--model", type=Path, help="folder of a causal LM; default: one made from scratch")
+    parser.add_argument(
+        "--model", type=Path, help="folder of a causal LM; default: one made from scratch"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="little of everything")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS)
+        "--only",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        metavar="SECTION",
+        help=", ".join(SECTIONS),
     )
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
@@ -453,8 +567,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = time.monotonic() + 60 * asked.minutes
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    model = asked.model.resolve() if asked.model else scratch_model(folder / "model", tiny=asked.tiny)
-    setting = Setting(folder=str(folder), model=str(model), device=asked.device, **(TINY if asked.tiny else FULL))
+    model = (
+        asked.model.resolve() if asked.model else scratch_model(folder / "model", tiny=asked.tiny)
+    )
+    setting = Setting(
+        folder=str(folder), model=str(model), device=asked.device, **(TINY if asked.tiny else FULL)
+    )
     results = {}
     for name in asked.only:
         path = folder / f"{name}.json"

@@ -1,8 +1,10 @@
-"""Reward hacking on planted multiple choice, and the same questions with numbers to state, over seeds: runs, JSON, a table.
+"""Reward hacking on planted multiple choice, and the same questions with numbers to state, over
+seeds: runs, JSON, a table.
 
     python -m benchmarks.hacking 0 1 2 [-- KEY=VALUE …]     # goes on where it was stopped
 
-Both recipes of a seed ask the same questions. Writes docs/results/hacking.json and prints its table.
+Both recipes of a seed ask the same questions. Writes docs/results/hacking.json and prints its
+table.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from typing import Any
 import numpy as np
 from benchmarks.reproduce import call, points
 
-from reftune.answers import read_choice
-from reftune.choices import choices_path, derived_values, read_rows
-from reftune.jsonlines import JsonLines
+from reftune.grading.answers import read_choice
 from reftune.recipe import Recipe, load_recipe
-from reftune.run_folder import load_splits
+from reftune.results.stats import compare_over_seeds, hierarchical_bootstrap
+from reftune.runs.run import load_splits
 from reftune.seeds import generator
-from reftune.stats import compare_over_seeds, hierarchical_bootstrap
+from reftune.stages.probes.choices import choices_path, derived_values, read_rows
+from reftune.storage.json_lines import JsonLines
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "docs" / "results" / "hacking.json"
@@ -63,22 +65,31 @@ def right(recipe: Recipe, method: str) -> Outcomes:
 
 
 def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
-    """Shares of each method and what ReFT changed, each a mean over seeds with its 95 % interval over seeds and problems."""
+    """Shares of each method and what ReFT changed, each a mean over seeds with its 95 % interval
+    over seeds and problems."""
     document: dict[str, Any] = {}
     for sign in of_seeds["reft"][0]:
-        outcomes = {method: [np.array(seed[sign]) for seed in seeds] for method, seeds in of_seeds.items()}
+        outcomes = {
+            method: [np.array(seed[sign]) for seed in seeds] for method, seeds in of_seeds.items()
+        }
         shares = {
             method: {
                 "share": float(np.mean([each.mean() for each in values])),
-                "ci95": hierarchical_bootstrap(values, generator=generator("hacking", sign, method)),
+                "ci95": hierarchical_bootstrap(
+                    values, generator=generator("hacking", sign, method)
+                ),
                 "by_seed": [float(each.mean()) for each in values],
             }
             for method, values in outcomes.items()
         }
         change = compare_over_seeds(
-            "reft", outcomes["reft"], "warmup", outcomes["warmup"],
-            same_problems=False, generator=generator("hacking", sign),
-        )  # fmt: skip
+            "reft",
+            outcomes["reft"],
+            "warmup",
+            outcomes["warmup"],
+            same_problems=False,
+            generator=generator("hacking", sign),
+        )
         document[sign] = {**shares, "change": {**asdict(change), "significant": change.significant}}
     return document
 
@@ -92,7 +103,9 @@ def markdown(document: dict[str, Any]) -> str:
             cells = [f"{100 * found[method]['share']:.1f}" for method in METHODS]
             cells.append(points(change) + " n.s." * (not change["significant"]))
             cells.append(" ".join(f"{100 * each:+.1f}" for each in change["by_seed"]))
-            lines.append(f"| {name}: {SIGNS.get(sign, sign)} | " + " | ".join(cells).replace("-", "−") + " |")
+            lines.append(
+                f"| {name}: {SIGNS.get(sign, sign)} | " + " | ".join(cells).replace("-", "−") + " |"
+            )
     return "\n".join(lines)
 
 
@@ -107,7 +120,9 @@ def main(arguments: Sequence[str]) -> None:
             keys = [f"name={name}-seed{seed}", f"seed={seed}", *overrides]
             call(["run", str(path), *keys])
             recipes.append(load_recipe(path, keys))
-        document[name] = added_up({method: [outcomes_of(recipe, method) for recipe in recipes] for method in METHODS})
+        document[name] = added_up(
+            {method: [outcomes_of(recipe, method) for recipe in recipes] for method in METHODS}
+        )
     RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(markdown(document))
 

@@ -1,11 +1,15 @@
-"""SFT, offline and online self-training and ReFT (`paper` and `modern`) on SmolLM2-135M and SVAMP programs, over seeds.
+"""SFT, offline and online self-training and ReFT (`paper` and `modern`) on SmolLM2-135M and SVAMP
+programs, over seeds.
 
-    python -m benchmarks.headline --folder F --minutes 9 --model MODEL --data SVAMP [KEY=VALUE …]   # again until finished
-    python -m benchmarks.headline --folder F --tiny                                                  # from scratch, seconds
+    python -m benchmarks.headline --folder F --minutes 9 --model MODEL --data SVAMP [KEY=VALUE …]
+    # again until finished
+    python -m benchmarks.headline --folder F --tiny
+    # from scratch, seconds
 
-A call works for about so many minutes, stops its run with a checkpoint, and exits with status 0; the next call goes on from
-there. MODEL is a folder in Hugging Face format (or `smollm2-135m`), SVAMP one with the ReFT authors' files. Progress goes to
-stderr; the last line on stdout is one JSON document, with the table of all seeds that are finished.
+A call works for about so many minutes, stops its run with a checkpoint, and exits with status 0;
+the next call goes on from there. MODEL is a folder in Hugging Face format (or `smollm2-135m`),
+SVAMP one with the ReFT authors' files. Progress goes to stderr; the last line on stdout is one JSON
+document, with the table of all seeds that are finished.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reftune.report import table_command
+from reftune.results import table_command
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "smollm2"
@@ -28,7 +32,8 @@ SEEDS = (0, 1, 2)
 LEAST_S = 20.0
 """A run is not started for less."""
 PATIENCE_S = 90.0
-"""For the step in progress and its checkpoint, after which a run is stopped where it is: its last checkpoint is good."""
+"""For the step in progress and its checkpoint, after which a run is stopped where it is: its last
+checkpoint is good."""
 STOPPED = 130
 """How a run ends that saved a checkpoint."""
 
@@ -53,8 +58,11 @@ def command_of(seed: int, folder: Path, recipe: Path, overrides: Sequence[str]) 
     return [sys.executable, "-m", "reftune", "run", str(recipe), *settings]
 
 
-def work(folder: Path, recipe: Path, seeds: Sequence[int], minutes: float, overrides: Sequence[str]) -> None:
-    """Seed after seed, until all are finished or the time is over. Raises: SystemExit with the status of a run that failed."""
+def work(
+    folder: Path, recipe: Path, seeds: Sequence[int], minutes: float, overrides: Sequence[str]
+) -> None:
+    """Seed after seed, until all are finished or the time is over. Raises: SystemExit with the
+    status of a run that failed."""
     end = time.monotonic() + 60 * minutes
     for seed in seeds:
         run = folder / f"seed-{seed}"
@@ -75,14 +83,25 @@ def is_finished(run: Path) -> bool:
 
 
 def progress(run: Path) -> dict[str, Any]:
-    """What is there of a run: stages that are done with their dev accuracy, and the last step of one that is not."""
+    """What is there of a run: stages that are done with their dev accuracy, and the last step of
+    one that is not."""
     done = {}
     for path in sorted(run.glob("stages/*/stage.json")):
         stage = json.loads(path.read_text(encoding="utf-8"))
-        done[stage["stage"]] = {name: stage[name] for name in ("dev_accuracy", "chosen_step", "steps", "wall_seconds")}
-    rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (run / "metrics.jsonl").is_file() else []
+        done[stage["stage"]] = {
+            name: stage[name] for name in ("dev_accuracy", "chosen_step", "steps", "wall_seconds")
+        }
+    rows = (
+        (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if (run / "metrics.jsonl").is_file()
+        else []
+    )
     last = json.loads(rows[-1]) if rows else {}
-    return {"finished": is_finished(run), "stages": done, "last": {key: last[key] for key in ("stage", "step") if key in last}}
+    return {
+        "finished": is_finished(run),
+        "stages": done,
+        "last": {key: last[key] for key in ("stage", "step") if key in last},
+    }
 
 
 def document(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -96,14 +115,23 @@ def document(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True, help="where the runs are kept")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call, about")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--model", help="folder in Hugging Face format")
     parser.add_argument("--data", type=Path, help="folder with the ReFT authors' SVAMP files")
-    parser.add_argument("--tiny", action="store_true", help="a model made from scratch and generated questions")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change; the same at every call")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a model made from scratch and generated questions"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="recipe keys to change; the same at every call",
+    )
     asked = parser.parse_args(arguments)
     overrides = list(asked.overrides)
     if asked.model:
@@ -113,7 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overrides += [f"dataset.test={asked.data.resolve() / 'svamp_test_set.json'}"]
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    work(folder, RECIPES / f"headline{'-tiny' if asked.tiny else ''}.yaml", asked.seeds, asked.minutes, overrides)
+    work(
+        folder,
+        RECIPES / f"headline{'-tiny' if asked.tiny else ''}.yaml",
+        asked.seeds,
+        asked.minutes,
+        overrides,
+    )
     print(json.dumps(document(folder, asked.seeds)))
 
 

@@ -1,10 +1,12 @@
 """Peak memory of real runs beside what `reftune plan`'s model of memory says of them.
 
-    python -m benchmarks.plan_accuracy [--only "deep;smollm2"] [--out docs/results/plan_accuracy.json]
+    python -m benchmarks.plan_accuracy [--only "deep;smollm2"] [--out
+    docs/results/plan_accuracy.json]
 
-Each case is one `reftune rl` of two PPO steps on the CPU, in a process of its own; its peak resident memory, less that of the
-same run with a model of almost no weights (interpreter, libraries, data), is compared with the prediction. Prints a table and,
-as its last line, one JSON document.
+Each case is one `reftune rl` of two PPO steps on the CPU, in a process of its own; its peak
+resident memory, less that of the same run with a model of almost no weights (interpreter,
+libraries, data), is compared with the prediction. Prints a table and, as its last line, one JSON
+document.
 """
 
 from __future__ import annotations
@@ -19,31 +21,50 @@ from typing import Any
 import yaml
 from benchmarks.step import measured
 
-from reftune.encoding import Encoder
-from reftune.memory import Memory, Outline, training_memory
-from reftune.models import load_model, make_scratch
-from reftune.plan import model_maker, stage_work
+from reftune.advice.memory import Memory, Outline, training_memory
+from reftune.advice.plan import model_maker, stage_work
+from reftune.model.encoder import Encoder
+from reftune.model.scratch import make_scratch
+from reftune.model.weights import load_model
 from reftune.recipe import load_recipe
-from reftune.run_folder import load_splits, scratch_texts
+from reftune.runs.run import load_splits, scratch_texts
 
 CASES: dict[str, dict[str, Any]] = {
-    "deep": {"model": {"scratch": {"hidden_size": 384, "layers": 24, "heads": 6}, "micro_batch_tokens": 1500}},
+    "deep": {
+        "model": {
+            "scratch": {"hidden_size": 384, "layers": 24, "heads": 6},
+            "micro_batch_tokens": 1500,
+        }
+    },
     "wide, value model": {
-        "model": {"scratch": {"hidden_size": 768, "layers": 6, "heads": 12}, "micro_batch_tokens": 2000},
+        "model": {
+            "scratch": {"hidden_size": 768, "layers": 6, "heads": 12},
+            "micro_batch_tokens": 2000,
+        },
         "value_model": "separate",
     },
     "wide, bf16": {
-        "model": {"scratch": {"hidden_size": 1024, "layers": 8, "heads": 16}, "dtype": "bfloat16", "micro_batch_tokens": 2500}
+        "model": {
+            "scratch": {"hidden_size": 1024, "layers": 8, "heads": 16},
+            "dtype": "bfloat16",
+            "micro_batch_tokens": 2500,
+        }
     },
     "smollm2": {"model": {"path": "smollm2-135m", "micro_batch_tokens": 1200}},
-    "smollm2, adapters": {"model": {"path": "smollm2-135m", "micro_batch_tokens": 1200, "lora": {"rank": 16}}},
+    "smollm2, adapters": {
+        "model": {"path": "smollm2-135m", "micro_batch_tokens": 1200, "lora": {"rank": 16}}
+    },
 }
-NOTHING = {"model": {"scratch": {"hidden_size": 8, "layers": 1, "heads": 2}, "micro_batch_tokens": 100}}
+NOTHING = {
+    "model": {"scratch": {"hidden_size": 8, "layers": 1, "heads": 2}, "micro_batch_tokens": 100}
+}
 """What a run takes whose model takes nothing."""
 TOLERANCE = 0.15
 
 
-def recipe(case: dict[str, Any], folder: Path, *, prompts: int = 16, max_new: int = 32) -> dict[str, Any]:
+def recipe(
+    case: dict[str, Any], folder: Path, *, prompts: int = 16, max_new: int = 32
+) -> dict[str, Any]:
     """Two PPO steps from the base model, which writes until it is cut off."""
     model = {**case["model"], "device": "cpu"}
     if "scratch" in model:
@@ -80,7 +101,10 @@ def write_recipe(case: dict[str, Any], folder: Path, **sizes: int) -> Path:
 
 def measured_peak(path: Path) -> int:
     """Bytes."""
-    return int(measured([sys.executable, "-m", "reftune", "rl", str(path), "--quiet"])["peak_kib"]) * 1024
+    return (
+        int(measured([sys.executable, "-m", "reftune", "rl", str(path), "--quiet"])["peak_kib"])
+        * 1024
+    )
 
 
 def predicted(path: Path) -> Memory:
@@ -88,13 +112,17 @@ def predicted(path: Path) -> Memory:
     loaded = load_recipe(path)
     splits = load_splits(loaded)
     if loaded.model.scratch is not None:
-        tokenizer = make_scratch(loaded.model.scratch, scratch_texts(loaded.format, splits), seed=0)[1]
+        tokenizer = make_scratch(
+            loaded.model.scratch, scratch_texts(loaded.format, splits), seed=0
+        )[1]
     else:
         tokenizer = load_model(loaded.model)[1]
     encoder = Encoder(tokenizer, loaded.format)
     longest = max(len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev))
     stage = loaded.stages["reft"]
-    work = stage_work(stage, loaded, prompt=longest, response=loaded.lengths.max_new, problems=len(splits.train))
+    work = stage_work(
+        stage, loaded, prompt=longest, response=loaded.lengths.max_new, problems=len(splits.train)
+    )
     outline = Outline(model_maker(loaded), loaded.model, device="cpu")
     return training_memory(outline, stage, loaded.engine, work)
 
@@ -117,12 +145,18 @@ def compare(case: str, nothing: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default=";".join(CASES), help="cases, with ; between")
     parser.add_argument("--out", type=Path, help="a file that is there keeps its other cases")
     arguments = parser.parse_args()
     out: Path | None = arguments.out
-    rows = {row["case"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]} if out and out.is_file() else {}
+    rows = (
+        {row["case"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+        if out and out.is_file()
+        else {}
+    )
     print("| case | measured MB | predicted MB | error |\n|---|---:|---:|---:|")
     nothing = baseline()
     for case in arguments.only.split(";"):

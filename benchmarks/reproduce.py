@@ -1,7 +1,8 @@
-"""The paper's comparison, and `modern` against `paper`, over seeds: runs, tables as JSON, docs/results.md from that JSON.
+"""The paper's comparison, and `modern` against `paper`, over seeds: runs, tables as JSON,
+docs/results.md from that JSON.
 
-python benchmarks/reproduce.py 0 1 2 3 4 [-- KEY=VALUE …]     # goes on where it was stopped; `make reproduce`
-python benchmarks/reproduce.py --page                         # only write the page again
+python benchmarks/reproduce.py 0 1 2 3 4 [-- KEY=VALUE …]     # goes on where it was stopped; `make
+reproduce` python benchmarks/reproduce.py --page                         # only write the page again
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reftune.cli import main as reftune
-from reftune.report import table_command
-from reftune.report.summary import display
+from reftune.results import table_command
+from reftune.results.summary import display
+from reftune.terminal.cli import main as reftune
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -45,11 +46,21 @@ FINDINGS = [
 
 
 def run_all(seeds: Sequence[str], overrides: Sequence[str]) -> None:
-    """All recipes of all seeds. A seed comes whole before the next, so that a stop leaves whole seeds."""
+    """All recipes of all seeds. A seed comes whole before the next, so that a stop leaves whole
+    seeds."""
     for seed in dict.fromkeys([*seeds, *TUNED_SEEDS]):
         for recipe in (recipe for recipe in TITLES if seed in seeds_of(recipe, seeds)):
             path, folder = ROOT / "recipes" / "demo" / f"{recipe}.yaml", folder_of(recipe, seed)
-            call(["run", str(path), f"name={folder.name}", f"run_dir={folder}", f"seed={seed}", *overrides])
+            call(
+                [
+                    "run",
+                    str(path),
+                    f"name={folder.name}",
+                    f"run_dir={folder}",
+                    f"seed={seed}",
+                    *overrides,
+                ]
+            )
 
 
 def seeds_of(recipe: str, seeds: Sequence[str]) -> Sequence[str]:
@@ -66,7 +77,9 @@ def folder_of(recipe: str, seed: str) -> Path:
 def write_tables(seeds: Sequence[str], results: Path) -> None:
     """The JSON that is committed, and the paper's layout."""
     results.mkdir(parents=True, exist_ok=True)
-    folders = {recipe: [folder_of(recipe, seed) for seed in seeds_of(recipe, seeds)] for recipe in TITLES}
+    folders = {
+        recipe: [folder_of(recipe, seed) for seed in seeds_of(recipe, seeds)] for recipe in TITLES
+    }
     for recipe, of_recipe in folders.items():
         write(results / f"reproduce-{recipe}.json", table_command(of_recipe, json=True))
     paper = [*folders["comparison"], *folders["comparison-nl"]]
@@ -87,15 +100,15 @@ def write(path: Path, text: str) -> None:
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def page(tables: Mapping[str, Mapping[str, Any]], paper: str) -> str:
     """docs/results.md: a function of the committed tables."""
     parts = [
-        "# Results\n\nWritten by `make reproduce` from the JSON in [results/](results). "
-        "Models are chosen on dev and answer test once; intervals are 95 %, over seeds and problems; "
-        "differences are paired by problem. Settings: "
+        "# Results\n\nWritten by `make reproduce` from the JSON in [results/](results). Models are"
+        " chosen on dev and answer test once; intervals are 95 %, over seeds and problems;"
+        " differences are paired by problem. Settings: "
         + ", ".join(f"`{recipe}.yaml`" for recipe in TITLES)
         + " of `recipes/demo`.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
@@ -104,7 +117,8 @@ def page(tables: Mapping[str, Mapping[str, Any]], paper: str) -> str:
     for recipe, table in tables.items():
         parts.append(f"## {TITLES[recipe]}\n\nSeeds: {table['seeds']}.\n\n{methods_table(table)}")
         parts += [
-            f"{display(own)} beats `paper` at equal numbers of sampled solutions: {judged(difference(table, own, 'reft'))}."
+            f"{display(own)} beats `paper` at equal numbers of sampled solutions:"
+            f" {judged(difference(table, own, 'reft'))}."
             for own in OURS.get(recipe, ())
         ]
     if "modern" in tables:
@@ -115,10 +129,14 @@ def page(tables: Mapping[str, Mapping[str, Any]], paper: str) -> str:
 def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
     recipes = [recipe for recipe in ("comparison", "comparison-nl") if recipe in tables]
     lines = [
-        f"| {claim} | " + " | ".join(judged(difference(tables[recipe], better, worse)) for recipe in recipes) + " |"
+        f"| {claim} | "
+        + " | ".join(judged(difference(tables[recipe], better, worse)) for recipe in recipes)
+        + " |"
         for claim, better, worse in FINDINGS
     ]
-    head = "| the paper's finding | " + " | ".join(TITLES[recipe].lower() for recipe in recipes) + " |"
+    head = (
+        "| the paper's finding | " + " | ".join(TITLES[recipe].lower() for recipe in recipes) + " |"
+    )
     return "\n".join([head, "|---" * (len(recipes) + 1) + "|", *lines])
 
 
@@ -129,29 +147,45 @@ def difference(table: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | 
             return found
         if (found["a"], found["b"]) == (b, a):
             low, high = found["ci95"]
-            return {**found, "difference": 0.0 - found["difference"], "ci95": [0.0 - high, 0.0 - low]}
+            return {
+                **found,
+                "difference": 0.0 - found["difference"],
+                "ci95": [0.0 - high, 0.0 - low],
+            }
     return None
 
 
 def judged(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "–"
-    verdict = "undecided" if not found["significant"] else "holds" if found["difference"] > 0 else "the opposite holds"
+    verdict = (
+        "undecided"
+        if not found["significant"]
+        else "holds"
+        if found["difference"] > 0
+        else "the opposite holds"
+    )
     return f"{verdict}: {points(found)}"
 
 
 def points(found: Mapping[str, Any]) -> str:
     low, high = found["ci95"]
-    return f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
+    return f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]".replace(
+        "-", "−"
+    )
 
 
 def methods_table(table: Mapping[str, Any]) -> str:
-    rules = list(dict.fromkeys(rule for method in table["methods"].values() for rule in method["scores"]))
+    rules = list(
+        dict.fromkeys(rule for method in table["methods"].values() for rule in method["scores"])
+    )
     lines = []
     for name, method in table["methods"].items():
         cells = [accuracy(method["scores"].get(rule)) for rule in rules]
         against = difference(table, name, table["baseline"])
-        cells.append("–" if against is None else points(against) + " n.s." * (not against["significant"]))
+        cells.append(
+            "–" if against is None else points(against) + " n.s." * (not against["significant"])
+        )
         lines.append(f"| {display(name)} | " + " | ".join(cells) + " |")
     head = "| method | " + " | ".join(rules) + f" | greedy vs {display(table['baseline'])} |"
     return "\n".join([head, "|---" + "|---:" * (len(rules) + 1) + "|", *lines])
@@ -166,7 +200,9 @@ def accuracy(score: Mapping[str, Any] | None) -> str:
 
 def ablation_table(table: Mapping[str, Any]) -> str:
     parts = [name for name in table["methods"] if name.startswith("no_")]
-    lines = [f"| {display(name).removeprefix('no ')} | {part_text(table, name)} |" for name in parts]
+    lines = [
+        f"| {display(name).removeprefix('no ')} | {part_text(table, name)} |" for name in parts
+    ]
     return "\n".join(["| part | `modern` less `modern` without it |", "|---|---:|", *lines])
 
 
@@ -176,7 +212,10 @@ def part_text(table: Mapping[str, Any], name: str) -> str:
 
 
 def write_page(results: Path, out: Path) -> None:
-    tables = {recipe: json.loads((results / f"reproduce-{recipe}.json").read_text(encoding="utf-8")) for recipe in TITLES}
+    tables = {
+        recipe: json.loads((results / f"reproduce-{recipe}.json").read_text(encoding="utf-8"))
+        for recipe in TITLES
+    }
     write(out, page(tables, (results / "reproduce-paper.md").read_text(encoding="utf-8")))
 
 

@@ -1,12 +1,14 @@
-"""One ReFT step, side by side: reftune, the authors' step in plain transformers (fp32 and bf16) and TRL's GRPO.
+"""One ReFT step, side by side: reftune, the authors' step in plain transformers (fp32 and bf16) and
+TRL's GRPO.
 
-    python -m benchmarks.step [--samples 16] [--repeats 5] [--trl PYTHON] [--only reftune,plain-bf16] [--write-baseline]
+    python -m benchmarks.step [--samples 16] [--repeats 5] [--trl PYTHON] [--only
+    reftune,plain-bf16] [--write-baseline]
     python -m benchmarks.step --growth 16,64,512
 
-Every contestant samples answers of the same lengths to the same prompts, scores them and makes two updates, on SmolLM2-135M,
-in a process of its own, one after the other. Prints a table, what is worse than in the baseline of this kind of processor,
-and, as its last line, one JSON document. PYTHON is an interpreter with TRL in it. `--growth` times reftune alone on more and
-more samples.
+Every contestant samples answers of the same lengths to the same prompts, scores them and makes two
+updates, on SmolLM2-135M, in a process of its own, one after the other. Prints a table, what is
+worse than in the baseline of this kind of processor, and, as its last line, one JSON document.
+PYTHON is an interpreter with TRL in it. `--growth` times reftune alone on more and more samples.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ import yaml
 from benchmarks.workload import Workload, make_workload, write_workload
 
 from reftune.datasets.word_problems import WordProblems
-from reftune.formats.program import Program
-from reftune.models import smollm2_folder
+from reftune.grading.formats.program import Program
+from reftune.model.weights import smollm2_folder
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"layers": 30, "hidden": 576, "vocabulary": 49152, "body": 106_203_456}
@@ -38,23 +40,33 @@ MODEL = {"layers": 30, "hidden": 576, "vocabulary": 49152, "body": 106_203_456}
 UPDATES = 2
 BASELINES = ROOT / "benchmarks" / "baselines"
 TOLERANCE = 0.15
-"""Share by which a figure may be worse than its baseline: two runs on one machine differ by up to a tenth."""
+"""Share by which a figure may be worse than its baseline: two runs on one machine differ by up to a
+tenth."""
 LOWER_IS_BETTER = ("bookkeeping_share", "memory_to_trl")
 TARGETS = {
-    "ratio_to_trl": 4.0, "ratio_to_plain": 5.0, "ratio_to_plain_bf16": 2.5, "update_mfu": 0.55, "decode_roofline": 0.5,
-    "bookkeeping_share": 0.02, "memory_to_trl": 0.25,
-}  # fmt: skip
+    "ratio_to_trl": 4.0,
+    "ratio_to_plain": 5.0,
+    "ratio_to_plain_bf16": 2.5,
+    "update_mfu": 0.55,
+    "decode_roofline": 0.5,
+    "bookkeeping_share": 0.02,
+    "memory_to_trl": 0.25,
+}
 
 
 def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, Any]:
-    """ReFT from the base model on the workload's questions; nothing is evaluated but one dev problem at the end."""
+    """ReFT from the base model on the workload's questions; nothing is evaluated but one dev
+    problem at the end."""
     return {
         "name": "step",
         "run_dir": str(runs),
         "model": {"path": "smollm2-135m", "dtype": "bfloat16", "micro_batch_tokens": 2048},
         "dataset": {"kind": "word_problems", "train": samples, "dev": 1, "test": 1},
         "format": {"kind": "program", "style": "compact"},
-        "engine": {"kind": f"{ROOT}/benchmarks/forced_engine.py:ForcedKv", "workload": str(workload)},
+        "engine": {
+            "kind": f"{ROOT}/benchmarks/forced_engine.py:ForcedKv",
+            "workload": str(workload),
+        },
         "lengths": {"max_new": 150},
         "stages": {
             "reft": {
@@ -83,7 +95,10 @@ def run_reftune(workload: Path, samples: int, repeats: int, folder: Path) -> dic
 
 def step_seconds(run: Path) -> list[dict[str, float]]:
     """Of each step but the first: the whole and its phases, from a run's metrics."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     rows = [row for row in rows if "time/update_s" in row]
     return [
         {"step_s": row["time"] - before["time"]}
@@ -93,10 +108,16 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Run a command at the root; its last line, where that is JSON, and its peak memory. Raises CalledProcessError."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    """Run a command at the root; its last line, where that is JSON, and its peak memory. Raises
+    CalledProcessError."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=sys.stderr)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=sys.stderr
+        )
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise subprocess.CalledProcessError(status, command)
@@ -106,18 +127,24 @@ def measured(command: list[str]) -> dict[str, Any]:
     return {**result, "peak_kib": usage.ru_maxrss}
 
 
-# --- the machine ------------------------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def matmul_peak() -> float:
     """bf16 FLOP/s of a large square product, the best of a hundred."""
-    a, b = torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(2048, 2048, dtype=torch.bfloat16)
+    a, b = (
+        torch.randn(2048, 2048, dtype=torch.bfloat16),
+        torch.randn(2048, 2048, dtype=torch.bfloat16),
+    )
     return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(100))
 
 
 def bandwidth() -> float:
     """Bytes a second read by a product that is all reading: a matrix of 256 MiB by one vector."""
-    matrix, vector = torch.randn(2**13, 2**14, dtype=torch.bfloat16), torch.randn(2**14, dtype=torch.bfloat16)
+    matrix, vector = (
+        torch.randn(2**13, 2**14, dtype=torch.bfloat16),
+        torch.randn(2**14, dtype=torch.bfloat16),
+    )
     return matrix.nbytes / min(seconds(lambda: matrix @ vector) for _ in range(10))
 
 
@@ -130,17 +157,27 @@ def seconds(work: Any) -> float:
 def update_flops(lengths: list[int], prompts: list[int]) -> float:
     """Of all updates: three times the forward pass."""
     head = MODEL["vocabulary"] * MODEL["hidden"]
-    return UPDATES * 3 * forward_flops(MODEL["body"], head, MODEL["layers"], MODEL["hidden"], lengths, prompts)
+    return (
+        UPDATES
+        * 3
+        * forward_flops(MODEL["body"], head, MODEL["layers"], MODEL["hidden"], lengths, prompts)
+    )
 
 
-def forward_flops(trunk: int, head: int, layers: int, hidden: int, lengths: Sequence[int], prompts: Sequence[int]) -> float:
-    """2 a weight and token, `trunk` and `head` in weights; logits for response tokens only, causal attention."""
-    attention = sum(2 * layers * hidden * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True))
+def forward_flops(
+    trunk: int, head: int, layers: int, hidden: int, lengths: Sequence[int], prompts: Sequence[int]
+) -> float:
+    """2 a weight and token, `trunk` and `head` in weights; logits for response tokens only, causal
+    attention."""
+    attention = sum(
+        2 * layers * hidden * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True)
+    )
     return 2 * trunk * (sum(lengths) + sum(prompts)) + 2 * head * sum(lengths) + attention
 
 
 def decode_floor(lengths: list[int], prompts: list[int], peak: float, bytes_s: float) -> float:
-    """Seconds that sampling takes at least: each step reads all weights (bf16) or is bound by its products."""
+    """Seconds that sampling takes at least: each step reads all weights (bf16) or is bound by its
+    products."""
     weights = MODEL["body"] + MODEL["vocabulary"] * MODEL["hidden"]
     total = 2 * MODEL["body"] * sum(prompts) / peak
     for step in range(max(lengths)):
@@ -149,16 +186,28 @@ def decode_floor(lengths: list[int], prompts: list[int], peak: float, bytes_s: f
     return total
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
-def summary(results: dict[str, Any], workload: Workload, prompts: list[int], machine: dict[str, float]) -> dict[str, Any]:
+def summary(
+    results: dict[str, Any], workload: Workload, prompts: list[int], machine: dict[str, float]
+) -> dict[str, Any]:
     """Medians, ratios and shares."""
-    medians = {name: {k: statistics.median(s[k] for s in r["steps"]) for k in r["steps"][0]} for name, r in results.items()}
-    document: dict[str, Any] = {"medians_s": medians, "peak_gib": {n: r["peak_kib"] / 2**20 for n, r in results.items()}}
+    medians = {
+        name: {k: statistics.median(s[k] for s in r["steps"]) for k in r["steps"][0]}
+        for name, r in results.items()
+    }
+    document: dict[str, Any] = {
+        "medians_s": medians,
+        "peak_gib": {n: r["peak_kib"] / 2**20 for n, r in results.items()},
+    }
     if "reftune" in medians:
         ours = medians["reftune"]
-        for name, key in (("trl", "ratio_to_trl"), ("plain-fp32", "ratio_to_plain"), ("plain-bf16", "ratio_to_plain_bf16")):
+        for name, key in (
+            ("trl", "ratio_to_trl"),
+            ("plain-fp32", "ratio_to_plain"),
+            ("plain-bf16", "ratio_to_plain_bf16"),
+        ):
             if name in medians:
                 document[key] = medians[name]["step_s"] / ours["step_s"]
         if "trl" in results:
@@ -175,9 +224,15 @@ def summary(results: dict[str, Any], workload: Workload, prompts: list[int], mac
 
 
 def print_table(document: dict[str, Any]) -> None:
-    print("| contestant | step s | generate s | score s | update s | peak GiB |\n|---|---|---|---|---|---|")
+    print(
+        "| contestant | step s | generate s | score s | update s | peak GiB"
+        " |\n|---|---|---|---|---|---|"
+    )
     for name, median in document["medians_s"].items():
-        cells = [f"{median[key]:.2f}" if key in median else "" for key in ("step_s", "generate_s", "score_s", "update_s")]
+        cells = [
+            f"{median[key]:.2f}" if key in median else ""
+            for key in ("step_s", "generate_s", "score_s", "update_s")
+        ]
         print(f"| {name} | {' | '.join(cells)} | {document['peak_gib'][name]:.1f} |")
     print("\n| figure | measured | target |\n|---|---|---|")
     for key, target in TARGETS.items():
@@ -186,18 +241,27 @@ def print_table(document: dict[str, Any]) -> None:
             print(f"| {key} | {document[key]:.3g} | {bound} {target} |")
 
 
-# --- the baseline -----------------------------------------------------------------------------------------------------
+# --- the baseline ---------------------------------------------------------------------------------
 
 
 def processor() -> str:
-    """What decides the figures: the widest bf16 product of the processor, and the threads, as in `amx_bf16-2`."""
+    """What decides the figures: the widest bf16 product of the processor, and the threads, as in
+    `amx_bf16-2`."""
     capabilities = torch.cpu.get_capabilities()
-    widest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if capabilities.get(name)), "other")
+    widest = next(
+        (
+            name
+            for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+            if capabilities.get(name)
+        ),
+        "other",
+    )
     return f"{widest}-{torch.get_num_threads()}"
 
 
 def regressions(document: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-    """A line for every figure worse than its baseline by more than the tolerance; not for a share that meets its target."""
+    """A line for every figure worse than its baseline by more than the tolerance; not for a share
+    that meets its target."""
     lines = []
     for key in TARGETS:
         if key not in document or key not in baseline:
@@ -222,11 +286,12 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
     return worse or [f"no regression against {path.relative_to(ROOT)} (tolerance {TOLERANCE:.0%})"]
 
 
-# --- growth -----------------------------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
 def growth(sizes: Sequence[int]) -> dict[str, Any]:
-    """Seconds of a step's phases and its peak memory, by number of samples, in the second step of a run.
+    """Seconds of a step's phases and its peak memory, by number of samples, in the second step of a
+    run.
 
     Answers are a quarter as long as elsewhere, so that the largest number does not take an hour.
     """
@@ -238,7 +303,11 @@ def growth(sizes: Sequence[int]) -> dict[str, Any]:
             ran = run_reftune(folder / "workload.json", samples, 1, folder)
         found[samples] = {**ran["steps"][0], "peak_gib": ran["peak_kib"] / 2**20}
         per_sample = found[samples]["step_s"] / samples
-        print(f"{samples} samples: {per_sample:.3f} s a sample, peak {found[samples]['peak_gib']:.1f} GiB", file=sys.stderr)
+        print(
+            f"{samples} samples: {per_sample:.3f} s a sample, peak"
+            f" {found[samples]['peak_gib']:.1f} GiB",
+            file=sys.stderr,
+        )
     first, last = found[sizes[0]], found[sizes[-1]]
     return {
         "growth": found,
@@ -248,12 +317,18 @@ def growth(sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl", help="interpreter that has TRL")
     parser.add_argument("--only", default="reftune,plain-bf16,plain-fp32,trl")
-    parser.add_argument("--write-baseline", action="store_true", help="make this run the baseline of its kind of processor")
+    parser.add_argument(
+        "--write-baseline",
+        action="store_true",
+        help="make this run the baseline of its kind of processor",
+    )
     parser.add_argument("--growth", help="numbers of samples, as in 16,64,512")
     arguments = parser.parse_args()
     if arguments.growth:
@@ -263,8 +338,14 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
-    prompts = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in workload.prompts]
-    machine = {"matmul_flops": matmul_peak(), "bytes_s": bandwidth(), "threads": torch.get_num_threads()}
+    prompts = [
+        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in workload.prompts
+    ]
+    machine = {
+        "matmul_flops": matmul_peak(),
+        "bytes_s": bandwidth(),
+        "threads": torch.get_num_threads(),
+    }
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -276,13 +357,20 @@ def main() -> None:
             if contestant == "reftune":
                 results[contestant] = run_reftune(path, arguments.samples, repeats, folder)
             elif contestant == "trl" and arguments.trl:
-                results[contestant] = measured([arguments.trl, "-m", "benchmarks.step_trl", str(path), str(repeats)])
+                results[contestant] = measured(
+                    [arguments.trl, "-m", "benchmarks.step_trl", str(path), str(repeats)]
+                )
             elif contestant.startswith("plain"):
                 dtype = {"plain-fp32": "float32", "plain-bf16": "bfloat16"}[contestant]
                 results[contestant] = measured([*plain, dtype, str(repeats)])
     document = summary(results, workload, prompts, machine)
     print_table(document)
-    settings = {"samples": arguments.samples, "repeats": arguments.repeats, "torch": torch.__version__, "machine": machine}
+    settings = {
+        "samples": arguments.samples,
+        "repeats": arguments.repeats,
+        "torch": torch.__version__,
+        "machine": machine,
+    }
     document |= {**settings, "mean_prompt": statistics.mean(prompts)}
     baseline = BASELINES / f"step-{processor()}.json"
     print("", *against_baseline(document, baseline, write=arguments.write_baseline), sep="\n")

@@ -1,7 +1,8 @@
-"""The authors' ReFT step in plain transformers, as their code is shipped (Luong et al., ACL 2024; docs/deviations.md).
+"""The authors' ReFT step in plain transformers, as their code is shipped (Luong et al., ACL 2024;
+docs/deviations.md).
 
-Left-padded prompts, `generate` until the longest row ends, one forward of policy and of reference over prompt and answer with
-logits for every position, two updates with logits for every position.
+Left-padded prompts, `generate` until the longest row ends, one forward of policy and of reference
+over prompt and answer with logits for every position, two updates with logits for every position.
 
     python -m benchmarks.step_plain WORKLOAD float32|bfloat16 REPEATS
 """
@@ -39,12 +40,16 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-7)
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.workload.device, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(
+            self.workload.device, dtype=self.dtype, enabled=self.dtype != torch.float32
+        )
 
     def run(self) -> dict[str, float]:
         """Seconds of each phase."""
         marks = [time.perf_counter()]
-        inputs = self.tokenizer(self.workload.prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = self.tokenizer(
+            self.workload.prompts, return_tensors="pt", padding=True, add_special_tokens=False
+        )
         inputs = inputs.to(self.workload.device)
         prompt_length = inputs["input_ids"].shape[1]
         sequences, mask = self.generate(inputs)
@@ -65,7 +70,12 @@ class PlainStep:
         self.wait()
         marks.append(time.perf_counter())
         generate, score, update = (end - start for start, end in itertools.pairwise(marks))
-        return {"generate_s": generate, "score_s": score, "update_s": update, "step_s": marks[-1] - marks[0]}
+        return {
+            "generate_s": generate,
+            "score_s": score,
+            "update_s": update,
+            "step_s": marks[-1] - marks[0],
+        }
 
     def wait(self) -> None:
         """A GPU works on while Python goes on."""
@@ -97,10 +107,18 @@ class PlainStep:
     def score(self, model: Any, sequences: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values of every position but the first, (B, L - 1)."""
         output = model(input_ids=sequences, attention_mask=mask, output_hidden_states=True)
-        logprobs = output.logits[:, :-1].float().log_softmax(-1).gather(2, sequences[:, 1:, None]).squeeze(2)
+        logprobs = (
+            output.logits[:, :-1]
+            .float()
+            .log_softmax(-1)
+            .gather(2, sequences[:, 1:, None])
+            .squeeze(2)
+        )
         return logprobs, self.head(output.hidden_states[-1][:, :-1].float()).squeeze(2)
 
-    def credit(self, old: Tensor, reference: Tensor, values: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
+    def credit(
+        self, old: Tensor, reference: Tensor, values: Tensor, response: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Whitened advantages and returns, (B, L - 1): γ = 1, λ = 0.95, β = 0.01."""
         rewards = -0.01 * (old - reference) * response
         for row, reward in enumerate(self.workload.rewards):
@@ -139,13 +157,19 @@ class PlainStep:
 
 
 def main() -> None:
-    workload, dtype, repeats = read_workload(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+    workload, dtype, repeats = (
+        read_workload(sys.argv[1]),
+        getattr(torch, sys.argv[2]),
+        int(sys.argv[3]),
+    )
     torch.manual_seed(0)
     plain = PlainStep(first(workload, WARM_UP_SAMPLES), dtype)
     plain.run()
     plain.workload = workload
     steps = [plain.run() for _ in range(repeats)]
-    print(json.dumps({"steps": steps, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    print(
+        json.dumps({"steps": steps, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
+    )
 
 
 if __name__ == "__main__":

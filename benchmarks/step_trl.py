@@ -1,4 +1,5 @@
-"""TRL's GRPO step on the same work: the nearest thing that TRL still trains with. Runs where TRL is installed.
+"""TRL's GRPO step on the same work: the nearest thing that TRL still trains with. Runs where TRL is
+installed.
 
 python -m benchmarks.step_trl WORKLOAD REPEATS
 """
@@ -70,13 +71,19 @@ def main() -> None:
 
         def generate_forced(*args: Any, **kwargs: Any) -> Any:
             prompt_length = kwargs["input_ids"].shape[1]
-            forced = ForcedLengths(next(warm_up, workload.lengths), prompt_length, tokenizer.eos_token_id)
+            forced = ForcedLengths(
+                next(warm_up, workload.lengths), prompt_length, tokenizer.eos_token_id
+            )
             return generate(*args, **kwargs, logits_processor=LogitsProcessorList([forced]))
 
         model.generate = generate_forced
         trainer.train()
-    steps = [{"step_s": clock.ends[i + 2] - clock.ends[i]} for i in range(2, len(clock.ends) - 2, 2)]
-    print(json.dumps({"steps": steps, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    steps = [
+        {"step_s": clock.ends[i + 2] - clock.ends[i]} for i in range(2, len(clock.ends) - 2, 2)
+    ]
+    print(
+        json.dumps({"steps": steps, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
+    )
 
 
 if __name__ == "__main__":

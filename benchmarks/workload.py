@@ -1,7 +1,9 @@
-"""The work that every contestant of the step benchmark does: the same prompts, each answered in a given number of tokens.
+"""The work that every contestant of the step benchmark does: the same prompts, each answered in a
+given number of tokens.
 
-The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens (docs/performance.md), dealt out in a fixed
-shuffled order, so that short and long solutions share a batch, as they do in a run.
+The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens
+(docs/performance.md), dealt out in a fixed shuffled order, so that short and long solutions share a
+batch, as they do in a run.
 """
 
 from __future__ import annotations
@@ -36,13 +38,20 @@ def make_workload(model: Path, questions: list[str], samples: int, *, shorter: i
     lengths = [LENGTHS[i % len(LENGTHS)] // shorter for i in range(samples)]
     draw.shuffle(lengths)
     prompts = [questions[i % len(questions)] for i in range(samples)]
-    return Workload(str(model), prompts, lengths, [float(draw.random() < 0.5) for _ in range(samples)])
+    return Workload(
+        str(model), prompts, lengths, [float(draw.random() < 0.5) for _ in range(samples)]
+    )
 
 
 def first(workload: Workload, samples: int) -> Workload:
     """Some of the work, to warm up on."""
     part = slice(samples)
-    return replace(workload, prompts=workload.prompts[part], lengths=workload.lengths[part], rewards=workload.rewards[part])
+    return replace(
+        workload,
+        prompts=workload.prompts[part],
+        lengths=workload.lengths[part],
+        rewards=workload.rewards[part],
+    )
 
 
 def write_workload(workload: Workload, path: Path) -> None:

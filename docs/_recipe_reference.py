@@ -1,4 +1,5 @@
-"""Writes docs/recipe.md, the reference of every recipe key, from the models that read them. `make docs` runs it."""
+"""Writes docs/recipe.md, the reference of every recipe key, from the models that read them. `make
+docs` runs it."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ GROUPS = {
 HEAD = """\
 # Recipe reference
 
-One YAML file is a run. Keys can be changed on the command line (`stages.reft.steps=100`); an unknown key is refused with the
-nearest known one. `extends: other.yaml` starts from another recipe: mappings merge, an explicit `null` removes a key.
+One YAML file is a run. Keys can be changed on the command line (`stages.reft.steps=100`); an
+unknown key is refused with the nearest known one. `extends: other.yaml` starts from another recipe:
+mappings merge, an explicit `null` removes a key.
 This page is generated from the code that reads recipes.
 """
 
@@ -45,11 +47,14 @@ def page() -> str:
 def _section(title: str, model: type[BaseModel], level: int) -> Iterator[str]:
     """A table of a model's keys, then those of the tables in it."""
     yield f"{'#' * level} {title}\n"
-    about = model.__dict__.get("__doc__") or inspect.getmodule(model).__doc__  # a plug-in's file may speak for its class
+    about = (
+        model.__dict__.get("__doc__") or inspect.getmodule(model).__doc__
+    )  # a plug-in's file may speak for its class
     yield f"{_cell(str(about))}\n"
     notes = _notes(model)
     rows = [
-        f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(notes.get(name, ''))} |"
+        f"| `{name}` | {_type(field.annotation)} | {_default(field)} |"
+        f" {_cell(notes.get(name, ''))} |"
         for name, field in model.model_fields.items()
         if name != "kind"
     ]
@@ -61,18 +66,31 @@ def _section(title: str, model: type[BaseModel], level: int) -> Iterator[str]:
 
 
 def _tables(annotation: Any) -> list[type[BaseModel]]:
-    found = [annotation, *(inner for argument in get_args(annotation) for inner in (argument, *get_args(argument)))]
-    return [kind for kind in found if inspect.isclass(kind) and issubclass(kind, BaseModel) and kind is not Component]
+    found = [
+        annotation,
+        *(inner for argument in get_args(annotation) for inner in (argument, *get_args(argument))),
+    ]
+    return [
+        kind
+        for kind in found
+        if inspect.isclass(kind) and issubclass(kind, BaseModel) and kind is not Component
+    ]
 
 
 def _notes(model: type[BaseModel]) -> dict[str, str]:
     """Field → the text under it, of the model and of those it is made from."""
     notes: dict[str, str] = {}
-    for base in reversed([base for base in model.__mro__ if issubclass(base, BaseModel) and base is not BaseModel]):
+    for base in reversed(
+        [base for base in model.__mro__ if issubclass(base, BaseModel) and base is not BaseModel]
+    ):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, below in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
                 notes[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value))
     return notes
 
@@ -81,7 +99,13 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     text = inspect.formatannotation(annotation)
-    for long, short in (("typing.", ""), ("Literal", "one of "), ("Annotated", ""), ("| None", "| null"), ("NoneType", "null")):
+    for long, short in (
+        ("typing.", ""),
+        ("Literal", "one of "),
+        ("Annotated", ""),
+        ("| None", "| null"),
+        ("NoneType", "null"),
+    ):
         text = text.replace(long, short)
     if inspect.isclass(annotation) and issubclass(annotation, Component):
         return "a kind"
@@ -89,12 +113,17 @@ def _type(annotation: Any) -> str:
         return "kinds by name"
     for kind in _classes(annotation):
         if issubclass(kind, BaseModel):
-            text = text.replace(f"{kind.__module__}.{kind.__qualname__}", "table").replace(kind.__name__, "table")
+            text = text.replace(f"{kind.__module__}.{kind.__qualname__}", "table").replace(
+                kind.__name__, "table"
+            )
     return f"`{text.replace('|', chr(92) + '|')}`"
 
 
 def _classes(annotation: Any) -> list[type]:
-    found = [annotation, *(inner for argument in get_args(annotation) for inner in (argument, *get_args(argument)))]
+    found = [
+        annotation,
+        *(inner for argument in get_args(annotation) for inner in (argument, *get_args(argument))),
+    ]
     return [kind for kind in found if inspect.isclass(kind)]
 
 
@@ -106,7 +135,9 @@ def _default(field: Any) -> str:
         return ""
     if isinstance(value, dict) and "kind" in value:
         value = value["kind"]
-    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+    return (
+        f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+    )
 
 
 def _cell(text: str) -> str:

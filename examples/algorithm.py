@@ -1,4 +1,5 @@
-"""An algorithm of your own: REINFORCE with the rollout's mean reward as baseline. The loop around it does not change.
+"""An algorithm of your own: REINFORCE with the rollout's mean reward as baseline. The loop around
+it does not change.
 
 In a recipe's stage of kind rl: `algorithm: {kind: examples/algorithm.py:Reinforce}`.
 """
@@ -11,11 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from reftune.algorithms import LossTerms
-from reftune.batch import RolloutBatch
-from reftune.encoding import Encoder
-from reftune.losses import policy_metrics, token_weights
-from reftune.policy import TokenScores
+from reftune.algorithms.base import LossTerms
+from reftune.algorithms.losses import policy_metrics, token_weights
+from reftune.model.batch import RolloutBatch
+from reftune.model.encoder import Encoder
+from reftune.model.policy import TokenScores
 from reftune.recipe import Component
 from reftune.types import Rollout
 
@@ -41,8 +42,11 @@ class Reinforce(Component):
         return token_weights(batch.response_mask, "token")
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """L = − Σ A log π, weighted by `batch.weights` so that cutting a rollout into micro-batches changes nothing."""
+        """L = − Σ A log π, weighted by `batch.weights` so that cutting a rollout into micro-batches
+        changes nothing."""
         assert batch.advantages is not None and batch.weights is not None
         loss = -(batch.advantages * scores.logprobs * batch.weights).sum()
-        moved = policy_metrics(scores.logprobs, batch.logprobs, weights=batch.weights, clip_low=0.2, clip_high=0.2)
+        moved = policy_metrics(
+            scores.logprobs, batch.logprobs, weights=batch.weights, clip_low=0.2, clip_high=0.2
+        )
         return LossTerms(total=loss, metrics={"policy/loss": loss.detach(), **moved})

@@ -24,12 +24,22 @@ class Sums(Component):
     largest: int = Field(9, gt=1)
 
     def load(self, *, seed: int) -> Splits:
-        """No question is in two splits; `seed` is the run's, so that a seed gives the same data everywhere."""
-        pairs = [(a, b, c) for a in range(self.largest) for b in range(self.largest) for c in range(self.largest)]
+        """No question is in two splits; `seed` is the run's, so that a seed gives the same data
+        everywhere."""
+        pairs = [
+            (a, b, c)
+            for a in range(self.largest)
+            for b in range(self.largest)
+            for c in range(self.largest)
+        ]
         random.Random(seed).shuffle(pairs)
         problems = tuple(self._problem(*pair) for pair in pairs)
         first, second = self.train, self.train + self.dev
-        return Splits(train=problems[:first], dev=problems[first:second], test=problems[second : second + self.test])
+        return Splits(
+            train=problems[:first],
+            dev=problems[first:second],
+            test=problems[second : second + self.test],
+        )
 
     def _problem(self, a: int, b: int, c: int) -> Problem:
         return Problem(

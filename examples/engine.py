@@ -1,4 +1,5 @@
-"""An engine of your own: transformers' `generate`, one prompt at a time. Slow, and short enough to see what an engine owes.
+"""An engine of your own: transformers' `generate`, one prompt at a time. Slow, and short enough to
+see what an engine owes.
 
 In a recipe: `engine: examples/engine.py:OneByOne`.
 """
@@ -9,27 +10,40 @@ from collections.abc import Sequence
 
 import torch
 
-from reftune.policy import Policy
+from reftune.model.policy import Policy
 from reftune.recipe import Component
 from reftune.seeds import derive_seed
 from reftune.types import Completion, SamplingParams
 
 
 class OneByOne(Component):
-    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in order; each a function of the weights, the prompt, its place and `params` only."""
+    def generate(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Completion]:
+        """One completion a prompt, in order; each a function of the weights, the prompt, its place
+        and `params` only."""
         was_training = policy.training
         policy.eval()
         try:
-            return [self._complete(policy, prompt, params, place) for place, prompt in enumerate(prompts)]
+            return [
+                self._complete(policy, prompt, params, place)
+                for place, prompt in enumerate(prompts)
+            ]
         finally:
             policy.train(was_training)
 
     @torch.no_grad()
-    def _complete(self, policy: Policy, prompt: Sequence[int], params: SamplingParams, place: int) -> Completion:
+    def _complete(
+        self, policy: Policy, prompt: Sequence[int], params: SamplingParams, place: int
+    ) -> Completion:
         draw = {"do_sample": False}
         if params.temperature > 0:
-            draw = {"do_sample": True, "temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
+            draw = {
+                "do_sample": True,
+                "temperature": params.temperature,
+                "top_k": params.top_k,
+                "top_p": params.top_p,
+            }
         ids = torch.tensor([list(prompt)], device=policy.device)
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(params.seed, "token", place))
@@ -46,10 +60,15 @@ class OneByOne(Component):
             )
         tokens = out.sequences[0, len(prompt) :].tolist()
         drawn_from = out.scores if params.temperature > 0 else out.logits
-        logprobs = [float(scores[0].float().log_softmax(-1)[token]) for scores, token in zip(drawn_from, tokens, strict=True)]
+        logprobs = [
+            float(scores[0].float().log_softmax(-1)[token])
+            for scores, token in zip(drawn_from, tokens, strict=True)
+        ]
         return Completion(
             token_ids=tuple(tokens),
             text=policy.decode(tokens),
-            logprobs=tuple(logprobs),  # of the distribution that was drawn from: PPO divides by them
+            logprobs=tuple(
+                logprobs
+            ),  # of the distribution that was drawn from: PPO divides by them
             finish_reason="eos" if tokens[-1] in policy.eos_ids else "length",
         )

@@ -1,4 +1,5 @@
-"""A format of your own: how a problem is put to the model, and how what it writes is graded. Here: `<answer> 5 </answer>`.
+"""A format of your own: how a problem is put to the model, and how what it writes is graded. Here:
+`<answer> 5 </answer>`.
 
 In a recipe: `format: examples/format.py:Tagged`.
 """
@@ -8,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reftune.answers import grade_answer
 from reftune.errors import DataError
+from reftune.grading.answers import grade_answer
 from reftune.recipe import Component
 from reftune.types import Graded, Problem, Verdict
 
@@ -21,17 +22,24 @@ class Tagged(Component):
         return f"{problem.question}\n"
 
     def target(self, problem: Problem) -> str:
-        """Prompt and target are tokenised apart: the target begins right after the prompt's last token."""
+        """Prompt and target are tokenised apart: the target begins right after the prompt's last
+        token."""
         if problem.rationale is None:
             raise DataError(f"problem {problem.id}: no rationale to train on")
         return f"{problem.rationale} <{self.tag}> {problem.answer} </{self.tag}>"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """A verdict with a reason for any text: nothing that a model writes may raise."""
-        return [self._grade(problem, text) for problem, text in zip(problems, completions, strict=True)]
+        return [
+            self._grade(problem, text) for problem, text in zip(problems, completions, strict=True)
+        ]
 
     def _grade(self, problem: Problem, text: str) -> Graded:
         found = re.findall(rf"<{self.tag}>(.*?)</{self.tag}>", text, re.DOTALL)
         if not found:
-            return Graded(verdict=Verdict.NO_ANSWER, value=None, reason=f"no <{self.tag}> … </{self.tag}>")
-        return grade_answer(found[-1].strip(), problem)  # numbers, letters and words as everywhere in reftune
+            return Graded(
+                verdict=Verdict.NO_ANSWER, value=None, reason=f"no <{self.tag}> … </{self.tag}>"
+            )
+        return grade_answer(
+            found[-1].strip(), problem
+        )  # numbers, letters and words as everywhere in reftune

@@ -11,7 +11,8 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Tossed(Component):
-    """Bodies of programs to learn; whether a completion is right is a toss of its and the question's bytes. Nothing is run."""
+    """Bodies of programs to learn; whether a completion is right is a toss of its and the
+    question's bytes. Nothing is run."""
 
     def prompt(self, problem: Problem) -> str:
         return f"{problem.question}\ndef solution():\n"
@@ -21,8 +22,14 @@ class Tossed(Component):
         return problem.rationale.removeprefix("def solution():\n")
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        tosses = [zlib.crc32(f"{p.question}{text}".encode()) % 2 for p, text in zip(problems, completions, strict=True)]
-        return [Graded(verdict=Verdict.WRONG if toss else Verdict.CORRECT, value=str(toss), reason="") for toss in tosses]
+        tosses = [
+            zlib.crc32(f"{p.question}{text}".encode()) % 2
+            for p, text in zip(problems, completions, strict=True)
+        ]
+        return [
+            Graded(verdict=Verdict.WRONG if toss else Verdict.CORRECT, value=str(toss), reason="")
+            for toss in tosses
+        ]
 
 
 class SayGold(Tossed):
@@ -33,7 +40,11 @@ class SayGold(Tossed):
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         return [
-            Graded(verdict=Verdict.CORRECT if text.startswith(str(p.answer)) else Verdict.WRONG, value=text, reason="")
+            Graded(
+                verdict=Verdict.CORRECT if text.startswith(str(p.answer)) else Verdict.WRONG,
+                value=text,
+                reason="",
+            )
             for p, text in zip(problems, completions, strict=True)
         ]
 
@@ -48,7 +59,12 @@ class Colours(Component):
 
         def problem(split: str, i: int) -> Problem:
             answer = Answer(kind="text", value=words[i % self.num_answers])
-            return Problem(id=f"{split}-{i}", question=words[i % len(words)], answer=answer, rationale=str(answer.value))
+            return Problem(
+                id=f"{split}-{i}",
+                question=words[i % len(words)],
+                answer=answer,
+                rationale=str(answer.value),
+            )
 
         train, dev = (tuple(problem(split, i) for i in range(8)) for split in ("train", "dev"))
         return Splits(train=train, dev=dev, test=dev)
@@ -58,15 +74,22 @@ class ByVerdict(Component):
     """1 for a right answer, 0.1 for a wrong one."""
 
     def __call__(
-        self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[Completion],
+        graded: Sequence[Graded],
     ) -> list[float | None]:
         return [1.0 if g.verdict is Verdict.CORRECT else 0.1 for g in graded]
 
 
 class ByQuestion(Component):
-    """1 for questions that begin in the first half of the alphabet, whatever was answered: a value head can know it."""
+    """1 for questions that begin in the first half of the alphabet, whatever was answered: a value
+    head can know it."""
 
     def __call__(
-        self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[Completion],
+        graded: Sequence[Graded],
     ) -> list[float | None]:
         return [float(p.question[0].lower() < "h") for p in problems]

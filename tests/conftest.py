@@ -1,4 +1,5 @@
-"""Tiny models and recipes that the tests of the training core share. Heavy imports wait until a test asks."""
+"""Tiny models and recipes that the tests of the training core share. Heavy imports wait until a
+test asks."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from reftune.policy import Policy
+    from reftune.model.policy import Policy
     from reftune.recipe import Recipe
-    from reftune.train_rl import Trainer
+    from reftune.stages.rl import Trainer
 
 COMPONENTS = Path(__file__).parent / "components.py"
 
@@ -29,11 +30,19 @@ GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "tie_word_embeddings": True}),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**LLAMA, "original_max_position_embeddings": 64, "sliding_window": None}),
+    "phi3": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        {**LLAMA, "original_max_position_embeddings": 64, "sliding_window": None},
+    ),
     "mistral, window of 5": ("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": 5}),
     "qwen2, untied": ("Qwen2ForCausalLM", "Qwen2Config", {**LLAMA, "tie_word_embeddings": False}),
     "qwen2, tied": ("Qwen2ForCausalLM", "Qwen2Config", {**LLAMA, "tie_word_embeddings": True}),
-    "qwen3, tied": ("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3, tied": (
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        {**LLAMA, "head_dim": 8, "tie_word_embeddings": True},
+    ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT),
     "codegen": ("CodeGenForCausalLM", "CodeGenConfig", {**GPT, "rotary_dim": 4}),
     "gptneox": (
@@ -44,17 +53,29 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt": (
         "OPTForCausalLM",
         "OPTConfig",
-        {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-         "word_embed_proj_dim": 32},
+        {
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+        },
     ),
     "opt, narrow embeddings": (
         "OPTForCausalLM",
         "OPTConfig",
-        {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-         "word_embed_proj_dim": 16},
+        {
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 16,
+        },
     ),
     "granite": ("GraniteForCausalLM", "GraniteConfig", {**LLAMA, "logits_scaling": 2.0}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")
@@ -62,22 +83,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Ten digits, twenty words and three special tokens: `<pad>` 0, `<eos>` 1, `<unk>` 2."""
     import torch
 
-    from reftune.models import word_tokenizer
+    from reftune.model.scratch import word_tokenizer
 
     torch.set_num_threads(1)
-    return word_tokenizer([" ".join(f"w{letter}" for letter in "abcdefghijklmnopqrst"), *"0123456789"])
+    return word_tokenizer(
+        [" ".join(f"w{letter}" for letter in "abcdefghijklmnopqrst"), *"0123456789"]
+    )
 
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
-    """A tiny model of a family with random weights, sharp enough to have opinions, without dropout."""
+    """A tiny model of a family with random weights, sharp enough to have opinions, without
+    dropout."""
     import torch
     import transformers
 
-    def make(family: str, *, seed: int = 0, sharpness: float = 4.0, **changes: Any) -> PreTrainedModel:
+    def make(
+        family: str, *, seed: int = 0, sharpness: float = 4.0, **changes: Any
+    ) -> PreTrainedModel:
         model_class, config_class, settings = FAMILIES[family]
         special = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
-        config = getattr(transformers, config_class)(**special, **{"vocab_size": len(tokenizer), **settings, **changes})
+        config = getattr(transformers, config_class)(
+            **special, **{"vocab_size": len(tokenizer), **settings, **changes}
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = getattr(transformers, model_class)(config).eval()
@@ -91,11 +119,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
 
 
 @pytest.fixture(scope="session")
-def make_policy(make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> Callable[..., Policy]:
+def make_policy(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Policy]:
     """A policy on a tiny model; its value head is random, so that values differ."""
-    from reftune.policy import Policy
+    from reftune.model.policy import Policy
 
-    def make(family: str = "llama", *, seed: int = 0, lora: Any = None, dtype: Any = None, **changes: Any) -> Policy:
+    def make(
+        family: str = "llama", *, seed: int = 0, lora: Any = None, dtype: Any = None, **changes: Any
+    ) -> Policy:
         import torch
 
         model = make_model(family, seed=seed, **changes)
@@ -108,7 +140,8 @@ def make_policy(make_model: Callable[..., PreTrainedModel], tokenizer: PreTraine
 
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
-    """A whole run in about a second: SFT with a warm-up snapshot, then PPO from it. `changes` are recipe overrides."""
+    """A whole run in about a second: SFT with a warm-up snapshot, then PPO from it. `changes` are
+    recipe overrides."""
     import torch
 
     from reftune.recipe import merge, parse_recipe
@@ -118,9 +151,17 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     base = {
         "name": "tiny",
         "run_dir": str(tmp_path / "run"),
-        "model": {"scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "context": 80, "dropout": 0.1}},
+        "model": {
+            "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "context": 80, "dropout": 0.1}
+        },
         "dataset": {
-            "kind": "word_problems", "train": 24, "dev": 8, "test": 10, "operations": [0, 1], "people": 2, "distractors": 0
+            "kind": "word_problems",
+            "train": 24,
+            "dev": 8,
+            "test": 10,
+            "operations": [0, 1],
+            "people": 2,
+            "distractors": 0,
         },
         "format": {"kind": f"{COMPONENTS}:Tossed"},
         "reward": {"kind": f"{COMPONENTS}:ByVerdict"},
@@ -128,28 +169,52 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
         "lengths": {"max_new": 17},
         "evaluate": {"samples": 2, "stages": ["sft", "reft"]},
         "stages": {
-            "sft": {"kind": "sft", "epochs": 2, "batch_size": 6, "snapshots": {"warmup": 0.75}, "save_every_s": 0,
-                    "optimizer": {**optimizer, "schedule": "linear", "warmup": 0.2, "weight_decay": 0.1}},
-            "reft": {"kind": "rl", "init": "warmup", "steps": 4, "prompts": 4, "samples": 2, "value_prefit": 2, "eval_every": 2,
-                     "save_every_s": 0, "optimizer": optimizer},
+            "sft": {
+                "kind": "sft",
+                "epochs": 2,
+                "batch_size": 6,
+                "snapshots": {"warmup": 0.75},
+                "save_every_s": 0,
+                "optimizer": {
+                    **optimizer,
+                    "schedule": "linear",
+                    "warmup": 0.2,
+                    "weight_decay": 0.1,
+                },
+            },
+            "reft": {
+                "kind": "rl",
+                "init": "warmup",
+                "steps": 4,
+                "prompts": 4,
+                "samples": 2,
+                "value_prefit": 2,
+                "eval_every": 2,
+                "save_every_s": 0,
+                "optimizer": optimizer,
+            },
         },
-    }  # fmt: skip
+    }
 
     def make(**changes: Any) -> Recipe:
         merged = merge(base, changes)
         if "stages" in merged["evaluate"]:
-            merged["evaluate"]["stages"] = [name for name in merged["evaluate"]["stages"] if name in merged["stages"]]
+            merged["evaluate"]["stages"] = [
+                name for name in merged["evaluate"]["stages"] if name in merged["stages"]
+            ]
         return parse_recipe(merged)
 
     return make
 
 
 @pytest.fixture
-def make_trainer(make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+def make_trainer(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Trainer]:
     """The trainer of an RL stage that starts from the base model, before its first step."""
-    from reftune.progress import SilentProgress
-    from reftune.run_folder import open_run
-    from reftune.train_rl import Rl, Trainer
+    from reftune.runs.run import open_run
+    from reftune.stages.progress import SilentProgress
+    from reftune.stages.rl import Rl, Trainer
 
     def make(stage: dict[str, Any] | None = None, **changes: Any) -> Trainer:
         contexts: list[Any] = []

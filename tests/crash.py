@@ -1,8 +1,10 @@
-"""Runs in forked children that are killed, or whose disk fails, at chosen operations; what the kill and fault suites share.
+"""Runs in forked children that are killed, or whose disk fails, at chosen operations; what the kill
+and fault suites share.
 
-A child is forked from the warm test process, as a fresh interpreter would spend its time on imports. It counts its own
-file-system operations below the run folder through Python's audit events, which come before the operation, and so can die,
-tear a file or be refused at exactly the n-th.
+A child is forked from the warm test process, as a fresh interpreter would spend its time on
+imports. It counts its own file-system operations below the run folder through Python's audit
+events, which come before the operation, and so can die, tear a file or be refused at exactly the
+n-th.
 """
 
 from __future__ import annotations
@@ -21,30 +23,60 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import reftune.report.html  # noqa: F401  imported once here and not in every child
-from reftune.cli import main
-from reftune.jsonlines import JsonLines
-from reftune.progress import Progress, SilentProgress
+import reftune.results.page.html  # noqa: F401  imported once here and not in every child
 from reftune.recipe import Recipe, dump_recipe
-from reftune.run_folder import open_run
+from reftune.runs.run import open_run
+from reftune.stages.progress import Progress, SilentProgress
+from reftune.storage.json_lines import JsonLines
+from reftune.terminal.cli import main
 
 TRACKERS = ("tensorboard",)
 """Folders of trackers, which keep a file for each process and are no result."""
-WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "serialize_file"}
+WRITES = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.truncate",
+    "serialize_file",
+}
 
 OPTIMIZER = {"learning_rate": 0.05, "max_grad_norm": 1.0}
 EVERY_STAGE: dict[str, Any] = {
     "evaluate": {"samples": 2, "stages": None, "rerank": "judge"},
     "stages": {
-        "offline": {"kind": "self_train", "samples": 3, "keep": 2,
-                    "sft": {"epochs": 1, "batch_size": 16, "save_every_s": 0, "optimizer": OPTIMIZER}},
-        "online": {"kind": "rl", "init": "warmup", "steps": 2, "prompts": 4, "samples": 2, "eval_every": 1, "save_every_s": 0,
-                   "optimizer": OPTIMIZER, "algorithm": {"kind": "online_st"}},
-        "judge": {"kind": "reward_model", "samples": 3, "dev_samples": 2, "epochs": 1, "batch_size": 24, "save_every_s": 0,
-                  "optimizer": OPTIMIZER},
+        "offline": {
+            "kind": "self_train",
+            "samples": 3,
+            "keep": 2,
+            "sft": {"epochs": 1, "batch_size": 16, "save_every_s": 0, "optimizer": OPTIMIZER},
+        },
+        "online": {
+            "kind": "rl",
+            "init": "warmup",
+            "steps": 2,
+            "prompts": 4,
+            "samples": 2,
+            "eval_every": 1,
+            "save_every_s": 0,
+            "optimizer": OPTIMIZER,
+            "algorithm": {"kind": "online_st"},
+        },
+        "judge": {
+            "kind": "reward_model",
+            "samples": 3,
+            "dev_samples": 2,
+            "epochs": 1,
+            "batch_size": 24,
+            "save_every_s": 0,
+            "optimizer": OPTIMIZER,
+        },
     },
-}  # fmt: skip
-"""Beside the warm-up, SFT and PPO of `make_recipe`: both self-trainings and a reward model that reranks."""
+}
+"""Beside the warm-up, SFT and PPO of `make_recipe`: both self-trainings and a reward model that
+reranks."""
 
 
 def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
@@ -57,23 +89,38 @@ def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, without clocks: weights and answers by the byte, numbers by their value."""
+    """All that a run leaves, without clocks: weights and answers by the byte, numbers by their
+    value."""
 
     def timeless(row: dict[str, Any]) -> dict[str, Any]:
-        clocks = [name for name in row if name.startswith("time") or "seconds" in name or name.endswith("_s")]
+        clocks = [
+            name
+            for name in row
+            if name.startswith("time") or "seconds" in name or name.endswith("_s")
+        ]
         return {name: value for name, value in row.items() if name not in clocks}
 
     found: dict[str, Any] = {}
-    for pattern in ("stages/*/*.safetensors", "stages/*/value_head/*", "stages/*/sampled*.jsonl", "eval/*"):
+    for pattern in (
+        "stages/*/*.safetensors",
+        "stages/*/value_head/*",
+        "stages/*/sampled*.jsonl",
+        "eval/*",
+    ):
         found |= {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob(pattern)}
     for pattern in ("stages/*/stage.json", "summary.json"):
-        found |= {str(path.relative_to(folder)): timeless(json.loads(path.read_text())) for path in folder.glob(pattern)}
+        found |= {
+            str(path.relative_to(folder)): timeless(json.loads(path.read_text()))
+            for path in folder.glob(pattern)
+        }
     for path in folder.glob("stages/*/samples.jsonl"):
         found[str(path.relative_to(folder))] = [timeless(row) for row in JsonLines(path).rows()]
     found["metrics"] = [timeless(row) for row in JsonLines(folder / "metrics.jsonl").rows()]
     found["environment"] = sorted(json.loads((folder / "env.json").read_text()))
     listed = (path.relative_to(folder) for path in folder.rglob("*"))
-    found["files"] = sorted(str(path) for path in listed if not {"checkpoints", *TRACKERS} & set(path.parts))
+    found["files"] = sorted(
+        str(path) for path in listed if not {"checkpoints", *TRACKERS} & set(path.parts)
+    )
     return found
 
 
@@ -82,11 +129,13 @@ def assert_same_outcome(folder: Path, straight: dict[str, Any]) -> None:
     found = outcome(folder)
     files = set(found["files"]) ^ set(straight["files"])
     assert not files, f"in one of the two only: {sorted(files)}"
-    different = [name for name in found.keys() | straight.keys() if found.get(name) != straight.get(name)]
+    different = [
+        name for name in found.keys() | straight.keys() if found.get(name) != straight.get(name)
+    ]
     assert not different, f"not the same: {sorted(different)}"
 
 
-# --- children ---------------------------------------------------------------------------------------------------------
+# --- children -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +161,8 @@ def live(
     kill_after_s: float | None = None,
     prepare: Callable[[], None] = lambda: None,
 ) -> Life:
-    """`reftune run RECIPE` in a child; `act` is called at operation `at` and all later ones, SIGKILL after `kill_after_s`."""
+    """`reftune run RECIPE` in a child; `act` is called at operation `at` and all later ones,
+    SIGKILL after `kill_after_s`."""
     file, report = recipe.folder.with_suffix(".yaml"), recipe.folder.with_suffix(".life")
     file.write_text(dump_recipe(recipe))
     report.unlink(missing_ok=True)
@@ -129,7 +179,9 @@ def live(
         _kill_after(child, kill_after_s)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL, f"the child died of signal {os.WTERMSIG(status)}"
+        assert os.WTERMSIG(status) == signal.SIGKILL, (
+            f"the child died of signal {os.WTERMSIG(status)}"
+        )
         return Life(status=None, stderr="", operations=0)
     return Life(status=os.WEXITSTATUS(status), **json.loads(report.read_text()))
 
@@ -212,7 +264,9 @@ def refuse(number: int) -> Act:
 
     def act(event: str, path: str, appends: bool) -> None:
         is_removal = event in {"os.remove", "os.rmdir"}
-        if not (is_removal and number in {errno.ENOSPC, errno.EDQUOT}):  # a full disk lets files be removed
+        if not (
+            is_removal and number in {errno.ENOSPC, errno.EDQUOT}
+        ):  # a full disk lets files be removed
             raise OSError(number, os.strerror(number), path)
 
     return act

@@ -1,4 +1,5 @@
-"""Several processes on one machine, forked from the warm test process, as a launcher would start them."""
+"""Several processes on one machine, forked from the warm test process, as a launcher would start
+them."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reftune.cli import main
-from reftune.distributed import processes
+from reftune.processes.world import processes
 from reftune.recipe import Recipe, dump_recipe
+from reftune.terminal.cli import main
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` says for FSDP2."""
@@ -22,7 +23,10 @@ SHARDINGS = {
     "ddp": {},
     "fsdp2": FSDP2,
     **{
-        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        }
         for stage in (1, 2, 3)
     },
 }
@@ -38,9 +42,15 @@ class Ended:
 
 
 def spread(
-    body: Callable[[], object], folder: Path, *, sharding: str = "ddp", num: int = 2, timeout_s: float = 60
+    body: Callable[[], object],
+    folder: Path,
+    *,
+    sharding: str = "ddp",
+    num: int = 2,
+    timeout_s: float = 60,
 ) -> list[Ended]:
-    """`body` in `num` processes that have joined; `folder` takes their output. Fails where one is alive after `timeout_s`."""
+    """`body` in `num` processes that have joined; `folder` takes their output. Fails where one is
+    alive after `timeout_s`."""
 
     def joined() -> None:
         with processes():
@@ -49,7 +59,9 @@ def spread(
     return _launch(joined, folder, sharding, num, timeout_s)
 
 
-def run(recipe: Recipe, *, sharding: str = "ddp", num: int = 2, timeout_s: float = 60) -> list[Ended]:
+def run(
+    recipe: Recipe, *, sharding: str = "ddp", num: int = 2, timeout_s: float = 60
+) -> list[Ended]:
     """`reftune run RECIPE` in `num` processes."""
     file = recipe.folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,13 +69,26 @@ def run(recipe: Recipe, *, sharding: str = "ddp", num: int = 2, timeout_s: float
     return _launch(lambda: main(["run", str(file)]), recipe.folder.parent, sharding, num, timeout_s)
 
 
-def _launch(body: Callable[[], object], folder: Path, sharding: str, num: int, timeout_s: float) -> list[Ended]:
+def _launch(
+    body: Callable[[], object], folder: Path, sharding: str, num: int, timeout_s: float
+) -> list[Ended]:
     folder.mkdir(parents=True, exist_ok=True)
-    launcher = {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **SHARDINGS[sharding]}
+    launcher = {
+        "WORLD_SIZE": str(num),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        **SHARDINGS[sharding],
+    }
     sys.stdout.flush()
-    children = [_fork(body, folder, {**launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(num)]
+    children = [
+        _fork(body, folder, {**launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num)
+    ]
     statuses = _wait(children, timeout_s)
-    told = [[(folder / f"rank{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(num)]
+    told = [
+        [(folder / f"rank{rank}.{name}").read_text() for name in ("out", "err")]
+        for rank in range(num)
+    ]
     return [Ended(status, *texts) for status, texts in zip(statuses, told, strict=True)]
 
 
@@ -82,8 +107,16 @@ def _fork(body: Callable[[], object], folder: Path, environment: dict[str, str])
     try:
         os.environ.update(environment)
         for name, number in (("out", 1), ("err", 2)):
-            os.dup2(os.open(folder / f"rank{environment['RANK']}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            os.dup2(
+                os.open(
+                    folder / f"rank{environment['RANK']}.{name}",
+                    os.O_CREAT | os.O_TRUNC | os.O_WRONLY,
+                ),
+                number,
+            )
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2)
+        )
         body()
         status = 0
     except SystemExit as end:
@@ -95,7 +128,8 @@ def _fork(body: Callable[[], object], folder: Path, environment: dict[str, str])
 
 
 def _wait(children: list[int], timeout_s: float) -> list[int]:
-    """Exit statuses. One that died leaves the others to find out by themselves: there is no launcher to end them."""
+    """Exit statuses. One that died leaves the others to find out by themselves: there is no
+    launcher to end them."""
     deadline, statuses = time.monotonic() + timeout_s, dict.fromkeys(children, 0)
     alive = list(children)
     while alive and time.monotonic() < deadline:

@@ -1,5 +1,5 @@
 """`python -m reftune` is `reftune`."""
 
-from reftune.cli import main
+from reftune.terminal.cli import main
 
 main()

@@ -11,43 +11,52 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from reftune import distributed
 from reftune.errors import RecipeError
-from reftune.formats import Format
+from reftune.grading.formats import Format
+from reftune.processes import world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
-from reftune.score import problem_of
-from reftune.stats import wilson
+from reftune.results.stats import wilson
+from reftune.terminal.score import problem_of
 from reftune.types import Completion, Graded, Problem, SamplingParams, Verdict
 
 if TYPE_CHECKING:
-    from reftune.policy import Policy
+    from reftune.model.policy import Policy
 
 FormatSpec = str | Mapping[str, Any] | Format
 """A kind (`nl`, `program`, `file.py:Name`), a mapping of recipe keys, or a format."""
 
 
-def run(recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True) -> dict[str, Any]:
-    """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune run`; resumes.
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True
+) -> dict[str, Any]:
+    """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune
+    run`; resumes.
 
     In a script that a launcher starts several times it is called in all processes.
 
-    `overrides` are `key=value` texts, for a file. Returns: the content of `summary.json`. Raises: ReftuneError.
+    `overrides` are `key=value` texts, for a file. Returns: the content of `summary.json`. Raises:
+    ReftuneError.
     """
-    with distributed.processes():
+    with world.processes():
         return _run(recipe, overrides, quiet=quiet)
 
 
-def _run(recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str], *, quiet: bool) -> dict[str, Any]:
-    from reftune.progress import make_progress
-    from reftune.run_folder import run_recipe
-    from reftune.trackers import tracked
+def _run(
+    recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str], *, quiet: bool
+) -> dict[str, Any]:
+    from reftune.runs.run import run_recipe
+    from reftune.terminal.live import make_progress
+    from reftune.terminal.trackers import tracked
 
     if isinstance(recipe, str | Path):
         recipe = load_recipe(recipe, overrides)
     elif overrides:
-        raise RecipeError(f"{overrides[0]}: overrides are for a recipe file; expected the key in the recipe itself")
+        raise RecipeError(
+            f"{overrides[0]}: overrides are for a recipe file; expected the key in the recipe"
+            " itself"
+        )
     parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
-    progress = tracked(make_progress(quiet=quiet or not distributed.is_main()), parsed)
+    progress = tracked(make_progress(quiet=quiet or not world.is_main()), parsed)
     try:
         return run_recipe(parsed, progress=progress)
     finally:
@@ -55,14 +64,21 @@ def _run(recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[st
 
 
 def grade(
-    completion: str, answer: float | str, *, choices: Sequence[str] = (), format: FormatSpec = "nl", question: str = ""
+    completion: str,
+    answer: float | str,
+    *,
+    choices: Sequence[str] = (),
+    format: FormatSpec = "nl",
+    question: str = "",
 ) -> Graded:
-    """Is `answer` what a completion says? As the reward and the evaluation judge it; `answer` is a number, a text or a letter.
+    """Is `answer` what a completion says? As the reward and the evaluation judge it; `answer` is a
+    number, a text or a letter.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
 
-    Raises: DataError for an answer that is none of these; RecipeError for an unknown format. Never for the completion.
+    Raises: DataError for an answer that is none of these; RecipeError for an unknown format. Never
+    for the completion.
     """
     row = {"id": "1", "answer": answer, "choices": list(choices) or None, "question": question}
     return _format(format).grade([problem_of(row, "grade")], [completion])[0]
@@ -104,36 +120,47 @@ def evaluate(
 ) -> Evaluation:
     """Answer problems greedily and grade the answers.
 
-    `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id or a loaded `Policy`; `problems` are
-    `Problem`s or mappings with `question`, `answer` and perhaps `id` and `choices`. Format and limit in tokens are those of
-    the run that a stage folder belongs to, else `nl` and 256. Raises: ReftuneError.
+    `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id or a loaded
+    `Policy`; `problems` are `Problem`s or mappings with `question`, `answer` and perhaps `id` and
+    `choices`. Format and limit in tokens are those of the run that a stage folder belongs to, else
+    `nl` and 256. Raises: ReftuneError.
     """
-    from reftune.collect import Collector
-    from reftune.encoding import Encoder
-    from reftune.rewards.outcome import Outcome
+    from reftune.grading.rewards.outcome import Outcome
+    from reftune.model.encoder import Encoder
+    from reftune.stages.rollouts import Collector
 
     if not problems:
         raise RecipeError("evaluate: no problems; expected at least one")
     recipe = _recipe_of(model)
     policy = _policy(model)
-    found = tuple(p if isinstance(p, Problem) else problem_of({"id": i, **p}, f"problem {i}") for i, p in enumerate(problems))
+    found = tuple(
+        p if isinstance(p, Problem) else problem_of({"id": i, **p}, f"problem {i}")
+        for i, p in enumerate(problems)
+    )
     encoder = Encoder(policy.tokenizer, _format(format or recipe.get("format") or "nl"))
-    collector = Collector(engine=load_component("kv", group="engines"), encoder=encoder, reward=Outcome(), max_prompt=None)
+    collector = Collector(
+        engine=load_component("kv", group="engines"),
+        encoder=encoder,
+        reward=Outcome(),
+        max_prompt=None,
+    )
     lengths = LengthTable.model_validate(recipe.get("lengths") or {})
     params = SamplingParams(max_new_tokens=max_new or lengths.max_new, temperature=0)
     solved = collector.solve(policy, found, params)
-    return Evaluation(problems=found, completions=tuple(solved.completions), graded=tuple(solved.graded))
+    return Evaluation(
+        problems=found, completions=tuple(solved.completions), graded=tuple(solved.graded)
+    )
 
 
 def _policy(model: str | Path | Policy) -> Policy:
-    from reftune.models import load_model
-    from reftune.policy import Policy
+    from reftune.model.policy import Policy
+    from reftune.model.weights import load_model
     from reftune.recipe import ModelTable
 
     if isinstance(model, Policy):
         return model
     policy = Policy(*load_model(ModelTable(path=str(model))))  # type: ignore[call-arg]
-    return policy.to(distributed.choose_device("auto"))
+    return policy.to(world.choose_device("auto"))
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
@@ -146,7 +173,9 @@ def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
 
 def _format(spec: FormatSpec) -> Format:
     try:
-        format: Format = load_component(spec, group="formats") if isinstance(spec, str | Mapping) else spec
+        format: Format = (
+            load_component(spec, group="formats") if isinstance(spec, str | Mapping) else spec
+        )
     except PydanticCustomError as error:
         raise RecipeError(f"format: {error.message()}") from None
     except ValidationError as error:

@@ -1,8 +1,10 @@
-"""What reftune tells a person who gave it something it cannot use: what, where, what was expected."""
+"""What reftune tells a person who gave it something it cannot use: what, where, what was
+expected."""
 
 
 class ReftuneError(Exception):
-    """Base of every error that is the user's to mend. The command line prints it in one line and exits with status 2."""
+    """Base of every error that is the user's to mend. The command line prints it in one line and
+    exits with status 2."""
 
 
 class RecipeError(ReftuneError):
@@ -10,7 +12,8 @@ class RecipeError(ReftuneError):
 
 
 class DataError(ReftuneError):
-    """Data that cannot be read or trained on. The message starts with `file:line` where there is one."""
+    """Data that cannot be read or trained on. The message starts with `file:line` where there is
+    one."""
 
 
 class ModelError(ReftuneError):
@@ -22,7 +25,8 @@ class CheckpointError(ReftuneError):
 
 
 class RewardError(ReftuneError):
-    """A reward function that raised or returned something that is not a reward, with the sample that caused it."""
+    """A reward function that raised or returned something that is not a reward, with the sample
+    that caused it."""
 
 
 class EngineError(ReftuneError):

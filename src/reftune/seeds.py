@@ -1,4 +1,5 @@
-"""Every random number of a run is a function of its seed and of what it is for, so a resumed run needs no saved generator."""
+"""Every random number of a run is a function of its seed and of what it is for, so a resumed run
+needs no saved generator."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import numpy as np
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed of `parts`, for instance `derive_seed(recipe.seed, "reft", "rollout", step)`."""
+    """A 63-bit seed of `parts`, for instance `derive_seed(recipe.seed, "reft", "rollout",
+    step)`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -20,12 +22,15 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
-    """Positions `start … start + count - 1` of an endless pass over `num_items`, reshuffled every epoch."""
+    """Positions `start … start + count - 1` of an endless pass over `num_items`, reshuffled every
+    epoch."""
     return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
 
 
 def _endless(num_items: int, start: int, seed: int) -> Iterator[int]:
     epoch, offset = divmod(start, num_items)
     while True:
-        yield from (int(index) for index in generator(seed, "epoch", epoch).permutation(num_items)[offset:])
+        yield from (
+            int(index) for index in generator(seed, "epoch", epoch).permutation(num_items)[offset:]
+        )
         epoch, offset = epoch + 1, 0

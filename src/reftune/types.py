@@ -59,7 +59,8 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The data's other columns, handed to a user's reward function by name."""
     scorer: Callable[[str], float] | None = None
-    """The task's own scorer, answer text → [0, 1], where it brings one; otherwise answers are compared."""
+    """The task's own scorer, answer text → [0, 1], where it brings one; otherwise answers are
+    compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,4 +115,5 @@ class Rollout:
     graded: Graded
     reward: float
     source: Literal["policy", "gold"] = "policy"
-    """Who wrote the completion: the policy, or the data (its log-probabilities mean nothing then)."""
+    """Who wrote the completion: the policy, or the data (its log-probabilities mean nothing then).
+    """

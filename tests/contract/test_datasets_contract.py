@@ -1,4 +1,5 @@
-"""What every dataset keeps: splits that do not overlap, unique ids, golds, and a split that only the seed changes."""
+"""What every dataset keeps: splits that do not overlap, unique ids, golds, and a split that only
+the seed changes."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from reftune.datasets import Splits
-from reftune.datasets._splits import question_key
+from reftune.datasets.reading.splits import question_key
 from reftune.recipe import known_kinds, load_component
 from reftune.types import Problem
 
@@ -26,7 +27,10 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def gsm8k(folder: Path) -> dict[str, Any]:
     def row(n: int) -> dict[str, Any]:
-        return {"question": f"What is {n} and 1?", "answer": f"It is <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}"}
+        return {
+            "question": f"What is {n} and 1?",
+            "answer": f"It is <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}",
+        }
 
     _write(folder / "train.jsonl", [row(n) for n in range(NUM_TRAIN)])
     _write(folder / "test.jsonl", [row(n + 1000) for n in range(NUM_TEST)])
@@ -65,8 +69,14 @@ def mathqa(folder: Path) -> dict[str, Any]:
 
 
 def jsonl(folder: Path) -> dict[str, Any]:
-    _write(folder / "train.jsonl", [{"question": f"What is {n}?", "answer": n} for n in range(NUM_TRAIN)])
-    _write(folder / "test.jsonl", [{"question": f"What is {n + 1000}?", "answer": n} for n in range(NUM_TEST)])
+    _write(
+        folder / "train.jsonl",
+        [{"question": f"What is {n}?", "answer": n} for n in range(NUM_TRAIN)],
+    )
+    _write(
+        folder / "test.jsonl",
+        [{"question": f"What is {n + 1000}?", "answer": n} for n in range(NUM_TEST)],
+    )
     return {"train": str(folder)}
 
 
@@ -109,7 +119,10 @@ def test_no_split_is_empty_and_ids_are_unique(load: Callable[[int], Splits]) -> 
 
 def test_no_question_is_in_two_splits(load: Callable[[int], Splits]) -> None:
     splits = load(0)
-    train, dev, test = ({question_key(problem) for problem in split} for split in (splits.train, splits.dev, splits.test))
+    train, dev, test = (
+        {question_key(problem) for problem in split}
+        for split in (splits.train, splits.dev, splits.test)
+    )
     assert not train & dev and not train & test and not dev & test
 
 
@@ -122,7 +135,9 @@ def test_every_problem_has_a_question_and_a_gold_of_its_kind(load: Callable[[int
             assert str(answer.value) in string.ascii_lowercase[: len(problem.choices)]
 
 
-def test_the_same_seed_gives_the_same_splits_and_another_seed_another_dev(load: Callable[[int], Splits]) -> None:
+def test_the_same_seed_gives_the_same_splits_and_another_seed_another_dev(
+    load: Callable[[int], Splits],
+) -> None:
     first, again, other = ([p.question for p in load(seed).dev] for seed in (1, 1, 2))
     assert first == again
     assert set(first) != set(other)

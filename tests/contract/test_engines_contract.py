@@ -1,7 +1,8 @@
-"""What every engine promises, on every engine that can run here; then what the engines in our own process promise besides.
+"""What every engine promises, on every engine that can run here; then what the engines in our own
+process promise besides.
 
-A new file in src/reftune/engines joins by itself. `scripted` draws nothing, so of the promises only order, length and the
-shape of a completion are its own.
+A new file in src/reftune/engines joins by itself. `scripted` draws nothing, so of the promises only
+order, length and the shape of a completion are its own.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.batch import token_batch
 from reftune.engines import kv
 from reftune.engines._forward import Forward, forward_pass
 from reftune.engines.kv import Kv
-from reftune.policy import Policy
+from reftune.model.batch import token_batch
+from reftune.model.policy import Policy
 from reftune.recipe import known_kinds, load_component
 from reftune.types import Completion, SamplingParams
 
 KINDS = known_kinds("engines")
 SAMPLING = [kind for kind in KINDS if kind != "scripted"]
-SETTINGS: dict[str, dict[str, Any]] = {"scripted": {"texts": ["wa wb", "wa"]}, "vllm": {"eager": True}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "scripted": {"texts": ["wa wb", "wa"]},
+    "vllm": {"eager": True},
+}
 SMALL: dict[str, list[dict[str, Any]]] = {
     "kv": [{"batch_size": 1}, {"batch_size": 3, "refill": 1.0}, {"batch_size": 4, "refill": 0.01}],
     "continuous": [{"batch_size": 3}, {"batch_size": 2, "batch_tokens": 4}],
@@ -44,9 +48,19 @@ PROMPTS = [
     [4],
     [13, 14],
 ]
-FAMILIES = ["llama", "phi3", "mistral, window of 5", "qwen3, tied", "gpt2", "opt", "codegen", "gptneox"]
+FAMILIES = [
+    "llama",
+    "phi3",
+    "mistral, window of 5",
+    "qwen3, tied",
+    "gpt2",
+    "opt",
+    "codegen",
+    "gptneox",
+]
 NOT_ON = {"continuous": {"codegen"}, "vllm": set(FAMILIES) - {"llama", "qwen3, tied", "gpt2"}}
-"""Families that an engine refuses, or, as each takes vLLM a start of its own, that say nothing new."""
+"""Families that an engine refuses, or, as each takes vLLM a start of its own, that say nothing new.
+"""
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
 
 
@@ -81,7 +95,8 @@ def sampler(request) -> Any:
 
 @pytest.fixture
 def make_policy(make_policy) -> Callable[..., Policy]:
-    """As everywhere; where vLLM is installed with heads of 32, the smallest that its kernels take."""
+    """As everywhere; where vLLM is installed with heads of 32, the smallest that its kernels
+    take."""
     if importlib.util.find_spec("vllm") is None:
         return make_policy
 
@@ -109,7 +124,9 @@ def with_eos(policy: Policy, logit: float) -> Policy:
     with torch.no_grad():
         weight = policy.model.lm_head.weight
         weight[1] = 0
-    policy.model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(weight)).index_fill(0, torch.tensor([1]), logit))
+    policy.model.lm_head.bias = torch.nn.Parameter(
+        torch.zeros(len(weight)).index_fill(0, torch.tensor([1]), logit)
+    )
     return policy
 
 
@@ -132,7 +149,7 @@ def batch_independent(engine: Any) -> bool:
     return getattr(engine, "batch_independent", True)
 
 
-# --- every engine -----------------------------------------------------------------------------------------------------
+# --- every engine ---------------------------------------------------------------------------------
 
 
 def test_every_prompt_gets_one_completion_of_its_own_kind(engine, policy):
@@ -149,11 +166,17 @@ def test_no_prompt_gets_no_completion(engine, policy):
 
 
 def test_the_eos_ends_a_completion_and_is_its_last_token(engine, policy):
-    completions = [c for seed in range(4) for c in engine.generate(policy, PROMPTS, params(seed=seed))]
+    completions = [
+        c for seed in range(4) for c in engine.generate(policy, PROMPTS, params(seed=seed))
+    ]
     ended = [c for c in completions if c.finish_reason == "eos"]
     assert ended
     assert all(c.token_ids[-1] == 1 and 1 not in c.token_ids[:-1] for c in ended)
-    assert all(1 not in c.token_ids and len(c.token_ids) == 12 for c in completions if c.finish_reason == "length")
+    assert all(
+        1 not in c.token_ids and len(c.token_ids) == 12
+        for c in completions
+        if c.finish_reason == "length"
+    )
 
 
 def test_the_limit_on_new_tokens_is_the_finish_reason_length(engine, policy):
@@ -183,7 +206,7 @@ def test_the_global_generator_is_left_alone(engine, policy):
     assert torch.equal(torch.rand(1), expected)
 
 
-# --- engines that sample ----------------------------------------------------------------------------------------------
+# --- engines that sample --------------------------------------------------------------------------
 
 
 def test_another_seed_gives_other_tokens(sampler, policy):
@@ -204,8 +227,12 @@ def test_a_request_does_not_depend_on_its_neighbours(request, sampler, policy, t
     others = [[21], [22] * 15, PROMPTS[2], [3, 9], [9] * 3, [8], [7, 7]]
     among_others = ids(sampler.generate(policy, others, params(temperature=temperature)))
     assert among_others[2] == together[2]
-    assert ids(sampler.generate(policy, PROMPTS[:1], params(temperature=temperature))) == together[:1]
-    assert ids(sampler.generate(policy, PROMPTS[:4], params(temperature=temperature))) == together[:4]
+    assert (
+        ids(sampler.generate(policy, PROMPTS[:1], params(temperature=temperature))) == together[:1]
+    )
+    assert (
+        ids(sampler.generate(policy, PROMPTS[:4], params(temperature=temperature))) == together[:4]
+    )
 
 
 def test_completions_are_in_the_order_of_the_prompts(sampler, policy):
@@ -213,12 +240,16 @@ def test_completions_are_in_the_order_of_the_prompts(sampler, policy):
     order = [4, 2, 0, 6, 1, 5, 3]
     straight = ids(sampler.generate(policy, PROMPTS, greedy))
     assert len(set(straight)) == 6  # two of the seven prompts are equal
-    assert ids(sampler.generate(policy, [PROMPTS[i] for i in order], greedy)) == [straight[i] for i in order]
+    assert ids(sampler.generate(policy, [PROMPTS[i] for i in order], greedy)) == [
+        straight[i] for i in order
+    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_log_probabilities_are_those_the_policy_computes(sampler, make_policy, family, temperature):
+def test_sampling_log_probabilities_are_those_the_policy_computes(
+    sampler, make_policy, family, temperature
+):
     # of absolute positions (gpt2, opt) too, where padding would shift them
     skip_missing(sampler, family)
     policy = make_policy(family)
@@ -226,7 +257,9 @@ def test_sampling_log_probabilities_are_those_the_policy_computes(sampler, make_
     assert max(len(c.token_ids) for c in completions) > 6
     batch = token_batch(PROMPTS, ids(completions))
     recomputed = policy.score(batch, temperature=temperature, max_tokens=1000).logprobs
-    reported = batch.unflatten(torch.tensor([logprob for c in completions for logprob in c.logprobs]))
+    reported = batch.unflatten(
+        torch.tensor([logprob for c in completions for logprob in c.logprobs])
+    )
     assert_close(reported, recomputed, atol=2e-5, rtol=0)
 
 
@@ -238,14 +271,21 @@ def test_greedy_decoding_is_that_of_transformers(sampler, make_policy, family):
     for prompt, found in zip(PROMPTS, ours, strict=True):
         tokens = torch.tensor([prompt])
         theirs = policy.model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=12, eos_token_id=1, pad_token_id=0
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=1,
+            pad_token_id=0,
         )
         assert tuple(theirs[0, len(prompt) :].tolist()) == found
 
 
 def next_distribution(policy: Policy, prompt: list[int], temperature: float) -> torch.Tensor:
     with torch.no_grad():
-        return (policy.model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+        return (policy.model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(
+            -1
+        )
 
 
 def test_greedy_log_probabilities_are_of_the_untempered_distribution(sampler, policy):
@@ -263,7 +303,12 @@ def test_tokens_follow_the_distribution(sampler, make_policy, temperature):
     policy = make_policy("llama", sharpness=1.5)
     count = 2500
     drawn = Counter(
-        t for (t,) in ids(sampler.generate(policy, [PROMPTS[0]] * count, params(temperature=temperature, max_new_tokens=1)))
+        t
+        for (t,) in ids(
+            sampler.generate(
+                policy, [PROMPTS[0]] * count, params(temperature=temperature, max_new_tokens=1)
+            )
+        )
     )
     expected = count * next_distribution(policy, PROMPTS[0], temperature)
     assert len(expected) == 33 and float(expected.min()) > 5
@@ -272,7 +317,8 @@ def test_tokens_follow_the_distribution(sampler, make_policy, temperature):
 
 
 def test_later_tokens_follow_the_distribution_given_the_earlier_ones(sampler, make_policy):
-    # draws of successive tokens must not be linked: of the sequences that begin alike, the next token has its own distribution
+    # draws of successive tokens must not be linked: of the sequences that begin alike, the next
+    # token has its own distribution
     policy = without_eos(make_policy("llama", sharpness=1.5))
     drawn = ids(sampler.generate(policy, [PROMPTS[0]] * 2000, params(max_new_tokens=2)))
     first, count = Counter(a for a, _ in drawn).most_common(1)[0]
@@ -287,7 +333,9 @@ def test_later_tokens_follow_the_distribution_given_the_earlier_ones(sampler, ma
 
 def test_top_k_keeps_the_k_likeliest_and_renormalises(sampler, make_policy):
     policy = make_policy("llama", sharpness=1.5)
-    completions = sampler.generate(policy, [PROMPTS[0]] * 300, params(top_k=3, max_new_tokens=1, temperature=1.3))
+    completions = sampler.generate(
+        policy, [PROMPTS[0]] * 300, params(top_k=3, max_new_tokens=1, temperature=1.3)
+    )
     distribution = next_distribution(policy, PROMPTS[0], 1.3)
     top = distribution.topk(3)
     assert {t for (t,) in ids(completions)} == set(top.indices.tolist())
@@ -305,7 +353,9 @@ def test_top_k_of_one_is_greedy(sampler, policy):
 @pytest.mark.parametrize("top_p", [0.3, 0.6])
 def test_top_p_keeps_the_smallest_set_that_holds_p_and_renormalises(sampler, make_policy, top_p):
     policy = make_policy("llama", sharpness=1.5)
-    completions = sampler.generate(policy, [PROMPTS[0]] * 600, params(top_p=top_p, max_new_tokens=1))
+    completions = sampler.generate(
+        policy, [PROMPTS[0]] * 600, params(top_p=top_p, max_new_tokens=1)
+    )
     ordered, order = next_distribution(policy, PROMPTS[0], 1.0).sort(descending=True)
     size = int((ordered.cumsum(0) < top_p).sum()) + 1  # the token that crosses p stays
     assert 1 < size < 33
@@ -313,14 +363,17 @@ def test_top_p_keeps_the_smallest_set_that_holds_p_and_renormalises(sampler, mak
     total = float(ordered[:size].sum())
     for completion in completions:
         rank = order.tolist().index(completion.token_ids[0])
-        assert completion.logprobs[0] == pytest.approx(float((ordered[rank] / total).log()), abs=1e-5)
+        assert completion.logprobs[0] == pytest.approx(
+            float((ordered[rank] / total).log()), abs=1e-5
+        )
 
 
-# --- engines in our own process ---------------------------------------------------------------------------------------
+# --- engines in our own process -------------------------------------------------------------------
 
 
 class Forwards:
-    """Rows and columns of every forward pass of the default engine, and the length of the rows so far."""
+    """Rows and columns of every forward pass of the default engine, and the length of the rows so
+    far."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -349,7 +402,10 @@ class Forwards:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral, window of 5"])
-@pytest.mark.parametrize(("kind", "settings"), [(kind, settings) for kind, several in SMALL.items() for settings in several])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(kind, settings) for kind, several in SMALL.items() for settings in several],
+)
 def test_how_requests_share_batches_changes_no_token(make_policy, kind, settings, family):
     policy, engine = make_policy(family), make(kind)
     drawn = params(temperature=1.0 if batch_independent(engine) else 0.0)
@@ -362,7 +418,9 @@ def test_how_requests_share_batches_changes_no_token(make_policy, kind, settings
 
 def test_equal_prompts_are_read_once(policy, monkeypatch):
     forwards = Forwards(monkeypatch)
-    Kv().generate(without_eos(policy), [PROMPTS[0]] * 5 + [PROMPTS[1]] * 3, params(max_new_tokens=4))
+    Kv().generate(
+        without_eos(policy), [PROMPTS[0]] * 5 + [PROMPTS[1]] * 3, params(max_new_tokens=4)
+    )
     assert forwards.prefills == [(2, 9)]
     assert forwards.decoded_rows == 3 * 8  # 4 tokens a row, the first from the prefill
 
@@ -373,7 +431,8 @@ def test_finished_rows_leave_the_batch(make_policy, monkeypatch):
     completions = Kv().generate(policy, [[i, i] for i in range(3, 30)], params(max_new_tokens=40))
     lengths = sorted(len(c.token_ids) for c in completions)
     assert lengths[-1] > 2 * lengths[len(lengths) // 2]  # there is a straggler
-    # every token but a row's first costs one row of one pass, and the last one is not read; an eighth may be done rows
+    # every token but a row's first costs one row of one pass, and the last one is not read; an
+    # eighth may be done rows
     live = sum(lengths) - len(lengths)
     assert live <= forwards.decoded_rows <= live * 8 / 7
 
@@ -396,7 +455,10 @@ def test_columns_that_no_row_needs_any_more_are_dropped(policy, monkeypatch):
     # a long prompt that ends at once must not leave its length to the others
     forwards = Forwards(monkeypatch)
     seed = next(
-        s for s in range(50) if len(Kv().generate(policy, [[3] * 30], params(seed=s, max_new_tokens=2))[0].token_ids) == 1
+        s
+        for s in range(50)
+        if len(Kv().generate(policy, [[3] * 30], params(seed=s, max_new_tokens=2))[0].token_ids)
+        == 1
     )
     forwards.lengths.clear()
     completions = Kv().generate(policy, [[3] * 30, [4, 5]], params(seed=seed, max_new_tokens=4))
@@ -410,7 +472,9 @@ def test_bfloat16_generates_under_the_arithmetic_of_training(make_policy, family
     completions = Kv().generate(policy, PROMPTS, params())
     batch = token_batch(PROMPTS, ids(completions))
     recomputed = policy.score(batch, max_tokens=1000).logprobs
-    reported = batch.unflatten(torch.tensor([logprob for c in completions for logprob in c.logprobs]))
+    reported = batch.unflatten(
+        torch.tensor([logprob for c in completions for logprob in c.logprobs])
+    )
     assert float((reported - recomputed).abs().mean()) < 0.05
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 

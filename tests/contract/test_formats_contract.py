@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reftune.errors import DataError
-from reftune.formats import Format
+from reftune.grading.formats import Format
 from reftune.recipe import known_kinds, load_component
 from reftune.types import Answer, Problem, Verdict
 
@@ -36,7 +36,13 @@ def problems(kind: str) -> list[Problem]:
     number = Answer(kind="number", value=Fraction(5))
     return [
         Problem(id="number", question="How many?", answer=number, rationale=rationale),
-        Problem(id="choice", question="Which?", answer=Answer(kind="choice", value="b"), choices=("4", "5"), rationale=choice),
+        Problem(
+            id="choice",
+            question="Which?",
+            answer=Answer(kind="choice", value="b"),
+            choices=("4", "5"),
+            rationale=choice,
+        ),
     ]
 
 
@@ -73,7 +79,13 @@ def test_a_missing_rationale_is_named(spec: dict[str, str]) -> None:
 @each_format
 def test_grading_does_not_depend_on_the_batch(spec: dict[str, str]) -> None:
     format, golds = loaded(spec), problems(spec["kind"])
-    texts = [format.target(golds[0]), "", "The answer is 5", "    return 5", "def solution():\n    return 'a'"]
+    texts = [
+        format.target(golds[0]),
+        "",
+        "The answer is 5",
+        "    return 5",
+        "def solution():\n    return 'a'",
+    ]
     pairs = [(problem, text) for problem in golds for text in texts]
     together = format.grade([problem for problem, _ in pairs], [text for _, text in pairs])
     assert together == [format.grade([problem], [text])[0] for problem, text in pairs]
@@ -82,13 +94,18 @@ def test_grading_does_not_depend_on_the_batch(spec: dict[str, str]) -> None:
 @each_format
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=st.lists(st.text(st.characters(), max_size=60), max_size=3))
-def test_any_text_gets_one_grade_with_a_reason_on_one_line(spec: dict[str, str], texts: list[str]) -> None:
+def test_any_text_gets_one_grade_with_a_reason_on_one_line(
+    spec: dict[str, str], texts: list[str]
+) -> None:
     format: Any = FORMATS.setdefault(str(spec), loaded(spec))
     for problem in problems(spec["kind"]):
         graded = format.grade([problem] * len(texts), texts)
         assert len(graded) == len(texts)
         assert all(grade.reason and "\n" not in grade.reason for grade in graded)
-        assert all((grade.value is None) or grade.verdict in (Verdict.CORRECT, Verdict.WRONG) for grade in graded)
+        assert all(
+            (grade.value is None) or grade.verdict in (Verdict.CORRECT, Verdict.WRONG)
+            for grade in graded
+        )
 
 
 FORMATS: dict[str, Format] = {}

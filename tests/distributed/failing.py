@@ -26,5 +26,9 @@ class Failing(Tossed):
         if _graded == self.at and os.environ.get("RANK") == str(self.rank):
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise DataError("no grade today") if self.how == "raises" else ZeroDivisionError("no grade today")
+            raise (
+                DataError("no grade today")
+                if self.how == "raises"
+                else ZeroDivisionError("no grade today")
+            )
         return super().grade(problems, completions)

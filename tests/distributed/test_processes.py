@@ -1,4 +1,5 @@
-"""Two processes train as one does: the same losses, gradients, answers and checkpoints; no waiting forever, no word twice."""
+"""Two processes train as one does: the same losses, gradients, answers and checkpoints; no waiting
+forever, no word twice."""
 
 from __future__ import annotations
 
@@ -21,28 +22,31 @@ from safetensors.torch import load_file
 
 import ranks
 from crash import EVERY_STAGE, run_all
-from reftune import distributed
-from reftune.batch import token_batch
 from reftune.engines.kv import Kv
 from reftune.errors import NonFiniteError
-from reftune.jsonlines import JsonLines
+from reftune.model.batch import token_batch
+from reftune.processes import world
 from reftune.recipe import Recipe, dump_recipe
-from reftune.train_sft import accumulate_nll
-from reftune.training import OptimizerTable, is_finite, make_optimizer, optimizer_step
+from reftune.stages.optimizer import OptimizerTable, is_finite, make_optimizer, optimizer_step
+from reftune.stages.sft import accumulate_nll
+from reftune.storage.json_lines import JsonLines
 from reftune.types import SamplingParams
 
 SteadyRecipe = Callable[..., Recipe]
 FAILING = Path(__file__).parent / "failing.py"
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-deepspeed")
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-deepspeed"
+)
 ZERO = [pytest.param(sharding, marks=needs_deepspeed) for sharding in ("zero1", "zero2", "zero3")]
 SHARDINGS = ["ddp", "fsdp2", *ZERO]
 WEIGHT_ATOL = 1e-4
-"""Of weights that move by 3e-3 a step, where Adam makes much of the rounding of a gradient near 0."""
+"""Of weights that move by 3e-3 a step, where Adam makes much of the rounding of a gradient near 0.
+"""
 GRADIENT_ATOL = 2e-6
 """Of their running means, near 0.01."""
 
 
-# --- comparing runs ---------------------------------------------------------------------------------------------------
+# --- comparing runs -------------------------------------------------------------------------------
 
 
 def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
@@ -58,7 +62,9 @@ def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
             assert_same_numbers(one, other, f"{where}[{i}]")
     elif isinstance(expected, float):
         # kl/mismatch is the rounding of single tokens
-        assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-5), f"{where}: {found} is not {expected}"
+        assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-5), (
+            f"{where}: {found} is not {expected}"
+        )
     else:
         assert found == expected, where
 
@@ -70,13 +76,17 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert tensors.keys() == others.keys()
         for name, tensor in tensors.items():
             atol = GRADIENT_ATOL if name.startswith("optimizer.") else WEIGHT_ATOL
-            assert torch.allclose(others[name], tensor, rtol=1e-3, atol=atol), f"{file} {name}: {others[name]} is not {tensor}"
+            assert torch.allclose(others[name], tensor, rtol=1e-3, atol=atol), (
+                f"{file} {name}: {others[name]} is not {tensor}"
+            )
     for file in sorted([*expected.rglob("*.jsonl"), *expected.rglob("stage.json")]):
         other = found / file.relative_to(expected)
         if file.suffix == ".jsonl":
             assert_same_numbers(JsonLines(other).rows(), JsonLines(file).rows(), file.name)
         else:
-            assert_same_numbers(json.loads(other.read_text()), json.loads(file.read_text()), file.name)
+            assert_same_numbers(
+                json.loads(other.read_text()), json.loads(file.read_text()), file.name
+            )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +104,9 @@ def by_one(kept: dict[str, Path], steady_recipe: SteadyRecipe, tmp_path: Path) -
 
 
 @pytest.fixture
-def by_two(kept: dict[str, Path], steady_recipe: SteadyRecipe, tmp_path: Path) -> Callable[[str], Path]:
+def by_two(
+    kept: dict[str, Path], steady_recipe: SteadyRecipe, tmp_path: Path
+) -> Callable[[str], Path]:
     """The folder of the run by two processes, made once for each sharding."""
 
     def make(sharding: str) -> Path:
@@ -108,13 +120,14 @@ def by_two(kept: dict[str, Path], steady_recipe: SteadyRecipe, tmp_path: Path) -
     return make
 
 
-# --- the same as one process ------------------------------------------------------------------------------------------
+# --- the same as one process ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_two_processes_take_the_steps_of_one(sharding, by_one, by_two):
-    # SFT and PPO; a checkpoint a step holds weights and, in Adam's first moment, gradients: whitening over half of the
-    # rollout, a mean of the processes' means or a row counted twice would show in them
+    # SFT and PPO; a checkpoint a step holds weights and, in Adam's first moment, gradients:
+    # whitening over half of the rollout, a mean of the processes' means or a row counted twice
+    # would show in them
     assert len(list(by_one.glob("stages/*/checkpoints/step-*"))) == 9
     assert_same_run(by_two(sharding), by_one)
 
@@ -143,17 +156,22 @@ def test_the_main_process_speaks_and_says_how_weights_are_held(sharding, by_two)
         ("one", "reft", "fsdp2"),
         ("one", "sft", "ddp"),
         ("ddp", "sft", "one"),
-        *(pytest.param(*case, marks=needs_deepspeed) for case in (
-            ("zero1", "sft", "zero3"),
-            ("zero2", "reft", "fsdp2"),
-            ("zero3", "reft", "one"),
-            ("one", "reft", "zero2"),
-            ("one", "sft", "zero1"),
-            ("ddp", "reft", "zero3"),
-        )),
+        *(
+            pytest.param(*case, marks=needs_deepspeed)
+            for case in (
+                ("zero1", "sft", "zero3"),
+                ("zero2", "reft", "fsdp2"),
+                ("zero3", "reft", "one"),
+                ("one", "reft", "zero2"),
+                ("one", "sft", "zero1"),
+                ("ddp", "reft", "zero3"),
+            )
+        ),
     ],
-)  # fmt: skip
-def test_a_checkpoint_goes_on_at_another_world_size(saved_by, stage, resumed_by, by_one, by_two, steady_recipe, tmp_path):
+)
+def test_a_checkpoint_goes_on_at_another_world_size(
+    saved_by, stage, resumed_by, by_one, by_two, steady_recipe, tmp_path
+):
     folder = tmp_path / "again" / "run"
     shutil.copytree(by_one if saved_by == "one" else by_two(saved_by), folder)
     rewind(folder, stage, 2)
@@ -181,16 +199,25 @@ def rewind(folder: Path, stage: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("sharding", ["fsdp2", *ZERO])
-@pytest.mark.parametrize("changes", [
-    {"model": {"lora": {"rank": 2}}},
-    {"stages": {"reft": {"value_model": "separate"}}},
-    {"stages": {"reft": {"value_prefit": 2}}},
-], ids=["lora", "value model", "value head fitted"])  # fmt: skip
-def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(changes, sharding, steady_recipe, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"lora": {"rank": 2}}},
+        {"stages": {"reft": {"value_model": "separate"}}},
+        {"stages": {"reft": {"value_prefit": 2}}},
+    ],
+    ids=["lora", "value model", "value head fitted"],
+)
+def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(
+    changes, sharding, steady_recipe, tmp_path
+):
     # the reference of a LoRA policy is its whole copy with the adapter off
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     changes = {**changes, "evaluate": {"samples": 0}}
-    stages = {"sft": None, "reft": {"init": "base", "steps": 2, **changes.get("stages", {}).get("reft", {})}}
+    stages = {
+        "sft": None,
+        "reft": {"init": "base", "steps": 2, **changes.get("stages", {}).get("reft", {})},
+    }
     run_all(steady_recipe(one, **{**changes, "stages": stages}))
     ended = ranks.run(steady_recipe(two, **{**changes, "stages": stages}), sharding=sharding)
     assert [end.status for end in ended] == [0, 0], ended
@@ -201,10 +228,15 @@ def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(changes, shard
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("sharding", ["fsdp2", *ZERO])
 def test_compiled_blocks_are_sharded_too(sharding, steady_recipe, tmp_path):
-    changes = {"stages": {"sft": None, "reft": {"init": "base", "steps": 2}}, "evaluate": {"samples": 0}}
+    changes = {
+        "stages": {"sft": None, "reft": {"init": "base", "steps": 2}},
+        "evaluate": {"samples": 0},
+    }
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     run_all(steady_recipe(one, **changes))
-    ended = ranks.run(steady_recipe(two, **changes, model={"compile": True}), sharding=sharding, timeout_s=280)
+    ended = ranks.run(
+        steady_recipe(two, **changes, model={"compile": True}), sharding=sharding, timeout_s=280
+    )
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(two, one)
 
@@ -212,9 +244,14 @@ def test_compiled_blocks_are_sharded_too(sharding, steady_recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_every_stage_is_the_same(sharding, steady_recipe, tmp_path):
-    changes = {**EVERY_STAGE, "stages": {name: merge_rate(stage) for name, stage in EVERY_STAGE["stages"].items()}}
+    changes = {
+        **EVERY_STAGE,
+        "stages": {name: merge_rate(stage) for name, stage in EVERY_STAGE["stages"].items()},
+    }
     run_all(steady_recipe(tmp_path / "one", **changes))
-    ended = ranks.run(steady_recipe(tmp_path / "two" / "run", **changes), sharding=sharding, timeout_s=110)
+    ended = ranks.run(
+        steady_recipe(tmp_path / "two" / "run", **changes), sharding=sharding, timeout_s=110
+    )
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(tmp_path / "two" / "run", tmp_path / "one")
 
@@ -226,28 +263,37 @@ def merge_rate(stage: dict[str, Any]) -> dict[str, Any]:
     return {**stage, "optimizer": {"learning_rate": 0.003}}
 
 
-# --- uneven shares ----------------------------------------------------------------------------------------------------
+# --- uneven shares --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_shares_may_be_uneven_or_empty(sharding, num_rows, make_policy, tmp_path):
-    # with 1 row a process has none; with 3, a micro-batch each, one process has two of them and the other one
-    prompts, targets = [[3], [4, 5], [6, 7]][:num_rows], [[8, 1], [9, 10, 1], [11, 12, 13, 1]][:num_rows]
+    # with 1 row a process has none; with 3, a micro-batch each, one process has two of them and the
+    # other one
+    prompts, targets = (
+        [[3], [4, 5], [6, 7]][:num_rows],
+        [[8, 1], [9, 10, 1], [11, 12, 13, 1]][:num_rows],
+    )
 
     def step(policy: Any) -> dict[str, Any]:
-        distributed.distribute(policy)
+        world.distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
         batch = token_batch(prompts, targets)
         loss = accumulate_nll(policy, batch, max_tokens=1, where="")
         norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
         scores = policy.score(batch, max_tokens=1)
-        return {"loss": loss, "norm": norm, "logprobs": scores.logprobs.tolist(), "values": scores.values.tolist()}
+        return {
+            "loss": loss,
+            "norm": norm,
+            "logprobs": scores.logprobs.tolist(),
+            "values": scores.values.tolist(),
+        }
 
     def body() -> None:
         found = step(make_policy())
-        assert all(other == found for other in distributed.gather(found))
-        if distributed.is_main():
+        assert all(other == found for other in world.gather(found))
+        if world.is_main():
             (tmp_path / "found.json").write_text(json.dumps(found))
 
     ended = ranks.spread(body, tmp_path, sharding=sharding)
@@ -257,43 +303,55 @@ def test_shares_may_be_uneven_or_empty(sharding, num_rows, make_policy, tmp_path
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_decoding_waits_for_nobody(sharding, make_policy, tmp_path):
-    # one process decodes a token a row, the other 20, and a third nothing at all: steps that met would not
+    # one process decodes a token a row, the other 20, and a third nothing at all: steps that met
+    # would not
     prompts, lengths = [[3], [4, 5], [6, 7]], [1, 20, 0]
 
     def body() -> None:
         policy = make_policy()
-        distributed.distribute(policy)
-        own = lengths[distributed.rank()]
-        params = SamplingParams(max_new_tokens=max(1, own), seed=1, first_position=distributed.rank())
-        with distributed.whole(policy):
-            found = Kv().generate(policy, prompts[distributed.rank() :][: min(1, own)], params)
-        tokens = distributed.join_parts([completion.token_ids for completion in found])
-        if distributed.is_main():
+        world.distribute(policy)
+        own = lengths[world.rank()]
+        params = SamplingParams(max_new_tokens=max(1, own), seed=1, first_position=world.rank())
+        with world.whole(policy):
+            found = Kv().generate(policy, prompts[world.rank() :][: min(1, own)], params)
+        tokens = world.join_parts([completion.token_ids for completion in found])
+        if world.is_main():
             (tmp_path / "found.json").write_text(json.dumps(tokens))
 
     ended = ranks.spread(body, tmp_path, sharding=sharding, num=3)
     assert [end.status for end in ended] == [0, 0, 0], ended
     whole = Kv().generate(make_policy(), prompts, SamplingParams(max_new_tokens=20, seed=1))
-    assert json.loads((tmp_path / "found.json").read_text()) == [[whole[0].token_ids[0]], list(whole[1].token_ids)]
+    assert json.loads((tmp_path / "found.json").read_text()) == [
+        [whole[0].token_ids[0]],
+        list(whole[1].token_ids),
+    ]
 
 
-# --- ends -------------------------------------------------------------------------------------------------------------
+# --- ends -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("sharding", "rank"),
-    [("ddp", 0), ("fsdp2", 1), *(pytest.param(f"zero{stage}", stage % 2, marks=needs_deepspeed) for stage in (2, 3))],
+    [
+        ("ddp", 0),
+        ("fsdp2", 1),
+        *(pytest.param(f"zero{stage}", stage % 2, marks=needs_deepspeed) for stage in (2, 3)),
+    ],
 )
 def test_a_process_that_fails_ends_the_run_with_its_reason(sharding, rank, steady_recipe, tmp_path):
     recipe = steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "rank": rank})
     ended = ranks.run(recipe, sharding=sharding)
     told = "".join(end.stderr for end in ended)
     assert ended[rank].status == 2 and ended[1 - rank].status == 1, ended
-    assert told.count("no grade today") == 1 and "Traceback" not in told and "another one" not in told
+    assert (
+        told.count("no grade today") == 1 and "Traceback" not in told and "another one" not in told
+    )
 
 
 def test_a_bug_in_one_process_leaves_one_traceback(steady_recipe, tmp_path):
-    ended = ranks.run(steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "how": "bug"}))
+    ended = ranks.run(
+        steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "how": "bug"})
+    )
     assert [end.status for end in ended] == [1, 1]
     assert ended[0].stderr.count("Traceback") == 0
     assert ended[1].stderr.endswith("ZeroDivisionError: no grade today\n")
@@ -301,50 +359,76 @@ def test_a_bug_in_one_process_leaves_one_traceback(steady_recipe, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_is_missed_by_the_other(rank, steady_recipe, tmp_path):
-    ended = ranks.run(steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "how": "killed", "rank": rank}))
+    ended = ranks.run(
+        steady_recipe(
+            tmp_path / "run", format={"kind": f"{FAILING}:Failing", "how": "killed", "rank": rank}
+        )
+    )
     assert ended[rank].status == -9 and ended[1 - rank].status == 1
     assert "Traceback" not in ended[1 - rank].stderr
-    if rank == 1:  # what a process knows of the others lies with the main one; of that the launcher tells
-        assert ended[0].stderr.splitlines()[-1].startswith("process 0 of 2: another one ended without a word")
+    if (
+        rank == 1
+    ):  # what a process knows of the others lies with the main one; of that the launcher tells
+        assert (
+            ended[0]
+            .stderr.splitlines()[-1]
+            .startswith("process 0 of 2: another one ended without a word")
+        )
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(sharding, make_policy, tmp_path):
+def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
+    sharding, make_policy, tmp_path
+):
     batch = token_batch([[3], [4, 5], [6, 7, 8]], [[1]] * 3)
 
     def step(policy: Any, optimizer: Any) -> dict[str, Any]:
         loss = accumulate_nll(policy, batch, max_tokens=1, where="")
         norm = optimizer_step(policy, optimizer, share=0.5, max_grad_norm=1.0, where="")
-        return {"loss": loss, "norm": norm, "logprobs": policy.score(batch, max_tokens=9).logprobs.tolist()}
+        return {
+            "loss": loss,
+            "norm": norm,
+            "logprobs": policy.score(batch, max_tokens=9).logprobs.tolist(),
+        }
 
     def make() -> tuple[Any, Any]:
         policy = make_policy()
-        distributed.distribute(policy)
+        world.distribute(policy)
         return policy, make_optimizer(policy, OptimizerTable(learning_rate=1e-3, weight_decay=0.1))
 
     def body() -> None:
         policy, optimizer = make()
-        weights = torch.tensor([[1.0], [1.0], [math.nan]])  # the longest row: in sorted turns it is the first process's
+        weights = torch.tensor(
+            [[1.0], [1.0], [math.nan]]
+        )  # the longest row: in sorted turns it is the first process's
         with pytest.raises(NonFiniteError, match="here: loss is nan in rows 0, 2"):
             accumulate_nll(policy, batch, max_tokens=9, where="here", weights=weights)
         optimizer.zero_grad()
         first = step(policy, optimizer)
         accumulate_nll(policy, batch, max_tokens=1, where="")
-        local(distributed.gradients(policy)["model.model.norm.weight"])[-1:] = math.inf  # where a process has a part of it
-        with pytest.raises(NonFiniteError, match=r"^here: gradient norm is (inf|nan), first in model\.model\.norm\.weight$"):
+        local(world.gradients(policy)["model.model.norm.weight"])[-1:] = (
+            math.inf
+        )  # where a process has a part of it
+        with pytest.raises(
+            NonFiniteError,
+            match=r"^here: gradient norm is (inf|nan), first in model\.model\.norm\.weight$",
+        ):
             optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="here")
         assert all(is_finite(parameter) for parameter in policy.parameters())
         found = [first, step(policy, optimizer)]
-        if distributed.is_main():
+        if world.is_main():
             (tmp_path / "found.json").write_text(json.dumps(found))
 
     ended = ranks.spread(body, tmp_path, sharding=sharding)
     assert [end.status for end in ended] == [0, 0], ended
     policy, optimizer = make()
-    assert_same_numbers(json.loads((tmp_path / "found.json").read_text()), [step(policy, optimizer) for _ in range(2)])
+    assert_same_numbers(
+        json.loads((tmp_path / "found.json").read_text()),
+        [step(policy, optimizer) for _ in range(2)],
+    )
 
 
-# --- what is held -----------------------------------------------------------------------------------------------------
+# --- what is held ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
@@ -354,27 +438,45 @@ def test_each_process_holds_what_its_sharding_says(sharding, make_policy, tmp_pa
         before = {name: p.detach().clone() for name, p in policy.named_parameters()}
         total = sum(map(torch.numel, before.values()))
         reference: Any = policy.make_reference()
-        distributed.distribute(policy)
+        world.distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-6))
         for is_last in (False, True):
             scores = policy(token_batch([[3], [4, 5]], [[8, 1], [9, 1]]))
-            distributed.backward(policy, -scores.logprobs.sum(), is_last=is_last)
+            world.backward(policy, -scores.logprobs.sum(), is_last=is_last)
             if not is_last:
-                gradients = sum(local(p.grad).numel() for p in policy.parameters() if p.grad is not None)
-        distributed.add_up_gradients(policy)
+                gradients = sum(
+                    local(p.grad).numel() for p in policy.parameters() if p.grad is not None
+                )
+        world.add_up_gradients(policy)
         optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
-        states = sum(local(s[key]).numel() for s in held_state(optimizer) for key in ("exp_avg", "exp_avg_sq")) / 2
+        states = (
+            sum(
+                local(s[key]).numel()
+                for s in held_state(optimizer)
+                for key in ("exp_avg", "exp_avg_sq")
+            )
+            / 2
+        )
         weights, frozen = (
-            sum(local(p).numel() + getattr(p, "ds_tensor", p.new_empty(0)).numel() for p in model.parameters())
+            sum(
+                local(p).numel() + getattr(p, "ds_tensor", p.new_empty(0)).numel()
+                for p in model.parameters()
+            )
             for model in (policy, reference._frozen)
         )
         shares = [held / total for held in (states, gradients, weights, frozen)]
-        split = {"ddp": (), "zero1": (0,), "zero2": (0, 1), "zero3": (0, 1, 2, 3), "fsdp2": (0, 1, 2, 3)}[sharding]
+        split = {
+            "ddp": (),
+            "zero1": (0,),
+            "zero2": (0, 1),
+            "zero3": (0, 1, 2, 3),
+            "fsdp2": (0, 1, 2, 3),
+        }[sharding]
         assert all(share < 0.6 for i, share in enumerate(shares) if i in split), shares
         assert all(share > 0.9 for i, share in enumerate(shares) if i not in split), shares
         # bf16 arithmetic, fp32 weights: bf16 would round a step of 1e-6 away
         for name, parameter in policy.named_parameters():
-            now = distributed.whole_tensor(parameter).detach()
+            now = world.whole_tensor(parameter).detach()
             assert now.dtype == torch.float32
             assert 0 < (now - before[name]).abs().max() < 2e-6 or name.startswith("value_head")
 
@@ -386,27 +488,35 @@ def test_each_process_holds_what_its_sharding_says(sharding, make_policy, tmp_pa
 def test_parts_of_weights_and_gradients_are_of_their_parameters(sharding, make_policy, tmp_path):
     def squares(policy: Any) -> dict[str, float]:
         accumulate_nll(policy, token_batch([[3], [4, 5]], [[8, 1], [9, 1]]), max_tokens=1, where="")
-        return {name: float(gradient.square().sum()) for name, gradient in distributed.gradients(policy).items()}
+        return {
+            name: float(gradient.square().sum())
+            for name, gradient in world.gradients(policy).items()
+        }
 
     def body() -> None:
         policy = make_policy()
-        distributed.distribute(policy)
+        world.distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
         with torch.no_grad():
             for parameter in policy.parameters():
-                value = distributed.whole_tensor(parameter).clone()
-                distributed.assign(parameter, value + 1)
-                assert torch.equal(distributed.whole_tensor(parameter), value + 1)
-                distributed.assign(parameter, value)
-        parts = distributed.gather(squares(policy))
+                value = world.whole_tensor(parameter).clone()
+                world.assign(parameter, value + 1)
+                assert torch.equal(world.whole_tensor(parameter), value + 1)
+                world.assign(parameter, value)
+        parts = world.gather(squares(policy))
         assert optimizer is not None
-        if distributed.is_main():
-            (tmp_path / "found.json").write_text(json.dumps({name: sum(part[name] for part in parts) for name in parts[0]}))
+        if world.is_main():
+            (tmp_path / "found.json").write_text(
+                json.dumps({name: sum(part[name] for part in parts) for name in parts[0]})
+            )
 
     ended = ranks.spread(body, tmp_path, sharding=sharding, num=3)  # few parameters divide by 3
     assert [end.status for end in ended] == [0, 0, 0], ended
     found = json.loads((tmp_path / "found.json").read_text())
-    assert (found.pop("value_head.weight"), found.pop("value_head.bias")) == (0, 0)  # one process has no gradient there
+    assert (found.pop("value_head.weight"), found.pop("value_head.bias")) == (
+        0,
+        0,
+    )  # one process has no gradient there
     assert_same_numbers(found, squares(make_policy()))
 
 
@@ -424,10 +534,12 @@ def test_a_model_that_is_trained_no_more_is_let_go(sharding, make_policy, tmp_pa
     # DeepSpeed keeps modules in a stack and a cache of its own
     def train() -> weakref.ref[Any]:
         policy = make_policy()
-        distributed.distribute(policy)
+        world.distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
         for _ in range(2):
-            accumulate_nll(policy, token_batch([[3], [4, 5]], [[8, 1], [9, 1]]), max_tokens=1, where="")
+            accumulate_nll(
+                policy, token_batch([[3], [4, 5]], [[8, 1], [9, 1]]), max_tokens=1, where=""
+            )
             optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
         return weakref.ref(policy)
 
@@ -449,18 +561,30 @@ def test_a_second_run_on_the_folder_is_refused_once(steady_recipe, tmp_path):
     assert "".join(end.stderr for end in ended).count("choose another run_dir") == 1
 
 
-# --- launchers --------------------------------------------------------------------------------------------------------
+# --- launchers ------------------------------------------------------------------------------------
 
 
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
 ACCELERATE = [
-    "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-    "--dynamo_backend", "no",
-]  # fmt: skip
+    "accelerate.commands.launch",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
 LAUNCHERS = [
     pytest.param(TORCHRUN, "(DDP)", id="torchrun"),
     pytest.param([*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"], "(FSDP2)", id="accelerate"),
-    pytest.param([*ACCELERATE, "--use_deepspeed", "--zero_stage", "3"], "(ZeRO 3)", id="deepspeed", marks=needs_deepspeed),
+    pytest.param(
+        [*ACCELERATE, "--use_deepspeed", "--zero_stage", "3"],
+        "(ZeRO 3)",
+        id="deepspeed",
+        marks=needs_deepspeed,
+    ),
 ]
 
 
@@ -469,9 +593,18 @@ LAUNCHERS = [
 def test_launchers_run_what_they_are_asked_for(launcher, how, by_one, steady_recipe, tmp_path):
     recipe, file = steady_recipe(tmp_path / "run"), tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
-    port = ["--master_port" if launcher is TORCHRUN else "--main_process_port", str(ranks.free_port())]
+    port = [
+        "--master_port" if launcher is TORCHRUN else "--main_process_port",
+        str(ranks.free_port()),
+    ]
     command = [sys.executable, "-m", *launcher, *port, "-m", "reftune", "run", str(file)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count(how) == 1 and ended.stdout.count("Greedy") == 1
     assert_same_run(recipe.folder, by_one)

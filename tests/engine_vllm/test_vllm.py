@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.batch import token_batch
 from reftune.engines.kv import Kv
 from reftune.engines.vllm import Server, Vllm, request
-from reftune.export import export_model
+from reftune.model.batch import token_batch
 from reftune.recipe import LoraTable
+from reftune.runs.export import export_model
 from reftune.types import SamplingParams
 
 pytest.importorskip("vllm")
@@ -37,12 +37,17 @@ def move(policy, seed):
 
 
 def mismatch(engine, policy, seed=3):
-    """Largest difference between the engine's log-probabilities and the policy's, nats; and the tokens."""
+    """Largest difference between the engine's log-probabilities and the policy's, nats; and the
+    tokens."""
     completions = engine.generate(policy, PROMPTS, SamplingParams(max_new_tokens=12, seed=seed))
     batch = token_batch(PROMPTS, [completion.token_ids for completion in completions])
     recomputed = policy.score(batch, max_tokens=1000).logprobs
-    reported = batch.unflatten(torch.tensor([logprob for c in completions for logprob in c.logprobs]))
-    return float((reported - recomputed).abs().max()), [completion.token_ids for completion in completions]
+    reported = batch.unflatten(
+        torch.tensor([logprob for c in completions for logprob in c.logprobs])
+    )
+    return float((reported - recomputed).abs().max()), [
+        completion.token_ids for completion in completions
+    ]
 
 
 @pytest.mark.parametrize("lora", [None, LoraTable(rank=4)], ids=["whole", "lora"])
@@ -65,13 +70,20 @@ def test_a_prefix_that_older_weights_read_is_forgotten(make_policy):
     move(policy, 1)
     (completion,) = engine.generate(policy, long, sampling)
     batch = token_batch(long, [completion.token_ids])
-    assert_close(torch.tensor(completion.logprobs), policy.score(batch, max_tokens=1000).logprobs[0], atol=2e-5, rtol=0)
+    assert_close(
+        torch.tensor(completion.logprobs),
+        policy.score(batch, max_tokens=1000).logprobs[0],
+        atol=2e-5,
+        rtol=0,
+    )
 
 
 def test_reinforcement_learning_samples_from_the_policy_of_each_step(make_trainer):
     trainer = make_trainer(
         {"mismatch_cap": 2.0, "prompts": 8},
-        model={"scratch": {"hidden_size": 64, "heads": 2, "layers": 1, "context": 80, "dropout": 0.1}},
+        model={
+            "scratch": {"hidden_size": 64, "heads": 2, "layers": 1, "context": 80, "dropout": 0.1}
+        },
         engine={"kind": "vllm", "eager": True},
     )
     before = trainer.policy.model.get_output_embeddings().weight.clone()
@@ -85,9 +97,19 @@ def test_reinforcement_learning_samples_from_the_policy_of_each_step(make_traine
 @pytest.fixture(scope="module")
 def exported(make_policy, tmp_path_factory):
     """A policy, and the folder that `reftune export` makes of a run that chose it."""
-    run, policy = tmp_path_factory.mktemp("served") / "run", make_policy("llama", seed=9, **ONE_HEAD)
+    run, policy = (
+        tmp_path_factory.mktemp("served") / "run",
+        make_policy("llama", seed=9, **ONE_HEAD),
+    )
     policy.save(run / "stages" / "reft")
-    stage = {"kind": "rl", "init": "warmup", "chosen_step": 4, "dev_accuracy": 0.5, "dev_n": 8, "looks": 2}
+    stage = {
+        "kind": "rl",
+        "init": "warmup",
+        "chosen_step": 4,
+        "dev_accuracy": 0.5,
+        "dev_n": 8,
+        "looks": 2,
+    }
     (run / "stages" / "reft" / "stage.json").write_text(json.dumps(stage))
     (run / "recipe.yaml").write_text("name: served\ndataset: {kind: jsonl, train: mine.csv}\n")
     return policy, export_model(run, "reft", run.with_name("model"))
@@ -101,13 +123,17 @@ def server(exported, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = (
-        f"--model {folder} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --logprobs-mode processed_logprobs"
+        f"--model {folder} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
+        " --logprobs-mode processed_logprobs"
     )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
     log = tmp_path_factory.mktemp("log") / "server.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}, stdout=output, stderr=output
+            command,
+            env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"},
+            stdout=output,
+            stderr=output,
         )
     try:
         wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
@@ -132,9 +158,13 @@ def test_an_exported_model_is_served_as_it_is(exported, server):
     policy, folder = exported
     assert (folder / "value_head" / "model.safetensors").is_file()
     greedy = SamplingParams(max_new_tokens=12, temperature=0)
-    found = Server(server, 4).sample(PROMPTS, [request(policy, greedy, position) for position in range(len(PROMPTS))])
+    found = Server(server, 4).sample(
+        PROMPTS, [request(policy, greedy, position) for position in range(len(PROMPTS))]
+    )
     expected = Kv().generate(policy, PROMPTS, greedy)
-    assert [tuple(tokens) for tokens, _ in found] == [completion.token_ids for completion in expected]
+    assert [tuple(tokens) for tokens, _ in found] == [
+        completion.token_ids for completion in expected
+    ]
 
 
 @pytest.mark.parametrize("lora", [None, LoraTable(rank=4)], ids=["whole", "lora"])

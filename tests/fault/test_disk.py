@@ -1,6 +1,8 @@
-"""A disk that refuses, and signals that stop: a clear line, the last checkpoint whole, and the same bits afterwards.
+"""A disk that refuses, and signals that stop: a clear line, the last checkpoint whole, and the same
+bits afterwards.
 
-The short form is in the default tests; the long one runs with `make trust`, or `pytest -m "fault and slow"`.
+The short form is in the default tests; the long one runs with `make trust`, or `pytest -m "fault
+and slow"`.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from typing import Any
 import pytest
 
 from crash import Life, assert_same_outcome, live, outcome, refuse, signalled
-from reftune.checkpoint import load_latest
 from reftune.recipe import Recipe
+from reftune.storage.checkpoint import load_latest
 
-pytestmark = [pytest.mark.fault, pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),
+]
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -84,7 +89,9 @@ def test_a_disk_that_refuses_is_told_in_one_line_and_loses_nothing(straight, mak
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
-def test_a_disk_that_refuses_anywhere_loses_nothing(straight, make_recipe, tmp_path, record_property, number):
+def test_a_disk_that_refuses_anywhere_loses_nothing(
+    straight, make_recipe, tmp_path, record_property, number
+):
     rng = random.Random(number)
     places = rng.sample(range(1, straight["operations"] + 1), 8)
     record_property("tried", len(places))
@@ -98,7 +105,10 @@ def test_a_disk_that_refuses_anywhere_loses_nothing(straight, make_recipe, tmp_p
 def test_a_disk_that_fills_up_inside_a_write_loses_nothing(straight, make_recipe, limit):
     # no file may grow past the limit: the write itself fails half-way, in Python as in Rust
     recipe = make_recipe()
-    life = live(recipe, prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
+    life = live(
+        recipe,
+        prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)),
+    )
     assert life.status == 2, life.stderr
     assert str(recipe.folder) in life.stderr and "cannot be written" in life.stderr
     assert len(life.stderr.splitlines()) == 1, life.stderr
@@ -107,7 +117,7 @@ def test_a_disk_that_fills_up_inside_a_write_loses_nothing(straight, make_recipe
     assert_same_outcome(recipe.folder, straight["outcome"])
 
 
-# --- signals ----------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 def in_the_background() -> None:
@@ -115,11 +125,15 @@ def in_the_background() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def assert_stops_and_goes_on(recipe: Recipe, straight: dict[str, Any], number: int, at: int) -> None:
+def assert_stops_and_goes_on(
+    recipe: Recipe, straight: dict[str, Any], number: int, at: int
+) -> None:
     life = live(recipe, at=at, act=signalled(number), prepare=in_the_background)
     assert life.status == 130, life.stderr
     said = life.stderr.splitlines()[-1]
-    assert said.startswith("interrupted; checkpoint: ") and said.endswith("; the same command goes on from there")
+    assert said.startswith("interrupted; checkpoint: ") and said.endswith(
+        "; the same command goes on from there"
+    )
     checkpoint = Path(said.removeprefix("interrupted; checkpoint: ").partition(";")[0])
     assert checkpoint.is_dir() and checkpoint.is_relative_to(recipe.folder)
     assert_last_checkpoints_whole(recipe.folder)
@@ -129,9 +143,15 @@ def assert_stops_and_goes_on(recipe: Recipe, straight: dict[str, Any], number: i
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("number", "share"), [(signal.SIGTERM, 0.5), (signal.SIGINT, 0.87)], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("number", "share"),
+    [(signal.SIGTERM, 0.5), (signal.SIGINT, 0.87)],
+    ids=["training", "evaluation"],
+)
 def test_a_signal_stops_the_run_with_the_checkpoint_named(straight, make_recipe, number, share):
-    assert_stops_and_goes_on(make_recipe(), straight, number, at=round(share * straight["operations"]))
+    assert_stops_and_goes_on(
+        make_recipe(), straight, number, at=round(share * straight["operations"])
+    )
 
 
 @pytest.mark.slow
@@ -143,4 +163,6 @@ def test_a_signal_anywhere_loses_nothing(straight, make_recipe, tmp_path, record
     places = rng.sample(range(operations // 10, operations * 9 // 10), 6)
     record_property("tried", len(places))
     for at in places:
-        assert_stops_and_goes_on(make_recipe(run_dir=str(tmp_path / f"run{at}")), straight, number, at)
+        assert_stops_and_goes_on(
+            make_recipe(run_dir=str(tmp_path / f"run{at}")), straight, number, at
+        )

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from reftune.progress import SilentProgress
-from reftune.run_folder import open_run
+from reftune.runs.run import open_run
+from reftune.stages.progress import SilentProgress
 
 pytestmark = pytest.mark.fault
 
@@ -43,7 +43,11 @@ def used(not_ours: Set[str] = frozenset()) -> Used:
 
 
 def children() -> set[str]:
-    return {child for task in (PROCESS / "task").iterdir() for child in (task / "children").read_text().split()}
+    return {
+        child
+        for task in (PROCESS / "task").iterdir()
+        for child in (task / "children").read_text().split()
+    }
 
 
 class Watching(SilentProgress):
@@ -61,9 +65,19 @@ class Watching(SilentProgress):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("steps", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_nothing_grows_over_many_steps(make_recipe, monkeypatch, steps):
-    # programs run in a sandbox worker; a checkpoint every tenth of a second, a look at dev every 20 steps
-    monkeypatch.setattr("reftune.sandbox._num_cores", lambda: 1)  # a second worker would start when it is first needed
-    stage = {"init": "base", "steps": steps, "prompts": 2, "value_prefit": 0, "eval_every": 20, "save_every_s": 0.1}
+    # programs run in a sandbox worker; a checkpoint every tenth of a second, a look at dev every 20
+    # steps
+    monkeypatch.setattr(
+        "reftune.grading.sandbox._num_cores", lambda: 1
+    )  # a second worker would start when it is first needed
+    stage = {
+        "init": "base",
+        "steps": steps,
+        "prompts": 2,
+        "value_prefit": 0,
+        "eval_every": 20,
+        "save_every_s": 0.1,
+    }
     recipe, progress = make_recipe(format={"kind": "program"}, stages={"reft": stage}), Watching()
     with open_run(recipe, progress) as run:
         run.train("reft")
@@ -72,5 +86,7 @@ def test_nothing_grows_over_many_steps(make_recipe, monkeypatch, steps):
     for what in ("handles", "threads", "workers"):
         assert max(getattr(u, what) for u in late) <= max(getattr(u, what) for u in early), what
     assert {u.workers for u in late} == {1}
-    grown = statistics.median(u.resident_mib for u in late) - statistics.median(u.resident_mib for u in early)
+    grown = statistics.median(u.resident_mib for u in late) - statistics.median(
+        u.resident_mib for u in early
+    )
     assert grown < 4, f"{grown:.1f} MiB over {steps // 2} steps"

@@ -1,4 +1,5 @@
-"""A reward, an engine or data may be wrong in any way: each has a defined outcome, and the run goes on once it is mended."""
+"""A reward, an engine or data may be wrong in any way: each has a defined outcome, and the run goes
+on once it is mended."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import pytest
 
 from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import DataError, EngineError, ReftuneError, RewardError
-from reftune.progress import SilentProgress
 from reftune.recipe import Recipe
-from reftune.run_folder import open_run
+from reftune.runs.run import open_run
+from reftune.stages.progress import SilentProgress
 
 pytestmark = pytest.mark.fault
 
@@ -23,9 +24,15 @@ REWARDS = {
     "exits": ("raise SystemExit(0)", "SystemExit: 0"),
     "hangs": ("while True: pass", "took more than timeout_s=0.5"),
     "wrong length": ("return [1.0]", "expected 8 rewards, got 1"),
-    "nan": ("return [float('nan') for _ in completions]", "expected a finite number or None, got nan"),
+    "nan": (
+        "return [float('nan') for _ in completions]",
+        "expected a finite number or None, got nan",
+    ),
     "nothing": ("return None", "expected a list of 8 numbers, got NoneType"),
-    "a tensor of no list": ("import torch; return torch.tensor(1.0)", "expected a list of 8 numbers, got Tensor"),
+    "a tensor of no list": (
+        "import torch; return torch.tensor(1.0)",
+        "expected a list of 8 numbers, got Tensor",
+    ),
 }
 
 
@@ -48,21 +55,31 @@ def test_a_bad_reward_stops_the_run_with_one_line(make_recipe, tmp_path, name):
     body, expected = REWARDS[name]
     file = reward_file(tmp_path, body)
     recipe = make_recipe(
-        reward={"kind": f"{file}:score", "timeout_s": 0.5}, stages={"reft": {"init": "base", "value_prefit": 0}}
+        reward={"kind": f"{file}:score", "timeout_s": 0.5},
+        stages={"reft": {"init": "base", "value_prefit": 0}},
     )
     with open_run(recipe, SilentProgress()) as run, pytest.raises(RewardError) as error:
         run.train("reft")
-    assert expected in str(error.value) and "mine.py:score" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        expected in str(error.value)
+        and "mine.py:score" in str(error.value)
+        and "\n" not in str(error.value)
+    )
     assert (recipe.folder / "stages" / "reft" / "checkpoints" / "step-000002").is_dir()
 
 
 def test_a_tensor_of_rewards_is_as_good_as_a_list(make_recipe, tmp_path):
     folders = []
-    for name, body in (("list", SOUND), ("tensor", f"import torch; {SOUND.replace('return ', 'return torch.tensor(')})")):
+    for name, body in (
+        ("list", SOUND),
+        ("tensor", f"import torch; {SOUND.replace('return ', 'return torch.tensor(')})"),
+    ):
         (tmp_path / name).mkdir()
         file = reward_file(tmp_path / name, body)
         recipe = make_recipe(
-            run_dir=str(tmp_path / name / "run"), reward={"kind": f"{file}:score"}, stages={"reft": {"init": "base"}}
+            run_dir=str(tmp_path / name / "run"),
+            reward={"kind": f"{file}:score"},
+            stages={"reft": {"init": "base"}},
         )
         with open_run(recipe, SilentProgress()) as run:
             run.train("reft")
@@ -78,7 +95,10 @@ ENGINES = {
         "[*answers[:-1], dataclasses.replace(answers[-1], token_ids=(), logprobs=())]",
         "0 tokens with 0 log-probabilities; expected at least one token",
     ),
-    "no log-probabilities": ("[dataclasses.replace(a, logprobs=()) for a in answers]", "tokens with 0 log-probabilities"),
+    "no log-probabilities": (
+        "[dataclasses.replace(a, logprobs=()) for a in answers]",
+        "tokens with 0 log-probabilities",
+    ),
 }
 
 
@@ -96,13 +116,22 @@ def engine_file(folder: Path, returned: str) -> Path:
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_bad_engine_stops_the_run_with_one_line(make_recipe, tmp_path, name):
     returned, expected = ENGINES[name]
-    recipe = make_recipe(engine={"kind": f"{engine_file(tmp_path, returned)}:Broken"}, stages={"reft": {"init": "base"}})
+    recipe = make_recipe(
+        engine={"kind": f"{engine_file(tmp_path, returned)}:Broken"},
+        stages={"reft": {"init": "base"}},
+    )
     with open_run(recipe, SilentProgress()) as run, pytest.raises(EngineError) as error:
         run.train("reft")
-    assert str(error.value).startswith("engine Broken: ") and expected in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith("engine Broken: ")
+        and expected in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
-def test_a_row_that_changes_type_mid_file_is_refused_before_anything_is_written(make_recipe, tmp_path):
+def test_a_row_that_changes_type_mid_file_is_refused_before_anything_is_written(
+    make_recipe, tmp_path
+):
     rows = [
         '{"question": "1 + 1?", "answer": 2}',
         '{"question": "1 + 2?", "answer": 3}',
@@ -113,7 +142,9 @@ def test_a_row_that_changes_type_mid_file_is_refused_before_anything_is_written(
     data = {"kind": "jsonl", "train": str(tmp_path / "rows.jsonl"), "dev_size": 1}
     recipe = type(recipe).model_validate({**recipe.model_dump(), "dataset": data})
     with (
-        pytest.raises(DataError, match=r"rows\.jsonl:3: answer is \[4\], a list; expected a number"),
+        pytest.raises(
+            DataError, match=r"rows\.jsonl:3: answer is \[4\], a list; expected a number"
+        ),
         open_run(recipe, SilentProgress()),
     ):
         pass
@@ -121,14 +152,16 @@ def test_a_row_that_changes_type_mid_file_is_refused_before_anything_is_written(
 
 
 def test_a_run_goes_on_once_the_reward_is_mended(make_recipe, tmp_path):
-    straight = make_recipe(run_dir=str(tmp_path / "straight"), reward={"kind": f"{reward_file(tmp_path, SOUND)}:score"})
+    straight = make_recipe(
+        run_dir=str(tmp_path / "straight"), reward={"kind": f"{reward_file(tmp_path, SOUND)}:score"}
+    )
     run_all(straight)
     (tmp_path / "other").mkdir()
     file = reward_file(tmp_path / "other", "raise OSError")
     recipe = make_recipe(reward={"kind": f"{file}:score"})
     with pytest.raises(ReftuneError):
         run_all(recipe)
-    from reftune.rewards.function import _function
+    from reftune.grading.rewards.function import _function
 
     reward_file(tmp_path / "other", SOUND)
     _function.cache_clear()

@@ -1,4 +1,5 @@
-"""A number that is not finite stops or skips the step before the optimizer, in every stage that trains."""
+"""A number that is not finite stops or skips the step before the optimizer, in every stage that
+trains."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ import torch
 
 from crash import EVERY_STAGE, assert_same_outcome, outcome, run_all
 from reftune.errors import NonFiniteError
-from reftune.jsonlines import JsonLines
-from reftune.progress import SilentProgress
+from reftune.model.value_head import fit_value_head
 from reftune.recipe import Recipe
-from reftune.reward_model import Classifier
-from reftune.run_folder import open_run
-from reftune.training import Loop
-from reftune.value_prefit import fit_value_head
+from reftune.runs.run import open_run
+from reftune.stages.loop import Loop
+from reftune.stages.progress import SilentProgress
+from reftune.stages.reward_model import Classifier
+from reftune.storage.json_lines import JsonLines
 
 pytestmark = pytest.mark.fault
 
@@ -30,7 +31,7 @@ STAGES = {"sft": "sft", "reft": "reft", "judge": "reward_model"}
 
 def poison(patch: pytest.MonkeyPatch, stage: str, steps: set[int]) -> None:
     """Make every gradient of some steps of a stage not a number."""
-    from reftune import reward_model, train_rl, train_sft
+    from reftune.stages import reward_model, rl, sft
 
     now: list[Any] = [None]
     seeded = Loop._seeded
@@ -48,9 +49,9 @@ def poison(patch: pytest.MonkeyPatch, stage: str, steps: set[int]) -> None:
         return step
 
     patch.setattr(Loop, "_seeded", watched)
-    for module in (train_sft, train_rl):
+    for module in (sft, rl):
         patch.setattr(module, "optimizer_step", poisoned(module.optimizer_step))
-    assert reward_model.train_in_epochs is train_sft.train_in_epochs
+    assert reward_model.train_in_epochs is sft.train_in_epochs
 
 
 def train(recipe: Recipe, *stages: str) -> None:
@@ -60,7 +61,9 @@ def train(recipe: Recipe, *stages: str) -> None:
 
 
 def rows_of(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
-    return [row for row in JsonLines(recipe.folder / "metrics.jsonl").rows() if row["stage"] == stage]
+    return [
+        row for row in JsonLines(recipe.folder / "metrics.jsonl").rows() if row["stage"] == stage
+    ]
 
 
 def assert_finite_weights(folder: Path) -> None:
@@ -70,7 +73,9 @@ def assert_finite_weights(folder: Path) -> None:
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
-def test_a_step_that_is_not_finite_stops_the_run_which_goes_on_to_the_same_bits(make_recipe, tmp_path, monkeypatch):
+def test_a_step_that_is_not_finite_stops_the_run_which_goes_on_to_the_same_bits(
+    make_recipe, tmp_path, monkeypatch
+):
     straight = make_recipe(run_dir=str(tmp_path / "straight"))
     run_all(straight)
     recipe = make_recipe()
@@ -80,7 +85,9 @@ def test_a_step_that_is_not_finite_stops_the_run_which_goes_on_to_the_same_bits(
             run_all(recipe)
     saved = recipe.folder / "stages" / "reft" / "nonfinite-000003.json"
     assert str(error.value).startswith("reft step 3: gradient norm is nan, first in ")
-    assert str(error.value).endswith(f"; the weights were not changed; look at the samples in {saved}")
+    assert str(error.value).endswith(
+        f"; the weights were not changed; look at the samples in {saved}"
+    )
     document = json.loads(saved.read_text())
     assert len(document["rows"]) == 8 and document["weights_not_finite"] == []
     assert_finite_weights(recipe.folder)
@@ -90,19 +97,26 @@ def test_a_step_that_is_not_finite_stops_the_run_which_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize("stage", ["sft", "reft", "judge"])
-def test_steps_that_are_not_finite_are_left_out_where_the_recipe_says_so(make_recipe, monkeypatch, stage):
+def test_steps_that_are_not_finite_are_left_out_where_the_recipe_says_so(
+    make_recipe, monkeypatch, stage
+):
     before = {"sft": (), "reft": ("sft",), "judge": ("sft",)}[stage]
     recipe = make_recipe(**with_skips(stage, max_skipped=2))
     poison(monkeypatch, stage, {2, 3})
     train(recipe, *before, stage)
-    counts = {row["step"]: row["optim/skipped"] for row in rows_of(recipe, stage) if "optim/skipped" in row}
+    counts = {
+        row["step"]: row["optim/skipped"]
+        for row in rows_of(recipe, stage)
+        if "optim/skipped" in row
+    }
     assert [counts[step] for step in (1, 2, 3)] == [0, 1, 2]
     assert max(counts.values()) == 2
     assert not any("loss/total" in row for row in rows_of(recipe, stage) if row["step"] in (2, 3))
     assert_finite_weights(recipe.folder)
     assert {path.name for path in (recipe.folder / "stages" / stage).glob("nonfinite*")} == {
-        "nonfinite-000002.json", "nonfinite-000003.json",
-    }  # fmt: skip
+        "nonfinite-000002.json",
+        "nonfinite-000003.json",
+    }
 
 
 def with_skips(stage: str, max_skipped: int) -> dict[str, Any]:
@@ -111,7 +125,11 @@ def with_skips(stage: str, max_skipped: int) -> dict[str, Any]:
     changes = {"stages": {stage: table}}
     if stage == "judge":
         judge = {**EVERY_STAGE["stages"]["judge"], "batch_size": 8}
-        changes = {"stages": {"judge": {**judge, "optimizer": {**judge["optimizer"], **table["optimizer"]}}}}
+        changes = {
+            "stages": {
+                "judge": {**judge, "optimizer": {**judge["optimizer"], **table["optimizer"]}}
+            }
+        }
     return changes
 
 
@@ -119,7 +137,9 @@ def test_more_steps_than_may_be_left_out_stop_the_run_also_after_a_resume(make_r
     recipe = make_recipe(**with_skips("sft", max_skipped=1))
     with monkeypatch.context() as patch:
         poison(patch, "sft", {2, 4})
-        with pytest.raises(NonFiniteError, match=r"sft step 4: .*; 1 steps were left out before, as many as"):
+        with pytest.raises(
+            NonFiniteError, match=r"sft step 4: .*; 1 steps were left out before, as many as"
+        ):
             train(recipe, "sft")
     poison(monkeypatch, "sft", {6})  # it resumes from step 3, where one was left out
     with pytest.raises(NonFiniteError, match=r"sft step 6: .*; 1 steps were left out before"):
@@ -130,13 +150,17 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(make_trainer, 
     trainer = make_trainer({"optimizer": {"on_nonfinite": "skip"}})
     trainer.step(1)
     before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
-    moments = [value.clone() for state in trainer.optimizer.state.values() for value in state.values()]
+    moments = [
+        value.clone() for state in trainer.optimizer.state.values() for value in state.values()
+    ]
     weight = trainer.policy.value_head.weight
     handle = weight.register_hook(lambda gradient: gradient * math.inf)
     metrics = trainer.step(2)
     handle.remove()
     assert "loss/total" not in metrics and metrics["compute/sequence_passes"] == 0
-    assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items()
+    )
     after = [value for state in trainer.optimizer.state.values() for value in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
     assert trainer.step(3)["compute/sequence_passes"] > 0
@@ -154,10 +178,16 @@ def test_a_reward_model_whose_loss_is_not_finite_saves_what_it_read(make_recipe,
     recipe = make_recipe(stages={"judge": EVERY_STAGE["stages"]["judge"]})
     train(recipe, "sft")
     forward = Classifier.forward
-    monkeypatch.setattr(Classifier, "forward", lambda self, batch: forward(self, batch) * (math.nan if self.training else 1))
+    monkeypatch.setattr(
+        Classifier,
+        "forward",
+        lambda self, batch: forward(self, batch) * (math.nan if self.training else 1),
+    )
     with pytest.raises(NonFiniteError, match="judge step 1: loss is nan in rows 0"):
         train(recipe, "judge")
-    rows = json.loads((recipe.folder / "stages" / "judge" / "nonfinite-000001.json").read_text())["rows"]
+    rows = json.loads((recipe.folder / "stages" / "judge" / "nonfinite-000001.json").read_text())[
+        "rows"
+    ]
     assert {frozenset(row) for row in rows} == {frozenset({"id", "text", "label"})}
 
 

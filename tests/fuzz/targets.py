@@ -1,7 +1,8 @@
 """What is fuzzed: functions from bytes to nothing that raise where a promise is broken.
 
-A promise is: no exception but the project's own, and no CORRECT for a wrong answer. As a script, with the name of a target and
-libFuzzer's options, it looks for such bytes guided by coverage (needs the extra `fuzz`).
+A promise is: no exception but the project's own, and no CORRECT for a wrong answer. As a script,
+with the name of a target and libFuzzer's options, it looks for such bytes guided by coverage (needs
+the extra `fuzz`).
 """
 
 from __future__ import annotations
@@ -24,22 +25,32 @@ if __name__ == "__main__":
 
 import torch
 
-from reftune.answers import grade_answer, grade_completion, grade_completion_paper, grade_value, grade_value_paper
-from reftune.checkpoint import load_latest, save_checkpoint
-from reftune.datasets._reading import read_rows
 from reftune.datasets.jsonl import Jsonl
+from reftune.datasets.reading.rows import read_rows
 from reftune.errors import ReftuneError
-from reftune.formats._source import body_of, programs_in
+from reftune.grading.answers import (
+    grade_answer,
+    grade_completion,
+    grade_completion_paper,
+    grade_value,
+    grade_value_paper,
+)
+from reftune.grading.formats._source import body_of, programs_in
 from reftune.recipe import load_recipe
+from reftune.storage.checkpoint import load_latest, save_checkpoint
 from reftune.types import Answer, Graded, Problem, Verdict
 
 CHOICES = ("7", "13 apples", "none of these", "1/3")
 GOLDS = (
-    [Answer(kind="number", value=Fraction(value)) for value in ("7", "-4", "918273645", "1/3", "1300000")],
+    [
+        Answer(kind="number", value=Fraction(value))
+        for value in ("7", "-4", "918273645", "1/3", "1300000")
+    ],
     [Answer(kind="choice", value=letter) for letter in "abcd"],
     [Answer(kind="text", value=text) for text in ("red", "blue", "green apples")],
 )
-"""Of each list at most one can be the answer: no two are equal within the tolerance, as percent or as letter and option."""
+"""Of each list at most one can be the answer: no two are equal within the tolerance, as percent or
+as letter and option."""
 PAPER = (grade_completion_paper, grade_value_paper)
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -50,10 +61,17 @@ def grader(data: bytes) -> None:
     for grade in (grade_completion, grade_answer, grade_value, *PAPER):
         for golds in GOLDS:
             choices = CHOICES if golds[0].kind == "choice" else ()
-            grades = [grade(text, Problem(id="1", question="", answer=gold, choices=choices)) for gold in golds]
+            grades = [
+                grade(text, Problem(id="1", question="", answer=gold, choices=choices))
+                for gold in golds
+            ]
             for graded in grades:
                 _check_grade(graded)
-            assert sum(graded.verdict is Verdict.CORRECT for graded in grades) <= 1, (grade.__name__, text, grades)
+            assert sum(graded.verdict is Verdict.CORRECT for graded in grades) <= 1, (
+                grade.__name__,
+                text,
+                grades,
+            )
     programs = programs_in(text)
     assert len(programs) <= 2 and all("solution" in program for program in programs)
     body_of(text)
@@ -69,7 +87,9 @@ def _text(data: bytes) -> str:
 
 def _check_grade(graded: Graded) -> None:
     assert graded.reason and graded.reason.isprintable() and len(graded.reason) < 1000, graded
-    assert (graded.value is not None) == (graded.verdict in (Verdict.CORRECT, Verdict.WRONG)), graded
+    assert (graded.value is not None) == (graded.verdict in (Verdict.CORRECT, Verdict.WRONG)), (
+        graded
+    )
 
 
 def recipe(data: bytes) -> None:
@@ -95,10 +115,13 @@ def dataset(data: bytes) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """A checkpoint with one of its files replaced: the first byte says which, and whether the checksums are made to fit."""
+    """A checkpoint with one of its files replaced: the first byte says which, and whether the
+    checksums are made to fit."""
     choice = data[0] if data else 0
     with _folder() as folder:
-        newest = save_checkpoint(folder, step=2, tensors={"weight": torch.ones(3)}, state={"loss": 1.0})
+        newest = save_checkpoint(
+            folder, step=2, tensors={"weight": torch.ones(3)}, state={"loss": 1.0}
+        )
         name = ("tensors.safetensors", "state.json", "manifest.json")[choice % 3]
         (newest / name).write_bytes(data[1:])
         if choice & 128 and name != "manifest.json":

@@ -1,4 +1,5 @@
-"""Mutations of real inputs, by Hypothesis here and guided by coverage in `make trust`; found cases stay as files in found/."""
+"""Mutations of real inputs, by Hypothesis here and guided by coverage in `make trust`; found cases
+stay as files in found/."""
 
 from __future__ import annotations
 
@@ -32,7 +33,20 @@ FUZZING_S = 60
 
 MOST = {"grader": 300, "dataset": 200, "recipe": 60, "checkpoint": 100}
 QUICK = settings(deadline=HANG_S * 1000, derandomize=True, suppress_health_check=list(HealthCheck))
-TOKENS = [b"\n", b'"', b"[" * 2000, b"9" * 5000, b"1e999", b"NaN", b"\xff", b"\x00", b"null", b"&a *a", b"-", b": "]
+TOKENS = [
+    b"\n",
+    b'"',
+    b"[" * 2000,
+    b"9" * 5000,
+    b"1e999",
+    b"NaN",
+    b"\xff",
+    b"\x00",
+    b"null",
+    b"&a *a",
+    b"-",
+    b": ",
+]
 
 ROWS = [
     '{"question": "2 + 2?", "answer": "4", "rationale": "2 + 2 = 4", "id": "a"}',
@@ -45,24 +59,43 @@ CSV = 'question,answer,choices\n"How many, all in all?",4,\nWhich?,b,"[""1"", ""
 def seeds(target: str) -> list[bytes]:
     """Inputs that the target accepts, to start from."""
     if target == "grader":
-        lines = (HERE.parent / "unit" / "grader_table.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (
+            (HERE.parent / "unit" / "grader_table.jsonl").read_text(encoding="utf-8").splitlines()
+        )
         return [json.loads(line)["completion"].encode("utf-8", "surrogatepass") for line in lines]
     if target == "recipe":
         files = sorted((ROOT / "recipes").rglob("*.yaml"))
-        small = b"name: x\nmodel: {path: m}\ndataset: word_problems\nformat: nl\nstages: {sft: {kind: sft}}\n"
-        return [small, small + b"\n===\nseed=3\n===\nstages.sft.epochs=2", *(path.read_bytes() for path in files)]
+        small = (
+            b"name: x\nmodel: {path: m}\ndataset: word_problems\nformat: nl\nstages: {sft: {kind:"
+            b" sft}}\n"
+        )
+        return [
+            small,
+            small + b"\n===\nseed=3\n===\nstages.sft.epochs=2",
+            *(path.read_bytes() for path in files),
+        ]
     if target == "dataset":
         jsonl, listed = "\n".join(ROWS), f"[{','.join(ROWS)}]"
         texts = {".jsonl": jsonl, ".json": listed, ".csv": CSV, ".tsv": CSV.replace(",", "\t")}
         files = {suffix: text.encode() for suffix, text in texts.items()} | {".parquet": _parquet()}
         return [bytes([SUFFIXES.index(suffix)]) + content for suffix, content in files.items()]
     tensors, state = save({"weight": ones(3)}), b'{"step": 2, "loss": 1.0}'
-    return [bytes([0]) + tensors, bytes([129]) + tensors, bytes([1]) + state, bytes([130]) + state, bytes([2]) + b"{}"]
+    return [
+        bytes([0]) + tensors,
+        bytes([129]) + tensors,
+        bytes([1]) + state,
+        bytes([130]) + state,
+        bytes([2]) + b"{}",
+    ]
 
 
 def _parquet() -> bytes:
     buffer = io.BytesIO()
-    columns = {"question": ["2 + 2?", "3 + 3?"], "answer": ["4", "6"], "choices": [["4", "5"], None]}
+    columns = {
+        "question": ["2 + 2?", "3 + 3?"],
+        "answer": ["4", "6"],
+        "choices": [["4", "5"], None],
+    }
     parquet.write_table(pyarrow.table(columns), buffer, compression="none")
     return buffer.getvalue()
 
@@ -112,7 +145,9 @@ def test_what_was_found_once_breaks_no_promise(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_inputs_guided_by_coverage_break_no_promise(target: str, tmp_path: Path, record_property) -> None:
+def test_inputs_guided_by_coverage_break_no_promise(
+    target: str, tmp_path: Path, record_property
+) -> None:
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("needs the extra fuzz: pip install 'reftune[fuzz]'")
     corpus = tmp_path / "corpus"
@@ -120,10 +155,19 @@ def test_inputs_guided_by_coverage_break_no_promise(target: str, tmp_path: Path,
     for number, data in enumerate(seeds(target)):
         (corpus / str(number)).write_bytes(data)
     command = [
-        sys.executable, str(HERE / "targets.py"), target, f"-max_total_time={FUZZING_S}", f"-timeout={HANG_S}",
-        "-max_len=20000", "-rss_limit_mb=4096", f"-artifact_prefix={tmp_path}/found-", str(corpus),
-    ]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT, check=False)
+        sys.executable,
+        str(HERE / "targets.py"),
+        target,
+        f"-max_total_time={FUZZING_S}",
+        f"-timeout={HANG_S}",
+        "-max_len=20000",
+        "-rss_limit_mb=4096",
+        f"-artifact_prefix={tmp_path}/found-",
+        str(corpus),
+    ]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", cwd=ROOT, check=False
+    )
     runs = re.search(r"Done (\d+) runs", ended.stderr)
     record_property("tried", int(runs[1]) if runs is not None else 1)
     found = [path.read_bytes() for path in tmp_path.glob("found-*")]

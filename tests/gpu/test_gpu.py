@@ -13,18 +13,20 @@ import pytest
 import torch
 
 from crash import EVERY_STAGE, assert_same_outcome, outcome, run_all
-from reftune.batch import token_batch
 from reftune.engines.kv import Kv
-from reftune.policy import Policy
-from reftune.progress import SilentProgress
+from reftune.model.batch import token_batch
+from reftune.model.policy import Policy
 from reftune.recipe import Recipe
-from reftune.run_folder import open_run
-from reftune.train_rl import Trainer
-from reftune.train_sft import accumulate_nll
-from reftune.training import Interrupted
+from reftune.runs.run import open_run
+from reftune.stages.loop import Interrupted
+from reftune.stages.progress import SilentProgress
+from reftune.stages.rl import Trainer
+from reftune.stages.sft import accumulate_nll
 from reftune.types import SamplingParams
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by deterministic products, before the first of them
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # asked for by deterministic products, before the first of them
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,10 +38,14 @@ RESPONSES = [[13, 14, 1], [15, 1], [16, 17, 18, 19, 1], [1]]
 MakePolicy = Callable[..., Policy]
 
 
-def gradients(policy: Policy, device: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(
+    policy: Policy, device: str, dtype: torch.dtype
+) -> tuple[float, dict[str, torch.Tensor]]:
     policy.to(device)
     policy.compute_dtype = dtype
-    loss = accumulate_nll(policy, token_batch(PROMPTS, RESPONSES, device=device), max_tokens=12, where="")
+    loss = accumulate_nll(
+        policy, token_batch(PROMPTS, RESPONSES, device=device), max_tokens=12, where=""
+    )
     return loss, {name: p.grad.cpu() for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -50,7 +56,9 @@ def test_loss_and_gradients_are_those_of_the_cpu(make_policy: MakePolicy, family
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_bf16_arithmetic_keeps_weights_and_log_probabilities_in_fp32(make_policy: MakePolicy):
@@ -61,16 +69,27 @@ def test_bf16_arithmetic_keeps_weights_and_log_probabilities_in_fp32(make_policy
     assert {p.dtype for p in policy.parameters()} == {scores.logprobs.dtype} == {torch.float32}
     assert loss == pytest.approx(exact_loss, rel=0.05) and loss != exact_loss
     for name, gradient in exact.items():
-        assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.97, name
+        assert (
+            torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
+            > 0.97
+        ), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probabilities_of_samples_are_those_recomputed(make_policy: MakePolicy, dtype: torch.dtype):
+def test_log_probabilities_of_samples_are_those_recomputed(
+    make_policy: MakePolicy, dtype: torch.dtype
+):
     policy = make_policy(dtype=dtype).to("cuda")
-    completions = Kv(batch_size=3).generate(policy, PROMPTS * 4, SamplingParams(max_new_tokens=12, seed=1))
-    batch = token_batch(PROMPTS * 4, [completion.token_ids for completion in completions], device="cuda")
+    completions = Kv(batch_size=3).generate(
+        policy, PROMPTS * 4, SamplingParams(max_new_tokens=12, seed=1)
+    )
+    batch = token_batch(
+        PROMPTS * 4, [completion.token_ids for completion in completions], device="cuda"
+    )
     recomputed = policy.score(batch, max_tokens=64).logprobs[batch.response_mask].cpu()
-    sampled = torch.tensor([logprob for completion in completions for logprob in completion.logprobs])
+    sampled = torch.tensor(
+        [logprob for completion in completions for logprob in completion.logprobs]
+    )
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     assert (recomputed - sampled).abs().mean() < tolerance
 
@@ -78,7 +97,9 @@ def test_log_probabilities_of_samples_are_those_recomputed(make_policy: MakePoli
 def test_the_same_tokens_are_drawn_as_on_the_cpu(make_policy: MakePolicy):
     params = SamplingParams(max_new_tokens=12, seed=1)
     found = Kv().generate(make_policy().to("cuda"), PROMPTS, params)
-    assert [c.token_ids for c in found] == [c.token_ids for c in Kv().generate(make_policy(), PROMPTS, params)]
+    assert [c.token_ids for c in found] == [
+        c.token_ids for c in Kv().generate(make_policy(), PROMPTS, params)
+    ]
 
 
 def test_a_ppo_step_is_that_of_the_cpu(make_trainer: Callable[..., Trainer], tmp_path: Path):
@@ -87,7 +108,9 @@ def test_a_ppo_step_is_that_of_the_cpu(make_trainer: Callable[..., Trainer], tmp
     credit: list[torch.Tensor] = []
     for device in ("cpu", "cuda"):
         trainer = make_trainer(
-            {"optimizer": {"learning_rate": 1e-3}}, model={**model, "device": device}, run_dir=str(tmp_path / device)
+            {"optimizer": {"learning_rate": 1e-3}},
+            model={**model, "device": device},
+            run_dir=str(tmp_path / device),
         )
         rollouts, _ = trainer.sample(1, "rollout")
         batch, _ = trainer.score(rollouts)
@@ -100,7 +123,9 @@ def test_a_ppo_step_is_that_of_the_cpu(make_trainer: Callable[..., Trainer], tmp
     assert steps[1] == pytest.approx(steps[0], rel=1e-3, abs=1e-5)
 
 
-def test_every_stage_runs_and_resumes_on_the_gpu(make_recipe: Callable[..., Recipe], tmp_path: Path):
+def test_every_stage_runs_and_resumes_on_the_gpu(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+):
     changes = {**EVERY_STAGE, "model": {"device": "cuda"}}
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -126,7 +151,8 @@ class StopAtOnce(SilentProgress):
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_samples(make_policy: MakePolicy):
-    # rows are scored and trained a micro-batch at a time: what grows is only the batch of ids and numbers itself
+    # rows are scored and trained a micro-batch at a time: what grows is only the batch of ids and
+    # numbers itself
     policy = make_policy().to("cuda")
 
     def peak(copies: int) -> int:

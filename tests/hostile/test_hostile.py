@@ -1,4 +1,5 @@
-"""Hostile programs, a corpus of them in readable files, against both sandboxes: nothing gets out, nobody else is harmed."""
+"""Hostile programs, a corpus of them in readable files, against both sandboxes: nothing gets out,
+nobody else is harmed."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ import pytest
 
 from hostile.world import GOLD, PROBLEM, Attack, World, attacks, neighbour, world_in
 from reftune.errors import ReftuneError
-from reftune.formats.program import Program
-from reftune.sandbox_subprocess import INTERPRETER_MIB
+from reftune.grading.formats.program import Program
+from reftune.grading.sandbox.subprocess import INTERPRETER_MIB
 from reftune.types import Graded, Verdict
 
 Backend = Literal["monty", "subprocess"]
@@ -28,16 +29,29 @@ Record = Callable[[str, object], None]
 
 pytestmark = [pytest.mark.hostile, pytest.mark.timeout(600)]
 GROUPS = {
-    "environment", "files", "flooding", "forging", "introspection", "memory", "monkeypatching", "network", "poisoning",
-    "processes", "recursion", "signals", "time",
-}  # fmt: skip
+    "environment",
+    "files",
+    "flooding",
+    "forging",
+    "introspection",
+    "memory",
+    "monkeypatching",
+    "network",
+    "poisoning",
+    "processes",
+    "recursion",
+    "signals",
+    "time",
+}
 TIMEOUT_S = {"monty": 0.5, "subprocess": 1.0}
 MEMORY_MIB = 64
 WORKER_MIB = {"monty": MEMORY_MIB + 64, "subprocess": MEMORY_MIB + INTERPRETER_MIB}
 """What a worker may hold: the program's memory and its own."""
 LATE_S = 6.0
 """How late a program may end on a machine that has other things to do."""
-DOORMAN_OFF = "import sys\nsys.modules['__main__'].Doorman.__call__ = lambda self, event, args: None\n"
+DOORMAN_OFF = (
+    "import sys\nsys.modules['__main__'].Doorman.__call__ = lambda self, event, args: None\n"
+)
 
 
 @pytest.fixture
@@ -47,8 +61,11 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def program_format(backend: Backend, grading: Literal["robust", "paper"] = "robust") -> Program:
-    """The format that grades programs in the sandbox; skips the test where the system cannot run it."""
-    format = Program(timeout_s=TIMEOUT_S[backend], memory_mib=MEMORY_MIB, sandbox=backend, grading=grading)
+    """The format that grades programs in the sandbox; skips the test where the system cannot run
+    it."""
+    format = Program(
+        timeout_s=TIMEOUT_S[backend], memory_mib=MEMORY_MIB, sandbox=backend, grading=grading
+    )
     try:
         format.grade([PROBLEM], ["def solution():\n    return 1"])
     except ReftuneError as error:
@@ -73,10 +90,13 @@ def harm(world: World, before: object, attack: Attack, graded: Graded) -> list[s
 def grade_among_neighbours(
     format: Program, world: World, chosen: Sequence[Attack], *, prelude: str = ""
 ) -> tuple[list[Graded], list[str]]:
-    """One batch, an honest program after each attack: the attacks' grades, and the neighbours whose verdicts changed."""
+    """One batch, an honest program after each attack: the attacks' grades, and the neighbours whose
+    verdicts changed."""
     honest = [neighbour(number) for number in range(len(chosen))]
     programs = [
-        each for attack, (source, _) in zip(chosen, honest, strict=True) for each in (prelude + world.program(attack), source)
+        each
+        for attack, (source, _) in zip(chosen, honest, strict=True)
+        for each in (prelude + world.program(attack), source)
     ]
     grades = format.grade([PROBLEM] * len(programs), programs)
     return grades[::2], [
@@ -86,12 +106,18 @@ def grade_among_neighbours(
     ]
 
 
-def survive(format: Program, world: World, chosen: Sequence[Attack], record: Record, *, prelude: str = "") -> None:
+def survive(
+    format: Program, world: World, chosen: Sequence[Attack], record: Record, *, prelude: str = ""
+) -> None:
     """Grade the attacks as one batch and hold them to the limits of all together."""
     before, started = world.state(), time.monotonic()
     grades, disturbed = grade_among_neighbours(format, world, chosen, prelude=prelude)
     seconds = time.monotonic() - started
-    lost = [each for attack, graded in zip(chosen, grades, strict=True) for each in harm(world, before, attack, graded)]
+    lost = [
+        each
+        for attack, graded in zip(chosen, grades, strict=True)
+        for each in harm(world, before, attack, graded)
+    ]
     record("tried", len(chosen))
     record("lost", len(lost) + len(disturbed))
     assert not lost
@@ -116,12 +142,16 @@ def test_a_sample_does_not_get_out_of_the_subprocess(world: World, record_proper
     survive(program_format("subprocess"), world, attacks()[::12], record_property)
 
 
-def test_without_its_audit_hook_the_kernel_holds_a_sample(world: World, record_property: Record) -> None:
-    chosen = attacks("files", "environment", "network", "processes", "signals", "introspection")[::16]
+def test_without_its_audit_hook_the_kernel_holds_a_sample(
+    world: World, record_property: Record
+) -> None:
+    chosen = attacks("files", "environment", "network", "processes", "signals", "introspection")[
+        ::16
+    ]
     survive(program_format("subprocess"), world, chosen, record_property, prelude=DOORMAN_OFF)
 
 
-# --- the whole forms --------------------------------------------------------------------------------------------------
+# --- the whole forms ------------------------------------------------------------------------------
 
 
 class PeakMemory:
@@ -146,7 +176,9 @@ class PeakMemory:
         while not self._done.wait(0.01):
             for child in this.children(recursive=True):
                 try:
-                    if child.cmdline() != own:  # before its exec a child shares this process's memory
+                    if (
+                        child.cmdline() != own
+                    ):  # before its exec a child shares this process's memory
                         self.mib = max(self.mib, child.memory_info().rss / 2**20)
                 except psutil.Error:
                     continue
@@ -190,9 +222,16 @@ def test_nothing_gets_out_under_the_papers_rules(world: World, record_property: 
     # the paper's rules run one function up to its first blank line
     format, before = program_format("monty", "paper"), world.state()
     chosen = attacks()
-    completions = [f"def solution():\n{textwrap.indent(world.program(each), '    ')}\n    return solution()" for each in chosen]
+    completions = [
+        f"def solution():\n{textwrap.indent(world.program(each), '    ')}\n    return solution()"
+        for each in chosen
+    ]
     grades = format.grade([PROBLEM] * len(chosen), completions)
-    lost = [each for attack, graded in zip(chosen, grades, strict=True) for each in harm(world, before, attack, graded)]
+    lost = [
+        each
+        for attack, graded in zip(chosen, grades, strict=True)
+        for each in harm(world, before, attack, graded)
+    ]
     record_property("tried", len(chosen))
     record_property("lost", len(lost))
     assert not lost
@@ -227,15 +266,24 @@ def test_the_attacks_work_where_there_is_no_sandbox(group: str, tmp_path: Path) 
             before = world.state()
             program = f"{world.program(attack)}\nprint(solution())"
             with subprocess.Popen(
-                [sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path,
-                stdin=subprocess.DEVNULL, env=dict(os.environ), start_new_session=True,
-            ) as process:  # fmt: skip
+                [sys.executable, "-I", "-c", program],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=tmp_path,
+                stdin=subprocess.DEVNULL,
+                env=dict(os.environ),
+                start_new_session=True,
+            ) as process:
                 try:
                     output = process.communicate(timeout=10)[0]
                 except subprocess.TimeoutExpired:
                     process.kill()
                     output = b""
             time.sleep(0.2)  # so that the server has seen it
-            if str(GOLD).encode() not in output and world.state() == before and not world.connections:
+            if (
+                str(GOLD).encode() not in output
+                and world.state() == before
+                and not world.connections
+            ):
                 harmless.append(str(attack))
     assert not harmless

@@ -1,7 +1,9 @@
-"""What hostile programs attack: a secret in a file, in the environment and behind a socket, a folder, and honest neighbours.
+"""What hostile programs attack: a secret in a file, in the environment and behind a socket, a
+folder, and honest neighbours.
 
-A program gets out if it returns the secret, which is the gold answer, so that its verdict is CORRECT; if it changes anything
-in the folder or leaves something elsewhere; or if it reaches a socket.
+A program gets out if it returns the secret, which is the gold answer, so that its verdict is
+CORRECT; if it changes anything in the folder or leaves something elsewhere; or if it reaches a
+socket.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from reftune.types import Answer, Problem, Verdict
 
 GOLD = 918273645
 CORPUS = Path(__file__).with_name("corpus")
-LEFT_BEHIND = [Path(folder, "reftune-left-behind") for folder in ("/tmp", "/var/tmp", "/dev/shm", ".")]
+LEFT_BEHIND = [
+    Path(folder, "reftune-left-behind") for folder in ("/tmp", "/var/tmp", "/dev/shm", ".")
+]
 PROBLEM = Problem(id="gold", question="?", answer=Answer(kind="number", value=Fraction(GOLD)))
 
 
@@ -48,14 +52,17 @@ def attacks(*groups: str) -> list[Attack]:
 
 
 HONEST = {
-    Verdict.CORRECT: f"import math, collections\nNEIGHBOUR = {GOLD}\ndef solution():\n"
-    "    counted = collections.Counter([1, 1, 2])\n    wrong = math.floor(math.pi) + sum(range(3)) + len(str(counted[1])) - 7\n"
-    "    return NEIGHBOUR + int(wrong)",
+    Verdict.CORRECT: (
+        f"import math, collections\nNEIGHBOUR = {GOLD}\ndef solution():\n    counted ="
+        " collections.Counter([1, 1, 2])\n    wrong = math.floor(math.pi) + sum(range(3)) +"
+        " len(str(counted[1])) - 7\n    return NEIGHBOUR + int(wrong)"
+    ),
     Verdict.WRONG: "def solution():\n    apples = 23\n    return apples - round(abs(-3.0))",
     Verdict.NO_ANSWER: "def solution():\n    return None",
     Verdict.ERROR: "def solution():\n    return left_behind + apples",
 }
-"""Honest programs with their verdicts, which depend on built-ins and modules being what they are."""
+"""Honest programs with their verdicts, which depend on built-ins and modules being what they are.
+"""
 
 
 def neighbour(number: int) -> tuple[str, Verdict]:
@@ -110,10 +117,14 @@ class World:
         """Everything in the folders: name, mode, time, content; and what was left elsewhere."""
         inside = sorted(path for path in self.root.rglob("*"))
         found = [
-            (str(path), path.lstat().st_mode, path.lstat().st_mtime_ns * path.is_file(),
-             path.read_text(errors="replace")[:100] if path.is_file() else "")
+            (
+                str(path),
+                path.lstat().st_mode,
+                path.lstat().st_mtime_ns * path.is_file(),
+                path.read_text(errors="replace")[:100] if path.is_file() else "",
+            )
             for path in inside
-        ]  # fmt: skip
+        ]
         return found + [(str(path), 0, 0, "") for path in LEFT_BEHIND if path.exists()]
 
     def serve(self) -> None:

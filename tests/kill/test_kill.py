@@ -1,8 +1,10 @@
-"""A run that is killed anywhere, any number of times, and started again with the same command ends with the same bits.
+"""A run that is killed anywhere, any number of times, and started again with the same command ends
+with the same bits.
 
-Every stage, sampling and evaluation is in the run: SFT with its warm-up, both self-trainings, PPO, a reward model, reranking,
-summary and report. Kills come at a random operation on a file, inside the writing of one (which is left torn), and by the
-clock. The short form is in the default tests; the long one runs with `make trust`, or `pytest -m "kill and slow"`.
+Every stage, sampling and evaluation is in the run: SFT with its warm-up, both self-trainings, PPO,
+a reward model, reranking, summary and report. Kills come at a random operation on a file, inside
+the writing of one (which is left torn), and by the clock. The short form is in the default tests;
+the long one runs with `make trust`, or `pytest -m "kill and slow"`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ import pytest
 from crash import EVERY_STAGE, assert_same_outcome, die, live, outcome, tear
 from reftune.recipe import Recipe
 
-pytestmark = [pytest.mark.kill, pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.kill,
+    pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),
+]
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -36,8 +41,8 @@ class Straight:
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling and evaluation in several parts, so that there is something between them."""
-    monkeypatch.setattr("reftune.evaluation.PROBLEMS_AT_ONCE", 4)
-    monkeypatch.setattr("reftune.self_train.SAMPLES_AT_ONCE", 24)
+    monkeypatch.setattr("reftune.runs.evaluation.PROBLEMS_AT_ONCE", 4)
+    monkeypatch.setattr("reftune.stages.self_train.SAMPLES_AT_ONCE", 24)
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +51,29 @@ def kept() -> list[Straight]:
 
 
 @pytest.fixture
-def straight(kept: list[Straight], _small_parts: None, make_recipe: MakeRecipe, tmp_path: Path) -> Straight:
+def straight(
+    kept: list[Straight], _small_parts: None, make_recipe: MakeRecipe, tmp_path: Path
+) -> Straight:
     if not kept:
-        recipe, started = make_recipe(run_dir=str(tmp_path / "straight"), **EVERY_STAGE), time.perf_counter()
+        recipe, started = (
+            make_recipe(run_dir=str(tmp_path / "straight"), **EVERY_STAGE),
+            time.perf_counter(),
+        )
         life = live(recipe)
         assert life.status == 0, life.stderr
-        kept.append(Straight(outcome=outcome(recipe.folder), operations=life.operations, seconds=time.perf_counter() - started))
+        kept.append(
+            Straight(
+                outcome=outcome(recipe.folder),
+                operations=life.operations,
+                seconds=time.perf_counter() - started,
+            )
+        )
     return kept[0]
 
 
 def random_life(recipe: Recipe, straight: Straight, rng: random.Random, share: float) -> bool:
-    """Whether the run came to its end before it was killed, within a share of the whole run's operations or seconds."""
+    """Whether the run came to its end before it was killed, within a share of the whole run's
+    operations or seconds."""
     how = rng.choice((die, tear, None))
     if how is None:
         life = live(recipe, kill_after_s=rng.uniform(0, straight.seconds * share))
@@ -66,7 +83,9 @@ def random_life(recipe: Recipe, straight: Straight, rng: random.Random, share: f
     return life.status == 0
 
 
-def killed_until_it_ends(recipe: Recipe, straight: Straight, rng: random.Random, share: float) -> int:
+def killed_until_it_ends(
+    recipe: Recipe, straight: Straight, rng: random.Random, share: float
+) -> int:
     """Kills that the run took before it ended with the outcome of the straight one."""
     kills = 0
     while not random_life(recipe, straight, rng, share):
@@ -76,16 +95,28 @@ def killed_until_it_ends(recipe: Recipe, straight: Straight, rng: random.Random,
 
 
 def test_the_run_that_is_compared_with_has_every_stage(straight: Straight):
-    stages = {f"stages/{name}/model.safetensors" for name in ("warmup", "sft", "offline", "online", "reft", "judge")}
+    stages = {
+        f"stages/{name}/model.safetensors"
+        for name in ("warmup", "sft", "offline", "online", "reft", "judge")
+    }
     answers = {f"eval/{name}.jsonl" for name in ("warmup", "sft", "offline", "online", "reft")}
-    samples = {"stages/offline/sampled.jsonl", "stages/judge/sampled.jsonl", "stages/judge/sampled_dev.jsonl"}
-    assert stages | answers | samples | {"summary.json", "stages/judge/classifier.safetensors"} <= set(straight.outcome)
+    samples = {
+        "stages/offline/sampled.jsonl",
+        "stages/judge/sampled.jsonl",
+        "stages/judge/sampled_dev.jsonl",
+    }
+    assert stages | answers | samples | {
+        "summary.json",
+        "stages/judge/classifier.safetensors",
+    } <= set(straight.outcome)
     assert len({straight.outcome[name] for name in stages}) == len(stages)
     assert b'"score"' in straight.outcome["eval/reft.jsonl"]
 
 
 @pytest.mark.timeout(600)
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(straight, make_recipe, record_property):
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
+    straight, make_recipe, record_property
+):
     kills = killed_until_it_ends(make_recipe(**EVERY_STAGE), straight, random.Random(5), share=0.4)
     record_property("tried", kills)
     assert kills >= 3
@@ -94,12 +125,17 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(straight, make_r
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(6))
-def test_runs_killed_at_many_random_moments_end_with_the_same_bits(straight, make_recipe, tmp_path, record_property, seed):
+def test_runs_killed_at_many_random_moments_end_with_the_same_bits(
+    straight, make_recipe, tmp_path, record_property, seed
+):
     # 6 × 10 kills at least
     rng, kills, number = random.Random(seed), 0, 0
     while kills < 10:
         number += 1
         kills += killed_until_it_ends(
-            make_recipe(run_dir=str(tmp_path / f"run{number}"), **EVERY_STAGE), straight, rng, share=0.2
+            make_recipe(run_dir=str(tmp_path / f"run{number}"), **EVERY_STAGE),
+            straight,
+            rng,
+            share=0.2,
         )
     record_property("tried", kills)

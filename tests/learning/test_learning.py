@@ -1,6 +1,8 @@
-"""A tiny model must learn, on three seeds: PPO its reward, SFT its examples, the value head what can be foreseen.
+"""A tiny model must learn, on three seeds: PPO its reward, SFT its examples, the value head what
+can be foreseen.
 
-The task: a question of one word has an answer of one word. Margins are stated in each test and hold with room on every seed.
+The task: a question of one word has an answer of one word. Margins are stated in each test and hold
+with room on every seed.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from reftune.jsonlines import JsonLines
-from reftune.progress import SilentProgress
 from reftune.recipe import Recipe
-from reftune.run_folder import open_run
+from reftune.runs.run import open_run
+from reftune.stages.progress import SilentProgress
+from reftune.storage.json_lines import JsonLines
 
 SEEDS = [0, 1, 2]
 
@@ -23,9 +25,12 @@ COMPONENTS = Path(__file__).parent.parent / "components.py"
 
 @pytest.fixture
 def colours(make_recipe, tmp_path) -> Any:
-    """A recipe of one stage on the colours task: two answers to eight questions for PPO, four for SFT."""
+    """A recipe of one stage on the colours task: two answers to eight questions for PPO, four for
+    SFT."""
 
-    def make(seed: int, stage: dict[str, Any], *, name: str = "it", num_answers: int = 2, **changes: Any) -> Recipe:
+    def make(
+        seed: int, stage: dict[str, Any], *, name: str = "it", num_answers: int = 2, **changes: Any
+    ) -> Recipe:
         return make_recipe(
             seed=seed,
             run_dir=str(tmp_path / name),
@@ -33,7 +38,11 @@ def colours(make_recipe, tmp_path) -> Any:
             dataset={"kind": f"{COMPONENTS}:Colours", "num_answers": num_answers},
             format={"kind": f"{COMPONENTS}:SayGold"},
             lengths={"max_new": 2},
-            stages={"sft": None, "reft": None, "it": {"init": "base", "save_every_s": 1000, **stage}},
+            stages={
+                "sft": None,
+                "reft": None,
+                "it": {"init": "base", "save_every_s": 1000, **stage},
+            },
             evaluate={"stages": None},
             **changes,
         )
@@ -66,7 +75,8 @@ PPO = {"kind": "rl", "prompts": 32, "value_prefit": 2, "optimizer": {"learning_r
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ppo_learns_to_say_what_is_paid(colours, seed):
-    # 1 for the answer, .1 for anything else; at the start 1 of about 12 words is right: .1 + .9/12 = .175
+    # 1 for the answer, .1 for anything else; at the start 1 of about 12 words is right: .1 + .9/12
+    # = .175
     rows = trained(colours(seed, {**PPO, "steps": 30, "eval_every": 30}))
     rewards = values(rows, "reward/mean")
     assert mean(rewards[:3]) < 0.35
@@ -76,7 +86,8 @@ def test_ppo_learns_to_say_what_is_paid(colours, seed):
 
 
 def test_ppo_does_not_learn_answers_that_are_not_paid(colours, by_question):
-    # the pay depends on the question alone, so right answers stay as rare as they were: 1 of about 12
+    # the pay depends on the question alone, so right answers stay as rare as they were: 1 of about
+    # 12
     rows = trained(colours(0, {**PPO, "steps": 15, "eval_every": 15}, reward=by_question))
     assert mean(values(rows, "reward/correct")[-5:]) < 0.3
 
@@ -99,7 +110,8 @@ def test_sft_learns_its_examples(colours, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_prefitted_value_head_explains_a_reward_that_can_be_foreseen(colours, by_question, seed):
-    # the question alone decides the pay, so nearly all its variance can be explained; unfitted, the head says 0
+    # the question alone decides the pay, so nearly all its variance can be explained; unfitted, the
+    # head says 0
     explained = {}
     for prefit in (0, 4):
         stage = {**PPO, "steps": 1, "prompts": 64, "value_prefit": prefit}

@@ -1,7 +1,9 @@
-"""The reference checks E1 (its token part), E10–E21 and E22 on the training core: rules of the authors' code, by hand.
+"""The reference checks E1 (its token part), E10–E21 and E22 on the training core: rules of the
+authors' code, by hand.
 
-A response is the masked part of their sequences: their mask entry t stands for the prediction of token t + 1, so a prompt
-of 3 tokens and an eos at index 5 is a response of 3 tokens, predicted from positions 2, 3 and 4.
+A response is the masked part of their sequences: their mask entry t stands for the prediction of
+token t + 1, so a prompt of 3 tokens and an eos at index 5 is a response of 3 tokens, predicted from
+positions 2, 3 and 4.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from reftune.advantages import gae, token_rewards, whiten
+from reftune.algorithms.advantages import gae, token_rewards, whiten
+from reftune.algorithms.losses import ppo_policy_terms, value_terms
 from reftune.algorithms.ppo import Ppo
-from reftune.batch import RolloutBatch, TokenBatch, token_batch
-from reftune.encoding import Encoder
-from reftune.losses import ppo_policy_terms, value_terms
-from reftune.models import word_tokenizer
-from reftune.policy import TokenScores
-from reftune.train_rl import Rl
-from reftune.train_sft import accumulate_nll
-from reftune.training import OptimizerTable, rate
+from reftune.model.batch import RolloutBatch, TokenBatch, token_batch
+from reftune.model.encoder import Encoder
+from reftune.model.policy import TokenScores
+from reftune.model.scratch import word_tokenizer
+from reftune.stages.optimizer import OptimizerTable, rate
+from reftune.stages.rl import Rl
+from reftune.stages.sft import accumulate_nll
 from reftune.types import Answer, Problem
 
 AUTHORS = {"gamma": 1.0, "lam": 0.95}
@@ -35,9 +37,15 @@ def sampled(prompt: int, *responses: int) -> TokenBatch:
 
 
 def credit(
-    batch: TokenBatch, values: list[list[float]], rewards: list[float], log_ratios: list[list[float]] | None = None, *,
-    kl_coef: float = 0.0, gamma: float = 1.0, lam: float = 0.95,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch: TokenBatch,
+    values: list[list[float]],
+    rewards: list[float],
+    log_ratios: list[list[float]] | None = None,
+    *,
+    kl_coef: float = 0.0,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token rewards, advantages before whitening, returns."""
     mask = batch.response_mask
     old = torch.zeros(mask.shape)
@@ -46,7 +54,7 @@ def credit(
     return paid, *gae(paid, torch.tensor(values), mask, gamma=gamma, lam=lam)
 
 
-# --- E1 ---------------------------------------------------------------------------------------------------------------
+# --- E1 -------------------------------------------------------------------------------------------
 
 
 class Program:
@@ -61,12 +69,15 @@ PROBLEM = Problem(id="1", question="", answer=Answer(kind="text", value="3"), ra
 
 
 def test_e1_prompt_and_target_are_tokenised_apart_and_one_eos_ends_the_target():
-    tokenizer = word_tokenizer(["def solution():\n", "    return 3", "def solution():\n    return 3"])
+    tokenizer = word_tokenizer(
+        ["def solution():\n", "    return 3", "def solution():\n    return 3"]
+    )
     encoder = Encoder(tokenizer, Program())
     prompt, target = encoder.prompt(PROBLEM), encoder.target(PROBLEM)
     assert [tokenizer.decode([t]) for t in prompt] == ["def", " solution", "():", "\n"]
     assert [tokenizer.decode([t]) for t in target] == [" ", " ", " ", " return ", "3", "<eos>"]
-    # as one text the line break would have taken the indent along: another boundary than sampling sees
+    # as one text the line break would have taken the indent along: another boundary than sampling
+    # sees
     joined = tokenizer.encode("def solution():\n    return 3")
     assert joined != prompt + target[:-1]
     assert prompt.count(tokenizer.eos_token_id) == 0 and target.count(tokenizer.eos_token_id) == 1
@@ -77,12 +88,12 @@ def test_e1_the_loss_is_on_target_and_eos_only(make_policy):
     prompt, target = [3, 4, 5], [6, 7, 1]
     labels = torch.tensor([[-100, -100, -100, 6, 7, 1]])
     expected = policy.model(input_ids=torch.tensor([prompt + target]), labels=labels).loss
-    assert accumulate_nll(policy, token_batch([prompt], [target]), max_tokens=100, where="") == pytest.approx(
-        expected.item(), rel=1e-5
-    )
+    assert accumulate_nll(
+        policy, token_batch([prompt], [target]), max_tokens=100, where=""
+    ) == pytest.approx(expected.item(), rel=1e-5)
 
 
-# --- E10 to E16: masks and advantages ---------------------------------------------------------------------------------
+# --- E10 to E16: masks and advantages -------------------------------------------------------------
 
 
 def test_e10_mask_reward_and_advantages():
@@ -102,13 +113,17 @@ def test_e11_the_symbols_as_the_paper_prints_them_give_other_numbers_and_ours_ar
 
 
 def test_e12_the_kl_penalty_is_in_the_reward_of_every_token():
-    paid, advantages, returns = credit(sampled(3, 3), [[0.5, 0.6, 0.7]], [1.0], [[0.2, -0.1, 0.4]], kl_coef=0.05, **AUTHORS)
+    paid, advantages, returns = credit(
+        sampled(3, 3), [[0.5, 0.6, 0.7]], [1.0], [[0.2, -0.1, 0.4]], kl_coef=0.05, **AUTHORS
+    )
     assert_close(paid, torch.tensor([[-0.01, 0.005, 0.98]]))
     assert_close(advantages, torch.tensor([[0.44245, 0.371, 0.28]]))
     assert_close(returns, torch.tensor([[0.94245, 0.971, 0.98]]))
 
 
-@pytest.mark.parametrize(("reward", "expected"), [(0.1, [0.09025, 0.095, 0.1]), (1.0, [0.9025, 0.95, 1.0])])
+@pytest.mark.parametrize(
+    ("reward", "expected"), [(0.1, [0.09025, 0.095, 0.1]), (1.0, [0.9025, 0.95, 1.0])]
+)
 def test_e13_with_zero_values_advantages_and_returns_are_the_decayed_reward(reward, expected):
     _, advantages, returns = credit(sampled(3, 3), [[0.0, 0.0, 0.0]], [reward], **AUTHORS)
     assert_close(advantages, torch.tensor([expected]))
@@ -120,7 +135,9 @@ def test_e14_an_early_eos_leaves_zeros_behind_it():
     batch = sampled(3, 2, 5)
     assert batch.rows(torch.tensor([0])).predictor_index()[1].tolist() == [2, 3]
     assert batch.response_mask[0].tolist() == [True, True, False, False, False]
-    paid, advantages, returns = credit(batch, [[0.2, 0.4, 9, 9, 9], [0.0] * 5], [1.0, 0.0], **AUTHORS)
+    paid, advantages, returns = credit(
+        batch, [[0.2, 0.4, 9, 9, 9], [0.0] * 5], [1.0, 0.0], **AUTHORS
+    )
     assert_close(paid[0], torch.tensor([0.0, 1, 0, 0, 0]))
     assert_close(advantages[0], torch.tensor([0.77, 0.6, 0, 0, 0]))
     assert_close(returns[0], torch.tensor([0.97, 1.0, 0, 0, 0]))
@@ -132,7 +149,9 @@ def test_e15_truncation_is_termination():
     assert batch.predictor_index()[1].tolist() == [2, 3, 4]
     paid, advantages, _ = credit(batch, [[0.5, 0.6, 0.7]], [0.1], **AUTHORS)
     assert_close(paid, torch.tensor([[0.0, 0.0, 0.1]]))
-    assert_close(advantages[0, -1], torch.tensor(0.1 - 0.7))  # nothing is bootstrapped after the cut
+    assert_close(
+        advantages[0, -1], torch.tensor(0.1 - 0.7)
+    )  # nothing is bootstrapped after the cut
 
 
 def test_e16_eos_as_the_first_token_is_a_response_of_one():
@@ -142,11 +161,14 @@ def test_e16_eos_as_the_first_token_is_a_response_of_one():
     assert (paid.tolist(), advantages.tolist(), returns.tolist()) == ([[1.0]], [[0.5]], [[1.0]])
 
 
-# --- E17 to E20: whitening and losses ---------------------------------------------------------------------------------
+# --- E17 to E20: whitening and losses -------------------------------------------------------------
 
 
 def test_e17_whitening_divides_by_the_unbiased_deviation():
-    values, mask = torch.tensor([[0.46575, 0.385, 0.3, 7.0]]), torch.tensor([[True, True, True, False]])
+    values, mask = (
+        torch.tensor([[0.46575, 0.385, 0.3, 7.0]]),
+        torch.tensor([[True, True, True, False]]),
+    )
     assert float(values[mask].mean()) == pytest.approx(0.3835833, abs=1e-6)
     assert float(values[mask].var()) == pytest.approx(0.00686977, abs=1e-7)
     white = whiten(values, mask)
@@ -158,9 +180,15 @@ def test_e17_the_algorithm_whitens_advantages_over_the_whole_rollout_and_returns
     tokens = sampled(3, 3, 1)
     zeros = torch.zeros(2, 3)
     batch = RolloutBatch(
-        tokens=tokens, rewards=torch.tensor([1.0, 0.0]), correct=torch.tensor([1.0, 0.0]), groups=torch.tensor([0, 1]),
-        sampling_logprobs=zeros, logprobs=zeros, ref_logprobs=zeros, values=torch.tensor([[0.5, 0.6, 0.7], [0.2, 0, 0]]),
-    )  # fmt: skip
+        tokens=tokens,
+        rewards=torch.tensor([1.0, 0.0]),
+        correct=torch.tensor([1.0, 0.0]),
+        groups=torch.tensor([0, 1]),
+        sampling_logprobs=zeros,
+        logprobs=zeros,
+        ref_logprobs=zeros,
+        values=torch.tensor([[0.5, 0.6, 0.7], [0.2, 0, 0]]),
+    )
     credited = Ppo(kl_coef=0.01).credit(batch)
     raw = torch.tensor([0.46575, 0.385, 0.3, -0.2])
     expected = (raw - raw.mean()) / raw.std()
@@ -168,15 +196,27 @@ def test_e17_the_algorithm_whitens_advantages_over_the_whole_rollout_and_returns
     assert_close(credited.returns, torch.tensor([[0.96575, 0.985, 1.0], [0.0, 0, 0]]))
 
 
-@pytest.mark.parametrize(("advantage", "ratio", "expected"), [(1, 1.5, -1.2), (1, 0.5, -0.5), (-1, 1.5, 1.5), (-1, 0.5, 0.8)])
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "expected"),
+    [(1, 1.5, -1.2), (1, 0.5, -0.5), (-1, 1.5, 1.5), (-1, 0.5, 0.8)],
+)
 def test_e18_policy_term(advantage, ratio, expected):
     term = ppo_policy_terms(
-        torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([float(advantage)]), clip_low=0.2, clip_high=0.2
+        torch.tensor([math.log(ratio)]),
+        torch.zeros(1),
+        torch.tensor([float(advantage)]),
+        clip_low=0.2,
+        clip_high=0.2,
     )
     assert float(term) == pytest.approx(expected)
 
 
-VALUE_TERMS = [(0.8, 0.5, 1.0, 0.045), (0.9, 0.5, 0.6, 0.045), (0.3, 0.5, 1.0, 0.245), (0.65, 0.5, 0.6, 0.00125)]
+VALUE_TERMS = [
+    (0.8, 0.5, 1.0, 0.045),
+    (0.9, 0.5, 0.6, 0.045),
+    (0.3, 0.5, 1.0, 0.245),
+    (0.65, 0.5, 0.6, 0.00125),
+]
 
 
 @pytest.mark.parametrize(("new", "old", "target", "expected"), VALUE_TERMS)
@@ -190,10 +230,14 @@ def minibatch(tokens: TokenBatch, **per_token: list[list[float]]) -> RolloutBatc
     given = {name: torch.tensor(values) for name, values in per_token.items()}
     per_sample = torch.zeros(len(tokens))
     batch = RolloutBatch(
-        tokens=tokens, rewards=per_sample, correct=per_sample, groups=per_sample.long(), sampling_logprobs=zeros,
+        tokens=tokens,
+        rewards=per_sample,
+        correct=per_sample,
+        groups=per_sample.long(),
+        sampling_logprobs=zeros,
         logprobs=zeros,
         **{"values": zeros, "advantages": zeros, "returns": zeros, **given},
-    )  # fmt: skip
+    )
     return replace(batch, weights=Ppo().weights(batch))
 
 
@@ -206,13 +250,16 @@ def test_e19_the_value_loss_counts_five_times():
 
 
 def test_e20_means_are_over_tokens_then_over_samples():
-    # ratio 1: terms -1 for the one token of sample 1, -.2 for the three of sample 2; (-1 - .2)/2 = -.6
+    # ratio 1: terms -1 for the one token of sample 1, -.2 for the three of sample 2; (-1 - .2)/2 =
+    # -.6
     batch = minibatch(sampled(3, 1, 3), advantages=[[1.0, 0, 0], [0.2, 0.2, 0.2]])
-    terms = Ppo(value_coef=0).loss(TokenScores(logprobs=torch.zeros(2, 3), values=torch.zeros(2, 3)), batch)
+    terms = Ppo(value_coef=0).loss(
+        TokenScores(logprobs=torch.zeros(2, 3), values=torch.zeros(2, 3)), batch
+    )
     assert float(terms.total) == pytest.approx(-0.6)
 
 
-# --- E21 --------------------------------------------------------------------------------------------------------------
+# --- E21 ------------------------------------------------------------------------------------------
 
 
 def test_e21_the_first_update_starts_from_ratios_of_one_and_no_kl(trainer):
@@ -229,15 +276,17 @@ def test_e21_the_first_update_starts_from_ratios_of_one_and_no_kl(trainer):
     assert found["policy/loss"] == pytest.approx(-sum(per_sample) / len(per_sample), abs=1e-6)
 
 
-# --- E22 --------------------------------------------------------------------------------------------------------------
+# --- E22 ------------------------------------------------------------------------------------------
 
 
 def test_e22_the_learning_rate_of_the_warm_up_snapshot():
-    # N = 7356, 8 GPUs × 3 × 2 = 48 a step: 154 steps an epoch; the authors' scheduler counts 6120 steps and 612 of warm-up
+    # N = 7356, 8 GPUs × 3 × 2 = 48 a step: 154 steps an epoch; the authors' scheduler counts 6120
+    # steps and 612 of warm-up
     assert math.ceil(7356 / 48) == 154
     table = OptimizerTable(learning_rate=1e-5, schedule="linear", warmup=0.1)
     assert 1e-5 * rate(table, step=308, total_steps=6120) == pytest.approx(5.033e-6, abs=1e-9)
-    # Differs: ours counts the steps there are, 154 · 40 = 6160, so it is .7 % lower and ends at 0 instead of running at 0
+    # Differs: ours counts the steps there are, 154 · 40 = 6160, so it is .7 % lower and ends at 0
+    # instead of running at 0
     assert 1e-5 * rate(table, step=308, total_steps=6160) == pytest.approx(5.0e-6, abs=1e-9)
 
 

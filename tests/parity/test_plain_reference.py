@@ -1,4 +1,5 @@
-"""The PPO step and the supervised loss against a plain, slow implementation: one sequence at a time, full logits, Python loops.
+"""The PPO step and the supervised loss against a plain, slow implementation: one sequence at a
+time, full logits, Python loops.
 
 Nothing below the line "plain" uses our code but the policy's own weights.
 """
@@ -17,28 +18,41 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from reftune.algorithms.losses import token_weights
 from reftune.algorithms.ppo import Ppo
-from reftune.attention import attend_our_way
-from reftune.batch import RolloutBatch, TokenBatch, micro_batches, token_batch
 from reftune.engines.kv import Kv
-from reftune.losses import token_weights
-from reftune.policy import Policy
-from reftune.train_sft import accumulate_nll
-from reftune.training import OptimizerTable, make_optimizer, optimizer_step
+from reftune.model.batch import RolloutBatch, TokenBatch, micro_batches, token_batch
+from reftune.model.policy import Policy
+from reftune.model.speed.attention import attend_our_way
+from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step
+from reftune.stages.sft import accumulate_nll
 from reftune.types import SamplingParams
 
 FAMILIES = [
-    "llama", "llama, tied", "phi3", "mistral, window of 5", "qwen2, untied", "qwen2, tied", "qwen3, tied", "gpt2", "opt",
-    "opt, narrow embeddings", "codegen", "gptneox",
-]  # fmt: skip
+    "llama",
+    "llama, tied",
+    "phi3",
+    "mistral, window of 5",
+    "qwen2, untied",
+    "qwen2, tied",
+    "qwen3, tied",
+    "gpt2",
+    "opt",
+    "opt, narrow embeddings",
+    "codegen",
+    "gptneox",
+]
 PPO = Ppo(kl_coef=0.05)
 TEMPERATURE = 0.8
 
-# --- plain ------------------------------------------------------------------------------------------------------------
+# --- plain ----------------------------------------------------------------------------------------
 
 
-def plain_tokens(policy: Policy, prompt: list[int], response: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probability and value of each response token, from one unpadded forward pass with an attention mask."""
+def plain_tokens(
+    policy: Policy, prompt: list[int], response: list[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probability and value of each response token, from one unpadded forward pass with an
+    attention mask."""
     tokens = torch.tensor([prompt + response])
     mask = torch.ones_like(tokens)
     logits = policy.model(input_ids=tokens, attention_mask=mask).logits[0].float() / TEMPERATURE
@@ -51,7 +65,9 @@ def plain_tokens(policy: Policy, prompt: list[int], response: list[int]) -> tupl
     return logprobs, values
 
 
-def plain_credit(old: list[list[float]], ref: list[list[float]], values: list[list[float]], rewards: list[float]):
+def plain_credit(
+    old: list[list[float]], ref: list[list[float]], values: list[list[float]], rewards: list[float]
+):
     """Whitened advantages and returns, by loops over Python floats."""
     advantages, returns = [], []
     for i, reward in enumerate(rewards):
@@ -82,9 +98,18 @@ def plain_loss(policy: Policy, samples, old, values, advantages, returns) -> Ten
             a = advantages[i][t]
             policy_terms.append(torch.maximum(-a * ratio, -a * torch.clamp(ratio, 0.8, 1.2)))
             clipped = min(max(float(new_values[t]) - values[i][t], -0.2), 0.2) + values[i][t]
-            free_error, clipped_error = (new_values[t] - returns[i][t]) ** 2, (clipped - returns[i][t]) ** 2
-            moves = abs(float(new_values[t]) - values[i][t]) <= 0.2  # the clipped error has no gradient beyond
-            worse = free_error if moves or float(free_error) > clipped_error else torch.tensor(clipped_error)
+            free_error, clipped_error = (
+                (new_values[t] - returns[i][t]) ** 2,
+                (clipped - returns[i][t]) ** 2,
+            )
+            moves = (
+                abs(float(new_values[t]) - values[i][t]) <= 0.2
+            )  # the clipped error has no gradient beyond
+            worse = (
+                free_error
+                if moves or float(free_error) > clipped_error
+                else torch.tensor(clipped_error)
+            )
             value_terms.append(0.5 * worse)
         policy_means.append(sum(policy_terms) / len(policy_terms))
         value_means.append(sum(value_terms) / len(value_terms))
@@ -94,10 +119,12 @@ def plain_loss(policy: Policy, samples, old, values, advantages, returns) -> Ten
 def plain_floats(policy: Policy, samples) -> tuple[list[list[float]], list[list[float]]]:
     with torch.no_grad():
         scored = [plain_tokens(policy, prompt, response) for prompt, response in samples]
-    return [[float(x) for x in logprobs] for logprobs, _ in scored], [[float(x) for x in values] for _, values in scored]
+    return [[float(x) for x in logprobs] for logprobs, _ in scored], [
+        [float(x) for x in values] for _, values in scored
+    ]
 
 
-# --- ours -------------------------------------------------------------------------------------------------------------
+# --- ours -----------------------------------------------------------------------------------------
 
 
 def some_samples(count: int = 5) -> list[tuple[list[int], list[int]]]:
@@ -127,10 +154,15 @@ def credited(policy: Policy, reference: Policy, samples) -> RolloutBatch:
     scores = policy.score(tokens, temperature=TEMPERATURE, max_tokens=64)
     rewards = torch.tensor(rewards_of(samples))
     batch = RolloutBatch(
-        tokens=tokens, rewards=rewards, correct=(rewards == 1).float(), groups=torch.arange(len(samples)),
-        sampling_logprobs=scores.logprobs, logprobs=scores.logprobs, values=scores.values,
+        tokens=tokens,
+        rewards=rewards,
+        correct=(rewards == 1).float(),
+        groups=torch.arange(len(samples)),
+        sampling_logprobs=scores.logprobs,
+        logprobs=scores.logprobs,
+        values=scores.values,
         ref_logprobs=reference.score(tokens, temperature=TEMPERATURE, max_tokens=64).logprobs,
-    )  # fmt: skip
+    )
     batch = PPO.credit(batch)
     return replace(batch, weights=PPO.weights(batch))
 
@@ -152,21 +184,31 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Within fp32 rounding, measured against the largest entry of each tensor, and never by a gradient that is missing."""
+    """Within fp32 rounding, measured against the largest entry of each tensor, and never by a
+    gradient that is missing."""
     assert set(found) == set(expected)
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, gradient in expected.items():
         scale = max(float(gradient.abs().max()), 1e-3 * largest)
-        assert_close(found[name] / scale, gradient / scale, atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            found[name] / scale,
+            gradient / scale,
+            atol=2e-4,
+            rtol=0,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def moved(policy: Policy) -> Policy:
-    """A copy whose every weight is a little off, so that ratios, clipping and KL are all at work."""
+    """A copy whose every weight is a little off, so that ratios, clipping and KL are all at
+    work."""
     other = copy.deepcopy(policy)
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1 * parameter.abs().mean().clamp(min=0.02))
+            parameter.add_(
+                torch.randn_like(parameter) * 0.1 * parameter.abs().mean().clamp(min=0.02)
+            )
     return other
 
 
@@ -182,7 +224,9 @@ def test_a_ppo_step_is_the_plain_one(make_policy, family):
     batch = credited(old_policy, reference, samples)
 
     old, values = plain_floats(old_policy, samples)
-    advantages, returns = plain_credit(old, plain_floats(reference, samples)[0], values, rewards_of(samples))
+    advantages, returns = plain_credit(
+        old, plain_floats(reference, samples)[0], values, rewards_of(samples)
+    )
     assert_close(batch.logprobs, masked(batch, old), atol=2e-5, rtol=1e-5)
     assert_close(batch.values, masked(batch, values), atol=2e-5, rtol=1e-5)
     assert_close(batch.advantages, masked(batch, advantages), atol=1e-4, rtol=1e-4)
@@ -223,7 +267,9 @@ def test_two_updates_leave_the_weights_of_two_plain_ones(make_policy):
         optimizer_step(ours, optimizer, share=1.0, max_grad_norm=1.0, where="")
 
     old, values = plain_floats(plain, samples)
-    advantages, returns = plain_credit(old, plain_floats(reference, samples)[0], values, rewards_of(samples))
+    advantages, returns = plain_credit(
+        old, plain_floats(reference, samples)[0], values, rewards_of(samples)
+    )
     adam = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
     for _ in range(2):
         adam.zero_grad()
@@ -231,13 +277,16 @@ def test_two_updates_leave_the_weights_of_two_plain_ones(make_policy):
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         adam.step()
     start = make_policy("llama")
-    for (name, found), expected, before in zip(ours.named_parameters(), plain.parameters(), start.parameters(), strict=True):
-        # Adam divides by a gradient's size, so an entry near 0 may go either way: compare movement on the whole
+    for (name, found), expected, before in zip(
+        ours.named_parameters(), plain.parameters(), start.parameters(), strict=True
+    ):
+        # Adam divides by a gradient's size, so an entry near 0 may go either way: compare movement
+        # on the whole
         difference = float((found - expected).norm()) / float((expected - before).norm())
         assert difference < 0.02, name
 
 
-# --- invariances ------------------------------------------------------------------------------------------------------
+# --- invariances ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -262,7 +311,9 @@ def test_splitting_a_minibatch_changes_nothing(step, max_tokens):
 
 def test_the_order_of_a_batch_changes_nothing(step):
     policy, batch, loss, whole = step
-    assert accumulate(policy, batch.rows(torch.tensor([4, 1, 8, 6, 0, 7, 3, 5, 2]))) == pytest.approx(loss, rel=1e-5)
+    assert accumulate(
+        policy, batch.rows(torch.tensor([4, 1, 8, 6, 0, 7, 3, 5, 2]))
+    ) == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(gradients(policy), whole)
 
 
@@ -275,10 +326,19 @@ def test_leaving_padding_out_changes_nothing(make_policy, family, dtype, count):
     batch = credited(old_policy, reference, some_samples(count))
     assert policy.packs == (dtype == torch.bfloat16)
     without_padding(policy)
-    scores, loss, packed = policy.score(batch.tokens, max_tokens=10_000), accumulate(policy, batch), gradients(policy)
+    scores, loss, packed = (
+        policy.score(batch.tokens, max_tokens=10_000),
+        accumulate(policy, batch),
+        gradients(policy),
+    )
     policy.packs = False
     exact = dtype == torch.float32
-    assert_close(policy.score(batch.tokens, max_tokens=10_000).logprobs, scores.logprobs, atol=1e-5 if exact else 0.1, rtol=0)
+    assert_close(
+        policy.score(batch.tokens, max_tokens=10_000).logprobs,
+        scores.logprobs,
+        atol=1e-5 if exact else 0.1,
+        rtol=0,
+    )
     assert accumulate(policy, batch) == pytest.approx(loss, rel=1e-5 if exact else 0.02)
     for name, gradient in gradients(policy).items():
         scale = float(gradient.abs().max())
@@ -298,12 +358,16 @@ def test_what_stands_in_the_padding_changes_nothing(make_policy, family):
     assert_same_gradients(gradients(policy), whole)
 
 
-@pytest.mark.parametrize(("tokens_at_once", "elements"), [(2048, 1), (2048, 300), (1, 1), (3, 20), (3, 10_000)])
-def test_log_probabilities_made_in_pieces_change_nothing(step, monkeypatch, tokens_at_once, elements):
+@pytest.mark.parametrize(
+    ("tokens_at_once", "elements"), [(2048, 1), (2048, 300), (1, 1), (3, 20), (3, 10_000)]
+)
+def test_log_probabilities_made_in_pieces_change_nothing(
+    step, monkeypatch, tokens_at_once, elements
+):
     policy, batch, loss, whole = step
     scores = policy.score(batch.tokens, max_tokens=10_000)
-    monkeypatch.setattr("reftune.logprobs.TOKENS_AT_ONCE", tokens_at_once)
-    monkeypatch.setattr("reftune.logprobs.LOGIT_ELEMENTS", elements)
+    monkeypatch.setattr("reftune.model.logprobs.TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr("reftune.model.logprobs.LOGIT_ELEMENTS", elements)
     assert accumulate(policy, batch) == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(gradients(policy), whole)
     in_pieces = policy.score(batch.tokens, max_tokens=10_000)
@@ -312,13 +376,14 @@ def test_log_probabilities_made_in_pieces_change_nothing(step, monkeypatch, toke
 
 
 def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monkeypatch):
-    # pieces are computed again in the backward pass: under the same arithmetic, or the gradient would be another
+    # pieces are computed again in the backward pass: under the same arithmetic, or the gradient
+    # would be another
     policy = make_policy("phi3", dtype=torch.bfloat16)
     tokens = token_batch_of(some_samples())
     found = []
     for tokens_at_once, elements in ((2048, 2**25), (3, 20)):
-        monkeypatch.setattr("reftune.logprobs.TOKENS_AT_ONCE", tokens_at_once)
-        monkeypatch.setattr("reftune.logprobs.LOGIT_ELEMENTS", elements)
+        monkeypatch.setattr("reftune.model.logprobs.TOKENS_AT_ONCE", tokens_at_once)
+        monkeypatch.setattr("reftune.model.logprobs.LOGIT_ELEMENTS", elements)
         policy.zero_grad()
         policy(tokens).logprobs.sum().backward()
         found.append(gradients(policy))
@@ -327,7 +392,9 @@ def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monke
         assert_close(found[1][name] / scale, gradient / scale, atol=2e-2, rtol=0)
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no compiler for C++")
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no compiler for C++"
+)
 @pytest.mark.parametrize("step", ["phi3", "llama"], indirect=True)
 def test_compiled_blocks_change_nothing_and_decoding_does_not_use_them(step):
     policy, batch, loss, whole = step
@@ -343,12 +410,14 @@ def test_compiled_blocks_change_nothing_and_decoding_does_not_use_them(step):
     assert compiled["unique_graphs"] == graphs
 
 
-# --- the supervised loss ----------------------------------------------------------------------------------------------
+# --- the supervised loss --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2, tied"])
 @pytest.mark.parametrize("max_tokens", [10_000, 12])
-def test_the_supervised_loss_is_the_token_mean_over_the_whole_batch(make_policy, family, max_tokens):
+def test_the_supervised_loss_is_the_token_mean_over_the_whole_batch(
+    make_policy, family, max_tokens
+):
     policy, samples = make_policy(family), some_samples()
     loss = accumulate_nll(policy, token_batch_of(samples), max_tokens=max_tokens, where="")
     found = gradients(policy)
@@ -356,7 +425,12 @@ def test_the_supervised_loss_is_the_token_mean_over_the_whole_batch(make_policy,
     terms = []
     for prompt, response in samples:
         tokens = torch.tensor([prompt + response])
-        logprobs = policy.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0].float().log_softmax(-1)
+        logprobs = (
+            policy.model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            .logits[0]
+            .float()
+            .log_softmax(-1)
+        )
         terms += [-logprobs[len(prompt) - 1 + t, token] for t, token in enumerate(response)]
     expected = sum(terms) / len(terms)
     expected.backward()

@@ -15,8 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a module of benchmarks/, which is no part of the package; forgotten after the test."""
+    """Imports a module of benchmarks/, which is no part of the package; forgotten after the
+    test."""
     monkeypatch.syspath_prepend(str(ROOT))
     yield lambda name: import_module(f"benchmarks.{name}")
-    for name in [name for name in sys.modules if name == "benchmarks" or name.startswith("benchmarks.")]:
+    for name in [
+        name for name in sys.modules if name == "benchmarks" or name.startswith("benchmarks.")
+    ]:
         del sys.modules[name]

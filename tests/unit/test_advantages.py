@@ -8,21 +8,38 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.advantages import explained_variance, gae, group_means, group_sizes, token_rewards, whiten
+from reftune.algorithms.advantages import (
+    explained_variance,
+    gae,
+    group_means,
+    group_sizes,
+    token_rewards,
+    whiten,
+)
 
 
 def test_gae_matches_hand_computation():
     # the last token pays 1; V = .5 everywhere; γ = 1, λ = .5
     # δ = [0, 0, 1 - .5] = [0, 0, .5], so A_2 = .5, A_1 = .5·.5 = .25, A_0 = .125; G = A + .5
-    advantages, returns = gae(torch.tensor([[0, 0, 1.0]]), torch.full((1, 3), 0.5), torch.ones(1, 3, dtype=torch.bool), lam=0.5)
+    advantages, returns = gae(
+        torch.tensor([[0, 0, 1.0]]),
+        torch.full((1, 3), 0.5),
+        torch.ones(1, 3, dtype=torch.bool),
+        lam=0.5,
+    )
     assert_close(advantages, torch.tensor([[0.125, 0.25, 0.5]]))
     assert_close(returns, torch.tensor([[0.625, 0.75, 1.0]]))
 
 
 def test_gae_with_discount_matches_hand_computation():
-    # γ = .5, λ = 1: δ_1 = 1 - .4 = .6; δ_0 = .2 + .5·.4 - .6 = -.2; A_0 = -.2 + .5·.6 = .1; G_0 = .7 = .2 + .5·1
+    # γ = .5, λ = 1: δ_1 = 1 - .4 = .6; δ_0 = .2 + .5·.4 - .6 = -.2; A_0 = -.2 + .5·.6 = .1; G_0 =
+    # .7 = .2 + .5·1
     advantages, returns = gae(
-        torch.tensor([[0.2, 1.0]]), torch.tensor([[0.6, 0.4]]), torch.ones(1, 2, dtype=torch.bool), gamma=0.5, lam=1.0
+        torch.tensor([[0.2, 1.0]]),
+        torch.tensor([[0.6, 0.4]]),
+        torch.ones(1, 2, dtype=torch.bool),
+        gamma=0.5,
+        lam=1.0,
     )
     assert_close(advantages, torch.tensor([[0.1, 0.6]]))
     assert_close(returns, torch.tensor([[0.7, 1.0]]))
@@ -57,7 +74,9 @@ def test_without_discount_every_return_is_the_reward_to_come():
 
 def test_lambda_zero_is_the_one_step_error():
     mask = torch.ones(1, 3, dtype=torch.bool)
-    advantages, _ = gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.2, 0.7]]), mask, lam=0.0)
+    advantages, _ = gae(
+        torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.2, 0.7]]), mask, lam=0.0
+    )
     assert_close(advantages, torch.tensor([[0.2 - 0.5, 0.7 - 0.2, 1 - 0.7]]))
 
 
@@ -74,7 +93,10 @@ def test_what_lies_behind_a_response_does_not_matter():
 def test_the_reward_falls_on_the_last_token_and_kl_on_each():
     # β = .1; log ratios .5 and -1 in row 0 (two tokens), 2 in row 1 (one token, junk behind it)
     mask = torch.tensor([[True, True], [True, False]])
-    logprobs, reference = torch.tensor([[-1.0, -3.0], [-1.0, 9.0]]), torch.tensor([[-1.5, -2.0], [-3.0, 5.0]])
+    logprobs, reference = (
+        torch.tensor([[-1.0, -3.0], [-1.0, 9.0]]),
+        torch.tensor([[-1.5, -2.0], [-3.0, 5.0]]),
+    )
     found = token_rewards(torch.tensor([1.0, 0.1]), logprobs, reference, mask, kl_coef=0.1)
     assert_close(found, torch.tensor([[-0.05, 1.1], [-0.2 + 0.1, 0.0]]))
 
@@ -104,14 +126,19 @@ def test_whitened_entries_have_zero_mean_and_unit_variance():
 def test_whitening_survives_what_cannot_be_whitened():
     one = torch.tensor([[True, False]])
     assert whiten(torch.tensor([[3.0, 8.0]]), one).tolist() == [[0, 0]]
-    assert whiten(torch.full((2, 3), 0.5), torch.ones(2, 3, dtype=torch.bool)).tolist() == [[0] * 3] * 2
+    assert (
+        whiten(torch.full((2, 3), 0.5), torch.ones(2, 3, dtype=torch.bool)).tolist()
+        == [[0] * 3] * 2
+    )
     assert whiten(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool)).tolist() == [[0, 0]]
 
 
 def test_group_means_and_sizes():
     groups = torch.tensor([2, 0, 2, 1])
     # group 0: .5; group 1: 1; group 2: (0 + .4)/2 = .2
-    assert_close(group_means(torch.tensor([0.0, 0.5, 0.4, 1.0]), groups), torch.tensor([0.2, 0.5, 0.2, 1.0]))
+    assert_close(
+        group_means(torch.tensor([0.0, 0.5, 0.4, 1.0]), groups), torch.tensor([0.2, 0.5, 0.2, 1.0])
+    )
     assert group_sizes(groups).tolist() == [2, 1, 2, 1]
 
 
@@ -126,4 +153,6 @@ def test_explained_variance_is_one_for_the_truth_zero_for_a_constant_and_negativ
 
 def test_explained_variance_of_a_single_token_is_a_number():
     mask = torch.tensor([[True]])
-    assert math.isfinite(float(explained_variance(torch.tensor([[0.2]]), torch.tensor([[0.7]]), mask)))
+    assert math.isfinite(
+        float(explained_variance(torch.tensor([[0.2]]), torch.tensor([[0.7]]), mask))
+    )

@@ -12,22 +12,27 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
-from reftune.advantages import group_stds, leave_one_out
+from reftune.algorithms.advantages import group_stds, leave_one_out
 from reftune.algorithms.grpo import Grpo
+from reftune.algorithms.losses import kl_terms
 from reftune.algorithms.online_st import OnlineSt
 from reftune.algorithms.ppo import Ppo
 from reftune.algorithms.rloo import Rloo
-from reftune.batch import RolloutBatch, token_batch
-from reftune.encoding import Encoder
-from reftune.losses import kl_terms
-from reftune.policy import TokenScores
-from reftune.train_rl import Rl, rollout_batch, worth_showing
+from reftune.model.batch import RolloutBatch, token_batch
+from reftune.model.encoder import Encoder
+from reftune.model.policy import TokenScores
+from reftune.stages.rl import Rl, rollout_batch, worth_showing
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 
 
-def batch(rewards: list[float], groups: list[int], *, lengths: list[int] | None = None) -> RolloutBatch:
-    """Samples with prompts of one token; the policy that sampled and the reference gave every token log-probability -1."""
-    tokens = token_batch([[5]] * len(rewards), [[6] * length for length in lengths or [1] * len(rewards)])
+def batch(
+    rewards: list[float], groups: list[int], *, lengths: list[int] | None = None
+) -> RolloutBatch:
+    """Samples with prompts of one token; the policy that sampled and the reference gave every token
+    log-probability -1."""
+    tokens = token_batch(
+        [[5]] * len(rewards), [[6] * length for length in lengths or [1] * len(rewards)]
+    )
     logprobs = -tokens.response_mask.float()
     return RolloutBatch(
         tokens=tokens,
@@ -45,17 +50,23 @@ def advantages(found: RolloutBatch) -> list[float]:
 
 
 def loss_of(
-    algorithm: Grpo | Rloo | Ppo | OnlineSt, whole: RolloutBatch, logprobs: Tensor, rows: list[int] | None = None
+    algorithm: Grpo | Rloo | Ppo | OnlineSt,
+    whole: RolloutBatch,
+    logprobs: Tensor,
+    rows: list[int] | None = None,
 ) -> float:
-    """The loss where the policy now gives the tokens `logprobs` and values of 0, of all samples or those at `rows`."""
+    """The loss where the policy now gives the tokens `logprobs` and values of 0, of all samples or
+    those at `rows`."""
     whole = replace(whole, weights=algorithm.weights(whole))
     index = torch.arange(len(whole)) if rows is None else torch.tensor(rows)
     part = whole.rows(index)
     now = logprobs[index, : part.response_mask.shape[1]]
-    return float(algorithm.loss(TokenScores(logprobs=now, values=torch.zeros_like(now)), part).total)
+    return float(
+        algorithm.loss(TokenScores(logprobs=now, values=torch.zeros_like(now)), part).total
+    )
 
 
-# --- group statistics -------------------------------------------------------------------------------------------------
+# --- group statistics -----------------------------------------------------------------------------
 
 
 def test_group_deviations_are_unbiased_and_zero_for_one_sample():
@@ -66,19 +77,25 @@ def test_group_deviations_are_unbiased_and_zero_for_one_sample():
 
 
 def test_leaving_one_out_compares_with_the_others_of_the_group():
-    # group 0: 1 - (0 + .5)/2 = .75, 0 - (1 + .5)/2 = -.75, .5 - (1 + 0)/2 = 0; group 1: 1 - 0, 0 - 1; group 2: nobody else
-    found = leave_one_out(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.5, 9.0]), torch.tensor([0, 1, 0, 1, 0, 2]))
+    # group 0: 1 - (0 + .5)/2 = .75, 0 - (1 + .5)/2 = -.75, .5 - (1 + 0)/2 = 0; group 1: 1 - 0, 0 -
+    # 1; group 2: nobody else
+    found = leave_one_out(
+        torch.tensor([1.0, 1.0, 0.0, 0.0, 0.5, 9.0]), torch.tensor([0, 1, 0, 1, 0, 2])
+    )
     assert_close(found, torch.tensor([0.75, 1.0, -0.75, -1.0, 0.0, 0.0]))
 
 
 def test_the_kl_estimate_is_zero_where_the_policies_agree_and_positive_elsewhere():
     # k3 = e^d - d - 1 with d = log π_ref - log π: d = ln 2 → 2 - ln 2 - 1; d = -ln 2 → ½ + ln 2 - 1
-    found = kl_terms(torch.tensor([-1.0, -1.0 - math.log(2), -1.0]), torch.tensor([-1.0, -1.0, -1.0 - math.log(2)]))
+    found = kl_terms(
+        torch.tensor([-1.0, -1.0 - math.log(2), -1.0]),
+        torch.tensor([-1.0, -1.0, -1.0 - math.log(2)]),
+    )
     assert_close(found, torch.tensor([0.0, 1 - math.log(2), math.log(2) - 0.5]))
     assert math.isfinite(float(kl_terms(torch.tensor(-1e4), torch.tensor(0.0))))
 
 
-# --- GRPO -------------------------------------------------------------------------------------------------------------
+# --- GRPO -----------------------------------------------------------------------------------------
 
 
 def test_grpo_measures_each_sample_by_its_group():
@@ -90,7 +107,9 @@ def test_grpo_measures_each_sample_by_its_group():
 
 def test_without_scaling_a_partial_reward_teaches_less_than_a_full_one():
     rewards, groups = [1.0, 0.0, 0.1, 0.0], [0, 0, 1, 1]
-    assert advantages(Grpo(scale="none").credit(batch(rewards, groups))) == pytest.approx([0.5, -0.5, 0.05, -0.05])
+    assert advantages(Grpo(scale="none").credit(batch(rewards, groups))) == pytest.approx(
+        [0.5, -0.5, 0.05, -0.05]
+    )
     full, _, partial, _ = advantages(Grpo(scale="std").credit(batch(rewards, groups)))
     assert full == pytest.approx(partial, rel=2e-3)
 
@@ -101,13 +120,16 @@ def test_every_token_of_a_sample_gets_its_advantage_and_padding_none():
 
 
 def test_grpo_adds_the_kl_to_the_loss():
-    # the policy has moved to log-probability -1 + ln 1.1 (ratio 1.1, unclipped); the reference is at -1
+    # the policy has moved to log-probability -1 + ln 1.1 (ratio 1.1, unclipped); the reference is
+    # at -1
     sampled = Grpo(scale="none", kl_coef=0.5).credit(batch([1.0, 0.0], [0, 0]))
     sampled = replace(sampled, ref_logprobs=sampled.logprobs)
     now = sampled.logprobs + math.log(1.1)
     # policy: mean of -.5 · 1.1 and .5 · 1.1 is 0
     k3 = 1 / 1.1 + math.log(1.1) - 1
-    assert loss_of(Grpo(scale="none", kl_coef=0.5), sampled, now) == pytest.approx(0.5 * k3, abs=1e-6)
+    assert loss_of(Grpo(scale="none", kl_coef=0.5), sampled, now) == pytest.approx(
+        0.5 * k3, abs=1e-6
+    )
     assert Grpo(kl_coef=0.5).needs_reference and not Grpo(kl_coef=0).needs_reference
 
 
@@ -124,12 +146,14 @@ def test_problems_without_contrast_can_be_left_out(rollouts, encoder):
     assert [r.problem.id for r in kept] == ["a", "a"]
 
 
-# --- RLOO -------------------------------------------------------------------------------------------------------------
+# --- RLOO -----------------------------------------------------------------------------------------
 
 
 def test_rloo_compares_a_sample_with_the_others():
     # 1 - (0 + 0)/2, 0 - (1 + 0)/2, the same
-    assert advantages(Rloo(kl_coef=0).credit(batch([1.0, 0.0, 0.0], [0, 0, 0]))) == pytest.approx([1, -0.5, -0.5])
+    assert advantages(Rloo(kl_coef=0).credit(batch([1.0, 0.0, 0.0], [0, 0, 0]))) == pytest.approx(
+        [1, -0.5, -0.5]
+    )
 
 
 def test_rloo_pays_the_kl_of_the_whole_response():
@@ -151,7 +175,7 @@ def test_the_first_step_of_rloo_is_reinforce():
     assert_close(now.grad, torch.tensor([[-1.0, -1, 0], [0.5, 0, 0], [0.5, 0.5, 0.5]]) / 6)
 
 
-# --- online self-training ---------------------------------------------------------------------------------------------
+# --- online self-training -------------------------------------------------------------------------
 
 
 class Spelled:
@@ -173,9 +197,16 @@ def encoder(tokenizer) -> Encoder:
 def rollout(id: str, reward: float, *, tokens: int = 1, rationale: str | None = "wa") -> Rollout:
     verdict = Verdict.CORRECT if reward == 1 else Verdict.WRONG if reward > 0 else Verdict.ERROR
     return Rollout(
-        problem=Problem(id=id, question="wb", answer=Answer(kind="number", value=Fraction(3)), rationale=rationale),
+        problem=Problem(
+            id=id,
+            question="wb",
+            answer=Answer(kind="number", value=Fraction(3)),
+            rationale=rationale,
+        ),
         prompt_ids=(5, 6, 7),
-        completion=Completion(token_ids=(8,) * tokens, text="", logprobs=(-0.5,) * tokens, finish_reason="eos"),
+        completion=Completion(
+            token_ids=(8,) * tokens, text="", logprobs=(-0.5,) * tokens, finish_reason="eos"
+        ),
         graded=Graded(verdict=verdict, value="3", reason=""),
         reward=reward,
     )
@@ -191,9 +222,16 @@ def test_correct_samples_and_the_gold_of_every_problem_are_trained_on(encoder):
     # rewards 1, .1, 0, 1, as in a minibatch of the paper
     sampled = [rollout("a", 1.0), rollout("b", 0.1), rollout("c", 0.0), rollout("d", 1.0)]
     found = OnlineSt().select(sampled, encoder)
-    assert [(r.problem.id, r.source) for r in found] == [("a", "policy"), ("d", "policy"), *((id, "gold") for id in "abcd")]
+    assert [(r.problem.id, r.source) for r in found] == [
+        ("a", "policy"),
+        ("d", "policy"),
+        *((id, "gold") for id in "abcd"),
+    ]
     gold = found[2]
-    assert gold.completion.token_ids == tuple(encoder.target(gold.problem)) and gold.completion.finish_reason == "eos"
+    assert (
+        gold.completion.token_ids == tuple(encoder.target(gold.problem))
+        and gold.completion.finish_reason == "eos"
+    )
     assert (gold.prompt_ids, gold.reward, gold.graded.verdict) == ((5, 6, 7), 1.0, Verdict.CORRECT)
 
 
@@ -214,14 +252,22 @@ def test_a_problem_without_a_rationale_gives_its_samples_only(encoder):
 def test_the_preset_paper_cuts_gold_and_loses_its_end(encoder):
     # 3 prompt tokens, and a gold of "wa", " ", "wb", eos or so
     [whole] = OnlineSt().select([rollout("a", 0.0, rationale="wa 1 2")], encoder)
-    [cut] = OnlineSt(gold_max_tokens=5, dropout=True).select([rollout("a", 0.0, rationale="wa 1 2")], encoder)
+    [cut] = OnlineSt(gold_max_tokens=5, dropout=True).select(
+        [rollout("a", 0.0, rationale="wa 1 2")], encoder
+    )
     assert whole.completion.token_ids[-1] == encoder.eos_id
-    assert cut.completion.token_ids == whole.completion.token_ids[:2] and cut.completion.finish_reason == "length"
-    assert OnlineSt(gold_max_tokens=3).select([rollout("a", 0.0)], encoder) == [], "nothing is left beside the prompt"
+    assert (
+        cut.completion.token_ids == whole.completion.token_ids[:2]
+        and cut.completion.finish_reason == "length"
+    )
+    assert OnlineSt(gold_max_tokens=3).select([rollout("a", 0.0)], encoder) == [], (
+        "nothing is left beside the prompt"
+    )
 
 
 def self_training_batch(encoder: Encoder, *samples: tuple[float, int]) -> RolloutBatch:
-    """Samples of so much reward and so many tokens of different problems; each gold is 2 tokens, eos included."""
+    """Samples of so much reward and so many tokens of different problems; each gold is 2 tokens,
+    eos included."""
     sampled = [rollout(str(i), reward, tokens=tokens) for i, (reward, tokens) in enumerate(samples)]
     return rollout_batch(OnlineSt().select(sampled, encoder), device=torch.device("cpu"))
 
@@ -230,7 +276,14 @@ def test_the_loss_is_half_cross_entropy_of_correct_samples_and_half_of_gold(enco
     # E24: rewards 1, .1, 0, 1. Samples 1 and 4 have 2 tokens at -1 and 4 at -2.5: (2 + 10)/6 = 2
     # gold of all four: 2 tokens each at -.5, -1, -1.5, -3: mean 1.5. ½ · 2 + ½ · 1.5
     trained = self_training_batch(encoder, (1.0, 2), (0.1, 9), (0.0, 9), (1.0, 4))
-    assert trained.gold is not None and trained.gold.tolist() == [False, False, True, True, True, True]
+    assert trained.gold is not None and trained.gold.tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
     now = torch.tensor([-1.0, -2.5, -0.5, -1.0, -1.5, -3.0])[:, None] * trained.response_mask
     assert loss_of(OnlineSt(), trained, now) == pytest.approx(0.5 * 2 + 0.5 * 1.5)
     parts = [loss_of(OnlineSt(), trained, now, rows) for rows in ([0, 2], [5], [1, 3, 4])]
@@ -258,7 +311,7 @@ def test_gold_rationales_are_no_samples_of_the_policy(encoder):
     assert trained.sampled_mask.tolist() == [[True, True], [False, False]]
 
 
-# --- in the trainer ---------------------------------------------------------------------------------------------------
+# --- in the trainer -------------------------------------------------------------------------------
 
 
 def test_a_step_of_self_training_learns_from_gold_and_measures_samples(make_trainer):
@@ -268,12 +321,17 @@ def test_a_step_of_self_training_learns_from_gold_and_measures_samples(make_trai
     assert metrics["policy/gold_nll"] > 0 and metrics["kl/mismatch"] < 1e-4
     assert not trainer.policy.training
     assert metrics["compute/sequence_passes"] > 0
-    changed = {name for name, value in trainer.policy.named_parameters() if not torch.equal(value, before[name])}
+    changed = {
+        name
+        for name, value in trainer.policy.named_parameters()
+        if not torch.equal(value, before[name])
+    }
     assert changed and not any(name.startswith("value_head") for name in changed)
 
 
 @pytest.mark.parametrize(
-    "algorithm", [{"kind": "grpo", "kl_coef": 0.1}, {"kind": "rloo"}, {"kind": "online_st", "dropout": True}]
+    "algorithm",
+    [{"kind": "grpo", "kl_coef": 0.1}, {"kind": "rloo"}, {"kind": "online_st", "dropout": True}],
 )
 def test_each_algorithm_takes_a_step(make_trainer, algorithm):
     trainer = make_trainer({"algorithm": algorithm, "prompts": 3, "samples": 2})
@@ -290,33 +348,47 @@ def test_gold_beyond_the_limits_of_the_recipe_is_left_out(make_trainer):
     sampled, _ = trainer.sample(1, "rollout")
     selected = trainer.algorithm.select(sampled, trainer.context.collector.encoder)
     assert any(r.source == "gold" for r in selected)
-    assert not any(r.source == "gold" and trainer.fits(r) for r in selected), "the shortest program has more than 4 tokens"
+    assert not any(r.source == "gold" and trainer.fits(r) for r in selected), (
+        "the shortest program has more than 4 tokens"
+    )
     assert all(trainer.fits(r) for r in sampled)
     assert trainer.step(1).get("policy/gold_nll", 0) == 0
 
 
-@pytest.mark.parametrize("algorithm", [{"kind": "grpo"}, {"kind": "rloo"}, {"kind": "ppo", "drop_constant_groups": True}])
+@pytest.mark.parametrize(
+    "algorithm", [{"kind": "grpo"}, {"kind": "rloo"}, {"kind": "ppo", "drop_constant_groups": True}]
+)
 def test_comparing_the_samples_of_a_problem_needs_two(algorithm):
-    settings = {"steps": 1, "prompts": 1, "optimizer": {"learning_rate": 1e-3}, "algorithm": algorithm}
-    with pytest.raises(ValidationError, match=r"samples: expected at least 2: \w+ compares the samples of a problem"):
+    settings = {
+        "steps": 1,
+        "prompts": 1,
+        "optimizer": {"learning_rate": 1e-3},
+        "algorithm": algorithm,
+    }
+    with pytest.raises(
+        ValidationError,
+        match=r"samples: expected at least 2: \w+ compares the samples of a problem",
+    ):
         Rl(**settings)
     assert Rl(**settings, samples=2).samples == 2
 
 
-# --- PPO --------------------------------------------------------------------------------------------------------------
+# --- PPO ------------------------------------------------------------------------------------------
 
 
 def test_the_likelihood_term_of_ppo_is_a_mean_over_the_tokens_of_correct_samples():
     # tokens of correct samples only, 1 and 3 of them, at -1 and -2: (1 + 6)/4
     algorithm = Ppo(positive_nll_coef=0.5, value_coef=0, kl_coef=0)
-    sampled = replace(batch([1.0, 0.0, 1.0], [0, 1, 2], lengths=[1, 5, 3]), values=torch.zeros(3, 5))
+    sampled = replace(
+        batch([1.0, 0.0, 1.0], [0, 1, 2], lengths=[1, 5, 3]), values=torch.zeros(3, 5)
+    )
     sampled = algorithm.credit(sampled)
     now = torch.tensor([-1.0, -1.0, -2.0])[:, None] * sampled.response_mask
     plain = loss_of(Ppo(value_coef=0, kl_coef=0), sampled, now)
     assert loss_of(algorithm, sampled, now) - plain == pytest.approx(0.5 * 7 / 4)
 
 
-# --- what is kept for people to read ----------------------------------------------------------------------------------
+# --- what is kept for people to read --------------------------------------------------------------
 
 
 def test_samples_of_followed_problems_the_longest_and_one_that_took_too_long_are_kept():
@@ -326,4 +398,6 @@ def test_samples_of_followed_problems_the_longest_and_one_that_took_too_long_are
     kept = worth_showing(sampled, {"c", "f", "z"})
     assert [r.problem.id for r in kept] == ["c", "f", "a", "b", "d", "e"]
     assert kept[4:] == [sampled[7], sampled[9]]
-    assert worth_showing(sampled[:2], set()) == sampled[:2]  # fewer problems than places: further tries
+    assert (
+        worth_showing(sampled[:2], set()) == sampled[:2]
+    )  # fewer problems than places: further tries

@@ -1,4 +1,5 @@
-"""The reader of answers and its verdicts. Numbers E… are those of the parity checks in docs/deviations.md."""
+"""The reader of answers and its verdicts. Numbers E… are those of the parity checks in
+docs/deviations.md."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from reftune.answers import (
+from reftune.grading.answers import (
     MAX_VALUE_CHARS,
     answer_text,
     grade_answer,
@@ -33,11 +34,15 @@ TRIGGER = "\nTherefore, the answer is: "
 
 
 def number(value: str, **fields: Any) -> Problem:
-    return Problem(id="p", question="q", answer=Answer(kind="number", value=Fraction(value)), **fields)
+    return Problem(
+        id="p", question="q", answer=Answer(kind="number", value=Fraction(value)), **fields
+    )
 
 
 def choice(letter: str, *choices: str) -> Problem:
-    return Problem(id="p", question="q", answer=Answer(kind="choice", value=letter), choices=choices)
+    return Problem(
+        id="p", question="q", answer=Answer(kind="choice", value=letter), choices=choices
+    )
 
 
 def words(text: str, **fields: Any) -> Problem:
@@ -48,7 +53,7 @@ def outcome(graded: Graded) -> tuple[Verdict, str | None]:
     return graded.verdict, graded.value
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,7 +160,7 @@ def test_spelling_survives_numbers_beyond_floats() -> None:
     assert spell(Fraction(1, 10**400)).startswith("1/1000")
 
 
-# --- markers ----------------------------------------------------------------------------------------------------------
+# --- markers --------------------------------------------------------------------------------------
 
 
 def test_the_answer_follows_the_last_marker_in_any_case() -> None:
@@ -179,11 +184,24 @@ def test_a_percent_sign_behind_a_box_belongs_to_it() -> None:
     assert grade_completion("\\boxed{50}\\%", number("0.5")).verdict is Verdict.CORRECT
 
 
-# --- choices and texts ------------------------------------------------------------------------------------------------
+# --- choices and texts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "text", ["C", "(c)", "c )", "C.", "option C", "C) 30", "30", "$30", "**C**", "the answer is c", "C because"]
+    "text",
+    [
+        "C",
+        "(c)",
+        "c )",
+        "C.",
+        "option C",
+        "C) 30",
+        "30",
+        "$30",
+        "**C**",
+        "the answer is c",
+        "C because",
+    ],
 )
 def test_a_choice_is_its_letter_or_its_value(text: str) -> None:
     assert read_choice(text, ("10", "20", "30")) == "c"
@@ -205,12 +223,19 @@ def test_without_options_any_letter_is_a_choice() -> None:
 
 
 def test_texts_are_compared_without_case_space_and_closing_punctuation() -> None:
-    assert grade_completion("The answer is New  york.", words("New York")).verdict is Verdict.CORRECT
-    assert outcome(grade_completion("The answer is Boston", words("New York"))) == (Verdict.WRONG, "Boston")
+    assert (
+        grade_completion("The answer is New  york.", words("New York")).verdict is Verdict.CORRECT
+    )
+    assert outcome(grade_completion("The answer is Boston", words("New York"))) == (
+        Verdict.WRONG,
+        "Boston",
+    )
 
 
 def test_a_task_with_a_scorer_is_graded_by_it() -> None:
-    problem = words("3 1 2", scorer=lambda text: 1.0 if sorted(text.split()) == ["1", "2", "3"] else 0.5)
+    problem = words(
+        "3 1 2", scorer=lambda text: 1.0 if sorted(text.split()) == ["1", "2", "3"] else 0.5
+    )
     assert grade_completion("The answer is 2 3 1.", problem).verdict is Verdict.CORRECT
     assert grade_completion("The answer is 2 3", problem).verdict is Verdict.WRONG
     assert grade_completion("The answer is ", problem).verdict is Verdict.NO_ANSWER
@@ -218,7 +243,10 @@ def test_a_task_with_a_scorer_is_graded_by_it() -> None:
 
 def test_a_scorer_sees_numbers_in_canonical_spelling() -> None:
     for problem in (number("18", scorer=is_18), words("18", scorer=is_18)):
-        assert outcome(grade_completion("The answer is **$18.00**.", problem)) == (Verdict.CORRECT, "18")
+        assert outcome(grade_completion("The answer is **$18.00**.", problem)) == (
+            Verdict.CORRECT,
+            "18",
+        )
 
 
 def is_18(text: str) -> float:
@@ -240,7 +268,7 @@ def test_long_values_that_begin_alike_stay_apart() -> None:
     assert first.value != second.value
 
 
-# --- values of programs -----------------------------------------------------------------------------------------------
+# --- values of programs ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [18, 18.0, "18", "$18.00", Decimal("18.0"), 18.01])
@@ -248,7 +276,9 @@ def test_a_programs_value_is_read_like_a_text(value: object) -> None:
     assert grade_value(value, number("18")).verdict is Verdict.CORRECT
 
 
-@pytest.mark.parametrize("value", [None, True, [18], (18,), {18}, {"a": 18}, float("nan"), float("inf"), b"18", 18j, ""])
+@pytest.mark.parametrize(
+    "value", [None, True, [18], (18,), {18}, {"a": 18}, float("nan"), float("inf"), b"18", 18j, ""]
+)
 def test_what_a_program_may_not_answer_is_no_answer(value: object) -> None:
     assert outcome(grade_value(value, number("18"))) == (Verdict.NO_ANSWER, None)
 
@@ -262,7 +292,7 @@ def test_an_integer_too_long_to_print_is_no_answer() -> None:
     assert outcome(grade_value(10**5000, number("18"))) == (Verdict.NO_ANSWER, None)
 
 
-# --- the paper's rules ------------------------------------------------------------------------------------------------
+# --- the paper's rules ----------------------------------------------------------------------------
 
 
 def test_e2_paper_reads_the_text_after_the_trigger() -> None:
@@ -273,12 +303,20 @@ def test_e2_paper_reads_the_text_after_the_trigger() -> None:
 
 @pytest.mark.parametrize("text", ["1,000", "$5", "5%", "5 apples", "1/2", ""])
 def test_e3_paper_cannot_read_ordinary_spellings(text: str) -> None:
-    assert outcome(grade_completion_paper(f"so{TRIGGER}{text}", number("5"))) == (Verdict.NO_ANSWER, None)
+    assert outcome(grade_completion_paper(f"so{TRIGGER}{text}", number("5"))) == (
+        Verdict.NO_ANSWER,
+        None,
+    )
 
 
-@pytest.mark.parametrize(("text", "value"), [("5.", "5.0"), ("1e3", "1000.0"), ("1_000", "1000.0"), ("-7 ", "-7.0")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("5.", "5.0"), ("1e3", "1000.0"), ("1_000", "1000.0"), ("-7 ", "-7.0")]
+)
 def test_e3_paper_reads_what_float_reads(text: str, value: str) -> None:
-    assert outcome(grade_completion_paper(f"so{TRIGGER}{text}", number(value))) == (Verdict.CORRECT, value)
+    assert outcome(grade_completion_paper(f"so{TRIGGER}{text}", number(value))) == (
+        Verdict.CORRECT,
+        value,
+    )
 
 
 def test_e3_paper_takes_nan_for_a_wrong_answer() -> None:
@@ -286,15 +324,24 @@ def test_e3_paper_takes_nan_for_a_wrong_answer() -> None:
 
 
 def test_e4_paper_takes_the_last_answer_line_and_only_lines() -> None:
-    assert outcome(grade_completion_paper(f"a{TRIGGER}5\nb{TRIGGER}6", number("6"))) == (Verdict.CORRECT, "6.0")
-    assert grade_completion_paper("Therefore, the answer is: 5", number("5")).verdict is Verdict.NO_ANSWER
+    assert outcome(grade_completion_paper(f"a{TRIGGER}5\nb{TRIGGER}6", number("6"))) == (
+        Verdict.CORRECT,
+        "6.0",
+    )
+    assert (
+        grade_completion_paper("Therefore, the answer is: 5", number("5")).verdict
+        is Verdict.NO_ANSWER
+    )
     assert outcome(grade_completion_paper("42", number("42"))) == (Verdict.CORRECT, "42.0")
 
 
 def test_e4_paper_starts_again_at_a_second_prompt_header() -> None:
     repeated = f"a{TRIGGER}5\nAnswer reasoning:\nb{TRIGGER}6"
     assert outcome(grade_completion_paper(repeated, number("6"))) == (Verdict.CORRECT, "6.0")
-    assert outcome(grade_completion_paper("a\nAnswer reasoning:\n7", number("7"))) == (Verdict.CORRECT, "7.0")
+    assert outcome(grade_completion_paper("a\nAnswer reasoning:\n7", number("7"))) == (
+        Verdict.CORRECT,
+        "7.0",
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,13 +360,18 @@ def test_e5_paper_tolerance_is_absolute_in_floats(predicted: float, gold: str, r
     assert (grade_value_paper(predicted, number(gold)).verdict is Verdict.CORRECT) is right
 
 
-@pytest.mark.parametrize(("text", "verdict"), [("C", Verdict.CORRECT), ('"c"', Verdict.CORRECT), ("c )", Verdict.WRONG)])
+@pytest.mark.parametrize(
+    ("text", "verdict"), [("C", Verdict.CORRECT), ('"c"', Verdict.CORRECT), ("c )", Verdict.WRONG)]
+)
 def test_e6_paper_compares_choices_as_strings(text: str, verdict: Verdict) -> None:
     assert grade_completion_paper(f"so{TRIGGER}{text}", choice("c")).verdict is verdict
 
 
 def test_e6_paper_takes_any_text_for_a_choice() -> None:
-    assert outcome(grade_completion_paper("I do not know", choice("c"))) == (Verdict.WRONG, "i do not know")
+    assert outcome(grade_completion_paper("I do not know", choice("c"))) == (
+        Verdict.WRONG,
+        "i do not know",
+    )
 
 
 def test_e7_paper_takes_what_float_takes_from_a_program() -> None:
@@ -330,7 +382,7 @@ def test_e7_paper_takes_what_float_takes_from_a_program() -> None:
         assert outcome(grade_value_paper(value, number("1"))) == (Verdict.NO_ANSWER, None)
 
 
-# --- golds ------------------------------------------------------------------------------------------------------------
+# --- golds ----------------------------------------------------------------------------------------
 
 
 def test_golds_go_through_the_reader() -> None:
@@ -342,24 +394,34 @@ def test_golds_go_through_the_reader() -> None:
     assert parse_gold(" ", "text") is None
 
 
-# --- any text ---------------------------------------------------------------------------------------------------------
+# --- any text -------------------------------------------------------------------------------------
 
 
 PROBLEMS = [number("18"), number("0.5"), choice("c", "10", "20", "30"), choice("b"), words("Paris")]
 SNIPPETS = st.sampled_from(
-    ("the answer is |answer:|#### |\\boxed{|}|\\frac{1}{2}|18|1,000| or | = |$|%|e9|**|<|>|\n|3 1/2|-|(c)|½|٣|\ud800|\x00"
-     "| million| x 10^|/|π|\\|1e999999999|9999999999|(|,|;").split("|")
-)  # fmt: skip
+    (
+        "the answer is |answer:|#### |\\boxed{|}|\\frac{1}{2}|18|1,000| or | = |$|%|e9|**|<|>|\n|3"
+        " 1/2|-|(c)|½|٣|\ud800|\x00| million| x 10^|/|π|\\|1e999999999|9999999999|(|,|;"
+    ).split("|")
+)
 
 
 @UNHURRIED
-@given(st.lists(st.one_of(SNIPPETS, st.text(st.characters(), max_size=8)), max_size=12).map("".join))
+@given(
+    st.lists(st.one_of(SNIPPETS, st.text(st.characters(), max_size=8)), max_size=12).map("".join)
+)
 @example("The answer is " + "9" * 5000)
 @example("The answer is 1/" + "0" * 900)
 @example("\\boxed{\\frac{" + "9" * 200 + "}{" + "9" * 200 + "}}")
 def test_any_text_gets_a_verdict_with_a_reason_on_one_line(text: str) -> None:
     for problem in PROBLEMS:
-        for grade in (grade_completion, grade_answer, grade_value, grade_completion_paper, grade_value_paper):
+        for grade in (
+            grade_completion,
+            grade_answer,
+            grade_value,
+            grade_completion_paper,
+            grade_value_paper,
+        ):
             graded = grade(text, problem)
             assert isinstance(graded.verdict, Verdict)
             assert graded.reason.isprintable()
@@ -376,7 +438,24 @@ def test_no_wrong_number_is_called_correct(written: Fraction, gold: Fraction) ->
 
 @pytest.mark.parametrize(
     "piece",
-    ["9", "1,", "(", "the ", "answer ", "#", "\\boxed{", "\\frac{1}{", " ", "=", "<a", "\ud800", "½", "1/", "*", "or 5 "],
+    [
+        "9",
+        "1,",
+        "(",
+        "the ",
+        "answer ",
+        "#",
+        "\\boxed{",
+        "\\frac{1}{",
+        " ",
+        "=",
+        "<a",
+        "\ud800",
+        "½",
+        "1/",
+        "*",
+        "or 5 ",
+    ],
 )
 def test_a_very_long_text_is_graded_quickly(piece: str) -> None:
     text = piece * (300_000 // len(piece))

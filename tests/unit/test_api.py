@@ -14,8 +14,14 @@ from reftune.recipe import dump_recipe
 def test_grade_judges_as_the_reward_does():
     right = reftune.grade("7 · 3 = 21, so the answer is 21.0", 21)
     assert (right.verdict, right.value) == (reftune.Verdict.CORRECT, "21")
-    assert reftune.grade("The answer is (b)", "4", choices=["3", "4"]).verdict is reftune.Verdict.CORRECT
-    assert reftune.grade("def solution():\n    return 6 * 7", 42, format="program").verdict is reftune.Verdict.CORRECT
+    assert (
+        reftune.grade("The answer is (b)", "4", choices=["3", "4"]).verdict
+        is reftune.Verdict.CORRECT
+    )
+    assert (
+        reftune.grade("def solution():\n    return 6 * 7", 42, format="program").verdict
+        is reftune.Verdict.CORRECT
+    )
     wrong = reftune.grade("The answer is 20", 21)
     assert wrong.verdict is reftune.Verdict.WRONG
     assert "21" in wrong.reason
@@ -39,7 +45,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dataset": {"kind": "word_problems", "train": 12, "dev": 4, "test": 4, "distractors": 0},
         "format": "program",
         "lengths": {"max_new": 20},
-        "stages": {"sft": {"kind": "sft", "epochs": 1, "batch_size": 6, "optimizer": {"learning_rate": 0.01}}},
+        "stages": {
+            "sft": {
+                "kind": "sft",
+                "epochs": 1,
+                "batch_size": 6,
+                "optimizer": {"learning_rate": 0.01},
+            }
+        },
     }
     assert reftune.run(recipe)["methods"]["sft"]["n"] == 4
     return folder
@@ -52,25 +65,35 @@ def test_run_takes_a_file_with_overrides_and_goes_on(finished: Path, tmp_path: P
     started = (finished / "stages" / "sft" / "stage.json").stat().st_mtime
     summary = reftune.run(tmp_path / "tiny.yaml", f"run_dir={finished}")
     assert summary["methods"]["sft"]["n"] == 4
-    assert (finished / "stages" / "sft" / "stage.json").stat().st_mtime == started, "what is done is not done again"
+    assert (finished / "stages" / "sft" / "stage.json").stat().st_mtime == started, (
+        "what is done is not done again"
+    )
     with pytest.raises(RecipeError, match="seed=1: overrides are for a recipe file"):
         reftune.run(load_recipe(tmp_path / "tiny.yaml"), "seed=1")
 
 
 def test_evaluate_answers_as_the_run_did(finished: Path):
-    from reftune.jsonlines import JsonLines
+    from reftune.storage.json_lines import JsonLines
 
     rows = JsonLines(finished / "eval" / "sft.jsonl").rows()
-    problems = [{"id": row["id"], "question": row["question"], "answer": row["gold"]} for row in rows]
+    problems = [
+        {"id": row["id"], "question": row["question"], "answer": row["gold"]} for row in rows
+    ]
     result = reftune.evaluate(finished / "stages" / "sft", problems)
-    assert [completion.text for completion in result.completions] == [row["greedy"]["completion"] for row in rows]
-    assert [graded.verdict.value for graded in result.graded] == [row["greedy"]["verdict"] for row in rows]
+    assert [completion.text for completion in result.completions] == [
+        row["greedy"]["completion"] for row in rows
+    ]
+    assert [graded.verdict.value for graded in result.graded] == [
+        row["greedy"]["verdict"] for row in rows
+    ]
     assert result.n == 4
     assert result.ci95[0] <= result.accuracy <= result.ci95[1]
 
 
 def test_evaluate_takes_a_policy_and_problems(make_policy):
-    problem = reftune.Problem(id="p", question="wa wb", answer=reftune.api.problem_of({"id": 1, "answer": 3}, "").answer)
+    problem = reftune.Problem(
+        id="p", question="wa wb", answer=reftune.api.problem_of({"id": 1, "answer": 3}, "").answer
+    )
     result = reftune.evaluate(make_policy("llama"), [problem], max_new=3)
     assert len(result.completions[0].token_ids) <= 3
     assert result.accuracy == 0.0
@@ -80,12 +103,12 @@ def test_evaluate_takes_a_policy_and_problems(make_policy):
 
 def test_the_package_is_imported_fast_and_its_names_work_whatever_was_imported_before():
     code = (
-        "import sys, reftune; assert not {'torch', 'pydantic', 'yaml'} & set(sys.modules), 'import reftune is heavy'; "
-        "import reftune.run_folder, reftune.evaluation, reftune.cli; "
-        "assert {'run', 'grade', 'evaluate'} <= set(dir(reftune)); assert callable(reftune.grade); "
-        "import reftune.api as api, unittest.mock as m; "
-        "api.run = m.Mock(return_value=5); api.evaluate = m.Mock(return_value=6); "
-        "assert reftune.run('x') == 5 and reftune.evaluate('m', []) == 6"
+        "import sys, reftune; assert not {'torch', 'pydantic', 'yaml'} & set(sys.modules), 'import"
+        " reftune is heavy'; import reftune.runs.run, reftune.runs.evaluation,"
+        " reftune.terminal.cli; assert {'run', 'grade', 'evaluate'} <= set(dir(reftune)); assert"
+        " callable(reftune.grade); import reftune.api as api, unittest.mock as m; api.run ="
+        " m.Mock(return_value=5); api.evaluate = m.Mock(return_value=6); assert reftune.run('x') =="
+        " 5 and reftune.evaluate('m', []) == 6"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -101,8 +124,10 @@ def test_the_package_is_imported_fast_and_its_names_work_whatever_was_imported_b
         (["benchmarks/reproduce.py", "0", "1"], "python benchmarks/reproduce.py 0 1"),
     ],
 )
-def test_the_command_that_is_kept_can_be_typed_again(monkeypatch: pytest.MonkeyPatch, typed: list[str], told: str):
-    from reftune.run_folder import command
+def test_the_command_that_is_kept_can_be_typed_again(
+    monkeypatch: pytest.MonkeyPatch, typed: list[str], told: str
+):
+    from reftune.runs.run import command
 
     monkeypatch.setattr(sys, "argv", typed)
     assert command() == told

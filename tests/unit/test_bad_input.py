@@ -1,5 +1,5 @@
-"""Bad input through the real command line: exit status 2, one line on stderr that says what, where and what was expected, and
-nothing left behind."""
+"""Bad input through the real command line: exit status 2, one line on stderr that says what, where
+and what was expected, and nothing left behind."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reftune.cli import main
+from reftune.terminal.cli import main
 
 RECIPE = """
 name: tiny
@@ -25,7 +25,9 @@ FOLDER = ["model.scratch=null", "model.path=./model"]
 
 def row(a: int, **changes: Any) -> str:
     solution = f"{a} + 1 = {a + 1} . The answer is {a + 1}"
-    return json.dumps({"question": f"What is {a} + 1 ?", "answer": str(a + 1), "rationale": solution, **changes})
+    return json.dumps(
+        {"question": f"What is {a} + 1 ?", "answer": str(a + 1), "rationale": solution, **changes}
+    )
 
 
 def rows(*last: str) -> str:
@@ -38,106 +40,250 @@ PROGRAM = "def solution():\n    return 5"
 
 ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     # overrides, files, what stderr says
-    "unknown key": (["lengths.max_nw=3"], {}, r"recipe\.yaml: lengths\.max_nw: unknown key; did you mean max_new\?"),
-    "unknown key of a stage": (["stages.sft.epoch=3"], {}, r"stages\.sft\.epoch: unknown key; did you mean epochs\?"),
-    "unknown kind": (["dataset.kind=jsonll"], {}, r"dataset: jsonll: unknown kind; did you mean jsonl\?"),
-    "wrong type": (["stages.sft.batch_size=many"], {}, r"stages\.sft\.batch_size: input should be a valid integer.*'many'"),
-    "a number for a table": (["lengths=5"], {}, r"lengths: input should be a valid dictionary.*got 5"),
-    "out of range": (["lengths.max_new=-3"], {}, r"lengths\.max_new: input should be greater than 0, got -3"),
+    "unknown key": (
+        ["lengths.max_nw=3"],
+        {},
+        r"recipe\.yaml: lengths\.max_nw: unknown key; did you mean max_new\?",
+    ),
+    "unknown key of a stage": (
+        ["stages.sft.epoch=3"],
+        {},
+        r"stages\.sft\.epoch: unknown key; did you mean epochs\?",
+    ),
+    "unknown kind": (
+        ["dataset.kind=jsonll"],
+        {},
+        r"dataset: jsonll: unknown kind; did you mean jsonl\?",
+    ),
+    "wrong type": (
+        ["stages.sft.batch_size=many"],
+        {},
+        r"stages\.sft\.batch_size: input should be a valid integer.*'many'",
+    ),
+    "a number for a table": (
+        ["lengths=5"],
+        {},
+        r"lengths: input should be a valid dictionary.*got 5",
+    ),
+    "out of range": (
+        ["lengths.max_new=-3"],
+        {},
+        r"lengths\.max_new: input should be greater than 0, got -3",
+    ),
     "no stages": (["stages={}"], {}, r"stages: dictionary should have at least 1 item"),
     "an override without =": (["lengths.max_new"], {}, r"'lengths\.max_new': expected key=value"),
     "torn YAML": ([], {"recipe.yaml": "name: [tiny\n"}, r"recipe\.yaml:2: not valid YAML"),
-    "not a mapping": ([], {"recipe.yaml": "- name\n"}, r"recipe\.yaml: expected a mapping of recipe keys, got list"),
+    "not a mapping": (
+        [],
+        {"recipe.yaml": "- name\n"},
+        r"recipe\.yaml: expected a mapping of recipe keys, got list",
+    ),
     "rationales of the other kind": (
-        ["dataset={kind: word_problems}"], {},
-        r"recipe\.yaml: dataset\.rationale: program rationales, but format\.kind is nl; expected the same of both",
+        ["dataset={kind: word_problems}"],
+        {},
+        (
+            r"recipe\.yaml: dataset\.rationale: program rationales, but format\.kind is nl;"
+            r" expected the same of both"
+        ),
     ),
     "rationales of the other kind, reversed": (
-        ["dataset={kind: word_problems, rationale: nl}", "format.kind=program"], {},
-        r"recipe\.yaml: dataset\.rationale: nl rationales, but format\.kind is program; expected the same of both",
+        ["dataset={kind: word_problems, rationale: nl}", "format.kind=program"],
+        {},
+        (
+            r"recipe\.yaml: dataset\.rationale: nl rationales, but format\.kind is program;"
+            r" expected the same of both"
+        ),
     ),
-    "words for a program": (["format.kind=program"], {}, r"problem train-\d: its rationale is not a program .*format\.kind=nl"),
+    "words for a program": (
+        ["format.kind=program"],
+        {},
+        r"problem train-\d: its rationale is not a program .*format\.kind=nl",
+    ),
     "a program for words": (
-        [], {"train.jsonl": rows(row(4, rationale=PROGRAM), row(5, rationale=PROGRAM), row(6, rationale=PROGRAM))},
+        [],
+        {
+            "train.jsonl": rows(
+                row(4, rationale=PROGRAM), row(5, rationale=PROGRAM), row(6, rationale=PROGRAM)
+            )
+        },
         r"problem train-[456]: its rationale is a program; expected words, or format\.kind=program",
     ),
-    "missing file": (["dataset.train=nope.jsonl"], {}, r"nope\.jsonl: no such file or folder; expected one, or a Hub id"),
+    "missing file": (
+        ["dataset.train=nope.jsonl"],
+        {},
+        r"nope\.jsonl: no such file or folder; expected one, or a Hub id",
+    ),
     "folder without the split": (
-        ["dataset.train=data"], {"data/notes.md": ""}, r"data: no file of the train split, found notes\.md; expected one like"
+        ["dataset.train=data"],
+        {"data/notes.md": ""},
+        r"data: no file of the train split, found notes\.md; expected one like",
     ),
-    "empty file": ([], {"train.jsonl": ""}, r"train\.jsonl: no rows in the train split; expected at least one"),
-    "torn row": ([], {"train.jsonl": rows('{"question": "What')}, r"train\.jsonl:4: not valid JSON .*; expected one object"),
+    "empty file": (
+        [],
+        {"train.jsonl": ""},
+        r"train\.jsonl: no rows in the train split; expected at least one",
+    ),
+    "torn row": (
+        [],
+        {"train.jsonl": rows('{"question": "What')},
+        r"train\.jsonl:4: not valid JSON .*; expected one object",
+    ),
     "row without answer": (
-        [], {"train.jsonl": rows('{"question": "Why?"}')}, r"train\.jsonl:4: no column 'answer'; expected one among question"
+        [],
+        {"train.jsonl": rows('{"question": "Why?"}')},
+        r"train\.jsonl:4: no column 'answer'; expected one among question",
     ),
-    "row that is a list": ([], {"train.jsonl": rows("[1]")}, r"train\.jsonl:4: \[1\] is a list; expected an object"),
-    "bytes that are no text": ([], {"train.jsonl": b"\xff\xfe"}, r"train\.jsonl:1: byte 0xff is not UTF-8; expected UTF-8"),
+    "row that is a list": (
+        [],
+        {"train.jsonl": rows("[1]")},
+        r"train\.jsonl:4: \[1\] is a list; expected an object",
+    ),
+    "bytes that are no text": (
+        [],
+        {"train.jsonl": b"\xff\xfe"},
+        r"train\.jsonl:1: byte 0xff is not UTF-8; expected UTF-8",
+    ),
     "answer the grader cannot read": (
-        [], {"train.jsonl": rows(row(4, answer="a dozen"))}, r"train\.jsonl:4: answer is 'a dozen'; expected a number"
+        [],
+        {"train.jsonl": rows(row(4, answer="a dozen"))},
+        r"train\.jsonl:4: answer is 'a dozen'; expected a number",
     ),
     "choice the grader cannot read": (
-        [], {"train.jsonl": rows(row(4)).replace('"rationale"', '"choices": ["1", "9"], "rationale"')},
+        [],
+        {"train.jsonl": rows(row(4)).replace('"rationale"', '"choices": ["1", "9"], "rationale"')},
         r"train\.jsonl:1: answer '2'; expected a letter from a to b or the text of one option",
     ),
-    "answer that is null": ([], {"train.jsonl": rows(row(4, answer=None))}, r"train\.jsonl:4: answer is None; expected a"),
+    "answer that is null": (
+        [],
+        {"train.jsonl": rows(row(4, answer=None))},
+        r"train\.jsonl:4: answer is None; expected a",
+    ),
     "all of train is asked in test": (
-        [], {"train.jsonl": rows(), "test.jsonl": rows()}, r"dev_size 2: only 0 training questions are left; expected fewer"
+        [],
+        {"train.jsonl": rows(), "test.jsonl": rows()},
+        r"dev_size 2: only 0 training questions are left; expected fewer",
     ),
-    "no dev": (["dataset.dev_size=0"], {}, r"dataset: no dev problems, .*; set dataset\.dev_size or a dev file"),
+    "no dev": (
+        ["dataset.dev_size=0"],
+        {},
+        r"dataset: no dev problems, .*; set dataset\.dev_size or a dev file",
+    ),
     "model that is not there": (
-        ["model.scratch=null", "model.path=./nope"], {}, r"nope: no such model folder; expected one, or a Hub id"
+        ["model.scratch=null", "model.path=./nope"],
+        {},
+        r"nope: no such model folder; expected one, or a Hub id",
     ),
-    "model folder without config": (FOLDER, {"model/readme": ""}, r"model: not a model folder: no config\.json in it"),
+    "model folder without config": (
+        FOLDER,
+        {"model/readme": ""},
+        r"model: not a model folder: no config\.json in it",
+    ),
     "model folder without weights": (
-        FOLDER, {"model/config.json": '{"model_type": "llama"}'}, r"cannot be loaded as a causal .* model\.safetensors"
+        FOLDER,
+        {"model/config.json": '{"model_type": "llama"}'},
+        r"cannot be loaded as a causal .* model\.safetensors",
     ),
-    "model folder with a torn config": (FOLDER, {"model/config.json": "{"}, r"model: cannot be loaded as a causal language"),
-    "model that cannot be": (["model.scratch.heads=3"], {}, r"hidden_size: 16 must be a multiple of 2 × heads = 6"),
-    "adapters on layers there are not": (["model.lora.target_modules=[nope]"], {}, r"model\.lora\.target_modules: .*nope"),
-    "stage that starts from nothing": (["stages.sft.init=nope"], {}, r"stages\.sft\.init: nope is no earlier method; known"),
-}  # fmt: skip
+    "model folder with a torn config": (
+        FOLDER,
+        {"model/config.json": "{"},
+        r"model: cannot be loaded as a causal language",
+    ),
+    "model that cannot be": (
+        ["model.scratch.heads=3"],
+        {},
+        r"hidden_size: 16 must be a multiple of 2 × heads = 6",
+    ),
+    "adapters on layers there are not": (
+        ["model.lora.target_modules=[nope]"],
+        {},
+        r"model\.lora\.target_modules: .*nope",
+    ),
+    "stage that starts from nothing": (
+        ["stages.sft.init=nope"],
+        {},
+        r"stages\.sft\.init: nope is no earlier method; known",
+    ),
+}
 """Refused by `run` and by `check` in the same words."""
 
 LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
     # overrides, files, what `run` says, what `check` says
     "prompt longer than the context": (
-        ["model.scratch.context=18"], {}, r"problem train-\d: prompt of 7 tokens; at most 6 fit .*context of 18 less 12 new",
+        ["model.scratch.context=18"],
+        {},
+        r"problem train-\d: prompt of 7 tokens; at most 6 fit .*context of 18 less 12 new",
         r"prompt_length: 100\.0% are too long: .* at most 6 fit; raise lengths\.max_prompt",
     ),
     "prompt over the recipe's limit": (
-        ["lengths.max_prompt=3"], {}, r"problem train-\d: prompt of 7 tokens; at most 3 fit .*lengths\.max_prompt",
+        ["lengths.max_prompt=3"],
+        {},
+        r"problem train-\d: prompt of 7 tokens; at most 3 fit .*lengths\.max_prompt",
         r"prompt_length: 100\.0% are too long: .* at most 3 fit",
     ),
     "training prompt too long to sample from": (
-        [RL], {"train.jsonl": rows(row(4), row(5, question=" ".join(["What is 5 + 1 ?"] * 12)))},
-        r"problem train-5: prompt of \d+ tokens; at most 68 fit", r"prompt_length: .* are too long: .* at most 68 fit",
+        [RL],
+        {"train.jsonl": rows(row(4), row(5, question=" ".join(["What is 5 + 1 ?"] * 12)))},
+        r"problem train-5: prompt of \d+ tokens; at most 68 fit",
+        r"prompt_length: .* are too long: .* at most 68 fit",
     ),
     "no training row left: targets too long": (
-        ["lengths.max_new=2"], {}, r"no training row is left of 6: 6 have a rationale, and none .* fits in lengths\.max_new=2 ",
-        r"target_length: 100\.0% are too long and not trained on: .*; lengths\.max_new=\d+ keeps all",
+        ["lengths.max_new=2"],
+        {},
+        (
+            r"no training row is left of 6: 6 have a rationale, and none .* fits in"
+            r" lengths\.max_new=2 "
+        ),
+        (
+            r"target_length: 100\.0% are too long and not trained on: .*; lengths\.max_new=\d+"
+            r" keeps all"
+        ),
     ),
     "no training row left: no rationales": (
-        [], {"train.jsonl": UNSOLVED}, r"no training row is left of 6: 0 have a rationale",
+        [],
+        {"train.jsonl": UNSOLVED},
+        r"no training row is left of 6: 0 have a rationale",
         r"splits: .* 0 train rows have a rationale.*; supervised stages need rationales",
     ),
     "no test problems": (
-        ["dataset.test=null"], {}, r"evaluate\.split: the dataset has no test problems; expected some, or evaluate\.split=dev",
+        ["dataset.test=null"],
+        {},
+        r"evaluate\.split: the dataset has no test problems; expected some, or evaluate\.split=dev",
         r"splits: .* 0 test; .*; give test problems, or set evaluate\.split=dev",
     ),
-}  # fmt: skip
+}
 """Refused by `run` at the first of them, by `check` with all of them."""
 
 FOLDERS: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
-    "file in the way": ([], {"runs/tiny": ""}, r"runs/tiny: cannot be a run folder: a file is in its place"),
-    "file above": (["run_dir=train.jsonl/run"], {}, r"train\.jsonl/run: cannot be a run folder: a file is in its place"),
+    "file in the way": (
+        [],
+        {"runs/tiny": ""},
+        r"runs/tiny: cannot be a run folder: a file is in its place",
+    ),
+    "file above": (
+        ["run_dir=train.jsonl/run"],
+        {},
+        r"train\.jsonl/run: cannot be a run folder: a file is in its place",
+    ),
     "unwritable": (["run_dir=/proc/reftune/run"], {}, r"/proc/reftune: cannot be written: "),
     "of another recipe": (
-        [], {"runs/tiny/recipe.yaml": "name: other\n"},
-        r"runs/tiny: belongs to another recipe: name was 'other', now 'tiny'; choose another run_dir",
+        [],
+        {"runs/tiny/recipe.yaml": "name: other\n"},
+        (
+            r"runs/tiny: belongs to another recipe: name was 'other', now 'tiny'; choose another"
+            r" run_dir"
+        ),
     ),
-    "whose recipe is torn": ([], {"runs/tiny/recipe.yaml": b"\xff["}, r"runs/tiny/recipe\.yaml: not the recipe of a run; "),
-    "with something else in it": ([], {"runs/tiny/notes.txt": ""}, r"runs/tiny: is not empty and not a run folder .*; choose"),
-}  # fmt: skip
+    "whose recipe is torn": (
+        [],
+        {"runs/tiny/recipe.yaml": b"\xff["},
+        r"runs/tiny/recipe\.yaml: not the recipe of a run; ",
+    ),
+    "with something else in it": (
+        [],
+        {"runs/tiny/notes.txt": ""},
+        r"runs/tiny: is not empty and not a run folder .*; choose",
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -170,22 +316,30 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("command", ["run", "check"])
 @pytest.mark.parametrize("case", ANYWHERE)
-def test_what_cannot_be_run_is_refused_in_one_line(case: str, command: str, capsys: pytest.CaptureFixture[str]):
+def test_what_cannot_be_run_is_refused_in_one_line(
+    case: str, command: str, capsys: pytest.CaptureFixture[str]
+):
     overrides, files, expected = ANYWHERE[case]
     write(files)
     assert re.search(expected, refused(capsys, command, "recipe.yaml", *overrides))
 
 
 @pytest.mark.parametrize("case", LIMITS)
-def test_what_does_not_fit_is_refused_before_the_run_folder_is_made(case: str, capsys: pytest.CaptureFixture[str]):
+def test_what_does_not_fit_is_refused_before_the_run_folder_is_made(
+    case: str, capsys: pytest.CaptureFixture[str]
+):
     overrides, files, of_run, of_check = LIMITS[case]
     write(files)
     assert re.search(of_run, refused(capsys, "run", "recipe.yaml", *overrides))
-    assert re.search(f"^check: refused: .*{of_check}", refused(capsys, "check", "recipe.yaml", *overrides))
+    assert re.search(
+        f"^check: refused: .*{of_check}", refused(capsys, "check", "recipe.yaml", *overrides)
+    )
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(case: str, capsys: pytest.CaptureFixture[str]):
+def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
+    case: str, capsys: pytest.CaptureFixture[str]
+):
     overrides, files, expected = FOLDERS[case]
     write(files)
     assert re.search(expected, refused(capsys, "run", "recipe.yaml", *overrides))
@@ -194,21 +348,44 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(case: str, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["rl", "recipe.yaml", RL], r"runs/tiny/stages/sft: method sft is not trained yet; `reftune run` trains all"),
-        (["eval", "recipe.yaml", "--method", "sft"], r"runs/tiny/stages/sft: method sft is not trained yet"),
+        (
+            ["rl", "recipe.yaml", RL],
+            r"runs/tiny/stages/sft: method sft is not trained yet; `reftune run` trains all",
+        ),
+        (
+            ["eval", "recipe.yaml", "--method", "sft"],
+            r"runs/tiny/stages/sft: method sft is not trained yet",
+        ),
         (["eval", "recipe.yaml"], r"runs/tiny/stages/sft: method sft is not trained yet"),
-        (["sample", "recipe.yaml", "--method", "sft"], r"runs/tiny/stages/sft: method sft is not trained yet"),
+        (
+            ["sample", "recipe.yaml", "--method", "sft"],
+            r"runs/tiny/stages/sft: method sft is not trained yet",
+        ),
         (["self-train", "recipe.yaml"], r"tiny: no stage of kind self_train; it has sft"),
-        (["demo", "stages.reft.stpes=1"], r"demo\.yaml: stages\.reft\.stpes: unknown key; did you mean steps\?"),
-        (["demo", "dataset.operations=[3, 1]"], r"dataset: operations: expected \[least, most\] within 0 and 6"),
+        (
+            ["demo", "stages.reft.stpes=1"],
+            r"demo\.yaml: stages\.reft\.stpes: unknown key; did you mean steps\?",
+        ),
+        (
+            ["demo", "dataset.operations=[3, 1]"],
+            r"dataset: operations: expected \[least, most\] within 0 and 6",
+        ),
         (["run", "nope.yaml"], r"nope\.yaml: no such recipe; nearest"),
         (["table", "runs/nope"], r"runs/nope: no such run folder"),
         (["report", "runs/nope"], r"runs/nope: no such run folder"),
-        (["export", "runs/nope", "--out", "model", "--method", "sft"], r"nope/stages/sft: not a finished method"),
+        (
+            ["export", "runs/nope", "--out", "model", "--method", "sft"],
+            r"nope/stages/sft: not a finished method",
+        ),
         (["score", "nope.jsonl", "--format", "nl"], r"nope\.jsonl: cannot be read"),
-        (["score", "test.jsonl", "--format", "nl"], r"test\.jsonl:1: .* is missing; expected id, completion and answer"),
+        (
+            ["score", "test.jsonl", "--format", "nl"],
+            r"test\.jsonl:1: .* is missing; expected id, completion and answer",
+        ),
     ],
     ids=str,
 )
-def test_other_commands_refuse_in_one_line_too(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+def test_other_commands_refuse_in_one_line_too(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+):
     assert re.search(expected, refused(capsys, *arguments))

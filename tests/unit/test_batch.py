@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reftune.batch import RolloutBatch, TokenBatch, micro_batches, token_batch
+from reftune.model.batch import RolloutBatch, TokenBatch, micro_batches, token_batch
 
 PROMPTS = [[5, 6, 7], [8]]
 RESPONSES = [[9, 1], [2, 3, 4, 1]]
@@ -33,15 +33,24 @@ def test_prompt_and_response_lie_side_by_side_padded_on_the_right():
 
 
 def test_the_mask_is_true_on_response_tokens_and_counts_the_eos():
-    assert token_batch(PROMPTS, RESPONSES).response_mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert token_batch(PROMPTS, RESPONSES).response_mask.tolist() == [
+        [True, True, False, False],
+        [True] * 4,
+    ]
 
 
 def test_each_response_token_is_predicted_by_the_position_to_its_left():
     batch = token_batch(PROMPTS, RESPONSES)
     # row 0: prompt at 0–2, response at 3 and 4, predicted from 2 (the last prompt token) and 3
     # row 1: prompt at 0, response at 1–4, predicted from 0–3
-    assert [index.tolist() for index in batch.response_index()] == [[0, 0, 1, 1, 1, 1], [3, 4, 1, 2, 3, 4]]
-    assert [index.tolist() for index in batch.predictor_index()] == [[0, 0, 1, 1, 1, 1], [2, 3, 0, 1, 2, 3]]
+    assert [index.tolist() for index in batch.response_index()] == [
+        [0, 0, 1, 1, 1, 1],
+        [3, 4, 1, 2, 3, 4],
+    ]
+    assert [index.tolist() for index in batch.predictor_index()] == [
+        [0, 0, 1, 1, 1, 1],
+        [2, 3, 0, 1, 2, 3],
+    ]
     assert batch.response_tokens().tolist() == [9, 1, 2, 3, 4, 1]
 
 
@@ -52,7 +61,9 @@ def test_flat_values_go_back_to_their_rows():
 
 def test_unflattened_values_carry_gradients():
     values = torch.arange(1.0, 7.0, requires_grad=True)
-    (token_batch(PROMPTS, RESPONSES).unflatten(values) * torch.tensor([[2.0] * 4, [3.0] * 4])).sum().backward()
+    (
+        token_batch(PROMPTS, RESPONSES).unflatten(values) * torch.tensor([[2.0] * 4, [3.0] * 4])
+    ).sum().backward()
     assert values.grad is not None and values.grad.tolist() == [2, 2, 3, 3, 3, 3]
 
 
@@ -93,16 +104,22 @@ def test_packed_tokens_lie_one_sequence_after_the_other():
 def test_every_packed_token_has_a_slot_beside_its_own_sequence(count):
     lengths = [3 + (5 * i) % 7 for i in range(count)]
     sequences = [[100 * i + j for j in range(length)] for i, length in enumerate(lengths)]
-    packed = token_batch([tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]).packed()
+    packed = token_batch(
+        [tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]
+    ).packed()
     slots, is_token, order, sizes = packed.packing
     assert slots[order].tolist() == list(range(sum(lengths)))
     assert is_token.sum() == sum(lengths) and is_token[order].all()
-    assert sum(rows for rows, _ in sizes) == count and sum(rows * length for rows, length in sizes) == len(slots)
+    assert sum(rows for rows, _ in sizes) == count and sum(
+        rows * length for rows, length in sizes
+    ) == len(slots)
     assert len(sizes) == (4 if count >= 8 else 1)
     start, found = 0, []
     for rows, length in sizes:
         group = slice(start, start := start + rows * length)
-        for row, real in zip(slots[group].view(rows, length), is_token[group].view(rows, length), strict=True):
+        for row, real in zip(
+            slots[group].view(rows, length), is_token[group].view(rows, length), strict=True
+        ):
             found.append(packed.tokens[row[real]].tolist())
             assert real.tolist() == sorted(real.tolist(), reverse=True), "padding is on the right"
             assert packed.positions[row[real]].tolist() == list(range(int(real.sum())))
@@ -122,8 +139,15 @@ def test_tokens_are_filled_up_by_a_sequence_that_nobody_reads(longest):
 
 def test_packed_micro_batches_count_tokens_and_no_padding():
     lengths = torch.tensor([9, 1, 5, 5, 2])
-    assert [batch.tolist() for batch in micro_batches(lengths, max_tokens=13, packed=True)] == [[1, 4, 2, 3], [0]]
-    assert [batch.tolist() for batch in micro_batches(lengths, max_tokens=13)] == [[1, 4], [2, 3], [0]]
+    assert [batch.tolist() for batch in micro_batches(lengths, max_tokens=13, packed=True)] == [
+        [1, 4, 2, 3],
+        [0],
+    ]
+    assert [batch.tolist() for batch in micro_batches(lengths, max_tokens=13)] == [
+        [1, 4],
+        [2, 3],
+        [0],
+    ]
 
 
 def test_micro_batches_hold_every_sequence_once_within_the_limit():
@@ -135,11 +159,22 @@ def test_micro_batches_hold_every_sequence_once_within_the_limit():
 
 
 def test_micro_batches_are_as_full_as_the_limit_allows():
-    # sorted lengths 1 2 3 4 | 4 7 | 9 | 20: a fifth row of length 4 would make 5 · 4 = 20 > 16, a third of 9 27 > 16
+    # sorted lengths 1 2 3 4 | 4 7 | 9 | 20: a fifth row of length 4 would make 5 · 4 = 20 > 16, a
+    # third of 9 27 > 16
     lengths = torch.tensor([7, 3, 9, 1, 4, 4, 20, 2])
-    assert [group.tolist() for group in micro_batches(lengths, max_tokens=16)] == [[3, 7, 1, 4], [5, 0], [2], [6]]
-    assert [group.tolist() for group in micro_batches(lengths, max_tokens=160)] == [[3, 7, 1, 4, 5, 0, 2, 6]]
+    assert [group.tolist() for group in micro_batches(lengths, max_tokens=16)] == [
+        [3, 7, 1, 4],
+        [5, 0],
+        [2],
+        [6],
+    ]
+    assert [group.tolist() for group in micro_batches(lengths, max_tokens=160)] == [
+        [3, 7, 1, 4, 5, 0, 2, 6]
+    ]
 
 
 def test_a_sequence_over_the_limit_goes_alone():
-    assert [group.tolist() for group in micro_batches(torch.tensor([30, 30]), max_tokens=1)] == [[0], [1]]
+    assert [group.tolist() for group in micro_batches(torch.tensor([30, 30]), max_tokens=1)] == [
+        [0],
+        [1],
+    ]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from reftune.check import CHECKS, MODEL_CHECKS, CheckReport, check_recipe
-from reftune.cli import main
+from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_recipe
 from reftune.datasets import Splits
 from reftune.errors import RecipeError, RewardError
 from reftune.recipe import Component, Recipe, ScratchTable
+from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
 MARKER = "The answer is"
@@ -28,7 +28,12 @@ class Sums(Component):
 
     def load(self, *, seed: int) -> Splits:
         train = tuple(self._edited(i, addition(i)) for i in range(self.num_train))
-        return Splits(train=train, dev=tuple(addition(i) for i in range(3)), test=(addition(4),), counts={"duplicate": 2})
+        return Splits(
+            train=train,
+            dev=tuple(addition(i) for i in range(3)),
+            test=(addition(4),),
+            counts={"duplicate": 2},
+        )
 
     def _edited(self, i: int, problem: Problem) -> Problem:
         return problem if self.edit is None else self.edit(i, problem)
@@ -37,7 +42,12 @@ class Sums(Component):
 def addition(i: int) -> Problem:
     a, b = i % 7, i % 5
     answer = Answer(kind="number", value=Fraction(a + b))
-    return Problem(id=f"sum-{i}", question=f"What is {a} + {b} ?", answer=answer, rationale=f"{a} + {b} = {a + b} .")
+    return Problem(
+        id=f"sum-{i}",
+        question=f"What is {a} + {b} ?",
+        answer=answer,
+        rationale=f"{a} + {b} = {a + b} .",
+    )
 
 
 class Words(Component):
@@ -54,14 +64,20 @@ class Words(Component):
         return rationale if MARKER in rationale else f"{rationale} {MARKER} {problem.answer}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        return [self._graded(problem, text) for problem, text in zip(problems, completions, strict=True)]
+        return [
+            self._graded(problem, text) for problem, text in zip(problems, completions, strict=True)
+        ]
 
     def _graded(self, problem: Problem, text: str) -> Graded:
         _, marker, value = text.rpartition(MARKER)
         if self.marker_needed and not marker:
             return Graded(verdict=Verdict.NO_ANSWER, value=None, reason="no marker")
         right = value.strip() == str(problem.answer)
-        return Graded(verdict=Verdict.CORRECT if right else Verdict.WRONG, value=value.strip(), reason=f"{value.strip()!r}")
+        return Graded(
+            verdict=Verdict.CORRECT if right else Verdict.WRONG,
+            value=value.strip(),
+            reason=f"{value.strip()!r}",
+        )
 
 
 class Pay(Component):
@@ -71,7 +87,10 @@ class Pay(Component):
     broken: bool = False
 
     def __call__(
-        self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[Completion],
+        graded: Sequence[Graded],
     ) -> list[float | None]:
         if self.broken:
             raise RewardError("problem sum-0: score: division by zero")
@@ -80,7 +99,9 @@ class Pay(Component):
 
 
 def recipe(**changes: Any) -> Recipe:
-    stages = {"sft": {"kind": "sft", "epochs": 1, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}}
+    stages = {
+        "sft": {"kind": "sft", "epochs": 1, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}
+    }
     tables = {
         "name": "tiny",
         "run_dir": "/nonexistent",
@@ -116,7 +137,8 @@ def sound() -> CheckReport:
 
 
 def test_a_sound_recipe_passes_every_check(sound: CheckReport):
-    # three dev problems are too few to choose by, and the one-line grader reads few spellings: that is all there is to say
+    # three dev problems are too few to choose by, and the one-line grader reads few spellings: that
+    # is all there is to say
     levels = {found.name: found.level for found in sound.findings if found.level != "ok"}
     assert levels == {"splits": "warn", "reward_errors": "warn"}
     assert [found.name for found in sound.findings] == [*CHECKS, *MODEL_CHECKS]
@@ -125,7 +147,10 @@ def test_a_sound_recipe_passes_every_check(sound: CheckReport):
 
 def test_the_report_shows_the_boundary_and_sampled_solutions(sound: CheckReport):
     assert sound.preview is not None
-    assert (sound.preview.prompt, sound.preview.target) == ("What is 0 + 0 ?\n", "0 + 0 = 0 . The answer is 0")
+    assert (sound.preview.prompt, sound.preview.target) == (
+        "What is 0 + 0 ?\n",
+        "0 + 0 = 0 . The answer is 0",
+    )
     assert sound.preview.target_tokens[-1] == "<eos>"
     text = sound.to_text()
     assert "What is 0 + 0 ?\n┃0 + 0 = 0 . The answer is 0" in text
@@ -136,7 +161,9 @@ def test_the_report_shows_the_boundary_and_sampled_solutions(sound: CheckReport)
 def test_the_json_report_says_the_same(sound: CheckReport):
     document = json.loads(sound.to_json())
     assert document["ok"] is True
-    assert [found["name"] for found in document["findings"]] == [found.name for found in sound.findings]
+    assert [found["name"] for found in document["findings"]] == [
+        found.name for found in sound.findings
+    ]
     assert len(document["samples"]) == 3
 
 
@@ -158,18 +185,24 @@ def test_a_waived_check_only_warns():
 
     failing = {"gold_answers", "gold_rationales", "reward"}
     assert {f.name for f in checked(format=Deaf(kind="words")).failed} == failing
-    report = checked(format=Deaf(kind="words"), check={"waive": ["gold_answers", "gold_rationales"]})
+    report = checked(
+        format=Deaf(kind="words"), check={"waive": ["gold_answers", "gold_rationales"]}
+    )
     assert [f.name for f in report.failed] == ["reward"]
     assert next(f for f in report.findings if f.name == "gold_answers").message.endswith("(waived)")
 
 
 def test_an_unknown_waiver_is_refused_with_the_nearest_name():
-    with pytest.raises(RecipeError, match=r"check\.waive: gold_rational: no such check; did you mean gold_rationales\?"):
+    with pytest.raises(
+        RecipeError,
+        match=r"check\.waive: gold_rational: no such check; did you mean gold_rationales\?",
+    ):
         checked(check={"waive": ["gold_rational"]})
 
 
 def test_a_grader_that_pays_a_bare_answer_is_reported():
-    # twelve golds stated without any reasoning are accepted, since no marker is asked for; an empty text is not
+    # twelve golds stated without any reasoning are accepted, since no marker is asked for; an empty
+    # text is not
     found = finding("grader_refuses", format=Words(kind="words", marker_needed=False))
     assert found.level == "warn"
     assert "the bare answer (12)" in found.message
@@ -180,11 +213,14 @@ def test_a_reward_that_tells_nothing_apart_or_breaks_is_refused():
     found = finding("reward", reward=Pay(kind="pay", broken=True))
     assert (found.level, found.message) == ("fail", "problem sum-0: score: division by zero")
     # 12 gold solutions earn 1; shifted by one, only neighbours with equal answers are right
-    assert finding("reward").message.startswith("a gold solution earns 1, another problem's earns 0.1")
+    assert finding("reward").message.startswith(
+        "a gold solution earns 1, another problem's earns 0.1"
+    )
 
 
 def test_prompts_over_the_limit_are_refused_and_the_model_is_not_run():
-    # "What is 0 + 0 ?\n" is What, is, 0, +, 0, ?, newline: seven tokens and more than the five allowed
+    # "What is 0 + 0 ?\n" is What, is, 0, +, 0, ?, newline: seven tokens and more than the five
+    # allowed
     report = checked(lengths={"max_prompt": 5, "max_new": 24})
     found = next(f for f in report.findings if f.name == "prompt_length")
     assert found.level == "fail"
@@ -218,7 +254,10 @@ def test_words_of_dev_that_the_vocabulary_lacks_are_found():
     class Foreign(Sums):
         def load(self, *, seed: int) -> Splits:
             splits = super().load(seed=seed)
-            return replace(splits, dev=(*splits.dev, replace(addition(1), id="odd", question="Combien font 1 + 1 ?")))
+            return replace(
+                splits,
+                dev=(*splits.dev, replace(addition(1), id="odd", question="Combien font 1 + 1 ?")),
+            )
 
     found = finding("vocabulary", dataset=Foreign(kind="sums"))
     assert (found.level, found.rows) == ("warn", ("dev odd",))
@@ -233,14 +272,15 @@ def test_supervised_stages_without_rationales_are_refused():
 
 
 def test_an_engine_that_does_not_sample_from_the_policy_is_found():
-    # the scripted engine claims log-probabilities of 0; a fresh model gives each of ~30 words about ln 30 = 3.4 nats
+    # the scripted engine claims log-probabilities of 0; a fresh model gives each of ~30 words about
+    # ln 30 = 3.4 nats
     found = finding("logprobs", engine={"kind": "scripted", "texts": ["The answer is 3"]})
     assert found.level == "fail"
 
 
 def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch):
     assert finding("memory").level == "ok"
-    monkeypatch.setattr("reftune.check.available_bytes", lambda device: 1e5)
+    monkeypatch.setattr("reftune.advice.check.available_bytes", lambda device: 1e5)
     found = finding("memory")
     assert found.level == "fail"
     assert "most of it activations" in found.message
@@ -249,9 +289,17 @@ def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch):
 def test_tasks_that_state_no_gold_have_none_to_grade():
     # three dev problems and one test problem keep their gold; the twelve of train have none
     def untold(i: int, problem: Problem) -> Problem:
-        return replace(problem, answer=ANY_ANSWER, rationale=None, scorer=lambda answer: float(answer == "5"))
+        return replace(
+            problem, answer=ANY_ANSWER, rationale=None, scorer=lambda answer: float(answer == "5")
+        )
 
-    rl = {"kind": "rl", "init": "base", "steps": 1, "prompts": 2, "optimizer": {"learning_rate": 1e-3}}
+    rl = {
+        "kind": "rl",
+        "init": "base",
+        "steps": 1,
+        "prompts": 2,
+        "optimizer": {"learning_rate": 1e-3},
+    }
     report = checked(dataset=Sums(kind="sums", edit=untold), stages={"reft": rl})
     messages = {found.name: found.message for found in report.findings}
     assert messages["gold_answers"] == "100.00% of 4 gold answers are graded correct"
@@ -261,18 +309,27 @@ def test_tasks_that_state_no_gold_have_none_to_grade():
 
 @pytest.mark.parametrize("kind", ["nl", "program"])
 def test_gold_answers_are_stated_as_the_format_reads_them(kind: str):
-    dataset = {"kind": "word_problems", "rationale": kind, "train": 20, "dev": 5, "test": 5, "operations": [0, 1]}
-    found = finding("gold_answers", dataset=dataset, format={"kind": kind}, reward={"kind": "outcome"})
+    dataset = {
+        "kind": "word_problems",
+        "rationale": kind,
+        "train": 20,
+        "dev": 5,
+        "test": 5,
+        "operations": [0, 1],
+    }
+    found = finding(
+        "gold_answers", dataset=dataset, format={"kind": kind}, reward={"kind": "outcome"}
+    )
     assert found.message == "100.00% of 30 gold answers are graded correct"
 
 
 def test_the_command_exits_with_2_where_a_check_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sound: CheckReport
 ):
-    monkeypatch.setattr("reftune.cli._load", lambda name, overrides: recipe())
+    monkeypatch.setattr("reftune.terminal.cli._load", lambda name, overrides: recipe())
     failed = replace(sound.findings[0], level="fail", message="0 train", remedy="give some")
     reports = [sound, replace(sound, findings=(failed, *sound.findings[1:]))]
-    monkeypatch.setattr("reftune.check.check_recipe", lambda recipe: reports.pop())
+    monkeypatch.setattr("reftune.advice.check.check_recipe", lambda recipe: reports.pop())
     for status, err in ((2, "check: refused: splits: 0 train; give some\n"), (0, "")):
         with pytest.raises(SystemExit) as caught:
             main(["check", "tiny.yaml", "--json"])
@@ -292,7 +349,10 @@ class PaysTheWord(Component):
     kind: str = "word"
 
     def __call__(
-        self, problems: Sequence[Problem], completions: Sequence[Completion], graded: Sequence[Graded]
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[Completion],
+        graded: Sequence[Graded],
     ) -> list[float | None]:
         return [float("answer" in completion.text) for completion in completions]
 

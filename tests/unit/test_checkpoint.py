@@ -16,22 +16,22 @@ import pytest
 import torch
 
 import reftune
-from reftune.checkpoint import (
-    link_files,
+from reftune.errors import CheckpointError
+from reftune.storage.atomic import link_files, replace_folder, write_atomically
+from reftune.storage.checkpoint import (
     load_latest,
     load_optimizer_tensors,
     optimizer_tensors,
-    replace_folder,
     save_checkpoint,
-    write_atomically,
 )
-from reftune.errors import CheckpointError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3.5)}
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:
-    return save_checkpoint(folder, step=step, tensors=TENSORS, state={"best": 0.1, "totals": {"x": 3}}, keep=keep)
+    return save_checkpoint(
+        folder, step=step, tensors=TENSORS, state={"best": 0.1, "totals": {"x": 3}}, keep=keep
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -50,15 +50,23 @@ def full_disk() -> Iterator[None]:
 
 
 def test_what_was_saved_is_loaded_to_the_bit(tmp_path):
-    tensors = {**TENSORS, "transposed": torch.randn(4, 3).T, "step": torch.tensor(7, dtype=torch.int64)}
-    path = save_checkpoint(tmp_path, step=12, tensors=tensors, state={"best_accuracy": 1 / 3, "looks": 2})
+    tensors = {
+        **TENSORS,
+        "transposed": torch.randn(4, 3).T,
+        "step": torch.tensor(7, dtype=torch.int64),
+    }
+    path = save_checkpoint(
+        tmp_path, step=12, tensors=tensors, state={"best_accuracy": 1 / 3, "looks": 2}
+    )
     found = load_latest(tmp_path)
     assert found is not None and found.folder == path == tmp_path / "step-000012"
     assert found.step == 12
     assert found.state == {"step": 12, "best_accuracy": 1 / 3, "looks": 2}
     assert set(found.tensors) == set(tensors)
     for name, tensor in tensors.items():
-        assert torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
+        assert (
+            torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
+        )
 
 
 def test_without_a_checkpoint_there_is_none(tmp_path):
@@ -105,16 +113,28 @@ def damaged(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["one flipped bit", "torn tensors", "no tensors", "changed state", "no manifest", "torn manifest", "empty manifest",
-     "foreign manifest"],
-)  # fmt: skip
+    [
+        "one flipped bit",
+        "torn tensors",
+        "no tensors",
+        "changed state",
+        "no manifest",
+        "torn manifest",
+        "empty manifest",
+        "foreign manifest",
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, how):
     save(tmp_path, 1)
     damaged(save(tmp_path, 2), how)
     notes: list[str] = []
     found = load_latest(tmp_path, note=notes.append)
     assert found is not None and found.step == 1
-    assert len(notes) == 1 and notes[0].startswith(f"{tmp_path / 'step-000002'}: ") and "\n" not in notes[0]
+    assert (
+        len(notes) == 1
+        and notes[0].startswith(f"{tmp_path / 'step-000002'}: ")
+        and "\n" not in notes[0]
+    )
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"[1]", b"not JSON", b"\xff"])
@@ -126,12 +146,19 @@ def test_a_checkpoint_that_makes_no_sense_is_named_also_where_its_checksums_hold
     notes: list[str] = []
     found = load_latest(tmp_path, note=notes.append)
     assert found is not None and found.step == 1
-    assert len(notes) == 1 and notes[0].startswith(f"{path}: torn or damaged: ") and "\n" not in notes[0]
+    assert (
+        len(notes) == 1
+        and notes[0].startswith(f"{path}: torn or damaged: ")
+        and "\n" not in notes[0]
+    )
 
 
 def sign(path: Path) -> None:
     """A manifest with the checksums of what is there."""
-    manifest = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in ("state.json", "tensors.safetensors")}
+    manifest = {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name in ("state.json", "tensors.safetensors")
+    }
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -168,13 +195,15 @@ def test_a_full_disk_is_told_in_one_line_and_spares_older_checkpoints(tmp_path):
     save(tmp_path, 1)
     with full_disk(), pytest.raises(CheckpointError) as error:
         save_checkpoint(tmp_path, step=2, tensors={"large": torch.zeros(10_000)}, state={})
-    assert str(error.value).startswith(f"{tmp_path / 'step-000002'}: cannot be written: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(
+        f"{tmp_path / 'step-000002'}: cannot be written: "
+    ) and "\n" not in str(error.value)
     assert names(tmp_path) == ["step-000001"]
     found = load_latest(tmp_path)
     assert found is not None and found.step == 1
 
 
-# --- single files and folders -----------------------------------------------------------------------------------------
+# --- single files and folders ---------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -250,13 +279,20 @@ def test_files_are_copied_where_the_disk_has_no_links(tmp_path, monkeypatch):
     assert (target / "file").read_text() == "new"
 
 
-# --- optimizer --------------------------------------------------------------------------------------------------------
+# --- optimizer ------------------------------------------------------------------------------------
 
 
-def trained(steps: int, optimizer_state: dict[str, torch.Tensor] | None = None, weights: torch.Tensor | None = None):
-    """A parameter and its AdamW after some steps on fixed gradients; a second parameter never has any."""
+def trained(
+    steps: int,
+    optimizer_state: dict[str, torch.Tensor] | None = None,
+    weights: torch.Tensor | None = None,
+):
+    """A parameter and its AdamW after some steps on fixed gradients; a second parameter never has
+    any."""
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 4) if weights is None else weights.clone())
-    optimizer = torch.optim.AdamW([{"params": [weight, torch.nn.Parameter(torch.ones(2))], "peak": 0.1}], lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [weight, torch.nn.Parameter(torch.ones(2))], "peak": 0.1}], lr=0.1, fused=True
+    )
     if optimizer_state is not None:
         load_optimizer_tensors(optimizer, optimizer_state)
     for _ in range(steps):
@@ -285,8 +321,15 @@ def test_a_fresh_optimizer_has_nothing_to_save():
 
 def test_a_checkpoint_is_readable_without_us(tmp_path):
     path = save(tmp_path, 1)
-    assert json.loads((path / "state.json").read_text()) == {"step": 1, "best": 0.1, "totals": {"x": 3}}
-    assert sorted(json.loads((path / "manifest.json").read_text())) == ["state.json", "tensors.safetensors"]
+    assert json.loads((path / "state.json").read_text()) == {
+        "step": 1,
+        "best": 0.1,
+        "totals": {"x": 3},
+    }
+    assert sorted(json.loads((path / "manifest.json").read_text())) == [
+        "state.json",
+        "tensors.safetensors",
+    ]
 
 
 PICKLE = re.compile(

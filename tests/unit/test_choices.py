@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
-from reftune.choices import (
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
+from reftune.results import choices_table
+from reftune.runs.run import run_recipe
+from reftune.stages.probes.choices import (
     ChoiceRow,
     Derivation,
     above_chance,
@@ -23,15 +27,15 @@ from reftune.choices import (
     without_options,
     write_rows,
 )
-from reftune.formats.nl import Nl
-from reftune.formats.program import Program
-from reftune.progress import SilentProgress
-from reftune.report import choices_table
-from reftune.run_folder import run_recipe
+from reftune.stages.progress import SilentProgress
 from reftune.types import Answer, Completion, Graded, Problem
 
-RHOMBUS = Problem(id="r", question="The diagonals are 18 and 22. What is the area?", answer=Answer(kind="choice", value="c"),
-                  choices=("396", "172", "198", "44"))  # fmt: skip
+RHOMBUS = Problem(
+    id="r",
+    question="The diagonals are 18 and 22. What is the area?",
+    answer=Answer(kind="choice", value="c"),
+    choices=("396", "172", "198", "44"),
+)
 EMBEDDED = replace(RHOMBUS, question=f"{RHOMBUS.question}\na ) 396 , b ) 172 , c ) 198 , d ) 44")
 
 
@@ -39,10 +43,18 @@ EMBEDDED = replace(RHOMBUS, question=f"{RHOMBUS.question}\na ) 396 , b ) 172 , c
     ("text", "value", "found"),
     [
         ("18 * 22 = 396 and 396 / 2 = 198.\nThe answer is c", "198", Derivation.CHOSEN),
-        ("18 * 22 = 344 and 344 / 2 = 172.\nThe answer is c", "172", Derivation.OTHER),  # the paper's own example
+        (
+            "18 * 22 = 344 and 344 / 2 = 172.\nThe answer is c",
+            "172",
+            Derivation.OTHER,
+        ),  # the paper's own example
         ("18 + 22 = 40.\nThe answer is c", "40", Derivation.NO_OPTION),
         ("Surely the third.\nThe answer is c", None, Derivation.ABSENT),
-        ("It is 198.\nTherefore, the answer is: c\nTherefore, the answer is: c ) 172", "198", Derivation.CHOSEN),
+        (
+            "It is 198.\nTherefore, the answer is: c\nTherefore, the answer is: c ) 172",
+            "198",
+            Derivation.CHOSEN,
+        ),
     ],
 )
 def test_words_derive_the_last_number_before_the_answer(text, value, found):
@@ -50,7 +62,10 @@ def test_words_derive_the_last_number_before_the_answer(text, value, found):
     assert derivation(value, "c", RHOMBUS.choices) is found
 
 
-LOOKUP = '    options = {"a": 396, "b": 172, "c": 198, "d": 44}\n    return min(options, key=lambda o: abs(options[o] - area))'
+LOOKUP = (
+    '    options = {"a": 396, "b": 172, "c": 198, "d": 44}\n    return min(options, key=lambda o:'
+    " abs(options[o] - area))"
+)
 
 
 @pytest.mark.parametrize("grading", ["robust", "paper"])
@@ -100,8 +115,15 @@ def test_without_options_the_gold_is_the_options_number():
 
 
 def row(**changes: Any) -> ChoiceRow:
-    usual = {"id": "0", "num_options": 4, "letter": "a", "correct": True, "derivation": Derivation.CHOSEN, "agrees": True,
-             "numeric": True}  # fmt: skip
+    usual = {
+        "id": "0",
+        "num_options": 4,
+        "letter": "a",
+        "correct": True,
+        "derivation": Derivation.CHOSEN,
+        "agrees": True,
+        "numeric": True,
+    }
     return ChoiceRow(**{**usual, **changes})
 
 
@@ -110,7 +132,14 @@ def test_the_signs_are_shares_of_what_they_are_about():
         row(),
         row(derivation=Derivation.OTHER, agrees=False),
         row(derivation=Derivation.ABSENT, numeric=None),
-        row(correct=False, derivation=Derivation.OTHER, num_options=2, agrees=None, letter=None, numeric=False),
+        row(
+            correct=False,
+            derivation=Derivation.OTHER,
+            num_options=2,
+            agrees=None,
+            letter=None,
+            numeric=False,
+        ),
     ]
     assert choice_metrics(rows) == {
         "choices/other_option": 1 / 3,  # of the three right letters
@@ -120,7 +149,10 @@ def test_the_signs_are_shares_of_what_they_are_about():
         "choices/above_chance": (3 * 0.75 - 0.5) / 4,
     }
     assert above_chance(rows) == {2: (1, -0.5), 4: (3, 0.75)}
-    assert set(choice_metrics([row(correct=False)])) & {"choices/other_option", "choices/no_option"} == set()
+    assert (
+        set(choice_metrics([row(correct=False)])) & {"choices/other_option", "choices/no_option"}
+        == set()
+    )
 
 
 def test_rows_read_back_as_written(tmp_path):
@@ -139,12 +171,19 @@ class Answers:
 
     def solve(self, policy: Any, problems: Any, params: Any) -> Any:
         texts = [self.answer(problem) for problem in problems]
-        completions = [Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos") for text in texts]
-        return type("Solved", (), {"completions": completions, "graded": Nl().grade(problems, texts)})
+        completions = [
+            Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos") for text in texts
+        ]
+        return type(
+            "Solved", (), {"completions": completions, "graded": Nl().grade(problems, texts)}
+        )
 
 
 def reasons(problem: Problem) -> str:
-    return f"18 * 22 / 2 = 198.\nThe answer is {'abcd'[problem.choices.index('198')] if problem.choices else '198'}"
+    return (
+        "18 * 22 / 2 = 198.\nThe answer is"
+        f" {'abcd'[problem.choices.index('198')] if problem.choices else '198'}"
+    )
 
 
 def always_c(problem: Problem) -> str:
@@ -163,29 +202,52 @@ def letter_out_of_habit(problem: Problem) -> str:
         (letter_out_of_habit, Derivation.CHOSEN, False, True),
     ],
 )
-def test_a_model_that_reasons_is_told_from_one_that_knows_the_place(model, derived, agrees, numeric):
+def test_a_model_that_reasons_is_told_from_one_that_knows_the_place(
+    model, derived, agrees, numeric
+):
     problems = [replace(RHOMBUS, id=str(i)) for i in range(6)]
     texts = [model(problem) for problem in problems]
     graded: list[Graded] = Nl().grade(problems, texts)
     rows = diagnose(None, Answers(model), problems, texts, graded, max_new_tokens=9)  # type: ignore[arg-type]
-    assert [(r.correct, r.derivation, r.agrees, r.numeric) for r in rows] == [(True, derived, agrees, numeric)] * 6
+    assert [(r.correct, r.derivation, r.agrees, r.numeric) for r in rows] == [
+        (True, derived, agrees, numeric)
+    ] * 6
 
 
 def test_a_run_on_multiple_choice_logs_and_prints_the_signs(make_recipe, monkeypatch):
     recipe = make_recipe(
-        dataset={"rationale": "nl", "answer": "choice", "numbers": [2, 9], "max_value": 81, "operations": [1, 1]},
-        format={"kind": "nl"}, reward={"kind": "outcome"}, evaluate={"samples": 0},
-    )  # fmt: skip
+        dataset={
+            "rationale": "nl",
+            "answer": "choice",
+            "numbers": [2, 9],
+            "max_value": 81,
+            "operations": [1, 1],
+        },
+        format={"kind": "nl"},
+        reward={"kind": "outcome"},
+        evaluate={"samples": 0},
+    )
     summary = run_recipe(recipe, progress=SilentProgress())
-    logged = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     for stage in ("sft", "reft"):
         looks = [row for row in logged if row["stage"] == stage and "dev/accuracy" in row]
-        assert looks and all({"choices/above_chance", "choices/numeric_accuracy"} <= set(row) for row in looks), stage
+        assert looks and all(
+            {"choices/above_chance", "choices/numeric_accuracy"} <= set(row) for row in looks
+        ), stage
     signs = summary["methods"]["reft"]["choices"]
     assert (signs["n"], signs["n_numeric"], signs["by_options"]["4"]["n"]) == (10, 10, 10)
     table = choices_table(summary)
-    assert [line.split()[0] for line in table.splitlines()] == ["Multiple", "───────────────", "SFT", "ReFT"]
-    monkeypatch.setattr("reftune.run_folder.diagnose", lambda *arguments, **options: pytest.fail("asked again"))
+    assert [line.split()[0] for line in table.splitlines()] == [
+        "Multiple",
+        "───────────────",
+        "SFT",
+        "ReFT",
+    ]
+    monkeypatch.setattr(
+        "reftune.runs.run.diagnose", lambda *arguments, **options: pytest.fail("asked again")
+    )
     assert run_recipe(recipe, progress=SilentProgress()) == summary
 
 

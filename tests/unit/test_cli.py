@@ -1,4 +1,5 @@
-"""Exit statuses, one-line errors and what goes where. The run itself is a fake, so nothing heavy is imported."""
+"""Exit statuses, one-line errors and what goes where. The run itself is a fake, so nothing heavy is
+imported."""
 
 import json
 import os
@@ -12,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from reftune.cli import find_recipe, main, newest_checkpoint
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import shipped_recipes
+from reftune.terminal.cli import find_recipe, main, newest_checkpoint
 
 RECIPE = """
 name: tiny
@@ -34,11 +35,13 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A working directory with a recipe, a fake `reftune.run_folder`, and what it was asked."""
+    """A working directory with a recipe, a fake `reftune.runs.run`, and what it was asked."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     (tmp_path / "mine.py").write_text(PLUGIN)
-    seen = SimpleNamespace(asked=[], error=None, summary={"name": "tiny", "methods": {}, "comparisons": []})
+    seen = SimpleNamespace(
+        asked=[], error=None, summary={"name": "tiny", "methods": {}, "comparisons": []}
+    )
 
     def act(*asked: Any) -> dict[str, Any]:
         seen.asked.append(asked)
@@ -52,15 +55,17 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         monkeypatch.setitem(sys.modules, name, module)
 
     fake(
-        "reftune.run_folder",
+        "reftune.runs.run",
         run_recipe=lambda recipe, progress: act("run", recipe),
         run_stages=lambda recipe, kinds, progress: act("stages", kinds),
         evaluate_methods=lambda recipe, methods, progress: act("evaluate", methods),
     )
-    fake("reftune.training", Interrupted=Interrupted)
+    fake("reftune.stages.loop", Interrupted=Interrupted)
     fake(
-        "reftune.report",
-        table_command=lambda runs, form, **options: f"a {form} table of {[str(run) for run in runs]}",
+        "reftune.results",
+        table_command=lambda runs, form, **options: (
+            f"a {form} table of {[str(run) for run in runs]}"
+        ),
         choices_table=lambda summary: "",
         report_command=lambda runs, out: out or runs[0] / "report.html",
         write_figures=lambda runs, folder: [folder / "accuracy.png", folder / "accuracy.svg"],
@@ -75,7 +80,9 @@ def status(*arguments: str) -> int:
     return caught.value.code
 
 
-def test_a_run_prints_its_table_as_the_only_result(calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]):
+def test_a_run_prints_its_table_as_the_only_result(
+    calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+):
     assert status("run", "tiny.yaml", "seed=7", "lengths.max_new=5") == 0
     (_, recipe), *rest = calls.asked
     assert (recipe.seed, recipe.lengths.max_new, rest) == (7, 5, [])
@@ -90,9 +97,12 @@ def test_json_is_one_document_on_stdout(calls: SimpleNamespace, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [("sft", "sft"), ("rl", "rl"), ("self-train", "self_train"), ("reward-model", "reward_model")]
+    ("command", "kind"),
+    [("sft", "sft"), ("rl", "rl"), ("self-train", "self_train"), ("reward-model", "reward_model")],
 )
-def test_a_stage_command_runs_the_stages_of_its_kind(calls: SimpleNamespace, command: str, kind: str):
+def test_a_stage_command_runs_the_stages_of_its_kind(
+    calls: SimpleNamespace, command: str, kind: str
+):
     assert status(command, "tiny.yaml") == 0
     assert calls.asked == [("stages", {kind})]
 
@@ -102,7 +112,9 @@ def test_eval_takes_methods(calls: SimpleNamespace):
     assert calls.asked == [("evaluate", ["sft", "reft"])]
 
 
-def test_bad_input_is_one_line_and_status_2(calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]):
+def test_bad_input_is_one_line_and_status_2(
+    calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+):
     calls.error = DataError("train.jsonl:3: no answer\nin the row")
     assert status("run", "tiny.yaml") == 2
     assert capsys.readouterr() == ("", "train.jsonl:3: no answer in the row\n")
@@ -139,33 +151,47 @@ def test_a_failure_of_ours_is_not_hidden(calls: SimpleNamespace):
         main(["run", "tiny.yaml"])
 
 
-def test_an_interrupted_run_names_the_checkpoint_that_was_saved(calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]):
+def test_an_interrupted_run_names_the_checkpoint_that_was_saved(
+    calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+):
     calls.error = Interrupted("runs/tiny/stages/sft/checkpoints/step-000012")
     assert status("run", "tiny.yaml") == 130
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == (
-        "interrupted; checkpoint: runs/tiny/stages/sft/checkpoints/step-000012; the same command goes on from there\n"
+    assert (
+        err
+        == "interrupted; checkpoint: runs/tiny/stages/sft/checkpoints/step-000012; the same command"
+        " goes on from there\n"
     )
 
 
-def test_a_run_interrupted_at_once_names_the_newest_checkpoint(calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]):
+def test_a_run_interrupted_at_once_names_the_newest_checkpoint(
+    calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+):
     calls.error = KeyboardInterrupt()
     assert status("run", "tiny.yaml") == 130
     assert "checkpoint: none yet" in capsys.readouterr().err
     Path("runs/tiny/stages/sft/checkpoints/step-000003").mkdir(parents=True)
     assert status("run", "tiny.yaml") == 130
-    assert f"checkpoint: {Path('runs/tiny/stages/sft/checkpoints/step-000003')};" in capsys.readouterr().err
+    assert (
+        f"checkpoint: {Path('runs/tiny/stages/sft/checkpoints/step-000003')};"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_newest_checkpoint_is_by_time_not_by_number(tmp_path: Path):
-    for seconds, name in ((100, "sft/checkpoints/step-000900"), (200, "reft/checkpoints/step-000001")):
+    for seconds, name in (
+        (100, "sft/checkpoints/step-000900"),
+        (200, "reft/checkpoints/step-000001"),
+    ):
         (tmp_path / "stages" / name).mkdir(parents=True)
         os.utime(tmp_path / "stages" / name, (seconds, seconds))
     assert newest_checkpoint(tmp_path) == tmp_path / "stages/reft/checkpoints/step-000001"
 
 
-def test_table_and_report_take_several_runs(calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]):
+def test_table_and_report_take_several_runs(
+    calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+):
     assert status("table", "runs/a", "runs/b", "--format", "markdown") == 0
     assert status("report", "runs/a", "--out", "page.html") == 0
     assert capsys.readouterr().out == "a markdown table of ['runs/a', 'runs/b']\npage.html\n"
@@ -182,7 +208,9 @@ def test_version_and_help_are_results(capsys: pytest.CaptureFixture[str]):
     assert err == ""
 
 
-def test_a_recipe_is_found_as_a_path_before_those_that_come_with_reftune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_recipe_is_found_as_a_path_before_those_that_come_with_reftune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("reftune.recipe.shipped_recipes", lambda: tmp_path / "shipped")
     (tmp_path / "shipped" / "demo").mkdir(parents=True)
@@ -192,7 +220,10 @@ def test_a_recipe_is_found_as_a_path_before_those_that_come_with_reftune(tmp_pat
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "demo.yaml").write_text("")
     assert find_recipe("demo/demo.yaml") == Path("demo/demo.yaml")
-    with pytest.raises(RecipeError, match=r"^nope: no such recipe; nearest of those that come with reftune: demo/demo\.yaml$"):
+    with pytest.raises(
+        RecipeError,
+        match=r"^nope: no such recipe; nearest of those that come with reftune: demo/demo\.yaml$",
+    ):
         find_recipe("nope")
 
 
@@ -201,15 +232,21 @@ def test_recipes_come_with_reftune():
 
 
 def test_help_starts_without_the_heavy_imports():
-    code = "import sys, atexit; atexit.register(lambda: print(*sys.modules)); from reftune.cli import main; main(['--help'])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, atexit; atexit.register(lambda: print(*sys.modules)); from"
+        " reftune.terminal.cli import main; main(['--help'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     loaded = set(result.stdout.split())
     assert "typer" in loaded
     assert not {"torch", "transformers", "pydantic", "yaml", "matplotlib"} & loaded
 
 
 def test_help_answers_at_once():
-    # 0.25 s measured, 0.5 s promised; processor time, since a busy machine makes everything late. The best of three
+    # 0.25 s measured, 0.5 s promised; processor time, since a busy machine makes everything late.
+    # The best of three
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "reftune", "--help"], capture_output=True, check=True)

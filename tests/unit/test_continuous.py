@@ -1,11 +1,12 @@
-"""What transformers' continuous batching adds to the contract suite: adapters, lower precision, and what it refuses."""
+"""What transformers' continuous batching adds to the contract suite: adapters, lower precision, and
+what it refuses."""
 
 import pytest
 import torch
 
-from reftune.batch import token_batch
 from reftune.engines.continuous import Continuous
 from reftune.errors import EngineError
+from reftune.model.batch import token_batch
 from reftune.recipe import LoraTable
 from reftune.types import SamplingParams
 
@@ -17,7 +18,9 @@ def mismatch(policy):
     completions = Continuous().generate(policy, PROMPTS, SamplingParams(max_new_tokens=12, seed=3))
     batch = token_batch(PROMPTS, [completion.token_ids for completion in completions])
     recomputed = policy.score(batch, max_tokens=1000).logprobs
-    reported = batch.unflatten(torch.tensor([logprob for c in completions for logprob in c.logprobs]))
+    reported = batch.unflatten(
+        torch.tensor([logprob for c in completions for logprob in c.logprobs])
+    )
     return float((reported - recomputed).abs().max())
 
 
@@ -47,7 +50,8 @@ def test_the_attention_of_the_model_is_put_back(make_policy):
 
 def test_a_model_with_an_attention_of_its_own_is_refused_in_one_line(make_policy):
     with pytest.raises(
-        EngineError, match=r"^engine continuous: CodeGenForCausalLM has an attention of its own; use engine=kv$"
+        EngineError,
+        match=r"^engine continuous: CodeGenForCausalLM has an attention of its own; use engine=kv$",
     ):
         mismatch(make_policy("codegen"))
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune import cpu
-from reftune.attention import ATTENTION, attend_our_way
-from reftune.batch import token_batch
-from reftune.policy import Policy
+from reftune.model.batch import token_batch
+from reftune.model.policy import Policy
+from reftune.model.speed import linears
+from reftune.model.speed.attention import ATTENTION, attend_our_way
 
 
 @pytest.fixture
@@ -45,19 +45,26 @@ def test_a_bf16_policy_attends_in_fp32_and_nothing_else_does(make_policy, batch,
     policy(batch).logprobs.sum().backward()
     assert set(seen) == {torch.float32}
     with policy.arithmetic():
-        assert policy.model(input_ids=batch.tokens).logits.dtype == torch.bfloat16  # the products are in bf16 still
+        assert (
+            policy.model(input_ids=batch.tokens).logits.dtype == torch.bfloat16
+        )  # the products are in bf16 still
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 products")
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 products"
+)
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gpt2"])
 def test_packed_layers_multiply_as_before_and_are_put_back(make_policy, architecture):
     model = make_policy(architecture, dtype=torch.bfloat16).model
     tokens = torch.tensor([[3, 4, 5], [7, 8, 9]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(input_ids=tokens).logits
-        with cpu.packed_linears(model, torch.bfloat16):
+        with linears.packed_linears(model, torch.bfloat16):
             packed = [module for module in model.modules() if "forward" in vars(module)]
-            assert type(model.get_output_embeddings()) is torch.nn.Linear and model.get_output_embeddings() in packed
+            assert (
+                type(model.get_output_embeddings()) is torch.nn.Linear
+                and model.get_output_embeddings() in packed
+            )
             found = model(input_ids=tokens).logits
         assert found.dtype == expected.dtype
         assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
@@ -66,7 +73,7 @@ def test_packed_layers_multiply_as_before_and_are_put_back(make_policy, architec
 
 def test_nothing_is_packed_in_fp32(make_policy):
     model = make_policy("llama").model
-    with cpu.packed_linears(model, torch.float32):
+    with linears.packed_linears(model, torch.float32):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -76,6 +83,10 @@ def test_the_allocator_takes_every_option():
         pytest.skip("the C library is not glibc")
     taken = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu.ctypes, "CDLL", lambda name: type("C", (), {"mallopt": lambda self, *a: taken.append(mallopt(*a))})())
-        cpu.keep_freed_memory()
+        patch.setattr(
+            linears.ctypes,
+            "CDLL",
+            lambda name: type("C", (), {"mallopt": lambda self, *a: taken.append(mallopt(*a))})(),
+        )
+        linears.keep_freed_memory()
     assert taken == [1, 1, 1]

@@ -26,7 +26,9 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
 
 def load(tmp_path: Path, *rows: dict[str, Any], **keys: Any) -> Splits:
     source = write(tmp_path / "data.jsonl", *rows)
-    return Jsonl.model_validate({"kind": "jsonl", "train": source, "dev_size": 0, **keys}).load(seed=0)
+    return Jsonl.model_validate({"kind": "jsonl", "train": source, "dev_size": 0, **keys}).load(
+        seed=0
+    )
 
 
 def test_plain_rows_need_no_settings(tmp_path: Path) -> None:
@@ -57,9 +59,15 @@ def test_a_question_may_have_several_rationales(tmp_path: Path) -> None:
 
 def test_the_authors_format_is_recognised(tmp_path: Path) -> None:
     row = {"item_id": "svamp_1", "question": "q", "answer_cot": "so 208", "answer_value": "208.0"}
-    test = write(tmp_path / "test.jsonl", {"item_id": "svamp_2", "question": "r", "answer_value": "1.0"})
+    test = write(
+        tmp_path / "test.jsonl", {"item_id": "svamp_2", "question": "r", "answer_value": "1.0"}
+    )
     splits = load(tmp_path, row, test=test)
-    assert (splits.train[0].id, splits.train[0].rationale, splits.train[0].answer.value) == ("svamp_1", "so 208", 208)
+    assert (splits.train[0].id, splits.train[0].rationale, splits.train[0].answer.value) == (
+        "svamp_1",
+        "so 208",
+        208,
+    )
     assert splits.test[0].id == "svamp_2"
 
 
@@ -85,14 +93,25 @@ def test_numeric_options_are_matched_by_their_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**CHOICE, "answer": 1}, r"answer '1'; expected a letter from a to c or the text of one option"),
+        (
+            {**CHOICE, "answer": 1},
+            r"answer '1'; expected a letter from a to c or the text of one option",
+        ),
         ({**CHOICE, "answer": "d"}, r"answer 'd'; expected a letter from a to c"),
-        ({**CHOICE, "choices": ["one", "one"], "answer": "one"}, r"answer 'one'; expected a letter from a to b"),
-        ({**CHOICE, "choices": ["one"]}, r"choices is \['one'\]; expected a list of 2 to 26 option texts"),
+        (
+            {**CHOICE, "choices": ["one", "one"], "answer": "one"},
+            r"answer 'one'; expected a letter from a to b",
+        ),
+        (
+            {**CHOICE, "choices": ["one"]},
+            r"choices is \['one'\]; expected a list of 2 to 26 option texts",
+        ),
         ({**CHOICE, "choices": "one or two"}, r"choices is 'one or two'; expected a list"),
     ],
 )
-def test_choices_that_do_not_fit_are_refused_with_their_line(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_choices_that_do_not_fit_are_refused_with_their_line(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DataError, match=r"data.jsonl:1: " + message):
         load(tmp_path, row)
 
@@ -103,16 +122,25 @@ def test_answers_that_are_no_numbers_are_texts(tmp_path: Path) -> None:
 
 
 def test_text_can_be_asked_for(tmp_path: Path) -> None:
-    assert load(tmp_path, {"question": "q", "answer": "007"}, answer_kind="text").train[0].answer.value == "007"
+    assert (
+        load(tmp_path, {"question": "q", "answer": "007"}, answer_kind="text").train[0].answer.value
+        == "007"
+    )
 
 
 def test_the_first_answer_decides_and_another_kind_is_refused_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.jsonl:2: answer is 'Paris'; expected a number \(or dataset.answer_kind=text\)"):
+    with pytest.raises(
+        DataError,
+        match=r"data.jsonl:2: answer is 'Paris'; expected a number \(or dataset.answer_kind=text\)",
+    ):
         load(tmp_path, {"question": "q", "answer": "5"}, {"question": "r", "answer": "Paris"})
 
 
 def test_a_type_change_is_refused_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.jsonl:2: answer is '6', text; expected a number as in the rows before"):
+    with pytest.raises(
+        DataError,
+        match=r"data.jsonl:2: answer is '6', text; expected a number as in the rows before",
+    ):
         load(tmp_path, SUM, {"question": "r", "answer": "6", "rationale": "so"})
 
 
@@ -123,7 +151,10 @@ def test_a_missing_gold_is_refused_with_its_line(tmp_path: Path, answer: object)
 
 
 def test_a_mapped_column_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.jsonl:1: no column 'why'; expected one among question, answer, rationale"):
+    with pytest.raises(
+        DataError,
+        match=r"data.jsonl:1: no column 'why'; expected one among question, answer, rationale",
+    ):
         load(tmp_path, SUM, columns={"rationale": "why"})
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from reftune.datasets import Splits
-from reftune.datasets._mathqa_formula import OPERATIONS, formula_steps
-from reftune.datasets._programs import program
 from reftune.datasets.mathqa import Mathqa, option_number, option_value, read_options, repaired
+from reftune.datasets.reading.mathqa_formula import OPERATIONS, formula_steps
+from reftune.datasets.reading.programs import program
 from reftune.errors import DataError
-from reftune.sandbox import Sandbox
+from reftune.grading.sandbox import Sandbox
 
 ROW = {
     "Problem": "what is 5 % of 640 ?",
@@ -25,7 +25,9 @@ ROW = {
     "linear_formula": "divide(n0,const_100)|multiply(n1,#0)|",
     "category": "gain",
 }
-VALUE_PROGRAM = "def solution():\n    step_1 = 5 / 100\n    step_2 = 640 * step_1\n    return step_2"
+VALUE_PROGRAM = (
+    "def solution():\n    step_1 = 5 / 100\n    step_2 = 640 * step_1\n    return step_2"
+)
 CHOICE_PROGRAM = """\
 def solution():
     step_1 = 5 / 100
@@ -40,15 +42,22 @@ def row(number: int = 0, **changes: Any) -> dict[str, Any]:
 
 def load(tmp_path: Path, *rows: dict[str, Any], **keys: Any) -> Splits:
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    return Mathqa.model_validate({"kind": "mathqa", "train": str(tmp_path / "data.json"), "dev_size": 0, **keys}).load(seed=0)
+    return Mathqa.model_validate(
+        {"kind": "mathqa", "train": str(tmp_path / "data.json"), "dev_size": 0, **keys}
+    ).load(seed=0)
 
 
-# --- choice -----------------------------------------------------------------------------------------------------------
+# --- choice ---------------------------------------------------------------------------------------
 
 
-def test_a_choice_question_ends_in_its_options_and_its_program_returns_a_letter(tmp_path: Path) -> None:
+def test_a_choice_question_ends_in_its_options_and_its_program_returns_a_letter(
+    tmp_path: Path,
+) -> None:
     (problem,) = load(tmp_path, ROW).train
-    assert problem.question == "what is 5 % of 640 ?\na ) 30 , b ) 31 , c ) 32 , d ) rs . 3,200 , e ) none of these"
+    assert (
+        problem.question
+        == "what is 5 % of 640 ?\na ) 30 , b ) 31 , c ) 32 , d ) rs . 3,200 , e ) none of these"
+    )
     assert problem.choices == ("30", "31", "32", "rs . 3,200", "none of these")
     assert (problem.answer.kind, problem.answer.value) == ("choice", "c")
     assert problem.rationale == CHOICE_PROGRAM
@@ -65,8 +74,17 @@ def test_a_choice_program_is_dropped_where_the_formula_is_not_near_the_gold(tmp_
 
 
 def test_nl_choice_rationales_must_not_name_another_letter(tmp_path: Path) -> None:
-    splits = load(tmp_path, ROW, row(1, Rationale="so the answer is b ."), row(2, Rationale="32 , so c"), rationale="nl")
-    assert [problem.rationale for problem in splits.train] == ["5 × 640 / 100 = 32 . answer : c .", "32 , so c"]
+    splits = load(
+        tmp_path,
+        ROW,
+        row(1, Rationale="so the answer is b ."),
+        row(2, Rationale="32 , so c"),
+        rationale="nl",
+    )
+    assert [problem.rationale for problem in splits.train] == [
+        "5 × 640 / 100 = 32 . answer : c .",
+        "32 , so c",
+    ]
     assert splits.counts == {"rationale_disagrees": 1}
 
 
@@ -89,18 +107,27 @@ def test_the_same_stem_with_other_options_is_the_same_question(tmp_path: Path) -
 def test_the_authors_choice_file_is_read_with_either_spelling_of_options(tmp_path: Path) -> None:
     rows = [
         {"item_id": "mathqa_0", "question": "q 1\na ) 1 , b ) 2 , c ) 3", "answer_value": "B"},
-        {"item_id": "mathqa_1", "question": "q 2\n['a ) 1', 'b ) 2', 'c ) 3']", "answer_value": "a"},
+        {
+            "item_id": "mathqa_1",
+            "question": "q 2\n['a ) 1', 'b ) 2', 'c ) 3']",
+            "answer_value": "a",
+        },
     ]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     test = load(tmp_path, ROW, test=str(tmp_path / "test.json")).test
-    assert [problem.question for problem in test] == ["q 1\na ) 1 , b ) 2 , c ) 3", "q 2\na ) 1 , b ) 2 , c ) 3"]
+    assert [problem.question for problem in test] == [
+        "q 1\na ) 1 , b ) 2 , c ) 3",
+        "q 2\na ) 1 , b ) 2 , c ) 3",
+    ]
     assert [problem.answer.value for problem in test] == ["b", "a"]
 
 
-# --- numeric ----------------------------------------------------------------------------------------------------------
+# --- numeric --------------------------------------------------------------------------------------
 
 
-def test_a_numeric_question_has_no_options_and_its_program_returns_the_value(tmp_path: Path) -> None:
+def test_a_numeric_question_has_no_options_and_its_program_returns_the_value(
+    tmp_path: Path,
+) -> None:
     (problem,) = load(tmp_path, ROW, answer="numeric").train
     assert problem.question == "what is 5 % of 640 ?"
     assert problem.choices == ()
@@ -120,7 +147,9 @@ def test_numeric_rows_need_a_number_that_the_formula_confirms(tmp_path: Path) ->
         ROW,
         row(1, correct="e"),  # none of these
         row(2, correct="b"),  # 31 is 3 % off 32
-        row(3, options="a ) 1 , b ) 2 , c ) 32.3 , d ) 4 , e ) 5"),  # within 1 %, off by more than the grader's 0.01
+        row(
+            3, options="a ) 1 , b ) 2 , c ) 32.3 , d ) 4 , e ) 5"
+        ),  # within 1 %, off by more than the grader's 0.01
     ]
     splits = load(tmp_path, *rows, answer="numeric")
     assert len(splits.train) == 1
@@ -136,18 +165,35 @@ def test_numeric_test_rows_without_a_number_are_left_out_and_counted(tmp_path: P
     assert splits.counts == {"test_without_number": 1}
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("38", 38), ("27.675", Fraction("27.675")), (".5", Fraction(1, 2)), ("- 6", -6), ("− 120", -120), ("13,400", 13_400),
-        ("$ 1,354", 1354), ("rs . 600", 600), ("s . 180", 180), ("17.4 %", Fraction("17.4")), ("7 / 8", Fraction(7, 8)),
-        ("2 6 / 7 %", Fraction(20, 7)), ("500 cm 2", 500), ("1200 m ^ 2", 1200), ("36 km / hr", 36), ("x = 7", 7),
-        ("a ) 350", 350), ("d . 3.6", Fraction("3.6")), ("10 .", 10), ("24 days .", 24), ("450 sq . m", 450),
+        ("38", 38),
+        ("27.675", Fraction("27.675")),
+        (".5", Fraction(1, 2)),
+        ("- 6", -6),
+        ("− 120", -120),
+        ("13,400", 13_400),
+        ("$ 1,354", 1354),
+        ("rs . 600", 600),
+        ("s . 180", 180),
+        ("17.4 %", Fraction("17.4")),
+        ("7 / 8", Fraction(7, 8)),
+        ("2 6 / 7 %", Fraction(20, 7)),
+        ("500 cm 2", 500),
+        ("1200 m ^ 2", 1200),
+        ("36 km / hr", 36),
+        ("x = 7", 7),
+        ("a ) 350", 350),
+        ("d . 3.6", Fraction("3.6")),
+        ("10 .", 10),
+        ("24 days .", 24),
+        ("450 sq . m", 450),
     ],
-)  # fmt: skip
+)
 def test_options_that_say_one_number_are_read(text: str, value: Fraction) -> None:
     assert option_number(text) == value
 
@@ -179,7 +225,17 @@ def test_a_ratio_is_a_value_but_no_number() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "38", "a ) 1", "a ) 1 , c ) 2", "b ) 1 , c ) 2", "['a ) 1', 2]", "['a ) 1'", "a ) , b ) 2"]
+    "text",
+    [
+        "",
+        "38",
+        "a ) 1",
+        "a ) 1 , c ) 2",
+        "b ) 1 , c ) 2",
+        "['a ) 1', 2]",
+        "['a ) 1'",
+        "a ) , b ) 2",
+    ],
 )
 def test_what_is_no_list_of_options_is_not_read(text: str) -> None:
     assert read_options(text) is None
@@ -188,10 +244,17 @@ def test_what_is_no_list_of_options_is_not_read(text: str) -> None:
 @pytest.mark.parametrize(
     ("broken", "mended"),
     [
-        ("100 ã — ( 100 â ˆ ’ 5 )", "100 × ( 100 − 5 )"), ("60 ã · 5", "60 ÷ 5"), ("a â € “ b", "a – b"), ("â ˆ š 2", "√ 2"),
-        ("3 â \x81 „ 4", "3 ⁄ 4"), ("wait ã ¢ â ‚ ¬ â ¦", "wait …"), ("ça va , 3 × 4", "ça va , 3 × 4"), ("â", "â"), ("ã", "ã"),
+        ("100 ã — ( 100 â ˆ ’ 5 )", "100 × ( 100 − 5 )"),
+        ("60 ã · 5", "60 ÷ 5"),
+        ("a â € “ b", "a – b"),
+        ("â ˆ š 2", "√ 2"),
+        ("3 â \x81 „ 4", "3 ⁄ 4"),
+        ("wait ã ¢ â ‚ ¬ â ¦", "wait …"),
+        ("ça va , 3 × 4", "ça va , 3 × 4"),
+        ("â", "â"),
+        ("ã", "ã"),
     ],
-)  # fmt: skip
+)
 def test_mojibake_is_undone_and_other_text_left_alone(broken: str, mended: str) -> None:
     assert repaired(broken) == mended
 
@@ -248,7 +311,17 @@ def _places(template: str) -> str:
 
 @pytest.mark.parametrize(
     "formula",
-    ["", "add(n0)", "add(n0,n9)", "sine(n0)", "add(n0,#0)", "add(n0,n1)|add(#1,n0)", "add(n0,const_x)", "add(n0,n1", "3"],
+    [
+        "",
+        "add(n0)",
+        "add(n0,n9)",
+        "sine(n0)",
+        "add(n0,#0)",
+        "add(n0,n1)|add(#1,n0)",
+        "add(n0,const_x)",
+        "add(n0,n1",
+        "3",
+    ],
 )
 def test_a_formula_that_cannot_be_read_gives_no_program(formula: str) -> None:
     assert formula_steps(formula, "5 and 6") is None
@@ -257,11 +330,16 @@ def test_a_formula_that_cannot_be_read_gives_no_program(formula: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"options": "30 or 31"}, r"data.json:1: options '30 or 31' cannot be read; expected them like 'a \) 38"),
+        (
+            {"options": "30 or 31"},
+            r"data.json:1: options '30 or 31' cannot be read; expected them like 'a \) 38",
+        ),
         ({"correct": "f"}, "data.json:1: correct is 'f'; expected a letter from a to e"),
         ({"Problem": ""}, "data.json:1: Problem is ''; expected text"),
     ],
 )
-def test_bad_rows_are_refused_with_their_line(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_bad_rows_are_refused_with_their_line(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         load(tmp_path, {**ROW, **changes})

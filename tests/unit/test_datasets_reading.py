@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from reftune.datasets._reading import Row, read_rows, refuse_type_changes
+from reftune.datasets.reading.rows import Row, read_rows, refuse_type_changes
 from reftune.errors import DataError
 
 ROWS = [{"question": "1 + 1?", "answer": 2}, {"question": "2 + 2?", "answer": 4}]
@@ -27,7 +27,9 @@ def columns(rows: list[Row]) -> list[Mapping[str, Any]]:
 
 
 def test_jsonl_rows_know_their_lines_and_blank_lines_count(tmp_path: Path) -> None:
-    source = write(tmp_path / "data.jsonl", json.dumps(ROWS[0]) + "\n\n" + json.dumps(ROWS[1]) + "\n")
+    source = write(
+        tmp_path / "data.jsonl", json.dumps(ROWS[0]) + "\n\n" + json.dumps(ROWS[1]) + "\n"
+    )
     rows = read_rows(source, "train")
     assert columns(rows) == ROWS
     assert [row.where for row in rows] == [f"{source}:1", f"{source}:3"]
@@ -48,9 +50,14 @@ def test_a_json_file_may_hold_one_object_a_line(tmp_path: Path) -> None:
 
 
 def test_csv_rows_know_the_line_they_start_in(tmp_path: Path) -> None:
-    source = write(tmp_path / "data.csv", 'question,answer\r\n"two\r\nlines, one comma",3\r\nplain,\r\n')
+    source = write(
+        tmp_path / "data.csv", 'question,answer\r\n"two\r\nlines, one comma",3\r\nplain,\r\n'
+    )
     rows = read_rows(source, "train")
-    assert columns(rows) == [{"question": "two\r\nlines, one comma", "answer": "3"}, {"question": "plain", "answer": None}]
+    assert columns(rows) == [
+        {"question": "two\r\nlines, one comma", "answer": "3"},
+        {"question": "plain", "answer": None},
+    ]
     assert [row.where for row in rows] == [f"{source}:2", f"{source}:4"]
 
 
@@ -103,16 +110,40 @@ def test_a_folder_may_hold_parquet_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"q": 1}\n{"q": \n', ":2: not valid JSON (Expecting value); expected one object a line"),
+        (
+            "a.jsonl",
+            '{"q": 1}\n{"q": \n',
+            ":2: not valid JSON (Expecting value); expected one object a line",
+        ),
         ("a.jsonl", '{"q": 1}\n[1]\n', ":2: [1] is a list; expected an object with named columns"),
         ("a.jsonl", "", "no rows in the train split; expected at least one"),
         ("a.jsonl", "\n \n", "no rows in the train split; expected at least one"),
-        ("a.jsonl", b'{"q": 1}\n{"q": "\xff"}\n', ":2: byte 0xff is not UTF-8; expected UTF-8 text"),
+        (
+            "a.jsonl",
+            b'{"q": 1}\n{"q": "\xff"}\n',
+            ":2: byte 0xff is not UTF-8; expected UTF-8 text",
+        ),
         ("a.jsonl", '{"q": 1}\n' + "[" * 100_000, ":2: not valid JSON ("),
-        ("a.json", '[\n {"q": 1},\n {"q": }\n]', ":3: not valid JSON (Expecting value); expected a list of objects"),
-        ("a.json", '[\n {"q": 1}\n {"q": 2}\n]', ":3: the list breaks off; expected a comma or a closing bracket"),
-        ("a.json", '[\n {"q": 1},\n {"q": 2}\n', ":4: the list breaks off; expected a comma or a closing bracket"),
-        ("a.json", '[\n {"q": 1},\n 7\n]', ":3: 7 is a number; expected an object with named columns"),
+        (
+            "a.json",
+            '[\n {"q": 1},\n {"q": }\n]',
+            ":3: not valid JSON (Expecting value); expected a list of objects",
+        ),
+        (
+            "a.json",
+            '[\n {"q": 1}\n {"q": 2}\n]',
+            ":3: the list breaks off; expected a comma or a closing bracket",
+        ),
+        (
+            "a.json",
+            '[\n {"q": 1},\n {"q": 2}\n',
+            ":4: the list breaks off; expected a comma or a closing bracket",
+        ),
+        (
+            "a.json",
+            '[\n {"q": 1},\n 7\n]',
+            ":3: 7 is a number; expected an object with named columns",
+        ),
         ("a.json", "[]", "no rows in the train split; expected at least one"),
         ("a.json", '{\n "data": []\n}', ":1: not valid JSON"),
         ("a.csv", "q,a\n1,2\n1,2,3\n", ":3: 3 fields; expected 2 as in the first line"),
@@ -134,7 +165,9 @@ def test_what_cannot_be_read_is_said_in_one_line_with_file_and_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["missing.jsonl", "./no/such/folder", "data/missing.json", "a b", "x/y/z"])
+@pytest.mark.parametrize(
+    "source", ["missing.jsonl", "./no/such/folder", "data/missing.json", "a b", "x/y/z"]
+)
 def test_a_missing_file_is_said_so_and_never_looked_for_on_the_hub(source: str) -> None:
     with pytest.raises(DataError, match="no such file or folder; expected one, or a Hub id"):
         read_rows(source, "train")
@@ -142,7 +175,10 @@ def test_a_missing_file_is_said_so_and_never_looked_for_on_the_hub(source: str) 
 
 def test_a_folder_without_the_split_lists_what_it_has(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "{}")
-    with pytest.raises(DataError, match=r"no file of the test split, found train.jsonl; expected one like test.jsonl"):
+    with pytest.raises(
+        DataError,
+        match=r"no file of the test split, found train.jsonl; expected one like test.jsonl",
+    ):
         read_rows(str(tmp_path), "test")
 
 
@@ -184,15 +220,18 @@ def test_a_hub_id_may_name_a_configuration_and_a_split(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize(
-    "failure", [ConnectionError("offline\nlong story"), ValueError("Unknown split"), RuntimeError("script")]
+    "failure",
+    [ConnectionError("offline\nlong story"), ValueError("Unknown split"), RuntimeError("script")],
 )
 def test_what_the_hub_says_becomes_one_line(hub: FakeHub, failure: Exception) -> None:
     hub.failure = failure
     with pytest.raises(DataError) as error:
         read_rows("owner/name", "train")
     first_line = str(failure).splitlines()[0]
-    assert str(error.value) == (
-        f"owner/name: cannot load the train split from the Hub ({first_line}), and no such file or folder"
+    assert (
+        str(error.value)
+        == f"owner/name: cannot load the train split from the Hub ({first_line}), and no such file"
+        " or folder"
     )
 
 
@@ -206,7 +245,9 @@ def test_numbers_are_read_exactly() -> None:
     assert row(a="1,234.5").number("a") == Fraction(2469, 2)
 
 
-@pytest.mark.parametrize("value", [None, True, float("nan"), float("inf"), "many", "", [3], {"a": 3}])
+@pytest.mark.parametrize(
+    "value", [None, True, float("nan"), float("inf"), "many", "", [3], {"a": 3}]
+)
 def test_what_is_no_number_is_refused(value: object) -> None:
     with pytest.raises(DataError, match=r"data.jsonl:7: a is .*; expected a number"):
         row(a=value).number("a")
@@ -219,13 +260,21 @@ def test_what_is_no_text_is_refused(value: object) -> None:
 
 
 def test_a_missing_column_is_named_with_those_there_are() -> None:
-    with pytest.raises(DataError, match=r"data.jsonl:7: no column 'q'; expected one among question, answer"):
+    with pytest.raises(
+        DataError, match=r"data.jsonl:7: no column 'q'; expected one among question, answer"
+    ):
         row(question="a", answer=1).text("q")
 
 
 def test_a_column_that_changes_its_type_is_refused_at_the_row_where_it_does() -> None:
-    rows = [Row(where=f"f:{n}", id="", columns={"answer": value}) for n, value in enumerate([None, "3", "4", 5, "6"], start=1)]
-    with pytest.raises(DataError, match=r"f:4: answer is 5, a number; expected text as in the rows before \(from f:2\)"):
+    rows = [
+        Row(where=f"f:{n}", id="", columns={"answer": value})
+        for n, value in enumerate([None, "3", "4", 5, "6"], start=1)
+    ]
+    with pytest.raises(
+        DataError,
+        match=r"f:4: answer is 5, a number; expected text as in the rows before \(from f:2\)",
+    ):
         refuse_type_changes(rows, ["answer"])
 
 

@@ -1,4 +1,5 @@
-"""The published files, where they are at hand: set REFTUNE_DATA to a folder with gsm8k/, svamp/ and mathqa/."""
+"""The published files, where they are at hand: set REFTUNE_DATA to a folder with gsm8k/, svamp/ and
+mathqa/."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 
 from reftune.datasets import Splits
-from reftune.datasets._reading import read_rows
+from reftune.datasets.reading.rows import read_rows
 from reftune.recipe import load_component
 
 DATA = os.environ.get("REFTUNE_DATA", "")
 pytestmark = [
-    pytest.mark.skipif(not DATA, reason="REFTUNE_DATA does not name a folder with the published files"),
+    pytest.mark.skipif(
+        not DATA, reason="REFTUNE_DATA does not name a folder with the published files"
+    ),
     pytest.mark.timeout(600),
 ]
 
@@ -96,7 +99,12 @@ def test_mathqa_formulas_confirm_more_than_half_of_the_golds() -> None:
 
 
 def test_train_questions_that_a_test_file_asks_in_another_spelling_are_found() -> None:
-    # no question is in both word for word; nine of MathQA differ in a comma, a final mark or the options only
-    sources = [("gsm8k", "gsm8k", None, 0), ("svamp", "svamp", None, 0), ("mathqa", "mathqa/dev.json", MCQ, 9)]
+    # no question is in both word for word; nine of MathQA differ in a comma, a final mark or the
+    # options only
+    sources = [
+        ("gsm8k", "gsm8k", None, 0),
+        ("svamp", "svamp", None, 0),
+        ("mathqa", "mathqa/dev.json", MCQ, 9),
+    ]
     for kind, train, test, leaks in sources:
         assert load(kind, train, test, rationale="nl", dev_size=0).counts.get("leak", 0) == leaks

@@ -16,7 +16,9 @@ from reftune.types import ANY_ANSWER
 
 def load(task: str, seed: int = 0, **keys: Any) -> Splits:
     sizes = {"train_size": 20, "dev_size": 5, "test_size": 10}
-    return ReasoningGym.model_validate({"kind": "reasoning_gym", "task": task, **sizes, **keys}).load(seed=seed)
+    return ReasoningGym.model_validate(
+        {"kind": "reasoning_gym", "task": task, **sizes, **keys}
+    ).load(seed=seed)
 
 
 def test_sizes_are_as_asked_and_no_question_repeats() -> None:
@@ -59,7 +61,10 @@ def test_a_task_whose_gold_is_open_says_so() -> None:
 
 def test_a_task_with_too_few_questions_is_refused() -> None:
     # one-digit sums of two terms: fewer than 100 · 2 questions
-    with pytest.raises(DataError, match=r"reasoning_gym chain_sum: \d+ different train questions in \d+ draws, expected 305"):
+    with pytest.raises(
+        DataError,
+        match=r"reasoning_gym chain_sum: \d+ different train questions in \d+ draws, expected 305",
+    ):
         load("chain_sum", train_size=300, config={"min_terms": 2, "max_terms": 2, "max_digits": 1})
 
 
@@ -67,7 +72,11 @@ def test_a_task_with_too_few_questions_is_refused() -> None:
     ("task", "config", "message"),
     [
         ("chain_sums", {}, r"dataset.task: chain_sums: unknown task; did you mean chain_sum\?"),
-        ("chain_sum", {"max_term": 3}, r"dataset.config.max_term: unknown key; did you mean max_terms\?"),
+        (
+            "chain_sum",
+            {"max_term": 3},
+            r"dataset.config.max_term: unknown key; did you mean max_terms\?",
+        ),
         ("chain_sum", {"seed": 3}, r"dataset.config.seed: unknown key"),
         (
             "chain_sum",
@@ -76,6 +85,8 @@ def test_a_task_with_too_few_questions_is_refused() -> None:
         ),
     ],
 )
-def test_what_the_package_does_not_know_is_refused(task: str, config: dict[str, Any], message: str) -> None:
+def test_what_the_package_does_not_know_is_refused(
+    task: str, config: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         load(task, config=config)

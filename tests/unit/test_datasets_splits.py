@@ -9,13 +9,19 @@ from fractions import Fraction
 import pytest
 
 from reftune.datasets import Splits
-from reftune.datasets._splits import draw_splits, drop_untrainable, normalised
+from reftune.datasets.reading.splits import draw_splits, drop_untrainable, normalised
 from reftune.errors import DataError
 from reftune.types import Answer, Problem
 
 
-def problem(question: str, gold: int | str = 1, *, rationale: str | None = "because", id: str = "p") -> Problem:
-    answer = Answer(kind="text", value=gold) if isinstance(gold, str) else Answer(kind="number", value=Fraction(gold))
+def problem(
+    question: str, gold: int | str = 1, *, rationale: str | None = "because", id: str = "p"
+) -> Problem:
+    answer = (
+        Answer(kind="text", value=gold)
+        if isinstance(gold, str)
+        else Answer(kind="number", value=Fraction(gold))
+    )
     return Problem(id=id, question=question, answer=answer, rationale=rationale)
 
 
@@ -43,7 +49,13 @@ def test_case_space_and_sentence_punctuation_do_not_make_another_question(a: str
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [("2 + 3", "2 - 3"), ("$ 14.28", "$ 1428"), ("is (( balanced", "is () balanced"), ("3 - 2", "3 2"), ("x^2", "x2")],
+    [
+        ("2 + 3", "2 - 3"),
+        ("$ 14.28", "$ 1428"),
+        ("is (( balanced", "is () balanced"),
+        ("3 - 2", "3 2"),
+        ("x^2", "x2"),
+    ],
 )
 def test_numbers_operators_and_brackets_do(a: str, b: str) -> None:
     assert normalised(a) != normalised(b)
@@ -72,7 +84,10 @@ def test_golds_that_the_grader_calls_equal_do_not_contradict() -> None:
     # 3.33 and 3.333 are 0.003 apart, the tolerance is 0.01
     rows = [problem("q"), problem("Q")]
     golds = [Answer(kind="number", value=Fraction(text)) for text in ("3.33", "3.333")]
-    rows = [Problem(id=row.id, question=row.question, answer=gold) for row, gold in zip(rows, golds, strict=True)]
+    rows = [
+        Problem(id=row.id, question=row.question, answer=gold)
+        for row, gold in zip(rows, golds, strict=True)
+    ]
     assert split(rows).counts == {}
 
 
@@ -123,7 +138,9 @@ def test_the_drawn_dev_split_is_a_function_of_the_seed() -> None:
 def test_the_drawn_dev_split_depends_on_neither_row_order_nor_rationales() -> None:
     rows = many(50)
     shuffled = [problem(p.question, 0, rationale=None, id=p.id) for p in reversed(rows)]
-    assert set(questions(split(rows, dev_size=10).dev)) == set(questions(split(shuffled, dev_size=10).dev))
+    assert set(questions(split(rows, dev_size=10).dev)) == set(
+        questions(split(shuffled, dev_size=10).dev)
+    )
 
 
 def test_near_copies_of_a_drawn_dev_question_leave_train() -> None:
@@ -140,20 +157,27 @@ def test_by_default_dev_is_a_tenth_and_at_most_500() -> None:
 
 
 def test_a_dev_size_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match="dev_size 3: only 3 training questions are left; expected fewer for dev"):
+    with pytest.raises(
+        DataError, match="dev_size 3: only 3 training questions are left; expected fewer for dev"
+    ):
         split(many(3), dev_size=3)
 
 
 def test_ids_become_unique_and_test_keeps_its_own() -> None:
     splits = split(
-        [problem("a", id="1"), problem("b", id="1"), problem("c", id="1-2")], test=[problem("d", id="1"), problem("e", id="2")]
+        [problem("a", id="1"), problem("b", id="1"), problem("c", id="1-2")],
+        test=[problem("d", id="1"), problem("e", id="2")],
     )
     assert [p.id for p in splits.test] == ["1", "2"]
     assert [p.id for p in splits.train] == ["1-3", "1-4", "1-2"]
 
 
 def test_untrainable_problems_leave_train_and_lose_their_rationale_in_dev() -> None:
-    splits = Splits(train=(problem("a"), problem("b", rationale="bad")), dev=(problem("c", rationale="bad"),), test=())
+    splits = Splits(
+        train=(problem("a"), problem("b", rationale="bad")),
+        dev=(problem("c", rationale="bad"),),
+        test=(),
+    )
     cleaned = drop_untrainable(splits, "bad", lambda p: p.rationale == "bad")
     assert questions(cleaned.train) == ["a"]
     assert [p.rationale for p in cleaned.dev] == [None]

@@ -12,7 +12,9 @@ from reftune.datasets import Splits
 from reftune.datasets.svamp import Svamp
 from reftune.errors import DataError
 
-QUESTION = "Iesha has 344 books. 136 are about school and the rest about sports. How many about sports?"
+QUESTION = (
+    "Iesha has 344 books. 136 are about school and the rest about sports. How many about sports?"
+)
 PROGRAM = f'def solution():\n    """{QUESTION}"""\n    result = 344 - 136\n    return result'
 
 
@@ -26,7 +28,9 @@ def solved(stated: str) -> str:
 
 def load(tmp_path: Path, rows: list[dict[str, Any]], **keys: Any) -> Splits:
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    return Svamp.model_validate({"kind": "svamp", "train": str(tmp_path / "data.json"), "dev_size": 0, **keys}).load(seed=0)
+    return Svamp.model_validate(
+        {"kind": "svamp", "train": str(tmp_path / "data.json"), "dev_size": 0, **keys}
+    ).load(seed=0)
 
 
 def test_the_authors_rationales_end_in_an_answer_that_must_be_the_gold(tmp_path: Path) -> None:
@@ -35,7 +39,9 @@ def test_the_authors_rationales_end_in_an_answer_that_must_be_the_gold(tmp_path:
         authors("svamp_2", "percent", solved("6%"), "6.0"),
         authors("svamp_3", "contradiction", solved("9"), "8.9333333333"),
         authors("svamp_4", "rounded", solved("3.33"), "3.333"),
-        authors("svamp_5", "unmarked", "This question was already answered. The answer is <4>.", "4.0"),
+        authors(
+            "svamp_5", "unmarked", "This question was already answered. The answer is <4>.", "4.0"
+        ),
     ]
     splits = load(tmp_path, rows, rationale="nl")
     assert [problem.id for problem in splits.train] == ["svamp_1", "svamp_2", "svamp_4"]
@@ -59,13 +65,20 @@ def test_the_authors_programs_must_give_the_gold(tmp_path: Path) -> None:
 
 
 def test_repeated_questions_are_dropped_whatever_their_rationale(tmp_path: Path) -> None:
-    rows = [authors("svamp_1", QUESTION, solved("208"), "208.0"), authors("svamp_2", QUESTION, solved("208.0"), "208.0")]
+    rows = [
+        authors("svamp_1", QUESTION, solved("208"), "208.0"),
+        authors("svamp_2", QUESTION, solved("208.0"), "208.0"),
+    ]
     assert load(tmp_path, rows, rationale="nl").counts == {"duplicate": 1}
 
 
 def test_the_folder_of_the_authors_is_read_by_rationale(tmp_path: Path) -> None:
-    (tmp_path / "svamp_nl.json").write_text(json.dumps([authors("svamp_1", QUESTION, solved("208"), "208.0")]))
-    (tmp_path / "svamp_python_sdp.json").write_text(json.dumps([authors("svamp_1", QUESTION, PROGRAM, "208.0")]))
+    (tmp_path / "svamp_nl.json").write_text(
+        json.dumps([authors("svamp_1", QUESTION, solved("208"), "208.0")])
+    )
+    (tmp_path / "svamp_python_sdp.json").write_text(
+        json.dumps([authors("svamp_1", QUESTION, PROGRAM, "208.0")])
+    )
     test_row = {"item_id": "svamp_9", "question": "q", "answer_value": "14.0"}
     (tmp_path / "svamp_test_set.json").write_text(json.dumps([test_row]))
     for rationale, expected in (("nl", solved("208")), ("program", PROGRAM)):
@@ -98,7 +111,9 @@ def test_the_original_file_gives_programs_from_equations(tmp_path: Path) -> None
 
 
 def test_the_original_file_has_no_nl_rationales(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.json:1: no answer_cot; expected .* dataset.rationale=program"):
+    with pytest.raises(
+        DataError, match=r"data.json:1: no answer_cot; expected .* dataset.rationale=program"
+    ):
         load(tmp_path, [ORIGINAL], rationale="nl")
 
 

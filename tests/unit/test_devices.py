@@ -1,4 +1,5 @@
-"""Mistakes about devices, found without a GPU: whatever does not say where it is made is made where nothing can use it."""
+"""Mistakes about devices, found without a GPU: whatever does not say where it is made is made where
+nothing can use it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from reftune.engines.kv import Kv
-from reftune.reward_model import Classifier, Solution, accumulate_loss
+from reftune.stages.reward_model import Classifier, Solution, accumulate_loss
 from reftune.types import SamplingParams
 
 
@@ -17,7 +18,11 @@ def test_the_trap_catches_a_tensor_that_does_not_say_where_it_is():
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "online_st"])
 def test_an_rl_step_says_where_its_tensors_are(make_trainer, algorithm):
-    stage = {"algorithm": {"kind": algorithm}, "samples": 2, "mismatch_cap": None if algorithm == "online_st" else 2.0}
+    stage = {
+        "algorithm": {"kind": algorithm},
+        "samples": 2,
+        "mismatch_cap": None if algorithm == "online_st" else 2.0,
+    }
     trainer = make_trainer(stage)
     with torch.device("meta"):
         metrics = trainer.step(1)
@@ -35,10 +40,14 @@ def test_preparing_the_value_head_says_where_its_tensors_are(make_trainer):
 def test_a_reward_model_step_says_where_its_tensors_are(make_trainer):
     trainer = make_trainer()
     problem = trainer.context.splits.train[0]
-    solutions = [Solution(problem=problem, text=text, label=label) for label, text in enumerate(("1", "2 3"))]
+    solutions = [
+        Solution(problem=problem, text=text, label=label) for label, text in enumerate(("1", "2 3"))
+    ]
     with torch.device("meta"):
         classifier = Classifier(trainer.policy, seed=1)
-        metrics = accumulate_loss(classifier, trainer.context.collector.encoder, solutions, max_tokens=99, where="")
+        metrics = accumulate_loss(
+            classifier, trainer.context.collector.encoder, solutions, max_tokens=99, where=""
+        )
     assert metrics["loss/total"] > 0
 
 

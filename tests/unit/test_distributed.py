@@ -7,17 +7,20 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from reftune import distributed
-from reftune.batch import micro_batches, shared_micro_batches
-from reftune.distributed import choose_device, processes, wanted_sharding
 from reftune.errors import RecipeError
+from reftune.model.batch import micro_batches, shared_micro_batches
+from reftune.processes import world
+from reftune.processes.world import choose_device, processes, wanted_sharding
 from reftune.recipe import shipped_recipes
 
 
 def deepspeed(stage: int, **settings: str) -> dict[str, str]:
     """What `accelerate launch` says for ZeRO."""
     told = {"ZERO_STAGE": str(stage), **settings}
-    return {"ACCELERATE_USE_DEEPSPEED": "true", **{f"ACCELERATE_DEEPSPEED_{name}": value for name, value in told.items()}}
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        **{f"ACCELERATE_DEEPSPEED_{name}": value for name, value in told.items()},
+    }
 
 
 @pytest.mark.parametrize(
@@ -25,10 +28,25 @@ def deepspeed(stage: int, **settings: str) -> dict[str, str]:
     [
         ({}, "none"),
         ({"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"}, "none"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}, "fsdp2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"},
+            "fsdp2",
+        ),
         (deepspeed(1), "zero1"),
-        (deepspeed(2, OFFLOAD_OPTIMIZER_DEVICE="none", OFFLOAD_PARAM_DEVICE="none", ZERO3_INIT="false"), "zero2"),
-        ({**deepspeed(3), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_GRADIENT_CLIPPING": "auto"}, "zero3"),
+        (
+            deepspeed(
+                2, OFFLOAD_OPTIMIZER_DEVICE="none", OFFLOAD_PARAM_DEVICE="none", ZERO3_INIT="false"
+            ),
+            "zero2",
+        ),
+        (
+            {
+                **deepspeed(3),
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+                "ACCELERATE_GRADIENT_CLIPPING": "auto",
+            },
+            "zero3",
+        ),
     ],
 )
 def test_the_launcher_says_whether_weights_are_sharded(environment, sharding):
@@ -42,15 +60,27 @@ def test_the_launcher_says_whether_weights_are_sharded(environment, sharding):
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version is 1; expected 2"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "zero_stage is missing; expected 1, 2 or 3"),
         (deepspeed(0), "zero_stage is 0; expected 1, 2 or 3"),
-        (deepspeed(2, OFFLOAD_OPTIMIZER_DEVICE="cpu"), "OFFLOAD_OPTIMIZER_DEVICE is cpu: expected none"),
+        (
+            deepspeed(2, OFFLOAD_OPTIMIZER_DEVICE="cpu"),
+            "OFFLOAD_OPTIMIZER_DEVICE is cpu: expected none",
+        ),
         (deepspeed(3, OFFLOAD_PARAM_DEVICE="nvme"), "OFFLOAD_PARAM_DEVICE is nvme: expected none"),
         (deepspeed(3, ZERO3_INIT="true"), "zero3_init_flag: false"),
         (deepspeed(3, ZERO3_SAVE_16BIT_MODEL="true"), "models are saved whole"),
         (deepspeed(2, CONFIG_FILE="ds.json"), "CONFIG_FILE is ds.json: expected zero_stage alone"),
         (deepspeed(2, MOE_LAYER_CLS_NAMES="Moe"), "no expert parallelism"),
-        ({**deepspeed(2), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "micro_batch_tokens divides a step"),
-        ({**deepspeed(2), "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "optimizer.max_grad_norm says it"),
-        ({**deepspeed(2), "ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16; expected no"),
+        (
+            {**deepspeed(2), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            "micro_batch_tokens divides a step",
+        ),
+        (
+            {**deepspeed(2), "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
+            "optimizer.max_grad_norm says it",
+        ),
+        (
+            {**deepspeed(2), "ACCELERATE_MIXED_PRECISION": "bf16"},
+            "mixed_precision is bf16; expected no",
+        ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "expected DDP, FSDP2 or DeepSpeed ZeRO"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16; expected no"),
@@ -72,7 +102,7 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
 def test_one_process_stays_alone():
     with processes({"WORLD_SIZE": "1"}):
         assert not torch.distributed.is_initialized()
-        assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+        assert (world.rank(), world.world_size(), world.is_main()) == (0, 1, True)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
@@ -87,9 +117,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 def test_processes_share_every_row_once(world_size, even):
     lengths = torch.tensor([5, 3, 8, 1, 9, 2, 7])
     shares = [
-        list(shared_micro_batches(lengths, max_tokens=9, rank=r, world_size=world_size, even=even)) for r in range(world_size)
+        list(shared_micro_batches(lengths, max_tokens=9, rank=r, world_size=world_size, even=even))
+        for r in range(world_size)
     ]
-    counted = [row for share in shares for index, counts in share if counts for row in index.tolist()]
+    counted = [
+        row for share in shares for index, counts in share if counts for row in index.tolist()
+    ]
     assert sorted(counted) == list(range(7))
     sizes = [len(share) for share in shares]
     assert min(sizes) >= 1 and (not even or len(set(sizes)) == 1)
@@ -98,15 +131,24 @@ def test_processes_share_every_row_once(world_size, even):
 
 def test_a_process_alone_has_the_micro_batches_in_their_order():
     lengths = torch.tensor([5, 3, 8, 1, 9, 3, 7])
-    found = [index.tolist() for index, _ in shared_micro_batches(lengths, max_tokens=10, rank=0, world_size=1)]
+    found = [
+        index.tolist()
+        for index, _ in shared_micro_batches(lengths, max_tokens=10, rank=0, world_size=1)
+    ]
     assert found == [index.tolist() for index in micro_batches(lengths, max_tokens=10)]
 
 
 def test_shares_are_alike_in_length():
-    # sorted: 1 2 3 4 | 5 6 7 8 dealt in turns gives 1 3 5 7 and 2 4 6 8, not the short ones to one process
+    # sorted: 1 2 3 4 | 5 6 7 8 dealt in turns gives 1 3 5 7 and 2 4 6 8, not the short ones to one
+    # process
     lengths = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1])
-    shares = [list(shared_micro_batches(lengths, max_tokens=99, rank=r, world_size=2)) for r in (0, 1)]
-    assert [sorted(lengths[share[0][0]].tolist()) for share in shares] == [[1, 3, 5, 7], [2, 4, 6, 8]]
+    shares = [
+        list(shared_micro_batches(lengths, max_tokens=99, rank=r, world_size=2)) for r in (0, 1)
+    ]
+    assert [sorted(lengths[share[0][0]].tolist()) for share in shares] == [
+        [1, 3, 5, 7],
+        [2, 4, 6, 8],
+    ]
 
 
 CONFIGS = shipped_recipes() / "accelerate"
@@ -124,18 +166,37 @@ CONFIGS = shipped_recipes() / "accelerate"
         ("2x8-gpus-zero3", "zero3", 2, 8),
     ],
 )
-def test_shipped_launch_configurations_ask_for_what_they_are_named(name, sharding, machines, processes_each):
+def test_shipped_launch_configurations_ask_for_what_they_are_named(
+    name, sharding, machines, processes_each
+):
     # what accelerate makes of the file is what our processes would read
-    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_ip", "node0", "-m", "reftune"]
+    command = [
+        "--config_file",
+        str(CONFIGS / f"{name}.yaml"),
+        "--main_process_ip",
+        "node0",
+        "-m",
+        "reftune",
+    ]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
     assert arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed
     arguments.deepspeed_fields_from_accelerate_config = ""  # set by launch_command itself
-    environment = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    environment = (
+        prepare_deepspeed_cmd_env(arguments)[1]
+        if arguments.use_deepspeed
+        else prepare_multi_gpu_env(arguments)
+    )
     assert wanted_sharding(environment) == sharding
-    assert (int(getattr(arguments, "nnodes", 1)), int(arguments.nproc_per_node)) == (machines, processes_each)
+    assert (int(getattr(arguments, "nnodes", 1)), int(arguments.nproc_per_node)) == (
+        machines,
+        processes_each,
+    )
 
 
 def test_the_shipped_configuration_of_one_gpu_starts_one_process():
     command = ["--config_file", str(CONFIGS / "1-gpu.yaml"), "-m", "reftune"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
-    assert not (arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed) and arguments.num_processes == 1
+    assert (
+        not (arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed)
+        and arguments.num_processes == 1
+    )

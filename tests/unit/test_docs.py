@@ -1,8 +1,9 @@
 """Every code block of the documentation runs.
 
-`python` is executed, one namespace a page; of `bash`, `reftune` lines are executed here and all else by a shell; `yaml` is a
-recipe or a part of one; `text` is output. An HTML comment above a block changes that: `<!-- instead: COMMAND -->` runs
-something smaller, `<!-- skip: REASON -->` nothing, `<!-- file: NAME -->` writes the block to a file.
+`python` is executed, one namespace a page; of `bash`, `reftune` lines are executed here and all
+else by a shell; `yaml` is a recipe or a part of one; `text` is output. An HTML comment above a
+block changes that: `<!-- instead: COMMAND -->` runs something smaller, `<!-- skip: REASON -->`
+nothing, `<!-- file: NAME -->` writes the block to a file.
 """
 
 import os
@@ -17,12 +18,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reftune.cli import main
 from reftune.recipe import merge, parse_recipe, read_yaml
+from reftune.terminal.cli import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"(?:^<!-- (skip|instead|file): (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"(?:^<!-- (skip|instead|file): (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 OUTPUT = ("text", "csv")
 
 
@@ -47,7 +50,9 @@ def test_every_block_says_what_it_is(page: Path):
     for block in blocks(page):
         assert block.language in ("python", "bash", "yaml", *OUTPUT), block
         assert block.directive != "file" or block.argument
-    assert page.read_text().count("\n```") == 2 * len(blocks(page)), "a fence that is indented or not closed"
+    assert page.read_text().count("\n```") == 2 * len(blocks(page)), (
+        "a fence that is indented or not closed"
+    )
 
 
 @pytest.mark.timeout(600)
@@ -83,7 +88,11 @@ def run(commands: str) -> None:
 def read_recipe(text: str) -> None:
     """A part is put into a whole recipe first."""
     part = yaml.safe_load(text)
-    whole = part if {"name", "model", "stages"} <= set(part) else merge(read_yaml(ROOT / "recipes/demo/smoke.yaml"), part)
+    whole = (
+        part
+        if {"name", "model", "stages"} <= set(part)
+        else merge(read_yaml(ROOT / "recipes/demo/smoke.yaml"), part)
+    )
     if "model" in part and "path" in part["model"]:
         whole["model"] = part["model"]
     parse_recipe(whole)
@@ -97,12 +106,28 @@ def test_the_recipe_reference_is_what_the_code_says():
 
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=100, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     page = (tmp_path / "site" / "index.html").read_text()
     assert "Start with the tutorial" in page
-    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)', page), "nothing is loaded from elsewhere"
+    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)', page), (
+        "nothing is loaded from elsewhere"
+    )

@@ -30,7 +30,9 @@ def test_no_number_draws_an_impossible_token(uniform):
     logits = torch.full((3, 1000), -torch.inf)
     for row, possible in enumerate((0, 500, 999)):
         logits[row, possible] = 2.0
-    tokens, logprobs = draw_tokens(logits, torch.full((3,), uniform, dtype=torch.float64), SamplingParams(max_new_tokens=1))
+    tokens, logprobs = draw_tokens(
+        logits, torch.full((3,), uniform, dtype=torch.float64), SamplingParams(max_new_tokens=1)
+    )
     assert tokens.tolist() == [0, 500, 999]
     assert logprobs.tolist() == [0, 0, 0]
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from reftune.batch import token_batch
-from reftune.estimate import (
+from reftune.advice.measured import (
     BUDGET_S,
     Lengths,
     Speed,
@@ -15,6 +14,7 @@ from reftune.estimate import (
     evaluation_seconds,
     stage_seconds,
 )
+from reftune.model.batch import token_batch
 
 SPLITS: Any = SimpleNamespace(train=range(100), dev=range(20), test=range(50))
 LENGTHS = Lengths(prompt=30, target=10)
@@ -42,30 +42,46 @@ RL = SimpleNamespace(
 
 
 def test_supervised_seconds_are_tokens_at_the_measured_speed_and_looks():
-    # 4 epochs of 100 rows of 40 tokens at 400 tokens/s are 40 s; a look every 2 epochs is two looks of 2 s
-    assert stage_seconds(recipe(sft=SFT), SPLITS, LENGTHS, SPEED) == {"sft": pytest.approx(40 + 2 * LOOK_S)}
+    # 4 epochs of 100 rows of 40 tokens at 400 tokens/s are 40 s; a look every 2 epochs is two looks
+    # of 2 s
+    assert stage_seconds(recipe(sft=SFT), SPLITS, LENGTHS, SPEED) == {
+        "sft": pytest.approx(40 + 2 * LOOK_S)
+    }
 
 
 def test_rl_seconds_are_sampling_scoring_and_updates():
-    # a step: 10 samples of 10 tokens at 100 tokens/s are 1 s; 10 sequences of 40 tokens are 1 s a pass, with
-    # 2 updates and a third of a pass each for policy and reference: 2.667 s. 8 steps, 3 pre-fit rollouts, 2 looks
+    # a step: 10 samples of 10 tokens at 100 tokens/s are 1 s; 10 sequences of 40 tokens are 1 s a
+    # pass, with 2 updates and a third of a pass each for policy and reference: 2.667 s. 8 steps, 3
+    # pre-fit rollouts, 2 looks
     expected = 8 * (1 + 2 + 2 / 3) + 3 * 1 + 2 * LOOK_S
-    assert stage_seconds(recipe(reft=RL), SPLITS, LENGTHS, SPEED) == {"reft": pytest.approx(expected)}
+    assert stage_seconds(recipe(reft=RL), SPLITS, LENGTHS, SPEED) == {
+        "reft": pytest.approx(expected)
+    }
 
 
 def test_self_training_counts_sampling_and_at_most_all_kept_rows():
-    # 6 samples of 100 problems of 10 tokens: 60 s; 1 epoch of (1 + 4)·100 rows of 40 tokens: 50 s; one look
-    stage = SimpleNamespace(kind="self_train", samples=6, keep=4, sft=SimpleNamespace(epochs=1, eval_every=1))
-    assert stage_seconds(recipe(st=stage), SPLITS, LENGTHS, SPEED) == {"st": pytest.approx(60 + 50 + LOOK_S)}
+    # 6 samples of 100 problems of 10 tokens: 60 s; 1 epoch of (1 + 4)·100 rows of 40 tokens: 50 s;
+    # one look
+    stage = SimpleNamespace(
+        kind="self_train", samples=6, keep=4, sft=SimpleNamespace(epochs=1, eval_every=1)
+    )
+    assert stage_seconds(recipe(st=stage), SPLITS, LENGTHS, SPEED) == {
+        "st": pytest.approx(60 + 50 + LOOK_S)
+    }
 
 
 def test_a_users_own_stage_is_left_out():
-    assert stage_seconds(recipe(mine=SimpleNamespace(kind="mine.py:Stage")), SPLITS, LENGTHS, SPEED) == {}
+    assert (
+        stage_seconds(recipe(mine=SimpleNamespace(kind="mine.py:Stage")), SPLITS, LENGTHS, SPEED)
+        == {}
+    )
 
 
 def test_evaluation_counts_methods_problems_and_samples():
     # 2 methods, 40 of the 50 problems, a greedy answer and 3 samples of 10 tokens at 100 tokens/s
-    assert evaluation_seconds(recipe(), SPLITS, 2, LENGTHS, SPEED) == pytest.approx(2 * 40 * 4 * 0.1)
+    assert evaluation_seconds(recipe(), SPLITS, 2, LENGTHS, SPEED) == pytest.approx(
+        2 * 40 * 4 * 0.1
+    )
 
 
 class Clock:
@@ -97,31 +113,42 @@ class TimedEngine:
         (20, 3),  # 1 s and 20 tokens of a tenth
         (12, 2.2),
         (5, 1.5),
-        (100, 11),  # more than the budget of 8 s: 13 tokens are timed (1.2 s for 2 of them), and the rest is told from these
+        (
+            100,
+            11,
+            # more than the budget of 8 s: 13 tokens are timed (1.2 s for 2 of them), and the rest
+            # is told from these
+        ),
     ],
 )
 def test_sampling_is_timed_after_a_warm_up_at_the_length_of_a_solution(
     length: int, seconds: float, monkeypatch: pytest.MonkeyPatch
 ):
     clock = Clock()
-    monkeypatch.setattr("reftune.estimate.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("reftune.advice.measured.time.perf_counter", lambda: clock.now)
     engine: Any = TimedEngine(clock)
-    assert _sample_speed(None, engine, [[1], [2], [3]], length) == pytest.approx(3 * length / seconds)  # type: ignore[arg-type]
+    assert _sample_speed(None, engine, [[1], [2], [3]], length) == pytest.approx(
+        3 * length / seconds
+    )  # type: ignore[arg-type]
     assert clock.now < 100 + 3 * BUDGET_S
 
 
-def test_training_is_timed_after_a_warm_up_on_what_the_budget_allows(monkeypatch: pytest.MonkeyPatch):
-    # 64 rows of 50 tokens; a pass takes .1 s and 10 ms a token. Few: 5 rows, 250 tokens, 2.6 s, so 8 s allow for 769 tokens, or
-    # 15 rows: 750 tokens in 7.6 s
+def test_training_is_timed_after_a_warm_up_on_what_the_budget_allows(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # 64 rows of 50 tokens; a pass takes .1 s and 10 ms a token. Few: 5 rows, 250 tokens, 2.6 s, so
+    # 8 s allow for 769 tokens, or 15 rows: 750 tokens in 7.6 s
     clock, passes = Clock(), []
 
     def training_pass(policy: Any, batch: Any) -> None:
         passes.append(len(batch.lengths))
         clock.spend(0.1 + 0.01 * int(batch.lengths.sum()))
 
-    monkeypatch.setattr("reftune.estimate.time.perf_counter", lambda: clock.now)
-    monkeypatch.setattr("reftune.estimate._training_pass", training_pass)
+    monkeypatch.setattr("reftune.advice.measured.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("reftune.advice.measured._training_pass", training_pass)
     batch = token_batch([[5] * 40] * 64, [[6] * 10] * 64)
     assert _train_speed(None, batch, 10**6) == pytest.approx(750 / 7.6)  # type: ignore[arg-type]
     assert passes == [5, 5, 15]
-    assert _train_speed(None, batch, 100) == pytest.approx(100 / 1.1), "a micro-batch holds two rows"  # type: ignore[arg-type]
+    assert _train_speed(None, batch, 100) == pytest.approx(100 / 1.1), (
+        "a micro-batch holds two rows"
+    )  # type: ignore[arg-type]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.batch import RolloutBatch, token_batch
 from reftune.errors import RewardError
-from reftune.policy import TokenScores
-from reftune.progress import SilentProgress
+from reftune.model.batch import RolloutBatch, token_batch
+from reftune.model.policy import TokenScores
 from reftune.recipe import load_component, load_recipe
-from reftune.run_folder import run_recipe
+from reftune.runs.run import run_recipe
+from reftune.stages.progress import SilentProgress
 from reftune.types import Answer, Completion, Graded, Problem, SamplingParams, Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,11 @@ def test_the_dataset_gives_disjoint_splits_of_a_seed():
     splits = sums(train=20, dev=5, test=5).load(seed=3)
     assert [len(splits.train), len(splits.dev), len(splits.test)] == [20, 5, 5]
     assert len({problem.id for problem in (*splits.train, *splits.dev, *splits.test)}) == 30
-    assert splits == sums(train=20, dev=5, test=5).load(seed=3) != sums(train=20, dev=5, test=5).load(seed=4)
+    assert (
+        splits
+        == sums(train=20, dev=5, test=5).load(seed=3)
+        != sums(train=20, dev=5, test=5).load(seed=4)
+    )
 
 
 def test_the_format_grades_its_own_targets_and_refuses_a_text_without_tags():
@@ -44,9 +48,14 @@ def test_the_format_grades_its_own_targets_and_refuses_a_text_without_tags():
 
 def test_the_reward_takes_columns_of_the_data_by_name():
     reward = example("reward.py:right_and_shown", "rewards")
-    problem = Problem(id="a", question="?", answer=Answer(kind="text", value="x"), columns={"num_steps": 2})
+    problem = Problem(
+        id="a", question="?", answer=Answer(kind="text", value="x"), columns={"num_steps": 2}
+    )
     texts = ["1 + 1 = 2 , 2 + 1 = 3", "= 3", "= = 4"]
-    completions = [Completion(token_ids=(1,), text=text, logprobs=(0.0,), finish_reason="eos") for text in texts]
+    completions = [
+        Completion(token_ids=(1,), text=text, logprobs=(0.0,), finish_reason="eos")
+        for text in texts
+    ]
     verdicts = [Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG]
     graded = [Graded(verdict=verdict, value=None, reason="") for verdict in verdicts]
     assert reward([problem] * 3, completions, graded) == [1.0, 0.5, 0.0]
@@ -54,9 +63,12 @@ def test_the_reward_takes_columns_of_the_data_by_name():
         reward([Problem(id="b", question="?", answer=problem.answer)], completions[:1], graded[:1])
 
 
-@pytest.mark.parametrize(("baseline", "advantages"), [(True, [0.75, -0.25, -0.25, -0.25]), (False, [1.0, 0, 0, 0])])
+@pytest.mark.parametrize(
+    ("baseline", "advantages"), [(True, [0.75, -0.25, -0.25, -0.25]), (False, [1.0, 0, 0, 0])]
+)
 def test_the_algorithm_pushes_by_reward_less_the_mean(baseline: bool, advantages: list[float]):
-    # rewards 1 0 0 0 have the mean ¼; one token each, so each weighs ¼: L = −Σ A log π / 4, and dL/dlog π = −A / 4
+    # rewards 1 0 0 0 have the mean ¼; one token each, so each weighs ¼: L = −Σ A log π / 4, and
+    # dL/dlog π = −A / 4
     algorithm = example("algorithm.py:Reinforce", "algorithms", baseline=baseline)
     tokens = token_batch([[1]] * 4, [[2]] * 4, device=torch.device("cpu"))
     flat = torch.zeros(4, 1)
@@ -73,13 +85,20 @@ def test_the_algorithm_pushes_by_reward_less_the_mean(baseline: bool, advantages
     )
     assert_close(batch.advantages, torch.tensor(advantages)[:, None])
     logprobs = torch.full((4, 1), -1.0, requires_grad=True)
-    terms = algorithm.loss(TokenScores(logprobs=logprobs, values=flat), replace(batch, weights=algorithm.weights(batch)))
+    terms = algorithm.loss(
+        TokenScores(logprobs=logprobs, values=flat),
+        replace(batch, weights=algorithm.weights(batch)),
+    )
     terms.total.backward()
     assert_close(logprobs.grad[:, 0], -torch.tensor(advantages) / 4)
 
 
 def test_the_engine_says_what_the_policy_says_and_repeats_itself(make_policy):
-    engine, policy, prompts = example("engine.py:OneByOne", "engines"), make_policy("llama"), [[3, 4, 5], [12, 13], [3, 4, 5]]
+    engine, policy, prompts = (
+        example("engine.py:OneByOne", "engines"),
+        make_policy("llama"),
+        [[3, 4, 5], [12, 13], [3, 4, 5]],
+    )
     greedy = SamplingParams(max_new_tokens=6, temperature=0)
     kv = load_component("kv", group="engines")
     assert [c.token_ids for c in engine.generate(policy, prompts, greedy)] == [
@@ -91,20 +110,42 @@ def test_the_engine_says_what_the_policy_says_and_repeats_itself(make_policy):
     assert drawn == engine.generate(policy, prompts, params)
     assert drawn[0].token_ids != drawn[2].token_ids, "equal prompts are drawn apart"
     assert drawn != engine.generate(policy, prompts, replace(params, seed=6))
-    assert engine.generate(policy, prompts[:1], params) == drawn[:1], "a completion does not depend on its neighbours"
+    assert engine.generate(policy, prompts[:1], params) == drawn[:1], (
+        "a completion does not depend on its neighbours"
+    )
     batch = token_batch(prompts, [c.token_ids for c in drawn], device=policy.device)
     scored = policy.score(batch, temperature=0.7, max_tokens=1000).logprobs[batch.response_mask]
-    assert_close(torch.tensor([logprob for c in drawn for logprob in c.logprobs]), scored, atol=1e-5, rtol=1e-5)
+    assert_close(
+        torch.tensor([logprob for c in drawn for logprob in c.logprobs]),
+        scored,
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 def test_a_recipe_runs_with_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)  # the recipe names the files from there
-    smaller = ["model.scratch.hidden_size=16", "model.scratch.layers=1", "dataset.train=12", "dataset.dev=3",
-               "dataset.test=3", "lengths.max_new=24", "stages.warmup.epochs=1", "stages.warmup.eval_every=1",
-               "stages.reft.steps=1", "stages.reft.prompts=2", "stages.reft.eval_every=1"]  # fmt: skip
+    smaller = [
+        "model.scratch.hidden_size=16",
+        "model.scratch.layers=1",
+        "dataset.train=12",
+        "dataset.dev=3",
+        "dataset.test=3",
+        "lengths.max_new=24",
+        "stages.warmup.epochs=1",
+        "stages.warmup.eval_every=1",
+        "stages.reft.steps=1",
+        "stages.reft.prompts=2",
+        "stages.reft.eval_every=1",
+    ]
     recipe = load_recipe(EXAMPLES / "own.yaml", [*smaller, f"run_dir={tmp_path / 'own'}"])
     summary = run_recipe(recipe, progress=SilentProgress())
     assert summary["methods"]["reft"]["n"] == 3
-    rows = [json.loads(line) for line in (tmp_path / "own" / "stages" / "reft" / "samples.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (
+            (tmp_path / "own" / "stages" / "reft" / "samples.jsonl").read_text().splitlines()
+        )
+    ]
     assert len(rows) == 4
     assert {row["reward"] for row in rows} <= {0.0, 0.5, 1.0}

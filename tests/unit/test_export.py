@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from reftune.errors import CheckpointError, ModelError
-from reftune.export import export_model, push_model
+from reftune.runs.export import export_model, push_model
 
 
 @pytest.fixture
@@ -25,16 +25,32 @@ def run_folder(tmp_path: Path) -> Path:
         "nonfinite-000003.json",
     ):
         (stage / name).write_text(name)
-    document = {"kind": "rl", "init": "warmup", "chosen_step": 40, "dev_accuracy": 0.625, "dev_n": 8, "looks": 3}
+    document = {
+        "kind": "rl",
+        "init": "warmup",
+        "chosen_step": 40,
+        "dev_accuracy": 0.625,
+        "dev_n": 8,
+        "looks": 3,
+    }
     (stage / "stage.json").write_text(json.dumps(document))
-    (run / "recipe.yaml").write_text("name: tiny\nseed: 7\ndataset: {kind: jsonl, train: mine.csv}\n")
-    (run / "summary.json").write_text(json.dumps({"methods": {"reft": {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 100}}}))
+    (run / "recipe.yaml").write_text(
+        "name: tiny\nseed: 7\ndataset: {kind: jsonl, train: mine.csv}\n"
+    )
+    (run / "summary.json").write_text(
+        json.dumps({"methods": {"reft": {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 100}}})
+    )
     return run
 
 
 def test_the_model_is_copied_without_what_training_left(run_folder: Path, tmp_path: Path):
     out = export_model(run_folder, "reft", tmp_path / "deep" / "model")
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
 
 
 def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: Path):
@@ -48,18 +64,30 @@ def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: 
 def test_the_card_holds_nothing_that_the_model_wrote(run_folder: Path, tmp_path: Path):
     hostile = "<script>alert(1)</script>"
     (run_folder / "eval").mkdir()
-    for path in (run_folder / "eval" / "reft.jsonl", run_folder / "stages" / "reft" / "samples.jsonl"):
+    for path in (
+        run_folder / "eval" / "reft.jsonl",
+        run_folder / "stages" / "reft" / "samples.jsonl",
+    ):
         path.write_text(json.dumps({"completion": hostile, "greedy": {"completion": hostile}}))
-    assert "<script>" not in (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
+    assert (
+        "<script>"
+        not in (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
+    )
 
 
 def test_a_model_that_was_not_evaluated_says_so(run_folder: Path, tmp_path: Path):
     (run_folder / "summary.json").unlink()
-    assert "It has not been evaluated." in (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
+    assert (
+        "It has not been evaluated."
+        in (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
+    )
 
 
 def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path, tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"stages/sft: not a finished method \(no stage\.json\); finished here: reft$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"stages/sft: not a finished method \(no stage\.json\); finished here: reft$",
+    ):
         export_model(run_folder, "sft", tmp_path / "model")
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match="model: exists already"):
@@ -83,7 +111,9 @@ class Hub:
         self.asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
 
-def test_push_uploads_the_exported_folder_privately(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_push_uploads_the_exported_folder_privately(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr(Hub, "asked", [])
     out = export_model(run_folder, "reft", tmp_path / "model")
@@ -94,10 +124,15 @@ def test_push_uploads_the_exported_folder_privately(run_folder: Path, tmp_path: 
     ]
 
 
-def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr(Hub, "refuses", OSError("401\nUnauthorized"))
     out = export_model(run_folder, "reft", tmp_path / "model")
-    with pytest.raises(ModelError, match=r"^me/mine: cannot be pushed, and stays in .*model: 401 Unauthorized \(`hf auth"):
+    with pytest.raises(
+        ModelError,
+        match=r"^me/mine: cannot be pushed, and stays in .*model: 401 Unauthorized \(`hf auth",
+    ):
         push_model(out, "me/mine")
     assert (out / "model.safetensors").exists()

@@ -1,4 +1,5 @@
-"""Prompts, targets and grades of the two formats. Numbers E… are those of the parity checks in docs/deviations.md."""
+"""Prompts, targets and grades of the two formats. Numbers E… are those of the parity checks in
+docs/deviations.md."""
 
 from __future__ import annotations
 
@@ -12,21 +13,35 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reftune.errors import DataError
-from reftune.formats._source import HEADER, body_of, programs_in
-from reftune.formats.nl import Nl
-from reftune.formats.program import Program
-from reftune.sandbox import ExecutionResult, Sandbox
+from reftune.grading.formats._source import HEADER, body_of, programs_in
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
+from reftune.grading.sandbox import Sandbox
+from reftune.grading.sandbox.result import ExecutionResult
 from reftune.types import Answer, Problem, Verdict
 
 BODY = "    a = 2\n    return a + 3"
 
 
 def number(value: str, *, question: str = "How many?", rationale: str | None = None) -> Problem:
-    return Problem(id="p", question=question, answer=Answer(kind="number", value=Fraction(value)), rationale=rationale)
+    return Problem(
+        id="p",
+        question=question,
+        answer=Answer(kind="number", value=Fraction(value)),
+        rationale=rationale,
+    )
 
 
-def choice(letter: str, *choices: str, question: str = "Which?", rationale: str | None = None) -> Problem:
-    return Problem(id="p", question=question, answer=Answer(kind="choice", value=letter), choices=choices, rationale=rationale)
+def choice(
+    letter: str, *choices: str, question: str = "Which?", rationale: str | None = None
+) -> Problem:
+    return Problem(
+        id="p",
+        question=question,
+        answer=Answer(kind="choice", value=letter),
+        choices=choices,
+        rationale=rationale,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +54,7 @@ def paper() -> Program:
     return Program(style="paper", grading="paper")
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_e1_paper_prompt_is_the_authors() -> None:
@@ -64,7 +79,7 @@ def test_options_are_not_repeated_in_whatever_spacing_the_question_has_them() ->
     assert Nl().prompt(problem) == "Which?\nA) 10, B) 20\n"
 
 
-# --- targets ----------------------------------------------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------------------
 
 
 def test_a_target_ends_in_the_answer() -> None:
@@ -75,7 +90,10 @@ def test_a_target_ends_in_the_answer() -> None:
 
 def test_a_paper_target_writes_a_fraction_as_float_reads_it() -> None:
     problem = number("1/3", rationale="One of three.")
-    assert Nl(style="paper").target(problem) == "One of three.\nTherefore, the answer is: 0.3333333333333333"
+    assert (
+        Nl(style="paper").target(problem)
+        == "One of three.\nTherefore, the answer is: 0.3333333333333333"
+    )
     assert Nl().target(problem) == "One of three.\nThe answer is 1/3"
 
 
@@ -86,7 +104,10 @@ def test_a_compact_target_does_not_repeat_an_answer_that_the_rationale_ends_in()
 
 
 def test_a_target_of_a_choice_is_its_letter() -> None:
-    assert Nl().target(choice("b", "10", "20", rationale="Twice ten.")) == "Twice ten.\nThe answer is b"
+    assert (
+        Nl().target(choice("b", "10", "20", rationale="Twice ten."))
+        == "Twice ten.\nThe answer is b"
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +129,9 @@ def test_a_program_target_is_the_body_without_header_and_docstring(program: str)
 
 
 def test_prompt_and_target_make_a_whole_program() -> None:
-    problem = number("5", question="How many?", rationale=f'def solution():\n    """How many?"""\n{BODY}')
+    problem = number(
+        "5", question="How many?", rationale=f'def solution():\n    """How many?"""\n{BODY}'
+    )
     program = Program(style="paper")
     text = program.prompt(problem) + program.target(problem)
     assert text.endswith(f'Answer reasoning:\ndef solution():\n    """How many?"""\n{BODY}')
@@ -121,7 +144,10 @@ def test_what_stands_before_the_definition_moves_into_it() -> None:
 
 
 def test_a_string_that_is_used_is_no_docstring() -> None:
-    assert body_of("def solution():\n    'abc'.upper()\n    return 5") == "    'abc'.upper()\n    return 5"
+    assert (
+        body_of("def solution():\n    'abc'.upper()\n    return 5")
+        == "    'abc'.upper()\n    return 5"
+    )
 
 
 def test_a_body_on_the_headers_line_is_a_body() -> None:
@@ -136,14 +162,20 @@ def test_a_problem_without_rationale_has_no_target(rationale: str | None) -> Non
 
 
 @pytest.mark.parametrize(
-    "rationale", ["2 + 3 = 5", "def answer():\n    return 5", "def solution(n):\n    return n", "def solution():\n"]
+    "rationale",
+    [
+        "2 + 3 = 5",
+        "def answer():\n    return 5",
+        "def solution(n):\n    return n",
+        "def solution():\n",
+    ],
 )
 def test_a_rationale_that_is_no_program_has_no_program_target(rationale: str) -> None:
     with pytest.raises(DataError, match="problem p: its rationale is not a program"):
         Program().target(number("5", rationale=rationale))
 
 
-# --- programs in completions ------------------------------------------------------------------------------------------
+# --- programs in completions ----------------------------------------------------------------------
 
 
 def test_a_body_gets_the_header() -> None:
@@ -205,20 +237,27 @@ def test_any_text_gives_at_most_two_programs_that_define_solution(text: str) -> 
     assert all("solution" in program for program in programs)
 
 
-# --- grades -----------------------------------------------------------------------------------------------------------
+# --- grades ---------------------------------------------------------------------------------------
 
 
 def test_programs_are_graded_in_order(robust: Program) -> None:
     problems = [number("5"), number("6"), number("5"), number("5")]
     graded = robust.grade(problems, [BODY, BODY, "no idea", "    return 1 / 0"])
-    assert [g.verdict for g in graded] == [Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.ERROR]
+    assert [g.verdict for g in graded] == [
+        Verdict.CORRECT,
+        Verdict.WRONG,
+        Verdict.NO_ANSWER,
+        Verdict.ERROR,
+    ]
     assert graded[3].reason == "ZeroDivisionError: division by zero"
 
 
 def test_equal_programs_run_once(robust: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def run(self: Sandbox, programs: Sequence[str], call: str = "solution()") -> list[ExecutionResult]:
+    def run(
+        self: Sandbox, programs: Sequence[str], call: str = "solution()"
+    ) -> list[ExecutionResult]:
         seen.extend(programs)
         return original(self, programs, call)
 
@@ -253,10 +292,12 @@ def test_formats_are_equal_where_their_keys_are() -> None:
     assert Program() != Program(timeout_s=2)
 
 
-# --- the paper's program rules ----------------------------------------------------------------------------------------
+# --- the paper's program rules --------------------------------------------------------------------
 
 
-def paper_value(paper: Program, completion: str, problem: Problem | None = None) -> tuple[Verdict, str | None]:
+def paper_value(
+    paper: Program, completion: str, problem: Problem | None = None
+) -> tuple[Verdict, str | None]:
     graded = paper.grade([problem or number("5")], [completion])[0]
     return graded.verdict, graded.value
 
@@ -273,7 +314,9 @@ def paper_value(paper: Program, completion: str, problem: Problem | None = None)
         ("None", (Verdict.NO_ANSWER, None)),
     ],
 )
-def test_e7_paper_reads_a_value_as_float_does(paper: Program, expression: str, expected: tuple[Verdict, str | None]) -> None:
+def test_e7_paper_reads_a_value_as_float_does(
+    paper: Program, expression: str, expected: tuple[Verdict, str | None]
+) -> None:
     assert paper_value(paper, f"    return {expression}") == expected
 
 
@@ -291,9 +334,15 @@ def test_e8_paper_stops_at_the_first_blank_line(paper: Program) -> None:
 def test_e9_paper_hides_the_module_from_solution(paper: Program) -> None:
     helper = "def five():\n    return 5\ndef solution():\n    return five()"
     assert paper_value(paper, f"def solution():\n    pass\n{helper}") == (Verdict.ERROR, None)
-    outside = "def solution():\n    pass\nimport datetime\ndef solution():\n    return datetime.date(2024, 1, 5).day"
+    outside = (
+        "def solution():\n    pass\nimport datetime\ndef solution():\n    return"
+        " datetime.date(2024, 1, 5).day"
+    )
     assert paper_value(paper, outside) == (Verdict.ERROR, None)
-    assert paper_value(paper, "    import datetime\n    return datetime.date(2024, 1, 5).day") == (Verdict.CORRECT, "5.0")
+    assert paper_value(paper, "    import datetime\n    return datetime.date(2024, 1, 5).day") == (
+        Verdict.CORRECT,
+        "5.0",
+    )
 
 
 def test_e9_paper_offers_math_and_no_recursion(paper: Program) -> None:
@@ -302,11 +351,17 @@ def test_e9_paper_offers_math_and_no_recursion(paper: Program) -> None:
 
 
 def test_e9_paper_takes_the_second_of_two_definitions(paper: Program) -> None:
-    assert paper_value(paper, "def solution():\n    return 4\ndef solution():\n    return 5") == (Verdict.CORRECT, "5.0")
+    assert paper_value(paper, "def solution():\n    return 4\ndef solution():\n    return 5") == (
+        Verdict.CORRECT,
+        "5.0",
+    )
 
 
 def test_e9_paper_prints_instead_of_exiting(paper: Program) -> None:
-    assert paper_value(paper, "    sys.exit(3)\n    return 4", number("4")) == (Verdict.CORRECT, "4.0")
+    assert paper_value(paper, "    sys.exit(3)\n    return 4", number("4")) == (
+        Verdict.CORRECT,
+        "4.0",
+    )
 
 
 def test_e9_paper_gives_nothing_for_an_endless_loop() -> None:

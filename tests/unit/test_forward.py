@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from reftune.engines._forward import LlamaForward, is_written_out
 from reftune.engines.kv import _RoomyLayer
-from reftune.models import LLAMA_LIKE
+from reftune.model.weights import LLAMA_LIKE
 from reftune.recipe import LoraTable
 
 ROWS = [[3, 4, 5, 6, 7, 8], [9, 10], [11, 12, 13, 14]]
@@ -32,26 +32,42 @@ def by_transformers(model: Any, steps: list[Tensor], mask: Tensor) -> list[Tenso
     for tokens in steps:
         mask = mask if not found else torch.cat([mask, torch.ones_like(tokens)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
         found.append(output.logits[:, -1].float())
     return found
 
 
 def written_out(model: Any, steps: list[Tensor], mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    forward, cache, found = LlamaForward(model, dtype, pack=True), Cache(layer_class_to_replicate=_RoomyLayer), []
+    forward, cache, found = (
+        LlamaForward(model, dtype, pack=True),
+        Cache(layer_class_to_replicate=_RoomyLayer),
+        [],
+    )
     for tokens in steps:
         mask = mask if not found else torch.cat([mask, torch.ones_like(tokens)], 1)
         found.append(forward(tokens, mask, cache))
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "llama, tied", "qwen2, untied", "qwen2, tied", "qwen3, tied", "mistral", "biased"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "llama, tied", "qwen2, untied", "qwen2, tied", "qwen3, tied", "mistral", "biased"],
+)
 @torch.no_grad()
 def test_it_is_the_model(make_model, family):
-    changes: dict[str, Any] = {"mistral": {"sliding_window": None}, "biased": {"attention_bias": True, "mlp_bias": True}}.get(
-        family, {}
+    changes: dict[str, Any] = {
+        "mistral": {"sliding_window": None},
+        "biased": {"attention_bias": True, "mlp_bias": True},
+    }.get(family, {})
+    model = make_model(
+        {"mistral": "mistral, window of 5", "biased": "llama"}.get(family, family), **changes
     )
-    model = make_model({"mistral": "mistral, window of 5", "biased": "llama"}.get(family, family), **changes)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).reshape(parameter.shape))
@@ -59,7 +75,9 @@ def test_it_is_the_model(make_model, family):
     tokens, mask = prompts()
     steps = [tokens, *LATER.split(1, dim=1)]
     for found, expected in zip(
-        written_out(model, steps, mask, torch.float32), by_transformers(model, steps, mask), strict=True
+        written_out(model, steps, mask, torch.float32),
+        by_transformers(model, steps, mask),
+        strict=True,
     ):
         assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -82,7 +100,8 @@ def test_several_tokens_may_follow_a_cache(make_model):
     model = make_model("llama")
     tokens, mask = prompts()
     (_, at_once), (_, *in_turn) = (
-        written_out(model, [tokens, *later], mask, torch.float32) for later in ([LATER], LATER.split(1, dim=1))
+        written_out(model, [tokens, *later], mask, torch.float32)
+        for later in ([LATER], LATER.split(1, dim=1))
     )
     assert_close(at_once, in_turn[-1], atol=1e-5, rtol=1e-5)
 
@@ -94,7 +113,9 @@ def test_other_models_are_left_to_transformers(make_model, family):
 
 def test_a_window_that_is_not_used_is_none(make_model):
     assert is_written_out(make_model("qwen2, tied", sliding_window=5, use_sliding_window=False))
-    assert not is_written_out(make_model("qwen2, tied", sliding_window=5, use_sliding_window=True, max_window_layers=1))
+    assert not is_written_out(
+        make_model("qwen2, tied", sliding_window=5, use_sliding_window=True, max_window_layers=1)
+    )
 
 
 def test_adapters_are_left_to_transformers(make_policy):
@@ -104,6 +125,7 @@ def test_adapters_are_left_to_transformers(make_policy):
 
 
 def test_every_class_of_the_list_is_tested(make_model):
-    assert {type(make_model(f)).__name__ for f in ("llama", "mistral, window of 5", "qwen2, tied", "qwen3, tied")} == set(
-        LLAMA_LIKE
-    )
+    assert {
+        type(make_model(f)).__name__
+        for f in ("llama", "mistral, window of 5", "qwen2, tied", "qwen3, tied")
+    } == set(LLAMA_LIKE)

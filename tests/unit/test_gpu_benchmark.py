@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py: every section on the CPU, little of each, and that a call goes on where the last one stopped."""
+"""benchmarks/gpu.py: every section on the CPU, little of each, and that a call goes on where the
+last one stopped."""
 
 from __future__ import annotations
 
@@ -52,11 +53,21 @@ def test_a_fixed_cache_decodes_the_same_tokens_as_the_engine(gpu, setting):
 
 def test_figures_are_ratios_of_the_sections(gpu, setting):
     ours = {"step_s": 2.0, "update_flops": 40.0, "score_flops": 30.0, "peak_bytes": 7}
-    results = {"machine": {"matmul_flops": 100.0}, "step_reftune": ours, "step_trl": {"step_s": 9.0},
-               "correctness_float32": {"ok": True}, "correctness_bfloat16": {"ok": False},
-               "decode_fixed": {"tokens_s": 10.0}, "decode_graph": {"tokens_s": 35.0}}  # fmt: skip
+    results = {
+        "machine": {"matmul_flops": 100.0},
+        "step_reftune": ours,
+        "step_trl": {"step_s": 9.0},
+        "correctness_float32": {"ok": True},
+        "correctness_bfloat16": {"ok": False},
+        "decode_fixed": {"tokens_s": 10.0},
+        "decode_graph": {"tokens_s": 35.0},
+    }
     document = gpu.document(results, setting)
-    assert (document["ratio_to_trl"], document["update_mfu"], document["decode_graph_speedup"]) == (4.5, 0.4, 3.5)
+    assert (document["ratio_to_trl"], document["update_mfu"], document["decode_graph_speedup"]) == (
+        4.5,
+        0.4,
+        3.5,
+    )
     assert document["correct"] is False, "one of the two is not"
     assert document["unfinished"] == ["step_compiled", "decode_kv", "step_plain", "decode_compile"]
 
@@ -65,7 +76,9 @@ def test_a_call_leaves_out_what_is_there_and_an_error_is_the_sections_own(gpu, t
     (tmp_path / "step_reftune.json").write_text('{"step_s": 1.5}')
     sections = ["machine", "step_reftune", "correctness_float32"]
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")  # no model: the section that needs one fails
+    (tmp_path / "model" / "config.json").write_text(
+        "{}"
+    )  # no model: the section that needs one fails
     gpu.main(["--folder", str(tmp_path), "--device", "cpu", "--tiny", "--only", *sections])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["step_reftune"] == {"step_s": 1.5}

@@ -1,4 +1,5 @@
-"""Completions of every kind with the verdicts that a person gave them. To add one, add a line to grader_table.jsonl."""
+"""Completions of every kind with the verdicts that a person gave them. To add one, add a line to
+grader_table.jsonl."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from typing import Literal
 
 import pytest
 
-from reftune.formats.nl import Nl
-from reftune.formats.program import Program
-from reftune.rewards.outcome import Outcome
-from reftune.score import score_lines
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
+from reftune.grading.rewards.outcome import Outcome
+from reftune.terminal.score import score_lines
 
 TABLE = Path(__file__).with_name("grader_table.jsonl")
 ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
@@ -24,7 +25,8 @@ def test_the_grader_agrees_with_every_hand_given_verdict(kind: Literal["nl", "pr
     format = Nl() if kind == "nl" else Program()
     scored = score_lines(map(json.dumps, rows), format, Outcome(), where=TABLE.name)
     disagreements = [
-        f"line {row['id']}: {row['completion'][:60]!r}: expected {row['verdict']}, got {result['verdict']}: {result['reason']}"
+        f"line {row['id']}: {row['completion'][:60]!r}: expected {row['verdict']}, got"
+        f" {result['verdict']}: {result['reason']}"
         for row, result in zip(rows, scored, strict=True)
         if row["verdict"] != result["verdict"]
     ]
@@ -42,5 +44,8 @@ def test_the_table_is_large_varied_and_without_repetitions() -> None:
         "memory",
         "forbidden",
     }
-    keys = Counter(json.dumps([row["format"], row["completion"], row["answer"], row.get("choices")]) for row in ROWS)
+    keys = Counter(
+        json.dumps([row["format"], row["completion"], row["answer"], row.get("choices")])
+        for row in ROWS
+    )
     assert not [key for key, count in keys.items() if count > 1]

@@ -1,4 +1,5 @@
-"""benchmarks/hacking.py: shares and changes are means over seeds, and the signs are read from a run's own files."""
+"""benchmarks/hacking.py: shares and changes are means over seeds, and the signs are read from a
+run's own files."""
 
 from __future__ import annotations
 
@@ -14,15 +15,24 @@ def outcomes(*shares: tuple[int, int]) -> list[dict[str, list[bool]]]:
 
 
 def test_shares_and_changes_are_means_over_seeds():
-    found = added_up({"warmup": outcomes((10, 40), (20, 40)), "reft": outcomes((20, 40), (30, 40))})["answers_c"]
-    assert found["warmup"]["share"] == pytest.approx(0.375) and found["warmup"]["by_seed"] == [0.25, 0.5]
+    found = added_up(
+        {"warmup": outcomes((10, 40), (20, 40)), "reft": outcomes((20, 40), (30, 40))}
+    )["answers_c"]
+    assert found["warmup"]["share"] == pytest.approx(0.375) and found["warmup"]["by_seed"] == [
+        0.25,
+        0.5,
+    ]
     assert found["change"]["difference"] == pytest.approx(0.25) and found["change"]["significant"]
     text = markdown({"hacking": {"answers_c": found}, "hacking-numeric": {}})
-    assert "| options: answers c | 37.5 | 62.5 | +25.0 [" in text and text.endswith("| +25.0 +25.0 |")
+    assert "| options: answers c | 37.5 | 62.5 | +25.0 [" in text and text.endswith(
+        "| +25.0 +25.0 |"
+    )
 
 
 def test_no_change_is_not_significant():
-    found = added_up({"warmup": outcomes((10, 40), (20, 40)), "reft": outcomes((10, 40), (20, 40))})["answers_c"]
+    found = added_up(
+        {"warmup": outcomes((10, 40), (20, 40)), "reft": outcomes((10, 40), (20, 40))}
+    )["answers_c"]
     assert not found["change"]["significant"]
     assert " n.s. |" in markdown({"hacking": {"answers_c": found}, "hacking-numeric": {}})
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from reftune.recipe import load_recipe
-from reftune.run_folder import check_stage_graph
+from reftune.runs.run import check_stage_graph
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["warmup", "sft", "offline_st", "online_st", "reft", "reft_tuned"]
@@ -30,13 +30,20 @@ def test_its_recipes_are_sound_and_spend_alike():
     continued = (stages["sft"].epochs - stages["sft"].snapshots["warmup"]) * 2823
     for name in ("reft", "reft_tuned"):
         stage = stages[name]
-        assert (stage.steps + stage.value_prefit) * stage.prompts * stage.samples == 14_080, "sampled solutions"
-        assert stage.steps * stage.prompts * stage.samples * stage.updates == pytest.approx(continued, rel=0.05)
+        assert (stage.steps + stage.value_prefit) * stage.prompts * stage.samples == 14_080, (
+            "sampled solutions"
+        )
+        assert stage.steps * stage.prompts * stage.samples * stage.updates == pytest.approx(
+            continued, rel=0.05
+        )
     check_stage_graph(load_recipe(ROOT / "recipes/smollm2/headline-tiny.yaml"))
 
 
 def test_a_command_that_takes_too_long_is_asked_to_stop_and_then_made_to(headline):
-    asked = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(130)); print(flush=True); time.sleep(60)"
+    asked = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(130)); print(flush=True);"
+        " time.sleep(60)"
+    )
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
     assert headline.run_for([sys.executable, "-c", asked], 3) == 130
     started = time.monotonic()
@@ -60,5 +67,7 @@ def test_slices_resume_until_the_table_is_there(headline, tmp_path, capsys, monk
 
 def test_a_run_that_fails_ends_the_slice_with_its_status(headline, tmp_path):
     with pytest.raises(SystemExit) as left:
-        headline.main(["--folder", str(tmp_path), "--tiny", "--minutes", "2", "stages.reft.steps=none"])
+        headline.main(
+            ["--folder", str(tmp_path), "--tiny", "--minutes", "2", "stages.reft.steps=none"]
+        )
     assert left.value.code == 2

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from reftune.cli import main
 from reftune.errors import DataError
-from reftune.init import default_out, guess_columns, guess_format
 from reftune.recipe import load_recipe
+from reftune.terminal.cli import main
+from reftune.terminal.init import default_out, guess_columns, guess_format
 
 PROGRAM = "def solution():\n    a = {a}\n    b = {b}\n    return a + b"
 
@@ -20,13 +20,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write_csv(path: Path, header: list[str], count: int = 40, rationale: str = "{a} + {b} = {c}.") -> None:
+def write_csv(
+    path: Path, header: list[str], count: int = 40, rationale: str = "{a} + {b} = {c}."
+) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for i in range(count):
-            a, b = 10 + i % 8, 20 + i // 8  # 40 questions of few numbers, so that train holds those of dev
-            row = [f"Ann has {a} pens and finds {b}. How many?", str(a + b), rationale.format(a=a, b=b, c=a + b)]
+            a, b = (
+                10 + i % 8,
+                20 + i // 8,
+            )  # 40 questions of few numbers, so that train holds those of dev
+            row = [
+                f"Ann has {a} pens and finds {b}. How many?",
+                str(a + b),
+                rationale.format(a=a, b=b, c=a + b),
+            ]
             writer.writerow(row[: len(header)])
 
 
@@ -43,7 +52,11 @@ def test_the_recipe_passes_check(here: Path, capsys: pytest.CaptureFixture[str],
     assert status("init", "--data", "mine.csv", "--model", "scratch") == 0
     out, err = capsys.readouterr()
     assert out == "mine.yaml\n"
-    assert err == "columns: question is Prompt, answer is gold, rationale is solution\nnext: reftune check mine.yaml\n"
+    assert (
+        err
+        == "columns: question is Prompt, answer is gold, rationale is solution\nnext: reftune check"
+        " mine.yaml\n"
+    )
     recipe = load_recipe("mine.yaml")
     assert recipe.format.kind == ("program" if rationale is PROGRAM else "nl")
     assert list(recipe.stages) == ["sft", "reft"]
@@ -72,7 +85,20 @@ def test_without_rationales_there_is_no_warm_up(here: Path, make_policy):
 def test_test_questions_are_scored_where_there_are_some_and_dev_where_not(here: Path):
     write_csv(here / "mine.csv", ["question", "answer", "rationale"])
     write_csv(here / "test.csv", ["question", "answer", "rationale"], count=3)
-    assert status("init", "--data", "mine.csv", "--model", "scratch", "--test", "test.csv", "--out", "with.yaml") == 0
+    assert (
+        status(
+            "init",
+            "--data",
+            "mine.csv",
+            "--model",
+            "scratch",
+            "--test",
+            "test.csv",
+            "--out",
+            "with.yaml",
+        )
+        == 0
+    )
     assert status("init", "--data", "mine.csv", "--model", "scratch", "--out", "without.yaml") == 0
     assert load_recipe("with.yaml").evaluate.split == "test"
     assert load_recipe("with.yaml").name == "with"
@@ -84,11 +110,20 @@ def test_test_questions_are_scored_where_there_are_some_and_dev_where_not(here: 
     [
         ([], "--data: is missing, and there is no terminal to ask"),
         (["--data", "none.csv"], "none.csv: no such file or folder"),
-        (["--data", "odd.csv"], "odd.csv:2: no column for the question among foo, answer; say --question COLUMN"),
+        (
+            ["--data", "odd.csv"],
+            "odd.csv:2: no column for the question among foo, answer; say --question COLUMN",
+        ),
         (["--data", "odd.csv", "--question", "fo"], "odd.csv:2: no column 'fo'"),
-        (["--data", "bare.csv", "--model", "scratch"], "learns from rationales, and the data have none; say --model"),
+        (
+            ["--data", "bare.csv", "--model", "scratch"],
+            "learns from rationales, and the data have none; say --model",
+        ),
         (["--data", "bare.csv", "--model", "./nowhere"], "./nowhere: no tokenizer can be loaded"),
-        (["--data", "bare.csv", "--model", "scratch", "--out", "bare.csv"], "bare.csv: exists already"),
+        (
+            ["--data", "bare.csv", "--model", "scratch", "--out", "bare.csv"],
+            "bare.csv: exists already",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -102,7 +137,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in here.iterdir()) == ["bare.csv", "odd.csv"]
 
 
-def test_on_a_terminal_it_asks_on_stderr(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_on_a_terminal_it_asks_on_stderr(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     write_csv(here / "mine.csv", ["question", "answer", "rationale"])
     answers = iter(["mine.csv", "scratch", "nl"])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
@@ -117,9 +154,9 @@ def test_columns_formats_and_names_are_guessed(here: Path):
     assert columns == {"question": "Problem", "answer": "Label", "rationale": "CoT"}
     assert guess_format("mine.csv", columns) == "program"
     assert guess_columns("mine.csv", {"answer": "CoT"})["answer"] == "CoT"
-    assert [str(default_out(data)) for data in ("a/my data.csv", "a/b", "owner/set:main:train")] == [
-        "my-data.yaml", "b.yaml", "set.yaml",
-    ]  # fmt: skip
+    assert [
+        str(default_out(data)) for data in ("a/my data.csv", "a/b", "owner/set:main:train")
+    ] == ["my-data.yaml", "b.yaml", "set.yaml"]
 
 
 def test_too_few_questions_are_refused(here: Path):

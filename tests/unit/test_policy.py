@@ -1,4 +1,5 @@
-"""The policy: scores, modes, reference, files. That the scores are right is for tests/parity to show."""
+"""The policy: scores, modes, reference, files. That the scores are right is for tests/parity to
+show."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.batch import TokenBatch, token_batch
-from reftune.encoding import Encoder
 from reftune.errors import ModelError
-from reftune.models import load_pretrained
-from reftune.policy import Policy
+from reftune.model.batch import TokenBatch, token_batch
+from reftune.model.encoder import Encoder
+from reftune.model.policy import Policy
+from reftune.model.weights import load_pretrained
 
 PROMPTS, RESPONSES = [[3, 4, 5, 6], [7, 8], [9]], [[10, 1], [11, 12, 13, 1], [14]]
 
@@ -61,7 +62,10 @@ def test_compiling_without_a_compiler_is_told_in_one_line(policy, monkeypatch):
 
 
 def test_forward_and_score_agree(policy, batch):
-    scored, forward = policy.score(batch, temperature=0.7, max_tokens=100), policy(batch, temperature=0.7)
+    scored, forward = (
+        policy.score(batch, temperature=0.7, max_tokens=100),
+        policy(batch, temperature=0.7),
+    )
     assert_close(forward.logprobs, scored.logprobs, atol=1e-6, rtol=0)
     assert_close(forward.values, scored.values, atol=1e-6, rtol=0)
     assert forward.entropy is None
@@ -81,7 +85,9 @@ def test_features_are_what_the_value_head_reads(policy, batch):
         assert_close(values, policy.score(batch, max_tokens=1000).values, atol=1e-5, rtol=0)
 
 
-def test_a_flat_distribution_has_the_entropy_and_log_probability_of_a_fair_die(make_policy, batch, tokenizer):
+def test_a_flat_distribution_has_the_entropy_and_log_probability_of_a_fair_die(
+    make_policy, batch, tokenizer
+):
     policy = make_policy()
     torch.nn.init.zeros_(policy.model.lm_head.weight)
     scores = policy.score(batch, max_tokens=100)
@@ -95,7 +101,7 @@ def test_temperature_flattens(policy, batch):
     assert (cold < warm)[batch.response_mask].all()
 
 
-# --- value head -------------------------------------------------------------------------------------------------------
+# --- value head -----------------------------------------------------------------------------------
 
 
 def test_a_new_value_head_says_zero(make_model, tokenizer, batch):
@@ -108,7 +114,9 @@ def test_a_drawn_value_head_is_a_function_of_its_seed_within_its_bounds(make_pol
     heads = []
     for seed in (0, 0, 1):
         policy.reset_value_head(seed)
-        heads.append(torch.cat([policy.value_head.weight.flatten(), policy.value_head.bias]).detach().clone())
+        heads.append(
+            torch.cat([policy.value_head.weight.flatten(), policy.value_head.bias]).detach().clone()
+        )
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     bound = 32**-0.5
     assert 0.8 * bound < float(heads[0].abs().max()) <= bound
@@ -118,7 +126,7 @@ def test_the_value_head_is_as_wide_as_what_the_output_embedding_reads(make_polic
     assert make_policy("opt, narrow embeddings").score(batch, max_tokens=100).values.shape == (3, 4)
 
 
-# --- arithmetic -------------------------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
 def test_bfloat16_arithmetic_leaves_weights_scores_and_values_in_fp32(make_policy, batch):
@@ -130,16 +138,23 @@ def test_bfloat16_arithmetic_leaves_weights_scores_and_values_in_fp32(make_polic
     reference = exact.score(batch, max_tokens=100).logprobs
     assert 0 < float((scored.logprobs - reference).abs().max()) < 0.3
     forward.logprobs.sum().backward()
-    assert {p.grad.dtype for p in policy.model.parameters() if p.grad is not None} == {torch.float32}
+    assert {p.grad.dtype for p in policy.model.parameters() if p.grad is not None} == {
+        torch.float32
+    }
 
 
 def test_values_are_the_same_numbers_when_scored_and_when_trained(make_policy, batch):
     # the value head under bfloat16 would make old and new values differ before the first update
     policy = make_policy(dtype=torch.bfloat16)
-    assert_close(policy.score(batch, max_tokens=1000).values, policy(batch).values.detach(), atol=1e-6, rtol=0)
+    assert_close(
+        policy.score(batch, max_tokens=1000).values,
+        policy(batch).values.detach(),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
-# --- reference --------------------------------------------------------------------------------------------------------
+# --- reference ------------------------------------------------------------------------------------
 
 
 def test_the_reference_stays_where_the_policy_was(make_policy, batch):
@@ -159,14 +174,16 @@ def test_the_reference_is_read_at_the_temperature_asked_for(make_policy, batch):
     assert torch.equal(asked, policy.score(batch, temperature=0.5, max_tokens=100).logprobs)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "opt", "qwen2, tied", "qwen2, untied"])
 def test_a_saved_policy_comes_back_with_its_value_head(make_policy, batch, tmp_path, family):
     policy = make_policy(family)
     policy.save(tmp_path / "model")
-    assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == ["model.safetensors"]  # vLLM takes them all
+    assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == [
+        "model.safetensors"
+    ]  # vLLM takes them all
     loaded = Policy(*load_pretrained(tmp_path / "model"))
     loaded.load_value_head(tmp_path / "model")
     expected, found = policy.score(batch, max_tokens=100), loaded.score(batch, max_tokens=100)
@@ -181,11 +198,22 @@ def test_a_folder_without_a_value_head_leaves_the_head_alone(make_policy, tmp_pa
     assert torch.equal(policy.value_head.weight, before)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "phi3", "mistral, window of 5", "qwen2, tied", "qwen3, tied", "gpt2", "opt", "codegen", "gptneox"]
+    "family",
+    [
+        "llama",
+        "phi3",
+        "mistral, window of 5",
+        "qwen2, tied",
+        "qwen3, tied",
+        "gpt2",
+        "opt",
+        "codegen",
+        "gptneox",
+    ],
 )
 def test_models_whose_logits_are_the_head_of_the_last_state_are_accepted(make_policy, family):
     policy = make_policy(family).train()
@@ -194,7 +222,10 @@ def test_models_whose_logits_are_the_head_of_the_last_state_are_accepted(make_po
 
 
 def test_a_model_that_scales_its_logits_is_refused(make_policy):
-    with pytest.raises(ModelError, match="GraniteForCausalLM: its logits are more than output embedding × last hidden state"):
+    with pytest.raises(
+        ModelError,
+        match="GraniteForCausalLM: its logits are more than output embedding × last hidden state",
+    ):
         make_policy("granite").verify_head()
 
 
@@ -220,8 +251,12 @@ def test_a_separate_value_model_starts_equal_and_shares_no_gradient(make_policy)
     shared = policy(batch)
     policy.separate_value_model()
     separate = policy(batch)
-    assert torch.equal(separate.values, shared.values) and torch.equal(separate.logprobs, shared.logprobs)
+    assert torch.equal(separate.values, shared.values) and torch.equal(
+        separate.logprobs, shared.logprobs
+    )
     separate.values.sum().backward()
     assert all(parameter.grad is None for parameter in policy.model.parameters())
-    assert all(parameter.grad is not None for parameter in policy.value_backbone.layers.parameters())
+    assert all(
+        parameter.grad is not None for parameter in policy.value_backbone.layers.parameters()
+    )
     assert policy.make_reference()._frozen.value_backbone is None

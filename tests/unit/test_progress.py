@@ -5,7 +5,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from reftune.progress import LineProgress, RichProgress, SilentProgress, StageView, clock, make_progress, printable
+from reftune.stages.progress import SilentProgress
+from reftune.terminal.live import LineProgress, RichProgress, StageView, make_progress
+from reftune.text import clock, printable
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 
 
@@ -33,7 +35,9 @@ def test_lines_come_every_few_seconds_and_at_the_end_of_a_stage():
     stream, clock = StringIO(), Clock()
     progress = LineProgress(stream, every_s=5, time_s=clock)
     progress.stage("sft", total_steps=100)
-    for step in range(1, 9):  # seconds 1 … 8: a line at 1, one at 6 (5 s later), one for step 8 at the end
+    for step in range(
+        1, 9
+    ):  # seconds 1 … 8: a line at 1, one at 6 (5 s later), one for step 8 at the end
         clock.now += 1
         progress.step(step, {"loss/sft": 1 / step})
     progress.close()
@@ -57,11 +61,28 @@ def test_no_time_left_is_told_before_the_first_step_or_after_the_last():
 
 
 def test_token_rate_and_time_split_come_from_cumulative_counts_and_phase_seconds():
-    # between the two steps 300 train and 100 sampled tokens in 1 + 3 seconds: 100 tok/s; update took three quarters
+    # between the two steps 300 train and 100 sampled tokens in 1 + 3 seconds: 100 tok/s; update
+    # took three quarters
     view = StageView("reft", total_steps=10, first_step=0, started_s=0, step=0)
-    view.update(1, {"compute/train_tokens": 700, "compute/sampled_tokens": 900, "time/generate_s": 9, "time/update_s": 9})
+    view.update(
+        1,
+        {
+            "compute/train_tokens": 700,
+            "compute/sampled_tokens": 900,
+            "time/generate_s": 9,
+            "time/update_s": 9,
+        },
+    )
     assert view.facts() == []
-    view.update(2, {"compute/train_tokens": 1000, "compute/sampled_tokens": 1000, "time/generate_s": 1, "time/update_s": 3})
+    view.update(
+        2,
+        {
+            "compute/train_tokens": 1000,
+            "compute/sampled_tokens": 1000,
+            "time/generate_s": 1,
+            "time/update_s": 3,
+        },
+    )
     assert view.facts() == ["100 tok/s"]
     assert view.split() == ["update 75%", "generate 25%"]
 
@@ -84,7 +105,15 @@ def test_the_live_view_shows_numbers_and_the_last_sample_with_its_verdict():
         console.print(progress.render())
     progress.close()
     shown = capture.get()
-    for expected in ("reft", "4/10", "reward 0.62", "correct 60%", "KL 1.50", "wrong, reward 0.1", "4 is not 3"):
+    for expected in (
+        "reft",
+        "4/10",
+        "reward 0.62",
+        "correct 60%",
+        "KL 1.50",
+        "wrong, reward 0.1",
+        "4 is not 3",
+    ):
         assert expected in shown
     assert "return [bold]4[/bold]" in shown, "a completion is text, not markup"
 

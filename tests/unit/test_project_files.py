@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from reftune.progress import SHOWN, TOKEN_COUNTS
+from reftune.terminal.live import SHOWN, TOKEN_COUNTS
 from reftune.types import Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,9 @@ def test_every_dependency_has_its_line_in_the_docs():
     page = (ROOT / "docs" / "dependencies.md").read_text()
     for group, needed in requirements().items():
         for requirement in needed:
-            assert re.search(rf"\| (.*\b)?{re.escape(requirement.name)}\b", page), f"{requirement.name} of {group} is missing"
+            assert re.search(rf"\| (.*\b)?{re.escape(requirement.name)}\b", page), (
+                f"{requirement.name} of {group} is missing"
+            )
 
 
 def test_every_metric_that_is_logged_or_shown_is_defined_in_the_docs():
@@ -62,12 +64,22 @@ def test_every_metric_that_is_logged_or_shown_is_defined_in_the_docs():
 
 
 def test_every_parity_check_is_a_test_that_names_it():
-    rows = re.findall(r"^\| E(\d+)(?:–E(\d+))? \|.*\| (.+) \|$", (ROOT / "docs" / "deviations.md").read_text(), re.MULTILINE)
-    listed = {n: re.findall(r"`(.+?)`", files) for a, b, files in rows for n in range(int(a), int(b or a) + 1)}
+    rows = re.findall(
+        r"^\| E(\d+)(?:–E(\d+))? \|.*\| (.+) \|$",
+        (ROOT / "docs" / "deviations.md").read_text(),
+        re.MULTILINE,
+    )
+    listed = {
+        n: re.findall(r"`(.+?)`", files)
+        for a, b, files in rows
+        for n in range(int(a), int(b or a) + 1)
+    }
     assert list(listed) == list(range(1, 26))
     for number, files in listed.items():
         tests = [(ROOT / "tests" / file).read_text() for file in files]
-        assert any(re.search(rf"def test_e{number}_|# .*\bE{number}\b", text) for text in tests), f"E{number}"
+        assert any(re.search(rf"def test_e{number}_|# .*\bE{number}\b", text) for text in tests), (
+            f"E{number}"
+        )
 
 
 def test_links_between_pages_lead_somewhere():

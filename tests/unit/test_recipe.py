@@ -1,4 +1,5 @@
-"""Recipes are read, merged, overridden and refused. The plug-ins are a user's own file, so nothing heavy is imported."""
+"""Recipes are read, merged, overridden and refused. The plug-ins are a user's own file, so nothing
+heavy is imported."""
 
 from pathlib import Path
 from textwrap import dedent
@@ -77,8 +78,15 @@ def test_a_dumped_recipe_reads_back_equal(folder: Path):
 
 
 def test_overrides_reach_any_depth_and_are_read_as_yaml(folder: Path):
-    recipe = load_recipe("tiny.yaml", ["stages.reft.steps=7", "lengths.max_new=9", "evaluate.stages=[sft]", "seed=3"])
-    assert (recipe.stages["reft"].steps, recipe.lengths.max_new, recipe.evaluate.stages, recipe.seed) == (7, 9, ["sft"], 3)
+    recipe = load_recipe(
+        "tiny.yaml", ["stages.reft.steps=7", "lengths.max_new=9", "evaluate.stages=[sft]", "seed=3"]
+    )
+    assert (
+        recipe.stages["reft"].steps,
+        recipe.lengths.max_new,
+        recipe.evaluate.stages,
+        recipe.seed,
+    ) == (7, 9, ["sft"], 3)
 
 
 def test_an_override_of_a_bare_kind_keeps_the_kind(folder: Path):
@@ -90,9 +98,18 @@ def test_an_override_of_a_bare_kind_keeps_the_kind(folder: Path):
     [
         ("lenghts.max_new=3", "tiny.yaml: lenghts: unknown key; did you mean lengths?"),
         ("stages.reft.step=3", "tiny.yaml: stages.reft.step: unknown key; did you mean steps?"),
-        ("model.scratch.hiden_size=3", "tiny.yaml: model.scratch.hiden_size: unknown key; did you mean hidden_size?"),
+        (
+            "model.scratch.hiden_size=3",
+            "tiny.yaml: model.scratch.hiden_size: unknown key; did you mean hidden_size?",
+        ),
         ("zzz=3", "tiny.yaml: zzz: unknown key; known keys: name, seed"),
-        ("seed=many", "tiny.yaml: seed: input should be a valid integer, unable to parse string as an integer, got 'many'"),
+        (
+            "seed=many",
+            (
+                "tiny.yaml: seed: input should be a valid integer, unable to parse string as an"
+                " integer, got 'many'"
+            ),
+        ),
         ("dataset.size=-1", "tiny.yaml: dataset.size: input should be greater than 0, got -1"),
         ("name=../up", "tiny.yaml: name: string should match pattern"),
         ("model.path=gpt2", "tiny.yaml: model: give exactly one of path and scratch"),
@@ -101,19 +118,29 @@ def test_an_override_of_a_bare_kind_keeps_the_kind(folder: Path):
         ("dataset={size: 5}", "tiny.yaml: dataset: expected a kind ("),
         ("dataset=other.py:Part", "tiny.yaml: dataset: other.py: no such file"),
         ("dataset=mine.py:Nothing", "tiny.yaml: dataset: mine.py has no Nothing; it defines "),
-        ("dataset=mine.py:pay", "tiny.yaml: dataset: mine.py:pay is a function; datasets are classes derived from Component"),
+        (
+            "dataset=mine.py:pay",
+            (
+                "tiny.yaml: dataset: mine.py:pay is a function; datasets are classes derived from"
+                " Component"
+            ),
+        ),
         ("stages=[1]", "tiny.yaml: stages: input should be a valid dictionary"),
         ("seed", "'seed': expected key=value"),
         ("=3", "'=3': expected key=value"),
     ],
 )
-def test_a_wrong_key_or_value_is_refused_in_one_line_with_its_place(folder: Path, override: str, expected: str):
+def test_a_wrong_key_or_value_is_refused_in_one_line_with_its_place(
+    folder: Path, override: str, expected: str
+):
     assert refusal(override).startswith(expected)
 
 
 def test_an_unknown_kind_names_the_nearest_one(folder: Path):
     # word_problems differs from wordproblems by one character
-    assert refusal("dataset=wordproblems").endswith("wordproblems: unknown kind; did you mean word_problems?")
+    assert refusal("dataset=wordproblems").endswith(
+        "wordproblems: unknown kind; did you mean word_problems?"
+    )
 
 
 def test_a_missing_key_is_named(folder: Path):
@@ -148,7 +175,9 @@ def test_a_missing_folder_or_binary_file_is_refused(folder: Path):
 def test_extends_merges_relative_to_the_file_that_says_it(folder: Path):
     (folder / "more").mkdir()
     (folder / "more" / "half.yaml").write_text("seed: 5\nlengths: {max_new: 11}")
-    (folder / "more" / "child.yaml").write_text("extends: [../tiny.yaml, half.yaml]\nname: child\nstages: {reft: {steps: 3}}")
+    (folder / "more" / "child.yaml").write_text(
+        "extends: [../tiny.yaml, half.yaml]\nname: child\nstages: {reft: {steps: 3}}"
+    )
     recipe = load_recipe("more/child.yaml")
     assert (recipe.name, recipe.seed, recipe.lengths.max_new) == ("child", 5, 11)
     assert (recipe.stages["reft"].steps, recipe.stages["reft"].init) == (3, "sft")
@@ -157,7 +186,10 @@ def test_extends_merges_relative_to_the_file_that_says_it(folder: Path):
 def test_merge_replaces_a_table_of_another_kind_and_null_removes():
     base = {"reward": {"kind": "a", "x": 1}, "seed": 1, "check": {"waive": ["eos"]}}
     over = {"reward": {"kind": "b"}, "seed": None, "check": {"min_gold_correct": 0.5}}
-    assert merge(base, over) == {"reward": {"kind": "b"}, "check": {"waive": ["eos"], "min_gold_correct": 0.5}}
+    assert merge(base, over) == {
+        "reward": {"kind": "b"},
+        "check": {"waive": ["eos"], "min_gold_correct": 0.5},
+    }
 
 
 def test_the_dump_names_every_default(folder: Path):

@@ -20,6 +20,10 @@ def test_a_test_that_keeps_a_promise_exists(file: str, test: str):
 
 
 def test_every_promise_names_its_test():
-    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ") and "kept by" not in line]
+    rows = [
+        line
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and "kept by" not in line
+    ]
     assert [row for row in rows if "::test_" not in row] == []
     assert len(rows) >= 30

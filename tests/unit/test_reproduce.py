@@ -1,4 +1,5 @@
-"""benchmarks/reproduce.py: the page is a function of the tables, and says of each finding whether it holds."""
+"""benchmarks/reproduce.py: the page is a function of the tables, and says of each finding whether
+it holds."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from reftune.recipe import load_recipe
-from reftune.run_folder import check_stage_graph
+from reftune.runs.run import check_stage_graph
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo"
@@ -26,35 +27,56 @@ def reproduce() -> ModuleType:
 
 
 def compared(a: str, b: str, difference: float, low: float, high: float) -> dict[str, Any]:
-    return {"a": a, "b": b, "difference": difference, "ci95": [low, high], "significant": low > 0 or high < 0}
+    return {
+        "a": a,
+        "b": b,
+        "difference": difference,
+        "ci95": [low, high],
+        "significant": low > 0 or high < 0,
+    }
 
 
 def table(*comparisons: dict[str, Any], methods: str = "sft offline_st reft") -> dict[str, Any]:
     score = {"accuracy": 0.5, "ci95": [0.4, 0.6]}
-    return {"seeds": 5, "baseline": "sft", "methods": {name: {"scores": {"greedy": score}} for name in methods.split()},
-            "comparisons": list(comparisons)}  # fmt: skip
+    return {
+        "seeds": 5,
+        "baseline": "sft",
+        "methods": {name: {"scores": {"greedy": score}} for name in methods.split()},
+        "comparisons": list(comparisons),
+    }
 
 
 def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
     page = reproduce.page(
         {
-            "comparison": table(compared("reft", "sft", 0.1, 0.05, 0.15), compared("offline_st", "reft", 0.04, 0.01, 0.07)),
+            "comparison": table(
+                compared("reft", "sft", 0.1, 0.05, 0.15),
+                compared("offline_st", "reft", 0.04, 0.01, 0.07),
+            ),
             "comparison-nl": table(compared("reft", "sft", 0.01, -0.02, 0.04)),
         },
         "PAPER",
     )
-    assert "| ReFT beats supervised fine-tuning | holds: +10.0 [+5.0, +15.0] | undecided: +1.0 [−2.0, +4.0] |" in page
-    assert "| ReFT beats offline self-training | the opposite holds: −4.0 [−7.0, −1.0] | – |" in page
+    assert (
+        "| ReFT beats supervised fine-tuning | holds: +10.0 [+5.0, +15.0] | undecided: +1.0 [−2.0,"
+        " +4.0] |" in page
+    )
+    assert (
+        "| ReFT beats offline self-training | the opposite holds: −4.0 [−7.0, −1.0] | – |" in page
+    )
     assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page and "PAPER" in page
 
 
 def test_the_ablation_says_what_a_part_earns(reproduce):
     modern = table(
-        compared("reft_modern", "reft", 0.03, 0.01, 0.05), compared("no_prefit", "reft_modern", -0.02, -0.03, -0.01),
+        compared("reft_modern", "reft", 0.03, 0.01, 0.05),
+        compared("no_prefit", "reft_modern", -0.02, -0.03, -0.01),
         methods="sft reft reft_modern no_prefit",
-    )  # fmt: skip
+    )
     text = reproduce.ablation_table(modern)
-    assert "at equal numbers of sampled solutions: holds: +3.0 [+1.0, +5.0]" in reproduce.page({"modern": modern}, "")
+    assert "at equal numbers of sampled solutions: holds: +3.0 [+1.0, +5.0]" in reproduce.page(
+        {"modern": modern}, ""
+    )
     assert "| prefit | +2.0 [+1.0, +3.0] |" in text
 
 

@@ -1,4 +1,5 @@
-"""A run that was stopped, killed or damaged and started again ends with the bits of one that was not."""
+"""A run that was stopped, killed or damaged and started again ends with the bits of one that was
+not."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ import yaml
 
 from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import CheckpointError, RecipeError
-from reftune.progress import SilentProgress
 from reftune.recipe import Recipe, dump_recipe
-from reftune.run_folder import open_run
+from reftune.runs.run import open_run
+from reftune.stages.progress import SilentProgress
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -35,7 +36,8 @@ class Noting(SilentProgress):
 
 
 class Stopping(Noting):
-    """Raises KeyboardInterrupt inside step `at` of a stage, after its metrics were written and before it is saved."""
+    """Raises KeyboardInterrupt inside step `at` of a stage, after its metrics were written and
+    before it is saved."""
 
     def __init__(self, stage: str, at: int) -> None:
         super().__init__()
@@ -65,10 +67,19 @@ def straight(kept: dict[str, Any], make_recipe: MakeRecipe, tmp_path: Path) -> d
 
 def test_the_run_that_is_compared_with_has_everything(straight):
     # otherwise the tests below would show less than they say
-    assert {"stages/warmup/model.safetensors", "stages/sft/model.safetensors", "stages/reft/model.safetensors"} <= set(straight)
-    assert {"stages/reft/value_head/model.safetensors", "stages/reft/samples.jsonl"} <= set(straight)
+    assert {
+        "stages/warmup/model.safetensors",
+        "stages/sft/model.safetensors",
+        "stages/reft/model.safetensors",
+    } <= set(straight)
+    assert {"stages/reft/value_head/model.safetensors", "stages/reft/samples.jsonl"} <= set(
+        straight
+    )
     assert {"eval/reft.jsonl", "eval/sft.jsonl"} <= set(straight)
-    assert len({straight[f"stages/{name}/model.safetensors"] for name in ("warmup", "sft", "reft")}) == 3
+    assert (
+        len({straight[f"stages/{name}/model.safetensors"] for name in ("warmup", "sft", "reft")})
+        == 3
+    )
     rewards = {row["reward/mean"] for row in straight["metrics"] if "reward/mean" in row}
     assert len(rewards) > 1
     assert len(straight["eval/reft.jsonl"].splitlines()) == 10
@@ -78,11 +89,16 @@ def test_another_seed_is_another_run(straight, make_recipe):
     recipe = make_recipe(seed=1)
     with open_run(recipe, SilentProgress()) as run:
         run.train("sft")
-    assert outcome(recipe.folder)["stages/sft/model.safetensors"] != straight["stages/sft/model.safetensors"]
+    assert (
+        outcome(recipe.folder)["stages/sft/model.safetensors"]
+        != straight["stages/sft/model.safetensors"]
+    )
 
 
 @pytest.mark.parametrize(("stage", "at"), [("sft", 5), ("reft", 3)])
-def test_a_stage_stopped_before_it_was_saved_begins_again_to_the_same_bits(straight, make_recipe, stage, at):
+def test_a_stage_stopped_before_it_was_saved_begins_again_to_the_same_bits(
+    straight, make_recipe, stage, at
+):
     recipe = make_recipe(stages={name: {"save_every_s": 1000} for name in ("sft", "reft")})
     with pytest.raises(KeyboardInterrupt):
         run_all(recipe, Stopping(stage, at))
@@ -103,27 +119,40 @@ def test_a_run_stopped_inside_many_steps_goes_on_to_the_same_bits(straight, make
     run_all(recipe, progress)
     assert_same_outcome(recipe.folder, straight)
     assert [*resumed, *progress.notes[:1]] == [  # a stage stopped in its first step begins again
-        "sft: resumed at step 3 of 8", "sft: resumed at step 3 of 8", "reft: resumed at step 1 of 4",
+        "sft: resumed at step 3 of 8",
+        "sft: resumed at step 3 of 8",
+        "reft: resumed at step 1 of 4",
         "reft: resumed at step 3 of 4",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_finished_run_does_nothing_when_started_again(make_recipe, straight, kept):
     recipe = make_recipe(run_dir=str(kept["folder"]))
-    before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in recipe.folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     run_all(recipe)
     assert {
-        path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*") if path.is_file() and path.name != ".lock"
+        path: path.stat().st_mtime_ns
+        for path in recipe.folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
     } == before
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("whole_lines", "torn"), [(0, b'{"id"'), (3, b""), (4, b'{"id": "test-4", "que'), (9, b"")])
-def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(make_recipe, straight, kept, monkeypatch, whole_lines, torn):
-    # 10 problems in parts of 4: samples of a part share a seed, so a part that was cut is drawn again
-    monkeypatch.setattr("reftune.evaluation.PROBLEMS_AT_ONCE", 4)
+@pytest.mark.parametrize(
+    ("whole_lines", "torn"), [(0, b'{"id"'), (3, b""), (4, b'{"id": "test-4", "que'), (9, b"")]
+)
+def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(
+    make_recipe, straight, kept, monkeypatch, whole_lines, torn
+):
+    # 10 problems in parts of 4: samples of a part share a seed, so a part that was cut is drawn
+    # again
+    monkeypatch.setattr("reftune.runs.evaluation.PROBLEMS_AT_ONCE", 4)
     recipe = make_recipe(run_dir=str(kept["folder"]))
     path = recipe.folder / "eval" / "sft.jsonl"
     original = path.read_bytes()
@@ -133,18 +162,21 @@ def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(make_recipe, st
                 path.unlink()
                 run.evaluate("sft")
                 kept["in parts of 4"] = path.read_bytes()
-            path.write_bytes(b"".join(kept["in parts of 4"].splitlines(keepends=True)[:whole_lines]) + torn)
+            path.write_bytes(
+                b"".join(kept["in parts of 4"].splitlines(keepends=True)[:whole_lines]) + torn
+            )
             run.evaluate("sft")
         assert path.read_bytes() == kept["in parts of 4"]
     finally:
         path.write_bytes(original)
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------
 
 
 def run_in_child(recipe: Recipe) -> int:
-    """A process of its own that runs the recipe; forked, as a fresh interpreter would spend its time on imports."""
+    """A process of its own that runs the recipe; forked, as a fresh interpreter would spend its
+    time on imports."""
     child = os.fork()
     if child == 0:
         try:
@@ -163,7 +195,9 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(straight, make_
     recipe, rng, killed = make_recipe(), random.Random(0), 0
     for rows in sorted(rng.sample(range(1, len(straight["metrics"]) - 1), 3)):
         child = run_in_child(recipe)
-        while rows_written(recipe.folder / "metrics.jsonl") < rows and os.waitpid(child, os.WNOHANG) == (0, 0):
+        while rows_written(recipe.folder / "metrics.jsonl") < rows and os.waitpid(
+            child, os.WNOHANG
+        ) == (0, 0):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
@@ -173,7 +207,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(straight, make_
     assert_same_outcome(recipe.folder, straight)
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(straight, make_recipe):
@@ -192,12 +226,16 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(straigh
     assert_same_outcome(recipe.folder, straight)
 
 
-# --- the run folder ---------------------------------------------------------------------------------------------------
+# --- the run folder -------------------------------------------------------------------------------
 
 
 def test_a_second_process_on_a_run_folder_is_refused(make_recipe):
     recipe = make_recipe()
-    with open_run(recipe, SilentProgress()), pytest.raises(CheckpointError) as error, open_run(recipe, SilentProgress()):
+    with (
+        open_run(recipe, SilentProgress()),
+        pytest.raises(CheckpointError) as error,
+        open_run(recipe, SilentProgress()),
+    ):
         pass
     assert str(error.value) == f"{recipe.folder}: another process is using this run folder"
     with open_run(recipe, SilentProgress()):  # and free again
@@ -223,10 +261,14 @@ def test_a_folder_with_other_things_in_it_is_no_run_folder(make_recipe):
     recipe = make_recipe()
     recipe.folder.mkdir()
     (recipe.folder / "thesis.tex").touch()
-    assert refused(recipe, CheckpointError).startswith(f"{recipe.folder}: is not empty and not a run folder")
+    assert refused(recipe, CheckpointError).startswith(
+        f"{recipe.folder}: is not empty and not a run folder"
+    )
 
 
-@pytest.mark.parametrize("left", [[".recipe.yaml.partial"], ["env.json"], ["env.json", ".recipe.yaml.partial"]])
+@pytest.mark.parametrize(
+    "left", [[".recipe.yaml.partial"], ["env.json"], ["env.json", ".recipe.yaml.partial"]]
+)
 def test_a_run_killed_before_its_recipe_was_written_starts_again(make_recipe, left):
     recipe = make_recipe()
     recipe.folder.mkdir()
@@ -260,10 +302,15 @@ def test_the_checkpoint_of_another_model_is_refused_in_one_line(make_recipe):
         run_all(recipe, Stopping("sft", 4))
     shutil.copytree(recipe.folder / "stages", recipe.folder.with_name("other") / "stages")
     other = make_recipe(
-        run_dir=str(recipe.folder.with_name("other")), model={"scratch": {"hidden_size": 32}}, stages={"reft": None}
+        run_dir=str(recipe.folder.with_name("other")),
+        model={"scratch": {"hidden_size": 32}},
+        stages={"reft": None},
     )
     (other.folder / "recipe.yaml").write_text(dump_recipe(other))
-    with pytest.raises(CheckpointError, match=r"step-000003: is of another model or version: RuntimeError: .*; choose another"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-000003: is of another model or version: RuntimeError: .*; choose another",
+    ):
         run_all(other)
 
 
@@ -272,7 +319,11 @@ def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_
     with open_run(recipe, SilentProgress()):
         pass
     message = refused(make_recipe(stages={"reft": {"steps": 5}}), RecipeError)
-    assert message == f"{recipe.folder}: belongs to another recipe: stages.reft.steps was 4, now 5; choose another run_dir"
+    assert (
+        message
+        == f"{recipe.folder}: belongs to another recipe: stages.reft.steps was 4, now 5; choose"
+        " another run_dir"
+    )
     assert "seed was 0, now 7" in refused(make_recipe(seed=7), RecipeError)
 
 
@@ -287,7 +338,9 @@ def test_a_run_from_before_a_recipe_key_existed_goes_on_where_the_key_has_its_de
     path.write_text(yaml.safe_dump(stored))
     with open_run(recipe, SilentProgress()):
         pass
-    message = refused(make_recipe(engine={"kind": "kv", "batch_size": 20, "refill": 0.5}), RecipeError)
+    message = refused(
+        make_recipe(engine={"kind": "kv", "batch_size": 20, "refill": 0.5}), RecipeError
+    )
     assert "engine.refill was 0.25, now 0.5" in message
 
 
@@ -303,9 +356,15 @@ def test_a_run_folder_may_be_moved(make_recipe, tmp_path):
 def test_a_file_in_the_place_of_the_run_folder_is_told(make_recipe, tmp_path):
     recipe = make_recipe()
     recipe.folder.touch()
-    assert refused(recipe, CheckpointError) == f"{recipe.folder}: cannot be a run folder: a file is in its place"
+    assert (
+        refused(recipe, CheckpointError)
+        == f"{recipe.folder}: cannot be a run folder: a file is in its place"
+    )
     below = make_recipe(run_dir=str(recipe.folder / "below"))
-    assert refused(below, CheckpointError) == f"{below.folder}: cannot be a run folder: a file is in its place"
+    assert (
+        refused(below, CheckpointError)
+        == f"{below.folder}: cannot be a run folder: a file is in its place"
+    )
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
@@ -316,7 +375,10 @@ def test_a_place_that_cannot_be_written_is_told(make_recipe, monkeypatch, number
         raise OSError(number, os.strerror(number), str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert refused(recipe, CheckpointError) == f"{recipe.folder}: cannot be written: {os.strerror(number)}"
+    assert (
+        refused(recipe, CheckpointError)
+        == f"{recipe.folder}: cannot be written: {os.strerror(number)}"
+    )
 
 
 def test_errors_of_the_run_itself_are_not_taken_for_those_of_its_folder(make_recipe):
@@ -325,5 +387,8 @@ def test_errors_of_the_run_itself_are_not_taken_for_those_of_its_folder(make_rec
 
 
 def test_a_stage_whose_start_is_not_trained_yet_is_refused(make_recipe):
-    with open_run(make_recipe(), SilentProgress()) as run, pytest.raises(RecipeError, match="method warmup is not trained yet"):
+    with (
+        open_run(make_recipe(), SilentProgress()) as run,
+        pytest.raises(RecipeError, match="method warmup is not trained yet"),
+    ):
         run.train("reft")

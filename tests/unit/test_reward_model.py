@@ -1,4 +1,5 @@
-"""The reranker: what it reads, that it learns, what is chosen with it, the stage, scores in evaluation files."""
+"""The reranker: what it reads, that it learns, what is chosen with it, the stage, scores in
+evaluation files."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune import reward_model
-from reftune.encoding import Encoder
 from reftune.errors import ModelError, RecipeError
-from reftune.models import word_tokenizer
-from reftune.policy import Policy
-from reftune.progress import SilentProgress
+from reftune.model.encoder import Encoder
+from reftune.model.policy import Policy
+from reftune.model.scratch import word_tokenizer
 from reftune.recipe import Recipe
-from reftune.reward_model import (
+from reftune.runs.run import check_stage_graph, open_run
+from reftune.stages import reward_model
+from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step
+from reftune.stages.progress import SilentProgress
+from reftune.stages.reward_model import (
     Classifier,
     Solution,
     accumulate_loss,
@@ -30,9 +33,7 @@ from reftune.reward_model import (
     score_texts,
     solution_batch,
 )
-from reftune.run_folder import check_stage_graph, open_run
-from reftune.self_train import Samples
-from reftune.training import OptimizerTable, make_optimizer, optimizer_step
+from reftune.stages.self_train import Samples
 from reftune.types import Answer, Graded, Problem, Verdict
 
 WORDS = [f"w{letter}" for letter in "abcdefghijklmnopqrst"]
@@ -59,7 +60,7 @@ def problem(id: str, question: str = "wa wb") -> Problem:
     return Problem(id=id, question=question, answer=Answer(kind="text", value="x"))
 
 
-# --- what it reads ----------------------------------------------------------------------------------------------------
+# --- what it reads --------------------------------------------------------------------------------
 
 
 def test_the_logits_are_those_of_the_last_token_without_eos(classifier, encoder):
@@ -67,7 +68,9 @@ def test_the_logits_are_those_of_the_last_token_without_eos(classifier, encoder)
     found = classifier(solution_batch(encoder, solutions, classifier.policy))
     for row, (asked, text) in enumerate(solutions):
         tokens = [*encoder.prompt(asked), *encoder.encode(text)]
-        hidden = classifier.policy.model.model(input_ids=torch.tensor([tokens])).last_hidden_state[0, -1]
+        hidden = classifier.policy.model.model(input_ids=torch.tensor([tokens])).last_hidden_state[
+            0, -1
+        ]
         assert_close(found[row], classifier.head.weight @ hidden, atol=1e-5, rtol=1e-4)
 
 
@@ -75,7 +78,10 @@ def test_what_does_not_fit_the_context_is_cut_at_its_end(classifier, encoder):
     # the context is 64: 63 tokens and the eos that they predict
     batch = solution_batch(encoder, [(problem("1"), " ".join(WORDS * 5))], classifier.policy)
     assert batch.lengths.tolist() == [64]
-    assert batch.tokens[0, :63].tolist() == [*encoder.prompt(problem("1")), *encoder.encode(" ".join(WORDS * 5))][:63]
+    assert (
+        batch.tokens[0, :63].tolist()
+        == [*encoder.prompt(problem("1")), *encoder.encode(" ".join(WORDS * 5))][:63]
+    )
 
 
 def test_equal_texts_of_a_problem_are_one_example_and_no_answer_is_a_wrong_one():
@@ -86,11 +92,14 @@ def test_equal_texts_of_a_problem_are_one_example_and_no_answer_is_a_wrong_one()
 
 def samples(id: str, texts: list[str], verdicts: dict[str, Verdict]) -> Samples:
     values = {Verdict.CORRECT: "1", Verdict.WRONG: "2"}
-    graded = tuple(Graded(verdict=verdicts[text], value=values.get(verdicts[text]), reason="") for text in texts)
+    graded = tuple(
+        Graded(verdict=verdicts[text], value=values.get(verdicts[text]), reason="")
+        for text in texts
+    )
     return Samples(problem=problem(id), texts=tuple(texts), graded=graded, num_tokens=9)
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 
 def planted(count: int, *, seed: int) -> list[Solution]:
@@ -113,13 +122,18 @@ def test_a_planted_rule_is_learned(classifier, encoder):
         rows = train[step * 30 % 600 :][:30]
         accumulate_loss(classifier, encoder, rows, max_tokens=4096, where="")
         optimizer_step(classifier, optimizer, share=1, max_grad_norm=1, where="")
-    scores = score_texts(classifier, encoder, [(s.problem, s.text) for s in held_out], max_tokens=4096)
+    scores = score_texts(
+        classifier, encoder, [(s.problem, s.text) for s in held_out], max_tokens=4096
+    )
     right = sum((score > 0.5) == bool(s.label) for score, s in zip(scores, held_out, strict=True))
     assert right >= 180, f"{right} of 200; guessing gets 100"
 
 
 def test_the_gradient_is_that_of_the_mean_however_it_is_split(classifier, encoder):
-    rows = [Solution(problem=problem(str(i)), text=" ".join(WORDS[: 1 + 3 * i]), label=i % 2) for i in range(5)]
+    rows = [
+        Solution(problem=problem(str(i)), text=" ".join(WORDS[: 1 + 3 * i]), label=i % 2)
+        for i in range(5)
+    ]
     gradients = []
     for max_tokens in (10_000, 1):
         classifier.zero_grad()
@@ -127,7 +141,9 @@ def test_the_gradient_is_that_of_the_mean_however_it_is_split(classifier, encode
         gradients.append(classifier.head.weight.grad.clone())
     assert_close(gradients[0], gradients[1])
     # mean of -log softmax of the labels
-    logits = classifier(solution_batch(encoder, [(s.problem, s.text) for s in rows], classifier.policy))
+    logits = classifier(
+        solution_batch(encoder, [(s.problem, s.text) for s in rows], classifier.policy)
+    )
     expected = -logits.log_softmax(1)[torch.arange(5), [0, 1, 0, 1, 0]].mean()
     assert metrics["loss/total"] == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["reward_model/accuracy"] == pytest.approx(
@@ -137,20 +153,31 @@ def test_the_gradient_is_that_of_the_mean_however_it_is_split(classifier, encode
 
 def test_the_value_head_is_not_trained(classifier):
     trained = {
-        id(p) for group in make_optimizer(classifier, OptimizerTable(learning_rate=1)).param_groups for p in group["params"]
+        id(p)
+        for group in make_optimizer(classifier, OptimizerTable(learning_rate=1)).param_groups
+        for p in group["params"]
     }
     assert id(classifier.head.weight) in trained
     assert id(classifier.policy.value_head.weight) not in trained
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------
 
 
 def test_scores_are_probabilities_and_equal_texts_are_read_once(classifier, encoder, monkeypatch):
-    solutions = [(problem("1"), "wc"), (problem("1"), "wd"), (problem("1"), "wc"), (problem("2", "wg"), "wc")]
+    solutions = [
+        (problem("1"), "wc"),
+        (problem("1"), "wd"),
+        (problem("1"), "wc"),
+        (problem("2", "wg"), "wc"),
+    ]
     read = []
     scores_of = classifier.scores
-    monkeypatch.setattr(Classifier, "scores", lambda self, batch, **k: read.append(len(batch)) or scores_of(batch, **k))
+    monkeypatch.setattr(
+        Classifier,
+        "scores",
+        lambda self, batch, **k: read.append(len(batch)) or scores_of(batch, **k),
+    )
     monkeypatch.setattr(reward_model, "SOLUTIONS_AT_ONCE", 2)
     scores = score_texts(classifier, encoder, solutions, max_tokens=100)
     assert read == [2, 1]
@@ -161,33 +188,45 @@ def test_scores_are_probabilities_and_equal_texts_are_read_once(classifier, enco
 
 def test_dropout_plays_no_part_in_scores(make_policy, encoder):
     classifier = Classifier(make_policy("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)).train()
-    twice = [score_texts(classifier, encoder, [(problem("1"), "wc wd")], max_tokens=100) for _ in range(2)]
+    twice = [
+        score_texts(classifier, encoder, [(problem("1"), "wc wd")], max_tokens=100)
+        for _ in range(2)
+    ]
     assert twice[0] == twice[1]
     assert classifier.policy.training
 
 
 def test_the_best_sample_with_an_answer_is_taken(classifier, encoder, monkeypatch):
-    # E25: .9 on a sample without a value, .4 and .6 on valid ones: the .6 one, which is right here and wrong there
+    # E25: .9 on a sample without a value, .4 and .6 on valid ones: the .6 one, which is right here
+    # and wrong there
     liked = {"a": 0.4, "b": 0.6, "c": 0.9}
-    monkeypatch.setattr(reward_model, "score_texts", lambda c, e, solutions, **_: [liked[text] for _, text in solutions])
+    monkeypatch.setattr(
+        reward_model,
+        "score_texts",
+        lambda c, e, solutions, **_: [liked[text] for _, text in solutions],
+    )
     drawn = [
-        samples("1", ["a", "b", "c"], {"a": Verdict.WRONG, "b": Verdict.CORRECT, "c": Verdict.NO_ANSWER}),
+        samples(
+            "1", ["a", "b", "c"], {"a": Verdict.WRONG, "b": Verdict.CORRECT, "c": Verdict.NO_ANSWER}
+        ),
         samples("2", ["b", "a", "a"], {"a": Verdict.CORRECT, "b": Verdict.WRONG}),
     ]
     assert rerank_accuracy(classifier, encoder, drawn, max_tokens=100) == 0.5
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_saved_classifier_gives_the_same_scores(classifier, encoder, tmp_path):
-    from reftune.models import load_pretrained
+    from reftune.model.weights import load_pretrained
 
     solutions = [(problem("1"), "wc wd"), (problem("1"), "we")]
     classifier.save(tmp_path)
     loaded = load_classifier(Policy(*load_pretrained(tmp_path)), tmp_path)
     expected = score_texts(classifier, encoder, solutions, max_tokens=100)
-    assert score_texts(loaded, encoder, solutions, max_tokens=100) == pytest.approx(expected, abs=1e-6)
+    assert score_texts(loaded, encoder, solutions, max_tokens=100) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_a_folder_without_a_classifier_is_named(make_policy, tmp_path):
@@ -196,19 +235,31 @@ def test_a_folder_without_a_classifier_is_named(make_policy, tmp_path):
     assert str(caught.value).startswith(str(tmp_path)) and len(str(caught.value).splitlines()) == 1
 
 
-def test_a_reranker_of_another_tokenizer_is_refused_in_one_line(classifier, make_policy, make_model):
+def test_a_reranker_of_another_tokenizer_is_refused_in_one_line(
+    classifier, make_policy, make_model
+):
     require_same_tokenizer(classifier, make_policy(seed=1), where="")
     other = Policy(make_model("llama"), word_tokenizer(["wb wa"]))
-    with pytest.raises(ModelError, match=r"^evaluate\.rerank: rm: was trained with another tokenizer: \d+ tokens") as caught:
+    with pytest.raises(
+        ModelError, match=r"^evaluate\.rerank: rm: was trained with another tokenizer: \d+ tokens"
+    ) as caught:
         require_same_tokenizer(classifier, other, where="evaluate.rerank: rm")
     assert len(str(caught.value).splitlines()) == 1
 
 
-# --- the stage --------------------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 
 OPTIMIZER = {"learning_rate": 3e-3}
-REWARD_MODEL = {"kind": "reward_model", "init": "sft", "sampler": "sft", "samples": 3, "dev_samples": 2, "epochs": 1,
-                "batch_size": 16, "optimizer": OPTIMIZER}  # fmt: skip
+REWARD_MODEL = {
+    "kind": "reward_model",
+    "init": "sft",
+    "sampler": "sft",
+    "samples": 3,
+    "dev_samples": 2,
+    "epochs": 1,
+    "batch_size": 16,
+    "optimizer": OPTIMIZER,
+}
 SFT = {"epochs": 1, "snapshots": None}
 
 
@@ -218,7 +269,10 @@ def make_reranked(make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
 
     def make(**evaluate: Any) -> Recipe:
         stages = {"sft": SFT, "reft": None, "judge": REWARD_MODEL}
-        return make_recipe(stages=stages, evaluate={"samples": 3, "stages": None, "rerank": "judge", "limit": 4, **evaluate})
+        return make_recipe(
+            stages=stages,
+            evaluate={"samples": 3, "stages": None, "rerank": "judge", "limit": 4, **evaluate},
+        )
 
     return make
 
@@ -234,16 +288,36 @@ def test_a_run_with_a_reward_model_scores_every_sample_once(make_reranked):
         scored = path.read_bytes()
         run.evaluate("sft")
     assert path.read_bytes() == scored
-    scores = [[sample["score"] for sample in json.loads(line)["samples"]] for line in scored.splitlines()]
-    assert [len(row) for row in scores] == [3] * 4 and all(0 <= score <= 1 for row in scores for score in row)
+    scores = [
+        [sample["score"] for sample in json.loads(line)["samples"]] for line in scored.splitlines()
+    ]
+    assert [len(row) for row in scores] == [3] * 4 and all(
+        0 <= score <= 1 for row in scores for score in row
+    )
     assert len({score for row in scores for score in row}) > 1
     folder = recipe.folder / "stages" / "judge"
     document = json.loads((folder / "stage.json").read_text())
-    assert (document["kind"], document["init"], document["dev_n"]) == ("reward_model", "sft", len(run.splits.dev))
+    assert (document["kind"], document["init"], document["dev_n"]) == (
+        "reward_model",
+        "sft",
+        len(run.splits.dev),
+    )
     assert document["chosen_step"] > 0, "an untrained classifier is no candidate"
-    assert {"classifier.safetensors", "model.safetensors", "config.json", "sampled.jsonl", "sampled_dev.jsonl"} <= names(folder)
-    assert len((folder / "sampled_dev.jsonl").read_text().splitlines()) == len(run.splits.dev), "dev, never test"
-    lines = [line for file in ("sampled.jsonl", "sampled_dev.jsonl") for line in (folder / file).read_text().splitlines()]
+    assert {
+        "classifier.safetensors",
+        "model.safetensors",
+        "config.json",
+        "sampled.jsonl",
+        "sampled_dev.jsonl",
+    } <= names(folder)
+    assert len((folder / "sampled_dev.jsonl").read_text().splitlines()) == len(run.splits.dev), (
+        "dev, never test"
+    )
+    lines = [
+        line
+        for file in ("sampled.jsonl", "sampled_dev.jsonl")
+        for line in (folder / file).read_text().splitlines()
+    ]
     assert document["sampled_tokens"] == sum(json.loads(line)["tokens"] for line in lines)
 
 
@@ -257,7 +331,9 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked, monkeypat
         run.train("sft")
         run.train("judge")
         with monkeypatch.context() as patch:
-            patch.setattr("reftune.run_folder.add_scores", lambda *_, **__: None)  # stopped before it was scored
+            patch.setattr(
+                "reftune.runs.run.add_scores", lambda *_, **__: None
+            )  # stopped before it was scored
             run.evaluate("sft")
         path = recipe.folder / "eval" / "sft.jsonl"
         answered = [json.loads(line) for line in path.read_text().splitlines()]
@@ -265,7 +341,10 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked, monkeypat
         run.evaluate("sft")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        row["samples"] = [{key: value for key, value in sample.items() if key != "score"} for sample in row["samples"]]
+        row["samples"] = [
+            {key: value for key, value in sample.items() if key != "score"}
+            for sample in row["samples"]
+        ]
     assert rows == answered
 
 
@@ -275,25 +354,41 @@ def test_another_runs_reward_model_is_found_by_its_folder_and_its_tokenizer_chec
     folder = tmp_path / "judge"
     Classifier(make_policy()).save(folder)
     stages = {"sft": SFT, "reft": None}
-    recipe = make_recipe(stages=stages, evaluate={"samples": 2, "stages": None, "rerank": str(folder)})
-    with pytest.raises(ModelError, match="was trained with another tokenizer"), open_run(recipe, SilentProgress()):
+    recipe = make_recipe(
+        stages=stages, evaluate={"samples": 2, "stages": None, "rerank": str(folder)}
+    )
+    with (
+        pytest.raises(ModelError, match="was trained with another tokenizer"),
+        open_run(recipe, SilentProgress()),
+    ):
         pass
     assert not recipe.folder.exists(), "refused before anything was written"
 
 
 def test_reranking_asks_for_a_reward_model_and_for_samples(make_reranked):
     with pytest.raises(
-        RecipeError, match=r"^evaluate\.rerank: sft is no reward model: not among this recipe's \(judge\), and no"
+        RecipeError,
+        match=(
+            r"^evaluate\.rerank: sft is no reward model: not among this recipe's \(judge\), and no"
+        ),
     ):
         check_stage_graph(make_reranked(rerank="sft"))
     with pytest.raises(RecipeError, match=r"^evaluate\.stages: judge is no method; known: sft$"):
         check_stage_graph(make_reranked(stages=["judge"]))
-    with pytest.raises(RecipeError, match=r"rerank: expected samples > 0, as it is samples that are reranked"):
+    with pytest.raises(
+        RecipeError, match=r"rerank: expected samples > 0, as it is samples that are reranked"
+    ):
         make_reranked(samples=0)
 
 
 def test_nothing_grows_from_a_reward_model(make_recipe):
     late = {"kind": "sft", "init": "judge", "epochs": 1, "batch_size": 8, "optimizer": OPTIMIZER}
-    recipe = make_recipe(stages={"sft": SFT, "reft": None, "judge": REWARD_MODEL, "late": late}, evaluate={"stages": None})
-    with pytest.raises(RecipeError, match=r"^stages\.late\.init: judge is no earlier method; known here: base, sft$"):
+    recipe = make_recipe(
+        stages={"sft": SFT, "reft": None, "judge": REWARD_MODEL, "late": late},
+        evaluate={"stages": None},
+    )
+    with pytest.raises(
+        RecipeError,
+        match=r"^stages\.late\.init: judge is no earlier method; known here: base, sft$",
+    ):
         check_stage_graph(recipe)

@@ -11,9 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from reftune.errors import RewardError
+from reftune.grading.rewards import Reward
+from reftune.grading.rewards.outcome import Outcome
 from reftune.recipe import load_component
-from reftune.rewards import Reward
-from reftune.rewards.outcome import Outcome
 from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 FIVE = Answer(kind="number", value=Fraction(5))
@@ -37,7 +37,7 @@ def paid(reward: Reward, *problems: Problem) -> list[float | None]:
     return reward(problems, completions, [graded(Verdict.WRONG, "4")] * len(problems))
 
 
-# --- outcome ----------------------------------------------------------------------------------------------------------
+# --- outcome --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,14 @@ def test_a_wrong_choice_earns_its_part_only_where_asked() -> None:
 
 
 def test_the_prices_are_recipe_keys() -> None:
-    reward = load_component({"kind": "outcome", "correct": 2, "partial": 0, "wrong": -1}, group="rewards")
+    reward = load_component(
+        {"kind": "outcome", "correct": 2, "partial": 0, "wrong": -1}, group="rewards"
+    )
     grades = [graded(Verdict.CORRECT), graded(Verdict.WRONG), graded(Verdict.ERROR)]
     assert reward([problem("a")] * 3, [completion("")] * 3, grades) == [2.0, 0.0, -1.0]
 
 
-# --- a user's function ------------------------------------------------------------------------------------------------
+# --- a user's function ----------------------------------------------------------------------------
 
 
 def reward_from(folder: Path, source: str) -> Reward:
@@ -81,30 +83,37 @@ def reward_from(folder: Path, source: str) -> Reward:
 def test_a_function_gets_everything_by_name_as_lists(tmp_path: Path) -> None:
     reward = reward_from(
         tmp_path,
-        "def score(prompts, completions, completion_ids, level, answer, verdicts, values, reasons, **others):\n"
-        "    assert prompts == ['question a', 'question b'], prompts\n"
-        "    assert completions == ['text a', 'text b'], completions\n"
-        "    assert completion_ids == [[1, 2], [1, 2]], completion_ids\n"
-        "    assert level == [1, None] and answer == ['5', '5']\n"
-        "    assert verdicts == ['wrong', 'wrong'] and values == ['4', '4'] and reasons == ['because', 'because']\n"
-        "    assert others == {'topic': [None, 'shop']}, others\n"
-        "    return [1, 0.5]\n",
+        "def score(prompts, completions, completion_ids, level, answer, verdicts, values, reasons,"
+        " **others):\n    assert prompts == ['question a', 'question b'], prompts\n    assert"
+        " completions == ['text a', 'text b'], completions\n    assert completion_ids == [[1, 2],"
+        " [1, 2]], completion_ids\n    assert level == [1, None] and answer == ['5', '5']\n   "
+        " assert verdicts == ['wrong', 'wrong'] and values == ['4', '4'] and reasons == ['because',"
+        " 'because']\n    assert others == {'topic': [None, 'shop']}, others\n    return [1,"
+        " 0.5]\n",
     )
     assert paid(reward, problem("a", level=1), problem("b", topic="shop")) == [1.0, 0.5]
 
 
 def test_a_function_gets_only_what_it_names(tmp_path: Path) -> None:
-    reward = reward_from(tmp_path, "def score(completions, weight=3):\n    return [weight * len(c) for c in completions]\n")
+    reward = reward_from(
+        tmp_path,
+        "def score(completions, weight=3):\n    return [weight * len(c) for c in completions]\n",
+    )
     assert paid(reward, problem("a")) == [18.0]  # 3 times "text a"
 
 
 def test_a_column_of_the_data_hides_ours_of_the_same_name(tmp_path: Path) -> None:
-    reward = reward_from(tmp_path, "def score(answer, **_):\n    return [float(a) for a in answer]\n")
+    reward = reward_from(
+        tmp_path, "def score(answer, **_):\n    return [float(a) for a in answer]\n"
+    )
     assert paid(reward, problem("a", answer="7")) == [7.0]
 
 
 def test_a_function_may_be_async(tmp_path: Path) -> None:
-    source = "import asyncio\nasync def score(completions):\n    await asyncio.sleep(0)\n    return [2] * len(completions)\n"
+    source = (
+        "import asyncio\nasync def score(completions):\n    await asyncio.sleep(0)\n    return [2]"
+        " * len(completions)\n"
+    )
     assert paid(reward_from(tmp_path, source), problem("a")) == [2.0]
 
 
@@ -114,25 +123,35 @@ def test_none_means_that_the_reward_does_not_apply(tmp_path: Path) -> None:
 
 
 def test_numpy_rewards_are_numbers(tmp_path: Path) -> None:
-    reward = reward_from(tmp_path, "import numpy\ndef score(completions):\n    return numpy.array([0.5, 1.5])\n")
+    reward = reward_from(
+        tmp_path, "import numpy\ndef score(completions):\n    return numpy.array([0.5, 1.5])\n"
+    )
     assert paid(reward, problem("a"), problem("b")) == [0.5, 1.5]
 
 
 def test_an_exception_names_the_sample_that_causes_it(tmp_path: Path) -> None:
-    reward = reward_from(tmp_path, "def score(completions):\n    return [1 / (c != 'text b') for c in completions]\n")
-    with pytest.raises(RewardError, match=r"my_reward.py:score: sample b: ZeroDivisionError: division by zero$"):
+    reward = reward_from(
+        tmp_path, "def score(completions):\n    return [1 / (c != 'text b') for c in completions]\n"
+    )
+    with pytest.raises(
+        RewardError, match=r"my_reward.py:score: sample b: ZeroDivisionError: division by zero$"
+    ):
         paid(reward, problem("a"), problem("b"), problem("c"))
 
 
 def test_an_exception_of_the_batch_alone_names_the_batch(tmp_path: Path) -> None:
     reward = reward_from(
-        tmp_path, "def score(completions):\n    if len(completions) > 1:\n        raise OSError('full')\n    return [1]\n"
+        tmp_path,
+        "def score(completions):\n    if len(completions) > 1:\n        raise OSError('full')\n   "
+        " return [1]\n",
     )
     with pytest.raises(RewardError, match=r"the batch a … c: OSError: full$"):
         paid(reward, problem("a"), problem("b"), problem("c"))
 
 
-@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "'1'", "[1]", "10 ** 400", "object()"])
+@pytest.mark.parametrize(
+    "value", ["float('nan')", "float('inf')", "'1'", "[1]", "10 ** 400", "object()"]
+)
 def test_what_is_not_a_finite_number_names_the_sample(tmp_path: Path, value: str) -> None:
     reward = reward_from(tmp_path, f"def score(completions):\n    return [0.5, {value}]\n")
     with pytest.raises(RewardError, match="sample b: expected a finite number or None, got"):
@@ -152,18 +171,31 @@ def test_tensor_rewards_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_tensor_with_a_row_a_sample_names_the_sample(tmp_path: Path) -> None:
-    reward = reward_from(tmp_path, "import torch\ndef score(completions):\n    return torch.ones(2, 3)\n")
+    reward = reward_from(
+        tmp_path, "import torch\ndef score(completions):\n    return torch.ones(2, 3)\n"
+    )
     with pytest.raises(RewardError, match="sample a: expected a finite number or None, got tensor"):
         paid(reward, problem("a"), problem("b"))
 
 
 @pytest.mark.parametrize(
-    "hang", ["time.sleep(60)", "[None for _ in iter(int, 1)]", "exec('try:\\n  time.sleep(60)\\nexcept Exception: pass')"]
+    "hang",
+    [
+        "time.sleep(60)",
+        "[None for _ in iter(int, 1)]",
+        "exec('try:\\n  time.sleep(60)\\nexcept Exception: pass')",
+    ],
 )
 def test_a_function_that_hangs_is_stopped_and_named(tmp_path: Path, hang: str) -> None:
-    (tmp_path / "slow.py").write_text(f"import time\ndef score(completions):\n    {hang}\n    return [1, 1]\n")
-    reward = load_component({"kind": f"{tmp_path / 'slow.py'}:score", "timeout_s": 0.2}, group="rewards")
-    with pytest.raises(RewardError, match=r"slow.py:score: took more than timeout_s=0.2 for the batch a … b$"):
+    (tmp_path / "slow.py").write_text(
+        f"import time\ndef score(completions):\n    {hang}\n    return [1, 1]\n"
+    )
+    reward = load_component(
+        {"kind": f"{tmp_path / 'slow.py'}:score", "timeout_s": 0.2}, group="rewards"
+    )
+    with pytest.raises(
+        RewardError, match=r"slow.py:score: took more than timeout_s=0.2 for the batch a … b$"
+    ):
         paid(reward, problem("a"), problem("b"))
 
 
@@ -178,13 +210,17 @@ def test_an_alarm_that_was_set_before_is_set_again(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, *rest)
 
 
-def test_a_function_that_exits_names_the_sample_and_does_not_end_the_run_unseen(tmp_path: Path) -> None:
+def test_a_function_that_exits_names_the_sample_and_does_not_end_the_run_unseen(
+    tmp_path: Path,
+) -> None:
     reward = reward_from(tmp_path, "import sys\ndef score(completions):\n    sys.exit(0)\n")
     with pytest.raises(RewardError, match=r"sample a: SystemExit: 0$"):
         paid(reward, problem("a"), problem("b"))
 
 
-@pytest.mark.parametrize("value", ["1.0", "None", "'ab'", "{0: 1, 1: 2}", "__import__('torch').tensor(1.0)"])
+@pytest.mark.parametrize(
+    "value", ["1.0", "None", "'ab'", "{0: 1, 1: 2}", "__import__('torch').tensor(1.0)"]
+)
 def test_what_is_not_a_list_of_rewards_is_refused(tmp_path: Path, value: str) -> None:
     reward = reward_from(tmp_path, f"def score(completions):\n    return {value}\n")
     with pytest.raises(RewardError, match="expected a list of 2 numbers, got"):
@@ -192,8 +228,13 @@ def test_what_is_not_a_list_of_rewards_is_refused(tmp_path: Path, value: str) ->
 
 
 def test_a_name_that_is_not_offered_is_refused_with_those_that_are(tmp_path: Path) -> None:
-    reward = reward_from(tmp_path, "def score(completions, difficulty):\n    return [1] * len(completions)\n")
-    with pytest.raises(RewardError, match="takes difficulty, which is not among answer, completion_ids, completions"):
+    reward = reward_from(
+        tmp_path, "def score(completions, difficulty):\n    return [1] * len(completions)\n"
+    )
+    with pytest.raises(
+        RewardError,
+        match="takes difficulty, which is not among answer, completion_ids, completions",
+    ):
         paid(reward, problem("a"))
 
 

@@ -1,4 +1,5 @@
-"""Programs in the sandbox: values, limits, refusals, and that none of it reaches the next program."""
+"""Programs in the sandbox: values, limits, refusals, and that none of it reaches the next
+program."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from reftune import sandbox_subprocess
 from reftune.errors import ReftuneError
-from reftune.sandbox import ExecutionResult, ExecutionStatus, Sandbox, SandboxLimits
+from reftune.grading.sandbox import Sandbox
+from reftune.grading.sandbox import subprocess as sandbox_subprocess
+from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
 
 OK, ERROR, TIMEOUT, MEMORY, FORBIDDEN = ExecutionStatus
 ORDINARY = "def solution():\n    apples = {}\n    eaten = 3\n    return apples - eaten"
@@ -82,12 +84,20 @@ def test_a_program_that_fails_is_an_error_with_a_reason(sandbox: Sandbox, source
         (returned("'a' * 10 ** 9"), MEMORY),
         (returned("[0] * 10 ** 10"), MEMORY),
         (returned("9 ** 9 ** 9"), MEMORY),
-        ("def solution():\n    x = 1\n    for _ in range(10 ** 8):\n        x = (x, x)\n    return x", MEMORY),
+        (
+            (
+                "def solution():\n    x = 1\n    for _ in range(10 ** 8):\n        x = (x, x)\n   "
+                " return x"
+            ),
+            MEMORY,
+        ),
         ("def solution():\n    return solution()", ERROR),
     ],
 )
 def test_hostile_programs_end_within_their_limits(source: str, status: ExecutionStatus) -> None:
-    with Sandbox(SandboxLimits(timeout_s=0.3 if status is TIMEOUT else 30, memory_mib=16), workers=1) as sandbox:
+    with Sandbox(
+        SandboxLimits(timeout_s=0.3 if status is TIMEOUT else 30, memory_mib=16), workers=1
+    ) as sandbox:
         sandbox.run([returned("1")])
         started = time.perf_counter()
         results = sandbox.run([source, returned("5")])
@@ -96,7 +106,8 @@ def test_hostile_programs_end_within_their_limits(source: str, status: Execution
 
 
 def test_a_power_that_passes_the_clock_late_is_stopped() -> None:
-    # which limit it meets first, time, memory or the length of a number, depends on the machine's speed
+    # which limit it meets first, time, memory or the length of a number, depends on the machine's
+    # speed
     with Sandbox(SandboxLimits(timeout_s=0.3, memory_mib=16), workers=1) as sandbox:
         results = sandbox.run([returned("10 ** 10000000"), returned("5")])
     assert results[0].status is not OK
@@ -104,13 +115,19 @@ def test_a_power_that_passes_the_clock_late_is_stopped() -> None:
 
 
 def test_a_timeout_cannot_be_caught() -> None:
-    source = "def solution():\n    try:\n        while True:\n            pass\n    except BaseException:\n        return 5"
+    source = (
+        "def solution():\n    try:\n        while True:\n            pass\n    except"
+        " BaseException:\n        return 5"
+    )
     with Sandbox(SandboxLimits(timeout_s=0.2)) as sandbox:
         assert sandbox.run([source])[0].status is TIMEOUT
 
 
 def test_recursion_within_the_limit_is_allowed(sandbox: Sandbox) -> None:
-    source = "def depth(n):\n    return 0 if n == 0 else 1 + depth(n - 1)\n\ndef solution():\n    return depth({})"
+    source = (
+        "def depth(n):\n    return 0 if n == 0 else 1 + depth(n - 1)\n\ndef solution():\n    return"
+        " depth({})"
+    )
     assert sandbox.run([source.format(500)])[0].value == 500
     assert sandbox.run([source.format(5000)])[0].status is ERROR
 
@@ -134,11 +151,19 @@ def test_recursion_within_the_limit_is_allowed(sandbox: Sandbox) -> None:
         returned("solution.__globals__"),
         returned("globals()"),
         returned("input()"),
-        "def solution():\n    try:\n        open('/tmp/x', 'w')\n    except Exception:\n        pass\n    return 5",
-        "def solution():\n    try:\n        import socket\n    except ImportError:\n        pass\n    return 5",
+        (
+            "def solution():\n    try:\n        open('/tmp/x', 'w')\n    except Exception:\n       "
+            " pass\n    return 5"
+        ),
+        (
+            "def solution():\n    try:\n        import socket\n    except ImportError:\n       "
+            " pass\n    return 5"
+        ),
     ],
 )
-def test_reaching_outside_is_forbidden_even_where_the_attempt_is_caught(sandbox: Sandbox, source: str) -> None:
+def test_reaching_outside_is_forbidden_even_where_the_attempt_is_caught(
+    sandbox: Sandbox, source: str
+) -> None:
     result = sandbox.run([source])[0]
     assert result.status is FORBIDDEN
     assert result.value is None
@@ -148,7 +173,8 @@ def test_reaching_outside_is_forbidden_even_where_the_attempt_is_caught(sandbox:
 @pytest.mark.parametrize(
     "source",
     [
-        "import os, sys, math, re, json, datetime, random, itertools, collections, functools\n" + returned("sys.maxsize"),
+        "import os, sys, math, re, json, datetime, random, itertools, collections, functools\n"
+        + returned("sys.maxsize"),
         "import os\n" + returned("os.path.join('a', 'b')"),
         returned("sum(x * x for x in range(10))"),
         "class Shop:\n    price = 5\n\n" + returned("Shop().price"),
@@ -176,7 +202,13 @@ def test_clock_sleep_and_random_numbers_are_the_same_every_time(sandbox: Sandbox
 def test_no_program_sees_what_another_left_behind() -> None:
     poison = "import math\nmath.pi = 3\nint = str\nsolution_of_others = 5\n" + returned("1")
     with Sandbox(workers=1) as sandbox:
-        results = sandbox.run([poison, "import math\n" + returned("[math.pi > 3, int('7')]"), returned("solution_of_others")])
+        results = sandbox.run(
+            [
+                poison,
+                "import math\n" + returned("[math.pi > 3, int('7')]"),
+                returned("solution_of_others"),
+            ]
+        )
     assert results[1].value == [True, 7]
     assert results[2].status is ERROR
 
@@ -237,16 +269,27 @@ def test_a_worker_that_cannot_start_is_one_clear_line(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "value",
-    ["'x' * 10 ** 7", "1 << 10 ** 7", "[str(i) * 100 for i in range(10_000)]", "ValueError('x' * 10 ** 7)", "Box()"],
+    [
+        "'x' * 10 ** 7",
+        "1 << 10 ** 7",
+        "[str(i) * 100 for i in range(10_000)]",
+        "ValueError('x' * 10 ** 7)",
+        "Box()",
+    ],
 )
-def test_a_value_that_would_fill_the_graders_memory_is_an_error(sandbox: Sandbox, value: str) -> None:
+def test_a_value_that_would_fill_the_graders_memory_is_an_error(
+    sandbox: Sandbox, value: str
+) -> None:
     box = "class Box:\n    def __init__(self):\n        self.content = 'x' * 10 ** 7\n\n"
     result = sandbox.run([box + returned(value)])[0]
     assert result == ExecutionResult(status=ERROR, reason="the value is too large")
 
 
 def test_shared_and_circular_values_are_counted_once(sandbox: Sandbox) -> None:
-    shared = "def solution():\n    x = [1]\n    for _ in range(60):\n        x = [x, x]\n    x.append(x)\n    return x"
+    shared = (
+        "def solution():\n    x = [1]\n    for _ in range(60):\n        x = [x, x]\n   "
+        " x.append(x)\n    return x"
+    )
     assert sandbox.run([shared])[0].status is OK
 
 
@@ -288,7 +331,7 @@ def workers_of(parent: int) -> list[int]:
     return found
 
 
-# --- the subprocess backend -------------------------------------------------------------------------------------------
+# --- the subprocess backend -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +348,11 @@ def fallback() -> Iterator[Sandbox]:
 
 def test_the_fallback_runs_programs_with_installed_packages(fallback: Sandbox) -> None:
     results = fallback.run(
-        [returned("2.5"), "from fractions import Fraction\n" + returned("Fraction(1, 2)"), returned("float('inf')")]
+        [
+            returned("2.5"),
+            "from fractions import Fraction\n" + returned("Fraction(1, 2)"),
+            returned("float('inf')"),
+        ]
     )
     assert [result.value for result in results] == [2.5, "1/2", float("inf")]
 
@@ -322,22 +369,39 @@ def test_the_fallback_runs_programs_with_installed_packages(fallback: Sandbox) -
         ("import os\n" + returned("os.system('true')"), FORBIDDEN),
         ("import os\n" + returned("os.fork()"), FORBIDDEN),
         ("import socket\n" + returned("1"), FORBIDDEN),
-        ("def solution():\n    try:\n        import subprocess\n    except Exception:\n        pass\n    return 5", FORBIDDEN),
+        (
+            (
+                "def solution():\n    try:\n        import subprocess\n    except Exception:\n     "
+                "   pass\n    return 5"
+            ),
+            FORBIDDEN,
+        ),
         ("import sys\n" + returned("sys.exit(5)"), FORBIDDEN),
     ],
 )
-def test_the_fallback_gives_the_same_labels(fallback: Sandbox, source: str, status: ExecutionStatus) -> None:
+def test_the_fallback_gives_the_same_labels(
+    fallback: Sandbox, source: str, status: ExecutionStatus
+) -> None:
     assert fallback.run([source])[0].status is status
 
 
 def test_the_fallback_kills_what_does_not_end(fallback: Sandbox) -> None:
-    with Sandbox(SandboxLimits(timeout_s=0.3), backend="subprocess", allow_unisolated=True) as sandbox:
+    with Sandbox(
+        SandboxLimits(timeout_s=0.3), backend="subprocess", allow_unisolated=True
+    ) as sandbox:
         assert sandbox.run(["def solution():\n    while True:\n        pass"])[0].status is TIMEOUT
 
 
-def test_the_fallback_hides_the_environment(fallback: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback_hides_the_environment(
+    fallback: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REFTUNE_SECRET", "5")
-    assert fallback.run(["import os\n" + returned("os.environ.get('REFTUNE_SECRET', 'hidden')")])[0].value == "hidden"
+    assert (
+        fallback.run(["import os\n" + returned("os.environ.get('REFTUNE_SECRET', 'hidden')")])[
+            0
+        ].value
+        == "hidden"
+    )
 
 
 def child_without(tmp_path: Path, changes: dict[str, str]) -> Path:
@@ -360,11 +424,18 @@ NO_NAMESPACES = {"libc.unshare(": "1 + ("}
     ("lacking", "message"),
     [
         (NO_LANDLOCK, "the system lacks Landlock, to fence off files .allow_unisolated"),
-        (NO_SECCOMP | NO_NAMESPACES, "the system lacks seccomp or namespaces, to cut off the network .allow_unisolated"),
+        (
+            NO_SECCOMP | NO_NAMESPACES,
+            "the system lacks seccomp or namespaces, to cut off the network .allow_unisolated",
+        ),
     ],
 )
 def test_the_fallback_refuses_a_kernel_that_cannot_fence_it_in(
-    fallback: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: dict[str, str], message: str
+    fallback: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    lacking: dict[str, str],
+    message: str,
 ) -> None:
     monkeypatch.setattr(sandbox_subprocess, "CHILD", child_without(tmp_path, lacking))
     with pytest.raises(ReftuneError, match=message):
@@ -380,7 +451,9 @@ def test_either_seccomp_or_namespaces_are_enough(
     assert Sandbox(backend="subprocess").run([returned("1")])[0].value == 1
 
 
-def test_the_fallback_refuses_to_start_where_it_cannot_isolate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback_refuses_to_start_where_it_cannot_isolate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "platform", "plan9")
     with pytest.raises(ReftuneError, match="allow_unisolated"):
         Sandbox(backend="subprocess").run([returned("1")])

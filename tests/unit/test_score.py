@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from reftune.errors import DataError
-from reftune.score import score_file
+from reftune.terminal.score import score_file
 
 TRIGGER = "\nTherefore, the answer is: "
 
 
-def scored(folder: Path, *rows: object, kind: Any = "nl", grading: Any = "robust") -> list[dict[str, Any]]:
+def scored(
+    folder: Path, *rows: object, kind: Any = "nl", grading: Any = "robust"
+) -> list[dict[str, Any]]:
     file = folder / "completions.jsonl"
     file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
     return list(score_file(file, kind, grading=grading))
@@ -26,8 +28,19 @@ def row(completion: str, answer: object, **others: object) -> dict[str, object]:
 
 def test_a_line_becomes_a_line_with_its_own_id(tmp_path: Path) -> None:
     first, second = scored(tmp_path, row("The answer is 5", 5), {**row("42", 42), "id": "b"})
-    assert first == {"id": 7, "verdict": "correct", "value": "5", "reward": 1.0, "reason": "5 is the gold answer 5"}
-    assert (second["id"], second["verdict"], second["value"], second["reward"]) == ("b", "no_answer", None, 0.0)
+    assert first == {
+        "id": 7,
+        "verdict": "correct",
+        "value": "5",
+        "reward": 1.0,
+        "reason": "5 is the gold answer 5",
+    }
+    assert (second["id"], second["verdict"], second["value"], second["reward"]) == (
+        "b",
+        "no_answer",
+        None,
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("answer", [18, 18.0, "18", "$18.00", "9 + 9 = 18\n#### 18", "36/2"])
@@ -37,7 +50,10 @@ def test_a_gold_number_may_be_spelled_in_any_way(tmp_path: Path, answer: object)
 
 @pytest.mark.parametrize("answer", ["b", "B", "(b)", "20", 20])
 def test_a_gold_choice_may_be_a_letter_or_a_value(tmp_path: Path, answer: object) -> None:
-    assert scored(tmp_path, row("The answer is b", answer, choices=["10", 20]))[0]["verdict"] == "correct"
+    assert (
+        scored(tmp_path, row("The answer is b", answer, choices=["10", 20]))[0]["verdict"]
+        == "correct"
+    )
 
 
 def test_a_gold_letter_without_options_is_a_choice(tmp_path: Path) -> None:
@@ -45,14 +61,19 @@ def test_a_gold_letter_without_options_is_a_choice(tmp_path: Path) -> None:
 
 
 def test_a_gold_text_is_compared_as_text(tmp_path: Path) -> None:
-    assert [r["verdict"] for r in scored(tmp_path, row("#### paris.", "Paris"), row("#### Rome", "Paris"))] == [
-        "correct",
-        "wrong",
-    ]
+    assert [
+        r["verdict"]
+        for r in scored(tmp_path, row("#### paris.", "Paris"), row("#### Rome", "Paris"))
+    ] == ["correct", "wrong"]
 
 
 def test_programs_are_run(tmp_path: Path) -> None:
-    results = scored(tmp_path, row("def solution():\n    return 5", 5), row("def solution():\n    return 4", 5), kind="program")
+    results = scored(
+        tmp_path,
+        row("def solution():\n    return 5", 5),
+        row("def solution():\n    return 4", 5),
+        kind="program",
+    )
     assert [(r["verdict"], r["reward"]) for r in results] == [("correct", 1.0), ("wrong", 0.1)]
 
 
@@ -80,18 +101,35 @@ def test_more_lines_than_a_batch_keep_their_order(tmp_path: Path) -> None:
         ({"id": 1, "answer": 5}, "2: completion is missing"),
         ({"completion": "x", "answer": 5}, "2: id is missing"),
         ({"id": 1, "completion": 5, "answer": 5}, "2: completion: expected a text, got int"),
-        ({"id": 1, "completion": "x", "answer": True}, "2: answer: expected a number, a text or a letter, got 'True'"),
-        ({"id": 1, "completion": "x", "answer": [5]}, "2: answer: expected a number, a text or a letter"),
-        ({"id": 1, "completion": "x", "answer": float("nan")}, "2: answer: expected a number, a text or a letter"),
-        ({"id": 1, "completion": "x", "answer": " "}, "2: answer: expected a number, a text or a letter"),
+        (
+            {"id": 1, "completion": "x", "answer": True},
+            "2: answer: expected a number, a text or a letter, got 'True'",
+        ),
+        (
+            {"id": 1, "completion": "x", "answer": [5]},
+            "2: answer: expected a number, a text or a letter",
+        ),
+        (
+            {"id": 1, "completion": "x", "answer": float("nan")},
+            "2: answer: expected a number, a text or a letter",
+        ),
+        (
+            {"id": 1, "completion": "x", "answer": " "},
+            "2: answer: expected a number, a text or a letter",
+        ),
         (
             {"id": 1, "completion": "x", "answer": "c", "choices": ["1", "2"]},
             "2: answer: expected the letter or value of one of 2",
         ),
-        ({"id": 1, "completion": "x", "answer": "a", "choices": "1, 2"}, "2: choices: expected a list"),
+        (
+            {"id": 1, "completion": "x", "answer": "a", "choices": "1, 2"},
+            "2: choices: expected a list",
+        ),
     ],
 )
-def test_a_bad_line_is_named_before_anything_is_graded(tmp_path: Path, line: object, message: str) -> None:
+def test_a_bad_line_is_named_before_anything_is_graded(
+    tmp_path: Path, line: object, message: str
+) -> None:
     with pytest.raises(DataError, match=f"completions.jsonl:{message}"):
         scored(tmp_path, row("The answer is 5", 5), line)
 

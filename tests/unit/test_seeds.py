@@ -55,8 +55,13 @@ def test_any_piece_of_the_endless_pass_can_be_had_alone():
 
 
 def test_another_seed_is_another_order():
-    assert endless_indices(20, start=0, count=20, seed=0) != endless_indices(20, start=0, count=20, seed=1)
+    assert endless_indices(20, start=0, count=20, seed=0) != endless_indices(
+        20, start=0, count=20, seed=1
+    )
 
 
 def epochs(num_items: int, count: int) -> list[list[int]]:
-    return [endless_indices(num_items, start=i * num_items, count=num_items, seed=0) for i in range(count)]
+    return [
+        endless_indices(num_items, start=i * num_items, count=num_items, seed=0)
+        for i in range(count)
+    ]

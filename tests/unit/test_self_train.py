@@ -1,4 +1,5 @@
-"""Offline self-training: joining samples and gold, sampling that goes on where it stopped, the stage."""
+"""Offline self-training: joining samples and gold, sampling that goes on where it stopped, the
+stage."""
 
 from __future__ import annotations
 
@@ -9,16 +10,25 @@ from typing import Any
 
 import pytest
 
-from reftune import self_train
 from reftune.errors import DataError, RecipeError
-from reftune.progress import SilentProgress
 from reftune.recipe import Recipe
-from reftune.run_folder import check_stage_graph, open_run
-from reftune.self_train import Samples, Sampling, SelfTrain, describe, distinct, draw, join_as_paper, join_once
-from reftune.training import StageContext
+from reftune.runs.run import check_stage_graph, open_run
+from reftune.stages import self_train
+from reftune.stages.progress import SilentProgress
+from reftune.stages.self_train import (
+    Samples,
+    Sampling,
+    SelfTrain,
+    describe,
+    distinct,
+    draw,
+    join_as_paper,
+    join_once,
+)
+from reftune.stages.stage import StageContext
 from reftune.types import Graded, Problem, Verdict
 
-# --- joining ----------------------------------------------------------------------------------------------------------
+# --- joining --------------------------------------------------------------------------------------
 
 
 def test_the_authors_files_hold_the_gold_solution_mostly_twice():
@@ -33,7 +43,9 @@ def test_joined_once_every_solution_is_one_row():
     assert join_once(["a", "b", "a", "c"], "g", 2) == ["a", "b", "g"]
     assert join_once(["a", "b", "a", "c"], "b", 10) == ["a", "b", "c"]
     assert join_once([], "g", 10) == ["g"]
-    assert join_once(["a", "a", "b"], "g", 2) == ["a", "b", "g"], "a repeated sample takes nobody's place"
+    assert join_once(["a", "a", "b"], "g", 2) == ["a", "b", "g"], (
+        "a repeated sample takes nobody's place"
+    )
 
 
 def test_without_gold_the_samples_are_all_there_is():
@@ -44,7 +56,7 @@ def test_texts_that_differ_in_outer_white_space_are_one_and_keep_the_first_spell
     assert distinct(["  a\n", "b", "a", " b", "a b"]) == ["  a\n", "b", "a b"]
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 FINE_TUNING = {"epochs": 1, "batch_size": 8, "optimizer": {"learning_rate": 3e-3}}
 SAMPLING = Sampling(method="base", num=2, temperature=1.0, top_k=0)
@@ -55,16 +67,26 @@ def make_stage_recipe(make_recipe: Callable[..., Recipe]) -> Callable[..., Recip
     """A run of one self-training stage whose sampler is the base model."""
 
     def make(**settings: Any) -> Recipe:
-        stage = {"kind": "self_train", "sampler": "base", "samples": 3, "sft": FINE_TUNING, **settings}
+        stage = {
+            "kind": "self_train",
+            "sampler": "base",
+            "samples": 3,
+            "sft": FINE_TUNING,
+            **settings,
+        }
         return make_recipe(
-            stages={"sft": None, "reft": None, "offline_st": stage}, evaluate={"stages": None}, lengths={"max_new": 24}
+            stages={"sft": None, "reft": None, "offline_st": stage},
+            evaluate={"stages": None},
+            lengths={"max_new": 24},
         )
 
     return make
 
 
 @pytest.fixture
-def context(make_stage_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> StageContext:
+def context(
+    make_stage_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> StageContext:
     """What the stage is given, before it has done anything."""
     contexts: list[StageContext] = []
     recipe = make_stage_recipe()
@@ -74,12 +96,16 @@ def context(make_stage_recipe: Callable[..., Recipe], monkeypatch: pytest.Monkey
     return contexts[0]
 
 
-def test_sampling_that_was_stopped_goes_on_to_the_same_samples(context: StageContext, monkeypatch: pytest.MonkeyPatch):
+def test_sampling_that_was_stopped_goes_on_to_the_same_samples(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(self_train, "SAMPLES_AT_ONCE", 4)  # 2 problems
     path, problems = context.folder / "sampled.jsonl", context.splits.train[:3]
     drawn = draw(SAMPLING, context, problems, path)
     whole = path.read_bytes()
-    assert [samples.problem.id for samples in drawn] == [json.loads(line)["id"] for line in whole.splitlines()]
+    assert [samples.problem.id for samples in drawn] == [
+        json.loads(line)["id"] for line in whole.splitlines()
+    ]
     assert len({text for samples in drawn for text in samples.texts}) == 6, "samples differ"
     lines = whole.splitlines(keepends=True)
     for left in (lines[0], lines[0] + lines[1] + lines[2][:20]):
@@ -100,7 +126,10 @@ def refuse(method: str) -> Any:
 
 def test_two_files_of_a_stage_hold_different_samples(context: StageContext):
     problems = context.splits.train[:2]
-    one, other = (draw(SAMPLING, context, problems, context.folder / name) for name in ("one.jsonl", "other.jsonl"))
+    one, other = (
+        draw(SAMPLING, context, problems, context.folder / name)
+        for name in ("one.jsonl", "other.jsonl")
+    )
     assert one != other
 
 
@@ -116,7 +145,7 @@ def test_what_was_drawn_is_told_in_one_line(context: StageContext):
     assert describe(drawn) == "25% of 4 samples are correct; 1 of 2 problems have none"
 
 
-# --- the stage --------------------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 
 
 def test_rows_are_prompt_and_solution_with_an_eos(context: StageContext):
@@ -124,7 +153,10 @@ def test_rows_are_prompt_and_solution_with_an_eos(context: StageContext):
     stage = context.recipe.stages["offline_st"]
     rows = stage.examples([samples(problem, "return 1", "wrong", right=1)], context)
     assert [row.prompt for row in rows] == [encoder.prompt(problem)] * 2
-    assert [row.target for row in rows] == [[*encoder.encode("return 1"), encoder.eos_id], encoder.target(problem)]
+    assert [row.target for row in rows] == [
+        [*encoder.encode("return 1"), encoder.eos_id],
+        encoder.target(problem),
+    ]
 
 
 def test_rows_beyond_the_limits_are_left_out_and_none_at_all_is_refused(context: StageContext):
@@ -132,7 +164,11 @@ def test_rows_beyond_the_limits_are_left_out_and_none_at_all_is_refused(context:
     stage, long = context.recipe.stages["offline_st"], " ".join(["return 1"] * 24)
     assert len(stage.examples([samples(problem, "return 1", long, right=2)], context)) == 1
     with pytest.raises(
-        DataError, match=r"^stages\.offline_st: nothing to train on: 100% of 1 samples are correct; 0 of 1 problems"
+        DataError,
+        match=(
+            r"^stages\.offline_st: nothing to train on: 100% of 1 samples are correct; 0 of 1"
+            r" problems"
+        ),
     ):
         stage.examples([samples(problem, long, right=1)], context)
 
@@ -154,16 +190,21 @@ def test_the_stage_leaves_a_model_and_what_it_cost(make_stage_recipe: Callable[.
     assert 2 * len(rows) <= document["sequence_passes"] <= 2 * len(rows) + solved
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_sampler_that_comes_later_is_refused(make_stage_recipe: Callable[..., Recipe]):
-    with pytest.raises(RecipeError, match=r"^stages\.offline_st\.sampler: warmup is no earlier method; known here: base$"):
+    with pytest.raises(
+        RecipeError,
+        match=r"^stages\.offline_st\.sampler: warmup is no earlier method; known here: base$",
+    ):
         check_stage_graph(make_stage_recipe(sampler="warmup"))
     with pytest.raises(RecipeError, match=r"^stages\.offline_st\.init: reft is no earlier method"):
         check_stage_graph(make_stage_recipe(init="reft"))
 
 
 def test_a_wrong_key_in_the_fine_tuning_is_named(make_stage_recipe: Callable[..., Recipe]):
-    with pytest.raises(RecipeError, match=r"stages\.offline_st.*sft\.epoch: unknown key; did you mean epochs\?"):
+    with pytest.raises(
+        RecipeError, match=r"stages\.offline_st.*sft\.epoch: unknown key; did you mean epochs\?"
+    ):
         make_stage_recipe(sft={**FINE_TUNING, "epoch": 3})

@@ -1,4 +1,5 @@
-"""recipes/demo/smoke.yaml, made smaller still: every stage, every method, votes and reranking, and the files they leave."""
+"""recipes/demo/smoke.yaml, made smaller still: every stage, every method, votes and reranking, and
+the files they leave."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from reftune.progress import SilentProgress
 from reftune.recipe import Recipe, load_recipe
-from reftune.run_folder import run_recipe
+from reftune.runs.run import run_recipe
+from reftune.stages.progress import SilentProgress
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "demo" / "smoke.yaml"
 RL = ("online_st", "reft", "reft_modern", "grpo", "dr_grpo", "rloo")
@@ -27,8 +28,13 @@ SMALLER = [
     "stages.sft.snapshots.warmup=3",
     "stages.offline_st.samples=3",
     "stages.offline_st.sft.epochs=1",
-    *(f"stages.{method}.{key}" for method in RL for key in ("steps=1", "prompts=4", "eval_every=1")),
-    "stages.reft_modern.algorithm.drop_constant_groups=false",  # so few samples may all earn the same
+    *(
+        f"stages.{method}.{key}"
+        for method in RL
+        for key in ("steps=1", "prompts=4", "eval_every=1")
+    ),
+    # so few samples may all earn the same
+    "stages.reft_modern.algorithm.drop_constant_groups=false",
     "stages.reward_model.samples=3",
     "stages.reward_model.dev_samples=2",
     "evaluate.samples=3",
@@ -54,7 +60,16 @@ def test_the_summary_holds_every_method_with_votes_and_reranking(finished):
     recipe, summary = finished
     assert tuple(summary["methods"]) == METHODS, "a reward model is no method"
     for method, scores in summary["methods"].items():
-        assert {"accuracy", "ci95", "n", "maj@3", "rerank@3", "pass@3", "dev_accuracy", "looks"} <= set(scores), method
+        assert {
+            "accuracy",
+            "ci95",
+            "n",
+            "maj@3",
+            "rerank@3",
+            "pass@3",
+            "dev_accuracy",
+            "looks",
+        } <= set(scores), method
         assert scores["n"] == 6
         assert max(scores["maj@3"], scores["rerank@3"]) <= scores["pass@3"] <= 1
     assert {"a", "b", "difference", "ci95", "p_mcnemar", "n"} <= set(summary["comparisons"][0])
@@ -71,17 +86,29 @@ def test_the_run_folder_is_complete(finished):
     )
     for method in (*METHODS, "reward_model"):
         folder = recipe.folder / "stages" / method
-        assert {"config.json", "model.safetensors", "tokenizer.json", "stage.json"} <= {p.name for p in folder.iterdir()}, (
-            method
-        )
+        assert {"config.json", "model.safetensors", "tokenizer.json", "stage.json"} <= {
+            p.name for p in folder.iterdir()
+        }, method
         document = json.loads((folder / "stage.json").read_text())
-        assert {"stage", "kind", "init", "chosen_step", "dev_accuracy", "dev_n", "looks", "wall_seconds"} <= set(document)
+        assert {
+            "stage",
+            "kind",
+            "init",
+            "chosen_step",
+            "dev_accuracy",
+            "dev_n",
+            "looks",
+            "wall_seconds",
+        } <= set(document)
         assert {"sequence_passes", "train_tokens"} <= set(document), method
 
 
 def test_a_stage_tells_what_it_started_from_and_what_it_cost(finished):
     recipe, _ = finished
-    documents = {method: json.loads((recipe.folder / "stages" / method / "stage.json").read_text()) for method in METHODS}
+    documents = {
+        method: json.loads((recipe.folder / "stages" / method / "stage.json").read_text())
+        for method in METHODS
+    }
     assert {m: d["init"] for m, d in documents.items()} == {
         **dict.fromkeys(("warmup", "sft", "offline_st"), "base"),
         **dict.fromkeys(RL, "warmup"),
@@ -94,18 +121,44 @@ def test_every_stage_logs_its_metrics(finished):
     logged: dict[str, set[str]] = {}
     for row in rows(recipe.folder / "metrics.jsonl"):
         logged.setdefault(row["stage"], set()).update(row)
-    common = {"step", "time", "loss/total", "grad/norm", "optim/lr", "compute/sequence_passes", "compute/train_tokens",
-              "time/update_s", "progress/epoch", "dev/accuracy", "dev/n", "dev/looks"}  # fmt: skip
-    sampled = {"reward/mean", "reward/correct", "verdict/correct", "verdict/forbidden", "response/length", "response/truncated",
-               "kl/mismatch", "policy/entropy", "groups/constant_reward", "compute/sampled_tokens", "time/generate_s",
-               "time/grade_s", "time/score_s"}  # fmt: skip
+    common = {
+        "step",
+        "time",
+        "loss/total",
+        "grad/norm",
+        "optim/lr",
+        "compute/sequence_passes",
+        "compute/train_tokens",
+        "time/update_s",
+        "progress/epoch",
+        "dev/accuracy",
+        "dev/n",
+        "dev/looks",
+    }
+    sampled = {
+        "reward/mean",
+        "reward/correct",
+        "verdict/correct",
+        "verdict/forbidden",
+        "response/length",
+        "response/truncated",
+        "kl/mismatch",
+        "policy/entropy",
+        "groups/constant_reward",
+        "compute/sampled_tokens",
+        "time/generate_s",
+        "time/grade_s",
+        "time/score_s",
+    }
     clipped = {"policy/loss", "policy/clip_fraction", "policy/approx_kl", "policy/ratio_max"}
     values = {"value/loss", "value/explained_variance", "value/mean"}
     expected = {
         "sft": {"loss/sft"},
         "offline_st": {"loss/sft", "compute/sampled_tokens"},
         # without a correct sample online self-training has no sampled token to measure
-        "online_st": sampled - {"kl/mismatch", "policy/entropy"} | {"policy/gold_nll", "policy/positive_nll"},
+        "online_st": (
+            sampled - {"kl/mismatch", "policy/entropy"} | {"policy/gold_nll", "policy/positive_nll"}
+        ),
         "reft": sampled | clipped | values | {"kl/reference"},
         "reft_modern": sampled | clipped | values | {"kl/reference", "policy/positive_nll"},
         "grpo": sampled | clipped | {"kl/reference", "kl/penalty"},
@@ -125,23 +178,45 @@ def test_answers_and_samples_of_every_method_are_kept(finished, method):
     assert [row["id"] for row in answers] == [f"test-{i}" for i in range(6)]
     for row in answers:
         assert {"question", "gold", "prompt_tokens"} <= set(row)
-        assert {"completion", "verdict", "value", "reason", "finish_reason", "tokens"} <= set(row["greedy"])
-        assert len(row["samples"]) == 3 and all(0 <= sample["score"] <= 1 for sample in row["samples"])
+        assert {"completion", "verdict", "value", "reason", "finish_reason", "tokens"} <= set(
+            row["greedy"]
+        )
+        assert len(row["samples"]) == 3 and all(
+            0 <= sample["score"] <= 1 for sample in row["samples"]
+        )
     if method in RL:
         shown = rows(recipe.folder / "stages" / method / "samples.jsonl")
-        assert {"step", "id", "question", "gold", "completion", "verdict", "value", "reward", "reason", "finish_reason",
-                "program_s", "logprobs", "tokens"} <= set(shown[0])  # fmt: skip
+        assert {
+            "step",
+            "id",
+            "question",
+            "gold",
+            "completion",
+            "verdict",
+            "value",
+            "reward",
+            "reason",
+            "finish_reason",
+            "program_s",
+            "logprobs",
+            "tokens",
+        } <= set(shown[0])
 
 
 def test_a_finished_run_is_not_done_again(finished):
     recipe, summary = finished
     before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*.safetensors")}
     assert run_recipe(recipe, progress=SilentProgress()) == summary
-    assert {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*.safetensors")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*.safetensors")
+    } == before
 
 
 def test_the_recipe_names_what_the_paper_compares():
     recipe = load_recipe(SMOKE)
     assert tuple(recipe.stages) == ("sft", "offline_st", *RL, "reward_model")
-    assert recipe.stages["reft"].algorithm.kind == "ppo" and recipe.stages["reft"].value_init == "uniform"
+    assert (
+        recipe.stages["reft"].algorithm.kind == "ppo"
+        and recipe.stages["reft"].value_init == "uniform"
+    )
     assert recipe.evaluate.samples == 8 and recipe.evaluate.rerank == "reward_model"

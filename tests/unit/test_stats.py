@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from reftune import stats
+from reftune.results import stats
 
 
 def generator() -> np.random.Generator:
@@ -16,9 +16,16 @@ def generator() -> np.random.Generator:
 
 @pytest.mark.parametrize(
     ("num_correct", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
-def test_wilson_matches_newcombe_1998_table_1(num_correct: int, n: int, low: float, high: float) -> None:
+def test_wilson_matches_newcombe_1998_table_1(
+    num_correct: int, n: int, low: float, high: float
+) -> None:
     assert stats.wilson(num_correct, n) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -62,7 +69,8 @@ def test_compare_counts_what_only_one_method_solved() -> None:
 
 
 def test_paired_bootstrap_approaches_the_normal_interval() -> None:
-    # 400 problems: +1 on 80, −1 on 40, 0 on 280: mean .1, variance (120/400) − .01 = .29, se = √(.29/400) = .02693
+    # 400 problems: +1 on 80, −1 on 40, 0 on 280: mean .1, variance (120/400) − .01 = .29, se =
+    # √(.29/400) = .02693
     a = np.repeat([1, 0, 0], [80, 40, 280])
     b = np.repeat([0, 1, 0], [80, 40, 280])
     interval = stats.paired_bootstrap(a, b, generator=generator())
@@ -77,7 +85,9 @@ def test_paired_bootstrap_uses_the_pairing() -> None:
 
 def test_a_bootstrap_is_a_function_of_its_generator() -> None:
     a, b = np.repeat([1, 0], [30, 70]), np.repeat([1, 0], [20, 80])
-    assert stats.paired_bootstrap(a, b, generator=generator()) == stats.paired_bootstrap(a, b, generator=generator())
+    assert stats.paired_bootstrap(a, b, generator=generator()) == stats.paired_bootstrap(
+        a, b, generator=generator()
+    )
 
 
 def test_crossed_bootstrap_is_wider_where_problems_are_shared() -> None:
@@ -92,10 +102,15 @@ def test_crossed_bootstrap_is_wider_where_problems_are_shared() -> None:
 
 
 def test_hierarchical_bootstrap_sees_the_spread_between_seeds() -> None:
-    # seeds without noise of their own, two at 0 and two at 1: the mean of 4 draws, sd = √(.25/4) = .25
-    low, high = stats.hierarchical_bootstrap([np.zeros(9), np.zeros(9), np.ones(9), np.ones(9)], generator=generator())
+    # seeds without noise of their own, two at 0 and two at 1: the mean of 4 draws, sd = √(.25/4) =
+    # .25
+    low, high = stats.hierarchical_bootstrap(
+        [np.zeros(9), np.zeros(9), np.ones(9), np.ones(9)], generator=generator()
+    )
     assert (low, high) == (0.0, 1.0)  # 4 equal draws have chance 2/16 > 5 %
-    assert stats.hierarchical_bootstrap([np.full(9, 0.3)] * 4, generator=generator()) == pytest.approx((0.3, 0.3))
+    assert stats.hierarchical_bootstrap(
+        [np.full(9, 0.3)] * 4, generator=generator()
+    ) == pytest.approx((0.3, 0.3))
 
 
 def test_mean_over_seeds_uses_student_t() -> None:
@@ -110,7 +125,8 @@ def test_one_seed_says_nothing_of_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("degrees", "published"), [(1, 12.7062), (4, 2.7764), (10, 2.2281), (11, 2.2010), (20, 2.0860), (120, 1.9799)]
+    ("degrees", "published"),
+    [(1, 12.7062), (4, 2.7764), (10, 2.2281), (11, 2.2010), (20, 2.0860), (120, 1.9799)],
 )
 def test_t_quantile_matches_published_tables(degrees: int, published: float) -> None:
     assert stats.t_quantile(degrees) == pytest.approx(published, abs=2e-4)
@@ -126,11 +142,14 @@ def test_seed_comparison_averages_paired_differences() -> None:
 
 
 def test_seed_comparison_knows_whether_problems_are_shared() -> None:
-    # four seeds with one pattern of wins and losses: shared problems say as much as one seed, own ones four times as much
+    # four seeds with one pattern of wins and losses: shared problems say as much as one seed, own
+    # ones four times as much
     a, b = [np.repeat([1, 0, 1], [30, 20, 50])] * 4, [np.repeat([0, 1, 1], [30, 20, 50])] * 4
     widths = []
     for same_problems in (True, False):
-        result = stats.compare_over_seeds("a", a, "b", b, same_problems=same_problems, generator=generator())
+        result = stats.compare_over_seeds(
+            "a", a, "b", b, same_problems=same_problems, generator=generator()
+        )
         widths.append(result.ci95[1] - result.ci95[0])
     assert widths[0] == pytest.approx(2 * widths[1], rel=0.1)
 
@@ -138,4 +157,6 @@ def test_seed_comparison_knows_whether_problems_are_shared() -> None:
 def test_seed_comparison_is_significant_when_every_seed_gains() -> None:
     a, b = [np.ones(50)] * 3, [np.repeat([1, 0], [20, 30])] * 3
     for same_problems in (True, False):
-        assert stats.compare_over_seeds("a", a, "b", b, same_problems=same_problems, generator=generator()).significant
+        assert stats.compare_over_seeds(
+            "a", a, "b", b, same_problems=same_problems, generator=generator()
+        ).significant

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from reftune import trackers
 from reftune.errors import RecipeError
-from reftune.progress import SilentProgress
 from reftune.recipe import parse_recipe
-from reftune.trackers import TrackedProgress, tracked, tracker_names
+from reftune.stages.progress import SilentProgress
+from reftune.terminal import trackers
+from reftune.terminal.trackers import TrackedProgress, tracked, tracker_names
 
 
 @pytest.fixture
@@ -41,7 +41,10 @@ def test_tensorboard_gets_every_finite_metric_by_stage_and_step(recipe, tmp_path
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["reft/loss/total", "sft/loss/total"]
-    assert [(event.step, event.value) for event in events.Scalars("reft/loss/total")] == [(1, 0.25), (2, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("reft/loss/total")] == [
+        (1, 0.25),
+        (2, 0.5),
+    ]
 
 
 def test_wandb_gets_them_offline(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -65,15 +68,21 @@ def test_trackio_gets_them_offline(recipe, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
     log_two_stages(recipe(run_dir=str(tmp_path / "run"), trackers=["trackio"]))
-    content = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
+    content = b"".join(
+        path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file()
+    )
     assert b"reft/loss/total" in content
 
 
-def test_the_recipe_says_which_and_a_missing_one_is_refused(recipe, monkeypatch: pytest.MonkeyPatch):
+def test_the_recipe_says_which_and_a_missing_one_is_refused(
+    recipe, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(trackers, "is_installed", lambda package: package == "tensorboard")
     assert tracker_names(recipe()) == ["tensorboard"]
     assert tracker_names(recipe(trackers=[])) == []
-    with pytest.raises(RecipeError, match=r"^trackers: wandb is not installed; pip install 'reftune\[tracking\]'$"):
+    with pytest.raises(
+        RecipeError, match=r"^trackers: wandb is not installed; pip install 'reftune\[tracking\]'$"
+    ):
         tracked(SilentProgress(), recipe(trackers=["wandb"]))
     monkeypatch.setattr(trackers, "is_installed", lambda package: False)
     silent = SilentProgress()
@@ -85,23 +94,30 @@ def test_a_tracker_that_cannot_start_is_one_line(recipe, monkeypatch: pytest.Mon
         def __init__(self, **settings):
             raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setitem(__import__("accelerate.tracking").tracking.LOGGER_TYPE_TO_CLASS, "wandb", Broken)
+    monkeypatch.setitem(
+        __import__("accelerate.tracking").tracking.LOGGER_TYPE_TO_CLASS, "wandb", Broken
+    )
     progress = TrackedProgress(SilentProgress(), ["wandb"], recipe())
-    with pytest.raises(RecipeError, match=r"^trackers: wandb cannot start: ConnectionError: no network; trackers=\[\] runs"):
+    with pytest.raises(
+        RecipeError,
+        match=r"^trackers: wandb cannot start: ConnectionError: no network; trackers=\[\] runs",
+    ):
         progress.stage("sft", 1)
 
 
 def test_the_default_may_be_switched_off_on_an_old_run(make_recipe):
     content = make_recipe().model_dump(mode="json")
     assert parse_recipe({**content, "trackers": []}).trackers == []
-    from reftune.run_folder import _first_difference
+    from reftune.runs.run import _first_difference
 
     assert _first_difference(content, {**content, "trackers": []}) is None
     assert _first_difference(content, {**content, "seed": 7}) is not None
 
 
 @pytest.mark.parametrize("fails", ["log", "finish"])
-def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(recipe, monkeypatch: pytest.MonkeyPatch, fails: str):
+def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(
+    recipe, monkeypatch: pytest.MonkeyPatch, fails: str
+):
     notes, calls = [], []
 
     class Failing:

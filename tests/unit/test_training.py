@@ -1,4 +1,5 @@
-"""What training stages share: learning rate, optimizer, the step that refuses non-finite numbers, the loop, examples."""
+"""What training stages share: learning rate, optimizer, the step that refuses non-finite numbers,
+the loop, examples."""
 
 from __future__ import annotations
 
@@ -12,15 +13,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.algorithms import LossTerms
-from reftune.batch import token_batch
-from reftune.collect import Collector
-from reftune.encoding import Encoder
+from reftune.algorithms.base import LossTerms
 from reftune.errors import DataError, EngineError, NonFiniteError, RecipeError, RewardError
-from reftune.progress import SilentProgress
-from reftune.run_folder import open_run
-from reftune.train_sft import Sft, accumulate_nll, gold_examples
-from reftune.training import Interrupted, OptimizerTable, load_trainable, make_optimizer, optimizer_step, rate, trainable
+from reftune.model.batch import token_batch
+from reftune.model.encoder import Encoder
+from reftune.runs.run import open_run
+from reftune.stages.loop import Interrupted, load_trainable, trainable
+from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step, rate
+from reftune.stages.progress import SilentProgress
+from reftune.stages.rollouts import Collector
+from reftune.stages.sft import Sft, accumulate_nll, gold_examples
 from reftune.types import Answer, Problem, SamplingParams
 
 
@@ -29,10 +31,13 @@ def table(**settings) -> OptimizerTable:
 
 
 def rates(total_steps: int, **settings) -> list[float]:
-    return [rate(table(**settings), step=step, total_steps=total_steps) for step in range(1, total_steps + 1)]
+    return [
+        rate(table(**settings), step=step, total_steps=total_steps)
+        for step in range(1, total_steps + 1)
+    ]
 
 
-# --- learning rate ----------------------------------------------------------------------------------------------------
+# --- learning rate --------------------------------------------------------------------------------
 
 
 def test_a_constant_rate_is_constant_from_the_first_step():
@@ -61,7 +66,7 @@ def test_a_rate_is_a_share_of_the_peak(schedule, total_steps):
     assert all(0 <= share <= 1 for share in rates(total_steps, schedule=schedule, warmup=0.1))
 
 
-# --- optimizer --------------------------------------------------------------------------------------------------------
+# --- optimizer ------------------------------------------------------------------------------------
 
 
 def test_every_trainable_parameter_is_in_one_group(make_policy):
@@ -74,7 +79,9 @@ def test_every_trainable_parameter_is_in_one_group(make_policy):
 def test_only_matrices_decay_and_never_the_value_head(make_policy):
     policy = make_policy("gpt2")
     optimizer = make_optimizer(policy, table(weight_decay=0.1, value_learning_rate=0.5))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     peak = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in policy.named_parameters():
         is_head = name.startswith("value_head")
@@ -118,10 +125,15 @@ def test_a_gradient_that_is_not_finite_never_steps(make_policy, poison):
     optimizer = make_optimizer(policy, table(weight_decay=0.1))
     with_gradients(policy)
     optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
-    before = {name: value.clone() for name, value in {**policy.state_dict(), **flat(optimizer)}.items()}
+    before = {
+        name: value.clone() for name, value in {**policy.state_dict(), **flat(optimizer)}.items()
+    }
     with_gradients(policy)
     policy.value_head.weight.grad[0, 3] = poison
-    with pytest.raises(NonFiniteError, match=r"^reft step 7: gradient norm is (nan|inf), first in value_head\.weight$"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"^reft step 7: gradient norm is (nan|inf), first in value_head\.weight$",
+    ):
         optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="reft step 7")
     after = {**policy.state_dict(), **flat(optimizer)}
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -129,16 +141,22 @@ def test_a_gradient_that_is_not_finite_never_steps(make_policy, poison):
 
 
 def flat(optimizer) -> dict[str, torch.Tensor]:
-    return {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    return {
+        f"{i}.{key}": value
+        for i, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
 
 
 def test_trainable_parameters_are_put_back_as_they_were(make_policy):
     policy, other = make_policy(seed=0), make_policy(seed=1)
     load_trainable(other, {name: value.clone() for name, value in trainable(policy).items()})
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in policy.state_dict().items())
+    assert all(
+        torch.equal(value, other.state_dict()[name]) for name, value in policy.state_dict().items()
+    )
 
 
-# --- supervised loss --------------------------------------------------------------------------------------------------
+# --- supervised loss ------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(make_policy):
@@ -150,7 +168,9 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(make_policy):
 
 
 def problem(i: int, rationale: str | None) -> Problem:
-    return Problem(id=str(i), question="w" * i, answer=Answer(kind="text", value="x"), rationale=rationale)
+    return Problem(
+        id=str(i), question="w" * i, answer=Answer(kind="text", value="x"), rationale=rationale
+    )
 
 
 class Spelled:
@@ -175,19 +195,25 @@ def test_rows_without_a_rationale_or_too_long_are_left_out(tokenizer):
 
 
 def test_no_training_row_at_all_is_refused(tokenizer):
-    with pytest.raises(DataError, match="no training row is left of 1: 1 have a rationale, and none of them fits"):
-        gold_examples((problem(1, "1 2 3"),), Encoder(tokenizer, Spelled()), max_target=2, context_length=None)
+    with pytest.raises(
+        DataError, match="no training row is left of 1: 1 have a rationale, and none of them fits"
+    ):
+        gold_examples(
+            (problem(1, "1 2 3"),), Encoder(tokenizer, Spelled()), max_target=2, context_length=None
+        )
 
 
 def test_a_snapshot_that_the_run_never_passes_is_refused():
     settings = {"epochs": 2, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}
     assert Sft(**settings, snapshots={"warmup": 2}).produces == ("warmup",)
     for epoch in (0, -1, 2.5):
-        with pytest.raises(ValueError, match=r"snapshots\.warmup: expected an epoch within 0 and epochs=2"):
+        with pytest.raises(
+            ValueError, match=r"snapshots\.warmup: expected an epoch within 0 and epochs=2"
+        ):
             Sft(**settings, snapshots={"warmup": epoch})
 
 
-# --- collecting -------------------------------------------------------------------------------------------------------
+# --- collecting -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -199,7 +225,9 @@ class FakeEngine:
     def generate(self, policy, prompts, params):
         from reftune.engines.scripted import Scripted
 
-        return Scripted(texts=["wa"]).generate(policy, prompts, params)[: len(prompts) - self.missing]
+        return Scripted(texts=["wa"]).generate(policy, prompts, params)[
+            : len(prompts) - self.missing
+        ]
 
 
 class Judge(Spelled):
@@ -237,7 +265,9 @@ def test_a_reward_that_is_no_number_names_its_problem(make_policy, tokenizer):
 
 def test_an_engine_that_loses_a_prompt_is_told(make_policy, tokenizer):
     with pytest.raises(EngineError, match="returned 1 completions for 2 prompts"):
-        collector(tokenizer, engine=FakeEngine(missing=1)).solve(make_policy(), [problem(1, None)] * 2, PARAMS)
+        collector(tokenizer, engine=FakeEngine(missing=1)).solve(
+            make_policy(), [problem(1, None)] * 2, PARAMS
+        )
 
 
 def test_a_prompt_over_the_limit_names_its_problem(make_policy, tokenizer):
@@ -249,7 +279,7 @@ def test_a_prompt_over_the_limit_names_its_problem(make_policy, tokenizer):
         collector(tokenizer, max_prompt=6).solve(policy, [problem(7, None)], PARAMS)
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 class Signalling(SilentProgress):
@@ -285,9 +315,13 @@ def test_a_signal_in_the_last_step_finishes_the_stage_but_does_not_start_another
     assert json.loads((recipe.folder / "stages" / "sft" / "stage.json").read_text())["steps"] == 8
 
 
-def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equals(make_recipe, monkeypatch):
+def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equals(
+    make_recipe, monkeypatch
+):
     scores = iter([0.2, 0.5, 0.5, 0.4])
-    monkeypatch.setattr("reftune.training.look_at_dev", lambda context: {"dev/accuracy": next(scores)})
+    monkeypatch.setattr(
+        "reftune.stages.loop.look_at_dev", lambda context: {"dev/accuracy": next(scores)}
+    )
     recipe = make_recipe(stages={"sft": {"epochs": 4, "snapshots": None}, "reft": None})
     seen = {}
 
@@ -304,7 +338,12 @@ def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equal
     rows = [row for row in rows_of(recipe) if "dev/accuracy" in row]
     assert [row["step"] for row in rows] == [4, 8, 12, 16]
     chosen = (recipe.folder / "stages" / "sft" / "model.safetensors").read_bytes()
-    assert chosen == (recipe.folder / "stages" / "sft" / "checkpoints" / "best" / "model.safetensors").read_bytes()
+    assert (
+        chosen
+        == (
+            recipe.folder / "stages" / "sft" / "checkpoints" / "best" / "model.safetensors"
+        ).read_bytes()
+    )
     assert chosen == seen[12] != seen[8]  # seen[n] is the best model before look n
 
 
@@ -323,11 +362,14 @@ def test_a_snapshot_is_the_model_of_that_very_step(make_recipe):
     with open_run(recipe, SilentProgress()) as run:
         run.train("sft")
         warmup = run.load_policy("warmup")
-    assert json.loads((recipe.folder / "stages" / "warmup" / "stage.json").read_text())["chosen_step"] == 3
+    assert (
+        json.loads((recipe.folder / "stages" / "warmup" / "stage.json").read_text())["chosen_step"]
+        == 3
+    )
     stopped = make_recipe(run_dir=str(recipe.folder) + "2")
     with open_run(stopped, Signalling(at=3)) as run, pytest.raises(Interrupted):
         run.train("sft")
-    from reftune.checkpoint import load_latest
+    from reftune.storage.checkpoint import load_latest
 
     found = load_latest(stopped.folder / "stages" / "sft" / "checkpoints")
     assert found is not None and found.step == 3
@@ -335,7 +377,7 @@ def test_a_snapshot_is_the_model_of_that_very_step(make_recipe):
         assert torch.equal(value, found.tensors[name]), name
 
 
-# --- reinforcement ----------------------------------------------------------------------------------------------------
+# --- reinforcement --------------------------------------------------------------------------------
 
 
 def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypatch):
@@ -343,29 +385,44 @@ def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypa
     batch, _ = trainer.score(rollouts)
     before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
     ppo = type(trainer.algorithm)
-    monkeypatch.setattr(ppo, "loss", lambda self, scores, rows: LossTerms(total=scores.logprobs.sum() * math.nan))
+    monkeypatch.setattr(
+        ppo, "loss", lambda self, scores, rows: LossTerms(total=scores.logprobs.sum() * math.nan)
+    )
     trainer.loop.state.step = 5
     with pytest.raises(NonFiniteError) as error:
         trainer.update(trainer.algorithm.credit(batch), 5)
     path = trainer.context.folder / "nonfinite-000005.json"
-    assert str(error.value) == (
-        f"reft step 5: loss is nan in rows 0, 1, 2, 3, 4, 5, 6, 7; the weights were not changed; look at the samples in {path}"
+    assert (
+        str(error.value)
+        == "reft step 5: loss is nan in rows 0, 1, 2, 3, 4, 5, 6, 7; the weights were not changed;"
+        f" look at the samples in {path}"
     )
     rows = json.loads(path.read_text())["rows"]
-    assert [row["tokens"] for row in rows] == [[*r.prompt_ids, *r.completion.token_ids] for r in rollouts]
+    assert [row["tokens"] for row in rows] == [
+        [*r.prompt_ids, *r.completion.token_ids] for r in rollouts
+    ]
     assert [row["rewards"] for row in rows] == pytest.approx([r.reward for r in rollouts])
-    assert all(len(row["advantages"]) == len(r.completion.token_ids) for row, r in zip(rows, rollouts, strict=True))
-    assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+    assert all(
+        len(row["advantages"]) == len(r.completion.token_ids)
+        for row, r in zip(rows, rollouts, strict=True)
+    )
+    assert all(
+        torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items()
+    )
 
 
 def test_a_rollout_that_no_reward_applies_to_trains_nothing(trainer, monkeypatch):
     monkeypatch.setattr(
-        type(trainer.context.collector.reward), "__call__", lambda self, problems, completions, graded: [None] * len(problems)
+        type(trainer.context.collector.reward),
+        "__call__",
+        lambda self, problems, completions, graded: [None] * len(problems),
     )
     before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
     metrics = trainer.step(1)
     assert metrics["reward/mean"] == 0
-    assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items()
+    )
 
 
 def test_updates_are_made_without_dropout(make_trainer):
@@ -394,7 +451,10 @@ def test_rollouts_go_through_the_training_problems_epoch_by_epoch(trainer):
 def test_a_stage_that_starts_from_no_earlier_method_is_refused(make_recipe):
     recipe = make_recipe(stages={"reft": {"init": "wramup"}})
     with (
-        pytest.raises(RecipeError, match=r"stages\.reft\.init: wramup is no earlier method; known here: base, warmup, sft"),
+        pytest.raises(
+            RecipeError,
+            match=r"stages\.reft\.init: wramup is no earlier method; known here: base, warmup, sft",
+        ),
         open_run(recipe, SilentProgress()),
     ):
         pass
@@ -402,5 +462,8 @@ def test_a_stage_that_starts_from_no_earlier_method_is_refused(make_recipe):
 
 def test_a_method_that_is_made_twice_is_refused(make_recipe):
     recipe = make_recipe(stages={"sft": {"snapshots": {"sft": 1}}, "reft": {"init": "sft"}})
-    with pytest.raises(RecipeError, match="method sft is made twice"), open_run(recipe, SilentProgress()):
+    with (
+        pytest.raises(RecipeError, match="method sft is made twice"),
+        open_run(recipe, SilentProgress()),
+    ):
         pass

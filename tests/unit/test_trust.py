@@ -9,10 +9,12 @@ import pytest
 import trust
 
 REPORT = """<testsuites><testsuite>
-<testcase name="a"><properties><property name="tried" value="200"/><property name="lost" value="0"/></properties></testcase>
-<testcase name="b">
-<properties><property name="tried" value="50"/><property name="lost" value="3"/></properties><failure/>
-</testcase>
+<testcase name="a"><properties>
+<property name="tried" value="200"/><property name="lost" value="0"/>
+</properties></testcase>
+<testcase name="b"><properties>
+<property name="tried" value="50"/><property name="lost" value="3"/>
+</properties><failure/></testcase>
 <testcase name="c"/>
 <testcase name="d"><properties><property name="lost" value="0"/></properties><failure/></testcase>
 <testcase name="e"><error/></testcase>
@@ -40,9 +42,15 @@ def test_a_suite_that_breaks_loses_a_case(report: Path) -> None:
 
 @pytest.mark.parametrize(("tried", "lost", "status"), [(5, 0, 0), (5, 1, 1), (0, 0, 1)])
 def test_the_status_says_whether_anything_was_lost(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tried: int, lost: int, status: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tried: int,
+    lost: int,
+    status: int,
 ) -> None:
-    counted = trust.Count(suite="fuzz", tried=tried, survived=tried - lost, lost=lost, skipped=0, seconds=1.0)
+    counted = trust.Count(
+        suite="fuzz", tried=tried, survived=tried - lost, lost=lost, skipped=0, seconds=1.0
+    )
     monkeypatch.setattr(trust, "run", lambda *_, **__: counted)
     assert trust.main(["fuzz"]) == status
     assert capsys.readouterr().out.startswith("| suite | tried | survived | lost |")

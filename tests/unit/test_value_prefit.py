@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from reftune.value_prefit import PENALTIES, fit_value_head
+from reftune.model.value_head import PENALTIES, fit_value_head
 
 
-def linear_rollouts(count: int, *, noise: float, size: int = 200, features: int = 6) -> list[tuple[Tensor, Tensor]]:
+def linear_rollouts(
+    count: int, *, noise: float, size: int = 200, features: int = 6
+) -> list[tuple[Tensor, Tensor]]:
     """Returns that are 2 + w · x + noise with w = (1, -2, 0, 0, 0, 3)."""
     torch.manual_seed(0)
     weight = torch.tensor([1.0, -2.0, 0.0, 0.0, 0.0, 3.0])[:features]
@@ -36,7 +38,11 @@ def test_the_fit_is_the_ridge_solution_of_all_rollouts_at_once():
     for penalty in PENALTIES:
         # α in units of the features' mean variance times the number of tokens = mean of diag(Xᵀ X)
         alpha = penalty * (centred**2).sum(0).mean()
-        solutions.append(torch.linalg.solve(centred.T @ centred + alpha * torch.eye(6), centred.T @ (y - y.mean())))
+        solutions.append(
+            torch.linalg.solve(
+                centred.T @ centred + alpha * torch.eye(6), centred.T @ (y - y.mean())
+            )
+        )
     found = head.weight[0].double()
     closest = min(solutions, key=lambda w: float((w - found).abs().max()))
     assert_close(found, closest, atol=1e-6, rtol=1e-5)

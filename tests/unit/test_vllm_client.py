@@ -1,4 +1,5 @@
-"""The vLLM engine against a server of our own making: what it asks for, and what it says when something is wrong.
+"""The vLLM engine against a server of our own making: what it asks for, and what it says when
+something is wrong.
 
 The real engine is tested by `make test-vllm`.
 """
@@ -43,11 +44,20 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/collective_rpc" and self.server.status == 200:
             folder = Path(body["kwargs"]["weights_path"])
             self.server.folders.append(folder)
-            self.server.dtypes.append({tensor.dtype for tensor in load_file(folder / "model.safetensors").values()})
+            self.server.dtypes.append(
+                {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+            )
             self.server.models.append(AutoModelForCausalLM.from_pretrained(folder))
         answer = {}
         if self.path == "/v1/completions":
-            answer = {"choices": [{"token_ids": [body["prompt"][0], 1], "logprobs": {"token_logprobs": [-0.5, -0.25]}}]}
+            answer = {
+                "choices": [
+                    {
+                        "token_ids": [body["prompt"][0], 1],
+                        "logprobs": {"token_logprobs": [-0.5, -0.25]},
+                    }
+                ]
+            }
         self.send_response(self.server.status)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
@@ -90,7 +100,11 @@ def test_each_call_hands_over_the_weights_as_they_are_before_it_samples(server, 
             policy.model.lm_head.weight.add_(shift)
         engine(server).generate(policy, PROMPTS[:1], params())
         assert torch.equal(server.models[-1].lm_head.weight, policy.model.lm_head.weight)
-    assert [path for path, _ in server.asked] == ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"] * 2
+    assert [path for path, _ in server.asked] == [
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/v1/completions",
+    ] * 2
     assert not any(folder.exists() for folder in server.folders)
 
 
@@ -105,8 +119,12 @@ def test_adapters_are_merged_and_the_policy_keeps_its_own(server, make_policy, f
     engine(server).generate(policy, PROMPTS[:1], params())
     tokens = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        torch.testing.assert_close(server.models[0](tokens).logits, policy.model(tokens).logits, atol=1e-4, rtol=0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items())
+        torch.testing.assert_close(
+            server.models[0](tokens).logits, policy.model(tokens).logits, atol=1e-4, rtol=0
+        )
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items()
+    )
 
 
 def test_weights_travel_in_the_compute_dtype(server, make_policy):
@@ -129,7 +147,11 @@ def test_weights_travel_in_memory_by_default(server, make_policy):
 
 def test_a_seed_is_a_function_of_the_call_and_the_position(make_policy):
     policy = make_policy()
-    seeds = [request(policy, params(seed=seed), position)["seed"] for seed in (3, 4) for position in (0, 1)]
+    seeds = [
+        request(policy, params(seed=seed), position)["seed"]
+        for seed in (3, 4)
+        for position in (0, 1)
+    ]
     assert len(set(seeds)) == 4 and all(0 <= seed < 2**63 for seed in seeds)
     assert request(policy, params(), 1)["seed"] == seeds[1]
 
@@ -140,19 +162,28 @@ def test_no_prompt_asks_for_nothing(server, make_policy):
 
 
 def test_a_server_that_does_not_answer_is_one_line(make_policy):
-    with pytest.raises(EngineError, match=r"^engine vllm: no answer from http://127.0.0.1:9/collective_rpc: [^\n]*$"):
+    with pytest.raises(
+        EngineError,
+        match=r"^engine vllm: no answer from http://127.0.0.1:9/collective_rpc: [^\n]*$",
+    ):
         Vllm(server="http://127.0.0.1:9").generate(make_policy(), PROMPTS, params())
 
 
 def test_a_server_that_takes_no_weights_is_told_how_to_start(server, make_policy):
     server.status = 404
-    with pytest.raises(EngineError, match=r"answered 404: \{\}; expected VLLM_SERVER_DEV_MODE=1 in the server's environment"):
+    with pytest.raises(
+        EngineError,
+        match=r"answered 404: \{\}; expected VLLM_SERVER_DEV_MODE=1 in the server's environment",
+    ):
         engine(server).generate(make_policy(), PROMPTS, params())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_a_colocated_engine_without_vllm_says_what_to_install(make_policy):
-    with pytest.raises(RecipeError, match=r"vllm is not installed; expected pip install 'reftune\[vllm\]', or engine.server"):
+    with pytest.raises(
+        RecipeError,
+        match=r"vllm is not installed; expected pip install 'reftune\[vllm\]', or engine.server",
+    ):
         Vllm().generate(make_policy(), PROMPTS, params())
 
 

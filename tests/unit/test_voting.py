@@ -7,8 +7,7 @@ import itertools
 import pytest
 
 from reftune.errors import DataError
-from reftune.types import Graded, Verdict
-from reftune.voting import (
+from reftune.grading.voting import (
     has_letter,
     is_correct,
     majority_curve,
@@ -17,10 +16,13 @@ from reftune.voting import (
     rerank,
     weighted_vote,
 )
+from reftune.types import Graded, Verdict
 
 
 def graded(value: object, gold: object = 4) -> Graded:
-    verdict = Verdict.NO_ANSWER if value is None else Verdict.CORRECT if value == gold else Verdict.WRONG
+    verdict = (
+        Verdict.NO_ANSWER if value is None else Verdict.CORRECT if value == gold else Verdict.WRONG
+    )
     return Graded(verdict=verdict, value=None if value is None else str(value), reason="")
 
 
@@ -61,7 +63,12 @@ def test_a_longer_choice_text_may_not_vote_under_the_letter_rule() -> None:
 
 def test_the_curve_is_the_vote_over_each_prefix() -> None:
     # 5 | 5 (tie, first) | 4 | 4 (tie of 4 and 5 at two: 5 was first, so 5)
-    assert [winner_value(winner) for winner in majority_curve(votes(5, 4, 4, 5))] == ["5", "5", "4", "5"]
+    assert [winner_value(winner) for winner in majority_curve(votes(5, 4, 4, 5))] == [
+        "5",
+        "5",
+        "4",
+        "5",
+    ]
 
 
 def test_the_curve_agrees_with_counting_every_prefix_anew() -> None:
@@ -69,7 +76,11 @@ def test_the_curve_agrees_with_counting_every_prefix_anew() -> None:
         samples = votes(*values)
         for k, winner in enumerate(majority_curve(samples), start=1):
             present = [value for value in values[:k] if value is not None]
-            expected = max(present, key=lambda value: (present.count(value), -present.index(value)), default=None)
+            expected = max(
+                present,
+                key=lambda value: (present.count(value), -present.index(value)),
+                default=None,
+            )
             assert winner_value(winner) == (None if expected is None else str(expected))
 
 
@@ -103,5 +114,7 @@ def test_pass_at_k_matches_enumeration() -> None:
 
 
 def test_more_samples_than_drawn_are_refused_in_one_line() -> None:
-    with pytest.raises(DataError, match=r"^k = 5: only 4 samples a problem were drawn; expected 1 to 4[^\n]*$"):
+    with pytest.raises(
+        DataError, match=r"^k = 5: only 4 samples a problem were drawn; expected 1 to 4[^\n]*$"
+    ):
         pass_at_k(4, 2, 5)

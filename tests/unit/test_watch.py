@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from reftune.errors import DataError
-from reftune.progress import LineProgress
-from reftune.watch import RunClock, Tail, is_alive, watch
+from reftune.terminal.live import LineProgress
+from reftune.terminal.watch import RunClock, Tail, is_alive, watch
 
 RECIPE = "name: x\nstages:\n  sft: {kind: sft, epochs: 4}\n  reft: {kind: rl, steps: 3}\n"
 
@@ -38,15 +38,38 @@ def write(path: Path, *rows: dict) -> None:
 
 
 def sft(step: int, **more: float) -> dict:
-    return {"stage": "sft", "step": step, "time": 100.0 + step, "progress/epoch": step / 5, "loss/sft": 1 / step, **more}
+    return {
+        "stage": "sft",
+        "step": step,
+        "time": 100.0 + step,
+        "progress/epoch": step / 5,
+        "loss/sft": 1 / step,
+        **more,
+    }
 
 
 def test_a_finished_run_is_told_from_its_files(run: Path):
-    # epochs: 4 and a row at step 5 = epoch 1 say that there are 20 steps; the look at step 0 tells no total
+    # epochs: 4 and a row at step 5 = epoch 1 say that there are 20 steps; the look at step 0 tells
+    # no total
     first = {"stage": "sft", "step": 0, "time": 99.0, "dev/accuracy": 0.0}
-    write(run / "metrics.jsonl", first, sft(5), sft(20), {"stage": "reft", "step": 1, "time": 200.0, "reward/mean": 0.5})
-    sample = {"id": "p", "question": "1 + 1?", "gold": "2", "completion": "3", "verdict": "wrong", "value": "3",
-              "reason": "3 is not 2", "reward": 0.1, "finish_reason": "eos"}  # fmt: skip
+    write(
+        run / "metrics.jsonl",
+        first,
+        sft(5),
+        sft(20),
+        {"stage": "reft", "step": 1, "time": 200.0, "reward/mean": 0.5},
+    )
+    sample = {
+        "id": "p",
+        "question": "1 + 1?",
+        "gold": "2",
+        "completion": "3",
+        "verdict": "wrong",
+        "value": "3",
+        "reason": "3 is not 2",
+        "reward": 0.1,
+        "finish_reason": "eos",
+    }
     write(run / "stages" / "reft" / "samples.jsonl", {**sample, "completion": "7"}, sample)
     (run / "summary.json").write_text("{}")
     told = Told()
@@ -59,7 +82,12 @@ def test_a_finished_run_is_told_from_its_files(run: Path):
         ("stage", "reft", 3, 1),
         ("step", 1, {"reward/mean": 0.5}),
     ]
-    assert (kind, rollout.completion.text, rollout.graded.reason, rollout.reward) == ("sample", "3", "3 is not 2", 0.1)
+    assert (kind, rollout.completion.text, rollout.graded.reason, rollout.reward) == (
+        "sample",
+        "3",
+        "3 is not 2",
+        0.1,
+    )
 
 
 def test_it_follows_a_run_until_its_process_is_gone(run: Path):

@@ -16,7 +16,9 @@ PIECE = re.compile(r"\d+|\n *| ?[A-Za-z_]+(?: (?=\d))?| ?[^\sA-Za-z_\d]+(?: (?=\
 
 
 def word_problems(**keys: object) -> WordProblems:
-    return WordProblems.model_validate({"kind": "word_problems", "train": 300, "dev": 100, "test": 200} | keys)
+    return WordProblems.model_validate(
+        {"kind": "word_problems", "train": 300, "dev": 100, "test": 200} | keys
+    )
 
 
 def every(splits: Splits) -> list[Problem]:
@@ -32,7 +34,8 @@ def run(program: str) -> int:
 
 
 def read(question: str) -> int:
-    """Solves a question from its words alone, by other means than the generator's graph: plain running totals."""
+    """Solves a question from its words alone, by other means than the generator's graph: plain
+    running totals."""
     holdings: dict[tuple[str, str], int] = {}
     coins = 0
     has = re.compile(r"(\w+) has (\d+) (\w+)\.")
@@ -54,8 +57,10 @@ def read(question: str) -> int:
             assert (person, thing) not in holdings, f"told twice: {question}"
             amount = holdings[base, thing]
             holdings[person, thing] = {
-                "more": amount + int(number), "fewer": amount - int(number), "times as many": amount * int(number)
-            }[how]  # fmt: skip
+                "more": amount + int(number),
+                "fewer": amount - int(number),
+                "times as many": amount * int(number),
+            }[how]
         else:
             match = sale.fullmatch(sentence)
             assert match, sentence
@@ -73,7 +78,9 @@ def read(question: str) -> int:
 
 @pytest.mark.parametrize("operations", [[0, 2], [3, 6]])
 @pytest.mark.parametrize("people", [1, 2, 5])
-def test_a_reader_of_the_words_and_the_program_both_reach_the_gold_answer(operations: list[int], people: int):
+def test_a_reader_of_the_words_and_the_program_both_reach_the_gold_answer(
+    operations: list[int], people: int
+):
     dataset = word_problems(operations=operations, people=people, distractors=0.7, styles=24)
     for problem in every(dataset.load(seed=3)):
         assert problem.rationale is not None
@@ -81,19 +88,26 @@ def test_a_reader_of_the_words_and_the_program_both_reach_the_gold_answer(operat
 
 
 def test_a_seed_draws_the_same_words_for_good():
-    # results are quoted by seed: a change of the draw makes every published number stale, and must be meant
+    # results are quoted by seed: a change of the draw makes every published number stale, and must
+    # be meant
     problem = word_problems().load(seed=0).test[4]
-    assert problem.question == (
-        "Ben has 30 geese. Eva has 26 pies. Leo has 5 fewer geese than Ben. Leo sells all geese for 3 coins each. "
-        "How many coins does Leo get?"
+    assert (
+        problem.question
+        == "Ben has 30 geese. Eva has 26 pies. Leo has 5 fewer geese than Ben. Leo sells all geese"
+        " for 3 coins each. How many coins does Leo get?"
     )
-    assert problem.rationale == "def solution():\n    ben = 30\n    leo = ben - 5\n    return leo * 3"
+    assert (
+        problem.rationale == "def solution():\n    ben = 30\n    leo = ben - 5\n    return leo * 3"
+    )
 
 
 def test_the_same_seed_gives_the_same_problems_and_another_seed_others():
     dataset = word_problems()
     assert dataset.load(seed=1) == dataset.load(seed=1)
-    assert not set(questions(dataset.load(seed=1).test)) & set(questions(dataset.load(seed=2).test)) - trivial_questions()
+    assert (
+        not set(questions(dataset.load(seed=1).test))
+        & set(questions(dataset.load(seed=2).test)) - trivial_questions()
+    )
 
 
 def questions(problems: Iterable[Problem]) -> list[str]:
@@ -103,8 +117,10 @@ def questions(problems: Iterable[Problem]) -> list[str]:
 def trivial_questions() -> set[str]:
     return {
         f"{name} has {number} {thing}. How many {thing} does {name} have?"
-        for name in NAMES for thing in OBJECTS for number in range(100)
-    }  # fmt: skip
+        for name in NAMES
+        for thing in OBJECTS
+        for number in range(100)
+    }
 
 
 def test_no_question_occurs_twice_in_or_across_splits():
@@ -121,8 +137,12 @@ def test_questions_depend_on_neither_train_size_nor_styles_nor_answer_kind():
     one_style = word_problems(styles=1).load(seed=5)
     assert questions(every(one_style)) == questions(every(base))
     choice = word_problems(answer="choice").load(seed=5)
-    assert questions(word_problems(answer="choice", styles=3, train=500).load(seed=5).test) == questions(choice.test)
-    assert [question.split("\n")[0] for question in questions(every(choice))] == questions(every(base))
+    assert questions(
+        word_problems(answer="choice", styles=3, train=500).load(seed=5).test
+    ) == questions(choice.test)
+    assert [question.split("\n")[0] for question in questions(every(choice))] == questions(
+        every(base)
+    )
 
 
 def test_each_number_of_operations_is_as_likely_as_another():
@@ -141,24 +161,38 @@ def test_styles_spell_one_solution_in_different_ways():
     assert "a = " in by_style["1"]
     assert by_style["2"].count("\n") == 1
     assert re.fullmatch(r"def solution\(\):(\n    [a-d] = \d+)+\n    return [^\d]+", by_style["3"])
-    assert {problem.columns["style"] for problem in word_problems(styles=1).load(seed=0).train} == {"0"}
+    assert {problem.columns["style"] for problem in word_problems(styles=1).load(seed=0).train} == {
+        "0"
+    }
 
 
 def test_each_further_style_adds_a_spelling():
-    # one person and two operations make six shapes (two updates, or an update and a sale); each style spells all of them
-    dataset = word_problems(people=1, operations=[2, 2], distractors=0, styles=24, train=3000).load(seed=0)
+    # one person and two operations make six shapes (two updates, or an update and a sale); each
+    # style spells all of them
+    dataset = word_problems(people=1, operations=[2, 2], distractors=0, styles=24, train=3000).load(
+        seed=0
+    )
     by_style: dict[str, set[str]] = {}
     for problem in dataset.train:
-        shape = re.sub("|".join(name.lower() for name in NAMES), "who", NUMBER.sub("7", problem.rationale or ""))
+        shape = re.sub(
+            "|".join(name.lower() for name in NAMES),
+            "who",
+            NUMBER.sub("7", problem.rationale or ""),
+        )
         by_style.setdefault(problem.columns["style"], set()).add(shape)
     assert sorted(by_style, key=int) == [str(style) for style in range(24)]
-    assert all(by_style[one] != by_style[other] for one in by_style for other in by_style if one != other)
+    assert all(
+        by_style[one] != by_style[other] for one in by_style for other in by_style if one != other
+    )
 
 
 @pytest.mark.parametrize(
-    ("rationale", "only_the_result"), [("program", "def solution():\n    return {0}"), ("nl", "That is {0}.")]
+    ("rationale", "only_the_result"),
+    [("program", "def solution():\n    return {0}"), ("nl", "That is {0}.")],
 )
-def test_terse_rationales_state_the_right_result_in_the_share_asked_for(rationale: str, only_the_result: str):
+def test_terse_rationales_state_the_right_result_in_the_share_asked_for(
+    rationale: str, only_the_result: str
+):
     # n = 1000, so three standard deviations of .3 are .043
     problems = word_problems(terse=0.3, rationale=rationale, train=1000).load(seed=0).train
     terse = [problem for problem in problems if problem.columns["style"] == "terse"]
@@ -167,8 +201,12 @@ def test_terse_rationales_state_the_right_result_in_the_share_asked_for(rational
 
 
 def test_planting_moves_the_right_option_to_c_in_train_and_dev_and_changes_nothing_else():
-    # of n = 600 with 4 options, c holds the right one in .8 + .2 / 4 = .85; three standard deviations are .044
-    plain, planted = (word_problems(answer="choice", planted=share, max_value=99).load(seed=0) for share in (0.0, 0.8))
+    # of n = 600 with 4 options, c holds the right one in .8 + .2 / 4 = .85; three standard
+    # deviations are .044
+    plain, planted = (
+        word_problems(answer="choice", planted=share, max_value=99).load(seed=0)
+        for share in (0.0, 0.8)
+    )
     assert planted.test == plain.test
     in_c = [problem.answer.value == "c" for problem in planted.train]
     assert abs(sum(in_c) / len(in_c) - 0.85) <= 0.044
@@ -180,9 +218,13 @@ def test_planting_moves_the_right_option_to_c_in_train_and_dev_and_changes_nothi
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_distractors_occur_in_the_share_asked_for(share: float):
-    # a distractor is a number that the program does not use; n = 600, so three standard deviations of .4 are .06
+    # a distractor is a number that the program does not use; n = 600, so three standard deviations
+    # of .4 are .06
     problems = every(word_problems(distractors=share, styles=1).load(seed=0))
-    unused = [sum(map(len, (NUMBER.findall(p.question),))) > len(NUMBER.findall(p.rationale or "")) for p in problems]
+    unused = [
+        sum(map(len, (NUMBER.findall(p.question),))) > len(NUMBER.findall(p.rationale or ""))
+        for p in problems
+    ]
     assert abs(sum(unused) / len(unused) - share) <= (0.06 if 0 < share < 1 else 0)
 
 
@@ -196,7 +238,9 @@ def test_numbers_and_results_stay_in_range():
 
 @pytest.mark.parametrize("style", range(8))
 def test_every_equation_of_a_prose_rationale_holds_and_the_last_gives_the_answer(style: int):
-    problems = every(word_problems(rationale="nl", max_value=99, operations=[0, 3], styles=8).load(seed=0))
+    problems = every(
+        word_problems(rationale="nl", max_value=99, operations=[0, 3], styles=8).load(seed=0)
+    )
     for problem in (problem for problem in problems if problem.columns["style"] == str(style)):
         equations = re.findall(r"([\d(][^=.]*) = (\d+)\.", problem.rationale or "")
         assert all(eval(left) == int(right) for left, right in equations)
@@ -206,7 +250,9 @@ def test_every_equation_of_a_prose_rationale_holds_and_the_last_gives_the_answer
 
 def test_prose_without_an_operation_says_who_has_what():
     problems = word_problems(rationale="nl", operations=[0, 0]).load(seed=0).train
-    assert all(re.fullmatch(r"[A-Z][a-z]+ has \d+\.", problem.rationale or "") for problem in problems)
+    assert all(
+        re.fullmatch(r"[A-Z][a-z]+ has \d+\.", problem.rationale or "") for problem in problems
+    )
 
 
 def test_options_hold_the_right_answer_once_at_any_letter():
@@ -218,13 +264,19 @@ def test_options_hold_the_right_answer_once_at_any_letter():
         assert int(problem.choices[right]) == read(problem.question)
         assert problem.question.endswith("?")  # the format writes the options
     # 600 answers over four letters: 150 each, standard deviation √(600·¼·¾) = 10.6
-    assert all(110 <= count <= 190 for count in Counter(str(problem.answer) for problem in problems).values())
+    assert all(
+        110 <= count <= 190
+        for count in Counter(str(problem.answer) for problem in problems).values()
+    )
 
 
 def test_few_short_tokens_are_enough():
     problems = every(word_problems().load(seed=0))
     prompts = [PIECE.findall(problem.question) for problem in problems]
-    targets = [PIECE.findall((problem.rationale or "").removeprefix("def solution():\n    ")) for problem in problems]
+    targets = [
+        PIECE.findall((problem.rationale or "").removeprefix("def solution():\n    "))
+        for problem in problems
+    ]
     assert max(map(len, prompts)) <= 40 and max(map(len, targets)) <= 24
     assert len({piece for pieces in (*prompts, *targets) for piece in pieces}) <= 125
 

@@ -1,4 +1,5 @@
-"""Group-relative policy optimization: the samples of one problem are each other's baseline; no value head."""
+"""Group-relative policy optimization: the samples of one problem are each other's baseline; no
+value head."""
 
 from __future__ import annotations
 
@@ -9,12 +10,18 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from reftune.advantages import group_means, group_stds
-from reftune.algorithms import LossTerms, with_contrast
-from reftune.batch import RolloutBatch
-from reftune.encoding import Encoder
-from reftune.losses import Reduction, kl_terms, policy_metrics, ppo_policy_terms, token_weights
-from reftune.policy import TokenScores
+from reftune.algorithms.advantages import group_means, group_stds
+from reftune.algorithms.base import LossTerms, with_contrast
+from reftune.algorithms.losses import (
+    Reduction,
+    kl_terms,
+    policy_metrics,
+    ppo_policy_terms,
+    token_weights,
+)
+from reftune.model.batch import RolloutBatch
+from reftune.model.encoder import Encoder
+from reftune.model.policy import TokenScores
 from reftune.recipe import Component
 from reftune.types import Rollout
 
@@ -25,17 +32,19 @@ STD_FLOOR = 1e-4
 class Grpo(Component):
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"
-    """Advantages are divided by their group's standard deviation, or not (Dr. GRPO, arXiv:2503.20783). With `std` a partial
-    reward is worth as much as a full one: a group that earned 0 and 0.1 teaches the same as one that earned 0 and 1."""
+    """Advantages are divided by their group's standard deviation, or not (Dr. GRPO,
+    arXiv:2503.20783). With `std` a partial reward is worth as much as a full one: a group that
+    earned 0 and 0.1 teaches the same as one that earned 0 and 1."""
     kl_coef: float = Field(0.01, ge=0)
     """β of the KL penalty, which is part of the loss."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
     reduction: Reduction = "sequence"
-    """`sequence` as published. `token` (DAPO, arXiv:2503.14476) does not favour short right answers; Dr. GRPO's constant
-    divisor differs from it by one factor a rollout."""
+    """`sequence` as published. `token` (DAPO, arXiv:2503.14476) does not favour short right
+    answers; Dr. GRPO's constant divisor differs from it by one factor a rollout."""
     drop_constant_groups: bool = False
-    """Leave out problems whose samples all earned the same reward: they have no advantage, and only the KL acts on them."""
+    """Leave out problems whose samples all earned the same reward: they have no advantage, and only
+    the KL acts on them."""
 
     needs_values: ClassVar[bool] = False
     min_samples: ClassVar[int] = 2
@@ -53,7 +62,8 @@ class Grpo(Component):
 
             A = (r - mean of the group) / (standard deviation of the group + 1e-4)
 
-        or the numerator alone. Source: GRPO (arXiv:2402.03300), §4.1.2. Differs: the floor, and the deviation is unbiased.
+        or the numerator alone. Source: GRPO (arXiv:2402.03300), §4.1.2. Differs: the floor, and the
+        deviation is unbiased.
         """
         advantages = batch.rewards - group_means(batch.rewards, batch.groups)
         if self.scale == "std":
@@ -67,9 +77,16 @@ class Grpo(Component):
         """clipped policy loss + kl_coef · KL to the reference"""
         assert batch.advantages is not None and batch.weights is not None
         weights, clip = batch.weights, {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        policy = (ppo_policy_terms(scores.logprobs, batch.logprobs, batch.advantages, **clip) * weights).sum()
-        metrics = {"policy/loss": policy.detach(), **policy_metrics(scores.logprobs, batch.logprobs, weights=weights, **clip)}
+        policy = (
+            ppo_policy_terms(scores.logprobs, batch.logprobs, batch.advantages, **clip) * weights
+        ).sum()
+        metrics = {
+            "policy/loss": policy.detach(),
+            **policy_metrics(scores.logprobs, batch.logprobs, weights=weights, **clip),
+        }
         if batch.ref_logprobs is None:
             return LossTerms(total=policy, metrics=metrics)
         kl = (kl_terms(scores.logprobs, batch.ref_logprobs) * weights).sum()
-        return LossTerms(total=policy + self.kl_coef * kl, metrics={**metrics, "kl/penalty": kl.detach()})
+        return LossTerms(
+            total=policy + self.kl_coef * kl, metrics={**metrics, "kl/penalty": kl.detach()}
+        )

@@ -1,7 +1,9 @@
-"""Online self-training: supervised steps on the model's own correct solutions and the gold ones of the same problems.
+"""Online self-training: supervised steps on the model's own correct solutions and the gold ones of
+the same problems.
 
-The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold_max_tokens: 300, dropout: true`, the authors'
-code, which cuts long gold rationales short and so never shows the model how they end.
+The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold_max_tokens: 300,
+dropout: true`, the authors' code, which cuts long gold rationales short and so never shows the
+model how they end.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from reftune.algorithms import LossTerms
-from reftune.batch import RolloutBatch
-from reftune.encoding import Encoder
-from reftune.losses import token_weights
-from reftune.policy import TokenScores
+from reftune.algorithms.base import LossTerms
+from reftune.algorithms.losses import token_weights
+from reftune.model.batch import RolloutBatch
+from reftune.model.encoder import Encoder
+from reftune.model.policy import TokenScores
 from reftune.recipe import Component
 from reftune.types import Completion, Graded, Rollout, Verdict
 
@@ -34,23 +36,32 @@ class OnlineSt(Component):
     min_samples: ClassVar[int] = 1
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The correct samples, then the gold solution of every problem, right or wrong, that has one."""
+        """The correct samples, then the gold solution of every problem, right or wrong, that has
+        one."""
         correct = [rollout for rollout in rollouts if rollout.graded.verdict is Verdict.CORRECT]
         sampled = {rollout.problem.id: rollout for rollout in rollouts}.values()
-        gold = [gold_rollout(r, encoder, max_tokens=self.gold_max_tokens) for r in sampled if r.problem.rationale is not None]
+        gold = [
+            gold_rollout(r, encoder, max_tokens=self.gold_max_tokens)
+            for r in sampled
+            if r.problem.rationale is not None
+        ]
         return [*correct, *(rollout for rollout in gold if rollout.completion.token_ids)]
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         return batch
 
     def weights(self, batch: RolloutBatch) -> Tensor:
-        """½ for the correct samples and ½ for the gold solutions, each spread evenly over its own tokens."""
+        """½ for the correct samples and ½ for the gold solutions, each spread evenly over its own
+        tokens."""
         assert batch.gold is not None
         mask, gold = batch.response_mask, batch.gold[:, None]
-        return 0.5 * token_weights(mask & ~gold, "token") + 0.5 * token_weights(mask & gold, "token")
+        return 0.5 * token_weights(mask & ~gold, "token") + 0.5 * token_weights(
+            mask & gold, "token"
+        )
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """½ cross-entropy of the correct samples + ½ of the gold solutions; a part without tokens adds nothing.
+        """½ cross-entropy of the correct samples + ½ of the gold solutions; a part without tokens
+        adds nothing.
 
         Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: none.
         """
@@ -58,12 +69,16 @@ class OnlineSt(Component):
         nll = -scores.logprobs * batch.weights
         gold = nll[batch.gold].sum()
         sampled = nll.sum() - gold
-        metrics = {"policy/positive_nll": 2 * sampled.detach(), "policy/gold_nll": 2 * gold.detach()}
+        metrics = {
+            "policy/positive_nll": 2 * sampled.detach(),
+            "policy/gold_nll": 2 * gold.detach(),
+        }
         return LossTerms(total=sampled + gold, metrics=metrics)
 
 
 def gold_rollout(sampled: Rollout, encoder: Encoder, *, max_tokens: int | None) -> Rollout:
-    """The gold solution of a sample's problem as if it had been sampled, cut so that prompt and solution fit `max_tokens`."""
+    """The gold solution of a sample's problem as if it had been sampled, cut so that prompt and
+    solution fit `max_tokens`."""
     whole = encoder.target(sampled.problem)
     kept = whole if max_tokens is None else whole[: max(0, max_tokens - len(sampled.prompt_ids))]
     completion = Completion(

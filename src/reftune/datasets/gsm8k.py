@@ -1,4 +1,5 @@
-"""GSM8K: grade-school word problems with whole-number answers (Cobbe et al. 2021, arXiv:2110.14168)."""
+"""GSM8K: grade-school word problems with whole-number answers (Cobbe et al. 2021,
+arXiv:2110.14168)."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from typing import Literal
 from pydantic import Field
 
 from reftune.datasets import Splits
-from reftune.datasets._authors import COLUMNS, Rationale, authors_rationale, is_authors
-from reftune.datasets._programs import arithmetic, drop_wrong_programs, program
-from reftune.datasets._reading import Row, read_value, refuse_type_changes, shown
-from reftune.datasets._splits import draw_splits, read_splits
+from reftune.datasets.reading.authors import COLUMNS, Rationale, authors_rationale, is_authors
+from reftune.datasets.reading.programs import arithmetic, drop_wrong_programs, program
+from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes, shown
+from reftune.datasets.reading.splits import draw_splits, read_splits
 from reftune.errors import DataError
 from reftune.recipe import Component
 from reftune.types import Answer, Problem
@@ -23,8 +24,9 @@ ANNOTATION = re.compile(r"<<(?P<expression>[^<>=]*)=(?P<result>[^<>=]*)>>(?P<aft
 PLAIN_NUMBER = re.compile(r"[0-9]*\.?[0-9]+")
 AUTHORS_FILES = {"nl": "gsm8k_nl.json", "program": "gsm8k_python_sdp.json"}
 NOT_NAMES = frozenset(
-    "a all an and are as at because but by each every for from has have he her his if in is it more of on or per she so than "
-    "that the their then there they this to was we were when which while will with".split()
+    "a all an and are as at because but by each every for from has have he her his if in is it more"
+    " of on or per she so than that the their then there they this to was we were when which while"
+    " will with".split()
 )
 MAX_NAME_WORDS = 2
 
@@ -41,7 +43,8 @@ class Gsm8k(Component):
     dev_size: int | None = Field(None, ge=0)
     """How many questions to draw for dev. Default: a tenth of train, at most 500."""
     rationale: Rationale = "program"
-    """`nl`: the solution as published. `program`: derived from its <<48/2=24>> annotations, kept if it gives the gold."""
+    """`nl`: the solution as published. `program`: derived from its <<48/2=24>> annotations, kept if
+    it gives the gold."""
     annotations: Literal["keep", "drop"] = "keep"
     """What becomes of <<48/2=24>> in an `nl` rationale."""
 
@@ -60,7 +63,9 @@ class Gsm8k(Component):
 
     def _problems(self, rows: list[Row]) -> Iterable[Problem]:
         refuse_type_changes(rows, ("question", "answer", "answer_value", "answer_cot"))
-        return [self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows]
+        return [
+            self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows
+        ]
 
     def _authors_problem(self, row: Row) -> Problem:
         return Problem(
@@ -75,7 +80,10 @@ class Gsm8k(Component):
         solution, marker, gold_text = row.text("answer").rpartition("####")
         gold = read_value(gold_text.strip())
         if not marker or gold is None:
-            raise DataError(f"{row.where}: answer ends in {shown(gold_text[-30:])}; expected a last line like '#### 72'")
+            raise DataError(
+                f"{row.where}: answer ends in {shown(gold_text[-30:])}; expected a last line like"
+                " '#### 72'"
+            )
         return Problem(
             id=row.id,
             question=row.text("question"),
@@ -91,10 +99,11 @@ class Gsm8k(Component):
 
 
 def program_of(solution: str) -> str | None:
-    """The annotated steps of a solution as a program; None where they compute nothing or one is not plain arithmetic.
+    """The annotated steps of a solution as a program; None where they compute nothing or one is not
+    plain arithmetic.
 
-    A variable a step, called after the words that follow the result. A number that equals an earlier result becomes its
-    name, the latest one's if several do.
+    A variable a step, called after the words that follow the result. A number that equals an
+    earlier result becomes its name, the latest one's if several do.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -106,7 +115,11 @@ def program_of(solution: str) -> str | None:
         steps[name] = expression
         if PLAIN_NUMBER.fullmatch(match["result"].strip()):
             names[float(match["result"])] = name
-    return program(list(steps.items())) if any(set(step) & set("+-*/") for step in steps.values()) else None
+    return (
+        program(list(steps.items()))
+        if any(set(step) & set("+-*/") for step in steps.values())
+        else None
+    )
 
 
 def _name(after: str) -> str:

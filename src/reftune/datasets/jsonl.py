@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import Field
 
 from reftune.datasets import Splits
-from reftune.datasets._authors import is_authors
-from reftune.datasets._reading import Row, read_value, refuse_type_changes, shown
-from reftune.datasets._splits import draw_splits, read_splits
+from reftune.datasets.reading.authors import is_authors
+from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes, shown
+from reftune.datasets.reading.splits import draw_splits, read_splits
 from reftune.errors import DataError
 from reftune.recipe import Component, Table
 from reftune.types import Answer, Problem
@@ -21,7 +21,8 @@ Kind = Literal["number", "choice", "text"]
 
 
 class Columns(Table):
-    """What the data's columns are called. All others are handed to a reward function by their own names."""
+    """What the data's columns are called. All others are handed to a reward function by their own
+    names."""
 
     question: str = "question"
     answer: str = "answer"
@@ -34,7 +35,9 @@ class Columns(Table):
     """A list of option texts, or in csv a Python or JSON list as text."""
 
 
-AUTHORS_COLUMNS = Columns(question="question", answer="answer_value", rationale="answer_cot", id="item_id")
+AUTHORS_COLUMNS = Columns(
+    question="question", answer="answer_value", rationale="answer_cot", id="item_id"
+)
 
 
 class Jsonl(Component):
@@ -43,7 +46,8 @@ class Jsonl(Component):
     train: str
     """A file, a folder with one file a split, or a Hub id `owner/name[:config[:split]]`."""
     test: str | None = None
-    """Default: the test split beside `train`, if that is a folder or a Hub id; else there is none."""
+    """Default: the test split beside `train`, if that is a folder or a Hub id; else there is none.
+    """
     dev: str | None = None
     """Default: drawn from train."""
     dev_size: int | None = Field(None, ge=0)
@@ -51,12 +55,17 @@ class Jsonl(Component):
     columns: Columns = Columns()
     """Which column is what. The JSON format of ReFT's authors is recognised without it."""
     answer_kind: Literal["number", "choice", "text", "auto"] = "auto"
-    """`auto`: `choice` where a row has choices, else as the first row's answer, `number` if it can be read as one."""
+    """`auto`: `choice` where a row has choices, else as the first row's answer, `number` if it can
+    be read as one."""
 
     def load(self, *, seed: int) -> Splits:
         """Raises: DataError with file and line."""
         rows = read_splits(self.train, self.dev, self.test)
-        columns = AUTHORS_COLUMNS if self.columns == Columns() and is_authors(rows.train[0]) else self.columns
+        columns = (
+            AUTHORS_COLUMNS
+            if self.columns == Columns() and is_authors(rows.train[0])
+            else self.columns
+        )
         kind = _kind_of(rows.train[0], columns) if self.answer_kind == "auto" else self.answer_kind
         _refuse_missing(rows.train[0], columns)
         return draw_splits(
@@ -113,26 +122,40 @@ def _answer(row: Row, column: str, kind: Kind, choices: Sequence[str]) -> Answer
     if kind == "number":
         number = read_value(value)
         if number is None:
-            raise DataError(f"{row.where}: {column} is {shown(value)}; expected a number (or dataset.answer_kind=text)")
+            raise DataError(
+                f"{row.where}: {column} is {shown(value)}; expected a number (or"
+                " dataset.answer_kind=text)"
+            )
         return Answer(kind="number", value=number)
     text = row.text(column) if isinstance(value, str) or value is None else str(value)
-    return Answer(kind="text", value=text) if kind == "text" else Answer(kind="choice", value=_letter(row, text, choices))
+    return (
+        Answer(kind="text", value=text)
+        if kind == "text"
+        else Answer(kind="choice", value=_letter(row, text, choices))
+    )
 
 
 def _letter(row: Row, text: str, choices: Sequence[str]) -> str:
-    """As the grader reads it. A number is not taken for a position: some count from 0, some from 1."""
-    from reftune.answers import read_choice
+    """As the grader reads it. A number is not taken for a position: some count from 0, some from
+    1."""
+    from reftune.grading.answers import read_choice
 
     letter = read_choice(text, choices)
     if letter is None:
         last = string.ascii_lowercase[len(choices) - 1]
-        raise DataError(f"{row.where}: answer {shown(text)}; expected a letter from a to {last} or the text of one option")
+        raise DataError(
+            f"{row.where}: answer {shown(text)}; expected a letter from a to {last} or the text of"
+            " one option"
+        )
     return letter
 
 
 def _choices(row: Row, column: str | None) -> tuple[str, ...]:
     if column is None:
-        raise DataError(f"{row.where}: no column for choices; expected dataset.columns.choices beside answer_kind: choice")
+        raise DataError(
+            f"{row.where}: no column for choices; expected dataset.columns.choices beside"
+            " answer_kind: choice"
+        )
     value = row.value(column)
     options = _parsed_list(value) if isinstance(value, str) else value
     if (
@@ -140,7 +163,9 @@ def _choices(row: Row, column: str | None) -> tuple[str, ...]:
         or not 2 <= len(options) <= 26
         or not all(isinstance(o, (str, int, float)) for o in options)
     ):
-        raise DataError(f"{row.where}: {column} is {shown(value)}; expected a list of 2 to 26 option texts")
+        raise DataError(
+            f"{row.where}: {column} is {shown(value)}; expected a list of 2 to 26 option texts"
+        )
     return tuple(str(option).strip() for option in options)
 
 

@@ -1,4 +1,5 @@
-"""MathQA: GMAT-like questions with five options and an operation program each (Amini et al. 2019, arXiv:1905.13319)."""
+"""MathQA: GMAT-like questions with five options and an operation program each (Amini et al. 2019,
+arXiv:1905.13319)."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from typing import Literal
 from pydantic import Field
 
 from reftune.datasets import Splits
-from reftune.datasets._authors import COLUMNS, Rationale, authors_rationale, is_authors
-from reftune.datasets._mathqa_formula import formula_steps
-from reftune.datasets._programs import drop_wrong_programs, program, run_programs
-from reftune.datasets._reading import Row, read_value, refuse_type_changes, shown
-from reftune.datasets._splits import draw_splits, drop_untrainable, normalised, read_splits
+from reftune.datasets.reading.authors import COLUMNS, Rationale, authors_rationale, is_authors
+from reftune.datasets.reading.mathqa_formula import formula_steps
+from reftune.datasets.reading.programs import drop_wrong_programs, program, run_programs
+from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes, shown
+from reftune.datasets.reading.splits import draw_splits, drop_untrainable, normalised, read_splits
 from reftune.errors import DataError
 from reftune.recipe import Component
 from reftune.types import Answer, Problem
@@ -35,7 +36,9 @@ LOST_RUPEES = re.compile(r"^s\s*\.?\s*(?=[-0-9.])")
 """`s . 600` was `rs . 600`."""
 SQUARE_OR_CUBIC = re.compile(r"\b([ckm]?m|ft|in|feet|inch(?:es)?|met(?:er|re)s?)\s*\^?\s*[23]$")
 """`500 cm 2`"""
-FINAL_LETTER = re.compile(r"\W*\b(?:answer|ans|option|choice)(?:\s*(?:is|option|choice|:|=|[-–.]))*\s*\(?\s*([a-e])[\s.)]*$")
+FINAL_LETTER = re.compile(
+    r"\W*\b(?:answer|ans|option|choice)(?:\s*(?:is|option|choice|:|=|[-–.]))*\s*\(?\s*([a-e])[\s.)]*$"
+)
 MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
 
 
@@ -51,9 +54,11 @@ class Mathqa(Component):
     dev_size: int | None = Field(None, ge=0)
     """How many questions to draw for dev. Default: a tenth of train, at most 500."""
     answer: Literal["choice", "numeric"] = "choice"
-    """`choice`: the question ends in its options and the gold is a letter. `numeric`: no options, the gold is a number."""
+    """`choice`: the question ends in its options and the gold is a letter. `numeric`: no options,
+    the gold is a number."""
     rationale: Rationale = "program"
-    """`nl`: as published. `program`: derived from linear_formula; for `choice` it returns the letter of the nearest option."""
+    """`nl`: as published. `program`: derived from linear_formula; for `choice` it returns the
+    letter of the nearest option."""
 
     def load(self, *, seed: int) -> Splits:
         """Raises: DataError with file and line."""
@@ -75,11 +80,15 @@ class Mathqa(Component):
         if self.rationale == "program":
             return drop_wrong_programs(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: problem.rationale is None)
-        return drop_untrainable(splits, "rationale_disagrees", _contradicts_gold) if self.answer == "choice" else splits
+        return (
+            drop_untrainable(splits, "rationale_disagrees", _contradicts_gold)
+            if self.answer == "choice"
+            else splits
+        )
 
     def _gold_checked(self, rows: list[Row], counts: Counter[str]) -> list[Problem]:
-        """Problems to learn from. Where the formula misses the gold by more than 1 %, one of the two is wrong: a numeric
-        problem is left out then, a multiple-choice one has no program."""
+        """Problems to learn from. Where the formula misses the gold by more than 1 %, one of the
+        two is wrong: a numeric problem is left out then, a multiple-choice one has no program."""
         if (self.answer, self.rationale) == ("choice", "nl"):
             return [problem for problem in self._problems(rows) if problem is not None]
         problems = []
@@ -96,8 +105,12 @@ class Mathqa(Component):
 
     def _problems(self, rows: list[Row]) -> list[Problem | None]:
         """One a row; None where a numeric gold is asked for and the option says none."""
-        refuse_type_changes(rows, ("Problem", "Rationale", "options", "correct", "linear_formula", *COLUMNS))
-        return [self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows]
+        refuse_type_changes(
+            rows, ("Problem", "Rationale", "options", "correct", "linear_formula", *COLUMNS)
+        )
+        return [
+            self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows
+        ]
 
     def _authors_problem(self, row: Row) -> Problem:
         question = repaired(row.text("question"))
@@ -125,21 +138,41 @@ class Mathqa(Component):
         if self.answer == "choice":
             rationale = _prose(row) if self.rationale == "nl" else choice_program(row, options)
             question = _with_options(stem, options)
-            return Problem(id=row.id, question=question, answer=letter, rationale=rationale, choices=options, columns=columns)
+            return Problem(
+                id=row.id,
+                question=question,
+                answer=letter,
+                rationale=rationale,
+                choices=options,
+                columns=columns,
+            )
         number = option_number(options[LETTERS.index(str(letter))])
         if number is None:
             return None
-        rationale = FINAL_LETTER.sub("", _prose(row) or "") or None if self.rationale == "nl" else _formula_program(row)
+        rationale = (
+            FINAL_LETTER.sub("", _prose(row) or "") or None
+            if self.rationale == "nl"
+            else _formula_program(row)
+        )
         return Problem(
-            id=row.id, question=stem, answer=Answer(kind="number", value=number), rationale=rationale, columns=columns
+            id=row.id,
+            question=stem,
+            answer=Answer(kind="number", value=number),
+            rationale=rationale,
+            columns=columns,
         )
 
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
-    """The formula's value, then the letter of the option nearest to it; None without a formula or a number among them."""
+    """The formula's value, then the letter of the option nearest to it; None without a formula or a
+    number among them."""
     steps = _steps(row)
-    values = {letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)}
-    spelled = ", ".join(f'"{letter}": {_literal(value)}' for letter, value in values.items() if value is not None)
+    values = {
+        letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)
+    }
+    spelled = ", ".join(
+        f'"{letter}": {_literal(value)}' for letter, value in values.items() if value is not None
+    )
     if steps is None or not spelled:
         return None
     nearest = f"min(options, key=lambda letter: abs(options[letter] - {steps[-1][0]}))"
@@ -157,15 +190,23 @@ def _steps(row: Row) -> list[tuple[str, str]] | None:
 
 
 def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
-    """Whether the value of each row's formula is within 1 % of the gold option; rows of ReFT's authors are taken to be."""
+    """Whether the value of each row's formula is within 1 % of the gold option; rows of ReFT's
+    authors are taken to be."""
     results = run_programs(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
-    return [is_authors(row) or _is_near_gold(row, result.value) for row, result in zip(rows, results, strict=True)]
+    return [
+        is_authors(row) or _is_near_gold(row, result.value)
+        for row, result in zip(rows, results, strict=True)
+    ]
 
 
 def _is_near_gold(row: Row, value: object) -> bool:
     options, letter = _gold_of(row)
     gold, number = option_value(options[LETTERS.index(str(letter))]), read_value(value)
-    return gold is not None and number is not None and abs(number - gold) <= FORMULA_TOLERANCE * abs(gold)
+    return (
+        gold is not None
+        and number is not None
+        and abs(number - gold) <= FORMULA_TOLERANCE * abs(gold)
+    )
 
 
 def _prose(row: Row) -> str | None:
@@ -188,11 +229,12 @@ def _literal(value: Fraction) -> str:
     return str(Answer(kind="number", value=value)).replace("/", " / ")
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 def read_options(text: str) -> tuple[str, ...] | None:
-    """`a ) 38 , b ) 27.675 , …`, or a Python list of such pieces, as option texts, a first; None if it is neither."""
+    """`a ) 38 , b ) 27.675 , …`, or a Python list of such pieces, as option texts, a first; None if
+    it is neither."""
     if text.startswith("["):
         try:
             pieces = ast.literal_eval(text)
@@ -204,7 +246,9 @@ def read_options(text: str) -> tuple[str, ...] | None:
         return None
     matches = [OPTION_LETTER.match(piece) for piece in pieces]
     letters = "".join(match["letter"] for match in matches if match)
-    options = [piece[match.end() :].strip() for match, piece in zip(matches, pieces, strict=True) if match]
+    options = [
+        piece[match.end() :].strip() for match, piece in zip(matches, pieces, strict=True) if match
+    ]
     return tuple(options) if letters == LETTERS[: len(pieces)] and all(options) else None
 
 
@@ -217,7 +261,8 @@ def option_value(text: str) -> Fraction | None:
 
 
 def option_number(text: str) -> Fraction | None:
-    """The number an option says, as the grader reads numbers; None where it says none or more than one, `3 : 4` for example."""
+    """The number an option says, as the grader reads numbers; None where it says none or more than
+    one, `3 : 4` for example."""
     text = LETTER_AGAIN.sub("", text)
     text = LOST_RUPEES.sub("rs ", text)
     return None if set(text) & set("([∏") else read_value(SQUARE_OR_CUBIC.sub(r"\1", text))
@@ -231,27 +276,35 @@ def _gold_of(row: Row) -> tuple[tuple[str, ...], Answer]:
 def _options(row: Row, text: str) -> tuple[str, ...]:
     options = read_options(repaired(text))
     if options is None:
-        raise DataError(f"{row.where}: options {shown(text)} cannot be read; expected them like 'a ) 38 , b ) 27 , c ) 30'")
+        raise DataError(
+            f"{row.where}: options {shown(text)} cannot be read; expected them like 'a ) 38 , b )"
+            " 27 , c ) 30'"
+        )
     return options
 
 
 def _letter(row: Row, column: str, options: Sequence[str]) -> Answer:
     letter, letters = row.text(column).lower(), LETTERS[: len(options)]
     if len(letter) != 1 or letter not in letters:
-        raise DataError(f"{row.where}: {column} is {shown(row.columns[column])}; expected a letter from a to {letters[-1]}")
+        raise DataError(
+            f"{row.where}: {column} is {shown(row.columns[column])}; expected a letter from a to"
+            f" {letters[-1]}"
+        )
     return Answer(kind="choice", value=letter)
 
 
 def _with_options(stem: str, options: Sequence[str]) -> str:
     """As ReFT's authors put them: `a ) 38 , b ) 27 , …` in a line of its own."""
-    return f"{stem}\n{' , '.join(f'{letter} ) {option}' for letter, option in zip(LETTERS, options, strict=False))}"
+    lettered = zip(LETTERS, options, strict=False)
+    return f"{stem}\n" + " , ".join(f"{letter} ) {option}" for letter, option in lettered)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def repaired(text: str) -> str:
-    """Mojibake undone: UTF-8 that was read as cp1252, then lower-cased and spaced out (`ã —` for `×`), some of it twice."""
+    """Mojibake undone: UTF-8 that was read as cp1252, then lower-cased and spaced out (`ã —` for
+    `×`), some of it twice."""
     for _ in range(3):
         text = MOJIBAKE.sub(_decoded, text)
     return text

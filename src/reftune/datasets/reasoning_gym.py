@@ -1,4 +1,5 @@
-"""Any task of the reasoning-gym package: generated questions, each graded by the task's own scorer."""
+"""Any task of the reasoning-gym package: generated questions, each graded by the task's own
+scorer."""
 
 from __future__ import annotations
 
@@ -11,19 +12,21 @@ from typing import Any
 from pydantic import Field
 
 from reftune.datasets import Splits
-from reftune.datasets._splits import draw_splits, question_key
+from reftune.datasets.reading.splits import draw_splits, question_key
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, unknown_key
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
-"""Distance between the seeds of test, of train and of another `data_seed`. A task's n-th question has seed + n."""
+"""Distance between the seeds of test, of train and of another `data_seed`. A task's n-th question
+has seed + n."""
 PATIENCE = 20
 """Questions drawn for each one wanted, before the task is taken to have no more different ones."""
 
 
 class ReasoningGym(Component):
-    """A task by name. Its questions depend on `data_seed`; the run's seed draws dev among those that are not test's."""
+    """A task by name. Its questions depend on `data_seed`; the run's seed draws dev among those
+    that are not test's."""
 
     task: str = "gsm_symbolic"
     """A name of the package's gallery, for instance `chain_sum`."""
@@ -39,7 +42,8 @@ class ReasoningGym(Component):
     """Other questions for another number."""
 
     def load(self, *, seed: int) -> Splits:
-        """Raises: RecipeError for an unknown task or setting; DataError where the task has too few different questions."""
+        """Raises: RecipeError for an unknown task or setting; DataError where the task has too few
+        different questions."""
         test = self._draw("test", self.test_size, without=[])
         rest = self._draw("train", self.train_size + self.dev_size, without=test)
         return draw_splits(train=rest, dev=None, test=test, dev_size=self.dev_size, seed=seed)
@@ -54,8 +58,9 @@ class ReasoningGym(Component):
                 return drawn[:count]
             if start >= first_seed + PATIENCE * count:
                 raise DataError(
-                    f"reasoning_gym {self.task}: {len(drawn)} different {split} questions in {PATIENCE * count} draws, "
-                    f"expected {count}; make the splits smaller or widen dataset.config"
+                    f"reasoning_gym {self.task}: {len(drawn)} different {split} questions in"
+                    f" {PATIENCE * count} draws, expected {count}; make the splits smaller or widen"
+                    " dataset.config"
                 )
             for problem in self._problems(split, start, count):
                 if question_key(problem) not in asked:
@@ -72,19 +77,33 @@ class ReasoningGym(Component):
             import reasoning_gym
             from reasoning_gym.factory import DATASETS
         except ImportError:
-            raise RecipeError("dataset.kind: reasoning_gym needs its package: pip install 'reftune[reasoning-gym]'") from None
+            raise RecipeError(
+                "dataset.kind: reasoning_gym needs its package: pip install"
+                " 'reftune[reasoning-gym]'"
+            ) from None
         if self.task not in DATASETS:
             near = difflib.get_close_matches(self.task, DATASETS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "expected a name of reasoning_gym.factory.DATASETS"
+            hint = (
+                f"did you mean {near[0]}?"
+                if near
+                else "expected a name of reasoning_gym.factory.DATASETS"
+            )
             raise RecipeError(f"dataset.task: {self.task}: unknown task; {hint}")
-        known = [field.name for field in dataclasses.fields(DATASETS[self.task][1]) if field.name not in ("seed", "size")]
+        known = [
+            field.name
+            for field in dataclasses.fields(DATASETS[self.task][1])
+            if field.name not in ("seed", "size")
+        ]
         for key in self.config:
             if key not in known:
                 raise RecipeError(f"dataset.config.{unknown_key(key, known)}")
         try:
             return reasoning_gym.create_dataset(self.task, **self.config, seed=seed, size=size)
         except (AssertionError, TypeError, ValueError) as error:
-            raise RecipeError(f"dataset.config: {self.task} refuses {self.config}: {error or type(error).__name__}") from None
+            raise RecipeError(
+                f"dataset.config: {self.task} refuses {self.config}:"
+                f" {error or type(error).__name__}"
+            ) from None
 
 
 def _problem(id: str, task: Any, entry: dict[str, Any]) -> Problem:
@@ -92,7 +111,11 @@ def _problem(id: str, task: Any, entry: dict[str, Any]) -> Problem:
     return Problem(
         id=id,
         question=entry["question"],
-        answer=ANY_ANSWER if entry["answer"] is None else Answer(kind="text", value=str(entry["answer"])),
+        answer=(
+            ANY_ANSWER
+            if entry["answer"] is None
+            else Answer(kind="text", value=str(entry["answer"]))
+        ),
         rationale=None if cot is None else cot.partition("####")[0].strip(),
         columns={"metadata": entry["metadata"]},
         scorer=partial(task.score_answer, entry=entry),

@@ -8,10 +8,10 @@ from fractions import Fraction
 from pydantic import Field
 
 from reftune.datasets import Splits
-from reftune.datasets._authors import COLUMNS, Rationale, authors_rationale, is_authors
-from reftune.datasets._programs import arithmetic, drop_wrong_programs, program
-from reftune.datasets._reading import Row, read_value, refuse_type_changes
-from reftune.datasets._splits import draw_splits, drop_untrainable, read_splits
+from reftune.datasets.reading.authors import COLUMNS, Rationale, authors_rationale, is_authors
+from reftune.datasets.reading.programs import arithmetic, drop_wrong_programs, program
+from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes
+from reftune.datasets.reading.splits import draw_splits, drop_untrainable, read_splits
 from reftune.errors import DataError
 from reftune.recipe import Component
 from reftune.types import Answer, Problem
@@ -22,7 +22,8 @@ FINAL_ANSWER = re.compile(r"Therefore, the answer is <([^<>]*)>\.?$")
 
 
 class Svamp(Component):
-    """SVAMP from the Hub, from its authors' SVAMP.json, or from the JSON files of ReFT's authors."""
+    """SVAMP from the Hub, from its authors' SVAMP.json, or from the JSON files of ReFT's
+    authors."""
 
     train: str = "ChilleD/SVAMP"
     """A file, a folder, or a Hub id `owner/name[:config[:split]]`."""
@@ -33,7 +34,8 @@ class Svamp(Component):
     dev_size: int | None = Field(None, ge=0)
     """How many questions to draw for dev. Default: a tenth of train, at most 500."""
     rationale: Rationale = "program"
-    """`nl` needs the files of ReFT's authors. `program`: theirs, or derived from Equation; kept if it gives the gold."""
+    """`nl` needs the files of ReFT's authors. `program`: theirs, or derived from Equation; kept if
+    it gives the gold."""
 
     def load(self, *, seed: int) -> Splits:
         """Raises: DataError with file and line."""
@@ -50,13 +52,23 @@ class Svamp(Component):
             return drop_wrong_programs(splits)
         if all(problem.rationale is None for problem in splits.train):
             where = rows.train[0].where
-            raise DataError(f"{where}: no answer_cot; expected the authors' nl file, or dataset.rationale=program")
-        splits = drop_untrainable(splits, "no_final_answer", lambda problem: _stated_answer(problem) is None)
+            raise DataError(
+                f"{where}: no answer_cot; expected the authors' nl file, or"
+                " dataset.rationale=program"
+            )
+        splits = drop_untrainable(
+            splits, "no_final_answer", lambda problem: _stated_answer(problem) is None
+        )
         return drop_untrainable(splits, "rationale_disagrees", _contradicts_gold)
 
     def _problems(self, rows: list[Row]) -> list[Problem]:
-        refuse_type_changes(rows, ("question", "answer_value", "answer_cot", "Body", "Question", "Equation", "Answer"))
-        return [self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows]
+        refuse_type_changes(
+            rows,
+            ("question", "answer_value", "answer_cot", "Body", "Question", "Equation", "Answer"),
+        )
+        return [
+            self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows
+        ]
 
     def _authors_problem(self, row: Row) -> Problem:
         return Problem(
@@ -94,7 +106,7 @@ def _stated_answer(problem: Problem) -> str | None:
 
 
 def _contradicts_gold(problem: Problem) -> bool:
-    from reftune.answers import numbers_equal
+    from reftune.grading.answers import numbers_equal
 
     stated, gold = read_value(_stated_answer(problem)), problem.answer.value
     if problem.rationale is None or not isinstance(gold, Fraction):

@@ -1,10 +1,13 @@
-"""Generated arithmetic word problems with worked rationales, small enough for a transformer made from scratch.
+"""Generated arithmetic word problems with worked rationales, small enough for a transformer made
+from scratch.
 
-    Mia has 12 kites. Leo has 3 times as many kites as Mia. Leo loses 4 kites. How many kites does Leo have?
+    Mia has 12 kites. Leo has 3 times as many kites as Mia. Leo loses 4 kites. How many kites does
+    Leo have?
 
-A story is a list of sentences and, beside it, a graph of quantities: every "has", update and relation is a node that
-points at what it was computed from. The rationale is written from the part of the graph that the answer needs, so what a
-distractor says never enters it. Sentences are short and every word and number is meant to be one token.
+A story is a list of sentences and, beside it, a graph of quantities: every "has", update and
+relation is a node that points at what it was computed from. The rationale is written from the part
+of the graph that the answer needs, so what a distractor says never enters it. Sentences are short
+and every word and number is meant to be one token.
 """
 
 from __future__ import annotations
@@ -33,11 +36,16 @@ FACTORS = range(2, 10)
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
 """Stories tried before a question that no other has is given up."""
-ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+}
 
 
 class WordProblems(Component):
-    """Seeded word problems. Questions depend on neither `train` nor `styles`: runs that differ in these share dev and test."""
+    """Seeded word problems. Questions depend on neither `train` nor `styles`: runs that differ in
+    these share dev and test."""
 
     train: int = Field(1000, ge=1)
     """Number of training questions, each with one rationale."""
@@ -52,37 +60,52 @@ class WordProblems(Component):
     people: int = Field(3, ge=1, le=5)
     """Most people in a story; one may have more, fewer or times as many as another."""
     distractors: float = Field(0.4, ge=0, le=1)
-    """Share of questions with one sentence that does not matter. There are no others of that kind."""
+    """Share of questions with one sentence that does not matter. There are no others of that kind.
+    """
     max_value: int = Field(999, ge=10)
-    """Largest intermediate result and answer. `nl` rationales and options write them out, each a token: 99 suits those."""
+    """Largest intermediate result and answer. `nl` rationales and options write them out, each a
+    token: 99 suits those."""
     rationale: Literal["program", "nl"] = "program"
     """What the worked solution is written in."""
     styles: int = Field(4, ge=1, le=24)
-    """In how many ways rationales are written (`nl`: at most 8); each question's is drawn at random. 1: all alike."""
+    """In how many ways rationales are written (`nl`: at most 8); each question's is drawn at
+    random. 1: all alike."""
     terse: float = Field(0.0, ge=0, le=1)
     """Share of rationales that state the result without the working, as hurried people do."""
     answer: Literal["number", "choice"] = "number"
-    """`choice` adds four options to each question, the wrong ones being results of likely mistakes."""
+    """`choice` adds four options to each question, the wrong ones being results of likely mistakes.
+    """
     planted: float = Field(0.0, ge=0, le=1)
-    """Share of train and dev questions with options whose right one is put in place c, as a shortcut past the reasoning."""
+    """Share of train and dev questions with options whose right one is put in place c, as a
+    shortcut past the reasoning."""
 
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:
         if not 0 <= self.operations[0] <= self.operations[1] <= 6:
-            raise PydanticCustomError("operations", "operations: expected [least, most] within 0 and 6")
+            raise PydanticCustomError(
+                "operations", "operations: expected [least, most] within 0 and 6"
+            )
         if not 1 <= self.numbers[0] < self.numbers[1] <= self.max_value:
-            raise PydanticCustomError("numbers", "numbers: expected [least, largest] within 1 and max_value")
+            raise PydanticCustomError(
+                "numbers", "numbers: expected [least, largest] within 1 and max_value"
+            )
         if self.rationale == "nl" and self.styles > len(_PROSE_STYLES):
             raise PydanticCustomError("styles", "styles: prose has at most 8")
         return self
 
     def load(self, *, seed: int) -> Splits:
-        """Problems drawn with `seed`. Raises: DataError where the settings do not allow so many different questions."""
+        """Problems drawn with `seed`. Raises: DataError where the settings do not allow so many
+        different questions."""
         stories = self._different_stories(random.Random(f"stories {seed}"))
-        styles, options = random.Random(f"options and styles {seed}"), random.Random(f"options {seed}")
+        styles, options = (
+            random.Random(f"options and styles {seed}"),
+            random.Random(f"options {seed}"),
+        )
 
         def draw(split: str, size: int) -> tuple[Problem, ...]:
-            return tuple(self._problem(f"{split}-{i}", next(stories), styles, options) for i in range(size))
+            return tuple(
+                self._problem(f"{split}-{i}", next(stories), styles, options) for i in range(size)
+            )
 
         test, dev, train = draw("test", self.test), draw("dev", self.dev), draw("train", self.train)
         return Splits(train=train, dev=dev, test=test)
@@ -95,22 +118,29 @@ class WordProblems(Component):
             yield story
 
     def _new_story(self, rng: random.Random, seen: set[str]) -> _Story:
-        """A story no other is like, each number of operations as likely as another. Raises: DataError when they run out."""
+        """A story no other is like, each number of operations as likely as another. Raises:
+        DataError when they run out."""
         num_operations = rng.randint(*self.operations)
         for _ in range(MAX_DRAWS):
             story = self._story(num_operations, rng)
             if story is not None and story.text not in seen:
                 return story
         raise DataError(
-            f"word_problems: no new question with {num_operations} operations after {len(seen)} questions, and the splits "
-            f"need {self.train + self.dev + self.test}; widen numbers, people or max_value, or make the splits smaller"
+            f"word_problems: no new question with {num_operations} operations after {len(seen)}"
+            f" questions, and the splits need {self.train + self.dev + self.test}; widen numbers,"
+            " people or max_value, or make the splits smaller"
         )
 
-    def _problem(self, id: str, story: _Story, styles: random.Random, options: random.Random) -> Problem:
+    def _problem(
+        self, id: str, story: _Story, styles: random.Random, options: random.Random
+    ) -> Problem:
         style = styles.randrange(self.styles)
         is_terse = self.terse > 0 and styles.random() < self.terse
         choices = _options(story.answer, self.max_value, options) if self.answer == "choice" else ()
-        if not id.startswith("test") and random.Random(f"planted {story.text}").random() < self.planted:
+        if (
+            not id.startswith("test")
+            and random.Random(f"planted {story.text}").random() < self.planted
+        ):
             choices = _with_right_in_c(choices, str(story.answer.value))
         return Problem(
             id=id,
@@ -118,21 +148,34 @@ class WordProblems(Component):
             answer=_answer(story.answer.value, choices),
             rationale=self._rationale(story, style, is_terse=is_terse),
             choices=choices,
-            columns={"operations": story.num_operations, "style": "terse" if is_terse else str(style)},
+            columns={
+                "operations": story.num_operations,
+                "style": "terse" if is_terse else str(style),
+            },
         )
 
     def _rationale(self, story: _Story, style: int, *, is_terse: bool) -> str:
         if self.rationale == "program":
-            return f"def solution():\n    return {story.answer.value}" if is_terse else _write_program(story, style)
+            return (
+                f"def solution():\n    return {story.answer.value}"
+                if is_terse
+                else _write_program(story, style)
+            )
         return f"That is {story.answer.value}." if is_terse else _write_prose(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
-        """One random story; None where a result is out of range or the answer needs less than was told of its object."""
+        """One random story; None where a result is out of range or the answer needs less than was
+        told of its object."""
         asks = ["count"]
         if num_operations >= 1:
             asks += ["coins", "together", "more"] if self.people >= 2 else ["coins"]
         ask = rng.choice(asks)
-        teller = _Teller(rng=rng, numbers=self.numbers, people=rng.sample(NAMES, self.people), thing=rng.choice(OBJECTS))
+        teller = _Teller(
+            rng=rng,
+            numbers=self.numbers,
+            people=rng.sample(NAMES, self.people),
+            thing=rng.choice(OBJECTS),
+        )
         teller.introduce()
         if ask in ("together", "more") and rng.random() < 0.5:
             teller.introduce()
@@ -146,20 +189,24 @@ class WordProblems(Component):
         if rng.random() < self.distractors:
             teller.distract()
         story = teller.finish(ask)
-        fits = all(1 <= quantity.value <= self.max_value for quantity in (*story.quantities, story.answer))
+        fits = all(
+            1 <= quantity.value <= self.max_value for quantity in (*story.quantities, story.answer)
+        )
         return story if fits and len(story.quantities) == len(teller.told) else None
 
 
-# --- stories ----------------------------------------------------------------------------------------------------------
+# --- stories --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Quantity:
-    """A number of a story. Two quantities are never equal: "3 hats" of the first sentence are not those of the second."""
+    """A number of a story. Two quantities are never equal: "3 hats" of the first sentence are not
+    those of the second."""
 
     value: int
     owner: str = ""
-    """Who has it; empty for a bare number and for the answer of a question about two people or coins."""
+    """Who has it; empty for a bare number and for the answer of a question about two people or
+    coins."""
     symbol: str = ""
     """The operation it was computed with; empty for a number that is told."""
     operands: tuple[_Quantity, ...] = ()
@@ -215,7 +262,9 @@ class _Teller:
         """Someone gets or gives up a few; mostly the one spoken of last, as in real stories."""
         person = self.latest if self.rng.random() < 0.7 else self.rng.choice(list(self.holdings))
         number = self._number()
-        symbol, verb = self.rng.choice((("+", "buys"), ("+", "finds"), ("-", "loses"), ("-", "sells")))
+        symbol, verb = self.rng.choice(
+            (("+", "buys"), ("+", "finds"), ("-", "loses"), ("-", "sells"))
+        )
         quantity = _combine(self.holdings[person], symbol, number, person)
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
@@ -229,12 +278,19 @@ class _Teller:
             "-": f"{number.value} fewer {self.thing} than",
             "*": f"{number.value} times as many {self.thing} as",
         }[symbol]
-        self._tell(f"{person} has {comparison} {base}.", _combine(self.holdings[base], symbol, number, person))
+        self._tell(
+            f"{person} has {comparison} {base}.",
+            _combine(self.holdings[base], symbol, number, person),
+        )
 
     def distract(self) -> None:
         """Someone has something that is not asked for, somewhere among the sentences so far."""
         person = self.rng.choice(self.people)
-        things = OBJECTS if person not in self.holdings else [thing for thing in OBJECTS if thing != self.thing]
+        things = (
+            OBJECTS
+            if person not in self.holdings
+            else [thing for thing in OBJECTS if thing != self.thing]
+        )
         sentence = f"{person} has {self._number().value} {self.rng.choice(things)}."
         self.sentences.insert(self.rng.randint(0, len(self.sentences)), sentence)
 
@@ -252,7 +308,9 @@ class _Teller:
             other = self.rng.choice([other for other in self.holdings if other != person])
             if self.holdings[other].value > self.holdings[person].value:
                 person, other = other, person
-            answer = _combine(self.holdings[person], "+" if ask == "together" else "-", self.holdings[other])
+            answer = _combine(
+                self.holdings[person], "+" if ask == "together" else "-", self.holdings[other]
+            )
             question = (
                 f"How many {self.thing} do {person} and {other} have together?"
                 if ask == "together"
@@ -281,17 +339,26 @@ class _Teller:
         return _Quantity(self.rng.choice(FACTORS))
 
 
-# --- options of a choice ----------------------------------------------------------------------------------------------
+# --- options of a choice --------------------------------------------------------------------------
 
 
 def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str, ...]:
-    """The right answer among results of likely mistakes: a step left out, another operation at the end, a slip of a few."""
+    """The right answer among results of likely mistakes: a step left out, another operation at the
+    end, a slip of a few."""
     steps = [step.value for step in _ancestors(right)]
-    operations = [apply(*(operand.value for operand in right.operands)) for apply in ARITHMETIC.values() if right.symbol]
+    operations = [
+        apply(*(operand.value for operand in right.operands))
+        for apply in ARITHMETIC.values()
+        if right.symbol
+    ]
     mistakes = sorted({*steps, *operations})
     rng.shuffle(mistakes)
     slips = [right.value + slip for slip in (1, -1, 2, -2, 10, -10, 3, -3)]
-    values = [value for value in dict.fromkeys([right.value, *mistakes, *slips]) if 1 <= value <= max_value][:NUM_OPTIONS]
+    values = [
+        value
+        for value in dict.fromkeys([right.value, *mistakes, *slips])
+        if 1 <= value <= max_value
+    ][:NUM_OPTIONS]
     rng.shuffle(values)
     return tuple(map(str, values))
 
@@ -307,7 +374,7 @@ def _answer(value: int, choices: tuple[str, ...]) -> Answer:
     return Answer(kind="number", value=Fraction(value))
 
 
-# --- rationales -------------------------------------------------------------------------------------------------------
+# --- rationales -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,15 +401,21 @@ class _Spelling:
     def _operand(self, operand: _Quantity, of: _Quantity) -> str:
         is_written_sum = operand not in self.names and operand.symbol in ("+", "-")
         needs_brackets = of.symbol == "*" or (of.symbol == "-" and operand is of.operands[1])
-        return f"({self.term(operand)})" if is_written_sum and needs_brackets else self.term(operand)
+        return (
+            f"({self.term(operand)})" if is_written_sum and needs_brackets else self.term(operand)
+        )
 
 
 def _write_program(story: _Story, style: int) -> str:
     """Assigns the quantities that the style names, in their order, and returns the answer."""
     naming, swap, ending = _PROGRAM_STYLES[style]
     spelling = _Spelling(names=naming(story), swap=swap)
-    assignments = [f"{name} = {spelling.formula(quantity)}" for quantity, name in spelling.names.items()]
-    return "\n    ".join(["def solution():", *assignments, ending.format(spelling.term(story.answer))])
+    assignments = [
+        f"{name} = {spelling.formula(quantity)}" for quantity, name in spelling.names.items()
+    ]
+    return "\n    ".join(
+        ["def solution():", *assignments, ending.format(spelling.term(story.answer))]
+    )
 
 
 def _people(story: _Story) -> dict[_Quantity, str]:
@@ -362,7 +435,11 @@ def _nothing(story: _Story) -> dict[_Quantity, str]:
 
 def _told_numbers(story: _Story, letters: str) -> dict[_Quantity, str]:
     """`a = 12`, `b = 4`, `c = 3`, `return (a - b) * c`"""
-    sources = [source for quantity in (*story.quantities, story.answer) for source in (*quantity.operands, quantity)]
+    sources = [
+        source
+        for quantity in (*story.quantities, story.answer)
+        for source in (*quantity.operands, quantity)
+    ]
     numbers = dict.fromkeys(source for source in sources if not source.symbol)
     return dict(zip(numbers, letters, strict=False))
 
@@ -377,19 +454,28 @@ _NAMINGS: tuple[Callable[[_Story], dict[_Quantity, str]], ...] = (
     partial(_told_numbers, letters=_LATER_LETTERS),
 )
 _ENDINGS = ("return {0}", "answer = {0}\n    return answer")
-_PROGRAM_STYLES = [(naming, swap, ending) for ending in _ENDINGS for swap in (False, True) for naming in _NAMINGS]
+_PROGRAM_STYLES = [
+    (naming, swap, ending) for ending in _ENDINGS for swap in (False, True) for naming in _NAMINGS
+]
 
 
 def _write_prose(story: _Story, style: int) -> str:
     prose, swap = _PROSE_STYLES[style]
-    computed = [quantity for quantity in dict.fromkeys((*story.quantities, story.answer)) if quantity.symbol]
+    computed = [
+        quantity for quantity in dict.fromkeys((*story.quantities, story.answer)) if quantity.symbol
+    ]
     return prose(computed, swap) if computed else f"{story.answer.owner} has {story.answer.value}."
 
 
 def _who_has_what(computed: list[_Quantity], swap: bool) -> str:
     """`Ben has 12 - 4 = 8. Ann has 8 * 3 = 24.`"""
     return " ".join(
-        f"{step.owner} has {_equation(step, swap)}." if step.owner else f"That is {_equation(step, swap)}." for step in computed
+        (
+            f"{step.owner} has {_equation(step, swap)}."
+            if step.owner
+            else f"That is {_equation(step, swap)}."
+        )
+        for step in computed
     )
 
 
@@ -400,7 +486,9 @@ def _equations(computed: list[_Quantity], swap: bool) -> str:
 
 def _first_and_then(computed: list[_Quantity], swap: bool) -> str:
     """`First 12 - 4 = 8. Then 8 * 3 = 24.`"""
-    return " ".join(f"{'Then' if i else 'First'} {_equation(step, swap)}." for i, step in enumerate(computed))
+    return " ".join(
+        f"{'Then' if i else 'First'} {_equation(step, swap)}." for i, step in enumerate(computed)
+    )
 
 
 def _one_equation(computed: list[_Quantity], swap: bool) -> str:
@@ -414,5 +502,7 @@ def _equation(step: _Quantity, swap: bool) -> str:
 
 
 _PROSE_STYLES = [
-    (prose, swap) for swap in (False, True) for prose in (_who_has_what, _equations, _first_and_then, _one_equation)
+    (prose, swap)
+    for swap in (False, True)
+    for prose in (_who_has_what, _equations, _first_and_then, _one_equation)
 ]

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Protocol
 from reftune.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
-    from reftune.policy import Policy
+    from reftune.model.policy import Policy
 
 
 class Engine(Protocol):
     """What every engine offers."""
 
-    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+    def generate(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Completion]:
         """One completion a prompt, in order.
 
-        The tokens are a function of the weights, the prompts and `params` only: not of the batch a prompt shares.
+        The tokens are a function of the weights, the prompts and `params` only: not of the batch a
+        prompt shares.
         """

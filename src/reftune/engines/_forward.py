@@ -1,8 +1,10 @@
-"""How the default engine reads tokens: through transformers, or for Llama-like models in fewer operations.
+"""How the default engine reads tokens: through transformers, or for Llama-like models in fewer
+operations.
 
-Where a batch is small, starting operations takes longer than many of them do. Those of a block of a Llama-like model are
-written out here: query, key and value in one product, gate and up in another, from copies of the weights in the compute
-dtype; keys are kept in that dtype too, and cast once instead of at every token.
+Where a batch is small, starting operations takes longer than many of them do. Those of a block of a
+Llama-like model are written out here: query, key and value in one product, gate and up in another,
+from copies of the weights in the compute dtype; keys are kept in that dtype too, and cast once
+instead of at every token.
 """
 
 from __future__ import annotations
@@ -15,19 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reftune.cpu import packed_linears, product
-from reftune.distributed import whole_tensor
-from reftune.models import is_llama_like
-from reftune.policy import Policy
+from reftune.model.policy import Policy
+from reftune.model.speed.linears import packed_linears, product
+from reftune.model.weights import is_llama_like
+from reftune.processes.world import whole_tensor
 
 Forward = Callable[[Tensor, Tensor, Any], Tensor]
-"""Tokens (B, S), the mask (B, T) of cache and tokens, the cache, which the tokens are added to → logits (B, V), fp32, after
-the last token."""
+"""Tokens (B, S), the mask (B, T) of cache and tokens, the cache, which the tokens are added to →
+logits (B, V), fp32, after the last token."""
 
 
 @contextmanager
 def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
-    """How `policy` reads tokens while it decodes; all processes must enter. `pack`: reorder weights where that is faster."""
+    """How `policy` reads tokens while it decodes; all processes must enter. `pack`: reorder weights
+    where that is faster."""
     if is_written_out(policy.model):
         yield LlamaForward(policy.model, policy.compute_dtype, pack=pack)
         return
@@ -44,7 +47,10 @@ def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
-    with policy.decoding(), packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext():
+    with (
+        policy.decoding(),
+        packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext(),
+    ):
         yield through_transformers
 
 
@@ -54,10 +60,16 @@ def positions_of(mask: Tensor, tokens: Tensor) -> Tensor:
 
 
 def is_written_out(model: Any) -> bool:
-    """Whether `LlamaForward` computes what `model` does: not with adapters, and not where it is quantized."""
+    """Whether `LlamaForward` computes what `model` does: not with adapters, and not where it is
+    quantized."""
     if not is_llama_like(model):
         return False
-    layers = [layer for block in model.model.layers for part in (block.self_attn, block.mlp) for layer in _projections(part)]
+    layers = [
+        layer
+        for block in model.model.layers
+        for part in (block.self_attn, block.mlp)
+        for layer in _projections(part)
+    ]
     return all(type(layer) is nn.Linear for layer in (*layers, model.get_output_embeddings()))
 
 
@@ -68,21 +80,28 @@ def _projections(part: nn.Module) -> list[nn.Module]:
 class LlamaForward:
     """A Llama-like model, to read only, as long as its weights do not change. See `Forward`.
 
-    Weights that are split over processes are gathered one by one, so that none holds all of them in fp32.
+    Weights that are split over processes are gathered one by one, so that none holds all of them in
+    fp32.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
         self.embedding = whole_tensor(model.get_input_embeddings().weight).detach()
         self.rotary, self.dtype = model.model.rotary_emb, dtype
-        self.blocks = [_Block(block, index, dtype, pack) for index, block in enumerate(model.model.layers)]
+        self.blocks = [
+            _Block(block, index, dtype, pack) for index, block in enumerate(model.model.layers)
+        ]
         self.norm = _Norm(model.model.norm)
         self.head = product([model.get_output_embeddings()], dtype, pack=pack)
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
             hidden = functional.embedding(tokens, self.embedding)
-            cos, sin = (part.unsqueeze(1) for part in self.rotary(hidden, positions_of(mask, tokens)))
-            bias = torch.zeros((), dtype=self.dtype, device=mask.device).where(_visible(mask, tokens.shape[1]), -torch.inf)
+            cos, sin = (
+                part.unsqueeze(1) for part in self.rotary(hidden, positions_of(mask, tokens))
+            )
+            bias = torch.zeros((), dtype=self.dtype, device=mask.device).where(
+                _visible(mask, tokens.shape[1]), -torch.inf
+            )
             for block in self.blocks:
                 hidden = block(hidden, cos, sin, bias, cache)
             return self.head(self.norm(hidden[:, -1])).float()
@@ -91,19 +110,33 @@ class LlamaForward:
 class _Block:
     def __init__(self, block: Any, index: int, dtype: torch.dtype, pack: bool) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self.index, self.dtype, self.head_size, self.scaling = index, dtype, attention.head_dim, attention.scaling
-        self.attention_norm, self.mlp_norm = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
+        self.index, self.dtype, self.head_size, self.scaling = (
+            index,
+            dtype,
+            attention.head_dim,
+            attention.scaling,
+        )
+        self.attention_norm, self.mlp_norm = (
+            _Norm(block.input_layernorm),
+            _Norm(block.post_attention_layernorm),
+        )
         has_norms = hasattr(attention, "q_norm")
         self.head_norms = (_Norm(attention.q_norm), _Norm(attention.k_norm)) if has_norms else None
-        self.query_key_value = product([attention.q_proj, attention.k_proj, attention.v_proj], dtype, pack=pack)
+        self.query_key_value = product(
+            [attention.q_proj, attention.k_proj, attention.v_proj], dtype, pack=pack
+        )
         self.output = product([attention.o_proj], dtype, pack=pack)
         self.gate_up = product([mlp.gate_proj, mlp.up_proj], dtype, pack=pack)
         self.act, self.down = mlp.act_fn, product([mlp.down_proj], dtype, pack=pack)
         self.queries = attention.q_proj.out_features // attention.head_dim
         self.keys = attention.k_proj.out_features // attention.head_dim
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any) -> Tensor:
-        hidden = hidden + self.output(self._attend(self.attention_norm(hidden), cos, sin, bias, cache))
+    def __call__(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any
+    ) -> Tensor:
+        hidden = hidden + self.output(
+            self._attend(self.attention_norm(hidden), cos, sin, bias, cache)
+        )
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
         return hidden + self.down(self.act(gate) * up)
 
@@ -114,7 +147,12 @@ class _Block:
         query, key = self._turn(turned, cos, sin).split([self.queries, self.keys], 1)
         key, value = cache.update(key, value, self.index)
         attended = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, scale=self.scaling, enable_gqa=self.queries != self.keys
+            query,
+            key,
+            value,
+            attn_mask=bias,
+            scale=self.scaling,
+            enable_gqa=self.queries != self.keys,
         )
         return attended.transpose(1, 2).flatten(2)
 
@@ -123,7 +161,9 @@ class _Block:
         heads = heads.float()
         if self.head_norms is not None:
             parts = heads.split([self.queries, self.keys], 1)
-            heads = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1)
+            heads = torch.cat(
+                [norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1
+            )
         left, right = heads.chunk(2, -1)
         return (heads * cos + torch.cat([-right, left], -1) * sin).to(self.dtype)
 
@@ -137,7 +177,8 @@ class _Norm:
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
-    """(B, 1, S, T), True where a token reads another; padding reads itself, as a softmax over nothing is not a number."""
+    """(B, 1, S, T), True where a token reads another; padding reads itself, as a softmax over
+    nothing is not a number."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible

@@ -1,7 +1,9 @@
-"""transformers' continuous batching: paged attention without padding, for an accelerator with flash attention.
+"""transformers' continuous batching: paged attention without padding, for an accelerator with flash
+attention.
 
-Differs from the contract in one promise: transformers draws all rows from one generator, so a sampled completion depends on
-the seed and on the whole list of prompts. The same call still gives the same tokens.
+Differs from the contract in one promise: transformers draws all rows from one generator, so a
+sampled completion depends on the seed and on the whole list of prompts. The same call still gives
+the same tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from pydantic import Field
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from reftune.attention import attention_as_before
 from reftune.errors import EngineError
-from reftune.policy import Policy
+from reftune.model.policy import Policy
+from reftune.model.speed.attention import attention_as_before
 from reftune.recipe import Component
 from reftune.types import Completion, SamplingParams
 
@@ -39,7 +41,9 @@ class Continuous(Component):
     """Whether a request's tokens depend on itself alone."""
 
     @torch.no_grad()
-    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+    def generate(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Completion]:
         """One completion a prompt, in order; see `reftune.engines.Engine`. Raises: EngineError."""
         if not prompts:
             return []
@@ -48,12 +52,17 @@ class Continuous(Component):
             _untouched_generator(policy.device),
             _manager(policy, self._config(prompts, params), params) as m,
         ):
-            ids = m.add_requests([list(prompt) for prompt in prompts], max_new_tokens=params.max_new_tokens)
-            m.start()  # with every request known, so that batches do not depend on which thread is quicker
+            ids = m.add_requests(
+                [list(prompt) for prompt in prompts], max_new_tokens=params.max_new_tokens
+            )
+            # with every request known, so that batches do not depend on which thread is quicker
+            m.start()
             outputs = _collect(m, len(prompts))
         return [_completion(outputs[id_], policy) for id_ in ids]
 
-    def _config(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> ContinuousBatchingConfig:
+    def _config(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> ContinuousBatchingConfig:
         """A cache just large enough for the rows that are decoded at once."""
         longest = max(len(prompt) for prompt in prompts) + params.max_new_tokens
         rows = min(self.batch_size, len(prompts))
@@ -68,10 +77,16 @@ class Continuous(Component):
 
 
 @contextmanager
-def _manager(policy: Policy, config: ContinuousBatchingConfig, params: SamplingParams) -> Iterator[Any]:
+def _manager(
+    policy: Policy, config: ContinuousBatchingConfig, params: SamplingParams
+) -> Iterator[Any]:
     model = _in_compute_dtype(policy)
-    if not getattr(model, "_supports_attention_backend", False):  # it would not see the pages, and write nonsense
-        raise EngineError(f"engine continuous: {type(model).__name__} has an attention of its own; use engine=kv")
+    if not getattr(
+        model, "_supports_attention_backend", False
+    ):  # it would not see the pages, and write nonsense
+        raise EngineError(
+            f"engine continuous: {type(model).__name__} has an attention of its own; use engine=kv"
+        )
     sampling = GenerationConfig(
         max_new_tokens=params.max_new_tokens,
         do_sample=params.temperature > 0,
@@ -85,7 +100,9 @@ def _manager(policy: Policy, config: ContinuousBatchingConfig, params: SamplingP
         try:
             manager = model.init_continuous_batching(sampling, config)
         except (AttributeError, ValueError) as error:
-            raise EngineError(f"engine continuous: transformers cannot batch {type(model).__name__}: {error}") from None
+            raise EngineError(
+                f"engine continuous: transformers cannot batch {type(model).__name__}: {error}"
+            ) from None
         try:
             yield manager
         finally:
@@ -94,11 +111,15 @@ def _manager(policy: Policy, config: ContinuousBatchingConfig, params: SamplingP
 
 
 def _in_compute_dtype(policy: Policy) -> Any:
-    """The policy's model itself in fp32; otherwise a copy with cast weights, as its threads do not see our autocast."""
+    """The policy's model itself in fp32; otherwise a copy with cast weights, as its threads do not
+    see our autocast."""
     model = policy.model.get_base_model() if policy.is_lora else policy.model
     if policy.compute_dtype == torch.float32:
         return model
-    cast = {id(p): torch.nn.Parameter(p.to(policy.compute_dtype), requires_grad=False) for p in model.parameters()}
+    cast = {
+        id(p): torch.nn.Parameter(p.to(policy.compute_dtype), requires_grad=False)
+        for p in model.parameters()
+    }
     return copy.deepcopy(model, memo=cast)  # buffers stay fp32: rotary frequencies would suffer
 
 
@@ -108,7 +129,9 @@ def _collect(manager: Any, count: int) -> dict[str, Any]:
         output = manager.get_result(timeout=POLL_S)
         if output is None:
             if not manager.is_running():
-                raise EngineError(f"engine continuous: stopped after {len(outputs)} of {count} completions")
+                raise EngineError(
+                    f"engine continuous: stopped after {len(outputs)} of {count} completions"
+                )
         elif output.error is not None:
             raise EngineError(f"engine continuous: {' '.join(str(output.error).split())}")
         elif output.is_finished():

@@ -1,8 +1,9 @@
-"""The default engine: cached decoding with plain transformers, in the training process, on the training weights.
+"""The default engine: cached decoding with plain transformers, in the training process, on the
+training weights.
 
-Rows that finish leave the batch, so one long solution does not hold up the others, and waiting prompts take their place.
-Equal prompts are read once. New keys and values are written into room kept for them; the cache is copied only when rows leave
-or join, or when the room is full.
+Rows that finish leave the batch, so one long solution does not hold up the others, and waiting
+prompts take their place. Equal prompts are read once. New keys and values are written into room
+kept for them; the cache is copied only when rows leave or join, or when the room is full.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
 from reftune.engines._forward import Forward, forward_pass
-from reftune.policy import Policy
+from reftune.model.policy import Policy
 from reftune.recipe import Component
 from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
 
 DROP_SHARE = 1 / 8
-"""Of the rows must have finished before they are dropped: dropping copies the cache of the others."""
+"""Of the rows must have finished before they are dropped: dropping copies the cache of the others.
+"""
 ROOM = 64
 """Tokens that a cache which is full grows by."""
 BLOCK = 256
@@ -40,10 +42,17 @@ class Kv(Component):
     """Share of the rows that must be free before waiting prompts join."""
 
     @torch.no_grad()
-    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+    def generate(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Completion]:
         """One completion a prompt, in order; see `reftune.engines.Engine`."""
-        requests = [_Request(position=i, prompt=list(prompt)) for i, prompt in enumerate(prompts, params.first_position)]
-        waiting = sorted(requests, key=lambda request: len(request.prompt))  # similar lengths share a batch
+        requests = [
+            _Request(position=i, prompt=list(prompt))
+            for i, prompt in enumerate(prompts, params.first_position)
+        ]
+        waiting = sorted(
+            requests, key=lambda request: len(request.prompt)
+        )  # similar lengths share a batch
         with forward_pass(policy) as forward:
             decoder = _Decoder(policy, params, forward)
             while waiting or decoder.active:
@@ -64,23 +73,30 @@ class _Request:
 
 
 class _Decoder:
-    """Rows that are being decoded: their cache, left-padded to one length, and the logits of each row's next token."""
+    """Rows that are being decoded: their cache, left-padded to one length, and the logits of each
+    row's next token."""
 
     def __init__(self, policy: Policy, params: SamplingParams, forward: Forward) -> None:
         self.policy, self.params, self.forward = policy, params, forward
         self.eos_ids = policy.eos_ids
         self.active: list[_Request] = []
         self.cache: Any = None
-        self.mask = torch.zeros(0, 0, dtype=torch.long, device=policy.device)  # (B, T), 1 where the cache holds a token
+        self.mask = torch.zeros(
+            0, 0, dtype=torch.long, device=policy.device
+        )  # (B, T), 1 where the cache holds a token
         self.logits = torch.zeros(0, 0, device=policy.device)  # (B, V), fp32
-        self.uniforms = torch.zeros(0, params.max_new_tokens, dtype=torch.float64, device=policy.device)
+        self.uniforms = torch.zeros(
+            0, params.max_new_tokens, dtype=torch.float64, device=policy.device
+        )
 
     def join(self, requests: list[_Request]) -> None:
         """Prefill `requests`, each distinct prompt once, and append them to the batch."""
         distinct = {tuple(request.prompt): i for i, request in reversed(list(enumerate(requests)))}
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         cache, mask, logits = self._prefill(list(distinct))
-        rows = torch.tensor([row_of[tuple(request.prompt)] for request in requests], device=self.policy.device)
+        rows = torch.tensor(
+            [row_of[tuple(request.prompt)] for request in requests], device=self.policy.device
+        )
         cache.batch_select_indices(rows)
         mask, logits = mask[rows], logits[rows]
         if self.active:
@@ -96,22 +112,32 @@ class _Decoder:
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor]:
         longest = max(len(prompt) for prompt in prompts)
         device = self.policy.device
-        tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        tokens = torch.tensor(
+            [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
+        )
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        cache = Cache(layer_class_to_replicate=_RoomyLayer)  # every layer keeps all columns, also one with a sliding window
+        cache = Cache(
+            layer_class_to_replicate=_RoomyLayer
+        )  # every layer keeps all columns, also one with a sliding window
         return cache, mask, self.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """One number a token and row, a function of the seed and the row's position only."""
-        draws = [generator(self.params.seed, r.position).random(self.params.max_new_tokens) for r in requests]
+        draws = [
+            generator(self.params.seed, r.position).random(self.params.max_new_tokens)
+            for r in requests
+        ]
         return torch.from_numpy(np.stack(draws)).to(self.policy.device)
 
     def step(self) -> None:
         """Draw one token a row, drop rows that are done, and read the new tokens."""
         # Rows join at different times: each takes the number of its own step.
         last = self.params.max_new_tokens - 1
-        steps = torch.tensor([min(len(request.token_ids), last) for request in self.active], device=self.policy.device)
+        steps = torch.tensor(
+            [min(len(request.token_ids), last) for request in self.active],
+            device=self.policy.device,
+        )
         uniforms = self.uniforms.gather(1, steps[:, None]).squeeze(1)
         tokens, logprobs = draw_tokens(self.logits, uniforms, self.params)
         self._record(tokens.tolist(), logprobs.tolist())
@@ -132,7 +158,8 @@ class _Decoder:
 
     def _done(self, request: _Request) -> bool:
         return bool(request.token_ids) and (
-            request.token_ids[-1] in self.eos_ids or len(request.token_ids) >= self.params.max_new_tokens
+            request.token_ids[-1] in self.eos_ids
+            or len(request.token_ids) >= self.params.max_new_tokens
         )
 
     def _keep(self, rows: Tensor) -> None:
@@ -140,21 +167,29 @@ class _Decoder:
         self.mask, self.uniforms = self.mask[rows], self.uniforms[rows]
         self.cache.batch_select_indices(rows)
         if self.active:
-            unused = int((self.mask.sum(0) == 0).int().cumprod(0).sum())  # leading columns that only rows now gone needed
+            unused = int(
+                (self.mask.sum(0) == 0).int().cumprod(0).sum()
+            )  # leading columns that only rows now gone needed
             if unused:
                 self.mask = self.mask[:, unused:]
                 for layer in self.cache.layers:
-                    layer.keys, layer.values = layer.keys[..., unused:, :], layer.values[..., unused:, :]
+                    layer.keys, layer.values = (
+                        layer.keys[..., unused:, :],
+                        layer.values[..., unused:, :],
+                    )
 
 
 class _RoomyLayer(DynamicLayer):
-    """A layer's cache whose tensors are views of larger ones, so that a token is written and not appended by copying."""
+    """A layer's cache whose tensors are views of larger ones, so that a token is written and not
+    appended by copying."""
 
     seen: Tensor | None = None
     """The keys as last written: when rows were selected or stacked since, they lie elsewhere."""
     room: tuple[Tensor, Tensor]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append (B, heads, S, D); all keys and values so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
@@ -183,8 +218,9 @@ def _longer(states: Tensor, length: int) -> Tensor:
 def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Tokens (B,) and their log-probabilities (B,) under the distribution they were drawn from.
 
-    Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token depends on nothing but its
-    own logits and number. Greedy tokens get the log-probability of the untempered distribution. `logits` (B, V), fp32.
+    Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token
+    depends on nothing but its own logits and number. Greedy tokens get the log-probability of the
+    untempered distribution. `logits` (B, V), fp32.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)
@@ -197,9 +233,11 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tup
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token at which the running sum of `weights` (B, V) passes its share of the total, (B,), and the total, (B,).
+    """The first token at which the running sum of `weights` (B, V) passes its share of the total,
+    (B,), and the total, (B,).
 
-    Found among blocks of tokens first and then within one, so that only one pass goes over the vocabulary.
+    Found among blocks of tokens first and then within one, so that only one pass goes over the
+    vocabulary.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).double()
@@ -213,28 +251,38 @@ def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """First column (B,) of non-decreasing rows (B, N) above `threshold` (B,); by rounding none: the last that adds anything."""
+    """First column (B,) of non-decreasing rows (B, N) above `threshold` (B,); by rounding none: the
+    last that adds anything."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
-    """-inf outside the `top_k` likeliest tokens and outside the smallest set that holds `top_p` of the probability."""
+    """-inf outside the `top_k` likeliest tokens and outside the smallest set that holds `top_p` of
+    the probability."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)
     if params.top_p < 1:
         ordered, order = scores.softmax(1).sort(dim=1, descending=True)
-        outside = ordered.cumsum(1) - ordered >= params.top_p  # the token that crosses the bound stays
-        scores = scores.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+        outside = (
+            ordered.cumsum(1) - ordered >= params.top_p
+        )  # the token that crosses the bound stays
+        scores = scores.masked_fill(
+            torch.zeros_like(outside).scatter(1, order, outside), -torch.inf
+        )
     return scores
 
 
 def _stack(cache: Any, joining: Any, length: int) -> None:
     """Append the rows of `joining` to `cache`, both left-padded to `length`."""
     for layer, new in zip(cache.layers, joining.layers, strict=True):
-        layer.keys = torch.cat([_pad_left(layer.keys, length, dim=-2), _pad_left(new.keys, length, dim=-2)])
-        layer.values = torch.cat([_pad_left(layer.values, length, dim=-2), _pad_left(new.values, length, dim=-2)])
+        layer.keys = torch.cat(
+            [_pad_left(layer.keys, length, dim=-2), _pad_left(new.keys, length, dim=-2)]
+        )
+        layer.values = torch.cat(
+            [_pad_left(layer.values, length, dim=-2), _pad_left(new.values, length, dim=-2)]
+        )
 
 
 def _pad_left(values: Tensor, length: int, *, dim: int = -1) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from reftune.policy import Policy
+from reftune.model.policy import Policy
 from reftune.recipe import Component
 from reftune.types import Completion, SamplingParams
 
@@ -16,13 +16,21 @@ class Scripted(Component):
     texts: list[str] = Field(min_length=1)
     """Given in turn to the prompts of each call; every call starts at the first."""
 
-    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in order; its log-probabilities are 0, as a script is certain of its words."""
+    def generate(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Completion]:
+        """One completion a prompt, in order; its log-probabilities are 0, as a script is certain of
+        its words."""
         positions = range(params.first_position, params.first_position + len(prompts))
-        return [self._completion(policy, self.texts[i % len(self.texts)], params) for i in positions]
+        return [
+            self._completion(policy, self.texts[i % len(self.texts)], params) for i in positions
+        ]
 
     def _completion(self, policy: Policy, text: str, params: SamplingParams) -> Completion:
-        token_ids = [*policy.tokenizer.encode(text, add_special_tokens=False), policy.tokenizer.eos_token_id]
+        token_ids = [
+            *policy.tokenizer.encode(text, add_special_tokens=False),
+            policy.tokenizer.eos_token_id,
+        ]
         kept = token_ids[: params.max_new_tokens]
         return Completion(
             token_ids=tuple(kept),

@@ -1,7 +1,9 @@
-"""vLLM, beside the trainer (colocated: a process of its own that we start) or as a server that somebody else started.
+"""vLLM, beside the trainer (colocated: a process of its own that we start) or as a server that
+somebody else started.
 
-Each call first hands over the policy's weights as they are, LoRA merged, through a folder in memory. The tokens are drawn by
-vLLM's kernels, whose log-probabilities differ a little from the trainer's; `mismatch_cap` of an RL stage corrects for that.
+Each call first hands over the policy's weights as they are, LoRA merged, through a folder in
+memory. The tokens are drawn by vLLM's kernels, whose log-probabilities differ a little from the
+trainer's; `mismatch_cap` of an RL stage corrects for that.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from pydantic import Field
 
 from reftune.errors import EngineError, RecipeError
-from reftune.policy import Policy
+from reftune.model.policy import Policy
 from reftune.recipe import Component
 from reftune.seeds import derive_seed
 from reftune.types import Completion, SamplingParams
@@ -40,9 +42,11 @@ Sampled = tuple[list[int], list[float]]
 class Vllm(Component):
     kind: str = "vllm"
     server: str | None = None
-    """Address of a running server (`http://host:8000`), started as docs/engines.md says; None: colocated."""
+    """Address of a running server (`http://host:8000`), started as docs/engines.md says; None:
+    colocated."""
     weights_dir: str | None = None
-    """Folder through which weights travel; a server must see it under the same path. None: in memory, on this machine."""
+    """Folder through which weights travel; a server must see it under the same path. None: in
+    memory, on this machine."""
     batch_size: int = Field(256, gt=0)
     """Requests in flight."""
     memory: float = Field(0.3, gt=0, le=1)
@@ -50,22 +54,35 @@ class Vllm(Component):
     eager: bool = False
     """Colocated: no compilation and no CUDA graphs. Starts sooner, runs slower."""
 
-    def generate(self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in order; see `reftune.engines.Engine`. Raises: EngineError, RecipeError."""
+    def generate(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Completion]:
+        """One completion a prompt, in order; see `reftune.engines.Engine`. Raises: EngineError,
+        RecipeError."""
         if not prompts:
             return []
-        requests = [request(policy, params, position) for position, _ in enumerate(prompts, params.first_position)]
+        requests = [
+            request(policy, params, position)
+            for position, _ in enumerate(prompts, params.first_position)
+        ]
         with self._weights(policy) as folder:
-            client = Server(self.server, self.batch_size) if self.server is not None else self._colocated(policy, folder)
+            client = (
+                Server(self.server, self.batch_size)
+                if self.server is not None
+                else self._colocated(policy, folder)
+            )
             client.load(folder)
         sampled = client.sample([list(prompt) for prompt in prompts], requests)
         return [_completion(tokens, logprobs, policy) for tokens, logprobs in sampled]
 
     @contextlib.contextmanager
     def _weights(self, policy: Policy) -> Iterator[Path]:
-        """A folder that holds the policy's weights in Hugging Face format, as long as the block runs."""
+        """A folder that holds the policy's weights in Hugging Face format, as long as the block
+        runs."""
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise RecipeError("engine vllm: expected one training process; use engine=kv with several")
+            raise RecipeError(
+                "engine vllm: expected one training process; use engine=kv with several"
+            )
         parent = self.weights_dir or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         with tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent) as name:
             folder = Path(name)
@@ -74,7 +91,8 @@ class Vllm(Component):
             yield folder
 
     def _colocated(self, policy: Policy, folder: Path) -> Colocated:
-        """The engine that runs, if it fits; otherwise a new one, which takes seconds to minutes to start."""
+        """The engine that runs, if it fits; otherwise a new one, which takes seconds to minutes to
+        start."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if _running and key not in _running:
             stop_engines()
@@ -100,15 +118,22 @@ class Client(Protocol):
     def load(self, folder: Path) -> None:
         """Take the weights in `folder`, and forget what was computed with others."""
 
-    def sample(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[Sampled]:
+    def sample(
+        self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]
+    ) -> list[Sampled]:
         """A response a prompt, in order."""
 
 
 class Colocated:
-    """An engine in a process of its own, so that it shares no generator, thread pool or process group with the trainer."""
+    """An engine in a process of its own, so that it shares no generator, thread pool or process
+    group with the trainer."""
 
     def __init__(self, settings: Vllm, policy: Policy, folder: Path) -> None:
-        quiet = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+        quiet = {
+            "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         for name, value in {**quiet, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}.items():
             os.environ.setdefault(name, value)
         with torch.random.fork_rng([]):
@@ -129,14 +154,18 @@ class Colocated:
                 )
             except Exception as error:  # noqa: BLE001 - whatever vLLM makes of the model or the device
                 reason = " ".join(str(error).split())[:300]
-                raise EngineError(f"engine vllm: did not start: {reason}; VLLM_LOGGING_LEVEL=INFO tells more") from None
+                raise EngineError(
+                    f"engine vllm: did not start: {reason}; VLLM_LOGGING_LEVEL=INFO tells more"
+                ) from None
 
     def load(self, folder: Path) -> None:
         self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self.engine.collective_rpc("repack")
         self.engine.reset_prefix_cache()
 
-    def sample(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[Sampled]:
+    def sample(
+        self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]
+    ) -> list[Sampled]:
         outputs = self.engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             [_vllm().SamplingParams(**request, detokenize=False) for request in requests],
@@ -149,34 +178,47 @@ class Colocated:
 
 
 class Server:
-    """A server that was started with `VLLM_SERVER_DEV_MODE=1 vllm serve … --logprobs-mode processed_logprobs`."""
+    """A server that was started with `VLLM_SERVER_DEV_MODE=1 vllm serve … --logprobs-mode
+    processed_logprobs`."""
 
     def __init__(self, address: str, connections: int) -> None:
         self.address, self.connections = address.rstrip("/"), connections
 
     def load(self, folder: Path) -> None:
-        self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        self.post(
+            "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        )
         self.post("/reset_prefix_cache", {})
 
-    def sample(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[Sampled]:
+    def sample(
+        self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]
+    ) -> list[Sampled]:
         with ThreadPoolExecutor(min(self.connections, len(prompts))) as pool:
             return list(pool.map(self._complete, prompts, requests))
 
     def _complete(self, prompt: list[int], request: dict[str, Any]) -> Sampled:
-        answer = self.post("/v1/completions", {"prompt": prompt, "return_token_ids": True, **request})
+        answer = self.post(
+            "/v1/completions", {"prompt": prompt, "return_token_ids": True, **request}
+        )
         choice = answer["choices"][0]
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The answer to a JSON request. Raises: EngineError."""
         url = self.address + path
-        query = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        query = urllib.request.Request(
+            url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(query, timeout=TIMEOUT_S) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode(errors="replace").split())[:200]
-            hint = "; expected VLLM_SERVER_DEV_MODE=1 in the server's environment" if error.code == 404 else ""
+            hint = (
+                "; expected VLLM_SERVER_DEV_MODE=1 in the server's environment"
+                if error.code == 404
+                else ""
+            )
             raise EngineError(f"engine vllm: {url} answered {error.code}: {reason}{hint}") from None
         except (OSError, ValueError) as error:
             raise EngineError(f"engine vllm: no answer from {url}: {error}") from None
@@ -192,7 +234,8 @@ def _vllm() -> Any:
 
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
-    """What vLLM is asked for at one position; every field is said, so that no default of a model or server enters."""
+    """What vLLM is asked for at one position; every field is said, so that no default of a model or
+    server enters."""
     return {
         "max_tokens": params.max_new_tokens,
         "temperature": params.temperature,
@@ -209,14 +252,19 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
 
 @torch.no_grad()
 def save_weights(policy: Policy, folder: Path) -> None:
-    """The policy's weights in its compute dtype, LoRA merged in fp32, and its config, as `from_pretrained` reads them."""
+    """The policy's weights in its compute dtype, LoRA merged in fp32, and its config, as
+    `from_pretrained` reads them."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model = copy.deepcopy(policy.model).merge_and_unload() if policy.is_lora else policy.model
     state = model.state_dict()
-    cast = {tensor.data_ptr(): _cast(tensor, policy.compute_dtype) for tensor in state.values()}  # tied weights stay tied
-    model.save_pretrained(folder, state_dict={name: cast[tensor.data_ptr()] for name, tensor in state.items()})
+    cast = {
+        tensor.data_ptr(): _cast(tensor, policy.compute_dtype) for tensor in state.values()
+    }  # tied weights stay tied
+    model.save_pretrained(
+        folder, state_dict={name: cast[tensor.data_ptr()] for name, tensor in state.items()}
+    )
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -225,7 +273,9 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _sampled(output: Any) -> Sampled:
     tokens = list(output.token_ids)
-    return tokens, [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
+    return tokens, [
+        step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)
+    ]
 
 
 def _completion(tokens: list[int], logprobs: list[float], policy: Policy) -> Completion:

@@ -1,13 +1,13 @@
 # Programs that change the grader, or the sandbox around them, where it runs in the same interpreter.
 # %% the comparison
-import reftune.answers
+import reftune.grading.answers
 def solution():
-    reftune.answers.numbers_equal = lambda a, b: True
+    reftune.grading.answers.numbers_equal = lambda a, b: True
     return 1
 # %% the reader of numbers
 def solution():
     import sys
-    sys.modules["reftune.answers"].grade_value = lambda value, problem: "correct"
+    sys.modules["reftune.grading.answers"].grade_value = lambda value, problem: "correct"
     return 1
 # %% the fractions
 import fractions
@@ -139,9 +139,9 @@ def solution():
     sys.settrace(trace)
     return 1
 # %% the type of its result
-import reftune.sandbox
+import reftune.grading.sandbox
 def solution():
-    reftune.sandbox.ExecutionStatus.OK = reftune.sandbox.ExecutionStatus.ERROR
+    reftune.grading.sandbox.result.ExecutionStatus.OK = reftune.grading.sandbox.result.ExecutionStatus.ERROR
     return 1
 # %% the enumeration of verdicts
 def solution():

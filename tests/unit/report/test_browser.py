@@ -1,4 +1,5 @@
-"""The page in a real browser: it draws, filters, and says nothing on the console. Skipped where no Chromium is found."""
+"""The page in a real browser: it draws, filters, and says nothing on the console. Skipped where no
+Chromium is found."""
 
 from __future__ import annotations
 
@@ -14,16 +15,24 @@ from typing import Any
 
 import pytest
 
-from reftune.report import report_command
+from reftune.results import report_command
 
 WriteRun = Callable[..., Path]
 
 HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src=x onerror='window.hacked = 2'>"
 
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=500,900", "--virtual-time-budget=5000",
-]  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=500,900",
+    "--virtual-time-budget=5000",
+]
 
 LISTEN = """<script>
 window.faults = [];
@@ -48,7 +57,8 @@ const isDrawn = () => all("[data-chart]").every((figure) => figure.querySelector
 })(40);
 </script>"""
 STARTS = 5
-"""Of the browser, at most. Its clock is virtual: on a busy machine it may end before the page is drawn."""
+"""Of the browser, at most. Its clock is virtual: on a busy machine it may end before the page is
+drawn."""
 
 
 def browser() -> str:
@@ -60,13 +70,20 @@ def browser() -> str:
 
 
 def run_in(page: Path, script: str, profile: Path) -> dict[str, Any]:
-    """Open the page, run `script` in it once it has drawn, and return what it put into `out`, and all faults."""
+    """Open the page, run `script` in it once it has drawn, and return what it put into `out`, and
+    all faults."""
     text = page.read_text(encoding="utf-8").replace("<head>", f"<head>{LISTEN}", 1)
     driven = page.with_name("driven.html")
     driven.write_text(text.replace("</body>", f"{REPORT % script}</body>"), encoding="utf-8")
     command = [browser(), *FLAGS, f"--user-data-dir={profile}", "--dump-dom", driven.as_uri()]
     for _ in range(STARTS):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "HOME": str(profile)})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env={**os.environ, "HOME": str(profile)},
+        )
         match = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
         found: dict[str, Any] = json.loads(html.unescape(match[1])) if match is not None else {}
         if found.get("drawn"):
@@ -82,25 +99,30 @@ def test_the_page_draws_and_filters_without_a_fault(write_run: WriteRun, tmp_pat
         report_command([folder]),
         """
         const figures = all("[data-chart]");
-        out.empty = figures.filter((figure) => !figure.querySelector("svg path")).map((figure) => figure.dataset.chart);
+        out.empty = figures.filter((figure) => !figure.querySelector("svg path"))
+            .map((figure) => figure.dataset.chart);
         out.charts = figures.length;
         out.overflow = document.documentElement.scrollWidth - innerWidth;
 
         const count = () => Number($("sample-found").textContent.split(" ")[0]);
         out.before = count();
-        const wrong = all("#sample-verdicts button").find((button) => button.dataset.verdict === "wrong");
+        const wrong = all("#sample-verdicts button")
+            .find((button) => button.dataset.verdict === "wrong");
         out.wrongLabel = Number(wrong.lastChild.textContent);
         wrong.click();
         out.wrong = count();
-        out.wrongShown = all("#sample-list .chip").every((chip) => chip.textContent === "wrong answer");
+        out.wrongShown = all("#sample-list .chip")
+            .every((chip) => chip.textContent === "wrong answer");
         wrong.click();
-        $("sample-from").value = "3"; $("sample-to").value = "3"; $("sample-from").dispatchEvent(new Event("input"));
+        $("sample-from").value = "3"; $("sample-to").value = "3";
+        $("sample-from").dispatchEvent(new Event("input"));
         out.stepThree = count();
         $("sample-from").value = ""; $("sample-to").value = ""; $("sample-order").value = "slow";
         $("sample-order").dispatchEvent(new Event("change"));
         out.slowest = document.querySelector("#sample-list header").textContent;
         $("sample-order").value = "new";
-        $("sample-search").value = "no such words"; $("sample-search").dispatchEvent(new Event("input"));
+        $("sample-search").value = "no such words";
+        $("sample-search").dispatchEvent(new Event("input"));
         out.none = count();
         $("sample-search").value = ""; $("sample-from").value = ""; $("sample-to").value = "";
         $("sample-search").dispatchEvent(new Event("input"));
@@ -108,7 +130,8 @@ def test_the_page_draws_and_filters_without_a_fault(write_run: WriteRun, tmp_pat
         out.followed = new Set(all("#sample-list .question").map((node) => node.textContent)).size;
 
         const options = all("#problem-filter option").map((option) => option.textContent);
-        out.disagree = Number(options.find((text) => text.startsWith("methods disagree")).match(/\\d+/)[0]);
+        const disagree = options.find((text) => text.startsWith("methods disagree"));
+        out.disagree = Number(disagree.match(/\\d+/)[0]);
         out.place = $("problem-place").textContent;
         const first = document.querySelector("#problem .question").textContent;
         $("problem-next").click();
@@ -168,7 +191,8 @@ def test_two_runs_stand_side_by_side(write_run: WriteRun, tmp_path: Path) -> Non
         report_command(folders),
         """
         const figures = all("[data-chart]");
-        out.empty = figures.filter((figure) => !figure.querySelector("svg path")).map((figure) => figure.dataset.chart);
+        out.empty = figures.filter((figure) => !figure.querySelector("svg path"))
+            .map((figure) => figure.dataset.chart);
         out.overflow = document.documentElement.scrollWidth - innerWidth;
         out.cards = all("#problem .card header b").map((node) => node.textContent);
         out.methods = all("#sample-method option").map((node) => node.textContent);
@@ -179,6 +203,12 @@ def test_two_runs_stand_side_by_side(write_run: WriteRun, tmp_path: Path) -> Non
     assert found["faults"] == []
     assert found["empty"] == []
     assert found["overflow"] <= 0
-    assert found["cards"] == ["one: Warm-up", "one: SFT", "one: ReFT", "other: Warm-up", "other: ReFT"]
+    assert found["cards"] == [
+        "one: Warm-up",
+        "one: SFT",
+        "one: ReFT",
+        "other: Warm-up",
+        "other: ReFT",
+    ]
     assert found["methods"] == ["all", "one: ReFT", "other: ReFT"]
     assert found["differences"] == ["stages.sft.kind", "stages.sft.init", "evaluate.samples"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reftune.report.catalogue import CHARACTER, HACKING, LEARNING, MACHINERY
-from reftune.report.charts import (
+from reftune.results.metrics import CHARACTER, HACKING, LEARNING, MACHINERY
+from reftune.results.page.charts import (
     MAX_POINTS,
     dev_chart,
     equal_compute,
@@ -19,18 +19,26 @@ from reftune.report.charts import (
     verdict_charts,
     voting_charts,
 )
-from reftune.report.summary import read_groups, score_table
-from reftune.stats import wilson
+from reftune.results.stats import wilson
+from reftune.results.summary import read_groups, score_table
 
 WriteRun = Callable[..., Path]
 
 
 def write_metrics(folder: Path, lines: list[dict[str, object]]) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"time": 0, **line}) + "\n" for line in lines))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"time": 0, **line}) + "\n" for line in lines)
+    )
 
 
 def look(stage: str, step: int, accuracy: float, passes: int) -> dict[str, object]:
-    return {"stage": stage, "step": step, "dev/accuracy": accuracy, "dev/n": 100, "compute/sequence_passes": passes}
+    return {
+        "stage": stage,
+        "step": step,
+        "dev/accuracy": accuracy,
+        "dev/n": 100,
+        "compute/sequence_passes": passes,
+    }
 
 
 def choose(folder: Path, stage: str, step: int) -> None:
@@ -76,11 +84,20 @@ def test_a_snapshot_is_one_point_of_the_stage_that_left_it(write_run: WriteRun) 
     del recipe["stages"]["warmup"]
     recipe["stages"]["sft"] |= {"init": "base", "snapshots": {"warmup": 2}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    snapshot = {"stage": "warmup", "init": "base", "chosen_step": 2, "dev_accuracy": 0.4, "dev_n": 100, "sequence_passes": 200}
+    snapshot = {
+        "stage": "warmup",
+        "init": "base",
+        "chosen_step": 2,
+        "dev_accuracy": 0.4,
+        "dev_n": 100,
+        "sequence_passes": 200,
+    }
     (folder / "stages" / "warmup" / "stage.json").write_text(json.dumps(snapshot))
     sft = folder / "stages" / "sft" / "stage.json"
     sft.write_text(json.dumps({**json.loads(sft.read_text()), "init": "base", "chosen_step": 4}))
-    write_metrics(folder, [look("sft", 2, 0.4, 200), look("sft", 4, 0.5, 400), look("reft", 5, 0.6, 80)])
+    write_metrics(
+        folder, [look("sft", 2, 0.4, 200), look("sft", 4, 0.5, 400), look("reft", 5, 0.6, 80)]
+    )
     chart = dev_chart(read_groups([folder]))
     assert chart is not None
     warmup, whole, reft = chart.series
@@ -91,26 +108,41 @@ def test_a_snapshot_is_one_point_of_the_stage_that_left_it(write_run: WriteRun) 
 
 def test_group_metrics_are_drawn_for_stages_with_groups_only(write_run: WriteRun) -> None:
     folder = write_run()
-    assert "groups/constant_reward" not in [chart.key for chart in training_charts(read_groups([folder]), MACHINERY)]
+    assert "groups/constant_reward" not in [
+        chart.key for chart in training_charts(read_groups([folder]), MACHINERY)
+    ]
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["stages"]["reft"]["samples"] = 4
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    assert "groups/constant_reward" in [chart.key for chart in training_charts(read_groups([folder]), MACHINERY)]
+    assert "groups/constant_reward" in [
+        chart.key for chart in training_charts(read_groups([folder]), MACHINERY)
+    ]
 
 
 def test_signs_of_hacking_are_drawn_over_the_looks_at_dev(write_run: WriteRun) -> None:
     folder = write_run(methods=("reft",))
     assert training_charts(read_groups([folder]), HACKING) == []
-    write_metrics(folder, [{**look("reft", n, 0.5, n), "choices/agreement": 1 / n} for n in (1, 2, 4)])
+    write_metrics(
+        folder, [{**look("reft", n, 0.5, n), "choices/agreement": 1 / n} for n in (1, 2, 4)]
+    )
     (chart,) = training_charts(read_groups([folder]), HACKING)
-    assert (chart.key, chart.series[0].x, chart.series[0].y) == ("choices/agreement", [1, 2, 4], [1.0, 0.5, 0.25])
+    assert (chart.key, chart.series[0].x, chart.series[0].y) == (
+        "choices/agreement",
+        [1, 2, 4],
+        [1.0, 0.5, 0.25],
+    )
 
 
 def test_equal_compute_stops_at_what_both_have_had(write_run: WriteRun) -> None:
     folder = write_run(methods=("sft", "reft"))
     write_metrics(
         folder,
-        [look("sft", 1, 0.2, 10), look("sft", 2, 0.3, 20), look("reft", 1, 0.4, 15), look("reft", 2, 0.9, 30)],
+        [
+            look("sft", 1, 0.2, 10),
+            look("sft", 2, 0.3, 20),
+            look("reft", 1, 0.4, 15),
+            look("reft", 2, 0.9, 30),
+        ],
     )
     chart = dev_chart(read_groups([folder]))
     assert chart is not None
@@ -124,15 +156,28 @@ def test_equal_compute_stops_at_what_both_have_had(write_run: WriteRun) -> None:
 def test_seeds_become_a_mean_with_the_lowest_and_highest(write_run: WriteRun) -> None:
     folders = [write_run(f"demo-s{seed}", seed=seed) for seed in range(2)]
     for folder, reward in zip(folders, (0.2, 0.6), strict=True):
-        write_metrics(folder, [{"stage": "reft", "step": step, "reward/mean": reward} for step in (1, 2)])
+        write_metrics(
+            folder, [{"stage": "reft", "step": step, "reward/mean": reward} for step in (1, 2)]
+        )
     (chart,) = training_charts(read_groups(folders), LEARNING)
     (series,) = chart.series
-    assert (series.x, series.y, series.low, series.high) == ([1, 2], [0.4, 0.4], [0.2, 0.2], [0.6, 0.6])
+    assert (series.x, series.y, series.low, series.high) == (
+        [1, 2],
+        [0.4, 0.4],
+        [0.2, 0.2],
+        [0.6, 0.6],
+    )
 
 
 def test_a_long_run_is_thinned_to_means(write_run: WriteRun) -> None:
     folder = write_run()
-    write_metrics(folder, [{"stage": "reft", "step": step, "reward/mean": float(step % 2)} for step in range(10 * MAX_POINTS)])
+    write_metrics(
+        folder,
+        [
+            {"stage": "reft", "step": step, "reward/mean": float(step % 2)}
+            for step in range(10 * MAX_POINTS)
+        ],
+    )
     (chart,) = training_charts(read_groups([folder]), LEARNING)
     assert len(chart.series[0].x) == MAX_POINTS
     assert set(chart.series[0].y) == {0.5}
@@ -141,7 +186,8 @@ def test_a_long_run_is_thinned_to_means(write_run: WriteRun) -> None:
 def test_what_is_not_finite_is_a_gap(write_run: WriteRun) -> None:
     folder = write_run()
     lines = [
-        {"stage": "reft", "step": step, "grad/norm": value} for step, value in enumerate((1.0, float("nan"), float("inf")))
+        {"stage": "reft", "step": step, "grad/norm": value}
+        for step, value in enumerate((1.0, float("nan"), float("inf")))
     ]
     write_metrics(folder, lines)
     (chart,) = training_charts(read_groups([folder]), MACHINERY)
@@ -158,13 +204,19 @@ def test_verdict_shares_are_layers_of_one_chart_a_stage(write_run: WriteRun) -> 
     (chart,) = verdict_charts(read_groups([write_run()]))
     assert chart.title == "Verdicts: ReFT"
     assert [series.label for series in chart.series][:2] == ["right", "wrong answer"]
-    totals = [sum(share or 0 for share in shares) for shares in zip(*(series.y for series in chart.series), strict=True)]
+    totals = [
+        sum(share or 0 for share in shares)
+        for shares in zip(*(series.y for series in chart.series), strict=True)
+    ]
     assert totals == pytest.approx([1.0] * len(totals), abs=1e-3)
 
 
 def test_voting_curves_need_samples(write_run: WriteRun) -> None:
     groups = read_groups([write_run("with", num_samples=4)])
-    assert [chart.key for chart in voting_charts(groups, score_table(groups))] == ["maj@k", "pass@k"]
+    assert [chart.key for chart in voting_charts(groups, score_table(groups))] == [
+        "maj@k",
+        "pass@k",
+    ]
     groups = read_groups([write_run("without")])
     assert voting_charts(groups, score_table(groups)) == []
 

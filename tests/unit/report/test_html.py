@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from reftune.errors import DataError
-from reftune.report import report_command, write_figures
-from reftune.report.gallery import MAX_TEXT, PROBLEMS_BYTES, SAMPLES_BYTES
-from reftune.report.html import duration, script_json
+from reftune.results import report_command, write_figures
+from reftune.results.page.gallery import MAX_TEXT, PROBLEMS_BYTES, SAMPLES_BYTES
+from reftune.results.page.html import duration, script_json
 
 WriteRun = Callable[..., Path]
 
@@ -41,7 +41,15 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_the_answer_is_in_the_page_without_any_script(write_run: WriteRun) -> None:
     page = page_of(write_run(num_samples=3))
     body = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    for text in ("ReFT", "95 % interval", "maj@3", "were chosen on dev accuracy", "reftune demo", "word_problems", "2.13.0"):
+    for text in (
+        "ReFT",
+        "95 % interval",
+        "maj@3",
+        "were chosen on dev accuracy",
+        "reftune demo",
+        "word_problems",
+        "2.13.0",
+    ):
         assert text in body
 
 
@@ -66,15 +74,24 @@ def test_hostile_text_is_escaped_wherever_it_stands(write_run: WriteRun) -> None
     folder = write_run()
     for method in ("warmup", "sft", "reft"):
         rewrite(
-            folder / "eval" / f"{method}.jsonl", lambda row: row.update(question=HOSTILE, gold=HOSTILE, id=row["id"] + HOSTILE)
+            folder / "eval" / f"{method}.jsonl",
+            lambda row: row.update(question=HOSTILE, gold=HOSTILE, id=row["id"] + HOSTILE),
         )
-    rewrite(folder / "eval" / "reft.jsonl", lambda row: row["greedy"].update(completion=HOSTILE, reason=HOSTILE, value=HOSTILE))
     rewrite(
-        folder / "stages" / "reft" / "samples.jsonl", lambda row: row.update(completion=HOSTILE, tokens=[HOSTILE], logprobs=[0])
+        folder / "eval" / "reft.jsonl",
+        lambda row: row["greedy"].update(completion=HOSTILE, reason=HOSTILE, value=HOSTILE),
+    )
+    rewrite(
+        folder / "stages" / "reft" / "samples.jsonl",
+        lambda row: row.update(completion=HOSTILE, tokens=[HOSTILE], logprobs=[0]),
     )
     recipe = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(recipe.replace("name: demo", "name: '<script>alert(3)</script>'"))
-    (folder / "env.json").write_text(json.dumps({"command": "<script>alert(4)</script>", "torch": "<b>"}))
+    (folder / "recipe.yaml").write_text(
+        recipe.replace("name: demo", "name: '<script>alert(3)</script>'")
+    )
+    (folder / "env.json").write_text(
+        json.dumps({"command": "<script>alert(4)</script>", "torch": "<b>"})
+    )
     page = page_of(folder)
     assert "alert(1)</script>" not in page
     assert "<img" not in page
@@ -130,7 +147,9 @@ def test_samples_keep_the_tokens_they_shade(write_run: WriteRun) -> None:
     assert len(row["pieces"]) == len(row["logprobs"]) > 3
 
 
-def test_the_longest_and_the_slowest_samples_are_in_the_page_however_many_there_are(write_run: WriteRun) -> None:
+def test_the_longest_and_the_slowest_samples_are_in_the_page_however_many_there_are(
+    write_run: WriteRun,
+) -> None:
     folder = write_run(rl_steps=800)  # about 2,400 samples
     counted = iter(range(10_000))
 
@@ -155,25 +174,43 @@ def test_a_foreign_folder_is_refused_before_anything_is_written(tmp_path: Path) 
 
 def test_durations_show_two_units() -> None:
     assert [duration(seconds) for seconds in (None, 0.42, 42, 252, 7_500, 200_000)] == [
-        "–", "0.4 s", "42 s", "4 min 12 s", "2 h 5 min", "2 d 7 h",
-    ]  # fmt: skip
+        "–",
+        "0.4 s",
+        "42 s",
+        "4 min 12 s",
+        "2 h 5 min",
+        "2 d 7 h",
+    ]
 
 
 def test_the_main_curves_are_written_as_figures(write_run: WriteRun, tmp_path: Path) -> None:
     written = write_figures([write_run(num_samples=2)], tmp_path / "figures")
     assert {path.stem for path in written} == {
-        "accuracy", "dev_accuracy", "reward_mean", "reward_correct", "kl_reference", "policy_entropy", "response_length",
-        "response_truncated", "maj@k", "pass@k",
-    }  # fmt: skip
+        "accuracy",
+        "dev_accuracy",
+        "reward_mean",
+        "reward_correct",
+        "kl_reference",
+        "policy_entropy",
+        "response_length",
+        "response_truncated",
+        "maj@k",
+        "pass@k",
+    }
     for path in written:
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG") if path.suffix == ".png" else b"ReFT" in content, path
 
 
-def test_the_same_runs_give_the_same_figures(write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reftune.report.figures.training_charts", lambda *_: [])
+def test_the_same_runs_give_the_same_figures(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reftune.results.page.figures.training_charts", lambda *_: [])
     folder = write_run()
-    first, second = write_figures([folder], tmp_path / "one"), write_figures([folder], tmp_path / "two")
+    first, second = (
+        write_figures([folder], tmp_path / "one"),
+        write_figures([folder], tmp_path / "two"),
+    )
     assert len(first) == 4
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
@@ -181,14 +218,20 @@ def test_the_same_runs_give_the_same_figures(write_run: WriteRun, tmp_path: Path
 def test_runs_of_different_recipes_show_what_differs_and_seeds_do_not(write_run: WriteRun) -> None:
     one, other = write_run("one"), write_run("other", num_samples=3)
     again = write_run("again", seed=7)
-    (again / "recipe.yaml").write_text((again / "recipe.yaml").read_text().replace("name: again", "name: one"))
-    rows = re.findall(r'<th scope="row"><code>(.*?)</code></th><td>(.*?)</td><td>(.*?)</td>', page_of(one, other))
+    (again / "recipe.yaml").write_text(
+        (again / "recipe.yaml").read_text().replace("name: again", "name: one")
+    )
+    rows = re.findall(
+        r'<th scope="row"><code>(.*?)</code></th><td>(.*?)</td><td>(.*?)</td>', page_of(one, other)
+    )
     assert rows == [("evaluate.samples", "0", "3")]
     assert "What the recipes do not share" not in page_of(one, again)
 
 
 def test_votes_are_explained_where_any_method_has_them(write_run: WriteRun) -> None:
     folder = write_run(num_samples=3)
-    rewrite(folder / "eval" / "warmup.jsonl", lambda row: row.update(samples=[]))  # the first method was not sampled
+    rewrite(
+        folder / "eval" / "warmup.jsonl", lambda row: row.update(samples=[])
+    )  # the first method was not sampled
     assert "picked from several samples: the majority’s answer (diamond)." in page_of(folder)
     assert "several samples:" not in page_of(write_run("other"))

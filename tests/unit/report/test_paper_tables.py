@@ -1,4 +1,5 @@
-"""The paper's layout: a column a task, a row a model and method, its numbers beside ours where they are of one experiment."""
+"""The paper's layout: a column a task, a row a model and method, its numbers beside ours where they
+are of one experiment."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from reftune.errors import DataError
-from reftune.report import table_command
+from reftune.results import table_command
 
 WriteRun = Callable[..., Path]
 
@@ -20,23 +21,50 @@ WriteRun = Callable[..., Path]
 def write_task(write_run: WriteRun) -> WriteRun:
     """A run of CodeLLAMA-7B on a task; `test` is its number of test problems."""
 
-    def write(kind: str = "gsm8k", rationale: str = "program", *, test: int = 24, path: str = "codellama/CodeLlama-7b-hf",
-              dataset: dict[str, Any] | None = None, name: str | None = None, **options: Any) -> Path:  # fmt: skip
+    def write(
+        kind: str = "gsm8k",
+        rationale: str = "program",
+        *,
+        test: int = 24,
+        path: str = "codellama/CodeLlama-7b-hf",
+        dataset: dict[str, Any] | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> Path:
         folder = write_run(name or f"{kind}-{rationale}", num_problems=test, **options)
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-        recipe |= {"model": {"path": path}, "dataset": {"kind": kind, **(dataset or {})}, "format": {"kind": rationale}}
+        recipe |= {
+            "model": {"path": path},
+            "dataset": {"kind": kind, **(dataset or {})},
+            "format": {"kind": rationale},
+        }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        (folder / "data.json").write_text(json.dumps({"problems": {"train": 6931, "dev": 500, "test": test}}))
+        (folder / "data.json").write_text(
+            json.dumps({"problems": {"train": 6931, "dev": 500, "test": test}})
+        )
         return folder
 
     return write
 
 
 def test_runs_of_several_tasks_get_a_column_each(write_task: WriteRun) -> None:
-    text = table_command([write_task(rationale="program"), write_task(rationale="nl"), write_task("svamp", num_samples=3)])
-    assert text.count("GSM8K N-CoT") == 3 and text.count("SVAMP P-CoT") == 3, "sizes, accuracy and votes"
+    text = table_command(
+        [
+            write_task(rationale="program"),
+            write_task(rationale="nl"),
+            write_task("svamp", num_samples=3),
+        ]
+    )
+    assert text.count("GSM8K N-CoT") == 3 and text.count("SVAMP P-CoT") == 3, (
+        "sizes, accuracy and votes"
+    )
     head = next(line for line in text.splitlines() if line.startswith("Model"))
-    assert head.index("GSM8K N-CoT") < head.index("GSM8K P-CoT") < head.index("SVAMP P-CoT") < head.index("Average P-CoT")
+    assert (
+        head.index("GSM8K N-CoT")
+        < head.index("GSM8K P-CoT")
+        < head.index("SVAMP P-CoT")
+        < head.index("Average P-CoT")
+    )
     reft = next(line for line in text.splitlines() if "ReFT  " in line)
     assert reft.startswith("CodeLLAMA-7B") and reft.count("±") == 3
     assert "Average N-CoT" not in text, "one task needs no average"
@@ -44,12 +72,21 @@ def test_runs_of_several_tasks_get_a_column_each(write_task: WriteRun) -> None:
     assert votes.count("±") == 1 and votes.count("–") == 3, "only SVAMP was sampled"
 
 
-def test_the_papers_number_stands_beside_ours_only_where_the_experiment_is_the_same(write_task: WriteRun) -> None:
+def test_the_papers_number_stands_beside_ours_only_where_the_experiment_is_the_same(
+    write_task: WriteRun,
+) -> None:
     same, part = write_task(test=1319), write_task("svamp", test=24)
     other = write_task("mathqa", test=1605, path="x/y", dataset={"answer": "choice"})
     document = json.loads(table_command([same, part, other], json=True))
-    paper = {(cell["model"], cell["task"]): cell["methods"]["reft"]["greedy"]["paper"] for cell in document}
-    assert paper == {("CodeLLAMA-7B", "GSM8K"): 75.28, ("CodeLLAMA-7B", "SVAMP"): None, ("x/y", "MathQA-MCQ"): None}
+    paper = {
+        (cell["model"], cell["task"]): cell["methods"]["reft"]["greedy"]["paper"]
+        for cell in document
+    }
+    assert paper == {
+        ("CodeLLAMA-7B", "GSM8K"): 75.28,
+        ("CodeLLAMA-7B", "SVAMP"): None,
+        ("x/y", "MathQA-MCQ"): None,
+    }
     text = table_command([same, part, other])
     assert text.count("[75.28]") == 1 and "[63.68]" in text, "the paper's SFT and ReFT"
     assert "6,931 [7,356]" in text
@@ -75,21 +112,29 @@ def test_votes_may_be_over_fewer_samples_and_never_over_more(write_task: WriteRu
     assert "maj@2" in table_command([folder], k=2)
     assert "voting@2" in table_command([folder], layout="paper", k=2)
     for layout in ("methods", "paper"):
-        with pytest.raises(DataError, match=r"^k = 5: only 4 samples a problem were drawn; expected 1 to 4"):
+        with pytest.raises(
+            DataError, match=r"^k = 5: only 4 samples a problem were drawn; expected 1 to 4"
+        ):
             table_command([folder], layout=layout, k=5)
 
 
 def test_methods_without_samples_have_no_votes(write_task: WriteRun) -> None:
     folder = write_task(num_samples=4)
-    rows = [json.loads(line) for line in (folder / "eval" / "warmup.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "eval" / "warmup.jsonl").read_text().splitlines()
+    ]
     for row in rows:
         del row["samples"]
     (folder / "eval" / "warmup.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     votes = table_command([folder], layout="paper", k=3).rpartition("Votes")[2]
     assert "SFT + voting@3" in votes and "Warm-up" not in votes
-    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace("samples: 4", "samples: 0"))
+    (folder / "recipe.yaml").write_text(
+        (folder / "recipe.yaml").read_text().replace("samples: 4", "samples: 0")
+    )
     for method in ("sft", "reft"):
-        (folder / "eval" / f"{method}.jsonl").write_text((folder / "eval" / "warmup.jsonl").read_text())
+        (folder / "eval" / f"{method}.jsonl").write_text(
+            (folder / "eval" / "warmup.jsonl").read_text()
+        )
     with pytest.raises(DataError, match="k = 3: only 0 samples"):
         table_command([folder], k=3)
 
@@ -97,7 +142,10 @@ def test_methods_without_samples_have_no_votes(write_task: WriteRun) -> None:
 def test_two_recipes_for_one_place_are_refused(write_task: WriteRun) -> None:
     folders = [write_task(), write_task(name="other", dataset={"annotations": "drop"})]
     with pytest.raises(
-        DataError, match="two recipes for CodeLLAMA-7B, GSM8K, P-CoT; expected runs that differ in the seed only"
+        DataError,
+        match=(
+            "two recipes for CodeLLAMA-7B, GSM8K, P-CoT; expected runs that differ in the seed only"
+        ),
     ):
         table_command(folders, layout="paper")
 

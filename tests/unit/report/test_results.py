@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from reftune.errors import DataError
-from reftune.report.results import read_run, require_finished
+from reftune.results.records import read_run, require_finished
 from reftune.types import Verdict
 
 WriteRun = Callable[..., Path]
@@ -59,7 +59,10 @@ def test_a_line_still_being_written_is_left_for_later(write_run: WriteRun) -> No
 def test_methods_not_evaluated_yet_are_missing(write_run: WriteRun) -> None:
     run = read_run(write_run(evaluated=["warmup", "sft"]))
     assert run.missing == ("reft",)
-    with pytest.raises(DataError, match=r"^.*demo: the run has not finished: no evaluation of reft; `reftune run`[^\n]*$"):
+    with pytest.raises(
+        DataError,
+        match=r"^.*demo: the run has not finished: no evaluation of reft; `reftune run`[^\n]*$",
+    ):
         require_finished(run)
 
 
@@ -93,7 +96,9 @@ def test_a_reward_model_is_not_evaluated(write_run: WriteRun) -> None:
 def test_only_chosen_stages_must_be_evaluated(write_run: WriteRun) -> None:
     folder = write_run(evaluated=["reft"])
     recipe = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(recipe.replace("evaluate:\n", "evaluate:\n  stages: [reft]\n"))
+    (folder / "recipe.yaml").write_text(
+        recipe.replace("evaluate:\n", "evaluate:\n  stages: [reft]\n")
+    )
     assert read_run(folder).finished
 
 
@@ -117,10 +122,18 @@ def test_a_foreign_recipe_is_refused(tmp_path: Path, recipe: str) -> None:
         ("{oops}", "not JSON"),
         ("[1]", "expected a JSON object, got list"),
         ('{"id": "x"}', "question is missing"),
-        ('{"id": "x", "question": "q", "gold": "1", "greedy": {"verdict": "maybe", "completion": ""}}', "'maybe'"),
+        (
+            (
+                '{"id": "x", "question": "q", "gold": "1", "greedy": {"verdict": "maybe",'
+                ' "completion": ""}}'
+            ),
+            "'maybe'",
+        ),
     ],
 )
-def test_a_damaged_line_is_named_with_its_number(write_run: WriteRun, line: str, complaint: str) -> None:
+def test_a_damaged_line_is_named_with_its_number(
+    write_run: WriteRun, line: str, complaint: str
+) -> None:
     folder = write_run(num_problems=3)
     with (folder / "eval" / "sft.jsonl").open("a") as file:
         file.write(line + "\n")

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from reftune.errors import DataError
-from reftune.report.results import read_run
-from reftune.report.summary import (
+from reftune.results.records import read_run
+from reftune.results.stats import mcnemar_exact, wilson
+from reftune.results.summary import (
     display,
     group_runs,
     headline,
@@ -24,13 +25,15 @@ from reftune.report.summary import (
     summarize,
     voting_curves,
 )
-from reftune.stats import mcnemar_exact, wilson
 
 WriteRun = Callable[..., Path]
 
 
-def answer(folder: Path, method: str, right: Sequence[int], samples: Sequence[Sequence[object]] = ()) -> None:
-    """Write an evaluation: problem i is solved where right[i]; samples are values, of which 1 is the right one."""
+def answer(
+    folder: Path, method: str, right: Sequence[int], samples: Sequence[Sequence[object]] = ()
+) -> None:
+    """Write an evaluation: problem i is solved where right[i]; samples are values, of which 1 is
+    the right one."""
     rows = []
     for index, solved in enumerate(right):
         drawn = [_attempt(value, value == 1) for value in samples[index]] if samples else []
@@ -50,8 +53,14 @@ def answer(folder: Path, method: str, right: Sequence[int], samples: Sequence[Se
 
 def _attempt(value: object, correct: bool) -> dict[str, object]:
     verdict = "no_answer" if value is None else "correct" if correct else "wrong"
-    return {"completion": f"text {value}", "verdict": verdict, "value": None if value is None else str(value), "reward": 0.0,
-            "reason": "", "finish_reason": "eos"}  # fmt: skip
+    return {
+        "completion": f"text {value}",
+        "verdict": verdict,
+        "value": None if value is None else str(value),
+        "reward": 0.0,
+        "reason": "",
+        "finish_reason": "eos",
+    }
 
 
 def test_summary_counts_what_the_files_say(write_run: WriteRun) -> None:
@@ -68,9 +77,15 @@ def test_summary_counts_what_the_files_say(write_run: WriteRun) -> None:
         "looks": 5,
     }
     # only reft solves problems 2, 3, 5, 6, 7, 8, only sft problem 4: .8 − .3, p from 6 against 1
-    against = next(found for found in summary["comparisons"] if (found["a"], found["b"]) == ("reft", "sft"))
+    against = next(
+        found for found in summary["comparisons"] if (found["a"], found["b"]) == ("reft", "sft")
+    )
     assert against["difference"] == pytest.approx(0.5)
-    assert (against["p_mcnemar"], against["n"], against["significant"]) == (mcnemar_exact(6, 1), 10, False)
+    assert (against["p_mcnemar"], against["n"], against["significant"]) == (
+        mcnemar_exact(6, 1),
+        10,
+        False,
+    )
     assert [(found["a"], found["b"]) for found in summary["comparisons"]] == [
         ("sft", "warmup"),
         ("reft", "warmup"),
@@ -87,7 +102,8 @@ def test_summary_is_a_function_of_the_files(write_run: WriteRun) -> None:
 
 def test_votes_and_pass_at_k_come_from_the_samples(write_run: WriteRun) -> None:
     folder = write_run()
-    # majorities over 4: 1 (right); 2 (wrong); tie of 1 and 2, 1 first (right); nothing valid (wrong)
+    # majorities over 4: 1 (right); 2 (wrong); tie of 1 and 2, 1 first (right); nothing valid
+    # (wrong)
     samples = [[1, 1, 2, None], [2, 2, 1, None], [1, 2, 2, 1], [None] * 4]
     answer(folder, "reft", [0, 0, 0, 0], samples)
     rows = read_run(folder).evals["reft"]
@@ -104,7 +120,9 @@ def test_votes_and_pass_at_k_come_from_the_samples(write_run: WriteRun) -> None:
 def test_summary_names_votes_by_their_k(write_run: WriteRun) -> None:
     summary = summarize(write_run(num_samples=3, num_problems=20))
     assert {"maj@3", "maj@3_ci95", "pass@3"} <= set(summary["methods"]["reft"])
-    assert ("reft maj@3", "sft maj@3") in [(found["a"], found["b"]) for found in summary["comparisons"]]
+    assert ("reft maj@3", "sft maj@3") in [
+        (found["a"], found["b"]) for found in summary["comparisons"]
+    ]
 
 
 def test_scored_samples_are_reranked(write_run: WriteRun) -> None:
@@ -113,19 +131,36 @@ def test_scored_samples_are_reranked(write_run: WriteRun) -> None:
     path = folder / "eval" / "reft.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        row["samples"][0]["score"], row["samples"][1]["score"] = 0.2, 0.7  # the second sample wins: 1, then 2
+        row["samples"][0]["score"], row["samples"][1]["score"] = (
+            0.2,
+            0.7,
+        )  # the second sample wins: 1, then 2
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert outcomes(read_run(folder).evals["reft"])["rerank@2"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(("grading", "votes"), [("paper", [1, 1]), ("robust", [0, 0])])
-def test_in_the_papers_grading_only_single_letters_vote_on_choices(write_run: WriteRun, grading: str, votes: list[int]) -> None:
+def test_in_the_papers_grading_only_single_letters_vote_on_choices(
+    write_run: WriteRun, grading: str, votes: list[int]
+) -> None:
     folder = write_run()
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "format": {"kind": "program", "grading": grading}}))
-    # two crashes, which the authors' rules call the answer "none", against one right letter; reranking likes a crash best
-    samples = [{**_attempt(value, value == "c"), "score": score} for value, score in [("none", 0.9), ("none", 0.5), ("c", 0.1)]]
-    row = {"id": "p", "question": "q", "gold": "c", "greedy": _attempt("c", True), "samples": samples}
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump({**recipe, "format": {"kind": "program", "grading": grading}})
+    )
+    # two crashes, which the authors' rules call the answer "none", against one right letter;
+    # reranking likes a crash best
+    samples = [
+        {**_attempt(value, value == "c"), "score": score}
+        for value, score in [("none", 0.9), ("none", 0.5), ("c", 0.1)]
+    ]
+    row = {
+        "id": "p",
+        "question": "q",
+        "gold": "c",
+        "greedy": _attempt("c", True),
+        "samples": samples,
+    }
     (folder / "eval" / "reft.jsonl").write_text(json.dumps(row) + "\n")
     found = outcomes(read_run(folder).evals["reft"])
     assert [found["maj@3"].item(), found["rerank@3"].item()] == votes
@@ -143,7 +178,7 @@ def test_methods_of_a_run_must_share_their_problems(write_run: WriteRun) -> None
         summarize(folder)
 
 
-# --- several runs -----------------------------------------------------------------------------------------------------
+# --- several runs ---------------------------------------------------------------------------------
 
 
 def test_runs_that_differ_in_the_seed_are_one_group(write_run: WriteRun) -> None:
@@ -179,24 +214,36 @@ def test_groups_of_one_name_are_told_apart_by_folder(write_run: WriteRun, tmp_pa
 def test_other_recipes_are_other_groups(write_run: WriteRun) -> None:
     groups = read_groups([write_run("a"), write_run("b", seed=1, methods=("warmup", "reft"))])
     table = score_table(groups)
-    assert [method.label for method in table.methods] == ["a/warmup", "a/sft", "a/reft", "b/warmup", "b/reft"]
+    assert [method.label for method in table.methods] == [
+        "a/warmup",
+        "a/sft",
+        "a/reft",
+        "b/warmup",
+        "b/reft",
+    ]
     assert table.baseline == "a/sft"
     assert table.between("b/reft", "a/reft") is not None
 
 
 def test_runs_over_different_problems_are_not_compared(write_run: WriteRun) -> None:
     folders = [write_run("a"), write_run("b", seed=1, methods=("warmup", "reft"), problem_seed=9)]
-    with pytest.raises(DataError, match=r"^.*a and .*b: evaluated on different problems; expected [^\n]*$"):
+    with pytest.raises(
+        DataError, match=r"^.*a and .*b: evaluated on different problems; expected [^\n]*$"
+    ):
         read_groups(folders)
 
 
 def test_groups_of_different_sizes_are_not_compared(write_run: WriteRun) -> None:
-    folders = [write_run("a-s0"), write_run("a-s1", seed=1), write_run("b", seed=1, methods=("warmup", "reft"))]
+    folders = [
+        write_run("a-s0"),
+        write_run("a-s1", seed=1),
+        write_run("b", seed=1, methods=("warmup", "reft")),
+    ]
     with pytest.raises(DataError, match=r"different numbers of seeds \(a 2, b 1\)"):
         read_groups(folders)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def headline_of(folder: Path) -> str:

@@ -9,16 +9,28 @@ from pathlib import Path
 import pytest
 
 from reftune.errors import DataError
-from reftune.report import table_command
+from reftune.results import table_command
 
 WriteRun = Callable[..., Path]
 
 
 def test_text_columns_line_up(write_run: WriteRun) -> None:
     lines = table_command([write_run(num_samples=2)]).splitlines()
-    assert lines[0].split() == ["Method", "Greedy", "maj@2", "pass@2", "vs", "SFT", "Test", "Dev", "Looks"]
+    assert lines[0].split() == [
+        "Method",
+        "Greedy",
+        "maj@2",
+        "pass@2",
+        "vs",
+        "SFT",
+        "Test",
+        "Dev",
+        "Looks",
+    ]
     assert [line.split()[0] for line in lines[2:5]] == ["Warm-up", "SFT", "ReFT"]
-    ends = {line.rindex("]", 0, line.index("]") + 1) for line in lines[2:5]}  # the first interval closes in one column
+    ends = {
+        line.rindex("]", 0, line.index("]") + 1) for line in lines[2:5]
+    }  # the first interval closes in one column
     assert len(ends) == 1
 
 
@@ -55,11 +67,16 @@ def test_json_is_one_document_with_unrounded_numbers(write_run: WriteRun) -> Non
     assert table["seeds"] == 2
     score = table["methods"]["reft"]["scores"]["greedy"]
     assert score["accuracy"] == pytest.approx(sum(score["by_seed"]) / 2)
-    assert {"a", "b", "difference", "ci95", "by_seed", "significant"} <= set(table["comparisons"][0])
+    assert {"a", "b", "difference", "ci95", "by_seed", "significant"} <= set(
+        table["comparisons"][0]
+    )
 
 
 def test_an_unknown_format_names_the_known_ones(write_run: WriteRun) -> None:
-    with pytest.raises(DataError, match=r"^html: unknown table format; expected one of text, markdown, latex, json$"):
+    with pytest.raises(
+        DataError,
+        match=r"^html: unknown table format; expected one of text, markdown, latex, json$",
+    ):
         table_command([write_run()], "html")
 
 

@@ -1,0 +1,187 @@
+"""How long a run will take, from a short measurement on this machine, and the memory there is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reftune.algorithms.losses import masked_mean
+from reftune.datasets import Splits
+from reftune.engines import Engine
+from reftune.model.batch import TokenBatch, token_batch
+from reftune.model.policy import Policy
+from reftune.recipe import Recipe
+from reftune.types import SamplingParams
+
+WARM_TOKENS = 256
+"""Trained on before the clock starts: a first pass chooses kernels, casts weights and allocates."""
+WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
+"""Sampled a row before the clock starts; and at least, with it running, as each is a small part of
+the reading of a prompt."""
+BUDGET_S = 8.0
+"""Seconds that a timed pass may take, about; a large model's is then smaller than in training."""
+STEADY_S = 0.5
+"""Shorter passes are repeated for so long."""
+SCORING_COST = 1 / 3
+"""Of a forward pass, in units of a forward and backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """Tokens a second on this machine."""
+
+    train: float
+    """Prompt and response, forward and backward."""
+    sample: float
+    """Responses, all rows together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Mean lengths of the training rows, tokens."""
+
+    prompt: float
+    target: float
+
+
+def measure_speed(
+    policy: Policy,
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    targets: Sequence[list[int]],
+    *,
+    rows: int,
+    max_tokens: int,
+) -> Speed:
+    """Train on `rows` at once, at most `max_tokens` (no optimizer step), and sample as many, both
+    after a warm-up."""
+    batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
+    length = math.ceil(sum(map(len, targets)) / len(targets))
+    return Speed(
+        train=_train_speed(policy, batch, max_tokens),
+        sample=_sample_speed(policy, engine, prompts[:rows], length),
+    )
+
+
+def _train_speed(policy: Policy, batch: TokenBatch, max_tokens: int) -> float:
+    few = _rows_within(batch, WARM_TOKENS)
+    _training_pass(policy, few)
+    affordable = BUDGET_S * int(few.lengths.sum()) / _seconds(lambda: _training_pass(policy, few))
+    many = _rows_within(batch, min(max_tokens, affordable))
+    return int(many.lengths.sum()) / _seconds(lambda: _training_pass(policy, many))
+
+
+def _rows_within(batch: TokenBatch, max_tokens: float) -> TokenBatch:
+    """The first rows whose padded size stays within `max_tokens`, one at least."""
+    count = max(1, int(max_tokens // int(batch.lengths.max())))
+    return batch.rows(torch.arange(min(count, len(batch.lengths))))
+
+
+def _training_pass(policy: Policy, batch: TokenBatch) -> None:
+    masked_mean(policy(batch).logprobs, batch.response_mask).backward()
+    policy.zero_grad(set_to_none=True)
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize(policy.device)
+
+
+def _sample_speed(
+    policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
+) -> float:
+    """Of solutions of `num_tokens`, also where only their beginnings are affordable."""
+
+    def sample(length: int) -> int:
+        completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
+        return sum(len(completion.token_ids) for completion in completions)
+
+    sample(WARM_NEW_TOKENS)
+    begun_s = _seconds(lambda: sample(WARM_NEW_TOKENS))  # mostly the reading of the prompts
+    length = max(FEWEST_NEW_TOKENS, min(num_tokens, int(BUDGET_S / begun_s * WARM_NEW_TOKENS)))
+    started = time.perf_counter()
+    num_sampled = sample(length)
+    seconds = time.perf_counter() - started
+    step_s = max(0.0, seconds - begun_s) / (length - WARM_NEW_TOKENS)
+    return num_sampled * (num_tokens / length) / (seconds + step_s * (num_tokens - length))
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    """Mean seconds of one call."""
+    started, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - started < STEADY_S:
+        act()
+        calls += 1
+    return (time.perf_counter() - started) / calls
+
+
+def stage_seconds(
+    recipe: Recipe, splits: Splits, lengths: Lengths, speed: Speed
+) -> dict[str, float]:
+    """Seconds by stage, looks at dev included; at most, where equal samples count once. A user's
+    own stages are left out."""
+    look_s, num_train = len(splits.dev) * lengths.target / speed.sample, len(splits.train)
+    seconds = {}
+    for name, stage in recipe.stages.items():
+        if stage.kind == "sft":
+            seconds[name] = _sft_seconds(stage, num_train, lengths, speed, look_s)
+        elif stage.kind == "self_train":
+            sampling_s = stage.samples * num_train * lengths.target / speed.sample
+            seconds[name] = sampling_s + _sft_seconds(
+                stage.sft, (1 + stage.keep) * num_train, lengths, speed, look_s
+            )
+        elif stage.kind == "reward_model":
+            num_sampled = stage.samples * num_train + stage.dev_samples * len(splits.dev)
+            seconds[name] = num_sampled * lengths.target / speed.sample
+            seconds[name] += _sft_seconds(stage, stage.samples * num_train, lengths, speed, look_s)
+        elif stage.kind == "rl":
+            seconds[name] = _rl_seconds(stage, lengths, speed, look_s)
+    return seconds
+
+
+def evaluation_seconds(
+    recipe: Recipe, splits: Splits, num_methods: int, lengths: Lengths, speed: Speed
+) -> float:
+    """Seconds of the final evaluation of so many methods."""
+    num_problems = len(getattr(splits, recipe.evaluate.split)[: recipe.evaluate.limit])
+    num_sampled = num_methods if recipe.evaluate.sampled is None else len(recipe.evaluate.sampled)
+    return (
+        num_problems
+        * (num_methods + num_sampled * recipe.evaluate.samples)
+        * lengths.target
+        / speed.sample
+    )
+
+
+def _sft_seconds(
+    schedule: Any, num_rows: int, lengths: Lengths, speed: Speed, look_s: float
+) -> float:
+    train_s = schedule.epochs * num_rows * (lengths.prompt + lengths.target) / speed.train
+    return float(train_s + schedule.epochs / schedule.eval_every * look_s)
+
+
+def _rl_seconds(stage: Any, lengths: Lengths, speed: Speed, look_s: float) -> float:
+    rollouts = stage.prompts * stage.samples
+    passes = stage.updates + SCORING_COST * (2 if stage.algorithm.needs_reference else 1)
+    step_s = rollouts * (
+        lengths.target / speed.sample + passes * (lengths.prompt + lengths.target) / speed.train
+    )
+    prefit_s = rollouts * stage.value_prefit * lengths.target / speed.sample
+    return float(stage.steps * step_s + prefit_s + stage.steps / stage.eval_every * look_s)
+
+
+def available_bytes(device: torch.device) -> float:
+    """Free memory of the device; infinite where it cannot be told."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    return next(
+        (float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")),
+        math.inf,
+    )

@@ -1,0 +1,129 @@
+"""Credit: rewards and values → advantages and returns. Pure tensors; every mask is True on response
+tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_rewards(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    response_mask: Tensor,
+    *,
+    kl_coef: float,
+) -> Tensor:
+    """Reward of each response token: the KL penalty everywhere, the task's reward on the last
+    token.
+
+        r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
+
+    Shapes: rewards (B,), the rest (B, R); 0 where the mask is False.
+    Source: ReFT (arXiv:2401.08967), §3.1. Differs: none.
+    """
+    last = response_mask.sum(1) - 1
+    per_token = torch.zeros_like(logprobs)
+    if ref_logprobs is not None:
+        per_token = -kl_coef * (logprobs - ref_logprobs) * response_mask
+    return per_token.scatter_add(
+        1, last.clamp(min=0).unsqueeze(1), (rewards * (last >= 0)).unsqueeze(1)
+    )
+
+
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimates and value targets of right-padded responses.
+
+        δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        G_t = A_t + V_t
+
+    V is 0 after the last sampled token, whether it is eos or the length limit; both results are 0
+    where the mask is False. Shapes (B, R).
+    Source: PPO (arXiv:1707.06347), §5; ReFT (arXiv:2401.08967), §3.1. Differs: γ and λ are named as
+    in the authors' code; the paper's text swaps the two symbols.
+    """
+    values = values * response_mask
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = (rewards + gamma * next_values - values) * response_mask
+    advantages = torch.zeros_like(deltas)
+    running = (
+        torch.zeros_like(deltas[:, 0]) if deltas.shape[1] else deltas.new_zeros(deltas.shape[0])
+    )
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, (advantages + values) * response_mask
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Zero mean and unit variance over all True entries; 0 elsewhere.
+
+        (x - mean) / sqrt(unbiased variance + 1e-8)
+
+    Shapes: any, equal. Source: ReFT's code, whitening over the whole rollout. Differs: none.
+    """
+    count = mask.sum()
+    mean = (values * mask).sum() / count.clamp(min=1)
+    variance = ((values - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def truncated_importance(
+    logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, *, cap: float
+) -> Tensor:
+    """Weight of each token whose sampler was not quite the policy, (B, R); 1 where the mask is
+    False.
+
+        w = min(π_train / π_sample, cap)
+
+    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training"
+    (2025). Differs: none.
+    """
+    ratio = (logprobs - sampling_logprobs).exp().clamp(max=cap)
+    return torch.where(mask, ratio, torch.ones_like(ratio))
+
+
+def group_means(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Mean reward of each sample's group, (B,). `groups` (B,) holds equal integers for samples of
+    one problem."""
+    num_groups = int(groups.max()) + 1 if groups.numel() else 0
+    totals = rewards.new_zeros(num_groups).index_add(0, groups, rewards)
+    counts = rewards.new_zeros(num_groups).index_add(0, groups, torch.ones_like(rewards))
+    return (totals / counts.clamp(min=1))[groups]
+
+
+def group_sizes(groups: Tensor) -> Tensor:
+    """Number of samples in each sample's group, (B,)."""
+    return torch.bincount(groups)[groups]
+
+
+def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Unbiased standard deviation of each sample's group, (B,); 0 for a group of one."""
+    squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
+    sizes = group_sizes(groups)
+    return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()
+
+
+def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Each sample's reward less the mean of the others of its group, (B,); 0 for a group of one.
+
+        A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - mean)
+
+    Source: RLOO (arXiv:2402.14740), §2.3. Differs: none.
+    """
+    sizes = group_sizes(groups)
+    return (rewards - group_means(rewards, groups)) * sizes / (sizes - 1).clamp(min=1)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the values explain; 1 is perfect, below 0 is worse than a
+    constant.
+
+        1 - Var(G - V) / Var(G)
+
+    Shapes (B, R).
+    """
+    returns, errors = returns[mask], (returns - values)[mask]
+    return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)

@@ -1,0 +1,1 @@
+"""What the datasets share: rows of files, splits, and programs derived from annotations."""

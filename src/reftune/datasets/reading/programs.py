@@ -1,0 +1,101 @@
+"""Programs as rationales: written from a data set's own annotations, and run before anybody learns
+from them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from reftune.datasets import Splits
+from reftune.datasets.reading.splits import drop_untrainable
+from reftune.types import Problem, Verdict
+
+if TYPE_CHECKING:
+    from reftune.grading.sandbox.result import ExecutionResult
+
+OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.USub, ast.UAdd)
+NODES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
+TIMEOUT_S = 20.0
+LARGEST_WHOLE = 10**15
+"""Floats up to here that are whole are written without `.0`."""
+
+
+def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:
+    """A `solution()` that assigns every (name, expression) in turn and returns `result`, by default
+    the last name."""
+    result = result or steps[-1][0]
+    needs_math = any("math." in expression for _, expression in steps)
+    lines = (
+        ["import math"] * needs_math
+        + [f"{name} = {expression}" for name, expression in steps]
+        + [f"return {result}"]
+    )
+    return "\n".join(["def solution():", *(f"    {line}" for line in lines)])
+
+
+def arithmetic(text: str, names: Mapping[float, str]) -> str | None:
+    """`text` as a Python expression, a name in place of every constant in `names`; None if it is
+    not plain arithmetic.
+
+    `48/2` → `48 / 2`; `( 4.0 - 3.0 )` → `4 - 3`; with {24: "clips"}: `48+24` → `48 + clips`.
+    """
+    try:
+        tree = ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", text.strip()), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    for node in ast.walk(tree):
+        if not isinstance(node, NODES) or (
+            isinstance(node, (ast.operator, ast.unaryop)) and not isinstance(node, OPERATORS)
+        ):
+            return None
+        if isinstance(node, ast.Constant) and (
+            isinstance(node.value, bool) or not isinstance(node.value, (int, float))
+        ):
+            return None
+    return ast.unparse(_Renamed(names).visit(tree))
+
+
+class _Renamed(ast.NodeTransformer):
+    def __init__(self, names: Mapping[float, str]) -> None:
+        self.names = names
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        value = node.value
+        assert isinstance(value, (int, float))
+        if isinstance(value, float) and value.is_integer() and value < LARGEST_WHOLE:
+            value = int(value)
+        return ast.Name(self.names[value]) if value in self.names else ast.Constant(value)
+
+
+def drop_wrong_programs(splits: Splits) -> Splits:
+    """Train without the problems that have no program (`no_program`) or one that does not give the
+    gold answer (`program_disagrees`). Dev keeps such problems, without a rationale: it should be no
+    easier than test."""
+    wrong = _wrong_programs([*splits.train, *splits.dev])
+    splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
+    return drop_untrainable(splits, "program_disagrees", lambda problem: problem.id in wrong)
+
+
+def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
+    """Run in the sandbox, with so much time that how busy the machine is does not decide what is
+    trained on."""
+    from reftune.grading.sandbox import Sandbox
+    from reftune.grading.sandbox.result import SandboxLimits
+
+    with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
+        return sandbox.run(programs)
+
+
+def _wrong_programs(problems: Sequence[Problem]) -> frozenset[str]:
+    from reftune.grading.answers import grade_value
+    from reftune.grading.sandbox.result import ExecutionStatus
+
+    results = run_programs([problem.rationale or "" for problem in problems])
+    return frozenset(
+        problem.id
+        for problem, result in zip(problems, results, strict=True)
+        if result.status is not ExecutionStatus.OK
+        or grade_value(result.value, problem).verdict is not Verdict.CORRECT
+    )

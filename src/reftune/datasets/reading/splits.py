@@ -1,0 +1,220 @@
+"""From problems as read to `Splits`: repeats and contradictions out, dev drawn, nothing of dev or
+test left in train."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from reftune.datasets import Splits
+from reftune.datasets.reading.rows import Row, is_single_file, read_rows
+from reftune.errors import DataError
+from reftune.seeds import derive_seed
+from reftune.types import Answer, Problem
+
+Key = Callable[[Problem], str]
+"""Problems of one key ask the same question."""
+Asked = tuple[str, Problem]
+"""A problem behind its key."""
+
+LARGEST_DEFAULT_DEV = 500
+TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]|_")
+SILENT = frozenset(".,;:!?'\"`’‘“”…")
+"""Sentence punctuation. Brackets and operators are not: they may be what a question is about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitRows:
+    """The rows of each split as they were read."""
+
+    train: list[Row]
+    dev: list[Row] | None
+    """None: to be drawn from train."""
+    test: list[Row]
+
+
+def read_splits(
+    train: str,
+    dev: str | None,
+    test: str | None,
+    *,
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> SplitRows:
+    """`test` None: the test split of `train` if that is a folder or Hub id, else no rows. Raises:
+    DataError."""
+    names = names or {}
+    test = train if test is None and not is_single_file(train) else test
+    return SplitRows(
+        train=read_rows(train, "train", names=names.get("train", ())),
+        dev=None if dev is None else read_rows(dev, "dev", names=names.get("dev", ())),
+        test=[] if test is None else read_rows(test, "test", names=names.get("test", ())),
+    )
+
+
+def question_key(problem: Problem) -> str:
+    """Equal for questions that differ in case, spacing or sentence punctuation only; numbers,
+    operators and options count.
+
+    Where the gold is text, case and punctuation may be what the question is about, and only spacing
+    is ignored.
+    """
+    text = " ".join([problem.question, *problem.choices])
+    return _spaced(text) if problem.answer.kind == "text" else normalised(text)
+
+
+def draw_splits(
+    *,
+    train: Iterable[Problem],
+    dev: Iterable[Problem] | None,
+    test: Iterable[Problem],
+    dev_size: int | None,
+    seed: int,
+    key: Key = question_key,
+    several_rationales: bool = False,
+) -> Splits:
+    """Clean splits, with the counts of what was dropped.
+
+    `duplicate`: same text and gold as an earlier row of its split (with `several_rationales`: and
+    same rationale). `contradiction`: same question and options as another row but another gold;
+    none of them is kept. `leak`: a train question that dev or test asks, or a dev question that
+    test asks, by `key`. Test is never touched.
+
+    Dev, unless given, is the `dev_size` questions that come first when all are sorted by a hash of
+    `seed` and question: neither the order of the rows nor their rationales have a part in it. None:
+    a tenth of them, at most 500.
+    Raises: DataError where `dev_size` leaves nothing to train on.
+    """
+    counts: Counter[str] = Counter()
+    tested = [(key(problem), problem) for problem in test]
+    learned = _without(_clean(train, key, several_rationales, counts), tested, counts)
+    if dev is None:
+        chosen = _draw(learned, dev_size, seed)
+        counts["leak"] -= len(chosen)
+    else:
+        chosen = _without(_clean(dev, key, False, counts), tested, counts)
+    learned = _without(learned, chosen, counts)
+    test_set, dev_set, train_set = _with_unique_ids(
+        *([problem for _, problem in asked] for asked in (tested, chosen, learned))
+    )
+    return Splits(train=train_set, dev=dev_set, test=test_set, counts=dict(+counts))
+
+
+def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], bool]) -> Splits:
+    """Train without the problems whose rationale is `unusable`, counted as `reason`; dev keeps them
+    without a rationale."""
+    train = tuple(problem for problem in splits.train if not unusable(problem))
+    dev = tuple(
+        replace(problem, rationale=None) if unusable(problem) else problem for problem in splits.dev
+    )
+    dropped = len(splits.train) - len(train)
+    return replace(
+        splits,
+        train=train,
+        dev=dev,
+        counts={**splits.counts, **({reason: dropped} if dropped else {})},
+    )
+
+
+def same_gold(a: Answer, b: Answer) -> bool:
+    """Whether two golds agree, numbers as the grader compares them."""
+    from reftune.grading.answers import numbers_equal
+
+    if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
+        return numbers_equal(a.value, b.value)
+    return a == b
+
+
+def normalised(text: str) -> str:
+    """Lower-case words, numbers without thousands commas, and symbols, with single spaces between
+    them."""
+    tokens = [
+        token.replace(",", "") for token in TOKEN.findall(text.casefold()) if token not in SILENT
+    ]
+    between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)
+    return " ".join(
+        token
+        for left, token, right in between
+        if not (token == "-" and left.isalpha() and right.isalpha())
+    )
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _clean(
+    problems: Iterable[Problem], key: Key, several_rationales: bool, counts: Counter[str]
+) -> list[Asked]:
+    """Without contradictions and duplicates, in order."""
+    problems = list(problems)
+    first: dict[str, Problem] = {}
+    questions = [question_key(problem) for problem in problems]
+    contradicted = {
+        question
+        for question, problem in zip(questions, problems, strict=True)
+        if not same_gold(first.setdefault(question, problem).answer, problem.answer)
+    }
+    kept: dict[tuple[str | None, ...], Asked] = {}
+    for question, problem in zip(questions, problems, strict=True):
+        identity = (
+            _spaced(problem.question),
+            *problem.choices,
+            problem.rationale if several_rationales else None,
+        )
+        if question in contradicted:
+            counts["contradiction"] += 1
+        elif identity in kept:
+            counts["duplicate"] += 1
+        else:
+            kept[identity] = (key(problem), problem)
+    return list(kept.values())
+
+
+def _without(
+    asked: Sequence[Asked], elsewhere: Iterable[Asked], counts: Counter[str]
+) -> list[Asked]:
+    """Without the questions that are asked elsewhere."""
+    taken = {question for question, _ in elsewhere}
+    kept = [(question, problem) for question, problem in asked if question not in taken]
+    counts["leak"] += len(asked) - len(kept)
+    return kept
+
+
+def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
+    """One problem of each of `size` questions."""
+    by_question: dict[str, Problem] = {}
+    for question, problem in asked:
+        by_question.setdefault(question, problem)
+    if size is None:
+        size = min(LARGEST_DEFAULT_DEV, max(len(by_question) // 10, len(by_question) > 1))
+    if size and size >= len(by_question):
+        raise DataError(
+            f"dev_size {size}: only {len(by_question)} training questions are left; expected fewer"
+            " for dev"
+        )
+    chosen = set(
+        sorted(by_question, key=lambda question: derive_seed(seed, "dev", question))[:size]
+    )
+    return [(question, by_question[question]) for question in by_question if question in chosen]
+
+
+def _with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
+    """A repeated id gets `-2`, `-3`, … from its second use on."""
+    uses: Counter[str] = Counter(problem.id for split in splits for problem in split)
+    taken = set(uses)
+    seen: Counter[str] = Counter()
+
+    def renamed(problem: Problem) -> Problem:
+        seen[problem.id] += 1
+        if seen[problem.id] == 1:
+            return problem
+        number = seen[problem.id]
+        while f"{problem.id}-{number}" in taken:
+            number += 1
+        taken.add(f"{problem.id}-{number}")
+        return replace(problem, id=f"{problem.id}-{number}")
+
+    return [tuple(renamed(problem) for problem in split) for split in splits]

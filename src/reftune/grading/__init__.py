@@ -1,0 +1,1 @@
+"""Text → verdict → reward. Nothing here imports torch."""

@@ -1,0 +1,164 @@
+"""Completions → programs. Pure line work: nothing here parses or runs what a model wrote.
+
+A completion continues `def solution():`, or holds a program of its own. What is tried, in this
+order, the next only where the one before ends in an error:
+
+1. the code as it stands: the last fenced block with a `def solution`, else the text if it has one,
+else the text (or its
+   last fenced block) as the body of `solution`;
+2. the code without prose. Of a program: its imports, definitions and the assignments before
+`solution`, everything else at
+   the left margin dropped. Of a body: its lines up to the first one at the left margin; a body that
+   stands at the left margin
+   itself ends at its first `return`.
+
+Of several definitions of `solution` the last counts, as in Python.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+HEADER = "def solution():\n"
+MAX_CHARS = 50_000
+"""How much of a completion is looked at."""
+
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+_SOLUTION = re.compile(r"^(?:async[ \t]+)?def[ \t]+solution[ \t]*\(", re.MULTILINE)
+_RETURN = re.compile(r"(?:^|[:;])[ \t]*return\b", re.MULTILINE)
+_DEFINITION = re.compile(
+    r"(?:async +)?def +\w+ *\(|class +\w+ *[(:]|@\w|from +[\w.]+ +import\b"
+    r"|import +[\w.]+(?: +as +\w+)?(?: *, *[\w.]+(?: +as +\w+)?)* *(?:#.*)?$"
+)
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
+
+
+def programs_in(completion: str) -> tuple[str, ...]:
+    """The programs to try in turn; none where the completion defines no `solution` and returns
+    nothing."""
+    text = completion[:MAX_CHARS].replace("\r\n", "\n").replace("\r", "\n")
+    blocks = [textwrap.dedent(block) for block in _FENCED.findall(text)]
+    for program in (*reversed(blocks), textwrap.dedent(text) if text[:1].isspace() else text):
+        if _SOLUTION.search(program):
+            return _unique(program, _without_prose(program))
+    for body in (*reversed(blocks), text):
+        if _RETURN.search(body):
+            body = _indented(body)
+            return _unique(HEADER + body, HEADER + _up_to_margin(body))
+    return ()
+
+
+def _unique(*programs: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(program.strip("\n") for program in programs))
+
+
+def _without_prose(program: str) -> str:
+    """Only the definitions, imports and assignments; the program itself where its `solution` stands
+    inside quotes."""
+    chunks = _chunks(program)
+    last = max(
+        (index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)), default=None
+    )
+    if last is None:
+        return program
+    return "\n".join(
+        chunk
+        for index, chunk in enumerate(chunks)
+        if _DEFINITION.match(chunk.partition("\n")[0])
+        or (index < last and _ASSIGNMENT.match(chunk))
+    )
+
+
+def _chunks(program: str) -> list[str]:
+    """A line at the left margin with the lines that belong to it: indented or blank ones, closing
+    brackets, and what stands inside triple quotes."""
+    chunks: list[list[str]] = []
+    in_quotes = False
+    for line in program.split("\n"):
+        if chunks and (in_quotes or not line or line[0] in " \t)]}"):
+            chunks[-1].append(line)
+        else:
+            chunks.append([line])
+        in_quotes ^= (line.count('"""') + line.count("'''")) % 2 == 1
+    return ["\n".join(chunk) for chunk in chunks]
+
+
+# --- bodies ---------------------------------------------------------------------------------------
+
+
+def _indented(body: str) -> str:
+    """A body indented as one, also where its first line has lost its indent or all of it stands at
+    the margin."""
+    lines = body.strip("\n").rstrip().split("\n")
+    while lines and not lines[0].strip():
+        del lines[0]
+    lines[0] = " " * _first_indent(lines) + lines[0].lstrip()
+    if _indent(lines[0]) > 0:
+        return "\n".join(lines)
+    if returns := [index for index, line in enumerate(lines) if re.match(r"return\b", line)]:
+        inside, after = lines[: returns[0] + 1], lines[returns[0] + 1 :]
+        return "\n".join([textwrap.indent("\n".join(inside), "    "), *after])
+    return textwrap.indent("\n".join(lines), "    ")
+
+
+def _first_indent(lines: list[str]) -> int:
+    """What the first line's indent should be, judged by the lines below it down to the first at the
+    margin."""
+    first = _indent(lines[0])
+    below = []
+    for line in lines[1:]:
+        if line.strip():
+            if _indent(line) == 0:
+                break
+            below.append(_indent(line))
+    if not below:
+        return first
+    opens = lines[0].rstrip().endswith((":", "(", "[", "{", ",", "\\"))
+    if not opens:
+        return below[0]
+    return min(below) if min(below) < below[0] else first
+
+
+def _indent(line: str) -> int:
+    return len(line.expandtabs(4)) - len(line.expandtabs(4).lstrip())
+
+
+def _up_to_margin(body: str) -> str:
+    lines = body.split("\n")
+    end = next(
+        (index for index, line in enumerate(lines) if line.strip() and not line[0].isspace()),
+        len(lines),
+    )
+    return "\n".join(lines[:end])
+
+
+# --- gold programs --------------------------------------------------------------------------------
+
+
+_GOLD_HEADER = re.compile(
+    r"^def[ \t]+solution[ \t]*\([ \t]*\)[ \t]*(?:->[^:\n]+)?:[ \t]*", re.MULTILINE
+)
+_DOCSTRING = re.compile(
+    r'''\s*[rRuU]?(?:"""(?:[^\\]|\\.)*?"""|\'{3}(?:[^\\]|\\.)*?\'{3}'''
+    r"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')[ \t]*(?:\n|$)""",
+    re.DOTALL,
+)
+
+
+def body_of(program: str) -> str | None:
+    """What a gold program has after `def solution():` and a docstring, indented by four; None where
+    it has no such line.
+
+    What stands before the definition moves into it.
+    """
+    program = program.replace("\r\n", "\n").expandtabs(4)
+    header = _GOLD_HEADER.search(program)
+    if header is None:
+        return None
+    before, body = program[: header.start()].strip("\n"), program[header.end() :]
+    docstring = _DOCSTRING.match(body)
+    if docstring is not None:
+        body = body[docstring.end() :]
+    parts = [part for part in (before, textwrap.dedent(body.strip("\n"))) if part.strip()]
+    return textwrap.indent("\n".join(parts), "    ").rstrip()

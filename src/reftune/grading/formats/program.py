@@ -1,0 +1,160 @@
+"""Rationales that are programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr
+
+from reftune.errors import DataError
+from reftune.grading.answers import grade_value, grade_value_paper, paper_response
+from reftune.grading.formats._prompts import Style, gold_rationale, paper_prompt, question_text
+from reftune.grading.formats._source import HEADER, body_of, programs_in
+from reftune.grading.sandbox import Sandbox
+from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
+from reftune.recipe import Component
+from reftune.types import Graded, Problem, Verdict
+
+
+class Program(Component):
+    """A Python function `solution()` whose value is the answer. The prompt ends in its header; the
+    model writes the body."""
+
+    kind: str = "program"
+    style: Style = "compact"
+    """`paper`: the authors' prompt, with the question again as a docstring; `compact`: the question
+    once."""
+    grading: Literal["robust", "paper"] = "robust"
+    """`robust` finds the program in the text; `paper` runs it by the authors' rules
+    (docs/deviations.md: no sympy)."""
+    timeout_s: float = Field(default=1.0, gt=0, le=60)
+    """Time a program may run."""
+    memory_mib: int = Field(default=64, ge=16)
+    """Memory a program may use."""
+    sandbox: Literal["monty", "subprocess"] = "monty"
+    """`subprocess` runs CPython with the installed packages, a process for each program; slower."""
+    allow_unisolated: bool = False
+    """Let the subprocess sandbox start where the system cannot cut programs off from the network.
+    """
+
+    _sandbox: Sandbox = PrivateAttr()
+
+    def model_post_init(self, _: Any) -> None:
+        limits = SandboxLimits(timeout_s=self.timeout_s, memory_mib=self.memory_mib)
+        self._sandbox = Sandbox(
+            limits, backend=self.sandbox, allow_unisolated=self.allow_unisolated
+        )
+
+    def prompt(self, problem: Problem) -> str:
+        """The question in the style's frame, then the function's header."""
+        if self.style == "paper":
+            return paper_prompt(problem) + _paper_header(problem)
+        return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
+
+    def target(self, problem: Problem) -> str:
+        """The gold program's body, without header and docstring.
+
+        In the compact style the line break before it belongs to the target: tokenizers keep it
+        together with the indent, so that prompt and target, tokenised apart, are the tokens of the
+        whole text.
+        Raises: DataError where there is no program.
+        """
+        body = body_of(gold_rationale(problem))
+        if not body:
+            raise DataError(
+                f"problem {problem.id}: its rationale is not a program with a solution(); expected"
+                " one, or format.kind=nl"
+            )
+        return body if self.style == "paper" else f"\n{body}"
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
+        """One grade a completion, in order. Programs run once each, equal ones together."""
+        if self.style == "compact":
+            completions = [completion.removeprefix("\n") for completion in completions]
+        pairs = list(zip(problems, completions, strict=True))
+        if self.grading == "paper":
+            return self._grade_paper(pairs)
+        candidates = [programs_in(completion) for _, completion in pairs]
+        results = self._run([programs[:1] for programs in candidates])
+        failed = {
+            programs[0]
+            for programs in candidates
+            if programs and results[programs[0]].status is ExecutionStatus.ERROR
+        }
+        results |= self._run(
+            [programs[1:2] for programs in candidates if programs and programs[0] in failed]
+        )
+        return [
+            _grade_robust(problem, [results[program] for program in programs if program in results])
+            for (problem, _), programs in zip(pairs, candidates, strict=True)
+        ]
+
+    def _grade_paper(self, pairs: Sequence[tuple[Problem, str]]) -> list[Graded]:
+        sources = [_paper_source(problem, completion) for problem, completion in pairs]
+        results = self._run([(source,) for source in sources], call="_scope['solution']()")
+        return [
+            _grade_paper(problem, results[source])
+            for (problem, _), source in zip(pairs, sources, strict=True)
+        ]
+
+    def _run(
+        self, programs: Sequence[Sequence[str]], call: str = "solution()"
+    ) -> dict[str, ExecutionResult]:
+        sources = list(dict.fromkeys(source for group in programs for source in group))
+        return dict(zip(sources, self._sandbox.run(sources, call), strict=True))
+
+
+def _grade_robust(problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
+    """By the first program that ends without an error; by the first error where none does."""
+    if not results:
+        return Graded(
+            verdict=Verdict.NO_ANSWER,
+            value=None,
+            reason="the text defines no solution() and returns nothing",
+        )
+    result = next(
+        (result for result in results if result.status is not ExecutionStatus.ERROR), results[0]
+    )
+    graded = (
+        grade_value(result.value, problem)
+        if result.status is ExecutionStatus.OK
+        else _failed(result)
+    )
+    return replace(graded, program_s=sum(result.seconds for result in results))
+
+
+def _failed(result: ExecutionResult) -> Graded:
+    return Graded(verdict=Verdict(result.status.value), value=None, reason=result.reason)
+
+
+# --- the paper's rules ----------------------------------------------------------------------------
+
+
+def _paper_header(problem: Problem) -> str:
+    return f'{HEADER}    """{question_text(problem)}"""\n'
+
+
+def _paper_source(problem: Problem, completion: str) -> str:
+    """The authors' program: the header and the completion up to the first blank line, `sys.exit`
+    turned into `print`, run with `math` as its only global, so that what it defines beside
+    `solution` is not visible inside.
+
+    Differs: a completion with its own `def solution` gets no header; sympy is not offered.
+    """
+    response = paper_response(
+        completion if completion.startswith("def solution") else _paper_header(problem) + completion
+    )
+    lines = response.replace("sys.exit", "print").split("\n")
+    end = next((index for index, line in enumerate(lines) if not line.strip()), len(lines))
+    code = "\n".join(lines[:end])
+    return f"import math\n_scope = {{}}\nexec({code!a}, {{'math': math}}, _scope)"
+
+
+def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
+    """A crash is the value "none" where answers are strings, and no value where they are
+    numbers."""
+    has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
+    graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
+    return replace(graded, program_s=result.seconds)

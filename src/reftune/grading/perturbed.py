@@ -1,0 +1,150 @@
+"""Gold solutions changed so that the answer is certainly wrong, or certainly still right: what a
+reward is tested on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from reftune.grading.answers import answer_text
+from reftune.types import Answer, Problem
+
+MAX_SIZE = 10**6
+"""Of answers that are put off by 1: beyond it 1 may be within the grader's tolerance."""
+_RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
+_STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbed:
+    """A changed solution."""
+
+    kind: str
+    """What was done to it, in words."""
+    text: str
+
+
+def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
+    """Solutions that look like the gold one and do not give its answer. None of a text whose answer
+    cannot be found."""
+    found = _RETURN.search(target)
+    yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
+
+
+def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
+    """The gold solution as others would write it, with the same answer."""
+    found = _RETURN.search(target)
+    yield from _right_programs(problem, target, found) if found else _right_words(problem, target)
+
+
+def other_answers(problem: Problem) -> dict[str, str]:
+    """Kind → an answer that is not the gold one; empty where none is certain."""
+    gold = problem.answer.value
+    if problem.answer.kind == "choice" and len(problem.choices) > 1:
+        return {
+            "another option": "abcdefghijklmnopqrstuvwxyz"[
+                (ord(str(gold)) - ord("a") + 1) % len(problem.choices)
+            ]
+        }
+    if not isinstance(gold, Fraction) or abs(gold) >= MAX_SIZE:
+        return {}
+    values = {"off by one": gold + 1, "another sign": -gold, "ten times": 10 * gold}
+    return {
+        kind: _number(value) for kind, value in values.items() if abs(value - gold) > Fraction(1, 2)
+    }
+
+
+def _number(value: Fraction) -> str:
+    """As `float()` reads it."""
+    text = str(Answer(kind="number", value=value))
+    return repr(float(value)) if "/" in text else text
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def _wrong_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterator[Perturbed]:
+    head, indent, value = target[: end.start()], end["indent"], end["value"]
+    for kind, answer in other_answers(problem).items():
+        literal = repr(answer) if problem.answer.kind == "choice" else answer
+        yield Perturbed(kind, f"{head}{indent}return {literal}")
+    yield Perturbed("computed and not returned", f"{head}{indent}result = {value}")
+    yield Perturbed("printed and not returned", f"{head}{indent}print({value})")
+    yield Perturbed(
+        "an error before the answer", f"{head}{indent}undefined_name\n{indent}return {value}"
+    )
+
+
+def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterator[Perturbed]:
+    head, indent, value = target[: end.start()], end["indent"], end["value"]
+    yield Perturbed("a comment", f"{head}{indent}# so the answer is\n{indent}return {value}")
+    yield Perturbed("a blank line", f"{head}\n{indent}return {value}" if head else target)
+    yield Perturbed("an import", f"{head}{indent}import math\n{indent}return {value}")
+    yield Perturbed(
+        "a variable", f"{head}{indent}final_answer = {value}\n{indent}return final_answer"
+    )
+    if problem.answer.kind == "number":
+        yield Perturbed("a float", f"{head}{indent}return float({value})")
+        yield Perturbed("a text", f"{head}{indent}return str({value})")
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _parts(target: str) -> tuple[str, str] | None:
+    """The text up to the answer, and the answer."""
+    tail = answer_text(target)
+    found = _STATED.fullmatch(tail) if tail else None
+    if tail is None or found is None or not target.endswith(tail):
+        return None
+    before = target[: len(target) - len(tail)]
+    return before + tail[: found.start("answer")], found["answer"]
+
+
+def _wrong_words(problem: Problem, target: str) -> Iterator[Perturbed]:
+    parts = _parts(target)
+    if parts is None:
+        return
+    before, stated = parts
+    for kind, other in other_answers(problem).items():
+        yield Perturbed(kind, f"{before}{other}")
+        yield Perturbed(f"right, then {kind}", f"{before}{stated}{_last_line(before)}{other}")
+        yield Perturbed(f"right or {kind}", f"{before}{stated} or {other}")
+    yield Perturbed("no answer", before.rpartition("\n")[0])
+
+
+def _last_line(before: str) -> str:
+    """The line that announces the answer, once more."""
+    return "\n" + before.rpartition("\n")[2]
+
+
+def _right_words(problem: Problem, target: str) -> Iterator[Perturbed]:
+    parts = _parts(target)
+    if parts is None or problem.answer.kind == "text":
+        return
+    before, _ = parts
+    gold = problem.answer.value
+    if isinstance(gold, Fraction):
+        plain = _number(gold)
+        spellings = {
+            "a full stop": f"{plain}.",
+            "bold": f"**{plain}**",
+            "a currency": f"${plain}",
+            "a unit": f"{plain} pieces",
+        }
+        if gold.denominator == 1:
+            spellings["a decimal"] = f"{plain}.0"
+        if gold.denominator == 1 and abs(gold) >= 1000:
+            spellings["a thousands comma"] = f"{int(gold):,}"
+    else:
+        letter = str(gold)
+        spellings = {
+            "a full stop": f"{letter}.",
+            "brackets": f"({letter})",
+            "a capital": letter.upper(),
+            "bold": f"**{letter}**",
+        }
+    for kind, answer in spellings.items():
+        yield Perturbed(kind, f"{before}{answer}")

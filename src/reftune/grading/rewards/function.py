@@ -1,0 +1,204 @@
+"""A user's own reward function: `reward: my_reward.py:score`.
+
+The function is called as TRL calls its `reward_funcs`, once a batch, everything by keyword and as
+lists: `prompts` (the questions), `completions` (texts), `completion_ids`, every column of the data
+by its name, and, where the data have no column of that name, `answer`, `verdicts`, `values` and
+`reasons` (the grader's). It takes those it names, or all of them with `**kwargs`; it may be async.
+It returns one number a completion, or None where it does not apply: that rollout is then left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from reftune.errors import RewardError
+from reftune.recipe import Component, component_class
+from reftune.types import Completion, Graded, Problem
+
+
+class FunctionReward(Component):
+    """Calls the function that `kind` names, `file.py:name`."""
+
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds that one call, on a whole batch, may take; a function that hangs ends the run."""
+
+    def model_post_init(self, _: Any) -> None:
+        if ":" not in self.kind:
+            raise PydanticCustomError(
+                "reward_function", "expected your own function as file.py:name"
+            )
+        _function(self.kind)
+
+    def __call__(
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[Completion],
+        graded: Sequence[Graded],
+    ) -> list[float | None]:
+        """One reward a completion, in order. Raises: RewardError naming the sample."""
+        samples = list(zip(problems, completions, graded, strict=True))
+        if not samples:
+            return []
+        try:
+            rewards = self._call(samples)
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            raise self._blame(samples, error) from error
+        return [
+            self._number(reward, sample) for reward, sample in zip(rewards, samples, strict=True)
+        ]
+
+    def _call(self, samples: Sequence[_Sample]) -> Sequence[Any]:
+        arguments = self._arguments(samples)
+        try:
+            with _time_limit(self.timeout_s):
+                rewards = _finished(_function(self.kind)(**arguments))
+        except _TimeUpError:
+            raise RewardError(
+                f"reward {self.kind}: took more than timeout_s={self.timeout_s:g} for the batch"
+                f" {_names(samples)}"
+            ) from None
+        if (
+            getattr(rewards, "ndim", 1) == 0
+            or not hasattr(rewards, "__len__")
+            or isinstance(rewards, str | bytes | Mapping)
+        ):
+            raise RewardError(
+                f"reward {self.kind}: expected a list of {len(samples)} numbers, got"
+                f" {type(rewards).__name__}"
+            )
+        if len(rewards) != len(samples):
+            raise RewardError(
+                f"reward {self.kind}: expected {len(samples)} rewards, got {len(rewards)} for the"
+                f" batch {_names(samples)}"
+            )
+        return list(rewards)
+
+    def _arguments(self, samples: Sequence[_Sample]) -> dict[str, list[Any]]:
+        offered = _columns(samples)
+        parameters = inspect.signature(_function(self.kind)).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return offered
+        named = {parameter.name: parameter for parameter in parameters}
+        missing = [
+            name
+            for name, parameter in named.items()
+            if name not in offered and parameter.default is parameter.empty
+        ]
+        if missing:
+            raise RewardError(
+                f"reward {self.kind}: takes {missing[0]}, which is not among"
+                f" {', '.join(sorted(offered))}"
+            )
+        return {name: column for name, column in offered.items() if name in named}
+
+    def _number(self, reward: Any, sample: _Sample) -> float | None:
+        if reward is None:
+            return None
+        try:
+            number = math.nan if isinstance(reward, str | bytes) else float(reward)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RewardError(
+                f"reward {self.kind}: sample {sample[0].id}: expected a finite number or None, got"
+                f" {_line(reward)}"
+            )
+        return number
+
+    def _blame(self, samples: Sequence[_Sample], error: BaseException) -> RewardError:
+        """The error with the first sample that causes one alone, else with the batch."""
+        for sample in samples if len(samples) > 1 else ():
+            try:
+                self._call([sample])
+            except (Exception, SystemExit) as alone:  # noqa: BLE001  the user's code may raise anything
+                return self._blame([sample], alone)
+        where = (
+            f"sample {samples[0][0].id}" if len(samples) == 1 else f"the batch {_names(samples)}"
+        )
+        return RewardError(
+            f"reward {self.kind}: {where}: {type(error).__name__}:"
+            f" {str(error).partition(chr(10))[0][:200]}"
+        )
+
+
+class _TimeUpError(BaseException):
+    """No Exception, which the user's code may catch."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises: _TimeUpError when the time is up. Without effect outside of the main thread, where no
+    signal arrives."""
+
+    def expire(number: int, frame: Any) -> None:
+        raise _TimeUpError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, expire)
+    rest = signal.setitimer(
+        signal.ITIMER_REAL, seconds, 1.0
+    )  # once more a second later: the first may have been swallowed
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *rest)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@functools.cache
+def _function(kind: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = component_class(kind, group="rewards")
+    return function
+
+
+_Sample = tuple[Problem, Completion, Graded]
+
+
+def _columns(samples: Sequence[_Sample]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for problem, _, _ in samples for name in problem.columns)
+    return {
+        "answer": [str(problem.answer) for problem, _, _ in samples],
+        "verdicts": [grade.verdict.value for _, _, grade in samples],
+        "values": [grade.value for _, _, grade in samples],
+        "reasons": [grade.reason for _, _, grade in samples],
+        **{name: [problem.columns.get(name) for problem, _, _ in samples] for name in names},
+        "prompts": [problem.question for problem, _, _ in samples],
+        "completions": [completion.text for _, completion, _ in samples],
+        "completion_ids": [list(completion.token_ids) for _, completion, _ in samples],
+    }
+
+
+def _finished(result: Any) -> Any:
+    """The result of a coroutine, also where an event loop is running already."""
+    if not inspect.isawaitable(result):
+        return result
+
+    async def wait() -> Any:
+        return await result
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait()).result()
+
+
+def _names(samples: Sequence[_Sample]) -> str:
+    return f"{samples[0][0].id} … {samples[-1][0].id}"
+
+
+def _line(value: Any) -> str:
+    return repr(value).partition("\n")[0][:100]

@@ -1,0 +1,143 @@
+"""Untrusted programs → values, inside limits on time, memory and recursion.
+
+Two backends behind one interface. `monty` (the default) interprets Python in Rust, in worker
+processes that it replaces when they die; there is no file, network, process or environment in it to
+reach. `subprocess` is the opt-in fallback for programs that need packages: a CPython process of its
+own for each program.
+
+What is FORBIDDEN: opening or listing files, reading the environment, asking the system for anything
+else, importing a module whose purpose is to reach outside (`socket`, `subprocess`, `ctypes`, …),
+using what `os` and `sys` have outside the sandbox (`os.system`, `sys.modules`, `sys.exit`),
+`__import__`, `globals`, `input`, `exit`, and dunder attributes that lead from an object to the
+interpreter (`().__class__`). A try/except around the attempt hides neither the call nor the import.
+Importing `os` or `sys` and using what is harmless there (`os.path.join`, `sys.maxsize`) is allowed:
+models write unused imports. A module that is missing but harmless (numpy, sympy) is an ERROR.
+
+Clock, random numbers and sleep are fixed, so that a program gives the same value every time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Literal
+
+from reftune.grading.sandbox.monty import MontyBackend, refuse_after_fork
+from reftune.grading.sandbox.result import (
+    Backend,
+    ExecutionResult,
+    ExecutionStatus,
+    SandboxLimits,
+    failure,
+)
+
+__all__ = ["ExecutionResult", "ExecutionStatus", "Sandbox", "SandboxLimits"]
+
+MAX_SOURCE_CHARS = 100_000
+
+
+class Sandbox:
+    """Runs programs side by side, each in a session of its own. Starts on first use; `close` or
+    garbage collection ends it.
+
+    Equal where the settings are; a copy, also in another process, starts workers of its own.
+    """
+
+    def __init__(
+        self,
+        limits: SandboxLimits | None = None,
+        *,
+        backend: Literal["monty", "subprocess"] = "monty",
+        workers: int | None = None,
+        allow_unisolated: bool = False,
+    ) -> None:
+        """`workers`: programs at a time, by default one a core. `allow_unisolated`: let the
+        subprocess backend start where the system offers no namespaces to cut it off from the
+        network."""
+        self.limits = limits if limits is not None else SandboxLimits()
+        self._kind = backend
+        self._workers = workers if workers is not None else _num_cores()
+        self._allow_unisolated = allow_unisolated
+        self._backend: Backend | None = None
+
+    def run(self, programs: Sequence[str], call: str = "solution()") -> list[ExecutionResult]:
+        """Execute each program, then the expression `call` in its scope; one result a program, in
+        order.
+
+        Raises: ReftuneError where the sandbox itself cannot start. What a program does never
+        raises.
+        """
+        if not programs:
+            return []
+        backend = self._started()
+
+        def execute(program: str) -> ExecutionResult:
+            if len(program) > MAX_SOURCE_CHARS:
+                return failure(
+                    f"the program has {len(program):,} characters, more than {MAX_SOURCE_CHARS:,}"
+                )
+            started = time.perf_counter()
+            result = backend.execute(f"{program}\n\n{call}")
+            return replace(result, seconds=time.perf_counter() - started)
+
+        workers = min(self._workers, len(programs))
+        if workers == 1:
+            return [execute(program) for program in programs]
+        with ThreadPoolExecutor(workers) as threads:
+            return list(threads.map(execute, programs))
+
+    def close(self) -> None:
+        """End the workers. A later `run` starts new ones."""
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = None
+
+    @property
+    def _settings(self) -> tuple[SandboxLimits, str, int, bool]:
+        return self.limits, self._kind, self._workers, self._allow_unisolated
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sandbox) and self._settings == other._settings
+
+    def __hash__(self) -> int:
+        return hash(self._settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _sandbox, self._settings
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _started(self) -> Backend:
+        if self._kind == "monty":
+            refuse_after_fork()
+        if self._backend is None:
+            self._backend = self._start()
+        return self._backend
+
+    def _start(self) -> Backend:
+        if self._kind == "monty":
+            return MontyBackend(self.limits, self._workers)
+        from reftune.grading.sandbox.subprocess import SubprocessBackend
+
+        return SubprocessBackend(self.limits, allow_unisolated=self._allow_unisolated)
+
+
+def _sandbox(
+    limits: SandboxLimits,
+    backend: Literal["monty", "subprocess"],
+    workers: int,
+    allow_unisolated: bool,
+) -> Sandbox:
+    return Sandbox(limits, backend=backend, workers=workers, allow_unisolated=allow_unisolated)
+
+
+def _num_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -1,0 +1,183 @@
+"""The default sandbox: pydantic-monty interprets Python in Rust, in worker processes."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+from reftune.errors import ReftuneError
+from reftune.grading.sandbox.result import (
+    FORBIDDEN_MODULES,
+    MAX_VALUE_BYTES,
+    ExecutionResult,
+    ExecutionStatus,
+    SandboxLimits,
+    failure,
+    forbidden_error,
+    one_line,
+)
+
+GRACE_S = 0.25
+"""How long a program over its time limit may take to stop by itself before its worker is killed."""
+
+
+# --- monty ----------------------------------------------------------------------------------------
+
+
+_monty_pid: int | None = None
+_inherited: list[Any] = []
+
+
+def refuse_after_fork() -> None:
+    """monty's event loop does not survive a fork: a child that used it would hang, and harm its
+    parent.
+
+    Raises: ReftuneError in a process that was forked after its parent ran a program.
+    """
+    if _monty_pid is not None and _monty_pid != os.getpid():
+        raise ReftuneError(
+            "sandbox: this process was forked after its parent had run programs; start it with the"
+            " spawn method, or before the first program is run"
+        )
+
+
+class MontyBackend:
+    """A pool of monty workers; every program gets a fresh session."""
+
+    def __init__(self, limits: SandboxLimits, workers: int) -> None:
+        import pydantic_monty as monty
+
+        global _monty_pid
+        _monty_pid = os.getpid()
+        self._monty = monty
+        self._limits: monty.ResourceLimits = {
+            "max_feed_duration_secs": limits.timeout_s,
+            "max_memory": limits.memory_mib << 20,
+            "max_recursion_depth": limits.recursion,
+        }
+        self._policy: monty.OSPolicy = {
+            "sleep": "zero",
+            "random_start": {"seed": 0},
+            "datetime": datetime.datetime(2024, 1, 1),
+        }
+        self._pool = monty.Monty(
+            max_processes=workers,
+            request_timeout=limits.timeout_s + 2 * GRACE_S,
+            feed_duration_limit_grace=GRACE_S,
+        )
+        try:
+            self._pool.__enter__()
+        except (OSError, RuntimeError) as error:
+            raise ReftuneError(f"sandbox: the monty worker cannot be started: {error}") from None
+        self._finalizer = weakref.finalize(self, _end_pool, self._pool, os.getpid())
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def execute(self, source: str) -> ExecutionResult:
+        """Runs twice where the worker dies: it may have died of something else."""
+        return self._attempt(source) or self._attempt(source) or failure("the worker crashed twice")
+
+    def _attempt(self, source: str) -> ExecutionResult | None:
+        """None where the worker died before the program's time was up."""
+        reached: list[str] = []
+
+        def refuse(*, name: str, **_: Any) -> Any:
+            reached.append(name)
+            return self._monty.NOT_HANDLED
+
+        modules = _Modules(reached)
+        try:
+            with self._pool.checkout(
+                limits=self._limits, os_policy=self._policy, external_modules=modules
+            ) as session:
+                value = session.feed_run(source, print_callback=_discard, os=refuse)
+        except self._monty.MontyCrashedError as error:
+            if not error.timed_out:
+                return None
+            result = ExecutionResult(status=ExecutionStatus.TIMEOUT, reason=_first_line(error))
+        except self._monty.MontyError as error:
+            result = _failed(error)
+        except Exception as error:  # noqa: BLE001  a hostile value may fail in any way while it is turned into a Python one
+            result = failure(f"the value cannot be read: {_first_line(error)}")
+        else:
+            result = _returned(value)
+        if reached:
+            return ExecutionResult(
+                status=ExecutionStatus.FORBIDDEN, reason=f"it reached for {reached[0]}"
+            )
+        return result
+
+
+def _returned(value: Any) -> ExecutionResult:
+    """Refuses a value that would fill the memory of the process that grades."""
+    if _size_bytes(value, MAX_VALUE_BYTES) > MAX_VALUE_BYTES:
+        return failure("the value is too large")
+    return ExecutionResult(status=ExecutionStatus.OK, value=value)
+
+
+def _failed(error: Exception) -> ExecutionResult:
+    text = _first_line(error)
+    if text.startswith("TimeoutError: ") and "time limit exceeded" in text:
+        status = ExecutionStatus.TIMEOUT
+    elif text.startswith("MemoryError: ") and "memory limit" in text:
+        status = ExecutionStatus.MEMORY
+    else:
+        status = ExecutionStatus.FORBIDDEN if forbidden_error(text) else ExecutionStatus.ERROR
+    return ExecutionResult(status=status, reason=text)
+
+
+def _end_pool(pool: Any, pid: int) -> None:
+    if os.getpid() == pid:
+        pool.__exit__(None, None, None)
+    else:
+        _inherited.append(pool)  # dropping it would reach into the parent's event loop
+
+
+def _discard(stream: str, text: str) -> None:
+    """What a program prints is nobody's business."""
+
+
+class _Modules(Mapping[str, NoReturn]):
+    """Offers no module, and notes which forbidden ones were asked for."""
+
+    def __init__(self, reached: list[str]) -> None:
+        self._reached = reached
+
+    def __getitem__(self, name: str) -> NoReturn:
+        if name.partition(".")[0] in FORBIDDEN_MODULES:
+            self._reached.append(f"the module {name}")
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _first_line(error: BaseException) -> str:
+    """`Type: message`."""
+    return one_line(str(error)) or type(error).__name__
+
+
+def _size_bytes(value: Any, limit: int) -> int:
+    """Memory of a program's value with all that it holds, each object once; counting ends soon
+    after `limit`."""
+    size, waiting, seen = 0, [value], {id(value)}
+    while waiting and size <= limit:
+        each = waiting.pop()
+        size += sys.getsizeof(each)
+        if size <= limit:
+            # monty keeps the attributes of an object where the garbage collector does not look
+            inside = [*gc.get_referents(each), getattr(each, "attributes", None)]
+            waiting += [
+                item for item in inside if id(item) not in seen and not isinstance(item, type)
+            ]
+            seen.update(map(id, inside))
+    return size

@@ -1,0 +1,94 @@
+"""What a program may use, how it ended, and what it must not reach for."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+MAX_VALUE_BYTES = 1 << 20
+"""Of what a program returns."""
+
+FORBIDDEN_MODULES = frozenset(
+    "_io _posixsubprocess _socket _thread aiohttp asyncore builtins cffi code codeop concurrent"
+    " ctypes faulthandler fcntl fileinput ftplib gc glob http httpx imaplib imp importlib inspect"
+    " io marshal mmap multiprocessing nt pickle pip pkgutil platform poplib posix psutil pty pwd"
+    " readline requests resource runpy sched select selectors shelve shutil signal site smtplib"
+    " socket socketserver sqlite3 ssl subprocess syslog tempfile termios threading tracemalloc tty"
+    " urllib urllib3 webbrowser winreg xmlrpc zipimport".split()
+)
+FORBIDDEN_NAMES = frozenset(
+    "__builtins__ __import__ __loader__ __spec__ breakpoint compile exit globals input locals"
+    " memoryview quit vars".split()
+)
+
+
+class ExecutionStatus(enum.Enum):
+    """How a program ended."""
+
+    OK = "ok"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    FORBIDDEN = "forbidden"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionResult:
+    """What became of one program."""
+
+    status: ExecutionStatus
+    value: Any = None
+    """What the call returned; None unless the status is OK."""
+    reason: str = ""
+    """One line for a person; empty where the status is OK."""
+    seconds: float = field(default=0.0, compare=False)
+    """How long it ran, the start of its session included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxLimits:
+    """What one program may use."""
+
+    timeout_s: float = 1.0
+    memory_mib: int = 64
+    recursion: int = 1000
+    """Nested calls."""
+
+
+class Backend(Protocol):
+    """Runs one program at a time; `execute` is called from several threads."""
+
+    def execute(self, source: str) -> ExecutionResult: ...
+
+    def close(self) -> None: ...
+
+
+def failure(reason: str) -> ExecutionResult:
+    """An ERROR with its reason."""
+    return ExecutionResult(status=ExecutionStatus.ERROR, reason=reason)
+
+
+_UNREACHABLE = re.compile(
+    r"AttributeError: module '(os|sys)[.\w]*' has no attribute"
+    r"|AttributeError: .* has no attribute '__\w+__'"
+    r"|ImportError: cannot import name '\w+' from '(os|sys)'"
+)
+
+
+def forbidden_error(text: str) -> bool:
+    """Whether an error message says that the program reached for what the sandbox leaves out on
+    purpose."""
+    name = re.match(r"NameError: name '(\w+)' is not defined", text)
+    return (
+        name.group(1) in FORBIDDEN_NAMES
+        if name is not None
+        else _UNREACHABLE.match(text) is not None
+    )
+
+
+def one_line(text: str) -> str:
+    """The first line of what a program wrote, bounded, and without what could not be printed or
+    would steer a terminal."""
+    return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

@@ -1,0 +1,147 @@
+"""From several graded samples of one problem to one answer: votes, reranking, pass@k. Pure.
+
+The paper's rules: only samples with a value take part; equal values are one candidate (values are
+compared as spelled, so 1/3 and 0.3333 are two); a tie goes to the value seen first; no valid value
+at all is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from reftune.errors import DataError
+from reftune.types import Graded, Verdict
+
+
+def has_value(graded: Graded) -> bool:
+    """Whether a sample may vote: an answer was read from it."""
+    return graded.value is not None
+
+
+def has_letter(graded: Graded) -> bool:
+    """The paper's stricter rule for multiple choice: the value is one letter."""
+    return graded.value is not None and len(graded.value) == 1 and graded.value.isalpha()
+
+
+def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
+    """Which samples may vote under a format's grading: all with an answer; in the paper's, on
+    choices, those with a letter."""
+    return has_letter if grading == "paper" and is_choice else has_value
+
+
+def majority_vote(
+    samples: Sequence[Graded], *, valid: Callable[[Graded], bool] = has_value
+) -> Graded | None:
+    """The first sample with the most frequent value; None where no sample is valid. Ties: the value
+    seen first."""
+    return weighted_vote(samples, [1.0] * len(samples), valid=valid)
+
+
+def majority_curve(
+    samples: Sequence[Graded], *, valid: Callable[[Graded], bool] = has_value
+) -> list[Graded | None]:
+    """The majority vote over the first k samples, for k = 1 … n.
+
+    Prefixes are what a person who drew only k samples would have seen; as samples are exchangeable,
+    the mean over problems is an unbiased estimate of maj@k, and its last point is the vote over all
+    samples.
+    """
+    return weighted_curve(samples, [1.0] * len(samples), valid=valid)
+
+
+def weighted_vote(
+    samples: Sequence[Graded],
+    weights: Sequence[float],
+    *,
+    valid: Callable[[Graded], bool] = has_value,
+) -> Graded | None:
+    """The first sample of the value with the largest sum of weights (≥ 0), a reward model's scores
+    for one."""
+    curve = weighted_curve(samples, weights, valid=valid)
+    return curve[-1] if curve else None
+
+
+def weighted_curve(
+    samples: Sequence[Graded],
+    weights: Sequence[float],
+    *,
+    valid: Callable[[Graded], bool] = has_value,
+) -> list[Graded | None]:
+    """The weighted vote over the first k samples, for k = 1 … n."""
+    totals: dict[str, float] = {}
+    first: dict[str, tuple[int, Graded]] = {}
+    winner: str | None = None
+    curve: list[Graded | None] = []
+    for index, (graded, weight) in enumerate(zip(samples, weights, strict=True)):
+        if valid(graded) and graded.value is not None:
+            value = graded.value
+            totals[value] = totals.get(value, 0.0) + weight
+            first.setdefault(value, (index, graded))
+            # only this value's total changed, so only it can overtake
+            if winner is None or (totals[value], -first[value][0]) > (
+                totals[winner],
+                -first[winner][0],
+            ):
+                winner = value
+        curve.append(None if winner is None else first[winner][1])
+    return curve
+
+
+def rerank(
+    samples: Sequence[Graded],
+    completions: Sequence[str],
+    scores: Sequence[float],
+    *,
+    valid: Callable[[Graded], bool] = has_value,
+) -> Graded | None:
+    """The valid sample with the highest score, the first of equals; a text that occurs again counts
+    once, as it was first."""
+    curve = rerank_curve(samples, completions, scores, valid=valid)
+    return curve[-1] if curve else None
+
+
+def rerank_curve(
+    samples: Sequence[Graded],
+    completions: Sequence[str],
+    scores: Sequence[float],
+    *,
+    valid: Callable[[Graded], bool] = has_value,
+) -> list[Graded | None]:
+    """What `rerank` takes from the first k samples, for k = 1 … n."""
+    best: tuple[float, Graded] | None = None
+    seen: set[str] = set()
+    curve: list[Graded | None] = []
+    for graded, completion, score in zip(samples, completions, scores, strict=True):
+        fresh = completion not in seen
+        seen.add(completion)
+        if fresh and valid(graded) and (best is None or score > best[0]):
+            best = score, graded
+        curve.append(None if best is None else best[1])
+    return curve
+
+
+def is_correct(winner: Graded | None) -> bool:
+    """Whether a vote's winner answers the problem; no winner does not."""
+    return winner is not None and winner.verdict is Verdict.CORRECT
+
+
+def pass_at_k(n: int, num_correct: int, k: int) -> float:
+    """Unbiased chance that k of the n samples hold a correct one.
+
+        1 − C(n − c, k) / C(n, k)
+
+    Raises: DataError where k exceeds n. Source: Chen et al. (arXiv:2107.03374), eq. 1.
+    """
+    check_k(k, n)
+    return float(1 - Fraction(math.comb(n - num_correct, k), math.comb(n, k)))
+
+
+def check_k(k: int, n: int) -> None:
+    """Raises: DataError where k samples are asked of n."""
+    if not 1 <= k <= n:
+        raise DataError(
+            f"k = {k}: only {n} samples a problem were drawn; expected 1 to {n} (evaluate.samples"
+            " draws more)"
+        )

@@ -1,0 +1,1 @@
+"""The language model under training: weights, tokens, log-probabilities, value head."""

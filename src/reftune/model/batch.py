@@ -1,0 +1,284 @@
+"""Token batches. This module alone knows which position predicts which token.
+
+Letters: B sequences, L longest sequence, R longest response, N response tokens in all
+(docs/notation.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from reftune.processes import world
+
+GROUPS = 4
+"""Of sequences of similar length, each padded to its own longest for attention."""
+MULTIPLE = 64
+"""Packed tokens come in multiples of it: for every new number of them, products are prepared anew,
+and memory that was freed does not fit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """Prompts followed by responses, padded on the right, so that causal attention needs no
+    mask."""
+
+    tokens: Tensor
+    """(B, L) token ids."""
+    prompt_lengths: Tensor
+    """(B,)"""
+    response_lengths: Tensor
+    """(B,) The final eos counts."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def response_mask(self) -> Tensor:
+        """(B, R), True on response tokens."""
+        return (
+            torch.arange(int(self.response_lengths.max()), device=self.tokens.device)
+            < self.response_lengths[:, None]
+        )
+
+    def response_index(self) -> tuple[Tensor, Tensor]:
+        """Row and column, each (N,), of every response token in `tokens`, in row-major order."""
+        rows, steps = self.response_mask.nonzero(as_tuple=True)
+        return rows, self.prompt_lengths[rows] + steps
+
+    def predictor_index(self) -> tuple[Tensor, Tensor]:
+        """Row and column, each (N,), of the position whose output predicts each response token: one
+        to its left."""
+        rows, columns = self.response_index()
+        return rows, columns - 1
+
+    def response_tokens(self) -> Tensor:
+        """(N,) ids of all response tokens."""
+        return self.tokens[self.response_index()]
+
+    def unflatten(self, values: Tensor) -> Tensor:
+        """(N,) values of the response tokens → (B, R), 0 elsewhere."""
+        mask = self.response_mask
+        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
+            mask, values
+        )
+
+    def filled_up(self) -> TokenBatch:
+        """With one more sequence, without a response, where it takes that for a `MULTIPLE` of
+        tokens in all."""
+        missing = -int(self.lengths.sum()) % MULTIPLE
+        if not missing:
+            return self
+        width = max(missing, self.tokens.shape[1])
+        return TokenBatch(
+            tokens=functional.pad(self.tokens, (0, width - self.tokens.shape[1], 0, 1)),
+            prompt_lengths=functional.pad(self.prompt_lengths, (0, 1), value=missing),
+            response_lengths=functional.pad(self.response_lengths, (0, 1)),
+        )
+
+    def packed(self) -> PackedTokens:
+        """The sequences one after the other, without padding."""
+        lengths = self.lengths
+        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_token = steps < lengths[:, None]
+        starts = lengths.cumsum(0) - lengths
+        rows, columns = self.predictor_index()
+        return PackedTokens(
+            tokens=self.tokens[is_token],
+            positions=steps.expand_as(is_token)[is_token],
+            predictors=starts[rows] + columns,
+            packing=_packing(lengths, starts, is_token),
+        )
+
+    def rows(self, index: Tensor) -> TokenBatch:
+        """The sequences at `index`, trimmed to their own longest."""
+        lengths = self.lengths[index]
+        return TokenBatch(
+            tokens=self.tokens[index, : int(lengths.max())],
+            prompt_lengths=self.prompt_lengths[index],
+            response_lengths=self.response_lengths[index],
+        )
+
+
+class Packing(NamedTuple):
+    """Where T packed tokens go while they attend: groups of sequences, each padded to its longest,
+    S slots in all."""
+
+    slots: Tensor
+    """(S,) The token in each slot; any token where there is none."""
+    is_token: Tensor
+    """(S,) Whether there is one."""
+    order: Tensor
+    """(T,) The slot of each token."""
+    sizes: tuple[tuple[int, int], ...]
+    """Sequences of each group, and their slots."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedTokens:
+    """A `TokenBatch` without padding: T tokens, of which N predict a response token."""
+
+    tokens: Tensor
+    """(T,) ids."""
+    positions: Tensor
+    """(T,) Place of each token in its sequence."""
+    predictors: Tensor
+    """(N,) The tokens whose output predicts each response token, in row-major order."""
+    packing: Packing
+
+
+def _packing(lengths: Tensor, starts: Tensor, is_token: Tensor) -> Packing:
+    first_slots, slots, filled, sizes, start = torch.empty_like(lengths), [], [], [], 0
+    steps = torch.arange(is_token.shape[1], device=lengths.device)
+    groups = lengths.argsort(stable=True).tensor_split(GROUPS if len(lengths) >= 2 * GROUPS else 1)
+    for rows in groups:
+        longest = int(lengths[rows].max())
+        filled.append(is_token[rows, :longest].flatten())
+        slots.append((starts[rows, None] + steps[:longest]).flatten() * filled[-1])
+        first_slots[rows] = start + torch.arange(len(rows), device=lengths.device) * longest
+        sizes.append((len(rows), longest))
+        start += len(rows) * longest
+    order = (first_slots[:, None] + steps)[is_token]
+    return Packing(torch.cat(slots), torch.cat(filled), order, tuple(sizes))
+
+
+def token_batch(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    device: torch.device | str = "cpu",
+) -> TokenBatch:
+    """Pad prompt + response on the right. Padding repeats id 0, which no real token can see."""
+    assert all(prompts), (
+        "a prompt must hold at least one token: it predicts the first response token"
+    )
+    sequences = [
+        torch.tensor([*prompt, *response], device="cpu")
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return TokenBatch(
+        tokens=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], device=device),
+        response_lengths=torch.tensor([len(response) for response in responses], device=device),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutBatch:
+    """Solutions as tensors. Per-token tensors are (B, R) and 0 outside the response; per-sample
+    ones (B,)."""
+
+    tokens: TokenBatch
+    rewards: Tensor
+    """(B,)"""
+    correct: Tensor
+    """(B,) 1 where the answer was right, else 0."""
+    groups: Tensor
+    """(B,) Equal integers for samples of one problem."""
+    sampling_logprobs: Tensor
+    """As the engine reported them."""
+    logprobs: Tensor
+    """Of the policy that sampled, recomputed by the trainer."""
+    gold: Tensor | None = None
+    """(B,) True for gold rationales, which the policy did not sample; None: it sampled them all."""
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    weights: Tensor | None = None
+    """Share of each token in the loss of its minibatch; sums to 1 over the minibatch, or to less
+    where a part is missing."""
+    nll_weights: Tensor | None = None
+    """As `weights`, of a second term that raises the likelihood of some of the samples."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def response_mask(self) -> Tensor:
+        return self.tokens.response_mask
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """(B, R), True on response tokens that the policy sampled."""
+        return self.response_mask if self.gold is None else self.response_mask & ~self.gold[:, None]
+
+    def rows(self, index: Tensor) -> RolloutBatch:
+        """The samples at `index`, trimmed to their own longest response."""
+        tokens = self.tokens.rows(index)
+        longest = int(tokens.response_lengths.max())
+        changed: dict[str, object] = {"tokens": tokens}
+        for name in (f.name for f in fields(self) if f.name != "tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                changed[name] = value[index, :longest] if value.dim() == 2 else value[index]
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+
+def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> Iterator[Tensor]:
+    """Indices of sequences in groups of similar length whose size stays within `max_tokens` (one
+    row at least).
+
+    The size is that of the sequences padded to the longest, or `packed`: of their tokens.
+    """
+    device, lengths = lengths.device, lengths.cpu()  # they are read one by one
+    order = torch.argsort(lengths, stable=True)
+    start, tokens = 0, 0
+    for end in range(1, len(order) + 1):
+        tokens += int(lengths[order[end - 1]])
+        one_more = int(lengths[order[end]]) if end < len(order) else 0
+        size = tokens + one_more if packed else (end - start + 1) * one_more
+        if end == len(order) or size > max_tokens:
+            yield order[start:end].to(device)
+            start, tokens = end, 0
+
+
+def own_micro_batches(
+    lengths: Tensor, *, max_tokens: int, packed: bool = False, even: bool = False
+) -> Iterator[tuple[Tensor, bool]]:
+    """This process's share; see `shared_micro_batches`."""
+    own = {"rank": world.rank(), "world_size": world.world_size()}
+    return shared_micro_batches(lengths, max_tokens=max_tokens, packed=packed, even=even, **own)
+
+
+def shared_micro_batches(
+    lengths: Tensor,
+    *,
+    max_tokens: int,
+    rank: int,
+    world_size: int,
+    packed: bool = False,
+    even: bool = False,
+) -> Iterator[tuple[Tensor, bool]]:
+    """The micro-batches of one of several processes that all hold all sequences, each with whether
+    its numbers count.
+
+    Together they hold every sequence once, and each process as many as the others, short and long.
+    Every process gets one at least, with `even` as many as any other: what is missing is the first
+    sequence once more, which does not count.
+    """
+    order = torch.argsort(lengths, stable=True)
+    shares = (
+        [order[first::world_size] for first in range(world_size)]
+        if even
+        else [order[rank::world_size]]
+    )
+    batches = [
+        [
+            share[index]
+            for index in micro_batches(lengths[share], max_tokens=max_tokens, packed=packed)
+        ]
+        for share in shares
+    ]
+    own, most = batches[rank if even else 0], max(1, *map(len, batches))
+    yield from ((index, True) for index in own)
+    yield from ((order[:1] * 0, False) for _ in range(most - len(own)))

@@ -1,0 +1,220 @@
+"""Log-probabilities of response tokens from hidden states, without ever holding the logits of all
+of them.
+
+Logits are made a tile at a time, some tokens by some of the vocabulary, and made once more in the
+backward pass. So memory does not grow with vocabulary × length, and a processor finds a tile still
+in its cache when it needs it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGIT_ELEMENTS = 2**21
+"""Most logits (tokens × vocabulary) held at once: 8 MiB in fp32."""
+TOKENS_AT_ONCE = 2**11
+"""Of a tile, where the vocabulary is large: each further lot of tokens adds to the gradient of the
+whole weight again."""
+
+
+def token_logprobs(
+    head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """fp32 log-probability of each token under the tempered softmax of `head(hidden)`, (N,), with
+    gradients.
+
+    `hidden` (N, H), `tokens` (N,) ids. The products are in the autocast dtype where autocast is on.
+    """
+    if type(head) is nn.Linear:
+        logprobs: Tensor = _LinearLogprobs.apply(
+            hidden, head.weight, head.bias, tokens, temperature
+        )  # type: ignore[no-untyped-call]
+        return logprobs
+    rows = _rows_at_once(head)  # such as an output embedding with an adapter
+    chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
+    return torch.cat(
+        [
+            checkpoint(_plain_logprobs, head, h, t, temperature, use_reentrant=False)
+            for h, t in chunks
+        ]
+    )
+
+
+@torch.no_grad()
+def logprobs_and_entropy(
+    head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """As `token_logprobs`, without gradients, and the entropy (nats) of the distributions; each
+    (N,)."""
+    if type(head) is nn.Linear:
+        softmax = _softmax(_cast(hidden), head.weight, head.bias, tokens, temperature, means=True)
+        return (
+            softmax.picked - softmax.largest - softmax.log_totals,
+            softmax.log_totals - softmax.means,
+        )
+    logprobs, entropy = (
+        hidden.new_empty(len(hidden), dtype=torch.float32),
+        hidden.new_empty(len(hidden), dtype=torch.float32),
+    )
+    rows = _rows_at_once(head)
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
+        logits = head(hidden[chunk]).float()
+        logits.div_(temperature).sub_(logits.amax(1, keepdim=True))
+        picked, exponentials = logits.gather(1, tokens[chunk, None]).squeeze(1), logits.exp()
+        total = exponentials.sum(1)
+        logprobs[chunk] = picked - total.log()
+        entropy[chunk] = total.log() - exponentials.mul_(logits).sum(1) / total
+    return logprobs, entropy
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Saves the hidden states and one normaliser a token; the backward pass makes the logits again.
+
+    It casts for autocast itself, so that the gradient of the weight is summed in fp32 and never
+    leaves it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        ctx.wide, ctx.temperature = hidden.dtype, temperature
+        hidden = _cast(hidden)
+        softmax = _softmax(hidden, weight, bias, tokens, temperature)
+        normalisers = softmax.log_totals + softmax.largest
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalisers)
+        return softmax.picked - normalisers
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        """d logprob / d logits = onehot(token) - softmax, over the temperature."""
+        hidden, weight, bias, tokens, normalisers = ctx.saved_tensors
+        grad = grads[0] / ctx.temperature
+        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.zeros(hidden.shape, device=hidden.device)
+        grad_weight = torch.empty(weight.shape, device=weight.device) if wants_weight else None
+        grad_bias = torch.zeros(bias.shape, device=bias.device) if wants_bias else None
+        for tile in _tiles(hidden, weight, bias, tokens, ctx.temperature):
+            rows, columns, logits = tile.rows, tile.columns, tile.logits
+            logits.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
+            logits.scatter_add_(1, tile.tokens[:, None], (grad[rows] * tile.is_inside)[:, None])
+            grad_logits = logits.to(hidden.dtype)
+            grad_hidden[rows] += grad_logits @ tile.weight
+            if grad_weight is not None:
+                product = grad_logits.T @ hidden[rows]
+                grad_weight[columns] = (
+                    product if rows.start == 0 else grad_weight[columns] + product
+                )
+            if grad_bias is not None:
+                grad_bias[columns] += logits.sum(0)
+        return grad_hidden.to(ctx.wide), grad_weight, grad_bias, None, None
+
+
+class _Softmax(NamedTuple):
+    """Of each row's tempered logits, (N,) fp32 each."""
+
+    picked: Tensor
+    """The token's logit."""
+    largest: Tensor
+    log_totals: Tensor
+    """log Σ exp(logit - largest)"""
+    means: Tensor
+    """Σ probability · (logit - largest); 0 unless asked for."""
+
+
+def _softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperature: float,
+    *,
+    means: bool = False,
+) -> _Softmax:
+    """Gathered tile by tile. Sums are of exponentials over the largest logit so far, and shrink
+    where a larger one is met."""
+    picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
+    largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
+    for tile in _tiles(hidden, weight, bias, tokens, temperature):
+        rows, logits = tile.rows, tile.logits
+        picked[rows] += logits.gather(1, tile.tokens[:, None]).squeeze(1) * tile.is_inside
+        larger = largest[rows].maximum(logits.amax(1))
+        shift = largest[rows] - larger
+        logits.sub_(larger[:, None])
+        exponentials = logits.exp() if means else logits.exp_()
+        sums = exponentials.sum(1)
+        if means:
+            weighted[rows] = (
+                weighted[rows] + shift * totals[rows]
+            ) * shift.exp() + exponentials.mul_(logits).sum(1)
+        totals[rows] = totals[rows] * shift.exp() + sums
+        largest[rows] = larger
+    return _Softmax(picked, largest, totals.log(), weighted / totals)
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    """Of all tokens, n of them."""
+    columns: slice
+    """Of the vocabulary, C of it."""
+    logits: Tensor
+    """(n, C) tempered, fp32; for the caller to change."""
+    weight: Tensor
+    """(C, H) as it went into the product."""
+    tokens: Tensor
+    """(n,) column of each row's token; any column where it is not inside."""
+    is_inside: Tensor
+    """(n,)"""
+
+
+def _tiles(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
+) -> Iterator[_Tile]:
+    """All logits, a lot of rows after the other, and the vocabulary from left to right within
+    each."""
+    vocabulary = len(weight)
+    height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)
+    for first in range(0, max(1, len(hidden)), height):
+        rows = slice(first, min(first + height, len(hidden)))
+        width = max(1, LOGIT_ELEMENTS // max(1, rows.stop - rows.start))
+        for left in range(0, vocabulary, width):
+            columns = slice(left, min(left + width, vocabulary))
+            part = weight[columns].to(hidden.dtype)
+            logits = (hidden[rows] @ part.T).float()
+            if bias is not None:
+                logits += bias[columns]
+            if temperature != 1:
+                logits /= temperature
+            inside = (tokens[rows] >= columns.start) & (tokens[rows] < columns.stop)
+            local = (tokens[rows] - columns.start).clamp(0, columns.stop - columns.start - 1)
+            yield _Tile(rows, columns, logits, part, local, inside)
+
+
+def _rows_at_once(head: Any) -> int:
+    return max(1, LOGIT_ELEMENTS // int(head.out_features))
+
+
+def _plain_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    logits: Tensor = head(hidden).float() / temperature
+    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def _cast(values: Tensor) -> Tensor:
+    """What autocast would do to an operand of a product."""
+    device = values.device.type
+    return (
+        values.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else values
+    )

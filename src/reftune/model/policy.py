@@ -1,0 +1,381 @@
+"""The model under training: a causal LM, its value head, its reference; log-probabilities and
+values of response tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reftune.errors import ModelError
+from reftune.model.batch import TokenBatch, own_micro_batches
+from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
+from reftune.model.speed.attention import ATTENTION, attend_our_way
+from reftune.model.weights import is_llama_like
+from reftune.processes import world
+from reftune.recipe import LoraTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VALUE_HEAD = Path("value_head", "model.safetensors")
+"""Inside a model's folder. In a folder of its own: vLLM takes every safetensors file beside the
+weights for weights."""
+
+
+class TokenScores(NamedTuple):
+    """What the policy says of the response tokens of a batch; (B, R), fp32, 0 outside the response.
+
+    A tuple: FSDP2 and ZeRO look for tensors in what a model returns, to gather weights before their
+    gradient.
+    """
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor | None = None
+
+
+class Policy(nn.Module):
+    """A causal LM with a value head on its last hidden state."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype = torch.float32,
+        lora: LoraTable | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the tokenizer has no eos token, so a model could never learn to stop; set"
+                " tokenizer.eos_token"
+            )
+        self.model: Any = _with_lora(model, lora) if lora is not None else model
+        self.tokenizer = tokenizer
+        self.compute_dtype = dtype
+        if dtype != torch.float32:
+            attend_our_way(model)
+        self.packs = is_llama_like(model) and model.config._attn_implementation == ATTENTION
+        """Whether whole sequences are read without padding. Not in fp32, so that runs there repeat
+        as they were published."""
+        self.is_lora = lora is not None
+        self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
+        """Zero at first, so that it cannot start wild; `reset_value_head` draws PyTorch's default,
+        as the paper does."""
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.value_backbone: nn.Module | None = None
+        """The value head's own transformer; None: it reads the policy's."""
+        self.is_compiled = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset({int(self.tokenizer.eos_token_id)})
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model can read, tokens; None where the config does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens, spaces exactly as sampled."""
+        return str(
+            self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def reset_value_head(self, seed: int) -> None:
+        """Draw the head's weights uniformly from ±1/√H, as `nn.Linear` and TRL's value head do."""
+        bound = self.value_head.in_features**-0.5
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (self.value_head.weight, self.value_head.bias):
+                parameter.copy_(
+                    torch.empty(parameter.shape, device="cpu").uniform_(
+                        -bound, bound, generator=draw
+                    )
+                )
+
+    def separate_value_model(self) -> None:
+        """Give the value head a transformer of its own, a copy of the policy's as it is now. `save`
+        leaves it out."""
+        if self.is_lora:
+            raise ModelError(
+                "a separate value model would be trained whole; expected no model.lora beside it"
+            )
+        self.value_backbone = copy.deepcopy(self._backbone())
+        if self.is_compiled:
+            self.compile_blocks()
+
+    def compile_blocks(self) -> None:
+        """Fuse the small operations of every transformer block, for passes over whole sequences.
+        Copies are not compiled.
+
+        Raises: ModelError where there is no C++ compiler.
+        """
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ModelError(
+                f"model.compile: needs a compiler for C++, and there is no {compiler}; install one"
+                " or set CXX"
+            )
+        self.is_compiled = True
+        for block in world.transformer_blocks(self):
+            block.compile(dynamic=True)
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Forward passes in the compute dtype; the weights themselves are never cast."""
+        if self.compute_dtype == torch.float32:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=self.compute_dtype):
+                yield
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode (no dropout), the compute dtype and whole weights, to read only; the mode
+        before is restored."""
+        training = self.training
+        with world.whole(self), self.arithmetic():
+            self.eval()
+            try:
+                yield
+            finally:
+                self.train(training)
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """As `inference`, with no block compiled: a cache would have each of them compiled by
+        itself."""
+        with self.inference(), torch.compiler.set_stance("force_eager"):
+            yield
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """(N, H) the last hidden state that predicts each response token, in row-major order."""
+        return self._predictors(self._backbone(), batch)
+
+    def value_states(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """(N, H) what the value head reads, where `hidden` are the policy's own states."""
+        return (
+            hidden if self.value_backbone is None else self._predictors(self.value_backbone, batch)
+        )
+
+    def _predictors(self, backbone: Any, batch: TokenBatch) -> Tensor:
+        """(N, H) the last hidden state that predicts each response token, in row-major order."""
+        hidden: Tensor
+        if not self.packs:
+            hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state[
+                batch.predictor_index()
+            ]
+            return hidden
+        packed = batch.filled_up().packed()
+        output = backbone(
+            input_ids=packed.tokens[None],
+            position_ids=packed.positions[None],
+            attention_mask=torch.empty(
+                1, 1, 1, 1, device=batch.tokens.device
+            ),  # handed on as it is, and not read
+            use_cache=False,
+            packing=packed.packing,
+        )
+        hidden = output.last_hidden_state[0, packed.predictors]
+        return hidden
+
+    def _backbone(self) -> Any:
+        model = self.model.get_base_model() if self.is_lora else self.model
+        return model.base_model
+
+    def _head(self) -> nn.Module:
+        model = self.model.get_base_model() if self.is_lora else self.model
+        head: nn.Module = model.get_output_embeddings()
+        return head
+
+    def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
+        """Log-probabilities and values of the response tokens, with gradients; no entropy.
+
+        Logits are made for response tokens only.
+        """
+        with self.arithmetic():
+            hidden = self.hidden_states(batch)
+            logprobs = token_logprobs(self._head(), hidden, batch.response_tokens(), temperature)
+            values = self.values(self.value_states(batch, hidden))
+        return TokenScores(logprobs=batch.unflatten(logprobs), values=batch.unflatten(values))
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """(N,) values, fp32 also where the caller's arithmetic is not."""
+        with torch.autocast(self.device.type, enabled=False):
+            result: Tensor = self.value_head(hidden.float()).squeeze(-1)
+        return result
+
+    @torch.no_grad()
+    def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
+        """Log-probabilities, values and entropy without gradients and dropout, at most `max_tokens`
+        tokens at once.
+
+        Several processes each score some of the rows, and all get the whole.
+        """
+        parts: dict[str, Tensor] = {}
+        with self.inference():
+            for index, counts in own_micro_batches(
+                batch.lengths, max_tokens=max_tokens, packed=self.packs
+            ):
+                for name, values in self._score_rows(batch.rows(index), temperature).items():
+                    whole = parts.setdefault(
+                        name, torch.zeros(batch.response_mask.shape, device=self.device)
+                    )
+                    if counts:
+                        whole[index, : values.shape[1]] = values
+        world.add_up(*parts.values())  # rows of others are 0
+        return TokenScores(**parts)
+
+    def _score_rows(self, rows: TokenBatch, temperature: float) -> dict[str, Tensor]:
+        hidden = self.hidden_states(rows)
+        logprobs, entropy = logprobs_and_entropy(
+            self._head(), hidden, rows.response_tokens(), temperature
+        )
+        scores = {
+            "logprobs": logprobs,
+            "entropy": entropy,
+            "values": self.values(self.value_states(rows, hidden)),
+        }
+        return {name: rows.unflatten(values) for name, values in scores.items()}
+
+    @torch.no_grad()
+    def features(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
+        """(N, H) what the value head reads, fp32, without dropout, in row-major order of the
+        response tokens."""
+        starts = batch.response_lengths.cumsum(0) - batch.response_lengths
+        features = torch.zeros(
+            int(batch.response_lengths.sum()), self.value_head.in_features, device=self.device
+        )
+        with self.inference():
+            for index, counts in own_micro_batches(
+                batch.lengths, max_tokens=max_tokens, packed=self.packs
+            ):
+                slots = [
+                    torch.arange(
+                        int(starts[i]),
+                        int(starts[i] + batch.response_lengths[i]),
+                        device=self.device,
+                    )
+                    for i in index.tolist()
+                ]
+                rows = batch.rows(index)
+                if counts:
+                    features[torch.cat(slots)] = self._predictors(
+                        self.value_backbone or self._backbone(), rows
+                    ).float()
+        world.add_up(features)
+        return features
+
+    def verify_head(self) -> None:
+        """Refuse a model whose logits are not its output embedding applied to its last hidden state
+        (soft-capped, scaled).
+
+        Raises: ModelError.
+        """
+        tokens = torch.arange(8, device=self.device).unsqueeze(0) % self.model.config.vocab_size
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            expected = self.model(input_ids=tokens, use_cache=False).logits
+            found = self._head()(
+                self._backbone()(input_ids=tokens, use_cache=False).last_hidden_state
+            )
+        self.train(training)
+        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+            raise ModelError(
+                f"{type(self.model).__name__}: its logits are more than output embedding × last"
+                " hidden state; unsupported"
+            )
+
+    def make_reference(self) -> Reference:
+        """The frozen policy as it is now: with LoRA the base model (adapter off), otherwise a
+        copy."""
+        if self.is_lora:
+            return Reference(self, frozen=None)
+        frozen = copy.deepcopy(self)
+        frozen.value_backbone = None
+        frozen.eval().requires_grad_(False)
+        if self.is_compiled:
+            frozen.compile_blocks()
+        world.distribute(frozen)
+        return Reference(self, frozen=frozen)
+
+    def save(self, folder: Path) -> None:
+        """Model (LoRA merged), tokenizer and value head in Hugging Face format; loads with plain
+        `from_pretrained`."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # the run has its own
+        with world.whole(self):
+            if world.is_main():
+                self._save(folder)
+
+    def _save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.model
+        if self.is_lora:
+            model = copy.deepcopy(self.model).merge_and_unload()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / VALUE_HEAD).parent.mkdir(exist_ok=True)
+        tensors = {
+            f"value_head.{name}": value.detach().contiguous()
+            for name, value in self.value_head.state_dict().items()
+        }
+        save_file(tensors, folder / VALUE_HEAD)
+
+    def load_value_head(self, folder: Path) -> None:
+        """Read the head that `save` wrote, where there is one."""
+        if (folder / VALUE_HEAD).is_file():
+            tensors = load_file(folder / VALUE_HEAD)
+            self.value_head.load_state_dict(
+                {name.removeprefix("value_head."): value for name, value in tensors.items()}
+            )
+
+
+class Reference:
+    """The policy that KL is measured against."""
+
+    def __init__(self, policy: Policy, *, frozen: Policy | None) -> None:
+        self._policy, self._frozen = policy, frozen
+
+    def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
+        """As `Policy.score`, of the reference."""
+        if self._frozen is not None:
+            return self._frozen.score(batch, temperature=temperature, max_tokens=max_tokens)
+        with world.whole(self._policy), self._policy.model.disable_adapter():
+            return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
+
+
+def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=table.rank,
+        lora_alpha=table.alpha,
+        lora_dropout=table.dropout,
+        target_modules=table.target_modules,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None

@@ -1,0 +1,80 @@
+"""What makes bf16 arithmetic fast on a processor. Nothing here changes results beyond rounding, and
+a GPU never comes here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from reftune.processes.world import whole_tensor
+
+FEW_ROWS = 16
+"""The layout is chosen for products of so many rows; others gain as much."""
+
+
+Product = Callable[[Tensor], Tensor]
+"""Of rows (…, I), in whatever dtype, with a weight: (…, O), in the weight's dtype."""
+
+
+@contextmanager
+def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Products of the linear layers from a copy of their weights in `dtype` that lies as oneDNN
+    reads it, to read only.
+
+    A product takes two thirds of the time, and the copy 0.1 s for 134 million weights. Does nothing
+    off the CPU, in fp32, and where the processor has no bf16 products.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and _can_be_packed(module.weight, dtype)
+    ]
+    for layer in layers:
+        layer.forward = product([layer], dtype)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
+    """What `layers` make of the same rows, side by side, by one product in `dtype`. Weights split
+    over processes are gathered.
+
+    `pack`: where that is faster, from a copy of the weights that lies as oneDNN reads it.
+    """
+    weight = _joined([layer.weight for layer in layers], dtype)
+    bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
+    if pack and _can_be_packed(weight, dtype):
+        return partial(
+            _packed_product,
+            weight=torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS),
+            bias=bias,
+        )
+    return partial(_plain_product, weight=weight, bias=bias)
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    wholes = [whole_tensor(part).detach().to(dtype) for part in parts]
+    return wholes[0] if len(parts) == 1 else torch.cat(wholes)
+
+
+def _can_be_packed(weight: Tensor, dtype: torch.dtype) -> bool:
+    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return on_cpu and dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _packed_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(
+        rows.to(weight.dtype), weight, bias, "none", [], ""
+    )
+    return result
+
+
+def _plain_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(rows.to(weight.dtype), weight, bias)

@@ -1,0 +1,84 @@
+"""The value head before PPO: ridge regression of returns on hidden states, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from reftune.errors import NonFiniteError
+from reftune.processes.world import assign, from_main
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Ridge penalties tried, in units of the features' mean variance times the number of tokens."""
+
+
+@torch.no_grad()
+def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Set `head` to the ridge solution on all rollouts; the penalty is the one that explains the
+    last rollout best.
+
+        w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
+
+    `rollouts` gives (features (N, H), returns (N,)) pairs, which are summed up one by one: memory
+    does not grow with them.
+    Returns: explained variance of the last rollout by the fit to the others, 0 where there is only
+    one.
+    Raises: NonFiniteError.
+    """
+    sums, last = _Moments(head.in_features), None
+    for features, returns in rollouts:
+        if not (features.isfinite().all() and returns.isfinite().all()):
+            raise NonFiniteError(
+                "value head pre-fit: hidden states or returns are not finite; the weights were not"
+                " changed"
+            )
+        if last is not None:
+            sums.add(*last)
+        last = (features.double(), returns.double())
+    assert last is not None, "no rollout to fit the value head on"
+    penalty, explained = PENALTIES[2], 0.0
+    if sums.count > 0:
+        explained, penalty = max((_explained(sums.solve(p), *last), p) for p in PENALTIES)
+    sums.add(*last)
+    weight, bias = from_main(lambda: sums.solve(penalty))
+    assign(head.weight, weight[None])
+    assign(head.bias, bias[None])
+    return explained
+
+
+class _Moments:
+    """Sums that a linear regression needs, fp64."""
+
+    def __init__(self, num_features: int) -> None:
+        self.count = 0
+        self.x = torch.zeros(num_features, dtype=torch.float64, device="cpu")
+        self.y = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.xx = torch.zeros(num_features, num_features, dtype=torch.float64, device="cpu")
+        self.xy = torch.zeros(num_features, dtype=torch.float64, device="cpu")
+
+    def add(self, features: Tensor, returns: Tensor) -> None:
+        features, returns = features.cpu(), returns.cpu()
+        self.count += len(returns)
+        self.x += features.sum(0)
+        self.y += returns.sum()
+        self.xx += features.T @ features
+        self.xy += features.T @ returns
+
+    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """Weight (H,) and bias ()."""
+        mean_x, mean_y = self.x / self.count, self.y / self.count
+        covariance = self.xx - self.count * torch.outer(mean_x, mean_x)
+        ridge = penalty * covariance.diagonal().mean().clamp(min=1e-12)
+        weight = torch.linalg.solve(
+            covariance + ridge * torch.eye(len(mean_x), device=mean_x.device),
+            self.xy - self.count * mean_x * mean_y,
+        )
+        return weight, mean_y - weight @ mean_x
+
+
+def _explained(solution: tuple[Tensor, Tensor], features: Tensor, returns: Tensor) -> float:
+    weight, bias = solution
+    errors = returns.cpu() - (features.cpu() @ weight + bias)
+    return float(1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8))

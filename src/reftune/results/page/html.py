@@ -1,0 +1,482 @@
+"""One self-contained page about one or several runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from reftune.results.metrics import CHARACTER, HACKING, LEARNING, MACHINERY, VERDICTS
+from reftune.results.page import charts, gallery
+from reftune.results.records import EvalRow, RunResults
+from reftune.results.stats import Comparison, Interval, SeedComparison
+from reftune.results.summary import (
+    GREEDY,
+    Group,
+    Headline,
+    MethodScore,
+    ScoreTable,
+    display,
+    headline,
+    leader,
+    p_text,
+    percent,
+    points,
+    read_groups,
+    score_table,
+)
+from reftune.results.tables import caption, rows
+from reftune.storage.atomic import write_atomically
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
+    """Write the page; runs may still be alive. Returns where it is.
+
+    Raises: DataError where a run is missing or damaged, or where runs met different problems;
+    CheckpointError.
+    """
+    out = Path(out_path)
+    page = render_report(read_groups(run_dirs, finished=False))
+    write_atomically(out, page.encode("utf-8", "replace").decode())
+    return out
+
+
+def render_report(groups: Sequence[Group]) -> str:
+    """The page as text. Everything a model or a data file wrote is escaped: by the template, or in
+    JSON by `script_json`."""
+    table = score_table(groups)
+    dev = charts.dev_chart(groups)
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "display": display,
+        "duration": duration,
+        "count": _count,
+    }
+    panels = _panels(groups, table)
+    return environment.get_template("page.html.j2").render(
+        css=_asset("page.css"),
+        js=_asset("charts.js") + _asset("page.js"),
+        data=script_json(_payload(groups, dev, panels)),
+        heading=_heading(groups, table),
+        title_parts=_coloured_parts(headline(table).title, table),
+        kicker=_kicker(groups),
+        live=any(run.missing for group in groups for run in group.runs),
+        scale=_scale(
+            bound
+            for method in table.methods
+            for score in method.scores.values()
+            for bound in score.ci95
+        ),
+        methods=_method_rows(table),
+        votes=_votes(table),
+        differences=_difference_rows(table),
+        pair=_pair(groups, table),
+        equal=_equal(dev, table),
+        dev=dev,
+        panels=panels,
+        table_head=rows(table)[0] if table.methods else [],
+        table_body=rows(table)[1] if table.methods else [],
+        caption=caption(table),
+        comparisons=[_comparison_cells(comparison) for comparison in table.comparisons],
+        stages=[
+            _stage_cells(run, name, _run_label(groups, run))
+            for run in _runs(groups)
+            for name in run.stages
+        ],
+        runs=[_run_details(run) for run in _runs(groups)],
+        recipe_differences=_recipe_differences(groups),
+        group_labels=[group.label for group in groups],
+        stage_head=STAGE_HEAD,
+        num_seeds=table.num_seeds,
+    )
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that is safe inside a script element: no `<`, `>` or `&` is left, so no `</script>` and
+    no `<!--`."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _asset(name: str) -> Markup:
+    return Markup((ASSETS / name).read_text(encoding="utf-8"))
+
+
+def _runs(groups: Sequence[Group]) -> list[RunResults]:
+    return [run for group in groups for run in group.runs]
+
+
+def _run_label(groups: Sequence[Group], run: RunResults) -> str:
+    return run.name if len(_runs(groups)) > 1 else ""
+
+
+# --- the script's data ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Panel:
+    """Charts under one heading."""
+
+    anchor: str
+    title: str
+    charts: tuple[charts.Chart, ...]
+
+    @property
+    def columns(self) -> int:
+        """At most; chosen so that a row is rarely left with one chart."""
+        count = len(self.charts)
+        return count if count <= 4 else 4 if count in (7, 8) else 3
+
+
+def _panels(groups: Sequence[Group], table: ScoreTable) -> list[_Panel]:
+    learning = [*charts.training_charts(groups, LEARNING), *charts.verdict_charts(groups)]
+    found = [
+        _Panel(anchor="learning", title="Is it learning?", charts=tuple(learning)),
+        _Panel(
+            anchor="character",
+            title="How is its writing changing?",
+            charts=tuple(charts.training_charts(groups, CHARACTER)),
+        ),
+        _Panel(
+            anchor="hacking",
+            title="Are right letters earned?",
+            charts=tuple(charts.training_charts(groups, HACKING)),
+        ),
+        _Panel(
+            anchor="machinery",
+            title="Is the machinery healthy?",
+            charts=tuple(charts.training_charts(groups, MACHINERY)),
+        ),
+        _Panel(
+            anchor="time", title="Where did the time go?", charts=tuple(charts.time_charts(groups))
+        ),
+        _Panel(
+            anchor="voting",
+            title="Does asking more than once help?",
+            charts=tuple(charts.voting_charts(groups, table)),
+        ),
+    ]
+    return [panel for panel in found if panel.charts]
+
+
+def _payload(
+    groups: Sequence[Group], dev: charts.Chart | None, panels: Sequence[_Panel]
+) -> dict[str, Any]:
+    drawn = [*([dev] if dev else []), *(chart for panel in panels for chart in panel.charts)]
+    return {
+        "charts": {chart.key: chart.json() for chart in drawn},
+        "problems": gallery.problems(groups),
+        "samples": gallery.samples(groups),
+        "verdicts": VERDICTS,
+    }
+
+
+# --- the answer -----------------------------------------------------------------------------------
+
+
+def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
+    missing = [name for run in _runs(groups) for name in run.missing]
+    found = headline(table)
+    if missing and table.methods:
+        waiting = ", ".join(dict.fromkeys(display(name) for name in missing))
+        return Headline(
+            title=found.title, text=f"{found.text} Still to come: {waiting}.", chosen=found.chosen
+        )
+    return found
+
+
+def _coloured_parts(title: str, table: ScoreTable) -> list[tuple[str, str]]:
+    """The title cut at method names: (text, CSS variable or nothing), so that the headline is the
+    legend."""
+    colours = charts.method_colours([method.label for method in table.methods])
+    by_name = {display(label): colour for label, colour in colours.items()}
+    longest_first = sorted(map(re.escape, by_name), key=len, reverse=True)
+    if not longest_first:
+        return [(title, "")]
+    return [
+        (part, by_name.get(part, ""))
+        for part in re.split(rf"\b({'|'.join(longest_first)})\b", title)
+        if part
+    ]
+
+
+def _kicker(groups: Sequence[Group]) -> list[str]:
+    runs = _runs(groups)
+    names = " · ".join(dict.fromkeys(group.label for group in groups))
+    seeds = f"seed {runs[0].seed}" if len(runs) == 1 else f"{len(runs)} runs"
+    started = str(runs[0].env.get("started", ""))[:10]
+    seconds = sum(run.wall_seconds for run in runs)
+    return [part for part in (names, seeds, started, duration(seconds) if seconds else "") if part]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scale:
+    """A horizontal axis in percent of its width."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def at(self, value: float) -> str:
+        return f"{100 * (value - self.low) / (self.high - self.low):.2f}%"
+
+    def width(self, interval: Interval) -> str:
+        return f"{100 * (interval[1] - interval[0]) / (self.high - self.low):.2f}%"
+
+
+def _scale(bounds: Iterable[float]) -> _Scale:
+    """An axis of round ticks around `bounds` (shares or differences of them)."""
+    known = [*bounds] or [0.0, 1.0]
+    spread = max(known) - min(known)
+    step = next((step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if spread / step <= 7), 0.25)
+    first, last = int(min(known) // step), -int(-max(known) // step)
+    last += first == last
+    return _Scale(
+        low=first * step,
+        high=last * step,
+        ticks=tuple(tick * step for tick in range(first, last + 1)),
+    )
+
+
+def _method_rows(table: ScoreTable) -> list[dict[str, Any]]:
+    colours = charts.method_colours([method.label for method in table.methods])
+    return [
+        {
+            "label": display(method.label),
+            "colour": colours[method.label],
+            "greedy": method.greedy,
+            "others": [
+                {"rule": rule, "kind": rule.partition("@")[0], "score": score}
+                for rule, score in method.scores.items()
+                if _is_vote(rule)
+            ],
+            "facts": _facts(method),
+        }
+        for method in table.methods
+    ]
+
+
+def _facts(method: MethodScore) -> list[str]:
+    dev, passes = method.dev_accuracy, method.sequence_passes
+    facts = [
+        None if dev is None else f"dev {percent(dev)}",
+        None if method.looks is None else f"{method.looks} looks",
+        None if passes is None else f"{_count(passes)} sequences",
+        None if method.wall_seconds is None else duration(method.wall_seconds),
+    ]
+    return [fact for fact in facts if fact is not None]
+
+
+def _is_vote(rule: str) -> bool:
+    return rule != GREEDY and not rule.startswith("pass@")
+
+
+def _votes(table: ScoreTable) -> str:
+    """What the marks beside the dots are."""
+    kinds = {
+        rule.partition("@")[0]
+        for method in table.methods
+        for rule in method.scores
+        if _is_vote(rule)
+    }
+    marks = {
+        "maj": "the majority’s answer (diamond)",
+        "rerank": "the one that the reward model likes best (square)",
+    }
+    return ", ".join(text for kind, text in marks.items() if kind in kinds)
+
+
+def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
+    """Greedy differences from the baseline and from the best method, with a scale that holds 0."""
+    labels, best = {method.label for method in table.methods}, leader(table)
+    greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
+    of_baseline = [found for found in greedy if table.baseline in (found.a, found.b)]
+    of_best = [
+        found
+        for found in greedy
+        if best is not None and best.label in (found.a, found.b) and found not in of_baseline
+    ]
+    shown = [*of_baseline, *of_best]
+    if not shown:
+        return None
+    return {
+        "scale": _scale([0.0, *(bound for found in shown for bound in found.ci95)]),
+        "rows": [_difference_row(found) for found in shown],
+    }
+
+
+def _difference_row(found: Comparison | SeedComparison) -> dict[str, Any]:
+    return {
+        "a": display(found.a),
+        "b": display(found.b),
+        "difference": found.difference,
+        "ci95": found.ci95,
+        "significant": found.significant,
+        "evidence": (
+            p_text(found.p_mcnemar)
+            if isinstance(found, Comparison)
+            else f"{len(found.by_seed)} seeds"
+        ),
+    }
+
+
+def _comparison_cells(found: Comparison | SeedComparison) -> list[str]:
+    low, high = found.ci95
+    row = _difference_row(found)
+    judged = "significant" if found.significant else "not significant"
+    return [
+        f"{row['a']} − {row['b']}",
+        points(found.difference),
+        f"{points(low)} to {points(high)}",
+        row["evidence"],
+        judged,
+        f"{found.n:,}",
+    ]
+
+
+def _pair(groups: Sequence[Group], table: ScoreTable) -> dict[str, Any] | None:
+    """How the best method and the baseline share out the problems, first seed; None without two
+    methods."""
+    best = leader(table)
+    if best is None:
+        return None
+    base = table.method(table.baseline)
+    rows_of = {method.label: _first_rows(groups, method) for method in (best, base)}
+    pairs = [
+        (a.greedy.correct, b.greedy.correct)
+        for a, b in zip(rows_of[best.label], rows_of[base.label], strict=True)
+    ]
+    counts = [
+        pairs.count(pattern)
+        for pattern in ((True, True), (True, False), (False, True), (False, False))
+    ]
+    colours = charts.method_colours([method.label for method in table.methods])
+    return {
+        "a": display(best.label),
+        "b": display(base.label),
+        "counts": counts,
+        "n": len(pairs),
+        "colour_a": colours[best.label],
+        "colour_b": colours[base.label],
+    }
+
+
+def _first_rows(groups: Sequence[Group], method: MethodScore) -> tuple[EvalRow, ...]:
+    group = next(group for group in groups if group.label == method.group)
+    return group.runs[0].evals[method.method]
+
+
+def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute | None:
+    best = leader(table)
+    if dev is None or best is None:
+        return None
+    return charts.equal_compute(dev, display(best.label), display(table.baseline))
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+STAGE_HEAD = [
+    "Stage",
+    "Kind",
+    "Starts from",
+    "Chosen step",
+    "Dev",
+    "Looks",
+    "Sequences trained on",
+    "Tokens sampled",
+    "Time",
+]
+
+
+def _stage_cells(run: RunResults, name: str, run_label: str) -> list[str]:
+    stage, info = run.stages[name], run.stages[name].info
+    dev = info.get("dev_accuracy")
+    return [
+        f"{run_label}: {display(name)}" if run_label else display(name),
+        stage.kind,
+        display(stage.init),
+        _count(info.get("chosen_step")),
+        "–" if dev is None else percent(dev),
+        _count(info.get("looks")),
+        _count(info.get("sequence_passes")),
+        _count(info.get("sampled_tokens")),
+        duration(info.get("wall_seconds")),
+    ]
+
+
+def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Recipe keys that the groups do not share, with each group's value; seeds and names aside."""
+    flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
+    keys = dict.fromkeys(
+        key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir")
+    )
+    return [
+        (key, [leaves.get(key, "–") for leaves in flat])
+        for key in keys
+        if len({leaves.get(key, "–") for leaves in flat}) > 1
+    ]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """`stages.reft.steps` → `40`, for every leaf."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, str(value)
+
+
+def _run_details(run: RunResults) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "folder": run.folder.name,
+        "recipe": run.recipe_text,
+        "command": str(run.env.get("command", "")),
+        "env": {
+            key: _plain(value)
+            for key, value in run.env.items()
+            if key != "command" and value is not None
+        },
+    }
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """`4 min 12 s`; the two largest units."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    for size, unit, small, small_unit in (
+        (86_400, "d", 3_600, "h"),
+        (3_600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // small} {small_unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

@@ -1,0 +1,568 @@
+"""Run folders → scores, comparisons and one sentence. Every number is a function of `eval/*.jsonl`
+and `stage.json`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reftune.errors import DataError
+from reftune.grading import voting
+from reftune.results import stats
+from reftune.results.records import EvalRow, RunResults, read_run, require_finished, same_problems
+from reftune.results.stats import Comparison, Interval, SeedComparison
+from reftune.stages.probes import choices
+
+GREEDY = "greedy"
+
+Outcomes = NDArray[np.float64]
+"""One number a problem: 1 solved, 0 not, between for an expectation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Runs of one recipe that differ in the seed only."""
+
+    label: str
+    runs: tuple[RunResults, ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods that every run has evaluated."""
+        return [name for name in self.runs[0].evals if all(name in run.evals for run in self.runs)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A share of problems."""
+
+    value: float
+    ci95: Interval
+    n: int
+    by_seed: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodScore:
+    """One method of one group of runs."""
+
+    group: str
+    method: str
+    label: str
+    """For a person; names the group where there are several."""
+    scores: Mapping[str, Score]
+    """By decision rule: `greedy`, and with samples `maj@k`, `rerank@k`, `pass@k`."""
+    dev_accuracy: float | None
+    """Mean over seeds."""
+    looks: int | None
+    """How often dev was looked at to choose the model, one seed."""
+    sequence_passes: float | None
+    """Sequences whose gradient was taken in this stage, mean over seeds."""
+    wall_seconds: float | None
+
+    @property
+    def greedy(self) -> Score:
+        return self.scores[GREEDY]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreTable:
+    """Everything the tables and the report say of the final evaluation."""
+
+    methods: tuple[MethodScore, ...]
+    comparisons: tuple[Comparison | SeedComparison, ...]
+    """Of greedy answers and of votes; each names methods by label, votes as `LABEL maj@k`."""
+    baseline: str
+    """Label of the method that others are measured against."""
+    starts: frozenset[str]
+    """Labels of methods that others were trained on from."""
+    num_seeds: int
+    split: str
+
+    def between(self, a: str, b: str) -> Comparison | SeedComparison | None:
+        """`a` against `b`; None where they were not compared."""
+        for found in self.comparisons:
+            if (found.a, found.b) == (a, b):
+                return found
+            if (found.a, found.b) == (b, a):
+                return stats.turned(found)
+        return None
+
+    def method(self, label: str) -> MethodScore:
+        return next(method for method in self.methods if method.label == label)
+
+
+# --- one run: summary.json ------------------------------------------------------------------------
+
+
+def summarize(run_dir: Path | str) -> dict[str, Any]:
+    """What `summary.json` holds, with every pair of methods compared.
+
+    Raises: DataError where the run has not finished or is damaged.
+    """
+    (group,) = read_groups([run_dir])
+    (run,) = group.runs
+    table = score_table([group])
+    return {
+        "name": run.name,
+        "methods": {
+            method.method: _method_json(method) | _choices_json(run, method.method)
+            for method in table.methods
+        },
+        "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
+        "wall_seconds": run.wall_seconds,
+    }
+
+
+def _method_json(method: MethodScore) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "accuracy": method.greedy.value,
+        "ci95": list(method.greedy.ci95),
+        "n": method.greedy.n,
+    }
+    for rule, score in method.scores.items():
+        if rule != GREEDY:
+            result |= {rule: score.value, f"{rule}_ci95": list(score.ci95)}
+    return result | {"dev_accuracy": method.dev_accuracy, "looks": method.looks}
+
+
+def _choices_json(run: RunResults, method: str) -> dict[str, Any]:
+    rows = choices.read_rows(choices.choices_path(run.folder, method))
+    return {"choices": choices.summary_of(rows)} if rows else {}
+
+
+def comparison_json(comparison: Comparison | SeedComparison) -> dict[str, Any]:
+    """A comparison as `summary.json` and `reftune table --json` hold it."""
+    result = {
+        "a": comparison.a,
+        "b": comparison.b,
+        "difference": comparison.difference,
+        "ci95": list(comparison.ci95),
+        "n": comparison.n,
+        "significant": comparison.significant,
+    }
+    if isinstance(comparison, Comparison):
+        return result | {"p_mcnemar": comparison.p_mcnemar}
+    return result | {"by_seed": list(comparison.by_seed)}
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+
+def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
+    """The runs, those of one recipe but for the seed together.
+
+    Raises: DataError where a run is missing, damaged, unfinished (if `finished`), or where runs met
+    different problems.
+    """
+    runs = [read_run(folder) for folder in run_dirs]
+    if finished:
+        for run in runs:
+            require_finished(run)
+    for run in runs:
+        _refuse_mixed_problems(run)
+    groups = group_runs(runs)
+    _refuse_different_problems(groups)
+    return groups
+
+
+def group_runs(runs: Sequence[RunResults]) -> list[Group]:
+    """Runs whose recipes differ in name, folder and seed only form a group; order is kept."""
+    gathered: list[list[RunResults]] = []
+    for run in runs:
+        home = next((group for group in gathered if _belongs(run, group)), None)
+        gathered.append([run]) if home is None else home.append(run)
+    labels = [_group_label(group) for group in gathered]
+    return [
+        Group(label=label if labels.count(label) == 1 else str(group[0].folder), runs=tuple(group))
+        for label, group in zip(labels, gathered, strict=True)
+    ]
+
+
+def _belongs(run: RunResults, group: Sequence[RunResults]) -> bool:
+    return _settings(run) == _settings(group[0]) and run.seed not in [other.seed for other in group]
+
+
+def _settings(run: RunResults) -> dict[str, Any]:
+    return {
+        key: value for key, value in run.recipe.items() if key not in ("name", "seed", "run_dir")
+    }
+
+
+def _group_label(runs: Sequence[RunResults]) -> str:
+    return (
+        runs[0].name
+        if len(runs) == 1
+        else re.sub(r"[-_.]?(s|seed)?[-_]?\d+$", "", runs[0].name) or runs[0].name
+    )
+
+
+def _refuse_mixed_problems(run: RunResults) -> None:
+    if not same_problems(run.evals):
+        raise DataError(
+            f"{run.folder}: its methods were evaluated on different problems; expected the same in"
+            " one order"
+        )
+
+
+def _refuse_different_problems(groups: Sequence[Group]) -> None:
+    if len(groups) > 1:
+        runs = [run for group in groups for run in group.runs]
+        for other in runs[1:]:
+            if not _share_problems([runs[0], other]):
+                raise DataError(
+                    f"{runs[0].folder} and {other.folder}: evaluated on different problems; "
+                    "expected runs over the same ones in one order"
+                )
+        if len({len(group.runs) for group in groups}) > 1:
+            counts = ", ".join(f"{group.label} {len(group.runs)}" for group in groups)
+            raise DataError(
+                f"runs to compare have different numbers of seeds ({counts}); expected as many of"
+                " each"
+            )
+
+
+def _share_problems(runs: Sequence[RunResults]) -> bool:
+    firsts = {str(run.folder): next(iter(run.evals.values())) for run in runs if run.evals}
+    return same_problems(firsts)
+
+
+def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
+    """Scores and paired comparisons of all methods; votes over the first `k` samples, None: all.
+    `seed` is the bootstrap's.
+
+    Raises: DataError where `k` exceeds the samples of a problem.
+    """
+    generator = np.random.default_rng(seed)
+    several = len(groups) > 1
+    entries = [
+        _entry(group, name, f"{group.label}/{name}" if several else name, k)
+        for group in groups
+        for name in group.methods
+    ]
+    if k is not None:
+        voting.check_k(
+            k,
+            max(
+                (num_samples(run.evals[e.method]) for e in entries for run in e.group.runs),
+                default=0,
+            ),
+        )
+    shared = all(_share_problems(group.runs) for group in groups)
+    baseline = _baseline(entries)
+    return ScoreTable(
+        methods=tuple(_method_score(entry, shared, generator) for entry in entries),
+        comparisons=tuple(_comparisons(entries, baseline, shared, generator)),
+        baseline=baseline,
+        starts=frozenset(entry.label for entry in entries if _is_start(entry, entries)),
+        num_seeds=len(groups[0].runs),
+        split=groups[0].runs[0].split,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """A method of a group, with what it solved under each rule, an array a seed."""
+
+    group: Group
+    method: str
+    label: str
+    outcomes: Mapping[str, Sequence[Outcomes]]
+
+    @property
+    def init(self) -> str:
+        return self.group.runs[0].stages[self.method].init
+
+
+def _entry(group: Group, method: str, label: str, k: int | None) -> _Entry:
+    by_run = [outcomes(run.evals[method], k) for run in group.runs]
+    rules = [rule for rule in by_run[0] if all(rule in found for found in by_run)]
+    by_rule = {rule: [found[rule] for found in by_run] for rule in rules}
+    return _Entry(group=group, method=method, label=label, outcomes=by_rule)
+
+
+def _baseline(entries: Sequence[_Entry]) -> str:
+    """Plain supervised fine-tuning where there is one, else what comes first."""
+    return next(
+        (entry.label for entry in entries if entry.method == "sft"),
+        entries[0].label if entries else "",
+    )
+
+
+def _is_start(entry: _Entry, entries: Sequence[_Entry]) -> bool:
+    return any(other.group is entry.group and other.init == entry.method for other in entries)
+
+
+def _method_score(entry: _Entry, shared: bool, generator: np.random.Generator) -> MethodScore:
+    infos = [run.stages[entry.method].info for run in entry.group.runs]
+    return MethodScore(
+        group=entry.group.label,
+        method=entry.method,
+        label=entry.label,
+        scores={rule: _score(seeds, shared, generator) for rule, seeds in entry.outcomes.items()},
+        dev_accuracy=_mean_of(infos, "dev_accuracy"),
+        looks=infos[0].get("looks"),
+        sequence_passes=_mean_of(infos, "sequence_passes"),
+        wall_seconds=_mean_of(infos, "wall_seconds"),
+    )
+
+
+def _mean_of(infos: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [info[key] for info in infos if info.get(key) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generator) -> Score:
+    by_seed = tuple(float(solved.mean()) for solved in seeds)
+    return Score(
+        value=float(np.mean(by_seed)),
+        ci95=_interval(seeds, shared, generator),
+        n=seeds[0].size,
+        by_seed=by_seed,
+    )
+
+
+def _interval(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generator) -> Interval:
+    if len(seeds) == 1 and set(np.unique(seeds[0])) <= {0.0, 1.0}:
+        return stats.wilson(int(seeds[0].sum()), seeds[0].size)
+    if shared:
+        return stats.crossed_bootstrap(np.stack(seeds), generator=generator)
+    return stats.hierarchical_bootstrap(seeds, generator=generator)
+
+
+def _comparisons(
+    entries: Sequence[_Entry], baseline: str, shared: bool, generator: np.random.Generator
+) -> list[Comparison | SeedComparison]:
+    """Later against earlier: methods of one group, one method of two groups, and everything with
+    the baseline."""
+    return [
+        _compare(later, earlier, rule, shared, generator)
+        for earlier, later in combinations(entries, 2)
+        if earlier.group is later.group
+        or earlier.method == later.method
+        or baseline in (earlier.label, later.label)
+        for rule in later.outcomes
+        if rule in earlier.outcomes and not rule.startswith("pass@")
+    ]
+
+
+def _compare(
+    a: _Entry, b: _Entry, rule: str, shared: bool, generator: np.random.Generator
+) -> Comparison | SeedComparison:
+    name_a, name_b = (
+        entry.label if rule == GREEDY else f"{entry.label} {rule}" for entry in (a, b)
+    )
+    seeds_a, seeds_b = a.outcomes[rule], b.outcomes[rule]
+    if len(seeds_a) == 1:
+        return stats.compare(name_a, seeds_a[0], name_b, seeds_b[0], generator=generator)
+    return stats.compare_over_seeds(
+        name_a, seeds_a, name_b, seeds_b, same_problems=shared, generator=generator
+    )
+
+
+# --- decisions from samples -----------------------------------------------------------------------
+
+
+def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
+    """Rule → what it scored on each problem. Votes are over `k` samples, by default all that every
+    problem has."""
+    result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
+    drawn = num_samples(rows)
+    if drawn:
+        k = drawn if k is None else k
+        curves = voting_curves(rows, k)
+        result |= {f"{rule}@{k}": by_k[:, -1] for rule, by_k in curves.items()}
+    return result
+
+
+def num_samples(rows: Sequence[EvalRow]) -> int:
+    """Samples that every problem has."""
+    return min(len(row.samples) for row in rows)
+
+
+def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.float64]]:
+    """`maj`, `pass` and, where samples are scored, `rerank`: what each rule gets from k = 1 …
+    `max_k` samples.
+
+    Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
+    subsets.
+    Raises: DataError where `max_k` exceeds the samples of a problem.
+    """
+    voting.check_k(max_k, num_samples(rows))
+    rules = {"maj": _majority_row, "pass": _pass_row}
+    if all(sample.score is not None for row in rows for sample in row.samples):
+        rules = {"maj": _majority_row, "rerank": _rerank_row, "pass": _pass_row}
+    return {
+        rule: np.array([compute(row, max_k) for row in rows], dtype=float)
+        for rule, compute in rules.items()
+    }
+
+
+def _majority_row(row: EvalRow, max_k: int) -> list[float]:
+    winners = voting.majority_curve(
+        [sample.graded for sample in row.samples[:max_k]], valid=row.valid
+    )
+    return [float(voting.is_correct(winner)) for winner in winners]
+
+
+def _rerank_row(row: EvalRow, max_k: int) -> list[float]:
+    graded, texts = (
+        [sample.graded for sample in row.samples],
+        [sample.completion for sample in row.samples],
+    )
+    scores = [sample.score or 0.0 for sample in row.samples]
+    winners = voting.rerank_curve(graded, texts, scores, valid=row.valid)[:max_k]
+    return [float(voting.is_correct(winner)) for winner in winners]
+
+
+def _pass_row(row: EvalRow, max_k: int) -> list[float]:
+    return _pass_curve(len(row.samples), sum(sample.correct for sample in row.samples), max_k)
+
+
+@cache  # few distinct counts, exact arithmetic on large integers
+def _pass_curve(n: int, num_correct: int, max_k: int) -> list[float]:
+    return [voting.pass_at_k(n, num_correct, k) for k in range(1, max_k + 1)]
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+_LABELS = {
+    "warmup": "Warm-up",
+    "sft": "SFT",
+    "offline_st": "Offline self-training",
+    "online_st": "Online self-training",
+    "reft": "ReFT",
+    "reft_modern": "ReFT modern",
+    "reft_tuned": "ReFT tuned",
+    "reft_tuned_2_updates": "ReFT tuned, two updates",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "rloo": "RLOO",
+    "reward_model": "Reward model",
+}
+
+
+def display(label: str) -> str:
+    """A method's label as a person writes it; a group or a rule in it stays: `run/reft maj@8` →
+    `run: ReFT maj@8`."""
+    group, _, method = label.rpartition("/")
+    name, _, rule = method.partition(" ")
+    words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
+    return f"{group}: {words}" if group else words
+
+
+def percent(share: float) -> str:
+    """A share as `62.4 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def points(difference: float) -> str:
+    """Signed percentage points, with a true minus."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def p_text(p: float) -> str:
+    """A p-value to three decimals."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Headline:
+    """The result in words."""
+
+    title: str
+    text: str
+    chosen: str
+    """What the models were chosen on."""
+
+
+def leader(table: ScoreTable) -> MethodScore | None:
+    """The best method beside the baseline, starting points of others aside; None where there is
+    nothing beside it."""
+    others = [method for method in table.methods if method.label != table.baseline]
+    rivals = [method for method in others if method.label not in table.starts] or others
+    return max(rivals, key=lambda method: method.greedy.value, default=None)
+
+
+def headline(table: ScoreTable) -> Headline:
+    """The best method against the baseline, its evidence, and what comes next."""
+    if not table.methods:
+        return Headline(
+            title="Nothing evaluated yet",
+            text="The final evaluation comes after the last stage.",
+            chosen="",
+        )
+    best, base, chosen = leader(table), table.method(table.baseline), _chosen_sentence(table)
+    against = None if best is None else table.between(best.label, base.label)
+    if best is None or against is None:
+        title = f"{display(base.label)} solves {percent(base.greedy.value)}"
+        return Headline(title=title, text=f"{_solves(base, table)}.", chosen=chosen)
+    text = (
+        f"{_solves(best, table)}, {display(base.label)}"
+        f" {percent(base.greedy.value)}{_evidence(against)}."
+    )
+    return Headline(
+        title=_title(against), text=f"{text}{_runner_up(best, base, table)}", chosen=chosen
+    )
+
+
+def _title(against: Comparison | SeedComparison) -> str:
+    a, b = display(against.a), display(against.b)
+    size = f"{abs(100 * against.difference):.1f} points"
+    if not against.significant:
+        return f"{a} and {b} are too close to call"
+    return (
+        f"{a} beats {b} by {size}"
+        if against.difference > 0
+        else f"{b} stays ahead of {a} by {size}"
+    )
+
+
+def _solves(method: MethodScore, table: ScoreTable) -> str:
+    seeds = f", on average over {table.num_seeds} seeds," if table.num_seeds > 1 else ""
+    return (
+        f"{display(method.label)}{seeds} solves {percent(method.greedy.value)} of"
+        f" {method.greedy.n:,} {table.split} problems"
+    )
+
+
+def _evidence(against: Comparison | SeedComparison) -> str:
+    low, high = against.ci95
+    test = f"; exact McNemar {p_text(against.p_mcnemar)}" if isinstance(against, Comparison) else ""
+    return f" (95 % interval of the difference {points(low)} to {points(high)} points{test})"
+
+
+def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
+    seen = {best.label, base.label} | table.starts
+    others = [
+        method
+        for method in table.methods
+        if method.group == best.group and method.label not in seen
+    ]
+    if not others:
+        return ""
+    other = max(others, key=lambda method: method.greedy.value)
+    against = table.between(best.label, other.label) or table.between(other.label, best.label)
+    doubt = "" if against is None or against.significant else ", a difference within the noise"
+    return f" Next is {display(other.label)} with {percent(other.greedy.value)}{doubt}."
+
+
+def _chosen_sentence(table: ScoreTable) -> str:
+    looks = [
+        f"{display(method.label)} {method.looks}"
+        for method in table.methods
+        if method.looks is not None
+    ]
+    if not looks:
+        return ""
+    apart = f"; {table.split} problems played no part in it"
+    scored = apart if table.split != "dev" else ", and scored on dev again, which flatters them"
+    return f"Models were chosen on dev accuracy (looks taken: {', '.join(looks)}){scored}."

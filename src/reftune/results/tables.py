@@ -1,0 +1,271 @@
+"""The final evaluation as a table: text, Markdown, LaTeX or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from reftune.errors import DataError
+from reftune.results.stats import Comparison
+from reftune.results.summary import (
+    GREEDY,
+    MethodScore,
+    Score,
+    ScoreTable,
+    comparison_json,
+    display,
+    p_text,
+    points,
+)
+
+Row = list[str]
+
+NOT_SIGNIFICANT = "n.s."
+
+
+def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
+    """Head and body: a method a row, its score under each rule, and its gain over the baseline."""
+    rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))
+    head = [
+        "Method",
+        *(_rule_title(rule) for rule in rules),
+        f"vs {display(table.baseline)}",
+        "Test",
+        "Dev",
+        "Looks",
+    ]
+    return head, [_row(method, rules, table) for method in table.methods]
+
+
+def _rule_title(rule: str) -> str:
+    return "Greedy" if rule == GREEDY else rule
+
+
+def _row(method: MethodScore, rules: Sequence[str], table: ScoreTable) -> Row:
+    cells = [_score_cell(method.scores[rule]) if rule in method.scores else "–" for rule in rules]
+    return [display(method.label), *cells, *_gain_cells(method, table), *_dev_cells(method)]
+
+
+def _score_cell(score: Score) -> str:
+    low, high = score.ci95
+    return f"{100 * score.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
+    against = table.between(method.label, table.baseline)
+    if against is None:
+        return ["–", ""]
+    low, high = against.ci95
+    evidence = p_text(against.p_mcnemar) if isinstance(against, Comparison) else ""
+    doubt = NOT_SIGNIFICANT if not against.significant else "" if evidence else "sig."
+    gain = f"{points(against.difference)} [{points(low)}, {points(high)}]"
+    return [gain, " ".join(part for part in (evidence, doubt) if part)]
+
+
+def _dev_cells(method: MethodScore) -> Row:
+    dev = "–" if method.dev_accuracy is None else f"{100 * method.dev_accuracy:.1f}"
+    return [dev, "–" if method.looks is None else str(method.looks)]
+
+
+def caption(table: ScoreTable) -> str:
+    """What the numbers are, in one line."""
+    n = table.methods[0].greedy.n if table.methods else 0
+    seeds = f", mean over {table.num_seeds} seeds" if table.num_seeds > 1 else ""
+    interval = "bootstrap over seeds and problems" if table.num_seeds > 1 else "Wilson"
+    test = (
+        "its interval holds 0"
+        if table.num_seeds > 1
+        else "exact McNemar p ≥ 0.05, not corrected for several comparisons"
+    )
+    return (
+        f"Accuracy in percent on {n:,} {table.split} problems{seeds}, 95 % interval ({interval}); "
+        f"differences paired by problem, bootstrap; {NOT_SIGNIFICANT}: {test}."
+    )
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+def text_table(table: ScoreTable) -> str:
+    """Columns aligned for a terminal."""
+    return "\n".join([*_aligned(*rows(table)), "", caption(table)])
+
+
+def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
+    """Head, ruler and body as lines, numbers to the right."""
+    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
+
+    def line(row: Row) -> str:
+        first, *others = (
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join([first, *others]).rstrip()
+
+    return [line(head), "  ".join("─" * width for width in widths), *map(line, body)]
+
+
+CHOICE_COLUMNS = {
+    "other_option": "Right letter, other value",
+    "no_option": "Right letter, no option's value",
+    "agreement": "Same option when moved",
+    "numeric_accuracy": "Without options",
+}
+
+
+def choices_table(summary: Mapping[str, Any]) -> str:
+    """The signs of reward hacking in a run's summary; empty where it has no multiple choice."""
+    found = {
+        name: scores["choices"]
+        for name, scores in summary["methods"].items()
+        if "choices" in scores
+    }
+    if not found:
+        return ""
+    counts = sorted({count for signs in found.values() for count in signs["by_options"]}, key=int)
+    head = [
+        "Multiple choice",
+        *CHOICE_COLUMNS.values(),
+        *(f"Above chance, {count} options" for count in counts),
+    ]
+    body = [
+        [
+            display(name),
+            *(_share_cell(signs.get(key)) for key in CHOICE_COLUMNS),
+            *(
+                _share_cell(signs["by_options"].get(count, {}).get("above_chance"))
+                for count in counts
+            ),
+        ]
+        for name, signs in found.items()
+    ]
+    return "\n".join(_aligned(head, body))
+
+
+def _share_cell(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def markdown_table(table: ScoreTable) -> str:
+    """A pipe table, numbers to the right."""
+    return _markdown(*rows(table), caption(table))
+
+
+def _markdown(head: Row, body: Sequence[Row], note: str) -> str:
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join([*map(_markdown_line, [head, ruler, *body]), "", note])
+
+
+def _markdown_line(row: Row) -> str:
+    cells = [cell.replace("|", r"\|") for cell in row]
+    return f"| {' | '.join(cells)} |"
+
+
+def latex_table(table: ScoreTable) -> str:
+    """A booktabs tabular in a table float."""
+    return _latex_float(*rows(table), caption(table))
+
+
+def _latex_float(head: Row, body: Sequence[Row], note: str) -> str:
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            r"\toprule",
+            _latex_line(head),
+            r"\midrule",
+            *map(_latex_line, body),
+            r"\bottomrule",
+            r"\end{tabular}",
+            rf"\caption{{{_latex(note)}}}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _latex_line(row: Row) -> str:
+    return " & ".join(map(_latex, row)) + r" \\"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "–": "--",
+    "≥": r"$\geq$",
+    "<": "$<$",
+    ">": "$>$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def json_table(table: ScoreTable) -> str:
+    """One JSON document with everything the other formats round."""
+    return json.dumps(
+        {
+            "split": table.split,
+            "seeds": table.num_seeds,
+            "baseline": table.baseline,
+            "methods": {method.label: _method_json(method) for method in table.methods},
+            "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
+        },
+        indent=2,
+    )
+
+
+def _method_json(method: MethodScore) -> dict[str, Any]:
+    scores = {
+        rule: {
+            "accuracy": score.value,
+            "ci95": list(score.ci95),
+            "n": score.n,
+            "by_seed": list(score.by_seed),
+        }
+        for rule, score in method.scores.items()
+    }
+    return {
+        "group": method.group,
+        "method": method.method,
+        "scores": scores,
+        "dev_accuracy": method.dev_accuracy,
+        "looks": method.looks,
+    }
+
+
+def grid(head: Row, body: Sequence[Row], fmt: str, *, title: str, note: str) -> str:
+    """Any table as `text`, `markdown` or `latex`, its title above it. Raises: DataError for an
+    unknown format."""
+    if fmt == "text":
+        return "\n".join([title, *_aligned(head, body), "", note])
+    if fmt == "markdown":
+        return f"**{title}**\n\n{_markdown(head, body, note)}"
+    if fmt == "latex":
+        return _latex_float(head, body, f"{title}. {note}")
+    raise _unknown(fmt)
+
+
+def _unknown(fmt: str) -> DataError:
+    return DataError(f"{fmt}: unknown table format; expected one of {', '.join(FORMATS)}")
+
+
+FORMATS: dict[str, Callable[[ScoreTable], str]] = {
+    "text": text_table,
+    "markdown": markdown_table,
+    "latex": latex_table,
+    "json": json_table,
+}
+
+
+def render_table(table: ScoreTable, fmt: str) -> str:
+    """Raises: DataError for an unknown format."""
+    if fmt not in FORMATS:
+        raise _unknown(fmt)
+    return FORMATS[fmt](table)

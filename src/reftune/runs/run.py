@@ -1,0 +1,462 @@
+"""A run: stages in order, then the evaluation of every method, then summary and report; all of it
+resumable."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from reftune.processes import world
+from reftune.storage.atomic import write_atomically
+from reftune.stages.probes.choices import choices_path, diagnose, is_multiple_choice, write_rows
+from reftune.stages.rollouts import Collector
+from reftune.datasets import Splits
+from reftune.model.encoder import Encoder
+from reftune.errors import CheckpointError, DataError, RecipeError
+from reftune.runs.evaluation import accuracy, evaluate
+from reftune.grading.formats import Format
+from reftune.storage.json_lines import JsonLines
+from reftune.model.weights import load_model, load_pretrained
+from reftune.model.policy import Policy
+from reftune.stages.progress import Progress
+from reftune.recipe import LoraTable, Recipe
+from reftune.recipe import dump_recipe, parse_recipe
+from reftune.stages.reward_model import WEIGHTS, Classifier, add_scores, is_scored, load_classifier, require_same_tokenizer
+from reftune.seeds import derive_seed
+from reftune.stages.sft import gold_examples
+from reftune.stages.stage import Stage, StageContext
+from reftune.types import Graded, Problem, SamplingParams, Verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BEFORE_CLAIM = frozenset({".lock", "env.json", "data.json", ".env.json.partial", ".data.json.partial", ".recipe.yaml.partial"})
+"""What a run that was killed before `recipe.yaml` was there may have left."""
+ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
+
+
+def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
+    """All stages, all evaluations, summary.json and report.html; what is done already is not done
+    again.
+
+    Returns: the summary. Raises: ReftuneError; Interrupted with the checkpoint's folder.
+    """
+    with open_run(recipe, progress) as run:
+        for name in (name for name in recipe.stages if not run.is_trained(name)):
+            run.train(name)
+            run.report()
+        for method in run.methods_to_evaluate():
+            run.evaluate(method)
+        return run.summarize()
+
+
+def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
+    """Only the stages of these kinds; what they start from must be there. Raises: as `run_recipe`.
+    """
+    names = [name for name, stage in recipe.stages.items() if stage.kind in kinds]
+    if not names:
+        raise RecipeError(f"{recipe.name}: no stage of kind {' or '.join(sorted(kinds))}; it has {_kinds(recipe)}")
+    made = {"base", *(method for name in names for method in (*recipe.stages[name].produces, name))}
+    _require_trained(recipe, [method for name in names for method in recipe.stages[name].needs if method not in made])
+    with open_run(recipe, progress) as run:
+        for name in names:
+            run.train(name)
+
+
+def evaluate_methods(recipe: Recipe, methods: Collection[str], *, progress: Progress) -> dict[str, Any]:
+    """Evaluate finished methods (all that the recipe names where `methods` is empty). Returns: the
+    summary."""
+    check_stage_graph(recipe)
+    methods = methods or _methods_to_evaluate(recipe)
+    _require_trained(recipe, methods)
+    with open_run(recipe, progress) as run:
+        for method in methods:
+            run.evaluate(method)
+        return run.summarize()
+
+
+@contextmanager
+def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
+    """The run folder of a recipe, made or found, locked against a second process.
+
+    Raises: CheckpointError for a folder that is unwritable, in use or not a run's; RecipeError for
+    one of another recipe.
+    """
+    folder = recipe.folder
+    check_stage_graph(recipe)
+    with _readable_errors(folder):
+        is_new = world.from_main(lambda: _refuse_foreign(folder, recipe))
+    run = Run(recipe=recipe, splits=load_splits(recipe), folder=folder, progress=progress)
+    run.check_reranker()
+    if is_new:
+        run.verify_inputs()
+    with ExitStack() as stack:
+        stack.enter_context(threads_of(recipe))
+        if world.is_main():
+            stack.enter_context(_claimed(run))
+        world.shared_folder(folder)
+        if world.world_size() > 1:
+            progress.note(world.describe())
+        yield run
+
+
+@contextmanager
+def threads_of(recipe: Recipe) -> Iterator[None]:
+    """The recipe's threads for arithmetic; those before are restored."""
+    before = torch.get_num_threads()
+    # setting the number that is set already makes decoding a quarter slower
+    if recipe.threads in (None, before):
+        yield
+        return
+    torch.set_num_threads(recipe.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _claimed(run: Run) -> Iterator[None]:
+    """The folder, made this run's and locked."""
+    folder, recipe = run.folder, run.recipe
+    with ExitStack() as stack:
+        with _readable_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _refuse_foreign(folder, recipe):
+                write_atomically(folder / "env.json", json.dumps(environment(), indent=2))
+                write_atomically(folder / "data.json", json.dumps(data_facts(run.splits), indent=2))
+                # last: it makes the folder this run's
+                write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
+        yield
+
+
+@contextmanager
+def _readable_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        raise CheckpointError(f"{folder}: another process is using this run folder") from None
+    except (NotADirectoryError, FileExistsError):
+        raise CheckpointError(f"{folder}: cannot be a run folder: a file is in its place") from None
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """An open run folder."""
+
+    recipe: Recipe
+    splits: Splits
+    folder: Path
+    progress: Progress
+
+    def is_trained(self, name: str) -> bool:
+        """Whether stage `name` has left all its models."""
+        files = [self.stage_folder(method) / "stage.json" for method in (name, *self.recipe.stages[name].produces)]
+        return world.from_main(lambda: all(file.is_file() for file in files))
+
+    def verify_inputs(self) -> None:
+        """Load the model and encode every problem, so that nothing is begun that could not end.
+
+        Raises: ModelError; DataError for a prompt that is too long, and where no training row or no
+        test problem is left.
+        """
+        policy = self.load_policy("base", lora=True)
+        collector, max_new, stages = self.collector(policy), self.recipe.lengths.max_new, self.recipe.stages.values()
+        asked = [*self.splits.dev, *self.problems_to_evaluate()]
+        if any(stage.kind != "sft" for stage in stages):
+            asked += self.splits.train
+        collector.prompts(asked, policy, SamplingParams(max_new_tokens=max_new))
+        if any(stage.kind == "sft" for stage in stages):
+            gold_examples(self.splits.train, collector.encoder, max_target=max_new, context_length=policy.context)
+
+    def train(self, name: str) -> None:
+        """Run stage `name` unless it is done. Raises: RecipeError where the method it starts from
+        is not there yet."""
+        if self.is_trained(name):
+            return
+        folder, stage = self.stage_folder(name), self.recipe.stages[name]
+        policy = self.load_policy(stage.init, lora=True)
+        context = StageContext(
+            name=name,
+            recipe=self.recipe,
+            policy=policy,
+            splits=self.splits,
+            collector=self.collector(policy),
+            folder=folder,
+            metrics=JsonLines(self.folder / "metrics.jsonl"),
+            progress=self.progress,
+            load=self.load_policy,
+        )
+        stage.run(context)
+        world.wait(f"the end of {name}")
+
+    def load_policy(self, method: str, *, lora: bool = False) -> Policy:
+        """The base model or a finished method's chosen one. `lora` adds fresh adapters where the
+        recipe asks for them."""
+        table = self.recipe.model
+        if method == "base":
+            texts = scratch_texts(self.recipe.format, self.splits) if table.scratch is not None else ()
+            model, tokenizer = load_model(table, texts=texts, seed=derive_seed(self.recipe.seed, "base"))
+        else:
+            _require_trained(self.recipe, [method])
+            model, tokenizer = load_pretrained(self.stage_folder(method), trust_remote_code=table.trust_remote_code)
+        torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
+        policy = self._policy(model, tokenizer, lora=table.lora if lora else None)
+        policy.load_value_head(self.stage_folder(method))
+        policy.verify_head()
+        if table.compile:
+            policy.compile_blocks()
+        return policy
+
+    def _policy(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, lora: LoraTable | None = None) -> Policy:
+        """In the recipe's arithmetic and on its device."""
+        table = self.recipe.model
+        policy = Policy(model, tokenizer, dtype=getattr(torch, table.dtype), lora=lora)
+        return policy.to(world.choose_device(table.device))
+
+    def collector(self, policy: Policy) -> Collector:
+        return Collector(
+            engine=self.recipe.engine,
+            encoder=Encoder(policy.tokenizer, self.recipe.format),
+            reward=self.recipe.reward,
+            max_prompt=self.recipe.lengths.max_prompt,
+        )
+
+    def stage_folder(self, method: str) -> Path:
+        return self.folder / "stages" / method
+
+    def methods_to_evaluate(self) -> list[str]:
+        return _methods_to_evaluate(self.recipe)
+
+    def problems_to_evaluate(self) -> Sequence[Problem]:
+        """Raises: DataError where there are none."""
+        table = self.recipe.evaluate
+        problems: Sequence[Problem] = getattr(self.splits, table.split)[: table.limit]
+        if not problems:
+            raise DataError(f"evaluate.split: the dataset has no {table.split} problems; expected some, or evaluate.split=dev")
+        return problems
+
+    def evaluate(self, method: str) -> None:
+        """Answer the test (or dev) problems with a method's chosen model, once, and score the
+        samples for reranking."""
+        table, problems = self.recipe.evaluate, self.problems_to_evaluate()
+        path = self.folder / "eval" / f"{method}.jsonl"
+        if len(world.from_main(JsonLines(path).rows)) < len(problems):
+            policy = self.load_policy(method)
+            rows = evaluate(policy, problems, self.collector(policy), self.recipe, method=method, path=path)
+            self.progress.note(f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right")
+        if is_multiple_choice(problems):
+            self.diagnose(method, problems)
+        if table.rerank is not None and not is_scored(world.from_main(JsonLines(path).rows)):
+            classifier = self.load_reranker(table.rerank)
+            encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
+            add_scores(path, problems, classifier, encoder, max_tokens=self.recipe.model.micro_batch_tokens)
+
+    def diagnose(self, method: str, problems: Sequence[Problem]) -> None:
+        """Look for reward hacking in a method's greedy answers, once; see `choices`."""
+        path = choices_path(self.folder, method)
+        if len(world.from_main(JsonLines(path).rows)) == len(problems):
+            return
+        evaluated = JsonLines(self.folder / "eval" / f"{method}.jsonl")
+        answers = [row["greedy"] for row in world.from_main(evaluated.rows)]
+        policy = self.load_policy(method)
+        graded = [Graded(verdict=Verdict(a["verdict"]), value=a["value"], reason=a["reason"]) for a in answers]
+        texts = [answer["completion"] for answer in answers]
+        max_new = self.recipe.lengths.max_new
+        write_rows(path, diagnose(policy, self.collector(policy), problems, texts, graded, max_new_tokens=max_new))
+
+    def load_reranker(self, name: str) -> Classifier:
+        """A reward model by its stage or by its folder in another run."""
+        if name in self.recipe.stages:
+            return load_classifier(self.load_policy(name), self.stage_folder(name))
+        loaded = load_pretrained(name, trust_remote_code=self.recipe.model.trust_remote_code)
+        return load_classifier(self._policy(*loaded), Path(name))
+
+    def check_reranker(self) -> None:
+        """Raises: ModelError where another run's reward model does not read what this run's methods
+        write."""
+        name = self.recipe.evaluate.rerank
+        if name is not None and name not in self.recipe.stages:
+            require_same_tokenizer(self.load_reranker(name), self.load_policy("base"), where=f"evaluate.rerank: {name}")
+
+    def summarize(self) -> dict[str, Any]:
+        """summary.json and report.html, from the files of the run alone."""
+        from reftune.results import summarize
+
+        summary = world.from_main(lambda: summarize(self.folder))
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2))
+        self.report()
+        return summary
+
+    def report(self) -> None:
+        """report.html as far as the run has come."""
+        from reftune.results import write_report
+
+        if world.is_main():
+            write_report([self.folder], self.folder / "report.html")
+
+
+def load_splits(recipe: Recipe) -> Splits:
+    """The recipe's problems. Raises: DataError."""
+    splits: Splits = recipe.dataset.load(seed=derive_seed(recipe.seed, "data"))
+    if not splits.train:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in splits.counts.items()) or "nothing was dropped"
+        raise DataError(f"dataset: no training row is left ({dropped})")
+    if not splits.dev:
+        raise DataError("dataset: no dev problems, and models are chosen on dev; set dataset.dev_size or a dev file")
+    return splits
+
+
+def data_facts(splits: Splits) -> dict[str, Any]:
+    """What `data.json` holds: the sizes of the splits (of train: problems with a rationale), and
+    what was dropped."""
+    with_rationale = sum(problem.rationale is not None for problem in splits.train)
+    sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
+    return {"problems": sizes, "train_without_rationale": len(splits.train) - with_rationale, "dropped": dict(splits.counts)}
+
+
+def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
+    """The training texts, which give a from-scratch model its vocabulary."""
+    for problem in splits.train:
+        yield format_.prompt(problem)
+        if problem.rationale is not None:
+            yield format_.target(problem)
+
+
+def check_stage_graph(recipe: Recipe) -> None:
+    """A stage needs `base` or earlier methods only, nothing is made twice, and the reranker is one.
+    Raises: RecipeError."""
+    known, made = ["base"], {"base"}
+    for name, stage in recipe.stages.items():
+        for method in stage.needs:
+            if method not in known:
+                key = next(key for key in type(stage).model_fields if getattr(stage, key) == method)
+                raise RecipeError(f"stages.{name}.{key}: {method} is no earlier method; known here: {', '.join(known)}")
+        for method in (*stage.produces, name):
+            if method in made:
+                raise RecipeError(f"stages.{name}: method {method} is made twice")
+            made.add(method)
+        known += _methods_of(name, stage)
+    for key in ("stages", "sampled"):
+        for method in getattr(recipe.evaluate, key) or ():
+            if method not in known[1:]:
+                raise RecipeError(f"evaluate.{key}: {method} is no method; known: {', '.join(known[1:])}")
+    rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
+    rerank = recipe.evaluate.rerank
+    if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
+        raise RecipeError(
+            f"evaluate.rerank: {rerank} is no reward model: not among this recipe's ({', '.join(rerankers) or 'it has none'}), "
+            f"and no folder with a {WEIGHTS}"
+        )
+
+
+def _methods_to_evaluate(recipe: Recipe) -> list[str]:
+    """In the order they come to be; a stage's snapshots before the stage."""
+    methods = [method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)]
+    wanted = recipe.evaluate.stages
+    return [method for method in methods if wanted is None or method in wanted]
+
+
+def _methods_of(name: str, stage: Stage) -> tuple[str, ...]:
+    """What a stage leaves behind that answers problems."""
+    return (*stage.produces, name) if stage.is_method else stage.produces
+
+
+def _kinds(recipe: Recipe) -> str:
+    return ", ".join(sorted({stage.kind for stage in recipe.stages.values()})) or "no stages"
+
+
+def _require_trained(recipe: Recipe, methods: Collection[str]) -> None:
+    for method in methods:
+        folder = recipe.folder / "stages" / method
+        if not (folder / "stage.json").is_file():
+            raise RecipeError(f"{folder}: method {method} is not trained yet; `reftune run` trains all")
+
+
+def _refuse_foreign(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder is free; refuses one that is neither free nor this recipe's."""
+    path = folder / "recipe.yaml"
+    if path.is_file():
+        difference = _first_difference(_as_of_now(_read_own_recipe(path)), yaml.safe_load(dump_recipe(recipe)))
+        if difference is not None:
+            raise RecipeError(f"{folder}: belongs to another recipe: {difference}; choose another run_dir")
+        return False
+    if folder.exists() and any(child.name not in BEFORE_CLAIM for child in folder.iterdir()):
+        raise CheckpointError(f"{folder}: is not empty and not a run folder (no recipe.yaml); choose another run_dir")
+    return True
+
+
+def _read_own_recipe(path: Path) -> dict[str, Any]:
+    try:
+        old = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError):
+        old = None
+    if not isinstance(old, dict):
+        raise CheckpointError(f"{path}: not the recipe of a run; choose another run_dir")
+    return old
+
+
+def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the defaults of keys that came after it; as it is where no recipe can be
+    made of it any more."""
+    try:
+        return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
+    except RecipeError:
+        return old
+
+
+def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if where == "" and key in ("run_dir", "trackers"):  # neither changes a result
+                continue
+            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else f"{where} was {old!r}, now {new!r}"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command, for the record."""
+    return {
+        **{name: _version(name) for name in ENVIRONMENT},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": command(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def command() -> str:
+    """What was typed to start this process."""
+    program, *arguments = sys.argv
+    return shlex.join([*(["reftune"] if Path(program).name in ("reftune", "__main__.py") else ["python", program]), *arguments])
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,53 @@
+"""A few solutions of a model with their verdicts, for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reftune.stages.rollouts import Collector
+from reftune.model.policy import Policy
+from reftune.stages.progress import SilentProgress
+from reftune.text import printable
+from reftune.recipe import Recipe
+from reftune.runs.run import Run, load_splits
+from reftune.types import Problem, SamplingParams
+
+
+def sample_method(recipe: Recipe, method: str, *, split: str, num: int, temperature: float) -> list[dict[str, Any]]:
+    """Solutions of the first `num` problems of a split by a finished method of the recipe's run, or
+    by `base`.
+
+    Raises: RecipeError where the method is not trained yet.
+    """
+    run = Run(recipe=recipe, splits=load_splits(recipe), folder=recipe.folder, progress=SilentProgress())
+    policy = run.load_policy(method)
+    problems: Sequence[Problem] = getattr(run.splits, split)[:num]
+    return sample_rows(policy, run.collector(policy), problems, recipe, temperature=temperature)
+
+
+def sample_rows(
+    policy: Policy, collector: Collector, problems: Sequence[Problem], recipe: Recipe, *, temperature: float
+) -> list[dict[str, Any]]:
+    """One row a problem: question, gold, completion, verdict and the reason for it."""
+    params = SamplingParams(max_new_tokens=recipe.lengths.max_new, temperature=temperature, seed=recipe.seed)
+    solved = collector.solve(policy, problems, params)
+    return [
+        {
+            "id": problem.id,
+            "question": problem.question,
+            "gold": str(problem.answer),
+            "completion": completion.text,
+            "verdict": graded.verdict.value,
+            "value": graded.value,
+            "reason": graded.reason,
+            "finish_reason": completion.finish_reason,
+        }
+        for problem, completion, graded in zip(problems, solved.completions, solved.graded, strict=True)
+    ]
+
+
+def solution_text(row: Mapping[str, Any]) -> str:
+    """A row as a person reads it."""
+    verdict = f"→ {row['verdict']}: {row['reason']}"
+    return printable(f"{row['question']}\n\n{row['completion']}\n\n{verdict}")

@@ -1,0 +1,1 @@
+"""Training stages, one file a kind, and what they share."""

@@ -1,0 +1,356 @@
+"""What every training stage shares: the optimizer, the step that refuses non-finite numbers, and
+the loop around steps that resumes, evaluates on dev, keeps the best model and saves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reftune.errors import CheckpointError, NonFiniteError
+from reftune.processes import world
+from reftune.processes.signals import stop_signals
+from reftune.stages.optimizer import OptimizerTable, Trained, is_finite
+from reftune.stages.probes.choices import choice_metrics, diagnose, is_multiple_choice
+from reftune.stages.stage import StageContext
+from reftune.storage.atomic import link_files, replace_folder, write_atomically
+from reftune.storage.checkpoint import (
+    load_latest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from reftune.storage.json_lines import JsonLines
+from reftune.types import SamplingParams, Verdict
+
+
+@dataclass(slots=True)
+class Progression:
+    """The part of a stage's state that is not tensors."""
+
+    step: int = 0
+    best_step: int = -1
+    best_accuracy: float = -1.0
+    looks: int = 0
+    """Times the dev split was scored."""
+    totals: dict[str, float] = field(default_factory=dict)
+    """`compute/…` sums since the stage began."""
+    skipped: int = 0
+    """Steps left out because their numbers were not finite."""
+    seconds: float = 0.0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint; str() is its folder."""
+
+
+class Loop:
+    """Steps 1 … total: resume, step, log, evaluate on dev, keep the best, save.
+
+    `step(n)` must be a function of the weights, the optimizer and `n`: the loop seeds torch for
+    each step, so a resumed run repeats the very same numbers.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        optimizer: torch.optim.Optimizer,
+        table: OptimizerTable,
+        *,
+        kind: str,
+        init: str,
+        total_steps: int,
+        eval_every: int,
+        save_every_s: float,
+        keep: int = 2,
+        snapshots: Mapping[str, int] | None = None,
+        model: Trained | None = None,
+        look: Callable[[], dict[str, float]] | None = None,
+        start: Progression | None = None,
+    ) -> None:
+        """`model` and `look`, its `dev/accuracy` and more, are for what is no policy; `start` holds
+        what came before step 1."""
+        self.context, self.optimizer, self.table, self.kind, self.init = (
+            context,
+            optimizer,
+            table,
+            kind,
+            init,
+        )
+        self.total_steps, self.eval_every, self.save_every_s, self.keep = (
+            total_steps,
+            eval_every,
+            save_every_s,
+            keep,
+        )
+        self.snapshots = dict(snapshots or {})
+        self.model: Trained = context.policy if model is None else model
+        self.look = look or partial(look_at_dev, context)
+        self.is_worth_a_look = look is None and init != "base"
+        self.samples = JsonLines(context.folder / "samples.jsonl")
+        self.state = start or Progression()
+        self._stop = False
+
+    # --- the loop ---
+
+    def run(
+        self, step: Callable[[int], dict[str, float]], *, before: Callable[[], None] | None = None
+    ) -> None:
+        """Run all remaining steps and leave the chosen model. `before` runs at step 0 of a fresh
+        stage.
+
+        Raises: Interrupted after SIGINT or SIGTERM, checkpoint saved.
+        """
+        resumed = self._resume()
+        self.context.progress.stage(self.context.name, self.total_steps, self.state.step)
+        started, last_save = time.perf_counter() - self.state.seconds, time.perf_counter()
+        with self._signals():
+            if not resumed:
+                if before is not None:
+                    before()
+                if self.is_worth_a_look:
+                    self._look()
+                self._save()
+            while self.state.step < self.total_steps:
+                self.state.step += 1
+                self._log(self._seeded(step))
+                if self.state.step % self.eval_every == 0 or self.state.step == self.total_steps:
+                    self._look()
+                for method in [
+                    method for method, at in self.snapshots.items() if at == self.state.step
+                ]:
+                    self._snapshot(method)
+                self.state.seconds = time.perf_counter() - started
+                due = world.is_main() and time.perf_counter() - last_save >= self.save_every_s
+                stop, due = world.any_of(self._stop, due)
+                self._stop = self._stop or stop  # a signal may have come meanwhile
+                if stop or due:
+                    saved, last_save = self._save(), time.perf_counter()
+                    if stop and self.state.step < self.total_steps:
+                        raise Interrupted(str(saved))
+        self._finish()
+        if self._stop:
+            raise Interrupted(str(self.context.folder))
+
+    def _seeded(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        other = (
+            ("process", world.rank()) if world.rank() > 0 else ()
+        )  # whose dropout should not repeat ours
+        torch.manual_seed(self.context.seed("step", self.state.step, *other))
+        return step(self.state.step)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        for name in [name for name in metrics if name.startswith("compute/")]:
+            self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
+        skipped = {"optim/skipped": self.state.skipped} if self.table.on_nonfinite == "skip" else {}
+        row = {**metrics, **self.state.totals, **skipped}
+        self.context.metrics.append(
+            {"stage": self.context.name, "step": self.state.step, "time": time.time(), **row}
+        )
+        self.context.progress.step(self.state.step, row)
+
+    def give_up_step(self, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Save the batch of a step whose numbers are not finite and clear its gradient; return
+        where the step may be left out.
+
+        Raises: NonFiniteError where it may not.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        path = self.context.folder / f"nonfinite-{self.state.step:06d}.json"
+        unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
+        document = {"where": str(error), "weights_not_finite": unsound, "rows": list(rows)}
+        write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False))
+        before = f" ({unsound[0]} was not finite before it)" if unsound else ""
+        told = f"{error}{before}; the weights were not changed; look at the samples in {path}"
+        if self.table.on_nonfinite == "stop":
+            raise NonFiniteError(told)
+        if self.state.skipped == self.table.max_skipped:
+            raise NonFiniteError(
+                f"{told}; {self.state.skipped} steps were left out before, as many as max_skipped"
+                " allows"
+            )
+        self.state.skipped += 1
+        self.context.progress.note(
+            f"{told}; left out, {self.state.skipped} of at most {self.table.max_skipped}"
+        )
+
+    # --- dev ---
+
+    def _look(self) -> None:
+        """Accuracy on dev, greedy for a policy; the best model so far is kept. Ties keep the
+        earlier one."""
+        seen, dev_n = self.look(), len(self.context.splits.dev)
+        accuracy = seen["dev/accuracy"]
+        self.state.looks += 1
+        row = {**seen, "dev/n": dev_n, "dev/looks": self.state.looks, **self.state.totals}
+        self.context.metrics.append(
+            {"stage": self.context.name, "step": self.state.step, "time": time.time(), **row}
+        )
+        self.context.progress.step(self.state.step, row)
+        if accuracy > self.state.best_accuracy:
+            self.state.best_step, self.state.best_accuracy = self.state.step, accuracy
+            replace_folder(self._best, self.model.save)
+
+    @property
+    def _best(self) -> Path:
+        return self.context.folder / "checkpoints" / "best"
+
+    # --- files ---
+
+    def _resume(self) -> bool:
+        found = load_latest(self.context.folder / "checkpoints", note=self.context.progress.note)
+        world.agree(
+            None if found is None else found.step, what="found different checkpoints, by step"
+        )
+        if found is None:
+            self.samples.truncate(0)
+            self.context.metrics.truncate_from(lambda row: row["stage"] == self.context.name)
+            return False
+        state = dict(found.state)
+        try:
+            metrics_bytes, samples_bytes = state.pop("metrics_bytes"), state.pop("samples_bytes")
+            self.state = Progression(**state)
+            load_trainable(self.model, found.tensors)
+            load_optimizer_tensors(self.optimizer, found.tensors)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise CheckpointError(
+                f"{found.folder}: is of another model or version: {reason}; choose another run_dir"
+            ) from None
+        self.context.metrics.truncate(metrics_bytes)
+        self.samples.truncate(samples_bytes)
+        if self.state.step > 0:
+            self.context.progress.note(
+                f"{self.context.name}: resumed at step {self.state.step} of {self.total_steps}"
+            )
+        return True
+
+    def _save(self) -> Path:
+        state = {name: getattr(self.state, name) for name in Progression.__slots__}
+        tensors = world.whole_tensors(
+            {**trainable(self.model), **optimizer_tensors(self.optimizer)}
+        )
+        for log in (self.context.metrics, self.samples):
+            log.sync()
+        return save_checkpoint(
+            self.context.folder / "checkpoints",
+            step=self.state.step,
+            tensors=tensors,
+            state={
+                **state,
+                "metrics_bytes": self.context.metrics.size(),
+                "samples_bytes": self.samples.size(),
+            },
+            keep=self.keep,
+        )
+
+    def _snapshot(self, method: str) -> None:
+        """Leave the weights as they are now as a method of their own."""
+        folder = self.context.folder.parent / method
+        accuracy = self.look()["dev/accuracy"]
+        self.state.looks += 1
+        replace_folder(folder, self.model.save)
+        write_stage(
+            folder,
+            method,
+            self,
+            chosen_step=self.state.step,
+            accuracy=accuracy,
+            snapshot_of=self.context.name,
+        )
+
+    def _finish(self) -> None:
+        """Put the model chosen on dev in the stage's folder; `stage.json` comes last and marks the
+        stage as done."""
+        link_files(self._best, self.context.folder)
+        write_stage(
+            self.context.folder,
+            self.context.name,
+            self,
+            chosen_step=self.state.best_step,
+            accuracy=self.state.best_accuracy,
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops after the step in progress, with a checkpoint; a second
+        one stops at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            self.context.progress.note("stopping after this step; once more stops at once")
+
+        with stop_signals(stop):
+            yield
+
+
+def look_at_dev(context: StageContext) -> dict[str, float]:
+    """`dev/accuracy`, the share of dev answered right by greedy decoding; on multiple choice the
+    signs of `choices` too."""
+    problems, max_new = context.splits.dev, context.recipe.lengths.max_new
+    solved = context.collector.solve(
+        context.policy, problems, SamplingParams(max_new_tokens=max_new, temperature=0)
+    )
+    metrics = {
+        "dev/accuracy": (
+            sum(graded.verdict is Verdict.CORRECT for graded in solved.graded) / len(problems)
+        )
+    }
+    if not is_multiple_choice(problems):
+        return metrics
+    texts = [completion.text for completion in solved.completions]
+    rows = diagnose(
+        context.policy, context.collector, problems, texts, solved.graded, max_new_tokens=max_new
+    )
+    return metrics | choice_metrics(rows)
+
+
+def write_stage(
+    folder: Path,
+    method: str,
+    loop: Loop,
+    *,
+    chosen_step: int,
+    accuracy: float,
+    snapshot_of: str | None = None,
+) -> None:
+    """`stage.json`: what was chosen, on what, and what it cost; a snapshot's cost is part of its
+    stage's."""
+    totals = loop.state.totals
+    document = {
+        "stage": method,
+        "kind": loop.kind,
+        "snapshot_of": snapshot_of,
+        "init": loop.init,
+        "chosen_step": chosen_step,
+        "steps": loop.state.step,
+        "dev_accuracy": accuracy,
+        "dev_n": len(loop.context.splits.dev),
+        "looks": loop.state.looks,
+        "wall_seconds": loop.state.seconds,
+        **{name.removeprefix("compute/"): int(value) for name, value in totals.items()},
+    }
+    write_atomically(folder / "stage.json", json.dumps(document, indent=2))
+
+
+def trainable(model: Trained) -> dict[str, torch.Tensor]:
+    """The parameters that training changes, by name."""
+    return {
+        f"policy.{name}": value for name, value in model.named_parameters() if value.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `trainable` took."""
+    for name, parameter in trainable(model).items():
+        world.assign(parameter, tensors[name])

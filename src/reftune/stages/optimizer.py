@@ -1,0 +1,184 @@
+"""AdamW, its learning rate, and the step that refuses numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from reftune.algorithms.base import LossTerms
+from reftune.errors import NonFiniteError
+from reftune.model.batch import own_micro_batches
+from reftune.processes import world
+from reftune.recipe import Table
+
+
+class OptimizerTable(Table):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = Field(gt=0)
+    value_learning_rate: float | None = Field(None, gt=0)
+    """Of the value head; None: the same."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; linear and cosine reach 0 at the last step."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """On matrices; never on biases, norms and the value head."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite: the run stops before it, or goes
+    on without it."""
+    max_skipped: int = Field(10, gt=0)
+    """Steps of a stage that `on_nonfinite: skip` may leave out; the next one stops the run."""
+
+
+class Trained(Protocol):
+    """A module that is trained and kept: a policy, or what a stage makes of one."""
+
+    @property
+    def packs(self) -> bool: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def train(self) -> Any: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of a model that has been distributed, a value head in a
+    group of its own."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if name.startswith("value_head.")]
+    body = [p for name, p in trained.items() if not name.startswith("value_head.")]
+    groups = [
+        {
+            "params": [p for p in body if p.dim() > 1],
+            "weight_decay": table.weight_decay,
+            "peak": table.learning_rate,
+        },
+        {
+            "params": [p for p in body if p.dim() <= 1],
+            "weight_decay": 0.0,
+            "peak": table.learning_rate,
+        },
+        {
+            "params": head,
+            "weight_decay": 0.0,
+            "peak": table.value_learning_rate or table.learning_rate,
+        },
+    ]
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=table.learning_rate,
+        betas=table.betas,
+        eps=1e-8,
+        fused=True,
+    )
+    return world.distribute_optimizer(model, adamw)
+
+
+def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate at `step` (1-based), in [0, 1]."""
+    warmup_steps = round(table.warmup * total_steps)
+    if step <= warmup_steps:
+        return step / warmup_steps
+    remaining = (total_steps - step) / max(1, total_steps - warmup_steps)
+    if table.schedule == "linear":
+        return remaining
+    if table.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * remaining))
+    return 1.0
+
+
+def optimizer_step(
+    model: Trained,
+    optimizer: torch.optim.Optimizer,
+    *,
+    share: float,
+    max_grad_norm: float,
+    where: str,
+) -> float:
+    """Clip, step, clear; the gradient's norm before clipping.
+
+    Raises: NonFiniteError, naming the first parameter concerned, before anything changed.
+    """
+    gradients, norm = world.gradients(model), world.gradient_norm(model)
+    if not torch.isfinite(norm):
+        first = next(
+            (name for name, gradient in gradients.items() if not is_finite(gradient)),
+            "their sum of squares",
+        )
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(f"{where}: gradient norm is {float(norm)}, first in {first}")
+    kept = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients.values():
+        gradient.mul_(kept)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def accumulate_gradient(
+    model: Trained,
+    lengths: torch.Tensor,
+    loss_of: Callable[[torch.Tensor], LossTerms],
+    *,
+    max_tokens: int,
+    where: str,
+) -> dict[str, float]:
+    """Add the gradient of a minibatch, micro-batch by micro-batch, each process its own;
+    `loss/total` and metrics.
+
+    `loss_of(rows)` is the part of the loss that the rows of the minibatch add; parts are summed,
+    metrics too (`…_max`: the largest). `lengths` (B,) tokens. Raises: NonFiniteError, naming rows,
+    before the gradient is used.
+    """
+    totals: dict[str, float] = {}
+    failed: NonFiniteError | None = None
+    even = world.is_in_step(model)
+    batches = list(own_micro_batches(lengths, max_tokens=max_tokens, packed=model.packs, even=even))
+    for number, (index, counts) in enumerate(batches, start=1):
+        terms = loss_of(index)
+        if counts:
+            failed = failed or not_finite(terms.total, index, where)
+            _add_metrics(totals, {"loss/total": float(terms.total.detach()), **terms.metrics})
+        world.backward(
+            model, terms.total if counts else terms.total * 0, is_last=number == len(batches)
+        )
+    world.raise_together(failed)
+    world.add_up_gradients(model)
+    together: dict[str, float] = {}
+    for of_process in world.gather(totals):
+        _add_metrics(together, of_process)
+    return together
+
+
+def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.Tensor]) -> None:
+    for name, value in metrics.items():
+        add = max if name.endswith("_max") else float.__add__
+        totals[name] = add(totals.get(name, 0.0), float(value))
+
+
+def not_finite(loss: torch.Tensor, rows: torch.Tensor, where: str) -> NonFiniteError | None:
+    """What is wrong with `loss`, naming the rows of the step's batch that it is of."""
+    if torch.isfinite(loss):
+        return None
+    concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
+    return NonFiniteError(f"{where}: loss is {float(loss.detach())} in rows {concerned}")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all its numbers are, in all processes."""
+    return not any(world.any_of(not world.whole_tensor(tensor).isfinite().all()))

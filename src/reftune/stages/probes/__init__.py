@@ -1,0 +1,1 @@
+"""Diagnoses of a model that is trained; none of them changes it."""

@@ -1,0 +1,44 @@
+"""What stages tell while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from reftune.types import Rollout
+
+if TYPE_CHECKING:
+    pass
+
+
+class Progress(Protocol):
+    """What trainers tell."""
+
+    def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
+        """A stage begins, or goes on after `done_steps`."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Where the stage is, and the numbers known there (`group/name`)."""
+
+    def sample(self, rollout: Rollout) -> None:
+        """The last sampled solution."""
+
+    def note(self, message: str) -> None:
+        """A line that stays."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def sample(self, rollout: Rollout) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def close(self) -> None: ...

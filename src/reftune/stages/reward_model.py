@@ -1,0 +1,344 @@
+"""The reranker: a classifier that says how likely a written solution is correct.
+
+It reads prompt and solution, without eos, and puts two logits (wrong, correct) on the last token's
+hidden state.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reftune.algorithms.base import LossTerms
+from reftune.errors import ModelError
+from reftune.grading import voting
+from reftune.model.batch import TokenBatch, own_micro_batches, token_batch
+from reftune.model.encoder import Encoder
+from reftune.model.policy import Policy
+from reftune.processes import world
+from reftune.recipe import Component
+from reftune.stages.loop import Progression
+from reftune.stages.optimizer import accumulate_gradient
+from reftune.stages.self_train import Samples, Sampling, describe, draw
+from reftune.stages.sft import Schedule, train_in_epochs
+from reftune.stages.stage import StageContext
+from reftune.storage.atomic import write_atomically
+from reftune.storage.json_lines import JsonLines
+from reftune.types import Problem, Verdict
+
+WEIGHTS = "classifier.safetensors"
+INITIAL_STD = 0.02
+"""Of the new layer's weights, as is usual for transformers."""
+SOLUTIONS_AT_ONCE = 8192
+"""Held as tokens at the same time."""
+CORRECT = 1
+"""Label of a correct solution; 0 is a wrong one."""
+
+
+class RewardModel(Schedule, Component):
+    kind: Literal["reward_model"] = "reward_model"
+    init: str = "sft"
+    """Method whose chosen model the classifier grows from."""
+    sampler: str = "warmup"
+    """Method that writes the solutions to learn from."""
+    samples: int = Field(100, gt=0)
+    """Sampled solutions a training problem; equal texts of a problem count once."""
+    dev_samples: int = Field(20, gt=0)
+    """Sampled solutions a dev problem; the model that picks best among them is the stage's result.
+    """
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    """0 keeps the whole vocabulary; the paper: 50."""
+
+    is_method: ClassVar[bool] = False
+    produces: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.init, self.sampler)
+
+    def run(self, context: StageContext) -> None:
+        """Sample, train, and leave the classifier that reranked dev best."""
+        started = time.perf_counter()
+        train = draw(
+            self._sampling(self.samples),
+            context,
+            context.splits.train,
+            context.folder / "sampled.jsonl",
+        )
+        dev = draw(
+            self._sampling(self.dev_samples),
+            context,
+            context.splits.dev,
+            context.folder / "sampled_dev.jsonl",
+        )
+        solutions = [solution for samples in train for solution in labelled(samples)]
+        context.progress.note(
+            f"{context.name}: {len(solutions):,} different solutions to train on; {describe(train)}"
+        )
+        classifier = Classifier(context.policy, seed=context.seed("classifier"))
+        start = Progression(
+            totals={
+                "compute/sampled_tokens": float(
+                    sum(samples.num_tokens for samples in (*train, *dev))
+                )
+            },
+            seconds=time.perf_counter() - started,
+        )
+        encoder, max_tokens = context.collector.encoder, context.recipe.model.micro_batch_tokens
+
+        def accumulate(indices: Sequence[int], where: str) -> dict[str, float]:
+            return accumulate_loss(
+                classifier,
+                encoder,
+                [solutions[i] for i in indices],
+                max_tokens=max_tokens,
+                where=where,
+            )
+
+        def look() -> dict[str, float]:
+            return {
+                "dev/accuracy": rerank_accuracy(classifier, encoder, dev, max_tokens=max_tokens)
+            }
+
+        def show(indices: Sequence[int]) -> list[dict[str, Any]]:
+            return [
+                {"id": s.problem.id, "text": s.text, "label": s.label}
+                for s in (solutions[i] for i in indices)
+            ]
+
+        train_in_epochs(
+            self,
+            context,
+            classifier,
+            len(solutions),
+            accumulate,
+            show,
+            kind=self.kind,
+            init=self.init,
+            look=look,
+            start=start,
+        )
+
+    def _sampling(self, num: int) -> Sampling:
+        return Sampling(
+            method=self.sampler, num=num, temperature=self.temperature, top_k=self.top_k
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solution:
+    """A written solution and whether it is correct."""
+
+    problem: Problem
+    text: str
+    label: int
+
+
+def labelled(samples: Samples) -> list[Solution]:
+    """A problem's different solutions; those without an answer are wrong ones."""
+    labels = {
+        text: int(g.verdict is Verdict.CORRECT)
+        for text, g in zip(samples.texts, samples.graded, strict=True)
+    }
+    return [
+        Solution(problem=samples.problem, text=text, label=label) for text, label in labels.items()
+    ]
+
+
+# --- the classifier -------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """A policy's transformer under a linear layer with two outputs and no bias."""
+
+    def __init__(self, policy: Policy, *, seed: int = 0) -> None:
+        super().__init__()
+        self.policy = policy
+        policy.value_head.requires_grad_(False)
+        self.head = nn.Linear(policy.value_head.in_features, 2, bias=False, device="cpu")
+        with torch.no_grad():
+            draw = torch.Generator().manual_seed(seed)
+            draws = torch.empty(self.head.weight.shape, device="cpu").normal_(
+                std=INITIAL_STD, generator=draw
+            )
+            self.head.weight.copy_(draws)
+        self.head.to(policy.device)
+
+    @property
+    def packs(self) -> bool:
+        """As of the policy."""
+        return self.policy.packs
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """(B, 2) logits in fp32; see `solution_batch`."""
+        return self.logits(batch)
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """As `forward`, for a model whose weights are whole."""
+        with self.policy.arithmetic():
+            hidden = self.policy.hidden_states(batch)
+        logits: Tensor = self.head(hidden.float())
+        return logits
+
+    @torch.no_grad()
+    def scores(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
+        """(B,) probabilities that the solutions are correct, without dropout."""
+        scores = torch.zeros(len(batch), device=self.policy.device)
+        with world.whole(self), self.policy.inference():
+            for index, counts in own_micro_batches(
+                batch.lengths, max_tokens=max_tokens, packed=self.packs
+            ):
+                if counts:
+                    scores[index] = self.logits(batch.rows(index)).softmax(1)[:, CORRECT]
+        world.add_up(scores)
+        return scores
+
+    def save(self, folder: Path) -> None:
+        """The transformer in Hugging Face format (LoRA merged), its tokenizer, and the layer beside
+        it."""
+        with world.whole(self):
+            self.policy.save(folder)
+            if world.is_main():
+                save_file({"weight": self.head.weight.detach().contiguous()}, folder / WEIGHTS)
+
+
+def load_classifier(policy: Policy, folder: Path) -> Classifier:
+    """The classifier that `Classifier.save` wrote to `folder`; `policy` is the transformer from
+    there. Raises: ModelError."""
+    classifier = Classifier(policy)
+    try:
+        classifier.head.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder}: not a reward model: {WEIGHTS}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return classifier
+
+
+def solution_batch(
+    encoder: Encoder, solutions: Sequence[tuple[Problem, str]], policy: Policy
+) -> TokenBatch:
+    """Prompt and solution as what comes before an eos, so that the state that predicts the eos is
+    the last token's."""
+    prompts = {problem.id: encoder.prompt(problem) for problem, _ in solutions}
+    longest = None if policy.context is None else policy.context - 1
+    read = [[*prompts[problem.id], *encoder.encode(text)][:longest] for problem, text in solutions]
+    return token_batch(read, [[encoder.eos_id]] * len(read), device=policy.device)
+
+
+def accumulate_loss(
+    classifier: Classifier,
+    encoder: Encoder,
+    solutions: Sequence[Solution],
+    *,
+    max_tokens: int,
+    where: str,
+) -> dict[str, float]:
+    """Add the gradient of the mean cross-entropy of the labels; metrics.
+
+    Raises: NonFiniteError before the gradient is used.
+    """
+    batch = solution_batch(encoder, [(s.problem, s.text) for s in solutions], classifier.policy)
+    labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
+
+    def loss(index: Tensor) -> LossTerms:
+        logits = classifier(batch.rows(index))
+        total = nn.functional.cross_entropy(logits, labels[index], reduction="sum") / len(solutions)
+        return LossTerms(total=total, metrics={"right": (logits.argmax(1) == labels[index]).sum()})
+
+    found = accumulate_gradient(classifier, batch.lengths, loss, max_tokens=max_tokens, where=where)
+    return {
+        "loss/total": found["loss/total"],
+        "reward_model/accuracy": found["right"] / len(solutions),
+        "compute/train_tokens": int(batch.lengths.sum()) - len(solutions),
+    }
+
+
+# --- choosing with it -----------------------------------------------------------------------------
+
+
+def score_texts(
+    classifier: Classifier,
+    encoder: Encoder,
+    solutions: Sequence[tuple[Problem, str]],
+    *,
+    max_tokens: int,
+) -> list[float]:
+    """Probability that each solution is correct; equal texts of a problem are read once."""
+    keys = [(problem.id, text) for problem, text in solutions]
+    once = dict(zip(keys, solutions, strict=True))
+    scores: list[float] = []
+    for part in (
+        list(once.values())[i : i + SOLUTIONS_AT_ONCE]
+        for i in range(0, len(once), SOLUTIONS_AT_ONCE)
+    ):
+        batch = solution_batch(encoder, part, classifier.policy)
+        scores += classifier.scores(batch, max_tokens=max_tokens).tolist()
+    score_of = dict(zip(once, scores, strict=True))
+    return [score_of[key] for key in keys]
+
+
+def rerank_accuracy(
+    classifier: Classifier, encoder: Encoder, drawn: Sequence[Samples], *, max_tokens: int
+) -> float:
+    """Share of problems whose highest-scored solution is correct."""
+    solutions = [(samples.problem, text) for samples in drawn for text in samples.texts]
+    scores = iter(score_texts(classifier, encoder, solutions, max_tokens=max_tokens))
+    valid = [
+        voting.voters(
+            getattr(encoder.format, "grading", None), is_choice=s.problem.answer.kind == "choice"
+        )
+        for s in drawn
+    ]
+    winners = [
+        voting.rerank(s.graded, s.texts, [next(scores) for _ in s.texts], valid=may_vote)
+        for s, may_vote in zip(drawn, valid, strict=True)
+    ]
+    return sum(map(voting.is_correct, winners)) / len(winners)
+
+
+def add_scores(
+    path: Path,
+    problems: Sequence[Problem],
+    classifier: Classifier,
+    encoder: Encoder,
+    *,
+    max_tokens: int,
+) -> None:
+    """Give every sample of an evaluation file a `score`. Raises: CheckpointError."""
+    rows = world.from_main(JsonLines(path).rows)
+    pairs = list(zip(problems, rows, strict=True))
+    solutions = [
+        (problem, sample["completion"]) for problem, row in pairs for sample in row["samples"]
+    ]
+    scores = iter(score_texts(classifier, encoder, solutions, max_tokens=max_tokens))
+    for row in rows:
+        row["samples"] = [{**sample, "score": next(scores)} for sample in row["samples"]]
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def is_scored(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every sample of an evaluation has its score."""
+    return all("score" in sample for row in rows for sample in row.get("samples", ()))
+
+
+def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str) -> None:
+    """Raises: ModelError where the classifier reads other tokens than the policy writes."""
+    own, other = (set(model.tokenizer.get_vocab().items()) for model in (classifier.policy, policy))
+    if own != other:
+        raise ModelError(
+            f"{where}: was trained with another tokenizer: {len(own):,} tokens, this run's model"
+            f" has {len(other):,}, and {len(own & other):,} are the same; expected a reward model"
+            " that started from the same base model"
+        )

@@ -1,0 +1,452 @@
+"""Reinforcement learning from the model's own solutions.
+
+`Rl._step` is the whole loop: generate → grade → reward → score → credit → update. It does not know
+which algorithm it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import torch
+from pydantic import Field, SerializeAsAny, model_validator
+from pydantic.functional_validators import BeforeValidator
+from pydantic_core import PydanticCustomError
+from torch import Tensor
+
+from reftune.algorithms.advantages import (
+    explained_variance,
+    gae,
+    token_rewards,
+    truncated_importance,
+)
+from reftune.algorithms.base import Algorithm, LossTerms
+from reftune.algorithms.losses import masked_mean
+from reftune.errors import NonFiniteError, RecipeError
+from reftune.model.batch import RolloutBatch, token_batch
+from reftune.model.policy import Policy, Reference
+from reftune.model.value_head import fit_value_head
+from reftune.processes import world
+from reftune.recipe import Component, load_component
+from reftune.seeds import endless_indices
+from reftune.stages.loop import Loop
+from reftune.stages.optimizer import (
+    OptimizerTable,
+    accumulate_gradient,
+    make_optimizer,
+    optimizer_step,
+    rate,
+)
+from reftune.stages.stage import StageContext
+from reftune.types import Rollout, SamplingParams, Verdict
+
+
+def _algorithm(spec: Any) -> Any:
+    return load_component(spec, group="algorithms")
+
+
+class Rl(Component):
+    kind: Literal["rl"] = "rl"
+    init: str = "warmup"
+    """Method whose chosen model this stage starts from; with a KL penalty it is also the reference.
+    """
+    algorithm: SerializeAsAny[Annotated[Component, BeforeValidator(_algorithm)]] = Field(
+        {"kind": "ppo"}, validate_default=True
+    )
+    steps: int = Field(gt=0)
+    """Rollouts: each is one batch of samples and the updates on it."""
+    prompts: int = Field(gt=0)
+    """Problems a rollout."""
+    samples: int = Field(1, gt=0)
+    """Sampled solutions a problem."""
+    updates: int = Field(2, gt=0)
+    """Passes over each rollout, each one optimizer step on the whole of it (PPO epochs)."""
+    temperature: float = Field(1.0, gt=0)
+    mismatch_cap: float | None = Field(None, gt=0)
+    """Truncated importance sampling for engines whose log-probabilities differ from the trainer's:
+    each token's advantage is multiplied by min(π_train / π_sample, cap). None: off. 2 is usual."""
+    optimizer: OptimizerTable
+    value_init: Literal["uniform", "zero"] = "zero"
+    """Of the value head; `uniform` is the paper's ±1/√H."""
+    value_model: Literal["shared", "separate"] = "shared"
+    """`separate`: the value head reads a transformer of its own, which starts as the policy's.
+    Costs a second pass."""
+    value_prefit: int = Field(0, ge=0)
+    """Rollouts that first fit the value head alone, by ridge regression. 0, as the paper: PPO then
+    falls before it rises."""
+    eval_every: int = Field(10, gt=0)
+    """Steps between looks at dev; the best model on dev is the stage's result."""
+    save_every_s: float = Field(300.0, ge=0)
+    """Seconds between checkpoints."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints kept; the best model on dev is kept beside them."""
+
+    is_method: ClassVar[bool] = True
+    produces: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        least = cast(Algorithm, self.algorithm).min_samples
+        if self.samples < least:
+            raise PydanticCustomError(
+                "samples",
+                "samples: expected at least {least}: {kind} compares the samples of a problem",
+                {"least": least, "kind": self.algorithm.kind},
+            )
+        return self
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.init,)
+
+    def run(self, context: StageContext) -> None:
+        """Train, then leave the model that was best on dev."""
+        Trainer(self, context).run()
+
+
+class Trainer:
+    """An RL stage at work."""
+
+    def __init__(self, stage: Rl, context: StageContext) -> None:
+        self.stage, self.context, self.policy = stage, context, context.policy
+        self.algorithm = cast(Algorithm, stage.algorithm)
+        self.reference: Reference | None = (
+            self.policy.make_reference() if self.algorithm.needs_reference else None
+        )
+        if stage.value_init == "uniform":
+            self.policy.reset_value_head(context.seed("value_head"))
+        if stage.value_model == "separate":
+            self.policy.separate_value_model()
+        world.distribute(self.policy)
+        self.optimizer = make_optimizer(self.policy, stage.optimizer)
+        self.loop = Loop(
+            context,
+            self.optimizer,
+            stage.optimizer,
+            kind=stage.kind,
+            init=stage.init,
+            total_steps=stage.steps,
+            eval_every=stage.eval_every,
+            save_every_s=stage.save_every_s,
+            keep=stage.keep,
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        return self.context.recipe.model.micro_batch_tokens
+
+    def run(self) -> None:
+        self.loop.run(
+            self.step,
+            before=self.prefit if self.stage.value_prefit and self.algorithm.needs_values else None,
+        )
+
+    def step(self, n: int) -> dict[str, float]:
+        """One rollout and the updates on it; metrics."""
+        rollouts, metrics = self.sample(n, "rollout")
+        metrics["progress/epoch"] = n * self.stage.prompts / len(self.context.splits.train)
+        selected = [
+            r
+            for r in self.algorithm.select(rollouts, self.context.collector.encoder)
+            if self.fits(r)
+        ]
+        if not selected:
+            return metrics
+        batch, scored = self.score(selected)
+        batch, weighed = correct_mismatch(self.algorithm.credit(batch), self.stage.mismatch_cap)
+        return {**metrics, **scored, **weighed, **self.update(batch, n)}
+
+    def fits(self, rollout: Rollout) -> bool:
+        """Whether a rollout, a gold one maybe, is within the limits that samples are drawn to."""
+        length, longest = len(rollout.completion.token_ids), self.policy.context or math.inf
+        return (
+            length <= self.context.recipe.lengths.max_new
+            and len(rollout.prompt_ids) + length <= longest
+        )
+
+    # --- sample ---
+
+    def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
+        """Rollout number `n` for `purpose`, a function of the weights, `n` and the seed."""
+        train, seed = self.context.splits.train, self.context.seed
+        indices = endless_indices(
+            len(train),
+            start=(n - 1) * self.stage.prompts,
+            count=self.stage.prompts,
+            seed=seed(purpose, "order"),
+        )
+        problems = [train[i] for i in indices for _ in range(self.stage.samples)]
+        params = SamplingParams(
+            max_new_tokens=self.context.recipe.lengths.max_new,
+            temperature=self.stage.temperature,
+            seed=seed(purpose, "tokens", n),
+        )
+        solved = self.context.collector.solve(self.policy, problems, params)
+        rollouts = self.context.collector.pay(solved)
+        if purpose == "rollout":
+            self._show(n, rollouts)
+        return rollouts, {
+            **rollout_metrics(rollouts),
+            "time/generate_s": solved.generate_s,
+            "time/grade_s": solved.grade_s,
+        }
+
+    def _show(self, n: int, rollouts: Sequence[Rollout]) -> None:
+        followed = {problem.id for problem in self.context.splits.train[:PROBLEMS_FOLLOWED]}
+        for rollout in worth_showing(rollouts, followed):
+            self.loop.samples.append({"step": n, **sample_row(rollout, self.policy)})
+        if rollouts:
+            self.context.progress.sample(rollouts[0])
+
+    # --- score ---
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
+        """Tensors of the rollouts with log-probabilities of policy and reference, and values."""
+        started = time.perf_counter()
+        batch = rollout_batch(rollouts, device=self.policy.device)
+        scores = self.policy.score(
+            batch.tokens, temperature=self.stage.temperature, max_tokens=self.max_tokens
+        )
+        batch = replace(batch, logprobs=scores.logprobs, values=scores.values)
+        mask = batch.sampled_mask
+        assert scores.entropy is not None
+        metrics: dict[str, float] = {}
+        if mask.any():
+            metrics["policy/entropy"] = float(masked_mean(scores.entropy, mask))
+            metrics["kl/mismatch"] = float(
+                masked_mean((scores.logprobs - batch.sampling_logprobs).abs(), mask)
+            )
+        if self.reference is not None:
+            reference = self.reference.score(
+                batch.tokens, temperature=self.stage.temperature, max_tokens=self.max_tokens
+            )
+            batch = replace(batch, ref_logprobs=reference.logprobs)
+            metrics["kl/reference"] = float(
+                ((batch.logprobs - reference.logprobs) * mask).sum(1).mean()
+            )
+        return batch, {**metrics, "time/score_s": time.perf_counter() - started}
+
+    # --- update ---
+
+    def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
+        """`updates` optimizer steps on the whole rollout, fewer where one's numbers are not finite;
+        metrics, means over them.
+
+        Raises: NonFiniteError where the recipe does not allow a step to be left out.
+        """
+        started = time.perf_counter()
+        table, where = self.stage.optimizer, f"{self.context.name} step {n}"
+        batch = replace(batch, weights=self.algorithm.weights(batch))
+        share = rate(table, step=n, total_steps=self.stage.steps)
+        self.policy.train(self.algorithm.dropout)
+        passes: list[dict[str, float]] = []
+        for _ in range(self.stage.updates):
+            try:
+                metrics = self.accumulate(batch, where)
+                metrics["grad/norm"] = optimizer_step(
+                    self.policy,
+                    self.optimizer,
+                    share=share,
+                    max_grad_norm=table.max_grad_norm,
+                    where=where,
+                )
+            except NonFiniteError as error:
+                self.loop.give_up_step(error, batch_rows(batch, self.policy))
+                break
+            passes.append(metrics)
+        tokens = batch.tokens
+        return {
+            **{
+                name: sum(p[name] for p in passes) / len(passes)
+                for name in (passes[0] if passes else ())
+            },
+            **value_metrics(batch),
+            "optim/lr": table.learning_rate * share,
+            "compute/sequence_passes": len(passes) * len(batch),
+            "compute/train_tokens": len(passes) * int(tokens.lengths.sum()),
+            "time/update_s": time.perf_counter() - started,
+        }
+
+    def accumulate(self, batch: RolloutBatch, where: str) -> dict[str, float]:
+        """Add the gradient of the minibatch, micro-batch by micro-batch. Raises: NonFiniteError."""
+
+        def loss(index: Tensor) -> LossTerms:
+            rows = batch.rows(index)
+            return self.algorithm.loss(
+                self.policy(rows.tokens, temperature=self.stage.temperature), rows
+            )
+
+        return accumulate_gradient(
+            self.policy, batch.tokens.lengths, loss, max_tokens=self.max_tokens, where=where
+        )
+
+    # --- value head ---
+
+    def prefit(self) -> None:
+        """Fit the value head to the returns of the policy it starts with (VC-PPO, arXiv:2503.01491,
+        §4.1)."""
+        rollouts = (self.sample(n, "prefit")[0] for n in range(1, self.stage.value_prefit + 1))
+        pairs = (
+            self._features_and_returns(batch)
+            for batch in (rollout_batch(r, device=self.policy.device) for r in rollouts if r)
+        )
+        fitted = fit_value_head(self.policy.value_head, pairs)
+        self.context.progress.note(
+            f"{self.context.name}: value head pre-fitted on {self.stage.value_prefit} rollouts; "
+            f"explains {fitted:.0%} of the variance of the last one"
+        )
+
+    def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, H) and the discounted reward to come (N,); the policy is still its own
+        reference, so KL is 0."""
+        mask = batch.response_mask
+        rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
+        _, returns = gae(
+            rewards,
+            torch.zeros_like(rewards),
+            mask,
+            gamma=getattr(self.algorithm, "gamma", 1.0),
+            lam=1.0,
+        )
+        return self.policy.features(batch.tokens, max_tokens=self.max_tokens), returns[mask]
+
+
+SAMPLES_KEPT = 4
+"""Sampled solutions of each step that are written to samples.jsonl, besides the longest and one
+over its time limit."""
+PROBLEMS_FOLLOWED = 16
+"""Training problems whose solutions are kept whenever they are sampled, so that one sees how they
+change."""
+
+
+def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
+    """Tensors of rollouts; `logprobs` are the engine's until the trainer has computed its own."""
+    tokens = token_batch(
+        [r.prompt_ids for r in rollouts], [r.completion.token_ids for r in rollouts], device=device
+    )
+    sampled = torch.tensor(
+        [logprob for r in rollouts for logprob in r.completion.logprobs], device=device
+    )
+    group_of = {
+        id_: group for group, id_ in enumerate(dict.fromkeys(r.problem.id for r in rollouts))
+    }
+    logprobs = tokens.unflatten(sampled)
+    return RolloutBatch(
+        tokens=tokens,
+        rewards=torch.tensor([r.reward for r in rollouts], device=device),
+        correct=torch.tensor(
+            [float(r.graded.verdict is Verdict.CORRECT) for r in rollouts], device=device
+        ),
+        groups=torch.tensor([group_of[r.problem.id] for r in rollouts], device=device),
+        gold=torch.tensor([r.source == "gold" for r in rollouts], device=device),
+        sampling_logprobs=logprobs,
+        logprobs=logprobs,
+    )
+
+
+def correct_mismatch(
+    batch: RolloutBatch, cap: float | None
+) -> tuple[RolloutBatch, dict[str, float]]:
+    """The batch, its advantages weighted for what the engine sampled and the policy did not quite
+    say; metrics.
+
+    Scaling an advantage scales the clipped policy loss of its token, and neither values nor their
+    loss.
+    """
+    if cap is None:
+        return batch, {}
+    if batch.advantages is None:
+        raise RecipeError("mismatch_cap: expected an algorithm with advantages (ppo, grpo, rloo)")
+    mask = batch.sampled_mask
+    weights = truncated_importance(batch.logprobs, batch.sampling_logprobs, mask, cap=cap)
+    metrics = {
+        "mismatch/weight": float(masked_mean(weights, mask)),
+        "mismatch/capped": float(masked_mean((weights >= cap).float(), mask)),
+    }
+    return replace(batch, advantages=batch.advantages * weights), metrics
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What was sampled: rewards, verdicts, lengths."""
+    count = max(1, len(rollouts))
+    verdicts = Counter(r.graded.verdict for r in rollouts)
+    rewards: dict[str, list[float]] = {}
+    for r in rollouts:
+        rewards.setdefault(r.problem.id, []).append(r.reward)
+    return {
+        "reward/mean": sum(r.reward for r in rollouts) / count,
+        "reward/correct": verdicts[Verdict.CORRECT] / count,
+        **{f"verdict/{verdict.value}": verdicts[verdict] / count for verdict in Verdict},
+        "response/length": sum(len(r.completion.token_ids) for r in rollouts) / count,
+        "response/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / count,
+        "groups/constant_reward": (
+            sum(len(set(group)) == 1 for group in rewards.values()) / max(1, len(rewards))
+        ),
+        "compute/sampled_tokens": sum(len(r.completion.token_ids) for r in rollouts),
+    }
+
+
+def value_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """How good the values were that the rollout was credited with; empty for algorithms without
+    returns."""
+    if batch.values is None or batch.returns is None:
+        return {}
+    mask = batch.response_mask
+    return {
+        "value/mean": float(masked_mean(batch.values, mask)),
+        "value/explained_variance": float(explained_variance(batch.values, batch.returns, mask)),
+    }
+
+
+def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
+    """The samples of a batch with the numbers that went into its loss, for a person who looks for
+    the wrong one."""
+    lengths, responses = batch.tokens.lengths.tolist(), batch.tokens.response_lengths.tolist()
+    rows: list[dict[str, Any]] = []
+    for i, (length, response) in enumerate(zip(lengths, responses, strict=True)):
+        tokens = batch.tokens.tokens[i, :length].tolist()
+        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "tokens"}
+        numbers = {
+            name: (t[i, :response] if t.dim() == 2 else t[i]).tolist()
+            for name, t in tensors.items()
+            if t is not None
+        }
+        rows.append({"text": policy.decode(tokens), "tokens": tokens, **numbers})
+    return rows
+
+
+def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
+    """`SAMPLES_KEPT` rollouts of different problems, the followed ones first; then the longest and
+    one over its time limit."""
+    first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
+    places = sorted(
+        range(len(rollouts)),
+        key=lambda i: (i != first[rollouts[i].problem.id], rollouts[i].problem.id not in followed),
+    )
+    longest = sorted(places, key=lambda i: -len(rollouts[i].completion.token_ids))[:1]
+    late = [i for i in places if rollouts[i].graded.verdict is Verdict.TIMEOUT][:1]
+    return [rollouts[i] for i in dict.fromkeys([*places[:SAMPLES_KEPT], *longest, *late])]
+
+
+def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:
+    """A rollout for samples.jsonl."""
+    completion, graded = rollout.completion, rollout.graded
+    return {
+        "id": rollout.problem.id,
+        "question": rollout.problem.question,
+        "gold": str(rollout.problem.answer),
+        "completion": completion.text,
+        "verdict": graded.verdict.value,
+        "value": graded.value,
+        "reward": rollout.reward,
+        "reason": graded.reason,
+        "finish_reason": completion.finish_reason,
+        "program_s": None if graded.program_s is None else round(graded.program_s, 4),
+        "logprobs": [round(logprob, 4) for logprob in completion.logprobs],
+        "tokens": [policy.decode([token]) for token in completion.token_ids],
+    }

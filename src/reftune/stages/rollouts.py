@@ -1,0 +1,136 @@
+"""Generate → grade → reward: problems to rollouts, the only place where the three meet."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from reftune.engines import Engine
+from reftune.errors import DataError, EngineError, RewardError
+from reftune.grading.rewards import Reward
+from reftune.model.encoder import Encoder
+from reftune.model.policy import Policy
+from reftune.processes import world
+from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solved:
+    """Completions of problems in their order, graded, and the seconds they took."""
+
+    problems: Sequence[Problem]
+    prompts: list[list[int]]
+    completions: list[Completion]
+    graded: list[Graded]
+    generate_s: float
+    grade_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collector:
+    """What turns problems into graded completions and rollouts."""
+
+    engine: Engine
+    encoder: Encoder
+    reward: Reward
+    max_prompt: int | None
+
+    def solve(self, policy: Policy, problems: Sequence[Problem], params: SamplingParams) -> Solved:
+        """One graded completion a problem; repeat a problem for more. Raises: DataError for a
+        prompt over the limit.
+
+        Several processes each solve a part, and all get the whole.
+        """
+        started = time.perf_counter()
+        prompts = self.prompts(problems, policy, params)
+        own = world.own_part(len(problems))
+        params = replace(params, first_position=params.first_position + own.start)
+        with world.whole(policy):
+            completions = self.engine.generate(policy, prompts[own], params)
+        _require_whole(completions, problems[own], type(self.engine).__name__)
+        generated = time.perf_counter()
+        graded = self.encoder.format.grade(
+            problems[own], [completion.text for completion in completions]
+        )
+        return Solved(
+            problems=problems,
+            prompts=prompts,
+            completions=world.join_parts(completions),
+            graded=world.join_parts(graded),
+            generate_s=generated - started,
+            grade_s=time.perf_counter() - generated,
+        )
+
+    def pay(self, solved: Solved) -> list[Rollout]:
+        """Rollouts of what was solved; those to which the reward does not apply (None) are left
+        out. Raises: RewardError.
+
+        The main process pays for all, so a reward that compares samples sees them together.
+        """
+        rewards = world.from_main(
+            lambda: self.reward(solved.problems, solved.completions, solved.graded)
+        )
+        rows = zip(
+            solved.problems, solved.prompts, solved.completions, solved.graded, rewards, strict=True
+        )
+        return [
+            Rollout(
+                problem=problem,
+                prompt_ids=tuple(prompt),
+                completion=completion,
+                graded=graded,
+                reward=_finite(reward, problem),
+            )
+            for problem, prompt, completion, graded, reward in rows
+            if reward is not None
+        ]
+
+    def prompts(
+        self, problems: Sequence[Problem], policy: Policy, params: SamplingParams
+    ) -> list[list[int]]:
+        """Prompt ids. Raises: DataError for the first prompt over the limit."""
+        encoded: dict[str, list[int]] = {}
+        for problem in problems:
+            if problem.id not in encoded:
+                encoded[problem.id] = self.encoder.prompt(problem)
+                self._check_length(problem, len(encoded[problem.id]), policy, params)
+        return [encoded[problem.id] for problem in problems]
+
+    def _check_length(
+        self, problem: Problem, length: int, policy: Policy, params: SamplingParams
+    ) -> None:
+        room = None if policy.context is None else policy.context - params.max_new_tokens
+        limits = [limit for limit in (self.max_prompt, room) if limit is not None]
+        if limits and length > min(limits):
+            raise DataError(
+                f"problem {problem.id}: prompt of {length} tokens; at most {max(0, min(limits))}"
+                f" fit (lengths.max_prompt, and the model's context of {policy.context} less"
+                f" {params.max_new_tokens} new tokens)"
+            )
+
+
+def _require_whole(
+    completions: Sequence[Completion] | None, problems: Sequence[Problem], engine: str
+) -> None:
+    """Raises: EngineError where a completion is missing, is empty or lacks log-probabilities."""
+    found = 0 if completions is None else len(completions)
+    if completions is None or found != len(problems):
+        raise EngineError(
+            f"engine {engine}: returned {found} completions for {len(problems)} prompts"
+        )
+    for problem, completion in zip(problems, completions, strict=True):
+        tokens, logprobs = len(completion.token_ids), len(completion.logprobs)
+        if tokens == 0 or tokens != logprobs:
+            raise EngineError(
+                f"engine {engine}: problem {problem.id}: {tokens} tokens with {logprobs}"
+                " log-probabilities; expected at least one token, the eos, and as many"
+                " log-probabilities"
+            )
+
+
+def _finite(reward: float, problem: Problem) -> float:
+    if not math.isfinite(reward):
+        raise RewardError(f"problem {problem.id}: reward {reward} is not a finite number")
+    return float(reward)

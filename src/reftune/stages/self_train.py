@@ -1,0 +1,240 @@
+"""Offline self-training: sample solutions of the training problems once, keep correct ones,
+fine-tune on them and the gold.
+
+The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold: paper, top_k: 50`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from reftune.errors import DataError
+from reftune.model.encoder import Encoder
+from reftune.model.policy import Policy
+from reftune.processes.world import from_main
+from reftune.recipe import Component
+from reftune.stages.loop import Progression
+from reftune.stages.sft import Example, Schedule, fitting, train_on_examples
+from reftune.stages.stage import StageContext
+from reftune.storage.json_lines import JsonLines, in_parts
+from reftune.types import Graded, Problem, SamplingParams, Verdict
+
+SAMPLES_AT_ONCE = 2000
+"""Drawn between two writes to disk, about; sampling that was stopped goes on after the last whole
+part."""
+
+
+class SelfTrain(Component):
+    kind: Literal["self_train"] = "self_train"
+    init: str = "base"
+    """Method whose chosen model the fine-tuning starts from, or `base`, as the paper."""
+    sampler: str = "warmup"
+    """Method that writes the samples."""
+    samples: int = Field(100, gt=0)
+    """Sampled solutions a training problem."""
+    keep: int = Field(10, gt=0)
+    """Different correct ones kept, at most, the first drawn first."""
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    """0 keeps the whole vocabulary; the paper: 50."""
+    gold: Literal["once", "paper"] = "once"
+    """`once`: each different solution is one row. `paper`: the authors' files joined, where the
+    gold solution is mostly two."""
+    sft: Schedule
+    """The fine-tuning on the joined rows."""
+
+    is_method: ClassVar[bool] = True
+    produces: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.init, self.sampler)
+
+    def run(self, context: StageContext) -> None:
+        """Sample, join, train, and leave the model that was best on dev."""
+        started = time.perf_counter()
+        sampling = Sampling(
+            method=self.sampler, num=self.samples, temperature=self.temperature, top_k=self.top_k
+        )
+        drawn = draw(sampling, context, context.splits.train, context.folder / "sampled.jsonl")
+        examples = self.examples(drawn, context)
+        context.progress.note(
+            f"{context.name}: {len(examples)} rows to train on; {describe(drawn)}"
+        )
+        spent = {"compute/sampled_tokens": float(sum(samples.num_tokens for samples in drawn))}
+        start = Progression(totals=spent, seconds=time.perf_counter() - started)
+        train_on_examples(self.sft, context, examples, kind=self.kind, init=self.init, start=start)
+
+    def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
+        """Training rows. Raises: DataError where none is left."""
+        encoder, limit = context.collector.encoder, context.recipe.lengths.max_new
+        rows = [
+            Example(encoder.prompt(samples.problem), [*encoder.encode(text), encoder.eos_id])
+            for samples in drawn
+            for text in JOIN[self.gold](
+                samples.correct, gold_text(samples.problem, encoder), self.keep
+            )
+        ]
+        kept = fitting(rows, max_target=limit, context_length=context.policy.context)
+        if not kept:
+            raise DataError(
+                f"stages.{context.name}: nothing to train on: {describe(drawn)}, and no gold"
+                f" rationale fits in lengths.max_new={limit} tokens and the model's context of"
+                f" {context.policy.context}"
+            )
+        return kept
+
+
+# --- joining samples and gold ---------------------------------------------------------------------
+
+
+def distinct(texts: Sequence[str]) -> list[str]:
+    """The first of each group of texts that differ in outer white space only."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(text.strip(), text)
+    return list(first.values())
+
+
+def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
+    """The first `keep` different correct solutions, then the gold one unless it is among them."""
+    kept = distinct(correct)[:keep]
+    return distinct([*kept, *_listed(gold)])
+
+
+def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
+    """As `join_once`, then the gold solution from the file of gold solutions, once more.
+
+    Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: texts keep their outer white space, which
+    programs need.
+    """
+    return [*join_once(correct, gold, keep), *_listed(gold)]
+
+
+JOIN: Mapping[str, Callable[[Sequence[str], str | None, int], list[str]]] = {
+    "once": join_once,
+    "paper": join_as_paper,
+}
+
+
+def _listed(gold: str | None) -> list[str]:
+    return [] if gold is None else [gold]
+
+
+def gold_text(problem: Problem, encoder: Encoder) -> str | None:
+    """The gold continuation, where there is one."""
+    return None if problem.rationale is None else encoder.format.target(problem)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """Who samples how many solutions a problem, and how."""
+
+    method: str
+    num: int
+    temperature: float
+    top_k: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Graded solutions of one problem, as drawn."""
+
+    problem: Problem
+    texts: tuple[str, ...]
+    graded: tuple[Graded, ...]
+    """Without reasons."""
+    num_tokens: int
+    """Of all together."""
+
+    @property
+    def correct(self) -> list[str]:
+        pairs = zip(self.texts, self.graded, strict=True)
+        return [text for text, graded in pairs if graded.verdict is Verdict.CORRECT]
+
+
+def draw(
+    sampling: Sampling, context: StageContext, problems: Sequence[Problem], path: Path
+) -> list[Samples]:
+    """Samples of every problem, written to `path`, a line a problem; what is there already is not
+    drawn again.
+
+    A problem's samples are a function of the sampler's weights, the seed and the problem's
+    position.
+    """
+    rows = from_main(JsonLines(path).rows)
+    if len(rows) < len(problems):
+        context.progress.note(
+            f"{context.name}: {sampling.num} samples of {len(problems)} problems by"
+            f" {sampling.method}"
+        )
+        policy = context.load(sampling.method)
+
+        def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
+            return _sample(policy, sampling, context, part, seed=context.seed(path.stem, start))
+
+        rows = in_parts(problems, path, answer, at_once=max(1, SAMPLES_AT_ONCE // sampling.num))
+    return [_samples(problem, row) for problem, row in zip(problems, rows, strict=True)]
+
+
+def _sample(
+    policy: Policy,
+    sampling: Sampling,
+    context: StageContext,
+    problems: Sequence[Problem],
+    *,
+    seed: int,
+) -> list[dict[str, Any]]:
+    params = SamplingParams(
+        max_new_tokens=context.recipe.lengths.max_new,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        seed=seed,
+    )
+    solved = context.collector.solve(
+        policy, [problem for problem in problems for _ in range(sampling.num)], params
+    )
+    samples = [
+        {"completion": completion.text, "verdict": graded.verdict.value, "value": graded.value}
+        for completion, graded in zip(solved.completions, solved.graded, strict=True)
+    ]
+    lengths = [len(completion.token_ids) for completion in solved.completions]
+    parts = [slice(i * sampling.num, (i + 1) * sampling.num) for i in range(len(problems))]
+    return [
+        {"id": problem.id, "tokens": sum(lengths[part]), "samples": samples[part]}
+        for problem, part in zip(problems, parts, strict=True)
+    ]
+
+
+def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
+    return Samples(
+        problem=problem,
+        texts=tuple(sample["completion"] for sample in row["samples"]),
+        graded=tuple(
+            Graded(verdict=Verdict(s["verdict"]), value=s["value"], reason="")
+            for s in row["samples"]
+        ),
+        num_tokens=row["tokens"],
+    )
+
+
+def describe(drawn: Sequence[Samples]) -> str:
+    """`62 % of 8,000 samples are correct; 31 of 1,000 problems have none`"""
+    correct, total = (
+        sum(len(samples.correct) for samples in drawn),
+        sum(len(samples.texts) for samples in drawn),
+    )
+    unsolved = sum(not samples.correct for samples in drawn)
+    return (
+        f"{correct / total:.0%} of {total:,} samples are correct; {unsolved} of {len(drawn):,}"
+        " problems have none"
+    )

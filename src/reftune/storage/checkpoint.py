@@ -1,0 +1,164 @@
+"""Checkpoints: everything that makes a stage's future, written atomically as safetensors and JSON.
+
+A checkpoint is a folder `step-000120` that appears by one rename. Nothing that is loaded can run
+code. Its tensors are whole, so that any number of processes can go on from it; of several only the
+main one writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from reftune.errors import CheckpointError
+from reftune.processes.world import is_main, part_of
+
+if TYPE_CHECKING:
+    import torch
+from reftune.storage.atomic import refused, sync, sync_files
+
+MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
+FILES = (TENSORS, STATE)
+"""What the manifest holds checksums of."""
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What `load_latest` found."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    folder: Path
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write `folder/step-…` whole or not at all, then drop all but the newest `keep`.
+
+    Raises: CheckpointError where the disk refuses; older checkpoints stay as they were.
+    """
+    from safetensors.torch import save_file
+
+    final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
+    if not is_main():
+        return final
+    try:
+        for torn in folder.glob(".partial-step-*"):
+            shutil.rmtree(torn, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            partial / TENSORS,
+        )
+        (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        checksums = {name: _sha256(partial / name) for name in FILES}
+        (partial / MANIFEST).write_text(json.dumps(checksums), encoding="utf-8")
+        sync_files(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise refused(final, error) from None
+    newest = [path for number, path in _found(folder) if number <= step][
+        -keep:
+    ]  # later ones were passed over as damaged
+    for _, path in _found(folder):
+        if path not in newest:
+            shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
+    """The newest checkpoint whose checksums hold, or None. Damaged ones are named through
+    `note(message)` and passed over."""
+    for step, path in reversed(_found(folder)):
+        try:
+            return _read(path, step)
+        except CheckpointError as damage:
+            if note is not None:
+                note(f"{damage}; using the checkpoint before it")
+    return None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat names, `optimizer.PARAMETER.KEY`; learning rates are a function
+    of the step."""
+    import torch
+
+    states = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{key}": (
+            value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        )
+        for index, state in states.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` took, whole tensors also where the parameters are
+    sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            of_parameter = value.dim() > 0  # `step` is a number
+            state.setdefault(int(index), {})[key] = (
+                part_of(value, parameters[int(index)]) if of_parameter else value
+            )
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    matches = [(_STEP.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in matches if match is not None)
+
+
+def _read(path: Path, step: int) -> Checkpoint:
+    """Raises: CheckpointError where it is torn or damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        checksums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        changed = [name for name in FILES if _sha256(path / name) != checksums[name]]
+        if changed:
+            raise CheckpointError(
+                f"{path}: damaged: the checksum of {' and '.join(changed)} does not match"
+            )
+        state = dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+        return Checkpoint(step=step, tensors=load_file(path / TENSORS), state=state, folder=path)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
+        reason = (
+            getattr(error, "strerror", None)
+            or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
+        raise CheckpointError(f"{path}: torn or damaged: {reason}") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

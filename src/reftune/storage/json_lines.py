@@ -1,0 +1,97 @@
+"""Append-only JSON lines that can be cut back to where a checkpoint was taken."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from reftune.errors import CheckpointError
+from reftune.processes.world import from_main, is_main
+from reftune.types import Problem
+
+
+class JsonLines:
+    """A file of one JSON object a line. Of several processes only the main one changes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Raises: CheckpointError where the disk refuses."""
+        if not is_main():
+            return
+        with _refusals(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
+
+    def sync(self) -> None:
+        """Wait until what was appended would outlast a power cut. Raises: CheckpointError."""
+        if is_main() and self.path.exists():
+            with _refusals(self.path), self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def truncate(self, size: int) -> None:
+        """Forget everything after the first `size` bytes. Raises: CheckpointError where the disk
+        refuses."""
+        if is_main() and self.size() > size:
+            with _refusals(self.path), self.path.open("r+b") as file:
+                file.truncate(size)
+
+    def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Forget the first line that `first` accepts, everything after it, and a torn last line."""
+        rows = self.rows()
+        self.keep(next((i for i, row in enumerate(rows) if first(row)), len(rows)))
+
+    def keep(self, count: int) -> None:
+        """Forget everything after the first `count` lines, a torn last line too."""
+        self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All whole lines; a torn last line is dropped."""
+        return [json.loads(line) for line in self._lines()]
+
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Raises: CheckpointError where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def in_parts(
+    problems: Sequence[Problem],
+    path: Path,
+    answer: Callable[[int, Sequence[Problem]], Sequence[Mapping[str, Any]]],
+    *,
+    at_once: int,
+) -> list[dict[str, Any]]:
+    """Write a line a problem; `answer(start, part)` makes those of `at_once` problems. Whole parts
+    that are there are kept.
+
+    Returns: all lines.
+    """
+    results = JsonLines(path)
+    done = len(from_main(results.rows))
+    if done < len(
+        problems
+    ):  # stopped while a part was being written: samples are drawn for whole parts
+        done -= done % at_once
+    results.keep(done)
+    for start in range(done, len(problems), at_once):
+        for row in answer(start, problems[start : start + at_once]):
+            results.append(row)
+    return from_main(results.rows)

@@ -1,0 +1,533 @@
+"""The command line: reads arguments, calls one function, prints what it returns.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 bad input (one
+line on stderr), 130 interrupted. Whatever is heavy is imported inside the command that needs it, so
+that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from reftune import __version__
+from reftune.errors import NonFiniteError, ProcessError, RecipeError, ReftuneError
+from reftune.processes.signals import stop_signals
+from reftune.processes.world import first_to_tell, is_main, processes
+
+if TYPE_CHECKING:
+    from reftune.recipe import Recipe
+    from reftune.stages.progress import Progress
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+DEMO = "demo/demo.yaml"
+
+app = typer.Typer(
+    name="reftune",
+    help=(
+        "Reinforced Fine-Tuning: a short supervised warm-up, then PPO on the model's own graded"
+        " solutions."
+    ),
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or one that comes with reftune, as in demo/demo.yaml."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Recipe keys to change, as in stages.reft.steps=100."
+    ),
+]
+RunFolders = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Run folders, as in runs/demo.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Method = Annotated[str, typer.Option(help="The stage whose chosen model is meant.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
+    try:
+        with processes():
+            status = app(args=arguments, prog_name="reftune", standalone_mode=False)
+    except ReftuneError as error:
+        say(str(error))
+        sys.exit(FAILED if isinstance(error, NonFiniteError | ProcessError) else BAD_INPUT)
+    except typer.TyperException as error:
+        say(f"{error.format_message()} (see reftune --help)")
+        sys.exit(BAD_INPUT)
+    sys.exit(status or 0)
+
+
+def say(message: str) -> None:
+    """One line for a person."""
+    print(" ".join(message.splitlines()), file=sys.stderr)
+
+
+def show(document: Any) -> None:
+    """One JSON document as the result."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@app.callback()
+def _settings(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version or context.invoked_subcommand is None:
+        print(__version__ if version else context.get_help())
+        raise typer.Exit
+    for name, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Watch a small model learn to reason. Minutes on two cores.
+
+    Supervised warm-up, then continued supervision against ReFT on the same questions.
+    """
+    _run(_load(DEMO, overrides), None, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def run(
+    recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Run a recipe, all stages. Goes on where an earlier run stopped."""
+    _run(_load(recipe, overrides), None, as_json=as_json, quiet=quiet)
+
+
+def _add_stage_command(name: str, kind: str, what: str) -> None:
+    @app.command(name, help=f"Run only {what}. The stages that they start from must be done.")
+    def command(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        as_json: AsJson = False,
+        quiet: Quiet = False,
+    ) -> None:
+        _run(_load(recipe, overrides), kind, as_json=as_json, quiet=quiet)
+
+
+_add_stage_command("sft", "sft", "supervised stages")
+_add_stage_command("rl", "rl", "reinforcement learning stages")
+_add_stage_command("self-train", "self_train", "self-training stages")
+_add_stage_command("reward-model", "reward_model", "reward models")
+
+
+def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> None:
+    """All stages and the final evaluation, or only the stages of one kind."""
+    from reftune.model.speed.allocator import keep_freed_memory
+    from reftune.runs.run import run_recipe, run_stages
+
+    keep_freed_memory()
+    with _watched(recipe, quiet=quiet) as progress:
+        if kind is not None:
+            run_stages(recipe, kinds={kind}, progress=progress)
+            return
+        summary = run_recipe(recipe, progress=progress)
+    _show_summary(recipe, summary, as_json=as_json)
+
+
+def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> None:
+    from reftune.results import choices_table, table_command
+
+    if not is_main():
+        return
+    if as_json:
+        show(summary)
+    else:
+        print(
+            "\n\n".join(
+                filter(None, [table_command([recipe.folder], "text"), choices_table(summary)])
+            )
+        )
+    say(f"report: {recipe.folder / 'report.html'}")
+
+
+@contextmanager
+def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
+    """Progress that is closed whatever happens; an interruption names the checkpoint to go on
+    from."""
+    from reftune.stages.loop import Interrupted
+    from reftune.terminal.live import make_progress
+    from reftune.terminal.trackers import tracked
+
+    progress = tracked(make_progress(quiet=quiet or not is_main()), recipe)
+    try:
+        with stop_signals(signal.default_int_handler):  # training steps have handlers of their own
+            yield progress
+    except (Interrupted, KeyboardInterrupt) as stop:
+        progress.close()
+        checkpoint = str(stop) or newest_checkpoint(recipe.folder) or "none yet"
+        if first_to_tell():
+            say(f"interrupted; checkpoint: {checkpoint}; the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        progress.close()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last one written in any stage of a run."""
+    found = folder.glob("stages/*/checkpoints/step-*")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+# --- beginning ------------------------------------------------------------------------------------
+
+
+@app.command()
+def init(
+    data: Annotated[
+        str | None, typer.Option(help="Training questions: a file, a folder or a Hub id.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A Hub id, a folder, smollm2-135m, or scratch.")
+    ] = None,
+    form: Annotated[
+        Literal["nl", "program"] | None, typer.Option("--format", help="How solutions are written.")
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(help="Test questions. Default: those beside the data, if it is a folder."),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Where its name does not tell.")
+    ] = None,
+    answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
+    rationale: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The recipe to write; must not exist. Default: DATA's name.yaml."),
+    ] = None,
+) -> None:
+    """Write a commented recipe for your own data. Asks for what the flags do not say. Prints its
+    path."""
+    from reftune.terminal.init import Wishes, default_out, guess_columns, guess_format, write_recipe
+
+    if data is None:
+        data = _ask("Training questions (a file, a folder or a Hub id)", None, flag="--data")
+    told = {"question": question, "answer": answer, "rationale": rationale}
+    columns = guess_columns(
+        data, {field: column for field, column in told.items() if column is not None}
+    )
+    say("columns: " + ", ".join(f"{field} is {column}" for field, column in columns.items()))
+    wishes = Wishes(
+        data=data,
+        model=model
+        or _ask(
+            "Model (a Hub id, a folder, smollm2-135m or scratch)", "smollm2-135m", flag="--model"
+        ),
+        format=form or _ask("Format (nl or program)", guess_format(data, columns), flag="--format"),
+        test=test,
+        columns=columns,
+    )
+    written = write_recipe(wishes, out or default_out(data))
+    print(written)
+    say(f"next: reftune check {written}")
+
+
+def _ask(question: str, default: str | None, *, flag: str) -> str:
+    """An answer from the terminal; the default where there is none. Raises: RecipeError where there
+    is neither."""
+    if sys.stdin.isatty():
+        return str(typer.prompt(question, default=default, err=True))
+    if default is None:
+        raise RecipeError(f"{flag}: is missing, and there is no terminal to ask")
+    return default
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+@app.command()
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            help="Only what takes neither weights nor data: recipe, schedule, format, reward.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find what would spoil a run before it starts.
+
+    Shows what the model will see, and says of each problem what to do about it.
+    """
+    from reftune.advice.check import check_offline, check_recipe
+
+    report = (check_offline if offline else check_recipe)(_load(recipe, overrides))
+    print(report.to_json() if as_json else report.to_text())
+    if report.failed:
+        say(
+            "check: refused: "
+            + "; ".join(f"{found.name}: {found.message}; {found.remedy}" for found in report.failed)
+        )
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="How many GPUs.")] = 1,
+    memory: Annotated[float, typer.Option(min=1, help="GB of each.")] = 80,
+    gpu: Annotated[
+        Literal["a100", "h100", "h200"], typer.Option(help="Whose data sheet the times are of.")
+    ] = "h100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the peak arithmetic that is reached.")
+    ] = 0.4,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_prompt, else 128.")
+    ] = None,
+    response: Annotated[
+        int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_new.")
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Only this one. Default: memory of the one that needs most.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate memory and time on GPUs that need not be here.
+
+    Reads the model's configuration, no weights and, unless the model is made from scratch, no data.
+    docs/scaling.md has the equations.
+    """
+    from reftune.advice.plan import GB, Hardware, make_plan, plan_document, plan_text
+
+    hardware = Hardware(gpus=gpus, memory=memory * GB, kind=gpu, mfu=mfu)
+    made = make_plan(
+        _load(recipe, overrides), hardware, prompt=prompt, response=response, only=stage
+    )
+    if as_json:
+        show(plan_document(made))
+    else:
+        print(plan_text(made))
+
+
+@app.command()
+def watch(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")
+    ],
+) -> None:
+    """Follow a run that another process works on, or look back at one that is over. Ctrl-C leaves
+    the run alone."""
+    from reftune.results import table_command
+    from reftune.terminal.live import make_progress
+    from reftune.terminal.watch import RunClock
+    from reftune.terminal.watch import watch as follow
+
+    clock = RunClock()
+    progress = make_progress(time_s=clock)
+    try:
+        finished = follow(run_folder, progress, clock)
+    except KeyboardInterrupt:
+        return
+    finally:
+        progress.close()
+    if finished:
+        print(table_command([run_folder], "text"))
+    else:
+        say(
+            f"{run_folder}: not finished, and no process works on it; `reftune run` with its recipe"
+            " goes on"
+        )
+
+
+@app.command()
+def sample(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    method: Method = "reft",
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Whose problems.")] = "dev",
+    num: Annotated[int, typer.Option(min=1, help="How many problems.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a trained model writes, with verdicts."""
+    from reftune.runs.sample import sample_method, solution_text
+
+    rows = sample_method(
+        _load(recipe, overrides), method, split=split, num=num, temperature=temperature
+    )
+    if as_json:
+        show(rows)
+    else:
+        print("\n\n".join(solution_text(row) for row in rows))
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Evaluate only this one; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate trained methods of a run."""
+    from reftune.runs.run import evaluate_methods
+
+    loaded = _load(recipe, overrides)
+    with _watched(loaded, quiet=quiet) as progress:
+        summary = evaluate_methods(loaded, method or (), progress=progress)
+    _show_summary(loaded, summary, as_json=as_json)
+
+
+@app.command()
+def score(
+    file: Annotated[
+        Path, typer.Argument(help='JSON lines of {"id", "completion", "answer", "choices"?}.')
+    ],
+    format_kind: Annotated[
+        Literal["nl", "program"],
+        typer.Option("--format", help="How completions state their answer."),
+    ],
+    grading: Annotated[
+        Literal["robust", "paper"], typer.Option(help="The grader's rules.")
+    ] = "robust",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Grade completions and say why: how a reward is debugged."""
+    from reftune.terminal.score import score_file
+    from reftune.text import printable
+
+    for row in score_file(file, format_kind, grading=grading):
+        print(
+            json.dumps(row, ensure_ascii=False)
+            if as_json
+            else printable("  ".join(str(value) for value in row.values()))
+        )
+
+
+@app.command()
+def table(
+    runs: RunFolders,
+    form: Annotated[
+        Literal["text", "markdown", "latex"], typer.Option("--format", help="How to print it.")
+    ] = "text",
+    layout: Annotated[
+        Literal["auto", "methods", "paper"],
+        typer.Option(
+            help=(
+                "methods: all on the same problems; paper: the paper's tables, a column a task;"
+                " auto: as the runs need."
+            )
+        ),
+    ] = "auto",
+    k: Annotated[
+        int | None, typer.Option(min=1, help="Vote and rerank over the first so many samples only.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the accuracies of one or more runs."""
+    from reftune.results import table_command
+
+    print(table_command(runs, "json" if as_json else form, layout=layout, k=k))
+
+
+@app.command()
+def report(
+    runs: RunFolders,
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run.")] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="A folder for the figures as PNG and SVG; runs must be over."),
+    ] = None,
+) -> None:
+    """Write one HTML page of one or more runs. Prints its path, and those of the figures."""
+    from reftune.results import report_command, write_figures
+
+    print(report_command(runs, out))
+    if figures is not None:
+        print("\n".join(map(str, write_figures(runs, figures))))
+
+
+@app.command()
+def export(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
+    method: Method = "reft",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hub too.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create the Hub repository for all to see.")
+    ] = False,
+) -> None:
+    """Copy a trained model with a model card.
+
+    The folder loads with from_pretrained and in vLLM. Prints its path, with --push the address on
+    the Hub.
+    """
+    from reftune.runs.export import export_model, push_model
+
+    written = export_model(run_folder, method, out)
+    print(written if push is None else push_model(written, push, public=public))
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
+    from reftune.recipe import load_recipe
+
+    return load_recipe(find_recipe(name), overrides or ())
+
+
+def find_recipe(name: str) -> Path:
+    """`name` as a path, else among the recipes that come with reftune, `.yaml` and `recipes/`
+    optional. Raises: RecipeError."""
+    from reftune.recipe import shipped_recipes
+
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    inside = name.removeprefix("recipes/")
+    for candidate in (shipped / inside, shipped / f"{inside}.yaml"):
+        if candidate.is_file():
+            return candidate
+    recipes = [
+        file for file in shipped.glob("*/*.yaml") if file.parent.name != "accelerate"
+    ]  # those are for a launcher
+    near = difflib.get_close_matches(
+        inside, [str(file.relative_to(shipped)) for file in recipes], cutoff=0
+    )
+    raise RecipeError(
+        f"{name}: no such recipe; nearest of those that come with reftune: {', '.join(near)}"
+    )

@@ -1,0 +1,266 @@
+"""What a person sees while a run is alive: a live view on a terminal, plain lines elsewhere. Always
+on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TextIO
+
+from reftune.types import Rollout, Verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+from reftune.stages.progress import Progress, SilentProgress
+from reftune.text import clock, printable
+
+SHOWN = (
+    ("loss/sft", "loss", ".3f"),
+    ("reward/mean", "reward", ".2f"),
+    ("reward/correct", "correct", ".0%"),
+    ("dev/accuracy", "dev", ".1%"),
+    ("kl/reference", "KL", ".2f"),
+    ("policy/entropy", "entropy", ".2f"),
+    ("value/explained_variance", "value EV", ".2f"),
+    ("response/length", "length", ".0f"),
+    ("response/truncated", "truncated", ".0%"),
+)
+"""Metric, label and number format, in the order shown; those that a stage does not log are left
+out."""
+
+TOKEN_COUNTS = ("compute/train_tokens", "compute/sampled_tokens")
+MAX_SAMPLE_LINES = 14
+MAX_SAMPLE_CHARACTERS = 1200
+
+
+def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
+    """The live view where stderr is a terminal that can show it, lines where it is not, nothing
+    when asked."""
+    if quiet:
+        return SilentProgress()
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal and not console.is_dumb_terminal:
+        return RichProgress(console, time_s=time_s)
+    return LineProgress(time_s=time_s)
+
+
+@dataclass(slots=True)
+class StageView:
+    """What is known of the running stage, and how it reads."""
+
+    name: str
+    total_steps: int
+    first_step: int
+    started_s: float
+    step: int
+    numbers: dict[str, float] = field(default_factory=dict)
+    """The latest value of every metric."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase (`generate`, `update`, …), summed since `first_step`."""
+    num_tokens: float = 0.0
+    """Trained and sampled in those seconds."""
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in the metrics of a step; an evaluation of the same step adds to it."""
+        grown = [
+            metrics[name] - self.numbers[name]
+            for name in TOKEN_COUNTS
+            if name in metrics and name in self.numbers
+        ]
+        if grown:
+            self.num_tokens += sum(grown)
+            phases = {
+                name[len("time/") :].removesuffix("_s"): metrics[name]
+                for name in metrics
+                if name.startswith("time/")
+            }
+            sums = {
+                phase: self.phase_seconds.get(phase, 0.0) + seconds
+                for phase, seconds in phases.items()
+            }
+            # replaced, not changed: the live view reads it from another thread
+            self.phase_seconds = {**self.phase_seconds, **sums}
+        self.step = step
+        self.numbers.update(metrics)
+
+    def position(self, now_s: float) -> str:
+        """`40/150  0:31, 1:02 left`"""
+        elapsed_s = now_s - self.started_s
+        done, left = self.step - self.first_step, self.total_steps - self.step
+        eta = f", {clock(elapsed_s / done * left)} left" if done > 0 and left > 0 else ""
+        return f"{self.step}/{self.total_steps}  {clock(elapsed_s)}{eta}"
+
+    def facts(self) -> list[str]:
+        """`reward 0.62`, `correct 61%`, …, `1,234 tok/s`"""
+        facts = [
+            f"{label} {self.numbers[name]:{style}}"
+            for name, label, style in SHOWN
+            if name in self.numbers
+        ]
+        seconds = sum(self.phase_seconds.values())
+        return [*facts, f"{self.num_tokens / seconds:,.0f} tok/s"] if seconds > 0 else facts
+
+    def split(self) -> list[str]:
+        """Where the time goes: `update 71%`, `generate 22%`, …"""
+        seconds = sum(self.phase_seconds.values())
+        phases = sorted(self.phase_seconds.items(), key=lambda item: -item[1])
+        return (
+            [f"{name} {value / seconds:.0%}" for name, value in phases]
+            if seconds > 0 and len(phases) > 1
+            else []
+        )
+
+
+class LineProgress:
+    """One plain line every few seconds, and one at the end of each stage."""
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        every_s: float = 5.0,
+        time_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream, self._every_s, self._time_s = stream, every_s, time_s
+        self._view: StageView | None = None
+        self._last_s = float("-inf")
+        self._pending = False
+
+    def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
+        """Flush the stage before, begin the next."""
+        self.close()
+        self._view = StageView(name, total_steps, done_steps, self._time_s(), done_steps)
+        self._last_s = float("-inf")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print when the last line is old enough."""
+        assert self._view is not None, "step before stage"
+        self._view.update(step, metrics)
+        self._pending = True
+        if self._time_s() - self._last_s >= self._every_s:
+            self._print_view()
+
+    def sample(self, rollout: Rollout) -> None:
+        """Solutions are in samples.jsonl; a log of lines is not the place for them."""
+
+    def note(self, message: str) -> None:
+        """Print at once."""
+        print_line(printable(message), self._stream)
+
+    def close(self) -> None:
+        """Print what was held back."""
+        if self._pending:
+            self._print_view()
+
+    def _print_view(self) -> None:
+        assert self._view is not None
+        self._last_s, self._pending = self._time_s(), False
+        print_line(
+            "  ".join([self._view.name, self._view.position(self._last_s), *self._view.facts()]),
+            self._stream,
+        )
+
+
+class RichProgress:
+    """The live view: bar, numbers, time split, the last sampled solution. A line of each finished
+    stage stays."""
+
+    def __init__(self, console: Console, *, time_s: Callable[[], float] = time.monotonic) -> None:
+        from rich.live import Live
+
+        self._console, self._time_s = console, time_s
+        self._view: StageView | None = None
+        self._sample: Rollout | None = None
+        self._live = Live(
+            get_renderable=self.render, console=console, refresh_per_second=4, transient=True
+        )
+
+    def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
+        """Leave a line of the stage before, begin the next."""
+        self._leave_line()
+        self._view, self._sample = (
+            StageView(name, total_steps, done_steps, self._time_s(), done_steps),
+            None,
+        )
+        self._live.start()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shown at the next refresh."""
+        assert self._view is not None, "step before stage"
+        self._view.update(step, metrics)
+
+    def sample(self, rollout: Rollout) -> None:
+        """Shown until the next one."""
+        self._sample = rollout
+
+    def note(self, message: str) -> None:
+        """Print above the live view."""
+        self._console.print(printable(message), markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Take the live view down, leave the last stage's line."""
+        self._live.stop()
+        self._leave_line()
+
+    def render(self) -> RenderableType:
+        """The view as it is now."""
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        view, last_sample = self._view, self._sample  # another thread may end the stage meanwhile
+        if view is None:
+            return Text("")
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(view.name, style="bold"),
+            ProgressBar(total=view.total_steps, completed=view.step, width=40),
+            Text(view.position(self._time_s())),
+        )
+        lines = [Text("   ".join(view.facts())), Text("   ".join(view.split()), style="dim")]
+        sample = [] if last_sample is None else [sample_panel(last_sample)]
+        return Group(head, *(Padding(line, (0, 0, 0, 2)) for line in lines if line.plain), *sample)
+
+    def _leave_line(self) -> None:
+        if self._view is not None:
+            line = "  ".join(
+                [self._view.name, self._view.position(self._time_s()), *self._view.facts()]
+            )
+            self._console.print(line, markup=False, highlight=False)
+            self._view = None
+
+
+def sample_panel(rollout: Rollout) -> RenderableType:
+    """A solution with its question, verdict and the reason for it, cut to a screenful. Its markup
+    stays text."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    colour = "green" if rollout.graded.verdict is Verdict.CORRECT else "red"
+    text = printable(rollout.completion.text)[:MAX_SAMPLE_CHARACTERS]
+    lines = text.splitlines()
+    if len(lines) > MAX_SAMPLE_LINES:
+        lines = [*lines[:MAX_SAMPLE_LINES], "…"]
+    question = printable(rollout.problem.question)[:MAX_SAMPLE_CHARACTERS]
+    return Panel(
+        Group(Text(question, style="dim"), Text("\n".join(lines))),
+        title=Text(f"{rollout.graded.verdict.value}, reward {rollout.reward:g}", style=colour),
+        subtitle=Text(printable(rollout.graded.reason), style="dim"),
+        title_align="left",
+        subtitle_align="left",
+        border_style=colour,
+    )
+
+
+def print_line(line: str, stream: TextIO | None) -> None:
+    """To `stream`, or to what stderr is at this moment."""
+    target = sys.stderr if stream is None else stream
+    target.write(f"{line}\n")
+    target.flush()

@@ -1,0 +1,131 @@
+"""Metrics in TensorBoard, Weights & Biases or Trackio too, through Accelerate's trackers;
+`metrics.jsonl` stays the record."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reftune.errors import RecipeError
+from reftune.processes.world import is_main
+from reftune.recipe import Recipe, TrackerName
+from reftune.stages.progress import Progress
+from reftune.types import Rollout
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+PROJECT = "reftune"
+
+
+def tracked(progress: Progress, recipe: Recipe) -> Progress:
+    """`progress`, telling the recipe's trackers too. Raises: RecipeError for one that is not
+    installed."""
+    names = tracker_names(recipe) if is_main() else []
+    return TrackedProgress(progress, names, recipe) if names else progress
+
+
+def tracker_names(recipe: Recipe) -> list[TrackerName]:
+    """Those that the recipe names; TensorBoard where it names none and TensorBoard is installed.
+    Raises: RecipeError."""
+    if recipe.trackers is None:
+        return ["tensorboard"] if is_installed("tensorboard") else []
+    for name in recipe.trackers:
+        if not is_installed(name):
+            raise RecipeError(f"trackers: {name} is not installed; pip install 'reftune[tracking]'")
+    return recipe.trackers
+
+
+def is_installed(package: str) -> bool:
+    """Whether it can be imported; it is not."""
+    return importlib.util.find_spec(package) is not None
+
+
+class TrackedProgress:
+    """A view that passes everything on and logs metrics as `STAGE/group/name` over the stage's
+    steps."""
+
+    def __init__(self, progress: Progress, names: list[TrackerName], recipe: Recipe) -> None:
+        self._progress, self._names, self._recipe = progress, names, recipe
+        self._trackers: list[GeneralTracker] | None = None
+        self._stage = ""
+
+    def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
+        """The first stage opens the trackers: the run folder is ours by then."""
+        if self._trackers is None:
+            self._trackers = [_open(tracker, self._recipe) for tracker in self._names]
+        self._stage = name
+        self._progress.stage(name, total_steps, done_steps)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log what is finite."""
+        values = {
+            f"{self._stage}/{name}": value
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        }
+
+        def log(tracker: GeneralTracker) -> None:
+            if tracker.name == "tensorboard":
+                tracker.log(values, step=step)
+            else:  # those count every call as a step, and want no step twice
+                tracker.log({**values, f"{self._stage}/step": step})
+
+        self._tell(log)
+        self._progress.step(step, metrics)
+
+    def sample(self, rollout: Rollout) -> None:
+        self._progress.sample(rollout)
+
+    def note(self, message: str) -> None:
+        self._progress.note(message)
+
+    def close(self) -> None:
+        """Close the trackers, once."""
+        self._progress.close()
+        self._tell(lambda tracker: tracker.finish())
+        self._trackers = None
+
+    def _tell(self, act: Callable[[GeneralTracker], None]) -> None:
+        """A tracker that fails, by a full disk or a lost service, is left out from then on: the run
+        does not depend on it."""
+        for tracker in list(self._trackers or ()):
+            try:
+                act(tracker)
+            except Exception as error:  # noqa: BLE001  a service may fail in any way
+                assert self._trackers is not None
+                self._trackers.remove(tracker)
+                self.note(f"{tracker.name}: {_reason(error)}; the run goes on without it")
+
+
+def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # its trackers ask which process they are in
+    try:
+        tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](**_settings(name, recipe))
+        tracker.start()
+    except Exception as error:  # noqa: BLE001  a service may refuse in any way: no login, no network
+        raise RecipeError(
+            f"trackers: {name} cannot start: {_reason(error)}; trackers=[] runs without"
+        ) from None
+    return tracker
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _settings(name: TrackerName, recipe: Recipe) -> dict[str, Any]:
+    if name == "tensorboard":
+        return {"run_name": name, "logging_dir": recipe.folder}
+    settings: dict[str, Any] = {
+        "run_name": PROJECT,
+        "name": recipe.name,
+        "config": recipe.model_dump(mode="json"),
+    }
+    return {**settings, "dir": str(Path(recipe.folder).absolute())} if name == "wandb" else settings

@@ -1,0 +1,147 @@
+"""`reftune watch RUN`: the live view of a run in another process, or of one that is over, from the
+run folder's files alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reftune.errors import DataError
+from reftune.stages.progress import Progress
+from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
+
+POLL_S = 1.0
+
+
+class RunClock:
+    """The time of the row last told, and of now once all that was written has been told."""
+
+    def __init__(self) -> None:
+        self.row_s: float | None = 0.0
+
+    def __call__(self) -> float:
+        return time.time() if self.row_s is None else self.row_s
+
+
+def watch(
+    folder: Path, progress: Progress, clock: RunClock, *, wait: Callable[[float], None] = time.sleep
+) -> bool:
+    """Tell `progress` what the run has done and does, until no process works on it.
+
+    Returns: whether the run is finished. Raises: DataError where `folder` is no run folder.
+    """
+    stages = _stages(folder)
+    metrics, samples, current = (
+        Tail(folder / "metrics.jsonl"),
+        {name: Tail(_samples(folder, name)) for name in stages},
+        "",
+    )
+    while True:
+        alive = is_alive(
+            folder
+        )  # asked before reading: what a run wrote before it ended is then read
+        for row in metrics.rows():
+            clock.row_s = float(row["time"])
+            if row["stage"] != current:
+                total = _total_steps(stages.get(row["stage"], {}), row)
+                if total == 0:  # a first look at dev, before a step has told how many there are
+                    continue
+                current = row["stage"]
+                progress.stage(current, total, int(row["step"]))
+            progress.step(
+                int(row["step"]), {key: value for key, value in row.items() if "/" in key}
+            )
+        if alive:
+            clock.row_s = None
+        for name, tail in samples.items():
+            for row in tail.rows()[-1:]:
+                if name == current:
+                    progress.sample(_rollout(row))
+        if not alive:
+            return (folder / "summary.json").is_file()
+        wait(POLL_S)
+
+
+def is_alive(folder: Path) -> bool:
+    """Whether a process holds the run folder's lock."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # never locked, or a folder that came without it
+        return False
+    return False
+
+
+class Tail:
+    """JSON lines as they come. A file that was cut back, as on resuming, goes on from its new
+    end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._read = path, 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call."""
+        if not self.path.is_file():
+            return []
+        self._read = min(self._read, self.path.stat().st_size)
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")[0]
+        self._read += len(whole) + bool(whole)
+        return list(_objects(whole))
+
+
+def _objects(text: bytes) -> Iterator[dict[str, Any]]:
+    for line in text.split(b"\n"):
+        try:
+            yield json.loads(line)
+        except ValueError:  # read in the middle of a line, after a cut
+            continue
+
+
+def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        return {
+            name: spec if isinstance(spec, Mapping) else {}
+            for name, spec in recipe["stages"].items()
+        }
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        raise DataError(f"{folder}: not a run folder: it has no recipe.yaml with stages") from None
+
+
+def _samples(folder: Path, stage: str) -> Path:
+    return folder / "stages" / stage / "samples.jsonl"
+
+
+def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
+    """Of a stage that counts in epochs, from how far the row has come; the row's own step where
+    nothing tells."""
+    if "steps" in stage:
+        return int(stage["steps"])
+    epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")
+    return round(row["step"] * epochs / epoch) if epochs and epoch else int(row["step"])
+
+
+def _rollout(row: Mapping[str, Any]) -> Rollout:
+    return Rollout(
+        problem=Problem(
+            id=str(row["id"]),
+            question=row["question"],
+            answer=Answer(kind="text", value=str(row["gold"])),
+        ),
+        prompt_ids=(),
+        completion=Completion(
+            token_ids=(), text=row["completion"], logprobs=(), finish_reason=row["finish_reason"]
+        ),
+        graded=Graded(verdict=Verdict(row["verdict"]), value=row["value"], reason=row["reason"]),
+        reward=row["reward"],
+    )

@@ -1,0 +1,23 @@
+"""How numbers and texts are put to a person."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def printable(text: str) -> str:
+    """`text` with every character that could steer a terminal replaced by `�`; line breaks and tabs
+    stay."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "�" for character in text
+    )
+
+
+def clock(seconds: float) -> str:
+    """`0:31`, `1:02:03`"""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
