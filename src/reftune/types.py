@@ -41,6 +41,14 @@ class Answer:
         return self.value
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
 """Gold of problems that state none: what their scorer accepts is right."""
 
@@ -58,6 +66,9 @@ class Problem:
     """Option texts of a multiple-choice question, a first; empty otherwise."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The data's other columns, handed to a user's reward function by name."""
+    messages: tuple[Message, ...] = ()
+    """The turns before the answer, for a chat prompt; empty if the data are not conversations.
+    `question` holds the text of those that are not a system message."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, answer text → [0, 1], where it brings one; otherwise answers are
     compared."""
