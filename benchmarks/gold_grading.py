@@ -22,10 +22,10 @@ from reftune.datasets import Splits
 from reftune.datasets.gsm8k import Gsm8k, program_of
 from reftune.datasets.mathqa import Mathqa, read_options, repaired
 from reftune.datasets.svamp import Svamp
-from reftune.grading.answers import parse_gold
 from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
+from reftune.grading.golds import parse_gold
 from reftune.types import Answer, Graded, Problem, Verdict
 
 SHOWN = 5

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from benchmarks.reproduce import call, points
 
-from reftune.grading.answers import read_choice
+from reftune.grading.options import read_choice
 from reftune.recipe import Recipe, load_recipe
 from reftune.results.stats import compare_over_seeds, hierarchical_bootstrap
 from reftune.runs.run import load_splits

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from reftune.errors import DataError
-from reftune.grading.answers import grade_answer
+from reftune.grading.verdicts import grade_answer
 from reftune.recipe import Component
 from reftune.types import Graded, Problem, Verdict
 

@@ -28,14 +28,9 @@ import torch
 from reftune.datasets.jsonl import Jsonl
 from reftune.datasets.reading.rows import read_rows
 from reftune.errors import ReftuneError
-from reftune.grading.answers import (
-    grade_answer,
-    grade_completion,
-    grade_completion_paper,
-    grade_value,
-    grade_value_paper,
-)
 from reftune.grading.formats._source import body_of, programs_in
+from reftune.grading.paper_rules import grade_completion_paper, grade_value_paper
+from reftune.grading.verdicts import grade_answer, grade_completion, grade_value
 from reftune.recipe import load_recipe
 from reftune.storage.checkpoint import load_latest, save_checkpoint
 from reftune.types import Answer, Graded, Problem, Verdict

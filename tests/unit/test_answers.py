@@ -12,21 +12,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from reftune.grading.answers import (
-    MAX_VALUE_CHARS,
-    answer_text,
-    grade_answer,
-    grade_completion,
-    grade_completion_paper,
-    grade_value,
-    grade_value_paper,
-    numbers_equal,
-    parse_gold,
-    parse_number,
-    read_choice,
-    read_number,
-    spell,
-)
+from reftune.grading.golds import parse_gold
+from reftune.grading.markers import answer_text
+from reftune.grading.numbers import numbers_equal, parse_number, read_number, spell
+from reftune.grading.options import read_choice
+from reftune.grading.paper_rules import grade_completion_paper, grade_value_paper
+from reftune.grading.verdicts import MAX_VALUE_CHARS, grade_answer, grade_completion, grade_value
 from reftune.types import Answer, Graded, Problem, Verdict
 
 UNHURRIED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -138,7 +138,7 @@ def _answer(row: Row, column: str, kind: Kind, choices: Sequence[str]) -> Answer
 def _letter(row: Row, text: str, choices: Sequence[str]) -> str:
     """As the grader reads it. A number is not taken for a position: some count from 0, some from
     1."""
-    from reftune.grading.answers import read_choice
+    from reftune.grading.options import read_choice
 
     letter = read_choice(text, choices)
     if letter is None:

@@ -106,7 +106,7 @@ def _stated_answer(problem: Problem) -> str | None:
 
 
 def _contradicts_gold(problem: Problem) -> bool:
-    from reftune.grading.answers import numbers_equal
+    from reftune.grading.numbers import numbers_equal
 
     stated, gold = read_value(_stated_answer(problem)), problem.answer.value
     if problem.rationale is None or not isinstance(gold, Fraction):

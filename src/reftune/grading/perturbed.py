@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from reftune.grading.answers import answer_text
+from reftune.grading.markers import answer_text
 from reftune.types import Answer, Problem
 
 MAX_SIZE = 10**6

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reftune.errors import DataError
-from reftune.grading.answers import parse_gold, read_choice
 from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
+from reftune.grading.golds import parse_gold
+from reftune.grading.options import read_choice
 from reftune.grading.rewards import Reward
 from reftune.grading.rewards.outcome import Outcome
 from reftune.types import Answer, Completion, Problem

@@ -1,13 +1,13 @@
 # Programs that change the grader, or the sandbox around them, where it runs in the same interpreter.
 # %% the comparison
-import reftune.grading.answers
+import reftune.grading.numbers
 def solution():
-    reftune.grading.answers.numbers_equal = lambda a, b: True
+    reftune.grading.numbers.numbers_equal = lambda a, b: True
     return 1
 # %% the reader of numbers
 def solution():
     import sys
-    sys.modules["reftune.grading.answers"].grade_value = lambda value, problem: "correct"
+    sys.modules["reftune.grading.verdicts"].grade_value = lambda value, problem: "correct"
     return 1
 # %% the fractions
 import fractions

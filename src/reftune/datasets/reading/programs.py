@@ -89,8 +89,8 @@ def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
 
 
 def _wrong_programs(problems: Sequence[Problem]) -> frozenset[str]:
-    from reftune.grading.answers import grade_value
     from reftune.grading.sandbox.result import ExecutionStatus
+    from reftune.grading.verdicts import grade_value
 
     results = run_programs([problem.rationale or "" for problem in problems])
     return frozenset(

@@ -141,7 +141,7 @@ def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
 def read_value(value: object) -> Fraction | None:
     """The number that came as data or out of a program: an int, a finite float, or text that says
     one."""
-    from reftune.grading.answers import read_number
+    from reftune.grading.numbers import read_number
 
     if isinstance(value, bool):
         return None

@@ -120,7 +120,7 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
 
 def same_gold(a: Answer, b: Answer) -> bool:
     """Whether two golds agree, numbers as the grader compares them."""
-    from reftune.grading.answers import numbers_equal
+    from reftune.grading.numbers import numbers_equal
 
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         return numbers_equal(a.value, b.value)

@@ -8,8 +8,9 @@ from fractions import Fraction
 from typing import Literal
 
 from reftune.errors import DataError
-from reftune.grading.answers import PAPER_TRIGGER, grade_completion, grade_completion_paper
 from reftune.grading.formats._prompts import Style, gold_rationale, paper_prompt, question_text
+from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
+from reftune.grading.verdicts import grade_completion
 from reftune.recipe import Component
 from reftune.types import Answer, Graded, Problem, Verdict
 

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr
 
 from reftune.errors import DataError
-from reftune.grading.answers import grade_value, grade_value_paper, paper_response
 from reftune.grading.formats._prompts import Style, gold_rationale, paper_prompt, question_text
 from reftune.grading.formats._source import HEADER, body_of, programs_in
+from reftune.grading.paper_rules import grade_value_paper, paper_response
 from reftune.grading.sandbox import Sandbox
 from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
+from reftune.grading.verdicts import grade_value
 from reftune.recipe import Component
 from reftune.types import Graded, Problem, Verdict
 

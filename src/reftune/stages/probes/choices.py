@@ -16,9 +16,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reftune.grading.answers import last_number, read_choice, read_number, reasoning_text
 from reftune.grading.formats import Format
 from reftune.grading.formats.program import Program
+from reftune.grading.markers import reasoning_text
+from reftune.grading.numbers import last_number, read_number
+from reftune.grading.options import read_choice
 from reftune.seeds import derive_seed
 from reftune.storage.json_lines import JsonLines
 from reftune.types import Answer, Graded, Problem, SamplingParams, Verdict

@@ -1,0 +1,49 @@
+"""The grading of the paper's authors, repeated with its oddities."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+from reftune.grading.verdicts import describe, judge, no_answer, quote, value_text
+from reftune.types import Graded, Problem
+
+PAPER_TRIGGER = "\nTherefore, the answer is: "
+PAPER_HEADER = "\nAnswer reasoning:\n"
+
+
+def grade_completion_paper(completion: str, problem: Problem) -> Graded:
+    """The authors' rule for worked solutions: `float()` of what follows the last trigger, or of all
+    where there is none.
+
+    nan and inf are wrong answers. A choice is compared as a string, and so is never missing.
+    """
+    text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
+    return grade_value_paper(text, problem)
+
+
+def grade_value_paper(value: Any, problem: Problem) -> Graded:
+    """The authors' rule for a program's value: `float(value)` within 0.01, or `str(value)` against
+    the gold letter."""
+    gold = problem.answer
+    if gold.kind != "number":
+        return _grade_string_paper(value, str(gold.value))
+    assert isinstance(gold.value, Fraction)
+    try:
+        predicted, expected = float(value), float(gold.value)
+    except (TypeError, ValueError, OverflowError):
+        shown = quote(value) if isinstance(value, str) else describe(value)
+        return no_answer(f"float() cannot read {shown}")
+    return judge(abs(predicted - expected) <= 0.01, repr(predicted), repr(expected))
+
+
+def _grade_string_paper(value: Any, gold: str) -> Graded:
+    text = value if isinstance(value, str) else value_text(value) or describe(value)
+    words = text.lower().replace('"', "").replace("'", "").strip()
+    return judge(words == gold.lower().replace('"', "").replace("'", "").strip(), words, gold)
+
+
+def paper_response(completion: str) -> str:
+    """What the authors' code grades of a completion: what follows the last prompt header, which a
+    model may repeat."""
+    return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

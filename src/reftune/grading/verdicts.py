@@ -1,0 +1,157 @@
+"""Texts and values → verdicts. Pure and bounded: any text gives a verdict quickly, none raises."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from math import isfinite
+from typing import Any
+
+from reftune.grading.markers import answer_text
+from reftune.grading.numbers import MAX_DIGITS, Number, parse_number, same_number, spell
+from reftune.grading.options import read_choice
+from reftune.grading.plain_text import first_line, same_text
+from reftune.types import Answer, Graded, Problem, Verdict
+
+MAX_VALUE_CHARS = 200
+"""Of `Graded.value`, and of what a reason quotes."""
+
+_PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
+NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{…}'
+
+
+def grade_completion(completion: str, problem: Problem) -> Graded:
+    """Grade a worked solution by the answer after its last marker."""
+    text = answer_text(completion)
+    return no_answer(NO_MARKER) if text is None else grade_answer(text, problem)
+
+
+def grade_value(value: Any, problem: Problem) -> Graded:
+    """Grade what a program returned. Booleans, None, containers, nan and inf are no answer."""
+    text = value_text(value)
+    if text is None:
+        return no_answer(f"solution() returned {describe(value)}, not an answer")
+    return grade_answer(text, problem)
+
+
+def grade_answer(text: str, problem: Problem) -> Graded:
+    """Grade a text that is the answer, with units and prose as people add them."""
+    if problem.scorer is not None:
+        return _grade_by_scorer(text, problem, problem.scorer)
+    gold = problem.answer
+    if gold.kind == "number":
+        return _grade_number(text, gold)
+    if gold.kind == "choice":
+        return _grade_choice(text, problem)
+    return _grade_words(text, gold)
+
+
+def _grade_number(text: str, gold: Answer) -> Graded:
+    assert isinstance(gold.value, Fraction)
+    number = parse_number(text)
+    if number is None:
+        return no_answer(f"no single number in {quote(text)}")
+    return judge(same_number(number, Number(gold.value)), str(number), spell(gold.value))
+
+
+def _grade_choice(text: str, problem: Problem) -> Graded:
+    letter = read_choice(text, problem.choices)
+    if letter is None:
+        return no_answer(f"no single option in {quote(text)}")
+    return judge(letter == problem.answer.value, letter, str(problem.answer.value))
+
+
+def _grade_words(text: str, gold: Answer) -> Graded:
+    words = text.strip()
+    if not words:
+        return no_answer("nothing after the marker")
+    candidates = (words, words.splitlines()[0], first_line(words))
+    return judge(
+        any(same_text(each, str(gold.value)) for each in candidates), words, str(gold.value)
+    )
+
+
+def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
+    """By the best of several spellings: scorers expect the bare answer."""
+    words = text.strip()
+    if not words:
+        return no_answer("nothing after the marker")
+    candidates = [
+        words,
+        words.rstrip(".!"),
+        words.splitlines()[0].strip(),
+        first_line(words).rstrip(".!"),
+    ]
+    value, number = words, parse_number(words)
+    if number is not None and _PLAIN_NUMBER.fullmatch(str(problem.answer)):
+        value = str(number)
+        candidates.append(spell(number.value))
+    scores, error = [], ""
+    for candidate in dict.fromkeys(candidates):
+        try:
+            scores.append(float(scorer(candidate)))
+        except Exception as failure:  # noqa: BLE001  scorers parse what a model wrote, and few expect everything
+            error = f"the task's scorer failed: {type(failure).__name__}: {clip(str(failure))}"
+    if not scores:
+        return Graded(verdict=Verdict.ERROR, value=None, reason=error)
+    return judge(any(score >= 1 for score in scores), value, str(problem.answer))
+
+
+def judge(right: bool, value: str, gold: str) -> Graded:
+    """CORRECT or WRONG, with a reason that quotes both."""
+    gold = clip(gold)
+    value = (
+        clip(value) if len(value) <= MAX_VALUE_CHARS else f"{clip(value[:180])}… {_digest(value)}"
+    )
+    if right:
+        return Graded(
+            verdict=Verdict.CORRECT, value=value, reason=f"{value} is the gold answer {gold}"
+        )
+    return Graded(
+        verdict=Verdict.WRONG, value=value, reason=f"{value} is not the gold answer {gold}"
+    )
+
+
+def _digest(text: str) -> str:
+    """Tells long values apart that begin alike."""
+    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
+
+
+def no_answer(reason: str) -> Graded:
+    """The verdict on a completion from which no answer can be read."""
+    return Graded(verdict=Verdict.NO_ANSWER, value=None, reason=reason)
+
+
+def quote(text: str) -> str:
+    """The start of a text, in quotation marks, for a reason."""
+    words = clip(text.lstrip()[:80])
+    return f'"{words}"' if words else "the empty text"
+
+
+def clip(text: str) -> str:
+    """One bounded line that can be encoded: a lone surrogate is not printable."""
+    line = " ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS]
+    return "".join(char if char.isprintable() else "�" for char in line)
+
+
+def value_text(value: Any) -> str | None:
+    """A program's value as an answer text; None if it is not an answer."""
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, int):
+        return str(value) if value.bit_length() < 3 * MAX_DIGITS else None
+    if isinstance(value, float | Decimal):
+        return str(value) if isfinite(value) else None
+    return value if isinstance(value, str) else None
+
+
+def describe(value: Any) -> str:
+    """A value that is not an answer, for a reason."""
+    if isinstance(value, bool | float | None):
+        return str(value)
+    if isinstance(value, int):
+        return "an integer too long to be an answer"
+    return f"a value of type {type(value).__name__}"
