@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from reftune.runs.run import open_run
 from reftune.stages.loop import Interrupted, load_trainable, trainable
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step, rate
 from reftune.stages.progress import SilentProgress
+from reftune.stages.rl import rollout_batch
 from reftune.stages.rollouts import Collector
 from reftune.stages.sft import Sft, accumulate_nll, gold_examples
 from reftune.types import Answer, Problem, SamplingParams
@@ -433,6 +435,69 @@ def test_updates_are_made_without_dropout(make_trainer):
     trainer.policy.train()
     metrics = trainer.update(trainer.algorithm.credit(batch), 1)
     assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+
+
+def test_minibatches_are_equal_parts_that_each_pass_draws_anew(make_trainer):
+    # 8 samples in 4 steps a pass, 2 passes: 8 steps of 2 samples, each sample once in a pass
+    trainer = make_trainer({"minibatches": 4, "updates": 2})
+    rollouts, _ = trainer.sample(1, "rollout")
+    batch = trainer.algorithm.credit(trainer.score(rollouts)[0])
+    batch = replace(batch, rewards=torch.arange(8.0))
+    parts = list(trainer.parts(batch, 1))
+    first, second = ([p.rewards.tolist() for p in parts[i : i + 4]] for i in (0, 4))
+    assert [len(part) for part in first] == [2, 2, 2, 2]
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(8))
+    assert first != second
+    assert all(float(part.weights.sum()) == pytest.approx(1) for part in parts)
+    assert [p.rewards.tolist() for p in trainer.parts(batch, 1)] == first + second  # resumes
+    assert trainer.update(batch, 1)["compute/sequence_passes"] == 2 * 8
+
+
+def test_minibatches_weigh_correct_samples_as_the_whole_rollout_does(make_trainer):
+    trainer = make_trainer({"minibatches": 2, "algorithm": {"kind": "ppo", "positive_nll_coef": 1}})
+    rollouts, _ = trainer.sample(1, "rollout")
+    batch = trainer.algorithm.credit(
+        replace(trainer.score(rollouts)[0], correct=torch.ones(len(rollouts)))
+    )
+    parts = list(trainer.parts(batch, 1))[:2]
+    assert sum(float(p.nll_weights.sum()) for p in parts) / 2 == pytest.approx(1)
+
+
+def test_more_minibatches_than_samples_are_refused(make_recipe):
+    with pytest.raises(RecipeError, match=r"minibatches: expected at most prompts × samples = 8"):
+        make_recipe(stages={"reft": {"minibatches": 9}})
+
+
+def test_samples_that_were_cut_off_are_no_part_of_the_loss(make_trainer, monkeypatch):
+    trainer = make_trainer({"mask_truncated": True, "algorithm": {"kind": "grpo"}, "samples": 4})
+    rollouts, _ = trainer.sample(1, "rollout")
+    cut = {id(r.completion) for r in rollouts if r.completion.finish_reason == "length"}
+    whole = [r for r in rollouts if id(r.completion) not in cut]
+    assert cut and whole, "the case needs both"
+    seen = []
+    update = trainer.update
+    monkeypatch.setattr(trainer, "sample", lambda n, purpose: (rollouts, {}))
+    monkeypatch.setattr(trainer, "update", lambda batch, n: seen.append(batch) or update(batch, n))
+    trainer.step(1)
+    (batch,) = seen
+    credited = trainer.algorithm.credit(rollout_batch(rollouts, device="cpu"))
+    kept = [i for i, r in enumerate(rollouts) if r in whole]
+    lengths = [len(r.completion.token_ids) for r in whole]
+    assert batch.tokens.response_lengths.tolist() == lengths
+    # the baseline is still that of all samples of the problem
+    assert torch.equal(batch.advantages[:, 0], credited.advantages[kept, 0])
+
+
+def test_a_rollout_that_was_cut_off_throughout_trains_nothing(make_trainer, monkeypatch):
+    trainer = make_trainer({"mask_truncated": True})
+    rollouts = [
+        replace(r, completion=replace(r.completion, finish_reason="length"))
+        for r in trainer.sample(1, "rollout")[0]
+    ]
+    monkeypatch.setattr(trainer, "sample", lambda n, purpose: (rollouts, {}))
+    before = trainer.policy.value_head.weight.clone()
+    assert "grad/norm" not in trainer.step(1)
+    assert torch.equal(before, trainer.policy.value_head.weight)
 
 
 def test_samples_of_one_problem_are_one_group(trainer):

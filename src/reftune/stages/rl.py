@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -33,7 +33,7 @@ from reftune.model.policy import Policy, Reference
 from reftune.model.value_head import fit_value_head
 from reftune.processes import world
 from reftune.recipe import Component, load_component
-from reftune.seeds import endless_indices
+from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop
 from reftune.stages.optimizer import (
     OptimizerTable,
@@ -65,7 +65,14 @@ class Rl(Component):
     samples: int = Field(1, gt=0)
     """Sampled solutions a problem."""
     updates: int = Field(2, gt=0)
-    """Passes over each rollout, each one optimizer step on the whole of it (PPO epochs)."""
+    """Passes over each rollout (PPO epochs)."""
+    minibatches: int = Field(1, gt=0)
+    """Optimizer steps in each pass, each on an equal part of the rollout; the parts are drawn anew
+    for each pass. 1: one step on the whole of it."""
+    mask_truncated: bool = False
+    """Leave samples that were cut off at `lengths.max_new` out of the loss, because their reward
+    says nothing about the answer they were heading for (DAPO, arXiv:2503.14476, §3.4). They still
+    count in the baseline of their problem."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
     """Truncated importance sampling for engines whose log-probabilities differ from the trainer's:
@@ -97,6 +104,12 @@ class Rl(Component):
                 "samples",
                 "samples: expected at least {least}: {kind} compares the samples of a problem",
                 {"least": least, "kind": self.algorithm.kind},
+            )
+        if self.minibatches > self.prompts * self.samples:
+            raise PydanticCustomError(
+                "minibatches",
+                "minibatches: expected at most prompts × samples = {size}",
+                {"size": self.prompts * self.samples},
             )
         return self
 
@@ -159,7 +172,17 @@ class Trainer:
             return metrics
         batch, scored = self.score(selected)
         batch, weighed = correct_mismatch(self.algorithm.credit(batch), self.stage.mismatch_cap)
-        return {**metrics, **scored, **weighed, **self.update(batch, n)}
+        metrics |= {**scored, **weighed}
+        kept = [i for i, r in enumerate(selected) if self.counts(r)]
+        if not kept:
+            return metrics
+        if len(kept) < len(selected):
+            batch = batch.rows(torch.tensor(kept, device=self.policy.device))
+        return {**metrics, **self.update(batch, n)}
+
+    def counts(self, rollout: Rollout) -> bool:
+        """Whether a rollout is part of the loss."""
+        return not (self.stage.mask_truncated and rollout.completion.finish_reason == "length")
 
     def fits(self, rollout: Rollout) -> bool:
         """Whether a rollout, a gold one maybe, is within the limits that samples are drawn to."""
@@ -234,20 +257,20 @@ class Trainer:
     # --- update ---
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
-        """`updates` optimizer steps on the whole rollout, fewer where one's numbers are not finite;
-        metrics, means over them.
+        """`updates` passes over the rollout, in `minibatches` optimizer steps each, fewer if the
+        numbers of one are not finite; metrics, means over the steps.
 
         Raises: NonFiniteError where the recipe does not allow a step to be left out.
         """
         started = time.perf_counter()
         table, where = self.stage.optimizer, f"{self.context.name} step {n}"
-        batch = replace(batch, weights=self.algorithm.weights(batch))
         share = rate(table, step=n, total_steps=self.stage.steps)
         self.policy.train(self.algorithm.dropout)
-        passes: list[dict[str, float]] = []
-        for _ in range(self.stage.updates):
+        steps: list[dict[str, float]] = []
+        sequences = tokens = 0
+        for part in self.parts(batch, n):
             try:
-                metrics = self.accumulate(batch, where)
+                metrics = self.accumulate(part, where)
                 metrics["grad/norm"] = optimizer_step(
                     self.policy,
                     self.optimizer,
@@ -256,21 +279,33 @@ class Trainer:
                     where=where,
                 )
             except NonFiniteError as error:
-                self.loop.give_up_step(error, batch_rows(batch, self.policy))
+                self.loop.give_up_step(error, batch_rows(part, self.policy))
                 break
-            passes.append(metrics)
-        tokens = batch.tokens
+            steps.append(metrics)
+            sequences, tokens = sequences + len(part), tokens + int(part.tokens.lengths.sum())
         return {
             **{
-                name: sum(p[name] for p in passes) / len(passes)
-                for name in (passes[0] if passes else ())
+                name: sum(step[name] for step in steps) / len(steps)
+                for name in (steps[0] if steps else ())
             },
             **value_metrics(batch),
             "optim/lr": table.learning_rate * share,
-            "compute/sequence_passes": len(passes) * len(batch),
-            "compute/train_tokens": len(passes) * int(tokens.lengths.sum()),
+            "compute/sequence_passes": sequences,
+            "compute/train_tokens": tokens,
             "time/update_s": time.perf_counter() - started,
         }
+
+    def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
+        """The minibatches of every update of rollout `n`, each with the weights of its own loss."""
+        count = min(self.stage.minibatches, len(batch))
+        if batch.nll_weights is not None:  # shares of the whole rollout; a part holds 1 / count
+            batch = replace(batch, nll_weights=batch.nll_weights * count)
+        for update in range(self.stage.updates):
+            draw = generator(self.context.seed("minibatches", n), update)
+            order = torch.from_numpy(draw.permutation(len(batch))).to(self.policy.device)
+            for index in order.tensor_split(count):
+                part = batch if count == 1 else batch.rows(index)
+                yield replace(part, weights=self.algorithm.weights(part))
 
     def accumulate(self, batch: RolloutBatch, where: str) -> dict[str, float]:
         """Add the gradient of the minibatch, micro-batch by micro-batch. Raises: NonFiniteError."""
