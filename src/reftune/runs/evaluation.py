@@ -3,18 +3,16 @@ a problem."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reftune.stages.rollouts import Collector
-from reftune.processes.world import from_main
-from reftune.storage.json_lines import JsonLines
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
 from reftune.seeds import derive_seed
-from reftune.types import Completion, Graded, Problem, SamplingParams, Verdict
+from reftune.stages.rollouts import Collector
 from reftune.storage.json_lines import in_parts
+from reftune.types import Completion, Graded, Problem, SamplingParams, Verdict
 
 PROBLEMS_AT_ONCE = 250
 """Problems in a part, answered together; an evaluation that was stopped goes on after the last
@@ -22,7 +20,13 @@ whole part."""
 
 
 def evaluate(
-    policy: Policy, problems: Sequence[Problem], collector: Collector, recipe: Recipe, *, method: str, path: Path
+    policy: Policy,
+    problems: Sequence[Problem],
+    collector: Collector,
+    recipe: Recipe,
+    *,
+    method: str,
+    path: Path,
 ) -> list[dict[str, Any]]:
     """Answer `problems` and write `path`; whole parts that are there already are kept. Returns all
     lines.
@@ -32,17 +36,28 @@ def evaluate(
     """
 
     def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
-        seed, num_samples = derive_seed(recipe.seed, method, "evaluate", start), recipe.evaluate.num_samples(method)
+        seed, num_samples = (
+            derive_seed(recipe.seed, method, "evaluate", start),
+            recipe.evaluate.num_samples(method),
+        )
         return _answer(policy, part, collector, recipe, num_samples=num_samples, seed=seed)
 
     return in_parts(problems, path, answer, at_once=PROBLEMS_AT_ONCE)
 
 
 def _answer(
-    policy: Policy, problems: Sequence[Problem], collector: Collector, recipe: Recipe, *, num_samples: int, seed: int
+    policy: Policy,
+    problems: Sequence[Problem],
+    collector: Collector,
+    recipe: Recipe,
+    *,
+    num_samples: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
     table, max_new = recipe.evaluate, recipe.lengths.max_new
-    greedy = collector.solve(policy, problems, SamplingParams(max_new_tokens=max_new, temperature=0))
+    greedy = collector.solve(
+        policy, problems, SamplingParams(max_new_tokens=max_new, temperature=0)
+    )
     rows = [
         {
             "id": problem.id,
@@ -51,14 +66,24 @@ def _answer(
             "prompt_tokens": len(prompt),
             "greedy": {**_answered(completion, graded), "tokens": len(completion.token_ids)},
         }
-        for problem, prompt, completion, graded in zip(problems, greedy.prompts, greedy.completions, greedy.graded, strict=True)
+        for problem, prompt, completion, graded in zip(
+            problems, greedy.prompts, greedy.completions, greedy.graded, strict=True
+        )
     ]
     if num_samples == 0:
         return rows
-    params = SamplingParams(max_new_tokens=max_new, temperature=table.temperature, top_k=table.top_k, seed=seed)
+    params = SamplingParams(
+        max_new_tokens=max_new, temperature=table.temperature, top_k=table.top_k, seed=seed
+    )
     sampled = collector.solve(policy, [p for p in problems for _ in range(num_samples)], params)
-    answers = [_answered(completion, graded) for completion, graded in zip(sampled.completions, sampled.graded, strict=True)]
-    return [{**row, "samples": answers[i * num_samples : (i + 1) * num_samples]} for i, row in enumerate(rows)]
+    answers = [
+        _answered(completion, graded)
+        for completion, graded in zip(sampled.completions, sampled.graded, strict=True)
+    ]
+    return [
+        {**row, "samples": answers[i * num_samples : (i + 1) * num_samples]}
+        for i, row in enumerate(rows)
+    ]
 
 
 def _answered(completion: Completion, graded: Graded) -> dict[str, Any]:

@@ -20,31 +20,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from reftune.processes import world
-from reftune.storage.atomic import write_atomically
-from reftune.stages.probes.choices import choices_path, diagnose, is_multiple_choice, write_rows
-from reftune.stages.rollouts import Collector
 from reftune.datasets import Splits
-from reftune.model.encoder import Encoder
 from reftune.errors import CheckpointError, DataError, RecipeError
-from reftune.runs.evaluation import accuracy, evaluate
 from reftune.grading.formats import Format
-from reftune.storage.json_lines import JsonLines
-from reftune.model.weights import load_model, load_pretrained
+from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
-from reftune.stages.progress import Progress
-from reftune.recipe import LoraTable, Recipe
-from reftune.recipe import dump_recipe, parse_recipe
-from reftune.stages.reward_model import WEIGHTS, Classifier, add_scores, is_scored, load_classifier, require_same_tokenizer
+from reftune.model.weights import load_model, load_pretrained
+from reftune.processes import world
+from reftune.recipe import LoraTable, Recipe, dump_recipe, parse_recipe
+from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
+from reftune.stages.probes.choices import choices_path, diagnose, is_multiple_choice, write_rows
+from reftune.stages.progress import Progress
+from reftune.stages.reward_model import (
+    WEIGHTS,
+    Classifier,
+    add_scores,
+    is_scored,
+    load_classifier,
+    require_same_tokenizer,
+)
+from reftune.stages.rollouts import Collector
 from reftune.stages.sft import gold_examples
 from reftune.stages.stage import Stage, StageContext
+from reftune.storage.atomic import write_atomically
+from reftune.storage.json_lines import JsonLines
 from reftune.types import Graded, Problem, SamplingParams, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BEFORE_CLAIM = frozenset({".lock", "env.json", "data.json", ".env.json.partial", ".data.json.partial", ".recipe.yaml.partial"})
+BEFORE_CLAIM = frozenset(
+    {
+        ".lock",
+        "env.json",
+        "data.json",
+        ".env.json.partial",
+        ".data.json.partial",
+        ".recipe.yaml.partial",
+    }
+)
 """What a run that was killed before `recipe.yaml` was there may have left."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 
@@ -65,19 +80,26 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 
 
 def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
-    """Only the stages of these kinds; what they start from must be there. Raises: as `run_recipe`.
-    """
+    """Only the stages of these kinds; what they start from must be there. Raises: as
+    `run_recipe`."""
     names = [name for name, stage in recipe.stages.items() if stage.kind in kinds]
     if not names:
-        raise RecipeError(f"{recipe.name}: no stage of kind {' or '.join(sorted(kinds))}; it has {_kinds(recipe)}")
+        raise RecipeError(
+            f"{recipe.name}: no stage of kind {' or '.join(sorted(kinds))}; it has {_kinds(recipe)}"
+        )
     made = {"base", *(method for name in names for method in (*recipe.stages[name].produces, name))}
-    _require_trained(recipe, [method for name in names for method in recipe.stages[name].needs if method not in made])
+    _require_trained(
+        recipe,
+        [method for name in names for method in recipe.stages[name].needs if method not in made],
+    )
     with open_run(recipe, progress) as run:
         for name in names:
             run.train(name)
 
 
-def evaluate_methods(recipe: Recipe, methods: Collection[str], *, progress: Progress) -> dict[str, Any]:
+def evaluate_methods(
+    recipe: Recipe, methods: Collection[str], *, progress: Progress
+) -> dict[str, Any]:
     """Evaluate finished methods (all that the recipe names where `methods` is empty). Returns: the
     summary."""
     check_stage_graph(recipe)
@@ -155,7 +177,9 @@ def _readable_errors(folder: Path) -> Iterator[None]:
     except (NotADirectoryError, FileExistsError):
         raise CheckpointError(f"{folder}: cannot be a run folder: a file is in its place") from None
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+        raise CheckpointError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +193,10 @@ class Run:
 
     def is_trained(self, name: str) -> bool:
         """Whether stage `name` has left all its models."""
-        files = [self.stage_folder(method) / "stage.json" for method in (name, *self.recipe.stages[name].produces)]
+        files = [
+            self.stage_folder(method) / "stage.json"
+            for method in (name, *self.recipe.stages[name].produces)
+        ]
         return world.from_main(lambda: all(file.is_file() for file in files))
 
     def verify_inputs(self) -> None:
@@ -179,13 +206,22 @@ class Run:
         test problem is left.
         """
         policy = self.load_policy("base", lora=True)
-        collector, max_new, stages = self.collector(policy), self.recipe.lengths.max_new, self.recipe.stages.values()
+        collector, max_new, stages = (
+            self.collector(policy),
+            self.recipe.lengths.max_new,
+            self.recipe.stages.values(),
+        )
         asked = [*self.splits.dev, *self.problems_to_evaluate()]
         if any(stage.kind != "sft" for stage in stages):
             asked += self.splits.train
         collector.prompts(asked, policy, SamplingParams(max_new_tokens=max_new))
         if any(stage.kind == "sft" for stage in stages):
-            gold_examples(self.splits.train, collector.encoder, max_target=max_new, context_length=policy.context)
+            gold_examples(
+                self.splits.train,
+                collector.encoder,
+                max_target=max_new,
+                context_length=policy.context,
+            )
 
     def train(self, name: str) -> None:
         """Run stage `name` unless it is done. Raises: RecipeError where the method it starts from
@@ -213,11 +249,17 @@ class Run:
         recipe asks for them."""
         table = self.recipe.model
         if method == "base":
-            texts = scratch_texts(self.recipe.format, self.splits) if table.scratch is not None else ()
-            model, tokenizer = load_model(table, texts=texts, seed=derive_seed(self.recipe.seed, "base"))
+            texts = (
+                scratch_texts(self.recipe.format, self.splits) if table.scratch is not None else ()
+            )
+            model, tokenizer = load_model(
+                table, texts=texts, seed=derive_seed(self.recipe.seed, "base")
+            )
         else:
             _require_trained(self.recipe, [method])
-            model, tokenizer = load_pretrained(self.stage_folder(method), trust_remote_code=table.trust_remote_code)
+            model, tokenizer = load_pretrained(
+                self.stage_folder(method), trust_remote_code=table.trust_remote_code
+            )
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
         policy = self._policy(model, tokenizer, lora=table.lora if lora else None)
         policy.load_value_head(self.stage_folder(method))
@@ -226,7 +268,13 @@ class Run:
             policy.compile_blocks()
         return policy
 
-    def _policy(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, lora: LoraTable | None = None) -> Policy:
+    def _policy(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        lora: LoraTable | None = None,
+    ) -> Policy:
         """In the recipe's arithmetic and on its device."""
         table = self.recipe.model
         policy = Policy(model, tokenizer, dtype=getattr(torch, table.dtype), lora=lora)
@@ -251,7 +299,10 @@ class Run:
         table = self.recipe.evaluate
         problems: Sequence[Problem] = getattr(self.splits, table.split)[: table.limit]
         if not problems:
-            raise DataError(f"evaluate.split: the dataset has no {table.split} problems; expected some, or evaluate.split=dev")
+            raise DataError(
+                f"evaluate.split: the dataset has no {table.split} problems; expected some, or"
+                " evaluate.split=dev"
+            )
         return problems
 
     def evaluate(self, method: str) -> None:
@@ -261,14 +312,20 @@ class Run:
         path = self.folder / "eval" / f"{method}.jsonl"
         if len(world.from_main(JsonLines(path).rows)) < len(problems):
             policy = self.load_policy(method)
-            rows = evaluate(policy, problems, self.collector(policy), self.recipe, method=method, path=path)
-            self.progress.note(f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right")
+            rows = evaluate(
+                policy, problems, self.collector(policy), self.recipe, method=method, path=path
+            )
+            self.progress.note(
+                f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right"
+            )
         if is_multiple_choice(problems):
             self.diagnose(method, problems)
         if table.rerank is not None and not is_scored(world.from_main(JsonLines(path).rows)):
             classifier = self.load_reranker(table.rerank)
             encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
-            add_scores(path, problems, classifier, encoder, max_tokens=self.recipe.model.micro_batch_tokens)
+            add_scores(
+                path, problems, classifier, encoder, max_tokens=self.recipe.model.micro_batch_tokens
+            )
 
     def diagnose(self, method: str, problems: Sequence[Problem]) -> None:
         """Look for reward hacking in a method's greedy answers, once; see `choices`."""
@@ -278,10 +335,18 @@ class Run:
         evaluated = JsonLines(self.folder / "eval" / f"{method}.jsonl")
         answers = [row["greedy"] for row in world.from_main(evaluated.rows)]
         policy = self.load_policy(method)
-        graded = [Graded(verdict=Verdict(a["verdict"]), value=a["value"], reason=a["reason"]) for a in answers]
+        graded = [
+            Graded(verdict=Verdict(a["verdict"]), value=a["value"], reason=a["reason"])
+            for a in answers
+        ]
         texts = [answer["completion"] for answer in answers]
         max_new = self.recipe.lengths.max_new
-        write_rows(path, diagnose(policy, self.collector(policy), problems, texts, graded, max_new_tokens=max_new))
+        write_rows(
+            path,
+            diagnose(
+                policy, self.collector(policy), problems, texts, graded, max_new_tokens=max_new
+            ),
+        )
 
     def load_reranker(self, name: str) -> Classifier:
         """A reward model by its stage or by its folder in another run."""
@@ -295,7 +360,9 @@ class Run:
         write."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
-            require_same_tokenizer(self.load_reranker(name), self.load_policy("base"), where=f"evaluate.rerank: {name}")
+            require_same_tokenizer(
+                self.load_reranker(name), self.load_policy("base"), where=f"evaluate.rerank: {name}"
+            )
 
     def summarize(self) -> dict[str, Any]:
         """summary.json and report.html, from the files of the run alone."""
@@ -318,10 +385,16 @@ def load_splits(recipe: Recipe) -> Splits:
     """The recipe's problems. Raises: DataError."""
     splits: Splits = recipe.dataset.load(seed=derive_seed(recipe.seed, "data"))
     if not splits.train:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in splits.counts.items()) or "nothing was dropped"
+        dropped = (
+            ", ".join(f"{count} {reason}" for reason, count in splits.counts.items())
+            or "nothing was dropped"
+        )
         raise DataError(f"dataset: no training row is left ({dropped})")
     if not splits.dev:
-        raise DataError("dataset: no dev problems, and models are chosen on dev; set dataset.dev_size or a dev file")
+        raise DataError(
+            "dataset: no dev problems, and models are chosen on dev; set dataset.dev_size or a dev"
+            " file"
+        )
     return splits
 
 
@@ -330,7 +403,11 @@ def data_facts(splits: Splits) -> dict[str, Any]:
     what was dropped."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
-    return {"problems": sizes, "train_without_rationale": len(splits.train) - with_rationale, "dropped": dict(splits.counts)}
+    return {
+        "problems": sizes,
+        "train_without_rationale": len(splits.train) - with_rationale,
+        "dropped": dict(splits.counts),
+    }
 
 
 def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
@@ -349,7 +426,10 @@ def check_stage_graph(recipe: Recipe) -> None:
         for method in stage.needs:
             if method not in known:
                 key = next(key for key in type(stage).model_fields if getattr(stage, key) == method)
-                raise RecipeError(f"stages.{name}.{key}: {method} is no earlier method; known here: {', '.join(known)}")
+                raise RecipeError(
+                    f"stages.{name}.{key}: {method} is no earlier method; known here:"
+                    f" {', '.join(known)}"
+                )
         for method in (*stage.produces, name):
             if method in made:
                 raise RecipeError(f"stages.{name}: method {method} is made twice")
@@ -358,19 +438,23 @@ def check_stage_graph(recipe: Recipe) -> None:
     for key in ("stages", "sampled"):
         for method in getattr(recipe.evaluate, key) or ():
             if method not in known[1:]:
-                raise RecipeError(f"evaluate.{key}: {method} is no method; known: {', '.join(known[1:])}")
+                raise RecipeError(
+                    f"evaluate.{key}: {method} is no method; known: {', '.join(known[1:])}"
+                )
     rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
     rerank = recipe.evaluate.rerank
     if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
         raise RecipeError(
-            f"evaluate.rerank: {rerank} is no reward model: not among this recipe's ({', '.join(rerankers) or 'it has none'}), "
-            f"and no folder with a {WEIGHTS}"
+            f"evaluate.rerank: {rerank} is no reward model: not among this recipe's"
+            f" ({', '.join(rerankers) or 'it has none'}), and no folder with a {WEIGHTS}"
         )
 
 
 def _methods_to_evaluate(recipe: Recipe) -> list[str]:
     """In the order they come to be; a stage's snapshots before the stage."""
-    methods = [method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)]
+    methods = [
+        method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)
+    ]
     wanted = recipe.evaluate.stages
     return [method for method in methods if wanted is None or method in wanted]
 
@@ -388,19 +472,27 @@ def _require_trained(recipe: Recipe, methods: Collection[str]) -> None:
     for method in methods:
         folder = recipe.folder / "stages" / method
         if not (folder / "stage.json").is_file():
-            raise RecipeError(f"{folder}: method {method} is not trained yet; `reftune run` trains all")
+            raise RecipeError(
+                f"{folder}: method {method} is not trained yet; `reftune run` trains all"
+            )
 
 
 def _refuse_foreign(folder: Path, recipe: Recipe) -> bool:
     """Whether the folder is free; refuses one that is neither free nor this recipe's."""
     path = folder / "recipe.yaml"
     if path.is_file():
-        difference = _first_difference(_as_of_now(_read_own_recipe(path)), yaml.safe_load(dump_recipe(recipe)))
+        difference = _first_difference(
+            _as_of_now(_read_own_recipe(path)), yaml.safe_load(dump_recipe(recipe))
+        )
         if difference is not None:
-            raise RecipeError(f"{folder}: belongs to another recipe: {difference}; choose another run_dir")
+            raise RecipeError(
+                f"{folder}: belongs to another recipe: {difference}; choose another run_dir"
+            )
         return False
     if folder.exists() and any(child.name not in BEFORE_CLAIM for child in folder.iterdir()):
-        raise CheckpointError(f"{folder}: is not empty and not a run folder (no recipe.yaml); choose another run_dir")
+        raise CheckpointError(
+            f"{folder}: is not empty and not a run folder (no recipe.yaml); choose another run_dir"
+        )
     return True
 
 
@@ -452,7 +544,16 @@ def environment() -> dict[str, Any]:
 def command() -> str:
     """What was typed to start this process."""
     program, *arguments = sys.argv
-    return shlex.join([*(["reftune"] if Path(program).name in ("reftune", "__main__.py") else ["python", program]), *arguments])
+    return shlex.join(
+        [
+            *(
+                ["reftune"]
+                if Path(program).name in ("reftune", "__main__.py")
+                else ["python", program]
+            ),
+            *arguments,
+        ]
+    )
 
 
 def _version(distribution: str) -> str | None:

@@ -5,32 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reftune.stages.rollouts import Collector
 from reftune.model.policy import Policy
-from reftune.stages.progress import SilentProgress
-from reftune.text import printable
 from reftune.recipe import Recipe
 from reftune.runs.run import Run, load_splits
+from reftune.stages.progress import SilentProgress
+from reftune.stages.rollouts import Collector
+from reftune.text import printable
 from reftune.types import Problem, SamplingParams
 
 
-def sample_method(recipe: Recipe, method: str, *, split: str, num: int, temperature: float) -> list[dict[str, Any]]:
+def sample_method(
+    recipe: Recipe, method: str, *, split: str, num: int, temperature: float
+) -> list[dict[str, Any]]:
     """Solutions of the first `num` problems of a split by a finished method of the recipe's run, or
     by `base`.
 
     Raises: RecipeError where the method is not trained yet.
     """
-    run = Run(recipe=recipe, splits=load_splits(recipe), folder=recipe.folder, progress=SilentProgress())
+    run = Run(
+        recipe=recipe, splits=load_splits(recipe), folder=recipe.folder, progress=SilentProgress()
+    )
     policy = run.load_policy(method)
     problems: Sequence[Problem] = getattr(run.splits, split)[:num]
     return sample_rows(policy, run.collector(policy), problems, recipe, temperature=temperature)
 
 
 def sample_rows(
-    policy: Policy, collector: Collector, problems: Sequence[Problem], recipe: Recipe, *, temperature: float
+    policy: Policy,
+    collector: Collector,
+    problems: Sequence[Problem],
+    recipe: Recipe,
+    *,
+    temperature: float,
 ) -> list[dict[str, Any]]:
     """One row a problem: question, gold, completion, verdict and the reason for it."""
-    params = SamplingParams(max_new_tokens=recipe.lengths.max_new, temperature=temperature, seed=recipe.seed)
+    params = SamplingParams(
+        max_new_tokens=recipe.lengths.max_new, temperature=temperature, seed=recipe.seed
+    )
     solved = collector.solve(policy, problems, params)
     return [
         {
@@ -43,7 +54,9 @@ def sample_rows(
             "reason": graded.reason,
             "finish_reason": completion.finish_reason,
         }
-        for problem, completion, graded in zip(problems, solved.completions, solved.graded, strict=True)
+        for problem, completion, graded in zip(
+            problems, solved.completions, solved.graded, strict=True
+        )
     ]
 
 

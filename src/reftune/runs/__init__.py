@@ -1,0 +1,1 @@
+"""A whole run: stages in order, evaluation, summary, export."""
