@@ -446,7 +446,8 @@ def test_minibatches_are_equal_parts_that_each_pass_draws_anew(make_trainer):
     parts = list(trainer.parts(batch, 1))
     first, second = ([p.rewards.tolist() for p in parts[i : i + 4]] for i in (0, 4))
     assert [len(part) for part in first] == [2, 2, 2, 2]
-    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(8))
+    assert sorted(i for part in first for i in part) == list(range(8))
+    assert sorted(i for part in second for i in part) == list(range(8))
     assert first != second
     assert all(float(part.weights.sum()) == pytest.approx(1) for part in parts)
     assert [p.rewards.tolist() for p in trainer.parts(batch, 1)] == first + second  # resumes

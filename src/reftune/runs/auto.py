@@ -53,7 +53,7 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 
 
 def _stored(recipe: Recipe) -> Values:
-    """What the run folder's recipe says of the open keys; a folder that is no run's says nothing."""
+    """What the run folder's recipe says of the open keys; nothing if it is no run's."""
     try:
         stored = parse_recipe(yaml.safe_load((recipe.folder / "recipe.yaml").read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):
