@@ -66,6 +66,9 @@ class Problem:
     """Option texts of a multiple-choice question, a first; empty otherwise."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The data's other columns, handed to a user's reward function by name."""
+    gold_text: str = ""
+    """The gold as the data spell it, which `reftune check` shows beside what was read; empty if it
+    is not known."""
     messages: tuple[Message, ...] = ()
     """The turns before the answer, for a chat prompt; empty if the data are not conversations.
     `question` holds the text of those that are not a system message."""

@@ -151,7 +151,12 @@ def test_a_folder_may_hold_parquet_shards(tmp_path: Path) -> None:
         ("a.csv", 'q,a\n"1"x,2\n', ":2: not valid CSV ("),
         ("a.csv", "q,a\n", "no rows in the train split; expected at least one"),
         ("a.parquet", "PAR", ": not a readable parquet file ("),
-        ("a.xlsx", "x", ": cannot read .xlsx; expected .jsonl, .json, .csv, .tsv, .parquet"),
+        ("a.xlsx", "x", ": not a readable Excel file (File is not a zip file)"),
+        (
+            "a.xls",
+            "x",
+            ": cannot read .xls; expected .jsonl, .json, .ndjson, .csv, .tsv, .xlsx, .parquet",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line_with_file_and_line(

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from reftune.types import Problem
+from reftune.datasets.reading.file_dataset import FileDataset
+from reftune.datasets.reading.rows import Row
+from reftune.datasets.reading.splits import Splits
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Splits:
-    """Problems by use. No question is in two of them."""
-
-    train: tuple[Problem, ...]
-    dev: tuple[Problem, ...]
-    test: tuple[Problem, ...]
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """What was dropped and why, for the log: `duplicate`, `program_disagrees`, …"""
+__all__ = ["Dataset", "FileDataset", "Row", "Splits"]
 
 
 class Dataset(Protocol):

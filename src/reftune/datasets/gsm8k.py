@@ -7,22 +7,17 @@ import builtins
 import keyword
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
-
-from reftune.datasets import Splits
-from reftune.datasets.reading.authors import COLUMNS, Rationale, authors_rationale, is_authors
-from reftune.datasets.reading.programs import arithmetic, drop_wrong_programs, program
-from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes, shown
-from reftune.datasets.reading.splits import draw_splits, read_splits
+from reftune.datasets.reading.authors import PaperDataset
+from reftune.datasets.reading.files import shown
+from reftune.datasets.reading.programs import arithmetic, program
+from reftune.datasets.reading.rows import Row, read_value
 from reftune.errors import DataError
-from reftune.recipe import Component
 from reftune.types import Answer, Problem
 
 ANNOTATION = re.compile(r"<<(?P<expression>[^<>=]*)=(?P<result>[^<>=]*)>>(?P<after>[^<\n]*)")
 PLAIN_NUMBER = re.compile(r"[0-9]*\.?[0-9]+")
-AUTHORS_FILES = {"nl": "gsm8k_nl.json", "program": "gsm8k_python_sdp.json"}
 NOT_NAMES = frozenset(
     "a all an and are as at because but by each every for from has have he her his if in is it more"
     " of on or per she so than that the their then there they this to was we were when which while"
@@ -31,52 +26,17 @@ NOT_NAMES = frozenset(
 MAX_NAME_WORDS = 2
 
 
-class Gsm8k(Component):
+class Gsm8k(PaperDataset):
     """GSM8K from the Hub, from OpenAI's jsonl files or from the JSON files of ReFT's authors."""
 
     train: str = "openai/gsm8k:main"
-    """A file, a folder, or a Hub id `owner/name[:config[:split]]`."""
-    test: str | None = None
-    """Default: the test split beside `train`, if that is a folder or a Hub id."""
-    dev: str | None = None
-    """Default: drawn from train."""
-    dev_size: int | None = Field(None, ge=0)
-    """How many questions to draw for dev. Default: a tenth of train, at most 500."""
-    rationale: Rationale = "program"
-    """`nl`: the solution as published. `program`: derived from its <<48/2=24>> annotations, kept if
-    it gives the gold."""
     annotations: Literal["keep", "drop"] = "keep"
     """What becomes of <<48/2=24>> in an `nl` rationale."""
 
-    def load(self, *, seed: int) -> Splits:
-        """Raises: DataError with file and line."""
-        names = {"train": [AUTHORS_FILES[self.rationale]], "test": ["gsm8k_test_set.json"]}
-        rows = read_splits(self.train, self.dev, self.test, names=names)
-        splits = draw_splits(
-            train=self._problems(rows.train),
-            dev=None if rows.dev is None else self._problems(rows.dev),
-            test=self._problems(rows.test),
-            dev_size=self.dev_size,
-            seed=seed,
-        )
-        return drop_wrong_programs(splits) if self.rationale == "program" else splits
+    authors_name: ClassVar[str] = "gsm8k"
 
-    def _problems(self, rows: list[Row]) -> Iterable[Problem]:
-        refuse_type_changes(rows, ("question", "answer", "answer_value", "answer_cot"))
-        return [
-            self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows
-        ]
-
-    def _authors_problem(self, row: Row) -> Problem:
-        return Problem(
-            id=row.text("item_id"),
-            question=row.text("question"),
-            answer=Answer(kind="number", value=row.number("answer_value")),
-            rationale=authors_rationale(row, self.rationale),
-            columns=row.others(*COLUMNS),
-        )
-
-    def _problem(self, row: Row) -> Problem:
+    def published_problem(self, row: Row) -> Problem:
+        """`answer` is the annotated solution, its last line `#### 72`."""
         solution, marker, gold_text = row.text("answer").rpartition("####")
         gold = read_value(gold_text.strip())
         if not marker or gold is None:
@@ -88,6 +48,7 @@ class Gsm8k(Component):
             id=row.id,
             question=row.text("question"),
             answer=Answer(kind="number", value=gold),
+            gold_text=gold_text.strip(),
             rationale=self._rationale(solution.strip()),
             columns=row.others("question", "answer"),
         )

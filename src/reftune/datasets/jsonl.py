@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ast
 import string
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
-
-from reftune.datasets import Splits
+from reftune.datasets import FileDataset
 from reftune.datasets.reading.authors import is_authors
-from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes, shown
-from reftune.datasets.reading.splits import draw_splits, read_splits
+from reftune.datasets.reading.file_dataset import Split
+from reftune.datasets.reading.files import shown
+from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes
 from reftune.errors import DataError
-from reftune.recipe import Component, Table
+from reftune.recipe import Table
 from reftune.types import Answer, Problem
 
 Kind = Literal["number", "choice", "text"]
@@ -40,48 +40,33 @@ AUTHORS_COLUMNS = Columns(
 )
 
 
-class Jsonl(Component):
+class Jsonl(FileDataset):
     """Your own data. Rows that ask the same question may each bring another rationale."""
 
-    train: str
-    """A file, a folder with one file a split, or a Hub id `owner/name[:config[:split]]`."""
-    test: str | None = None
-    """Default: the test split beside `train`, if that is a folder or a Hub id; else there is none.
-    """
-    dev: str | None = None
-    """Default: drawn from train."""
-    dev_size: int | None = Field(None, ge=0)
-    """How many questions to draw for dev. Default: a tenth of train, at most 500."""
     columns: Columns = Columns()
     """Which column is what. The JSON format of ReFT's authors is recognised without it."""
     answer_kind: Literal["number", "choice", "text", "auto"] = "auto"
     """`auto`: `choice` where a row has choices, else as the first row's answer, `number` if it can
     be read as one."""
 
-    def load(self, *, seed: int) -> Splits:
+    several_rationales: ClassVar[bool] = True
+
+    def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
         """Raises: DataError with file and line."""
-        rows = read_splits(self.train, self.dev, self.test)
+        if not rows:
+            return []
         columns = (
-            AUTHORS_COLUMNS
-            if self.columns == Columns() and is_authors(rows.train[0])
-            else self.columns
+            AUTHORS_COLUMNS if self.columns == Columns() and is_authors(rows[0]) else self.columns
         )
-        kind = _kind_of(rows.train[0], columns) if self.answer_kind == "auto" else self.answer_kind
-        _refuse_missing(rows.train[0], columns)
-        return draw_splits(
-            train=_problems(rows.train, columns, kind),
-            dev=None if rows.dev is None else _problems(rows.dev, columns, kind),
-            test=_problems(rows.test, columns, kind),
-            dev_size=self.dev_size,
-            seed=seed,
-            several_rationales=True,
-        )
+        kind = _kind_of(rows[0], columns) if self.answer_kind == "auto" else self.answer_kind
+        if split == "train":
+            _refuse_missing(rows[0], columns)
+        refuse_type_changes(rows, [name for name in columns.model_dump().values() if name])
+        return [_problem(row, columns, kind) for row in rows]
 
-
-def _problems(rows: Sequence[Row], columns: Columns, kind: Kind) -> list[Problem]:
-    names = [name for name in columns.model_dump().values() if name is not None]
-    refuse_type_changes(rows, names)
-    return [_problem(row, columns, kind) for row in rows]
+    def problem(self, row: Row) -> Problem:
+        """As `problems`, of one row."""
+        return self.problems([row], "test", Counter())[0]
 
 
 def _problem(row: Row, columns: Columns, kind: Kind) -> Problem:

@@ -9,22 +9,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from reftune.datasets import Splits
-from reftune.datasets.reading.authors import COLUMNS, Rationale, authors_rationale, is_authors
+from reftune.datasets.reading.authors import COLUMNS as AUTHORS_COLUMNS
+from reftune.datasets.reading.authors import PaperDataset, authors_rationale, is_authors
+from reftune.datasets.reading.file_dataset import Split, Unusable
+from reftune.datasets.reading.files import shown
 from reftune.datasets.reading.mathqa_formula import formula_steps
-from reftune.datasets.reading.programs import drop_wrong_programs, program, run_programs
-from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes, shown
-from reftune.datasets.reading.splits import draw_splits, drop_untrainable, normalised, read_splits
+from reftune.datasets.reading.programs import program, run_programs
+from reftune.datasets.reading.rows import Row, read_value
+from reftune.datasets.reading.splits import Key, drop_untrainable, normalised
 from reftune.errors import DataError
-from reftune.recipe import Component
 from reftune.types import Answer, Problem
 
 LETTERS = "abcde"
-AUTHORS_NAMES = {"choice": "mathqa", "numeric": "mathqa-numeric"}
 FORMULA_TOLERANCE = Fraction(1, 100)
 """Relative: options are rounded, formulas are not."""
 
@@ -42,113 +41,96 @@ FINAL_LETTER = re.compile(
 MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
 
 
-class Mathqa(Component):
-    """MathQA from the Hub, from its own json files, or from the JSON files of ReFT's authors."""
+def stem_key(problem: Problem) -> str:
+    """Without the options: the same question with other options is the same question."""
+    return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
+
+
+class Mathqa(PaperDataset):
+    """MathQA from the Hub, from its own json files, or from the JSON files of ReFT's authors. Its
+    programs are derived from linear_formula; for `choice` they return the letter of the nearest
+    option."""
 
     train: str = "regisss/math_qa"
-    """A file, a folder, or a Hub id `owner/name[:config[:split]]`."""
-    test: str | None = None
-    """Default: the test split beside `train`, if that is a folder or a Hub id."""
-    dev: str | None = None
-    """Default: drawn from train."""
-    dev_size: int | None = Field(None, ge=0)
-    """How many questions to draw for dev. Default: a tenth of train, at most 500."""
     answer: Literal["choice", "numeric"] = "choice"
     """`choice`: the question ends in its options and the gold is a letter. `numeric`: no options,
     the gold is a number."""
-    rationale: Rationale = "program"
-    """`nl`: as published. `program`: derived from linear_formula; for `choice` it returns the
-    letter of the nearest option."""
 
-    def load(self, *, seed: int) -> Splits:
-        """Raises: DataError with file and line."""
-        authors = AUTHORS_NAMES[self.answer]
-        ending = "nl" if self.rationale == "nl" else "python_sdp"
-        names = {"train": [f"{authors}_{ending}.json"], "test": [f"{authors}_test_set.json"]}
-        rows = read_splits(self.train, self.dev, self.test, names=names)
-        counts: Counter[str] = Counter()
-        splits = draw_splits(
-            train=self._gold_checked(rows.train, counts),
-            dev=None if rows.dev is None else self._gold_checked(rows.dev, counts),
-            test=[problem for problem in self._problems(rows.test) if problem is not None],
-            dev_size=self.dev_size,
-            seed=seed,
-            key=_stem_key,
-        )
-        counts["test_without_number"] = len(rows.test) - len(splits.test)
-        splits = replace(splits, counts={**+counts, **splits.counts})
+    key: ClassVar[Key] = staticmethod(stem_key)
+
+    @property
+    def authors_name(self) -> str:  # type: ignore[override]
+        """Their numeric files are apart."""
+        return "mathqa" if self.answer == "choice" else "mathqa-numeric"
+
+    def trainable(self, splits: Splits) -> Splits:
+        """As in all of the paper's datasets; a choice's solution in words states the letter it ends
+        in, whatever it calls the answer before."""
         if self.rationale == "program":
-            return drop_wrong_programs(splits)
-        splits = drop_untrainable(splits, "no_rationale", lambda problem: problem.rationale is None)
-        return (
-            drop_untrainable(splits, "rationale_disagrees", _contradicts_gold)
-            if self.answer == "choice"
-            else splits
-        )
+            return super().trainable(splits)
+        splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
+        if self.answer == "numeric":
+            return super().trainable(splits)
+        return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
-    def _gold_checked(self, rows: list[Row], counts: Counter[str]) -> list[Problem]:
-        """Problems to learn from. Where the formula misses the gold by more than 1 %, one of the
-        two is wrong: a numeric problem is left out then, a multiple-choice one has no program."""
+    def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
+        """Where the formula misses the gold by more than 1 %, one of the two is wrong: a numeric
+        problem is left out then, a multiple-choice one has no program. Test is left as it is."""
+        if split == "test":
+            unread = Counter[str]()
+            problems = super().problems(rows, split, unread)
+            counts["without_number"] += unread.total()
+            return problems
         if (self.answer, self.rationale) == ("choice", "nl"):
-            return [problem for problem in self._problems(rows) if problem is not None]
+            return super().problems(rows, split, counts)
         problems = []
-        for problem, agrees in zip(self._problems(rows), _formulas_agree(rows), strict=True):
-            if problem is None:
-                counts["no_number"] += 1
-            elif agrees:
-                problems.append(problem)
-            elif self.answer == "numeric":
-                counts["formula_disagrees"] += 1
-            else:
-                problems.append(replace(problem, rationale=None))
+        for row, agrees in zip(rows, _formulas_agree(rows), strict=True):
+            for problem in super().problems([row], split, counts):
+                if agrees:
+                    problems.append(problem)
+                elif self.answer == "numeric":
+                    counts["formula_disagrees"] += 1
+                else:
+                    problems.append(replace(problem, rationale=None))
         return problems
 
-    def _problems(self, rows: list[Row]) -> list[Problem | None]:
-        """One a row; None where a numeric gold is asked for and the option says none."""
-        refuse_type_changes(
-            rows, ("Problem", "Rationale", "options", "correct", "linear_formula", *COLUMNS)
-        )
-        return [
-            self._authors_problem(row) if is_authors(row) else self._problem(row) for row in rows
-        ]
-
-    def _authors_problem(self, row: Row) -> Problem:
+    def authors_problem(self, row: Row) -> Problem:
+        """For `choice` the options are the question's last line and the gold is a letter."""
         question = repaired(row.text("question"))
-        options: tuple[str, ...] = ()
-        if self.answer == "choice":
-            question, _, spelled = question.rpartition("\n")
-            options = _options(row, spelled)
-            question = _with_options(question, options)
-            gold = _letter(row, "answer_value", options)
-        else:
-            gold = Answer(kind="number", value=row.number("answer_value"))
+        if self.answer == "numeric":
+            return replace(super().authors_problem(row), question=question)
+        question, _, spelled = question.rpartition("\n")
+        options = _options(row, spelled)
         return Problem(
             id=row.text("item_id"),
-            question=question,
-            answer=gold,
+            question=_with_options(question, options),
+            answer=_letter(row, "answer_value", options),
+            gold_text=row.text("answer_value"),
             rationale=authors_rationale(row, self.rationale),
             choices=options,
-            columns=row.others(*COLUMNS),
+            columns=row.others(*AUTHORS_COLUMNS),
         )
 
-    def _problem(self, row: Row) -> Problem | None:
+    def published_problem(self, row: Row) -> Problem:
+        """Raises: Unusable where a numeric gold is asked for and the option says none."""
         stem = repaired(row.text("Problem"))
         options, letter = _gold_of(row)
+        gold_text = options[LETTERS.index(str(letter))]
         columns = row.others("Problem", "Rationale", "options", "correct")
         if self.answer == "choice":
             rationale = _prose(row) if self.rationale == "nl" else choice_program(row, options)
-            question = _with_options(stem, options)
             return Problem(
                 id=row.id,
-                question=question,
+                question=_with_options(stem, options),
                 answer=letter,
+                gold_text=row.text("correct"),
                 rationale=rationale,
                 choices=options,
                 columns=columns,
             )
-        number = option_number(options[LETTERS.index(str(letter))])
+        number = option_number(gold_text)
         if number is None:
-            return None
+            raise Unusable("no_number")
         rationale = (
             FINAL_LETTER.sub("", _prose(row) or "") or None
             if self.rationale == "nl"
@@ -158,6 +140,7 @@ class Mathqa(Component):
             id=row.id,
             question=stem,
             answer=Answer(kind="number", value=number),
+            gold_text=gold_text,
             rationale=rationale,
             columns=columns,
         )
@@ -215,14 +198,9 @@ def _prose(row: Row) -> str | None:
     return None if text is None else repaired(text.strip('" \n')) or None
 
 
-def _contradicts_gold(problem: Problem) -> bool:
+def _ends_in_another_letter(problem: Problem) -> bool:
     match = FINAL_LETTER.search(problem.rationale or "")
     return match is not None and match[1] != problem.answer.value
-
-
-def _stem_key(problem: Problem) -> str:
-    """Without the options: the same question with other options is the same question."""
-    return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
 
 
 def _literal(value: Fraction) -> str:

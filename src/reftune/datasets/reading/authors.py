@@ -1,15 +1,65 @@
-"""The JSON files of ReFT's authors: {item_id, question, answer_cot, answer_value}, without
-answer_cot in test files."""
+"""The paper's datasets, which are also read from the JSON files of ReFT's authors: {item_id,
+question, answer_cot, answer_value}, without answer_cot in test files."""
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
+from reftune.datasets.reading.file_dataset import FileDataset
+from reftune.datasets.reading.programs import drop_wrong_programs
 from reftune.datasets.reading.rows import Row
+from reftune.datasets.reading.splits import Splits
 from reftune.errors import DataError
+from reftune.types import Answer, Problem
 
 Rationale = Literal["nl", "program"]
 COLUMNS = ("item_id", "question", "answer_cot", "answer_value")
+
+
+class PaperDataset(FileDataset):
+    """Base of GSM8K, SVAMP and MathQA."""
+
+    rationale: Rationale = "program"
+    """`nl`: the solution in words. `program`: derived from the data's annotations, kept if it gives
+    the gold."""
+
+    authors_name: ClassVar[str]
+    """What the authors' files begin with."""
+
+    @abstractmethod
+    def published_problem(self, row: Row) -> Problem:
+        """The problem of a row as the data set itself was published. Raises: as `problem`."""
+
+    def problem(self, row: Row) -> Problem:
+        """The problem of a row of either kind of file."""
+        return self.authors_problem(row) if is_authors(row) else self.published_problem(row)
+
+    def authors_problem(self, row: Row) -> Problem:
+        """The problem of a row of the authors' files."""
+        return Problem(
+            id=row.text("item_id"),
+            question=row.text("question"),
+            answer=Answer(kind="number", value=row.number("answer_value")),
+            gold_text=str(row.value("answer_value")),
+            rationale=authors_rationale(row, self.rationale),
+            columns=row.others(*COLUMNS),
+        )
+
+    def file_names(self) -> Mapping[str, Sequence[str]]:
+        """The authors' files, by rationale."""
+        ending = "nl" if self.rationale == "nl" else "python_sdp"
+        return {
+            "train": [f"{self.authors_name}_{ending}.json"],
+            "test": [f"{self.authors_name}_test_set.json"],
+        }
+
+    def trainable(self, splits: Splits) -> Splits:
+        """Programs must give the gold; a text must not state another answer."""
+        if self.rationale == "program":
+            return drop_wrong_programs(splits)
+        return super().trainable(splits)
 
 
 def is_authors(row: Row) -> bool:

@@ -8,9 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from reftune.datasets import Splits
-from reftune.datasets.reading.splits import drop_untrainable
-from reftune.types import Problem, Verdict
+from reftune.datasets.reading.splits import Splits, drop_untrainable
+from reftune.types import Graded, Problem, Verdict
 
 if TYPE_CHECKING:
     from reftune.grading.sandbox.result import ExecutionResult
@@ -73,9 +72,40 @@ def drop_wrong_programs(splits: Splits) -> Splits:
     """Train without the problems that have no program (`no_program`) or one that does not give the
     gold answer (`program_disagrees`). Dev keeps such problems, without a rationale: it should be no
     easier than test."""
-    wrong = _wrong_programs([*splits.train, *splits.dev])
+    graded = _graded_programs([*splits.train, *splits.dev])
     splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
-    return drop_untrainable(splits, "program_disagrees", lambda problem: problem.id in wrong)
+    return drop_untrainable(
+        splits,
+        "program_disagrees",
+        lambda problem: graded[problem.id].verdict is not Verdict.CORRECT,
+    )
+
+
+def drop_contradictions(splits: Splits) -> Splits:
+    """Train without the rationales that give another answer than their gold: a program that returns
+    it (`program_disagrees`), a text that states it (`rationale_disagrees`).
+
+    A program that fails, or a text that states no answer, says nothing about the gold and stays.
+    """
+    from reftune.grading.verdicts import grade_completion
+
+    rationales = [problem for problem in (*splits.train, *splits.dev) if problem.rationale]
+    graded = _graded_programs([p for p in rationales if "def solution(" in str(p.rationale)])
+    splits = drop_untrainable(
+        splits,
+        "program_disagrees",
+        lambda problem: problem.id in graded and graded[problem.id].verdict is Verdict.WRONG,
+    )
+    stated = {
+        problem.id: grade_completion(str(problem.rationale), problem)
+        for problem in rationales
+        if problem.id not in graded
+    }
+    return drop_untrainable(
+        splits,
+        "rationale_disagrees",
+        lambda problem: problem.id in stated and stated[problem.id].verdict is Verdict.WRONG,
+    )
 
 
 def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
@@ -88,14 +118,17 @@ def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
         return sandbox.run(programs)
 
 
-def _wrong_programs(problems: Sequence[Problem]) -> frozenset[str]:
+def _graded_programs(problems: Sequence[Problem]) -> dict[str, Graded]:
+    """Problem id → what its program's value is worth; a program that fails gives no answer."""
     from reftune.grading.sandbox.result import ExecutionStatus
     from reftune.grading.verdicts import grade_value
 
+    if not problems:
+        return {}
     results = run_programs([problem.rationale or "" for problem in problems])
-    return frozenset(
-        problem.id
+    return {
+        problem.id: grade_value(result.value, problem)
+        if result.status is ExecutionStatus.OK
+        else Graded(verdict=Verdict.ERROR, value=None, reason=result.reason)
         for problem, result in zip(problems, results, strict=True)
-        if result.status is not ExecutionStatus.OK
-        or grade_value(result.value, problem).verdict is not Verdict.CORRECT
-    )
+    }

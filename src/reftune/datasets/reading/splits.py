@@ -6,10 +6,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from reftune.datasets import Splits
 from reftune.datasets.reading.rows import Row, is_single_file, read_rows
 from reftune.errors import DataError
 from reftune.seeds import derive_seed
@@ -24,6 +23,17 @@ LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]|_")
 SILENT = frozenset(".,;:!?'\"`’‘“”…")
 """Sentence punctuation. Brackets and operators are not: they may be what a question is about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Splits:
+    """Problems by use. No question is in two of them."""
+
+    train: tuple[Problem, ...]
+    dev: tuple[Problem, ...]
+    test: tuple[Problem, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What was dropped and why, for the log: `duplicate`, `program_disagrees`, …"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +52,19 @@ def read_splits(
     test: str | None,
     *,
     names: Mapping[str, Sequence[str]] | None = None,
+    revision: str | None = None,
 ) -> SplitRows:
     """`test` None: the test split of `train` if that is a folder or Hub id, else no rows. Raises:
     DataError."""
-    names = names or {}
+
+    def rows(source: str, split: str) -> list[Row]:
+        return read_rows(source, split, names=(names or {}).get(split, ()), revision=revision)
+
     test = train if test is None and not is_single_file(train) else test
     return SplitRows(
-        train=read_rows(train, "train", names=names.get("train", ())),
-        dev=None if dev is None else read_rows(dev, "dev", names=names.get("dev", ())),
-        test=[] if test is None else read_rows(test, "test", names=names.get("test", ())),
+        train=rows(train, "train"),
+        dev=None if dev is None else rows(dev, "dev"),
+        test=[] if test is None else rows(test, "test"),
     )
 
 

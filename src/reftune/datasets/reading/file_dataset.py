@@ -1,0 +1,88 @@
+"""What datasets from files or the Hub share: where they are read, how dev is drawn, what is dropped
+and counted."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from reftune.datasets.reading.programs import drop_contradictions
+from reftune.datasets.reading.rows import Row
+from reftune.datasets.reading.splits import Key, Splits, draw_splits, question_key, read_splits
+from reftune.recipe import Component
+from reftune.types import Problem
+
+Split = Literal["train", "dev", "test"]
+
+
+class Unusable(Exception):
+    """Raised by `problem` for a row to leave out; says the reason that is counted."""
+
+
+class FileDataset(Component):
+    """Base of a dataset in files or on the Hub. A dataset of your own says what a row is:
+    `problem`."""
+
+    train: str
+    """A file, a folder with one file a split, or a Hub id `owner/name[:config[:split]]`."""
+    test: str | None = None
+    """Default: the test split beside `train`, if that is a folder or a Hub id; else there is none.
+    """
+    dev: str | None = None
+    """Default: drawn from train."""
+    dev_size: int | None = Field(None, ge=0)
+    """How many questions to draw for dev. Default: a tenth of train, at most 500."""
+    revision: str | None = None
+    """Branch, tag or commit of Hub data. Default: what the Hub has today."""
+
+    key: ClassVar[Key] = staticmethod(question_key)
+    """Problems of one key ask the same question."""
+    several_rationales: ClassVar[bool] = False
+    """Whether rows that ask the same question may each bring a rationale."""
+
+    @abstractmethod
+    def problem(self, row: Row) -> Problem:
+        """The row as a problem. Raises: DataError with file and line for a row that is wrong;
+        Unusable for one to leave out."""
+
+    def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
+        """The rows of a split as problems; those left out are counted by reason."""
+        found = []
+        for row in rows:
+            try:
+                found.append(self.problem(row))
+            except Unusable as reason:
+                counts[str(reason)] += 1
+        return found
+
+    def trainable(self, splits: Splits) -> Splits:
+        """`splits` without the training rows that nobody should learn from. Here: rationales that
+        contradict their gold."""
+        return drop_contradictions(splits)
+
+    def file_names(self) -> Mapping[str, Sequence[str]]:
+        """Split → names of its file in a folder that are looked for before the usual ones."""
+        return {}
+
+    def load(self, *, seed: int) -> Splits:
+        """Read, clean, draw dev. Raises: DataError with file and line."""
+        rows = read_splits(
+            self.train, self.dev, self.test, names=self.file_names(), revision=self.revision
+        )
+        dropped, dropped_of_test = Counter[str](), Counter[str]()
+        splits = draw_splits(
+            train=self.problems(rows.train, "train", dropped),
+            dev=None if rows.dev is None else self.problems(rows.dev, "dev", dropped),
+            test=self.problems(rows.test, "test", dropped_of_test),
+            dev_size=self.dev_size,
+            seed=seed,
+            key=type(self).key,
+            several_rationales=self.several_rationales,
+        )
+        of_test = {f"test_{reason}": count for reason, count in (+dropped_of_test).items()}
+        return self.trainable(replace(splits, counts={**+dropped, **of_test, **splits.counts}))

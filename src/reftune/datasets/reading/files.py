@@ -1,0 +1,320 @@
+"""Local files → records, each with the place it stands at.
+
+The readers are the standard library's wherever a table library would lose the line of a row or read
+`007`, `NA` and dates as something else: every cell of a table stays the text that was written.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import logging
+import re
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from reftune.errors import DataError
+
+LOG = logging.getLogger(__name__)
+Records = Iterator[tuple[str, Mapping[str, Any]]]
+"""(`file:line`, columns) of each record."""
+Line = tuple[str, Sequence[str | None]]
+"""(`file:line`, cells) of each line of a table."""
+DELIMITERS = ",;\t|"
+"""Tried in this order; the one that splits the first line into most columns is taken."""
+
+
+def ending(path: PurePath) -> str:
+    """`.csv` of `Data.CSV.gz`: lower case, without what only says that the file is packed."""
+    return PurePath(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_file(path: Path) -> Records:
+    """The records of a file, read by its ending. Raises: DataError, with the line if it has one."""
+    reader = READERS.get(ending(path))
+    if reader is None:
+        raise DataError(
+            f"{path}: cannot read {ending(path) or 'a file without ending'}; expected"
+            f" {', '.join(READERS)}"
+        )
+    return reader(path)
+
+
+def shown(value: object) -> str:
+    """A value for an error message: one short line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def type_name(value: object) -> str:
+    """What a value is called in an error message."""
+    if isinstance(value, bool):
+        return "a truth value"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Sequence):
+        return "a list"
+    return "a mapping" if isinstance(value, Mapping) else "of another type"
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.name.lower().endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+
+
+def _read_text(path: Path, *, fallback: str | None = None) -> str:
+    """UTF-8, or UTF-16 with a byte order mark. Bytes that are neither are read as `fallback`.
+    Raises: DataError."""
+    data = _read_bytes(path)
+    is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte, name = data[error.start], "UTF-16" if is_utf16 else "UTF-8"
+    if fallback is not None and not is_utf16:
+        try:
+            text = data.decode(fallback)
+        except UnicodeDecodeError:
+            pass
+        else:
+            LOG.warning("%s:%d: byte %#04x is not UTF-8; read as %s", path, line, byte, fallback)
+            return text
+    raise DataError(f"{path}:{line}: byte {byte:#04x} is not {name}; expected {name} text")
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Records:
+    """A list of objects, an object with one such list in it, or one object a line."""
+    text = _read_text(path)
+    start = _list_start(text)
+    return _json_lines(path, text) if start is None else _json_list(path, text, start)
+
+
+def _read_jsonl(path: Path) -> Records:
+    return _json_lines(path, _read_text(path))
+
+
+def _list_start(text: str) -> int | None:
+    """Where the first object of the file's list begins; None if there is no list of objects."""
+    begin = _skip_space(text, 0)
+    if text.startswith("[", begin):
+        return _skip_space(text, begin + 1)
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    lists = [key for key, value in whole.items() if _is_table(value)] if _is_object(whole) else []
+    if len(lists) != 1:
+        return None
+    found = re.search(rf"{re.escape(json.dumps(lists[0]))}\s*:\s*\[\s*", text)
+    return None if found is None else found.end()
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_table(value: object) -> bool:
+    """A list of objects that are not the turns of one conversation."""
+    return isinstance(value, list) and any(
+        isinstance(item, dict) and not {"role", "from"} & set(item) for item in value
+    )
+
+
+def _json_list(path: Path, text: str, position: int) -> Records:
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{error.lineno}: not valid JSON ({error.msg}); expected a list of objects"
+            ) from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(
+                f"{path}:{line}: not valid JSON ({error}); expected a list of objects"
+            ) from None
+        yield f"{path}:{line}", _mapping(value, f"{path}:{line}")
+        position = _skip_space(text, position)
+        if text[position : position + 1] == ",":
+            position = _skip_space(text, position + 1)
+        elif text[position : position + 1] != "]":
+            line += text.count("\n", counted, position)
+            raise DataError(
+                f"{path}:{line}: the list breaks off; expected a comma or a closing bracket"
+            )
+
+
+def _skip_space(text: str, position: int) -> int:
+    while text[position : position + 1] in (" ", "\n", "\r", "\t"):
+        position += 1
+    return position
+
+
+def _json_lines(path: Path, text: str) -> Records:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(
+                f"{where}: not valid JSON ({reason}); expected one object a line"
+            ) from None
+        yield where, _mapping(value, where)
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(
+            f"{where}: {shown(value)} is {type_name(value)}; expected an object with named columns"
+        )
+    return value
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _read_csv(path: Path) -> Records:
+    """UTF-8, UTF-16 or, as Excel still writes it, Windows-1252; split by the delimiter that the
+    first line tells."""
+    text = _read_text(path, fallback="cp1252")
+    told = re.match(r"sep=(.)\r?\n", text)  # Excel reads and writes such a line
+    body = text if told is None else text[told.end() :]
+    delimiter = _delimiter(body) if told is None else told[1]
+    return _table(path, _csv_lines(path, body, delimiter, 1 if told is None else 2))
+
+
+def _delimiter(text: str) -> str:
+    first = text.lstrip().partition("\n")[0]
+    return max(
+        DELIMITERS, key=lambda delimiter: len(next(csv.reader([first], delimiter=delimiter), []))
+    )
+
+
+def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Line]:
+    csv.field_size_limit(sys.maxsize)  # a long cell is for the length checks to refuse
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = first
+    try:
+        for cells in reader:
+            yield f"{path}:{line}", cells
+            line = first + reader.line_num
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{line}: not valid CSV ({error}); expected rows as the first line names them"
+        ) from None
+
+
+def _read_xlsx(path: Path) -> Records:
+    """The first sheet, formulas as the values that were saved with them."""
+    import openpyxl
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    try:
+        book = openpyxl.load_workbook(io.BytesIO(_read_bytes(path)), read_only=True, data_only=True)
+        rows = list(book.worksheets[0].iter_rows(values_only=True))
+    except (
+        InvalidFileException,
+        zipfile.BadZipFile,
+        OSError,
+        KeyError,
+        ValueError,
+        IndexError,
+        SyntaxError,
+    ) as error:
+        raise DataError(f"{path}: not a readable Excel file ({first_line(error)})") from None
+    lines = ((f"{path}:{n}", list(map(_cell, row))) for n, row in enumerate(rows, start=1))
+    return _table(path, lines)
+
+
+def _cell(value: object) -> str | None:
+    """A cell of a spreadsheet as text: `13`, `0.5`, `2021-03-05`."""
+    if value is None:
+        return None
+    return str(value).removesuffix(" 00:00:00")
+
+
+def _table(path: Path, lines: Iterable[Line]) -> Records:
+    """The first line with a cell names the columns; an empty cell is null, an empty line no row.
+
+    A first column without a name is an index as pandas writes it, and other nameless columns must
+    be empty. Raises: DataError.
+    """
+    header: list[str] | None = None
+    for where, cells in lines:
+        if not any(cell is not None and cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = [(cell or "").strip() for cell in cells]
+            named = [name for name in header if name]
+            if len(set(named)) < len(named):
+                raise DataError(f"{where}: columns {header}; expected names, each once")
+            continue
+        if len(cells) < len(header) or any(cells[len(header) :]):
+            raise DataError(
+                f"{where}: {len(cells)} fields; expected {len(header)} as in the first line"
+            )
+        pairs = list(zip(header, cells, strict=False))
+        nameless = [cell for name, cell in pairs[1:] if not name and cell]
+        if nameless:
+            raise DataError(
+                f"{where}: {shown(nameless[0])} is in a column without a name; expected a name in"
+                " the first line"
+            )
+        yield where, {name: cell or None for name, cell in pairs if name}
+
+
+def _read_parquet(path: Path) -> Records:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        records = parquet.read_table(path).to_pylist()
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # of a text that is not UTF-8, a date too far
+        raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
+    for number, record in enumerate(records, start=1):
+        yield f"{path}: row {number}", record
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+READERS: Mapping[str, Callable[[Path], Records]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".xlsx": _read_xlsx,
+    ".parquet": _read_parquet,
+}
