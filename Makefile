@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 SEEDS  ?= 0 1 2 3 4
 REPEATS ?= 3
 
-.PHONY: help bench docs setup demo demo-seeds reproduce test test-slow test-vllm test-deepspeed trust lint format types check clean
+.PHONY: help bench docs setup demo demo-seeds reproduce test test-slow test-vllm trust lint format types check clean
 
 help:
 	@echo "make demo        watch a small model learn (about 2 minutes); report in runs/demo/report.html"
@@ -15,7 +15,6 @@ help:
 	@echo "make reproduce   the paper's whole comparison for seeds $(SEEDS), and modern against paper; goes on after a stop"
 	@echo "make test        unit, contract, parity and learning tests; test-slow runs the long ones"
 	@echo "make test-vllm   the vLLM engine for real, on its CPU build in .venv-vllm (Linux on x86-64)"
-	@echo "make test-deepspeed  tests/distributed with DeepSpeed ZeRO too, on CPUs, in .venv-deepspeed"
 	@echo "make trust       kill, fault, hostile and fuzz suites, whole: tried, survived, lost"
 	@echo "make check       lint, types, test; make format rewrites the files in our style"
 	@echo "make bench       one ReFT step beside TRL's and the authors' (SmolLM2-135M; REPEATS=5 took 11 minutes on 2 cores)"
@@ -69,21 +68,6 @@ $(VLLM_READY): tests/engine_vllm/requirements.txt pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
 	@touch $@
 
-DEEPSPEED_VENV := .venv-deepspeed
-DEEPSPEED_READY := $(DEEPSPEED_VENV)/.ready
-
-test-deepspeed: $(DEEPSPEED_READY)
-	OMP_NUM_THREADS=1 $(DEEPSPEED_VENV)/bin/python -m pytest tests/distributed
-
-# DeepSpeed's setup imports torch, so it is built in the environment that has it; none of its operators is needed.
-$(DEEPSPEED_READY): tests/distributed/requirements.txt pyproject.toml constraints.txt
-	@$(DEEPSPEED_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(DEEPSPEED_VENV)
-	$(DEEPSPEED_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch
-	$(DEEPSPEED_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[dev]'
-	$(DEEPSPEED_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $$(grep -o '^setuptools.*' $<)
-	DS_BUILD_OPS=0 $(DEEPSPEED_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt --no-build-isolation -r $<
-	@touch $@
-
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 
@@ -119,4 +103,4 @@ types: setup
 check: lint types test
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEEPSPEED_VENV) $(BENCH_VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -13,23 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reftune.processes.world import processes
+from reftune.processes.launch import processes
 from reftune.recipe import Recipe, dump_recipe
 from reftune.terminal.cli import main
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` says for FSDP2."""
-SHARDINGS = {
-    "ddp": {},
-    "fsdp2": FSDP2,
-    **{
-        f"zero{stage}": {
-            "ACCELERATE_USE_DEEPSPEED": "true",
-            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-        }
-        for stage in (1, 2, 3)
-    },
-}
+SHARDINGS = {"ddp": {}, "fsdp2": FSDP2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +35,7 @@ def spread(
     body: Callable[[], object],
     folder: Path,
     *,
-    sharding: str = "ddp",
+    how: str = "ddp",
     num: int = 2,
     timeout_s: float = 60,
 ) -> list[Ended]:
@@ -56,28 +46,26 @@ def spread(
         with processes():
             body()
 
-    return _launch(joined, folder, sharding, num, timeout_s)
+    return _launch(joined, folder, how, num, timeout_s)
 
 
-def run(
-    recipe: Recipe, *, sharding: str = "ddp", num: int = 2, timeout_s: float = 60
-) -> list[Ended]:
+def run(recipe: Recipe, *, how: str = "ddp", num: int = 2, timeout_s: float = 60) -> list[Ended]:
     """`reftune run RECIPE` in `num` processes."""
     file = recipe.folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_recipe(recipe))
-    return _launch(lambda: main(["run", str(file)]), recipe.folder.parent, sharding, num, timeout_s)
+    return _launch(lambda: main(["run", str(file)]), recipe.folder.parent, how, num, timeout_s)
 
 
 def _launch(
-    body: Callable[[], object], folder: Path, sharding: str, num: int, timeout_s: float
+    body: Callable[[], object], folder: Path, how: str, num: int, timeout_s: float
 ) -> list[Ended]:
     folder.mkdir(parents=True, exist_ok=True)
     launcher = {
         "WORLD_SIZE": str(num),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        **SHARDINGS[sharding],
+        **SHARDINGS[how],
     }
     sys.stdout.flush()
     children = [

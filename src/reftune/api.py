@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from reftune.errors import RecipeError
 from reftune.grading.formats import Format
-from reftune.processes import world
+from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
 from reftune.terminal.score import problem_of
@@ -37,7 +37,7 @@ def run(
     `overrides` are `key=value` texts, for a file. Returns: the content of `summary.json`. Raises:
     ReftuneError.
     """
-    with world.processes():
+    with launch.processes():
         return _run(recipe, overrides, quiet=quiet)
 
 
@@ -160,7 +160,7 @@ def _policy(model: str | Path | Policy) -> Policy:
     if isinstance(model, Policy):
         return model
     policy = Policy(*load_model(ModelTable(path=str(model))))  # type: ignore[call-arg]
-    return policy.to(world.choose_device("auto"))
+    return policy.to(launch.choose_device("auto"))
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:

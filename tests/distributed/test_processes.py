@@ -3,90 +3,36 @@ forever, no word twice."""
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import ranks
+from compare import assert_same_numbers, assert_same_run
 from crash import EVERY_STAGE, run_all
 from reftune.engines.kv import Kv
 from reftune.errors import NonFiniteError
 from reftune.model.batch import token_batch
 from reftune.processes import world
+from reftune.processes.sharding import sharding, whole_tensor
 from reftune.recipe import Recipe, dump_recipe
 from reftune.stages.optimizer import OptimizerTable, is_finite, make_optimizer, optimizer_step
 from reftune.stages.sft import accumulate_nll
-from reftune.storage.json_lines import JsonLines
 from reftune.types import SamplingParams
 
 SteadyRecipe = Callable[..., Recipe]
+pytestmark = pytest.mark.slow
 FAILING = Path(__file__).parent / "failing.py"
-needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-deepspeed"
-)
-ZERO = [pytest.param(sharding, marks=needs_deepspeed) for sharding in ("zero1", "zero2", "zero3")]
-SHARDINGS = ["ddp", "fsdp2", *ZERO]
-WEIGHT_ATOL = 1e-4
-"""Of weights that move by 3e-3 a step, where Adam makes much of the rounding of a gradient near 0.
-"""
-GRADIENT_ATOL = 2e-6
-"""Of their running means, near 0.01."""
-
-
-# --- comparing runs -------------------------------------------------------------------------------
-
-
-def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
-    """Texts and whole numbers equal, other numbers close; clocks are left out."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for name, value in expected.items():
-            if not (name.startswith("time") or name.endswith("_s") or "seconds" in name):
-                assert_same_numbers(found[name], value, f"{where}.{name}")
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), where
-        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_same_numbers(one, other, f"{where}[{i}]")
-    elif isinstance(expected, float):
-        # kl/mismatch is the rounding of single tokens
-        assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-5), (
-            f"{where}: {found} is not {expected}"
-        )
-    else:
-        assert found == expected, where
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    """Every metric of every step, weights and optimizer of every checkpoint, every answer."""
-    for file in sorted(expected.rglob("*.safetensors")):
-        tensors, others = load_file(file), load_file(found / file.relative_to(expected))
-        assert tensors.keys() == others.keys()
-        for name, tensor in tensors.items():
-            atol = GRADIENT_ATOL if name.startswith("optimizer.") else WEIGHT_ATOL
-            assert torch.allclose(others[name], tensor, rtol=1e-3, atol=atol), (
-                f"{file} {name}: {others[name]} is not {tensor}"
-            )
-    for file in sorted([*expected.rglob("*.jsonl"), *expected.rglob("stage.json")]):
-        other = found / file.relative_to(expected)
-        if file.suffix == ".jsonl":
-            assert_same_numbers(JsonLines(other).rows(), JsonLines(file).rows(), file.name)
-        else:
-            assert_same_numbers(
-                json.loads(other.read_text()), json.loads(file.read_text()), file.name
-            )
+SHARDINGS = ["ddp", "fsdp2"]
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +55,13 @@ def by_two(
 ) -> Callable[[str], Path]:
     """The folder of the run by two processes, made once for each sharding."""
 
-    def make(sharding: str) -> Path:
-        if sharding not in kept:
-            recipe = steady_recipe(tmp_path / sharding / "run")
-            ended = ranks.run(recipe, sharding=sharding)
+    def make(how: str) -> Path:
+        if how not in kept:
+            recipe = steady_recipe(tmp_path / how / "run")
+            ended = ranks.run(recipe, how=how)
             assert [one.status for one in ended] == [0, 0], ended
-            kept[sharding] = recipe.folder
-        return kept[sharding]
+            kept[how] = recipe.folder
+        return kept[how]
 
     return make
 
@@ -123,29 +69,25 @@ def by_two(
 # --- the same as one process ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_two_processes_take_the_steps_of_one(sharding, by_one, by_two):
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_two_processes_take_the_steps_of_one(how, by_one, by_two):
     # SFT and PPO; a checkpoint a step holds weights and, in Adam's first moment, gradients:
     # whitening over half of the rollout, a mean of the processes' means or a row counted twice
     # would show in them
     assert len(list(by_one.glob("stages/*/checkpoints/step-*"))) == 9
-    assert_same_run(by_two(sharding), by_one)
+    assert_same_run(by_two(how), by_one)
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_the_main_process_speaks_and_says_how_weights_are_held(sharding, by_two):
-    folder = by_two(sharding).parent
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_the_main_process_speaks_and_says_how_weights_are_held(how, by_two):
+    folder = by_two(how).parent
     main, other = ((folder / f"rank{rank}.err").read_text() for rank in (0, 1))
-    how = {
+    held = {
         "ddp": "2 processes, weights whole in each (DDP)",
         "fsdp2": "2 processes, weights sharded (FSDP2)",
-        "zero1": "2 processes, weights whole in each, optimizer sharded (ZeRO 1)",
-        "zero2": "2 processes, weights whole in each, gradients and optimizer sharded (ZeRO 2)",
-        "zero3": "2 processes, weights sharded (ZeRO 3)",
-    }[sharding]
-    assert main.count(how) == 1 and main.count("report: ") == 1
-    printed = (folder / "rank0.out").read_text()
-    assert printed.count("Greedy") == 1 and "DeepSpeed" not in printed + main
+    }[how]
+    assert main.count(held) == 1 and main.count("report: ") == 1
+    assert (folder / "rank0.out").read_text().count("Greedy") == 1
     assert (folder / "rank1.out").read_text() == other == ""
 
 
@@ -156,17 +98,6 @@ def test_the_main_process_speaks_and_says_how_weights_are_held(sharding, by_two)
         ("one", "reft", "fsdp2"),
         ("one", "sft", "ddp"),
         ("ddp", "sft", "one"),
-        *(
-            pytest.param(*case, marks=needs_deepspeed)
-            for case in (
-                ("zero1", "sft", "zero3"),
-                ("zero2", "reft", "fsdp2"),
-                ("zero3", "reft", "one"),
-                ("one", "reft", "zero2"),
-                ("one", "sft", "zero1"),
-                ("ddp", "reft", "zero3"),
-            )
-        ),
     ],
 )
 def test_a_checkpoint_goes_on_at_another_world_size(
@@ -179,7 +110,7 @@ def test_a_checkpoint_goes_on_at_another_world_size(
     if resumed_by == "one":
         run_all(recipe)
     else:
-        ended = ranks.run(recipe, sharding=resumed_by)
+        ended = ranks.run(recipe, how=resumed_by)
         assert [one.status for one in ended] == [0, 0], ended
         assert f"{stage}: resumed at step 2 of " in ended[0].stderr
     assert_same_run(folder, by_one)
@@ -198,7 +129,6 @@ def rewind(folder: Path, stage: str, step: int) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("sharding", ["fsdp2", *ZERO])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -208,9 +138,7 @@ def rewind(folder: Path, stage: str, step: int) -> None:
     ],
     ids=["lora", "value model", "value head fitted"],
 )
-def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(
-    changes, sharding, steady_recipe, tmp_path
-):
+def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(changes, steady_recipe, tmp_path):
     # the reference of a LoRA policy is its whole copy with the adapter off
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     changes = {**changes, "evaluate": {"samples": 0}}
@@ -219,15 +147,13 @@ def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(
         "reft": {"init": "base", "steps": 2, **changes.get("stages", {}).get("reft", {})},
     }
     run_all(steady_recipe(one, **{**changes, "stages": stages}))
-    ended = ranks.run(steady_recipe(two, **{**changes, "stages": stages}), sharding=sharding)
+    ended = ranks.run(steady_recipe(two, **{**changes, "stages": stages}), how="fsdp2")
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(two, one)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("sharding", ["fsdp2", *ZERO])
-def test_compiled_blocks_are_sharded_too(sharding, steady_recipe, tmp_path):
+def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path):
     changes = {
         "stages": {"sft": None, "reft": {"init": "base", "steps": 2}},
         "evaluate": {"samples": 0},
@@ -235,23 +161,20 @@ def test_compiled_blocks_are_sharded_too(sharding, steady_recipe, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     run_all(steady_recipe(one, **changes))
     ended = ranks.run(
-        steady_recipe(two, **changes, model={"compile": True}), sharding=sharding, timeout_s=280
+        steady_recipe(two, **changes, model={"compile": True}), how="fsdp2", timeout_s=280
     )
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(two, one)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_every_stage_is_the_same(sharding, steady_recipe, tmp_path):
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_every_stage_is_the_same(how, steady_recipe, tmp_path):
     changes = {
         **EVERY_STAGE,
         "stages": {name: merge_rate(stage) for name, stage in EVERY_STAGE["stages"].items()},
     }
     run_all(steady_recipe(tmp_path / "one", **changes))
-    ended = ranks.run(
-        steady_recipe(tmp_path / "two" / "run", **changes), sharding=sharding, timeout_s=110
-    )
+    ended = ranks.run(steady_recipe(tmp_path / "two" / "run", **changes), how=how, timeout_s=110)
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(tmp_path / "two" / "run", tmp_path / "one")
 
@@ -266,59 +189,24 @@ def merge_rate(stage: dict[str, Any]) -> dict[str, Any]:
 # --- uneven shares --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("num_rows", [1, 3])
-def test_shares_may_be_uneven_or_empty(sharding, num_rows, make_policy, tmp_path):
-    # with 1 row a process has none; with 3, a micro-batch each, one process has two of them and the
-    # other one
-    prompts, targets = (
-        [[3], [4, 5], [6, 7]][:num_rows],
-        [[8, 1], [9, 10, 1], [11, 12, 13, 1]][:num_rows],
-    )
-
-    def step(policy: Any) -> dict[str, Any]:
-        world.distribute(policy)
-        optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
-        batch = token_batch(prompts, targets)
-        loss = accumulate_nll(policy, batch, max_tokens=1, where="")
-        norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
-        scores = policy.score(batch, max_tokens=1)
-        return {
-            "loss": loss,
-            "norm": norm,
-            "logprobs": scores.logprobs.tolist(),
-            "values": scores.values.tolist(),
-        }
-
-    def body() -> None:
-        found = step(make_policy())
-        assert all(other == found for other in world.gather(found))
-        if world.is_main():
-            (tmp_path / "found.json").write_text(json.dumps(found))
-
-    ended = ranks.spread(body, tmp_path, sharding=sharding)
-    assert [end.status for end in ended] == [0, 0], ended
-    assert_same_numbers(json.loads((tmp_path / "found.json").read_text()), step(make_policy()))
-
-
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_decoding_waits_for_nobody(sharding, make_policy, tmp_path):
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_decoding_waits_for_nobody(how, make_policy, tmp_path):
     # one process decodes a token a row, the other 20, and a third nothing at all: steps that met
     # would not
     prompts, lengths = [[3], [4, 5], [6, 7]], [1, 20, 0]
 
     def body() -> None:
         policy = make_policy()
-        world.distribute(policy)
+        sharding().distribute(policy)
         own = lengths[world.rank()]
         params = SamplingParams(max_new_tokens=max(1, own), seed=1, first_position=world.rank())
-        with world.whole(policy):
+        with sharding().whole(policy):
             found = Kv().generate(policy, prompts[world.rank() :][: min(1, own)], params)
         tokens = world.join_parts([completion.token_ids for completion in found])
         if world.is_main():
             (tmp_path / "found.json").write_text(json.dumps(tokens))
 
-    ended = ranks.spread(body, tmp_path, sharding=sharding, num=3)
+    ended = ranks.spread(body, tmp_path, how=how, num=3)
     assert [end.status for end in ended] == [0, 0, 0], ended
     whole = Kv().generate(make_policy(), prompts, SamplingParams(max_new_tokens=20, seed=1))
     assert json.loads((tmp_path / "found.json").read_text()) == [
@@ -330,17 +218,10 @@ def test_decoding_waits_for_nobody(sharding, make_policy, tmp_path):
 # --- ends -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("sharding", "rank"),
-    [
-        ("ddp", 0),
-        ("fsdp2", 1),
-        *(pytest.param(f"zero{stage}", stage % 2, marks=needs_deepspeed) for stage in (2, 3)),
-    ],
-)
-def test_a_process_that_fails_ends_the_run_with_its_reason(sharding, rank, steady_recipe, tmp_path):
+@pytest.mark.parametrize(("how", "rank"), [("ddp", 0), ("fsdp2", 1)])
+def test_a_process_that_fails_ends_the_run_with_its_reason(how, rank, steady_recipe, tmp_path):
     recipe = steady_recipe(tmp_path / "run", format={"kind": f"{FAILING}:Failing", "rank": rank})
-    ended = ranks.run(recipe, sharding=sharding)
+    ended = ranks.run(recipe, how=how)
     told = "".join(end.stderr for end in ended)
     assert ended[rank].status == 2 and ended[1 - rank].status == 1, ended
     assert (
@@ -376,9 +257,9 @@ def test_a_killed_process_is_missed_by_the_other(rank, steady_recipe, tmp_path):
         )
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("how", SHARDINGS)
 def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
-    sharding, make_policy, tmp_path
+    how, make_policy, tmp_path
 ):
     batch = token_batch([[3], [4, 5], [6, 7, 8]], [[1]] * 3)
 
@@ -393,7 +274,7 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
 
     def make() -> tuple[Any, Any]:
         policy = make_policy()
-        world.distribute(policy)
+        sharding().distribute(policy)
         return policy, make_optimizer(policy, OptimizerTable(learning_rate=1e-3, weight_decay=0.1))
 
     def body() -> None:
@@ -406,7 +287,7 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
         optimizer.zero_grad()
         first = step(policy, optimizer)
         accumulate_nll(policy, batch, max_tokens=1, where="")
-        local(world.gradients(policy)["model.model.norm.weight"])[-1:] = (
+        local(policy.model.model.norm.weight.grad)[-1:] = (
             math.inf
         )  # where a process has a part of it
         with pytest.raises(
@@ -419,7 +300,7 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
         if world.is_main():
             (tmp_path / "found.json").write_text(json.dumps(found))
 
-    ended = ranks.spread(body, tmp_path, sharding=sharding)
+    ended = ranks.spread(body, tmp_path, how=how)
     assert [end.status for end in ended] == [0, 0], ended
     policy, optimizer = make()
     assert_same_numbers(
@@ -431,125 +312,47 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
 # --- what is held ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_each_process_holds_what_its_sharding_says(sharding, make_policy, tmp_path):
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_each_process_holds_what_its_sharding_says(how, make_policy, tmp_path):
     def body() -> None:
         policy = make_policy(dtype=torch.bfloat16)
         before = {name: p.detach().clone() for name, p in policy.named_parameters()}
         total = sum(map(torch.numel, before.values()))
         reference: Any = policy.make_reference()
-        world.distribute(policy)
+        sharding().distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-6))
-        for is_last in (False, True):
-            scores = policy(token_batch([[3], [4, 5]], [[8, 1], [9, 1]]))
-            world.backward(policy, -scores.logprobs.sum(), is_last=is_last)
-            if not is_last:
-                gradients = sum(
-                    local(p.grad).numel() for p in policy.parameters() if p.grad is not None
-                )
-        world.add_up_gradients(policy)
+        scores = policy(token_batch([[3], [4, 5]], [[8, 1], [9, 1]]))
+        (-scores.logprobs.sum()).backward()
+        gradients = sum(local(p.grad).numel() for p in policy.parameters() if p.grad is not None)
+        sharding().add_up_gradients(policy)
         optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
         states = (
             sum(
                 local(s[key]).numel()
-                for s in held_state(optimizer)
+                for s in optimizer.state.values()
                 for key in ("exp_avg", "exp_avg_sq")
             )
             / 2
         )
         weights, frozen = (
-            sum(
-                local(p).numel() + getattr(p, "ds_tensor", p.new_empty(0)).numel()
-                for p in model.parameters()
-            )
+            sum(local(p).numel() for p in model.parameters())
             for model in (policy, reference._frozen)
         )
         shares = [held / total for held in (states, gradients, weights, frozen)]
-        split = {
-            "ddp": (),
-            "zero1": (0,),
-            "zero2": (0, 1),
-            "zero3": (0, 1, 2, 3),
-            "fsdp2": (0, 1, 2, 3),
-        }[sharding]
-        assert all(share < 0.6 for i, share in enumerate(shares) if i in split), shares
-        assert all(share > 0.9 for i, share in enumerate(shares) if i not in split), shares
+        is_half = [share < 0.6 if how == "fsdp2" else share > 0.9 for share in shares]
+        assert all(is_half), shares
         # bf16 arithmetic, fp32 weights: bf16 would round a step of 1e-6 away
         for name, parameter in policy.named_parameters():
-            now = world.whole_tensor(parameter).detach()
+            now = whole_tensor(parameter).detach()
             assert now.dtype == torch.float32
             assert 0 < (now - before[name]).abs().max() < 2e-6 or name.startswith("value_head")
 
-    ended = ranks.spread(body, tmp_path, sharding=sharding)
+    ended = ranks.spread(body, tmp_path, how=how)
     assert [end.status for end in ended] == [0, 0], ended
-
-
-@pytest.mark.parametrize("sharding", ZERO)
-def test_parts_of_weights_and_gradients_are_of_their_parameters(sharding, make_policy, tmp_path):
-    def squares(policy: Any) -> dict[str, float]:
-        accumulate_nll(policy, token_batch([[3], [4, 5]], [[8, 1], [9, 1]]), max_tokens=1, where="")
-        return {
-            name: float(gradient.square().sum())
-            for name, gradient in world.gradients(policy).items()
-        }
-
-    def body() -> None:
-        policy = make_policy()
-        world.distribute(policy)
-        optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                value = world.whole_tensor(parameter).clone()
-                world.assign(parameter, value + 1)
-                assert torch.equal(world.whole_tensor(parameter), value + 1)
-                world.assign(parameter, value)
-        parts = world.gather(squares(policy))
-        assert optimizer is not None
-        if world.is_main():
-            (tmp_path / "found.json").write_text(
-                json.dumps({name: sum(part[name] for part in parts) for name in parts[0]})
-            )
-
-    ended = ranks.spread(body, tmp_path, sharding=sharding, num=3)  # few parameters divide by 3
-    assert [end.status for end in ended] == [0, 0, 0], ended
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert (found.pop("value_head.weight"), found.pop("value_head.bias")) == (
-        0,
-        0,
-    )  # one process has no gradient there
-    assert_same_numbers(found, squares(make_policy()))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def held_state(optimizer: Any) -> list[dict[str, torch.Tensor]]:
-    """What the optimizer keeps in this process."""
-    return list(getattr(optimizer, "_adamw", optimizer).state.values())
-
-
-@pytest.mark.parametrize("sharding", ZERO)
-def test_a_model_that_is_trained_no_more_is_let_go(sharding, make_policy, tmp_path):
-    # DeepSpeed keeps modules in a stack and a cache of its own
-    def train() -> weakref.ref[Any]:
-        policy = make_policy()
-        world.distribute(policy)
-        optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
-        for _ in range(2):
-            accumulate_nll(
-                policy, token_batch([[3], [4, 5]], [[8, 1], [9, 1]]), max_tokens=1, where=""
-            )
-            optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
-        return weakref.ref(policy)
-
-    def body() -> None:
-        trained = train()
-        gc.collect()
-        assert trained() is None
-
-    ended = ranks.spread(body, tmp_path, sharding=sharding)
-    assert [end.status for end in ended] == [0, 0], ended
 
 
 def test_a_second_run_on_the_folder_is_refused_once(steady_recipe, tmp_path):
@@ -579,16 +382,9 @@ ACCELERATE = [
 LAUNCHERS = [
     pytest.param(TORCHRUN, "(DDP)", id="torchrun"),
     pytest.param([*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"], "(FSDP2)", id="accelerate"),
-    pytest.param(
-        [*ACCELERATE, "--use_deepspeed", "--zero_stage", "3"],
-        "(ZeRO 3)",
-        id="deepspeed",
-        marks=needs_deepspeed,
-    ),
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "how"), LAUNCHERS)
 def test_launchers_run_what_they_are_asked_for(launcher, how, by_one, steady_recipe, tmp_path):
     recipe, file = steady_recipe(tmp_path / "run"), tmp_path / "recipe.yaml"

@@ -5,52 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from reftune.errors import RecipeError
 from reftune.model.batch import micro_batches, shared_micro_batches
 from reftune.processes import world
-from reftune.processes.world import choose_device, processes, wanted_sharding
+from reftune.processes.launch import choose_device, processes, wanted_sharding
+from reftune.processes.sharding import Fsdp2, Sharding
 from reftune.recipe import shipped_recipes
 
-
-def deepspeed(stage: int, **settings: str) -> dict[str, str]:
-    """What `accelerate launch` says for ZeRO."""
-    told = {"ZERO_STAGE": str(stage), **settings}
-    return {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        **{f"ACCELERATE_DEEPSPEED_{name}": value for name, value in told.items()},
-    }
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+"""What `accelerate launch` says for ZeRO."""
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "sharding"),
+    ("environment", "how"),
     [
-        ({}, "none"),
-        ({"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"}, "none"),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"},
-            "fsdp2",
-        ),
-        (deepspeed(1), "zero1"),
-        (
-            deepspeed(
-                2, OFFLOAD_OPTIMIZER_DEVICE="none", OFFLOAD_PARAM_DEVICE="none", ZERO3_INIT="false"
-            ),
-            "zero2",
-        ),
-        (
-            {
-                **deepspeed(3),
-                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
-                "ACCELERATE_GRADIENT_CLIPPING": "auto",
-            },
-            "zero3",
-        ),
+        ({}, Sharding()),
+        ({"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"}, Sharding()),
+        ({"ACCELERATE_USE_DEEPSPEED": "false"}, Sharding()),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, Sharding()),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "false"}, Fsdp2()),
+        ({**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"}, Fsdp2(reshard_after_forward=False)),
     ],
 )
-def test_the_launcher_says_whether_weights_are_sharded(environment, sharding):
-    assert wanted_sharding(environment) == sharding
+def test_the_launcher_says_whether_weights_are_sharded(environment, how):
+    found = wanted_sharding(environment)
+    assert found == how and type(found) is type(how)
 
 
 @pytest.mark.parametrize(
@@ -58,44 +40,18 @@ def test_the_launcher_says_whether_weights_are_sharded(environment, sharding):
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version is 1; expected 2"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version is 1; expected 2"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "zero_stage is missing; expected 1, 2 or 3"),
-        (deepspeed(0), "zero_stage is 0; expected 1, 2 or 3"),
-        (
-            deepspeed(2, OFFLOAD_OPTIMIZER_DEVICE="cpu"),
-            "OFFLOAD_OPTIMIZER_DEVICE is cpu: expected none",
-        ),
-        (deepspeed(3, OFFLOAD_PARAM_DEVICE="nvme"), "OFFLOAD_PARAM_DEVICE is nvme: expected none"),
-        (deepspeed(3, ZERO3_INIT="true"), "zero3_init_flag: false"),
-        (deepspeed(3, ZERO3_SAVE_16BIT_MODEL="true"), "models are saved whole"),
-        (deepspeed(2, CONFIG_FILE="ds.json"), "CONFIG_FILE is ds.json: expected zero_stage alone"),
-        (deepspeed(2, MOE_LAYER_CLS_NAMES="Moe"), "no expert parallelism"),
-        (
-            {**deepspeed(2), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-            "micro_batch_tokens divides a step",
-        ),
-        (
-            {**deepspeed(2), "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
-            "optimizer.max_grad_norm says it",
-        ),
-        (
-            {**deepspeed(2), "ACCELERATE_MIXED_PRECISION": "bf16"},
-            "mixed_precision is bf16; expected no",
-        ),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "expected DDP, FSDP2 or DeepSpeed ZeRO"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
+        (DEEPSPEED, "ACCELERATE_USE_DEEPSPEED is true: expected FSDP2"),
+        ({**FSDP2, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "micro_batch_tokens divides"),
+        ({**FSDP2, "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "optimizer.max_grad_norm says it"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "expected DDP or FSDP2"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "bounds activations"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16; expected no"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "expected torchrun"),
     ],
 )
 def test_what_would_not_run_as_asked_is_refused(environment, told):
     with pytest.raises(RecipeError, match=told), processes(environment):
-        pass
-
-
-def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    told = r"expected pip install 'reftune\[deepspeed\]'"
-    with pytest.raises(RecipeError, match=told), processes({**deepspeed(2), "WORLD_SIZE": "2"}):
         pass
 
 
@@ -155,48 +111,29 @@ CONFIGS = shipped_recipes() / "accelerate"
 
 
 @pytest.mark.parametrize(
-    ("name", "sharding", "machines", "processes_each"),
+    ("name", "how", "machines", "processes_each"),
     [
-        ("8-gpus-ddp", "none", 1, 8),
-        ("8-gpus-fsdp2", "fsdp2", 1, 8),
-        ("2x8-gpus-ddp", "none", 2, 8),
-        ("2x8-gpus-fsdp2", "fsdp2", 2, 8),
-        ("8-gpus-zero2", "zero2", 1, 8),
-        ("8-gpus-zero3", "zero3", 1, 8),
-        ("2x8-gpus-zero3", "zero3", 2, 8),
+        ("8-gpus-ddp", Sharding(), 1, 8),
+        ("8-gpus-fsdp2", Fsdp2(), 1, 8),
+        ("2x8-gpus-ddp", Sharding(), 2, 8),
+        ("2x8-gpus-fsdp2", Fsdp2(), 2, 8),
     ],
 )
 def test_shipped_launch_configurations_ask_for_what_they_are_named(
-    name, sharding, machines, processes_each
+    name, how, machines, processes_each
 ):
     # what accelerate makes of the file is what our processes would read
-    command = [
-        "--config_file",
-        str(CONFIGS / f"{name}.yaml"),
-        "--main_process_ip",
-        "node0",
-        "-m",
-        "reftune",
-    ]
+    file = str(CONFIGS / f"{name}.yaml")
+    command = ["--config_file", file, "--main_process_ip", "node0", "-m", "reftune"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
-    assert arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed
-    arguments.deepspeed_fields_from_accelerate_config = ""  # set by launch_command itself
-    environment = (
-        prepare_deepspeed_cmd_env(arguments)[1]
-        if arguments.use_deepspeed
-        else prepare_multi_gpu_env(arguments)
-    )
-    assert wanted_sharding(environment) == sharding
-    assert (int(getattr(arguments, "nnodes", 1)), int(arguments.nproc_per_node)) == (
-        machines,
-        processes_each,
-    )
+    assert arguments.multi_gpu or arguments.use_fsdp
+    found = wanted_sharding(prepare_multi_gpu_env(arguments))
+    assert found == how and type(found) is type(how)
+    assert int(getattr(arguments, "nnodes", 1)) == machines
+    assert int(arguments.nproc_per_node) == processes_each
 
 
 def test_the_shipped_configuration_of_one_gpu_starts_one_process():
     command = ["--config_file", str(CONFIGS / "1-gpu.yaml"), "-m", "reftune"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
-    assert (
-        not (arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed)
-        and arguments.num_processes == 1
-    )
+    assert not (arguments.multi_gpu or arguments.use_fsdp) and arguments.num_processes == 1

@@ -20,7 +20,7 @@ from torch.nn import functional
 from reftune.model.policy import Policy
 from reftune.model.speed.linears import packed_linears, product
 from reftune.model.weights import is_llama_like
-from reftune.processes.world import whole_tensor
+from reftune.processes.sharding import whole_tensor
 
 Forward = Callable[[Tensor, Tensor, Any], Tensor]
 """Tokens (B, S), the mask (B, T) of cache and tokens, the cache, which the tokens are added to →

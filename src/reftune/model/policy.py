@@ -21,6 +21,7 @@ from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
 from reftune.model.speed.attention import ATTENTION, attend_our_way
 from reftune.model.weights import is_llama_like
 from reftune.processes import world
+from reftune.processes.sharding import sharding, transformer_blocks
 from reftune.recipe import LoraTable
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ weights for weights."""
 class TokenScores(NamedTuple):
     """What the policy says of the response tokens of a batch; (B, R), fp32, 0 outside the response.
 
-    A tuple: FSDP2 and ZeRO look for tensors in what a model returns, to gather weights before their
+    A tuple: FSDP2 looks for tensors in what a model returns, to gather weights before their
     gradient.
     """
 
@@ -135,7 +136,7 @@ class Policy(nn.Module):
                 " or set CXX"
             )
         self.is_compiled = True
-        for block in world.transformer_blocks(self):
+        for block in transformer_blocks(self):
             block.compile(dynamic=True)
 
     @contextlib.contextmanager
@@ -152,7 +153,7 @@ class Policy(nn.Module):
         """Evaluation mode (no dropout), the compute dtype and whole weights, to read only; the mode
         before is restored."""
         training = self.training
-        with world.whole(self), self.arithmetic():
+        with sharding().whole(self), self.arithmetic():
             self.eval()
             try:
                 yield
@@ -315,7 +316,7 @@ class Policy(nn.Module):
         frozen.eval().requires_grad_(False)
         if self.is_compiled:
             frozen.compile_blocks()
-        world.distribute(frozen)
+        sharding().distribute(frozen)
         return Reference(self, frozen=frozen)
 
     def save(self, folder: Path) -> None:
@@ -324,7 +325,7 @@ class Policy(nn.Module):
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run has its own
-        with world.whole(self):
+        with sharding().whole(self):
             if world.is_main():
                 self._save(folder)
 
@@ -361,7 +362,7 @@ class Reference:
         """As `Policy.score`, of the reference."""
         if self._frozen is not None:
             return self._frozen.score(batch, temperature=temperature, max_tokens=max_tokens)
-        with world.whole(self._policy), self._policy.model.disable_adapter():
+        with sharding().whole(self._policy), self._policy.model.disable_adapter():
             return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from reftune.errors import NonFiniteError
-from reftune.processes.world import assign, from_main
+from reftune.processes.sharding import assign
+from reftune.processes.world import from_main
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties tried, in units of the features' mean variance times the number of tokens."""

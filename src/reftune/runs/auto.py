@@ -8,7 +8,7 @@ import yaml
 
 from reftune.errors import RecipeError
 from reftune.model.precision import fastest_dtype
-from reftune.processes import world
+from reftune.processes import launch, world
 from reftune.recipe import Recipe, parse_recipe
 
 Key = tuple[str, str]
@@ -32,7 +32,7 @@ def _choices(recipe: Recipe) -> Values:
     chosen = _stored(recipe)
     remaining = _open_keys(_with(recipe, chosen))
     if ("model", "dtype") in remaining:
-        chosen["model", "dtype"] = fastest_dtype(world.choose_device(recipe.model.device))
+        chosen["model", "dtype"] = fastest_dtype(launch.choose_device(recipe.model.device))
     return chosen
 
 

@@ -26,7 +26,7 @@ from reftune.grading.formats import Format
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.weights import load_model, load_pretrained
-from reftune.processes import world
+from reftune.processes import launch, world
 from reftune.recipe import LoraTable, Recipe, dump_recipe, parse_recipe
 from reftune.runs.auto import settled
 from reftune.runs.evaluation import accuracy, evaluate
@@ -134,7 +134,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
             stack.enter_context(_claimed(run))
         world.shared_folder(folder)
         if world.world_size() > 1:
-            progress.note(world.describe())
+            progress.note(launch.describe())
         yield run
 
 
@@ -280,7 +280,7 @@ class Run:
         """In the recipe's arithmetic and on its device."""
         table = self.recipe.model
         policy = Policy(model, tokenizer, dtype=getattr(torch, table.dtype), lora=lora)
-        return policy.to(world.choose_device(table.device))
+        return policy.to(launch.choose_device(table.device))
 
     def collector(self, policy: Policy) -> Collector:
         return Collector(

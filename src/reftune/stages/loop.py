@@ -16,6 +16,7 @@ import torch
 
 from reftune.errors import CheckpointError, NonFiniteError
 from reftune.processes import world
+from reftune.processes.sharding import assign, whole_tensors
 from reftune.processes.signals import stop_signals
 from reftune.stages.optimizer import OptimizerTable, Trained, is_finite
 from reftune.stages.probes.choices import choice_metrics, diagnose, is_multiple_choice
@@ -234,9 +235,7 @@ class Loop:
 
     def _save(self) -> Path:
         state = {name: getattr(self.state, name) for name in Progression.__slots__}
-        tensors = world.whole_tensors(
-            {**trainable(self.model), **optimizer_tensors(self.optimizer)}
-        )
+        tensors = whole_tensors({**trainable(self.model), **optimizer_tensors(self.optimizer)})
         for log in (self.context.metrics, self.samples):
             log.sync()
         return save_checkpoint(
@@ -353,4 +352,4 @@ def trainable(model: Trained) -> dict[str, torch.Tensor]:
 def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what `trainable` took."""
     for name, parameter in trainable(model).items():
-        world.assign(parameter, tensors[name])
+        assign(parameter, tensors[name])

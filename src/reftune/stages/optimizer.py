@@ -15,6 +15,7 @@ from reftune.algorithms.base import LossTerms
 from reftune.errors import NonFiniteError
 from reftune.model.batch import own_micro_batches
 from reftune.processes import world
+from reftune.processes.sharding import sharding, whole_tensor
 from reftune.recipe import Table
 
 
@@ -77,14 +78,13 @@ def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimiz
             "peak": table.value_learning_rate or table.learning_rate,
         },
     ]
-    adamw = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=table.learning_rate,
         betas=table.betas,
         eps=1e-8,
         fused=True,
     )
-    return world.distribute_optimizer(model, adamw)
 
 
 def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
@@ -112,7 +112,8 @@ def optimizer_step(
 
     Raises: NonFiniteError, naming the first parameter concerned, before anything changed.
     """
-    gradients, norm = world.gradients(model), world.gradient_norm(model)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
     if not torch.isfinite(norm):
         first = next(
             (name for name, gradient in gradients.items() if not is_finite(gradient)),
@@ -147,18 +148,17 @@ def accumulate_gradient(
     """
     totals: dict[str, float] = {}
     failed: NonFiniteError | None = None
-    even = world.is_in_step(model)
-    batches = list(own_micro_batches(lengths, max_tokens=max_tokens, packed=model.packs, even=even))
-    for number, (index, counts) in enumerate(batches, start=1):
+    even = sharding().is_split(model)
+    for index, counts in own_micro_batches(
+        lengths, max_tokens=max_tokens, packed=model.packs, even=even
+    ):
         terms = loss_of(index)
         if counts:
             failed = failed or not_finite(terms.total, index, where)
             _add_metrics(totals, {"loss/total": float(terms.total.detach()), **terms.metrics})
-        world.backward(
-            model, terms.total if counts else terms.total * 0, is_last=number == len(batches)
-        )
+        (terms.total if counts else terms.total * 0).backward()
     world.raise_together(failed)
-    world.add_up_gradients(model)
+    sharding().add_up_gradients(model)
     together: dict[str, float] = {}
     for of_process in world.gather(totals):
         _add_metrics(together, of_process)
@@ -181,4 +181,4 @@ def not_finite(loss: torch.Tensor, rows: torch.Tensor, where: str) -> NonFiniteE
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all its numbers are, in all processes."""
-    return not any(world.any_of(not world.whole_tensor(tensor).isfinite().all()))
+    return not any(world.any_of(not whole_tensor(tensor).isfinite().all()))

@@ -26,6 +26,7 @@ from reftune.model.batch import TokenBatch, own_micro_batches, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import world
+from reftune.processes.sharding import sharding
 from reftune.recipe import Component
 from reftune.stages.loop import Progression
 from reftune.stages.optimizer import accumulate_gradient
@@ -195,7 +196,7 @@ class Classifier(nn.Module):
     def scores(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
         """(B,) probabilities that the solutions are correct, without dropout."""
         scores = torch.zeros(len(batch), device=self.policy.device)
-        with world.whole(self), self.policy.inference():
+        with sharding().whole(self), self.policy.inference():
             for index, counts in own_micro_batches(
                 batch.lengths, max_tokens=max_tokens, packed=self.packs
             ):
@@ -207,7 +208,7 @@ class Classifier(nn.Module):
     def save(self, folder: Path) -> None:
         """The transformer in Hugging Face format (LoRA merged), its tokenizer, and the layer beside
         it."""
-        with world.whole(self):
+        with sharding().whole(self):
             self.policy.save(folder)
             if world.is_main():
                 save_file({"weight": self.head.weight.detach().contiguous()}, folder / WEIGHTS)

@@ -31,7 +31,7 @@ from reftune.errors import NonFiniteError, RecipeError
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import Policy, Reference
 from reftune.model.value_head import fit_value_head
-from reftune.processes import world
+from reftune.processes.sharding import sharding
 from reftune.recipe import Component, load_component
 from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop
@@ -135,7 +135,7 @@ class Trainer:
             self.policy.reset_value_head(context.seed("value_head"))
         if stage.value_model == "separate":
             self.policy.separate_value_model()
-        world.distribute(self.policy)
+        sharding().distribute(self.policy)
         self.optimizer = make_optimizer(self.policy, stage.optimizer)
         self.loop = Loop(
             context,

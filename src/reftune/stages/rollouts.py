@@ -13,6 +13,7 @@ from reftune.grading.rewards import Reward
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import world
+from reftune.processes.sharding import sharding
 from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams
 
 
@@ -47,7 +48,7 @@ class Collector:
         prompts = self.prompts(problems, policy, params)
         own = world.own_part(len(problems))
         params = replace(params, first_position=params.first_position + own.start)
-        with world.whole(policy):
+        with sharding().whole(policy):
             completions = self.engine.generate(policy, prompts[own], params)
         _require_whole(completions, problems[own], type(self.engine).__name__)
         generated = time.perf_counter()

@@ -18,7 +18,7 @@ from reftune.errors import DataError, NonFiniteError
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
-from reftune.processes import world
+from reftune.processes.sharding import sharding
 from reftune.recipe import Component, Table
 from reftune.seeds import generator
 from reftune.stages.loop import Loop, Progression
@@ -196,7 +196,7 @@ def train_in_epochs(
     `show(indices)` are the examples for a person to read where a step's numbers are not finite.
     """
     table = schedule.optimizer
-    world.distribute(model)
+    sharding().distribute(model)
     optimizer = make_optimizer(model, table)
     steps_per_epoch = math.ceil(num_examples / schedule.batch_size)
     total_steps = max(1, round(schedule.epochs * steps_per_epoch))

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from reftune.errors import CheckpointError
-from reftune.processes.world import is_main, part_of
+from reftune.processes.sharding import part_of
+from reftune.processes.world import is_main
 
 if TYPE_CHECKING:
     import torch

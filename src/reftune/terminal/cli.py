@@ -21,8 +21,9 @@ import typer
 
 from reftune import __version__
 from reftune.errors import NonFiniteError, ProcessError, RecipeError, ReftuneError
+from reftune.processes.launch import first_to_tell, processes
 from reftune.processes.signals import stop_signals
-from reftune.processes.world import first_to_tell, is_main, processes
+from reftune.processes.world import is_main
 
 if TYPE_CHECKING:
     from reftune.recipe import Recipe

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from reftune.processes.world import whole_tensor
+from reftune.processes.sharding import whole_tensor
 
 FEW_ROWS = 16
 """The layout is chosen for products of so many rows; others gain as much."""

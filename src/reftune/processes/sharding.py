@@ -1,0 +1,191 @@
+"""Who holds which weights: every process all of them (DDP), or each a part (FSDP2).
+
+`sharding()` is the one object that knows; nothing else asks which of the two it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from reftune.processes import world
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """All weights in every process; gradients are summed once a step."""
+
+    def __str__(self) -> str:
+        return "weights whole in each (DDP)"
+
+    def distribute(self, model: Any) -> None:
+        """Make `model` one that all processes train: with the main one's weights, split in place
+        if they are to be."""
+        if world.world_size() == 1:
+            return
+        import torch.distributed as dist
+
+        for parameter in model.parameters():
+            dist.broadcast(parameter.detach(), src=0)
+
+    def is_split(self, model: Any) -> bool:
+        """Whether each process holds a part of `model` now. Forward and backward passes then wait
+        for all processes, which must make equally many."""
+        return False
+
+    @contextmanager
+    def whole(self, model: nn.Module) -> Iterator[None]:
+        """Every process holds all weights of `model`, for reading: forward passes need no other
+        process meanwhile.
+
+        All processes must enter. The children of a split `model` are plain copies; it must not be
+        called itself, only what it holds.
+        """
+        yield
+
+    def add_up_gradients(self, model: Any) -> None:
+        """Sum over all processes what backward passes have not summed already."""
+        world.add_up(*(p.grad for p in model.parameters() if p.grad is not None))
+
+
+@dataclass(frozen=True)
+class Fsdp2(Sharding):
+    """A part of the weights, gradients and optimizer state in each process, gathered a transformer
+    block at a time."""
+
+    reshard_after_forward: bool = True
+
+    def __str__(self) -> str:
+        return "weights sharded (FSDP2)"
+
+    def distribute(self, model: Any) -> None:
+        super().distribute(model)
+        if world.world_size() > 1:
+            self._split(model)
+
+    def _split(self, model: nn.Module) -> None:
+        """Split every parameter; gradients are sums over the processes, as losses are written
+        for."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        twin = _twin(model)
+        mesh = init_device_mesh(next(model.parameters()).device.type, (world.world_size(),))
+        for block in transformer_blocks(model):
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+        fully_shard(model, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        _twins[model] = twin
+
+    def is_split(self, model: Any) -> bool:
+        from torch.distributed.tensor import DTensor
+
+        return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+    @contextmanager
+    def whole(self, model: nn.Module) -> Iterator[None]:
+        if not self.is_split(model):
+            yield
+            return
+        twin, split = _twins[model], dict(model._modules)
+        for full, part in zip(twin.parameters(), model.parameters(), strict=True):
+            full.data = whole_tensor(part).detach()
+        model._modules.update(twin._modules)
+        try:
+            yield
+        finally:
+            model._modules.update(split)
+            for full in twin.parameters():
+                full.data = full.data.new_empty(0)
+
+    def add_up_gradients(self, model: Any) -> None:
+        if not self.is_split(model):
+            super().add_up_gradients(model)
+
+
+_sharding: Sharding = Sharding()
+_twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+"""Of split models: the same modules, to hold whole weights for a while."""
+
+
+def sharding() -> Sharding:
+    """How this run holds weights."""
+    return _sharding
+
+
+@contextmanager
+def held(how: Sharding) -> Iterator[None]:
+    """Weights are held so as long as the block runs."""
+    global _sharding
+    _sharding = how
+    try:
+        yield
+    finally:
+        _sharding = Sharding()
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules in `model` that transformers names as not to be split."""
+    names = {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules whose parameters take no memory; buffers and ties are as in `model`."""
+    from torch import nn
+
+    hollow = {
+        id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=False)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo=hollow)
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The tensor that all processes hold a part of; a plain one as it is."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors whole, to be saved: split ones on the CPU, and in the main process only."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole_tensor(tensor).detach()
+        if world.is_main():
+            found[name] = value if value is tensor else value.cpu()
+    return found
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """The whole `value`, which every process has, split as `like` is; as it is if `like` is
+    plain."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(
+        value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Set `parameter` of a model that is trained to the whole `value`, which every process has."""
+    parameter.copy_(part_of(value, parameter))

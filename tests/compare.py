@@ -1,0 +1,59 @@
+"""Whether two runs are the same but for rounding."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from reftune.storage.json_lines import JsonLines
+
+WEIGHT_ATOL = 1e-4
+"""Of weights that move by 3e-3 a step, where Adam makes much of the rounding of a gradient near 0.
+"""
+GRADIENT_ATOL = 2e-6
+"""Of their running means, near 0.01."""
+
+
+def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
+    """Texts and whole numbers equal, other numbers close; clocks are left out."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            if not (name.startswith("time") or name.endswith("_s") or "seconds" in name):
+                assert_same_numbers(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same_numbers(one, other, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        # kl/mismatch is the rounding of single tokens
+        assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-5), (
+            f"{where}: {found} is not {expected}"
+        )
+    else:
+        assert found == expected, where
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Every metric of every step, weights and optimizer of every checkpoint, every answer."""
+    for file in sorted(expected.rglob("*.safetensors")):
+        tensors, others = load_file(file), load_file(found / file.relative_to(expected))
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            atol = GRADIENT_ATOL if name.startswith("optimizer.") else WEIGHT_ATOL
+            assert torch.allclose(others[name], tensor, rtol=1e-3, atol=atol), (
+                f"{file} {name}: {others[name]} is not {tensor}"
+            )
+    for file in sorted([*expected.rglob("*.jsonl"), *expected.rglob("stage.json")]):
+        other = found / file.relative_to(expected)
+        if file.suffix == ".jsonl":
+            assert_same_numbers(JsonLines(other).rows(), JsonLines(file).rows(), file.name)
+        else:
+            assert_same_numbers(
+                json.loads(other.read_text()), json.loads(file.read_text()), file.name
+            )
