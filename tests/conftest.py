@@ -74,6 +74,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "word_embed_proj_dim": 16,
         },
     ),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**LLAMA, "head_dim": 8}),
     "granite": ("GraniteForCausalLM", "GraniteConfig", {**LLAMA, "logits_scaling": 2.0}),
 }
 

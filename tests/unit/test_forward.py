@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers.cache_utils import Cache, DynamicCache
 
-from reftune.engines._forward import LlamaForward, is_written_out
 from reftune.engines.kv import _RoomyLayer
-from reftune.model.weights import LLAMA_LIKE
+from reftune.model.speed.llama import FAMILIES, Decoder, is_written_out
 from reftune.recipe import LoraTable
 
 ROWS = [[3, 4, 5, 6, 7, 8], [9, 10], [11, 12, 13, 14]]
@@ -45,7 +44,7 @@ def by_transformers(model: Any, steps: list[Tensor], mask: Tensor) -> list[Tenso
 
 def written_out(model: Any, steps: list[Tensor], mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
     forward, cache, found = (
-        LlamaForward(model, dtype, pack=True),
+        Decoder(model, dtype, pack=True),
         Cache(layer_class_to_replicate=_RoomyLayer),
         [],
     )
@@ -57,7 +56,16 @@ def written_out(model: Any, steps: list[Tensor], mask: Tensor, dtype: torch.dtyp
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "llama, tied", "qwen2, untied", "qwen2, tied", "qwen3, tied", "mistral", "biased"],
+    [
+        "llama",
+        "llama, tied",
+        "phi3",
+        "qwen2, untied",
+        "qwen2, tied",
+        "qwen3, tied",
+        "mistral",
+        "biased",
+    ],
 )
 @torch.no_grad()
 def test_it_is_the_model(make_model, family):
@@ -106,7 +114,7 @@ def test_several_tokens_may_follow_a_cache(make_model):
     assert_close(at_once, in_turn[-1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["mistral, window of 5", "phi3", "gpt2", "opt", "granite"])
+@pytest.mark.parametrize("family", ["mistral, window of 5", "gpt2", "opt", "granite"])
 def test_other_models_are_left_to_transformers(make_model, family):
     assert not is_written_out(make_model(family))
 
@@ -127,5 +135,5 @@ def test_adapters_are_left_to_transformers(make_policy):
 def test_every_class_of_the_list_is_tested(make_model):
     assert {
         type(make_model(f)).__name__
-        for f in ("llama", "mistral, window of 5", "qwen2, tied", "qwen3, tied")
-    } == set(LLAMA_LIKE)
+        for f in ("llama", "mistral, window of 5", "phi3", "qwen2, tied", "qwen3, tied")
+    } == set(FAMILIES)

@@ -20,10 +20,11 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reftune.engines._forward import forward_pass, is_written_out
+from reftune.engines._forward import forward_pass
 from reftune.engines.kv import ROOM, _RoomyLayer
 from reftune.model.logprobs import token_logprobs
 from reftune.model.policy import Policy
+from reftune.model.speed import llama
 from reftune.model.speed.attention import ATTENTION
 from reftune.recipe import ModelTable
 
@@ -156,7 +157,9 @@ class Outline:
     def decoding_weights(self) -> float:
         """Bytes that each process needs to sample with, where it holds but a part of the
         weights."""
-        if self.policy.compute_dtype == torch.float32 or not is_written_out(self.policy.model):
+        if self.policy.compute_dtype == torch.float32 or not llama.is_written_out(
+            self.policy.model
+        ):
             return float(FP32 * self.sizes.total)
         casts, _, _ = self._prefill(prompt=1, rows=1)
         return float(casts + FP32 * self.model.get_input_embeddings().weight.numel())

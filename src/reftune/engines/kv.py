@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class Kv(Component):
     ) -> list[Completion]:
         """One completion a prompt, in order; see `reftune.engines.Engine`."""
         requests = [
-            _Request(position=i, prompt=list(prompt))
+            _Request(position=i, prompt=tuple(prompt))
             for i, prompt in enumerate(prompts, params.first_position)
         ]
         waiting = sorted(
@@ -67,36 +67,33 @@ class Kv(Component):
 @dataclass(slots=True)
 class _Request:
     position: int
-    prompt: list[int]
+    prompt: tuple[int, ...]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
 class _Decoder:
-    """Rows that are being decoded: their cache, left-padded to one length, and the logits of each
-    row's next token."""
+    """Rows that are being decoded: their cache, left-padded to one length, the logits of each row's
+    next token, and the tokens so far."""
 
     def __init__(self, policy: Policy, params: SamplingParams, forward: Forward) -> None:
         self.policy, self.params, self.forward = policy, params, forward
-        self.eos_ids = policy.eos_ids
+        self.eos_ids = torch.tensor(sorted(policy.eos_ids), device=policy.device)
         self.active: list[_Request] = []
         self.cache: Any = None
-        self.mask = torch.zeros(
-            0, 0, dtype=torch.long, device=policy.device
-        )  # (B, T), 1 where the cache holds a token
-        self.logits = torch.zeros(0, 0, device=policy.device)  # (B, V), fp32
-        self.uniforms = torch.zeros(
-            0, params.max_new_tokens, dtype=torch.float64, device=policy.device
-        )
+        device = policy.device
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=device)
+        """(B, T), 1 where the cache holds a token."""
+        self.logits = torch.zeros(0, 0, device=device)
+        """(B, V), fp32"""
+        self.rows = _Rows.start(self._draw_uniforms([]))
 
     def join(self, requests: list[_Request]) -> None:
         """Prefill `requests`, each distinct prompt once, and append them to the batch."""
-        distinct = {tuple(request.prompt): i for i, request in reversed(list(enumerate(requests)))}
+        distinct = list(dict.fromkeys(request.prompt for request in requests))
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        cache, mask, logits = self._prefill(list(distinct))
-        rows = torch.tensor(
-            [row_of[tuple(request.prompt)] for request in requests], device=self.policy.device
-        )
+        cache, mask, logits = self._prefill(distinct)
+        rows = torch.tensor([row_of[r.prompt] for r in requests], device=self.policy.device)
         cache.batch_select_indices(rows)
         mask, logits = mask[rows], logits[rows]
         if self.active:
@@ -107,7 +104,8 @@ class _Decoder:
         else:
             self.cache, self.mask, self.logits = cache, mask, logits
         self.active = self.active + requests
-        self.uniforms = torch.cat([self.uniforms, self._draw_uniforms(requests)])
+        joining = _Rows.start(self._draw_uniforms(requests))
+        self.rows = _Rows(*map(torch.cat, zip(self.rows, joining, strict=True)))
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor]:
         longest = max(len(prompt) for prompt in prompts)
@@ -123,48 +121,46 @@ class _Decoder:
         return cache, mask, self.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
-        """One number a token and row, a function of the seed and the row's position only."""
-        draws = [
-            generator(self.params.seed, r.position).random(self.params.max_new_tokens)
-            for r in requests
-        ]
+        """One number a token and row, a function of the seed and the row's position only; greedy
+        decoding needs none."""
+        shape = (len(requests), self.params.max_new_tokens)
+        if not requests or self.params.temperature == 0:
+            return torch.zeros(shape, dtype=torch.float64, device=self.policy.device)
+        draws = [generator(self.params.seed, r.position).random(shape[1]) for r in requests]
         return torch.from_numpy(np.stack(draws)).to(self.policy.device)
 
     def step(self) -> None:
         """Draw one token a row, drop rows that are done, and read the new tokens."""
+        rows, last = self.rows, self.params.max_new_tokens - 1
         # Rows join at different times: each takes the number of its own step.
-        last = self.params.max_new_tokens - 1
-        steps = torch.tensor(
-            [min(len(request.token_ids), last) for request in self.active],
-            device=self.policy.device,
-        )
-        uniforms = self.uniforms.gather(1, steps[:, None]).squeeze(1)
+        places = rows.lengths.clamp(max=last)[:, None]
+        uniforms = rows.uniforms.gather(1, places).squeeze(1)
         tokens, logprobs = draw_tokens(self.logits, uniforms, self.params)
-        self._record(tokens.tolist(), logprobs.tolist())
-        keep = [row for row, request in enumerate(self.active) if not self._done(request)]
-        done = len(self.active) - len(keep)
-        if done and done >= DROP_SHARE * len(self.active):
-            self._keep(torch.tensor(keep, dtype=torch.long, device=self.policy.device))
+        places = torch.where(rows.done[:, None], last + 1, places)
+        rows.tokens.scatter_(1, places, tokens[:, None])
+        rows.logprobs.scatter_(1, places, logprobs[:, None])
+        rows.lengths.add_(~rows.done)
+        rows.done.logical_or_(torch.isin(tokens, self.eos_ids)).logical_or_(rows.lengths > last)
+        num_done = int(rows.done.sum())
+        if num_done and num_done >= DROP_SHARE * len(self.active):
+            self._finish(rows.done.nonzero().squeeze(1))
+            keep = (~rows.done).nonzero().squeeze(1)
+            self._keep(keep)
             tokens = tokens[keep]
         if self.active:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
             self.logits = self.forward(tokens[:, None], self.mask, self.cache)
 
-    def _record(self, tokens: list[int], logprobs: list[float]) -> None:
-        for request, token, logprob in zip(self.active, tokens, logprobs, strict=True):
-            if not self._done(request):
-                request.token_ids.append(token)
-                request.logprobs.append(logprob)
-
-    def _done(self, request: _Request) -> bool:
-        return bool(request.token_ids) and (
-            request.token_ids[-1] in self.eos_ids
-            or len(request.token_ids) >= self.params.max_new_tokens
-        )
+    def _finish(self, done: Tensor) -> None:
+        """Give the requests of the rows `done` what was drawn for them."""
+        columns = (done, self.rows.lengths[done], self.rows.tokens[done], self.rows.logprobs[done])
+        for row, length, tokens, logprobs in zip(*(c.tolist() for c in columns), strict=True):
+            request = self.active[row]
+            request.token_ids, request.logprobs = tokens[:length], logprobs[:length]
 
     def _keep(self, rows: Tensor) -> None:
         self.active = [self.active[row] for row in rows.tolist()]
-        self.mask, self.uniforms = self.mask[rows], self.uniforms[rows]
+        self.mask, self.rows = self.mask[rows], _Rows(*(part[rows] for part in self.rows))
         self.cache.batch_select_indices(rows)
         if self.active:
             unused = int(
@@ -177,6 +173,29 @@ class _Decoder:
                         layer.keys[..., unused:, :],
                         layer.values[..., unused:, :],
                     )
+
+
+class _Rows(NamedTuple):
+    """What is drawn for each of B rows, at most M tokens."""
+
+    uniforms: Tensor
+    """(B, M), fp64"""
+    tokens: Tensor
+    """(B, M + 1) ids; the last column is for rows that are done."""
+    logprobs: Tensor
+    """(B, M + 1)"""
+    lengths: Tensor
+    """(B,) tokens so far."""
+    done: Tensor
+    """(B,) bool"""
+
+    @classmethod
+    def start(cls, uniforms: Tensor) -> _Rows:
+        """Before the first token."""
+        rows, width = uniforms.shape
+        zeros = uniforms.new_zeros(rows, width + 1)
+        lengths = uniforms.new_zeros(rows, dtype=torch.long)
+        return cls(uniforms, zeros.long(), zeros.float(), lengths, lengths.bool())
 
 
 class _RoomyLayer(DynamicLayer):

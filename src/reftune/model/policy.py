@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from reftune.errors import ModelError
 from reftune.model.batch import TokenBatch, own_micro_batches
+from reftune.model.dropout import use_cheap_dropout
 from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
-from reftune.model.speed.attention import ATTENTION, attend_our_way
-from reftune.model.weights import is_llama_like
+from reftune.model.speed import attention, llama
 from reftune.processes import world
 from reftune.processes.sharding import sharding, transformer_blocks
 from reftune.recipe import LoraTable
@@ -64,11 +64,12 @@ class Policy(nn.Module):
         self.model: Any = _with_lora(model, lora) if lora is not None else model
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
-        if dtype != torch.float32:
-            attend_our_way(model)
-        self.packs = is_llama_like(model) and model.config._attn_implementation == ATTENTION
-        """Whether whole sequences are read without padding. Not in fp32, so that runs there repeat
-        as they were published."""
+        use_cheap_dropout(model)
+        attention.attend_our_way(model)
+        self.packs = attention.takes_packing(model)
+        """Whether whole sequences are read without padding."""
+        self.is_written_out = dtype == torch.float32 and llama.is_written_out(self.model)
+        """Whether `speed.llama` may read whole sequences in place of transformers."""
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         """Zero at first, so that it cannot start wild; `reset_value_head` draws PyTorch's default,
@@ -185,17 +186,10 @@ class Policy(nn.Module):
                 batch.predictor_index()
             ]
             return hidden
-        packed = batch.filled_up().packed()
-        output = backbone(
-            input_ids=packed.tokens[None],
-            position_ids=packed.positions[None],
-            attention_mask=torch.empty(
-                1, 1, 1, 1, device=batch.tokens.device
-            ),  # handed on as it is, and not read
-            use_cache=False,
-            packing=packed.packing,
-        )
-        hidden = output.last_hidden_state[0, packed.predictors]
+        packed = (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
+        as_modules = self.is_compiled or sharding().is_split(self)  # hooks are on their forward
+        module = llama if self.is_written_out and not as_modules else attention
+        hidden = module.read_packed(backbone, packed)[packed.predictors]
         return hidden
 
     def _backbone(self) -> Any:

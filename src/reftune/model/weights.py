@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reftune.errors import ModelError
 from reftune.recipe import ModelTable
@@ -69,23 +69,6 @@ def load_pretrained(
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None
     return model, tokenizer
-
-
-LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
-
-def is_llama_like(model: Any) -> bool:
-    """Whether `model` is one of transformers' own of these classes in which no layer sees a window
-    only."""
-    config, kind = model.config, type(model)
-    has_windows = getattr(config, "sliding_window", None) is not None and getattr(
-        config, "use_sliding_window", True
-    )
-    return (
-        kind.__module__.startswith("transformers.models.")
-        and kind.__name__ in LLAMA_LIKE
-        and not has_windows
-    )
 
 
 def smollm2_folder() -> Path:

@@ -50,8 +50,8 @@ class ModelTable(Table):
     """`auto`: a GPU where there is one."""
     lora: LoraTable | None = None
     micro_batch_tokens: int = Field(16384, gt=0)
-    """Tokens in one forward and backward pass; padding counts in fp32, and in bf16 of models that
-    are not Llama, Mistral, Qwen2 or Qwen3.
+    """Tokens in one forward and backward pass. Padding counts only for the families that
+    docs/performance.md lists as read with it.
 
     Changes memory and speed, never the gradient.
     """

@@ -1,1 +1,16 @@
-"""What makes the model fast and changes results by rounding only."""
+"""What exists only for speed. Delete this folder and results stay within rounding, only slower.
+
+Its callers then do without it:
+
+- `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
+  `llama.is_written_out` and their two `read_packed`: keep the branch of `_predictors` for models
+  that do not pack, which pads.
+- `engines/_forward.py` calls `llama.is_written_out` and `linears.packed_linears`: keep
+  `through_transformers`.
+- `engines/continuous.py` enters `attention.attention_as_before`, which then has nothing to undo.
+- `terminal/cli.py` calls `allocator.keep_freed_memory`.
+
+Dropout is the exception: which entries it drops depends on how sequences are laid out, so with
+dropout a run without this folder draws other, equally likely masks. `tests/unit/test_speed.py`
+trains with and without the folder and compares.
+"""

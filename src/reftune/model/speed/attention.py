@@ -1,29 +1,47 @@
-"""Attention of models that read whole sequences: over sequences without padding between them, and
-on a processor in fp32."""
+"""Sequences read without padding between them by transformers' own models.
+
+Tokens of all sequences follow one another; they are padded only while they attend, in groups of
+similar length. In bf16 on a CPU attention is in fp32: its backward pass is slow otherwise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from reftune.model.batch import Packing
+from reftune.model.batch import PackedTokens, Packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "reftune"
+FAMILIES = (
+    "CodeGenForCausalLM",
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "GemmaForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "OPTForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+"""transformers' own classes that take positions from the caller and attend causally to all of a
+sequence, so that they can be read without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """Have a model that attends by PyTorch's own attention take `packing`, and attend in fp32 where
-    it is on a processor.
-
-    There the backward pass of bf16 attention is slow.
-    """
+    """Have a model take `packing`, and attend in fp32 on a CPU."""
+    if type(model).__name__ == "CodeGenForCausalLM":
+        for module in model.modules():
+            if hasattr(module, "_attn"):
+                setattr(module, "_attn", partial(_attend_codegen, module, module._attn))  # noqa: B010
     if model.config._attn_implementation != "sdpa":
         return
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -34,9 +52,27 @@ def attend_our_way(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
+def takes_packing(model: PreTrainedModel) -> bool:
+    """Whether `read_packed` may read this model, a causal LM that has been made to attend our
+    way."""
+    kind = type(model)
+    return (
+        kind.__module__.startswith("transformers.models.")
+        and kind.__name__ in FAMILIES
+        and (model.config._attn_implementation == ATTENTION or kind.__name__.startswith("CodeGen"))
+        and not has_window(model.config)
+    )
+
+
+def has_window(config: Any) -> bool:
+    """Whether some layer sees the latest tokens only."""
+    window = getattr(config, "sliding_window", None)
+    return window is not None and getattr(config, "use_sliding_window", True)
+
+
 @contextmanager
 def attention_as_before(model: PreTrainedModel) -> Iterator[None]:
-    """Without `attend_our_way`, for what knows transformers' own attention only."""
+    """Without `attend_our_way`, for code that knows transformers' own attention only."""
     is_ours = model.config._attn_implementation == ATTENTION
     if is_ours:
         model.set_attn_implementation("sdpa")
@@ -45,6 +81,43 @@ def attention_as_before(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if is_ours:
             model.set_attn_implementation(ATTENTION)
+
+
+def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
+    """(T, H) last hidden states; `backbone` is the transformer without its output embedding."""
+    # A mask of four dimensions is handed on as it is; nothing reads it.
+    mask: Any = torch.empty(1, 1, 1, 1, device=packed.tokens.device)
+    mask.packing = packed.packing  # CodeGen passes on no other argument
+    hidden: Tensor = backbone(
+        input_ids=packed.tokens[None],
+        position_ids=packed.positions[None],
+        attention_mask=mask,
+        use_cache=False,
+        packing=packed.packing,
+    ).last_hidden_state[0]
+    return hidden
+
+
+def attend_in_groups(
+    module: nn.Module, states: Sequence[Tensor], packing: Packing, **options: Any
+) -> Tensor:
+    """Queries, keys and values (S, heads, D) in padded slots → (S, heads, D), one group of
+    sequences after the other."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    parts = (part.split([rows * length for rows, length in packing.sizes]) for part in states)
+    outputs = []
+    for group, size in zip(zip(*parts, strict=True), packing.sizes, strict=True):
+        query, key, value = (part.unflatten(0, size).transpose(1, 2) for part in group)
+        attended, _ = sdpa_attention_forward(module, query, key, value, None, **options)
+        outputs.append(attended.flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def unpad(padded: Tensor, packing: Packing) -> Tensor:
+    """(S, …) slots → (T, …) tokens."""
+    tokens: Tensor = _Unpad.apply(padded, packing.slots, packing.is_token, packing.order)  # type: ignore[no-untyped-call]
+    return tokens
 
 
 def _attend(
@@ -64,41 +137,36 @@ def _attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if packing is not None:
-        return _attend_packed(module, (query, key, value), packing, options), None
-    if query.shape[2] == 1 or query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    wanted = query.dtype
+    if query.device.type == "cpu" and query.shape[2] > 1:
+        query, key, value = query.float(), key.float(), value.float()
     with torch.autocast("cpu", enabled=False):
-        output, _ = sdpa_attention_forward(
-            module, query.float(), key.float(), value.float(), mask, **options
-        )
-    return output.to(query.dtype), None
+        if packing is None:
+            output, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
+        else:
+            padded = [_pad(part[0].transpose(0, 1), packing) for part in (query, key, value)]
+            output = unpad(attend_in_groups(module, padded, packing, **options), packing)[None]
+    return output.to(wanted), None
 
 
-def _attend_packed(
-    module: nn.Module, states: Sequence[Tensor], packing: Packing, options: Mapping[str, Any]
-) -> Tensor:
-    """One group of sequences after the other, padded for attention only."""
-    padded = [_pad(part[0].transpose(0, 1), packing) for part in states]
-    outputs, start = [], 0
-    for rows, length in packing.sizes:
-        group = slice(start, start + rows * length)
-        query, key, value = (
-            part[group].unflatten(0, (rows, length)).transpose(1, 2) for part in padded
-        )
-        outputs.append(_attend(module, query, key, value, None, **options)[0].flatten(0, 1))
-        start = group.stop
-    return _unpad(torch.cat(outputs), packing)[None]
+def _attend_codegen(
+    module: Any, original: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None
+) -> tuple[Tensor, Any]:
+    """CodeGen's own attention, (B, heads, tokens, D) → the same, or with packing in place of the
+    mask as other models attend."""
+    packing = getattr(mask, "packing", None)
+    if packing is None:
+        attended: tuple[Tensor, Any] = original(query, key, value, mask)
+        return attended
+    dropout = module.attn_dropout.p if module.training else 0.0
+    options = {"dropout": dropout, "scaling": module.scale_attn**-1, "is_causal": True}
+    output, _ = _attend(module, query, key, value, None, packing=packing, **options)
+    return output.transpose(1, 2), None
 
 
 def _pad(tokens: Tensor, packing: Packing) -> Tensor:
     padded: Tensor = _Pad.apply(tokens, packing.slots, packing.order)  # type: ignore[no-untyped-call]
     return padded
-
-
-def _unpad(padded: Tensor, packing: Packing) -> Tensor:
-    tokens: Tensor = _Unpad.apply(padded, packing.slots, packing.is_token, packing.order)  # type: ignore[no-untyped-call]
-    return tokens
 
 
 class _Pad(torch.autograd.Function):
@@ -117,7 +185,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """(S, …) slots → (T, …) tokens."""
+    """(S, …) slots → (T, …) tokens. A slot without a token gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, slots: Tensor, is_token: Tensor, order: Tensor) -> Tensor:
@@ -127,4 +195,5 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         slots, is_token = ctx.saved_tensors
-        return grads[0].index_select(0, slots) * is_token[:, None, None], None, None, None
+        grad = grads[0].index_select(0, slots)
+        return grad.mul_(is_token.view(-1, *[1] * (grad.dim() - 1))), None, None, None

@@ -1,0 +1,319 @@
+"""Llama-like transformers written out in few operations, for training and for decoding.
+
+Small models are bound by the number of their operations. Here a norm, rotary positions and the
+gated activation are one operation each, with their gradient in closed form, and padding exists
+only inside attention. Decoding merges query, key and value into one product, gate and up into
+another, from copies of the weights in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from reftune.model.batch import PackedTokens, Packing
+from reftune.model.speed.attention import attend_in_groups, has_window, unpad
+from reftune.model.speed.linears import product
+from reftune.processes.sharding import whole_tensor
+
+FAMILIES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+"""transformers' own classes that this file writes out."""
+
+
+def is_written_out(model: Any) -> bool:
+    """Whether this file computes what `model`, a causal LM, does.
+
+    It does not with adapters or quantized layers, sliding windows, another activation than SiLU,
+    or rotary positions on a part of each head.
+    """
+    kind, config = type(model), model.config
+    if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
+        return False
+    if has_window(config) or config.hidden_act != "silu":
+        return False
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return False
+    layers = [
+        layer
+        for block in model.model.layers
+        for part in (block.self_attn, block.mlp)
+        for name, layer in part.named_children()
+        if name.endswith("_proj")
+    ]
+    return all(type(layer) is nn.Linear for layer in (*layers, model.get_output_embeddings()))
+
+
+def query_key_value(attention: Any) -> list[nn.Linear]:
+    """One layer for all three, or one each."""
+    if hasattr(attention, "qkv_proj"):
+        return [attention.qkv_proj]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def gate_up(mlp: Any) -> list[nn.Linear]:
+    """One layer for both, or one each."""
+    return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+
+
+def num_heads(attention: Any) -> tuple[int, int]:
+    """The numbers of query heads and of key heads; there are as many value heads as key heads."""
+    config = attention.config
+    return config.num_attention_heads, config.num_key_value_heads
+
+
+# --- whole sequences, with gradients --------------------------------------------------------------
+
+
+def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
+    """(T, H) last hidden states of packed tokens; `backbone` is the transformer without its
+    output embedding."""
+    hidden: Tensor = backbone.embed_tokens(packed.tokens)
+    cos, sin = (part[0, :, None] for part in backbone.rotary_emb(hidden, packed.positions[None]))
+    for block in backbone.layers:
+        states = _norm(hidden, block.input_layernorm)
+        states = _attention(block.self_attn, states, cos, sin, packed.packing)
+        hidden = hidden + _dropped(block, "resid_attn_dropout", states)
+        states = _norm(hidden, block.post_attention_layernorm)
+        parts = [layer(states) for layer in gate_up(block.mlp)]
+        states = block.mlp.down_proj(_GatedSilu.apply(*parts))  # type: ignore[no-untyped-call]
+        hidden = hidden + _dropped(block, "resid_mlp_dropout", states)
+    return _norm(hidden, backbone.norm)
+
+
+def _dropped(block: nn.Module, name: str, states: Tensor) -> Tensor:
+    """Through the block's dropout, in families that have one."""
+    dropout = getattr(block, name, None)
+    dropped: Tensor = states if dropout is None else dropout(states)
+    return dropped
+
+
+def _norm(hidden: Tensor, norm: Any) -> Tensor:
+    normed: Tensor = _RmsNorm.apply(hidden, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+    return normed
+
+
+def _attention(
+    attention: Any, states: Tensor, cos: Tensor, sin: Tensor, packing: Packing
+) -> Tensor:
+    """(T, H) → (T, H)."""
+    queries, keys = num_heads(attention)
+    parts = [layer(states) for layer in query_key_value(attention)]
+    if hasattr(attention, "q_norm"):
+        for place, norm, heads in ((0, attention.q_norm, queries), (1, attention.k_norm, keys)):
+            parts[place] = _norm(parts[place].unflatten(1, (heads, -1)), norm).flatten(1)
+    padded = _TurnAndPad.apply(  # type: ignore[no-untyped-call]
+        cos, sin, packing.slots, packing.order, queries + keys, *parts
+    )
+    attended = attend_in_groups(
+        attention,
+        padded.split([queries, keys, keys], 1),
+        packing,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+    )
+    output: Tensor = attention.o_proj(unpad(attended, packing).flatten(1))
+    return output
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = w x̂,  x̂ = x r,  r = (mean(x²) + ε)^(-1/2), over the last dimension.
+
+    dL/dw = Σ g x̂        dL/dx = r (g w - x̂ mean(g w x̂))
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        scale = norm.square_().div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        normed: Tensor = (hidden * scale).mul_(weight)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        normed = hidden * scale
+        products = grads[0] * normed
+        grad_weight = products.flatten(0, -2).sum(0)
+        means = (products @ weight).div_(-hidden.shape[-1]).unsqueeze(-1)
+        grad_hidden = (grads[0] * weight).addcmul_(normed, means).mul_(scale)
+        return grad_hidden, grad_weight, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) · up of gate and up (T, I) each, or side by side (T, 2 I)."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        gate, up = _halves(parts)
+        activated: Tensor = functional.silu(gate).mul_(up)
+        return activated
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        gate, up = _halves(ctx.saved_tensors)
+        results = tuple(torch.empty_like(part) for part in ctx.saved_tensors)
+        grad_gate, grad_up = _halves(results)
+        share = torch.sigmoid(gate)
+        torch.mul(gate, share, out=grad_up)  # silu(gate)
+        slope = share.addcmul_(grad_up, 1 - share)
+        grad_up.mul_(grads[0])
+        torch.mul(slope.mul_(up), grads[0], out=grad_gate)
+        return results
+
+
+def _halves(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    return parts[0].chunk(2, -1) if len(parts) == 1 else parts
+
+
+class _TurnAndPad(torch.autograd.Function):
+    """Queries, keys and values (T, heads · D), in one part or three → (S, heads, D) slots: the
+    first `turned` heads with their rotary positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        order: Tensor,
+        turned: int,
+        *parts: Tensor,
+    ) -> Tensor:
+        size = cos.shape[-1]
+        ctx.save_for_backward(cos, sin, order)
+        ctx.turned, ctx.widths = turned, [part.shape[1] for part in parts]
+        states = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        heads = states.view(len(states), -1, size)
+        heads = torch.cat([_turn(heads[:, :turned], cos, sin), heads[:, turned:]], 1)
+        return heads.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, order = ctx.saved_tensors
+        grad = grads[0].index_select(0, order)
+        turned = grad[:, : ctx.turned]
+        turned.copy_(_turn(turned, cos, -sin))
+        return (None, None, None, None, None, *grad.flatten(1).split(ctx.widths, 1))
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of `states` (…, heads, D), by cosine and sine (…, 1, D) of the angles."""
+    half = cos.shape[-1] // 2
+    left, right = states.split(half, -1)
+    turned = states * cos
+    turned[..., :half].addcmul_(right, sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(left, sin[..., half:])
+    return turned
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """A causal LM to read only, as long as its weights do not change; see `engines._forward`.
+
+    Weights that are split over processes are gathered one by one, so that none holds all of them in
+    fp32.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
+        self.embedding = whole_tensor(model.get_input_embeddings().weight).detach()
+        self.rotary, self.dtype = model.model.rotary_emb, dtype
+        self.blocks = [
+            _Block(block, index, dtype, pack) for index, block in enumerate(model.model.layers)
+        ]
+        self.norm = _Norm(model.model.norm)
+        self.head = product([model.get_output_embeddings()], dtype, pack=pack)
+
+    def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Tokens (B, S), the mask (B, T) of cache and tokens → fp32 logits (B, V) after the last
+        one."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden = functional.embedding(tokens, self.embedding)
+            positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -tokens.shape[1] :]
+            cos, sin = (part.unsqueeze(2) for part in self.rotary(hidden, positions))
+            bias = torch.zeros((), dtype=self.dtype, device=mask.device).where(
+                _visible(mask, tokens.shape[1]), -torch.inf
+            )
+            for block in self.blocks:
+                hidden = block(hidden, cos, sin, bias, cache)
+            return self.head(self.norm(hidden[:, -1])).float()
+
+
+class _Block:
+    def __init__(self, block: Any, index: int, dtype: torch.dtype, pack: bool) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.index, self.dtype = index, dtype
+        self.head_size, self.scaling = attention.head_dim, attention.scaling
+        self.queries, self.keys = num_heads(attention)
+        self.attention_norm = _Norm(block.input_layernorm)
+        self.mlp_norm = _Norm(block.post_attention_layernorm)
+        has_norms = hasattr(attention, "q_norm")
+        self.head_norms = (_Norm(attention.q_norm), _Norm(attention.k_norm)) if has_norms else None
+        self.query_key_value = product(query_key_value(attention), dtype, pack=pack)
+        self.output = product([attention.o_proj], dtype, pack=pack)
+        self.gate_up = product(gate_up(mlp), dtype, pack=pack)
+        self.down = product([mlp.down_proj], dtype, pack=pack)
+
+    def __call__(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any
+    ) -> Tensor:
+        hidden = hidden + self.output(
+            self._attend(self.attention_norm(hidden), cos, sin, bias, cache)
+        )
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
+        return hidden + self.down(functional.silu(gate).mul_(up))
+
+    def _attend(self, states: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any) -> Tensor:
+        rows, length, _ = states.shape
+        heads = self.query_key_value(states).view(rows, length, -1, self.head_size)
+        turned, value = heads.split([self.queries + self.keys, self.keys], 2)
+        turned = turned.float()
+        if self.head_norms is not None:
+            parts = turned.split([self.queries, self.keys], 2)
+            turned = torch.cat(
+                [norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 2
+            )
+        turned = _turn(turned, cos, sin).to(self.dtype)
+        query, key = turned.transpose(1, 2).split([self.queries, self.keys], 1)
+        key, value = cache.update(key, value.transpose(1, 2), self.index)
+        attended = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=bias,
+            scale=self.scaling,
+            enable_gqa=self.queries != self.keys,
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+
+class _Norm:
+    def __init__(self, norm: Any) -> None:
+        self.weight, self.epsilon = whole_tensor(norm.weight).detach(), norm.variance_epsilon
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+def _visible(mask: Tensor, length: int) -> Tensor:
+    """(B, 1, S, T), True where a token reads another; padding reads itself, as a softmax over
+    nothing is not a number."""
+    visible = mask.bool()[:, None, None, :]
+    if length == 1:
+        return visible
+    own = torch.ones(length, mask.shape[1], dtype=torch.bool, device=mask.device)
+    start = mask.shape[1] - length
+    return (visible & own.tril(start)) | (own.tril(start) & own.triu(start))

@@ -1,0 +1,146 @@
+"""The folder that exists only for speed: without it, the same results up to rounding."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from reftune.engines import _forward
+from reftune.model.batch import token_batch
+from reftune.model.policy import Policy
+from reftune.model.speed import allocator, attention, linears, llama
+from reftune.recipe import Recipe
+from reftune.runs.run import open_run
+from reftune.stages.progress import SilentProgress
+
+
+@pytest.fixture
+def batch():
+    return token_batch([[3, 4, 5, 6], [7, 8]], [[10, 1], [11, 12, 13, 1]])
+
+
+def test_a_bf16_policy_attends_in_fp32_and_nothing_else_does(make_policy, batch, monkeypatch):
+    seen: list[torch.dtype] = []
+    from transformers.integrations import sdpa_attention
+
+    original = sdpa_attention.sdpa_attention_forward
+
+    def spy(module, query, *args, **options):
+        seen.append(query.dtype)
+        return original(module, query, *args, **options)
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", spy)
+    plain = make_policy("llama")
+    policy = Policy(plain.model, plain.tokenizer, dtype=torch.bfloat16)
+    policy(batch).logprobs.sum().backward()
+    assert set(seen) == {torch.float32}
+    with policy.arithmetic():
+        assert (
+            policy.model(input_ids=batch.tokens).logits.dtype == torch.bfloat16
+        )  # the products are in bf16 still
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 products"
+)
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gpt2"])
+def test_packed_layers_multiply_as_before_and_are_put_back(make_policy, architecture):
+    model = make_policy(architecture, dtype=torch.bfloat16).model
+    tokens = torch.tensor([[3, 4, 5], [7, 8, 9]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(input_ids=tokens).logits
+        with linears.packed_linears(model, torch.bfloat16):
+            packed = [module for module in model.modules() if "forward" in vars(module)]
+            assert (
+                type(model.get_output_embeddings()) is torch.nn.Linear
+                and model.get_output_embeddings() in packed
+            )
+            found = model(input_ids=tokens).logits
+        assert found.dtype == expected.dtype
+        assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_nothing_is_packed_in_fp32(make_policy):
+    model = make_policy("llama").model
+    with linears.packed_linears(model, torch.float32):
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_allocator_takes_every_option():
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        pytest.skip("the C library is not glibc")
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            allocator.ctypes,
+            "CDLL",
+            lambda name: type("C", (), {"mallopt": lambda self, *a: taken.append(mallopt(*a))})(),
+        )
+        allocator.keep_freed_memory()
+    assert taken == [1, 1, 1]
+
+
+# --- without the folder ---------------------------------------------------------------------------
+
+NO_DROPOUT = {
+    "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "context": 80, "dropout": 0.0}
+}
+CALM = {"optimizer": {"learning_rate": 0.003}}
+
+
+def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do as if the folder were deleted, in the way that its docstring says."""
+
+    def deleted(*args: object, **options: object) -> None:
+        raise AssertionError("the folder was to be switched off")
+
+    monkeypatch.setattr(attention, "attend_our_way", lambda model: None)
+    monkeypatch.setattr(attention, "takes_packing", lambda model: False)
+    monkeypatch.setattr(llama, "is_written_out", lambda model: False)
+    monkeypatch.setattr(_forward, "packed_linears", lambda model, dtype: nullcontext())
+    for module, names in (
+        (attention, ("read_packed", "attend_in_groups", "unpad")),
+        (llama, ("read_packed", "Decoder")),
+        (linears, ("packed_linears", "product")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, deleted)
+
+
+def train(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Metrics of a whole run, and the weights that it chose last."""
+    with open_run(recipe, SilentProgress()) as run:
+        for name in recipe.stages:
+            run.train(name)
+    rows = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
+    numbers = [
+        {key: row[key] for key in row if not key.startswith(("time", "stage"))} for row in rows
+    ]
+    return numbers, load_file(recipe.folder / "stages" / "reft" / "model.safetensors")
+
+
+def test_without_the_folder_a_run_is_the_same_up_to_rounding(make_recipe, tmp_path, monkeypatch):
+    stages = {"sft": CALM, "reft": {**CALM, "algorithm": {"kind": "ppo"}}}
+    runs = []
+    for name in ("with", "without"):
+        if name == "without":
+            switch_off(monkeypatch)
+        changes = {"run_dir": str(tmp_path / name), "model": NO_DROPOUT, "stages": stages}
+        runs.append(train(make_recipe(**changes)))
+    (rows, weights), (plain_rows, plain_weights) = runs
+    assert len(rows) > 10
+    for row, plain in zip(rows, plain_rows, strict=True):
+        assert row.keys() == plain.keys()
+        for key, value in row.items():
+            assert value == pytest.approx(plain[key], rel=1e-3, abs=1e-4), key
+    assert rows != plain_rows, "the folder was not used"
+    for name, weight in weights.items():
+        assert_close(weight, plain_weights[name], atol=1e-4, rtol=1e-3)
