@@ -128,12 +128,19 @@ def test_text_can_be_asked_for(tmp_path: Path) -> None:
     )
 
 
-def test_the_first_answer_decides_and_another_kind_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_every_row_has_a_kind_of_its_own(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "5"}, {"question": "r", "answer": "Paris"}]
+    answers = [problem.answer for problem in load(tmp_path, *rows, CHOICE).train]
+    assert answers == [
+        Answer(kind="number", value=Fraction(5)),
+        Answer(kind="text", value="Paris"),
+        Answer(kind="choice", value="b"),
+    ]
     with pytest.raises(
         DataError,
         match=r"data.jsonl:2: answer is 'Paris'; expected a number \(or dataset.answer_kind=text\)",
     ):
-        load(tmp_path, {"question": "q", "answer": "5"}, {"question": "r", "answer": "Paris"})
+        load(tmp_path, *rows, answer_kind="number")
 
 
 def test_a_type_change_is_refused_with_its_line(tmp_path: Path) -> None:

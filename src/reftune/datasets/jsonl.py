@@ -1,53 +1,34 @@
-"""Your own questions and answers: jsonl, json, csv, tsv or parquet files, or any Hub dataset."""
+"""Your own questions and answers: files of most shapes that people have, or any Hub dataset."""
 
 from __future__ import annotations
 
-import ast
-import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from reftune.datasets import FileDataset
-from reftune.datasets.reading.authors import is_authors
+from reftune.datasets.reading.conversations import is_conversation, read_conversation
 from reftune.datasets.reading.file_dataset import Split
-from reftune.datasets.reading.files import shown
-from reftune.datasets.reading.rows import Row, read_value, refuse_type_changes
+from reftune.datasets.reading.golds import GoldReader
+from reftune.datasets.reading.options import read_options
+from reftune.datasets.reading.rows import Row, refuse_type_changes
+from reftune.datasets.reading.shapes import Columns, recognise
 from reftune.errors import DataError
-from reftune.recipe import Table
-from reftune.types import Answer, Problem
-
-Kind = Literal["number", "choice", "text"]
-
-
-class Columns(Table):
-    """What the data's columns are called. All others are handed to a reward function by their own
-    names."""
-
-    question: str = "question"
-    answer: str = "answer"
-    """The gold: a number, a text, or for a choice its letter or the option itself."""
-    rationale: str | None = "rationale"
-    """A worked solution or a program. Not needed where no stage learns from rationales."""
-    id: str | None = "id"
-    """Default where there is none: file name and number of the row."""
-    choices: str | None = "choices"
-    """A list of option texts, or in csv a Python or JSON list as text."""
-
-
-AUTHORS_COLUMNS = Columns(
-    question="question", answer="answer_value", rationale="answer_cot", id="item_id"
-)
+from reftune.types import Message, Problem
 
 
 class Jsonl(FileDataset):
     """Your own data. Rows that ask the same question may each bring another rationale."""
 
-    columns: Columns = Columns()
-    """Which column is what. The JSON format of ReFT's authors is recognised without it."""
+    columns: Columns | None = None
+    """Which column is what. Default, also of those left out: recognised by the names that people
+    give them (docs/datasets.md), as `reftune init` says."""
     answer_kind: Literal["number", "choice", "text", "auto"] = "auto"
-    """`auto`: `choice` where a row has choices, else as the first row's answer, `number` if it can
-    be read as one."""
+    """`auto`: row by row a choice if there are options, else a number if it can be read as one,
+    else a text."""
+    positions_from: Literal[0, 1] | None = None
+    """What the gold of a choice counts from if it is the position of an option; null refuses such
+    golds, as some data count from 0 and some from 1."""
 
     several_rationales: ClassVar[bool] = True
 
@@ -55,107 +36,78 @@ class Jsonl(FileDataset):
         """Raises: DataError with file and line."""
         if not rows:
             return []
-        columns = (
-            AUTHORS_COLUMNS if self.columns == Columns() and is_authors(rows[0]) else self.columns
-        )
-        kind = _kind_of(rows[0], columns) if self.answer_kind == "auto" else self.answer_kind
-        if split == "train":
-            _refuse_missing(rows[0], columns)
-        refuse_type_changes(rows, [name for name in columns.model_dump().values() if name])
-        return [_problem(row, columns, kind) for row in rows]
+        columns = self._columns(rows, is_train=split == "train")
+        refuse_type_changes(rows, columns.names)
+        return [self._problem(row, columns) for row in rows]
 
     def problem(self, row: Row) -> Problem:
-        """As `problems`, of one row."""
-        return self.problems([row], "test", Counter())[0]
+        """As `problems`, of one row alone. Raises: DataError."""
+        return self._problem(row, self._columns([row], is_train=False))
+
+    def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
+        """As told and recognised. Raises: DataError if training rows lack a column that is told."""
+        told = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
+        for value in told.values() if is_train else ():
+            for name in [value] if isinstance(value, str) else value or ():
+                rows[0].value(name)
+        return recognise(rows, told).columns
+
+    def _problem(self, row: Row, columns: Columns) -> Problem:
+        question, messages = _question(row, columns.question)
+        options = None
+        if self.answer_kind in ("choice", "auto") and _has_options(row, columns.choices):
+            options = read_options(row, columns.choices or "")
+        elif self.answer_kind == "choice":
+            raise DataError(
+                f"{row.where}: no options; expected dataset.columns.choices beside answer_kind:"
+                " choice"
+            )
+        reader = GoldReader(
+            column=columns.answer, kind=self.answer_kind, positions_from=self.positions_from
+        )
+        gold = reader.read(row, options)
+        is_worked = columns.rationale == columns.answer
+        return Problem(
+            id=_id(row, columns.id),
+            question=question,
+            messages=messages,
+            answer=gold.answer,
+            gold_text=gold.text,
+            rationale=gold.rationale if is_worked else _rationale(row, columns.rationale),
+            choices=() if options is None else options.texts,
+            columns=row.others(*columns.names),
+        )
 
 
-def _problem(row: Row, columns: Columns, kind: Kind) -> Problem:
-    choices = _choices(row, columns.choices) if kind == "choice" else ()
-    return Problem(
-        id=_id(row, columns.id),
-        question=row.text(columns.question),
-        answer=_answer(row, columns.answer, kind, choices),
-        rationale=None if columns.rationale is None else row.optional_text(columns.rationale),
-        choices=choices,
-        columns=row.others(*(name for name in columns.model_dump().values() if name is not None)),
-    )
+def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:
+    """The question as one text, and the turns before the answer if it is a conversation."""
+    if isinstance(column, list):
+        parts = [row.text(column[0]), *(row.optional_text(name) for name in column[1:])]
+        return "\n".join(part for part in parts if part is not None), ()
+    if not is_conversation(row.get(column)):
+        return row.text(column), ()
+    conversation = read_conversation(row.value(column), row.where)
+    if not conversation.question:
+        raise DataError(f"{row.where}: {column} asks nothing; expected a turn of the user")
+    return conversation.question, conversation.before
 
 
-def _kind_of(row: Row, columns: Columns) -> Kind:
-    if columns.choices is not None and row.columns.get(columns.choices) is not None:
-        return "choice"
-    return "text" if read_value(row.value(columns.answer)) is None else "number"
+def _rationale(row: Row, column: str | None) -> str | None:
+    """A solution; of a conversation the reply."""
+    if column is None:
+        return None
+    if is_conversation(row.get(column)):
+        return read_conversation(row.value(column), row.where).reply
+    return row.optional_text(column)
 
 
-def _refuse_missing(row: Row, columns: Columns) -> None:
-    """Raises: DataError where the recipe names a column that training rows do not have."""
-    for field in columns.model_fields_set:
-        name = getattr(columns, field)
-        if name is not None:
-            row.value(name)
+def _has_options(row: Row, columns: str | list[str] | None) -> bool:
+    names = [columns] if isinstance(columns, str) else columns or ()
+    return any(row.get(name) is not None for name in names)
 
 
 def _id(row: Row, column: str | None) -> str:
-    value = None if column is None else row.columns.get(column)
+    value = None if column is None else row.get(column)
     if column is None or value is None:
         return row.id
     return str(value) if isinstance(value, int) else row.text(column)
-
-
-def _answer(row: Row, column: str, kind: Kind, choices: Sequence[str]) -> Answer:
-    value = row.value(column)
-    if kind == "number":
-        number = read_value(value)
-        if number is None:
-            raise DataError(
-                f"{row.where}: {column} is {shown(value)}; expected a number (or"
-                " dataset.answer_kind=text)"
-            )
-        return Answer(kind="number", value=number)
-    text = row.text(column) if isinstance(value, str) or value is None else str(value)
-    return (
-        Answer(kind="text", value=text)
-        if kind == "text"
-        else Answer(kind="choice", value=_letter(row, text, choices))
-    )
-
-
-def _letter(row: Row, text: str, choices: Sequence[str]) -> str:
-    """As the grader reads it. A number is not taken for a position: some count from 0, some from
-    1."""
-    from reftune.grading.options import read_choice
-
-    letter = read_choice(text, choices)
-    if letter is None:
-        last = string.ascii_lowercase[len(choices) - 1]
-        raise DataError(
-            f"{row.where}: answer {shown(text)}; expected a letter from a to {last} or the text of"
-            " one option"
-        )
-    return letter
-
-
-def _choices(row: Row, column: str | None) -> tuple[str, ...]:
-    if column is None:
-        raise DataError(
-            f"{row.where}: no column for choices; expected dataset.columns.choices beside"
-            " answer_kind: choice"
-        )
-    value = row.value(column)
-    options = _parsed_list(value) if isinstance(value, str) else value
-    if (
-        not isinstance(options, Sequence)
-        or not 2 <= len(options) <= 26
-        or not all(isinstance(o, (str, int, float)) for o in options)
-    ):
-        raise DataError(
-            f"{row.where}: {column} is {shown(value)}; expected a list of 2 to 26 option texts"
-        )
-    return tuple(str(option).strip() for option in options)
-
-
-def _parsed_list(text: str) -> object:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None

@@ -1,0 +1,80 @@
+"""Conversations in rows: OpenAI's `{role, content}` turns and ShareGPT's `{from, value}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from reftune.datasets.reading.files import shown
+from reftune.errors import DataError
+from reftune.types import Message
+
+ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """The turns of a row, parted where the model is to answer."""
+
+    before: tuple[Message, ...]
+    """Everything before the last turn of the assistant, or everything if the assistant is not last.
+    """
+    reply: str | None
+    """What the assistant says last; None if that is still to be said."""
+
+    @property
+    def question(self) -> str:
+        """What is asked, as one text: the turns before the reply without the system message."""
+        return "\n\n".join(turn.content for turn in self.before if turn.role != "system")
+
+
+def is_conversation(value: object) -> bool:
+    """Whether a value is a list of turns."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and bool(value)
+        and all(isinstance(turn, Mapping) and bool({"role", "from"} & set(turn)) for turn in value)
+    )
+
+
+def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> Conversation:
+    """Raises: DataError for a turn that is not text or has an unknown role."""
+    turns = tuple(_message(turn, where) for turn in value)
+    is_answered = turns[-1].role == "assistant"
+    return Conversation(
+        before=turns[:-1] if is_answered else turns,
+        reply=turns[-1].content if is_answered else None,
+    )
+
+
+def _message(turn: Mapping[str, Any], where: str) -> Message:
+    speaker = turn.get("role", turn.get("from"))
+    role = ROLES.get(str(speaker).lower())
+    content = _text(turn.get("content", turn.get("value")))
+    if role is None:
+        raise DataError(
+            f"{where}: a turn of {shown(speaker)}; expected {', '.join(ROLES)} (tools are not"
+            " supported)"
+        )
+    if content is None:
+        raise DataError(f"{where}: a turn of {speaker} without text: {shown(turn)}; expected text")
+    return Message(role=role, content=content)
+
+
+def _text(content: object) -> str | None:
+    """A turn's text; None if there is none, or anything else in it such as an image."""
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        content = "\n".join(map(str, parts)) if None not in parts else None
+    return content.strip() or None if isinstance(content, str) else None

@@ -1,0 +1,135 @@
+"""The gold of a row: a number, an option or a text."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from reftune.datasets.reading.conversations import is_conversation, read_conversation
+from reftune.datasets.reading.files import shown
+from reftune.datasets.reading.options import Options
+from reftune.datasets.reading.rows import Row, read_value
+from reftune.errors import DataError
+from reftune.types import Answer
+
+Kind = Literal["number", "choice", "text"]
+MOST_WORDS = 30
+"""Of a text gold that nobody said is one: more words are a solution, not an answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worked:
+    """A worked solution, parted."""
+
+    rationale: str | None
+    """None if there is nothing but the answer."""
+    gold: str
+
+
+def split_worked(text: str) -> Worked | None:
+    """A solution and the answer that it marks by `####`, "The answer is …" or a box; None if it
+    marks none. `####` is no part of the rationale, the others are."""
+    from reftune.grading.markers import answer_text, reasoning_text
+
+    before, hashes, after = text.rpartition("####")
+    if hashes and after.strip():
+        return Worked(rationale=before.strip() or None, gold=after.strip())
+    stated = (answer_text(text) or "").strip()
+    if not stated:
+        return None
+    has_reasoning = re.search(r"\w", reasoning_text(text)) is not None
+    gold = stated.splitlines()[0].strip(" *_").removesuffix(".")
+    return Worked(rationale=text if has_reasoning else None, gold=gold)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gold:
+    """A gold answer, as read and as it was spelled."""
+
+    answer: Answer
+    text: str
+    rationale: str | None
+    """The worked solution that the gold stood in, if any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GoldReader:
+    """How the golds of a data set are read."""
+
+    column: str
+    kind: Kind | Literal["auto"]
+    """`auto`: a choice if there are options, else a number if it can be read as one, else text."""
+    positions_from: int | None
+    """What a choice's gold counts from if it is a position."""
+
+    def read(self, row: Row, options: Options | None) -> Gold:
+        """Raises: DataError."""
+        value = (
+            self._reply(row) if is_conversation(row.get(self.column)) else row.value(self.column)
+        )
+        worked = split_worked(value) if isinstance(value, str) else None
+        spelled = value if worked is None else worked.gold
+        return Gold(
+            answer=self._answer(row, spelled, options),
+            text=str(spelled),
+            rationale=None if worked is None else worked.rationale,
+        )
+
+    def _reply(self, row: Row) -> str:
+        reply = read_conversation(row.value(self.column), row.where).reply
+        if reply is None:
+            raise DataError(
+                f"{row.where}: {self.column} ends before the assistant's turn; expected its answer,"
+                " or the gold in another column (dataset.columns.answer)"
+            )
+        return reply
+
+    def _answer(self, row: Row, value: Any, options: Options | None) -> Answer:
+        if isinstance(value, (Sequence, Mapping)) and not isinstance(value, str):
+            raise self._refused(row, value, "one answer")
+        if options is not None:
+            return Answer(kind="choice", value=self._letter(row, value, options))
+        if self.kind != "text":
+            number = read_value(value)
+            if number is not None:
+                return Answer(kind="number", value=number)
+            if self.kind == "number":
+                raise self._refused(row, value, "a number (or dataset.answer_kind=text)")
+        text = "" if value is None else str(value).strip()
+        if not text:
+            raise self._refused(row, value, "an answer")
+        if self.kind == "auto" and len(text.split()) > MOST_WORDS:
+            raise self._refused(
+                row,
+                value,
+                "an answer, or a solution that marks it: #### 72, \\boxed{72} or 'The answer is 72'"
+                " (if this is the answer: dataset.answer_kind=text)",
+            )
+        return Answer(kind="text", value=text)
+
+    def _letter(self, row: Row, value: Any, options: Options) -> str:
+        """As the grader reads it. A number is not taken for a position unless the recipe says so:
+        some count from 0, some from 1."""
+        from reftune.grading.options import read_choice
+
+        text = row.text(self.column) if value is None else str(value)
+        letter = options.letter(text)
+        if letter is None and self.positions_from is not None and text.strip().isdecimal():
+            position = int(text) - self.positions_from
+            if 0 <= position < len(options.texts):
+                letter = string.ascii_lowercase[position]
+        letter = letter or read_choice(text, options.texts)
+        if letter is None:
+            last = string.ascii_lowercase[len(options.texts) - 1]
+            hint = " (of a position: dataset.positions_from)" if text.strip().isdecimal() else ""
+            raise DataError(
+                f"{row.where}: answer {shown(text)}; expected a letter from a to {last} or the text"
+                f" of one option{hint}"
+            )
+        return letter
+
+    def _refused(self, row: Row, value: Any, expected: str) -> DataError:
+        return DataError(f"{row.where}: {self.column} is {shown(value)}; expected {expected}")

@@ -1,0 +1,82 @@
+"""The options of a multiple-choice row, however they are laid out."""
+
+from __future__ import annotations
+
+import ast
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reftune.datasets.reading.files import shown
+from reftune.datasets.reading.rows import Row
+from reftune.errors import DataError
+
+MOST = len(string.ascii_lowercase)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What can be chosen."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    """What the data call each option, in lower case; empty if they do not say."""
+
+    def letter(self, label: str) -> str | None:
+        """Our letter for the option that the data call `label`; None if they call none so."""
+        label = label.strip().strip("().").lower()
+        if label not in self.labels:
+            return None
+        return string.ascii_lowercase[self.labels.index(label)]
+
+
+def read_options(row: Row, columns: str | Sequence[str]) -> Options:
+    """A list of texts, as a list or written as one; `{text: […], label: […]}`, a list of `{text,
+    label}`, or texts by label; or a column for each option, of which the last may be empty.
+
+    Raises: DataError.
+    """
+    if not isinstance(columns, str):
+        found = {column[-1].lower(): row.get(column) for column in columns}
+        value: Any = {label: text for label, text in found.items() if text is not None}
+    else:
+        value = row.value(columns)
+    options = _options(_parsed(value) if isinstance(value, str) else value)
+    if options is None:
+        raise DataError(
+            f"{row.where}: {columns if isinstance(columns, str) else ', '.join(columns)} is"
+            f" {shown(value)}; expected a list of 2 to {MOST} option texts"
+        )
+    return options
+
+
+def _options(value: object) -> Options | None:
+    labels: Sequence[object] = ()
+    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
+        labels, value = value.get("label") or (), value["text"]
+    elif isinstance(value, Mapping):
+        labels, value = list(value), list(value.values())
+    elif isinstance(value, Sequence) and all(
+        isinstance(item, Mapping) and "text" in item for item in value
+    ):
+        labels, value = [item.get("label") for item in value], [item["text"] for item in value]
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not 2 <= len(value) <= MOST
+        or not all(isinstance(text, (str, int, float)) for text in value)
+    ):
+        return None
+    spelled = tuple(str(label).strip().lower() for label in labels)
+    return Options(
+        texts=tuple(str(text).strip() for text in value),
+        labels=spelled if len(spelled) == len(value) else (),
+    )
+
+
+def _parsed(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None

@@ -1,0 +1,167 @@
+"""What the columns of people's data are called, and row shapes recognised by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reftune.datasets.reading.conversations import is_conversation
+from reftune.datasets.reading.golds import split_worked
+from reftune.datasets.reading.rows import Row
+from reftune.errors import DataError
+from reftune.recipe import Table
+
+NUM_LOOKED_AT = 20
+"""Rows that tell what a file's columns are."""
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "question": (
+        *("question", "prompt", "problem", "query", "context_messages", "messages"),
+        *("conversations", "conversation", "instruction", "input", "question.stem"),
+    ),
+    "answer": (
+        *("answer", "gold", "final_answer", "answer_value", "reward_model.ground_truth"),
+        *("ground_truth", "answerkey", "correct", "label", "target", "output", "response"),
+        *("completion", "result", "solution"),
+    ),
+    "rationale": (
+        *("rationale", "solution", "reasoning", "explanation", "worked", "cot", "answer_cot"),
+        "program",
+    ),
+    "choices": ("choices", "options", "question.choices"),
+    "id": ("id", "item_id", "key"),
+}
+"""What a column may be called, most likely name first; compared in lower case."""
+LETTERED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
+"""How columns with an option each are called, with their letter."""
+
+
+class Columns(Table):
+    """What the data's columns are called; a path such as `reward_model.ground_truth` leads into a
+    column. All others are handed to a reward function by their own names."""
+
+    question: str | list[str] = "question"
+    """The question, or a conversation up to it; columns in a list are put together, a line each."""
+    answer: str = "answer"
+    """The gold: a number, a text, or for a choice its letter or the option itself. In a worked
+    solution, what follows `####`, "The answer is", or stands in a `\\boxed{}`."""
+    rationale: str | None = "rationale"
+    """A worked solution or a program; the same column as `answer` if that holds both. Not needed if
+    no stage learns from rationales."""
+    id: str | None = "id"
+    """Default if there is none: file name and number of the row."""
+    choices: str | list[str] | None = "choices"
+    """A list of option texts, or in csv a Python or JSON list as text; texts by label; or the
+    columns that hold an option each."""
+
+    @property
+    def names(self) -> list[str]:
+        """All columns that are used, each once."""
+        values = [value for value in self.model_dump().values() if value is not None]
+        flat = [name for value in values for name in ([value] if isinstance(value, str) else value)]
+        return list(dict.fromkeys(flat))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What rows are, and what their columns mean."""
+
+    name: str
+    """For a person: `Alpaca rows`."""
+    columns: Columns
+
+
+def recognise(rows: Sequence[Row], told: Mapping[str, Any]) -> Shape:
+    """The shape of `rows`, with the columns that a person `told`.
+
+    Raises: DataError if the question or the answer is in none of them.
+    """
+    first, found = rows[0], _Found(rows[:NUM_LOOKED_AT])
+    columns: dict[str, Any] = dict(told)
+    columns.setdefault("question", found.question())
+    if columns["question"] is None:
+        raise _nowhere(first, "question", found)
+    asked = columns["question"]
+    used = {asked} if isinstance(asked, str) else set(asked)
+    is_chat = isinstance(asked, str) and is_conversation(first.get(asked))
+    columns.setdefault("answer", found.first("answer", used) or (asked if is_chat else None))
+    answer = columns["answer"]
+    if answer is None:
+        raise _nowhere(first, "answer", found)
+    if "rationale" not in columns:
+        is_worked = answer == asked or found.any_worked(answer)
+        rationale = found.first("rationale", {*used, answer})
+        columns["rationale"] = rationale or (answer if is_worked else None)
+    columns.setdefault("choices", found.choices({*used, answer}))
+    columns.setdefault("id", found.first("id", {*used, answer}))
+    return Shape(name=_name(first, columns), columns=Columns.model_validate(columns))
+
+
+class _Found:
+    """The columns of a few rows, by their names in lower case."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.by_lower = {str(name).lower(): str(name) for row in rows for name in row.columns}
+
+    def first(self, field: str, used: set[str]) -> str | None:
+        """The likeliest column of a field that is not used already."""
+        names = [self.by_lower.get(name, name) for name in NAMES[field]]
+        free = [name for name in names if name not in used]
+        filled = [name for name in free if any(row.get(name) is not None for row in self.rows)]
+        empty = [name for name in free if name in self.by_lower.values()]
+        return next(iter((*filled, *empty)), None)
+
+    def question(self) -> str | list[str] | None:
+        """Alpaca's rows have an instruction and, some of them, an input to it."""
+        instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
+        if instruction is not None and not {"question", "prompt"} & set(self.by_lower):
+            return [instruction, context] if context is not None else instruction
+        return self.first("question", set())
+
+    def choices(self, used: set[str]) -> str | list[str] | None:
+        """One column with all options, or one for each."""
+        for pattern in LETTERED:
+            letters = [self.by_lower.get(pattern.format(letter)) for letter in "abcdefghij"]
+            columns = letters[: letters.index(None)]
+            if len(columns) >= 2:
+                return [column for column in columns if column is not None]
+        return self.first("choices", used)
+
+    def any_worked(self, column: str) -> bool:
+        """Whether a cell holds a worked solution with its answer."""
+        texts = [row.get(column) for row in self.rows]
+        worked = [split_worked(text) for text in texts if isinstance(text, str)]
+        return any(is_conversation(text) for text in texts) or any(
+            parts is not None and parts.rationale is not None for parts in worked
+        )
+
+
+def _name(row: Row, columns: Mapping[str, Any]) -> str:
+    question, answer = columns["question"], columns["answer"]
+    text = row.get(answer)
+    if isinstance(question, list) or question.lower() == "instruction":
+        return "Alpaca rows"
+    turns = row.get(question)
+    if is_conversation(turns):
+        if answer == "reward_model.ground_truth":
+            return "verl rows"
+        if answer == question:
+            return "chat messages" if "role" in turns[0] else "ShareGPT conversations"
+        return "TRL rows" if question == "prompt" else "chat messages with a gold beside them"
+    if answer == "answer_value":
+        return "rows of ReFT's authors"
+    if isinstance(text, str) and "####" in text:
+        return f"GSM8K rows {'with' if '<<' in text else 'without'} annotations"
+    if str(answer).lower() == "solution" and columns["rationale"] == answer:
+        return "MATH rows"
+    if str(answer).lower() == "answerkey":
+        return "ARC rows"
+    return "rows with an option a column" if isinstance(columns["choices"], list) else "plain rows"
+
+
+def _nowhere(row: Row, field: str, found: _Found) -> DataError:
+    return DataError(
+        f"{row.where}: no column for the {field} among {', '.join(found.by_lower.values())}; say"
+        f" --{field} COLUMN, or dataset.columns.{field} in a recipe"
+    )

@@ -1,0 +1,159 @@
+"""Files as people have them: Excel's tables, packed files, other endings, lists inside objects."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.datasets.reading.rows import Row, read_rows
+from reftune.errors import DataError
+
+ROWS = [
+    {"question": "A pen is £2.\nTwo pens?", "answer": "007"},
+    {"question": 'She said "NA", they left', "answer": "NA"},
+]
+
+
+def table(rows: Sequence[dict[str, str]], delimiter: str, extra: str = "") -> str:
+    """With every cell quoted, as Excel quotes those that need it."""
+    lines = [delimiter.join(rows[0]) + extra]
+    for row in rows:
+        cells = ['"' + cell.replace('"', '""') + '"' for cell in row.values()]
+        lines.append(delimiter.join(cells) + extra)
+    return "\r\n".join(lines) + "\r\n"
+
+
+def read(path: Path, data: str | bytes) -> list[Row]:
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return read_rows(str(path), "train")
+
+
+def columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [dict(row.columns) for row in rows]
+
+
+@pytest.mark.parametrize("delimiter", list(",;\t|"))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_table_is_read_whatever_its_delimiter_and_encoding(
+    tmp_path: Path, delimiter: str, encoding: str
+) -> None:
+    rows = read(tmp_path / "data.csv", table(ROWS, delimiter).encode(encoding))
+    assert columns(rows) == ROWS, "007 and NA stay as they were written"
+    assert [row.where.rpartition(":")[2] for row in rows] == ["2", "4"]
+
+
+def test_a_line_that_names_the_delimiter_is_no_row_and_counts_as_a_line(tmp_path: Path) -> None:
+    rows = read(tmp_path / "data.csv", "sep=;\r\n" + table(ROWS, ";"))
+    assert columns(rows) == ROWS
+    assert rows[0].where.endswith(":3")
+
+
+def test_a_read_as_windows_1252_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(tmp_path / "data.csv", table(ROWS, ",").encode("cp1252"))
+    assert "data.csv:2: byte 0xa3 is not UTF-8; read as cp1252" in caplog.text
+
+
+def test_bytes_of_no_encoding_are_refused_with_their_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.csv:2: byte 0x81 is not UTF-8; expected UTF-8 text"):
+        read(tmp_path / "data.csv", b"question,answer\n\x81,3\n")
+
+
+def test_empty_rows_and_columns_are_no_data(tmp_path: Path) -> None:
+    text = table(ROWS, ",", extra=",,") + ",,,\r\n ,,,\r\n\r\n"
+    assert columns(read(tmp_path / "data.csv", text)) == ROWS
+
+
+def test_a_first_column_without_a_name_is_an_index(tmp_path: Path) -> None:
+    rows = read(tmp_path / "data.csv", ",question,answer\n0,q,3\n1,r,4\n")
+    assert columns(rows) == [{"question": "q", "answer": "3"}, {"question": "r", "answer": "4"}]
+
+
+def test_a_value_in_another_column_without_a_name_is_refused(tmp_path: Path) -> None:
+    # the comma in the question was not quoted, so the gold moved one column on
+    with pytest.raises(DataError, match=r"data.csv:2: '7' is in a column without a name"):
+        read(tmp_path / "data.csv", "question,answer,\nAnn has 3, how many?,7\n")
+    with pytest.raises(DataError, match=r"data.csv:2: 3 fields; expected 2"):
+        read(tmp_path / "data.csv", "question,answer\nAnn has 3, how many?,7\n")
+
+
+def test_a_cell_of_a_million_characters_is_read(tmp_path: Path) -> None:
+    (row,) = read(tmp_path / "data.csv", "question,answer\n" + "x" * 10**6 + ",3\n")
+    assert len(row.columns["question"]) == 10**6
+
+
+def test_the_first_sheet_of_an_excel_file(tmp_path: Path) -> None:
+    import datetime
+
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    book.active.append([None, None, None])
+    book.active.append(["question", "answer", None])
+    book.active.append(["q", 13, None])
+    book.active.append([None, None, None])
+    book.active.append(["r", 0.5, None])
+    book.active.append(["s", datetime.datetime(2021, 3, 5), None])
+    book.active.append(["t", "007", None])
+    book.create_sheet("notes").append(["nothing"])
+    book.save(tmp_path / "Data.XLSX")
+    rows = read_rows(str(tmp_path / "Data.XLSX"), "train")
+    assert [row.columns["answer"] for row in rows] == ["13", "0.5", "2021-03-05", "007"]
+    assert [row.where.rpartition(":")[2] for row in rows] == ["3", "5", "6", "7"]
+
+
+JSON_ROWS = [{"question": "q", "answer": 3}, {"question": "r", "answer": 4}]
+LINES = "".join(json.dumps(row) + "\n" for row in JSON_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.ndjson", LINES.encode()),
+        ("A.JSONL", LINES.encode()),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.JSON.GZ", gzip.compress(json.dumps(JSON_ROWS).encode())),
+        ("a.csv.gz", gzip.compress(b"question,answer\nq,3\nr,4\n")),
+        ("a.json", json.dumps({"data": JSON_ROWS}).encode()),
+        ("a.json", json.dumps({"version": 1, "tags": ["x"], "rows": JSON_ROWS}, indent=1).encode()),
+        ("a.jsonl", LINES.encode("utf-16")),
+    ],
+)
+def test_json_in_its_usual_wrappings(tmp_path: Path, name: str, data: bytes) -> None:
+    rows = read(tmp_path / name, data)
+    assert [int(row.columns["answer"]) for row in rows] == [3, 4]
+    assert all(row.where.startswith(f"{tmp_path / name}:") for row in rows)
+
+
+def test_a_list_in_an_object_has_the_lines_of_the_file(tmp_path: Path) -> None:
+    text = '{\n "data": [\n  {"q": 1},\n  {"q": 2}\n ]\n}'
+    assert [row.where[-2:] for row in read(tmp_path / "a.json", text)] == [":3", ":4"]
+    with pytest.raises(DataError, match=r"a.json:4: 7 is a number; expected an object"):
+        read(tmp_path / "a.json", text.replace('{"q": 2}', "7"))
+
+
+def test_one_conversation_is_one_row(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}]}
+    assert columns(read(tmp_path / "a.json", json.dumps(row))) == [row]
+
+
+@pytest.mark.parametrize("data", [b"not packed", gzip.compress(LINES.encode())[:20]])
+def test_a_damaged_packed_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read"):
+        read(tmp_path / "a.jsonl.gz", data)
+
+
+def test_a_folder_holds_such_files_too(tmp_path: Path) -> None:
+    read(tmp_path / "Train.JSONL.gz", gzip.compress(LINES.encode()))
+    assert len(read_rows(str(tmp_path), "train")) == 2
+
+
+def test_a_path_leads_into_a_column_and_a_column_of_that_name_comes_first() -> None:
+    row = Row(where="f:1", id="", columns={"a": {"b": {"c": 5}}, "a.b": 6})
+    assert (row.value("a.b.c"), row.value("a.b"), row.get("a.x.c")) == (5, 6, None)
+    with pytest.raises(DataError, match=r"f:1: no column 'a.x'; expected one among a, a.b"):
+        row.value("a.x")

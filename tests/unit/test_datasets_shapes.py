@@ -1,0 +1,205 @@
+"""Rows as the field's tools write them: recognised, read, and refused if they say no answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.datasets.jsonl import Jsonl
+from reftune.datasets.reading.rows import read_rows
+from reftune.datasets.reading.shapes import recognise
+from reftune.errors import DataError
+from reftune.types import Answer, Message, Problem
+
+Rows = Sequence[dict[str, Any]]
+SYSTEM = {"role": "system", "content": "Think."}
+USER = {"role": "user", "content": "3 + 10?"}
+REPLY = {"role": "assistant", "content": "3 + 10 = 13. The answer is 13."}
+TURNS = (Message(role="system", content="Think."), Message(role="user", content="3 + 10?"))
+HUMAN, GPT = {"from": "human", "value": "3 + 10?"}, {"from": "gpt", "value": REPLY["content"]}
+OPTIONS = ["12", "13", "14"]
+LABELLED = {"text": OPTIONS, "label": ["A", "B", "C"]}
+
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # name → a row, what is read of it
+    "Alpaca rows": (
+        {"instruction": "Add.", "input": "3 + 10", "output": "So 13. The answer is 13."},
+        {"question": "Add.\n3 + 10", "rationale": "So 13. The answer is 13."},
+    ),
+    "GSM8K rows with annotations": (
+        {"question": "3 + 10?", "answer": "It is <<3+10=13>>13.\n#### 13"},
+        {"rationale": "It is <<3+10=13>>13."},
+    ),
+    "GSM8K rows without annotations": (
+        {"question": "3 + 10?", "answer": "It is 13.\n#### 13"},
+        {"rationale": "It is 13."},
+    ),
+    "MATH rows": (
+        {"problem": "3 + 10?", "level": "Level 1", "solution": "So $\\boxed{13}$."},
+        {"rationale": "So $\\boxed{13}$."},
+    ),
+    "chat messages": (
+        {"messages": [SYSTEM, USER, REPLY]},
+        {"rationale": REPLY["content"], "messages": TURNS},
+    ),
+    "chat messages with a gold beside them": (
+        {"messages": [SYSTEM, USER], "answer": 13},
+        {"messages": TURNS},
+    ),
+    "ShareGPT conversations": (
+        {"conversations": [HUMAN, GPT]},
+        {"rationale": REPLY["content"], "messages": TURNS[1:]},
+    ),
+    "TRL rows": ({"prompt": [SYSTEM, USER], "solution": "13"}, {"messages": TURNS}),
+    "verl rows": (
+        {
+            "data_source": "mine",
+            "prompt": [SYSTEM, USER],
+            "reward_model": {"style": "rule", "ground_truth": "13"},
+        },
+        {"messages": TURNS},
+    ),
+    "ARC rows": (
+        {"id": "x", "question": "3 + 10?", "choices": LABELLED, "answerKey": "B"},
+        {"answer": Answer(kind="choice", value="b"), "choices": tuple(OPTIONS)},
+    ),
+    "rows with an option a column": (
+        {"question": "3 + 10?", "A": "12", "B": "13", "C": "14", "answer": "B"},
+        {"answer": Answer(kind="choice", value="b"), "choices": tuple(OPTIONS)},
+    ),
+    "rows of ReFT's authors": (
+        {"item_id": "x", "question": "3 + 10?", "answer_cot": "so 13", "answer_value": "13.0"},
+        {"rationale": "so 13"},
+    ),
+    "plain rows": ({"Problem": "3 + 10?", "Label": "13", "CoT": "count"}, {"rationale": "count"}),
+}
+MORE = [
+    {"prompt": [USER], "completion": [REPLY]},  # TRL's prompt and completion
+    {"context_messages": [USER], "label": "13"},  # OpenRLHF
+    {"input": "3 + 10?", "label": 13},  # OpenRLHF
+    {"instruction": "3 + 10?", "output": "#### 13"},  # Alpaca without inputs
+    {"problem": "3 + 10?", "solution": "So $\\boxed{13}$.", "answer": "13"},  # MATH-500
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "3 + 10?"}]}, REPLY]},
+]
+
+
+def load(tmp_path: Path, *rows: dict[str, Any], **keys: Any) -> tuple[Problem, ...]:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = Jsonl.model_validate({"kind": "jsonl", "train": str(path), "dev_size": 0, **keys})
+    return dataset.load(seed=0).train
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_recognised_and_read(tmp_path: Path, name: str) -> None:
+    row, expected = SHAPES[name]
+    (problem,) = load(tmp_path, row)
+    assert recognise(read_rows(str(tmp_path / "data.jsonl"), "train"), {}).name == name
+    assert problem.question == expected.get("question", "3 + 10?")
+    assert problem.answer == expected.get("answer", Answer(kind="number", value=Fraction(13)))
+    assert problem.rationale == expected.get("rationale")
+    assert problem.messages == expected.get("messages", ())
+    assert problem.choices == expected.get("choices", ())
+
+
+@pytest.mark.parametrize("row", MORE, ids=str)
+def test_other_spellings_of_the_shapes(tmp_path: Path, row: dict[str, Any]) -> None:
+    (problem,) = load(tmp_path, row)
+    assert (problem.question, problem.answer.value) == ("3 + 10?", 13)
+
+
+def test_a_longer_conversation_is_asked_as_a_whole(tmp_path: Path) -> None:
+    turns = [USER, {"role": "assistant", "content": "13"}, {"role": "user", "content": "And 1?"}]
+    (problem,) = load(tmp_path, {"messages": [*turns, {"role": "assistant", "content": "#### 14"}]})
+    assert problem.question == "3 + 10?\n\n13\n\nAnd 1?"
+    assert [turn.role for turn in problem.messages] == ["user", "assistant", "user"]
+    assert problem.answer.value == 14
+
+
+@pytest.mark.parametrize(
+    ("choices", "gold"),
+    [
+        (LABELLED, "B"),
+        ({"text": OPTIONS, "label": ["1", "2", "3"]}, "2"),
+        ([{"label": "A", "text": "12"}, {"label": "B", "text": "13"}], "B"),
+        ({"A": "12", "B": "13", "C": "14"}, "(b)"),
+        (OPTIONS, "b"),
+        (OPTIONS, 13),
+        (str(OPTIONS), "13"),
+    ],
+)
+def test_options_however_they_are_laid_out(tmp_path: Path, choices: object, gold: object) -> None:
+    (problem,) = load(tmp_path, {"question": "q", "choices": choices, "answer": gold})
+    assert problem.choices[:2] == ("12", "13")
+    assert problem.answer == Answer(kind="choice", value="b")
+
+
+@pytest.mark.parametrize(("first", "letter"), [(0, "b"), (1, "a")])
+def test_a_position_counts_from_what_the_recipe_says(
+    tmp_path: Path, first: int, letter: str
+) -> None:
+    row = {"question": "q", "choices": ["x", "y", "z"], "answer": 1}
+    (problem,) = load(tmp_path, row, positions_from=first)
+    assert problem.answer.value == letter
+    with pytest.raises(DataError, match=r":1: answer '1'; .*dataset.positions_from"):
+        load(tmp_path, row)
+    with pytest.raises(DataError, match=r":1: answer '4'; expected a letter from a to c"):
+        load(tmp_path, {**row, "answer": 4}, positions_from=first)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER]}, "messages ends before the assistant's turn"),
+        (
+            {"messages": [{"role": "tool", "content": "5"}, REPLY]},
+            "a turn of 'tool'; expected system",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
+            "a turn of user without text",
+        ),
+        ({"messages": [SYSTEM, REPLY]}, "messages asks nothing"),
+        ({"question": "q", "answer": ["13"]}, r"answer is \['13'\]; expected one answer"),
+        ({"question": "q", "answer": {"value": 13}}, "answer is {'value': 13}; expected one"),
+        (
+            {"instruction": "q", "output": "We think about it for long. " * 9},
+            "output is .*; expected an answer, or a solution that marks it",
+        ),
+        ({"question": "q", "answer": "  "}, "answer is '  '; expected an answer"),
+    ],
+)
+def test_rows_that_say_no_answer_are_refused_with_their_line(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"data.jsonl:1: {message}"):
+        load(tmp_path, row)
+
+
+def test_what_is_told_comes_before_what_is_recognised(tmp_path: Path) -> None:
+    row = {"instruction": "q", "input": "", "output": "positive", "score": 7}
+    (problem,) = load(tmp_path, row, columns={"answer": "score", "rationale": None})
+    assert (problem.answer.value, problem.rationale) == (7, None)
+    assert problem.columns == {"output": "positive"}, "the rest is for a reward function"
+
+
+def test_what_a_rationale_states_must_be_its_gold(tmp_path: Path) -> None:
+    program = "def solution():\n    return {}"
+    rows = [
+        {"question": "a", "answer": 13, "rationale": "3 + 10 = 13. The answer is 20."},
+        {"question": "b", "answer": 13, "rationale": "3 + 10 = 13. The answer is 13."},
+        {"question": "c", "answer": 13, "rationale": "3 + 10 = 13."},
+        {"question": "d", "answer": 13, "rationale": program.format(20)},
+        {"question": "e", "answer": 13, "rationale": program.format(13)},
+        {"question": "f", "answer": 13, "rationale": program.format("nothing_known")},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = Jsonl(kind="jsonl", train=str(path), dev_size=0).load(seed=0)
+    assert [problem.question for problem in splits.train] == ["b", "c", "e", "f"]
+    assert splits.counts == {"program_disagrees": 1, "rationale_disagrees": 1}
