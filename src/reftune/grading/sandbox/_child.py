@@ -1,10 +1,15 @@
-"""Runs one program for the subprocess sandbox. Started as a script with -I -S and an empty
-environment; imports nothing of ours.
+"""Runs programs for the subprocess sandbox, each in a process of its own that is forked from this
+one. Started as a script with an environment of ours; imports nothing of ours.
 
-The settings are one JSON argument, the program comes on standard input. Lines written to the first
-standard output: `F…` for each thing the program reached for and was refused, then `V…` with its
-value as JSON, or `E…` with its exception; `N…` where the program was not started because the system
-lacks what is named.
+What it forks is warm: the interpreter has started, and the packages that the programs use are
+imported. This process only forks, waits and kills; it never reads a program. Its settings are one
+JSON argument. Each message on the socket at descriptor 0 asks for one program and brings three
+descriptors: the program's source, a pipe for its result, and a socket that gets its exit status.
+When the other end of that socket closes, the program is killed.
+
+Lines written to the result: `F…` for each thing the program reached for and was refused, `P…` with
+the end of what it printed, then `V…` with its value or `E…` with its exception; `N…` where the
+program was not started because the system lacks what is named. All but `F` and `N` hold JSON.
 
 The audit hook only labels and refuses what well-known doors lead to. What holds a determined
 program is the kernel: Landlock (files), seccomp (an allow-list of system calls: no sockets,
@@ -13,17 +18,27 @@ processes, threads, signals or timers), namespaces and limits.
 
 from __future__ import annotations
 
+import array
+import builtins
+import contextlib
 import ctypes
+import gc
+import importlib
 import json
 import os
+import random
 import resource
+import select
 import signal
+import socket
 import struct
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 NOT_ISOLATED = 77
+MAX_PRINTED_CHARS = 2000
 CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
@@ -42,32 +57,153 @@ REFUSED = tuple(
 HARMLESS = ("os.putenv", "os.unsetenv")
 
 
+# --- the process that forks -----------------------------------------------------------------------
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    source = sys.stdin.buffer.read().decode("utf-8", "replace")
-    results = os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(null, stream)
-    os.close(null)
     sys.path.extend(settings["paths"])
+    for name in settings["preload"]:
+        with contextlib.suppress(Exception):  # the program's own import will say what is wrong
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    requests = socket.socket(fileno=os.dup(0))
+    requests.send(b"ready")
+    serve(requests, settings)
+
+
+def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
+    """Fork a process for each request until the other side is gone."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: dict[int, tuple[int, socket.socket]] = {}
+    ready = select.poll()
+    ready.register(requests, select.POLLIN)
+    ready.register(woken, select.POLLIN)
+    while True:
+        for descriptor, _ in ready.poll():
+            if descriptor == requests.fileno():
+                message, descriptors = receive(requests)
+                if not message:
+                    for pid, _ in running.values():
+                        kill(pid)
+                    return
+                source, results, status = descriptors
+                pid = fork(os.fsdecode(message), source, results, settings)
+                for each in (source, results):
+                    os.close(each)
+                running[status] = pid, socket.socket(fileno=status)
+                ready.register(status, select.POLLIN)
+            elif descriptor == woken:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(woken, 4096)
+                tell_ended(running, ready)
+            elif descriptor in running and is_closed(running[descriptor][1]):
+                pid, waiting = running.pop(descriptor)
+                ready.unregister(descriptor)
+                kill(pid)
+                waiting.close()
+
+
+def is_closed(waiting: socket.socket) -> bool:
+    """Whether nobody waits for a program any more. A descriptor may have been closed and used again
+    since it was polled."""
+    try:
+        return waiting.recv(1, socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
+    """A message and the descriptors it brings; nothing at the end."""
+    try:
+        message, extra, _, _ = requests.recvmsg(4096, socket.CMSG_SPACE(3 * struct.calcsize("i")))
+    except OSError:
+        return b"", []
+    descriptors = array.array("i")
+    for _, _, data in extra:
+        descriptors.frombytes(data)
+    return message, list(descriptors)
+
+
+def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> int:
+    """The process of one program; it does not return in there."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_program(folder, source, results, settings, parent)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def tell_ended(running: dict[int, tuple[int, socket.socket]], ready: select.poll) -> None:
+    """Send the status of each process that has ended, and forget it."""
+    for descriptor, (pid, waiting) in list(running.items()):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            del running[descriptor]
+            ready.unregister(descriptor)
+            with contextlib.suppress(OSError):
+                waiting.send(str(os.waitstatus_to_exitcode(status)).encode())
+            waiting.close()
+
+
+def kill(pid: int) -> None:
+    for end in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            end(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+# --- the process of one program -------------------------------------------------------------------
+
+
+def run_program(
+    folder: str, source_file: int, results: int, settings: dict[str, Any], parent: int
+) -> None:
+    """Shut all doors, then run the program and write what became of it."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    os.chdir(folder)
+    with open(os.dup(source_file), "rb") as file:  # noqa: PTH123  a descriptor, not a path
+        source = file.read().decode("utf-8", "replace")
+    keep_only(results)
+    results = 3
     sys.setrecursionlimit(settings["recursion"])
     for limit, value in settings["limits"].items():
         resource.setrlimit(getattr(resource, limit), (value, value))
     signal.setitimer(signal.ITIMER_REAL, settings["timeout_s"])
     missing = fence_in(settings["readable"])
+    if os.getppid() != parent:
+        return
     if missing and not settings["allow_unisolated"]:
         os.write(results, f"N{missing}".encode())
         os._exit(NOT_ISOLATED)
-    for name in (
-        "ctypes",
-        "resource",
-        "signal",
-    ):  # so that the program's own import of one is noticed
-        sys.modules.pop(name, None)
-    sys.addaudithook(Doorman(results, settings))
+    random.seed(0)
+    doorman = Doorman(results, settings)
+    builtins.__import__ = doorman.importing(builtins.__import__)
+    sys.addaudithook(doorman)
     os.write(results, run(source).encode("ascii", "backslashreplace"))
     os._exit(0)
+
+
+def keep_only(results: int) -> None:
+    """Close every descriptor but `results`, which becomes 3; 0, 1 and 2 lead nowhere."""
+    os.dup2(results, 3)
+    os.closerange(4, max(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
 
 
 # --- what the kernel enforces ---------------------------------------------------------------------
@@ -164,23 +300,41 @@ ALLOWED_CALLS = {
 
 
 def run(source: str) -> str:
+    """What is written of a program: `P…` where it printed something, and `V…` or `E…`."""
     scope: dict[str, Any] = {"__name__": "__main__"}
+    printed = Printed()
+    sys.stdout = printed  # type: ignore[assignment]
+    dumps = json.dumps  # the program may put something else in their places
     try:
         *body, call = source.rstrip().split("\n")
         exec(compile("\n".join(body), "<program>", "exec"), scope)
         value = eval(compile(call, "<program>", "eval"), scope)
-        return "V" + as_json(value)
+        end = "V" + as_json(value, dumps)
     except BaseException as error:  # noqa: BLE001  a program may raise anything
-        return f"E{type(error).__name__}: {str(error)[:300]!r}"
+        end = "E" + dumps(f"{type(error).__name__}: {str(error)[:300]}")
+    return f"P{dumps(printed.tail)}\n{end}" if printed.tail else end
 
 
-def as_json(value: Any) -> str:
-    """JSON, or the text of a number of another type (Fraction, numpy, sympy)."""
+class Printed:
+    """A standard output of which only the end is kept."""
+
+    tail = ""
+
+    def write(self, text: str) -> int:
+        self.tail = (self.tail + text)[-MAX_PRINTED_CHARS:]
+        return len(text)
+
+    def flush(self) -> None:
+        """There is nothing behind it."""
+
+
+def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
+    """JSON, or the text of a number or date of another type (Fraction, numpy, sympy, datetime)."""
     try:
-        return json.dumps(value)
+        return dumps(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
     except TypeError:
-        if hasattr(value, "__float__"):
-            return json.dumps(str(value))
+        if hasattr(value, "__float__") or hasattr(value, "isoformat"):
+            return dumps(str(value))
         raise
 
 
@@ -211,8 +365,21 @@ class Doorman:
             own_symbols = event == "ctypes.dlopen" and args[0] is None
             refused = event.startswith(REFUSED) and event not in HARMLESS and not own_symbols
         if refused:
-            os.write(self.results, f"F{event} {str(args[:1])[:100]!a}\n".encode())
-            raise PermissionError(f"{event} is forbidden")
+            self.refuse(event, args)
+
+    def importing(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """`__import__` that notices forbidden modules although they are loaded already."""
+
+        def wrapped(name: str, *args: Any, **kwargs: Any) -> Any:
+            if name.partition(".")[0] in self.forbidden and is_program(sys._getframe(1)):
+                self.refuse("import", (name,))
+            return load(name, *args, **kwargs)
+
+        return wrapped
+
+    def refuse(self, event: str, args: tuple[Any, ...]) -> None:
+        os.write(self.results, f"F{event} {str(args[:1])[:100]!a}\n".encode())
+        raise PermissionError(f"{event} is forbidden")
 
     def is_library(self, path: Any) -> bool:
         text = os.fsdecode(path) if isinstance(path, str | bytes) else ""

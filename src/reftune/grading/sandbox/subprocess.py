@@ -1,11 +1,11 @@
-"""The sandbox's opt-in fallback: each program in a CPython process of its own, for programs that
-need packages.
+"""The sandbox's fallback: each program in a CPython process of its own, for what monty lacks.
 
-Around each: an isolated interpreter without site, an empty environment, an empty temporary folder
-as its place, Landlock (only the libraries can be read, nothing written), an allow-list of system
-calls (no sockets, processes, threads, signals), user, network and IPC namespaces of its own, limits
-on memory, processor time and open files, a session that is killed as a whole. docs/sandbox.md lists
-what that covers and what not.
+A forking process waits with the interpreter started and the slow packages imported, one for each
+combination of packages. Each program is a fork of it, with no site-packages hooks, an environment
+of ours, an empty temporary folder as its place, Landlock (only the libraries can be read, nothing
+written), an allow-list of system calls (no sockets, processes, threads, signals), user, network and
+IPC namespaces of its own, limits on memory, processor time and open files, and a session that is
+killed as a whole. docs/sandbox.md lists what that covers and what it does not.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +42,19 @@ CHILD = Path(__file__).with_name("_child.py")
 NOT_ISOLATED = 77
 MAX_OUTPUT_BYTES = 1 << 16
 START_S = 5.0
-"""Time an interpreter may take to start and end, on a busy machine."""
+"""Time a process may take to start and end, on a busy machine."""
+PRELOAD_S = 120.0
+"""Time an interpreter may take to start and to import the packages."""
+PRELOADED = tuple(
+    "bisect calendar collections copy datetime decimal enum fractions functools heapq itertools"
+    " math operator re statistics string typing".split()
+)
+_PACKAGE = re.compile(r"^[ \t]*(?:import|from)[ \t]+(numpy|pandas|scipy|sympy)\b", re.MULTILINE)
 INTERPRETER_MIB = 256
 """Address space of the interpreter and its packages, on top of the program's own."""
-ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-"""Nothing of ours; without these numpy reserves memory for a thread a core."""
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+"""Nothing of ours. Without the first two numpy reserves memory for a thread a core; with the last
+sets of texts have the same order every time."""
 SYSTEM_LIBRARIES = (
     "/lib",
     "/lib64",
@@ -54,8 +67,8 @@ SYSTEM_LIBRARIES = (
 
 
 class SubprocessBackend:
-    """One process a program. Raises: ReftuneError where the system cannot isolate it and
-    `allow_unisolated` is not set."""
+    """One process a program, forked from a warm one. Raises: ReftuneError where the system cannot
+    isolate it and `allow_unisolated` is not set."""
 
     def __init__(self, limits: SandboxLimits, *, allow_unisolated: bool) -> None:
         if sys.platform != "linux" and not allow_unisolated:
@@ -64,7 +77,7 @@ class SubprocessBackend:
                 " allow_unisolated"
             )
         self._timeout_s = limits.timeout_s
-        settings = {
+        self._settings = {
             "allow_unisolated": allow_unisolated,
             "timeout_s": limits.timeout_s,
             "recursion": limits.recursion,
@@ -84,62 +97,146 @@ class SubprocessBackend:
                 "RLIMIT_CORE": 0,
             },
         }
-        self._command = [sys.executable, "-I", "-S", str(CHILD), json.dumps(settings)]
+        self._starting = threading.Lock()
+        self._forkers: dict[tuple[str, ...], _Forker] = {}
         probe = self.execute("def solution():\n    return 1\n\nsolution()")
         if probe.status is not ExecutionStatus.OK:
+            self.close()
             raise ReftuneError(f"sandbox: the subprocess backend cannot start: {probe.reason}")
 
     def close(self) -> None:
-        """Nothing outlives a program."""
+        """End the processes that fork; nothing else outlives a program."""
+        for forker in self._forkers.values():
+            forker.close()
+        self._forkers.clear()
 
     def execute(self, source: str) -> ExecutionResult:
-        with tempfile.TemporaryDirectory(prefix="reftune-") as folder:
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
-            try:
-                output = _exchange(
-                    process, source.encode("utf-8", "replace"), self._timeout_s + START_S
-                )
-            finally:
-                _kill(process)
-        return _read(output, process.returncode)
+        """Runs twice where the forking process died: something else may have killed it."""
+        return self._attempt(source) or self._attempt(source) or _error("the worker died twice")
+
+    def _attempt(self, source: str) -> ExecutionResult | None:
+        """None where the forking process died before the program's end."""
+        forker = self._forker(_packages_of(source))
+        with (
+            tempfile.TemporaryDirectory(prefix="reftune-") as folder,
+            tempfile.TemporaryFile() as program,
+        ):
+            program.write(source.encode("utf-8", "replace"))
+            program.seek(0)
+            ended = forker.run(program.fileno(), folder, self._timeout_s + START_S)
+        if ended is None:
+            forker.close()
+            return None
+        return _read(*ended)
+
+    def _forker(self, packages: tuple[str, ...]) -> _Forker:
+        with self._starting:
+            forker = self._forkers.get(packages)
+            if forker is None or forker.closed:
+                forker = _Forker({**self._settings, "preload": [*PRELOADED, *packages]})
+                self._forkers[packages] = forker
+            return forker
 
 
 def _folders_of(*kinds: str) -> list[str]:
     return sorted({sysconfig.get_path(kind) for kind in kinds})
 
 
-def _exchange(process: subprocess.Popen[bytes], source: bytes, timeout_s: float) -> bytes:
-    """What the process writes until it ends, its time is up or it has written too much."""
-    assert process.stdin is not None and process.stdout is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin:
-        process.stdin.write(source)
-    deadline, output = time.monotonic() + timeout_s, b""
-    while len(output) <= MAX_OUTPUT_BYTES:
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        chunk = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
-        if not chunk:
+def _packages_of(source: str) -> tuple[str, ...]:
+    """The well-known slow packages that a program imports. A forking process for each combination
+    has them ready."""
+    return tuple(sorted(set(_PACKAGE.findall(source))))
+
+
+class _Forker:
+    """A started interpreter that forks a process for each program.
+
+    A copy of this process, made by fork, may go on using it: each program has its own descriptors.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_STREAM
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-s", "-P", "-S", str(CHILD), json.dumps(settings)],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=ENVIRONMENT,
+                start_new_session=True,
+            )
+        self._one_at_a_time = threading.Lock()
+        self._finalizer = weakref.finalize(self, _end, self._requests, self._process, os.getpid())
+        self._requests.settimeout(PRELOAD_S)
+        with contextlib.suppress(OSError):
+            self._requests.recv(16)
+        self._requests.settimeout(None)
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def run(self, source: int, folder: str, timeout_s: float) -> tuple[bytes, int] | None:
+        """What a program wrote, and its exit status; None where nobody ran it to its end."""
+        output, results = os.pipe()
+        ours, theirs = socket.socketpair()
+        with open(output, "rb", buffering=0), ours:  # noqa: PTH123  a descriptor, not a path
+            try:
+                with theirs, self._one_at_a_time:
+                    socket.send_fds(
+                        self._requests, [os.fsencode(folder)], [source, results, theirs.fileno()]
+                    )
+            except OSError:
+                return None
+            finally:
+                os.close(results)
+            return _exchange(output, ours, timeout_s)
+
+
+def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) -> None:
+    """The forking process ends when nobody holds its socket."""
+    requests.close()
+    if os.getpid() == pid:
+        try:
+            process.wait(START_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
+    """What the process writes until it ends, its time is up or it has written too much, and its
+    exit status; it is dead afterwards. None where the forking process died."""
+    deadline, written, code = time.monotonic() + timeout_s, b"", None
+    while len(written) <= MAX_OUTPUT_BYTES:
+        ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
             break
-        output += chunk
-    if time.monotonic() < deadline and len(output) <= MAX_OUTPUT_BYTES:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-    return output
+        chunk = os.read(output, 1 << 16)
+        if not chunk:
+            code = _received(status, deadline - time.monotonic())
+            break
+        written += chunk
+    if code is None:
+        status.shutdown(socket.SHUT_WR)  # asks for its death
+        _received(status, START_S)
+        return written, -signal.SIGKILL
+    return (written, int(code)) if code else None
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+def _received(status: socket.socket, timeout_s: float) -> bytes | None:
+    """The exit status; nothing where the other side is gone, None when the time is up."""
+    status.settimeout(max(0.01, timeout_s))
+    try:
+        return status.recv(16)
+    except TimeoutError:
+        return None
+    except OSError:
+        return b""
 
 
 def _read(output: bytes, returncode: int) -> ExecutionResult:
@@ -152,10 +249,11 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
         )
     if len(output) > MAX_OUTPUT_BYTES:
         return _error("the value is too large")
-    if last.startswith("V"):
-        return _value(last[1:])
-    if last.startswith("E"):
-        return ExecutionResult(status=_status(last[1:]), reason=one_line(last[1:]))
+    if last.startswith(("V", "E")):
+        try:
+            return _ended(last[0], json.loads(last[1:]), _printed(lines))
+        except (ValueError, RecursionError) as error:
+            return _error(f"the value cannot be read: {str(error)[:100]}")
     if returncode == NOT_ISOLATED:
         return _error(f"the system lacks {last[1:200]} (allow_unisolated would do without)")
     if returncode in (-signal.SIGALRM, -signal.SIGKILL, -signal.SIGXCPU):
@@ -165,12 +263,14 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
     return _error(f"the process ended with status {returncode}")
 
 
-def _value(text: str) -> ExecutionResult:
-    try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return _error(f"the value cannot be read: {str(error)[:100]}")
-    return ExecutionResult(status=ExecutionStatus.OK, value=value)
+def _ended(letter: str, content: Any, printed: str) -> ExecutionResult:
+    if letter == "V":
+        return ExecutionResult(status=ExecutionStatus.OK, value=content, printed=printed)
+    return ExecutionResult(status=_status(str(content)), reason=one_line(str(content)))
+
+
+def _printed(lines: Sequence[str]) -> str:
+    return str(next((json.loads(line[1:]) for line in lines if line.startswith("P")), ""))
 
 
 def _error(reason: str) -> ExecutionResult:
