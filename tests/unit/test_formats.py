@@ -11,6 +11,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from reftune.errors import DataError
 from reftune.grading.formats._source import HEADER, body_of, programs_in
@@ -374,3 +375,55 @@ def test_e6_paper_takes_a_crash_on_a_choice_for_the_wrong_answer_none(paper: Pro
     assert paper_value(paper, "    return 1 / 0", problem) == (Verdict.WRONG, "none")
     assert paper_value(paper, "    return 'C'", problem) == (Verdict.CORRECT, "c")
     assert paper_value(paper, "    return 'c )'", problem) == (Verdict.WRONG, "c )")
+
+
+# --- scripts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Program:
+    return Program(scripts="read")
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "def solution():\n    total = 2 + 3\n    print(total)",
+        "    total = 2 + 3\n    print(total)",
+        "apples = 2\npears = 3\nprint(apples + pears)",
+        "apples = 2\npears = 3\nanswer = apples + pears",
+        "def calculate_total():\n    return 2 + 3\n\nanswer = calculate_total()\nprint(answer)",
+        "```python\napples = 2\n```\nThen\n```python\nprint('Total:', apples + 3)\n```",
+        "result = 4\nprint(f'The answer is {result + 1} apples.')",
+        "result = 2 + 3",
+        "answer: int = 5\nprint('done in 3 steps')",
+    ],
+)
+def test_a_script_is_read_where_the_format_says_so(scripts: Program, completion: str) -> None:
+    assert scripts.grade([number("5")], [completion])[0].verdict is Verdict.CORRECT
+    assert Program().grade([number("5")], [completion])[0].verdict is Verdict.NO_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("completion", "verdict"),
+    [
+        ("print(4)\nprint(5, 6)", Verdict.NO_ANSWER),
+        ("print('between 4 and 5')", Verdict.NO_ANSWER),
+        ("print(5)\nprint(4)", Verdict.WRONG),
+        ("answer = 4\nprint(5)", Verdict.WRONG),
+        ("# answer = 5", Verdict.NO_ANSWER),
+        ("The answer = 5", Verdict.NO_ANSWER),
+        ("answer = undefined", Verdict.ERROR),
+        ("def solution():\n    print(5)\n    return 4", Verdict.WRONG),
+        ("print('x' * 100000)", Verdict.NO_ANSWER),
+    ],
+)
+def test_a_script_answers_once_and_nothing_else_in_it_counts(
+    scripts: Program, completion: str, verdict: Verdict
+) -> None:
+    assert scripts.grade([number("5")], [completion])[0].verdict is verdict
+
+
+def test_the_papers_rules_read_no_scripts() -> None:
+    with pytest.raises(ValidationError, match="scripts: read"):
+        Program(grading="paper", scripts="read")

@@ -13,12 +13,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from reftune.errors import ReftuneError
 from reftune.grading.sandbox import Sandbox
 from reftune.grading.sandbox import subprocess as sandbox_subprocess
-from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
+from reftune.grading.sandbox.gaps import gap
+from reftune.grading.sandbox.result import (
+    MAX_PRINTED_CHARS,
+    ExecutionResult,
+    ExecutionStatus,
+    SandboxLimits,
+)
 
 OK, ERROR, TIMEOUT, MEMORY, FORBIDDEN = ExecutionStatus
 ORDINARY = "def solution():\n    apples = {}\n    eaten = 3\n    return apples - eaten"
@@ -26,7 +33,7 @@ ORDINARY = "def solution():\n    apples = {}\n    eaten = 3\n    return apples -
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as sandbox:
+    with Sandbox(backend="monty") as sandbox:
         yield sandbox
 
 
@@ -402,6 +409,159 @@ def test_the_fallback_hides_the_environment(
         ].value
         == "hidden"
     )
+
+
+def test_what_is_printed_is_kept_to_its_end(fallback: Sandbox, sandbox: Sandbox) -> None:
+    source = "def solution():\n    for i in range(3000):\n        print(i)\n    return 1"
+    for each in (fallback, sandbox):
+        printed = each.run([source])[0].printed
+        assert printed.endswith("2998\n2999\n")
+        assert len(printed) == MAX_PRINTED_CHARS
+
+
+def test_a_program_finds_its_packages_as_they_were_installed(fallback: Sandbox) -> None:
+    # the forking process has imported numpy; each program has its own copy of it
+    poison = "import numpy\nnumpy.pi = 3\n" + returned("numpy.pi")
+    honest = "import numpy\n" + returned("bool(numpy.pi > 3)")
+    results = fallback.run([poison, honest, poison, honest])
+    assert [result.value for result in results] == [3, True, 3, True]
+
+
+def test_a_forbidden_module_is_noticed_though_it_is_loaded(fallback: Sandbox) -> None:
+    # numpy has imported these
+    for name in ("ctypes", "threading", "pickle"):
+        source = f"import numpy\nimport {name}\n" + returned("numpy.pi")
+        assert fallback.run([source])[0].status is FORBIDDEN, name
+
+
+def test_sets_and_random_numbers_are_the_same_every_time_in_the_fallback() -> None:
+    source = "import random\n" + returned("[random.random(), list({'a', 'b', 'c', 'd', 'e'})]")
+    values = []
+    for _ in range(2):
+        with Sandbox(backend="subprocess", allow_unisolated=True) as sandbox:
+            values.append(sandbox.run([source])[0].value)
+    assert values[0] == values[1]
+
+
+def forkers() -> list[psutil.Process]:
+    """The processes that fork programs for this one."""
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE
+        and str(sandbox_subprocess.CHILD) in child.cmdline()
+    ]
+
+
+def test_a_killed_forking_process_is_replaced(fallback: Sandbox) -> None:
+    before = forkers()
+    with Sandbox(backend="subprocess", allow_unisolated=True) as sandbox:
+        assert sandbox.run([returned("1")])[0].value == 1
+        for process in set(forkers()) - set(before):
+            process.kill()
+        assert [result.value for result in sandbox.run([returned("2")] * 3)] == [2, 2, 2]
+    assert forkers() == before
+
+
+def test_a_program_that_closes_its_result_and_stays_is_killed(fallback: Sandbox) -> None:
+    source = "def solution():\n    import os\n    os.close(3)\n    while True:\n        pass"
+    with Sandbox(
+        SandboxLimits(timeout_s=0.3), backend="subprocess", allow_unisolated=True
+    ) as sandbox:
+        results = sandbox.run([source, returned("5")])
+        assert results[0].status in (TIMEOUT, FORBIDDEN)
+        assert results[1].value == 5
+        assert not [child for forker in forkers() for child in forker.children()]
+
+
+def test_a_warm_program_takes_milliseconds(fallback: Sandbox) -> None:
+    program = "import numpy as np\n" + returned("int(np.sum([{}, 3]))")
+    fallback.run([program.format(0)])
+    started = time.perf_counter()
+    results = fallback.run([program.format(number) for number in range(20)])
+    assert [result.value for result in results] == [number + 3 for number in range(20)]
+    assert time.perf_counter() - started < 4  # 0.1 s on a free core; 5 s before there were forks
+
+
+# --- monty, and the subprocess for what it lacks --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def auto(fallback: Sandbox) -> Iterator[Sandbox]:
+    with Sandbox(SandboxLimits(timeout_s=30), workers=1) as sandbox:
+        yield sandbox
+
+
+LACKING = {
+    "yield expressions": "def g():\n    yield 5\n\n" + returned("sum(g())"),
+    "yield from expressions": "def g():\n    yield from [5]\n\n" + returned("sum(g())"),
+    "the 'del' statement": "def solution():\n    x = [5, 6]\n    del x[1]\n    return x[0]",
+    "import *": "from math import *\n" + returned("floor(5.5)"),
+    "dict.get as a value": returned("max({5: 1}, key={5: 1}.get)"),
+    "list.count as a value": returned("max([5, 4, 5], key=[5, 4, 5].count)"),
+    "str.strip as a value": returned("len(list(map(str.strip, ['a '] * 5)))"),
+    "a generator's next": returned("next(x for x in range(10) if x * x == 25)"),
+    "method decorators (classmethod/staticmethod/property)": (
+        "class A:\n    @property\n    def v(self):\n        return 5\n\n" + returned("A().v")
+    ),
+    "class inheritance and metaclasses": (
+        "class A:\n    v = 5\n\nclass B(A):\n    pass\n\n" + returned("B.v")
+    ),
+    "the module fractions": "from fractions import Fraction\n" + returned("int(Fraction(10, 2))"),
+    "the module statistics": "import statistics\n" + returned("statistics.median([4, 5, 6])"),
+    "the module heapq": "import heapq\n" + returned("heapq.nsmallest(1, [7, 5])[0]"),
+    "the module string": "import string\n" + returned("string.digits.index('5')"),
+    "the module operator": "import operator\n" + returned("operator.add(2, 3)"),
+    "the module calendar": "import calendar\n" + returned("calendar.monthrange(2024, 2)[1] - 24"),
+    "the module enum": ("import enum\n" + returned("enum.Enum('K', {'A': 5}).A.value")),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_monty_lacks_is_named_and_runs_in_the_subprocess(
+    sandbox: Sandbox, auto: Sandbox, name: str
+) -> None:
+    # each also stands in docs/sandbox.md: a new monty that can do it should be said there
+    assert gap(sandbox.run([LACKING[name]])[0]) == name.strip("'")
+    assert auto.run([LACKING[name]])[0].value == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        ("import numpy\n" + returned("int(numpy.sum([5]))"), ERROR),
+        ("def g():\n    import numpy\n    return numpy.pi\n\n" + returned("g()"), ERROR),
+        ("import not_a_module\n" + returned("5"), ERROR),
+        (returned("{}.apples"), ERROR),
+        (returned("1 / 0"), ERROR),
+        ("import subprocess\n" + returned("5"), FORBIDDEN),
+        ("import math\n" + returned("math.no_such_function(5)"), ERROR),
+    ],
+)
+def test_packages_and_mistakes_are_no_reason_for_the_subprocess(
+    sandbox: Sandbox, auto: Sandbox, source: str, status: ExecutionStatus
+) -> None:
+    result = sandbox.run([source])[0]
+    assert gap(result) is None
+    assert result == auto.run([source])[0]
+    assert result.status is status
+
+
+def test_a_package_is_missing_even_beside_what_monty_lacks(auto: Sandbox) -> None:
+    result = auto.run(["from numpy import *\n" + returned("5")])[0]
+    assert result.status is ERROR
+    assert "numpy" in result.reason
+
+
+def test_where_nothing_can_be_isolated_auto_is_monty_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "plan9")
+    with Sandbox() as sandbox:
+        lacking, ordinary = sandbox.run([LACKING["the module heapq"], returned("5")])
+    assert lacking.status is ERROR
+    assert "monty lacks the module heapq" in lacking.reason
+    assert ordinary.value == 5
 
 
 def child_without(tmp_path: Path, changes: dict[str, str]) -> Path:

@@ -13,13 +13,14 @@ from typing import Any
 from reftune.grading.markers import answer_text
 from reftune.grading.numbers import MAX_DIGITS, Number, parse_number, same_number, spell
 from reftune.grading.options import read_choice
-from reftune.grading.plain_text import first_line, same_text
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, plain, same_text
 from reftune.types import Answer, Graded, Problem, Verdict
 
 MAX_VALUE_CHARS = 200
 """Of `Graded.value`, and of what a reason quotes."""
 
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
+_ANY_NUMBER = re.compile(r"(?<![\w.])-?[$€£]?\d[\d,]*(?:\.\d+)?%?")
 NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{…}'
 
 
@@ -35,6 +36,17 @@ def grade_value(value: Any, problem: Problem) -> Graded:
     if text is None:
         return no_answer(f"solution() returned {describe(value)}, not an answer")
     return grade_answer(text, problem)
+
+
+def grade_sentence(text: str, problem: Problem) -> Graded:
+    """Grade one line that a program prints: the answer, alone or in a sentence ("Total: 5")."""
+    stated = answer_text(text)
+    graded = grade_answer(text if stated is None else stated, problem)
+    if graded.verdict is Verdict.NO_ANSWER and problem.answer.kind == "number":
+        numbers = _ANY_NUMBER.findall(plain(text[:MAX_SEGMENT_CHARS]))
+        if len(numbers) == 1:
+            return grade_answer(numbers[0], problem)
+    return graded
 
 
 def grade_answer(text: str, problem: Problem) -> Graded:

@@ -1,16 +1,15 @@
-"""Completions → programs. Pure line work: nothing here parses or runs what a model wrote.
+"""Completions → programs. Pure line work: nothing here parses or runs what a model wrote, and only
+imports that a program does not use are left out of it.
 
 A completion continues `def solution():`, or holds a program of its own. What is tried, in this
-order, the next only where the one before ends in an error:
+order, the next only if the one before ends in an error:
 
-1. the code as it stands: the last fenced block with a `def solution`, else the text if it has one,
-else the text (or its
-   last fenced block) as the body of `solution`;
+1. the code as it stands: the last fenced block that defines `solution`, else the text if it does,
+   else the text (or its last fenced block) as the body of `solution`;
 2. the code without prose. Of a program: its imports, definitions and the assignments before
-`solution`, everything else at
-   the left margin dropped. Of a body: its lines up to the first one at the left margin; a body that
-   stands at the left margin
-   itself ends at its first `return`.
+   `solution`, everything else at the left margin dropped. Of a body: its lines up to the first one
+   at the left margin; a body that stands at the left margin itself ends at its first `return`;
+3. the fenced blocks above it that define no `solution`, and then the code, as a notebook has them.
 
 Of several definitions of `solution` the last counts, as in Python.
 """
@@ -19,29 +18,47 @@ from __future__ import annotations
 
 import re
 import textwrap
+from dataclasses import dataclass
+
+from reftune.grading.formats._imports import without_unused_imports
 
 HEADER = "def solution():\n"
 MAX_CHARS = 50_000
 """How much of a completion is looked at."""
 
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
-_SOLUTION = re.compile(r"^(?:async[ \t]+)?def[ \t]+solution[ \t]*\(", re.MULTILINE)
+_SOLUTION = re.compile(
+    r"^(?:(?:async[ \t]+)?def[ \t]+solution[ \t]*\(|solution[ \t]*=[ \t]*lambda\b)", re.MULTILINE
+)
 _RETURN = re.compile(r"(?:^|[:;])[ \t]*return\b", re.MULTILINE)
 _DEFINITION = re.compile(
     r"(?:async +)?def +\w+ *\(|class +\w+ *[(:]|@\w|from +[\w.]+ +import\b"
     r"|import +[\w.]+(?: +as +\w+)?(?: *, *[\w.]+(?: +as +\w+)?)* *(?:#.*)?$"
 )
+ANSWER_NAMES = ("answer", "final_answer", "ans")
+_SCRIPT = re.compile(
+    rf"^(?:(?P<name>{'|'.join(ANSWER_NAMES)}|result)[ \t]*(?::[^=\n]*)?=(?!=)|print[ \t]*\()",
+    re.MULTILINE,
+)
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
 
 
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A program that is no function, and where its answer is."""
+
+    source: str
+    call: str
+    """The variable that holds the answer; `None` if the program prints it."""
+
+
 def programs_in(completion: str) -> tuple[str, ...]:
-    """The programs to try in turn; none where the completion defines no `solution` and returns
+    """The programs to try in turn; none if the completion defines no `solution` and returns
     nothing."""
-    text = completion[:MAX_CHARS].replace("\r\n", "\n").replace("\r", "\n")
-    blocks = [textwrap.dedent(block) for block in _FENCED.findall(text)]
+    text, blocks = _text_and_blocks(completion)
     for program in (*reversed(blocks), textwrap.dedent(text) if text[:1].isspace() else text):
         if _SOLUTION.search(program):
-            return _unique(program, _without_prose(program))
+            return _unique(program, _without_prose(program), _after_helpers(program, blocks))
     for body in (*reversed(blocks), text):
         if _RETURN.search(body):
             body = _indented(body)
@@ -49,8 +66,44 @@ def programs_in(completion: str) -> tuple[str, ...]:
     return ()
 
 
+def scripts_in(completion: str) -> tuple[Script, ...]:
+    """The programs without a `solution` to try in turn: a body of one that returns nothing, or the
+    last fenced block, else the text, that assigns or prints an answer at the left margin."""
+    text, blocks = _text_and_blocks(completion)
+    if any(map(_SOLUTION.search, (*blocks, text))):
+        return ()
+    if not blocks and text[:1].isspace():
+        return tuple(Script(body, "solution()") for body in _unique(HEADER + _indented(text)))
+    found = next((block for block in (*reversed(blocks), text) if _SCRIPT.search(block)), None)
+    if found is None:
+        return ()
+    sources = _unique(found, _after_helpers(found, blocks))
+    return tuple(Script(source, _answer_of(source)) for source in sources)
+
+
+def _after_helpers(program: str, blocks: list[str]) -> str:
+    """A fenced program after the blocks above it that define no `solution` of their own."""
+    above = blocks[: blocks.index(program)] if program in blocks else []
+    return "\n".join([*(block for block in above if not _SOLUTION.search(block)), program])
+
+
+def _answer_of(script: str) -> str:
+    """`answer` before what is printed, and that before a `result`, which may be a step on the
+    way."""
+    names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
+    first = next((name for name in ANSWER_NAMES if name in names), None)
+    return first or ("result" if "result" in names and "print" not in script else "None")
+
+
+def _text_and_blocks(completion: str) -> tuple[str, list[str]]:
+    text = completion[:MAX_CHARS].removeprefix("\ufeff")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text, [textwrap.dedent(block) for block in _FENCED.findall(text)]
+
+
 def _unique(*programs: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(program.strip("\n") for program in programs))
+    cleaned = [without_unused_imports(program.strip("\n")) for program in programs]
+    return tuple(dict.fromkeys(cleaned))
 
 
 def _without_prose(program: str) -> str:

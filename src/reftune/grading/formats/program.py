@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
+from pydantic_core import PydanticCustomError
 
 from reftune.errors import DataError
+from reftune.grading.formats._imports import without_unused_imports
 from reftune.grading.formats._prompts import Style, gold_rationale, paper_prompt, question_text
-from reftune.grading.formats._source import HEADER, body_of, programs_in
+from reftune.grading.formats._source import HEADER, Script, body_of, programs_in, scripts_in
 from reftune.grading.paper_rules import grade_value_paper, paper_response
-from reftune.grading.sandbox import Sandbox
+from reftune.grading.sandbox import Sandbox, SandboxKind
 from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
-from reftune.grading.verdicts import grade_value
+from reftune.grading.verdicts import grade_sentence, grade_value, no_answer
 from reftune.recipe import Component
 from reftune.types import Graded, Problem, Verdict
 
@@ -34,8 +36,13 @@ class Program(Component):
     """Time a program may run."""
     memory_mib: int = Field(default=64, ge=16)
     """Memory a program may use."""
-    sandbox: Literal["monty", "subprocess"] = "monty"
-    """`subprocess` runs CPython with the installed packages, a process for each program; slower."""
+    sandbox: SandboxKind = "auto"
+    """`monty` is an interpreter of a part of Python; `subprocess` runs CPython with the installed
+    packages, a process for each program; `auto` takes monty, and the subprocess for what monty
+    lacks, packages excepted (docs/sandbox.md)."""
+    scripts: Literal["refuse", "read"] = "refuse"
+    """`read`: a program without a `solution()`, or whose `solution()` returns nothing, answers with
+    what it assigns to `answer` or prints last."""
     allow_unisolated: bool = False
     """Let the subprocess sandbox start where the system cannot cut programs off from the network.
     """
@@ -43,6 +50,10 @@ class Program(Component):
     _sandbox: Sandbox = PrivateAttr()
 
     def model_post_init(self, _: Any) -> None:
+        if self.grading == "paper" and self.scripts == "read":
+            raise PydanticCustomError(
+                "scripts", "scripts: read: expected grading: robust; the paper's rules read none"
+            )
         limits = SandboxLimits(timeout_s=self.timeout_s, memory_mib=self.memory_mib)
         self._sandbox = Sandbox(
             limits, backend=self.sandbox, allow_unisolated=self.allow_unisolated
@@ -77,53 +88,64 @@ class Program(Component):
         pairs = list(zip(problems, completions, strict=True))
         if self.grading == "paper":
             return self._grade_paper(pairs)
-        candidates = [programs_in(completion) for _, completion in pairs]
-        results = self._run([programs[:1] for programs in candidates])
-        failed = {
-            programs[0]
-            for programs in candidates
-            if programs and results[programs[0]].status is ExecutionStatus.ERROR
-        }
-        results |= self._run(
-            [programs[1:2] for programs in candidates if programs and programs[0] in failed]
-        )
+        candidates = [self._scripts(completion) for _, completion in pairs]
+        results: dict[Script, ExecutionResult] = {}
+        for turn in range(max(map(len, candidates), default=0)):
+            results |= self._run_each(
+                programs[turn]
+                for programs in candidates
+                if len(programs) > turn and _all_failed(programs[:turn], results)
+            )
         return [
-            _grade_robust(problem, [results[program] for program in programs if program in results])
+            self._graded(problem, [results[each] for each in programs if each in results])
             for (problem, _), programs in zip(pairs, candidates, strict=True)
         ]
 
+    def _scripts(self, completion: str) -> tuple[Script, ...]:
+        functions = tuple(Script(source, "solution()") for source in programs_in(completion))
+        return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
+
+    def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
+        """By the first program that ends without an error; by the first error where none does."""
+        if not results:
+            expected = " and neither assigns nor prints an answer" * (self.scripts == "read")
+            return no_answer(f"the text defines no solution() and returns nothing{expected}")
+        result = next(
+            (result for result in results if result.status is not ExecutionStatus.ERROR), results[0]
+        )
+        return replace(
+            self._grade_result(problem, result), program_s=sum(each.seconds for each in results)
+        )
+
+    def _grade_result(self, problem: Problem, result: ExecutionResult) -> Graded:
+        if result.status is not ExecutionStatus.OK:
+            return _failed(result)
+        if self.scripts == "read" and (result.value is None or isinstance(result.value, str)):
+            lines = str(result.value or result.printed).strip().splitlines()
+            return grade_sentence(lines[-1] if lines else "", problem)
+        return grade_value(result.value, problem)
+
     def _grade_paper(self, pairs: Sequence[tuple[Problem, str]]) -> list[Graded]:
         sources = [_paper_source(problem, completion) for problem, completion in pairs]
-        results = self._run([(source,) for source in sources], call="_scope['solution']()")
+        scripts = [Script(source, "_scope['solution']()") for source in sources]
+        results = self._run_each(scripts)
         return [
-            _grade_paper(problem, results[source])
-            for (problem, _), source in zip(pairs, sources, strict=True)
+            _grade_paper(problem, results[script])
+            for (problem, _), script in zip(pairs, scripts, strict=True)
         ]
 
-    def _run(
-        self, programs: Sequence[Sequence[str]], call: str = "solution()"
-    ) -> dict[str, ExecutionResult]:
-        sources = list(dict.fromkeys(source for group in programs for source in group))
-        return dict(zip(sources, self._sandbox.run(sources, call), strict=True))
+    def _run_each(self, scripts: Iterable[Script]) -> dict[Script, ExecutionResult]:
+        each = dict.fromkeys(scripts)
+        results: dict[Script, ExecutionResult] = {}
+        for call in dict.fromkeys(script.call for script in each):
+            group = [script for script in each if script.call == call]
+            sources = [script.source for script in group]
+            results |= zip(group, self._sandbox.run(sources, call), strict=True)
+        return results
 
 
-def _grade_robust(problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-    """By the first program that ends without an error; by the first error where none does."""
-    if not results:
-        return Graded(
-            verdict=Verdict.NO_ANSWER,
-            value=None,
-            reason="the text defines no solution() and returns nothing",
-        )
-    result = next(
-        (result for result in results if result.status is not ExecutionStatus.ERROR), results[0]
-    )
-    graded = (
-        grade_value(result.value, problem)
-        if result.status is ExecutionStatus.OK
-        else _failed(result)
-    )
-    return replace(graded, program_s=sum(result.seconds for result in results))
+def _all_failed(scripts: Sequence[Script], results: Mapping[Script, ExecutionResult]) -> bool:
+    return all(results[script].status is ExecutionStatus.ERROR for script in scripts)
 
 
 def _failed(result: ExecutionResult) -> Graded:
@@ -149,7 +171,7 @@ def _paper_source(problem: Problem, completion: str) -> str:
     )
     lines = response.replace("sys.exit", "print").split("\n")
     end = next((index for index, line in enumerate(lines) if not line.strip()), len(lines))
-    code = "\n".join(lines[:end])
+    code = without_unused_imports("\n".join(lines[:end]))
     return f"import math\n_scope = {{}}\nexec({code!a}, {{'math': math}}, _scope)"
 
 

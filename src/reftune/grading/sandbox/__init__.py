@@ -1,9 +1,11 @@
 """Untrusted programs → values, inside limits on time, memory and recursion.
 
-Two backends behind one interface. `monty` (the default) interprets Python in Rust, in worker
-processes that it replaces when they die; there is no file, network, process or environment in it to
-reach. `subprocess` is the opt-in fallback for programs that need packages: a CPython process of its
-own for each program.
+Two backends behind one interface. `monty` interprets Python in Rust, in worker processes that it
+replaces when they die; there is no file, network, process or environment in it to reach.
+`subprocess` runs CPython with the installed packages, a fenced-in process for each program. `auto`
+(the default) runs monty, and the subprocess for what monty lacks of Python itself (`gaps.py`);
+packages stay an error there, so that what happens to be installed does not decide a verdict. Where
+the system cannot isolate a subprocess, `auto` is monty alone.
 
 What is FORBIDDEN: opening or listing files, reading the environment, asking the system for anything
 else, importing a module whose purpose is to reach outside (`socket`, `subprocess`, `ctypes`, …),
@@ -19,12 +21,16 @@ Clock, random numbers and sleep are fixed, so that a program gives the same valu
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
+from reftune.errors import ReftuneError
+from reftune.grading.sandbox.gaps import gap
 from reftune.grading.sandbox.monty import MontyBackend, refuse_after_fork
 from reftune.grading.sandbox.result import (
     Backend,
@@ -32,10 +38,12 @@ from reftune.grading.sandbox.result import (
     ExecutionStatus,
     SandboxLimits,
     failure,
+    one_line,
 )
 
-__all__ = ["ExecutionResult", "ExecutionStatus", "Sandbox", "SandboxLimits"]
+__all__ = ["ExecutionResult", "ExecutionStatus", "Sandbox", "SandboxKind", "SandboxLimits"]
 
+SandboxKind = Literal["auto", "monty", "subprocess"]
 MAX_SOURCE_CHARS = 100_000
 
 
@@ -50,7 +58,7 @@ class Sandbox:
         self,
         limits: SandboxLimits | None = None,
         *,
-        backend: Literal["monty", "subprocess"] = "monty",
+        backend: SandboxKind = "auto",
         workers: int | None = None,
         allow_unisolated: bool = False,
     ) -> None:
@@ -115,25 +123,65 @@ class Sandbox:
         self.close()
 
     def _started(self) -> Backend:
-        if self._kind == "monty":
+        if self._kind != "subprocess":
             refuse_after_fork()
         if self._backend is None:
             self._backend = self._start()
         return self._backend
 
     def _start(self) -> Backend:
-        if self._kind == "monty":
-            return MontyBackend(self.limits, self._workers)
+        if self._kind == "subprocess":
+            return self._start_subprocess(packages=True)
+        monty = MontyBackend(self.limits, self._workers)
+        start = partial(self._start_subprocess, packages=False)
+        return monty if self._kind == "monty" else _MontyFirst(monty, start)
+
+    def _start_subprocess(self, *, packages: bool) -> Backend:
         from reftune.grading.sandbox.subprocess import SubprocessBackend
 
-        return SubprocessBackend(self.limits, allow_unisolated=self._allow_unisolated)
+        return SubprocessBackend(
+            self.limits, allow_unisolated=self._allow_unisolated, packages=packages
+        )
+
+
+class _MontyFirst:
+    """Runs a program in monty, and again in the subprocess if it needs what monty lacks."""
+
+    def __init__(self, monty: Backend, start: Callable[[], Backend]) -> None:
+        self._monty, self._start = monty, start
+        self._starting = threading.Lock()
+        self._subprocess: Backend | None = None
+        self._refused: str | None = None
+
+    def execute(self, source: str) -> ExecutionResult:
+        result = self._monty.execute(source)
+        missing = gap(result)
+        fallback = None if missing is None else self._fallback()
+        if fallback is not None:
+            return fallback.execute(source)
+        if missing is not None:
+            reason = f"monty lacks {missing}, and {self._refused}"
+            return failure(one_line(f"{result.reason} ({reason})"))
+        return result
+
+    def close(self) -> None:
+        self._monty.close()
+        if self._subprocess is not None:
+            self._subprocess.close()
+
+    def _fallback(self) -> Backend | None:
+        """None on a system that cannot isolate a subprocess."""
+        with self._starting:
+            if self._subprocess is None and self._refused is None:
+                try:
+                    self._subprocess = self._start()
+                except ReftuneError as error:
+                    self._refused = str(error)
+            return self._subprocess
 
 
 def _sandbox(
-    limits: SandboxLimits,
-    backend: Literal["monty", "subprocess"],
-    workers: int,
-    allow_unisolated: bool,
+    limits: SandboxLimits, backend: SandboxKind, workers: int, allow_unisolated: bool
 ) -> Sandbox:
     return Sandbox(limits, backend=backend, workers=workers, allow_unisolated=allow_unisolated)
 

@@ -303,7 +303,7 @@ def run(source: str) -> str:
     """What is written of a program: `P…` where it printed something, and `V…` or `E…`."""
     scope: dict[str, Any] = {"__name__": "__main__"}
     printed = Printed()
-    sys.stdout = printed  # type: ignore[assignment]
+    sys.stdout = printed
     dumps = json.dumps  # the program may put something else in their places
     try:
         *body, call = source.rstrip().split("\n")

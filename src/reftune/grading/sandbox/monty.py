@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from reftune.errors import ReftuneError
 from reftune.grading.sandbox.result import (
     FORBIDDEN_MODULES,
+    MAX_PRINTED_CHARS,
     MAX_VALUE_BYTES,
     ExecutionResult,
     ExecutionStatus,
@@ -91,12 +92,13 @@ class MontyBackend:
             reached.append(name)
             return self._monty.NOT_HANDLED
 
+        printed = _Printed()
         modules = _Modules(reached)
         try:
             with self._pool.checkout(
                 limits=self._limits, os_policy=self._policy, external_modules=modules
             ) as session:
-                value = session.feed_run(source, print_callback=_discard, os=refuse)
+                value = session.feed_run(source, print_callback=printed, os=refuse)
         except self._monty.MontyCrashedError as error:
             if not error.timed_out:
                 return None
@@ -106,7 +108,7 @@ class MontyBackend:
         except Exception as error:  # noqa: BLE001  a hostile value may fail in any way while it is turned into a Python one
             result = failure(f"the value cannot be read: {_first_line(error)}")
         else:
-            result = _returned(value)
+            result = _returned(value, printed.tail)
         if reached:
             return ExecutionResult(
                 status=ExecutionStatus.FORBIDDEN, reason=f"it reached for {reached[0]}"
@@ -114,11 +116,11 @@ class MontyBackend:
         return result
 
 
-def _returned(value: Any) -> ExecutionResult:
+def _returned(value: Any, printed: str) -> ExecutionResult:
     """Refuses a value that would fill the memory of the process that grades."""
     if _size_bytes(value, MAX_VALUE_BYTES) > MAX_VALUE_BYTES:
         return failure("the value is too large")
-    return ExecutionResult(status=ExecutionStatus.OK, value=value)
+    return ExecutionResult(status=ExecutionStatus.OK, value=value, printed=printed)
 
 
 def _failed(error: Exception) -> ExecutionResult:
@@ -139,8 +141,13 @@ def _end_pool(pool: Any, pid: int) -> None:
         _inherited.append(pool)  # dropping it would reach into the parent's event loop
 
 
-def _discard(stream: str, text: str) -> None:
-    """What a program prints is nobody's business."""
+class _Printed:
+    """Keeps the end of what a program prints."""
+
+    tail = ""
+
+    def __call__(self, stream: str, text: str) -> None:
+        self.tail = (self.tail + text)[-MAX_PRINTED_CHARS:]
 
 
 class _Modules(Mapping[str, NoReturn]):

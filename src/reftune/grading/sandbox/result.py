@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 MAX_VALUE_BYTES = 1 << 20
 """Of what a program returns."""
+MAX_PRINTED_CHARS = 2000
+"""Kept of what a program prints, from the end."""
 
 FORBIDDEN_MODULES = frozenset(
     "_io _posixsubprocess _socket _thread aiohttp asyncore builtins cffi code codeop concurrent"

@@ -70,7 +70,10 @@ class SubprocessBackend:
     """One process a program, forked from a warm one. Raises: ReftuneError where the system cannot
     isolate it and `allow_unisolated` is not set."""
 
-    def __init__(self, limits: SandboxLimits, *, allow_unisolated: bool) -> None:
+    def __init__(
+        self, limits: SandboxLimits, *, allow_unisolated: bool, packages: bool = True
+    ) -> None:
+        """`packages`: programs may import what is installed beside Python."""
         if sys.platform != "linux" and not allow_unisolated:
             raise ReftuneError(
                 "sandbox: the subprocess backend isolates on Linux only; use monty, or set"
@@ -82,7 +85,7 @@ class SubprocessBackend:
             "timeout_s": limits.timeout_s,
             "recursion": limits.recursion,
             "forbidden_modules": sorted(FORBIDDEN_MODULES),
-            "paths": _folders_of("purelib", "platlib"),
+            "paths": _folders_of("purelib", "platlib") if packages else [],
             "readable": [
                 *_folders_of("purelib", "platlib", "stdlib", "platstdlib"),
                 f"{sys.base_prefix}/lib",
@@ -160,7 +163,7 @@ class _Forker:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-S", str(CHILD), json.dumps(settings)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=ENVIRONMENT,

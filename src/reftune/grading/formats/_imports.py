@@ -1,0 +1,139 @@
+"""Programs less the imports that they do not use: the one thing that is changed in a model's code.
+
+Nothing here parses or runs a program: it is read token by token, so that no text can harm the
+reader. Whatever cannot be read stays as it is.
+"""
+
+from __future__ import annotations
+
+import io
+import keyword
+import re
+import tokenize
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reftune.grading.sandbox.result import FORBIDDEN_MODULES
+
+_WORD = re.compile(r"\w+")
+_NAME = rf"(?!(?:{'|'.join(keyword.kwlist)})\b)[^\W\d]\w*"
+_DOTTED, _AS = rf"{_NAME}(?: \. {_NAME})*", rf"(?: as {_NAME})?"
+_NAMES = rf"{_NAME}{_AS}(?: , {_NAME}{_AS})*"
+_STATEMENT = re.compile(
+    rf"(import) ({_DOTTED}{_AS}(?: , {_DOTTED}{_AS})*)"
+    rf"|(from {_DOTTED} import) ({_NAMES}|\( {_NAMES}(?: ,)? \))"
+)
+_LAYOUT = (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT)
+_RUNS_TEXT = {"eval", "exec", "compile"}
+
+_Token = tokenize.TokenInfo
+
+
+@dataclass(frozen=True, slots=True)
+class _Import:
+    """A well-formed import statement."""
+
+    tokens: Sequence[_Token]
+    """Without line breaks and comments."""
+    head: str
+    """What stands before the imported names: `import`, or `from … import`."""
+    parts: tuple[str, ...]
+    """The imported names as they are spelled: `numpy as np`."""
+
+    @property
+    def modules(self) -> list[str]:
+        """The top-level modules that it loads."""
+        if self.head == "import":
+            return [_WORD.findall(part)[0] for part in self.parts]
+        return [_WORD.findall(self.head)[1]]
+
+
+def without_unused_imports(program: str) -> str:
+    """`program` with `pass` in the place of imports that name nothing used; all else stays.
+
+    A name is used if it occurs anywhere else but behind a dot, in an f-string, or in any string of
+    a program that evaluates strings. Imports of modules that reach outside stay, so that they are
+    noticed, and so does `import *`.
+    """
+    if "import" not in program:
+        return program
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(program).readline))
+        imports, others = _imports(tokens)
+        used = _used(others)
+        changes = [
+            (statement.tokens, replacement)
+            for statement in imports
+            if (replacement := _less_unused(statement, used)) is not None
+        ]
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        return program
+    lines = program.split("\n")
+    for statement_tokens, replacement in reversed(changes):
+        _replace(lines, statement_tokens, replacement)
+    return "\n".join(lines)
+
+
+def _imports(tokens: Sequence[_Token]) -> tuple[list[_Import], list[_Token]]:
+    """The import statements, and the tokens of everything else."""
+    imports, others = [], []
+    starts, statement, depth = True, None, 0
+    for token in tokens:
+        if statement is not None:
+            if token.type in (tokenize.NEWLINE, tokenize.ENDMARKER) or token.string == ";":
+                imports += _import(statement)
+                statement = None
+            elif token.type not in _LAYOUT:
+                statement.append(token)
+        elif starts and token.string in ("import", "from"):
+            statement = [token]
+        else:
+            others.append(token)
+        if token.type == tokenize.OP:
+            depth += (token.string in "([{") - (token.string in ")]}")
+        if token.type not in _LAYOUT:
+            starts = token.type == tokenize.NEWLINE or (depth == 0 and token.string in (";", ":"))
+    return imports, others
+
+
+def _import(tokens: Sequence[_Token]) -> list[_Import]:
+    text = " ".join(token.string for token in tokens)
+    match = _STATEMENT.fullmatch(text)
+    if match is None:
+        return []
+    head, names = (group for group in match.groups() if group is not None)
+    parts = tuple(part.replace(" . ", ".") for part in names.strip(" (),").split(" , "))
+    return [_Import(tokens, head.replace(" . ", "."), parts)]
+
+
+def _used(tokens: Sequence[_Token]) -> set[str]:
+    names = {
+        token.string
+        for before, token in zip([None, *tokens], tokens, strict=False)
+        if token.type == tokenize.NAME and (before is None or before.string != ".")
+    }
+    evaluates = bool(names & _RUNS_TEXT)
+    for token in tokens:
+        prefix = token.string.partition(token.string[-1])[0].lower() if token.string else ""
+        if token.type == tokenize.STRING and (evaluates or "f" in prefix):
+            names.update(_WORD.findall(token.string))
+    return names
+
+
+def _less_unused(statement: _Import, used: set[str]) -> str | None:
+    """The statement without what is not used; None where it stays as it is."""
+    kept = [part for part in statement.parts if _bound(part) in used]
+    if len(kept) == len(statement.parts) or FORBIDDEN_MODULES.intersection(statement.modules):
+        return None
+    return f"{statement.head} {', '.join(kept)}" if kept else "pass"
+
+
+def _replace(lines: list[str], tokens: Sequence[_Token], replacement: str) -> None:
+    (first, begin), (last, end) = tokens[0].start, tokens[-1].end
+    changed = lines[first - 1][:begin] + replacement + lines[last - 1][end:]
+    lines[first - 1 : last] = [changed, *[""] * (last - first)]
+
+
+def _bound(part: str) -> str:
+    """The name that an imported one gets; of `a.b` it is `a`."""
+    return part.rpartition(" as ")[2] if " as " in part else part.partition(".")[0]

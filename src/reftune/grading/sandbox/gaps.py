@@ -1,0 +1,86 @@
+"""What monty lacks of Python, told by the error that a program ends in. Pure."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import datetime
+import importlib
+import re
+import sys
+from collections.abc import Callable
+
+from reftune.grading.sandbox.result import FORBIDDEN_MODULES, ExecutionResult, ExecutionStatus
+
+
+def gap(result: ExecutionResult) -> str | None:
+    """The part of Python that monty lacks and the program needed: `yield`, `dict.get as a value`,
+    `the module heapq`; None for every other end.
+
+    Packages that do not come with Python are not counted: whether one is installed must not decide
+    a verdict.
+    """
+    if result.status is not ExecutionStatus.ERROR:
+        return None
+    for pattern, name_of in _GAPS:
+        match = pattern.match(result.reason)
+        if match is not None:
+            return name_of(match)
+    return None
+
+
+def _syntax(match: re.Match[str]) -> str:
+    return match[1].strip("'")
+
+
+def _module(match: re.Match[str]) -> str | None:
+    return f"the module {match[1]}" if _comes_with_python(match[1]) else None
+
+
+def _name_of_module(match: re.Match[str]) -> str | None:
+    module, name = match["module"], match["name"]
+    known = _comes_with_python(module) and hasattr(importlib.import_module(module), name)
+    return f"{module}.{name}" if known else None
+
+
+def _attribute(match: re.Match[str]) -> str | None:
+    kind = _TYPES.get(match[1])
+    return f"{match[1]}.{match[2]} as a value" if hasattr(kind, match[2]) else None
+
+
+def _comes_with_python(module: str) -> bool:
+    root = module.partition(".")[0]
+    return root in sys.stdlib_module_names - FORBIDDEN_MODULES and root not in ("os", "sys")
+
+
+_TYPES = {
+    name: kind
+    for module in (builtins, collections, datetime)
+    for name, kind in vars(module).items()
+    if isinstance(kind, type)
+}
+_GAPS: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str | None]]] = [
+    (re.compile(rf"{error}: {pattern}"), name_of)
+    for error, pattern, name_of in [
+        ("NotImplementedError", r"The monty syntax parser does not yet support (.+)", _syntax),
+        ("NotImplementedError", r"(Wildcard imports) ", lambda _: "import *"),
+        ("ModuleNotFoundError", r"No module named '([\w.]+)'", _module),
+        (
+            "AttributeError",
+            r"module '(?P<module>\w+)' has no attribute '(?P<name>\w+)'",
+            _name_of_module,
+        ),
+        (
+            "ImportError",
+            r"cannot import name '(?P<name>\w+)' from '(?P<module>\w+)'",
+            _name_of_module,
+        ),
+        (
+            "AttributeError",
+            r"(?:type object )?'(\w+)' (?:object )?has no attribute '(\w+)'",
+            _attribute,
+        ),
+        ("TypeError", r"'list' object is not an iterator", lambda _: "a generator's next"),
+        ("TypeError", r"object of type '\w+' has no len\(\)", lambda _: "__len__"),
+    ]
+]
