@@ -118,7 +118,7 @@ def test_a_ppo_step_is_that_of_the_cpu(make_trainer: Callable[..., Trainer], tmp
         assert batch.advantages is not None and batch.advantages.device.type == device
         credit.append(batch.advantages.cpu())
         weighted = replace(batch, weights=trainer.algorithm.weights(batch))
-        steps.append(trainer.accumulate(weighted, ""))
+        steps.append(trainer.accumulate(weighted, 1))
     torch.testing.assert_close(credit[1], credit[0], rtol=1e-3, atol=1e-4)
     assert steps[1] == pytest.approx(steps[0], rel=1e-3, abs=1e-5)
 

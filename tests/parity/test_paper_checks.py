@@ -268,7 +268,7 @@ def test_e21_the_first_update_starts_from_ratios_of_one_and_no_kl(trainer):
     assert metrics["kl/reference"] == 0  # the reference is the initial policy
     batch = trainer.algorithm.credit(batch)
     trainer.policy.eval()
-    found = trainer.accumulate(replace(batch, weights=trainer.algorithm.weights(batch)), "")
+    found = trainer.accumulate(replace(batch, weights=trainer.algorithm.weights(batch)), 1)
     assert found["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
     assert found["policy/clip_fraction"] == 0
     mask = batch.response_mask
@@ -299,7 +299,7 @@ def test_e22_a_rollout_is_two_optimizer_steps_on_the_whole_of_it(make_trainer):
     assert Rl(steps=1, prompts=1, optimizer={"learning_rate": 1.0}).updates == 2
     trainer = make_trainer()
     metrics = trainer.step(1)
-    state = trainer.optimizer.state[trainer.policy.value_head.weight]
+    state = trainer.loop.optimizer.state[trainer.policy.value_head.weight]
     assert float(state["step"]) == 2
     assert metrics["compute/sequence_passes"] == 2 * 8
     assert metrics["optim/lr"] == trainer.stage.optimizer.learning_rate

@@ -226,16 +226,16 @@ def test_a_run_on_multiple_choice_logs_and_prints_the_signs(make_recipe, monkeyp
         format={"kind": "nl"},
         reward={"kind": "outcome"},
         evaluate={"samples": 0},
+        stages={"sft": {"probe_choices": True}},
     )
     summary = run_recipe(recipe, progress=SilentProgress())
     logged = [
         json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()
     ]
-    for stage in ("sft", "reft"):
+    signs = {"choices/above_chance", "choices/numeric_accuracy"}
+    for stage, is_probed in {"sft": True, "reft": False}.items():
         looks = [row for row in logged if row["stage"] == stage and "dev/accuracy" in row]
-        assert looks and all(
-            {"choices/above_chance", "choices/numeric_accuracy"} <= set(row) for row in looks
-        ), stage
+        assert looks and all((signs <= set(row)) == is_probed for row in looks), stage
     signs = summary["methods"]["reft"]["choices"]
     assert (signs["n"], signs["n_numeric"], signs["by_options"]["4"]["n"]) == (10, 10, 10)
     table = choices_table(summary)

@@ -15,6 +15,11 @@ from reftune.advice.measured import (
     stage_seconds,
 )
 from reftune.model.batch import token_batch
+from reftune.stages.reward_model import RewardModel
+from reftune.stages.rl import Rl
+from reftune.stages.self_train import SelfTrain
+from reftune.stages.sft import Sft
+from reftune.stages.stage import Cost, Stage
 
 SPLITS: Any = SimpleNamespace(train=range(100), dev=range(20), test=range(50))
 LENGTHS = Lengths(prompt=30, target=10)
@@ -28,17 +33,22 @@ def recipe(**stages: Any) -> Any:
     return SimpleNamespace(stages=stages, evaluate=evaluate)
 
 
-SFT = SimpleNamespace(kind="sft", epochs=4, eval_every=2)
-RL = SimpleNamespace(
-    kind="rl",
-    steps=8,
-    prompts=5,
-    samples=2,
-    updates=2,
-    value_prefit=3,
-    eval_every=4,
-    algorithm=SimpleNamespace(needs_reference=True),
-)
+OPTIMIZER = {"learning_rate": 1e-3}
+SCHEDULE = {"epochs": 4, "batch_size": 8, "eval_every": 2, "optimizer": OPTIMIZER}
+SFT = Sft(**SCHEDULE)
+RL = Rl(steps=8, prompts=5, samples=2, updates=2, value_prefit=3, eval_every=4, optimizer=OPTIMIZER)
+
+
+class Mine(Stage):
+    kind: str = "mine.py:Mine"
+
+    def run(self, context: Any) -> None:
+        raise NotImplementedError
+
+
+class Foretold(Mine):
+    def cost(self, *, num_train: int, num_dev: int) -> Cost:
+        return Cost(steps=num_train / 10, batch=10, looks=1)
 
 
 def test_supervised_seconds_are_tokens_at_the_measured_speed_and_looks():
@@ -62,19 +72,25 @@ def test_rl_seconds_are_sampling_scoring_and_updates():
 def test_self_training_counts_sampling_and_at_most_all_kept_rows():
     # 6 samples of 100 problems of 10 tokens: 60 s; 1 epoch of (1 + 4)·100 rows of 40 tokens: 50 s;
     # one look
-    stage = SimpleNamespace(
-        kind="self_train", samples=6, keep=4, sft=SimpleNamespace(epochs=1, eval_every=1)
-    )
+    stage = SelfTrain(samples=6, keep=4, sft={**SCHEDULE, "epochs": 1, "eval_every": 1})
     assert stage_seconds(recipe(st=stage), SPLITS, LENGTHS, SPEED) == {
         "st": pytest.approx(60 + 50 + LOOK_S)
     }
 
 
-def test_a_users_own_stage_is_left_out():
-    assert (
-        stage_seconds(recipe(mine=SimpleNamespace(kind="mine.py:Stage")), SPLITS, LENGTHS, SPEED)
-        == {}
-    )
+def test_a_reward_model_counts_its_samples_of_train_and_dev():
+    # 6 samples of 100 problems and 2 of 20 dev problems, of 10 tokens: 64 s; an epoch of 600 rows
+    # of 40 tokens: 60 s; one look
+    stage = RewardModel(samples=6, dev_samples=2, **{**SCHEDULE, "epochs": 1, "eval_every": 1})
+    assert stage_seconds(recipe(judge=stage), SPLITS, LENGTHS, SPEED) == {
+        "judge": pytest.approx(64 + 60 + LOOK_S)
+    }
+
+
+def test_a_users_own_stage_is_timed_by_its_own_cost_and_left_out_without_one():
+    # 100 rows of 40 tokens at 400 tokens/s, one look
+    seconds = stage_seconds(recipe(mine=Mine(), told=Foretold()), SPLITS, LENGTHS, SPEED)
+    assert seconds == {"told": pytest.approx(10 + LOOK_S)}
 
 
 def test_evaluation_counts_methods_problems_and_samples():

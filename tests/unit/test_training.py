@@ -322,7 +322,7 @@ def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equal
 ):
     scores = iter([0.2, 0.5, 0.5, 0.4])
     monkeypatch.setattr(
-        "reftune.stages.loop.look_at_dev", lambda context: {"dev/accuracy": next(scores)}
+        "reftune.stages.loop.look_at_dev", lambda context, **_: {"dev/accuracy": next(scores)}
     )
     recipe = make_recipe(stages={"sft": {"epochs": 4, "snapshots": None}, "reft": None})
     seen = {}

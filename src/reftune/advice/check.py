@@ -267,35 +267,8 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
 
 def _schedule(recipe: Recipe) -> Finding:
     """What each stage will do, in one line each."""
-    lines = tuple(f"{name}: {_stage_line(stage)}" for name, stage in recipe.stages.items())
+    lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
     return replace(ok(f"{len(lines)} stages"), rows=lines)
-
-
-def _stage_line(stage: Any) -> str:
-    """`69000 rollouts of 32 × 1 samples from warmup by ppo, 2 updates each, learning rate 3e-07`"""
-    if stage.kind == "rl":
-        return (
-            f"{stage.steps} rollouts of {stage.prompts} × {stage.samples} samples from {stage.init}"
-            f" by {stage.algorithm.kind}, {stage.updates} updates each, learning rate"
-            f" {stage.optimizer.learning_rate:g}"
-        )
-    schedule = getattr(stage, "sft", stage)
-    rate = getattr(schedule, "optimizer", None)
-    if rate is None:
-        return f"from {stage.init}"
-    sampled = (
-        f", {stage.samples} samples a problem by {stage.sampler}"
-        if hasattr(stage, "sampler")
-        else ""
-    )
-    rate_text = f"learning rate {rate.learning_rate:g}"
-    kept = "".join(
-        f", {method} after {epoch:g}" for method, epoch in getattr(stage, "snapshots", {}).items()
-    )
-    return (
-        f"{schedule.epochs:g} epochs of {schedule.batch_size} from {stage.init}{sampled}{kept},"
-        f" {rate_text}"
-    )
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
@@ -313,7 +286,8 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
 
 
 def _starting_method(run: Run) -> str:
-    inits = [stage.init for stage in run.recipe.stages.values() if stage.kind == "rl"]
+    costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in run.recipe.stages.values()]
+    inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
     trained = [method for method in inits if (run.stage_folder(method) / "stage.json").is_file()]
     return trained[0] if trained else "base"
 
@@ -359,8 +333,8 @@ def _refuse_unknown_waivers(names: Sequence[str]) -> None:
             )
 
 
-def _has_stage(subject: Subject, kind: str) -> bool:
-    return any(stage.kind == kind for stage in subject.recipe.stages.values())
+def _learns_from_rationales(subject: Subject) -> bool:
+    return any(stage.reads_rationales for stage in subject.recipe.stages.values())
 
 
 # --- data and grader ------------------------------------------------------------------------------
@@ -377,7 +351,7 @@ def check_splits(subject: Subject) -> Finding:
         f"{len(splits.train)} train, {len(splits.dev)} dev, {len(splits.test)} test; "
         f"{len(subject.rows)} train rows have a rationale; dropped: {dropped}"
     )
-    if not subject.rows and _has_stage(subject, "sft"):
+    if not subject.rows and _learns_from_rationales(subject):
         return fail(message, "supervised stages need rationales")
     if not splits.test and subject.recipe.evaluate.split == "test":
         return fail(message, "give test problems, or set evaluate.split=dev")
@@ -622,7 +596,7 @@ def check_boundary(subject: Subject) -> Finding:
         f"; {_share(moved, rows)} would split differently if encoded as one text" if moved else ""
     )
     message = f"prompt and target are encoded apart in every stage{note}"
-    if moved and not _has_stage(subject, "sft"):
+    if moved and not _learns_from_rationales(subject):
         return warn(message, "no supervised stage teaches the model this split")
     return ok(message)
 
@@ -839,10 +813,8 @@ def check_time(subject: Subject) -> Finding:
 
 def _rows_at_once(recipe: Recipe) -> int:
     """In the largest step of a stage, and that the engine holds."""
-    sizes = [
-        stage.prompts * stage.samples for stage in recipe.stages.values() if stage.kind == "rl"
-    ]
-    sizes += [stage.batch_size for stage in recipe.stages.values() if stage.kind == "sft"]
+    costs = [stage.cost(num_train=0, num_dev=0) for stage in recipe.stages.values()]
+    sizes = [cost.batch for cost in costs if cost is not None]
     return min(
         [max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "batch_size", MEASURED_ROWS)]
     )

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from reftune.engines import Engine
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
+from reftune.stages.stage import Cost
 from reftune.types import SamplingParams
 
 WARM_TOKENS = 256
@@ -121,25 +121,23 @@ def _seconds(act: Callable[[], object]) -> float:
 def stage_seconds(
     recipe: Recipe, splits: Splits, lengths: Lengths, speed: Speed
 ) -> dict[str, float]:
-    """Seconds by stage, looks at dev included; at most, where equal samples count once. A user's
-    own stages are left out."""
-    look_s, num_train = len(splits.dev) * lengths.target / speed.sample, len(splits.train)
-    seconds = {}
-    for name, stage in recipe.stages.items():
-        if stage.kind == "sft":
-            seconds[name] = _sft_seconds(stage, num_train, lengths, speed, look_s)
-        elif stage.kind == "self_train":
-            sampling_s = stage.samples * num_train * lengths.target / speed.sample
-            seconds[name] = sampling_s + _sft_seconds(
-                stage.sft, (1 + stage.keep) * num_train, lengths, speed, look_s
-            )
-        elif stage.kind == "reward_model":
-            num_sampled = stage.samples * num_train + stage.dev_samples * len(splits.dev)
-            seconds[name] = num_sampled * lengths.target / speed.sample
-            seconds[name] += _sft_seconds(stage, stage.samples * num_train, lengths, speed, look_s)
-        elif stage.kind == "rl":
-            seconds[name] = _rl_seconds(stage, lengths, speed, look_s)
-    return seconds
+    """Seconds by stage, looks at dev included; stages that cannot foretell their cost are left
+    out."""
+    sizes = {"num_train": len(splits.train), "num_dev": len(splits.dev)}
+    costs = {name: stage.cost(**sizes) for name, stage in recipe.stages.items()}
+    return {
+        name: _seconds_of(cost, sizes["num_dev"], lengths, speed)
+        for name, cost in costs.items()
+        if cost is not None
+    }
+
+
+def _seconds_of(cost: Cost, num_dev: int, lengths: Lengths, speed: Speed) -> float:
+    passes = cost.updates + SCORING_COST * cost.scored
+    num_trained = cost.steps * cost.batch * passes
+    num_sampled = cost.sampled_before + cost.steps * cost.sampled + cost.looks * num_dev
+    train_s = num_trained * (lengths.prompt + lengths.target) / speed.train
+    return train_s + num_sampled * lengths.target / speed.sample
 
 
 def evaluation_seconds(
@@ -154,23 +152,6 @@ def evaluation_seconds(
         * lengths.target
         / speed.sample
     )
-
-
-def _sft_seconds(
-    schedule: Any, num_rows: int, lengths: Lengths, speed: Speed, look_s: float
-) -> float:
-    train_s = schedule.epochs * num_rows * (lengths.prompt + lengths.target) / speed.train
-    return float(train_s + schedule.epochs / schedule.eval_every * look_s)
-
-
-def _rl_seconds(stage: Any, lengths: Lengths, speed: Speed, look_s: float) -> float:
-    rollouts = stage.prompts * stage.samples
-    passes = stage.updates + SCORING_COST * (2 if stage.algorithm.needs_reference else 1)
-    step_s = rollouts * (
-        lengths.target / speed.sample + passes * (lengths.prompt + lengths.target) / speed.train
-    )
-    prefit_s = rollouts * stage.value_prefit * lengths.target / speed.sample
-    return float(stage.steps * step_s + prefit_s + stage.steps / stage.eval_every * look_s)
 
 
 def available_bytes(device: torch.device) -> float:

@@ -3,59 +3,33 @@ value head."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
-
-from pydantic import Field
-from torch import Tensor
+from typing import Literal
 
 from reftune.algorithms.advantages import group_means, group_stds
-from reftune.algorithms.base import LossTerms, with_contrast
-from reftune.algorithms.losses import (
-    Reduction,
-    kl_terms,
-    policy_metrics,
-    ppo_policy_terms,
-    token_weights,
-)
+from reftune.algorithms.base import Clipped, LossTerms
+from reftune.algorithms.losses import kl_terms
 from reftune.model.batch import RolloutBatch
-from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores
-from reftune.recipe import Component
-from reftune.types import Rollout
 
 STD_FLOOR = 1e-4
 """Added to a group's standard deviation, so that equal rewards divide by something."""
 
 
-class Grpo(Component):
+class Grpo(Clipped):
+    """The KL penalty is part of the loss. `reduction: token` (DAPO, arXiv:2503.14476) does not
+    favour short right answers; Dr. GRPO's constant divisor differs from it by one factor a rollout.
+    """
+
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"
     """Advantages are divided by their group's standard deviation, or not (Dr. GRPO,
     arXiv:2503.20783). With `std` a partial reward is worth as much as a full one: a group that
     earned 0 and 0.1 teaches the same as one that earned 0 and 1."""
-    kl_coef: float = Field(0.01, ge=0)
-    """β of the KL penalty, which is part of the loss."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-    reduction: Reduction = "sequence"
-    """`sequence` as published. `token` (DAPO, arXiv:2503.14476) does not favour short right
-    answers; Dr. GRPO's constant divisor differs from it by one factor a rollout."""
-    drop_constant_groups: bool = False
-    """Leave out problems whose samples all earned the same reward: they have no advantage, and only
-    the KL acts on them."""
-
-    needs_values: ClassVar[bool] = False
-    min_samples: ClassVar[int] = 2
-    dropout: ClassVar[bool] = False
 
     @property
-    def needs_reference(self) -> bool:
-        return self.kl_coef > 0
-
-    def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        return with_contrast(rollouts) if self.drop_constant_groups else list(rollouts)
+    def min_samples(self) -> int:
+        return 2
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         """Every token of a sample gets
@@ -70,23 +44,14 @@ class Grpo(Component):
             advantages = advantages / (group_stds(batch.rewards, batch.groups) + STD_FLOOR)
         return replace(batch, advantages=advantages[:, None] * batch.response_mask)
 
-    def weights(self, batch: RolloutBatch) -> Tensor:
-        return token_weights(batch.response_mask, self.reduction)
-
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
         """clipped policy loss + kl_coef · KL to the reference"""
-        assert batch.advantages is not None and batch.weights is not None
-        weights, clip = batch.weights, {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        policy = (
-            ppo_policy_terms(scores.logprobs, batch.logprobs, batch.advantages, **clip) * weights
-        ).sum()
-        metrics = {
-            "policy/loss": policy.detach(),
-            **policy_metrics(scores.logprobs, batch.logprobs, weights=weights, **clip),
-        }
+        policy = super().loss(scores, batch)
         if batch.ref_logprobs is None:
-            return LossTerms(total=policy, metrics=metrics)
-        kl = (kl_terms(scores.logprobs, batch.ref_logprobs) * weights).sum()
+            return policy
+        assert batch.weights is not None
+        kl = (kl_terms(scores.logprobs, batch.ref_logprobs) * batch.weights).sum()
         return LossTerms(
-            total=policy + self.kl_coef * kl, metrics={**metrics, "kl/penalty": kl.detach()}
+            total=policy.total + self.kl_coef * kl,
+            metrics={**policy.metrics, "kl/penalty": kl.detach()},
         )

@@ -10,30 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from reftune.algorithms.base import LossTerms
+from reftune.algorithms.base import Algorithm, LossTerms
 from reftune.algorithms.losses import token_weights
 from reftune.model.batch import RolloutBatch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores
-from reftune.recipe import Component
 from reftune.types import Completion, Graded, Rollout, Verdict
 
 
-class OnlineSt(Component):
+class OnlineSt(Algorithm):
     kind: Literal["online_st"] = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
     """Gold sequences, prompt included, are cut after so many tokens; None: they are not."""
     dropout: bool = False
     """Whether dropout is active in the update."""
 
-    needs_reference: ClassVar[bool] = False
-    needs_values: ClassVar[bool] = False
-    min_samples: ClassVar[int] = 1
+    @property
+    def trains_with_dropout(self) -> bool:
+        return self.dropout
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
         """The correct samples, then the gold solution of every problem, right or wrong, that has

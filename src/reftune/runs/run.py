@@ -214,10 +214,10 @@ class Run:
             self.recipe.stages.values(),
         )
         asked = [*self.splits.dev, *self.problems_to_evaluate()]
-        if any(stage.kind != "sft" for stage in stages):
+        if any(stage.reads_questions for stage in stages):
             asked += self.splits.train
         collector.prompts(asked, policy, SamplingParams(max_new_tokens=max_new))
-        if any(stage.kind == "sft" for stage in stages):
+        if any(stage.reads_rationales for stage in stages):
             gold_examples(
                 self.splits.train,
                 collector.encoder,
@@ -234,6 +234,7 @@ class Run:
         policy = self.load_policy(stage.init, lora=True)
         context = StageContext(
             name=name,
+            stage=stage,
             recipe=self.recipe,
             policy=policy,
             splits=self.splits,

@@ -1,5 +1,5 @@
-"""What every training stage shares: the optimizer, the step that refuses non-finite numbers, and
-the loop around steps that resumes, evaluates on dev, keeps the best model and saves."""
+"""The loop that every stage runs its steps in: it resumes, evaluates on dev, keeps the best model
+and saves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from reftune.errors import CheckpointError, NonFiniteError
 from reftune.processes import world
-from reftune.processes.sharding import assign, whole_tensors
+from reftune.processes.sharding import assign, sharding, whole_tensors
 from reftune.processes.signals import stop_signals
-from reftune.stages.optimizer import OptimizerTable, Trained, is_finite
+from reftune.recipe import Table
+from reftune.stages.optimizer import (
+    OptimizerTable,
+    Trained,
+    is_finite,
+    make_optimizer,
+    optimizer_step,
+    rate,
+)
 from reftune.stages.probes.choices import choice_metrics, diagnose, is_multiple_choice
 from reftune.stages.stage import StageContext
 from reftune.storage.atomic import link_files, replace_folder, write_atomically
@@ -52,6 +61,19 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved a checkpoint; str() is its folder."""
 
 
+class TrainingTable(Table):
+    """What every training is told: how fast, how closely watched, how often saved."""
+
+    optimizer: OptimizerTable
+    save_every_s: float = Field(300.0, ge=0)
+    """Seconds between checkpoints."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints kept; the best model on dev is kept beside them."""
+    probe_choices: bool = False
+    """On multiple choice, look for signs of reward hacking at every look at dev. It decodes dev
+    three times instead of once; the final evaluation looks for them anyway."""
+
+
 class Loop:
     """Steps 1 … total: resume, step, log, evaluate on dev, keep the best, save.
 
@@ -62,42 +84,27 @@ class Loop:
     def __init__(
         self,
         context: StageContext,
-        optimizer: torch.optim.Optimizer,
-        table: OptimizerTable,
+        table: TrainingTable,
+        model: Trained,
         *,
-        kind: str,
-        init: str,
         total_steps: int,
         eval_every: int,
-        save_every_s: float,
-        keep: int = 2,
         snapshots: Mapping[str, int] | None = None,
-        model: Trained | None = None,
         look: Callable[[], dict[str, float]] | None = None,
         start: Progression | None = None,
     ) -> None:
-        """`model` and `look`, its `dev/accuracy` and more, are for what is no policy; `start` holds
-        what came before step 1."""
-        self.context, self.optimizer, self.table, self.kind, self.init = (
-            context,
-            optimizer,
-            table,
-            kind,
-            init,
-        )
-        self.total_steps, self.eval_every, self.save_every_s, self.keep = (
-            total_steps,
-            eval_every,
-            save_every_s,
-            keep,
-        )
+        """`look` gives `dev/accuracy` and more of what is not a policy; `start` holds what came
+        before step 1. The model is distributed over the processes here."""
+        self.context, self.table, self.model = context, table, model
+        self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
-        self.model: Trained = context.policy if model is None else model
-        self.look = look or partial(look_at_dev, context)
-        self.is_worth_a_look = look is None and init != "base"
+        self.look = look or partial(look_at_dev, context, probe_choices=table.probe_choices)
+        self.is_worth_a_look = look is None and context.stage.init != "base"
         self.samples = JsonLines(context.folder / "samples.jsonl")
         self.state = start or Progression()
         self._stop = False
+        sharding().distribute(model)
+        self.optimizer = make_optimizer(model, table.optimizer)
 
     # --- the loop ---
 
@@ -124,12 +131,12 @@ class Loop:
                 self._log(self._seeded(step))
                 if self.state.step % self.eval_every == 0 or self.state.step == self.total_steps:
                     self._look()
-                for method in [
-                    method for method, at in self.snapshots.items() if at == self.state.step
-                ]:
-                    self._snapshot(method)
+                for method, at in self.snapshots.items():
+                    if at == self.state.step:
+                        self._snapshot(method)
                 self.state.seconds = time.perf_counter() - started
-                due = world.is_main() and time.perf_counter() - last_save >= self.save_every_s
+                is_old = time.perf_counter() - last_save >= self.table.save_every_s
+                due = world.is_main() and is_old
                 stop, due = world.any_of(self._stop, due)
                 self._stop = self._stop or stop  # a signal may have come meanwhile
                 if stop or due:
@@ -141,21 +148,41 @@ class Loop:
             raise Interrupted(str(self.context.folder))
 
     def _seeded(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        other = (
-            ("process", world.rank()) if world.rank() > 0 else ()
-        )  # whose dropout should not repeat ours
+        # the dropout of one process should not repeat another's
+        other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
         return step(self.state.step)
 
     def _log(self, metrics: dict[str, float]) -> None:
         for name in [name for name in metrics if name.startswith("compute/")]:
             self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
-        skipped = {"optim/skipped": self.state.skipped} if self.table.on_nonfinite == "skip" else {}
+        table = self.table.optimizer
+        skipped = {"optim/skipped": self.state.skipped} if table.on_nonfinite == "skip" else {}
         row = {**metrics, **self.state.totals, **skipped}
         self.context.metrics.append(
             {"stage": self.context.name, "step": self.state.step, "time": time.time(), **row}
         )
         self.context.progress.step(self.state.step, row)
+
+    def learning_rate(self, n: int) -> float:
+        """At step `n`; the value head may have its own."""
+        return self.table.optimizer.learning_rate * self._rate(n)
+
+    def _rate(self, n: int) -> float:
+        return rate(self.table.optimizer, step=n, total_steps=self.total_steps)
+
+    def optimizer_step(self, n: int) -> float:
+        """Clip the gradient, step and clear it; the norm before clipping.
+
+        Raises: NonFiniteError before anything changed.
+        """
+        return optimizer_step(
+            self.model,
+            self.optimizer,
+            share=self._rate(n),
+            max_grad_norm=self.table.optimizer.max_grad_norm,
+            where=f"{self.context.name} step {n}",
+        )
 
     def give_up_step(self, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
         """Save the batch of a step whose numbers are not finite and clear its gradient; return
@@ -169,17 +196,17 @@ class Loop:
         document = {"where": str(error), "weights_not_finite": unsound, "rows": list(rows)}
         write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False))
         before = f" ({unsound[0]} was not finite before it)" if unsound else ""
-        told = f"{error}{before}; the weights were not changed; look at the samples in {path}"
-        if self.table.on_nonfinite == "stop":
-            raise NonFiniteError(told)
-        if self.state.skipped == self.table.max_skipped:
+        message = f"{error}{before}; the weights were not changed; look at the samples in {path}"
+        table, skipped = self.table.optimizer, self.state.skipped
+        if table.on_nonfinite == "stop":
+            raise NonFiniteError(message)
+        if skipped == table.max_skipped:
             raise NonFiniteError(
-                f"{told}; {self.state.skipped} steps were left out before, as many as max_skipped"
-                " allows"
+                f"{message}; {skipped} steps were skipped before, as many as max_skipped allows"
             )
         self.state.skipped += 1
         self.context.progress.note(
-            f"{told}; left out, {self.state.skipped} of at most {self.table.max_skipped}"
+            f"{message}; skipped, {skipped + 1} of at most {table.max_skipped}"
         )
 
     # --- dev ---
@@ -247,7 +274,7 @@ class Loop:
                 "metrics_bytes": self.context.metrics.size(),
                 "samples_bytes": self.samples.size(),
             },
-            keep=self.keep,
+            keep=self.table.keep,
         )
 
     def _snapshot(self, method: str) -> None:
@@ -292,19 +319,15 @@ class Loop:
             yield
 
 
-def look_at_dev(context: StageContext) -> dict[str, float]:
-    """`dev/accuracy`, the share of dev answered right by greedy decoding; on multiple choice the
-    signs of `choices` too."""
+def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> dict[str, float]:
+    """`dev/accuracy`, the share of dev answered right by greedy decoding; with `probe_choices` on
+    multiple choice the signs of `probes.choices` too."""
     problems, max_new = context.splits.dev, context.recipe.lengths.max_new
-    solved = context.collector.solve(
-        context.policy, problems, SamplingParams(max_new_tokens=max_new, temperature=0)
-    )
-    metrics = {
-        "dev/accuracy": (
-            sum(graded.verdict is Verdict.CORRECT for graded in solved.graded) / len(problems)
-        )
-    }
-    if not is_multiple_choice(problems):
+    params = SamplingParams(max_new_tokens=max_new, temperature=0)
+    solved = context.collector.solve(context.policy, problems, params)
+    num_right = sum(graded.verdict is Verdict.CORRECT for graded in solved.graded)
+    metrics = {"dev/accuracy": num_right / len(problems)}
+    if not (probe_choices and is_multiple_choice(problems)):
         return metrics
     texts = [completion.text for completion in solved.completions]
     rows = diagnose(
@@ -327,9 +350,9 @@ def write_stage(
     totals = loop.state.totals
     document = {
         "stage": method,
-        "kind": loop.kind,
+        "kind": loop.context.stage.kind,
         "snapshot_of": snapshot_of,
-        "init": loop.init,
+        "init": loop.context.stage.init,
         "chosen_step": chosen_step,
         "steps": loop.state.step,
         "dev_accuracy": accuracy,

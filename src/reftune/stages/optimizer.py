@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -131,38 +131,50 @@ def optimizer_step(
     return float(norm)
 
 
-def accumulate_gradient(
-    model: Trained,
-    lengths: torch.Tensor,
-    loss_of: Callable[[torch.Tensor], LossTerms],
-    *,
-    max_tokens: int,
-    where: str,
-) -> dict[str, float]:
-    """Add the gradient of a minibatch, micro-batch by micro-batch, each process its own;
-    `loss/total` and metrics.
+class Gradient:
+    """The gradient of a minibatch, added up micro-batch by micro-batch, each process its own share.
 
-    `loss_of(rows)` is the part of the loss that the rows of the minibatch add; parts are summed,
-    metrics too (`…_max`: the largest). `lengths` (B,) tokens. Raises: NonFiniteError, naming rows,
-    before the gradient is used.
+    gradient = Gradient(model, lengths, max_tokens=…, where=…)
+    for rows in gradient:                # indices into the minibatch
+        gradient.add(loss_of(rows))      # the part of the loss that these rows add
+    metrics = gradient.finish()
     """
-    totals: dict[str, float] = {}
-    failed: NonFiniteError | None = None
-    even = sharding().is_split(model)
-    for index, counts in own_micro_batches(
-        lengths, max_tokens=max_tokens, packed=model.packs, even=even
-    ):
-        terms = loss_of(index)
-        if counts:
-            failed = failed or not_finite(terms.total, index, where)
-            _add_metrics(totals, {"loss/total": float(terms.total.detach()), **terms.metrics})
-        (terms.total if counts else terms.total * 0).backward()
-    world.raise_together(failed)
-    sharding().add_up_gradients(model)
-    together: dict[str, float] = {}
-    for of_process in world.gather(totals):
-        _add_metrics(together, of_process)
-    return together
+
+    def __init__(
+        self, model: Trained, lengths: torch.Tensor, *, max_tokens: int, where: str
+    ) -> None:
+        """`lengths` (B,) tokens."""
+        self._model, self._where = model, where
+        even = sharding().is_split(model)
+        self._batches = own_micro_batches(
+            lengths, max_tokens=max_tokens, packed=model.packs, even=even
+        )
+        self._totals: dict[str, float] = {}
+        self._failed: NonFiniteError | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for rows, counts in self._batches:
+            self._rows, self._counts = rows, counts
+            yield rows
+
+    def add(self, terms: LossTerms) -> None:
+        """Add the gradient of the micro-batch whose rows came last."""
+        if self._counts:
+            self._failed = self._failed or not_finite(terms.total, self._rows, self._where)
+            _add_metrics(self._totals, {"loss/total": terms.total.detach(), **terms.metrics})
+        (terms.total if self._counts else terms.total * 0).backward()
+
+    def finish(self) -> dict[str, float]:
+        """`loss/total` and metrics, sums over all rows (`…_max`: the largest).
+
+        Raises: NonFiniteError, naming rows, before the gradient is used.
+        """
+        world.raise_together(self._failed)
+        sharding().add_up_gradients(self._model)
+        together: dict[str, float] = {}
+        for of_process in world.gather(self._totals):
+            _add_metrics(together, of_process)
+        return together
 
 
 def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.Tensor]) -> None:

@@ -27,12 +27,11 @@ from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.processes.sharding import sharding
-from reftune.recipe import Component
 from reftune.stages.loop import Progression
-from reftune.stages.optimizer import accumulate_gradient
+from reftune.stages.optimizer import Gradient
 from reftune.stages.self_train import Samples, Sampling, describe, draw
-from reftune.stages.sft import Schedule, train_in_epochs
-from reftune.stages.stage import StageContext
+from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
+from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.storage.atomic import write_atomically
 from reftune.storage.json_lines import JsonLines
 from reftune.types import Problem, Verdict
@@ -46,7 +45,7 @@ CORRECT = 1
 """Label of a correct solution; 0 is a wrong one."""
 
 
-class RewardModel(Schedule, Component):
+class RewardModel(Schedule, Stage):
     kind: Literal["reward_model"] = "reward_model"
     init: str = "sft"
     """Method whose chosen model the classifier grows from."""
@@ -62,74 +61,42 @@ class RewardModel(Schedule, Component):
     """0 keeps the whole vocabulary; the paper: 50."""
 
     is_method: ClassVar[bool] = False
-    produces: ClassVar[tuple[str, ...]] = ()
+    reads_questions: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.init, self.sampler)
 
+    def line(self) -> str:
+        """`3 epochs of 64 from sft, learning rate 0.001, on 100 samples a problem by warmup`"""
+        sampled = f"{self.samples} samples a problem by {self.sampler}"
+        return f"{schedule_line(self, self.init)}, on {sampled}"
+
+    def cost(self, *, num_train: int, num_dev: int) -> Cost:
+        """At most: equal samples count once."""
+        num_solutions = self.samples * num_train
+        return self.cost_of_rows(
+            num_solutions, sampled_before=num_solutions + self.dev_samples * num_dev
+        )
+
     def run(self, context: StageContext) -> None:
         """Sample, train, and leave the classifier that reranked dev best."""
-        started = time.perf_counter()
-        train = draw(
-            self._sampling(self.samples),
-            context,
-            context.splits.train,
-            context.folder / "sampled.jsonl",
-        )
-        dev = draw(
-            self._sampling(self.dev_samples),
-            context,
-            context.splits.dev,
-            context.folder / "sampled_dev.jsonl",
-        )
+        started, folder, splits = time.perf_counter(), context.folder, context.splits
+        sampling = self._sampling(self.samples)
+        train = draw(sampling, context, splits.train, folder / "sampled.jsonl")
+        sampling = self._sampling(self.dev_samples)
+        dev = draw(sampling, context, splits.dev, folder / "sampled_dev.jsonl")
         solutions = [solution for samples in train for solution in labelled(samples)]
         context.progress.note(
             f"{context.name}: {len(solutions):,} different solutions to train on; {describe(train)}"
         )
-        classifier = Classifier(context.policy, seed=context.seed("classifier"))
+        num_tokens = sum(samples.num_tokens for samples in (*train, *dev))
         start = Progression(
-            totals={
-                "compute/sampled_tokens": float(
-                    sum(samples.num_tokens for samples in (*train, *dev))
-                )
-            },
+            totals={"compute/sampled_tokens": float(num_tokens)},
             seconds=time.perf_counter() - started,
         )
-        encoder, max_tokens = context.collector.encoder, context.recipe.model.micro_batch_tokens
-
-        def accumulate(indices: Sequence[int], where: str) -> dict[str, float]:
-            return accumulate_loss(
-                classifier,
-                encoder,
-                [solutions[i] for i in indices],
-                max_tokens=max_tokens,
-                where=where,
-            )
-
-        def look() -> dict[str, float]:
-            return {
-                "dev/accuracy": rerank_accuracy(classifier, encoder, dev, max_tokens=max_tokens)
-            }
-
-        def show(indices: Sequence[int]) -> list[dict[str, Any]]:
-            return [
-                {"id": s.problem.id, "text": s.text, "label": s.label}
-                for s in (solutions[i] for i in indices)
-            ]
-
-        train_in_epochs(
-            self,
-            context,
-            classifier,
-            len(solutions),
-            accumulate,
-            show,
-            kind=self.kind,
-            init=self.init,
-            look=look,
-            start=start,
-        )
+        classifier = Classifier(context.policy, seed=context.seed("classifier"))
+        train_in_epochs(self, context, Judging(context, classifier, solutions, dev), start=start)
 
     def _sampling(self, num: int) -> Sampling:
         return Sampling(
@@ -155,6 +122,38 @@ def labelled(samples: Samples) -> list[Solution]:
     return [
         Solution(problem=samples.problem, text=text, label=label) for text, label in labels.items()
     ]
+
+
+class Judging:
+    """Telling correct solutions from wrong ones, by a classifier."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        classifier: Classifier,
+        solutions: Sequence[Solution],
+        dev: Sequence[Samples],
+    ) -> None:
+        self.model, self.solutions, self.dev = classifier, solutions, dev
+        self.encoder = context.collector.encoder
+        self.max_tokens = context.recipe.model.micro_batch_tokens
+
+    def __len__(self) -> int:
+        return len(self.solutions)
+
+    def gradient(self, indices: Sequence[int], where: str) -> dict[str, float]:
+        rows = [self.solutions[i] for i in indices]
+        return accumulate_loss(
+            self.model, self.encoder, rows, max_tokens=self.max_tokens, where=where
+        )
+
+    def look(self) -> dict[str, float]:
+        right = rerank_accuracy(self.model, self.encoder, self.dev, max_tokens=self.max_tokens)
+        return {"dev/accuracy": right}
+
+    def show(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = [self.solutions[i] for i in indices]
+        return [{"id": s.problem.id, "text": s.text, "label": s.label} for s in rows]
 
 
 # --- the classifier -------------------------------------------------------------------------------
@@ -253,12 +252,13 @@ def accumulate_loss(
     batch = solution_batch(encoder, [(s.problem, s.text) for s in solutions], classifier.policy)
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
 
-    def loss(index: Tensor) -> LossTerms:
-        logits = classifier(batch.rows(index))
-        total = nn.functional.cross_entropy(logits, labels[index], reduction="sum") / len(solutions)
-        return LossTerms(total=total, metrics={"right": (logits.argmax(1) == labels[index]).sum()})
-
-    found = accumulate_gradient(classifier, batch.lengths, loss, max_tokens=max_tokens, where=where)
+    gradient = Gradient(classifier, batch.lengths, max_tokens=max_tokens, where=where)
+    for rows in gradient:
+        logits = classifier(batch.rows(rows))
+        total = nn.functional.cross_entropy(logits, labels[rows], reduction="sum") / len(solutions)
+        right = (logits.argmax(1) == labels[rows]).sum()
+        gradient.add(LossTerms(total=total, metrics={"right": right}))
+    found = gradient.finish()
     return {
         "loss/total": found["loss/total"],
         "reward_model/accuracy": found["right"] / len(solutions),

@@ -1,7 +1,7 @@
 """Reinforcement learning from the model's own solutions.
 
-`Rl._step` is the whole loop: generate → grade → reward → score → credit → update. It does not know
-which algorithm it runs.
+`Trainer.step` is the whole of it: generate → grade → reward → score → credit → update. It does not
+know which algorithm it runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
@@ -25,24 +25,17 @@ from reftune.algorithms.advantages import (
     token_rewards,
     truncated_importance,
 )
-from reftune.algorithms.base import Algorithm, LossTerms
+from reftune.algorithms.base import Algorithm
 from reftune.algorithms.losses import masked_mean
 from reftune.errors import NonFiniteError, RecipeError
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import Policy, Reference
 from reftune.model.value_head import fit_value_head
-from reftune.processes.sharding import sharding
-from reftune.recipe import Component, load_component
+from reftune.recipe import load_component
 from reftune.seeds import endless_indices, generator
-from reftune.stages.loop import Loop
-from reftune.stages.optimizer import (
-    OptimizerTable,
-    accumulate_gradient,
-    make_optimizer,
-    optimizer_step,
-    rate,
-)
-from reftune.stages.stage import StageContext
+from reftune.stages.loop import Loop, TrainingTable
+from reftune.stages.optimizer import Gradient
+from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.types import Rollout, SamplingParams, Verdict
 
 
@@ -50,12 +43,12 @@ def _algorithm(spec: Any) -> Any:
     return load_component(spec, group="algorithms")
 
 
-class Rl(Component):
+class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
     init: str = "warmup"
     """Method whose chosen model this stage starts from; with a KL penalty it is also the reference.
     """
-    algorithm: SerializeAsAny[Annotated[Component, BeforeValidator(_algorithm)]] = Field(
+    algorithm: SerializeAsAny[Annotated[Algorithm, BeforeValidator(_algorithm)]] = Field(
         {"kind": "ppo"}, validate_default=True
     )
     steps: int = Field(gt=0)
@@ -77,7 +70,6 @@ class Rl(Component):
     mismatch_cap: float | None = Field(None, gt=0)
     """Truncated importance sampling for engines whose log-probabilities differ from the trainer's:
     each token's advantage is multiplied by min(π_train / π_sample, cap). None: off. 2 is usual."""
-    optimizer: OptimizerTable
     value_init: Literal["uniform", "zero"] = "zero"
     """Of the value head; `uniform` is the paper's ±1/√H."""
     value_model: Literal["shared", "separate"] = "shared"
@@ -88,17 +80,12 @@ class Rl(Component):
     falls before it rises."""
     eval_every: int = Field(10, gt=0)
     """Steps between looks at dev; the best model on dev is the stage's result."""
-    save_every_s: float = Field(300.0, ge=0)
-    """Seconds between checkpoints."""
-    keep: int = Field(2, gt=0)
-    """Newest checkpoints kept; the best model on dev is kept beside them."""
 
-    is_method: ClassVar[bool] = True
-    produces: ClassVar[tuple[str, ...]] = ()
+    reads_questions: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _enough_samples(self) -> Self:
-        least = cast(Algorithm, self.algorithm).min_samples
+        least = self.algorithm.min_samples
         if self.samples < least:
             raise PydanticCustomError(
                 "samples",
@@ -113,9 +100,25 @@ class Rl(Component):
             )
         return self
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.init,)
+    def line(self) -> str:
+        """`69000 rollouts of 32 × 1 samples from warmup by ppo, 2 updates each, …`"""
+        return (
+            f"{self.steps} rollouts of {self.prompts} × {self.samples} samples from {self.init} by"
+            f" {self.algorithm.kind}, {self.updates} updates each, learning rate"
+            f" {self.optimizer.learning_rate:g}"
+        )
+
+    def cost(self, *, num_train: int, num_dev: int) -> Cost:
+        rollouts = self.prompts * self.samples
+        return Cost(
+            steps=self.steps,
+            batch=rollouts,
+            updates=self.updates,
+            scored=2 if self.algorithm.needs_reference else 1,
+            sampled=rollouts,
+            sampled_before=rollouts * self.value_prefit,
+            looks=self.steps / self.eval_every,
+        )
 
     def run(self, context: StageContext) -> None:
         """Train, then leave the model that was best on dev."""
@@ -127,7 +130,7 @@ class Trainer:
 
     def __init__(self, stage: Rl, context: StageContext) -> None:
         self.stage, self.context, self.policy = stage, context, context.policy
-        self.algorithm = cast(Algorithm, stage.algorithm)
+        self.algorithm = stage.algorithm
         self.reference: Reference | None = (
             self.policy.make_reference() if self.algorithm.needs_reference else None
         )
@@ -135,18 +138,8 @@ class Trainer:
             self.policy.reset_value_head(context.seed("value_head"))
         if stage.value_model == "separate":
             self.policy.separate_value_model()
-        sharding().distribute(self.policy)
-        self.optimizer = make_optimizer(self.policy, stage.optimizer)
         self.loop = Loop(
-            context,
-            self.optimizer,
-            stage.optimizer,
-            kind=stage.kind,
-            init=stage.init,
-            total_steps=stage.steps,
-            eval_every=stage.eval_every,
-            save_every_s=stage.save_every_s,
-            keep=stage.keep,
+            context, stage, self.policy, total_steps=stage.steps, eval_every=stage.eval_every
         )
 
     @property
@@ -263,37 +256,37 @@ class Trainer:
         Raises: NonFiniteError where the recipe does not allow a step to be left out.
         """
         started = time.perf_counter()
-        table, where = self.stage.optimizer, f"{self.context.name} step {n}"
-        share = rate(table, step=n, total_steps=self.stage.steps)
-        self.policy.train(self.algorithm.dropout)
+        self.policy.train(self.algorithm.trains_with_dropout)
         steps: list[dict[str, float]] = []
-        sequences = tokens = 0
+        num_sequences = num_tokens = 0
         for part in self.parts(batch, n):
             try:
-                metrics = self.accumulate(part, where)
-                metrics["grad/norm"] = optimizer_step(
-                    self.policy,
-                    self.optimizer,
-                    share=share,
-                    max_grad_norm=table.max_grad_norm,
-                    where=where,
-                )
+                metrics = self.accumulate(part, n)
+                steps.append({**metrics, "grad/norm": self.loop.optimizer_step(n)})
             except NonFiniteError as error:
                 self.loop.give_up_step(error, batch_rows(part, self.policy))
                 break
-            steps.append(metrics)
-            sequences, tokens = sequences + len(part), tokens + int(part.tokens.lengths.sum())
+            num_sequences += len(part)
+            num_tokens += int(part.tokens.lengths.sum())
+        names = steps[0] if steps else ()
         return {
-            **{
-                name: sum(step[name] for step in steps) / len(steps)
-                for name in (steps[0] if steps else ())
-            },
+            **{name: sum(step[name] for step in steps) / len(steps) for name in names},
             **value_metrics(batch),
-            "optim/lr": table.learning_rate * share,
-            "compute/sequence_passes": sequences,
-            "compute/train_tokens": tokens,
+            "optim/lr": self.loop.learning_rate(n),
+            "compute/sequence_passes": num_sequences,
+            "compute/train_tokens": num_tokens,
             "time/update_s": time.perf_counter() - started,
         }
+
+    def accumulate(self, batch: RolloutBatch, n: int) -> dict[str, float]:
+        """Add the gradient of a minibatch; metrics. Raises: NonFiniteError before it is used."""
+        lengths, where = batch.tokens.lengths, f"{self.context.name} step {n}"
+        gradient = Gradient(self.policy, lengths, max_tokens=self.max_tokens, where=where)
+        for index in gradient:
+            rows = batch.rows(index)
+            scores = self.policy(rows.tokens, temperature=self.stage.temperature)
+            gradient.add(self.algorithm.loss(scores, rows))
+        return gradient.finish()
 
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
         """The minibatches of every update of rollout `n`, each with the weights of its own loss."""
@@ -306,19 +299,6 @@ class Trainer:
             for index in order.tensor_split(count):
                 part = batch if count == 1 else batch.rows(index)
                 yield replace(part, weights=self.algorithm.weights(part))
-
-    def accumulate(self, batch: RolloutBatch, where: str) -> dict[str, float]:
-        """Add the gradient of the minibatch, micro-batch by micro-batch. Raises: NonFiniteError."""
-
-        def loss(index: Tensor) -> LossTerms:
-            rows = batch.rows(index)
-            return self.algorithm.loss(
-                self.policy(rows.tokens, temperature=self.stage.temperature), rows
-            )
-
-        return accumulate_gradient(
-            self.policy, batch.tokens.lengths, loss, max_tokens=self.max_tokens, where=where
-        )
 
     # --- value head ---
 
@@ -342,11 +322,7 @@ class Trainer:
         mask = batch.response_mask
         rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
         _, returns = gae(
-            rewards,
-            torch.zeros_like(rewards),
-            mask,
-            gamma=getattr(self.algorithm, "gamma", 1.0),
-            lam=1.0,
+            rewards, torch.zeros_like(rewards), mask, gamma=self.algorithm.discount, lam=1.0
         )
         return self.policy.features(batch.tokens, max_tokens=self.max_tokens), returns[mask]
 

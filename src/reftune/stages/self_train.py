@@ -18,10 +18,9 @@ from reftune.errors import DataError
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes.world import from_main
-from reftune.recipe import Component
 from reftune.stages.loop import Progression
-from reftune.stages.sft import Example, Schedule, fitting, train_on_examples
-from reftune.stages.stage import StageContext
+from reftune.stages.sft import Example, Imitation, Schedule, fitting, schedule_line, train_in_epochs
+from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.storage.json_lines import JsonLines, in_parts
 from reftune.types import Graded, Problem, SamplingParams, Verdict
 
@@ -30,7 +29,7 @@ SAMPLES_AT_ONCE = 2000
 part."""
 
 
-class SelfTrain(Component):
+class SelfTrain(Stage):
     kind: Literal["self_train"] = "self_train"
     init: str = "base"
     """Method whose chosen model the fine-tuning starts from, or `base`, as the paper."""
@@ -49,12 +48,22 @@ class SelfTrain(Component):
     sft: Schedule
     """The fine-tuning on the joined rows."""
 
-    is_method: ClassVar[bool] = True
-    produces: ClassVar[tuple[str, ...]] = ()
+    reads_questions: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.init, self.sampler)
+
+    def line(self) -> str:
+        """`3 epochs of 32 from base, learning rate 0.001, on 100 samples a problem by warmup`"""
+        sampled = f"{self.samples} samples a problem by {self.sampler}"
+        return f"{schedule_line(self.sft, self.init)}, on {sampled}"
+
+    def cost(self, *, num_train: int, num_dev: int) -> Cost:
+        """At most: equal samples count once."""
+        return self.sft.cost_of_rows(
+            (1 + self.keep) * num_train, sampled_before=self.samples * num_train
+        )
 
     def run(self, context: StageContext) -> None:
         """Sample, join, train, and leave the model that was best on dev."""
@@ -69,7 +78,7 @@ class SelfTrain(Component):
         )
         spent = {"compute/sampled_tokens": float(sum(samples.num_tokens for samples in drawn))}
         start = Progression(totals=spent, seconds=time.perf_counter() - started)
-        train_on_examples(self.sft, context, examples, kind=self.kind, init=self.init, start=start)
+        train_in_epochs(self.sft, context, Imitation(context, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
         """Training rows. Raises: DataError where none is left."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -18,46 +18,39 @@ from reftune.errors import DataError, NonFiniteError
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
-from reftune.processes.sharding import sharding
-from reftune.recipe import Component, Table
 from reftune.seeds import generator
-from reftune.stages.loop import Loop, Progression
-from reftune.stages.optimizer import (
-    OptimizerTable,
-    Trained,
-    accumulate_gradient,
-    make_optimizer,
-    optimizer_step,
-    rate,
-)
-from reftune.stages.stage import StageContext
+from reftune.stages.loop import Loop, Progression, TrainingTable
+from reftune.stages.optimizer import Gradient, Trained
+from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.types import Problem
 
 
-class Schedule(Table):
+class Schedule(TrainingTable):
     """How long, how fast and how closely watched a supervised training is."""
 
     epochs: float = Field(gt=0)
     batch_size: int = Field(gt=0)
     """Sequences in one optimizer step."""
-    optimizer: OptimizerTable
     eval_every: float = Field(1.0, gt=0)
     """Epochs between looks at dev; the best model on dev is the stage's result."""
-    save_every_s: float = Field(300.0, ge=0)
-    """Seconds between checkpoints."""
-    keep: int = Field(2, gt=0)
-    """Newest checkpoints kept; the best model on dev is kept beside them."""
+
+    def cost_of_rows(self, num_rows: int, *, sampled_before: int = 0) -> Cost:
+        """What training on so many rows does."""
+        return Cost(
+            steps=self.epochs * num_rows / self.batch_size,
+            batch=self.batch_size,
+            sampled_before=sampled_before,
+            looks=self.epochs / self.eval_every,
+        )
 
 
-class Sft(Schedule, Component):
+class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
-    init: str = "base"
-    """Method whose chosen model this stage starts from, or `base`."""
     snapshots: dict[str, float] = Field(default_factory=dict)
     """Method name → epoch. The weights after that epoch of this very schedule become a method of
     their own: the paper's warm-up is such a snapshot of its SFT run."""
 
-    is_method: ClassVar[bool] = True
+    reads_rationales: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _snapshots_are_passed(self) -> Self:
@@ -71,12 +64,16 @@ class Sft(Schedule, Component):
         return self
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.init,)
-
-    @property
     def produces(self) -> tuple[str, ...]:
         return tuple(self.snapshots)
+
+    def line(self) -> str:
+        """`67 epochs of 32 from base, warmup after 32, learning rate 0.002`"""
+        kept = "".join(f", {method} after {epoch:g}" for method, epoch in self.snapshots.items())
+        return f"{schedule_line(self, self.init)}{kept}"
+
+    def cost(self, *, num_train: int, num_dev: int) -> Cost:
+        return self.cost_of_rows(num_train)
 
     def run(self, context: StageContext) -> None:
         """Train, then leave the model that was best on dev (and the snapshots)."""
@@ -86,9 +83,15 @@ class Sft(Schedule, Component):
             max_target=context.recipe.lengths.max_new,
             context_length=context.policy.context,
         )
-        train_on_examples(
-            self, context, examples, kind=self.kind, init=self.init, snapshots=self.snapshots
-        )
+        train_in_epochs(self, context, Imitation(context, examples), snapshots=self.snapshots)
+
+
+def schedule_line(schedule: Schedule, init: str) -> str:
+    """`3 epochs of 32 from base, learning rate 0.001`"""
+    rate = schedule.optimizer.learning_rate
+    return (
+        f"{schedule.epochs:g} epochs of {schedule.batch_size} from {init}, learning rate {rate:g}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,118 +135,92 @@ def fitting(
     ]
 
 
-def train_on_examples(
-    schedule: Schedule,
-    context: StageContext,
-    examples: Sequence[Example],
-    *,
-    kind: str,
-    init: str,
-    snapshots: Mapping[str, float] | None = None,
-    start: Progression | None = None,
-) -> None:
-    """Supervised training of the context's policy; `start` holds what was spent on making the
-    examples."""
-    policy, max_tokens = context.policy, context.recipe.model.micro_batch_tokens
+class Task(Protocol):
+    """What is learned in epochs over examples."""
 
-    def accumulate(indices: Sequence[int], where: str) -> dict[str, float]:
-        rows = [examples[i] for i in indices]
+    @property
+    def model(self) -> Trained: ...
+
+    @property
+    def look(self) -> Callable[[], dict[str, float]] | None:
+        """`dev/accuracy` of what is not a policy; None: greedy answers to dev."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def gradient(self, indices: Sequence[int], where: str) -> dict[str, float]:
+        """Add the gradient of these examples; metrics. Raises: NonFiniteError before it is used."""
+
+    def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+        """The examples, for a person to read if a step's numbers are not finite."""
+
+
+class Imitation:
+    """Writing the targets of examples, by a context's policy."""
+
+    look: ClassVar[None] = None
+
+    def __init__(self, context: StageContext, examples: Sequence[Example]) -> None:
+        self.model: Policy = context.policy
+        self.examples = examples
+        self.max_tokens = context.recipe.model.micro_batch_tokens
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def gradient(self, indices: Sequence[int], where: str) -> dict[str, float]:
+        rows = [self.examples[i] for i in indices]
         batch = token_batch(
-            [e.prompt for e in rows], [e.target for e in rows], device=policy.device
+            [e.prompt for e in rows], [e.target for e in rows], device=self.model.device
         )
-        loss = accumulate_nll(policy, batch, max_tokens=max_tokens, where=where)
-        return {
-            "loss/sft": loss,
-            "loss/total": loss,
-            "compute/train_tokens": int(batch.lengths.sum()),
-        }
+        loss = accumulate_nll(self.model, batch, max_tokens=self.max_tokens, where=where)
+        num_tokens = int(batch.lengths.sum())
+        return {"loss/sft": loss, "loss/total": loss, "compute/train_tokens": num_tokens}
 
-    def show(indices: Sequence[int]) -> list[dict[str, Any]]:
-        sequences = [[*examples[i].prompt, *examples[i].target] for i in indices]
-        return [{"text": policy.decode(tokens), "tokens": tokens} for tokens in sequences]
-
-    train_in_epochs(
-        schedule,
-        context,
-        policy,
-        len(examples),
-        accumulate,
-        show,
-        kind=kind,
-        init=init,
-        snapshots=snapshots,
-        start=start,
-    )
+    def show(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        sequences = [[*self.examples[i].prompt, *self.examples[i].target] for i in indices]
+        return [{"text": self.model.decode(tokens), "tokens": tokens} for tokens in sequences]
 
 
 def train_in_epochs(
     schedule: Schedule,
     context: StageContext,
-    model: Trained,
-    num_examples: int,
-    accumulate: Callable[[Sequence[int], str], dict[str, float]],
-    show: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]],
+    task: Task,
     *,
-    kind: str,
-    init: str,
     snapshots: Mapping[str, float] | None = None,
-    look: Callable[[], dict[str, float]] | None = None,
     start: Progression | None = None,
 ) -> None:
-    """Steps on batches of shuffled examples; `accumulate(indices, where)` adds the gradient of one
-    and returns metrics.
-
-    `show(indices)` are the examples for a person to read where a step's numbers are not finite.
-    """
-    table = schedule.optimizer
-    sharding().distribute(model)
-    optimizer = make_optimizer(model, table)
-    steps_per_epoch = math.ceil(num_examples / schedule.batch_size)
-    total_steps = max(1, round(schedule.epochs * steps_per_epoch))
+    """Optimizer steps on batches of shuffled examples; `start` holds what was spent on making the
+    examples."""
+    steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
 
     def step(n: int) -> dict[str, float]:
         started, where = time.perf_counter(), f"{context.name} step {n}"
         epoch, position = divmod(n - 1, steps_per_epoch)
-        order = generator(context.seed("epoch"), epoch).permutation(num_examples).tolist()
+        order = generator(context.seed("epoch"), epoch).permutation(len(task)).tolist()
         indices = order[position * schedule.batch_size : (position + 1) * schedule.batch_size]
-        model.train()
-        share = rate(table, step=n, total_steps=total_steps)
+        task.model.train()
+        metrics: dict[str, float] = {"progress/epoch": n / steps_per_epoch}
         try:
-            metrics = accumulate(indices, where)
-            norm = optimizer_step(
-                model, optimizer, share=share, max_grad_norm=table.max_grad_norm, where=where
-            )
+            metrics |= task.gradient(indices, where)
+            metrics |= {"grad/norm": loop.optimizer_step(n), "optim/lr": loop.learning_rate(n)}
+            metrics["compute/sequence_passes"] = len(indices)
         except NonFiniteError as error:
-            loop.give_up_step(error, show(indices))
-            return {
-                "progress/epoch": n / steps_per_epoch,
-                "time/update_s": time.perf_counter() - started,
-            }
-        return {
-            "progress/epoch": n / steps_per_epoch,
-            **metrics,
-            "grad/norm": norm,
-            "optim/lr": table.learning_rate * share,
-            "compute/sequence_passes": len(indices),
-            "time/update_s": time.perf_counter() - started,
-        }
+            loop.give_up_step(error, task.show(indices))
+            metrics = {"progress/epoch": n / steps_per_epoch}
+        return {**metrics, "time/update_s": time.perf_counter() - started}
 
     loop = Loop(
         context,
-        optimizer,
-        table,
-        kind=kind,
-        init=init,
-        total_steps=total_steps,
+        schedule,
+        task.model,
+        total_steps=max(1, round(schedule.epochs * steps_per_epoch)),
         eval_every=max(1, round(schedule.eval_every * steps_per_epoch)),
-        save_every_s=schedule.save_every_s,
-        keep=schedule.keep,
         snapshots={
             method: max(1, round(epoch * steps_per_epoch))
             for method, epoch in (snapshots or {}).items()
         },
-        model=model,
-        look=look,
+        look=task.look,
         start=start,
     )
     loop.run(step)
@@ -263,13 +240,8 @@ def accumulate_nll(
     Raises: NonFiniteError before the gradient is used.
     """
     weights = token_weights(batch.response_mask, "token") if weights is None else weights
-
-    def loss(index: torch.Tensor) -> LossTerms:
-        scores = policy(batch.rows(index))
-        return LossTerms(
-            total=-(scores.logprobs * weights[index, : scores.logprobs.shape[1]]).sum()
-        )
-
-    return accumulate_gradient(policy, batch.lengths, loss, max_tokens=max_tokens, where=where)[
-        "loss/total"
-    ]
+    gradient = Gradient(policy, batch.lengths, max_tokens=max_tokens, where=where)
+    for rows in gradient:
+        logprobs = policy(batch.rows(rows)).logprobs
+        gradient.add(LossTerms(total=-(logprobs * weights[rows, : logprobs.shape[1]]).sum()))
+    return gradient.finish()["loss/total"]

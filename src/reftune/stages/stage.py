@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 from reftune.datasets import Splits
 from reftune.model.policy import Policy
-from reftune.recipe import Recipe
+from reftune.recipe import Component, Recipe
 from reftune.seeds import derive_seed
 from reftune.stages.progress import Progress
 from reftune.stages.rollouts import Collector
@@ -21,6 +22,7 @@ class StageContext:
     """What a stage works with."""
 
     name: str
+    stage: Stage
     recipe: Recipe
     policy: Policy
     """Initialised as the stage asks; trained in place."""
@@ -31,30 +33,63 @@ class StageContext:
     metrics: JsonLines
     progress: Progress
     load: Callable[[str], Policy]
-    """The base model or an earlier method's chosen one, by name, for stages that need a second
-    model."""
+    """The base model or an earlier method's chosen one, by name, for a second model."""
 
     def seed(self, *parts: int | str) -> int:
         return derive_seed(self.recipe.seed, self.name, *parts)
 
 
-class Stage(Protocol):
-    """A training. Stages are components; `init` names the method whose chosen model they start
-    from, or `base`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What a stage does, in counts; `advice` turns them into seconds and bytes."""
 
-    init: str
+    steps: float
+    batch: int
+    """Sequences in a step."""
+    updates: int = 1
+    """Passes over the batch with a gradient."""
+    scored: int = 0
+    """Passes over the batch without one."""
+    sampled: int = 0
+    """Solutions sampled in a step."""
+    sampled_before: int = 0
+    """Solutions sampled before the first step."""
+    looks: float
+    """Times dev is answered."""
+
+
+class Stage(Component, ABC):
+    """A training: the base class of every stage. `check`, `plan` and the run ask only what stands
+    here, so that a stage of your own is treated like ours."""
+
+    init: str = "base"
+    """Method whose chosen model this stage starts from, or `base`."""
+
+    is_method: ClassVar[bool] = True
+    """Whether its model answers problems, and so is evaluated and can be built on."""
+    reads_rationales: ClassVar[bool] = False
+    """Whether it cannot train without gold rationales."""
+    reads_questions: ClassVar[bool] = False
+    """Whether it samples solutions of the training questions."""
 
     @property
     def needs(self) -> tuple[str, ...]:
         """All methods whose models this stage reads, `init` among them."""
+        return (self.init,)
 
     @property
     def produces(self) -> tuple[str, ...]:
         """Further methods this stage leaves behind, as snapshots."""
+        return ()
 
-    @property
-    def is_method(self) -> bool:
-        """Whether its model answers problems, and so is evaluated and can be built on."""
+    def line(self) -> str:
+        """What it does, in a line of the schedule that `check` prints."""
+        return f"from {self.init}"
 
+    def cost(self, *, num_train: int, num_dev: int) -> Cost | None:
+        """What it does with so many training and dev problems; None if that cannot be foretold."""
+        return None
+
+    @abstractmethod
     def run(self, context: StageContext) -> None:
         """Train, then leave the chosen model and `stage.json` in `context.folder`."""
