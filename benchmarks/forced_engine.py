@@ -44,7 +44,7 @@ class ForcedDecoder(kv._Decoder):
             len(r.token_ids) == self.lengths[r.position % len(self.lengths)] - 1
             for r in self.active
         ]
-        force_eos(self.logits, torch.tensor(ends), min(self.eos_ids))
+        force_eos(self.logits, torch.tensor(ends), min(self.policy.eos_ids))
         super().step()
 
 

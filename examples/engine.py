@@ -64,11 +64,5 @@ class OneByOne(Component):
             float(scores[0].float().log_softmax(-1)[token])
             for scores, token in zip(drawn_from, tokens, strict=True)
         ]
-        return Completion(
-            token_ids=tuple(tokens),
-            text=policy.decode(tokens),
-            logprobs=tuple(
-                logprobs
-            ),  # of the distribution that was drawn from: PPO divides by them
-            finish_reason="eos" if tokens[-1] in policy.eos_ids else "length",
-        )
+        # log-probabilities of the distribution that was drawn from: PPO divides by them
+        return policy.completion(tokens, logprobs)

@@ -49,6 +49,19 @@ class Message:
     content: str
 
 
+class BareText(str):
+    """A prompt before which no special token belongs, not even the tokenizer's BOS."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """A prompt of turns, which the tokenizer's chat template writes out."""
+
+    turns: tuple[Message, ...]
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template."""
+
+
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
 """Gold of problems that state none: what their scorer accepts is right."""
 
@@ -98,12 +111,13 @@ class Completion:
     """What a model wrote after a prompt."""
 
     token_ids: tuple[int, ...]
-    """Sampled tokens, the final eos included."""
+    """Sampled tokens, up to and with the one that ended the completion."""
     text: str
-    """Decoded without special tokens."""
+    """Decoded without special tokens and without the stop text that ended it."""
     logprobs: tuple[float, ...]
     """Log-probability of each token under the distribution it was drawn from."""
-    finish_reason: Literal["eos", "length"]
+    finish_reason: Literal["eos", "stop", "length"]
+    """An end token, a stop text, or the limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from reftune.engines._forward import Forward, forward_pass
 from reftune.engines.kv import Kv
 from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
+from reftune.model.stopping import StopRule
 from reftune.recipe import known_kinds, load_component
 from reftune.types import Completion, SamplingParams
 
@@ -130,13 +131,9 @@ def with_eos(policy: Policy, logit: float) -> Policy:
     return policy
 
 
-class Endless(Policy):
-    eos_ids = frozenset()
-
-
 def without_eos(policy: Policy) -> Policy:
     """The policy, to which no token is the end."""
-    policy.__class__ = Endless
+    policy.stop = StopRule(ids=frozenset())
     return policy
 
 
@@ -177,6 +174,25 @@ def test_the_eos_ends_a_completion_and_is_its_last_token(engine, policy):
         for c in completions
         if c.finish_reason == "length"
     )
+
+
+def test_a_completion_ends_at_every_end_token_and_stop_text(sampler, policy):
+    without_eos(policy)
+    greedy = params(temperature=0)
+    whole = [c.token_ids for c in sampler.generate(policy, PROMPTS, greedy)]
+    rule = StopRule(
+        ids=frozenset({whole[0][4], whole[1][7]}), texts=(policy.decode(whole[2][5:7]).strip(),)
+    )
+    policy.stop = rule
+    ended = sampler.generate(policy, PROMPTS, greedy)
+    lengths = [rule.length(tokens, policy.decode) for tokens in whole]
+    assert [c.token_ids for c in ended] == [
+        t[:length] for t, length in zip(whole, lengths, strict=True)
+    ]
+    assert all(len(c.logprobs) == len(c.token_ids) for c in ended)
+    assert ended[2].finish_reason == "stop" and rule.texts[0] not in ended[2].text
+    assert all(c.finish_reason == "eos" for c in ended if c.token_ids[-1] in rule.ids)
+    assert ended[0].finish_reason == "eos"
 
 
 def test_the_limit_on_new_tokens_is_the_finish_reason_length(engine, policy):

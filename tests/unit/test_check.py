@@ -11,7 +11,7 @@ import pytest
 from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_recipe
 from reftune.datasets import Splits
 from reftune.errors import RecipeError, RewardError
-from reftune.recipe import Component, Recipe, ScratchTable
+from reftune.recipe import Component, Recipe, ScratchTable, parse_recipe
 from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
@@ -405,3 +405,80 @@ def test_a_dtype_many_times_slower_than_the_other_is_refused_and_the_model_not_r
 def test_a_dtype_a_few_times_slower_is_left_to_the_user(product_rates):
     product_rates["float32"] = 7 * product_rates["bfloat16"]
     assert finding("dtype", model={**MODEL, "dtype": "bfloat16"}).level == "ok"
+
+
+# --- instruct models ------------------------------------------------------------------------------
+
+
+def report_on(tmp_path, name: str, **format_keys) -> CheckReport:
+    """Of a run on a family's model; a handful of questions in words."""
+    from chat_families import save_model
+
+    content = {
+        "name": "chat",
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(save_model(name, tmp_path / "model"))},
+        "dataset": {"kind": f"{__file__}:Sums"},
+        "format": {"kind": "nl", **format_keys},
+        "lengths": {"max_new": 64},
+        "stages": {
+            "reft": {
+                "kind": "rl",
+                "init": "base",
+                "steps": 1,
+                "prompts": 2,
+                "optimizer": {"learning_rate": 1e-4},
+            }
+        },
+    }
+    return check_recipe(parse_recipe(content))
+
+
+def named(report: CheckReport, name: str) -> Any:
+    return next(found for found in report.findings if found.name == name)
+
+
+def test_raw_text_to_a_tokenizer_with_a_template_is_a_warning(tmp_path):
+    prompt = named(report_on(tmp_path, "qwen2.5"), "prompt")
+    assert prompt.level == "warn" and "the model is given raw text" in prompt.message
+
+
+def test_the_report_holds_the_exact_ids_of_a_chat_prompt_and_target(tmp_path):
+    report = report_on(tmp_path, "llama3", style="chat", system="Add.")
+    assert named(report, "prompt").level == named(report, "boundary").level == "ok"
+    shown = report.preview
+    assert shown.prompt.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>")
+    assert "".join(shown.prompt_tokens) == shown.prompt
+    assert shown.target == "0 + 0 = 0 .\nThe answer is 0<|eot_id|>"
+    assert " ┃ ".join(" ".join(map(str, ids)) for ids in (shown.prompt_ids, shown.target_ids)) in (
+        report.to_text()
+    )
+    stops = named(report, "eos").message
+    assert all(f"'{token}'" in stops for token in ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"))
+
+
+def test_bos_that_is_doubled_or_missing_is_a_warning(tmp_path):
+    from chat_families import FAMILIES
+
+    paper = named(report_on(tmp_path / "1", "gemma", style="paper"), "prompt")
+    assert paper.level == "warn"
+    template = FAMILIES["gemma"].template
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "gemma", replace(FAMILIES["gemma"], template="<bos>" + template))
+        doubled = named(report_on(tmp_path / "2", "gemma", style="chat"), "prompt")
+        assert (doubled.level, doubled.message) == ("warn", "prompts begin with two BOS tokens")
+        silent = template.removeprefix("{{ bos_token }}")
+        patch.setitem(FAMILIES, "gemma", replace(FAMILIES["gemma"], template=silent))
+        missing = named(report_on(tmp_path / "3", "gemma", style="chat"), "prompt")
+        assert missing.level == "warn"
+        assert "begins a text with '<bos>', and the chat template does not" in missing.message
+
+
+def test_an_end_token_that_is_an_ordinary_word_is_a_warning(tmp_path):
+    from chat_families import FAMILIES
+
+    with pytest.MonkeyPatch.context() as patch:
+        family = FAMILIES["qwen2.5"]
+        patch.setitem(FAMILIES, "qwen2.5", replace(family, ends=(*family.ends, "a")))
+        eos = named(report_on(tmp_path, "qwen2.5", style="chat"), "eos")
+    assert eos.level == "warn" and "stops at 'a', which is no special token" in eos.message

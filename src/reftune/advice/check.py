@@ -27,7 +27,7 @@ from reftune.datasets import Splits
 from reftune.errors import DataError, RecipeError, RewardError
 from reftune.grading.perturbed import right_solutions, wrong_solutions
 from reftune.model.batch import token_batch
-from reftune.model.encoder import Encoder
+from reftune.model.encoder import Encoder, bos_of
 from reftune.model.policy import Policy
 from reftune.model.precision import product_rates
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
@@ -38,7 +38,15 @@ from reftune.runs.sample import sample_rows, solution_text
 from reftune.stages.progress import SilentProgress
 from reftune.stages.rollouts import Collector
 from reftune.text import clock, printable
-from reftune.types import ANY_ANSWER, Answer, Completion, Problem, SamplingParams, Verdict
+from reftune.types import (
+    ANY_ANSWER,
+    Answer,
+    Completion,
+    Conversation,
+    Problem,
+    SamplingParams,
+    Verdict,
+)
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -111,6 +119,8 @@ class Preview:
     id: str
     prompt: str
     target: str
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
     prompt_tokens: tuple[str, ...]
     target_tokens: tuple[str, ...]
 
@@ -150,13 +160,16 @@ class Row:
     problem: Problem
     prompt: str
     target: str
+    """What the model should say; see `reply`."""
+    reply: str
+    """What follows the prompt, with all that a chat template adds to `target`."""
     prompt_ids: list[int]
     target_ids: list[int]
 
     @property
     def ids(self) -> list[int]:
-        """Without the final eos."""
-        return [*self.prompt_ids, *self.target_ids[:-1]]
+        """With the end token."""
+        return [*self.prompt_ids, *self.target_ids]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,13 +314,7 @@ def _subject(run: Run, policy: Policy) -> Subject:
         for name, problems in splits.items()
     }
     rows = [
-        Row(
-            problem=problem,
-            prompt=encoder.format.prompt(problem),
-            target=encoder.format.target(problem),
-            prompt_ids=prompts["train"][problem.id],
-            target_ids=encoder.target(problem),
-        )
+        _row(problem, encoder, prompts["train"][problem.id])
         for problem in run.splits.train
         if problem.rationale is not None
     ]
@@ -319,6 +326,18 @@ def _subject(run: Run, policy: Policy) -> Subject:
         rows=rows,
         prompts=prompts,
         num_methods=len(run.methods_to_evaluate()),
+    )
+
+
+def _row(problem: Problem, encoder: Encoder, prompt_ids: list[int]) -> Row:
+    prompt, target = encoder.format.prompt(problem), encoder.format.target(problem)
+    return Row(
+        problem=problem,
+        prompt=encoder.text_of(prompt),
+        target=target,
+        reply=encoder.text_after(prompt, target),
+        prompt_ids=prompt_ids,
+        target_ids=encoder.continuation(problem, target),
     )
 
 
@@ -553,14 +572,15 @@ def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
     """0 where the reward does not apply."""
     graded = subject.encoder.format.grade(problems, texts)
-    rewards = subject.recipe.reward(
-        problems, [_as_sampled(subject.encoder, text) for text in texts], graded
-    )
+    written = [
+        _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)
+    ]
+    rewards = subject.recipe.reward(problems, written, graded)
     return [reward or 0.0 for reward in rewards]
 
 
-def _as_sampled(encoder: Encoder, text: str) -> Completion:
-    token_ids = (*encoder.encode(text), encoder.eos_id)
+def _as_sampled(subject: Subject, problem: Problem, text: str) -> Completion:
+    token_ids = tuple(subject.encoder.continuation(problem, text))
     return Completion(
         token_ids=token_ids, text=text, logprobs=(0.0,) * len(token_ids), finish_reason="eos"
     )
@@ -570,8 +590,9 @@ def _as_sampled(encoder: Encoder, text: str) -> Completion:
 
 
 def check_boundary(subject: Subject) -> Finding:
-    """Prompt and target, encoded apart, decode to their texts put together."""
+    """Prompt and target, as trained on, decode to their texts put together."""
     tokenizer, rows = subject.policy.tokenizer, subject.rows
+    bos = bos_of(tokenizer)
     empty = [row.problem.id for row in rows if not row.prompt_ids or len(row.target_ids) < 2]
     if empty:
         return fail(f"{len(empty)} rows have an empty prompt or target", "drop them", empty)
@@ -582,7 +603,7 @@ def check_boundary(subject: Subject) -> Finding:
     lost = [
         row.problem.id
         for row, text in zip(rows, decoded, strict=True)
-        if text != row.prompt + row.target
+        if not _spells(str(text), row, tokenizer)
     ]
     if lost:
         remedy = "the model learns, and is graded on, the decoded text; look at the tokens below"
@@ -591,14 +612,55 @@ def check_boundary(subject: Subject) -> Finding:
             remedy,
             lost,
         )
-    moved = [row for row in rows if subject.encoder.encode(row.prompt + row.target) != row.ids]
+    wholes = [subject.encoder.encode(row.prompt + row.reply) for row in rows]
+    moved = [
+        row
+        for row, ids in zip(rows, wholes, strict=True)
+        if row.ids[: len(ids)] != ids and row.ids[len(bos) : len(bos) + len(ids)] != ids
+    ]
     note = (
         f"; {_share(moved, rows)} would split differently if encoded as one text" if moved else ""
     )
-    message = f"prompt and target are encoded apart in every stage{note}"
+    message = f"prompt and target meet at the same token in every stage{note}"
     if moved and not _learns_from_rationales(subject):
         return warn(message, "no supervised stage teaches the model this split")
     return ok(message)
+
+
+def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
+    """Whether `decoded` is a row's text, apart from BOS before it and an end token after it."""
+    before, found, after = decoded.partition(row.prompt + row.reply)
+    bos, end = (tokenizer.decode(ids) for ids in (bos_of(tokenizer), row.target_ids[-1:]))
+    return found != "" and before in ("", bos) and after in ("", end)
+
+
+def check_prompt(subject: Subject) -> Finding:
+    """The prompt is what the model was made for: its chat template if it has one, one BOS if its
+    tokenizer adds one."""
+    tokenizer, format_ = subject.policy.tokenizer, subject.encoder.format
+    problem = subject.problems[0]
+    prompt, bos = format_.prompt(problem), bos_of(tokenizer)
+    ids = subject.prompts["train"][problem.id]
+    is_chat = isinstance(prompt, Conversation)
+    if tokenizer.chat_template and not is_chat:
+        return warn(
+            "the tokenizer has a chat template, and the model is given raw text",
+            "format.style=chat, if this is an instruct model",
+        )
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        return warn("prompts begin with two BOS tokens", "take it out of the template or the data")
+    if ids[: len(bos)] != bos:
+        writer = "the chat template" if is_chat else "this format"
+        return warn(
+            f"the tokenizer begins a text with {tokenizer.decode(bos)!r}, and {writer} does not",
+            "none if the model was trained so; style: compact and plain begin with it",
+        )
+    if is_chat and "strftime_now" in tokenizer.get_chat_template():
+        return warn(
+            "the chat template may write today's date, so a prompt is another one tomorrow",
+            "if the prompt below holds a date, fix it in format.template_args",
+        )
+    return ok(f"{'the chat template' if is_chat else 'raw text'}, {len(bos)} tokens for BOS")
 
 
 def check_prompt_length(subject: Subject) -> Finding:
@@ -671,30 +733,41 @@ def check_vocabulary(subject: Subject) -> Finding:
 
 
 def check_eos(subject: Subject) -> Finding:
-    """Every target ends in the one eos that sampling stops at, and the model can write it."""
-    eos, tokenizer = subject.encoder.eos_id, subject.policy.tokenizer
-    shown = f"{tokenizer.eos_token!r} (id {eos})"
+    """Every target ends where sampling stops, and not before; the model can write its end token."""
+    tokenizer, stop = subject.policy.tokenizer, subject.policy.stop
+    end = subject.encoder.end_of(subject.encoder.format.prompt(subject.problems[0]))
+    stops = ", ".join(
+        [f"{tokenizer.decode([id_])!r} (id {id_})" for id_ in sorted(stop.ids)]
+        + [repr(text) for text in stop.texts]
+    )
+    if end not in stop.ids:
+        return fail(
+            f"targets end in {tokenizer.decode([end])!r} (id {end}), sampling stops at {stops}",
+            "use one tokenizer for both",
+        )
     bad = [
         row.problem.id
         for row in subject.rows
-        if row.target_ids.index(eos) != len(row.target_ids) - 1
+        if stop.length(row.target_ids[:-1], subject.policy.decode) is not None
     ]
     if bad:
         return fail(
-            f"{len(bad)} targets hold {shown} before their end",
-            "take the tokenizer's eos out of the data",
+            f"{len(bad)} targets hold one of {stops} before their end",
+            "take it out of the data, or out of format.stop",
             bad,
         )
-    if eos not in subject.policy.eos_ids:
-        return fail(
-            f"targets end in {shown}, sampling stops at {sorted(subject.policy.eos_ids)}",
-            "use one tokenizer for both",
+    ordinary = [id_ for id_ in stop.ids if id_ not in tokenizer.all_special_ids]
+    if ordinary:
+        return warn(
+            f"sampling stops at {tokenizer.decode(ordinary)!r}, which is no special token",
+            "mend eos_token_id in the model's config or generation config",
         )
-    pad = {None: "there is no pad", eos: "pad is eos"}.get(
+    pad = {None: "there is no pad", end: "pad is the end token"}.get(
         tokenizer.pad_token_id, f"pad is {tokenizer.pad_token!r}"
     )
     return ok(
-        f"targets end in {shown}, which is learned; {pad}, which is never attended to or learned"
+        f"targets end in {tokenizer.decode([end])!r}, which is learned; sampling stops at {stops};"
+        f" {pad}, which is never attended to or learned"
     )
 
 
@@ -828,6 +901,7 @@ CHECKS: dict[str, Check] = {
     "grader_refuses": check_grader_refuses,
     "reward": check_reward,
     "reward_errors": check_reward_errors,
+    "prompt": check_prompt,
     "boundary": check_boundary,
     "prompt_length": check_prompt_length,
     "target_length": check_target_length,
@@ -857,7 +931,9 @@ def _preview(subject: Subject) -> Preview | None:
     return Preview(
         id=row.problem.id,
         prompt=row.prompt,
-        target=row.target,
+        target=row.reply,
+        prompt_ids=tuple(row.prompt_ids),
+        target_ids=tuple(row.target_ids),
         prompt_tokens=pieces(row.prompt_ids),
         target_tokens=pieces(row.target_ids),
     )
@@ -877,7 +953,8 @@ def _preview_text(preview: Preview) -> str:
     return printable(
         f"--- {preview.id}: {len(preview.prompt_tokens)} prompt tokens,"
         f" {len(preview.target_tokens)} target tokens; ┃ is where the model goes on"
-        f" ---\n{preview.prompt}┃{preview.target}\n\n… {before} ┃ {after} …"
+        f" ---\n{preview.prompt}┃{preview.target}\n\n… {before} ┃ {after} …\n"
+        f"{' '.join(map(str, preview.prompt_ids))} ┃ {' '.join(map(str, preview.target_ids))}"
     )
 
 

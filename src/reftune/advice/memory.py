@@ -123,7 +123,7 @@ class Outline:
         """`make` builds the causal LM from its configuration; where `device` is no `cpu`, attention
         is in the compute dtype."""
         tokenizer: Any = SimpleNamespace(
-            eos_token_id=0
+            eos_token_id=0, chat_template=None
         )  # all that a policy asks of it before it decodes
         self.mode = FakeTensorMode()
         with torch.device("meta"):

@@ -58,7 +58,8 @@ class Continuous(Component):
             # with every request known, so that batches do not depend on which thread is quicker
             m.start()
             outputs = _collect(m, len(prompts))
-        return [_completion(outputs[id_], policy) for id_ in ids]
+        sampled = [outputs[id_] for id_ in ids]
+        return [policy.completion(tuple(o.generated_tokens), tuple(o.logprobs)) for o in sampled]
 
     def _config(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
@@ -144,13 +145,3 @@ def _untouched_generator(device: torch.device) -> Iterator[None]:
     """transformers seeds and reads the global generators."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-def _completion(output: Any, policy: Policy) -> Completion:
-    tokens = tuple(output.generated_tokens)
-    return Completion(
-        token_ids=tokens,
-        text=policy.decode(tokens),
-        logprobs=tuple(output.logprobs),
-        finish_reason="eos" if tokens[-1] in policy.eos_ids else "length",
-    )

@@ -61,7 +61,7 @@ class Kv(Component):
                     joining, waiting = waiting[-free:], waiting[:-free]
                     decoder.join(joining)
                 decoder.step()
-        return [_completion(request, policy) for request in requests]
+        return [policy.completion(request.token_ids, request.logprobs) for request in requests]
 
 
 @dataclass(slots=True)
@@ -141,6 +141,8 @@ class _Decoder:
         rows.logprobs.scatter_(1, places, logprobs[:, None])
         rows.lengths.add_(~rows.done)
         rows.done.logical_or_(torch.isin(tokens, self.eos_ids)).logical_or_(rows.lengths > last)
+        if self.policy.stop.texts:
+            self._stop_at_texts()
         num_done = int(rows.done.sum())
         if num_done and num_done >= DROP_SHARE * len(self.active):
             self._finish(rows.done.nonzero().squeeze(1))
@@ -150,6 +152,12 @@ class _Decoder:
         if self.active:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
             self.logits = self.forward(tokens[:, None], self.mask, self.cache)
+
+    def _stop_at_texts(self) -> None:
+        rows, stop = self.rows, self.policy.stop
+        written = zip(rows.lengths.tolist(), rows.tokens.tolist(), strict=True)
+        met = [stop.is_met(tokens[:length], self.policy.decode) for length, tokens in written]
+        rows.done.logical_or_(torch.tensor(met, device=self.policy.device))
 
     def _finish(self, done: Tensor) -> None:
         """Give the requests of the rows `done` what was drawn for them."""
@@ -311,12 +319,3 @@ def _pad_left(values: Tensor, length: int, *, dim: int = -1) -> Tensor:
     shape = list(values.shape)
     shape[dim] = missing
     return torch.cat([values.new_zeros(shape), values], dim=dim)
-
-
-def _completion(request: _Request, policy: Policy) -> Completion:
-    return Completion(
-        token_ids=tuple(request.token_ids),
-        text=policy.decode(request.token_ids),
-        logprobs=tuple(request.logprobs),
-        finish_reason="eos" if request.token_ids[-1] in policy.eos_ids else "length",
-    )

@@ -32,9 +32,4 @@ class Scripted(Component):
             policy.tokenizer.eos_token_id,
         ]
         kept = token_ids[: params.max_new_tokens]
-        return Completion(
-            token_ids=tuple(kept),
-            text=policy.decode(kept),
-            logprobs=(0.0,) * len(kept),
-            finish_reason="eos" if len(kept) == len(token_ids) else "length",
-        )
+        return policy.completion(kept, (0.0,) * len(kept))

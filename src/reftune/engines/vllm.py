@@ -73,7 +73,7 @@ class Vllm(Component):
             )
             client.load(folder)
         sampled = client.sample([list(prompt) for prompt in prompts], requests)
-        return [_completion(tokens, logprobs, policy) for tokens, logprobs in sampled]
+        return [policy.completion(tokens, logprobs) for tokens, logprobs in sampled]
 
     @contextlib.contextmanager
     def _weights(self, policy: Policy) -> Iterator[Path]:
@@ -276,12 +276,3 @@ def _sampled(output: Any) -> Sampled:
     return tokens, [
         step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)
     ]
-
-
-def _completion(tokens: list[int], logprobs: list[float], policy: Policy) -> Completion:
-    return Completion(
-        token_ids=tuple(tokens),
-        text=policy.decode(tokens),
-        logprobs=tuple(logprobs),
-        finish_reason="eos" if tokens[-1] in policy.eos_ids else "length",
-    )

@@ -1,5 +1,4 @@
-"""Text ↔ token ids. Prompt and target are tokenised apart in every stage, so their boundary is the
-same everywhere."""
+"""Text ↔ token ids. Prompt and target meet at the same token boundary in every stage."""
 
 from __future__ import annotations
 
@@ -8,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reftune.errors import ModelError
+from reftune.model.chat import end_of_turn, prompt_text, reply_text
+from reftune.types import BareText, Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A tokenizer and a format. No special token is added but the eos that ends a target."""
+    """A tokenizer and a format."""
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
@@ -30,20 +31,54 @@ class Encoder:
                 " tokenizer.eos_token"
             )
 
-    @property
-    def eos_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
-
     def prompt(self, problem: Problem) -> list[int]:
-        """Ids of the problem's prompt."""
-        return self.encode(self.format.prompt(problem))
+        """Ids of the problem's prompt, after the tokenizer's BOS. Raises: RecipeError if the chat
+        template refuses it."""
+        prompt = self.format.prompt(problem)
+        ids = self.encode(self.text_of(prompt))
+        if isinstance(prompt, Conversation | BareText):  # a template writes its own BOS
+            return ids
+        bos = bos_of(self.tokenizer)
+        return ids if ids[: len(bos)] == bos else [*bos, *ids]
 
     def target(self, problem: Problem) -> list[int]:
-        """Ids of the gold continuation and one eos. Raises: DataError where the problem has no
+        """Ids of the gold continuation, the end token last. Raises: DataError if the problem has no
         rationale."""
-        return [*self.encode(self.format.target(problem)), self.eos_id]
+        return self.continuation(problem, self.format.target(problem))
+
+    def continuation(self, problem: Problem, text: str) -> list[int]:
+        """Ids of `text` after the problem's prompt, the end token last.
+
+        Encoded apart from the prompt, as sampling sees it. What a chat template wrote is encoded as
+        a whole, and apart only if the boundary would be lost inside a token.
+        """
+        prompt = self.format.prompt(problem)
+        before, after = self.text_of(prompt), self.text_after(prompt, text)
+        ids, end = self.encode(after), self.end_of(prompt)
+        if not isinstance(prompt, Conversation):
+            return [*ids, end]
+        begun, whole = self.encode(before), self.encode(before + after)
+        if whole[: len(begun)] == begun:
+            ids = whole[len(begun) :]
+        return ids if ids[-1:] == [end] else [*ids, end]
+
+    def end_of(self, prompt: str | Conversation) -> int:
+        """The token that ends what follows `prompt`: the template's end of turn, else eos."""
+        turn = end_of_turn(self.tokenizer) if isinstance(prompt, Conversation) else None
+        return int(self.tokenizer.eos_token_id) if turn is None else turn
+
+    def text_of(self, prompt: str | Conversation) -> str:
+        """A prompt as text. Raises: RecipeError if the chat template refuses it."""
+        return prompt_text(self.tokenizer, prompt) if isinstance(prompt, Conversation) else prompt
+
+    def text_after(self, prompt: str | Conversation, text: str) -> str:
+        """What follows a prompt if the model says `text`; in a chat, with its end of turn."""
+        if isinstance(prompt, Conversation):
+            return reply_text(self.tokenizer, prompt, text)
+        return text
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens but those that it spells."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -54,3 +89,11 @@ class Encoder:
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before a text of itself; often none."""
+    text = list(tokenizer.encode("a", add_special_tokens=False))
+    marked = list(tokenizer.encode("a"))
+    starts = (at for at in range(len(marked)) if marked[at : at + len(text)] == text)
+    return marked[: next(starts, 0)]

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,9 +20,11 @@ from reftune.model.batch import TokenBatch, own_micro_batches
 from reftune.model.dropout import use_cheap_dropout
 from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
 from reftune.model.speed import attention, llama
+from reftune.model.stopping import stop_rule
 from reftune.processes import world
 from reftune.processes.sharding import sharding, transformer_blocks
 from reftune.recipe import LoraTable
+from reftune.types import Completion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,13 +56,16 @@ class Policy(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         lora: LoraTable | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
+        """`stop` are texts that end a completion, besides the end tokens of model and tokenizer."""
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no eos token, so a model could never learn to stop; set"
                 " tokenizer.eos_token"
             )
+        self.stop = stop_rule(model, tokenizer, stop)
         self.model: Any = _with_lora(model, lora) if lora is not None else model
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
@@ -86,7 +91,8 @@ class Policy(nn.Module):
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        return frozenset({int(self.tokenizer.eos_token_id)})
+        """The tokens that end a completion."""
+        return self.stop.ids
 
     @property
     def context(self) -> int | None:
@@ -99,6 +105,20 @@ class Policy(nn.Module):
             self.tokenizer.decode(
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
+        )
+
+    def completion(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
+        """What was sampled, up to where it ends; see `StopRule`."""
+        end = self.stop.length(token_ids, self.decode)
+        tokens = tuple(token_ids[:end])
+        text = self.decode(tokens)
+        cut = self.stop.text_end(text)
+        reason: Literal["eos", "stop", "length"] = "length" if end is None else "eos"
+        return Completion(
+            token_ids=tokens,
+            text=text[:cut],
+            logprobs=tuple(logprobs[:end]),
+            finish_reason=reason if cut is None else "stop",
         )
 
     def reset_value_head(self, seed: int) -> None:

@@ -22,7 +22,7 @@ import yaml
 
 from reftune.datasets import Splits
 from reftune.errors import CheckpointError, DataError, RecipeError
-from reftune.grading.formats import Format
+from reftune.grading.formats import Format, stop_texts
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.weights import load_model, load_pretrained
@@ -46,7 +46,7 @@ from reftune.stages.sft import gold_examples
 from reftune.stages.stage import Stage, StageContext
 from reftune.storage.atomic import write_atomically
 from reftune.storage.json_lines import JsonLines
-from reftune.types import Graded, Problem, SamplingParams, Verdict
+from reftune.types import Conversation, Graded, Problem, SamplingParams, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -280,7 +280,13 @@ class Run:
     ) -> Policy:
         """In the recipe's arithmetic and on its device."""
         table = self.recipe.model
-        policy = Policy(model, tokenizer, dtype=getattr(torch, table.dtype), lora=lora)
+        policy = Policy(
+            model,
+            tokenizer,
+            dtype=getattr(torch, table.dtype),
+            lora=lora,
+            stop=stop_texts(self.recipe.format),
+        )
         return policy.to(launch.choose_device(table.device))
 
     def collector(self, policy: Policy) -> Collector:
@@ -416,7 +422,12 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
     """The training texts, which give a from-scratch model its vocabulary."""
     for problem in splits.train:
-        yield format_.prompt(problem)
+        prompt = format_.prompt(problem)
+        yield from (
+            (turn.content for turn in prompt.turns)
+            if isinstance(prompt, Conversation)
+            else (prompt,)
+        )
         if problem.rationale is not None:
             yield format_.target(problem)
 

@@ -229,12 +229,16 @@ def load_classifier(policy: Policy, folder: Path) -> Classifier:
 def solution_batch(
     encoder: Encoder, solutions: Sequence[tuple[Problem, str]], policy: Policy
 ) -> TokenBatch:
-    """Prompt and solution as what comes before an eos, so that the state that predicts the eos is
+    """Prompt and solution as what comes before an end token, so that the state that predicts it is
     the last token's."""
     prompts = {problem.id: encoder.prompt(problem) for problem, _ in solutions}
     longest = None if policy.context is None else policy.context - 1
-    read = [[*prompts[problem.id], *encoder.encode(text)][:longest] for problem, text in solutions]
-    return token_batch(read, [[encoder.eos_id]] * len(read), device=policy.device)
+    written = [encoder.continuation(problem, text) for problem, text in solutions]
+    read = [
+        [*prompts[problem.id], *ids[:-1]][:longest]
+        for (problem, _), ids in zip(solutions, written, strict=True)
+    ]
+    return token_batch(read, [ids[-1:] for ids in written], device=policy.device)
 
 
 def accumulate_loss(

@@ -84,7 +84,7 @@ class SelfTrain(Stage):
         """Training rows. Raises: DataError where none is left."""
         encoder, limit = context.collector.encoder, context.recipe.lengths.max_new
         rows = [
-            Example(encoder.prompt(samples.problem), [*encoder.encode(text), encoder.eos_id])
+            Example(encoder.prompt(samples.problem), encoder.continuation(samples.problem, text))
             for samples in drawn
             for text in JOIN[self.gold](
                 samples.correct, gold_text(samples.problem, encoder), self.keep

@@ -170,7 +170,10 @@ def _sizes(splits: Splits, format: Format, model: str) -> _Sizes:
 
 def _texts(problems: Sequence[Problem], format: Format) -> list[str]:
     return [
-        text for problem in problems for text in (format.prompt(problem), format.target(problem))
+        text
+        for problem in problems
+        for text in (format.prompt(problem), format.target(problem))
+        if isinstance(text, str)
     ]
 
 

@@ -6,19 +6,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from reftune.types import Graded, Problem
+from reftune.types import Conversation, Graded, Problem
 
 
 class Format(Protocol):
-    """What every format offers. Prompt and target meet at one token boundary in every stage: they
-    are tokenised apart."""
+    """What every format offers. Prompt and target meet at one token boundary in every stage."""
 
-    def prompt(self, problem: Problem) -> str:
-        """The text the model continues."""
+    def prompt(self, problem: Problem) -> str | Conversation:
+        """The text that the model continues, after the tokenizer's BOS unless it is a `BareText`;
+        or the conversation that it answers."""
 
     def target(self, problem: Problem) -> str:
-        """The gold continuation, starting right after the prompt. Raises: DataError where the
-        problem has no rationale."""
+        """The gold continuation: the text right after the prompt, or the assistant's turn.
+
+        Raises: DataError if the problem has no rationale.
+        """
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade a completion, in order. Never raises for what a completion says."""
+
+
+def stop_texts(format: Format) -> tuple[str, ...]:
+    """Texts at which completions end; none for a user's format that has no `stop`."""
+    return tuple(getattr(format, "stop", ()))

@@ -1,14 +1,103 @@
-"""What the formats share: the question as a model reads it."""
+"""What the formats share: the question as a model reads it, by `style`."""
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from reftune.errors import DataError
-from reftune.types import Problem
+from reftune.recipe import Component, Table
+from reftune.types import BareText, Conversation, Message, Problem
 
-Style = Literal["paper", "compact"]
+Style = Literal["compact", "paper", "chat", "plain"]
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    "chat": ("system", "instruction", "template_args"),
+    "plain": ("template", "examples"),
+}
+"""Keys that only one style reads."""
+SLOT = "{question}"
+PLAIN = f"{SLOT}\n"
+
+
+class Shot(Table):
+    """A worked example that a plain prompt shows before the question."""
+
+    question: str
+    solution: str
+
+
+class Prompted(Component):
+    """Base of the formats that come with reftune: how a question is put to the model."""
+
+    style: Style = "compact"
+    """`compact`: the question alone. `paper`: the authors' prompt, without BOS. `chat`: the
+    tokenizer's own chat template, for instruct models. `plain`: a template of yours."""
+    system: str | None = None
+    """`chat`: the system message; data that bring their own keep it."""
+    instruction: str | None = None
+    """`chat`: text above the question, in the user's turn."""
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    """`chat`: variables of the chat template, as in `{enable_thinking: false}`."""
+    template: str | None = None
+    """`plain`: the prompt, with `{question}` where the question goes. None: the question and a line
+    break."""
+    examples: list[Shot] = Field(default_factory=list)
+    """`plain`: worked examples shown before the question, each through the template, with an empty
+    line after it."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts at which a completion ends, besides the model's end tokens. They are not part of the
+    answer."""
+
+    @model_validator(mode="after")
+    def _reads_its_keys(self) -> Self:
+        for style, keys in READ_BY.items():
+            for key in keys:
+                if style != self.style and getattr(self, key):
+                    raise PydanticCustomError(
+                        "style",
+                        "{key}: not read by style {style}; expected style: {reader}",
+                        {"key": key, "style": self.style, "reader": style},
+                    )
+        if self.template is not None and self.template.count(SLOT) != 1:
+            raise PydanticCustomError(
+                "template", "template: expected a text with one {slot} in it", {"slot": SLOT}
+            )
+        if not all(self.stop):
+            raise PydanticCustomError("stop", "stop: expected texts of at least one character")
+        return self
+
+    @property
+    def writes_all(self) -> bool:
+        """Whether the whole solution is the model's, because the prompt begins no part of it."""
+        return self.style in READ_BY
+
+    def framed(self, problem: Problem) -> str | Conversation:
+        """The prompt of the styles `chat` and `plain`."""
+        return self._conversation(problem) if self.style == "chat" else self._plain(problem)
+
+    def _conversation(self, problem: Problem) -> Conversation:
+        turns = [turn for turn in problem.messages if turn.role != "system"]
+        systems = [turn.content for turn in problem.messages if turn.role == "system"]
+        if len(turns) < 2:
+            turns = [Message(role="user", content=question_text(problem))]
+        if self.instruction is not None:
+            asked = f"{self.instruction}\n\n{turns[-1].content}"
+            turns = [*turns[:-1], Message(role="user", content=asked)]
+        if self.system is not None and not systems:
+            systems = [self.system]
+        opening = (Message(role="system", content=text) for text in systems)
+        return Conversation(turns=(*opening, *turns), template_args=self.template_args)
+
+    def _plain(self, problem: Problem) -> str:
+        template = self.template or PLAIN
+        shots = [
+            f"{template.replace(SLOT, shot.question)}{shot.solution}\n\n" for shot in self.examples
+        ]
+        return "".join(shots) + template.replace(SLOT, question_text(problem))
 
 
 def question_text(problem: Problem) -> str:
@@ -20,9 +109,9 @@ def question_text(problem: Problem) -> str:
     return question if _squeezed(options) in _squeezed(question) else f"{question}\n{options}"
 
 
-def paper_prompt(problem: Problem) -> str:
+def paper_prompt(problem: Problem, header: str = "") -> BareText:
     """Source: the authors' code; the header that every prompt of theirs has."""
-    return f"Question:\n{question_text(problem)}\nAnswer reasoning:\n"
+    return BareText(f"Question:\n{question_text(problem)}\nAnswer reasoning:\n{header}")
 
 
 def gold_rationale(problem: Problem) -> str:

@@ -8,27 +8,25 @@ from fractions import Fraction
 from typing import Literal
 
 from reftune.errors import DataError
-from reftune.grading.formats._prompts import Style, gold_rationale, paper_prompt, question_text
+from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
 from reftune.grading.verdicts import grade_completion
-from reftune.recipe import Component
-from reftune.types import Answer, Graded, Problem, Verdict
+from reftune.types import Answer, Conversation, Graded, Problem, Verdict
 
 DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
 
 
-class Nl(Component):
+class Nl(Prompted):
     """A worked solution in words that ends by naming its answer."""
 
     kind: str = "nl"
-    style: Style = "compact"
-    """`paper`: the authors' prompt and closing line; `compact`: the question, and "The answer is
-    …"."""
     grading: Literal["robust", "paper"] = "robust"
     """`robust` reads answers as people write them; `paper` repeats the authors' `float()` rules."""
 
-    def prompt(self, problem: Problem) -> str:
+    def prompt(self, problem: Problem) -> str | Conversation:
         """The question, in the style's frame."""
+        if self.writes_all:
+            return self.framed(problem)
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:

