@@ -27,6 +27,7 @@ from reftune.processes.sharding import sharding, whole_tensor
 from reftune.recipe import Recipe, dump_recipe
 from reftune.stages.optimizer import OptimizerTable, is_finite, make_optimizer, optimizer_step
 from reftune.stages.sft import accumulate_nll
+from reftune.storage.json_lines import JsonLines
 from reftune.types import SamplingParams
 
 SteadyRecipe = Callable[..., Recipe]
@@ -133,10 +134,11 @@ def rewind(folder: Path, stage: str, step: int) -> None:
     "changes",
     [
         {"model": {"lora": {"rank": 2}}},
+        {"model": {"gradient_checkpointing": True}},
         {"stages": {"reft": {"value_model": "separate"}}},
         {"stages": {"reft": {"value_prefit": 2}}},
     ],
-    ids=["lora", "value model", "value head fitted"],
+    ids=["lora", "blocks computed again", "value model", "value head fitted"],
 )
 def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(changes, steady_recipe, tmp_path):
     # the reference of a LoRA policy is its whole copy with the adapter off
@@ -152,6 +154,44 @@ def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(changes, stead
     assert_same_run(two, one)
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_a_frozen_base_in_bf16_is_sharded_too(how, steady_recipe, tmp_path):
+    # in bf16 rounding may flip a near-tie, so only the first step is compared
+    model = {"lora": {"rank": 2}, "dtype": "bfloat16", "gradient_checkpointing": True}
+    changes = {
+        "stages": {"sft": None, "reft": {"init": "base", "steps": 2}},
+        "model": model,
+        "evaluate": {"samples": 0},
+    }
+    one, two = tmp_path / "one", tmp_path / "two" / "run"
+    run_all(steady_recipe(one, **changes))
+    ended = ranks.run(steady_recipe(two, **changes), how=how)
+    assert [end.status for end in ended] == [0, 0], ended
+    first, second = (JsonLines(folder / "metrics.jsonl").rows()[0] for folder in (one, two))
+    assert second["kl/reference"] == first["kl/reference"] == 0
+    assert second["grad/norm"] == pytest.approx(first["grad/norm"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": {"lora": {"rank": 2}, "quantize": "nf4"}}, "model.quantize: FSDP2"),
+        ({"stages": {"reft": {"optimizer": {"state_bits": 8}}}}, "optimizer.state_bits: 8 runs"),
+    ],
+)
+def test_what_fsdp2_cannot_split_is_refused_and_runs_with_whole_weights(
+    changes, told, steady_recipe, tmp_path
+):
+    reft = {"init": "base", "steps": 2, **changes.get("stages", {}).get("reft", {})}
+    changes = {**changes, "evaluate": {"samples": 0}, "stages": {"sft": None, "reft": reft}}
+    ended = ranks.run(steady_recipe(tmp_path / "split", **changes), how="fsdp2")
+    assert sum(end.status == 2 for end in ended) == 1, ended
+    assert sum(told in end.stderr for end in ended) == 1, ended
+    ended = ranks.run(steady_recipe(tmp_path / "whole", **changes), how="ddp")
+    assert [end.status for end in ended] == [0, 0], ended
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path):
     changes = {

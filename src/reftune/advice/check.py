@@ -210,7 +210,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     method = _starting_method(run)
     samples: list[dict[str, Any]] = []
     with threads_of(recipe):
-        subject = _subject(run, run.load_policy(method, lora=True))
+        subject = _subject(run, run.load_policy(method, trained=True))
         findings = _findings(subject, CHECKS)
         if not any(finding.level == "fail" and finding.name in UNSAFE for finding in findings):
             samples = sample_rows(

@@ -117,8 +117,12 @@ def _in_compute_dtype(policy: Policy) -> Any:
     model = policy.model.get_base_model() if policy.is_lora else policy.model
     if policy.compute_dtype == torch.float32:
         return model
-    cast = {
-        id(p): torch.nn.Parameter(p.to(policy.compute_dtype), requires_grad=False)
+    cast: dict[int, Any] = {
+        id(p): (
+            torch.nn.Parameter(p.to(policy.compute_dtype), requires_grad=False)
+            if p.is_floating_point()
+            else p  # in 4 bits
+        )
         for p in model.parameters()
     }
     return copy.deepcopy(model, memo=cast)  # buffers stay fp32: rotary frequencies would suffer

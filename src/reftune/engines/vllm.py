@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import copy
 import importlib
 import json
 import os
@@ -26,6 +25,7 @@ import torch
 from pydantic import Field
 
 from reftune.errors import EngineError, RecipeError
+from reftune.model.frozen import plain_state
 from reftune.model.policy import Policy
 from reftune.recipe import Component
 from reftune.seeds import derive_seed
@@ -257,18 +257,8 @@ def save_weights(policy: Policy, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = copy.deepcopy(policy.model).merge_and_unload() if policy.is_lora else policy.model
-    state = model.state_dict()
-    cast = {
-        tensor.data_ptr(): _cast(tensor, policy.compute_dtype) for tensor in state.values()
-    }  # tied weights stay tied
-    model.save_pretrained(
-        folder, state_dict={name: cast[tensor.data_ptr()] for name, tensor in state.items()}
-    )
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+    model = policy.model.get_base_model() if policy.is_lora else policy.model
+    model.save_pretrained(folder, state_dict=plain_state(policy.model, policy.compute_dtype))
 
 
 def _sampled(output: Any) -> Sampled:

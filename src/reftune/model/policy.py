@@ -7,7 +7,7 @@ import contextlib
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reftune.errors import ModelError
+from reftune.model import frozen
 from reftune.model.batch import TokenBatch, own_micro_batches
 from reftune.model.dropout import use_cheap_dropout
 from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
+from reftune.model.recompute import recompute
 from reftune.model.speed import attention, llama
 from reftune.model.stopping import stop_rule
 from reftune.processes import world
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 VALUE_HEAD = Path("value_head", "model.safetensors")
 """Inside a model's folder. In a folder of its own: vLLM takes every safetensors file beside the
 weights for weights."""
+ADAPTERS = Path("adapters", "model.safetensors")
+"""Beside the model that they are merged into: over a base in 4 bits a later stage goes on with
+them, as quantizing a merged model would round away what they learned."""
 
 
 class TokenScores(NamedTuple):
@@ -57,8 +62,12 @@ class Policy(nn.Module):
         dtype: torch.dtype = torch.float32,
         lora: LoraTable | None = None,
         stop: Sequence[str] = (),
+        quantize: Literal["nf4"] | None = None,
+        trained: bool = True,
     ) -> None:
-        """`stop` are texts that end a completion, besides the end tokens of model and tokenizer."""
+        """Weights that are never trained (all of them if not `trained`, those under `lora`) are
+        kept in `dtype`, or in 4 bits. `stop` are texts that end a completion, besides the end
+        tokens of model and tokenizer."""
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -66,7 +75,13 @@ class Policy(nn.Module):
                 " tokenizer.eos_token"
             )
         self.stop = stop_rule(model, tokenizer, stop)
+        if quantize is not None:
+            frozen.quantize(model, dtype)
         self.model: Any = _with_lora(model, lora) if lora is not None else model
+        if lora is not None:
+            frozen.narrow(self.model, dtype, embeddings="all")
+        elif not trained:
+            frozen.narrow(self.model.requires_grad_(False), dtype, embeddings="exact")
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
         use_cheap_dropout(model)
@@ -83,7 +98,10 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
         """The value head's own transformer; None: it reads the policy's."""
-        self.is_compiled = False
+        self.is_compiled = self.recomputes = False
+        self.continues_adapters = False
+        """Whether the adapters were trained before, so that the policy without them is not what it
+        starts as."""
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +161,12 @@ class Policy(nn.Module):
         self.value_backbone = copy.deepcopy(self._backbone())
         if self.is_compiled:
             self.compile_blocks()
+
+    def recompute_blocks(self) -> None:
+        """Keep only what enters each transformer block for the backward pass; see `recompute`."""
+        self.recomputes = True
+        for block in transformer_blocks(self):
+            recompute(block)
 
     def compile_blocks(self) -> None:
         """Fuse the small operations of every transformer block, for passes over whole sequences.
@@ -208,8 +232,11 @@ class Policy(nn.Module):
             return hidden
         packed = (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
         as_modules = self.is_compiled or sharding().is_split(self)  # hooks are on their forward
-        module = llama if self.is_written_out and not as_modules else attention
-        hidden = module.read_packed(backbone, packed)[packed.predictors]
+        if self.is_written_out and not as_modules:
+            states = llama.read_packed(backbone, packed, recompute=self.recomputes)
+        else:
+            states = attention.read_packed(backbone, packed)
+        hidden = states[packed.predictors]
         return hidden
 
     def _backbone(self) -> Any:
@@ -308,7 +335,7 @@ class Policy(nn.Module):
         tokens = torch.arange(8, device=self.device).unsqueeze(0) % self.model.config.vocab_size
         training = self.training
         self.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.arithmetic():
             expected = self.model(input_ids=tokens, use_cache=False).logits
             found = self._head()(
                 self._backbone()(input_ids=tokens, use_cache=False).last_hidden_state
@@ -321,17 +348,47 @@ class Policy(nn.Module):
             )
 
     def make_reference(self) -> Reference:
-        """The frozen policy as it is now: with LoRA the base model (adapter off), otherwise a
-        copy."""
+        """The frozen policy as it is now: with LoRA the same base with the adapters of now, or off
+        where they are fresh; otherwise a copy in the compute dtype."""
         if self.is_lora:
-            return Reference(self, frozen=None)
-        frozen = copy.deepcopy(self)
-        frozen.value_backbone = None
-        frozen.eval().requires_grad_(False)
+            return Reference(self, frozen=None, adapters=self._copied_adapters())
+        matrices = frozen.narrowable(self.model, self.compute_dtype, embeddings="exact")
+        memo: dict[int, Any] = {
+            key: nn.Parameter(p.detach().to(self.compute_dtype, copy=True), requires_grad=False)
+            for key, p in matrices.items()
+        }
+        if self.value_backbone is not None:
+            memo[id(self.value_backbone)] = None
+        copied = copy.deepcopy(self, memo).eval().requires_grad_(False)
+        frozen.narrow(copied.model, self.compute_dtype, embeddings="exact")
         if self.is_compiled:
-            frozen.compile_blocks()
-        sharding().distribute(frozen)
-        return Reference(self, frozen=frozen)
+            copied.compile_blocks()
+        sharding().distribute(copied)
+        return Reference(self, frozen=copied)
+
+    def _copied_adapters(self) -> dict[str, Tensor] | None:
+        if not self.continues_adapters:
+            return None
+        return {name: p.detach().clone() for name, p in self._adapters().items()}
+
+    def _adapters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
+
+    @contextlib.contextmanager
+    def with_adapters(self, adapters: dict[str, Tensor] | None) -> Iterator[None]:
+        """These adapters instead of the policy's own; None: no adapters."""
+        if adapters is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        own = self._adapters()
+        try:
+            for name, parameter in own.items():
+                parameter.data, adapters[name] = adapters[name], parameter.data
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data, adapters[name] = adapters[name], parameter.data
 
     def save(self, folder: Path) -> None:
         """Model (LoRA merged), tokenizer and value head in Hugging Face format; loads with plain
@@ -345,17 +402,30 @@ class Policy(nn.Module):
 
     def _save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.model
         if self.is_lora:
-            model = copy.deepcopy(self.model).merge_and_unload()
-        model.save_pretrained(folder)
+            model = self.model.get_base_model()
+            model.save_pretrained(folder, state_dict=frozen.plain_state(self.model))
+            model.config.dtype = torch.float32
+            model.config.save_pretrained(folder)
+            _save_apart(self._adapters(), folder / ADAPTERS)
+        else:
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (folder / VALUE_HEAD).parent.mkdir(exist_ok=True)
-        tensors = {
-            f"value_head.{name}": value.detach().contiguous()
-            for name, value in self.value_head.state_dict().items()
-        }
-        save_file(tensors, folder / VALUE_HEAD)
+        head = self.value_head.state_dict()
+        _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
+
+    def load_adapters(self, folder: Path) -> None:
+        """Go on with the adapters that `save` wrote. Raises: ModelError."""
+        try:
+            saved = load_file(folder / ADAPTERS)
+            with torch.no_grad():
+                for name, parameter in self._adapters().items():
+                    parameter.copy_(saved[name])
+        except (OSError, KeyError, RuntimeError) as error:
+            raise ModelError(
+                f"{folder / ADAPTERS}: not the adapters of this recipe: {error}"
+            ) from None
+        self.continues_adapters = True
 
     def load_value_head(self, folder: Path) -> None:
         """Read the head that `save` wrote, where there is one."""
@@ -369,15 +439,22 @@ class Policy(nn.Module):
 class Reference:
     """The policy that KL is measured against."""
 
-    def __init__(self, policy: Policy, *, frozen: Policy | None) -> None:
-        self._policy, self._frozen = policy, frozen
+    def __init__(
+        self, policy: Policy, *, frozen: Policy | None, adapters: dict[str, Tensor] | None = None
+    ) -> None:
+        self._policy, self._frozen, self._adapters = policy, frozen, adapters
 
     def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
         """As `Policy.score`, of the reference."""
         if self._frozen is not None:
             return self._frozen.score(batch, temperature=temperature, max_tokens=max_tokens)
-        with sharding().whole(self._policy), self._policy.model.disable_adapter():
+        with sharding().whole(self._policy), self._policy.with_adapters(self._adapters):
             return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
+
+
+def _save_apart(tensors: Mapping[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items()}, path)
 
 
 def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:

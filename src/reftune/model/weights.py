@@ -20,17 +20,19 @@ SMOLLM2 = "smollm2-135m"
 
 
 def load_model(
-    table: ModelTable, *, texts: Iterable[str] = (), seed: int = 0
+    table: ModelTable, *, texts: Iterable[str] = (), seed: int = 0, as_stored: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model in fp32 and its tokenizer. `texts` give a from-scratch model its vocabulary,
-    `seed` its weights.
+    """The base model and its tokenizer, as `load_pretrained`. `texts` give a from-scratch model its
+    vocabulary, `seed` its weights.
 
     Raises: ModelError.
     """
     if table.scratch is not None:
         return make_scratch(table.scratch, texts, seed=seed)
     assert table.path is not None
-    return load_pretrained(table.path, trust_remote_code=table.trust_remote_code)
+    return load_pretrained(
+        table.path, trust_remote_code=table.trust_remote_code, as_stored=as_stored
+    )
 
 
 def resolve(path: str | Path) -> Path | str:
@@ -47,10 +49,10 @@ def resolve(path: str | Path) -> Path | str:
 
 
 def load_pretrained(
-    path: str | Path, *, trust_remote_code: bool = False
+    path: str | Path, *, trust_remote_code: bool = False, as_stored: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in fp32 and its tokenizer from a folder or a Hub id. Only safetensors are read.
-    Raises: ModelError."""
+    """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, for weights that are not
+    trained, in the dtype of its files. Only safetensors are read. Raises: ModelError."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,7 +64,10 @@ def load_pretrained(
         raise ModelError(f"{path}: not a model folder: no config.json in it")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+            path,
+            dtype="auto" if as_stored else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:

@@ -126,7 +126,7 @@ REFUSED = {
         "weights stay where they are trained; expected fsdp_offload_params: false"
     ),
     "FSDP_ACTIVATION_CHECKPOINTING": (
-        "expected false; the recipe's model.micro_batch_tokens bounds activations"
+        "expected false; the recipe's model.gradient_checkpointing says it"
     ),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
         "expected none; the recipe's model.micro_batch_tokens divides a step"

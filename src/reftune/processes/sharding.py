@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from reftune.processes import world
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Sharding:
     """All weights in every process; gradients are summed once a step."""
+
+    splits: ClassVar[bool] = False
+    """Whether weights, gradients and optimizer state are split over the processes."""
 
     def __str__(self) -> str:
         return "weights whole in each (DDP)"
@@ -60,6 +63,7 @@ class Fsdp2(Sharding):
     """A part of the weights, gradients and optimizer state in each process, gathered a transformer
     block at a time."""
 
+    splits: ClassVar[bool] = True
     reshard_after_forward: bool = True
 
     def __str__(self) -> str:

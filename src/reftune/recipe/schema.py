@@ -49,11 +49,18 @@ class ModelTable(Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
     lora: LoraTable | None = None
+    quantize: Literal["nf4"] | None = None
+    """Under `lora`, keep the base's linear layers in 4 bits (bitsandbytes), a third of what bf16
+    takes. Each token takes longer."""
     micro_batch_tokens: int = Field(16384, gt=0)
     """Tokens in one forward and backward pass. Padding counts only for the families that
     docs/performance.md lists as read with it.
 
     Changes memory and speed, never the gradient.
+    """
+    gradient_checkpointing: bool = False
+    """Keep only what enters each transformer block for the backward pass, and compute the rest
+    again: a fraction of the memory for about a third more time, the same gradient to the bit.
     """
     compile: bool = False
     """Fuse the small operations of each transformer block (torch.compile) where whole sequences are
@@ -65,6 +72,10 @@ class ModelTable(Table):
     def _one_source(self) -> ModelTable:
         if (self.path is None) == (self.scratch is None):
             raise PydanticCustomError("model_source", "give exactly one of path and scratch")
+        if self.quantize is not None and self.lora is None:
+            raise PydanticCustomError(
+                "quantize", "quantize: weights in 4 bits cannot be trained; expected model.lora"
+            )
         return self
 
 

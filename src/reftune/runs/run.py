@@ -27,7 +27,8 @@ from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.weights import load_model, load_pretrained
 from reftune.processes import launch, world
-from reftune.recipe import LoraTable, Recipe, dump_recipe, parse_recipe
+from reftune.processes.sharding import sharding
+from reftune.recipe import Recipe, dump_recipe, parse_recipe
 from reftune.runs.auto import settled
 from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
@@ -207,7 +208,7 @@ class Run:
         Raises: ModelError; DataError for a prompt that is too long, and where no training row or no
         test problem is left.
         """
-        policy = self.load_policy("base", lora=True)
+        policy = self.load_policy("base", trained=True)
         collector, max_new, stages = (
             self.collector(policy),
             self.recipe.lengths.max_new,
@@ -231,7 +232,7 @@ class Run:
         if self.is_trained(name):
             return
         folder, stage = self.stage_folder(name), self.recipe.stages[name]
-        policy = self.load_policy(stage.init, lora=True)
+        policy = self.load_policy(stage.init, trained=True)
         context = StageContext(
             name=name,
             stage=stage,
@@ -247,44 +248,57 @@ class Run:
         stage.run(context)
         world.wait(f"the end of {name}")
 
-    def load_policy(self, method: str, *, lora: bool = False) -> Policy:
-        """The base model or a finished method's chosen one. `lora` adds fresh adapters where the
-        recipe asks for them."""
+    def load_policy(self, method: str, *, trained: bool = False) -> Policy:
+        """The base model or a finished method's chosen one. `trained`: to be trained on, with
+        adapters where the recipe asks for them.
+
+        Over a base in 4 bits adapters go on from those of `method`; otherwise they are fresh.
+        """
         table = self.recipe.model
-        if method == "base":
-            texts = (
-                scratch_texts(self.recipe.format, self.splits) if table.scratch is not None else ()
-            )
-            model, tokenizer = load_model(
-                table, texts=texts, seed=derive_seed(self.recipe.seed, "base")
-            )
-        else:
+        if method != "base":
             _require_trained(self.recipe, [method])
-            model, tokenizer = load_pretrained(
-                self.stage_folder(method), trust_remote_code=table.trust_remote_code
-            )
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
-        policy = self._policy(model, tokenizer, lora=table.lora if lora else None)
+        if trained and table.quantize is not None:
+            policy = self._policy(*self._load("base", as_stored=True), trained=True)
+            if method != "base":
+                policy.load_adapters(self.stage_folder(method))
+        else:
+            as_stored = not trained or table.lora is not None
+            policy = self._policy(*self._load(method, as_stored=as_stored), trained=trained)
         policy.load_value_head(self.stage_folder(method))
         policy.verify_head()
+        if trained and table.gradient_checkpointing:
+            policy.recompute_blocks()
         if table.compile:
             policy.compile_blocks()
         return policy
 
-    def _policy(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        lora: LoraTable | None = None,
-    ) -> Policy:
-        """In the recipe's arithmetic and on its device."""
+    def _load(
+        self, method: str, *, as_stored: bool
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         table = self.recipe.model
+        if method == "base":
+            is_scratch = table.scratch is not None
+            texts = scratch_texts(self.recipe.format, self.splits) if is_scratch else ()
+            seed = derive_seed(self.recipe.seed, "base")
+            return load_model(table, texts=texts, seed=seed, as_stored=as_stored)
+        folder, trust = self.stage_folder(method), table.trust_remote_code
+        return load_pretrained(folder, trust_remote_code=trust, as_stored=as_stored)
+
+    def _policy(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool = False
+    ) -> Policy:
+        """In the recipe's arithmetic and on its device. Raises: RecipeError, ModelError."""
+        table = self.recipe.model
+        if trained and table.quantize is not None and sharding().splits:
+            raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
         policy = Policy(
             model,
             tokenizer,
             dtype=getattr(torch, table.dtype),
-            lora=lora,
+            lora=table.lora if trained else None,
+            quantize=table.quantize if trained else None,
+            trained=trained,
             stop=stop_texts(self.recipe.format),
         )
         return policy.to(launch.choose_device(table.device))

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from reftune.algorithms.base import LossTerms
-from reftune.errors import NonFiniteError
+from reftune.errors import NonFiniteError, RecipeError
 from reftune.model.batch import own_micro_batches
 from reftune.processes import world
 from reftune.processes.sharding import sharding, whole_tensor
@@ -32,6 +32,9 @@ class OptimizerTable(Table):
     weight_decay: float = Field(0.0, ge=0)
     """On matrices; never on biases, norms and the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
+    state_bits: Literal[32, 8] = 32
+    """Of AdamW's two moments: 8 (bitsandbytes, in blocks of 256) takes a quarter of the memory and
+    rounds them. Tensors of fewer than 4,096 numbers keep 32."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose loss or gradient is not finite: the run stops before it, or goes
@@ -78,13 +81,24 @@ def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimiz
             "peak": table.value_learning_rate or table.learning_rate,
         },
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=table.learning_rate,
-        betas=table.betas,
-        eps=1e-8,
-        fused=True,
-    )
+    return _adamw([g for g in groups if g["params"]], table)
+
+
+def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.Optimizer:
+    rates: dict[str, Any] = {"lr": table.learning_rate, "betas": table.betas, "eps": 1e-8}
+    if table.state_bits == 32:
+        return torch.optim.AdamW(groups, **rates, fused=True)
+    if sharding().splits:
+        raise RecipeError("optimizer.state_bits: 8 runs with whole weights (DDP); expected 32")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise RecipeError(
+            "optimizer.state_bits: bitsandbytes is not installed; expected pip install"
+            " 'reftune[quantize]'"
+        ) from None
+    adamw: torch.optim.Optimizer = AdamW8bit(groups, **rates)
+    return adamw
 
 
 def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:

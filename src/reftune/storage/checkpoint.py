@@ -109,8 +109,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
             value if isinstance(value, torch.Tensor) else torch.tensor(value)
         )
         for index, state in states.items()
-        for key, value in state.items()
+        for key, value in _flat(state).items()
     }
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """bitsandbytes keeps what is quantized in a dict of its own, with tables that all parameters
+    share and files cannot; it takes the tensors without either."""
+    nested = [value for value in state.values() if isinstance(value, Mapping)]
+    plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
+    tensors = {key: value for part in nested for key, value in part.items()}
+    return plain | {k: v.clone() if k.startswith("qmap") else v for k, v in tensors.items()}
 
 
 def load_optimizer_tensors(
@@ -119,17 +128,21 @@ def load_optimizer_tensors(
     """Put back what `optimizer_tensors` took, whole tensors also where the parameters are
     sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, torch.Tensor | int]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            of_parameter = value.dim() > 0  # `step` is a number
-            state.setdefault(int(index), {})[key] = (
-                part_of(value, parameters[int(index)]) if of_parameter else value
-            )
+            state.setdefault(int(index), {})[key] = _stored(value, parameters[int(index)])
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+
+
+def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
+    """As the optimizer holds it: a part of a tensor; `step`, a number, as tensor or int."""
+    if value.dim() > 0:
+        return part_of(value, parameter)
+    return value if value.is_floating_point() else int(value)
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:

@@ -7,7 +7,7 @@ similar length. In bf16 on a CPU attention is in fp32: its backward pass is slow
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -137,10 +137,10 @@ def _attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    wanted = query.dtype
-    if query.device.type == "cpu" and query.shape[2] > 1:
+    wanted, is_wide = query.dtype, query.device.type == "cpu" and query.shape[2] > 1
+    if is_wide:
         query, key, value = query.float(), key.float(), value.float()
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False) if is_wide else nullcontext():
         if packing is None:
             output, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
         else:

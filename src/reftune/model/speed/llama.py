@@ -9,6 +9,7 @@ another, from copies of the weights in the compute dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reftune.model.batch import PackedTokens, Packing
+from reftune.model.recompute import recomputed
 from reftune.model.speed.attention import attend_in_groups, has_window, unpad
 from reftune.model.speed.linears import product
 from reftune.processes.sharding import whole_tensor
@@ -74,20 +76,25 @@ def num_heads(attention: Any) -> tuple[int, int]:
 # --- whole sequences, with gradients --------------------------------------------------------------
 
 
-def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
+def read_packed(backbone: Any, packed: PackedTokens, *, recompute: bool = False) -> Tensor:
     """(T, H) last hidden states of packed tokens; `backbone` is the transformer without its
-    output embedding."""
+    output embedding. `recompute`: of each block only its input is kept for the backward pass."""
     hidden: Tensor = backbone.embed_tokens(packed.tokens)
     cos, sin = (part[0, :, None] for part in backbone.rotary_emb(hidden, packed.positions[None]))
+    read = partial(recomputed, _read_block) if recompute else _read_block
     for block in backbone.layers:
-        states = _norm(hidden, block.input_layernorm)
-        states = _attention(block.self_attn, states, cos, sin, packed.packing)
-        hidden = hidden + _dropped(block, "resid_attn_dropout", states)
-        states = _norm(hidden, block.post_attention_layernorm)
-        parts = [layer(states) for layer in gate_up(block.mlp)]
-        states = block.mlp.down_proj(_GatedSilu.apply(*parts))  # type: ignore[no-untyped-call]
-        hidden = hidden + _dropped(block, "resid_mlp_dropout", states)
+        hidden = read(block, hidden, cos, sin, packed.packing)
     return _norm(hidden, backbone.norm)
+
+
+def _read_block(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
+    states = _norm(hidden, block.input_layernorm)
+    states = _attention(block.self_attn, states, cos, sin, packing)
+    hidden = hidden + _dropped(block, "resid_attn_dropout", states)
+    states = _norm(hidden, block.post_attention_layernorm)
+    parts = [layer(states) for layer in gate_up(block.mlp)]
+    states = block.mlp.down_proj(_GatedSilu.apply(*parts))  # type: ignore[no-untyped-call]
+    return hidden + _dropped(block, "resid_mlp_dropout", states)
 
 
 def _dropped(block: nn.Module, name: str, states: Tensor) -> Tensor:
@@ -162,8 +169,9 @@ class _GatedSilu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        gate, up = _halves(ctx.saved_tensors)
-        results = tuple(torch.empty_like(part) for part in ctx.saved_tensors)
+        parts = ctx.saved_tensors  # once: recomputed tensors are handed out a single time
+        gate, up = _halves(parts)
+        results = tuple(torch.empty_like(part) for part in parts)
         grad_gate, grad_up = _halves(results)
         share = torch.sigmoid(gate)
         torch.mul(gate, share, out=grad_up)  # silu(gate)
@@ -241,7 +249,7 @@ class Decoder:
         """Tokens (B, S), the mask (B, T) of cache and tokens → fp32 logits (B, V) after the last
         one."""
         with torch.autocast(tokens.device.type, enabled=False):
-            hidden = functional.embedding(tokens, self.embedding)
+            hidden = functional.embedding(tokens, self.embedding).float()
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -tokens.shape[1] :]
             cos, sin = (part.unsqueeze(2) for part in self.rotary(hidden, positions))
             bias = torch.zeros((), dtype=self.dtype, device=mask.device).where(

@@ -1,0 +1,144 @@
+"""Weights that are never trained: a base under adapters, a reference, a model that only answers.
+
+They are kept in the compute dtype, or in 4 bits. Autocast would cast them at every use anyway, so
+that the compute dtype changes nothing but the memory. Vectors (norms, biases) stay fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reftune.errors import ModelError
+
+Embeddings = Literal["all", "exact"]
+"""Which are cast: all, or those that the dtype holds without rounding. Autocast does not round
+them."""
+
+
+def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
+    """Keep frozen matrices in `dtype`, all else in fp32, in place.
+
+    What embeddings return stays fp32 under autocast, so that hidden states do.
+    """
+    matrices = narrowable(model, dtype, embeddings=embeddings)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            is_narrow = id(parameter) in matrices and not parameter.requires_grad
+            parameter.data = parameter.data.to(dtype if is_narrow else torch.float32)
+    for module in model.modules():
+        if type(module) is nn.Embedding and module.weight.dtype != torch.float32:
+            module._forward_hooks.clear()
+            module.register_forward_hook(_widen)
+
+
+def narrowable(
+    model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings
+) -> dict[int, nn.Parameter]:
+    """The matrices that `narrow` casts where they are frozen, by id."""
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found = {}
+    for weight in (m.weight for m in model.modules() if _is_matrix(m)):
+        assert isinstance(weight, nn.Parameter)
+        if not weight.is_floating_point():  # in 4 bits
+            continue
+        is_exact = id(weight) not in looked_up or embeddings == "all"
+        if is_exact or torch.equal(weight.to(dtype).to(weight.dtype), weight):
+            found[id(weight)] = weight
+    return found
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D) or type(module) is nn.Embedding
+
+
+def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+    return output.float() if torch.is_autocast_enabled(output.device.type) else output
+
+
+def quantize(model: Any, dtype: torch.dtype) -> None:
+    """Keep the matrices of the linear layers, all but the output head's, in 4 bits (NF4, blocks of
+    64; QLoRA, arXiv:2305.14314, §3), in place; products are in `dtype`.
+
+    As transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`.
+    Raises: ModelError without bitsandbytes, and for models without such layers.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError:
+        raise ModelError(
+            "model.quantize: bitsandbytes is not installed; expected pip install"
+            " 'reftune[quantize]'"
+        ) from None
+    layers = list(_linear_layers(model))
+    if not layers:
+        raise ModelError(
+            f"model.quantize: {type(model).__name__} has no linear layers (nn.Linear) to quantize"
+        )
+    for parent, name, layer in layers:
+        quantized = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            compute_dtype=dtype,
+            compress_statistics=False,
+            quant_type="nf4",
+            device="meta",
+        )
+        device, weight = layer.weight.device, layer.weight.detach().float()
+        quantized.weight = Params4bit(
+            weight, quant_type="nf4", compress_statistics=False, module=quantized
+        )
+        quantized.bias = layer.bias
+        quantized.support_avx512bf16_for_cpu = False  # it would repack weights that are trained on
+        setattr(parent, name, quantized.to(device))
+    model.is_loaded_in_4bit = True  # peft asks
+
+
+def _linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child is not head:
+                yield parent, name, child
+
+
+@torch.no_grad()
+def plain_state(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The weights of a model as plain tensors on the CPU, rounded once to `dtype`: adapters merged
+    in fp32, 4 bits dequantized; ties stay ties."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {id(m.get_base_layer().weight): m for m in model.modules() if isinstance(m, LoraLayer)}
+    base = model.get_base_model() if layers else model
+    tensors = dict(base.named_parameters(remove_duplicate=False))
+    buffers = dict(base.named_buffers(remove_duplicate=False))
+    tensors |= {name: buffers[name] for name in base.state_dict() if name in buffers}
+    plain: dict[int, Tensor] = {}
+    state = {}
+    for name, tensor in tensors.items():
+        if "lora_" in name:
+            continue
+        if id(tensor) not in plain:
+            plain[id(tensor)] = _plain(tensor, layers.get(id(tensor)), dtype)
+        state[name.replace(".base_layer.", ".")] = plain[id(tensor)]
+    return state
+
+
+def _plain(tensor: Tensor, adapted: Any, dtype: torch.dtype) -> Tensor:
+    value = tensor.detach()
+    if hasattr(tensor, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        value = dequantize_4bit(value, tensor.quant_state)
+    if not value.is_floating_point():
+        return value.cpu()
+    value = value.float()
+    for adapter in () if adapted is None else adapted.active_adapters:
+        value = value + adapted.get_delta_weight(adapter).float()
+    return value.to("cpu", dtype)
