@@ -55,7 +55,8 @@ class Sharding:
 
     def add_up_gradients(self, model: Any) -> None:
         """Sum over all processes what backward passes have not summed already."""
-        world.add_up(*(p.grad for p in model.parameters() if p.grad is not None))
+        if world.world_size() > 1:
+            world.add_up(*(p.grad for p in model.parameters() if p.grad is not None))
 
 
 @dataclass(frozen=True)
