@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 SEEDS  ?= 0 1 2 3 4
-REPEATS ?= 3
+REPEATS ?=
 
 .PHONY: help bench docs setup demo demo-seeds reproduce test test-slow test-vllm trust lint format types check clean
 
@@ -17,7 +17,7 @@ help:
 	@echo "make test-vllm   the vLLM engine for real, on its CPU build in .venv-vllm (Linux on x86-64)"
 	@echo "make trust       kill, fault, hostile and fuzz suites, whole: tried, survived, lost"
 	@echo "make check       lint, types, test; make format rewrites the files in our style"
-	@echo "make bench       one ReFT step beside TRL's and the authors' (SmolLM2-135M; REPEATS=5 took 11 minutes on 2 cores)"
+	@echo "make bench       one ReFT step beside TRL's and the authors' (SmolLM2-135M; 10 minutes with AMX, 20 without)"
 	@echo "make docs        the documentation as a site in site/"
 	@echo "make setup       only build .venv (PYTHON=python3.12 chooses the interpreter)"
 
@@ -72,7 +72,7 @@ BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 
 bench: setup $(BENCH_READY)
-	PYTHONPATH=. $(BIN)/python -m benchmarks.step --repeats $(REPEATS) --trl $(abspath $(BENCH_VENV))/bin/python
+	PYTHONPATH=. $(BIN)/python -m benchmarks.step $(if $(REPEATS),--repeats $(REPEATS)) --trl $(abspath $(BENCH_VENV))/bin/python
 
 # The extra `bench` in an environment of its own: reftune neither needs TRL nor pins what TRL wants.
 $(BENCH_READY): pyproject.toml constraints.txt

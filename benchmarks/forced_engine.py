@@ -40,11 +40,11 @@ class ForcedDecoder(kv._Decoder):
         self.lengths = lengths
 
     def step(self) -> None:
-        ends = [
-            len(r.token_ids) == self.lengths[r.position % len(self.lengths)] - 1
-            for r in self.active
-        ]
-        force_eos(self.logits, torch.tensor(ends), min(self.policy.eos_ids))
+        wanted = [self.lengths[r.position % len(self.lengths)] for r in self.active]
+        ends = self.rows.lengths == torch.tensor(wanted) - 1
+        own = int(self.policy.tokenizer.eos_token_id)
+        self.logits[:, [id_ for id_ in self.policy.eos_ids if id_ != own]] = -torch.inf
+        force_eos(self.logits, ends, own)
         super().step()
 
 

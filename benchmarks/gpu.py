@@ -223,7 +223,8 @@ def step_reftune(setting: Setting, *, compiled: bool = False) -> dict[str, Any]:
     """A whole step of `reftune rl`, bf16, by phase."""
     workload, path = the_workload(setting)
     folder = Path(setting.folder) / ("run_compiled" if compiled else "run")
-    described = recipe(path, setting.samples, setting.repeats + 2, folder)
+    steps = setting.repeats + 2
+    described = recipe(path, setting.samples, steps, folder, dtype="bfloat16", recompute=False)
     described["model"] |= {
         "path": setting.model,
         "device": setting.device,

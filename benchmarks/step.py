@@ -1,14 +1,15 @@
-"""One ReFT step, side by side: reftune, the authors' step in plain transformers (fp32 and bf16) and
-TRL's GRPO.
+"""One ReFT step, side by side: reftune, the authors' step in plain transformers and TRL's GRPO,
+each in the fastest dtype of this machine; and the demo.
 
-    python -m benchmarks.step [--samples 16] [--repeats 5] [--trl PYTHON] [--only
-    reftune,plain-bf16] [--write-baseline]
-    python -m benchmarks.step --growth 16,64,512
+    python -m benchmarks.step [--samples 16] [--repeats N] [--trl PYTHON] [--only "reftune;plain"]
+    [--dtype float32|bfloat16] [--write-baseline]
+    python -m benchmarks.step --growth 64,512
 
 Every contestant samples answers of the same lengths to the same prompts, scores them and makes two
 updates, on SmolLM2-135M, in a process of its own, one after the other. Prints a table, what is
 worse than in the baseline of this kind of processor, and, as its last line, one JSON document.
-PYTHON is an interpreter with TRL in it. `--growth` times reftune alone on more and more samples.
+PYTHON is an interpreter with TRL in it. Without `--repeats`, as many as fit in 10 minutes where
+bf16 is native and in 20 elsewhere. `--growth` times reftune alone on more and more samples.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from benchmarks.workload import Workload, make_workload, write_workload
 
 from reftune.datasets.word_problems import WordProblems
 from reftune.grading.formats.program import Program
+from reftune.model.precision import Dtype, fastest_dtype
 from reftune.model.weights import smollm2_folder
 
 ROOT = Path(__file__).parent.parent
@@ -42,25 +44,52 @@ BASELINES = ROOT / "benchmarks" / "baselines"
 TOLERANCE = 0.15
 """Share by which a figure may be worse than its baseline: two runs on one machine differ by up to a
 tenth."""
-LOWER_IS_BETTER = ("bookkeeping_share", "memory_to_trl")
-TARGETS = {
-    "ratio_to_trl": 4.0,
-    "ratio_to_plain": 5.0,
-    "ratio_to_plain_bf16": 2.5,
-    "update_mfu": 0.55,
-    "decode_roofline": 0.5,
-    "bookkeeping_share": 0.02,
-    "memory_to_trl": 0.25,
+LOWER_IS_BETTER = ("step_to_arithmetic", "bookkeeping_share", "memory_to_trl", "demo_s")
+REPEATS: dict[Dtype, int] = {"bfloat16": 3, "float32": 2}
+CONTESTANTS: dict[Dtype, tuple[str, ...]] = {
+    "bfloat16": ("reftune", "reftune, recompute", "plain", "plain fp32", "trl", "trl, recompute"),
+    "float32": ("reftune", "reftune, recompute", "plain", "trl", "trl, recompute"),
 }
+"""`recompute`: with gradient checkpointing."""
+TARGETS: dict[Dtype, dict[str, float]] = {
+    "bfloat16": {
+        "ratio_to_trl": 4.0,
+        "ratio_to_plain": 3.0,
+        "ratio_to_plain_fp32": 5.0,
+        "update_mfu": 0.30,
+        "decode_roofline": 0.5,
+        "bookkeeping_share": 0.02,
+        "memory_to_trl": 0.7,
+        "demo_s": 90.0,
+    },
+    "float32": {
+        "ratio_to_trl": 2.5,
+        "ratio_to_plain": 2.2,
+        "step_to_arithmetic": 1.6,
+        "update_mfu": 0.75,
+        "bookkeeping_share": 0.02,
+        "memory_to_trl": 0.7,
+        "demo_s": 120.0,
+    },
+}
+"""By the fastest dtype of the machine."""
 
 
-def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, Any]:
+def recipe(
+    workload: Path, samples: int, steps: int, runs: Path, *, dtype: Dtype, recompute: bool
+) -> dict[str, Any]:
     """ReFT from the base model on the workload's questions; nothing is evaluated but one dev
     problem at the end."""
     return {
         "name": "step",
         "run_dir": str(runs),
-        "model": {"path": "smollm2-135m", "dtype": "bfloat16", "micro_batch_tokens": 2048},
+        "model": {
+            "path": "smollm2-135m",
+            "dtype": dtype,
+            "micro_batch_tokens": 2048,
+            "compile": dtype == "bfloat16" and not recompute,
+            "gradient_checkpointing": recompute,
+        },
         "dataset": {"kind": "word_problems", "train": samples, "dev": 1, "test": 1},
         "format": {"kind": "program", "style": "compact"},
         "engine": {
@@ -83,14 +112,29 @@ def recipe(workload: Path, samples: int, steps: int, runs: Path) -> dict[str, An
     }
 
 
-def run_reftune(workload: Path, samples: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """`repeats` steps after one that is not counted, in which the blocks are compiled."""
-    described = recipe(workload, samples, repeats + 1, folder / "run")
-    described["model"]["compile"] = True
-    path = folder / "recipe.yaml"
+def run_reftune(
+    workload: Path,
+    samples: int,
+    repeats: int,
+    folder: Path,
+    *,
+    dtype: Dtype,
+    recompute: bool = False,
+) -> dict[str, Any]:
+    """`repeats` steps after one that is not counted, in which blocks are compiled in bf16."""
+    run = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    described = recipe(workload, samples, repeats + 1, run, dtype=dtype, recompute=recompute)
+    path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(described), encoding="utf-8")
     peak = measured([sys.executable, "-m", "reftune", "run", str(path)])["peak_kib"]
-    return {"steps": step_seconds(folder / "run"), "peak_kib": peak}
+    return {"steps": step_seconds(run), "peak_kib": peak}
+
+
+def demo_seconds(folder: Path) -> float:
+    """Of the whole demo, from the command to the report."""
+    started = time.perf_counter()
+    measured([sys.executable, "-m", "reftune", "demo", f"run_dir={folder / 'demo'}"])
+    return time.perf_counter() - started
 
 
 def step_seconds(run: Path) -> list[dict[str, float]]:
@@ -130,22 +174,20 @@ def measured(command: list[str]) -> dict[str, Any]:
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def matmul_peak() -> float:
-    """bf16 FLOP/s of a large square product, the best of a hundred."""
-    a, b = (
-        torch.randn(2048, 2048, dtype=torch.bfloat16),
-        torch.randn(2048, 2048, dtype=torch.bfloat16),
-    )
-    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(100))
+def matmul_peak(dtype: Dtype) -> float:
+    """FLOP/s of a large square product, the best of those that fit in three seconds."""
+    left, right = (torch.randn(2048, 2048).to(getattr(torch, dtype)) for _ in range(2))
+    best, end = seconds(lambda: left @ right), time.perf_counter() + 3
+    while time.perf_counter() < end:
+        best = min(best, seconds(lambda: left @ right))
+    return 2 * 2048**3 / best
 
 
-def bandwidth() -> float:
+def bandwidth(dtype: Dtype) -> float:
     """Bytes a second read by a product that is all reading: a matrix of 256 MiB by one vector."""
-    matrix, vector = (
-        torch.randn(2**13, 2**14, dtype=torch.bfloat16),
-        torch.randn(2**14, dtype=torch.bfloat16),
-    )
-    return matrix.nbytes / min(seconds(lambda: matrix @ vector) for _ in range(10))
+    columns = 2**28 // 2**13 // torch.finfo(getattr(torch, dtype)).bits * 8
+    matrix = torch.randn(2**13, columns).to(getattr(torch, dtype))
+    return matrix.nbytes / min(seconds(lambda: matrix @ matrix[0]) for _ in range(10))
 
 
 def seconds(work: Any) -> float:
@@ -154,14 +196,16 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - started
 
 
-def update_flops(lengths: list[int], prompts: list[int]) -> float:
-    """Of all updates: three times the forward pass."""
+def step_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
+    """Of sampling, of the scores of policy and reference, and of the updates, each of which is
+    three times a forward pass."""
+    return (3 + 3 * UPDATES) * smollm2_flops(lengths, prompts)
+
+
+def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
+    """Of one forward pass."""
     head = MODEL["vocabulary"] * MODEL["hidden"]
-    return (
-        UPDATES
-        * 3
-        * forward_flops(MODEL["body"], head, MODEL["layers"], MODEL["hidden"], lengths, prompts)
-    )
+    return forward_flops(MODEL["body"], head, MODEL["layers"], MODEL["hidden"], lengths, prompts)
 
 
 def forward_flops(
@@ -175,14 +219,16 @@ def forward_flops(
     return 2 * trunk * (sum(lengths) + sum(prompts)) + 2 * head * sum(lengths) + attention
 
 
-def decode_floor(lengths: list[int], prompts: list[int], peak: float, bytes_s: float) -> float:
-    """Seconds that sampling takes at least: each step reads all weights (bf16) or is bound by its
+def decode_floor(
+    lengths: list[int], prompts: list[int], peak: float, bytes_s: float, weight_bytes: int
+) -> float:
+    """Seconds that sampling takes at least: each step reads all weights or is bound by its
     products."""
     weights = MODEL["body"] + MODEL["vocabulary"] * MODEL["hidden"]
     total = 2 * MODEL["body"] * sum(prompts) / peak
     for step in range(max(lengths)):
         rows = sum(length > step for length in lengths)
-        total += max(2 * weights / bytes_s, 2 * weights * rows / peak)
+        total += max(weight_bytes * weights / bytes_s, 2 * weights * rows / peak)
     return total
 
 
@@ -190,84 +236,85 @@ def decode_floor(lengths: list[int], prompts: list[int], peak: float, bytes_s: f
 
 
 def summary(
-    results: dict[str, Any], workload: Workload, prompts: list[int], machine: dict[str, float]
+    results: Mapping[str, Any], workload: Workload, prompts: list[int], machine: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Medians, ratios and shares."""
+    """Medians, ratios and shares. TRL is taken with the setting that serves it best: the faster one
+    for time, the leaner one for memory."""
     medians = {
         name: {k: statistics.median(s[k] for s in r["steps"]) for k in r["steps"][0]}
         for name, r in results.items()
     }
-    document: dict[str, Any] = {
-        "medians_s": medians,
-        "peak_gib": {n: r["peak_kib"] / 2**20 for n, r in results.items()},
-    }
-    if "reftune" in medians:
-        ours = medians["reftune"]
-        for name, key in (
-            ("trl", "ratio_to_trl"),
-            ("plain-fp32", "ratio_to_plain"),
-            ("plain-bf16", "ratio_to_plain_bf16"),
-        ):
-            if name in medians:
-                document[key] = medians[name]["step_s"] / ours["step_s"]
-        if "trl" in results:
-            document["memory_to_trl"] = results["reftune"]["peak_kib"] / results["trl"]["peak_kib"]
-        flops = update_flops(workload.lengths, prompts)
-        document["update_mfu"] = flops / ours["update_s"] / machine["matmul_flops"]
-        floor = decode_floor(workload.lengths, prompts, machine["matmul_flops"], machine["bytes_s"])
-        document["decode_roofline"] = floor / ours["generate_s"]
-        document["bookkeeping_share"] = statistics.median(
-            1 - (step["generate_s"] + step["score_s"] + step["update_s"]) / step["step_s"]
-            for step in results["reftune"]["steps"]
-        )
+    peaks = {name: r["peak_kib"] / 2**20 for name, r in results.items()}
+    document: dict[str, Any] = {"medians_s": medians, "peak_gib": peaks}
+    trl = [name for name in results if name.startswith("trl")]
+    if trl and "reftune, recompute" in results:
+        document["memory_to_trl"] = peaks["reftune, recompute"] / min(peaks[n] for n in trl)
+    if "reftune" not in medians:
+        return document
+    ours = medians["reftune"]
+    if trl:
+        document["ratio_to_trl"] = min(medians[n]["step_s"] for n in trl) / ours["step_s"]
+    for name, key in (("plain", "ratio_to_plain"), ("plain fp32", "ratio_to_plain_fp32")):
+        if name in medians:
+            document[key] = medians[name]["step_s"] / ours["step_s"]
+    peak, lengths = machine["matmul_flops"], workload.lengths
+    updates = 3 * UPDATES * smollm2_flops(lengths, prompts)
+    document["update_mfu"] = updates / ours["update_s"] / peak
+    document["step_to_arithmetic"] = ours["step_s"] / (step_flops(lengths, prompts) / peak)
+    floor = decode_floor(lengths, prompts, peak, machine["bytes_s"], machine["weight_bytes"])
+    document["decode_roofline"] = floor / ours["generate_s"]
+    document["bookkeeping_share"] = statistics.median(
+        1 - (step["generate_s"] + step["score_s"] + step["update_s"]) / step["step_s"]
+        for step in results["reftune"]["steps"]
+    )
     return document
 
 
-def print_table(document: dict[str, Any]) -> None:
+def print_table(document: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+    processor, dtype = machine["processor"], machine["dtype"]
     print(
-        "| contestant | step s | generate s | score s | update s | peak GiB"
-        " |\n|---|---|---|---|---|---|"
+        "| contestant | processor | dtype | step s | generate s | score s | update s | peak GiB |"
     )
+    print("|---|---|---|---:|---:|---:|---:|---:|")
     for name, median in document["medians_s"].items():
         cells = [
             f"{median[key]:.2f}" if key in median else ""
             for key in ("step_s", "generate_s", "score_s", "update_s")
         ]
-        print(f"| {name} | {' | '.join(cells)} | {document['peak_gib'][name]:.1f} |")
-    print("\n| figure | measured | target |\n|---|---|---|")
-    for key, target in TARGETS.items():
+        used = "float32" if name == "plain fp32" else dtype
+        peak = f"{document['peak_gib'][name]:.1f}"
+        print(f"| {name} | {processor} | {used} | {' | '.join(cells)} | {peak} |")
+    print("\n| figure | processor | dtype | measured | target |\n|---|---|---|---:|---:|")
+    for key, target in TARGETS[dtype].items():
         if key in document:
             bound = "≤" if key in LOWER_IS_BETTER else "≥"
-            print(f"| {key} | {document[key]:.3g} | {bound} {target} |")
+            print(f"| {key} | {processor} | {dtype} | {document[key]:.3g} | {bound} {target} |")
 
 
 # --- the baseline ---------------------------------------------------------------------------------
 
 
-def processor() -> str:
-    """What decides the figures: the widest bf16 product of the processor, and the threads, as in
-    `amx_bf16-2`."""
-    capabilities = torch.cpu.get_capabilities()
-    widest = next(
-        (
-            name
-            for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
-            if capabilities.get(name)
-        ),
-        "other",
-    )
+def processor(dtype: Dtype) -> str:
+    """What decides the figures: the widest product in `dtype` that the processor is allowed, and
+    the threads, as in `amx_bf16-2`."""
+    found = torch.cpu.get_capabilities()
+    widest = torch.backends.cpu.get_cpu_capability().lower()
+    if dtype == "bfloat16":
+        widest = next((n for n in ("amx_bf16", "avx512_bf16") if found.get(n)), widest)
     return f"{widest}-{torch.get_num_threads()}"
 
 
-def regressions(document: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+def regressions(
+    document: Mapping[str, Any], baseline: Mapping[str, Any], targets: Mapping[str, float]
+) -> list[str]:
     """A line for every figure worse than its baseline by more than the tolerance; not for a share
     that meets its target."""
     lines = []
-    for key in TARGETS:
+    for key, target in targets.items():
         if key not in document or key not in baseline:
             continue
         now, before = document[key], baseline[key]
-        most = max(TARGETS[key], before * (1 + TOLERANCE))
+        most = max(target, before * (1 + TOLERANCE))
         is_worse = now > most if key in LOWER_IS_BETTER else now < before / (1 + TOLERANCE)
         if is_worse:
             lines.append(f"regression: {key} is {now:.3g}, the baseline {before:.3g}")
@@ -282,14 +329,15 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
         return [f"baseline written: {path.relative_to(ROOT)}"]
     if not path.is_file():
         return [f"no baseline for {path.stem}: nothing to compare with"]
-    worse = regressions(document, json.loads(path.read_text(encoding="utf-8")))
+    baseline = json.loads(path.read_text(encoding="utf-8"))
+    worse = regressions(document, baseline, TARGETS[document["dtype"]])
     return worse or [f"no regression against {path.relative_to(ROOT)} (tolerance {TOLERANCE:.0%})"]
 
 
 # --- growth ---------------------------------------------------------------------------------------
 
 
-def growth(sizes: Sequence[int]) -> dict[str, Any]:
+def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
     """Seconds of a step's phases and its peak memory, by number of samples, in the second step of a
     run.
 
@@ -300,7 +348,7 @@ def growth(sizes: Sequence[int]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_workload(the_workload(samples, shorter=4), folder / "workload.json")
-            ran = run_reftune(folder / "workload.json", samples, 1, folder)
+            ran = run_reftune(folder / "workload.json", samples, 1, folder, dtype=dtype)
         found[samples] = {**ran["steps"][0], "peak_gib": ran["peak_kib"] / 2**20}
         per_sample = found[samples]["step_s"] / samples
         print(
@@ -310,6 +358,8 @@ def growth(sizes: Sequence[int]) -> dict[str, Any]:
         )
     first, last = found[sizes[0]], found[sizes[-1]]
     return {
+        "dtype": dtype,
+        "processor": processor(dtype),
         "growth": found,
         "time_per_sample_ratio": (last["step_s"] / sizes[-1]) / (first["step_s"] / sizes[0]),
         "memory_ratio": last["peak_gib"] / first["peak_gib"],
@@ -321,9 +371,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int)
     parser.add_argument("--trl", help="interpreter that has TRL")
-    parser.add_argument("--only", default="reftune,plain-bf16,plain-fp32,trl")
+    parser.add_argument(
+        "--only", help="contestants and demo, as in `reftune;plain`; those with TRL need --trl"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="other than the fastest")
     parser.add_argument(
         "--write-baseline",
         action="store_true",
@@ -331,50 +384,62 @@ def main() -> None:
     )
     parser.add_argument("--growth", help="numbers of samples, as in 16,64,512")
     arguments = parser.parse_args()
+    dtype: Dtype = arguments.dtype or fastest_dtype(torch.device("cpu"))
     if arguments.growth:
-        print(json.dumps(growth([int(size) for size in arguments.growth.split(",")])))
+        print(json.dumps(growth([int(size) for size in arguments.growth.split(",")], dtype)))
         return
+    repeats = arguments.repeats or REPEATS[dtype]
     workload = the_workload(arguments.samples)
+    machine = {
+        "processor": processor(dtype),
+        "dtype": dtype,
+        "matmul_flops": matmul_peak(dtype),
+        "bytes_s": bandwidth(dtype),
+        "weight_bytes": getattr(torch, dtype).itemsize,
+    }
+    wanted = arguments.only.split(";") if arguments.only else [*CONTESTANTS[dtype], "demo"]
+    with tempfile.TemporaryDirectory() as name:
+        results = {
+            contestant: contest(contestant, workload, dtype, repeats, Path(name), arguments.trl)
+            for contestant in wanted
+            if contestant != "demo" and (arguments.trl or not contestant.startswith("trl"))
+        }
+        demo = {"demo_s": demo_seconds(Path(name))} if "demo" in wanted else {}
+    prompts = prompt_lengths(workload)
+    document = summary(results, workload, prompts, machine) | demo
+    print_table(document, machine)
+    settings = {"samples": arguments.samples, "repeats": repeats, "torch": torch.__version__}
+    document |= {**settings, **machine, "mean_prompt": statistics.mean(prompts)}
+    baseline = BASELINES / f"step-{machine['processor']}.json"
+    print("", *against_baseline(document, baseline, write=arguments.write_baseline), sep="\n")
+    print(json.dumps(document))
+
+
+def contest(
+    contestant: str, workload: Workload, dtype: Dtype, repeats: int, folder: Path, trl: str | None
+) -> dict[str, Any]:
+    """Seconds of each step, and the peak memory."""
+    path = folder / "workload.json"
+    write_workload(workload, path)
+    recompute = contestant.endswith(", recompute")
+    if contestant.startswith("reftune"):
+        samples = len(workload.prompts)
+        return run_reftune(path, samples, repeats, folder, dtype=dtype, recompute=recompute)
+    if contestant.startswith("trl"):
+        assert trl is not None
+        activations = "recompute" if recompute else "keep"
+        command = [trl, "-m", "benchmarks.step_trl", str(path), str(repeats), dtype, activations]
+        return measured(command)
+    used = "float32" if contestant == "plain fp32" else dtype
+    return measured([sys.executable, "-m", "benchmarks.step_plain", str(path), used, str(repeats)])
+
+
+def prompt_lengths(workload: Workload) -> list[int]:
+    """Tokens of each prompt."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
-    prompts = [
-        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in workload.prompts
-    ]
-    machine = {
-        "matmul_flops": matmul_peak(),
-        "bytes_s": bandwidth(),
-        "threads": torch.get_num_threads(),
-    }
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        path = folder / "workload.json"
-        write_workload(workload, path)
-        plain = [sys.executable, "-m", "benchmarks.step_plain", str(path)]
-        for contestant in arguments.only.split(","):
-            repeats = arguments.repeats
-            if contestant == "reftune":
-                results[contestant] = run_reftune(path, arguments.samples, repeats, folder)
-            elif contestant == "trl" and arguments.trl:
-                results[contestant] = measured(
-                    [arguments.trl, "-m", "benchmarks.step_trl", str(path), str(repeats)]
-                )
-            elif contestant.startswith("plain"):
-                dtype = {"plain-fp32": "float32", "plain-bf16": "bfloat16"}[contestant]
-                results[contestant] = measured([*plain, dtype, str(repeats)])
-    document = summary(results, workload, prompts, machine)
-    print_table(document)
-    settings = {
-        "samples": arguments.samples,
-        "repeats": arguments.repeats,
-        "torch": torch.__version__,
-        "machine": machine,
-    }
-    document |= {**settings, "mean_prompt": statistics.mean(prompts)}
-    baseline = BASELINES / f"step-{processor()}.json"
-    print("", *against_baseline(document, baseline, write=arguments.write_baseline), sep="\n")
-    print(json.dumps(document))
+    return [len(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in workload.prompts]
 
 
 def the_workload(samples: int, *, shorter: int = 1) -> Workload:

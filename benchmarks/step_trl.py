@@ -1,7 +1,10 @@
 """TRL's GRPO step on the same work: the nearest thing that TRL still trains with. Runs where TRL is
 installed.
 
-python -m benchmarks.step_trl WORKLOAD REPEATS
+python -m benchmarks.step_trl WORKLOAD REPEATS [float32|bfloat16] [recompute|keep]
+
+`recompute` is TRL's default, gradient checkpointing; `keep` keeps all activations for the backward
+pass.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class Clock(TrainerCallback):
 
 def main() -> None:
     workload, repeats = read_workload(sys.argv[1]), int(sys.argv[2])
+    dtype, activations = (sys.argv[3:] + ["bfloat16", "recompute"][len(sys.argv) - 3 :])[:2]
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
     count = len(workload.prompts)
     prompts = workload.prompts[: count // SAMPLES_OF_A_PROMPT]
@@ -57,7 +61,8 @@ def main() -> None:
                 max_completion_length=workload.max_new,
                 max_steps=2 * (repeats + 1),
                 beta=0.01,
-                bf16=True,
+                bf16=dtype == "bfloat16",
+                gradient_checkpointing=activations == "recompute",
                 use_cpu=workload.device == "cpu",
                 learning_rate=3e-7,
                 save_strategy="no",
