@@ -25,7 +25,7 @@ from reftune.datasets.svamp import Svamp
 from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
-from reftune.grading.golds import parse_gold
+from reftune.grading.golds import number_gold, read_gold
 from reftune.types import Answer, Graded, Problem, Verdict
 
 SHOWN = 5
@@ -183,16 +183,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def number(id: str, gold: object) -> Problem:
-    answer = parse_gold(str(gold), "number")
+    answer = number_gold(gold)
     assert answer is not None, f"{id}: the grader cannot read its gold {gold!r}"
     return Problem(id=id, question="", answer=answer)
 
 
 def choice(id: str, row: dict[str, Any]) -> Problem:
-    answer, options = parse_gold(row["correct"], "choice"), read_options(repaired(row["options"]))
-    assert answer is not None and options is not None, (
-        f"{id}: {row['correct']!r} of {row['options']!r}"
-    )
+    options = read_options(repaired(row["options"]))
+    assert options is not None, f"{id}: {row['options']!r}"
+    answer = read_gold(row["correct"], "choice", choices=options)
     return Problem(id=id, question=row["Problem"], answer=answer, choices=options)
 
 

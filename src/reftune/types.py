@@ -31,13 +31,20 @@ class Answer:
     kind: Literal["number", "choice", "text"]
     value: Fraction | str
     """A Fraction for a number, a lower-case letter for a choice, the text itself otherwise."""
+    decimals: float | None = field(default=None, compare=False)
+    """Digits after a number's decimal point as the data write it; inf for a fraction, None for
+    those of its value."""
+    percent: bool = False
+    """A number written with a percent sign."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
+            sign = "%" * self.percent
             if self.value.denominator == 1:
-                return str(self.value.numerator)
+                return str(self.value.numerator) + sign
             decimal = float(self.value)
-            return repr(decimal) if Fraction(repr(decimal)) == self.value else str(self.value)
+            is_exact = Fraction(repr(decimal)) == self.value
+            return (repr(decimal) if is_exact else str(self.value)) + sign
         return self.value
 
 

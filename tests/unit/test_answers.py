@@ -4,6 +4,7 @@ docs/deviations.md."""
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from reftune.grading.golds import parse_gold
+from reftune.grading.golds import read_gold
 from reftune.grading.markers import answer_text
 from reftune.grading.numbers import numbers_equal, parse_number, read_number, spell
 from reftune.grading.options import read_choice
@@ -123,21 +124,58 @@ def test_a_number_cut_by_the_segment_limit_is_not_read() -> None:
 @pytest.mark.parametrize(
     ("predicted", "gold", "equal"),
     [
-        ("18.01", "18", True),  # |p - g| = .01 = min(.01, .18)
-        ("18.0101", "18", False),
-        ("100.01", "100", True),
-        ("0.00202", "0.002", True),  # 1 % of .002
+        ("3.00", "3", True),
+        ("3.01", "3", False),  # whole: exactly
+        ("1000000006", "1000000007", False),
+        ("3.14159", "3.14", True),  # .00159 < 10^-2, and 1 % of 3.14
+        ("3.15", "3.14", False),  # .01 is not below 10^-2
+        ("8.93", "8.9333333333", True),
+        ("9", "8.9333333333", False),
+        ("0.17", "0.165", False),  # .005 > 1 % of .165
+        ("0.00202", "0.002", True),  # .00002 = 1 % of .002
         ("0.002021", "0.002", False),
         ("0", "0.002", False),
-        ("0.000000001", "0", True),  # 1e-9
-        ("0.0000000011", "0", False),
-        ("1000001000", "1000000000", True),  # 1e-6 of 1e9 is 1000
-        ("1000001001", "1000000000", False),
+        ("1.602e-19", "1.6e-19", True),  # 2e-22 < 10^-20
+        ("1.7e-19", "1.6e-19", False),
+        ("-3e-10", "3e-10", False),
+        ("0.000000001", "0", False),  # no absolute floor
+        ("0.333", "1/3", True),  # a fraction has three decimals here
+        ("0.335", "1/3", False),  # .0017 > 10^-3
+        ("332/1000", "1/3", False),  # two fractions: exactly
+        ("0.8333333333333333", "0.8333333333333334", True),  # prints of floats
+        ("2.9999999999999996", "3", True),
     ],
 )
-def test_tolerance_is_exact_at_its_edge(predicted: str, gold: str, equal: bool) -> None:
-    assert numbers_equal(Fraction(predicted), Fraction(gold)) is equal
-    assert numbers_equal(-Fraction(predicted), -Fraction(gold)) is equal
+def test_numbers_are_equal_as_written(predicted: str, gold: str, equal: bool) -> None:
+    first, second = parse_number(predicted), parse_number(gold)
+    assert first is not None and second is not None
+    assert numbers_equal(first, second) is equal
+    minus = [replace(number, value=-number.value) for number in (first, second)]
+    assert numbers_equal(*minus) is equal
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "equal"),
+    [
+        ("25%", "25", True),
+        ("2500%", "25", False),
+        ("25%", "0.25", True),
+        ("0.25%", "0.25", True),  # as written
+        ("150%", "1.5", True),
+        ("100%", "1", True),
+        ("-2500%", "-25", False),
+        ("25", "25%", True),
+        ("0.25", "25%", True),
+        ("1/4", "25%", True),
+        ("0.2501", "25%", False),  # a whole gold
+        ("2500", "25%", False),
+        ("0.25%", "25%", False),
+        ("1/3", "33.33%", True),
+    ],
+)
+def test_a_percent_sign_on_one_side_only(predicted: str, gold: str, equal: bool) -> None:
+    problem = Problem(id="p", question="q", answer=read_gold(gold))
+    assert (grade_answer(predicted, problem).verdict is Verdict.CORRECT) is equal
 
 
 @UNHURRIED
@@ -262,7 +300,7 @@ def test_long_values_that_begin_alike_stay_apart() -> None:
 # --- values of programs ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [18, 18.0, "18", "$18.00", Decimal("18.0"), 18.01])
+@pytest.mark.parametrize("value", [18, 18.0, "18", "$18.00", Decimal("18.0"), 17.999999999999996])
 def test_a_programs_value_is_read_like_a_text(value: object) -> None:
     assert grade_value(value, number("18")).verdict is Verdict.CORRECT
 
@@ -373,18 +411,6 @@ def test_e7_paper_takes_what_float_takes_from_a_program() -> None:
         assert outcome(grade_value_paper(value, number("1"))) == (Verdict.NO_ANSWER, None)
 
 
-# --- golds ----------------------------------------------------------------------------------------
-
-
-def test_golds_go_through_the_reader() -> None:
-    assert parse_gold("1,000", "number") == Answer(kind="number", value=Fraction(1000))
-    assert parse_gold("C )", "choice") == Answer(kind="choice", value="c")
-    assert parse_gold(" Paris ", "text") == Answer(kind="text", value="Paris")
-    assert parse_gold("many", "number") is None
-    assert parse_gold("42", "choice") is None
-    assert parse_gold(" ", "text") is None
-
-
 # --- any text -------------------------------------------------------------------------------------
 
 
@@ -424,7 +450,12 @@ def test_any_text_gets_a_verdict_with_a_reason_on_one_line(text: str) -> None:
 @given(st.fractions(), st.fractions(max_denominator=1000))
 def test_no_wrong_number_is_called_correct(written: Fraction, gold: Fraction) -> None:
     graded = grade_completion(f"The answer is {spell(written)}", number(str(gold)))
-    assert (graded.verdict is Verdict.CORRECT) is numbers_equal(written, gold)
+    right, gap = graded.verdict is Verdict.CORRECT, abs(written - gold)
+    assert right or gap > 0
+    if right and gold.denominator == 1:
+        assert gap <= abs(gold) / 10**11  # at most the noise of a printed float
+    elif right:
+        assert gap < Fraction(1, 100) and gap <= abs(gold) / 100
 
 
 @pytest.mark.parametrize(

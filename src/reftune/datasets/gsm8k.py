@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 from reftune.datasets.reading.authors import PaperDataset
 from reftune.datasets.reading.files import shown
 from reftune.datasets.reading.programs import arithmetic, program
-from reftune.datasets.reading.rows import Row, read_value
+from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.types import Answer, Problem
+from reftune.types import Problem
 
 ANNOTATION = re.compile(r"<<(?P<expression>[^<>=]*)=(?P<result>[^<>=]*)>>(?P<after>[^<\n]*)")
 PLAIN_NUMBER = re.compile(r"[0-9]*\.?[0-9]+")
@@ -37,8 +37,10 @@ class Gsm8k(PaperDataset):
 
     def published_problem(self, row: Row) -> Problem:
         """`answer` is the annotated solution, its last line `#### 72`."""
+        from reftune.grading.golds import number_gold
+
         solution, marker, gold_text = row.text("answer").rpartition("####")
-        gold = read_value(gold_text.strip())
+        gold = number_gold(gold_text.strip())
         if not marker or gold is None:
             raise DataError(
                 f"{row.where}: answer ends in {shown(gold_text[-30:])}; expected a last line like"
@@ -47,7 +49,7 @@ class Gsm8k(PaperDataset):
         return Problem(
             id=row.id,
             question=row.text("question"),
-            answer=Answer(kind="number", value=gold),
+            answer=gold,
             gold_text=gold_text.strip(),
             rationale=self._rationale(solution.strip()),
             columns=row.others("question", "answer"),

@@ -29,12 +29,22 @@ FORMULA_TOLERANCE = Fraction(1, 100)
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
 OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
-LETTER_AGAIN = re.compile(r"^[a-e]\s*[).]\s+(?=\S)")
-"""Some options repeat it: `a ) a ) 350`, `d ) d . 3.6`."""
-LOST_RUPEES = re.compile(r"^s\s*\.?\s*(?=[-0-9.])")
-"""`s . 600` was `rs . 600`."""
-SQUARE_OR_CUBIC = re.compile(r"\b([ckm]?m|ft|in|feet|inch(?:es)?|met(?:er|re)s?)\s*\^?\s*[23]$")
-"""`500 cm 2`"""
+SPELLINGS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"^[a-e]\s*[).]\s+(?=\S)", ""),  # some repeat their letter: `a ) a ) 350`, `d ) d . 3.6`
+        (r"^s\s*\.?\s*(?=[-0-9.])", "rs "),  # `s . 600` was `rs . 600`
+        (r"^[a-z] = ", ""),
+        (r"^–\s*(?=\d)", "-"),
+        (r"(?<=\d)\s*/\s*-$", ""),  # rupees, `rs . 495 / -`
+        (r"\s+(?:sq|cu)\b\s*\.?\s*[a-z]+\s*\.?$", " units"),
+        (r"\s+[mshlg](?:\s*\^?\s*[23])?\s*\.?$", ""),  # metres, seconds, hours
+        (r"\b([ckm]?m|ft|in|feet|inch(?:es)?|met(?:er|re)s?)\s*(?:\^?\s*[23]|cube)$", r"\1"),
+        (r"\s*(?:°|degrees?)\s*[cf]$", " degrees"),
+    ]
+]
+"""How options spell numbers that `number_gold` reads only as others do: `500 cm 2` as `500 cm`."""
+TIME_OF_DAY = re.compile(r"\s*\b[ap]\s*\.?\s*m\s*\.?$")
 FINAL_LETTER = re.compile(
     r"\W*\b(?:answer|ans|option|choice)(?:\s*(?:is|option|choice|:|=|[-–.]))*\s*\(?\s*([a-e])[\s.)]*$"
 )
@@ -128,8 +138,8 @@ class Mathqa(PaperDataset):
                 choices=options,
                 columns=columns,
             )
-        number = option_number(gold_text)
-        if number is None:
+        gold = option_answer(gold_text)
+        if gold is None:
             raise Unusable("no_number")
         rationale = (
             FINAL_LETTER.sub("", _prose(row) or "") or None
@@ -139,7 +149,7 @@ class Mathqa(PaperDataset):
         return Problem(
             id=row.id,
             question=stem,
-            answer=Answer(kind="number", value=number),
+            answer=gold,
             gold_text=gold_text,
             rationale=rationale,
             columns=columns,
@@ -231,19 +241,26 @@ def read_options(text: str) -> tuple[str, ...] | None:
 
 
 def option_value(text: str) -> Fraction | None:
-    """As `option_number`, and `3 : 4` as 3/4: formulas compute ratios so."""
+    """As `option_number`, and as formulas compute them: `3 : 4` is 3/4, `11 a . m .` is 11."""
     ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
     if ratio is None:
-        return option_number(text)
+        return option_number(TIME_OF_DAY.sub("", text))
     return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
 
 
 def option_number(text: str) -> Fraction | None:
-    """The number an option says, as the grader reads numbers; None where it says none or more than
-    one, `3 : 4` for example."""
-    text = LETTER_AGAIN.sub("", text)
-    text = LOST_RUPEES.sub("rs ", text)
-    return None if set(text) & set("([∏") else read_value(SQUARE_OR_CUBIC.sub(r"\1", text))
+    """As `option_answer`, its value."""
+    answer = option_answer(text)
+    return answer.value if answer is not None and isinstance(answer.value, Fraction) else None
+
+
+def option_answer(text: str) -> Answer | None:
+    """The number that all of an option is; None if it says none or more, `3 : 4` for example."""
+    from reftune.grading.golds import number_gold
+
+    for pattern, replacement in SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return None if set(text) & set("([∏") else number_gold(text)
 
 
 def _gold_of(row: Row) -> tuple[tuple[str, ...], Answer]:

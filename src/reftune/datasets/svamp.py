@@ -11,7 +11,7 @@ from reftune.datasets.reading.programs import arithmetic, program
 from reftune.datasets.reading.rows import Row, read_rows
 from reftune.datasets.reading.splits import drop_untrainable
 from reftune.errors import DataError
-from reftune.types import Answer, Problem
+from reftune.types import Problem
 
 FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
 """How the worked solutions of ReFT's authors end."""
@@ -46,7 +46,7 @@ class Svamp(PaperDataset):
         return Problem(
             id=row.text("ID"),
             question=_sentences(row.text("Body"), row.text("Question")),
-            answer=Answer(kind="number", value=row.number("Answer")),
+            answer=row.number_gold("Answer"),
             gold_text=str(row.value("Answer")),
             rationale=program_of(row.text("Equation")) if self.rationale == "program" else None,
             columns=row.others("ID", "Body", "Question", "Answer"),

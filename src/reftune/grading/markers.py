@@ -4,44 +4,132 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 MAX_BOX_CHARS = 20_000
+MAX_STATEMENTS = 20
+"""How many of a completion's last markers are looked at."""
 
-_MARKER = re.compile(
-    r"the\s{1,9}(?:final\s{1,9}|correct\s{1,9})?answer\s{1,9}is\b|answer[\s*_\"'`]{0,9}[:：]|#{4,}|\\boxed\b",
-    re.IGNORECASE,
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """How the completions of a language or a model are read."""
+
+    stop_at: tuple[str, ...] = ("\nQuestion:", "\nQ:", "\nProblem:")
+    """Where run-on text begins, in which a model asks itself the next question."""
+    markers: tuple[str, ...] = ()
+    """Phrases after which an answer stands, besides the English ones."""
+    decimal: Literal[".", ","] = "."
+    """The decimal separator; the other one groups thousands."""
+
+
+DEFAULT = Reading()
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a marker announces."""
+
+    text: str | None
+    """None for a box that is never closed: what it was to hold is not known."""
+    is_closed: bool = False
+    """A box's or a tag's content, and not all that follows a phrase."""
+    start: int = 0
+    """Where its marker begins."""
+
+
+_THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+_PHRASES = (
+    r"(?:the|my|our)\s{1,9}(?:final\s{1,9}|correct\s{1,9})?answer\s{1,9}"
+    r"(?:to\s{1,9}(?:the|this)\s{1,9}(?:question|problem)\s{1,9})?is\b",
+    r"final\s{1,9}answer\s{1,9}is\b",
+    r"the\s{1,9}correct\s{1,9}(?:option|choice)\s{1,9}is\b",
+    r"\|[\s*_]{0,9}(?:final\s{1,9})?answer[\s*_]{0,9}\|",
+    r"answer[\s*_\"'`]{0,9}(?:[:：]|=(?![=>]))",
+    r"#{4,}",
+    r"\\f?boxed\b|\\fbox\b",
+    r"<answer>",
 )
 
 
-def answer_text(completion: str) -> str | None:
-    """What follows the last marker of `completion`: "the answer is", "answer:", "####" in any case,
-    or a box's content.
+def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
+    """What the markers of a completion announce, the last `MAX_STATEMENTS` in order of appearance:
+    "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
 
-    None without a marker, or where the last one is a box that is never closed.
+    Nothing before the last `</think>` counts, nor after an open `<think>`, nor from where run-on
+    text begins. A box or tag without content announces nothing.
     """
-    markers = deque(_MARKER.finditer(completion), maxlen=1)
-    if not markers:
-        return None
-    last = markers.pop()
-    if last.group().startswith("\\"):
-        return _box_content(completion, last.end())
-    return completion[last.end() :]
+    start, end = _answering_part(completion, reading)
+    marker = _marker(reading.markers)
+    found = deque(marker.finditer(completion, start, end), maxlen=MAX_STATEMENTS)
+    return list(_statements(completion, end, found))
+
+
+def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
+    """What the last marker of a completion announces; None without one, or if it is a box that is
+    never closed."""
+    found = statements(completion, reading)
+    return found[-1].text if found else None
 
 
 def reasoning_text(completion: str) -> str:
     """What stands before the first marker: the reasoning that leads to the answer."""
-    marker = _MARKER.search(completion)
+    marker = _marker(()).search(completion)
     return completion if marker is None else completion[: marker.start()]
 
 
+def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
+    """Where the part that may answer begins and ends."""
+    last = deque(_THOUGHT.finditer(completion), maxlen=1)
+    start = 0
+    if last:
+        if not last[0][1]:
+            return len(completion), len(completion)
+        start = last[0].end()
+    begins = start + len(completion[start:]) - len(completion[start:].lstrip())
+    ends = [completion.find(stop, begins) for stop in reading.stop_at if stop]
+    return start, min((end for end in ends if end >= 0), default=len(completion))
+
+
+@lru_cache(maxsize=16)
+def _marker(phrases: Sequence[str]) -> re.Pattern[str]:
+    own = (re.escape(phrase.strip()) for phrase in phrases if phrase.strip())
+    return re.compile("|".join([*_PHRASES, *own]), re.IGNORECASE)
+
+
+def _statements(
+    completion: str, end: int, markers: Sequence[re.Match[str]] | deque[re.Match[str]]
+) -> Iterator[Statement]:
+    for marker in markers:
+        start = marker.end()
+        if marker[0].startswith("\\"):
+            if _OPENS_BOX.match(completion, start):
+                yield Statement(_box_content(completion, start), True, marker.start())
+        elif marker[0].startswith("<"):
+            closing = re.compile("</answer>", re.IGNORECASE).search(completion, start)
+            stop = end if closing is None else closing.start()
+            yield Statement(completion[start:stop], closing is not None, marker.start())
+        else:
+            yield Statement(completion[start:end], start=marker.start())
+
+
+_BARE_BOX = re.compile(r" ?(-?\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))")
+_OPENS_BOX = re.compile(rf"\s{{0,9}}\{{|{_BARE_BOX.pattern}")
+
+
 def _box_content(text: str, start: int) -> str | None:
-    """The content of the braces at `start`; a percent sign right behind them belongs to it."""
-    depth = 0
-    for index, char in enumerate(text[start : start + MAX_BOX_CHARS], start):
-        depth += (char == "{") - (char == "}")
-        if depth == 0 and not char.isspace():
-            if char != "}":
-                return None
+    """The content of the braces at `start`, or the number or letter of `\\boxed 7`; None if the
+    braces are never closed. A percent sign right behind them belongs to it."""
+    bare = _BARE_BOX.match(text, start)
+    if bare is not None:
+        return bare[1]
+    opening, depth = text.index("{", start), 0
+    for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
+        depth += (text[index] == "{") - (text[index] == "}")
+        if depth == 0:
             percent = re.match(r"\s{0,3}\\?%", text[index + 1 : index + 6])
-            return text[start:index].lstrip()[1:] + "%" * (percent is not None)
+            return text[opening + 1 : index] + "%" * (percent is not None)
     return None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from math import gcd, inf
 
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, plain
+from reftune.types import Answer
 
 MAX_DIGITS = 1_000
 MAX_EXPONENT = 400
@@ -19,16 +21,39 @@ class Number:
     """A number as it was written."""
 
     value: Fraction
+    decimals: float = inf
+    """Digits after the decimal point as written; inf for a fraction, which has no last one."""
     percent: bool = False
-    """Written with a percent sign or word: it also stands for a hundredth of `value`."""
+    """Written with a percent sign or word: it may also stand for a hundredth of `value`."""
 
     def __str__(self) -> str:
         return spell(self.value) + "%" * self.percent
 
+    def hundredth(self) -> Number:
+        """What a percentage is as a plain number."""
+        return Number(self.value / 100, self.decimals + 2)
+
+
+def number_of(answer: Answer) -> Number:
+    """A gold number with the decimals it was written with, or those of its value. 1/3 has inf."""
+    assert isinstance(answer.value, Fraction)
+    decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
+    return Number(answer.value, decimals, answer.percent)
+
+
+def num_decimals(value: Fraction) -> float:
+    """Digits after the decimal point that spell `value`; inf if none do."""
+    rest, count = value.denominator, 0
+    while rest > 1 and count < MAX_EXPONENT + MAX_DIGITS:
+        shared = gcd(rest, 10)
+        if shared == 1:
+            return inf
+        rest, count = rest // shared, count + 1
+    return count
+
 
 def read_number(text: str) -> Fraction | None:
-    """The number that `text` states, or None; "50%" is 50. The reader of gold answers and
-    completions alike."""
+    """The number that a completion's answer `text` states, or None; "50%" is 50."""
     number = parse_number(text)
     return None if number is None else number.value
 
@@ -42,25 +67,64 @@ def parse_number(text: str) -> Number | None:
     unevaluated expression ("3 + 4", "2π"), an inequality, a range or alternative ("5 or 6"), a
     compound quantity ("5 feet 6 inches"), a list, a ratio, nan and inf.
     """
-    return leading_number(after_equals(first_line(text)))
+    return stated_number(first_line(text))
 
 
-def numbers_equal(predicted: Fraction, gold: Fraction) -> bool:
-    """|p − g| ≤ max(min(0.01, 0.01·|g|), 1e-6·|g|, 1e-9), in exact arithmetic."""
-    size = abs(gold)
-    tolerance = max(min(Fraction(1, 100), size / 100), size / 10**6, Fraction(1, 10**9))
-    return abs(predicted - gold) <= tolerance
+def stated_number(line: str) -> Number | None:
+    """As `parse_number`, of a plain line."""
+    answer = after_equals(line)
+    return leading_number(answer) or only_number(answer)
+
+
+MIN_DECIMALS = 2
+"""Numbers may differ in the third decimal, however few decimals they were written with."""
+FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
+"""Significant digits that arithmetic in floats keeps, and from which on a decimal is one's print:
+0.8333333333333334 and 0.8333333333333333 are both 5/6."""
+
+
+def numbers_equal(predicted: Number, gold: Number) -> bool:
+    """Whether `predicted` is `gold` as written: a whole gold exactly, any other one
+
+        |p − g| < 10^−d  and  |p − g| ≤ 0.01·|g|,   d = max(2, the fewer decimals of the two),
+
+    in exact arithmetic. A fraction has the other side's decimals; two fractions must be equal. The
+    print of a float is first rounded to 12 significant digits.
+    """
+    predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
+    gap = abs(predicted.value - gold.value)
+    if gap == 0 or gold.value.denominator == 1:
+        return gap == 0
+    decimals = max(MIN_DECIMALS, min(predicted.decimals, gold.decimals))
+    return decimals < inf and gap * 10 ** int(decimals) < 1 and gap * 100 <= abs(gold.value)
+
+
+def _without_float_noise(number: Number) -> Number:
+    if number.decimals == inf or number.value.denominator == 1:
+        return number
+    decimals = int(number.decimals)
+    num_digits = len(str(int(abs(number.value) * 10**decimals)))
+    if num_digits < PRINTED_FLOAT_DIGITS:
+        return number
+    kept = max(0, decimals - num_digits + FLOAT_DIGITS)
+    return Number(round(number.value, kept), kept, number.percent)
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Equal as written, or with the percent sign of just one of them read as a hundredth."""
-    if numbers_equal(predicted.value, gold.value):
+    """Equal as written, or with a percent sign on one side only: as a hundredth, unless the plain
+    side is a whole number above 1. 0.25 and 25 are 25 %, and 25 is not 2500 %."""
+    if numbers_equal(predicted, gold):
         return True
-    if predicted.percent and not gold.percent:
-        return numbers_equal(predicted.value / 100, gold.value)
-    return (
-        gold.percent and not predicted.percent and numbers_equal(predicted.value, gold.value / 100)
-    )
+    if predicted.percent == gold.percent:
+        return False
+    plain_side = gold if predicted.percent else predicted
+    if plain_side.value.denominator == 1 and abs(plain_side.value) > 1:
+        return False
+    if predicted.percent:
+        return numbers_equal(predicted.hundredth(), gold)
+    if gold.value.denominator == 1:
+        return predicted.value * 100 == gold.value
+    return numbers_equal(predicted, gold.hundredth())
 
 
 def spell(value: Fraction) -> str:
@@ -74,39 +138,86 @@ def spell(value: Fraction) -> str:
     return decimal if Fraction(decimal) == value else f"{value.numerator}/{value.denominator}"
 
 
-_CURRENCY = r"(?:rs ?\.?|inr|usd|eur|gbp|[$€£¥₹₩₽])"
-_INTEGER = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?![\d,]*\d)|\d+(?:_\d+)*)"
-_DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
+CURRENCY = (
+    r"(?:rs ?\.?|(?:inr|usd|eur|gbp|chf|jpy|cny|rmb|aud|cad|nzd|sgd|hkd|krw|rub|brl|mxn|zar|ngn|thb"
+    r"|vnd|idr|php|myr|sek|nok|dkk|pln|czk|huf|ils|aed|sar|egp|pkr|bdt|kes)\b|[$¢£¤¥฿₠-₿])"
+)
+_GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
+_INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
+"""Groups of two are lakhs only if one begins with 0: "36,36,108" is a list of three."""
+_INTEGER = rf"(?:{_GROUPS}|{_INDIAN}|\d+)"
+DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
 _POWER_OF_TEN = r"10 ?(?:\^|\*\*) ?[{(]?"
 _NUMBER = re.compile(
-    rf"(?P<sign>- ?|\+ ?|minus |negative )?(?:{_CURRENCY} ?(?P<inner_sign>- ?)?)?"
+    rf"(?P<sign>- ?|\+ ?|minus |negative )?(?:(?P<currency>{CURRENCY}) ?(?P<inner_sign>- ?)?)?"
     r"(?:(?P<whole>\d+)(?: | ?- ?| and )(?P<top>\d+) ?/ ?(?P<bottom>\d+)"
-    rf"|(?P<over>{_DECIMAL}) ?/ ?(?P<under>{_DECIMAL})"
-    rf"|(?P<mantissa>{_DECIMAL}) ?[*x] ?{_POWER_OF_TEN}(?P<power>[-+]?\d+)[}})]?"
+    rf"|(?P<over>{DECIMAL}) ?/ ?(?P<under>-?{DECIMAL})"
+    rf"|(?P<mantissa>{DECIMAL}) ?[*x] ?{_POWER_OF_TEN}(?P<power>[-+]?\d+)[}})]?"
     rf"|{_POWER_OF_TEN}(?P<ten>[-+]?\d+)[}})]?"
-    rf"|(?P<plain>{_DECIMAL})(?:e(?P<exponent>[-+]?\d+))?)",
+    r"|(?P<head>\d*\.\d*)\((?P<period>\d+)\)"
+    r"|(?P<endless>\d*\.\d+)\.\.\.(?!\d)"
+    r"|(?P<digits>\d+)_(?P<base>\d{1,2}(?!\d)|[a-z]+)"
+    rf"|(?P<plain>{DECIMAL})(?:e(?P<exponent>[-+]?\d+))?)",
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
-    r"(?:[ *_`\"'(\[{:,=#]|\b(?:about|approximately|approx|around|roughly|nearly|exactly|equal"
+    r"(?:[ *_`\"'(\[{:,=#—]|\b(?:about|approximately|approx|around|roughly|nearly|exactly|equal"
     r" to|equals?|is|a total of|only|"
     r"just|simply|now|then|thus|therefore|hence|so|also|again|indeed|actually)\b\.?)*",
     re.IGNORECASE,
 )
 _MAGNITUDES = {
-    "hundred": 10**2,
-    "thousand": 10**3,
-    "k": 10**3,
-    "lakh": 10**5,
-    "million": 10**6,
-    "crore": 10**7,
-    "billion": 10**9,
-    "trillion": 10**12,
+    "hundred": 2,
+    "thousand": 3,
+    "k": 3,
+    "lakh": 5,
+    "million": 6,
+    "mn": 6,
+    "m": 6,
+    "crore": 7,
+    "billion": 9,
+    "bn": 9,
+    "b": 9,
+    "trillion": 12,
+    "tn": 12,
+    "t": 12,
 }
-_MAGNITUDE = re.compile(
-    r" ?(hundred|thousand|lakh|million|crore|billion|trillion)s?\b|(k)\b", re.IGNORECASE
-)
+_MAGNITUDE_WORD = r" ?(hundred|thousand|lakh|million|crore|billion|trillion|mn|bn|tn)s?\b"
+_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i:([MB]))\b", re.IGNORECASE)
+"""Without a currency "5m" is a length, and "5 M" is not read."""
+_MONEY_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?([kmbt])\b", re.IGNORECASE)
+_SPACED_LETTER = re.compile(r" (?:M|B)\b(?! ?[-.])")
 _PERCENT = re.compile(r" ?(?:%|per ?cent(?:age(?: points?)?)?\b|pct\b)", re.IGNORECASE)
+_BASES = dict(
+    zip(
+        "two three four five six seven eight nine ten eleven twelve sixteen".split(),
+        [*range(2, 13), 16],
+        strict=True,
+    )
+)
+
+
+def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
+    """The number written at `start` of a plain line, with sign, currency, magnitude and percent
+    sign, and where it ends. What follows it is for the caller to judge."""
+    match = _NUMBER.match(line, start)
+    number = None if match is None else _number(match)
+    if match is None or number is None:
+        return None
+    end, value, decimals = match.end(), number.value, number.decimals
+    magnitudes = _MAGNITUDE if match["currency"] is None else _MONEY_MAGNITUDE
+    for _ in range(2):  # "2 hundred million"
+        magnitude = magnitudes.match(line, end)
+        if magnitude is None:
+            break
+        power = _MAGNITUDES[next(filter(None, magnitude.groups())).lower()]
+        value, decimals = value * 10**power, max(0, decimals - power)
+        end = magnitude.end()
+    if end == match.end() and _SPACED_LETTER.match(line, end):
+        return None
+    percent = _PERCENT.match(line, end)
+    end = end if percent is None else percent.end()
+    return Number(value, decimals, percent is not None), end
 
 
 def leading_number(line: str) -> Number | None:
@@ -114,27 +225,24 @@ def leading_number(line: str) -> Number | None:
     lead = _LEAD_IN.match(line)
     assert lead is not None  # it matches the empty text
     bracketed = line.startswith("<", lead.end())
-    match = _NUMBER.match(line, lead.end() + bracketed)
-    value = None if match is None else _value(match)
-    if match is None or value is None:
+    found = numeral_at(line, lead.end() + bracketed)
+    if found is None:
         return None
-    rest = line[match.end() :]
+    number, end = found
+    rest = line[end:]
     if bracketed:  # "<203>" is an answer, "< 203" is not
         inside, closing, rest = rest.partition(">")
         if not closing or not re.fullmatch(r"[^<\d]*", inside):
             return None
-    magnitude = _MAGNITUDE.match(rest)
-    if magnitude is not None:
-        value *= _MAGNITUDES[(magnitude[1] or magnitude[2]).lower()]
-        rest = rest[magnitude.end() :]
-    percent = _PERCENT.match(rest)
-    if percent is not None:
-        rest = rest[percent.end() :]
-    return None if _goes_on(rest) else Number(value, percent is not None)
+    if lead.group()[-1:] in ("(", "[") and "," in line[lead.end() : end]:
+        return None  # a point, (2,251,252)
+    if _is_part_of_more(rest) and not _restates(number, rest):
+        return None
+    return number
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
-    """The value of a `_NUMBER`; None where it is too long or divided by zero."""
+def _number(match: re.Match[str]) -> Number | None:
+    """What a `_NUMBER` says; None if it is too long, divided by zero or in no base."""
     parts = {
         name: text.replace(",", "").replace("_", "")
         for name, text in match.groupdict().items()
@@ -145,35 +253,91 @@ def _value(match: re.Match[str]) -> Fraction | None:
     exponent = int(parts.get("power") or parts.get("ten") or parts.get("exponent") or 0)
     if abs(exponent) > MAX_EXPONENT:
         return None
-    numerator = Fraction(
-        parts.get("over") or parts.get("mantissa") or parts.get("plain") or parts.get("whole") or 1
-    )
+    size = _size(parts)
+    if size is None:
+        return None
+    negative = parts.get("sign", "").strip().lower() in ("-", "minus", "negative")
+    negative ^= "inner_sign" in parts
+    value = (-size.value if negative else size.value) * Fraction(10) ** exponent
+    return Number(value, max(0, size.decimals - exponent))
+
+
+def _size(parts: dict[str, str]) -> Number | None:
+    """A number's absolute value without its power of ten."""
+    if "period" in parts:
+        return Number(_repeating(parts["head"], parts["period"]))
+    if "endless" in parts:
+        return _endless(parts["endless"])
+    if "base" in parts:  # the digits as written, as MATH's graders read them
+        word = parts["base"].lower()
+        base = int(word) if word.isdigit() else _BASES.get(word, 0)
+        is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in parts["digits"])
+        return Number(Fraction(parts["digits"]), 0) if is_in_base else None
     if "top" in parts or "under" in parts:
         bottom = Fraction(parts.get("bottom") or parts["under"])
         if bottom == 0:
             return None
-        numerator = numerator + int(parts["top"]) / bottom if "top" in parts else numerator / bottom
-    negative = parts.get("sign", "").strip().lower() in ("-", "minus", "negative")
-    negative ^= "inner_sign" in parts
-    return (-numerator if negative else numerator) * Fraction(10) ** exponent
+        if "top" in parts:
+            return Number(int(parts["whole"]) + int(parts["top"]) / bottom)
+        return Number(Fraction(parts["over"]) / bottom)
+    decimal = parts.get("mantissa") or parts.get("plain") or "1"
+    return Number(Fraction(decimal), len(decimal.partition(".")[2]))
+
+
+def _repeating(head: str, period: str) -> Fraction:
+    """0.1(6) = 1/6: the period over as many nines, behind the decimals before it."""
+    decimals = len(head.partition(".")[2])
+    tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
+    return tail + Fraction(head) if head.strip(".") else tail
+
+
+_PERIOD = re.compile(
+    r"(?P<head>\d*\.\d*?)(?:(?P<digit>[1-9])(?P=digit){2,}|(?P<block>\d{2,20}?)(?P=block)+)"
+)
+
+
+def _endless(decimal: str) -> Number:
+    """0.333... is 1/3 and 0.1212... 4/33; one without a period, 3.14159..., is what it shows."""
+    found = _PERIOD.fullmatch(decimal[:200])
+    if found is None:
+        return Number(Fraction(decimal), len(decimal.partition(".")[2]))
+    return Number(_repeating(found["head"], found["digit"] or found["block"]))
+
+
+# --- what stands around a number ------------------------------------------------------------------
 
 
 _EQUALS = re.compile(r"(?<![<>!=])=+>?(?!=)")
-_ASIDE = re.compile(r", |[(:;]|\b(?:because|since|as|where|which)\b", re.IGNORECASE)
+_ASIDE = re.compile(
+    r", |[(:;]|\b(?:because|since|as|where|which|when|if|given|assuming|provided"
+    r"|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){1,3}=))\b",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"(?<!\brs)(?<!\brs )[.!?;](?= |$)", re.IGNORECASE)
+_ASSIGNMENT = re.compile(r"[^\W\d]+ ?=(?!=)")
+_ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
 
 
 def after_equals(line: str) -> str:
-    """What follows the last `=` of the first sentence; the line itself without one, or where a
-    number stands before an aside that holds it ("18, because 2 + 2 = 4")."""
+    """What follows the last `=` of the first sentence. The line itself without one, or if a number
+    stands before an aside that holds it ("18, because 2 + 2 = 4", "12 when n = 3"). Nothing if
+    several unknowns have values ("x = 3 or x = 4")."""
     end = _SENTENCE_END.search(line)
     sentence = line if end is None else line[: end.start()]
     equals = list(_EQUALS.finditer(sentence))
     if not equals:
         return line
-    aside = _ASIDE.search(sentence, 0, equals[0].start())
-    if aside is not None and leading_number(sentence[: aside.start()]) is not None:
-        return line
+    first, last = sentence[: equals[0].start()], sentence[equals[-1].end() :]
+    aside = _ASIDE.search(sentence, 0, equals[0].end())
+    if aside is not None:
+        before = sentence[: aside.start()].rstrip()
+        if before[-1:] not in ("-", "+", "*", "/", "^") and leading_number(before) is not None:
+            return line
+    parts = re.split(r" or | and |[,;] ?", sentence)
+    if sum(_ASSIGNMENT.match(part.strip()) is not None for part in parts) > 1:
+        return ""
+    if _ARITHMETIC.fullmatch(last) and leading_number(last) is None:
+        return first if leading_number(first) is not None else last  # 7 = 3 + 4
     return line[equals[-1].end() :]
 
 
@@ -183,49 +347,119 @@ _UNITS = (
     r" [23](?=\W*$))?|(?:ft|in|yd|mi)[23]|(?:kilo)?grams?|k?g|"
     r"gallons?|degrees?"
 )
+MONTHS = (
+    r"(?:January|February|March|April|May|June|July|August|September|October|November|December"
+    r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)"
+)
+_COUNT_WORDS = r"(?:an?|one|two|three|four|five|six|seven|eight|nine)"
+_PART_WORDS = r"(?:half|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)"
 _SHAPE = re.compile(
     r"(?P<number>\d+)|\b(?:"
-    r"(?P<function>pi|sqrt|log|ln|squared|cubed|to the power|(?:and )?(?:a |one"
-    r" )?(?:half|quarter)|and a third)|"
+    rf"(?P<function>pi|sqrt|log|ln|squared|cubed|factorial|point(?= \d)|to the power"
+    rf"|(?:and )?(?:{_COUNT_WORDS}[ -])?{_PART_WORDS}|and {_COUNT_WORDS}[ -]{_PART_WORDS}s"
+    r"|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s)|"
+    r"(?P<bound>(?:or|and) (?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over"
+    r"|under|up|upwards|beyond|older|younger|longer|later|earlier)|at (?:most|least)"
+    r"|minimum|maximum)|"
+    r"(?P<remainder>remainder|rem(?= \d)|r(?= ?\d))|"
+    rf"(?P<month>(?-i:{MONTHS}))|"
     r"(?P<operation>plus|minus|times|multiplied by|divided"
-    r" by|mod|modulo)|(?P<or>or)|(?P<to>to|through|and|versus|vs)|"
-    rf"(?P<unit>{_UNITS})|(?P<variable>(?-i:[xyzn])))\b|"
-    r"(?P<symbol>[π√∞±\\]|\+/-)|(?P<operator>[-+*/|])|(?P<order>[<>≤≥≠])|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
+    r" by|mod|modulo)|(?P<or>or|und|oder)|(?P<to>to|through|and|versus|vs|by|choose|over|per)|"
+    rf"(?P<in>in)|(?P<unit>{_UNITS})|(?P<variable>(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])))\b|"
+    r"(?P<symbol>[π√∞±\\]|\+/-)|(?P<plus>\+)|(?P<operator>[-*/|—])|(?P<order>[<>≤≥≠])"
+    r"|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
     re.IGNORECASE,
 )
 _LETTER_OF = {
     "number": "9",
     "or": "o",
     "to": "t",
+    "in": "i",
     "unit": "u",
     "variable": "x",
     "function": "π",
     "symbol": "π",
+    "bound": "b",
+    "remainder": "r",
+    "month": "m",
     "operation": "+",
     "operator": "+",
+    "plus": "p",
     "order": "<",
     "open": "(",
     "word": "w",
 }
 _CONTINUES = re.compile(
     r"[)\]}'\"]*(?:"
-    r"[.,:]9| ?: ?9| ?9|w9|\(9"  # 1.2.3, 1,0000, 5:30, 3 : 4, 5 6, 0x10, 5(6)
-    # 3 + 4, 2**3, 5 - x, 3 apples + 4 apples
-    r"| ?[+^]+ ?[(+]* ?[9xπ]|(?: ?[uw]){1,2} ?\+ ?[(+]* ?9"
+    # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5;6
+    r"[.,:]9|\.{2,3} ?9| ?[:;] ?9| ?9|w9|\(9"
+    # 3 + 4, 2**3, 5 - x, 7+, 3 apples + 4 apples
+    r"| ?[+p^]+ ?[(+p]* ?[9xπ]|p|(?: ?[uw]){1,2} ?[+p] ?[(+p]* ?9"
     r"| ?π| ?x| ?<"  # 2π, 5x, 5 < x
-    r"|(?: ?[uw.,(]){0,3} ?o ?[(+]*9| ?t ?[(+]*9"  # 5 or 6, 5 apples or 6, 5 to 6
-    r"| ?, ?[(+]*9[.9]* ?(?:$|[,.)ot\]])| ?u[., t]*9)"  # the list 5, 6; 5 feet 6 inches
+    # 5 or 6, 5 apples or perhaps 6, 5 to 6, 5 apples and 6 oranges
+    r"|(?: ?[uw.,(]){0,3} ?o(?: ?w){0,2} ?[(+p]*9|(?: ?[uw]){0,2} ?t ?[(+p]*9"
+    r"|(?: ?[uw.,(]){0,3} ?b|(?: ?[tuw.,(]){0,4} ?r"  # 7 or more, 7 apples at least; 5 remainder 2
+    r"|w?(?: ?w)? ?m|(?: ?i ?9\W*$)"  # 5 March, 5th of March; 1 in 4
+    r"| ?, ?[(+p]*9[.9]* ?(?:$|[,.)ot\]])| ?[ui][., t]*9(?![\W9]*w))"  # 5, 6; 5 feet 6 inches
 )
+_ARTICLE_LETTER = re.compile(r"a\b")
 
 
-def _goes_on(rest: str) -> bool:
+def _is_part_of_more(rest: str) -> bool:
     """Whether what follows a number makes it a part of something else. Looks at the kinds of the
     next words and signs."""
     shape = _SHAPE.sub(lambda match: _LETTER_OF[match.lastgroup or "word"], rest[:120])
-    return _CONTINUES.match(shape) is not None
+    return _CONTINUES.match(shape) is not None or _ARTICLE_LETTER.match(rest) is not None
+
+
+_RESTATED = re.compile(
+    r"[)\]}'\"]*(?: ?[^\W\d]+){0,2}?[ ,;]*"
+    r"(?:\(? ?(?:or|i\.? ?e\.?|that is|which is|equivalently)\b[ ,:]*|\()",
+    re.IGNORECASE,
+)
+
+
+def _restates(number: Number, rest: str) -> bool:
+    """Whether what follows a number says it once more in another spelling: "12.5 %, or 1/8"."""
+    found = _RESTATED.match(rest)
+    again = None if found is None else numeral_at(rest, found.end())
+    if again is None or _is_part_of_more(rest[again[1] :]):
+        return False
+    return same_number(number, again[0]) or same_number(again[0], number)
+
+
+_DIGIT = re.compile(rf"(?:- ?)?(?:(?<![^\W_]){CURRENCY} ?)?\.?\d", re.IGNORECASE)
+_PLAIN_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ ,:'\"-](?![-:]))*")
+_NOT_ABOUT = re.compile(
+    r"\b(?:not?|never|none|neither|nor|cannot|without|except|but|instead|wrong|incorrect|unless|if"
+    r"|when|or|either|between|within|than|more|less|fewer|greater|larger|smaller|over|under|above"
+    r"|below|exceeds?|least|most|up|from|minimum|maximum|half|third|quarter|twice|double|triple"
+    r"|thrice|dozens?|one|two|three|four|five|six|seven|eight|nine|ten|squared?|cubed?|roots?|power"
+    r"|times|product|sum|difference|quotient|plus|minus|divided|multiplied|log|ln|sin|cos|tan|base"
+    r"|mod|modulo|remainder|reciprocal|inverse|opposite|negative|absolute|steps?|equations?|eq"
+    r"|section|lines?|part|case|example|figure|table|problem|question|exercise|theorem|lemma|method"
+    rf"|options?|choices?|(?<!total )of(?=\W*$)|(?-i:{MONTHS}))\b|n't\b",
+    re.IGNORECASE,
+)
+
+
+def only_number(line: str) -> Number | None:
+    """The number of a plain sentence that begins in words and holds no other: "page 12", "each
+    child gets 12 sweets". None behind words that may turn it into another, "at least 12"."""
+    end = _SENTENCE_END.search(line)
+    sentence = (line if end is None else line[: end.start()]).lstrip(" :,*\"'")
+    digit = _DIGIT.search(sentence)
+    if digit is None:
+        return None
+    words, found = sentence[: digit.start()], numeral_at(sentence, digit.start())
+    if found is None or not _PLAIN_WORDS.fullmatch(words) or _NOT_ABOUT.search(words):
+        return None
+    rest = sentence[found[1] :]
+    is_alone = not _is_part_of_more(rest) and not any(map(str.isdigit, rest))
+    return found[0] if is_alone and "=" not in rest else None
 
 
 def last_number(text: str) -> str | None:
     """The last number in a text, in canonical spelling."""
-    values = [_value(match) for match in _NUMBER.finditer(plain(text[-MAX_SEGMENT_CHARS:]))]
-    return next((spell(value) for value in reversed(values) if value is not None), None)
+    numbers = [_number(match) for match in _NUMBER.finditer(plain(text[-MAX_SEGMENT_CHARS:]))]
+    return next((spell(number.value) for number in reversed(numbers) if number is not None), None)

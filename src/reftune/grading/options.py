@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reftune.grading.numbers import after_equals, leading_number, parse_number, same_number
+from reftune.grading.numbers import parse_number, same_number, stated_number
 from reftune.grading.plain_text import first_line, same_text
 
 _CHOICE = re.compile(
@@ -21,6 +21,12 @@ _SECOND_CHOICE = re.compile(
 )
 
 
+_NEGATED = re.compile(
+    r"^[ :]*(?:it is )?(?:neither|not) [^.;]{0,200}?\b(?:but|rather) ", re.IGNORECASE
+)
+"""What is set aside: "neither A nor B but C"."""
+
+
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
     """The letter that `text` chooses among `choices`: by the letter, or by a value or text equal to
     exactly one option.
@@ -28,7 +34,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     Without `choices` any letter will do. None for two letters, and for a letter or value outside
     the options.
     """
-    line = first_line(text)
+    line = _NEGATED.sub("", first_line(text))
     match = _CHOICE.match(line)
     if match is not None and _SECOND_CHOICE.match(match["rest"]):
         return None
@@ -50,10 +56,25 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
     return re.match(r" ?[-=+*/^<]", rest) is None
 
 
+def names_option(line: str, choices: Sequence[str]) -> bool:
+    """Whether a plain line holds the letter of an option, or begins with an option's text."""
+    last = chr(ord("a") + len(choices) - 1) if choices else "z"
+    letter = re.search(rf"(?<![^\W_])[a-{last}](?![^\W_])", line, re.IGNORECASE)
+    return letter is not None or any(_begins_with(line, choice) for choice in choices)
+
+
+def _begins_with(line: str, choice: str) -> bool:
+    """Whether a line is an option's text, or goes on behind it with punctuation or a reason."""
+    head = re.split(r"[,.;:(] |[.!]$| - | because ", line, maxsplit=1)[0]
+    return same_text(line, choice) or same_text(head, choice)
+
+
 def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
     equal = [index for index, choice in enumerate(choices) if same_text(line, choice)]
-    number = leading_number(after_equals(line))
-    if not equal and number is not None:
+    if not equal and not re.search(r"\bor\b", line):
+        equal = [index for index, choice in enumerate(choices) if _begins_with(line, choice)]
+    number = None if equal else stated_number(line)
+    if number is not None:
         options = [parse_number(choice) for choice in choices]
         equal = [
             index

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from reftune.grading.markers import answer_text
+from reftune.grading.markers import answer_text, reasoning_text
 from reftune.types import Answer, Problem
 
 MAX_SIZE = 10**6
@@ -112,7 +112,7 @@ def _wrong_words(problem: Problem, target: str) -> Iterator[Perturbed]:
         yield Perturbed(kind, f"{before}{other}")
         yield Perturbed(f"right, then {kind}", f"{before}{stated}{_last_line(before)}{other}")
         yield Perturbed(f"right or {kind}", f"{before}{stated} or {other}")
-    yield Perturbed("no answer", before.rpartition("\n")[0])
+    yield Perturbed("no answer", reasoning_text(target).rpartition("\n")[0])
 
 
 def _last_line(before: str) -> str:

@@ -10,48 +10,47 @@ MAX_SEGMENT_CHARS = 2_000
 
 _ASCII = str.maketrans(
     {
-        "−": "-",
-        "‐": "-",
-        "‑": "-",
-        "‒": "-",
-        "–": "-",
-        "—": " - ",
-        "﹣": "-",
-        "⁄": "/",
-        "∕": "/",
-        "÷": "/",
-        "×": "*",
-        "⋅": "*",
-        "·": "*",
-        "∗": "*",
-        "≈": "=",
-        "≅": "=",
-        "≃": "=",
-        "→": "=",
-        "⇒": "=",
-        "“": '"',
-        "”": '"',
-        "‘": "'",
-        "’": "'",
-        "«": "(",
-        "»": ")",
-        "【": "(",
-        "】": ")",
+        **dict.fromkeys("−‐‑‒–﹣", "-"),
+        **dict.fromkeys("⁄∕÷", "/"),
+        **dict.fromkeys("×⋅·∗", "*"),
+        **dict.fromkeys("≈≅≃→⇒", "="),
+        **dict.fromkeys("“”", '"'),
+        **dict.fromkeys("‘’", "'"),
+        **dict.fromkeys("«【", "("),
+        **dict.fromkeys("»】", ")"),
+        **dict.fromkeys("。．٫", "."),
+        **dict.fromkeys("،、٬", ","),
+        "٪": "%",
+        "…": "...",
+        "°": " degrees ",
+        "￥": "¥",
+        "￡": "£",
     }
 )
 _DIGIT_GAP = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))")
+_SWISS_GAP = re.compile(r"(?<=\d)['’](?=\d{3}(?!\d))")
+_SPACED_DASH = re.compile(r"(?:(?<=\s)|^)[–—](?=\s)|—")
+_RAISED = re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+")
+_LOWERED = re.compile(r"[₀-₉]+")
+_FRAC, _PART = r"\\(?:[dtc]|nice|s)?frac", r"\{ ?(-? ?[\d.,]{1,200}) ?\}"
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"\\[dtc]?frac ?\{ ?(-?[\d.,]{1,200}) ?\} ?\{ ?(-?[\d.,]{1,200}) ?\}", r" \1/\2 "),
-        (r"\\[dtc]?frac ?(\d) ?(\d)", r" \1/\2 "),
+        (r"(?<=\d)(?:\\[,;: ]|\\thinspace\b ?|~)(?=\d{3}(?!\d))", ","),
+        (r"(?<=[\d.])\\(?:overline|bar|dot) ?\{ ?(\d{1,40}) ?\}", r"(\1)"),
+        (rf"{_FRAC} ?{_PART} ?{_PART}", r" \1/\2 "),
+        (rf"{_FRAC} ?(\d) ?(\d)", r" \1/\2 "),
+        (rf"{_FRAC} ?(\d) ?{_PART}", r" \1/\2 "),
+        (rf"{_FRAC} ?{_PART} ?(\d)", r" \1/\2 "),
         (
             (
-                r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|boxed)"
+                r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|boxed|fbox)"
                 r" ?\{([^{}]{0,200})\}"
             ),
             r"\1",
         ),
+        (r"\{ ?\\(?:bf|rm|it|bfseries|sf|tt)\b ?([^{}]{0,200})\}", r"\1"),
+        (r"(?<=[\d)])_ ?\{ ?(\w{1,10}) ?\}", r"_\1"),
         (r"\^ ?(?:\{ ?\\circ ?\}|\\circ)", " degrees "),
         (r"\{,\}", ","),
         (r"\\\\(?![a-zA-Z])", " "),
@@ -62,6 +61,7 @@ _LATEX = [
         (r"\\(?:times|cdot)\b", "*"),
         (r"\\div\b", "/"),
         (r"\\(?:approx|implies|Rightarrow)\b", "="),
+        (r"\\(?:l?dots)\b", "..."),
     ]
 ]
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,40}>|<\|[^<>|]{0,40}\|>")
@@ -71,26 +71,44 @@ _EMPHASIS = re.compile(
 _DOLLARS = re.compile(r"\b[a-z]{1,2} ?\$(?= ?[\d.])", re.IGNORECASE)
 
 
+_BULLET = re.compile(r"[-*+•–—] +")
+
+
 def first_line(text: str) -> str:
     """The first line with a letter or digit, plain and with single spaces; a line that is cut ends
-    in a backslash."""
-    text = text.lstrip()
-    segment = text[:MAX_SEGMENT_CHARS] + "\\" * (len(text) > MAX_SEGMENT_CHARS)
+    in a backslash. A bullet before any but the first line is left out: it is no minus sign."""
+    start = text.lstrip()
+    is_first = "\n" not in text[: len(text) - len(start)]
+    segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
     for line in segment.splitlines():
-        words = " ".join(plain(line).split())
+        line = line if is_first else line.lstrip()
+        bullet = None if is_first else _BULLET.match(line)
+        words = " ".join(plain(line if bullet is None else line[bullet.end() :]).split())
         if any(map(str.isalnum, words)):
             return words
+        is_first = False
     return ""
 
 
 def plain(text: str) -> str:
     """`text` in ASCII digits and signs, without markdown, LaTeX and HTML decoration."""
+    text = _SWISS_GAP.sub(",", text)
     if not text.isascii():
-        text = "".join(map(_plain_char, _DIGIT_GAP.sub("", text.translate(_ASCII))))
+        text = _SPACED_DASH.sub("—", _DIGIT_GAP.sub("", text))
+        text = _LOWERED.sub(_lowered, _RAISED.sub(_raised, text))
+        text = "".join(map(_plain_char, text.translate(_ASCII)))
     if "\\" in text or "{" in text or "~" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
     return _EMPHASIS.sub("", _DOLLARS.sub("$", _TAG.sub(" ", text)))
+
+
+def _raised(match: re.Match[str]) -> str:
+    return "^" + unicodedata.normalize("NFKC", match[0]).replace("−", "-")
+
+
+def _lowered(match: re.Match[str]) -> str:
+    return "_" + unicodedata.normalize("NFKC", match[0])
 
 
 def _plain_char(char: str) -> str:
@@ -100,12 +118,28 @@ def _plain_char(char: str) -> str:
         return str(unicodedata.decimal(char))
     if "！" <= char <= "～":  # full-width ASCII
         return chr(ord(char) - 0xFEE0)
-    decomposition = unicodedata.decomposition(char)
-    if decomposition.startswith("<fraction>"):
+    if unicodedata.category(char) == "Cf":  # zero-width spaces and joiners, direction marks
+        return ""
+    if unicodedata.decomposition(char).startswith("<fraction>"):
         return " " + unicodedata.normalize("NFKC", char).replace("⁄", "/") + " "
-    if decomposition.startswith("<super>") and char.isdigit():
-        return f"^{unicodedata.digit(char)}"
     return char
+
+
+_DIGITS = re.compile(r"\d[\d.,]*\d")
+_GROUPED_BY_POINTS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?")
+
+
+def with_decimal_points(text: str) -> str:
+    """`text` with the numbers of a language with decimal commas spelled as in English: "1.250,75"
+    is 1,250.75 and "3,5" is 3.5. A point that cannot group thousands stays a decimal point."""
+    return _DIGITS.sub(_with_decimal_point, text)
+
+
+def _with_decimal_point(match: re.Match[str]) -> str:
+    digits = match[0]
+    if _GROUPED_BY_POINTS.fullmatch(digits):
+        return digits.translate(str.maketrans(".,", ",."))
+    return digits.replace(",", ".") if digits.count(",") == 1 and "." not in digits else digits
 
 
 def same_text(first: str, second: str) -> bool:
@@ -115,4 +149,5 @@ def same_text(first: str, second: str) -> bool:
 
 def _bare(text: str) -> str:
     """`text` without case, spaces, quotes, emphasis and closing punctuation."""
-    return re.sub(r"[\s\"'`*_]+", "", plain(text[:MAX_SEGMENT_CHARS])).rstrip(".,;:!?").casefold()
+    words = re.sub(r"[\s\"'`*]+|(?<!\w)_+|_+(?!\w)", "", plain(text[:MAX_SEGMENT_CHARS]))
+    return words.rstrip(".,;:!?").casefold()

@@ -10,10 +10,23 @@ from fractions import Fraction
 from math import isfinite
 from typing import Any
 
-from reftune.grading.markers import answer_text
-from reftune.grading.numbers import MAX_DIGITS, Number, parse_number, same_number, spell
-from reftune.grading.options import read_choice
-from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, plain, same_text
+from reftune.grading.markers import DEFAULT, Reading, Statement, answer_text, statements
+from reftune.grading.numbers import (
+    FLOAT_DIGITS,
+    MAX_DIGITS,
+    number_of,
+    parse_number,
+    same_number,
+    spell,
+)
+from reftune.grading.options import names_option, read_choice
+from reftune.grading.plain_text import (
+    MAX_SEGMENT_CHARS,
+    first_line,
+    plain,
+    same_text,
+    with_decimal_points,
+)
 from reftune.types import Answer, Graded, Problem, Verdict
 
 MAX_VALUE_CHARS = 200
@@ -24,15 +37,43 @@ _ANY_NUMBER = re.compile(r"(?<![\w.])-?[$€£]?\d[\d,]*(?:\.\d+)?%?")
 NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{…}'
 
 
-def grade_completion(completion: str, problem: Problem) -> Graded:
-    """Grade a worked solution by the answer after its last marker."""
-    text = answer_text(completion)
-    return no_answer(NO_MARKER) if text is None else grade_answer(text, problem)
+def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
+    """Grade a worked solution by what its last marker announces. One that only mentions the answer
+    ("Note on the answer: …") does not count."""
+    found = statements(completion, reading)
+    if not found:
+        return no_answer(NO_MARKER)
+    last = next((each for each in reversed(found) if _says_something(each, problem)), found[-1])
+    if last.text is None:
+        return no_answer("the last box is never closed")
+    return grade_answer(last.text, problem, reading)
+
+
+_NO_VALUE = re.compile(
+    r"\b(?:not?|none|nothing|neither|never|cannot|unknown|unclear|undefined|undetermined|ambiguous"
+    r"|indeterminate|impossible|infinit\w*|inf|nan|zero|one|two|three|four|five|six|seven|eight|nine"
+    r"|ten|eleven|twelve|hundred|thousand)\b|n't\b|∞",
+    re.IGNORECASE,
+)
+"""Words that answer in place of a number, or take back the answer before."""
+
+
+def _says_something(statement: Statement, problem: Problem) -> bool:
+    """Whether a statement answers, readably or not, and does not only mention the answer."""
+    if statement.text is None or (problem.answer.kind == "text" or problem.scorer is not None):
+        return statement.text is None or bool(statement.text.strip())
+    line = first_line(statement.text)
+    if any(map(str.isdigit, line)) or _NO_VALUE.search(line):
+        return True
+    return problem.answer.kind == "choice" and names_option(line, problem.choices)
 
 
 def grade_value(value: Any, problem: Problem) -> Graded:
-    """Grade what a program returned. Booleans, None, containers, nan and inf are no answer."""
+    """Grade what a program returned, a float that is not whole by the digits that arithmetic keeps.
+    Booleans, None, containers, nan and inf are no answer."""
     text = value_text(value)
+    if isinstance(value, float | Decimal) and text is not None and value != value // 1:
+        text = f"{value:.{FLOAT_DIGITS}g}"
     if text is None:
         return no_answer(f"solution() returned {describe(value)}, not an answer")
     return grade_answer(text, problem)
@@ -49,8 +90,10 @@ def grade_sentence(text: str, problem: Problem) -> Graded:
     return graded
 
 
-def grade_answer(text: str, problem: Problem) -> Graded:
+def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade a text that is the answer, with units and prose as people add them."""
+    if reading.decimal == "," and problem.answer.kind != "text":
+        text = with_decimal_points(text)
     if problem.scorer is not None:
         return _grade_by_scorer(text, problem, problem.scorer)
     gold = problem.answer
@@ -66,7 +109,7 @@ def _grade_number(text: str, gold: Answer) -> Graded:
     number = parse_number(text)
     if number is None:
         return no_answer(f"no single number in {quote(text)}")
-    return judge(same_number(number, Number(gold.value)), str(number), spell(gold.value))
+    return judge(same_number(number, number_of(gold)), str(number), str(gold))
 
 
 def _grade_choice(text: str, problem: Problem) -> Graded:

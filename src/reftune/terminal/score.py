@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +11,7 @@ from reftune.errors import DataError
 from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
-from reftune.grading.golds import parse_gold
-from reftune.grading.options import read_choice
+from reftune.grading.golds import read_gold
 from reftune.grading.rewards import Reward
 from reftune.grading.rewards.outcome import Outcome
 from reftune.types import Answer, Completion, Problem
@@ -119,26 +117,18 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _answer(value: Any, choices: tuple[str, ...], where: str) -> Answer:
-    """The gold answer: a letter with choices or alone, else a number where it reads as one, else a
+    """The gold answer: a letter with choices or alone, else a number if all of it is one, else a
     text."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, str | int | float)
-        or (isinstance(value, float) and not math.isfinite(value))
-    ):
-        raise DataError(
-            f"{where}: answer: expected a number, a text or a letter, got {str(value)[:80]!r}"
-        )
-    text = str(value).rpartition("####")[2].strip()
-    if choices or (len(text) == 1 and text.isalpha()):
-        letter = read_choice(text, choices)
-        if letter is None:
-            raise DataError(
-                f"{where}: answer: expected the letter or value of one of {len(choices)} choices,"
-                f" got {text[:80]!r}"
-            )
-        return Answer(kind="choice", value=letter)
-    answer = parse_gold(text, "number") or parse_gold(text, "text")
-    if answer is None:
-        raise DataError(f"{where}: answer: expected a number, a text or a letter, got {text!r}")
-    return answer
+    is_letter = isinstance(value, str) and len(value.strip()) == 1 and value.strip().isalpha()
+    is_choice = bool(choices) or is_letter
+    expected = (
+        f"the letter or value of one of {len(choices)} choices"
+        if is_choice
+        else "a number, a text or a letter"
+    )
+    try:
+        if not isinstance(value, bool):
+            return read_gold(value, "choice" if is_choice else "auto", choices=choices)
+    except DataError:
+        pass
+    raise DataError(f"{where}: answer: expected {expected}, got {str(value)[:80]!r}")

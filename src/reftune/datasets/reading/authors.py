@@ -12,7 +12,7 @@ from reftune.datasets.reading.programs import drop_wrong_programs
 from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import Splits
 from reftune.errors import DataError
-from reftune.types import Answer, Problem
+from reftune.types import Problem
 
 Rationale = Literal["nl", "program"]
 COLUMNS = ("item_id", "question", "answer_cot", "answer_value")
@@ -41,7 +41,7 @@ class PaperDataset(FileDataset):
         return Problem(
             id=row.text("item_id"),
             question=row.text("question"),
-            answer=Answer(kind="number", value=row.number("answer_value")),
+            answer=row.number_gold("answer_value"),
             gold_text=str(row.value("answer_value")),
             rationale=authors_rationale(row, self.rationale),
             columns=row.others(*COLUMNS),

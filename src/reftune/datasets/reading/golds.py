@@ -11,7 +11,7 @@ from typing import Any, Literal
 from reftune.datasets.reading.conversations import is_conversation, read_conversation
 from reftune.datasets.reading.files import shown
 from reftune.datasets.reading.options import Options
-from reftune.datasets.reading.rows import Row, read_value
+from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
 from reftune.types import Answer
 
@@ -32,17 +32,16 @@ class Worked:
 def split_worked(text: str) -> Worked | None:
     """A solution and the answer that it marks by `####`, "The answer is …" or a box; None if it
     marks none. `####` is no part of the rationale, the others are."""
+    from reftune.grading.golds import stated_gold
     from reftune.grading.markers import answer_text, reasoning_text
 
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
         return Worked(rationale=before.strip() or None, gold=after.strip())
-    stated = (answer_text(text) or "").strip()
-    if not stated:
+    if not (answer_text(text) or "").strip():
         return None
     has_reasoning = re.search(r"\w", reasoning_text(text)) is not None
-    gold = stated.splitlines()[0].strip(" *_").removesuffix(".")
-    return Worked(rationale=text if has_reasoning else None, gold=gold)
+    return Worked(rationale=text if has_reasoning else None, gold=str(stated_gold(text)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,14 +87,16 @@ class GoldReader:
         return reply
 
     def _answer(self, row: Row, value: Any, options: Options | None) -> Answer:
+        from reftune.grading.golds import number_gold
+
         if isinstance(value, (Sequence, Mapping)) and not isinstance(value, str):
             raise self._refused(row, value, "one answer")
         if options is not None:
             return Answer(kind="choice", value=self._letter(row, value, options))
         if self.kind != "text":
-            number = read_value(value)
+            number = number_gold(value)
             if number is not None:
-                return Answer(kind="number", value=number)
+                return number
             if self.kind == "number":
                 raise self._refused(row, value, "a number (or dataset.answer_kind=text)")
         text = "" if value is None else str(value).strip()
@@ -111,9 +112,9 @@ class GoldReader:
         return Answer(kind="text", value=text)
 
     def _letter(self, row: Row, value: Any, options: Options) -> str:
-        """As the grader reads it. A number is not taken for a position unless the recipe says so:
-        some count from 0, some from 1."""
-        from reftune.grading.options import read_choice
+        """A number is not taken for a position unless the recipe says so: some count from 0, some
+        from 1."""
+        from reftune.grading.golds import read_gold
 
         text = row.text(self.column) if value is None else str(value)
         letter = options.letter(text)
@@ -121,15 +122,17 @@ class GoldReader:
             position = int(text) - self.positions_from
             if 0 <= position < len(options.texts):
                 letter = string.ascii_lowercase[position]
-        letter = letter or read_choice(text, options.texts)
-        if letter is None:
+        if letter is not None:
+            return letter
+        try:
+            return str(read_gold(text, "choice", choices=options.texts))
+        except DataError:
             last = string.ascii_lowercase[len(options.texts) - 1]
             hint = " (of a position: dataset.positions_from)" if text.strip().isdecimal() else ""
             raise DataError(
                 f"{row.where}: answer {shown(text)}; expected a letter from a to {last} or the text"
                 f" of one option{hint}"
-            )
-        return letter
+            ) from None
 
     def _refused(self, row: Row, value: Any, expected: str) -> DataError:
         return DataError(f"{row.where}: {self.column} is {shown(value)}; expected {expected}")

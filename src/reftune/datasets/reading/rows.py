@@ -6,7 +6,6 @@ line.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from reftune.datasets.reading.files import READERS, ending, first_line, read_file, shown, type_name
 from reftune.errors import DataError
+from reftune.types import Answer
 
 SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -55,12 +55,20 @@ class Row:
         return None if value is None or value == "" else self.text(column)
 
     def number(self, column: str) -> Fraction:
-        """The column's number, written as one or as text. Raises: DataError."""
+        """As `number_gold`, its value. Raises: DataError."""
+        value = self.number_gold(column).value
+        assert isinstance(value, Fraction)
+        return value
+
+    def number_gold(self, column: str) -> Answer:
+        """The number that all of the column's cell is. Raises: DataError."""
+        from reftune.grading.golds import number_gold
+
         value = self.value(column)
-        number = read_value(value)
-        if number is None:
+        answer = number_gold(value)
+        if answer is None:
             raise DataError(f"{self.where}: {column} is {shown(value)}; expected a number")
-        return number
+        return answer
 
     def others(self, *used: str) -> dict[str, Any]:
         """The columns that are not in `used`."""
@@ -157,17 +165,11 @@ def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 
 def read_value(value: object) -> Fraction | None:
-    """The number that came as data or out of a program: an int, a finite float, or text that says
-    one."""
-    from reftune.grading.numbers import read_number
+    """The number that all of a value is, which came as data or out of a program."""
+    from reftune.grading.golds import number_in_gold
 
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return Fraction(value)
-    if isinstance(value, float):
-        return Fraction(repr(value)) if math.isfinite(value) else None
-    return read_number(value) if isinstance(value, str) else None
+    number = number_in_gold(value)
+    return None if number is None else number.value
 
 
 def _is_unicode(text: str) -> bool:

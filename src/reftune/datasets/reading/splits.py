@@ -134,10 +134,11 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
 
 def same_gold(a: Answer, b: Answer) -> bool:
     """Whether two golds agree, numbers as the grader compares them."""
-    from reftune.grading.numbers import numbers_equal
+    from reftune.grading.numbers import number_of, same_number
 
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
-        return numbers_equal(a.value, b.value)
+        first, second = number_of(a), number_of(b)
+        return same_number(first, second) or same_number(second, first)
     return a == b
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from reftune.errors import DataError
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
+from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
 from reftune.grading.verdicts import grade_completion
 from reftune.types import Answer, Conversation, Graded, Problem, Verdict
@@ -22,6 +23,15 @@ class Nl(Prompted):
     kind: str = "nl"
     grading: Literal["robust", "paper"] = "robust"
     """`robust` reads answers as people write them; `paper` repeats the authors' `float()` rules."""
+
+    stop_at: tuple[str, ...] = DEFAULT.stop_at
+    """Texts at which run-on text begins, in which a model asks itself the next question; nothing
+    from there on is graded."""
+    markers: tuple[str, ...] = ()
+    """Phrases of your language after which the answer stands ("Die Antwort ist"), besides the
+    English ones; the first closes a target."""
+    decimal: Literal[".", ","] = "."
+    """The decimal separator that a model writes."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
         """The question, in the style's frame."""
@@ -44,20 +54,31 @@ class Nl(Prompted):
         if "paper" in (self.style, self.grading):
             return f"{rationale}{PAPER_TRIGGER}{_decimal(problem.answer)}"
         last_line = rationale.rpartition("\n")[2]
-        if grade_completion(last_line, problem).verdict is Verdict.CORRECT:
+        if grade_completion(last_line, problem, self._reading).verdict is Verdict.CORRECT:
             return rationale
-        return f"{rationale}\nThe answer is {problem.answer}"
+        phrase = self.markers[0].strip() if self.markers else "The answer is"
+        return f"{rationale}\n{phrase} {_with_separator(problem.answer, self.decimal)}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade a completion, in order."""
-        grade = grade_completion if self.grading == "robust" else grade_completion_paper
+        pairs = list(zip(problems, completions, strict=True))
+        if self.grading == "paper":
+            return [grade_completion_paper(completion, problem) for problem, completion in pairs]
         return [
-            grade(completion, problem)
-            for problem, completion in zip(problems, completions, strict=True)
+            grade_completion(completion, problem, self._reading) for problem, completion in pairs
         ]
+
+    @property
+    def _reading(self) -> Reading:
+        return Reading(stop_at=self.stop_at, markers=self.markers, decimal=self.decimal)
+
+
+def _with_separator(answer: Answer, decimal: str) -> str:
+    text = str(answer)
+    return text.replace(".", decimal) if answer.kind == "number" else text
 
 
 def _decimal(answer: Answer) -> str:
     """The answer as `float()` reads it: the authors' files have no fractions."""
-    text = str(answer)
+    text = str(answer).removesuffix("%" * answer.percent)
     return repr(float(answer.value)) if isinstance(answer.value, Fraction) and "/" in text else text

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from reftune.grading.formats import Format
 from reftune.grading.formats.program import Program
+from reftune.grading.golds import number_gold
 from reftune.grading.markers import reasoning_text
 from reftune.grading.numbers import last_number, read_number
 from reftune.grading.options import read_choice
@@ -106,12 +107,10 @@ def moved(letter: str, by: int, count: int) -> str:
 def without_options(problem: Problem) -> Problem | None:
     """The question with its gold option's number as the answer; None where the option says no
     number."""
-    number = read_number(problem.choices[LETTERS.index(str(problem.answer.value))])
+    number = number_gold(problem.choices[LETTERS.index(str(problem.answer.value))])
     if number is None:
         return None
-    return replace(
-        problem, question=stem(problem), choices=(), answer=Answer(kind="number", value=number)
-    )
+    return replace(problem, question=stem(problem), choices=(), answer=number)
 
 
 # --- what the reasoning derives -------------------------------------------------------------------

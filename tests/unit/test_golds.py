@@ -1,0 +1,141 @@
+"""Golds as data spell them, with what a person reads in them. To add one, add a line to
+gold_table.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from fractions import Fraction
+from math import inf
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reftune.errors import DataError
+from reftune.grading.golds import number_in_gold, read_gold
+from reftune.grading.markers import Reading
+from reftune.grading.numbers import parse_number
+from reftune.types import Answer
+
+TABLE = Path(__file__).with_name("gold_table.jsonl")
+ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
+CASES = Path(os.environ.get("REFTUNE_CASES", ""), "golds.jsonl")
+"""Set REFTUNE_CASES to a folder with golds of public sets."""
+
+
+def expected(row: dict[str, str]) -> Answer:
+    if row["kind"] != "number":
+        return Answer(kind="text", value=row["value"])
+    value = row["value"].removesuffix("%")
+    return Answer(kind="number", value=Fraction(value), percent=row["value"].endswith("%"))
+
+
+def test_every_gold_is_read_as_a_person_reads_it() -> None:
+    disagreements = [
+        f"line {number}: {row['gold']!r}: expected {expected(row)!s}, got {read!r}"
+        for number, row in enumerate(ROWS, 1)
+        if (read := read_gold(row["gold"])) != expected(row)
+    ]
+    assert not disagreements, "\n".join(disagreements)
+
+
+def test_what_is_no_number_is_refused_if_a_number_is_asked_for() -> None:
+    for row in ROWS:
+        if row["kind"] == "text":
+            with pytest.raises(DataError, match="is not a number as a whole"):
+                read_gold(row["gold"], "number")
+
+
+def test_the_table_is_large_varied_and_without_repetitions() -> None:
+    assert len(ROWS) >= 200
+    assert all(count >= 3 for count in Counter(row["group"] for row in ROWS).values())
+    assert max(Counter(row["gold"] for row in ROWS).values()) == 1
+
+
+@pytest.mark.skipif(
+    not CASES.exists(), reason="REFTUNE_CASES does not name a folder with golds.jsonl"
+)
+def test_no_public_gold_is_read_as_another_number() -> None:
+    rows = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+    read = [number_in_gold(row["gold"]) for row in rows]
+    for row, number in zip(rows, read, strict=True):
+        if row["right"] == "not this number":
+            assert number is None or number.value != Fraction(row["read_today"]), row["gold"]
+        else:
+            assert number is None or number.value == Fraction(row["right"]), row["gold"]
+    # "$-9.8 t$" and 1/35 times a matrix are labelled -9.8 and 1/35, which are other answers
+    readable = [row["right"] != "not this number" for row in rows]
+    unread = [number is None for number, right in zip(read, readable, strict=True) if right]
+    assert sum(unread) == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "value", "decimals"),
+    [(5, "5", 0), (5.5, "11/2", 1), (0.1, "1/10", 1), (1e-7, "1/10000000", 7), ("0.50", "1/2", 2),
+     ("1/4", "1/4", inf), ("1.6e-3", "1.6e-3", 4), ("2.5 million", "2500000", 0)],
+)  # fmt: skip
+def test_a_gold_number_keeps_its_decimals(raw: object, value: str, decimals: float) -> None:
+    answer = read_gold(raw)
+    assert (answer.value, answer.decimals) == (Fraction(value), decimals)
+
+
+@pytest.mark.parametrize("raw", [None, float("nan"), float("inf"), [], [1], {"a": 1}, "", "  "])
+def test_what_is_no_answer_is_refused(raw: object) -> None:
+    with pytest.raises(DataError, match="expected a number, a text or a letter"):
+        read_gold(raw)
+
+
+def test_a_truth_value_is_a_text_and_no_number() -> None:
+    assert read_gold(True) == Answer(kind="text", value="True")
+    with pytest.raises(DataError):
+        read_gold(True, "number")
+
+
+OPTIONS = ("10", "20 dollars", "Paris", "none of these")
+
+
+@pytest.mark.parametrize(
+    ("gold", "letter"),
+    [("b", "b"), ("B", "b"), ("(c)", "c"), ("C.", "c"), ("b )", "b"), ("c) Paris", "c"),
+     ("paris", "c"), ("20", "b"), ("$20.00", "b"), ("None of these.", "d"),
+     ("The answer is C", "c"), ("\\boxed{A}", "a")],
+)  # fmt: skip
+def test_a_choice_is_its_letter_or_its_option(gold: str, letter: str) -> None:
+    assert read_gold(gold, choices=OPTIONS) == Answer(kind="choice", value=letter)
+
+
+@pytest.mark.parametrize("gold", ["e", "b) Paris", "London", "30", "a or b", "10 or 20", "a dog"])
+def test_a_choice_that_is_no_option_is_refused(gold: str) -> None:
+    with pytest.raises(DataError, match="expected a letter from a to d"):
+        read_gold(gold, choices=OPTIONS)
+
+
+def test_decimal_commas_are_read_if_the_data_have_them() -> None:
+    german = Reading(decimal=",", markers=("Die Antwort ist",))
+    golds = ["3,5", "1.250,75", "1.250", "0.125", "Die Antwort ist 12,5."]
+    values = [read_gold(gold, reading=german).value for gold in golds]
+    assert values == [Fraction(n) for n in ("3.5", "1250.75", "1250", "0.125", "12.5")]
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_gold_or_refused(text: str) -> None:
+    try:
+        answer = read_gold(text)
+    except DataError:
+        return
+    assert answer.kind in ("number", "text")
+
+
+@given(st.from_regex(r"-?[0-9]{1,9}(\.[0-9]{1,6})?( ?(%|apples|km/h|€))?", fullmatch=True))
+def test_a_gold_number_is_also_a_completions(text: str) -> None:
+    gold, completion = number_in_gold(text), parse_number(text)
+    assert gold is not None and gold == completion
+
+
+@given(st.from_regex(r"[-+$(]?[0-9]{1,4}[ ,.;:/x^_a-zA-Z0-9)%-]{0,12}", fullmatch=True))
+def test_a_gold_is_never_another_number_than_a_completion(text: str) -> None:
+    gold, completion = number_in_gold(text), parse_number(text)
+    assert gold is None or completion is None or gold == completion
