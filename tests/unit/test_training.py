@@ -18,6 +18,7 @@ from reftune.algorithms.base import LossTerms
 from reftune.errors import DataError, EngineError, NonFiniteError, RecipeError, RewardError
 from reftune.model.batch import token_batch
 from reftune.model.encoder import Encoder
+from reftune.recipe import load_component
 from reftune.runs.run import open_run
 from reftune.stages.loop import Interrupted, load_trainable, trainable
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step, rate
@@ -279,6 +280,18 @@ def test_a_prompt_over_the_limit_names_its_problem(make_policy, tokenizer):
         collector(tokenizer).solve(policy, [problem(54, None), problem(55, None)], PARAMS)
     with pytest.raises(DataError, match="problem 7: prompt of 7 tokens; at most 6 fit"):
         collector(tokenizer, max_prompt=6).solve(policy, [problem(7, None)], PARAMS)
+
+
+def test_a_dropped_prompt_leaves_the_other_samples_as_they_are(make_policy, tokenizer):
+    policy, kv = make_policy(), load_component("kv", group="engines")
+    team = replace(collector(tokenizer, engine=kv), too_long="drop")
+    first, long, last = problem(3, None), problem(60, None), problem(4, None)
+    solved = team.solve(policy, [first, long, last], PARAMS).completions
+    assert (solved[1].text, solved[1].finish_reason) == ("", "length")
+    for position, asked in ((0, first), (2, last)):
+        params = replace(PARAMS, first_position=position)
+        (alone,) = team.solve(policy, [asked], params).completions
+        assert alone.token_ids == solved[position].token_ids
 
 
 # --- the loop -------------------------------------------------------------------------------------

@@ -194,6 +194,31 @@ class Subject:
     def problems(self) -> list[Problem]:
         return [*self.splits.train, *self.splits.dev, *self.splits.test]
 
+    @property
+    def prompt_limit(self) -> float:
+        """Most tokens of a prompt; infinite if nothing limits them."""
+        lengths, context = self.recipe.lengths, self.policy.context
+        room = math.inf if context is None else context - lengths.max_new
+        return max(0, min(room, lengths.max_prompt or math.inf))
+
+    @property
+    def fitting(self) -> dict[str, list[list[int]]]:
+        """Split → prompt ids that are not too long."""
+        return {
+            split: [ids for ids in prompts.values() if len(ids) <= self.prompt_limit]
+            for split, prompts in self.prompts.items()
+        }
+
+    @property
+    def fitting_rows(self) -> list[Row]:
+        """Those that are trained on: neither prompt nor target is too long."""
+        most = self.recipe.lengths.max_new
+        return [
+            row
+            for row in self.rows
+            if len(row.prompt_ids) <= self.prompt_limit and len(row.target_ids) <= most
+        ]
+
 
 def check_recipe(recipe: Recipe) -> CheckReport:
     """Load data and model, run every check, sample a few solutions. Nothing is written.
@@ -665,23 +690,33 @@ def check_prompt(subject: Subject) -> Finding:
 
 def check_prompt_length(subject: Subject) -> Finding:
     """Every prompt fits, with `max_new` tokens after it."""
-    lengths, context = subject.recipe.lengths, subject.policy.context
-    room = math.inf if context is None else context - lengths.max_new
-    limit = min(room, lengths.max_prompt or math.inf)
-    sizes = {
-        f"{split} {id_}": len(ids)
-        for split, prompts in subject.prompts.items()
-        for id_, ids in prompts.items()
+    limit, prompts = subject.prompt_limit, subject.prompts
+    sizes = {split: {id_: len(ids) for id_, ids in of.items()} for split, of in prompts.items()}
+    long = {
+        split: [f"{split} {id_}: {size} tokens" for id_, size in of.items() if size > limit]
+        for split, of in sizes.items()
     }
+    rows = [line for lines in long.values() for line in lines]
+    every = [size for of in sizes.values() for size in of.values()]
     message = (
-        f"prompts have {_spread(sizes.values())} tokens,"
+        f"prompts have {_spread(every)} tokens,"
         f" {'any number fits' if limit == math.inf else f'at most {limit} fit'}"
     )
-    long = [f"{name}: {size} tokens" for name, size in sizes.items() if size > limit]
-    if long:
-        remedy = "raise lengths.max_prompt, lower lengths.max_new, or drop these problems"
-        return fail(f"{_share(long, sizes)} are too long: {message}", remedy, long)
-    return ok(message)
+    if not rows:
+        return ok(message)
+    if subject.recipe.lengths.too_long == "drop" and len(long["train"]) < len(sizes["train"]):
+        return warn(
+            f"{len(long['train'])} of {len(sizes['train'])} training prompts are too long and left"
+            f" out, {len(long['dev'])} of dev and {len(long['test'])} of test count as not"
+            f" answered: {message}",
+            "raise lengths.max_prompt or lower lengths.max_new",
+            rows,
+        )
+    return fail(
+        f"{_share(rows, every)} are too long: {message}",
+        "raise lengths.max_prompt, lower lengths.max_new, or leave them out: lengths.too_long=drop",
+        rows,
+    )
 
 
 def check_target_length(subject: Subject) -> Finding:
@@ -777,7 +812,7 @@ def check_eos(subject: Subject) -> Finding:
 def check_memory(subject: Subject) -> Finding:
     """Training fits in memory, as far as the model's shape tells."""
     policy, recipe = subject.policy, subject.recipe
-    longest = max(len(ids) for prompts in subject.prompts.values() for ids in prompts.values())
+    longest = max((len(ids) for of in subject.fitting.values() for ids in of), default=1)
     model = policy.model.get_base_model() if policy.is_lora else policy.model
     outline = Outline(
         lambda: type(model)(copy.deepcopy(model.config)), recipe.model, device=policy.device.type
@@ -836,7 +871,7 @@ def check_dtype(subject: Subject) -> Finding:
 
 def check_logprobs(subject: Subject) -> Finding:
     """What the engine says of its samples is what the policy says of them."""
-    prompts = list(subject.prompts["dev"].values())[:NUM_SAMPLES]
+    prompts = (subject.fitting["dev"] or subject.fitting["train"])[:NUM_SAMPLES]
     params = SamplingParams(max_new_tokens=min(32, subject.recipe.lengths.max_new))
     completions = subject.recipe.engine.generate(subject.policy, prompts, params)
     batch = token_batch(
@@ -855,9 +890,9 @@ def check_logprobs(subject: Subject) -> Finding:
 
 def check_time(subject: Subject) -> Finding:
     """How long the run will take on this machine, from a short measurement."""
-    rows = subject.rows[:NUM_TIMED]
+    rows = subject.fitting_rows[:NUM_TIMED]
     if not rows:
-        return ok("cannot be told without rationales")
+        return ok("not known without rationales that fit")
     prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
     speed = measure_speed(
         subject.policy,

@@ -83,8 +83,12 @@ class LengthTable(Table):
     """Limits in tokens."""
 
     max_prompt: int | None = Field(None, gt=0)
-    """Longer prompts are refused (`reftune check` lists them). None: the model's context less
+    """Longer prompts are too long (`reftune check` lists them). None: the model's context less
     `max_new`."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What becomes of a prompt that is too long. `refuse`: the run does not start. `drop`: a
+    training question is left out and counted; a dev or test question is not asked and counts as
+    not answered."""
     max_new: int = Field(256, gt=0)
     """Of a sampled solution. A training row whose target with eos is longer is dropped and counted.
     """

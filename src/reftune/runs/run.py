@@ -209,20 +209,20 @@ class Run:
         test problem is left.
         """
         policy = self.load_policy("base", trained=True)
-        collector, max_new, stages = (
-            self.collector(policy),
-            self.recipe.lengths.max_new,
-            self.recipe.stages.values(),
-        )
+        collector, stages = self.collector(policy), self.recipe.stages.values()
+        params = SamplingParams(max_new_tokens=self.recipe.lengths.max_new)
+        train = collector.trainable(self.splits, policy, params).train
+        if not train:
+            raise DataError("dataset: every training prompt is too long; raise lengths.max_prompt")
         asked = [*self.splits.dev, *self.problems_to_evaluate()]
         if any(stage.reads_questions for stage in stages):
-            asked += self.splits.train
-        collector.prompts(asked, policy, SamplingParams(max_new_tokens=max_new))
+            asked += train
+        collector.prompts(asked, policy, params)
         if any(stage.reads_rationales for stage in stages):
             gold_examples(
-                self.splits.train,
+                train,
                 collector.encoder,
-                max_target=max_new,
+                max_target=params.max_new_tokens,
                 context_length=policy.context,
             )
 
@@ -233,13 +233,19 @@ class Run:
             return
         folder, stage = self.stage_folder(name), self.recipe.stages[name]
         policy = self.load_policy(stage.init, trained=True)
+        collector = self.collector(policy)
+        params = SamplingParams(max_new_tokens=self.recipe.lengths.max_new)
+        splits = collector.trainable(self.splits, policy, params)
+        if len(splits.train) < len(self.splits.train):
+            dropped = len(self.splits.train) - len(splits.train)
+            self.progress.note(f"{name}: {dropped} training prompts are too long and left out")
         context = StageContext(
             name=name,
             stage=stage,
             recipe=self.recipe,
             policy=policy,
-            splits=self.splits,
-            collector=self.collector(policy),
+            splits=splits,
+            collector=collector,
             folder=folder,
             metrics=JsonLines(self.folder / "metrics.jsonl"),
             progress=self.progress,
@@ -309,6 +315,7 @@ class Run:
             encoder=Encoder(policy.tokenizer, self.recipe.format),
             reward=self.recipe.reward,
             max_prompt=self.recipe.lengths.max_prompt,
+            too_long=self.recipe.lengths.too_long,
         )
 
     def stage_folder(self, method: str) -> Path:

@@ -6,7 +6,9 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from reftune.datasets import Splits
 from reftune.engines import Engine
 from reftune.errors import DataError, EngineError, RewardError
 from reftune.grading.rewards import Reward
@@ -37,10 +39,12 @@ class Collector:
     encoder: Encoder
     reward: Reward
     max_prompt: int | None
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What becomes of prompts over the limit; see `lengths.too_long`."""
 
     def solve(self, policy: Policy, problems: Sequence[Problem], params: SamplingParams) -> Solved:
         """One graded completion a problem; repeat a problem for more. Raises: DataError for a
-        prompt over the limit.
+        prompt over the limit, which is answered by nothing if the recipe drops such prompts.
 
         Several processes each solve a part, and all get the whole.
         """
@@ -48,9 +52,16 @@ class Collector:
         prompts = self.prompts(problems, policy, params)
         own = world.own_part(len(problems))
         params = replace(params, first_position=params.first_position + own.start)
+        fits = [self._fits(prompt, policy, params) for prompt in prompts[own]]
+        # one token stands for a prompt that does not fit, so that all others keep their positions
+        asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         with sharding().whole(policy):
-            completions = self.engine.generate(policy, prompts[own], params)
+            completions = self.engine.generate(policy, asked, params)
         _require_whole(completions, problems[own], type(self.engine).__name__)
+        completions = [
+            completion if ok else self._unasked()
+            for completion, ok in zip(completions, fits, strict=True)
+        ]
         generated = time.perf_counter()
         graded = self.encoder.format.grade(
             problems[own], [completion.text for completion in completions]
@@ -91,25 +102,45 @@ class Collector:
     def prompts(
         self, problems: Sequence[Problem], policy: Policy, params: SamplingParams
     ) -> list[list[int]]:
-        """Prompt ids. Raises: DataError for the first prompt over the limit."""
+        """Prompt ids. Raises: DataError for the first prompt over the limit, if that is refused."""
         encoded: dict[str, list[int]] = {}
         for problem in problems:
             if problem.id not in encoded:
-                encoded[problem.id] = self.encoder.prompt(problem)
-                self._check_length(problem, len(encoded[problem.id]), policy, params)
+                prompt = encoded[problem.id] = self.encoder.prompt(problem)
+                if self.too_long == "refuse" and not self._fits(prompt, policy, params):
+                    raise DataError(
+                        f"problem {problem.id}: prompt of {len(prompt)} tokens; at most"
+                        f" {self._limit(policy, params):.0f} fit (lengths.max_prompt, and the"
+                        f" model's context of {policy.context} less {params.max_new_tokens} new"
+                        " tokens); lengths.too_long=drop leaves it out"
+                    )
         return [encoded[problem.id] for problem in problems]
 
-    def _check_length(
-        self, problem: Problem, length: int, policy: Policy, params: SamplingParams
-    ) -> None:
-        room = None if policy.context is None else policy.context - params.max_new_tokens
-        limits = [limit for limit in (self.max_prompt, room) if limit is not None]
-        if limits and length > min(limits):
-            raise DataError(
-                f"problem {problem.id}: prompt of {length} tokens; at most {max(0, min(limits))}"
-                f" fit (lengths.max_prompt, and the model's context of {policy.context} less"
-                f" {params.max_new_tokens} new tokens)"
-            )
+    def trainable(self, splits: Splits, policy: Policy, params: SamplingParams) -> Splits:
+        """`splits` without the training questions whose prompt is over the limit, if the recipe
+        drops them."""
+        if self.too_long == "refuse":
+            return splits
+        train = tuple(
+            problem
+            for problem in splits.train
+            if self._fits(self.encoder.prompt(problem), policy, params)
+        )
+        return replace(splits, train=train)
+
+    def _fits(self, prompt: Sequence[int], policy: Policy, params: SamplingParams) -> bool:
+        return len(prompt) <= self._limit(policy, params)
+
+    def _limit(self, policy: Policy, params: SamplingParams) -> float:
+        """Most tokens of a prompt; infinite if nothing limits them."""
+        room = math.inf if policy.context is None else policy.context - params.max_new_tokens
+        return max(0, min(room, self.max_prompt or math.inf))
+
+    def _unasked(self) -> Completion:
+        """In place of an answer to a prompt that is over the limit."""
+        return Completion(
+            token_ids=(self.encoder.eos_id,), text="", logprobs=(0.0,), finish_reason="length"
+        )
 
 
 def _require_whole(
