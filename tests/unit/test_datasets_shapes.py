@@ -188,18 +188,20 @@ def test_what_is_told_comes_before_what_is_recognised(tmp_path: Path) -> None:
     assert problem.columns == {"output": "positive"}, "the rest is for a reward function"
 
 
-def test_what_a_rationale_states_must_be_its_gold(tmp_path: Path) -> None:
-    program = "def solution():\n    return {}"
-    rows = [
-        {"question": "a", "answer": 13, "rationale": "3 + 10 = 13. The answer is 20."},
-        {"question": "b", "answer": 13, "rationale": "3 + 10 = 13. The answer is 13."},
-        {"question": "c", "answer": 13, "rationale": "3 + 10 = 13."},
-        {"question": "d", "answer": 13, "rationale": program.format(20)},
-        {"question": "e", "answer": 13, "rationale": program.format(13)},
-        {"question": "f", "answer": 13, "rationale": program.format("nothing_known")},
-    ]
+STATED = ["3 + 10 = 13. The answer is 13.", "3 + 10 = 13.", "3 + 10 = 13. The answer is 20."]
+PROGRAMS = [f"def solution():\n    return {value}" for value in ("13", "nothing_known", "20")]
+
+
+@pytest.mark.parametrize(
+    ("rationales", "reason"),
+    [(STATED, "rationale_disagrees"), (PROGRAMS, "program_disagrees")],
+)
+def test_a_rationale_that_contradicts_its_gold_is_dropped_and_counted(
+    tmp_path: Path, rationales: Sequence[str], reason: str
+) -> None:
     path = tmp_path / "data.jsonl"
+    rows = [{"question": f"q{i}", "answer": 13, "rationale": r} for i, r in enumerate(rationales)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits = Jsonl(kind="jsonl", train=str(path), dev_size=0).load(seed=0)
-    assert [problem.question for problem in splits.train] == ["b", "c", "e", "f"]
-    assert splits.counts == {"program_disagrees": 1, "rationale_disagrees": 1}
+    assert [problem.rationale for problem in splits.train] == rationales[:2]
+    assert splits.counts == {reason: 1}

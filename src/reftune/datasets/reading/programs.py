@@ -82,29 +82,24 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 
 def drop_contradictions(splits: Splits) -> Splits:
-    """Train without the rationales that give another answer than their gold: a program that returns
-    it (`program_disagrees`), a text that states it (`rationale_disagrees`).
+    """Train without the rationales that give another answer than their gold: programs that return
+    it (`program_disagrees`), or texts that state it (`rationale_disagrees`).
 
     A program that fails, or a text that states no answer, says nothing about the gold and stays.
+    Programs among texts stay too: they are for the format to refuse.
     """
     from reftune.grading.verdicts import grade_completion
 
     rationales = [problem for problem in (*splits.train, *splits.dev) if problem.rationale]
-    graded = _graded_programs([p for p in rationales if "def solution(" in str(p.rationale)])
-    splits = drop_untrainable(
-        splits,
-        "program_disagrees",
-        lambda problem: problem.id in graded and graded[problem.id].verdict is Verdict.WRONG,
-    )
-    stated = {
-        problem.id: grade_completion(str(problem.rationale), problem)
-        for problem in rationales
-        if problem.id not in graded
-    }
+    if rationales and all("def solution(" in str(problem.rationale) for problem in rationales):
+        reason, graded = "program_disagrees", _graded_programs(rationales)
+    else:
+        reason = "rationale_disagrees"
+        graded = {p.id: grade_completion(str(p.rationale), p) for p in rationales}
     return drop_untrainable(
         splits,
-        "rationale_disagrees",
-        lambda problem: problem.id in stated and stated[problem.id].verdict is Verdict.WRONG,
+        reason,
+        lambda problem: problem.id in graded and graded[problem.id].verdict is Verdict.WRONG,
     )
 
 
