@@ -139,7 +139,10 @@ class Collector:
     def _unasked(self) -> Completion:
         """In place of an answer to a prompt that is over the limit."""
         return Completion(
-            token_ids=(self.encoder.eos_id,), text="", logprobs=(0.0,), finish_reason="length"
+            token_ids=(int(self.encoder.tokenizer.eos_token_id),),
+            text="",
+            logprobs=(0.0,),
+            finish_reason="length",
         )
 
 
