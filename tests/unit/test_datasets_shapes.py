@@ -193,8 +193,7 @@ PROGRAMS = [f"def solution():\n    return {value}" for value in ("13", "nothing_
 
 
 @pytest.mark.parametrize(
-    ("rationales", "reason"),
-    [(STATED, "rationale_disagrees"), (PROGRAMS, "program_disagrees")],
+    ("rationales", "reason"), [(STATED, "rationale_disagrees"), (PROGRAMS, "program_disagrees")]
 )
 def test_a_rationale_that_contradicts_its_gold_is_dropped_and_counted(
     tmp_path: Path, rationales: Sequence[str], reason: str
