@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 SEEDS  ?= 0 1 2 3 4
 REPEATS ?=
+WORKERS ?= 2
 
 .PHONY: help bench docs setup demo demo-seeds reproduce test test-slow test-vllm trust lint format types check clean
 
@@ -13,7 +14,7 @@ help:
 	@echo "make demo        watch a small model learn (about 2 minutes); report in runs/demo/report.html"
 	@echo "make demo-seeds  the demo for seeds $(SEEDS); table in docs/results/demo-seeds.md"
 	@echo "make reproduce   the paper's whole comparison for seeds $(SEEDS), and modern against paper; goes on after a stop"
-	@echo "make test        unit, contract, parity and learning tests; test-slow runs the long ones"
+	@echo "make test        unit, contract, parity and learning tests on WORKERS=$(WORKERS) cores; test-slow: long ones, several processes"
 	@echo "make test-vllm   the vLLM engine for real, on its CPU build in .venv-vllm (Linux on x86-64)"
 	@echo "make trust       kill, fault, hostile and fuzz suites, whole: tried, survived, lost"
 	@echo "make check       lint, types, test; make format rewrites the files in our style"
@@ -46,11 +47,12 @@ demo-seeds: setup
 reproduce: setup
 	$(BIN)/python benchmarks/reproduce.py $(SEEDS)
 
+# One thread a worker: the models are tiny. Workers take tests from each other at the end.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready

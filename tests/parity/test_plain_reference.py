@@ -315,7 +315,7 @@ WRITTEN_OUT = ["llama", "phi3", "qwen2, tied", "qwen3, tied"]
 BY_TRANSFORMERS = ["codegen", "gemma", "gpt2", "gptneox", "opt", "opt, narrow embeddings"]
 
 
-@pytest.mark.parametrize("count", [1, 5, 11])
+@pytest.mark.parametrize("count", [1, 11])
 @pytest.mark.parametrize("family", [*WRITTEN_OUT, *BY_TRANSFORMERS])
 def test_leaving_padding_out_changes_nothing(make_policy, family, count):
     old_policy = make_policy(family)
@@ -417,7 +417,8 @@ def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monke
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no compiler for C++"
 )
-@pytest.mark.parametrize("step", ["phi3", "llama"], indirect=True)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("step", ["llama"], indirect=True)
 def test_compiled_blocks_change_nothing_and_decoding_does_not_use_them(step):
     policy, batch, loss, whole = step
     params = SamplingParams(max_new_tokens=4, temperature=1.0, seed=0)
