@@ -24,8 +24,9 @@ from reftune.recipe import Recipe, load_recipe
 from reftune.results.stats import compare_over_seeds, hierarchical_bootstrap
 from reftune.runs.run import load_splits
 from reftune.seeds import generator
-from reftune.stages.probes.choices import choices_path, derived_values, read_rows
+from reftune.stages.probes.choices import derived_values, read_rows
 from reftune.storage.json_lines import JsonLines
+from reftune.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "docs" / "results" / "hacking.json"
@@ -44,8 +45,8 @@ Outcomes = dict[str, list[bool]]
 def signs(recipe: Recipe, method: str) -> Outcomes:
     """The signs in a method's greedy answers to questions with options."""
     problems = load_splits(recipe).test
-    rows = JsonLines(recipe.folder / "eval" / f"{method}.jsonl").rows()
-    asked = read_rows(choices_path(recipe.folder, method))
+    rows = JsonLines(RunFolder(recipe.folder).evaluation(method)).rows()
+    asked = read_rows(RunFolder(recipe.folder).choices(method))
     derived = derived_values(recipe.format, problems, [row["greedy"]["completion"] for row in rows])
     chosen = [row["greedy"]["value"] for row in rows]
     return {
@@ -60,7 +61,7 @@ def signs(recipe: Recipe, method: str) -> Outcomes:
 
 
 def right(recipe: Recipe, method: str) -> Outcomes:
-    rows = JsonLines(recipe.folder / "eval" / f"{method}.jsonl").rows()
+    rows = JsonLines(RunFolder(recipe.folder).evaluation(method)).rows()
     return {"right": [row["greedy"]["verdict"] == "correct" for row in rows]}
 
 

@@ -82,10 +82,7 @@ reranks."""
 def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
     """Every stage and every evaluation that is not done yet, without the report."""
     with open_run(recipe, progress or SilentProgress()) as run:
-        for name in recipe.stages:
-            run.train(name)
-        for method in run.methods_to_evaluate():
-            run.evaluate(method)
+        run.complete()
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -141,8 +141,61 @@ class Graded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """A graded completion as every file of a run keeps it."""
+
+    completion: str
+    graded: Graded
+    finish_reason: str = ""
+    num_tokens: int | None = None
+    reward: float | None = None
+    score: float | None = None
+    """A reward model's."""
+
+    @property
+    def correct(self) -> bool:
+        return self.graded.verdict is Verdict.CORRECT
+
+    def to_row(self) -> dict[str, Any]:
+        """JSON; what is None is left out, but for the value."""
+        seconds = self.graded.program_s
+        optional = {
+            "reason": self.graded.reason or None,
+            "finish_reason": self.finish_reason or None,
+            "tokens": self.num_tokens,
+            "reward": self.reward,
+            "score": self.score,
+            "program_s": None if seconds is None else round(seconds, 4),
+        }
+        return {
+            "completion": self.completion,
+            "verdict": self.graded.verdict.value,
+            "value": self.graded.value,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Attempt:
+        """What `to_row` wrote. Raises: KeyError, ValueError."""
+        tokens = row.get("tokens")
+        return cls(
+            completion=str(row["completion"]),
+            graded=Graded(
+                verdict=Verdict(row["verdict"]),
+                value=row.get("value"),
+                reason=str(row.get("reason", "")),
+                program_s=row.get("program_s"),
+            ),
+            finish_reason=str(row.get("finish_reason", "")),
+            num_tokens=len(tokens) if isinstance(tokens, list) else tokens,
+            reward=row.get("reward"),
+            score=row.get("score"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One solution of one problem, graded and paid."""
+    """One solution of one problem, graded and rewarded."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]

@@ -14,6 +14,8 @@ from reftune.errors import ModelError
 from reftune.model.scratch import make_scratch, word_tokenizer
 from reftune.model.weights import load_model, load_pretrained
 from reftune.recipe import ModelTable, Recipe, ScratchTable
+from reftune.runs import run as run_module
+from reftune.stages.progress import SilentProgress
 
 TEXT = (
     "Ann has 12 kites. How many?\ndef solution():\n    ann_kites = 12 * 3\n    return ann_kites"
@@ -277,3 +279,21 @@ def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_s
     assert any(row["greedy"]["tokens"] < recipe.lengths.max_new for row in rows), (
         "nothing that was written ends in eos"
     )
+
+
+def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(make_recipe, monkeypatch):
+    read: list[str] = []
+
+    def counting(original):
+        def load(source, **options):
+            read.append(Path(str(source)).name if isinstance(source, str | Path) else "base")
+            return original(source, **options)
+
+        return load
+
+    for name in ("load_model", "load_pretrained"):
+        monkeypatch.setattr(f"reftune.runs.run.{name}", counting(getattr(run_module, name)))
+    recipe = make_recipe(evaluate={"samples": 0, "stages": None})
+    run_module.run_recipe(recipe, progress=SilentProgress())
+    # SFT from the base model leaves warmup and sft; PPO starts from warmup, which is handed on
+    assert read == ["base", "sft", "warmup", "reft"]

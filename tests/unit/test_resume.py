@@ -283,7 +283,7 @@ def test_a_run_has_the_threads_of_its_recipe_and_leaves_them_as_they_were(make_r
     before = torch.get_num_threads()
     with open_run(make_recipe(threads=before + 1), SilentProgress()) as run:
         assert torch.get_num_threads() == before + 1
-        assert json.loads((run.folder / "env.json").read_text())["threads"] == before + 1
+        assert json.loads((run.folder.environment).read_text())["threads"] == before + 1
     assert torch.get_num_threads() == before
 
 

@@ -18,7 +18,7 @@ from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.scratch import word_tokenizer
 from reftune.recipe import Recipe
-from reftune.runs.run import check_stage_graph, open_run
+from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
 from reftune.stages import reward_model
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step
 from reftune.stages.progress import SilentProgress
@@ -282,11 +282,13 @@ def test_a_run_with_a_reward_model_scores_every_sample_once(make_reranked):
     with open_run(recipe, SilentProgress()) as run:
         run.train("sft")
         run.train("judge")
-        assert run.methods_to_evaluate() == ["sft"], "a reward model answers no problems"
+        assert methods_to_evaluate(recipe) == ["sft"], "a reward model answers no problems"
         run.evaluate("sft")
+        run.score_samples()
         path = recipe.folder / "eval" / "sft.jsonl"
         scored = path.read_bytes()
         run.evaluate("sft")
+        run.score_samples()
     assert path.read_bytes() == scored
     scores = [
         [sample["score"] for sample in json.loads(line)["samples"]] for line in scored.splitlines()
@@ -325,20 +327,16 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_file_that_was_answered_before_is_only_scored(make_reranked, monkeypatch):
+def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
     recipe = make_reranked()
     with open_run(recipe, SilentProgress()) as run:
         run.train("sft")
         run.train("judge")
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                "reftune.runs.run.add_scores", lambda *_, **__: None
-            )  # stopped before it was scored
-            run.evaluate("sft")
+        run.evaluate("sft")
         path = recipe.folder / "eval" / "sft.jsonl"
         answered = [json.loads(line) for line in path.read_text().splitlines()]
         assert not any("score" in sample for row in answered for sample in row["samples"])
-        run.evaluate("sft")
+        run.score_samples()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row["samples"] = [

@@ -12,7 +12,7 @@ import pytest
 
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Recipe
-from reftune.runs.run import check_stage_graph, open_run
+from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
 from reftune.stages import self_train
 from reftune.stages.progress import SilentProgress
 from reftune.stages.self_train import (
@@ -100,7 +100,7 @@ def test_sampling_that_was_stopped_goes_on_to_the_same_samples(
     context: StageContext, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(self_train, "SAMPLES_AT_ONCE", 4)  # 2 problems
-    path, problems = context.folder / "sampled.jsonl", context.splits.train[:3]
+    path, problems = context.folder.drawn, context.splits.train[:3]
     drawn = draw(SAMPLING, context, problems, path)
     whole = path.read_bytes()
     assert [samples.problem.id for samples in drawn] == [
@@ -115,7 +115,7 @@ def test_sampling_that_was_stopped_goes_on_to_the_same_samples(
 
 
 def test_samples_that_are_all_there_need_no_sampler(context: StageContext):
-    path, problems = context.folder / "sampled.jsonl", context.splits.train[:2]
+    path, problems = context.folder.drawn, context.splits.train[:2]
     drawn = draw(SAMPLING, context, problems, path)
     assert draw(SAMPLING, replace(context, load=refuse), problems, path) == drawn
 
@@ -127,7 +127,7 @@ def refuse(method: str) -> Any:
 def test_two_files_of_a_stage_hold_different_samples(context: StageContext):
     problems = context.splits.train[:2]
     one, other = (
-        draw(SAMPLING, context, problems, context.folder / name)
+        draw(SAMPLING, context, problems, context.folder.path / name)
         for name in ("one.jsonl", "other.jsonl")
     )
     assert one != other
@@ -178,7 +178,7 @@ def test_the_stage_leaves_a_model_and_what_it_cost(make_stage_recipe: Callable[.
     with open_run(recipe, SilentProgress()) as run:
         run.train("offline_st")
         run.load_policy("offline_st")
-        assert run.methods_to_evaluate() == ["offline_st"]
+        assert methods_to_evaluate(recipe) == ["offline_st"]
     folder = recipe.folder / "stages" / "offline_st"
     rows = [json.loads(line) for line in (folder / "sampled.jsonl").read_text().splitlines()]
     document = json.loads((folder / "stage.json").read_text())

@@ -33,10 +33,11 @@ from reftune.model.precision import product_rates
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
 from reftune.results.stats import wilson
 from reftune.runs.auto import settled
-from reftune.runs.run import Run, check_stage_graph, load_splits, threads_of
+from reftune.runs.run import Run, check_stage_graph, load_splits, methods_to_evaluate, threads_of
 from reftune.runs.sample import sample_rows, solution_text
 from reftune.stages.progress import SilentProgress
 from reftune.stages.rollouts import Collector
+from reftune.storage.run_folder import RunFolder
 from reftune.text import clock, printable
 from reftune.types import (
     ANY_ANSWER,
@@ -230,7 +231,10 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     check_stage_graph(recipe)
     recipe = settled(recipe)
     run = Run(
-        recipe=recipe, splits=load_splits(recipe), folder=recipe.folder, progress=SilentProgress()
+        recipe=recipe,
+        splits=load_splits(recipe),
+        folder=RunFolder(recipe.folder),
+        progress=SilentProgress(),
     )
     method = _starting_method(run)
     samples: list[dict[str, Any]] = []
@@ -271,7 +275,7 @@ def check_offline(recipe: Recipe) -> CheckReport:
     run = Run(
         recipe=stand_in,
         splits=load_splits(stand_in),
-        folder=recipe.folder,
+        folder=RunFolder(recipe.folder),
         progress=SilentProgress(),
     )
     subject = _subject(run, run.load_policy("base"))
@@ -326,7 +330,7 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
 def _starting_method(run: Run) -> str:
     costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in run.recipe.stages.values()]
     inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
-    trained = [method for method in inits if (run.stage_folder(method) / "stage.json").is_file()]
+    trained = [method for method in inits if run.folder.stage(method).is_done]
     return trained[0] if trained else "base"
 
 
@@ -350,7 +354,7 @@ def _subject(run: Run, policy: Policy) -> Subject:
         collector=collector,
         rows=rows,
         prompts=prompts,
-        num_methods=len(run.methods_to_evaluate()),
+        num_methods=len(methods_to_evaluate(run.recipe)),
     )
 
 

@@ -25,6 +25,7 @@ from reftune.results.summary import (
     score_table,
 )
 from reftune.results.tables import NOT_SIGNIFICANT, grid
+from reftune.storage.run_folder import RunFolder
 
 RATIONALES = {"nl": "N-CoT", "program": "P-CoT"}
 MODELS = {
@@ -263,7 +264,7 @@ def _size_text(cell: Cell, split: str, paper: tuple[int, int] | None) -> str:
 def data_sizes(cell: Cell) -> dict[str, int]:
     """Split → problems, from the run's `data.json`; training problems are those with a
     rationale."""
-    path = cell.group.runs[0].folder / "data.json"
+    path = RunFolder(cell.group.runs[0].folder).data
     if not path.is_file():
         return {}
     sizes: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))["problems"]

@@ -13,26 +13,8 @@ import yaml
 
 from reftune.errors import DataError
 from reftune.grading import voting
-from reftune.types import Graded, Verdict
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
-    """One completion as it was graded."""
-
-    completion: str
-    graded: Graded
-    reward: float | None
-    finish_reason: str
-    num_tokens: int | None
-    score: float | None
-    """A reward model's, where one has scored the sample."""
-    program_s: float | None
-    """Time its program ran; None where that was not written down."""
-
-    @property
-    def correct(self) -> bool:
-        return self.graded.verdict is Verdict.CORRECT
+from reftune.storage.run_folder import RunFolder
+from reftune.types import Attempt, Graded, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,34 +120,32 @@ def read_run(folder: Path | str) -> RunResults:
     Raises: DataError, one line, where the folder is missing, is no run folder, or holds a damaged
     file.
     """
-    folder = Path(folder)
-    recipe_text = _recipe_text(folder)
-    recipe = _recipe_mapping(folder / "recipe.yaml", recipe_text)
-    env = _read_json(folder / "env.json")
-    metrics = _read_metrics(folder / "metrics.jsonl")
+    files = RunFolder(Path(folder))
+    recipe_text = _recipe_text(files)
+    recipe = _recipe_mapping(files.recipe, recipe_text)
+    metrics = _read_metrics(files.metrics)
     specs = {
         name: spec for stage in recipe["stages"].items() for name, spec in _with_snapshots(*stage)
-    }
-    stages = {
-        name: _read_stage(folder, name, spec, metrics.get(name, {})) for name, spec in specs.items()
     }
     wanted = _evaluated_methods(recipe, specs)
     evals = _whole(
         {
-            name: _read_evals(folder / "eval" / f"{name}.jsonl", recipe)
+            name: _read_evals(files.evaluation(name), recipe)
             for name in wanted
-            if _is_evaluated(folder, name)
+            if files.evaluation(name).exists()
         }
     )
-    missing = tuple(name for name in wanted if name not in evals)
     return RunResults(
-        folder=folder,
+        folder=files.path,
         recipe=recipe,
         recipe_text=recipe_text,
-        env=env,
-        stages=stages,
+        env=_read_json(files.environment),
+        stages={
+            name: _read_stage(files, name, spec, metrics.get(name, {}))
+            for name, spec in specs.items()
+        },
         evals=evals,
-        missing=missing,
+        missing=tuple(name for name in wanted if name not in evals),
     )
 
 
@@ -189,15 +169,15 @@ def same_problems(evals: Mapping[str, tuple[EvalRow, ...]]) -> bool:
 # --- the files ------------------------------------------------------------------------------------
 
 
-def _recipe_text(folder: Path) -> str:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such run folder")
+def _recipe_text(files: RunFolder) -> str:
+    if not files.path.is_dir():
+        raise DataError(f"{files.path}: no such run folder")
     try:
-        return (folder / "recipe.yaml").read_text(encoding="utf-8")
+        return files.recipe.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"{folder}: not a run folder: it has no recipe.yaml") from None
+        raise DataError(f"{files.path}: not a run folder: it has no recipe.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{folder / 'recipe.yaml'}: cannot be read: {error}") from None
+        raise DataError(f"{files.recipe}: cannot be read: {error}") from None
 
 
 def _recipe_mapping(path: Path, text: str) -> dict[str, Any]:
@@ -235,10 +215,6 @@ def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow,
         )
 
     return {name: rows for name, rows in evals.items() if not is_partial(rows)}
-
-
-def _is_evaluated(folder: Path, name: str) -> bool:
-    return (folder / "eval" / f"{name}.jsonl").exists()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -288,18 +264,17 @@ def _read_metrics(path: Path) -> dict[str, dict[int, MetricRow]]:
 
 
 def _read_stage(
-    folder: Path, name: str, spec: Mapping[str, Any], metrics: Mapping[int, MetricRow]
+    files: RunFolder, name: str, spec: Mapping[str, Any], metrics: Mapping[int, MetricRow]
 ) -> StageResults:
-    info = _read_json(folder / "stages" / name / "stage.json")
+    folder = files.stage(name)
+    info = _read_json(folder.info)
     return StageResults(
         name=name,
         kind=str(spec.get("kind", "")),
         init=str(info.get("init") or spec.get("init") or "base"),
         num_samples=int(spec.get("samples") or 1),
         metrics=tuple(metrics[step] for step in sorted(metrics)),
-        samples=tuple(
-            _sample(row, where) for where, row in _lines(folder / "stages" / name / "samples.jsonl")
-        ),
+        samples=tuple(_sample(row, where) for where, row in _lines(folder.samples)),
         info=info,
     )
 
@@ -339,22 +314,13 @@ def _sample(row: Mapping[str, Any], where: str) -> TrainingSample:
 
 
 def _attempt(row: Mapping[str, Any], where: str) -> Attempt:
-    tokens = row.get("tokens")
     try:
-        verdict = Verdict(_take(row, "verdict", where))
+        return Attempt.from_row(row)
+    except KeyError as error:
+        raise DataError(f"{where}: {error.args[0]} is missing") from None
     except ValueError as error:
-        raise DataError(
-            f"{where}: {error}; expected one of {', '.join(known.value for known in Verdict)}"
-        ) from None
-    return Attempt(
-        completion=str(_take(row, "completion", where)),
-        graded=Graded(verdict=verdict, value=row.get("value"), reason=str(row.get("reason", ""))),
-        reward=row.get("reward"),
-        finish_reason=str(row.get("finish_reason", "")),
-        num_tokens=len(tokens) if isinstance(tokens, list) else tokens,
-        score=row.get("score"),
-        program_s=row.get("program_s"),
-    )
+        known = ", ".join(verdict.value for verdict in Verdict)
+        raise DataError(f"{where}: {error}; expected one of {known}") from None
 
 
 def _take(row: Mapping[str, Any], key: str, where: str) -> Any:

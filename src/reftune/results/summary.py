@@ -20,6 +20,7 @@ from reftune.results import stats
 from reftune.results.records import EvalRow, RunResults, read_run, require_finished, same_problems
 from reftune.results.stats import Comparison, Interval, SeedComparison
 from reftune.stages.probes import choices
+from reftune.storage.run_folder import RunFolder
 
 GREEDY = "greedy"
 
@@ -135,7 +136,7 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
 
 
 def _choices_json(run: RunResults, method: str) -> dict[str, Any]:
-    rows = choices.read_rows(choices.choices_path(run.folder, method))
+    rows = choices.read_rows(RunFolder(run.folder).choices(method))
     return {"choices": choices.summary_of(rows)} if rows else {}
 
 

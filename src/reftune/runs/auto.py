@@ -10,6 +10,7 @@ from reftune.errors import RecipeError
 from reftune.model.precision import fastest_dtype
 from reftune.processes import launch, world
 from reftune.recipe import Recipe, parse_recipe
+from reftune.storage.run_folder import RunFolder
 
 Key = tuple[str, str]
 """A table of the recipe and one of its keys."""
@@ -55,7 +56,7 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 def _stored(recipe: Recipe) -> Values:
     """What the run folder's recipe says of the open keys; nothing if it is no run's."""
     try:
-        stored = parse_recipe(yaml.safe_load((recipe.folder / "recipe.yaml").read_bytes()))
+        stored = parse_recipe(yaml.safe_load(RunFolder(recipe.folder).recipe.read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):
         return {}
     found = {key: _value(stored, key) for key in _open_keys(recipe)}

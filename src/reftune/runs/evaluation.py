@@ -12,7 +12,7 @@ from reftune.recipe import Recipe
 from reftune.seeds import derive_seed
 from reftune.stages.rollouts import Collector
 from reftune.storage.json_lines import in_parts
-from reftune.types import Completion, Graded, Problem, SamplingParams, Verdict
+from reftune.types import Attempt, Completion, Graded, Problem, SamplingParams, Verdict
 
 PROBLEMS_AT_ONCE = 250
 """Problems in a part, answered together; an evaluation that was stopped goes on after the last
@@ -64,7 +64,10 @@ def _answer(
             "question": problem.question,
             "gold": str(problem.answer),
             "prompt_tokens": len(prompt),
-            "greedy": {**_answered(completion, graded), "tokens": len(completion.token_ids)},
+            "greedy": {
+                **_attempt(completion, graded).to_row(),
+                "tokens": len(completion.token_ids),
+            },
         }
         for problem, prompt, completion, graded in zip(
             problems, greedy.prompts, greedy.completions, greedy.graded, strict=True
@@ -77,7 +80,7 @@ def _answer(
     )
     sampled = collector.solve(policy, [p for p in problems for _ in range(num_samples)], params)
     answers = [
-        _answered(completion, graded)
+        _attempt(completion, graded).to_row()
         for completion, graded in zip(sampled.completions, sampled.graded, strict=True)
     ]
     return [
@@ -86,14 +89,10 @@ def _answer(
     ]
 
 
-def _answered(completion: Completion, graded: Graded) -> dict[str, Any]:
-    return {
-        "completion": completion.text,
-        "verdict": graded.verdict.value,
-        "value": graded.value,
-        "reason": graded.reason,
-        "finish_reason": completion.finish_reason,
-    }
+def _attempt(completion: Completion, graded: Graded) -> Attempt:
+    return Attempt(
+        completion=completion.text, graded=graded, finish_reason=completion.finish_reason
+    )
 
 
 def accuracy(rows: Sequence[dict[str, Any]]) -> float:

@@ -3,36 +3,28 @@ resumable."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from reftune.datasets import Splits
-from reftune.errors import CheckpointError, DataError, RecipeError
+from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, stop_texts
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.weights import load_model, load_pretrained
 from reftune.processes import launch, world
 from reftune.processes.sharding import sharding
-from reftune.recipe import Recipe, dump_recipe, parse_recipe
+from reftune.recipe import Recipe
 from reftune.runs.auto import settled
 from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
-from reftune.stages.probes.choices import choices_path, diagnose, is_multiple_choice, write_rows
+from reftune.stages.probes.choices import diagnose, is_multiple_choice, write_rows
 from reftune.stages.progress import Progress
 from reftune.stages.reward_model import (
     WEIGHTS,
@@ -47,23 +39,12 @@ from reftune.stages.sft import gold_examples
 from reftune.stages.stage import Stage, StageContext
 from reftune.storage.atomic import write_atomically
 from reftune.storage.json_lines import JsonLines
-from reftune.types import Conversation, Graded, Problem, SamplingParams, Verdict
+from reftune.storage.run_folder import RunFolder
+from reftune.types import Attempt, Conversation, Problem, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-BEFORE_CLAIM = frozenset(
-    {
-        ".lock",
-        "env.json",
-        "data.json",
-        ".env.json.partial",
-        ".data.json.partial",
-        ".recipe.yaml.partial",
-    }
-)
-"""What a run that was killed before `recipe.yaml` was there may have left."""
-ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
+from reftune.runs.folder import claimed, readable_errors, refuse_foreign
 
 
 def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
@@ -73,11 +54,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     Returns: the summary. Raises: ReftuneError; Interrupted with the checkpoint's folder.
     """
     with open_run(recipe, progress) as run:
-        for name in (name for name in recipe.stages if not run.is_trained(name)):
-            run.train(name)
-            run.report()
-        for method in run.methods_to_evaluate():
-            run.evaluate(method)
+        run.complete(report=True)
         return run.summarize()
 
 
@@ -105,11 +82,12 @@ def evaluate_methods(
     """Evaluate finished methods (all that the recipe names where `methods` is empty). Returns: the
     summary."""
     check_stage_graph(recipe)
-    methods = methods or _methods_to_evaluate(recipe)
+    methods = methods or methods_to_evaluate(recipe)
     _require_trained(recipe, methods)
     with open_run(recipe, progress) as run:
         for method in methods:
             run.evaluate(method)
+        run.score_samples()
         return run.summarize()
 
 
@@ -120,11 +98,11 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     Raises: CheckpointError for a folder that is unwritable, in use or not a run's; RecipeError for
     one of another recipe.
     """
-    folder = recipe.folder
+    folder = RunFolder(recipe.folder)
     check_stage_graph(recipe)
     recipe = settled(recipe)
-    with _readable_errors(folder):
-        is_new = world.from_main(lambda: _refuse_foreign(folder, recipe))
+    with readable_errors(folder):
+        is_new = world.from_main(lambda: refuse_foreign(folder, recipe))
     run = Run(recipe=recipe, splits=load_splits(recipe), folder=folder, progress=progress)
     run.check_reranker()
     if is_new:
@@ -132,8 +110,8 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.enter_context(threads_of(recipe))
         if world.is_main():
-            stack.enter_context(_claimed(run))
-        world.shared_folder(folder)
+            stack.enter_context(claimed(folder, recipe, run.splits))
+        world.shared_folder(folder.path)
         if world.world_size() > 1:
             progress.note(launch.describe())
         yield run
@@ -154,53 +132,36 @@ def threads_of(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def _claimed(run: Run) -> Iterator[None]:
-    """The folder, made this run's and locked."""
-    folder, recipe = run.folder, run.recipe
-    with ExitStack() as stack:
-        with _readable_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((folder / ".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _refuse_foreign(folder, recipe):
-                write_atomically(folder / "env.json", json.dumps(environment(), indent=2))
-                write_atomically(folder / "data.json", json.dumps(data_facts(run.splits), indent=2))
-                # last: it makes the folder this run's
-                write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
-        yield
-
-
-@contextmanager
-def _readable_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BlockingIOError:
-        raise CheckpointError(f"{folder}: another process is using this run folder") from None
-    except (NotADirectoryError, FileExistsError):
-        raise CheckpointError(f"{folder}: cannot be a run folder: a file is in its place") from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or folder}: cannot be written: {error.strerror}"
-        ) from None
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """An open run folder."""
 
     recipe: Recipe
     splits: Splits
-    folder: Path
+    folder: RunFolder
     progress: Progress
+    loaded: dict[tuple[str, bool], Policy] = field(default_factory=dict)
+    """The policy loaded last, by method and whether it has fresh adapters: at most one, unchanged.
+    """
 
     def is_trained(self, name: str) -> bool:
         """Whether stage `name` has left all its models."""
-        files = [
-            self.stage_folder(method) / "stage.json"
-            for method in (name, *self.recipe.stages[name].produces)
-        ]
-        return world.from_main(lambda: all(file.is_file() for file in files))
+        methods = (name, *self.recipe.stages[name].produces)
+        return world.from_main(lambda: all(self.folder.stage(m).is_done for m in methods))
+
+    def complete(self, *, report: bool = False) -> None:
+        """Every stage and every evaluation that is not done yet, a report after each stage."""
+        names = list(self.recipe.stages)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            if not self.is_trained(name):
+                self.train(name)
+                if report:
+                    self.report()
+            init = None if following is None else self.recipe.stages[following].init
+            # the model that the next stage starts from comes last, and is handed on
+            for method in sorted(self.methods_to_evaluate(name), key=lambda method: method == init):
+                self.evaluate(method)
+        self.score_samples()
 
     def verify_inputs(self) -> None:
         """Load the model and encode every problem, so that nothing is begun that could not end.
@@ -231,8 +192,9 @@ class Run:
         is not there yet."""
         if self.is_trained(name):
             return
-        folder, stage = self.stage_folder(name), self.recipe.stages[name]
+        stage = self.recipe.stages[name]
         policy = self.load_policy(stage.init, trained=True)
+        self.loaded.clear()  # training changes it
         collector = self.collector(policy)
         params = SamplingParams(max_new_tokens=self.recipe.lengths.max_new)
         splits = collector.trainable(self.splits, policy, params)
@@ -246,8 +208,8 @@ class Run:
             policy=policy,
             splits=splits,
             collector=collector,
-            folder=folder,
-            metrics=JsonLines(self.folder / "metrics.jsonl"),
+            folder=self.folder.stage(name),
+            metrics=JsonLines(self.folder.metrics),
             progress=self.progress,
             load=self.load_policy,
         )
@@ -256,10 +218,20 @@ class Run:
 
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
         """The base model or a finished method's chosen one. `trained`: to be trained on, with
-        adapters where the recipe asks for them.
+        adapters if the recipe asks for them; otherwise not to be changed.
 
         Over a base in 4 bits adapters go on from those of `method`; otherwise they are fresh.
         """
+        table = self.recipe.model
+        is_other = table.lora is not None or table.gradient_checkpointing
+        key = (method, trained and is_other)
+        if key not in self.loaded:
+            self.loaded.clear()  # before the next one takes memory
+            # one that is only read can be trained later, unless the two are made differently
+            self.loaded[key] = self._load_policy(method, trained=trained or not is_other)
+        return self.loaded[key]
+
+    def _load_policy(self, method: str, *, trained: bool) -> Policy:
         table = self.recipe.model
         if method != "base":
             _require_trained(self.recipe, [method])
@@ -267,11 +239,11 @@ class Run:
         if trained and table.quantize is not None:
             policy = self._policy(*self._load("base", as_stored=True), trained=True)
             if method != "base":
-                policy.load_adapters(self.stage_folder(method))
+                policy.load_adapters(self.folder.stage(method).path)
         else:
             as_stored = not trained or table.lora is not None
             policy = self._policy(*self._load(method, as_stored=as_stored), trained=trained)
-        policy.load_value_head(self.stage_folder(method))
+        policy.load_value_head(self.folder.stage(method).path)
         policy.verify_head()
         if trained and table.gradient_checkpointing:
             policy.recompute_blocks()
@@ -288,7 +260,7 @@ class Run:
             texts = scratch_texts(self.recipe.format, self.splits) if is_scratch else ()
             seed = derive_seed(self.recipe.seed, "base")
             return load_model(table, texts=texts, seed=seed, as_stored=as_stored)
-        folder, trust = self.stage_folder(method), table.trust_remote_code
+        folder, trust = self.folder.stage(method).path, table.trust_remote_code
         return load_pretrained(folder, trust_remote_code=trust, as_stored=as_stored)
 
     def _policy(
@@ -318,11 +290,12 @@ class Run:
             too_long=self.recipe.lengths.too_long,
         )
 
-    def stage_folder(self, method: str) -> Path:
-        return self.folder / "stages" / method
+    def methods_to_evaluate(self, stage: str) -> list[str]:
+        """Of what `stage` leaves behind."""
+        return [m for m in methods_to_evaluate(self.recipe) if m in self._methods_of(stage)]
 
-    def methods_to_evaluate(self) -> list[str]:
-        return _methods_to_evaluate(self.recipe)
+    def _methods_of(self, stage: str) -> tuple[str, ...]:
+        return _methods_of(stage, self.recipe.stages[stage])
 
     def problems_to_evaluate(self) -> Sequence[Problem]:
         """Raises: DataError where there are none."""
@@ -336,10 +309,13 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Answer the test (or dev) problems with a method's chosen model, once, and score the
-        samples for reranking."""
-        table, problems = self.recipe.evaluate, self.problems_to_evaluate()
-        path = self.folder / "eval" / f"{method}.jsonl"
+        """Answer the test (or dev) problems with a method's chosen model, once; on multiple choice,
+        look for signs of reward hacking in its answers."""
+        table, problems, path = (
+            self.recipe.evaluate,
+            self.problems_to_evaluate(),
+            self.folder.evaluation(method),
+        )
         if len(world.from_main(JsonLines(path).rows)) < len(problems):
             policy = self.load_policy(method)
             rows = evaluate(
@@ -349,39 +325,43 @@ class Run:
                 f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right"
             )
         if is_multiple_choice(problems):
-            self.diagnose(method, problems)
-        if table.rerank is not None and not is_scored(world.from_main(JsonLines(path).rows)):
-            classifier = self.load_reranker(table.rerank)
-            encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
-            add_scores(
-                path, problems, classifier, encoder, max_tokens=self.recipe.model.micro_batch_tokens
-            )
+            self.probe_choices(method, problems)
 
-    def diagnose(self, method: str, problems: Sequence[Problem]) -> None:
-        """Look for reward hacking in a method's greedy answers, once; see `choices`."""
-        path = choices_path(self.folder, method)
+    def probe_choices(self, method: str, problems: Sequence[Problem]) -> None:
+        """See `stages.probes.choices`; once."""
+        path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(problems):
             return
-        evaluated = JsonLines(self.folder / "eval" / f"{method}.jsonl")
-        answers = [row["greedy"] for row in world.from_main(evaluated.rows)]
+        rows = world.from_main(JsonLines(self.folder.evaluation(method)).rows)
+        answers = [Attempt.from_row(row["greedy"]) for row in rows]
         policy = self.load_policy(method)
-        graded = [
-            Graded(verdict=Verdict(a["verdict"]), value=a["value"], reason=a["reason"])
-            for a in answers
-        ]
-        texts = [answer["completion"] for answer in answers]
-        max_new = self.recipe.lengths.max_new
-        write_rows(
-            path,
-            diagnose(
-                policy, self.collector(policy), problems, texts, graded, max_new_tokens=max_new
-            ),
+        found = diagnose(
+            policy,
+            self.collector(policy),
+            problems,
+            [answer.completion for answer in answers],
+            [answer.graded for answer in answers],
+            max_new_tokens=self.recipe.lengths.max_new,
         )
+        write_rows(path, found)
+
+    def score_samples(self) -> None:
+        """Give every sample of every evaluation the score of the recipe's reward model."""
+        name = self.recipe.evaluate.rerank
+        paths = [self.folder.evaluation(m) for m in methods_to_evaluate(self.recipe)]
+        unscored = [path for path in paths if not is_scored(world.from_main(JsonLines(path).rows))]
+        if name is None or not unscored:
+            return
+        classifier, max_tokens = self.load_reranker(name), self.recipe.model.micro_batch_tokens
+        encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
+        for path in unscored:
+            problems = self.problems_to_evaluate()
+            add_scores(path, problems, classifier, encoder, max_tokens=max_tokens)
 
     def load_reranker(self, name: str) -> Classifier:
         """A reward model by its stage or by its folder in another run."""
         if name in self.recipe.stages:
-            return load_classifier(self.load_policy(name), self.stage_folder(name))
+            return load_classifier(self.load_policy(name), self.folder.stage(name).path)
         loaded = load_pretrained(name, trust_remote_code=self.recipe.model.trust_remote_code)
         return load_classifier(self._policy(*loaded), Path(name))
 
@@ -398,8 +378,8 @@ class Run:
         """summary.json and report.html, from the files of the run alone."""
         from reftune.results import summarize
 
-        summary = world.from_main(lambda: summarize(self.folder))
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2))
+        summary = world.from_main(lambda: summarize(self.folder.path))
+        write_atomically(self.folder.summary, json.dumps(summary, indent=2))
         self.report()
         return summary
 
@@ -408,7 +388,7 @@ class Run:
         from reftune.results import write_report
 
         if world.is_main():
-            write_report([self.folder], self.folder / "report.html")
+            write_report([self.folder.path], self.folder.report)
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -426,18 +406,6 @@ def load_splits(recipe: Recipe) -> Splits:
             " file"
         )
     return splits
-
-
-def data_facts(splits: Splits) -> dict[str, Any]:
-    """What `data.json` holds: the sizes of the splits (of train: problems with a rationale), and
-    what was dropped."""
-    with_rationale = sum(problem.rationale is not None for problem in splits.train)
-    sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
-    return {
-        "problems": sizes,
-        "train_without_rationale": len(splits.train) - with_rationale,
-        "dropped": dict(splits.counts),
-    }
 
 
 def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
@@ -485,7 +453,7 @@ def check_stage_graph(recipe: Recipe) -> None:
         )
 
 
-def _methods_to_evaluate(recipe: Recipe) -> list[str]:
+def methods_to_evaluate(recipe: Recipe) -> list[str]:
     """In the order they come to be; a stage's snapshots before the stage."""
     methods = [
         method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)
@@ -505,94 +473,8 @@ def _kinds(recipe: Recipe) -> str:
 
 def _require_trained(recipe: Recipe, methods: Collection[str]) -> None:
     for method in methods:
-        folder = recipe.folder / "stages" / method
-        if not (folder / "stage.json").is_file():
+        folder = RunFolder(recipe.folder).stage(method)
+        if not folder.is_done:
             raise RecipeError(
-                f"{folder}: method {method} is not trained yet; `reftune run` trains all"
+                f"{folder.path}: method {method} is not trained yet; `reftune run` trains all"
             )
-
-
-def _refuse_foreign(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder is free; refuses one that is neither free nor this recipe's."""
-    path = folder / "recipe.yaml"
-    if path.is_file():
-        difference = _first_difference(
-            _as_of_now(_read_own_recipe(path)), yaml.safe_load(dump_recipe(recipe))
-        )
-        if difference is not None:
-            raise RecipeError(
-                f"{folder}: belongs to another recipe: {difference}; choose another run_dir"
-            )
-        return False
-    if folder.exists() and any(child.name not in BEFORE_CLAIM for child in folder.iterdir()):
-        raise CheckpointError(
-            f"{folder}: is not empty and not a run folder (no recipe.yaml); choose another run_dir"
-        )
-    return True
-
-
-def _read_own_recipe(path: Path) -> dict[str, Any]:
-    try:
-        old = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError):
-        old = None
-    if not isinstance(old, dict):
-        raise CheckpointError(f"{path}: not the recipe of a run; choose another run_dir")
-    return old
-
-
-def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the defaults of keys that came after it; as it is where no recipe can be
-    made of it any more."""
-    try:
-        return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
-    except RecipeError:
-        return old
-
-
-def _first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            if where == "" and key in ("run_dir", "trackers"):  # neither changes a result
-                continue
-            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    return None if old == new else f"{where} was {old!r}, now {new!r}"
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and command, for the record."""
-    return {
-        **{name: _version(name) for name in ENVIRONMENT},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": command(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def command() -> str:
-    """What was typed to start this process."""
-    program, *arguments = sys.argv
-    return shlex.join(
-        [
-            *(
-                ["reftune"]
-                if Path(program).name in ("reftune", "__main__.py")
-                else ["python", program]
-            ),
-            *arguments,
-        ]
-    )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

@@ -11,8 +11,9 @@ from reftune.runs.auto import settled
 from reftune.runs.run import Run, load_splits
 from reftune.stages.progress import SilentProgress
 from reftune.stages.rollouts import Collector
+from reftune.storage.run_folder import RunFolder
 from reftune.text import printable
-from reftune.types import Problem, SamplingParams
+from reftune.types import Attempt, Problem, SamplingParams
 
 
 def sample_method(
@@ -25,7 +26,10 @@ def sample_method(
     """
     recipe = settled(recipe)
     run = Run(
-        recipe=recipe, splits=load_splits(recipe), folder=recipe.folder, progress=SilentProgress()
+        recipe=recipe,
+        splits=load_splits(recipe),
+        folder=RunFolder(recipe.folder),
+        progress=SilentProgress(),
     )
     policy = run.load_policy(method)
     problems: Sequence[Problem] = getattr(run.splits, split)[:num]
@@ -50,11 +54,9 @@ def sample_rows(
             "id": problem.id,
             "question": problem.question,
             "gold": str(problem.answer),
-            "completion": completion.text,
-            "verdict": graded.verdict.value,
-            "value": graded.value,
-            "reason": graded.reason,
-            "finish_reason": completion.finish_reason,
+            **Attempt(
+                completion=completion.text, graded=graded, finish_reason=completion.finish_reason
+            ).to_row(),
         }
         for problem, completion, graded in zip(
             problems, solved.completions, solved.graded, strict=True

@@ -38,6 +38,7 @@ from reftune.storage.checkpoint import (
     save_checkpoint,
 )
 from reftune.storage.json_lines import JsonLines
+from reftune.storage.run_folder import StageFolder
 from reftune.types import SamplingParams, Verdict
 
 
@@ -100,7 +101,7 @@ class Loop:
         self.snapshots = dict(snapshots or {})
         self.look = look or partial(look_at_dev, context, probe_choices=table.probe_choices)
         self.is_worth_a_look = look is None and context.stage.init != "base"
-        self.samples = JsonLines(context.folder / "samples.jsonl")
+        self.samples = JsonLines(context.folder.samples)
         self.state = start or Progression()
         self._stop = False
         sharding().distribute(model)
@@ -145,7 +146,7 @@ class Loop:
                         raise Interrupted(str(saved))
         self._finish()
         if self._stop:
-            raise Interrupted(str(self.context.folder))
+            raise Interrupted(str(self.context.folder.path))
 
     def _seeded(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
         # the dropout of one process should not repeat another's
@@ -191,7 +192,7 @@ class Loop:
         Raises: NonFiniteError where it may not.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        path = self.context.folder / f"nonfinite-{self.state.step:06d}.json"
+        path = self.context.folder.nonfinite(self.state.step)
         unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
         document = {"where": str(error), "weights_not_finite": unsound, "rows": list(rows)}
         write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False))
@@ -224,16 +225,12 @@ class Loop:
         self.context.progress.step(self.state.step, row)
         if accuracy > self.state.best_accuracy:
             self.state.best_step, self.state.best_accuracy = self.state.step, accuracy
-            replace_folder(self._best, self.model.save)
-
-    @property
-    def _best(self) -> Path:
-        return self.context.folder / "checkpoints" / "best"
+            replace_folder(self.context.folder.best, self.model.save)
 
     # --- files ---
 
     def _resume(self) -> bool:
-        found = load_latest(self.context.folder / "checkpoints", note=self.context.progress.note)
+        found = load_latest(self.context.folder.checkpoints, note=self.context.progress.note)
         world.agree(
             None if found is None else found.step, what="found different checkpoints, by step"
         )
@@ -266,7 +263,7 @@ class Loop:
         for log in (self.context.metrics, self.samples):
             log.sync()
         return save_checkpoint(
-            self.context.folder / "checkpoints",
+            self.context.folder.checkpoints,
             step=self.state.step,
             tensors=tensors,
             state={
@@ -279,10 +276,10 @@ class Loop:
 
     def _snapshot(self, method: str) -> None:
         """Leave the weights as they are now as a method of their own."""
-        folder = self.context.folder.parent / method
+        folder = self.context.folder.run.stage(method)
         accuracy = self.look()["dev/accuracy"]
         self.state.looks += 1
-        replace_folder(folder, self.model.save)
+        replace_folder(folder.path, self.model.save)
         write_stage(
             folder,
             method,
@@ -295,7 +292,7 @@ class Loop:
     def _finish(self) -> None:
         """Put the model chosen on dev in the stage's folder; `stage.json` comes last and marks the
         stage as done."""
-        link_files(self._best, self.context.folder)
+        link_files(self.context.folder.best, self.context.folder.path)
         write_stage(
             self.context.folder,
             self.context.name,
@@ -337,7 +334,7 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> dict[s
 
 
 def write_stage(
-    folder: Path,
+    folder: StageFolder,
     method: str,
     loop: Loop,
     *,
@@ -361,7 +358,7 @@ def write_stage(
         "wall_seconds": loop.state.seconds,
         **{name.removeprefix("compute/"): int(value) for name, value in totals.items()},
     }
-    write_atomically(folder / "stage.json", json.dumps(document, indent=2))
+    write_atomically(folder.info, json.dumps(document, indent=2))
 
 
 def trainable(model: Trained) -> dict[str, torch.Tensor]:

@@ -83,9 +83,9 @@ class RewardModel(Schedule, Stage):
         """Sample, train, and leave the classifier that reranked dev best."""
         started, folder, splits = time.perf_counter(), context.folder, context.splits
         sampling = self._sampling(self.samples)
-        train = draw(sampling, context, splits.train, folder / "sampled.jsonl")
+        train = draw(sampling, context, splits.train, folder.drawn)
         sampling = self._sampling(self.dev_samples)
-        dev = draw(sampling, context, splits.dev, folder / "sampled_dev.jsonl")
+        dev = draw(sampling, context, splits.dev, folder.drawn_dev)
         solutions = [solution for samples in train for solution in labelled(samples)]
         context.progress.note(
             f"{context.name}: {len(solutions):,} different solutions to train on; {describe(train)}"

@@ -36,7 +36,7 @@ from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop, TrainingTable
 from reftune.stages.optimizer import Gradient
 from reftune.stages.stage import Cost, Stage, StageContext
-from reftune.types import Rollout, SamplingParams, Verdict
+from reftune.types import Attempt, Rollout, SamplingParams, Verdict
 
 
 def _algorithm(spec: Any) -> Any:
@@ -446,18 +446,18 @@ def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> lis
 
 def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:
     """A rollout for samples.jsonl."""
-    completion, graded = rollout.completion, rollout.graded
+    completion = rollout.completion
+    attempt = Attempt(
+        completion=completion.text,
+        graded=rollout.graded,
+        finish_reason=completion.finish_reason,
+        reward=rollout.reward,
+    )
     return {
         "id": rollout.problem.id,
         "question": rollout.problem.question,
         "gold": str(rollout.problem.answer),
-        "completion": completion.text,
-        "verdict": graded.verdict.value,
-        "value": graded.value,
-        "reward": rollout.reward,
-        "reason": graded.reason,
-        "finish_reason": completion.finish_reason,
-        "program_s": None if graded.program_s is None else round(graded.program_s, 4),
+        **attempt.to_row(),
         "logprobs": [round(logprob, 4) for logprob in completion.logprobs],
         "tokens": [policy.decode([token]) for token in completion.token_ids],
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,7 @@ from reftune.stages.loop import Progression
 from reftune.stages.sft import Example, Imitation, Schedule, fitting, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.storage.json_lines import JsonLines, in_parts
-from reftune.types import Graded, Problem, SamplingParams, Verdict
+from reftune.types import Attempt, Graded, Problem, SamplingParams, Verdict
 
 SAMPLES_AT_ONCE = 2000
 """Drawn between two writes to disk, about; sampling that was stopped goes on after the last whole
@@ -71,7 +71,7 @@ class SelfTrain(Stage):
         sampling = Sampling(
             method=self.sampler, num=self.samples, temperature=self.temperature, top_k=self.top_k
         )
-        drawn = draw(sampling, context, context.splits.train, context.folder / "sampled.jsonl")
+        drawn = draw(sampling, context, context.splits.train, context.folder.drawn)
         examples = self.examples(drawn, context)
         context.progress.note(
             f"{context.name}: {len(examples)} rows to train on; {describe(drawn)}"
@@ -213,7 +213,7 @@ def _sample(
         policy, [problem for problem in problems for _ in range(sampling.num)], params
     )
     samples = [
-        {"completion": completion.text, "verdict": graded.verdict.value, "value": graded.value}
+        Attempt(completion=completion.text, graded=replace(graded, reason="")).to_row()
         for completion, graded in zip(solved.completions, solved.graded, strict=True)
     ]
     lengths = [len(completion.token_ids) for completion in solved.completions]
@@ -225,13 +225,11 @@ def _sample(
 
 
 def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
+    attempts = [Attempt.from_row(sample) for sample in row["samples"]]
     return Samples(
         problem=problem,
-        texts=tuple(sample["completion"] for sample in row["samples"]),
-        graded=tuple(
-            Graded(verdict=Verdict(s["verdict"]), value=s["value"], reason="")
-            for s in row["samples"]
-        ),
+        texts=tuple(attempt.completion for attempt in attempts),
+        graded=tuple(attempt.graded for attempt in attempts),
         num_tokens=row["tokens"],
     )
 

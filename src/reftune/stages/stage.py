@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from reftune.datasets import Splits
@@ -15,6 +14,7 @@ from reftune.seeds import derive_seed
 from reftune.stages.progress import Progress
 from reftune.stages.rollouts import Collector
 from reftune.storage.json_lines import JsonLines
+from reftune.storage.run_folder import StageFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +28,7 @@ class StageContext:
     """Initialised as the stage asks; trained in place."""
     splits: Splits
     collector: Collector
-    folder: Path
-    """`stages/NAME` of the run."""
+    folder: StageFolder
     metrics: JsonLines
     progress: Progress
     load: Callable[[str], Policy]

@@ -158,18 +158,16 @@ def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> Non
 
 def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> None:
     from reftune.results import choices_table, table_command
+    from reftune.storage.run_folder import RunFolder
 
     if not is_main():
         return
     if as_json:
         show(summary)
     else:
-        print(
-            "\n\n".join(
-                filter(None, [table_command([recipe.folder], "text"), choices_table(summary)])
-            )
-        )
-    say(f"report: {recipe.folder / 'report.html'}")
+        tables = [table_command([recipe.folder], "text"), choices_table(summary)]
+        print("\n\n".join(filter(None, tables)))
+    say(f"report: {RunFolder(recipe.folder).report}")
 
 
 @contextmanager
@@ -196,8 +194,9 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last one written in any stage of a run."""
-    found = folder.glob("stages/*/checkpoints/step-*")
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    from reftune.storage.run_folder import RunFolder
+
+    return RunFolder(folder).newest_checkpoint()
 
 
 # --- beginning ------------------------------------------------------------------------------------

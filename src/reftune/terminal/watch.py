@@ -14,6 +14,7 @@ import yaml
 
 from reftune.errors import DataError
 from reftune.stages.progress import Progress
+from reftune.storage.run_folder import RunFolder
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 
 POLL_S = 1.0
@@ -38,14 +39,12 @@ def watch(
     """
     stages = _stages(folder)
     metrics, samples, current = (
-        Tail(folder / "metrics.jsonl"),
-        {name: Tail(_samples(folder, name)) for name in stages},
+        Tail(RunFolder(folder).metrics),
+        {name: Tail(RunFolder(folder).stage(name).samples) for name in stages},
         "",
     )
     while True:
-        alive = is_alive(
-            folder
-        )  # asked before reading: what a run wrote before it ended is then read
+        alive = is_alive(folder)  # asked first, so that what a run wrote before it ended is read
         for row in metrics.rows():
             clock.row_s = float(row["time"])
             if row["stage"] != current:
@@ -64,14 +63,14 @@ def watch(
                 if name == current:
                     progress.sample(_rollout(row))
         if not alive:
-            return (folder / "summary.json").is_file()
+            return RunFolder(folder).summary.is_file()
         wait(POLL_S)
 
 
 def is_alive(folder: Path) -> bool:
     """Whether a process holds the run folder's lock."""
     try:
-        with (folder / ".lock").open() as lock:
+        with RunFolder(folder).lock.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -109,17 +108,13 @@ def _objects(text: bytes) -> Iterator[dict[str, Any]]:
 
 def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(RunFolder(folder).recipe.read_text(encoding="utf-8"))
         return {
             name: spec if isinstance(spec, Mapping) else {}
             for name, spec in recipe["stages"].items()
         }
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError):
         raise DataError(f"{folder}: not a run folder: it has no recipe.yaml with stages") from None
-
-
-def _samples(folder: Path, stage: str) -> Path:
-    return folder / "stages" / stage / "samples.jsonl"
 
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from reftune.results.page.charts import entry_labels, method_colours
-from reftune.results.records import Attempt, TrainingSample
+from reftune.results.records import TrainingSample
 from reftune.results.summary import Group, display
+from reftune.types import Attempt
 
 MAX_TEXT = 6_000
 """Characters of one text; the rest stays in the run folder."""
@@ -111,7 +112,7 @@ def _spread(pool: Sequence[TrainingSample], count: int) -> list[int]:
     if len(pool) <= count:
         return list(range(len(pool)))
     attempts = [
-        {"tokens": sample.attempt.num_tokens, "program_s": sample.attempt.program_s}
+        {"tokens": sample.attempt.num_tokens, "program_s": sample.attempt.graded.program_s}
         for sample in pool
     ]
     extreme = {*_largest(attempts, "tokens"), *_largest(attempts, "program_s")}
@@ -152,7 +153,7 @@ def _sample(sample: TrainingSample, method: int, seed: int) -> Json:
         "method": method,
         "seed": seed,
         "step": sample.step,
-        "program_s": sample.attempt.program_s,
+        "program_s": sample.attempt.graded.program_s,
         "id": sample.id,
         "question": _cut(sample.question),
         "gold": _cut(sample.gold),

@@ -294,11 +294,6 @@ def summary_of(rows: Sequence[ChoiceRow]) -> dict[str, Any]:
     return {"n": len(rows), "n_right": right, "n_numeric": numeric, **metrics, "by_options": groups}
 
 
-def choices_path(folder: Path, method: str) -> Path:
-    """Where a run keeps a method's rows."""
-    return folder / "eval" / "choices" / f"{method}.jsonl"
-
-
 def write_rows(path: Path, rows: Sequence[ChoiceRow]) -> None:
     """A line a question, anew."""
     lines = JsonLines(path)
