@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
-    """Every metric of every step, weights and optimizer of every checkpoint, every answer."""
+def assert_same_run(found: Path, expected: Path, *, but: Collection[str] = ()) -> None:
+    """Every metric of every step `but` some, weights and optimizer of every checkpoint, every
+    answer."""
     for file in sorted(expected.rglob("*.safetensors")):
         tensors, others = load_file(file), load_file(found / file.relative_to(expected))
         assert tensors.keys() == others.keys()
@@ -52,7 +54,11 @@ def assert_same_run(found: Path, expected: Path) -> None:
     for file in sorted([*expected.rglob("*.jsonl"), *expected.rglob("stage.json")]):
         other = found / file.relative_to(expected)
         if file.suffix == ".jsonl":
-            assert_same_numbers(JsonLines(other).rows(), JsonLines(file).rows(), file.name)
+            rows = [
+                [{k: v for k, v in row.items() if k not in but} for row in JsonLines(path).rows()]
+                for path in (other, file)
+            ]
+            assert_same_numbers(*rows, file.name)
         else:
             assert_same_numbers(
                 json.loads(other.read_text()), json.loads(file.read_text()), file.name

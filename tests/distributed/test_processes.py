@@ -7,8 +7,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from crash import EVERY_STAGE, run_all
 from reftune.engines.kv import Kv
 from reftune.errors import NonFiniteError
 from reftune.model.batch import token_batch
-from reftune.processes import world
+from reftune.processes import heartbeat, world
 from reftune.processes.sharding import sharding, whole_tensor
 from reftune.recipe import Recipe, dump_recipe
 from reftune.stages.optimizer import OptimizerTable, is_finite, make_optimizer, optimizer_step
@@ -191,7 +193,6 @@ def test_what_fsdp2_cannot_split_is_refused_and_runs_with_whole_weights(
     assert [end.status for end in ended] == [0, 0], ended
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path):
     changes = {
@@ -242,7 +243,7 @@ def test_decoding_waits_for_nobody(how, make_policy, tmp_path):
         params = SamplingParams(max_new_tokens=max(1, own), seed=1, first_position=world.rank())
         with sharding().whole(policy):
             found = Kv().generate(policy, prompts[world.rank() :][: min(1, own)], params)
-        tokens = world.join_parts([completion.token_ids for completion in found])
+        tokens = [c.token_ids for part in world.gather(found) for c in part]
         if world.is_main():
             (tmp_path / "found.json").write_text(json.dumps(tokens))
 
@@ -293,8 +294,40 @@ def test_a_killed_process_is_missed_by_the_other(rank, steady_recipe, tmp_path):
         assert (
             ended[0]
             .stderr.splitlines()[-1]
-            .startswith("process 0 of 2: another one ended without a word")
+            .startswith("process 0 of 2: process 1 ended without a word")
         )
+
+
+@pytest.mark.parametrize("killed", [0, 1, 2])
+def test_a_dead_process_is_noticed_by_those_that_meet_nobody(killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 3.0)
+
+    def body() -> None:
+        world.wait("here")
+        if world.rank() == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(50)  # as in an operation that waits for the killed one
+
+    started = time.monotonic()
+    ended = ranks.spread(body, tmp_path, num=3)
+    assert time.monotonic() - started < 30
+    assert [end.status for end in ended] == [-9 if rank == killed else 1 for rank in range(3)]
+    told = "".join(end.stderr for end in ended)
+    assert told.count(f"of 3: process {killed} ended without a word") == 1
+
+
+def test_a_process_that_is_busy_or_done_is_not_taken_for_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 3.0)
+
+    def body() -> None:
+        if world.is_main():
+            time.sleep(6)  # writes, while the others wait
+        world.wait("written")
+        if world.is_main():
+            time.sleep(6)  # the others are done
+
+    ended = ranks.spread(body, tmp_path, num=3)
+    assert [(end.status, end.stderr) for end in ended] == [(0, "")] * 3
 
 
 @pytest.mark.parametrize("how", SHARDINGS)

@@ -116,31 +116,46 @@ def exported(make_policy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(exported, tmp_path_factory):
-    """Address of `vllm serve` on an exported model."""
-    folder = exported[1]
+def servers(exported, tmp_path_factory):
+    """Addresses of two `vllm serve` on an exported model."""
+    folder = tmp_path_factory.mktemp("log")
+    started = [start(exported[1], folder / f"server{number}.txt") for number in (0, 1)]
+    try:
+        for process, address, log in started:
+            wait_until_healthy(process, address, log)
+        yield [address for _, address, _ in started]
+    finally:
+        for process, *_ in started:
+            process.terminate()
+        for process, *_ in started:
+            process.wait(60)
+
+
+@pytest.fixture
+def server(servers):
+    return servers[0]
+
+
+def start(model, log):
+    """A server's process, address and log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = (
-        f"--model {folder} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
-        " --logprobs-mode processed_logprobs"
+        f"--model {model} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
+        " --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 8"
     )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
-    log = tmp_path_factory.mktemp("log") / "server.txt"
+    variables = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     with log.open("w") as output:
         process = subprocess.Popen(
-            command,
-            env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"},
-            stdout=output,
-            stderr=output,
+            command, env={**os.environ, **variables}, stdout=output, stderr=output
         )
-    try:
-        wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+    return process, f"http://127.0.0.1:{port}", log
 
 
 def wait_until_healthy(process, address, log):
@@ -158,9 +173,7 @@ def test_an_exported_model_is_served_as_it_is(exported, server):
     policy, folder = exported
     assert (folder / "value_head" / "model.safetensors").is_file()
     greedy = SamplingParams(max_new_tokens=12, temperature=0)
-    found = Server(server, 4).sample(
-        PROMPTS, [request(policy, greedy, position) for position in range(len(PROMPTS))]
-    )
+    found = Server(server).complete(PROMPTS, request(policy, greedy, 0))
     expected = Kv().generate(policy, PROMPTS, greedy)
     assert [tuple(tokens) for tokens, _ in found] == [
         completion.token_ids for completion in expected
@@ -168,14 +181,35 @@ def test_an_exported_model_is_served_as_it_is(exported, server):
 
 
 @pytest.mark.parametrize("lora", [None, LoraTable(rank=4)], ids=["whole", "lora"])
-def test_a_server_samples_from_the_weights_it_is_given(make_policy, server, lora):
-    policy, engine = make_policy("llama", lora=lora, **ONE_HEAD), Vllm(server=server)
+def test_servers_sample_from_the_weights_they_are_given(make_policy, servers, lora):
+    policy, engine = make_policy("llama", lora=lora, **ONE_HEAD), Vllm(server=servers)
     drawn = []
-    for update in range(2):
+    for update in range(3):
         difference, tokens = mismatch(engine, policy)
         assert difference < 2e-5
         assert mismatch(engine, policy)[1] == tokens  # the same call, the same tokens
+        assert mismatch(Vllm(server=servers[1]), policy)[1] == tokens  # and the same server or not
         drawn.append(tuple(tokens))
         move(policy, update)
-    assert drawn[0] != drawn[1]
+    assert len(set(drawn)) == 3
     assert drawn[0][1] != drawn[0][3]  # equal prompts are drawn apart
+
+
+def test_the_samples_of_a_problem_are_what_each_would_be_alone(make_policy, server):
+    policy, engine = make_policy("llama", **ONE_HEAD), Vllm(server=server)
+    four = engine.generate(policy, PROMPTS[:1] * 4, SamplingParams(max_new_tokens=12, seed=1))
+    alone = [
+        engine.generate(
+            policy, PROMPTS[:1], SamplingParams(max_new_tokens=12, seed=1, first_position=position)
+        )[0]
+        for position in range(4)
+    ]
+    assert [one.token_ids for one in four] == [one.token_ids for one in alone]
+    assert len({one.token_ids for one in four}) > 1
+
+
+def test_another_base_reaches_a_server_with_adapters(make_policy, server):
+    for seed in (1, 2):
+        policy = make_policy("llama", seed=seed, lora=LoraTable(rank=4), **ONE_HEAD)
+        move(policy, seed)
+        assert mismatch(Vllm(server=server), policy)[0] < 2e-5

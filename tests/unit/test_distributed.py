@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -9,7 +11,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from reftune.errors import RecipeError
 from reftune.model.batch import micro_batches, shared_micro_batches
-from reftune.processes import world
+from reftune.processes import heartbeat, world
 from reftune.processes.launch import choose_device, processes, wanted_sharding
 from reftune.processes.sharding import Fsdp2, Sharding
 from reftune.recipe import shipped_recipes
@@ -45,7 +47,7 @@ def test_the_launcher_says_whether_weights_are_sharded(environment, how):
         ({**FSDP2, "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "optimizer.max_grad_norm says it"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "expected DDP or FSDP2"),
         ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
-        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "bounds activations"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "gradient_checkpointing says it"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16; expected no"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "expected torchrun"),
     ],
@@ -137,3 +139,61 @@ def test_the_shipped_configuration_of_one_gpu_starts_one_process():
     command = ["--config_file", str(CONFIGS / "1-gpu.yaml"), "-m", "reftune"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
     assert not (arguments.multi_gpu or arguments.use_fsdp) and arguments.num_processes == 1
+
+
+class FakeStore(dict):
+    """torch's, for one process."""
+
+    def set(self, key, value):
+        if self.get("gone"):
+            raise RuntimeError("no host")
+        self[key] = value
+
+    def multi_get(self, keys):
+        return [self[key] for key in keys]
+
+
+@pytest.fixture
+def hearts(monkeypatch):
+    """Three heartbeats at many times the pace, their store, and whom each lost."""
+    for name, seconds in {"INTERVAL_S": 0.02, "SOON_S": 0.5, "SILENCE_S": 1.0}.items():
+        monkeypatch.setattr(heartbeat, name, seconds)
+    store, lost = FakeStore(), [[], [], []]
+    made = [heartbeat.Heartbeat(store, rank, 3, lost[rank].append) for rank in range(3)]
+    for heart in made:
+        heart.start()
+    yield made, store, lost
+    for heart in made:
+        heart.stop()
+
+
+def eventually(is_so):
+    """Whether it is within ten seconds."""
+    deadline = time.monotonic() + 10
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return is_so()
+
+
+def test_a_silent_process_is_named_by_the_others(hearts):
+    made, _, lost = hearts
+    assert made[0].missing() is None and lost == [[], [], []]
+    made[1].stop()  # as if killed: it does not say that it leaves
+    assert eventually(lambda: made[0].missing() == 1) and made[2].missing() == 1
+    assert eventually(lambda: lost[0] and lost[2]) and {*lost[0], *lost[2]} == {1}
+
+
+def test_a_process_that_is_done_is_not_missed(hearts):
+    made, _, lost = hearts
+    time.sleep(0.1)
+    made[2].leave()
+    time.sleep(1.5)
+    assert made[0].missing() is None and lost == [[], [], []]
+
+
+def test_without_a_store_its_host_is_missed(hearts):
+    made, store, lost = hearts
+    time.sleep(0.1)
+    store["gone"] = True
+    assert eventually(lambda: made[1].missing() == 0) and made[2].missing() == 0
+    assert eventually(lambda: lost[2]) and set(lost[2]) == {0}

@@ -5,80 +5,56 @@ The real engine is tested by `make test-vllm`.
 """
 
 import importlib.util
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from reftune.engines.vllm import SHARED_MEMORY, Vllm, request
+from crash import assert_same_outcome, outcome
+from reftune.engines import traffic
+from reftune.engines.vllm import SHARED_MEMORY, Vllm, own_servers, request
 from reftune.errors import EngineError, RecipeError
+from reftune.processes.world import World, inhabited
 from reftune.recipe import LoraTable
+from reftune.runs.run import open_run
+from reftune.stages.progress import SilentProgress
 from reftune.types import SamplingParams
+from stub_vllm import StubVllm, choices, stub_vllm
 
+STAGES = {"sft": None, "reft": {"init": "base", "steps": 4, "save_every_s": 1000.0}}
 PROMPTS = [[3, 4, 5], [6], [7, 8]]
-
-
-class FakeServer(ThreadingHTTPServer):
-    """Answers every prompt with its first token and the eos; reads the weights that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[tuple[str, dict]] = []
-        self.models: list[torch.nn.Module] = []
-        self.dtypes: list[set[torch.dtype]] = []
-        self.folders: list[Path] = []
-        self.status = 200
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: FakeServer
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, body))
-        if self.path == "/collective_rpc" and self.server.status == 200:
-            folder = Path(body["kwargs"]["weights_path"])
-            self.server.folders.append(folder)
-            self.server.dtypes.append(
-                {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
-            )
-            self.server.models.append(AutoModelForCausalLM.from_pretrained(folder))
-        answer = {}
-        if self.path == "/v1/completions":
-            answer = {
-                "choices": [
-                    {
-                        "token_ids": [body["prompt"][0], 1],
-                        "logprobs": {"token_logprobs": [-0.5, -0.25]},
-                    }
-                ]
-            }
-        self.send_response(self.server.status)
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
 def server():
-    fake = FakeServer()
-    thread = threading.Thread(target=fake.serve_forever)
-    thread.start()
-    yield fake
-    fake.shutdown()
-    thread.join()
-    fake.server_close()
+    with stub_vllm() as (stub,):
+        yield stub
 
 
-def engine(server: FakeServer, **settings) -> Vllm:
-    return Vllm(server=f"http://127.0.0.1:{server.server_port}/", **settings)
+def engine(*servers: StubVllm, **settings) -> Vllm:
+    addresses = [f"{server.address}/" for server in servers]
+    return Vllm(server=addresses if len(servers) > 1 else addresses[0], **settings)
+
+
+def sampled(completions):
+    return [(c.token_ids, c.logprobs) for c in completions]
+
+
+def expected(policy, prompts, params, first=0):
+    """What the stub answers to a request of each prompt alone."""
+    found = []
+    for position, prompt in enumerate(prompts, first):
+        (choice,) = choices({"prompt": prompt, **request(policy, params, position)})
+        found.append((tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"])))
+    return found
+
+
+def perturb(policy):
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
 
 
 def params(**changes) -> SamplingParams:
@@ -87,10 +63,70 @@ def params(**changes) -> SamplingParams:
 
 def test_answers_become_completions_in_the_order_of_the_prompts(server, make_policy):
     policy = make_policy()
-    completions = engine(server).generate(policy, PROMPTS, params())
-    assert [c.token_ids for c in completions] == [(3, 1), (6, 1), (7, 1)]
-    assert {(c.logprobs, c.finish_reason) for c in completions} == {((-0.5, -0.25), "eos")}
-    assert [c.text for c in completions] == [policy.decode([t]) for t in (3, 6, 7)]
+    completions = engine(server).generate(policy, PROMPTS, params(first_position=4))
+    assert sampled(completions) == expected(policy, PROMPTS, params(), first=4)
+    assert {c.finish_reason for c in completions} == {"eos"}
+    assert [c.text for c in completions] == [policy.decode(c.token_ids) for c in completions]
+
+
+def test_the_samples_of_a_problem_are_one_request_and_as_if_each_were_alone(server, make_policy):
+    policy, prompts = make_policy(), [[3, 4]] * 3 + [[5]] + [[3, 4]] * 2
+    traffic.clear()
+    completions = engine(server).generate(policy, prompts, params())
+    asked = server.requests("/v1/completions")
+    assert sorted((body["prompt"], body["n"]) for body in asked) == [
+        ([3, 4], 2),
+        ([3, 4], 3),
+        ([5], 1),
+    ]
+    assert traffic["requests"] == 3
+    assert sampled(completions) == expected(policy, prompts, params())
+    assert len(set(sampled(completions))) == 6  # each with a seed of its own
+
+
+def test_a_problem_whose_samples_are_split_over_two_calls_draws_the_same(server, make_policy):
+    policy, prompts = make_policy(), [[3, 4]] * 4
+    whole = engine(server).generate(policy, prompts, params())
+    parts = [
+        engine(server).generate(policy, prompts[part], params(first_position=part.start))
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    assert [*parts[0], *parts[1]] == whole
+
+
+def test_greedy_prompts_share_a_request(server, make_policy):
+    policy, greedy = make_policy(), params(temperature=0.0)
+    completions = engine(server, batch_size=2).generate(policy, PROMPTS, greedy)
+    asked = [body["prompt"] for body in server.requests("/v1/completions")]
+    assert sorted(asked, key=len) == [[[7, 8]], [[3, 4, 5], [6]]]
+    assert len(completions) == 3
+
+
+def test_several_servers_are_given_the_weights_and_share_the_prompts(make_policy):
+    policy = make_policy()
+    with stub_vllm(2) as stubs:
+        completions = engine(*stubs).generate(policy, PROMPTS, params())
+        assert sampled(completions) == expected(policy, PROMPTS, params())
+        assert [len(stub.requests("/v1/completions")) for stub in stubs] == [2, 1]
+        assert stubs[0].folders == stubs[1].folders and len(stubs[0].folders) == 1
+
+
+@pytest.mark.parametrize(
+    ("servers", "size", "expected"),
+    [
+        ("ab", 1, ["ab"]),
+        ("ab", 2, ["a", "b"]),
+        ("ab", 4, ["a", "b", "a", "b"]),
+        ("abcde", 2, ["ace", "bd"]),
+        ("a", 3, ["a", "a", "a"]),
+    ],
+)
+def test_every_server_has_a_process_and_every_process_a_server(servers, size, expected):
+    found = []
+    for rank in range(size):
+        with inhabited(World(rank=rank, size=size)):
+            found.append("".join(own_servers(servers)))
+    assert found == expected
 
 
 def test_each_call_hands_over_the_weights_as_they_are_before_it_samples(server, make_policy):
@@ -98,8 +134,12 @@ def test_each_call_hands_over_the_weights_as_they_are_before_it_samples(server, 
     for shift in (0.0, 1.0):
         with torch.no_grad():
             policy.model.lm_head.weight.add_(shift)
+        traffic.clear()
         engine(server).generate(policy, PROMPTS[:1], params())
-        assert torch.equal(server.models[-1].lm_head.weight, policy.model.lm_head.weight)
+        given = server.weights[-1]
+        assert torch.equal(given["lm_head.weight"], policy.model.lm_head.weight)
+        size = sum(tensor.nbytes for tensor in given.values())
+        assert size < traffic["sync_bytes"] < size + 20_000  # the config beside it
     assert [path for path, _ in server.asked] == [
         "/collective_rpc",
         "/reset_prefix_cache",
@@ -109,28 +149,62 @@ def test_each_call_hands_over_the_weights_as_they_are_before_it_samples(server, 
 
 
 @pytest.mark.parametrize("family", ["llama", "llama, tied", "gpt2"])
-def test_adapters_are_merged_and_the_policy_keeps_its_own(server, make_policy, family):
+def test_with_lora_the_base_goes_once_and_then_the_adapter_alone(
+    server, make_policy, family, monkeypatch, tmp_path
+):
     policy = make_policy(family, lora=LoraTable(rank=2))
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    read = {}
+
+    def take(folder):  # as vLLM would, while the folder is there
+        if (folder / "adapter_config.json").is_file():
+            read["model"] = PeftModel.from_pretrained(read["base"], folder)
+        else:
+            read["base"] = AutoModelForCausalLM.from_pretrained(folder)
+        read.setdefault("took", []).append(sorted(path.suffix for path in folder.iterdir()))
+
+    monkeypatch.setattr(server, "take", take)
+    tokens, own = torch.tensor([PROMPTS[0]]), engine(server)
+    for _ in range(2):
+        perturb(policy)
+        own.generate(policy, PROMPTS[:1], params())
+        with torch.no_grad():
+            found = read["model"](tokens).logits
+            read["base"] = read["model"].unload()
+            torch.testing.assert_close(found, policy.model(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert [path for path, _ in server.asked] == [
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/v1/load_lora_adapter",
+        "/v1/completions",
+        "/v1/unload_lora_adapter",
+        "/v1/load_lora_adapter",
+        "/v1/completions",
+    ]
+    names = [body["lora_name"] for body in server.requests("/v1/load_lora_adapter")]
+    assert len(set(names)) == 2  # what vLLM caches goes by the name
+    assert [body["model"] for body in server.requests("/v1/completions")] == names
+
+
+def test_another_policy_or_a_server_that_was_started_again_is_given_the_base(server, make_policy):
+    first, second, own = (*(make_policy(lora=LoraTable(rank=2)) for _ in range(2)), engine(server))
+    for policy, forget, bases in ((first, 0, 1), (second, 0, 2), (second, 1, 3), (second, 0, 3)):
+        if forget:
+            server.adapters.clear()  # as of a server that was killed and started
+        own.generate(policy, PROMPTS[:1], params())
+        assert len(server.requests("/collective_rpc")) == bases
+
+
+def test_an_adapter_travels_in_the_compute_dtype(server, make_policy):
+    policy = make_policy(lora=LoraTable(rank=2), dtype=torch.bfloat16)
     engine(server).generate(policy, PROMPTS[:1], params())
-    tokens = torch.tensor([PROMPTS[0]])
-    with torch.no_grad():
-        torch.testing.assert_close(
-            server.models[0](tokens).logits, policy.model(tokens).logits, atol=1e-4, rtol=0
-        )
-    assert all(
-        torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items()
-    )
+    assert {t.dtype for given in server.weights for t in given.values()} == {torch.bfloat16}
+    assert all("lora_" in name for name in server.weights[1])
 
 
 def test_weights_travel_in_the_compute_dtype(server, make_policy):
     policy = make_policy(dtype=torch.bfloat16)
     engine(server).generate(policy, PROMPTS[:1], params())
-    assert server.dtypes == [{torch.bfloat16}]
+    assert {tensor.dtype for tensor in server.weights[0].values()} == {torch.bfloat16}
     assert policy.model.dtype == torch.float32
 
 
@@ -162,10 +236,8 @@ def test_no_prompt_asks_for_nothing(server, make_policy):
 
 
 def test_a_server_that_does_not_answer_is_one_line(make_policy):
-    with pytest.raises(
-        EngineError,
-        match=r"^engine vllm: no answer from http://127.0.0.1:9/collective_rpc: [^\n]*$",
-    ):
+    told = "engine vllm: no answer from http://127.0.0.1:9/collective_rpc: "
+    with pytest.raises(EngineError, match=rf"^{told}[^\n]*; the same command goes on[^\n]*$"):
         Vllm(server="http://127.0.0.1:9").generate(make_policy(), PROMPTS, params())
 
 
@@ -187,8 +259,58 @@ def test_a_colocated_engine_without_vllm_says_what_to_install(make_policy):
         Vllm().generate(make_policy(), PROMPTS, params())
 
 
-def test_several_training_processes_are_refused(server, make_policy, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="engine vllm: expected one training process"):
+def test_a_server_that_takes_no_adapters_is_told_how_to_start(server, make_policy, monkeypatch):
+    def without(path, body):
+        return (404, {}) if "lora" in path else (200, {})
+
+    monkeypatch.setattr(server, "answer", without)
+    expected = "expected VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in the server's environment, and --enab"
+    with pytest.raises(EngineError, match=expected):
+        engine(server).generate(make_policy(lora=LoraTable(rank=2)), PROMPTS, params())
+
+
+def test_a_server_that_answers_too_little_is_one_line(server, make_policy, monkeypatch):
+    monkeypatch.setattr(server, "answer", lambda path, body: (200, {"choices": []}))
+    with pytest.raises(EngineError, match="answered 0 completions for 1 prompts"):
         engine(server).generate(make_policy(), PROMPTS, params())
-    assert server.asked == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(server, make_policy, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(EngineError, match=r"cannot be written: .*No space left on device"):
+        engine(server).generate(make_policy(), PROMPTS, params())
+
+
+def test_a_colocated_engine_is_refused_in_several_processes(make_policy, monkeypatch):
+    monkeypatch.setattr("reftune.processes.world.world_size", lambda: 2)
+    with pytest.raises(RecipeError, match="serves one training process; expected"):
+        Vllm()._colocated(make_policy(), PROMPTS, params())
+
+
+def test_a_list_of_no_servers_is_refused(make_recipe):
+    with pytest.raises(RecipeError, match="server"):
+        make_recipe(engine={"kind": "vllm", "server": []})
+
+
+def test_a_server_that_dies_in_a_step_costs_nothing_but_a_line(server, make_recipe, tmp_path):
+    def run(folder):
+        changes = {"engine": {"kind": "vllm", "server": server.address}, "run_dir": str(folder)}
+        with open_run(make_recipe(stages=STAGES, **changes), SilentProgress()) as run:
+            run.train("reft")
+        return folder
+
+    straight = outcome(run(tmp_path / "straight"))
+    path = "/v1/completions"
+    server.dies_at = path, len(server.requests(path)) * 2 // 3
+    server.asked.clear()
+    with pytest.raises(
+        EngineError, match=r"^engine vllm: no answer from .*the same command goes on"
+    ):
+        run(tmp_path / "killed")
+    (checkpoint, *_) = sorted((tmp_path / "killed/stages/reft/checkpoints").glob("step-*"))[::-1]
+    assert checkpoint.name != "step-000000"  # what was done before it died is kept
+    server.dies_at = None
+    assert_same_outcome(run(tmp_path / "killed"), straight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +10,10 @@ from reftune.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from reftune.model.policy import Policy
+
+
+traffic: Counter[str] = Counter()
+"""What engines have sent since a step last looked; a step logs it as `engine/…`."""
 
 
 class Engine(Protocol):

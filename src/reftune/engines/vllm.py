@@ -1,32 +1,40 @@
-"""vLLM, beside the trainer (colocated: a process of its own that we start) or as a server that
+"""vLLM, beside the trainer (colocated: a process of its own that we start) or as servers that
 somebody else started.
 
-Each call first hands over the policy's weights as they are, LoRA merged, through a folder in
-memory. The tokens are drawn by vLLM's kernels, whose log-probabilities differ a little from the
-trainer's; `mismatch_cap` of an RL stage corrects for that.
+Each call first hands over the policy's weights as they are, through a folder in memory: to a
+colocated engine whole, LoRA merged; to servers whole too, or with LoRA the adapter alone. The
+tokens are drawn by vLLM's kernels, whose log-probabilities differ a little from the trainer's;
+`mismatch_cap` of an RL stage corrects for that.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import http.client
 import importlib
+import itertools
 import json
 import os
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 
+from reftune.engines import traffic
 from reftune.errors import EngineError, RecipeError
 from reftune.model.frozen import plain_state
 from reftune.model.policy import Policy
+from reftune.processes import world
 from reftune.recipe import Component
 from reftune.seeds import derive_seed
 from reftune.types import Completion, SamplingParams
@@ -35,17 +43,18 @@ SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_S = 3600.0
 """Longest wait for one answer of a server."""
 
+T = TypeVar("T")
 Sampled = tuple[list[int], list[float]]
 """Token ids and their log-probabilities."""
 
 
 class Vllm(Component):
     kind: str = "vllm"
-    server: str | None = None
-    """Address of a running server (`http://host:8000`), started as docs/engines.md says; None:
-    colocated."""
+    server: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Address of a running server (`http://host:8000`), or a list of them, started as
+    docs/engines.md says; None: colocated."""
     weights_dir: str | None = None
-    """Folder through which weights travel; a server must see it under the same path. None: in
+    """Folder through which weights travel; servers must see it under the same path. None: in
     memory, on this machine."""
     batch_size: int = Field(256, gt=0)
     """Requests in flight."""
@@ -54,43 +63,118 @@ class Vllm(Component):
     eager: bool = False
     """Colocated: no compilation and no CUDA graphs. Starts sooner, runs slower."""
 
+    @property
+    def servers(self) -> list[Server]:
+        addresses = [self.server] if isinstance(self.server, str) else self.server or ()
+        return [Server(address.rstrip("/")) for address in addresses]
+
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
         """One completion a prompt, in order; see `reftune.engines.Engine`. Raises: EngineError,
         RecipeError."""
-        if not prompts:
+        if not any(world.any_of(len(prompts) > 0)):
             return []
-        requests = [
-            request(policy, params, position)
-            for position, _ in enumerate(prompts, params.first_position)
-        ]
-        with self._weights(policy) as folder:
-            client = (
-                Server(self.server, self.batch_size)
-                if self.server is not None
-                else self._colocated(policy, folder)
-            )
-            client.load(folder)
-        sampled = client.sample([list(prompt) for prompt in prompts], requests)
+        sample = self._by_servers if self.servers else self._colocated
+        sampled = sample(policy, [list(prompt) for prompt in prompts], params)
         return [policy.completion(tokens, logprobs) for tokens, logprobs in sampled]
 
+    # --- servers ---
+
+    def _by_servers(
+        self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams
+    ) -> list[Sampled]:
+        """All processes must enter; each asks the servers that are its own."""
+        adapter = self._hand_over(policy)
+        own = own_servers(self.servers)
+        jobs = requests(prompts, params, self.batch_size)
+
+        def ask(server: Server, job: slice) -> list[Sampled]:
+            body = request(policy, params, params.first_position + job.start)
+            return server.complete(prompts[job], {**body, "model": adapter} if adapter else body)
+
+        traffic["requests"] += len(jobs)
+        with ThreadPoolExecutor(max(1, min(self.batch_size, len(jobs)))) as pool:
+            answers = pool.map(ask, itertools.cycle(own), jobs)
+            return [sampled for answer in answers for sampled in answer]
+
+    def _hand_over(self, policy: Policy) -> str | None:
+        """Give every server the weights, which the main process writes once; the name of the
+        adapter that is to be asked for, if there is one.
+
+        Raises: EngineError, in all processes.
+        """
+        adapter = None
+        with world.together(EngineError):
+            if world.is_main():
+                before = _served.pop(self.server, None)
+                if policy.is_lora:
+                    adapter = self._send_adapter(policy, before)
+                else:
+                    self._send(policy, save_whole, Server.load)
+        return world.from_main(lambda: adapter)
+
+    def _send_adapter(self, policy: Policy, before: _Served | None) -> str:
+        """Its name, a new one each time, as what vLLM caches goes by it. The base goes first where
+        servers have another one."""
+        if not self._have_base(policy, before):
+            self._send(policy, save_base, Server.load)
+        adapter = self._send(policy, save_adapter, Server.load_adapter)
+        _served[self.server] = _Served(policy=weakref.ref(policy), adapter=adapter)
+        return adapter
+
+    def _have_base(self, policy: Policy, before: _Served | None) -> bool:
+        """Whether all servers hold the base of `policy`; the adapter `before` is dropped. A server
+        that does not know that one was started again, and has lost the base with it."""
+        if before is None or before.policy() is not policy:
+            return False
+        name = before.adapter
+        return all(_of_each(self.servers, lambda server: server.unload_adapter(name)))
+
+    def _send(
+        self,
+        policy: Policy,
+        save: Callable[[Policy, Path], None],
+        load: Callable[[Server, Path], None],
+    ) -> str:
+        """Save for all servers, load in each; the folder's name."""
+        with self._folder(policy, save) as folder:
+            _of_each(self.servers, lambda server: load(server, folder))
+        return folder.name
+
     @contextlib.contextmanager
-    def _weights(self, policy: Policy) -> Iterator[Path]:
-        """A folder that holds the policy's weights in Hugging Face format, as long as the block
-        runs."""
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise RecipeError(
-                "engine vllm: expected one training process; use engine=kv with several"
-            )
+    def _folder(self, policy: Policy, save: Callable[[Policy, Path], None]) -> Iterator[Path]:
+        """A new folder with weights, as long as the block runs."""
         parent = self.weights_dir or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         with tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent) as name:
             folder = Path(name)
             folder.chmod(0o755)  # for a server that another user runs
-            save_weights(policy, folder)
+            try:
+                save(policy, folder)
+            except (OSError, SafetensorError) as error:
+                raise EngineError(f"engine vllm: {folder}: cannot be written: {error}") from None
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            traffic["sync_bytes"] += sum(path.stat().st_size for path in files)
             yield folder
 
-    def _colocated(self, policy: Policy, folder: Path) -> Colocated:
+    # --- colocated ---
+
+    def _colocated(
+        self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams
+    ) -> list[Sampled]:
+        if world.world_size() > 1:
+            raise RecipeError(
+                "engine vllm: colocated, it serves one training process; expected engine.server, or"
+                " engine=kv"
+            )
+        with self._folder(policy, save_whole) as folder:
+            engine = self._started(policy, folder)
+            engine.load(folder)
+        traffic["requests"] += len(prompts)
+        positions = range(params.first_position, params.first_position + len(prompts))
+        return engine.sample(prompts, [request(policy, params, position) for position in positions])
+
+    def _started(self, policy: Policy, folder: Path) -> Colocated:
         """The engine that runs, if it fits; otherwise a new one, which takes seconds to minutes to
         start."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
@@ -110,18 +194,6 @@ def stop_engines() -> None:
     """End the colocated engine and give its memory back."""
     while _running:
         _running.popitem()[1].stop()
-
-
-class Client(Protocol):
-    """A vLLM engine, wherever it runs."""
-
-    def load(self, folder: Path) -> None:
-        """Take the weights in `folder`, and forget what was computed with others."""
-
-    def sample(
-        self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]
-    ) -> list[Sampled]:
-        """A response a prompt, in order."""
 
 
 class Colocated:
@@ -177,33 +249,48 @@ class Colocated:
         self.engine.llm_engine.engine_core.shutdown()
 
 
+@dataclass(frozen=True, slots=True)
 class Server:
-    """A server that was started with `VLLM_SERVER_DEV_MODE=1 vllm serve … --logprobs-mode
-    processed_logprobs`."""
+    """A server that was started as docs/engines.md says."""
 
-    def __init__(self, address: str, connections: int) -> None:
-        self.address, self.connections = address.rstrip("/"), connections
+    address: str
 
     def load(self, folder: Path) -> None:
-        self.post(
-            "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        )
+        """Take the model in `folder`, and forget what was computed with another."""
+        arguments = {"weights_path": str(folder)}
+        self.post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
         self.post("/reset_prefix_cache", {})
 
-    def sample(
-        self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]
-    ) -> list[Sampled]:
-        with ThreadPoolExecutor(min(self.connections, len(prompts))) as pool:
-            return list(pool.map(self._complete, prompts, requests))
+    def load_adapter(self, folder: Path) -> None:
+        """Take the LoRA adapter in `folder`, and call it as that."""
+        body = {"lora_name": folder.name, "lora_path": str(folder)}
+        self.post("/v1/load_lora_adapter", body)
 
-    def _complete(self, prompt: list[int], request: dict[str, Any]) -> Sampled:
-        answer = self.post(
-            "/v1/completions", {"prompt": prompt, "return_token_ids": True, **request}
+    def unload_adapter(self, name: str) -> bool:
+        """Whether there was such an adapter."""
+        try:
+            self.post("/v1/unload_lora_adapter", {"lora_name": name})
+        except NotFoundError:
+            return False
+        return True
+
+    def complete(self, prompts: Sequence[list[int]], body: dict[str, Any]) -> list[Sampled]:
+        """A response a prompt, in order. Prompts that are sampled must be equal; see `requests`."""
+        asked = (
+            {"prompt": prompts[0], "n": len(prompts)}
+            if body["temperature"] > 0
+            else {"prompt": list(prompts)}
         )
-        choice = answer["choices"][0]
-        return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        answer = self.post("/v1/completions", {**asked, "return_token_ids": True, **body})
+        choices = sorted(json.loads(answer)["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(prompts):
+            raise EngineError(
+                f"engine vllm: {self.address} answered {len(choices)} completions for"
+                f" {len(prompts)} prompts"
+            )
+        return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, Any]) -> bytes:
         """The answer to a JSON request. Raises: EngineError."""
         url = self.address + path
         query = urllib.request.Request(
@@ -211,18 +298,68 @@ class Server:
         )
         try:
             with urllib.request.urlopen(query, timeout=TIMEOUT_S) as answer:
-                text = answer.read()
+                return bytes(answer.read())
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode(errors="replace").split())[:200]
-            hint = (
-                "; expected VLLM_SERVER_DEV_MODE=1 in the server's environment"
-                if error.code == 404
-                else ""
-            )
-            raise EngineError(f"engine vllm: {url} answered {error.code}: {reason}{hint}") from None
-        except (OSError, ValueError) as error:
-            raise EngineError(f"engine vllm: no answer from {url}: {error}") from None
-        return json.loads(text) if text else None
+            told = f"engine vllm: {url} answered {error.code}: {reason}"
+            if error.code == 404:
+                raise NotFoundError(f"{told}; {HINTS.get(path, 'is it a vLLM server?')}") from None
+            raise EngineError(told) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise EngineError(
+                f"engine vllm: no answer from {url}: {error}; the same command goes on from the"
+                " last checkpoint"
+            ) from None
+
+
+class NotFoundError(EngineError):
+    """What a server was asked for is not there."""
+
+
+HINTS = {
+    path: f"expected {variable} in the server's environment{option}"
+    for path, variable, option in (
+        ("/collective_rpc", "VLLM_SERVER_DEV_MODE=1", ""),
+        ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", ", and --enable-lora"),
+    )
+}
+"""By path, how a server must be started to have it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Served:
+    """What servers have of a policy with LoRA: its base, and one adapter."""
+
+    policy: weakref.ref[Policy]
+    adapter: str
+
+
+_served: dict[Any, _Served] = {}
+"""By the recipe's `engine.server`; in the main process only."""
+
+
+def own_servers(servers: Sequence[Server]) -> list[Server]:
+    """Those that this process asks: one of fewer servers than processes, or several of more."""
+    return list(servers[world.rank() % len(servers) :: world.world_size()])
+
+
+def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
+    """The consecutive prompts that go into one request: greedy any; sampled only equal ones, as
+    vLLM gives all prompts of a request one seed, and its samples of a prompt consecutive ones."""
+    if not prompts:
+        return []
+    starts = [0]
+    for position in range(1, len(prompts)):
+        is_full = position - starts[-1] == at_most
+        is_other = params.temperature > 0 and prompts[position] != prompts[starts[-1]]
+        if is_full or is_other:
+            starts.append(position)
+    return [slice(*pair) for pair in itertools.pairwise([*starts, len(prompts)])]
+
+
+def _of_each(servers: Sequence[Server], ask: Callable[[Server], T]) -> list[T]:
+    with ThreadPoolExecutor(len(servers)) as pool:
+        return list(pool.map(ask, servers))
 
 
 def _vllm() -> Any:
@@ -235,7 +372,10 @@ def _vllm() -> Any:
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
     """What vLLM is asked for at one position; every field is said, so that no default of a model or
-    server enters."""
+    server enters.
+
+    Seeds of consecutive positions are consecutive, as vLLM's are of the samples of a prompt.
+    """
     return {
         "max_tokens": params.max_new_tokens,
         "temperature": params.temperature,
@@ -243,22 +383,44 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
         "top_p": params.top_p,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
-        "seed": derive_seed(params.seed, position),
+        "seed": derive_seed(params.seed) // 2 + position,
         "logprobs": 0,  # of the sampled token only
         "ignore_eos": True,  # the model's own idea of it; ours follows
         "stop_token_ids": sorted(policy.eos_ids),
     }
 
 
-@torch.no_grad()
-def save_weights(policy: Policy, folder: Path) -> None:
-    """The policy's weights in its compute dtype, LoRA merged in fp32, and its config, as
-    `from_pretrained` reads them."""
+def save_whole(policy: Policy, folder: Path) -> None:
+    """The policy in its compute dtype, LoRA merged in fp32, as `from_pretrained` reads it."""
+    _save(policy, plain_state(policy.model, policy.compute_dtype), folder)
+
+
+def save_base(policy: Policy, folder: Path) -> None:
+    """As `save_whole`, without the adapter."""
+    _save(policy, plain_state(policy.model, policy.compute_dtype, merged=False), folder)
+
+
+def _save(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model = policy.model.get_base_model() if policy.is_lora else policy.model
-    model.save_pretrained(folder, state_dict=plain_state(policy.model, policy.compute_dtype))
+    model.save_pretrained(folder, state_dict=state)
+
+
+@torch.no_grad()
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """The LoRA adapter in the compute dtype, as PEFT keeps it."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    cast = {
+        name: tensor.to("cpu", policy.compute_dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(cast, folder / "adapter_model.safetensors")
+    policy.model.active_peft_config.save_pretrained(folder)
 
 
 def _sampled(output: Any) -> Sampled:

@@ -109,9 +109,11 @@ def _linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 
 @torch.no_grad()
-def plain_state(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The weights of a model as plain tensors on the CPU, rounded once to `dtype`: adapters merged
-    in fp32, 4 bits dequantized; ties stay ties."""
+def plain_state(
+    model: Any, dtype: torch.dtype = torch.float32, *, merged: bool = True
+) -> dict[str, Tensor]:
+    """The weights of a model as plain tensors on the CPU, rounded once to `dtype`: adapters
+    `merged` in fp32 or left out, 4 bits dequantized; ties stay ties."""
     from peft.tuners.lora import LoraLayer
 
     layers = {id(m.get_base_layer().weight): m for m in model.modules() if isinstance(m, LoraLayer)}
@@ -125,7 +127,8 @@ def plain_state(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, Ten
         if "lora_" in name:
             continue
         if id(tensor) not in plain:
-            plain[id(tensor)] = _plain(tensor, layers.get(id(tensor)), dtype)
+            adapted = layers.get(id(tensor)) if merged else None
+            plain[id(tensor)] = _plain(tensor, adapted, dtype)
         state[name.replace(".base_layer.", ".")] = plain[id(tensor)]
     return state
 

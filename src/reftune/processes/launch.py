@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reftune.errors import ProcessError, RecipeError
+from reftune.processes.heartbeat import Heartbeat
 from reftune.processes.sharding import Fsdp2, Sharding, held, sharding
 from reftune.processes.world import World, inhabited, is_main, world_size
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another: longer than the main one ever writes. A launcher ends all
-when one dies."""
+"""How long a process waits for another: longer than the main one ever writes. The heartbeat tells
+much sooner of one that is dead."""
 
 _store: Any = None
 """Seen by all processes without their taking part; None before they have joined."""
@@ -43,43 +44,67 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    heartbeat = None
     try:
         how = wanted_sharding(environment)
-        world, _store = _join(environment)
+        world, _store, heartbeat = _join(environment)
         with inhabited(world), held(how):
             if not is_main():
                 sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  closed with the process
                 warnings.simplefilter("ignore")
             yield
             dist.destroy_process_group()
+            heartbeat.leave()
     except Exception as error:
         if not first_to_tell():
             sys.exit(1)
-        if isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError) and "by peer" in str(error)
-        ):
-            raise ProcessError(
-                f"process {world.rank} of {world.size}: another one ended without a word (killed?"
-                " out of memory?), the launcher says which; the same command goes on from the last"
-                " checkpoint"
-            ) from None
+        is_loss = isinstance(error, RuntimeError) and (
+            isinstance(error, dist.DistError) or "by peer" in str(error)
+        )
+        if heartbeat is not None and is_loss:
+            raise ProcessError(_told(world, heartbeat.missing())) from None
         raise
     finally:
+        if heartbeat is not None:
+            heartbeat.stop()
         _store = None
 
 
 def first_to_tell() -> bool:
     """Whether this process is the first of all to end early, and so the one that says why."""
-    own = os.environ.get("RANK", "0")
+    own = int(os.environ.get("RANK", "0"))
     if _store is None:
-        return own == "0"  # before they have joined, all meet the same error
+        return own == 0  # before they have joined, all meet the same error
     try:
-        told = _store.compare_set("reftune/ended", "", own)
+        return _is_first(_store, own)
     # the store went with the main process, which has told; had it been killed, the launcher would
     # say so
     except RuntimeError:
         return False
-    return bool(told.decode() == own)
+
+
+def _is_first(store: Any, own: int) -> bool:
+    told: bytes = store.compare_set("reftune/ended", "", str(own))
+    return told.decode() == str(own)
+
+
+def _told(world: World, missing: int | None) -> str:
+    other = "another one" if missing is None else f"process {missing}"
+    return (
+        f"process {world.rank} of {world.size}: {other} ended without a word (killed? out of"
+        " memory? its machine?); the same command goes on from the last checkpoint"
+    )
+
+
+def _end(world: World, store: Any, missing: int) -> None:
+    """End this process, whose main thread may wait for the `missing` one for hours."""
+    try:
+        is_first = _is_first(store, world.rank)
+    except RuntimeError:  # the missing one had the store
+        is_first = world.rank == min({0, 1} - {missing})
+    if is_first:
+        print(_told(world, missing), file=sys.stderr, flush=True)  # noqa: T201  nobody else can
+    os._exit(1)
 
 
 def _is_launched(environment: Mapping[str, str]) -> bool:
@@ -95,8 +120,8 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
     return int(environment.get("WORLD_SIZE", "1")) > 1
 
 
-def _join(environment: Mapping[str, str]) -> tuple[World, Any]:
-    """The processes, and the store that they share."""
+def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
+    """The processes, the store that they share, and the heartbeat."""
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -111,11 +136,14 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any]:
     if gpus:
         torch.cuda.set_device(local)
     store, own, size = next(iter(rendezvous("env://")))
+    world, end = World(rank=own, size=size), store.clone()
+    heartbeat = Heartbeat(store.clone(), own, size, lambda missing: _end(world, end, missing))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(
         backend, store=PrefixStore("group", store), rank=own, world_size=size, timeout=TIMEOUT
     )
-    return World(rank=own, size=size), store
+    heartbeat.start()
+    return world, store, heartbeat
 
 
 REFUSED = {

@@ -9,7 +9,7 @@ says who holds which weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +79,20 @@ def gather(value: T) -> list[T]:
     return gathered
 
 
-def join_parts(items: Sequence[T]) -> list[T]:
-    """The items of all processes, in their order."""
-    return [item for part in gather(list(items)) for item in part]
+def join_tensors(part: Tensor) -> Tensor:
+    """The one-dimensional parts of all processes, which may differ in length, in their order."""
+    if _world is ALONE:
+        return part
+    import torch
+    import torch.distributed as dist
+
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(part)]))
+    padded = part.new_zeros(int(max(sizes)))
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([one[:size] for one, size in zip(parts, sizes, strict=True)])
 
 
 def from_main(make: Callable[[], T]) -> T:
@@ -119,6 +130,17 @@ def raise_together(error: E | None) -> None:
     first = next((found for found in gather(error) if found is not None), None)
     if first is not None:
         raise first
+
+
+@contextmanager
+def together(kind: type[E]) -> Iterator[None]:
+    """An error of `kind` in one process is raised in all, once each is through the block."""
+    failed: E | None = None
+    try:
+        yield
+    except kind as error:
+        failed = error
+    raise_together(failed)
 
 
 def add_up(*tensors: Tensor) -> None:

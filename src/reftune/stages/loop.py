@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from reftune.errors import CheckpointError, NonFiniteError
+from reftune.errors import CheckpointError, EngineError, NonFiniteError
 from reftune.processes import world
 from reftune.processes.sharding import assign, sharding, whole_tensors
 from reftune.processes.signals import stop_signals
@@ -129,7 +129,7 @@ class Loop:
                 self._save()
             while self.state.step < self.total_steps:
                 self.state.step += 1
-                self._log(self._seeded(step))
+                self._log(self._tried(step))
                 if self.state.step % self.eval_every == 0 or self.state.step == self.total_steps:
                     self._look()
                 for method, at in self.snapshots.items():
@@ -147,6 +147,15 @@ class Loop:
         self._finish()
         if self._stop:
             raise Interrupted(str(self.context.folder.path))
+
+    def _tried(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        """Metrics of a step; one whose engine is gone leaves a checkpoint of what was before it."""
+        try:
+            return self._seeded(step)
+        except EngineError:  # samples come before updates, and all processes are told
+            self.state.step -= 1
+            self._save()
+            raise
 
     def _seeded(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
         # the dropout of one process should not repeat another's

@@ -210,6 +210,7 @@ class Trainer:
             **rollout_metrics(rollouts),
             "time/generate_s": solved.generate_s,
             "time/grade_s": solved.grade_s,
+            **{f"engine/{name}": count for name, count in solved.traffic.items()},
         }
 
     def _show(self, n: int, rollouts: Sequence[Rollout]) -> None:

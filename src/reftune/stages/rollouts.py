@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
+import numpy as np
+import torch
+
 from reftune.datasets import Splits
-from reftune.engines import Engine
+from reftune.engines import Engine, traffic
 from reftune.errors import DataError, EngineError, RewardError
 from reftune.grading.rewards import Reward
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.processes.sharding import sharding
-from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams
+from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """Completions of problems in their order, graded, and the seconds they took."""
+    """Completions of problems in their order, graded, and what they took."""
 
     problems: Sequence[Problem]
     prompts: list[list[int]]
@@ -29,6 +35,8 @@ class Solved:
     graded: list[Graded]
     generate_s: float
     grade_s: float
+    traffic: Mapping[str, int]
+    """What the engine sent, of all processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +63,10 @@ class Collector:
         fits = [self._fits(prompt, policy, params) for prompt in prompts[own]]
         # one token stands for a prompt that does not fit, so that all others keep their positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
-        with sharding().whole(policy):
+        traffic.clear()
+        with world.together(EngineError), sharding().whole(policy):
             completions = self.engine.generate(policy, asked, params)
-        _require_whole(completions, problems[own], type(self.engine).__name__)
+            _require_whole(completions, problems[own], type(self.engine).__name__)
         completions = [
             completion if ok else self._unasked()
             for completion, ok in zip(completions, fits, strict=True)
@@ -66,13 +75,15 @@ class Collector:
         graded = self.encoder.format.grade(
             problems[own], [completion.text for completion in completions]
         )
+        completions, graded = of_all_processes(completions, graded)
         return Solved(
             problems=problems,
             prompts=prompts,
-            completions=world.join_parts(completions),
-            graded=world.join_parts(graded),
+            completions=completions,
+            graded=graded,
             generate_s=generated - started,
             grade_s=time.perf_counter() - generated,
+            traffic=sum(world.gather(traffic), Counter()),
         )
 
     def pay(self, solved: Solved) -> list[Rollout]:
@@ -144,6 +155,41 @@ class Collector:
             logprobs=(0.0,),
             finish_reason="length",
         )
+
+
+def of_all_processes(
+    completions: Sequence[Completion], graded: Sequence[Graded]
+) -> tuple[list[Completion], list[Graded]]:
+    """The completions of all processes in their order, with their grades.
+
+    Tokens and log-probabilities travel as tensors, the rest as JSON in one.
+    """
+    if world.world_size() == 1:
+        return list(completions), list(graded)
+    ids = torch.tensor([token for c in completions for token in c.token_ids], dtype=torch.long)
+    logprobs = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.double)
+    rows = [
+        (len(c.token_ids), c.text, c.finish_reason, g.verdict.value, g.value, g.reason, g.program_s)
+        for c, g in zip(completions, graded, strict=True)
+    ]
+    lines = np.frombuffer("".join(f"{json.dumps(row)}\n" for row in rows).encode(), np.uint8)
+    tokens, numbers = (iter(world.join_tensors(part).tolist()) for part in (ids, logprobs))
+    whole: tuple[list[Completion], list[Graded]] = ([], [])
+    joined = world.join_tensors(torch.from_numpy(lines.copy())).numpy().tobytes().decode()
+    for line in joined.splitlines():
+        length, text, finish_reason, verdict, value, reason, program_s = json.loads(line)
+        whole[0].append(
+            Completion(
+                token_ids=tuple(islice(tokens, length)),
+                text=text,
+                logprobs=tuple(islice(numbers, length)),
+                finish_reason=finish_reason,
+            )
+        )
+        whole[1].append(
+            Graded(verdict=Verdict(verdict), value=value, reason=reason, program_s=program_s)
+        )
+    return whole
 
 
 def _require_whole(

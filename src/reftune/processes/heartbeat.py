@@ -1,0 +1,92 @@
+"""Which process is gone: each says every second that it is alive, and looks whether the others do.
+
+A collective operation does not tell: it waits for hours, or fails without a name. Heartbeats come
+from a thread, so a process that computes or writes for long is not taken for dead.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+INTERVAL_S = 1.0
+SOON_S = 4.0
+"""Silence that names the process after something has failed."""
+SILENCE_S = 45.0
+"""Silence that is death by itself. A library may keep Python's threads waiting for seconds."""
+LEFT = b"left"
+
+
+class Heartbeat:
+    """This process's, and what it hears of the others."""
+
+    def __init__(self, store: Any, rank: int, size: int, lost: Callable[[int], None]) -> None:
+        """`store` is for this alone; `lost(rank)` is called, in a thread, for a process that is
+        silent."""
+        self._store, self._rank, self._lost = store, rank, lost
+        self._others = [other for other in range(size) if other != rank]
+        self._heard = {other: (b"", time.monotonic()) for other in self._others}
+        self._over = threading.Event()
+        self._store.set(_key(rank), "0")
+
+    def start(self) -> None:
+        """After all processes have made theirs."""
+        for work in (self._beat, self._watch):
+            threading.Thread(target=work, daemon=True).start()
+
+    def leave(self) -> None:
+        """This process is done, and not to be missed."""
+        self.stop()
+        self._exchange(LEFT)
+
+    def stop(self) -> None:
+        """Neither say nor look any more."""
+        self._over.set()
+
+    def missing(self) -> int | None:
+        """The process that is silent, after something has failed; None if all are alive."""
+        deadline = time.monotonic() + 2 * SOON_S
+        while time.monotonic() < deadline:
+            rank, silent_s = self._most_silent()
+            if silent_s > SOON_S:
+                return rank
+            time.sleep(INTERVAL_S / 4)
+        return None
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._over.wait(INTERVAL_S):
+            count += 1
+            self._exchange(str(count).encode())
+
+    def _watch(self) -> None:
+        """In a thread of its own: without its host, a store may keep `_beat` waiting."""
+        while not self._over.wait(INTERVAL_S):
+            rank, silent_s = self._most_silent()
+            if silent_s > SILENCE_S:
+                self._lost(rank)
+
+    def _exchange(self, own: bytes) -> None:
+        try:
+            self._store.set(_key(self._rank), own)
+            beats = self._store.multi_get([_key(other) for other in self._others])
+        except RuntimeError:
+            self._others = [0]  # the main process has the store; nobody else can be heard
+            return
+        now = time.monotonic()
+        for other, beat in zip(self._others, beats, strict=True):
+            if beat == LEFT or beat != self._heard[other][0]:
+                self._heard[other] = beat, now
+
+    def _most_silent(self) -> tuple[int, float]:
+        """The one heard of least recently, and how long that is ago, in seconds."""
+        now = time.monotonic()
+        rank = min(self._others, key=lambda other: self._heard[other][1])
+        beat, at = self._heard[rank]
+        return rank, 0.0 if beat == LEFT else now - at
+
+
+def _key(rank: int) -> str:
+    return f"reftune/alive/{rank}"
