@@ -39,7 +39,11 @@ Where the grader and the data disagree:
   loader leaves both out (`program_disagrees`, `no_program`).
 - **SVAMP, rationales.** Three round: gold 8.9333333333 against "<9>" trucks, 0.165 against
   "<0.17>", 69.4 against "<69.32%>". The loader leaves them out (`rationale_disagrees`).
+- **SVAMP, programs.** Two give an unrounded value of a rounded gold: 8.99955 for 9 and 0.16665 for
+  0.165. The loader leaves them out (`program_disagrees`).
 - **SVAMP, equations.** One equation does not give the answer beside it. The loader leaves it out.
+- **MathQA, numbers, program.** 18 programs that the tolerance of 0.01 and 1 % used to accept are
+  left out: they give 9.00125 for 9 or 5 for 1680/337.
 - **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. By the grader's
   rule that is no marker, and is meant not to be: a stray letter must earn nothing. Training appends
   "The answer is c" where the rationale does not end in a marker. The few others are forum posts

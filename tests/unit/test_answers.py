@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from reftune.grading.golds import read_gold
 from reftune.grading.markers import answer_text
-from reftune.grading.numbers import numbers_equal, parse_number, read_number, spell
+from reftune.grading.numbers import (
+    Number,
+    num_decimals,
+    numbers_equal,
+    parse_number,
+    read_number,
+    spell,
+)
 from reftune.grading.options import read_choice
 from reftune.grading.paper_rules import grade_completion_paper, grade_value_paper
 from reftune.grading.verdicts import MAX_VALUE_CHARS, grade_answer, grade_completion, grade_value
@@ -187,6 +194,63 @@ def test_equal_numbers_are_spelled_alike_and_read_back(value: Fraction) -> None:
 def test_spelling_survives_numbers_beyond_floats() -> None:
     assert spell(Fraction(10**400 + 1, 3)).endswith("/3")
     assert spell(Fraction(1, 10**400)).startswith("1/1000")
+
+
+SPELLINGS = {
+    "thousands commas": lambda text: text,
+    "thin spaces": lambda text: text.replace(",", "\u2009"),
+    "apostrophes": lambda text: text.replace(",", "'"),
+    "LaTeX commas": lambda text: text.replace(",", "{,}"),
+    "LaTeX thin spaces": lambda text: text.replace(",", "\\,"),
+    "full width": lambda text: text.translate(
+        str.maketrans("0123456789.,", "０１２３４５６７８９．，")
+    ),
+    "Arabic": lambda text: text.translate(str.maketrans("0123456789.,", "٠١٢٣٤٥٦٧٨٩٫٬")),
+    "Devanagari": lambda text: text.translate(str.maketrans("0123456789", "०१२३४५६७८९")),
+    "a formula": lambda text: f"${text}$",
+    "bold": lambda text: f"**{text}**",
+    "a currency": lambda text: f"€ {text}",
+    "a unit": lambda text: f"{text} apples",
+    "a sentence": lambda text: f"she has {text} apples",
+    "zero-width spaces": lambda text: f"\u200b{text}\u200b",
+    "a condition": lambda text: f"{text} when n = 3",
+    "a dash": lambda text: f"— {text}",
+    "twice": lambda text: f"{text} or {text}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@UNHURRIED
+@given(number=st.integers(0, 10**9), decimals=st.integers(0, 4))
+def test_every_spelling_of_a_number_is_that_number(
+    spelling: str, number: int, decimals: int
+) -> None:
+    value = Fraction(number, 10**decimals)
+    written = parse_number(SPELLINGS[spelling](f"{float(value):,.{decimals}f}"))
+    assert written is not None and written.value == value
+
+
+@pytest.mark.parametrize(
+    "frame",
+    ["{} or {}", "{} and {}", "{} apples and {} pears", "{}, {}", "{} to {}", "({}, {})", "{}; {}",
+     "{} remainder {}", "x = {} or x = {}", "{} or maybe {}", "{}..{}", "{} in {}", "{} : {}"],
+)  # fmt: skip
+@UNHURRIED
+@given(first=st.integers(2, 99), second=st.integers(2, 99))
+def test_two_different_numbers_are_no_answer(frame: str, first: int, second: int) -> None:
+    text = frame.format(first, first + second)
+    assert parse_number(text) is None, text
+
+
+@UNHURRIED
+@given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6), st.booleans())
+def test_equality_does_not_depend_on_the_sign(
+    first: Fraction, second: Fraction, near: bool
+) -> None:
+    second = first + second / 10**6 if near else second
+    numbers = [Number(value, num_decimals(value)) for value in (first, second)]
+    opposite = [replace(number, value=-number.value) for number in numbers]
+    assert numbers_equal(*numbers) is numbers_equal(*opposite)
 
 
 # --- markers --------------------------------------------------------------------------------------
@@ -477,6 +541,16 @@ def test_no_wrong_number_is_called_correct(written: Fraction, gold: Fraction) ->
         "1/",
         "*",
         "or 5 ",
+        "x = 3 or ",
+        "<think>",
+        "<answer>",
+        "\\boxed 7 ",
+        "π",
+        "•",
+        "$",
+        "1'",
+        "²",
+        "3\u0305",
     ],
 )
 def test_a_very_long_text_is_graded_quickly(piece: str) -> None:

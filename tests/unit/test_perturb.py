@@ -51,6 +51,14 @@ def test_every_change_does_to_the_answer_what_it_says(problem, kind):
             assert (grade.verdict is Verdict.CORRECT) is expected, (case, grade)
 
 
+def test_a_solution_without_its_answer_keeps_no_box_of_it():
+    target = "So the total is $\\boxed{1500}$.\nThat is 30 * 50.\nThe answer is 1500"
+    texts = {p.kind: p.text for p in wrong_solutions(NUMBER, target)}
+    assert "1500" not in texts["no answer"]
+    graded = Nl().grade([NUMBER] * len(texts), list(texts.values()))
+    assert Verdict.CORRECT not in [grade.verdict for grade in graded]
+
+
 def test_the_papers_closing_line_keeps_its_colon():
     target = "It is 30 * 50.\nTherefore, the answer is: 1500"
     texts = {p.kind: p.text for p in right_solutions(NUMBER, target)}

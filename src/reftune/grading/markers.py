@@ -116,7 +116,7 @@ def _statements(
             yield Statement(completion[start:end], start=marker.start())
 
 
-_BARE_BOX = re.compile(r" ?(-?\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))")
+_BARE_BOX = re.compile(r" {0,3}(-?\d+(?:\.\d+)?|[A-H](?!\w))")
 _OPENS_BOX = re.compile(rf"\s{{0,9}}\{{|{_BARE_BOX.pattern}")
 
 

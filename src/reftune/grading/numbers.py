@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, inf
@@ -161,7 +162,7 @@ _NUMBER = re.compile(
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
-    r"(?:[ *_`\"'(\[{:,=#—]|\b(?:about|approximately|approx|around|roughly|nearly|exactly|equal"
+    r"(?:[ *_`\"'(\[{:,=#—•]|\b(?:about|approximately|approx|around|roughly|nearly|exactly|equal"
     r" to|equals?|is|a total of|only|"
     r"just|simply|now|then|thus|therefore|hence|so|also|again|indeed|actually)\b\.?)*",
     re.IGNORECASE,
@@ -313,8 +314,10 @@ _ASIDE = re.compile(
     r"|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){1,3}=))\b",
     re.IGNORECASE,
 )
+_CONDITION = re.compile(r"when|if|given|assuming|provided", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<!\brs)(?<!\brs )[.!?;](?= |$)", re.IGNORECASE)
-_ASSIGNMENT = re.compile(r"[^\W\d]+ ?=(?!=)")
+_CLAUSES = re.compile(r" or | and |[,;] ?")
+_ASSIGNMENT = re.compile(r" *[^\W\d]+ ?=(?P<value>[^=].*)")
 _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
 
 
@@ -333,16 +336,26 @@ def after_equals(line: str) -> str:
         before = sentence[: aside.start()].rstrip()
         if before[-1:] not in ("-", "+", "*", "/", "^") and leading_number(before) is not None:
             return line
-    parts = re.split(r" or | and |[,;] ?", sentence)
-    if sum(_ASSIGNMENT.match(part.strip()) is not None for part in parts) > 1:
+        if _CONDITION.match(sentence, aside.start()) and any(map(str.isdigit, before)):
+            return before
+    if len(set(_assigned_values(line))) > 1:
         return ""
     if _ARITHMETIC.fullmatch(last) and leading_number(last) is None:
         return first if leading_number(first) is not None else last  # 7 = 3 + 4
     return line[equals[-1].end() :]
 
 
+def _assigned_values(line: str) -> Iterator[Fraction | None]:
+    """What the unknowns of a list of equations are: "x = 3, y = 4"."""
+    for clause in _CLAUSES.split(re.split(r"[.!?] ", line, maxsplit=1)[0]):
+        assignment = _ASSIGNMENT.fullmatch(clause.rstrip("."))
+        if assignment is not None:
+            number = leading_number(assignment["value"])
+            yield None if number is None else number.value
+
+
 _UNITS = (
-    r"dollars?|cents?|hours?|hrs?|minutes?|mins?|seconds?|feet|foot|ft|inch(?:es)?|yards?|pounds?|lbs?|ounces?|years?|months?|"
+    r"[hs]|dollars?|cents?|hours?|hrs?|minutes?|mins?|seconds?|feet|foot|ft|inch(?:es)?|yards?|pounds?|lbs?|ounces?|years?|months?|"
     r"weeks?|days?|(?:kilo|centi|milli)?met(?:er|re)s?|[kcdm]?m(?:[23]|"
     r" [23](?=\W*$))?|(?:ft|in|yd|mi)[23]|(?:kilo)?grams?|k?g|"
     r"gallons?|degrees?"
@@ -354,17 +367,18 @@ MONTHS = (
 _COUNT_WORDS = r"(?:an?|one|two|three|four|five|six|seven|eight|nine)"
 _PART_WORDS = r"(?:half|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)"
 _SHAPE = re.compile(
-    r"(?P<number>\d+)|\b(?:"
+    r"(?P<number>\d+)|\b(?P<remainder>remainder\b|rem(?= ?\d)|r(?= ?\d))"
+    r"|\b(?P<odds>in \d+ (?:chance|times|cases|tries|odds))\b|\b(?:"
     rf"(?P<function>pi|sqrt|log|ln|squared|cubed|factorial|point(?= \d)|to the power"
     rf"|(?:and )?(?:{_COUNT_WORDS}[ -])?{_PART_WORDS}|and {_COUNT_WORDS}[ -]{_PART_WORDS}s"
     r"|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s)|"
     r"(?P<bound>(?:or|and) (?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over"
     r"|under|up|upwards|beyond|older|younger|longer|later|earlier)|at (?:most|least)"
     r"|minimum|maximum)|"
-    r"(?P<remainder>remainder|rem(?= \d)|r(?= ?\d))|"
     rf"(?P<month>(?-i:{MONTHS}))|"
-    r"(?P<operation>plus|minus|times|multiplied by|divided"
-    r" by|mod|modulo)|(?P<or>or|und|oder)|(?P<to>to|through|and|versus|vs|by|choose|over|per)|"
+    r"(?P<operation>(?:less|more|fewer|greater|larger|smaller|higher|lower) than(?= ?\d)"
+    r"|plus|minus|times|multiplied by|divided by|mod|modulo)|(?P<or>or|und|oder)"
+    r"|(?P<to>to|through|and|versus|vs|by|choose|over|per)|"
     rf"(?P<in>in)|(?P<unit>{_UNITS})|(?P<variable>(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])))\b|"
     r"(?P<symbol>[π√∞±\\]|\+/-)|(?P<plus>\+)|(?P<operator>[-*/|—])|(?P<order>[<>≤≥≠])"
     r"|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
@@ -381,6 +395,7 @@ _LETTER_OF = {
     "symbol": "π",
     "bound": "b",
     "remainder": "r",
+    "odds": "π",
     "month": "m",
     "operation": "+",
     "operator": "+",
@@ -392,7 +407,7 @@ _LETTER_OF = {
 _CONTINUES = re.compile(
     r"[)\]}'\"]*(?:"
     # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5;6
-    r"[.,:]9|\.{2,3} ?9| ?[:;] ?9| ?9|w9|\(9"
+    r"[.,:]9| ?\.{2,3} ?9| ?[:;] ?9| ?9|w_?9|\(9"
     # 3 + 4, 2**3, 5 - x, 7+, 3 apples + 4 apples
     r"| ?[+p^]+ ?[(+p]* ?[9xπ]|p|(?: ?[uw]){1,2} ?[+p] ?[(+p]* ?9"
     r"| ?π| ?x| ?<"  # 2π, 5x, 5 < x
@@ -400,7 +415,7 @@ _CONTINUES = re.compile(
     r"|(?: ?[uw.,(]){0,3} ?o(?: ?w){0,2} ?[(+p]*9|(?: ?[uw]){0,2} ?t ?[(+p]*9"
     r"|(?: ?[uw.,(]){0,3} ?b|(?: ?[tuw.,(]){0,4} ?r"  # 7 or more, 7 apples at least; 5 remainder 2
     r"|w?(?: ?w)? ?m|(?: ?i ?9\W*$)"  # 5 March, 5th of March; 1 in 4
-    r"| ?, ?[(+p]*9[.9]* ?(?:$|[,.)ot\]])| ?[ui][., t]*9(?![\W9]*w))"  # 5, 6; 5 feet 6 inches
+    r"| ?, ?[(+p]*9[.9+]* ?(?:$|[,.)ot\]])| ?u[., t]*9)"  # 5, 6; 5 feet 6 inches
 )
 _ARTICLE_LETTER = re.compile(r"a\b")
 
@@ -408,10 +423,11 @@ _ARTICLE_LETTER = re.compile(r"a\b")
 def _is_part_of_more(rest: str) -> bool:
     """Whether what follows a number makes it a part of something else. Looks at the kinds of the
     next words and signs."""
-    shape = _SHAPE.sub(lambda match: _LETTER_OF[match.lastgroup or "word"], rest[:120])
+    shape = _SHAPE.sub(lambda match: _LETTER_OF[match.lastgroup or "word"], rest[:_LOOKAHEAD_CHARS])
     return _CONTINUES.match(shape) is not None or _ARTICLE_LETTER.match(rest) is not None
 
 
+_LOOKAHEAD_CHARS = 120
 _RESTATED = re.compile(
     r"[)\]}'\"]*(?: ?[^\W\d]+){0,2}?[ ,;]*"
     r"(?:\(? ?(?:or|i\.? ?e\.?|that is|which is|equivalently)\b[ ,:]*|\()",
@@ -421,7 +437,7 @@ _RESTATED = re.compile(
 
 def _restates(number: Number, rest: str) -> bool:
     """Whether what follows a number says it once more in another spelling: "12.5 %, or 1/8"."""
-    found = _RESTATED.match(rest)
+    found = _RESTATED.match(rest, 0, _LOOKAHEAD_CHARS)
     again = None if found is None else numeral_at(rest, found.end())
     if again is None or _is_part_of_more(rest[again[1] :]):
         return False
@@ -435,9 +451,10 @@ _NOT_ABOUT = re.compile(
     r"|when|or|either|between|within|than|more|less|fewer|greater|larger|smaller|over|under|above"
     r"|below|exceeds?|least|most|up|from|minimum|maximum|half|third|quarter|twice|double|triple"
     r"|thrice|dozens?|one|two|three|four|five|six|seven|eight|nine|ten|squared?|cubed?|roots?|power"
-    r"|times|product|sum|difference|quotient|plus|minus|divided|multiplied|log|ln|sin|cos|tan|base"
-    r"|mod|modulo|remainder|reciprocal|inverse|opposite|negative|absolute|steps?|equations?|eq"
-    r"|section|lines?|part|case|example|figure|table|problem|question|exercise|theorem|lemma|method"
+    r"|times|(?:product|sum|difference|quotient|reciprocal|inverse|opposite)(?= of)|plus|minus"
+    r"|divided|multiplied|log|ln|sin|cos|tan|base|mod|modulo|remainder|negative|absolute|steps?"
+    r"|equations?|eq|section|lines?|part|case|example|figure|table|problem|question|exercise"
+    r"|theorem|lemma|method"
     rf"|options?|choices?|(?<!total )of(?=\W*$)|(?-i:{MONTHS}))\b|n't\b",
     re.IGNORECASE,
 )

@@ -30,6 +30,7 @@ _ASCII = str.maketrans(
 _DIGIT_GAP = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))")
 _SWISS_GAP = re.compile(r"(?<=\d)['’](?=\d{3}(?!\d))")
 _SPACED_DASH = re.compile(r"(?:(?<=\s)|^)[–—](?=\s)|—")
+_OVERLINED = re.compile(r"(?<=[\d.])((?:\d[\u0304\u0305])+)")
 _RAISED = re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _LOWERED = re.compile(r"[₀-₉]+")
 _FRAC, _PART = r"\\(?:[dtc]|nice|s)?frac", r"\{ ?(-? ?[\d.,]{1,200}) ?\}"
@@ -50,7 +51,7 @@ _LATEX = [
             r"\1",
         ),
         (r"\{ ?\\(?:bf|rm|it|bfseries|sf|tt)\b ?([^{}]{0,200})\}", r"\1"),
-        (r"(?<=[\d)])_ ?\{ ?(\w{1,10}) ?\}", r"_\1"),
+        (r"(?<=[\w)])_ ?\{ ?(\w{1,10}) ?\}", r"_\1"),
         (r"\^ ?(?:\{ ?\\circ ?\}|\\circ)", " degrees "),
         (r"\{,\}", ","),
         (r"\\\\(?![a-zA-Z])", " "),
@@ -65,8 +66,10 @@ _LATEX = [
     ]
 ]
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,40}>|<\|[^<>|]{0,40}\|>")
+_FORMULA = re.compile(r"(?<!\\)\$\$?([^$]{1,400}?)(?<!\\)\$\$?")
 _EMPHASIS = re.compile(
-    r"(?<![\w)*`$])[*_`$]{1,3}(?=[^\s*_`$])|(?<=[^\s*_`$])[*_`$]{1,3}(?![\w*`$])"
+    r"(?<![\w)*`$])(?:[*_`]{1,3}(?=[^\s*_`])|\$(?=[^\s$\d.+-]))"
+    r"|(?<=[^\s*_`$])[*_`$]{1,3}(?![\w*`$])"
 )
 _DOLLARS = re.compile(r"\b[a-z]{1,2} ?\$(?= ?[\d.])", re.IGNORECASE)
 
@@ -92,9 +95,10 @@ def first_line(text: str) -> str:
 
 def plain(text: str) -> str:
     """`text` in ASCII digits and signs, without markdown, LaTeX and HTML decoration."""
-    text = _SWISS_GAP.sub(",", text)
+    text = _SWISS_GAP.sub(",", _FORMULA.sub(r"\1", text) if "$" in text else text)
     if not text.isascii():
         text = _SPACED_DASH.sub("—", _DIGIT_GAP.sub("", text))
+        text = _OVERLINED.sub(lambda match: f"({match[1][::2]})", text)
         text = _LOWERED.sub(_lowered, _RAISED.sub(_raised, text))
         text = "".join(map(_plain_char, text.translate(_ASCII)))
     if "\\" in text or "{" in text or "~" in text:
