@@ -24,18 +24,23 @@ class Verdict(enum.Enum):
         raise TypeError(f"{self} has no truth value; compare it with Verdict.CORRECT")
 
 
+AnswerKind = Literal["number", "choice", "text", "latex", "any_of", "list", "set", "regex"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """A gold answer."""
 
-    kind: Literal["number", "choice", "text"]
+    kind: AnswerKind
     value: Fraction | str
-    """A Fraction for a number, a lower-case letter for a choice, the text itself otherwise."""
+    """A Fraction for a number, a lower-case letter for a choice, else the answer's text."""
     decimals: float | None = field(default=None, compare=False)
     """Digits after a number's decimal point as the data write it; inf for a fraction, None for
     those of its value."""
     percent: bool = False
     """A number written with a percent sign."""
+    items: tuple[str, ...] = ()
+    """The accepted spellings of `any_of`, the parts of a `list` or `set`; empty otherwise."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):

@@ -11,6 +11,8 @@ import pytest
 from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_recipe
 from reftune.datasets import Splits
 from reftune.errors import RecipeError, RewardError
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
 from reftune.recipe import Component, Recipe, ScratchTable, parse_recipe
 from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
@@ -482,3 +484,50 @@ def test_an_end_token_that_is_an_ordinary_word_is_a_warning(tmp_path):
         patch.setitem(FAMILIES, "qwen2.5", replace(family, ends=(*family.ends, "a")))
         eos = named(report_on(tmp_path, "qwen2.5", style="chat"), "eos")
     assert eos.level == "warn" and "stops at 'a', which is no special token" in eos.message
+
+
+class Own(Nl):
+    """Worked solutions in words, as a person derives a format from ours."""
+
+    kind: str = "own"
+
+
+def test_a_format_derived_from_words_is_checked_as_words() -> None:
+    report = checked(format=Own(kind="own"))
+    levels = {found.name: found.level for found in report.findings}
+    assert levels["gold_answers"] == levels["gold_rationales"] == "ok"
+
+
+def programs(*bodies: str) -> Any:
+    def edit(i: int, problem: Problem) -> Problem:
+        code = bodies[i % len(bodies)].format(problem.answer)
+        return replace(problem, rationale=code)
+
+    return edit
+
+
+PLAIN = "def solution():\n    return {}"
+YIELDS = "def solution():\n    def parts():\n        yield {}\n    return sum(parts())"
+NUMPY = "import numpy as np\ndef solution():\n    return int(np.sum([{}]))"
+
+
+@pytest.mark.parametrize(
+    ("bodies", "sandbox", "level", "told"),
+    [
+        ((PLAIN,), "monty", "ok", "monty runs all"),
+        ((PLAIN, YIELDS), "monty", "warn", "yield expressions"),
+        ((PLAIN, YIELDS), "auto", "ok", "yield expressions"),
+        ((PLAIN, NUMPY), "auto", "warn", "numpy"),
+        ((PLAIN, NUMPY), "subprocess", "ok", "numpy"),
+    ],
+)
+def test_gold_programs_that_need_the_subprocess_are_counted(
+    bodies: tuple[str, ...], sandbox: str, level: str, told: str
+) -> None:
+    format = Program(sandbox=sandbox, allow_unisolated=True)  # type: ignore[arg-type]
+    dataset = Sums(kind="sums", edit=programs(*bodies))
+    found = finding("sandbox", dataset=dataset, format=format, lengths={"max_new": 60})
+    assert found.level == level
+    assert told in found.message
+    if level == "warn":
+        assert found.remedy == f"set format.sandbox={'subprocess' if told == 'numpy' else 'auto'}"

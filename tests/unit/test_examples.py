@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from reftune.errors import RewardError
+from reftune.grading.voting import majority_vote
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import TokenScores
 from reftune.recipe import load_component, load_recipe
@@ -44,6 +45,23 @@ def test_the_format_grades_its_own_targets_and_refuses_a_text_without_tags():
     texts = [format.target(problem) for problem in problems]
     assert [grade.verdict for grade in format.grade(problems, texts)] == [Verdict.CORRECT] * 5
     assert format.grade(problems[:1], [str(problems[0].answer)])[0].verdict is Verdict.NO_ANSWER
+
+
+def test_the_grader_decides_for_format_reward_and_votes():
+    format = load_component(
+        {"kind": "nl", "grading": f"{EXAMPLES / 'grader.py'}:same_length"}, group="formats"
+    )
+    problem = Problem(id="a", question="?", answer=Answer(kind="text", value="2.5 km"))
+    texts = ["2500 m", "2.5 km", "3 km", "far"]
+    graded = format.grade([problem] * 4, [f"The answer is {text}." for text in texts])
+    assert [grade.verdict for grade in graded] == [
+        Verdict.CORRECT,
+        Verdict.CORRECT,
+        Verdict.WRONG,
+        Verdict.NO_ANSWER,
+    ]
+    assert graded[0].value == graded[1].value
+    assert majority_vote(graded) == graded[0]
 
 
 def test_the_reward_takes_columns_of_the_data_by_name():

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from reftune.errors import DataError
-from reftune.terminal.score import score_file
+from reftune.errors import DataError, RecipeError
+from reftune.recipe import load_recipe
+from reftune.terminal.score import score_as_recipe, score_file
 
 TRIGGER = "\nTherefore, the answer is: "
 
@@ -142,3 +143,57 @@ def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"bytes\.jsonl: cannot be read"):
         score_file(tmp_path / "bytes.jsonl", "nl")
+
+
+RECIPE = """
+name: own
+model: {{scratch: {{hidden_size: 8, layers: 1, heads: 1}}}}
+dataset: {{kind: jsonl, train: nowhere.jsonl, answer_kind: {kind}}}
+format: {format}
+stages: {{sft: {{kind: sft, epochs: 1, optimizer: {{learning_rate: 1.0e-3}}}}}}
+reward: {{kind: outcome, partial: 0.25}}
+"""
+
+
+def as_recipe(folder: Path, *rows: object, kind: str, format: str) -> list[dict[str, Any]]:
+    recipe, file = folder / "own.yaml", folder / "completions.jsonl"
+    recipe.write_text(RECIPE.format(kind=kind, format=format))
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return list(score_as_recipe(file, load_recipe(recipe)))
+
+
+def test_a_recipe_scores_with_its_own_format_and_reward(tmp_path: Path) -> None:
+    rows = [row("print(2 + 3)", 5), row("print(2 + 2)", 5), row("return 5", 5)]
+    scored = as_recipe(tmp_path, *rows, kind="auto", format="{kind: program, scripts: read}")
+    assert [each["reward"] for each in scored] == [1.0, 0.25, 1.0]
+    plain = as_recipe(tmp_path, *rows, kind="auto", format="{kind: program}")
+    assert [each["verdict"] for each in plain] == ["no_answer", "no_answer", "correct"]
+
+
+def test_a_recipe_scores_with_its_own_answer_kind_and_a_line_may_have_another(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        row("The answer is b, a", ["a", "b"]),
+        row("The answer is b, a", ["a", "b"], answer_kind="list"),
+        row("The answer is b", ["a", "b"], answer_kind="any_of"),
+    ]
+    scored = as_recipe(tmp_path, *rows, kind="set", format="nl")
+    assert [each["verdict"] for each in scored] == ["correct", "wrong", "correct"]
+
+
+def test_an_unknown_answer_kind_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="answer_kind: 'sets'; expected one of auto, number"):
+        scored(tmp_path, row("x", 5, answer_kind="sets"))
+
+
+def test_unknown_grading_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="robist: unknown rules"):
+        scored(tmp_path, row("x", 5), grading="robist")
+
+
+def test_options_with_letters_are_options_without_them(tmp_path: Path) -> None:
+    choices = ["a ) 38", "b ) 12", "c ) 30"]
+    result = scored(tmp_path, row("The answer is 30", "c", choices=choices))
+    assert result[0]["verdict"] == "correct"
+    assert scored(tmp_path, row("The answer is c", "30", choices=choices))[0]["value"] == "c"

@@ -96,6 +96,16 @@ def context(
     return contexts[0]
 
 
+def test_solutions_that_spell_one_answer_in_two_ways_are_one() -> None:
+    half = "Half of one."
+    texts = [f"{half}\nThe answer is 1/2", f"{half} The answer is 0.5.", "Two.\nThe answer is 1/2"]
+    assert distinct(texts) == [texts[0], texts[2]]
+    # nothing but the answer, and a program, are compared as a whole
+    assert len(distinct(["The answer is 1/2", "The answer is 0.5"])) == 2
+    programs = [f"x = 1\n# the answer is below\nreturn {n}" for n in (1, 2)]
+    assert distinct(programs) == programs
+
+
 def test_sampling_that_was_stopped_goes_on_to_the_same_samples(
     context: StageContext, monkeypatch: pytest.MonkeyPatch
 ):

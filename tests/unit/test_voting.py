@@ -8,12 +8,14 @@ import pytest
 
 from reftune.errors import DataError
 from reftune.grading.voting import (
+    equality,
     has_letter,
     is_correct,
     majority_curve,
     majority_vote,
     pass_at_k,
     rerank,
+    same_answer,
     weighted_vote,
 )
 from reftune.types import Graded, Verdict
@@ -118,3 +120,37 @@ def test_more_samples_than_drawn_are_refused_in_one_line() -> None:
         DataError, match=r"^k = 5: only 4 samples a problem were drawn; expected 1 to 4[^\n]*$"
     ):
         pass_at_k(4, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("same", "other"),
+    [
+        (("0.5", "1/2", "50%"), "0.6"),
+        (("25%", "25", "0.25"), "2500"),
+        (("Paris", "paris.", "**Paris**"), "London"),
+        (("the Nile", "Nile"), "Niles"),
+        (("5 March", "5 march"), "5 April"),
+        (("a", "a"), "b"),
+        (("x/2",), "2*x"),
+    ],
+)
+def test_equal_answers_are_one_candidate_however_they_are_spelled(
+    same: tuple[str, ...], other: str
+) -> None:
+    assert all(same_answer(first, second) for first in same[:1] for second in same)
+    assert not same_answer(same[0], other)
+    samples = votes(other, *same, other) if len(same) > 2 else votes(*same)
+    assert winner_value(majority_vote(samples, same=same_answer)) == same[0]
+
+
+def test_the_papers_votes_count_spellings() -> None:
+    samples = votes("0.5", "1/2", "7", "7")
+    assert winner_value(majority_vote(samples, same=equality("robust"))) == "0.5"
+    assert winner_value(majority_vote(samples[:2] + samples[2:], same=equality("paper"))) == "7"
+    curve = majority_curve(samples, same=equality("robust"))
+    assert [winner_value(winner) for winner in curve] == ["0.5", "0.5", "0.5", "0.5"]
+
+
+def test_weights_of_equal_answers_add_up() -> None:
+    winner = weighted_vote(votes("7", "0.5", "50%"), [1.0, 0.6, 0.6])
+    assert winner_value(winner) == "0.5"

@@ -25,7 +25,12 @@ from reftune.advice.memory import Outline, training_memory
 from reftune.advice.plan import stage_work, trainings
 from reftune.datasets import Splits
 from reftune.errors import DataError, RecipeError, RewardError
-from reftune.grading.perturbed import right_solutions, wrong_solutions
+from reftune.grading.formats._source import programs_in
+from reftune.grading.formats.nl import DEFINITION, Nl
+from reftune.grading.formats.program import Program
+from reftune.grading.perturbed import PRINTED, right_solutions, wrong_solutions
+from reftune.grading.sandbox import Sandbox, SandboxLimits
+from reftune.grading.sandbox.gaps import gap, missing_package
 from reftune.model.batch import token_batch
 from reftune.model.encoder import Encoder, bos_of
 from reftune.model.policy import Policy
@@ -410,8 +415,12 @@ def check_splits(subject: Subject) -> Finding:
 
 def check_gold_answers(subject: Subject) -> Finding:
     """Every gold answer, stated by the shortest solution there is, is graded correct."""
-    shortest = _shortest_words if subject.recipe.format.kind == "nl" else _shortest_program
-    stated = [problem for problem in subject.problems if problem.answer != ANY_ANSWER]
+    shortest = _shortest_program if _writes_programs(subject) else _shortest_words
+    stated = [
+        problem
+        for problem in subject.problems
+        if problem.answer != ANY_ANSWER and problem.answer.kind != "regex"
+    ]
     problems = [replace(problem, rationale=shortest(problem.answer)) for problem in stated]
     return _gold_finding(
         subject,
@@ -425,6 +434,37 @@ def check_gold_rationales(subject: Subject) -> Finding:
     """Gold rationales, encoded and decoded as a model would write them, are graded correct."""
     texts = [subject.encoder.decode(row.target_ids) for row in subject.rows]
     return _gold_finding(subject, "gold rationales", [row.problem for row in subject.rows], texts)
+
+
+def check_sandbox(subject: Subject) -> Finding:
+    """How many gold programs need more than the interpreter of the default sandbox."""
+    format = subject.recipe.format
+    if not isinstance(format, Program):
+        return ok("no programs are run")
+    programs = [programs_in(row.target)[:1] for row in subject.rows]
+    sources = list(dict.fromkeys(source for group in programs for source in group))
+    limits = SandboxLimits(timeout_s=format.timeout_s, memory_mib=format.memory_mib)
+    with Sandbox(limits, backend="monty") as monty:
+        results = monty.run(sources)
+    gaps = Counter(filter(None, map(gap, results)))
+    packages = Counter(filter(None, map(missing_package, results)))
+    if not gaps and not packages:
+        return ok(f"monty runs all of {len(sources)} gold programs")
+    listed = ", ".join(f"{name} ({count})" for name, count in (gaps + packages).most_common())
+    message = (
+        f"{gaps.total() + packages.total()} of {len(sources)} gold programs need the subprocess"
+        f" sandbox: {listed}"
+    )
+    if format.sandbox == "subprocess" or (format.sandbox == "auto" and not packages):
+        return ok(f"{message}; format.sandbox={format.sandbox} gives it to them")
+    return warn(message, f"set format.sandbox={'subprocess' if packages else 'auto'}")
+
+
+def _writes_programs(subject: Subject) -> bool:
+    """Whether solutions are programs: by the format, or of a person's own format by the data."""
+    if isinstance(subject.recipe.format, (Program, Nl)):
+        return isinstance(subject.recipe.format, Program)
+    return any(DEFINITION.search(row.problem.rationale or "") for row in subject.rows)
 
 
 def _shortest_words(answer: Answer) -> str:
@@ -530,6 +570,7 @@ def check_reward_errors(subject: Subject) -> Finding:
             (p, x)
             for p, gold in zip(problems, golds, strict=True)
             for x in wrong_solutions(p, gold)
+            if x.kind != PRINTED or getattr(subject.recipe.format, "scripts", "") != "read"
         ],
         "negative": [
             (p, x)
@@ -937,6 +978,7 @@ CHECKS: dict[str, Check] = {
     "splits": check_splits,
     "gold_answers": check_gold_answers,
     "gold_rationales": check_gold_rationales,
+    "sandbox": check_sandbox,
     "grader_refuses": check_grader_refuses,
     "reward": check_reward,
     "reward_errors": check_reward_errors,

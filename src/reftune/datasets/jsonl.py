@@ -14,7 +14,7 @@ from reftune.datasets.reading.options import read_options
 from reftune.datasets.reading.rows import Row, refuse_type_changes
 from reftune.datasets.reading.shapes import Columns, recognise
 from reftune.errors import DataError
-from reftune.types import Message, Problem
+from reftune.types import AnswerKind, Message, Problem
 
 
 class Jsonl(FileDataset):
@@ -23,9 +23,10 @@ class Jsonl(FileDataset):
     columns: Columns | None = None
     """Which column is what. Default, also of those left out: recognised by the names that people
     give them (docs/datasets.md), as `reftune init` says."""
-    answer_kind: Literal["number", "choice", "text", "auto"] = "auto"
+    answer_kind: Literal["auto", AnswerKind] = "auto"
     """`auto`: row by row a choice if there are options, else a number if it can be read as one,
-    else a text."""
+    else an expression (`latex`), a list in brackets or a text. Golds that are lists need `any_of`
+    (accepted spellings), `list` (all, in order) or `set`; `regex` has to be said."""
     positions_from: Literal[0, 1] | None = None
     """What the gold of a choice counts from if it is the position of an option; null refuses such
     golds, as some data count from 0 and some from 1."""

@@ -13,12 +13,13 @@ from fractions import Fraction
 from typing import Literal
 
 from reftune.errors import DataError
+from reftune.grading.kinds import refuse_list, told_gold, worded_gold
 from reftune.grading.markers import DEFAULT, Reading, statements
 from reftune.grading.numbers import CURRENCY, MONTHS, Number, numeral_at
 from reftune.grading.plain_text import plain, same_text, with_decimal_points
-from reftune.types import Answer
+from reftune.types import Answer, AnswerKind
 
-GoldKind = Literal["auto", "number", "choice", "text"]
+GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
 """Longer texts are no numbers."""
 
@@ -28,16 +29,20 @@ def read_gold(
 ) -> Answer:
     """The gold answer that a cell of the data states; `answer.kind` says what it is.
 
-    `auto` is a choice if there are `choices`, else a number if all of `raw` is one, else a text. A
-    text with a marker ("#### 78", "\\boxed{78}", "The answer is 78") is what the marker says.
+    `auto` is a choice if there are `choices`, else a number if all of `raw` is one, else an
+    expression, a list in brackets or a text. A text with a marker ("#### 78", "\\boxed{78}", "The answer is 78") is what the marker says.
 
     Raises: DataError with the value and the reason, to which the caller adds where it stands.
     """
+    told = None if kind == "auto" else told_gold(raw, kind)
+    if told is not None:
+        return told
+    refuse_list(raw)
     _refuse_other_types(raw)
     stated = stated_gold(raw, reading)
     if kind == "choice" or (kind == "auto" and choices):
         return Answer(kind="choice", value=_letter(str(stated), choices))
-    number = None if kind == "text" else number_gold(stated, reading)
+    number = None if kind in ("text", "latex") else number_gold(stated, reading)
     if number is not None:
         return number
     if kind == "number":
@@ -45,7 +50,7 @@ def read_gold(
             f"{_shown(raw)} is not a number as a whole; expected one, with at most a currency or"
             " unit, or another answer kind"
         )
-    return Answer(kind="text", value=str(stated))
+    return worded_gold(str(stated)) if kind == "auto" else Answer(kind=kind, value=str(stated))
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:

@@ -25,6 +25,20 @@ _NEGATED = re.compile(
     r"^[ :]*(?:it is )?(?:neither|not) [^.;]{0,200}?\b(?:but|rather) ", re.IGNORECASE
 )
 """What is set aside: "neither A nor B but C"."""
+_LETTERED = re.compile(
+    r"\s*[(\[]?(?P<letter>[a-z])(?:\s*[)\]]\s*|\s*[.:]\s+)(?P<text>\S.*)", re.I | re.S
+)
+
+
+def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
+    """Options without the letters that all of them carry: "a ) 38", "(B) 12", "C. 30"."""
+    found = [_LETTERED.fullmatch(choice) for choice in choices]
+    texts = [
+        match["text"]
+        for index, match in enumerate(found)
+        if match is not None and ord(match["letter"].lower()) - ord("a") == index
+    ]
+    return tuple(texts if len(texts) == len(choices) else choices)
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
@@ -34,7 +48,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     Without `choices` any letter will do. None for two letters, and for a letter or value outside
     the options.
     """
-    line = _NEGATED.sub("", first_line(text))
+    line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     match = _CHOICE.match(line)
     if match is not None and _SECOND_CHOICE.match(match["rest"]):
         return None

@@ -13,6 +13,8 @@ from reftune.types import Answer, Problem
 
 MAX_SIZE = 10**6
 """Of answers that are put off by 1: beyond it 1 may be within the grader's tolerance."""
+PRINTED = "printed and not returned"
+"""Right for a format that reads scripts."""
 _RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
 _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 
@@ -71,7 +73,7 @@ def _wrong_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
         literal = repr(answer) if problem.answer.kind == "choice" else answer
         yield Perturbed(kind, f"{head}{indent}return {literal}")
     yield Perturbed("computed and not returned", f"{head}{indent}result = {value}")
-    yield Perturbed("printed and not returned", f"{head}{indent}print({value})")
+    yield Perturbed(PRINTED, f"{head}{indent}print({value})")
     yield Perturbed(
         "an error before the answer", f"{head}{indent}undefined_name\n{indent}return {value}"
     )

@@ -1,16 +1,25 @@
-"""Texts and values → verdicts. Pure and bounded: any text gives a verdict quickly, none raises."""
+"""Texts and values → verdicts. Bounded: any text gives a verdict quickly, none raises.
+
+Pure but for expressions and patterns, which a worker process compares.
+"""
 
 from __future__ import annotations
 
+import datetime
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
+from reftune.grading.golds import number_gold
+from reftune.grading.kinds import split_items, worded_gold
 from reftune.grading.markers import DEFAULT, Reading, Statement, answer_text, statements
+from reftune.grading.mathematics import Comparison, matches, same_expression
 from reftune.grading.numbers import (
     FLOAT_DIGITS,
     MAX_DIGITS,
@@ -24,10 +33,10 @@ from reftune.grading.plain_text import (
     MAX_SEGMENT_CHARS,
     first_line,
     plain,
-    same_text,
     with_decimal_points,
 )
-from reftune.types import Answer, Graded, Problem, Verdict
+from reftune.grading.words import bare_words, states_words
+from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 
 MAX_VALUE_CHARS = 200
 """Of `Graded.value`, and of what a reason quotes."""
@@ -60,7 +69,8 @@ _NO_VALUE = re.compile(
 
 def _says_something(statement: Statement, problem: Problem) -> bool:
     """Whether a statement answers, readably or not, and does not only mention the answer."""
-    if statement.text is None or (problem.answer.kind == "text" or problem.scorer is not None):
+    is_worded = problem.answer.kind not in ("number", "choice") or problem.scorer is not None
+    if statement.text is None or is_worded:
         return statement.text is None or bool(statement.text.strip())
     line = first_line(statement.text)
     if any(map(str.isdigit, line)) or _NO_VALUE.search(line):
@@ -70,10 +80,13 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 def grade_value(value: Any, problem: Problem) -> Graded:
     """Grade what a program returned, a float that is not whole by the digits that arithmetic keeps.
-    Booleans, None, containers, nan and inf are no answer."""
+    None, nan and inf are no answer; a truth value answers only a yes/no question, a list or date
+    only golds of their kind."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"
+    if text is None:
+        text = _other_value_text(value, problem.answer)
     if text is None:
         return no_answer(f"solution() returned {describe(value)}, not an answer")
     return grade_answer(text, problem)
@@ -92,19 +105,15 @@ def grade_sentence(text: str, problem: Problem) -> Graded:
 
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade a text that is the answer, with units and prose as people add them."""
-    if reading.decimal == "," and problem.answer.kind != "text":
+    if reading.decimal == "," and problem.answer.kind in ("number", "choice"):
         text = with_decimal_points(text)
     if problem.scorer is not None:
         return _grade_by_scorer(text, problem, problem.scorer)
+    return _GRADERS[problem.answer.kind](text, problem)
+
+
+def _grade_number(text: str, problem: Problem) -> Graded:
     gold = problem.answer
-    if gold.kind == "number":
-        return _grade_number(text, gold)
-    if gold.kind == "choice":
-        return _grade_choice(text, problem)
-    return _grade_words(text, gold)
-
-
-def _grade_number(text: str, gold: Answer) -> Graded:
     assert isinstance(gold.value, Fraction)
     number = parse_number(text)
     if number is None:
@@ -119,14 +128,107 @@ def _grade_choice(text: str, problem: Problem) -> Graded:
     return judge(letter == problem.answer.value, letter, str(problem.answer.value))
 
 
-def _grade_words(text: str, gold: Answer) -> Graded:
-    words = text.strip()
+def _grade_words(text: str, problem: Problem) -> Graded:
+    gold, words = str(problem.answer.value), text.strip()
     if not words:
         return no_answer("nothing after the marker")
-    candidates = (words, words.splitlines()[0], first_line(words))
-    return judge(
-        any(same_text(each, str(gold.value)) for each in candidates), words, str(gold.value)
-    )
+    states = states_words(words, gold)
+    if states == "unclear":
+        return no_answer(f"more than one answer in {quote(text)}")
+    return judge(states == "yes", gold if states == "yes" else words, gold)
+
+
+def _grade_expression(text: str, problem: Problem) -> Graded:
+    gold = str(problem.answer.value)
+    return _compared(same_expression(gold, text), text, gold)
+
+
+def _grade_pattern(text: str, problem: Problem) -> Graded:
+    line, pattern = text.strip().partition("\n")[0].strip(), str(problem.answer.value)
+    if not line:
+        return no_answer("nothing after the marker")
+    comparison = matches(pattern, line[:MAX_SEGMENT_CHARS])
+    if comparison.outcome == "different":
+        comparison = matches(pattern, line[:MAX_SEGMENT_CHARS].rstrip(".,;:!"))
+    return _compared(replace(comparison, read=line), text, pattern)
+
+
+def _compared(comparison: Comparison, text: str, gold: str) -> Graded:
+    if comparison.outcome == "unread":
+        return no_answer(comparison.reason or f"no expression in {quote(text)}")
+    if comparison.outcome in ("timeout", "error"):
+        return Graded(
+            verdict=Verdict(comparison.outcome), value=None, reason=clip(comparison.reason)
+        )
+    return judge(comparison.outcome == "equal", comparison.read, gold)
+
+
+def _grade_spellings(text: str, problem: Problem) -> Graded:
+    """By the accepted spelling that it is; the least bad verdict if it is none of them."""
+    graded = [grade_answer(text, each) for each in _parts(problem)]
+    best = min(graded, key=lambda each: _PRECEDENCE.index(each.verdict))
+    if best.verdict is Verdict.CORRECT:  # all spellings are one answer
+        return judge(True, str(problem.answer.value), str(problem.answer.value))
+    return best
+
+
+def _grade_list(text: str, problem: Problem) -> Graded:
+    """Part by part: in order, or of a set in any."""
+    parts, gold = _parts(problem), str(problem.answer.value)
+    said = split_items(_listed_in(text, len(parts)))
+    if not said:
+        return no_answer("nothing after the marker")
+    if problem.answer.kind == "set":
+        return _grade_set(said, parts, gold)
+    graded = [grade_answer(item, part) for item, part in zip(said, parts, strict=False)]
+    return _whole_list(graded, said, gold, complete=len(said) == len(parts))
+
+
+def _grade_set(said: Sequence[str], parts: Sequence[Problem], gold: str) -> Graded:
+    graded: list[Graded] = []
+    found: set[int] = set()
+    for item in said:
+        tries = [grade_answer(item, part) for part in parts]
+        best = min(range(len(parts)), key=lambda i: _PRECEDENCE.index(tries[i].verdict))
+        graded.append(tries[best])
+        if tries[best].verdict is Verdict.CORRECT:
+            found.add(best)
+    in_order = sorted(graded, key=lambda each: each.value or "")
+    return _whole_list(in_order, said, gold, complete=len(found) == len(parts))
+
+
+def _whole_list(
+    graded: Sequence[Graded], said: Sequence[str], gold: str, *, complete: bool
+) -> Graded:
+    failed = [each for each in graded if each.verdict not in (Verdict.CORRECT, Verdict.WRONG)]
+    if failed:
+        return failed[0]
+    right = complete and all(each.verdict is Verdict.CORRECT for each in graded)
+    values = [each.value or "" for each in graded] + list(said[len(graded) :])
+    return judge(right, gold if right else ", ".join(values), gold)
+
+
+def _listed_in(text: str, num_parts: int) -> str:
+    """The first line without what is said about the list; all lines if it is one part a line."""
+    lines = text.strip().splitlines()
+    first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
+    if num_parts > 1 and len(lines) > 1 and len(split_items(first)) <= 1:
+        return text.strip()[:MAX_SEGMENT_CHARS]
+    return first[:MAX_SEGMENT_CHARS]
+
+
+def _parts(problem: Problem) -> list[Problem]:
+    """The problem with each part of its gold as the answer."""
+    return [
+        replace(problem, answer=part_answer(item), choices=(), scorer=None)
+        for item in problem.answer.items
+    ]
+
+
+@lru_cache(maxsize=10_000)
+def part_answer(item: str) -> Answer:
+    """A part of a list, or one spelling: a number, an expression or a text."""
+    return number_gold(item) or worded_gold(item)
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
@@ -170,6 +272,28 @@ def judge(right: bool, value: str, gold: str) -> Graded:
     )
 
 
+_GRADERS: dict[AnswerKind, Callable[[str, Problem], Graded]] = {
+    "number": _grade_number,
+    "choice": _grade_choice,
+    "text": _grade_words,
+    "latex": _grade_expression,
+    "any_of": _grade_spellings,
+    "list": _grade_list,
+    "set": _grade_list,
+    "regex": _grade_pattern,
+}
+_PRECEDENCE = (
+    Verdict.CORRECT,
+    Verdict.TIMEOUT,
+    Verdict.ERROR,
+    Verdict.WRONG,
+    Verdict.NO_ANSWER,
+    Verdict.MEMORY,
+    Verdict.FORBIDDEN,
+)
+_AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+(?=[A-Z])")
+
+
 def _digest(text: str) -> str:
     """Tells long values apart that begin alike."""
     return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
@@ -201,6 +325,24 @@ def value_text(value: Any) -> str | None:
     if isinstance(value, float | Decimal):
         return str(value) if isfinite(value) else None
     return value if isinstance(value, str) else None
+
+
+def _other_value_text(value: Any, gold: Answer) -> str | None:
+    """A truth value for a yes/no gold, a list or a date for golds that may be one."""
+    if gold.kind in ("number", "choice"):
+        return None
+    if isinstance(value, bool):
+        return ("no", "yes")[value] if bare_words(str(gold)) in ("no", "yes") else None
+    if isinstance(value, datetime.date):
+        return value.isoformat().removesuffix("T00:00:00")
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [value_text(each) for each in value]
+        if parts and all(part is not None for part in parts):
+            inside, edges = ", ".join(map(str, parts)), str(gold)[:1] + str(gold)[-1:]
+            return (
+                f"{edges[0]}{inside}{edges[-1]}" if edges in ("()", "[)", "(]") else f"[{inside}]"
+            )
+    return None
 
 
 def describe(value: Any) -> str:

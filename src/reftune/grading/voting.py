@@ -1,18 +1,24 @@
 """From several graded samples of one problem to one answer: votes, reranking, pass@k. Pure.
 
-The paper's rules: only samples with a value take part; equal values are one candidate (values are
-compared as spelled, so 1/3 and 0.3333 are two); a tie goes to the value seen first; no valid value
-at all is wrong.
+Only samples with a value take part; equal values are one candidate; a tie goes to the value seen
+first; no valid value at all is wrong. Values are equal as the grader finds them equal: 0.5, 1/2 and
+50% are one. The paper compares them as spelled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 from reftune.errors import DataError
+from reftune.grading.numbers import parse_number, same_number
+from reftune.grading.words import same_words
 from reftune.types import Graded, Verdict
+
+Same = Callable[[str, str], bool]
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?:/\d+)?%?")
 
 
 def has_value(graded: Graded) -> bool:
@@ -31,16 +37,45 @@ def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
     return has_letter if grading == "paper" and is_choice else has_value
 
 
+def same_answer(first: str, second: str) -> bool:
+    """Whether two values that the grader read are one answer: equal numbers, or the same words.
+
+    Expressions need no more than that, as their values are spelled by what was parsed.
+    """
+    if first == second:
+        return True
+    if _NUMBER.fullmatch(first) and _NUMBER.fullmatch(second):
+        a, b = parse_number(first), parse_number(second)
+        return a is not None and b is not None and (same_number(a, b) or same_number(b, a))
+    return same_words(first, second)
+
+
+def spelled_alike(first: str, second: str) -> bool:
+    """The paper's rule."""
+    return first == second
+
+
+def equality(grading: str | None) -> Callable[[str, str], bool]:
+    """When two values are one answer under a format's grading."""
+    return spelled_alike if grading == "paper" else same_answer
+
+
 def majority_vote(
-    samples: Sequence[Graded], *, valid: Callable[[Graded], bool] = has_value
+    samples: Sequence[Graded],
+    *,
+    valid: Callable[[Graded], bool] = has_value,
+    same: Same = same_answer,
 ) -> Graded | None:
     """The first sample with the most frequent value; None where no sample is valid. Ties: the value
     seen first."""
-    return weighted_vote(samples, [1.0] * len(samples), valid=valid)
+    return weighted_vote(samples, [1.0] * len(samples), valid=valid, same=same)
 
 
 def majority_curve(
-    samples: Sequence[Graded], *, valid: Callable[[Graded], bool] = has_value
+    samples: Sequence[Graded],
+    *,
+    valid: Callable[[Graded], bool] = has_value,
+    same: Same = same_answer,
 ) -> list[Graded | None]:
     """The majority vote over the first k samples, for k = 1 … n.
 
@@ -48,7 +83,7 @@ def majority_curve(
     the mean over problems is an unbiased estimate of maj@k, and its last point is the vote over all
     samples.
     """
-    return weighted_curve(samples, [1.0] * len(samples), valid=valid)
+    return weighted_curve(samples, [1.0] * len(samples), valid=valid, same=same)
 
 
 def weighted_vote(
@@ -56,10 +91,11 @@ def weighted_vote(
     weights: Sequence[float],
     *,
     valid: Callable[[Graded], bool] = has_value,
+    same: Same = same_answer,
 ) -> Graded | None:
     """The first sample of the value with the largest sum of weights (≥ 0), a reward model's scores
     for one."""
-    curve = weighted_curve(samples, weights, valid=valid)
+    curve = weighted_curve(samples, weights, valid=valid, same=same)
     return curve[-1] if curve else None
 
 
@@ -68,6 +104,7 @@ def weighted_curve(
     weights: Sequence[float],
     *,
     valid: Callable[[Graded], bool] = has_value,
+    same: Same = same_answer,
 ) -> list[Graded | None]:
     """The weighted vote over the first k samples, for k = 1 … n."""
     totals: dict[str, float] = {}
@@ -76,7 +113,7 @@ def weighted_curve(
     curve: list[Graded | None] = []
     for index, (graded, weight) in enumerate(zip(samples, weights, strict=True)):
         if valid(graded) and graded.value is not None:
-            value = graded.value
+            value = _candidate(graded.value, totals, same)
             totals[value] = totals.get(value, 0.0) + weight
             first.setdefault(value, (index, graded))
             # only this value's total changed, so only it can overtake
@@ -87,6 +124,12 @@ def weighted_curve(
                 winner = value
         curve.append(None if winner is None else first[winner][1])
     return curve
+
+
+def _candidate(value: str, known: Iterable[str], same: Same) -> str:
+    """The first value seen that is the same answer; `value` itself if there is none."""
+    known = list(known)
+    return value if value in known else next((each for each in known if same(value, each)), value)
 
 
 def rerank(

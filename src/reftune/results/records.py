@@ -28,6 +28,8 @@ class EvalRow:
     samples: tuple[Attempt, ...]
     valid: Callable[[Graded], bool] = voting.has_value
     """Which samples may vote."""
+    same: voting.Same = voting.same_answer
+    """When two values are one answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,6 +297,7 @@ def _eval_row(row: Mapping[str, Any], where: str, grading: str | None) -> EvalRo
         gold=str(_take(row, "gold", where)),
         greedy=_attempt(_take(row, "greedy", where), where),
         samples=tuple(_attempt(sample, where) for sample in row.get("samples") or ()),
+        same=voting.equality(grading),
         valid=voting.voters(
             grading, is_choice=len(str(row["gold"])) == 1 and str(row["gold"]).isalpha()
         ),

@@ -409,7 +409,7 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
 
 def _majority_row(row: EvalRow, max_k: int) -> list[float]:
     winners = voting.majority_curve(
-        [sample.graded for sample in row.samples[:max_k]], valid=row.valid
+        [sample.graded for sample in row.samples[:max_k]], valid=row.valid, same=row.same
     )
     return [float(voting.is_correct(winner)) for winner in winners]
 

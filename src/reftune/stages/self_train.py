@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from reftune.errors import DataError
+from reftune.grading.markers import reasoning_text
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes.world import from_main
@@ -104,11 +105,19 @@ class SelfTrain(Stage):
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """The first of each group of texts that differ in outer white space only."""
+    """The first of each group of texts that differ only in outer white space or, all being right,
+    in how they spell the answer that they close with: "The answer is 1/2", or 0.5."""
     first: dict[str, str] = {}
     for text in texts:
-        first.setdefault(text.strip(), text)
+        first.setdefault(_less_answer(text).strip(), text)
     return list(first.values())
+
+
+def _less_answer(text: str) -> str:
+    """A solution in words up to its answer, if the text ends in the line that states it."""
+    reasoning = reasoning_text(text)
+    is_last_line = "\n" not in text[len(reasoning) :].strip()
+    return reasoning if is_last_line and reasoning.strip() else text
 
 
 def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:

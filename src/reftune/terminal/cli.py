@@ -411,20 +411,33 @@ def score(
     file: Annotated[
         Path, typer.Argument(help='JSON lines of {"id", "completion", "answer", "choices"?}.')
     ],
+    overrides: Overrides = None,
     format_kind: Annotated[
-        Literal["nl", "program"],
+        Literal["nl", "program"] | None,
         typer.Option("--format", help="How completions state their answer."),
-    ],
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Grade as this recipe does: its format, answer kinds, sandbox, reward."),
+    ] = None,
     grading: Annotated[
-        Literal["robust", "paper"], typer.Option(help="The grader's rules.")
+        str, typer.Option(help="The grader's rules: robust, paper, or your own file.py:Name.")
     ] = "robust",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Grade completions and say why: how a reward is debugged."""
-    from reftune.terminal.score import score_file
+    from reftune.terminal.score import score_as_recipe, score_file
     from reftune.text import printable
 
-    for row in score_file(file, format_kind, grading=grading):
+    if (format_kind is None) == (recipe is None):
+        raise RecipeError("score: expected either --format nl|program or --recipe RECIPE")
+    if recipe is None and overrides:
+        raise RecipeError(f"score: {overrides[0]}: expected --recipe, whose keys it sets")
+    for row in (
+        score_as_recipe(file, _load(recipe, overrides))
+        if recipe is not None
+        else score_file(file, format_kind or "nl", grading=grading)
+    ):
         print(
             json.dumps(row, ensure_ascii=False)
             if as_json

@@ -5,46 +5,66 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
-from reftune.errors import DataError
+from pydantic import ValidationError
+
+from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
-from reftune.grading.golds import read_gold
+from reftune.grading.golds import GoldKind, read_gold
+from reftune.grading.options import unlettered
 from reftune.grading.rewards import Reward
 from reftune.grading.rewards.outcome import Outcome
+from reftune.recipe import Recipe
 from reftune.types import Answer, Completion, Problem
 
 BATCH = 256
-Grading = Literal["robust", "paper"]
 _Row = tuple[Any, Problem, str]
 
 
 def score_file(
-    file: Path, kind: Literal["nl", "program"], *, grading: Grading = "robust"
+    file: Path, kind: Literal["nl", "program"], *, grading: str = "robust"
 ) -> Iterator[dict[str, Any]]:
     """Grade a file of completions with the format `kind`; see `score_lines`. Raises: DataError,
-    before the first result."""
+    before the first result; RecipeError if the grading is not known."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        format = Nl(grading=grading) if kind == "nl" else Program(grading=grading)
+    except ValidationError as error:
+        raise RecipeError(f"--grading: {error.errors()[0]['msg']}") from None
+    reward = Outcome(partial_on_choices=grading == "paper")
+    return score_lines(_lines(file), format, reward, where=str(file))
+
+
+def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Grade a file of completions with a recipe's format, answer kind, sandbox, limits and reward;
+    see `score_lines`. Raises: DataError, before the first result."""
+    kind = getattr(recipe.dataset, "answer_kind", "auto")
+    return score_lines(_lines(file), recipe.format, recipe.reward, where=str(file), kind=kind)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
-    format = Nl(grading=grading) if kind == "nl" else Program(grading=grading)
-    return score_lines(
-        lines, format, Outcome(partial_on_choices=grading == "paper"), where=str(file)
-    )
 
 
 def score_lines(
-    lines: Iterable[str], format: Format, reward: Reward, *, where: str
+    lines: Iterable[str], format: Format, reward: Reward, *, where: str, kind: str = "auto"
 ) -> Iterator[dict[str, Any]]:
-    """`{"id", "completion", "answer", "choices"?}` a line → `{"id", "verdict", "value", "reward",
-    "reason"}` a line.
+    """`{"id", "completion", "answer", "choices"?, "answer_kind"?}` a line → `{"id", "verdict",
+    "value", "reward", "reason"}` a line.
 
-    `where` is the file's name. Raises: DataError with file and line, before anything is graded.
+    `where` is the file's name; `kind` is the answer kind of lines that say none. Raises: DataError
+    with file and line, before anything is graded.
     """
-    rows = [_row(line, f"{where}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [
+        _row(line, f"{where}:{number}", kind)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not rows:
         raise DataError(
             f"{where}: empty; expected an object with id, completion and answer in each line"
@@ -71,7 +91,7 @@ def _scored(rows: Sequence[_Row], format: Format, reward: Reward) -> Iterator[di
             }
 
 
-def _row(line: str, where: str) -> _Row:
+def _row(line: str, where: str, kind: str) -> _Row:
     """A line's id, problem and completion."""
     try:
         row = json.loads(line)
@@ -88,19 +108,19 @@ def _row(line: str, where: str) -> _Row:
         raise DataError(
             f"{where}: completion: expected a text, got {type(row['completion']).__name__}"
         )
-    return row["id"], problem_of(row, where), row["completion"]
+    return row["id"], problem_of({"answer_kind": kind, **row}, where), row["completion"]
 
 
 def problem_of(row: Mapping[str, Any], where: str) -> Problem:
-    """A problem from `{"id", "answer", "choices"?, "question"?}`. Raises: DataError that begins
-    with `where`."""
+    """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`. Raises: DataError
+    that begins with `where`."""
     if row.get("answer") is None:
         raise DataError(f"{where}: answer is missing; expected a number, a text or a letter")
     choices = _choices(row.get("choices"), where)
     return Problem(
         id=str(row["id"]),
         question=str(row.get("question", "")),
-        answer=_answer(row["answer"], choices, where),
+        answer=_answer(row["answer"], choices, where, row.get("answer_kind", "auto")),
         choices=choices,
         columns={key: value for key, value in row.items() if key not in ("id", "completion")},
     )
@@ -113,22 +133,27 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
         raise DataError(
             f"{where}: choices: expected a list of 2 to 26 options, got {str(value)[:80]!r}"
         )
-    return tuple(str(choice) for choice in value)
+    return unlettered([str(choice) for choice in value])
 
 
-def _answer(value: Any, choices: tuple[str, ...], where: str) -> Answer:
-    """The gold answer: a letter with choices or alone, else a number if all of it is one, else a
-    text."""
+def _answer(value: Any, choices: tuple[str, ...], where: str, kind: str = "auto") -> Answer:
+    """The gold answer of the kind that is told; `auto`: a letter with choices or alone, else a
+    number if all of it is one, else an expression, a list or a text."""
+    if kind not in get_args(GoldKind):
+        known = ", ".join(get_args(GoldKind))
+        raise DataError(f"{where}: answer_kind: {str(kind)[:80]!r}; expected one of {known}")
     is_letter = isinstance(value, str) and len(value.strip()) == 1 and value.strip().isalpha()
-    is_choice = bool(choices) or is_letter
+    if kind == "auto" and (choices or is_letter):
+        kind = "choice"
     expected = (
         f"the letter or value of one of {len(choices)} choices"
-        if is_choice
+        if kind == "choice"
         else "a number, a text or a letter"
     )
     try:
         if not isinstance(value, bool):
-            return read_gold(value, "choice" if is_choice else "auto", choices=choices)
-    except DataError:
-        pass
-    raise DataError(f"{where}: answer: expected {expected}, got {str(value)[:80]!r}")
+            return read_gold(value, cast("GoldKind", kind), choices=choices)
+        reason = "a truth value"
+    except DataError as error:
+        reason = str(error)
+    raise DataError(f"{where}: answer: expected {expected}, got {str(value)[:80]!r}: {reason}")

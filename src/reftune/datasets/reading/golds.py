@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,9 @@ from reftune.datasets.reading.files import shown
 from reftune.datasets.reading.options import Options
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.types import Answer
+from reftune.types import Answer, AnswerKind
 
-Kind = Literal["number", "choice", "text"]
+Kind = AnswerKind
 MOST_WORDS = 30
 """Of a text gold that nobody said is one: more words are a solution, not an answer."""
 
@@ -60,7 +60,8 @@ class GoldReader:
 
     column: str
     kind: Kind | Literal["auto"]
-    """`auto`: a choice if there are options, else a number if it can be read as one, else text."""
+    """`auto`: a choice if there are options, else a number if it can be read as one, else an
+    expression (`latex`), a list in brackets or a text."""
     positions_from: int | None
     """What a choice's gold counts from if it is a position."""
 
@@ -69,7 +70,8 @@ class GoldReader:
         value = (
             self._reply(row) if is_conversation(row.get(self.column)) else row.value(self.column)
         )
-        worked = split_worked(value) if isinstance(value, str) else None
+        is_text = isinstance(value, str) and self.kind != "regex"
+        worked = split_worked(value) if is_text else None
         spelled = value if worked is None else worked.gold
         return Gold(
             answer=self._answer(row, spelled, options),
@@ -88,12 +90,19 @@ class GoldReader:
 
     def _answer(self, row: Row, value: Any, options: Options | None) -> Answer:
         from reftune.grading.golds import number_gold
+        from reftune.grading.kinds import told_gold, worded_gold
 
-        if isinstance(value, (Sequence, Mapping)) and not isinstance(value, str):
+        if isinstance(value, Mapping):
             raise self._refused(row, value, "one answer")
+        try:
+            told = None if self.kind == "auto" and options else told_gold(value, self._told)
+        except DataError as error:
+            raise DataError(f"{row.where}: {self.column}: {error}") from None
+        if told is not None:
+            return told
         if options is not None:
             return Answer(kind="choice", value=self._letter(row, value, options))
-        if self.kind != "text":
+        if self.kind not in ("text", "latex"):
             number = number_gold(value)
             if number is not None:
                 return number
@@ -109,7 +118,11 @@ class GoldReader:
                 "an answer, or a solution that marks it: #### 72, \\boxed{72} or 'The answer is 72'"
                 " (if this is the answer: dataset.answer_kind=text)",
             )
-        return Answer(kind="text", value=text)
+        return worded_gold(text) if self.kind == "auto" else Answer(kind=self.kind, value=text)
+
+    @property
+    def _told(self) -> AnswerKind:
+        return "text" if self.kind == "auto" else self.kind
 
     def _letter(self, row: Row, value: Any, options: Options) -> str:
         """A number is not taken for a position unless the recipe says so: some count from 0, some

@@ -52,6 +52,8 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
 
 
 def _options(value: object) -> Options | None:
+    from reftune.grading.options import unlettered
+
     labels: Sequence[object] = ()
     if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
         labels, value = value.get("label") or (), value["text"]
@@ -70,7 +72,7 @@ def _options(value: object) -> Options | None:
         return None
     spelled = tuple(str(label).strip().lower() for label in labels)
     return Options(
-        texts=tuple(str(text).strip() for text in value),
+        texts=unlettered([str(text).strip() for text in value]),
         labels=spelled if len(spelled) == len(value) else (),
     )
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from string import ascii_lowercase
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from reftune.errors import DataError
+from reftune.grading.options import unlettered
 from reftune.recipe import Component, Table
 from reftune.types import BareText, Conversation, Message, Problem
 
@@ -104,7 +106,8 @@ def question_text(problem: Problem) -> str:
     """The question, its options on a line of their own unless it already holds them."""
     question = problem.question.strip()
     options = " , ".join(
-        f"{chr(ord('a') + index)} ) {choice}" for index, choice in enumerate(problem.choices)
+        f"{letter} ) {choice}"
+        for letter, choice in zip(ascii_lowercase, unlettered(problem.choices), strict=False)
     )
     return question if _squeezed(options) in _squeezed(question) else f"{question}\n{options}"
 

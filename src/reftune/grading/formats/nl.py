@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Literal
 
 from reftune.errors import DataError
+from reftune.grading.formats._grading import Grading, graded_by, own_grader
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
 from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
@@ -21,8 +22,9 @@ class Nl(Prompted):
     """A worked solution in words that ends by naming its answer."""
 
     kind: str = "nl"
-    grading: Literal["robust", "paper"] = "robust"
-    """`robust` reads answers as people write them; `paper` repeats the authors' `float()` rules."""
+    grading: Grading = "robust"
+    """`robust` reads answers as people write them; `paper` repeats the authors' `float()` rules;
+    `file.py:Name` is your own function of the completion and the problem (docs/datasets.md)."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
     """Texts at which run-on text begins, in which a model asks itself the next question; nothing
@@ -54,23 +56,30 @@ class Nl(Prompted):
         if "paper" in (self.style, self.grading):
             return f"{rationale}{PAPER_TRIGGER}{_decimal(problem.answer)}"
         last_line = rationale.rpartition("\n")[2]
-        if grade_completion(last_line, problem, self._reading).verdict is Verdict.CORRECT:
+        if self._grade(last_line, problem).verdict is Verdict.CORRECT:
             return rationale
+        if problem.answer.kind == "regex":
+            raise DataError(
+                f"problem {problem.id}: its rationale ends without an answer that matches"
+                f" {problem.answer}; expected a last line that states one"
+            )
         phrase = self.markers[0].strip() if self.markers else "The answer is"
         return f"{rationale}\n{phrase} {_with_separator(problem.answer, self.decimal)}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade a completion, in order."""
-        pairs = list(zip(problems, completions, strict=True))
-        if self.grading == "paper":
-            return [grade_completion_paper(completion, problem) for problem, completion in pairs]
         return [
-            grade_completion(completion, problem, self._reading) for problem, completion in pairs
+            self._grade(completion, problem)
+            for problem, completion in zip(problems, completions, strict=True)
         ]
 
-    @property
-    def _reading(self) -> Reading:
-        return Reading(stop_at=self.stop_at, markers=self.markers, decimal=self.decimal)
+    def _grade(self, completion: str, problem: Problem) -> Graded:
+        if self.grading == "robust":
+            reading = Reading(stop_at=self.stop_at, markers=self.markers, decimal=self.decimal)
+            return grade_completion(completion, problem, reading)
+        if self.grading == "paper":
+            return grade_completion_paper(completion, problem)
+        return graded_by(own_grader(self.grading), completion, problem)
 
 
 def _with_separator(answer: Answer, decimal: str) -> str:

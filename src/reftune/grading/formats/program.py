@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr
 from pydantic_core import PydanticCustomError
 
 from reftune.errors import DataError
+from reftune.grading.formats._grading import RULES, Grading, graded_by, own_grader
 from reftune.grading.formats._imports import without_unused_imports
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
 from reftune.grading.formats._source import HEADER, Script, body_of, programs_in, scripts_in
@@ -25,9 +26,10 @@ class Program(Prompted):
     `compact` end in its header, and the model writes the body; otherwise it writes all of it."""
 
     kind: str = "program"
-    grading: Literal["robust", "paper"] = "robust"
+    grading: Grading = "robust"
     """`robust` finds the program in the text; `paper` runs it by the authors' rules
-    (docs/deviations.md: no sympy)."""
+    (docs/deviations.md: no sympy); `file.py:Name` is your own function of what the program
+    returned, as text, and the problem."""
     timeout_s: float = Field(default=1.0, gt=0, le=60)
     """Time a program may run."""
     memory_mib: int = Field(default=64, ge=16)
@@ -121,6 +123,9 @@ class Program(Prompted):
     def _grade_result(self, problem: Problem, result: ExecutionResult) -> Graded:
         if result.status is not ExecutionStatus.OK:
             return _failed(result)
+        if self.grading not in RULES:
+            value = result.printed if result.value is None else str(result.value)
+            return graded_by(own_grader(self.grading), value, problem)
         if self.scripts == "read" and (result.value is None or isinstance(result.value, str)):
             lines = str(result.value or result.printed).strip().splitlines()
             return grade_sentence(lines[-1] if lines else "", problem)

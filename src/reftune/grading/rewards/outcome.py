@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from reftune.grading.verdicts import part_answer
 from reftune.recipe import Component
-from reftune.types import Completion, Graded, Problem, Verdict
+from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Outcome(Component):
@@ -16,13 +17,14 @@ class Outcome(Component):
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
-    """Of a right answer."""
+    """For a right answer."""
     partial: float = Field(default=0.1, allow_inf_nan=False)
-    """Of a number or text that was read and is wrong."""
+    """For an answer of the gold's kind that is wrong: a number, an expression, or a list of these.
+    Any words would earn it for a gold in words, so they get `wrong`."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
-    """Of anything else."""
+    """For anything else."""
     partial_on_choices: bool = False
-    """Pay `partial` for a wrong choice too, as the authors' code does; a random letter would earn
+    """Give `partial` for a wrong choice too, as the authors' code does; a random letter would earn
     it."""
 
     def __call__(
@@ -37,8 +39,12 @@ class Outcome(Component):
     def _of(self, problem: Problem, grade: Graded) -> float:
         if grade.verdict is Verdict.CORRECT:
             return self.correct
-        if grade.verdict is Verdict.WRONG and (
-            problem.answer.kind != "choice" or self.partial_on_choices
-        ):
-            return self.partial
-        return self.wrong
+        is_partial = grade.verdict is Verdict.WRONG and self._tells_kind(problem.answer)
+        return self.partial if is_partial else self.wrong
+
+    def _tells_kind(self, gold: Answer) -> bool:
+        """Whether a wrong answer to this gold was read as one of its kind, not as any words."""
+        if gold.kind == "choice":
+            return self.partial_on_choices
+        parts = map(part_answer, gold.items) if gold.items else [gold]
+        return all(part.kind in ("number", "latex") for part in parts)

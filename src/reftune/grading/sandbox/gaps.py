@@ -29,6 +29,14 @@ def gap(result: ExecutionResult) -> str | None:
     return None
 
 
+def missing_package(result: ExecutionResult) -> str | None:
+    """The package that a program needed and that does not come with Python."""
+    match = re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", result.reason)
+    if match is None or _comes_with_python(match[1]):
+        return None
+    return match[1].partition(".")[0]
+
+
 def _syntax(match: re.Match[str]) -> str:
     return match[1].strip("'")
 

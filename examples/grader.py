@@ -1,0 +1,32 @@
+"""A grader of your own: what is right. Here: a length, in whichever unit a model chose.
+
+In a recipe: `format: {kind: nl, grading: examples/grader.py:same_length}`. Reward, the choice on
+dev, votes and evaluation all use it.
+"""
+
+from __future__ import annotations
+
+import re
+
+from reftune.grading.markers import answer_text
+from reftune.types import Graded, Problem, Verdict
+
+METRES = {"km": 1000.0, "m": 1.0, "cm": 0.01}
+LENGTH = re.compile(r"\s*([\d.]+) ?(km|cm|m)\b")
+
+
+def same_length(completion: str, problem: Problem) -> Graded:
+    """A verdict with a reason, for any text. `value` is one spelling for all equal answers: votes
+    count it."""
+    answer, gold = metres(answer_text(completion) or ""), metres(str(problem.answer))
+    if answer is None or gold is None:
+        return Graded(verdict=Verdict.NO_ANSWER, value=None, reason="no length like 2.5 km")
+    is_right = abs(answer - gold) < 1e-6 * gold
+    verdict = Verdict.CORRECT if is_right else Verdict.WRONG
+    return Graded(verdict=verdict, value=f"{answer:g} m", reason=f"{answer:g} m, gold {gold:g} m")
+
+
+def metres(text: str) -> float | None:
+    """The length at the start of a text."""
+    found = LENGTH.match(text)
+    return None if found is None else float(found[1]) * METRES[found[2]]

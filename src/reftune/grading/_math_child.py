@@ -1,0 +1,75 @@
+"""Compares expressions and patterns for `mathematics`. Started as a script, imports none of ours.
+
+Reads one JSON object a line from standard input and writes one to standard output: `{"gold",
+"answer"}` gives `{"equal", "read"}`, the last None if the answer is no expression;
+`{"pattern", "answer"}` gives `{"equal"}`. An `{"error"}` says what went wrong. Whoever started it
+keeps the time and kills it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import sys
+from functools import lru_cache
+from typing import Any
+
+MEMORY = 4 << 30
+MAX_S = 60
+"""After which it ends, if whoever keeps the time is gone."""
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.disable(logging.CRITICAL)
+    results = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        signal.alarm(MAX_S)
+        results.write(json.dumps(reply(json.loads(line))) + "\n")
+        results.flush()
+        signal.alarm(0)
+
+
+def reply(request: dict[str, str]) -> dict[str, Any]:
+    try:
+        if "pattern" in request:
+            pattern, answer = request["pattern"], request["answer"]
+            return {"equal": re.fullmatch(pattern, answer) is not None}
+        return compared(request["gold"], request["answer"])
+    except (Exception, RecursionError) as error:  # noqa: BLE001  a model's expression may break any parser
+        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def compared(gold: str, answer: str) -> dict[str, Any]:
+    from math_verify import verify
+
+    expected, read = parsed(gold), parsed(answer)
+    if not expected:
+        return {"error": f"math-verify cannot read the gold {gold[:100]}"}
+    if not read:
+        return {"equal": False, "read": None}
+    equal = verify(expected, read, timeout_seconds=None, raise_on_error=True)
+    return {"equal": bool(equal), "read": str(read[0])[:400]}
+
+
+@lru_cache(maxsize=1000)
+def parsed(text: str) -> list[Any]:
+    from math_verify import LatexExtractionConfig, parse
+
+    found: list[Any] = parse(
+        f"${text}$",
+        extraction_config=[LatexExtractionConfig()],
+        extraction_mode="first_match",
+        parsing_timeout=None,
+        raise_on_error=True,
+    )
+    return found if any(not isinstance(each, str) for each in found) else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`grading`: the grader's rules, or a person's own grader."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from reftune.grading.verdicts import clip, judge
+from reftune.recipe import component_class
+from reftune.types import Graded, Problem, Verdict
+
+RULES = ("robust", "paper")
+Grader = Callable[[str, Problem], object]
+"""A person's own: (completion, or what its program returned, and the problem) → a `Graded`, or
+whether it is right."""
+
+
+def _known(grading: str) -> str:
+    if grading not in RULES and ":" not in grading:
+        raise PydanticCustomError(
+            "grading",
+            "{grading}: unknown rules; expected robust, paper or your own grader as file.py:Name",
+            {"grading": grading},
+        )
+    if grading not in RULES and not callable(own_grader(grading)):
+        raise PydanticCustomError(
+            "grader", "{grading}: cannot be called; expected a function", {"grading": grading}
+        )
+    return grading
+
+
+Grading = Annotated[str, AfterValidator(_known)]
+
+
+@functools.cache
+def own_grader(grading: str) -> Grader:
+    """The function that `file.py:Name` names; of a class, an instance."""
+    found = component_class(grading, group="formats")
+    grader: Grader = found() if isinstance(found, type) else found
+    return grader
+
+
+def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
+    """A person's verdict on a text. A grader that fails is an ERROR, so that it is counted."""
+    try:
+        verdict = grader(text, problem)
+    except Exception as failure:  # noqa: BLE001  graders parse what a model wrote
+        return _error(f"the grader failed: {type(failure).__name__}: {clip(str(failure))}")
+    if isinstance(verdict, Graded):
+        return verdict
+    if not isinstance(verdict, bool):
+        return _error(
+            f"the grader returned {type(verdict).__name__}, not a Graded or a truth value"
+        )
+    return judge(verdict, text.strip().rpartition("\n")[2], str(problem.answer))
+
+
+def _error(reason: str) -> Graded:
+    return Graded(verdict=Verdict.ERROR, value=None, reason=reason)

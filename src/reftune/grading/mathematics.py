@@ -1,0 +1,244 @@
+"""Expressions, equations, intervals, tuples and matrices, compared by math-verify; and patterns.
+
+Both may take for ever on what a model writes, so they run in a worker process that is killed when
+the time is up. It starts on first use, stays warm, and serves the threads of this process in turn.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from reftune.errors import ReftuneError
+
+CHILD = Path(__file__).with_name("_math_child.py")
+TIMEOUT_S = 5.0
+"""Time that one comparison may take."""
+START_S = 120.0
+"""Time that the worker may take for its first answer, math-verify's import included."""
+MAX_EXPRESSION_CHARS = 1_000
+
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt lim max min gcd lcm"
+    " mod inf infty infinity det deg cdot times".split()
+)
+_SHORT_WORDS = frozenset(
+    "am an as at be by do go he if in is it me my no of on so to up us we".split()
+)
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_TEXT = re.compile(r"\\(?:text|mathrm|operatorname|textbf|mbox) ?\{[^{}]*\}")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{[^{}]*\}(?:\{[^{}]*\})?")
+_DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_PLAIN = re.compile(r"[\w\s+\-*/^=<>()\[\]{},;.|!'\\&≤≥≠∞π√±·×°∪∩∈]+")
+_STRUCTURE = re.compile(
+    r"[\\^=<>|√π∞±∪∩≤≥≠]|[(\[{].*[,;].*[)\]}]|\d ?[a-z]\b|[-+*/] ?[a-z]\b|\b[a-z] ?[-+*/(]",
+    re.DOTALL,
+)
+_OTHER = re.compile(r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])")
+_ASIDE = re.compile(r"\s*(?:,?\s+(?:because|since|where|when|which|so)\b|[.;] +[A-Z]|\n)")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What became of one comparison."""
+
+    outcome: Literal["equal", "different", "unread", "timeout", "error"]
+    """`unread`: the answer is no expression."""
+    read: str = ""
+    """The answer in a spelling that equal expressions mostly share."""
+    reason: str = ""
+
+
+def looks_like_math(text: str) -> bool:
+    """Whether all of a text is one expression and no plain number: LaTeX commands, an equation, a
+    power, an interval, a tuple, variables. Words are not."""
+    bare = expression_in(text)
+    if not bare or len(bare) > MAX_EXPRESSION_CHARS or _words_in(bare):
+        return False
+    less_text = _TEXT.sub("", bare)
+    return _PLAIN.fullmatch(bare) is not None and _STRUCTURE.search(less_text) is not None
+
+
+def expression_in(text: str) -> str:
+    """The expression that a text gives: what stands between its only math signs, else the text up
+    to an aside, without closing punctuation."""
+    text = text.strip()
+    parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
+    if len(parts) == 1:
+        return parts[0].strip().rstrip(".,;").strip()
+    line = _ASIDE.split(text, maxsplit=1)[0] if "\\begin" not in text else text
+    return line.strip().strip("$").rstrip(".,;:").removeprefix("\\displaystyle").strip()
+
+
+def same_expression(gold: str, answer: str) -> Comparison:
+    """Whether an answer is the gold expression. Raises: ReftuneError if math-verify is missing."""
+    expected, given = expression_in(gold), expression_in(answer)
+    if not given or len(given) > MAX_EXPRESSION_CHARS or _words_in(given):
+        return Comparison("unread")
+    if _OTHER.search(_TEXT.sub("", given)) and not _OTHER.search(_TEXT.sub(" ", expected)):
+        return Comparison("unread", reason="it gives two")
+    if _spelling(expected) == _spelling(given):
+        return Comparison("equal", _spelling(given))
+    if _brackets(expected) != _brackets(given) and "" not in (
+        _brackets(expected),
+        _brackets(given),
+    ):
+        return Comparison("different", _spelling(given))
+    return _verified(expected, given)
+
+
+def matches(pattern: str, answer: str) -> Comparison:
+    """Whether all of an answer matches a regular expression."""
+    return _asked(pattern=pattern, answer=answer)
+
+
+def is_installed() -> bool:
+    """Whether math-verify is there."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
+def _verified(gold: str, answer: str) -> Comparison:
+    if not is_installed():
+        raise ReftuneError(
+            "latex answers need math-verify: pip install 'reftune[math]' (or answer_kind: text)"
+        )
+    return _asked(gold=gold, answer=answer)
+
+
+def _asked(**request: str) -> Comparison:
+    key = tuple(sorted(request.items()))
+    known = _KNOWN.get(key)
+    if known is not None:
+        return known
+    comparison = _comparison(_WORKER.ask(request))
+    if comparison.outcome not in ("timeout", "error"):  # these may be the machine's
+        if len(_KNOWN) >= MAX_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = comparison
+    return comparison
+
+
+def _comparison(reply: dict[str, Any] | None) -> Comparison:
+    if reply is None:
+        return Comparison("timeout", reason=f"comparing took more than {TIMEOUT_S:g} s")
+    if "error" in reply:
+        return Comparison("error", reason=str(reply["error"]))
+    if reply.get("read", "") is None:
+        return Comparison("unread")
+    return Comparison("equal" if reply["equal"] else "different", str(reply.get("read", "")))
+
+
+def _words_in(expression: str) -> bool:
+    """Whether it holds words: three letters or more that are no function and no LaTeX, or common
+    words of two."""
+    bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
+    words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
+    return any(word in _SHORT_WORDS or (len(word) > 2 and word not in _FUNCTIONS) for word in words)
+
+
+def _spelling(expression: str) -> str:
+    text = re.sub(r"\\(?:left|right|,|!|;|:|displaystyle|quad)(?![a-zA-Z])|\s+|~", "", expression)
+    return re.sub(r"\\[dt]frac", r"\\frac", text)
+
+
+def _brackets(expression: str) -> str:
+    """The kind of a whole in brackets with several parts: `point`, `set`; empty for all else."""
+    text = _spelling(expression).replace("\\{", "{").replace("\\}", "}")
+    if not re.search(r"[,;]", text):
+        return ""
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        return "point"
+    return "set" if text[:1] == "{" and text[-1:] == "}" else ""
+
+
+# --- the worker -----------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A process that compares, one request at a time."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew without the process: it belongs to the parent of a forked process."""
+        self._one_at_a_time = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: Mapping[str, str]) -> dict[str, Any] | None:
+        """The reply; None if it was not there in time, and the worker was killed for it."""
+        line = json.dumps(request).encode() + b"\n"
+        with self._one_at_a_time:
+            reply = self._attempt(line, warm="gold" in request)
+            if reply == b"":  # something else may have killed it
+                reply = self._attempt(line, warm="gold" in request)
+        if reply is None:
+            return None
+        answer: dict[str, Any] = json.loads(reply) if reply else {"error": "the worker died twice"}
+        return answer
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+    def _attempt(self, line: bytes, *, warm: bool) -> bytes | None:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._is_warm = False
+        if warm and not self._is_warm:
+            _exchange(self._process, b'{"gold": "x", "answer": "x + 1"}\n', START_S)
+            self._is_warm = True
+        reply = _exchange(self._process, line, TIMEOUT_S)
+        if not reply:
+            self.close()
+        return reply
+
+
+def _exchange(process: subprocess.Popen[bytes], line: bytes, timeout_s: float) -> bytes | None:
+    """The line that answers `line`; empty if the process died, None when the time is up."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+    except OSError:
+        return b""
+    deadline, reply = time.monotonic() + timeout_s, b""
+    while not reply.endswith(b"\n"):
+        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return None
+        chunk = os.read(process.stdout.fileno(), 1 << 16)
+        if not chunk:
+            return b""
+        reply += chunk
+    return reply
+
+
+_WORKER = _Worker()
+_KNOWN: dict[tuple[tuple[str, str], ...], Comparison] = {}
+MAX_KNOWN = 100_000
+"""Comparisons remembered: samples of one problem repeat each other's answers."""
+atexit.register(_WORKER.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_WORKER.forget)

@@ -1,0 +1,100 @@
+"""Answers in words: when two of them are the same, and when an answer begins with the gold."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import unicodedata
+from typing import Literal
+
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
+
+MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
+"""An answer may go on behind a gold of at most so many words and characters."""
+
+_ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
+_BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
+_ANOTHER = re.compile(r"[\s,;:—–-]*(?:or|and|but)\b")
+_OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTH = (
+    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_DAY, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<year>\d{4})"
+_DATES = [
+    re.compile(pattern)
+    for pattern in (
+        rf"{_DAY}(?: of)? {_MONTH},? {_YEAR}",
+        rf"{_MONTH} {_DAY},? {_YEAR}",
+        rf"{_YEAR}-(?P<number>\d\d)-(?P<day>\d\d)(?:[ t]00:00(?::00)?)?",
+    )
+]
+
+
+def same_words(first: str, second: str) -> bool:
+    """Whether two texts differ at most in Unicode form, case, articles, spacing, decoration and
+    closing punctuation, or are two spellings of one date."""
+    bare = bare_words(first)
+    return bare != "" and (bare == bare_words(second) or _same_date(first, second))
+
+
+def bare_words(text: str) -> str:
+    """The spelling that all texts share that are the same words."""
+    folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
+    folded = unicodedata.normalize("NFKC", folded)
+    less = _ARTICLE.sub("", " ".join(folded.split()))
+    return re.sub(r"[\s\"'`*_]+", "", less or folded).rstrip(".,;:!?")
+
+
+def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
+    """Whether an answer is the gold, as a whole, in its first line, or, of a short gold, up to
+    punctuation or a reason ("Yes, they do."). `unclear` if or, and, but or the opposite follows
+    it: "Yes and no"."""
+    answer = text.strip()
+    first_line = answer.partition("\n")[0]
+    if same_words(answer, gold) or same_words(first_line, gold):
+        return "yes"
+    if len(gold.split()) > MAX_SHORT_WORDS or len(gold) > MAX_SHORT_CHARS:
+        return "no"
+    line = first_line[:MAX_SEGMENT_CHARS]
+    for boundary in [*_BOUNDARY.finditer(line)][:8]:
+        if same_words(line[: boundary.start()], gold):
+            return _goes_on(boundary[0].strip(), line[boundary.end() :].casefold(), gold)
+    head = re.split(r"\s+(?:or|and|but)\b", line, maxsplit=1, flags=re.IGNORECASE)[0]
+    return "unclear" if head != line and same_words(head, gold) else "no"
+
+
+def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
+    """What stands behind the gold in the answer's first line."""
+    first_word = re.match(r"\W*(\w*)", rest)
+    assert first_word is not None  # it matches the empty text
+    if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):
+        return "unclear"
+    if boundary in (".", "!", "because"):
+        return "yes"
+    sentence = re.split(r"[.;!](?:\s|$)", rest, maxsplit=1)[0]
+    if _ANOTHER.match(sentence) or re.search(r"\bor\b", sentence):
+        return "unclear"
+    return "no" if gold[-1:].isdigit() and first_word[1].isdigit() else "yes"
+
+
+def _same_date(first: str, second: str) -> bool:
+    date = _date(first)
+    return date is not None and date == _date(second)
+
+
+def _date(text: str) -> datetime.date | None:
+    if len(text) > MAX_SHORT_CHARS:
+        return None
+    line = " ".join(plain(text).casefold().split()).rstrip(".,;:!?")
+    for pattern in _DATES:
+        match = pattern.fullmatch(line)
+        if match is not None:
+            parts = match.groupdict()
+            month = parts.get("number") or 1 + _MONTHS.index(parts["month"][:3])
+            try:
+                return datetime.date(int(parts["year"]), int(month), int(parts["day"]))
+            except ValueError:
+                return None
+    return None

@@ -1,0 +1,439 @@
+"""Answers that are not one number: of each kind right ones, wrong ones, and some that seem so."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.errors import DataError, RecipeError
+from reftune.grading import mathematics
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
+from reftune.grading.kinds import told_gold, worded_gold
+from reftune.grading.options import read_choice, unlettered
+from reftune.grading.rewards.outcome import Outcome
+from reftune.grading.verdicts import grade_answer, grade_value
+from reftune.recipe import load_component
+from reftune.types import Answer, AnswerKind, Completion, Graded, Problem, Verdict
+
+CORRECT, WRONG, NO_ANSWER, ERROR, TIMEOUT, _, _ = Verdict
+
+
+def problem(gold: object, kind: AnswerKind | None = None, **others: Any) -> Problem:
+    answer = None if kind is None else told_gold(gold, kind)
+    if answer is None:
+        answer = Answer(kind="text", value=str(gold)) if kind else worded_gold(str(gold))
+    return Problem(id="p", question="?", answer=answer, **others)
+
+
+def verdict(text: str, gold: object, kind: AnswerKind | None = None) -> Verdict:
+    return grade_answer(text, problem(gold, kind)).verdict
+
+
+# --- which kind -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gold", "kind"),
+    [
+        ("Paris", "text"),
+        ("yes", "text"),
+        ("10 Downing Street", "text"),
+        ("5 March 2021", "text"),
+        ("7 PM", "text"),
+        ("12-15", "text"),
+        ("6 apples\n2 pears", "text"),
+        ("C++", "text"),
+        ("2a", "latex"),
+        ("1 + i", "latex"),
+        ("5r^5", "latex"),
+        (r"(2,\infty)", "latex"),
+        ("[2; 5]", "latex"),
+        ("(2, 4)", "latex"),
+        ("2x - y + 5 = 0", "latex"),
+        (r"\frac{\sqrt{3}}{2}", "latex"),
+        (r"$\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}$", "latex"),
+        ("[1, 2, 3]", "list"),
+        ("[red, blue]", "list"),
+    ],
+)
+def test_the_kind_is_told_by_the_gold(gold: str, kind: str) -> None:
+    assert worded_gold(gold).kind == kind
+
+
+def test_a_list_needs_to_be_told_how_it_is_meant() -> None:
+    for kind in ("text", "latex", "number"):
+        with pytest.raises(DataError, match=r"any_of \(accepted spellings\), list"):
+            told_gold(["Accra", "ACCRA"], kind)  # type: ignore[arg-type]
+    assert told_gold(["Accra", "ACCRA"], "any_of") == Answer(
+        kind="any_of", value="Accra", items=("Accra", "ACCRA")
+    )
+    assert told_gold("[2, 3]", "list") == Answer(kind="list", value="2, 3", items=("2", "3"))
+    assert told_gold("3; 4", "set") == Answer(kind="set", value="3, 4", items=("3", "4"))
+    for empty in ([], [""], [None]):
+        with pytest.raises(DataError):
+            told_gold(empty, "list")
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("Yes, they do.", "yes"),
+        ("yes, because 7 has no divisors.", "yes"),
+        ("yes. Owls hunt at night.", "Yes"),
+        ("Yes - owls are predators.", "yes"),
+        ("No – never", "no"),
+        ("Marie Curie. She won twice.", "Marie Curie"),
+        ("Mu\u0308ller", "Müller"),
+        ("the Nile", "Nile"),
+        ("**PARIS**.", "Paris"),
+        ("5 March 2021", "March 5, 2021"),
+        ("2021-03-05", "5th March 2021"),
+        ("Washington, D.C.", "Washington, D.C."),
+        ("Paris (France)", "Paris"),
+        ("6 apples\n2 pears", "6 apples\n2 pears"),
+    ],
+)
+def test_a_text_is_right_whatever_its_case_form_or_reason(text: str, gold: str) -> None:
+    assert verdict(text, gold) is CORRECT
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        ("Yes and no", "yes", NO_ANSWER),
+        ("Yes, and no", "yes", NO_ANSWER),
+        ("Yes, no", "yes", NO_ANSWER),
+        ("Yes. No, wait", "yes", NO_ANSWER),
+        ("Yes, but only at night", "yes", NO_ANSWER),
+        ("Paris or London", "Paris", NO_ANSWER),
+        ("Paris, London or Rome", "Paris", NO_ANSWER),
+        ("Yesterday", "yes", WRONG),
+        ("No, they do not.", "yes", WRONG),
+        ("not Paris", "Paris", WRONG),
+        ("Paris is wrong", "Paris", WRONG),
+        ("vitamin A", "vitamin", WRONG),
+        ("Vitamin", "vitamin A", WRONG),
+        ("5 March 2020", "March 5, 2021", WRONG),
+        ("March 2021", "March 5, 2021", WRONG),
+        ("6", "6 apples\n2 pears", WRONG),
+        ("30° 45'", "30° 15'", WRONG),
+        ("", "yes", NO_ANSWER),
+        ("3 und 7", "3 und 4", WRONG),
+        ("7, 8", "7", WRONG),
+    ],
+)
+def test_a_text_that_only_looks_right_is_not(text: str, gold: str, expected: Verdict) -> None:
+    assert verdict(text, gold, "text") is expected
+
+
+def test_a_long_gold_is_no_mere_beginning() -> None:
+    gold = "the first seven words of a sentence"
+    assert verdict(f"{gold}, more or less", gold) is not CORRECT
+    assert verdict(gold.upper() + ".", gold) is CORRECT
+
+
+# --- expressions ----------------------------------------------------------------------------------
+
+
+needs_math = pytest.mark.skipif(
+    not mathematics.is_installed(), reason="math-verify is not installed"
+)
+
+
+@needs_math
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        (r"\dfrac{\sqrt{3}}{2}", r"\frac{\sqrt{3}}{2}"),
+        (r"$\frac{1}{2}\sqrt{3}$.", r"\frac{\sqrt{3}}{2}"),
+        ("(x+1)^2", "x^2+2x+1"),
+        ("y = 2x+5", "2x - y + 5 = 0"),
+        (r"(2, \infty)", r"(2,\infty)"),
+        (r"x \in (2, 5)", "(2,5)"),
+        ("(2;4)", "(2, 4)"),
+        ("i + 1", "1 + i"),
+        (r"\{2, 1\}", r"\{1,2\}"),
+        (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}"),
+        ("(x+1)^2, because it is a square", "x^2+2x+1"),
+        (r"\frac{x}{2}", "x/2"),
+    ],
+)
+def test_an_expression_is_right_in_any_form(text: str, gold: str) -> None:
+    assert verdict(text, gold) is CORRECT
+
+
+@needs_math
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        ("1", "1 + i", WRONG),
+        ("2j", "2i", WRONG),
+        ("2b", "2a", WRONG),
+        ("2", "2a", WRONG),
+        ("(3;9)", "(3; 4)", WRONG),
+        ("[2;7]", "[2; 5]", WRONG),
+        ("[2, 5]", "(2, 5)", WRONG),
+        ("(2, 1)", "(1, 2)", WRONG),
+        (r"\{1, 2\}", "(1, 2)", WRONG),
+        ("0", "2x - y + 5 = 0", WRONG),
+        ("x = 5 or x = 7", "x = 5", NO_ANSWER),
+        ("Use the table.", r"\frac{\sqrt{3}}{2}", NO_ANSWER),
+        ("x^2 +", "x^2 + 1", NO_ANSWER),
+        (r"\frac{", r"\frac{x}{2}", NO_ANSWER),
+        ("", "x^2", NO_ANSWER),
+    ],
+)
+def test_an_expression_that_only_looks_right_is_not(
+    text: str, gold: str, expected: Verdict
+) -> None:
+    assert verdict(text, gold) is expected
+
+
+@needs_math
+def test_an_expression_without_end_is_a_timeout_and_the_next_is_compared() -> None:
+    started = time.monotonic()
+    assert verdict(r"9^{9^{9^{9}}}", r"\sqrt{2}") is TIMEOUT
+    assert time.monotonic() - started < 3 * mathematics.TIMEOUT_S + 30
+    assert verdict("2 + x", "x + 2") is CORRECT
+
+
+@needs_math
+def test_a_worker_that_dies_is_an_error_and_not_a_wrong_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    child = tmp_path / "child.py"
+    child.write_text("import sys\nsys.exit(1)")
+    monkeypatch.setattr(mathematics, "CHILD", child)
+    monkeypatch.setattr(mathematics, "_WORKER", mathematics._Worker())
+    graded = grade_answer("3 + x + y", problem("x + 3 + y"))
+    assert graded.verdict is ERROR
+    assert "died" in graded.reason
+
+
+@needs_math
+def test_threads_and_processes_compare_side_by_side() -> None:
+    texts = [f"{i} + x" for i in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(
+            graded is CORRECT
+            for graded in threads.map(lambda i: verdict(texts[i], f"x + {i}"), range(8))
+        )
+    child = multiprocessing.get_context("fork").Process(target=_compare_in_child)
+    child.start()
+    child.join(100)
+    assert child.exitcode == 0
+    assert verdict("9 + x", "x + 9") is CORRECT
+
+
+def _compare_in_child() -> None:
+    os._exit(0 if verdict("z + 7", "7 + z") is CORRECT else 1)
+
+
+# --- several, and patterns ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "kind", "expected"),
+    [
+        ("ACCRA", ["Accra", "Akkra"], "any_of", CORRECT),
+        ("Akkra, on the coast", ["Accra", "Akkra"], "any_of", CORRECT),
+        ("0.5", ["1/2", "half"], "any_of", CORRECT),
+        ("Kumasi", ["Accra", "Akkra"], "any_of", WRONG),
+        ("Accra or Kumasi", ["Accra"], "any_of", NO_ANSWER),
+        ("1, 2, 3", "[1, 2, 3]", None, CORRECT),
+        ("[1; 2; 3].", "[1, 2, 3]", None, CORRECT),
+        ("1, 2 and 3", "[1, 2, 3]", None, CORRECT),
+        ("\n- red\n- blue", ["red", "blue"], "list", CORRECT),
+        ("1,000, 2,000", ["1000", "2000"], "list", CORRECT),
+        ("3, 2, 1", "[1, 2, 3]", None, WRONG),
+        ("1, 2", "[1, 2, 3]", None, WRONG),
+        ("1, 2, 3, 4", "[1, 2, 3]", None, WRONG),
+        ("I think so", "[1, 2, 3]", None, NO_ANSWER),
+        ("blue, red", ["red", "blue"], "list", WRONG),
+        ("blue and red", ["red", "blue"], "set", CORRECT),
+        ("{4, 3}", ["3", "4"], "set", CORRECT),
+        ("3, 3", ["3", "4"], "set", WRONG),
+        ("3, 4, 5", ["3", "4"], "set", WRONG),
+        ("3", ["3", "4"], "set", WRONG),
+    ],
+)
+def test_lists_sets_and_spellings(
+    text: str, gold: object, kind: AnswerKind | None, expected: Verdict
+) -> None:
+    assert verdict(text, gold, kind) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [
+        ("AB-12", r"[A-Z]{2}-\d+", CORRECT),
+        ("AB-12.", r"[A-Z]{2}-\d+", CORRECT),
+        ("ab-12", r"[A-Z]{2}-\d+", WRONG),
+        ("AB-12 or CD-34", r"[A-Z]{2}-\d+", WRONG),
+        ("", r".*", NO_ANSWER),
+        ("pH", "pH", CORRECT),
+        ("Ph", "pH", WRONG),
+    ],
+)
+def test_a_pattern_must_match_all_of_the_answer(text: str, pattern: str, expected: Verdict) -> None:
+    assert verdict(text, pattern, "regex") is expected
+
+
+def test_a_pattern_without_end_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "TIMEOUT_S", 1.0)
+    assert verdict("a" * 40, r"(a+)+b", "regex") is TIMEOUT
+    assert verdict("aab", r"(a+)+b", "regex") is CORRECT
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(DataError, match="no regular expression"):
+        told_gold("(", "regex")
+
+
+# --- values of programs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "gold", "expected"),
+    [
+        (True, "yes", CORRECT),
+        (False, "No", CORRECT),
+        (True, "no", WRONG),
+        (True, "Paris", NO_ANSWER),
+        (True, "True", NO_ANSWER),
+        ([1, 2, 3], "[1, 2, 3]", CORRECT),
+        ((3, 2, 1), "[1, 2, 3]", WRONG),
+        ((2, 4), "(2, 4)", CORRECT),
+        ([[1], 2, 3], "[1, 2, 3]", NO_ANSWER),
+        ({"a": 1}, "yes", NO_ANSWER),
+        (None, "yes", NO_ANSWER),
+    ],
+)
+def test_values_of_programs(value: object, gold: str, expected: Verdict) -> None:
+    assert grade_value(value, problem(gold)).verdict is expected
+
+
+@pytest.mark.parametrize("sandbox", ["auto", "subprocess"])
+def test_a_date_from_a_program(sandbox: str) -> None:
+    code = "from datetime import date\ndef solution():\n    return date(2024, 1, 5)"
+    format = Program(sandbox=sandbox, allow_unisolated=True)  # type: ignore[arg-type]
+    for gold in ("2024-01-05", "5 January 2024"):
+        assert format.grade([problem(gold)], [code])[0].verdict is CORRECT
+    assert format.grade([problem("2024-05-01")], [code])[0].verdict is WRONG
+
+
+def test_numbers_still_take_no_truth_values_lists_or_dates() -> None:
+    number = Problem(id="p", question="?", answer=Answer(kind="number", value=Fraction(1)))
+    for value in (True, [1], (1,), {1}):
+        assert grade_value(value, number).verdict is NO_ANSWER
+
+
+# --- rewards --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "kind", "reward"),
+    [
+        ("I do not know", "Paris", None, 0.0),
+        ("London", "Paris", None, 0.0),
+        ("I do not know", "[1, 2, 3]", None, 0.0),
+        ("1, 2, 4", "[1, 2, 3]", None, 0.1),
+        ("green", ["red", "blue"], "list", 0.0),
+        ("Kumasi", ["Accra"], "any_of", 0.0),
+        ("xy", "[a-z]", "regex", 0.0),
+        ("so it is", "x + 1", None, 0.0),
+        ("it is x", "x + 1", None, 0.0),
+        pytest.param("x + 2", "x + 1", None, 0.1, marks=needs_math),
+        ("Paris", "Paris", None, 1.0),
+    ],
+)
+def test_a_wrong_answer_earns_its_part_only_if_it_is_of_the_golds_kind(
+    text: str, gold: object, kind: AnswerKind | None, reward: float
+) -> None:
+    row = problem(gold, kind)
+    completion = Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos")
+    assert Outcome()([row], [completion], [grade_answer(text, row)]) == [reward]
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("a ) 38", "b ) 12", "c ) 30"),
+        ("(A) 38", "(B) 12", "(C) 30"),
+        ("A. 38", "B. 12", "C. 30"),
+        ("a)38", "b)12", "c)30"),
+    ],
+)
+def test_options_given_with_their_letters_are_options_without_them(
+    choices: tuple[str, ...],
+) -> None:
+    assert unlettered(choices) == ("38", "12", "30")
+    for text in ("30", "c", "(C) 30", "c ) 30"):
+        assert read_choice(text, choices) == "c", text
+    row = Problem(
+        id="p", question="Which?", answer=Answer(kind="choice", value="c"), choices=choices
+    )
+    assert Nl().prompt(row) == "Which?\na ) 38 , b ) 12 , c ) 30\n"
+
+
+def test_options_that_only_look_lettered_keep_what_they_say() -> None:
+    for choices in (("a) 5", "6"), ("b) 5", "a) 6"), ("a.m.", "b.c."), ("a", "b"), ("a)", "b)")):
+        assert unlettered(choices) == choices
+
+
+# --- a grader of one's own ------------------------------------------------------------------------
+
+
+def own(tmp_path: Path, source: str, name: str = "right") -> str:
+    (tmp_path / "mine.py").write_text(source)
+    return f"{tmp_path / 'mine.py'}:{name}"
+
+
+def test_a_persons_grader_decides_and_may_fail(tmp_path: Path) -> None:
+    source = (
+        "def right(completion, problem):\n"
+        "    if 'crash' in completion:\n        raise ValueError('no')\n"
+        "    if 'odd' in completion:\n        return 3\n"
+        "    return completion.endswith('!')\n"
+    )
+    grading = own(tmp_path, source)
+    format: Any = load_component({"kind": "nl", "grading": grading}, group="formats")
+    graded: list[Graded] = format.grade([problem("x")] * 4, ["wow!", "oh", "crash", "odd"])
+    assert [each.verdict for each in graded] == [CORRECT, WRONG, ERROR, ERROR]
+    assert "ValueError: no" in graded[2].reason
+
+
+def test_a_persons_grader_sees_what_a_program_returns(tmp_path: Path) -> None:
+    grading = own(
+        tmp_path,
+        "class Right:\n    def __call__(self, text, problem):\n        return text == '5'\n",
+        "Right",
+    )
+    format = Program(grading=grading)
+    codes = ["def solution():\n    return 5", "def solution():\n    return 6", "return oops"]
+    verdicts = [each.verdict for each in format.grade([problem("x")] * 3, codes)]
+    assert verdicts == [CORRECT, WRONG, ERROR]
+
+
+def test_unknown_rules_and_missing_graders_are_named(tmp_path: Path) -> None:
+    for grading, message in [
+        ("robist", "expected robust, paper or your own grader"),
+        ("nowhere.py:right", "nowhere.py"),
+        (own(tmp_path, "right = 5\n"), "cannot be called"),
+    ]:
+        with pytest.raises((RecipeError, ValueError), match=message):
+            Nl(grading=grading)
