@@ -150,7 +150,7 @@ name: own
 model: {{scratch: {{hidden_size: 8, layers: 1, heads: 1}}}}
 dataset: {{kind: jsonl, train: nowhere.jsonl, answer_kind: {kind}}}
 format: {format}
-stages: {{sft: {{kind: sft, epochs: 1, optimizer: {{learning_rate: 1.0e-3}}}}}}
+stages: {{sft: {{kind: sft, epochs: 1, batch_size: 4, optimizer: {{learning_rate: 1.0e-3}}}}}}
 reward: {{kind: outcome, partial: 0.25}}
 """
 

@@ -59,11 +59,15 @@ def compared(gold: str, answer: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1000)
 def parsed(text: str) -> list[Any]:
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
+    plain = NormalizationConfig(  # units stay: 4m is not 4
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
+    )
     found: list[Any] = parse(
         f"${text}$",
-        extraction_config=[LatexExtractionConfig()],
+        extraction_config=[LatexExtractionConfig(normalization_config=plain)],
         extraction_mode="first_match",
         parsing_timeout=None,
         raise_on_error=True,

@@ -30,7 +30,8 @@ def read_gold(
     """The gold answer that a cell of the data states; `answer.kind` says what it is.
 
     `auto` is a choice if there are `choices`, else a number if all of `raw` is one, else an
-    expression, a list in brackets or a text. A text with a marker ("#### 78", "\\boxed{78}", "The answer is 78") is what the marker says.
+    expression, a list in brackets or a text. A text with a marker ("#### 78", "\\boxed{78}", "The
+    answer is 78") is what the marker says.
 
     Raises: DataError with the value and the reason, to which the caller adds where it stands.
     """

@@ -41,11 +41,31 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _TEXT = re.compile(r"\\(?:text|mathrm|operatorname|textbf|mbox) ?\{[^{}]*\}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{[^{}]*\}(?:\{[^{}]*\})?")
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_PLAIN = re.compile(r"[\w\s+\-*/^=<>()\[\]{},;.|!'\\&≤≥≠∞π√±·×°∪∩∈]+")
+_PLAIN = re.compile(r"[\w\s+\-*/^=<>()\[\]{},;.|!'\\&]+")
 _STRUCTURE = re.compile(
-    r"[\\^=<>|√π∞±∪∩≤≥≠]|[(\[{].*[,;].*[)\]}]|\d ?[a-z]\b|[-+*/] ?[a-z]\b|\b[a-z] ?[-+*/(]",
+    r"\\[a-zA-Z{]|[\w})\]] ?[\^=<>|]|\|[\w\\]|[(\[{].*[,;].*[)\]}]|\d ?[a-z]\b|[-+*/] ?[a-z]\b|\b[a-z] ?[-+*/(]",
     re.DOTALL,
 )
+_NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
+"""A bound without its variable, and a.m."""
+_SIGNS = {
+    "≤": r"\leq ",
+    "≥": r"\geq ",
+    "≠": r"\neq ",
+    "∞": r"\infty ",
+    "π": r"\pi ",
+    "±": r"\pm ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "×": r"\times ",
+    "·": r"\cdot ",
+    "°": r"^\circ ",
+    "√": r"\sqrt ",
+    "−": "-",
+    "²": "^2",
+    "³": "^3",
+}
 _OTHER = re.compile(r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])")
 _ASIDE = re.compile(r"\s*(?:,?\s+(?:because|since|where|when|which|so)\b|[.;] +[A-Z]|\n)")
 
@@ -65,16 +85,21 @@ def looks_like_math(text: str) -> bool:
     """Whether all of a text is one expression and no plain number: LaTeX commands, an equation, a
     power, an interval, a tuple, variables. Words are not."""
     bare = expression_in(text)
-    if not bare or len(bare) > MAX_EXPRESSION_CHARS or _words_in(bare):
+    if (
+        not bare
+        or len(bare) > MAX_EXPRESSION_CHARS
+        or _words_in(bare)
+        or _NOT_MATH.search(text.strip())
+    ):
         return False
     less_text = _TEXT.sub("", bare)
     return _PLAIN.fullmatch(bare) is not None and _STRUCTURE.search(less_text) is not None
 
 
 def expression_in(text: str) -> str:
-    """The expression that a text gives: what stands between its only math signs, else the text up
-    to an aside, without closing punctuation."""
-    text = text.strip()
+    """The expression that a text gives, signs as LaTeX: what stands between its only math signs,
+    else the text up to an aside, without closing punctuation."""
+    text = "".join(_SIGNS.get(char, char) for char in text.strip())
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
         return parts[0].strip().rstrip(".,;").strip()

@@ -29,12 +29,7 @@ from reftune.grading.numbers import (
     spell,
 )
 from reftune.grading.options import names_option, read_choice
-from reftune.grading.plain_text import (
-    MAX_SEGMENT_CHARS,
-    first_line,
-    plain,
-    with_decimal_points,
-)
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, plain, with_decimal_points
 from reftune.grading.words import bare_words, states_words
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 
