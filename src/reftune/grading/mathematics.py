@@ -43,7 +43,8 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{[^{}]*\}(?:\{[^{}]*\})?")
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _PLAIN = re.compile(r"[\w\s+\-*/^=<>()\[\]{},;.|!'\\&]+")
 _STRUCTURE = re.compile(
-    r"\\[a-zA-Z{]|[\w})\]] ?[\^=<>|]|\|[\w\\]|[(\[{].*[,;].*[)\]}]|\d ?[a-z]\b|[-+*/] ?[a-z]\b|\b[a-z] ?[-+*/(]",
+    r"\\[a-zA-Z{]|[\w})\]] ?[\^=<>|]|\|[\w\\]|[(\[{].*[,;].*[)\]}]"
+    r"|\d ?[a-z]\b|[-+*/] ?[a-z]\b|\b[a-z] ?[-+*/(]",
     re.DOTALL,
 )
 _NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
