@@ -8,7 +8,7 @@ SEEDS  ?= 0 1 2 3 4
 REPEATS ?=
 WORKERS ?= 2
 
-.PHONY: help bench docs setup demo demo-seeds reproduce test test-slow test-vllm trust lint format types check clean
+.PHONY: help house bench docs setup demo demo-seeds reproduce test test-slow test-vllm trust lint format types check clean
 
 help:
 	@echo "make demo        watch a small model learn (about 2 minutes); report in runs/demo/report.html"
@@ -86,6 +86,9 @@ $(BENCH_READY): pyproject.toml constraints.txt
 trust: setup
 	@$(PIP) install --quiet -c constraints.txt atheris || echo "trust: atheris has no wheel here; coverage-guided fuzzing is skipped"
 	$(BIN)/python tests/trust.py
+
+house: setup
+	$(BIN)/python benchmarks/house.py
 
 docs: setup
 	$(BIN)/python docs/_recipe_reference.py

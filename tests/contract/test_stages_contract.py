@@ -1,0 +1,100 @@
+"""What every stage promises. A new file in src/reftune/stages joins by itself, once it has a table
+of keys here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from reftune.recipe import known_kinds
+from reftune.runs.run import methods_to_evaluate, open_run
+from reftune.stages.progress import SilentProgress
+from reftune.stages.stage import Cost, Stage
+from reftune.storage.json_lines import JsonLines
+
+OPTIMIZER = {"learning_rate": 0.01}
+SCHEDULE = {"epochs": 1, "batch_size": 8, "optimizer": OPTIMIZER}
+SAMPLED = {"init": "sft", "sampler": "warmup", "samples": 2}
+KEYS: dict[str, dict[str, Any]] = {
+    "sft": {"init": "sft", **SCHEDULE},
+    "rl": {"init": "sft", "steps": 2, "prompts": 2, "samples": 2, "optimizer": OPTIMIZER},
+    "self_train": {**SAMPLED, "sft": SCHEDULE},
+    "reward_model": {**SAMPLED, "dev_samples": 2, **SCHEDULE},
+}
+"""The smallest stage of each kind that starts from the model of stage `sft`."""
+KINDS = known_kinds("stages")
+each_stage = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def recipe_of(make_recipe):
+    def make(kind: str) -> Any:
+        stages = {"reft": None, "tried": {"kind": kind, **KEYS[kind]}}
+        return make_recipe(stages=stages, evaluate={"samples": 0, "stages": ["sft"]})
+
+    return make
+
+
+def test_the_suite_finds_the_stages_by_their_files() -> None:
+    assert {"sft", "rl", "self_train", "reward_model"} <= set(KINDS)
+
+
+@each_stage
+def test_a_stage_leaves_a_model_and_what_it_cost(kind: str, recipe_of) -> None:
+    recipe = recipe_of(kind)
+    with open_run(recipe, SilentProgress()) as run:
+        run.train("sft")
+        run.train("tried")
+        folder = run.folder.stage("tried")
+        assert folder.is_done and run.is_trained("tried")
+        info = json.loads(folder.info.read_text())
+        assert (info["kind"], info["init"]) == (kind, "sft")
+        assert info["sequence_passes"] > 0 and info["train_tokens"] > 0
+        assert (folder.path / "model.safetensors").is_file()
+        run.load_policy("tried")
+        steps = [
+            row["step"] for row in JsonLines(run.folder.metrics).rows() if row["stage"] == "tried"
+        ]
+        assert steps and max(steps) == info["steps"]
+
+
+@each_stage
+def test_a_stage_that_is_done_is_not_trained_again(kind: str, recipe_of) -> None:
+    recipe = recipe_of(kind)
+    with open_run(recipe, SilentProgress()) as run:
+        run.train("sft")
+        run.train("tried")
+        before = run.folder.metrics.read_bytes()
+        run.train("tried")
+        assert run.folder.metrics.read_bytes() == before
+
+
+@each_stage
+def test_a_stage_names_what_it_reads(kind: str, recipe_of) -> None:
+    stage: Stage = recipe_of(kind).stages["tried"]
+    assert stage.init in stage.needs
+    assert set(stage.needs) == {
+        value for key, value in KEYS[kind].items() if key in ("init", "sampler")
+    }
+
+
+@each_stage
+def test_only_methods_are_evaluated(kind: str, recipe_of) -> None:
+    recipe = recipe_of(kind)
+    every = recipe.model_copy(
+        update={"evaluate": recipe.evaluate.model_copy(update={"stages": None})}
+    )
+    assert ("tried" in methods_to_evaluate(every)) == recipe.stages["tried"].is_method
+
+
+@each_stage
+def test_a_stage_says_its_line_and_its_cost(kind: str, recipe_of) -> None:
+    stage: Stage = recipe_of(kind).stages["tried"]
+    assert "sft" in stage.line() and "\n" not in stage.line()
+    small, large = stage.cost(num_train=24, num_dev=8), stage.cost(num_train=48, num_dev=8)
+    assert isinstance(small, Cost) and isinstance(large, Cost)
+    assert small.steps > 0 and small.batch > 0 and small.looks > 0
+    assert large.steps >= small.steps and large.sampled_before >= small.sampled_before
+    assert (small.sampled + small.sampled_before > 0) == stage.reads_questions

@@ -1,0 +1,52 @@
+"""The package keeps its shape: few names at the top, imports in one direction, no cycle. Its width
+is ruff's to keep. `make house` prints the figures."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def house(benchmark_module) -> Any:
+    return benchmark_module("house")
+
+
+def test_there_are_at_most_20_names_at_the_top_and_each_has_its_place(house) -> None:
+    names = house.names_at_top()
+    assert len(names) <= 20
+    assert sorted(house.ROOMS) == names, "a new room needs a place in ROOMS and in docs/design.md"
+
+
+def test_rooms_import_only_from_rooms_above_them(house) -> None:
+    assert house.against_the_order(house.import_graph()) == []
+
+
+def test_no_modules_import_each_other(house) -> None:
+    assert house.cycles(house.import_graph()) == []
+
+
+def test_cycles_are_found(house) -> None:
+    # b → c → d → b is one; a leads into it, and e stands alone
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}, "e": set()}
+    assert house.cycles(graph) == [{"b", "c", "d"}]
+
+
+def test_an_import_against_the_order_is_found(house) -> None:
+    graph = {"model.policy": {"stages.rl", "errors"}, "stages.rl": {"model.policy"}}
+    assert house.against_the_order(graph) == [("model.policy", "stages.rl")]
+
+
+def test_imports_are_found_in_functions_and_not_under_type_checking(house) -> None:
+    code = """
+from reftune.errors import DataError
+from reftune.grading import voting
+if TYPE_CHECKING:
+    from reftune.terminal.cli import app
+def late():
+    import reftune.model.policy
+"""
+    found = set(house.imported(ast.parse(code)))
+    assert found == {"errors.DataError", "grading.voting", "model.policy"}
