@@ -3,6 +3,7 @@ right."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -87,3 +88,5 @@ def test_a_text_without_an_answer_gives_nothing():
         == []
     )
     assert list(right_solutions(TEXT, str(TEXT.rationale))) == []
+    expression = replace(TEXT, answer=Answer(kind="latex", value="x + 1"))
+    assert list(right_solutions(expression, "So.\nThe answer is x + 1")) == []

@@ -513,6 +513,17 @@ LACKING = {
     "the module string": "import string\n" + returned("string.digits.index('5')"),
     "the module operator": "import operator\n" + returned("operator.add(2, 3)"),
     "the module calendar": "import calendar\n" + returned("calendar.monthrange(2024, 2)[1] - 24"),
+    "sys.setrecursionlimit": ("import sys\nsys.setrecursionlimit(10000)\n" + returned("5")),
+    "callable": returned("5 if callable(len) else 0"),
+    "inverses by pow": returned("pow(3, -1, 7)"),
+    "date.toordinal as a value": (
+        "from datetime import date\n" + returned("date(1, 1, 5).toordinal()")
+    ),
+    "ordering of objects": (
+        "class A:\n    def __init__(self, x):\n        self.x = x\n"
+        "    def __lt__(self, other):\n        return self.x < other.x\n\n"
+        + returned("min([A(6), A(5)]).x")
+    ),
     "the module enum": ("import enum\n" + returned("enum.Enum('K', {'A': 5}).A.value")),
 }
 

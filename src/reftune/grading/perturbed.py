@@ -124,7 +124,7 @@ def _last_line(before: str) -> str:
 
 def _right_words(problem: Problem, target: str) -> Iterator[Perturbed]:
     parts = _parts(target)
-    if parts is None or problem.answer.kind == "text":
+    if parts is None or problem.answer.kind not in ("number", "choice"):
         return
     before, _ = parts
     gold = problem.answer.value

@@ -10,7 +10,12 @@ import re
 import sys
 from collections.abc import Callable
 
-from reftune.grading.sandbox.result import FORBIDDEN_MODULES, ExecutionResult, ExecutionStatus
+from reftune.grading.sandbox.result import (
+    FORBIDDEN_MODULES,
+    HARMLESS_IN_SYS,
+    ExecutionResult,
+    ExecutionStatus,
+)
 
 
 def gap(result: ExecutionResult) -> str | None:
@@ -47,8 +52,13 @@ def _module(match: re.Match[str]) -> str | None:
 
 def _name_of_module(match: re.Match[str]) -> str | None:
     module, name = match["module"], match["name"]
-    known = _comes_with_python(module) and hasattr(importlib.import_module(module), name)
+    is_allowed = _comes_with_python(module) or (module == "sys" and name in HARMLESS_IN_SYS)
+    known = is_allowed and hasattr(importlib.import_module(module), name)
     return f"{module}.{name}" if known else None
+
+
+def _builtin(match: re.Match[str]) -> str | None:
+    return match[1] if hasattr(builtins, match[1]) else None
 
 
 def _attribute(match: re.Match[str]) -> str | None:
@@ -70,7 +80,7 @@ _TYPES = {
 _GAPS: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str | None]]] = [
     (re.compile(rf"{error}: {pattern}"), name_of)
     for error, pattern, name_of in [
-        ("NotImplementedError", r"The monty syntax parser does not yet support (.+)", _syntax),
+        ("NotImplementedError", r".*does not yet support (.+)", _syntax),
         ("NotImplementedError", r"(Wildcard imports) ", lambda _: "import *"),
         ("ModuleNotFoundError", r"No module named '([\w.]+)'", _module),
         (
@@ -85,10 +95,17 @@ _GAPS: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str | None]]] = [
         ),
         (
             "AttributeError",
-            r"(?:type object )?'(\w+)' (?:object )?has no attribute '(\w+)'",
+            r"(?:type object )?'(?:\w+\.)?(\w+)' (?:object )?has no attribute '(\w+)'",
             _attribute,
         ),
+        ("NameError", r"name '(\w+)' is not defined", _builtin),
         ("TypeError", r"'list' object is not an iterator", lambda _: "a generator's next"),
+        ("TypeError", r"'[<>]=?' not supported between instances", lambda _: "ordering of objects"),
+        ("TypeError", r"'typing\.\w+' object is not subscriptable", lambda _: "types of typing"),
+        ("TypeError", r"cannot create 'object' instances", lambda _: "object()"),
+        ("TypeError", r"cannot convert '\w+' object to bytes", lambda _: "bytes of a list"),
+        ("ValueError", r"pow\(\) 2nd argument cannot be negative", lambda _: "inverses by pow"),
+        ("ValueError", r"time data .* does not match format", lambda _: "formats of strptime"),
         ("TypeError", r"object of type '\w+' has no len\(\)", lambda _: "__len__"),
     ]
 ]

@@ -25,6 +25,12 @@ FORBIDDEN_NAMES = frozenset(
     " memoryview quit vars".split()
 )
 
+HARMLESS_IN_SYS = frozenset(
+    "byteorder float_info getrecursionlimit getsizeof int_info set_int_max_str_digits"
+    " setrecursionlimit".split()
+)
+"""Of what monty's `sys` lacks."""
+
 
 class ExecutionStatus(enum.Enum):
     """How a program ended."""
@@ -85,11 +91,12 @@ def forbidden_error(text: str) -> bool:
     """Whether an error message says that the program reached for what the sandbox leaves out on
     purpose."""
     name = re.match(r"NameError: name '(\w+)' is not defined", text)
-    return (
-        name.group(1) in FORBIDDEN_NAMES
-        if name is not None
-        else _UNREACHABLE.match(text) is not None
-    )
+    if name is not None:
+        return name.group(1) in FORBIDDEN_NAMES
+    in_sys = re.search(r"module 'sys' has no attribute '(\w+)'", text)
+    if in_sys is not None and in_sys.group(1) in HARMLESS_IN_SYS:
+        return False
+    return _UNREACHABLE.match(text) is not None
 
 
 def one_line(text: str) -> str:
