@@ -108,6 +108,7 @@ def _shown(raw: object) -> str:
 # --- numbers --------------------------------------------------------------------------------------
 
 
+_SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
 _FORMULA = re.compile(r"\$+([^$]*(?<!\\))\$+", re.DOTALL)
 _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
 _NOT_WHOLE = re.compile(
@@ -151,6 +152,7 @@ def _whole_number(text: str) -> Number | None:
     formula = _FORMULA.fullmatch(text.strip())
     if text.lstrip(" $").startswith("~"):
         return None
+    text = _SPACED_MINUS.sub("-", text)
     line = " ".join(plain(text if formula is None else formula[1]).split())
     bare = line.removesuffix(".").rstrip()
     if bare[:1] in ("(", "[") and bare[-1:] == {"(": ")", "[": "]"}[bare[0]] and "," not in bare:

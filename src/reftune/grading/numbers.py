@@ -186,8 +186,10 @@ _MAGNITUDES = {
 _MAGNITUDE_WORD = r" ?(hundred|thousand|lakh|million|crore|billion|trillion|mn|bn|tn)s?\b"
 _MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i:([MB]))\b", re.IGNORECASE)
 """Without a currency "5m" is a length, and "5 M" is not read."""
-_MONEY_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?([kmbt])\b", re.IGNORECASE)
-_SPACED_LETTER = re.compile(r" (?:M|B)\b(?! ?[-.])")
+_MONEY_MAGNITUDE = re.compile(
+    rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i: ?([MBT])|([mbt]))\b", re.IGNORECASE
+)
+_SPACED_LETTER = re.compile(r" (?:M|B)\b(?! ?[-.&])")
 _PERCENT = re.compile(r" ?(?:%|per ?cent(?:age(?: points?)?)?\b|pct\b)", re.IGNORECASE)
 _BASES = dict(
     zip(
@@ -314,10 +316,14 @@ _ASIDE = re.compile(
     r"|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){1,3}=))\b",
     re.IGNORECASE,
 )
-_CONDITION = re.compile(r"when|if|given|assuming|provided", re.IGNORECASE)
+_GOES_ON = re.compile(r" \+ |[-+*/^]$|\b(?:is|are|was|were|of|by)$", re.IGNORECASE)
+_CONDITION = re.compile(
+    r"(?:when|if|given(?: that)?|assuming|provided) [^\W\d]{1,3} ?=", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"(?<!\brs)(?<!\brs )[.!?;](?= |$)", re.IGNORECASE)
 _CLAUSES = re.compile(r" or | and |[,;] ?")
-_ASSIGNMENT = re.compile(r" *[^\W\d]+ ?=(?P<value>[^=].*)")
+_ASSIGNMENT = re.compile(r" *[^\W\d]+ ?=(?P<value>[^=]+)")
+_CONCLUDES = re.compile(r"\b(?:so|thus|hence|therefore|then)\b|∴", re.IGNORECASE)
 _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
 
 
@@ -334,11 +340,11 @@ def after_equals(line: str) -> str:
     aside = _ASIDE.search(sentence, 0, equals[0].end())
     if aside is not None:
         before = sentence[: aside.start()].rstrip()
-        if before[-1:] not in ("-", "+", "*", "/", "^") and leading_number(before) is not None:
+        if _GOES_ON.search(before) is None and leading_number(before) is not None:
             return line
         if _CONDITION.match(sentence, aside.start()) and any(map(str.isdigit, before)):
             return before
-    if len(set(_assigned_values(line))) > 1:
+    if len(set(_assigned_values(line))) > 1 and not _CONCLUDES.search(line):
         return ""
     if _ARITHMETIC.fullmatch(last) and leading_number(last) is None:
         return first if leading_number(first) is not None else last  # 7 = 3 + 4
@@ -370,7 +376,7 @@ _SHAPE = re.compile(
     r"(?P<number>\d+)|\b(?P<remainder>remainder\b|rem(?= ?\d)|r(?= ?\d))"
     r"|\b(?P<odds>in \d+ (?:chance|times|cases|tries|odds))\b|\b(?:"
     rf"(?P<function>pi|sqrt|log|ln|squared|cubed|factorial|point(?= \d)|to the power"
-    rf"|(?:and )?(?:{_COUNT_WORDS}[ -])?{_PART_WORDS}|and {_COUNT_WORDS}[ -]{_PART_WORDS}s"
+    rf"|half|quarter|and {_PART_WORDS}|(?:and )?{_COUNT_WORDS}[ -]{_PART_WORDS}s?"
     r"|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s)|"
     r"(?P<bound>(?:or|and) (?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over"
     r"|under|up|upwards|beyond|older|younger|longer|later|earlier)|at (?:most|least)"
@@ -378,7 +384,7 @@ _SHAPE = re.compile(
     rf"(?P<month>(?-i:{MONTHS}))|"
     r"(?P<operation>(?:less|more|fewer|greater|larger|smaller|higher|lower) than(?= ?\d)"
     r"|plus|minus|times|multiplied by|divided by|mod|modulo)|(?P<or>or|und|oder)"
-    r"|(?P<to>to|through|and|versus|vs|by|choose|over|per)|"
+    r"|(?P<to>to|through|and|versus|vs)|(?P<by>by|choose|over|per)|"
     rf"(?P<in>in)|(?P<unit>{_UNITS})|(?P<variable>(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])))\b|"
     r"(?P<symbol>[π√∞±\\]|\+/-)|(?P<plus>\+)|(?P<operator>[-*/|—])|(?P<order>[<>≤≥≠])"
     r"|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
@@ -388,6 +394,7 @@ _LETTER_OF = {
     "number": "9",
     "or": "o",
     "to": "t",
+    "by": "d",
     "in": "i",
     "unit": "u",
     "variable": "x",
@@ -414,17 +421,17 @@ _CONTINUES = re.compile(
     # 5 or 6, 5 apples or perhaps 6, 5 to 6, 5 apples and 6 oranges
     r"|(?: ?[uw.,(]){0,3} ?o(?: ?w){0,2} ?[(+p]*9|(?: ?[uw]){0,2} ?t ?[(+p]*9"
     r"|(?: ?[uw.,(]){0,3} ?b|(?: ?[tuw.,(]){0,4} ?r"  # 7 or more, 7 apples at least; 5 remainder 2
-    r"|w?(?: ?w)? ?m|(?: ?i ?9\W*$)"  # 5 March, 5th of March; 1 in 4
+    r"|w?(?: ?w)? ?m| ?i ?9\W*$| ?d ?9"  # 5 March, 5th of March; 1 in 4; 5 by 6
     r"| ?, ?[(+p]*9[.9+]* ?(?:$|[,.)ot\]])| ?u[., t]*9)"  # 5, 6; 5 feet 6 inches
 )
-_ARTICLE_LETTER = re.compile(r"a\b")
+_ATTACHED_LETTER = re.compile(r"(?:a|[DEGHIOPQRSUXYZ])\b")
 
 
 def _is_part_of_more(rest: str) -> bool:
     """Whether what follows a number makes it a part of something else. Looks at the kinds of the
     next words and signs."""
     shape = _SHAPE.sub(lambda match: _LETTER_OF[match.lastgroup or "word"], rest[:_LOOKAHEAD_CHARS])
-    return _CONTINUES.match(shape) is not None or _ARTICLE_LETTER.match(rest) is not None
+    return _CONTINUES.match(shape) is not None or _ATTACHED_LETTER.match(rest) is not None
 
 
 _LOOKAHEAD_CHARS = 120
@@ -444,8 +451,8 @@ def _restates(number: Number, rest: str) -> bool:
     return same_number(number, again[0]) or same_number(again[0], number)
 
 
-_DIGIT = re.compile(rf"(?:- ?)?(?:(?<![^\W_]){CURRENCY} ?)?\.?\d", re.IGNORECASE)
-_PLAIN_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ ,:'\"-](?![-:]))*")
+_DIGIT = re.compile(rf"(?:(?<!\w)-)?(?:(?<![^\W_]){CURRENCY} ?)?\.?\d", re.IGNORECASE)
+_PLAIN_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ ,:'\"](?!:)|-(?=[^\W\d_]))*")
 _NOT_ABOUT = re.compile(
     r"\b(?:not?|never|none|neither|nor|cannot|without|except|but|instead|wrong|incorrect|unless|if"
     r"|when|or|either|between|within|than|more|less|fewer|greater|larger|smaller|over|under|above"
@@ -455,7 +462,7 @@ _NOT_ABOUT = re.compile(
     r"|divided|multiplied|log|ln|sin|cos|tan|base|mod|modulo|remainder|negative|absolute|steps?"
     r"|equations?|eq|section|lines?|part|case|example|figure|table|problem|question|exercise"
     r"|theorem|lemma|method"
-    rf"|options?|choices?|(?<!total )of(?=\W*$)|(?-i:{MONTHS}))\b|n't\b",
+    rf"|options?|choices?|(?<!total )of(?=\W*$)|(?-i:[b-zB-Z])(?= *$)|(?-i:{MONTHS}))\b|n't\b",
     re.IGNORECASE,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from reftune.grading.golds import number_in_gold
 from reftune.grading.numbers import parse_number, same_number, stated_number
 from reftune.grading.plain_text import first_line, same_text
 
@@ -89,7 +90,7 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
         equal = [index for index, choice in enumerate(choices) if _begins_with(line, choice)]
     number = None if equal else stated_number(line)
     if number is not None:
-        options = [parse_number(choice) for choice in choices]
+        options = [number_in_gold(choice) or parse_number(choice) for choice in choices]
         equal = [
             index
             for index, option in enumerate(options)
