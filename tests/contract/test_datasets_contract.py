@@ -80,6 +80,17 @@ def jsonl(folder: Path) -> dict[str, Any]:
     return {"train": str(folder)}
 
 
+def mixture(folder: Path) -> dict[str, Any]:
+    _write(folder / "b.jsonl", [{"question": f"And {n}?", "answer": n} for n in range(NUM_TRAIN)])
+    parts = {"a": jsonl(folder), "b": {"train": str(folder / "b.jsonl")}}
+    return {
+        "parts": {
+            name: {"dataset": {"kind": "jsonl", **keys}, "share": 0.5}
+            for name, keys in parts.items()
+        }
+    }
+
+
 def reasoning_gym(folder: Path) -> dict[str, Any]:
     return {"task": "chain_sum", "train_size": NUM_TRAIN, "dev_size": 5, "test_size": NUM_TEST}
 
@@ -89,7 +100,8 @@ def word_problems(folder: Path) -> dict[str, Any]:
 
 
 RECIPES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    make.__name__: make for make in (gsm8k, svamp, mathqa, jsonl, reasoning_gym, word_problems)
+    make.__name__: make
+    for make in (gsm8k, svamp, mathqa, jsonl, mixture, reasoning_gym, word_problems)
 }
 
 

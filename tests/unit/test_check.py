@@ -25,6 +25,7 @@ class Sums(Component):
 
     kind: str = "sums"
     num_train: int = 12
+    num_dev: int = 3
     edit: Any = None
     """Changes problem number i of train."""
 
@@ -32,7 +33,7 @@ class Sums(Component):
         train = tuple(self._edited(i, addition(i)) for i in range(self.num_train))
         return Splits(
             train=train,
-            dev=tuple(addition(i) for i in range(3)),
+            dev=tuple(addition(i) for i in range(self.num_dev)),
             test=(addition(4),),
             counts={"duplicate": 2},
         )
@@ -132,7 +133,9 @@ def finding(name: str, **changes: Any) -> Any:
 def product_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What `check` measures of this machine's products, at once."""
     rates = {"float32": 1e11, "bfloat16": 1e11}
-    monkeypatch.setattr("reftune.advice.check.product_rates", lambda *args, **kwargs: dict(rates))
+    monkeypatch.setattr(
+        "reftune.advice.check.model.product_rates", lambda *args, **kwargs: dict(rates)
+    )
     return rates
 
 
@@ -169,6 +172,34 @@ def test_the_report_shows_the_boundary_and_sampled_solutions(sound: CheckReport)
     assert "What is 0 + 0 ?\n┃0 + 0 = 0 . The answer is 0" in text
     assert text.count("--- sampled by base ---") == 3
     assert sound.samples[0]["verdict"] in {verdict.value for verdict in Verdict}
+
+
+def test_the_kinds_of_gold_are_listed_with_examples(sound: CheckReport):
+    (numbers,) = sound.golds
+    assert (numbers.kind, numbers.count) == ("number", 16)
+    assert len(numbers.examples) == 3
+    document = json.loads(sound.to_json())
+    assert document["golds"][0]["examples"][0] == {"raw": "0", "read": "0"}
+    assert "golds  number 16: 0 → 0, 2 → 2" in sound.to_text()
+
+
+def test_a_gold_that_was_read_as_something_else_is_shown_first():
+    def spelled(i: int, problem: Problem) -> Problem:
+        return replace(problem, gold_text=f"{problem.answer}.0 apples" if i == 9 else "")
+
+    (numbers,) = checked(dataset=Sums(edit=spelled)).golds
+    assert (numbers.examples[0].raw, numbers.examples[0].read) == ("6.0 apples", "6")
+
+
+def test_the_start_model_is_sampled_and_a_weak_one_is_reported():
+    rl = {"kind": "rl", "init": "base", "steps": 1, "prompts": 2, "samples": 2}
+    stages = {"reft": {**rl, "optimizer": {"learning_rate": 1e-3}}}
+    found = finding("accuracy", dataset=Sums(num_dev=40), stages=stages)
+    assert found.message.startswith("at temperature 1 the start model solves 0 of 32 dev questions")
+    assert found.level == "warn", "0 of 32 is below 20 % with 95 % certainty: at most 11 %"
+    warmed = finding("accuracy", dataset=Sums(num_dev=40))
+    assert warmed.level == "ok"
+    assert warmed.message.endswith("a warm-up comes first")
 
 
 def test_the_json_report_says_the_same(sound: CheckReport):
@@ -293,7 +324,7 @@ def test_an_engine_that_does_not_sample_from_the_policy_is_found():
 
 def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch):
     assert finding("memory").level == "ok"
-    monkeypatch.setattr("reftune.advice.check.available_bytes", lambda device: 1e5)
+    monkeypatch.setattr("reftune.advice.check.model.available_bytes", lambda device: 1e5)
     found = finding("memory")
     assert found.level == "fail"
     assert "most of it activations" in found.message

@@ -52,11 +52,12 @@ def test_the_recipe_passes_check(here: Path, capsys: pytest.CaptureFixture[str],
     assert status("init", "--data", "mine.csv", "--model", "scratch") == 0
     out, err = capsys.readouterr()
     assert out == "mine.yaml\n"
-    assert (
-        err
-        == "columns: question is Prompt, answer is gold, rationale is solution\nnext: reftune check"
-        " mine.yaml\n"
-    )
+    assert err.splitlines() == [
+        "columns: question is Prompt, answer is gold, rationale is solution",
+        "read as plain rows",
+        "golds  number 40: 30 → 30, 31 → 31, 32 → 32",
+        "next: reftune check mine.yaml",
+    ]
     recipe = load_recipe("mine.yaml")
     assert recipe.format.kind == ("program" if rationale is PROGRAM else "nl")
     assert list(recipe.stages) == ["sft", "reft"]
@@ -68,6 +69,7 @@ def test_the_recipe_passes_check(here: Path, capsys: pytest.CaptureFixture[str],
     assert report["preview"]["prompt"].startswith("Ann has")
     assert report["preview"]["target_tokens"][-1] == "<eos>"
     assert len(report["samples"]) == 3
+    assert recipe.threads == 1
     assert all(sample["verdict"] and sample["reason"] for sample in report["samples"])
 
 

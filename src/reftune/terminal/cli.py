@@ -229,15 +229,22 @@ def init(
 ) -> None:
     """Write a commented recipe for your own data. Asks for what the flags do not say. Prints its
     path."""
-    from reftune.terminal.init import Wishes, default_out, guess_columns, guess_format, write_recipe
+    from reftune.advice.golds import gold_kinds, golds_text
+    from reftune.terminal.init import Wishes, default_out, guess_format, guess_shape, write_recipe
 
     if data is None:
         data = _ask("Training questions (a file, a folder or a Hub id)", None, flag="--data")
     told = {"question": question, "answer": answer, "rationale": rationale}
-    columns = guess_columns(
+    shape = guess_shape(
         data, {field: column for field, column in told.items() if column is not None}
     )
-    say("columns: " + ", ".join(f"{field} is {column}" for field, column in columns.items()))
+    columns = {field: name for field, name in shape.columns.model_dump().items() if name}
+    spelled = {
+        field: " + ".join(name) if isinstance(name, list) else name
+        for field, name in columns.items()
+    }
+    say("columns: " + ", ".join(f"{field} is {name}" for field, name in spelled.items()))
+    say(f"read as {shape.name}")
     wishes = Wishes(
         data=data,
         model=model
@@ -248,7 +255,9 @@ def init(
         test=test,
         columns=columns,
     )
-    written = write_recipe(wishes, out or default_out(data))
+    written = out or default_out(data)
+    splits = write_recipe(wishes, written)
+    say(golds_text(gold_kinds(splits)))
     print(written)
     say(f"next: reftune check {written}")
 

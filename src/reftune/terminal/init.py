@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from reftune.advice.check import check_texts
 from reftune.datasets import Splits
 from reftune.datasets.jsonl import Jsonl
 from reftune.datasets.reading.rows import read_rows
+from reftune.datasets.reading.shapes import Shape, recognise
 from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.encoder import Encoder
 from reftune.model.scratch import word_tokenizer
 from reftune.model.weights import SMOLLM2, smollm2_folder
 from reftune.recipe import load_component, parse_recipe
+from reftune.runs.run import scratch_texts
 from reftune.seeds import derive_seed
 from reftune.storage.atomic import write_atomically
-from reftune.types import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,25 +32,15 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
 """As a model: made from scratch, with the vocabulary of the data."""
-OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
-    "question": ("question", "prompt", "problem", "query", "input", "instruction"),
-    "answer": ("answer", "gold", "final_answer", "label", "target", "output", "result"),
-    "rationale": (
-        "rationale",
-        "solution",
-        "reasoning",
-        "explanation",
-        "worked",
-        "cot",
-        "answer_cot",
-        "program",
-    ),
-    "choices": ("choices", "options"),
-    "id": ("id", "item_id", "key"),
-}
-"""What a column may be called, most likely name first; compared in lower case."""
 DEFAULT_MAX_NEW = 256
-"""Tokens of a solution where no rationale tells how long one is."""
+"""Tokens of a solution if no rationale tells how long one is and the model's context allows it."""
+LEAST_MAX_NEW = 16
+LONGEST_SCRATCH_PROMPT = 1024
+"""Longer prompts are dropped rather than given a larger model from scratch."""
+MAX_TOO_LONG = 0.1
+"""Share of prompts, and of solutions, that may be too long."""
+SMALL_HIDDEN_SIZE = 256
+"""Up to here a model gains nothing from a second thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,21 +54,28 @@ class Wishes:
     format: str
     """A kind of format: `nl`, `program` or a user's own `file.py:Name`."""
     test: str | None = None
-    columns: Mapping[str, str]
-    """Field → column."""
+    columns: Mapping[str, Any]
+    """Field → column, or a list of columns."""
 
 
-def write_recipe(wishes: Wishes, out: Path) -> Path:
-    """Read the data and the tokenizer, write `out`.
+def write_recipe(wishes: Wishes, out: Path) -> Splits:
+    """Read the data and the tokenizer, write `out`. Returns: the data as the recipe reads them.
 
     Raises: RecipeError where `out` exists; DataError, ModelError where the recipe could not run.
     """
     if out.exists():
         raise RecipeError(f"{out}: exists already; choose another --out")
-    text = recipe_text(wishes, slug(out.stem))
-    parse_recipe(yaml.safe_load(text), where=str(out))
+    splits = _load(wishes)
+    text = _recipe_text(wishes, splits, slug(out.stem))
+    recipe = parse_recipe(yaml.safe_load(text), where=str(out))
+    for finding in check_texts(recipe, splits):
+        if finding.level == "fail":
+            raise DataError(
+                f"{wishes.data}: `reftune check` would refuse the recipe: {finding.name}:"
+                f" {finding.message}; {finding.remedy}"
+            )
     write_atomically(out, text)
-    return out
+    return splits
 
 
 def slug(text: str) -> str:
@@ -89,92 +88,118 @@ def default_out(data: str) -> Path:
     return Path(f"{slug(Path(data.partition(':')[0]).stem)}.yaml")
 
 
-def guess_columns(data: str, told: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Field → column of the training rows: as `told`, else by name. Raises: DataError where
-    question or answer has none."""
-    row = read_rows(data, "train")[0]
-    by_lower = {str(column).lower(): str(column) for column in row.columns}
-    found = {
-        field: next((by_lower[name] for name in names if name in by_lower), None)
-        for field, names in OTHER_NAMES.items()
-    } | dict(told or {})
-    for field in ("question", "answer"):
-        if found[field] is None:
-            raise DataError(
-                f"{row.where}: no column for the {field} among {', '.join(by_lower.values())}; say"
-                f" --{field} COLUMN"
-            )
-    return {field: column for field, column in found.items() if column is not None}
+def guess_shape(data: str, told: Mapping[str, str] | None = None) -> Shape:
+    """What the training rows are. Raises: DataError if question or answer has no column."""
+    return recognise(read_rows(data, "train"), told or {})
 
 
-def guess_format(data: str, columns: Mapping[str, str]) -> str:
+def guess_columns(data: str, told: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Field → column of the training rows: as `told`, else by name. Raises: as `guess_shape`."""
+    columns = guess_shape(data, told).columns.model_dump()
+    return {field: column for field, column in columns.items() if column is not None}
+
+
+def guess_format(data: str, columns: Mapping[str, Any]) -> str:
     """`program` where the first rationale defines `solution()`, else `nl`. Raises: DataError."""
-    rationale = read_rows(data, "train")[0].columns.get(columns.get("rationale", ""))
+    rationale = read_rows(data, "train")[0].get(columns.get("rationale", ""))
     return "program" if "def solution(" in str(rationale) else "nl"
 
 
-def recipe_text(wishes: Wishes, name: str) -> str:
-    """The recipe. Raises: DataError, ModelError."""
-    columns, kind = wishes.columns, wishes.format
+def _load(wishes: Wishes) -> Splits:
+    """The data. Raises: DataError, also if there is nothing for dev."""
     dataset = Jsonl.model_validate(
-        {"kind": "jsonl", "train": wishes.data, "test": wishes.test, "columns": columns}
+        {"kind": "jsonl", "train": wishes.data, "test": wishes.test, "columns": wishes.columns}
     )
     splits = dataset.load(seed=derive_seed(0, "data"))
     if not splits.dev:
         raise DataError(
             f"{wishes.data}: {len(splits.train)} questions are too few: none is left for dev"
         )
-    sizes = _sizes(splits, load_component(kind, group="formats"), wishes.model)
+    return splits
+
+
+def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
+    """The recipe. Raises: DataError, ModelError."""
+    kind, is_scratch = wishes.format, wishes.model == SCRATCH
+    format_: Format = load_component(kind, group="formats")
+    learned = [problem for problem in splits.train if problem.rationale is not None]
+    tokenizer = _tokenizer(wishes.model, list(scratch_texts(format_, splits)) if learned else ())
+    config = None if is_scratch else _config(wishes.model)
+    context = getattr(config, "max_position_embeddings", None)
+    lengths = _lengths(splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch)
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["yaml"] = _inline
+    told = {field: column for field, column in wishes.columns.items() if field != column}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name,
         file=f"{name}.yaml",
         model=wishes.model,
-        scratch=wishes.model == SCRATCH,
+        scratch=is_scratch,
+        one_thread=is_scratch
+        or getattr(config, "hidden_size", SMALL_HIDDEN_SIZE + 1) <= SMALL_HIDDEN_SIZE,
         train=wishes.data,
         test=wishes.test,
-        columns={field: column for field, column in columns.items() if field != column},
+        columns=told,
         splits=splits,
         format=kind,
-        has_rationales=sizes.has_rationales,
-        max_new=sizes.max_new,
-        context=sizes.max_prompt + sizes.max_new,
+        has_rationales=bool(learned),
+        lengths=lengths,
         prompts=min(16, len(splits.train)),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Sizes:
+class _Lengths:
     """In tokens."""
 
-    has_rationales: bool
     max_new: int
-    max_prompt: int
+    context: int
+    """Of a model from scratch."""
+    drops: bool
+    """Whether some prompts are too long."""
 
 
-def _sizes(splits: Splits, format: Format, model: str) -> _Sizes:
-    """How long prompts and targets are, so that everything fits. Raises: ModelError, DataError."""
-    problems = [*splits.train, *splits.dev, *splits.test]
-    learned = [problem for problem in splits.train if problem.rationale is not None]
-    encoder = Encoder(_tokenizer(model, _texts(learned, format)), format)
-    longest = max((len(encoder.target(problem)) for problem in learned), default=DEFAULT_MAX_NEW)
-    return _Sizes(
-        has_rationales=bool(learned),
-        max_new=-(-longest // 8) * 8,
-        max_prompt=max(len(encoder.prompt(problem)) for problem in problems),
+def _lengths(
+    splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
+) -> _Lengths:
+    """Room for prompts and solutions in `context`, so that nearly all fit.
+
+    Raises: ModelError if too few do.
+    """
+    prompts = sorted(
+        len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)
     )
+    targets = sorted(
+        len(encoder.target(problem)) for problem in splits.train if problem.rationale is not None
+    )
+    longest = prompts[-1]
+    if is_scratch:
+        longest = min(longest, max(LONGEST_SCRATCH_PROMPT, _most(prompts)))
+        max_new = _rounded(min(targets[-1], max(LONGEST_SCRATCH_PROMPT, _most(targets))))
+        context = longest + max_new
+    else:
+        max_new = _rounded(targets[-1]) if targets else DEFAULT_MAX_NEW
+        if context is not None and longest + max_new > context:
+            wanted = _rounded(_most(targets)) if targets else LEAST_MAX_NEW
+            max_new = max(wanted, min(max_new, context - longest))
+    room = 10**9 if context is None else context - max_new
+    if _most(prompts) > room:
+        raise ModelError(
+            f"the model's context of {context} tokens is too short for these data: a solution takes"
+            f" {max_new}, and a tenth of the prompts takes more than {max(0, room)}"
+        )
+    return _Lengths(max_new=max_new, context=context or 0, drops=prompts[-1] > room)
 
 
-def _texts(problems: Sequence[Problem], format: Format) -> list[str]:
-    return [
-        text
-        for problem in problems
-        for text in (format.prompt(problem), format.target(problem))
-        if isinstance(text, str)
-    ]
+def _most(sizes: Sequence[int]) -> int:
+    """What all but the few that may be too long have at most."""
+    return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
+
+
+def _rounded(size: int) -> int:
+    return -(-size // 8) * 8
 
 
 def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
@@ -187,15 +212,23 @@ def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
         return word_tokenizer(texts)
     from transformers import AutoTokenizer
 
+    tokenizer: PreTrainedTokenizerBase = _pretrained(AutoTokenizer, model, "tokenizer")
+    return tokenizer
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    return _pretrained(AutoConfig, model, "configuration")
+
+
+def _pretrained(kind: Any, model: str, what: str) -> Any:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            smollm2_folder() if model == SMOLLM2 else model
-        )
+        return kind.from_pretrained(smollm2_folder() if model == SMOLLM2 else model)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{model}: no tokenizer can be loaded: {' '.join(str(error).split())[:200]}"
+            f"{model}: no {what} can be loaded: {' '.join(str(error).split())[:200]}"
         ) from None
-    return tokenizer
 
 
 def _inline(value: Any) -> str:

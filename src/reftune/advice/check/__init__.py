@@ -1,0 +1,212 @@
+"""What would spoil a run, found before it starts, each with its remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from reftune.advice.check.data import (
+    check_gold_answers,
+    check_gold_rationales,
+    check_grader_refuses,
+    check_reward,
+    check_reward_errors,
+    check_sandbox,
+    check_splits,
+)
+from reftune.advice.check.model import (
+    check_accuracy,
+    check_dtype,
+    check_logprobs,
+    check_memory,
+    check_time,
+)
+from reftune.advice.check.report import CheckReport, Finding, ok
+from reftune.advice.check.subject import Subject, preview_of, subject_of
+from reftune.advice.check.tokens import (
+    check_boundary,
+    check_eos,
+    check_prompt,
+    check_prompt_length,
+    check_target_length,
+    check_vocabulary,
+)
+from reftune.advice.golds import gold_kinds
+from reftune.datasets import Splits
+from reftune.errors import DataError, RecipeError
+from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
+from reftune.runs.auto import settled
+from reftune.runs.run import Run, check_stage_graph, load_splits, threads_of
+from reftune.stages.progress import SilentProgress
+from reftune.storage.run_folder import RunFolder
+
+__all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", "check_recipe"]
+
+
+OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
+"""Checks that say something without the recipe's own model and data."""
+
+
+EXAMPLES = "paper/examples"
+
+
+UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
+"""If one of these fails, the model is not run: it would crash, or crawl."""
+
+
+def check_recipe(recipe: Recipe) -> CheckReport:
+    """Load data and model, run every check, sample a few solutions. Nothing is written.
+
+    Raises: ReftuneError where there is nothing to check: data or a model that cannot be loaded, a
+    stage graph that is wrong.
+    """
+    _refuse_unknown_waivers(recipe.check.waive)
+    check_stage_graph(recipe)
+    recipe = settled(recipe)
+    run = Run(
+        recipe=recipe,
+        splits=load_splits(recipe),
+        folder=RunFolder(recipe.folder),
+        progress=SilentProgress(),
+    )
+    method = _starting_method(run)
+    with threads_of(recipe):
+        subject = subject_of(run, run.load_policy(method, trained=True), method)
+        findings = _findings(subject, CHECKS)
+        if not any(finding.level == "fail" and finding.name in UNSAFE for finding in findings):
+            findings += _findings(subject, MODEL_CHECKS)
+    return CheckReport(
+        recipe=recipe.name,
+        findings=tuple(findings),
+        golds=gold_kinds(subject.splits),
+        preview=preview_of(subject),
+        method=method,
+        samples=tuple(row for finding in findings for row in finding.samples),
+    )
+
+
+def check_offline(recipe: Recipe) -> CheckReport:
+    """The checks that take neither weights nor a download. Data that are not here are stood for by
+    examples of their format that come with reftune, the tokenizer by the words of the training
+    texts.
+
+    Raises: ReftuneError as `check_recipe`, and where there are no such examples.
+    """
+    _refuse_unknown_waivers(recipe.check.waive)
+    check_stage_graph(recipe)
+    dataset, data = _offline_dataset(recipe)
+    splits = load_splits(recipe.model_copy(update={"dataset": dataset}))
+    findings = [replace(data, name="data"), replace(_schedule(recipe), name="schedule")]
+    return CheckReport(
+        recipe=recipe.name,
+        findings=(*findings, *check_texts(recipe, splits)),
+        golds=gold_kinds(splits),
+        preview=None,
+        method="base",
+        samples=(),
+    )
+
+
+def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
+    """The checks of data, format and reward, which need no model of the recipe's."""
+    shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)  # type: ignore[call-arg]
+    scratch = ModelTable(scratch=shape, dtype="float32")  # type: ignore[call-arg]
+    run = Run(
+        recipe=recipe.model_copy(update={"model": scratch}),
+        splits=splits,
+        folder=RunFolder(recipe.folder),
+        progress=SilentProgress(),
+    )
+    subject = subject_of(run, run.load_policy("base"))
+    return _findings(subject, {name: CHECKS[name] for name in OFFLINE})
+
+
+def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
+    """The recipe's dataset, or one on examples where its source is not on this machine. Raises:
+    DataError."""
+    dataset: Component = recipe.dataset
+    source = getattr(dataset, "train", None)
+    if not isinstance(source, str) or Path(source).expanduser().exists():
+        return dataset, ok("the recipe's own")
+    folder = shipped_recipes() / EXAMPLES / dataset.kind
+    if not folder.is_dir():
+        raise DataError(
+            f"dataset.train: {source} is not on this machine, and reftune has no examples of kind"
+            f" {dataset.kind}"
+        )
+    examples = dataset.model_copy(
+        update={"train": str(folder), "dev": None, "test": None, "dev_size": 2}
+    )
+    return examples, ok(
+        f"{source} is not here; examples of its format that come with reftune stand for it"
+    )
+
+
+def _schedule(recipe: Recipe) -> Finding:
+    """What each stage will do, in one line each."""
+    lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
+    return replace(ok(f"{len(lines)} stages"), rows=lines)
+
+
+def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
+    """In order; a failed one that the recipe waives only warns."""
+    findings = [replace(check(subject), name=name) for name, check in checks.items()]
+    waive = subject.recipe.check.waive
+    return [
+        (
+            replace(f, level="warn", message=f"{f.message} (waived)")
+            if f.level == "fail" and f.name in waive
+            else f
+        )
+        for f in findings
+    ]
+
+
+def _starting_method(run: Run) -> str:
+    costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in run.recipe.stages.values()]
+    inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
+    trained = [method for method in inits if run.folder.stage(method).is_done]
+    return trained[0] if trained else "base"
+
+
+def _refuse_unknown_waivers(names: Sequence[str]) -> None:
+    known = [*CHECKS, *MODEL_CHECKS]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise RecipeError(
+                f"check.waive: {name}: no such check;"
+                f" {f'did you mean {near[0]}?' if near else ', '.join(known)}"
+            )
+
+
+Check = Callable[[Subject], Finding]
+
+
+CHECKS: dict[str, Check] = {
+    "splits": check_splits,
+    "gold_answers": check_gold_answers,
+    "gold_rationales": check_gold_rationales,
+    "sandbox": check_sandbox,
+    "grader_refuses": check_grader_refuses,
+    "reward": check_reward,
+    "reward_errors": check_reward_errors,
+    "prompt": check_prompt,
+    "boundary": check_boundary,
+    "prompt_length": check_prompt_length,
+    "target_length": check_target_length,
+    "vocabulary": check_vocabulary,
+    "eos": check_eos,
+    "memory": check_memory,
+    "dtype": check_dtype,
+}
+
+
+MODEL_CHECKS: dict[str, Check] = {
+    "accuracy": check_accuracy,
+    "logprobs": check_logprobs,
+    "time": check_time,
+}
+"""Those that run the model; not run where it would crash."""

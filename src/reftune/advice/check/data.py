@@ -1,0 +1,296 @@
+"""Data, grader and reward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from reftune.advice.check.report import Finding, fail, ok, warn
+from reftune.advice.check.subject import Subject, learns_from_rationales, mean
+from reftune.errors import RewardError
+from reftune.grading.formats._source import programs_in
+from reftune.grading.formats.nl import DEFINITION, Nl
+from reftune.grading.formats.program import Program
+from reftune.grading.perturbed import PRINTED, right_solutions, wrong_solutions
+from reftune.grading.sandbox import Sandbox, SandboxLimits
+from reftune.grading.sandbox.gaps import gap, missing_package
+from reftune.results.stats import wilson
+from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
+
+SMALL_DEV = 100
+"""Dev problems below which the choice of a model is mostly luck: an accuracy of 50 % is then ± 10
+points or worse."""
+
+
+NUM_REWARDED = 64
+"""Rows whose gold solution, a wrong one and an empty text are paid, to see that the reward tells
+them apart."""
+
+
+MAX_FALSE_POSITIVES = 0.05
+"""Share of wrong solutions that may be paid before the check fails."""
+
+
+def check_splits(subject: Subject) -> Finding:
+    """Enough problems to train on and to choose by."""
+    splits = subject.splits
+    dropped = (
+        ", ".join(f"{count} {reason}" for reason, count in splits.counts.items() if count)
+        or "nothing"
+    )
+    message = (
+        f"{len(splits.train)} train, {len(splits.dev)} dev, {len(splits.test)} test; "
+        f"{len(subject.rows)} train rows have a rationale; dropped: {dropped}"
+    )
+    if not subject.rows and learns_from_rationales(subject):
+        return fail(message, "supervised stages need rationales")
+    if not splits.test and subject.recipe.evaluate.split == "test":
+        return fail(message, "give test problems, or set evaluate.split=dev")
+    if len(splits.dev) < SMALL_DEV:
+        return warn(message, f"models are chosen on dev: give it {SMALL_DEV} problems or more")
+    return ok(message)
+
+
+def check_gold_answers(subject: Subject) -> Finding:
+    """Every gold answer, stated by the shortest solution there is, is graded correct."""
+    shortest = _shortest_program if _writes_programs(subject) else _shortest_words
+    stated = [
+        problem
+        for problem in subject.problems
+        if problem.answer != ANY_ANSWER and problem.answer.kind != "regex"
+    ]
+    problems = [replace(problem, rationale=shortest(problem.answer)) for problem in stated]
+    return _gold_finding(
+        subject,
+        "gold answers",
+        problems,
+        [subject.encoder.format.target(problem) for problem in problems],
+    )
+
+
+def check_gold_rationales(subject: Subject) -> Finding:
+    """Gold rationales, encoded and decoded as a model would write them, are graded correct."""
+    texts = [subject.encoder.decode(row.target_ids) for row in subject.rows]
+    return _gold_finding(subject, "gold rationales", [row.problem for row in subject.rows], texts)
+
+
+def check_sandbox(subject: Subject) -> Finding:
+    """How many gold programs need more than the interpreter of the default sandbox."""
+    format = subject.recipe.format
+    if not isinstance(format, Program):
+        return ok("no programs are run")
+    programs = [programs_in(row.target)[:1] for row in subject.rows]
+    sources = list(dict.fromkeys(source for group in programs for source in group))
+    limits = SandboxLimits(timeout_s=format.timeout_s, memory_mib=format.memory_mib)
+    with Sandbox(limits, backend="monty") as monty:
+        results = monty.run(sources)
+    gaps = Counter(filter(None, map(gap, results)))
+    packages = Counter(filter(None, map(missing_package, results)))
+    if not gaps and not packages:
+        return ok(f"monty runs all of {len(sources)} gold programs")
+    listed = ", ".join(f"{name} ({count})" for name, count in (gaps + packages).most_common())
+    message = (
+        f"{gaps.total() + packages.total()} of {len(sources)} gold programs need the subprocess"
+        f" sandbox: {listed}"
+    )
+    if format.sandbox == "subprocess" or (format.sandbox == "auto" and not packages):
+        return ok(f"{message}; format.sandbox={format.sandbox} gives it to them")
+    return warn(message, f"set format.sandbox={'subprocess' if packages else 'auto'}")
+
+
+def _writes_programs(subject: Subject) -> bool:
+    """Whether solutions are programs: by the format, or of a person's own format by the data."""
+    if isinstance(subject.recipe.format, (Program, Nl)):
+        return isinstance(subject.recipe.format, Program)
+    return any(DEFINITION.search(row.problem.rationale or "") for row in subject.rows)
+
+
+def _shortest_words(answer: Answer) -> str:
+    return str(answer)
+
+
+def _shortest_program(answer: Answer) -> str:
+    literal = repr(answer.value) if isinstance(answer.value, str) else str(answer)
+    return f"def solution():\n    return {literal}"
+
+
+def _gold_finding(
+    subject: Subject, what: str, problems: Sequence[Problem], texts: Sequence[str]
+) -> Finding:
+    if not problems:
+        return ok(f"there are no {what}")
+    graded = subject.encoder.format.grade(problems, texts)
+    wrong = [
+        f"{problem.id}: {grade.verdict.value}: {grade.reason}"
+        for problem, grade in zip(problems, graded, strict=True)
+        if grade.verdict is not Verdict.CORRECT
+    ]
+    share, least = 1 - len(wrong) / len(problems), subject.recipe.check.min_gold_correct
+    message = f"{share:.2%} of {len(problems)} {what} are graded correct"
+    if share < least:
+        remedy = "mend the rows, choose the format that fits them, or waive this check"
+        return fail(
+            f"{message}, below {least:.0%}: the reward would punish right solutions", remedy, wrong
+        )
+    return warn(message, "mend or drop these rows", wrong) if wrong else ok(message)
+
+
+def check_grader_refuses(subject: Subject) -> Finding:
+    """An empty text, a bare answer and another problem's solution are not correct."""
+    problems = [row.problem for row in subject.rows]
+    pairs = [
+        (a.problem, b.target)
+        for a, b in pairwise(subject.rows)
+        if a.problem.answer != b.problem.answer
+    ]
+    accepted = {
+        "an empty text": _num_correct(subject, problems, [""] * len(problems)),
+        "the bare answer": _num_correct(
+            subject, problems, [str(problem.answer) for problem in problems]
+        ),
+        "another problem's solution": _num_correct(
+            subject, [problem for problem, _ in pairs], [text for _, text in pairs]
+        ),
+    }
+    found = [f"{what} ({count})" for what, count in accepted.items() if count]
+    if not found:
+        return ok(f"none of {', '.join(accepted)} is graded correct")
+    message = f"of {len(problems)} graded correct though nothing was solved: {', '.join(found)}"
+    remedy = (
+        "a model may learn to write just that; prefer grading=robust, and rows whose answers differ"
+    )
+    return fail(message, remedy) if accepted["an empty text"] else warn(message, remedy)
+
+
+def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> int:
+    return sum(
+        graded.verdict is Verdict.CORRECT
+        for graded in subject.encoder.format.grade(problems, texts)
+    )
+
+
+def check_reward(subject: Subject) -> Finding:
+    """A gold solution earns more than a wrong one and than nothing."""
+    rows = subject.rows[:NUM_REWARDED]
+    if not rows:
+        return ok("there is no gold solution to pay")
+    texts = {
+        "a gold solution": [row.target for row in rows],
+        "another problem's": [row.target for row in (*rows[1:], rows[0])],
+        "an empty text": [""] * len(rows),
+    }
+    try:
+        paid = {
+            what: _mean_reward(subject, [row.problem for row in rows], written)
+            for what, written in texts.items()
+        }
+    except RewardError as error:
+        return fail(str(error), "mend the reward function")
+    gold, *others = paid.values()
+    message = ", ".join(f"{what} earns {reward:.3g}" for what, reward in paid.items())
+    return (
+        ok(message)
+        if gold > max(others)
+        else fail(message, "there is nothing to learn from this reward")
+    )
+
+
+def check_reward_errors(subject: Subject) -> Finding:
+    """Gold solutions made wrong earn little (else: a false positive), rewritten ones as much as
+    before (else: a negative).
+
+    "Little" and "much" part halfway between what gold solutions and empty texts earn on average.
+    """
+    rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
+    problems, golds = [row.problem for row in rows], [row.target for row in rows]
+    changed = {
+        "positive": [
+            (p, x)
+            for p, gold in zip(problems, golds, strict=True)
+            for x in wrong_solutions(p, gold)
+            if x.kind != PRINTED or getattr(subject.recipe.format, "scripts", "") != "read"
+        ],
+        "negative": [
+            (p, x)
+            for p, gold in zip(problems, golds, strict=True)
+            for x in right_solutions(p, gold)
+        ],
+    }
+    if not any(changed.values()):
+        return ok("there is no gold solution that can be changed with certainty")
+    try:
+        gold, nothing = (
+            _mean_reward(subject, problems, golds),
+            _mean_reward(subject, problems, [""] * len(rows)),
+        )
+        paid = {
+            kind: _rewards(subject, [p for p, _ in cases], [x.text for _, x in cases])
+            for kind, cases in changed.items()
+        }
+    except RewardError as error:
+        return fail(str(error), "mend the reward function")
+    if gold <= nothing:
+        return ok("not told: gold solutions earn no more than empty texts")
+    much = (gold + nothing) / 2
+    errors = {
+        kind: Counter(
+            x.kind
+            for (_, x), reward in zip(changed[kind], rewards, strict=True)
+            if (reward > much) == (kind == "positive")
+        )
+        for kind, rewards in paid.items()
+    }
+    message = ", ".join(
+        _error_rate(kind, errors[kind].total(), len(changed[kind])) for kind in errors
+    )
+    totals = {kind: Counter(x.kind for _, x in cases) for kind, cases in changed.items()}
+    listed = [
+        f"false {kind}: {what}: {count} of {totals[kind][what]}"
+        for kind in errors
+        for what, count in errors[kind].most_common()
+    ]
+    if errors["positive"].total() > MAX_FALSE_POSITIVES * len(changed["positive"]):
+        return fail(
+            message, "this reward pays for wrong answers: mend it or choose grading=robust", listed
+        )
+    if listed:
+        return warn(
+            message,
+            "what a model is paid for, or is not, beside the right answer; grading=robust reads"
+            " most",
+            listed,
+        )
+    return ok(message)
+
+
+def _error_rate(kind: str, count: int, total: int) -> str:
+    """`false positives 3 of 384 (0.8 %, at most 2.3 %)`; the bound is that of the 95 % interval."""
+    if total == 0:
+        return f"no case of a false {kind}"
+    return (
+        f"false {kind}s {count} of {total} ({count / total:.1%}, at most"
+        f" {wilson(count, total)[1]:.1%})"
+    )
+
+
+def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> float:
+    return mean(_rewards(subject, problems, texts) or [0.0])
+
+
+def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    """0 where the reward does not apply."""
+    graded = subject.encoder.format.grade(problems, texts)
+    written = [
+        _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)
+    ]
+    rewards = subject.recipe.reward(problems, written, graded)
+    return [reward or 0.0 for reward in rewards]
+
+
+def _as_sampled(subject: Subject, problem: Problem, text: str) -> Completion:
+    token_ids = tuple(subject.encoder.continuation(problem, text))
+    return Completion(
+        token_ids=token_ids, text=text, logprobs=(0.0,) * len(token_ids), finish_reason="eos"
+    )

@@ -1,0 +1,192 @@
+"""The model on this machine."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+from reftune.advice.check.report import Finding, fail, ok, warn
+from reftune.advice.check.subject import Subject, learns_from_rationales, mean
+from reftune.advice.measured import (
+    Lengths,
+    available_bytes,
+    evaluation_seconds,
+    measure_speed,
+    stage_seconds,
+)
+from reftune.advice.memory import Outline, training_memory
+from reftune.advice.plan import stage_work, trainings
+from reftune.model.batch import token_batch
+from reftune.model.precision import product_rates
+from reftune.recipe import Recipe
+from reftune.results.stats import wilson
+from reftune.runs.sample import sample_rows
+from reftune.text import clock
+from reftune.types import SamplingParams, Verdict
+
+NUM_SAMPLED = 32
+"""Dev questions that the start model answers."""
+NUM_SHOWN = 3
+"""Of these, shown to a person."""
+NEEDED_ACCURACY = 0.2
+"""At temperature 1, below which RL gained little or nothing where we measured it."""
+NUM_TIMED = 512
+"""Rows whose lengths and tokens stand for all when the time is estimated."""
+
+
+MEASURED_ROWS = 64
+"""Trained on and sampled at once to learn the speed, where the recipe does not tell."""
+
+
+MAX_SLOWDOWN = 8.0
+"""Times as long as in the other dtype that products may take before the check fails."""
+
+
+PRODUCT = 1024
+"""Rows and columns at most of the weight whose product is timed."""
+
+
+MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
+"""Nats a token between the engine's log-probabilities and the policy's."""
+
+
+GIB = 2**30
+
+
+def check_memory(subject: Subject) -> Finding:
+    """Training fits in memory, as far as the model's shape tells."""
+    policy, recipe = subject.policy, subject.recipe
+    longest = max((len(ids) for of in subject.fitting.values() for ids in of), default=1)
+    model = policy.model.get_base_model() if policy.is_lora else policy.model
+    outline = Outline(
+        lambda: type(model)(copy.deepcopy(model.config)), recipe.model, device=policy.device.type
+    )
+    problems = max(
+        len(getattr(subject.splits, recipe.evaluate.split)), *map(len, subject.prompts.values())
+    )
+    planned = [
+        training_memory(
+            outline,
+            stage,
+            recipe.engine,
+            stage_work(
+                stage, recipe, prompt=longest, response=recipe.lengths.max_new, problems=problems
+            ),
+        )
+        for stage in trainings(recipe).values()
+    ]
+    if not planned:
+        return ok("cannot be told of stages that are not reftune's")
+    memory = max(planned, key=lambda memory: memory.peak)
+    parts, need, free = (
+        memory.parts,
+        memory.peak,
+        available_bytes(policy.device) + memory.held["weights"],
+    )
+    message = (
+        f"about {need / GIB:.1f} GiB of {free / GIB:.1f} free, most of it"
+        f" {max(parts, key=lambda name: parts[name])}"
+    )
+    if need <= free:
+        return ok(message)
+    return fail(
+        message,
+        "lower model.micro_batch_tokens or engine.batch_size, or train adapters:"
+        " model.lora.rank=16",
+    )
+
+
+def check_dtype(subject: Subject) -> Finding:
+    """Products in the recipe's dtype are not many times slower here than in the other one."""
+    policy, chosen = subject.policy, subject.recipe.model.dtype
+    weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
+    columns, inner = (min(size, PRODUCT) for size in weight.shape)
+    rates = product_rates(policy.device, (PRODUCT // 4, inner, columns), seconds=0.5)
+    (other,) = rates.keys() - {chosen}
+    slowdown = rates[other] / rates[chosen]
+    message = ", ".join(f"{name} {rate / 1e9:,.1f} GFLOP/s" for name, rate in rates.items())
+    if slowdown <= MAX_SLOWDOWN:
+        return ok(f"{chosen}; products here: {message}")
+    return fail(
+        f"products in {chosen} take {slowdown:,.0f} times as long as in {other} here: {message}",
+        f"model.dtype={other}, or auto, which chooses it here",
+    )
+
+
+def check_accuracy(subject: Subject) -> Finding:
+    """How many questions the model that RL starts from solves when it samples: greedy answers hide
+    it."""
+    problems = subject.splits.dev[:NUM_SAMPLED]
+    rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
+    correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
+    low, high = wilson(correct, len(rows))
+    message = (
+        f"at temperature 1 the start model solves {correct} of {len(rows)} dev questions"
+        f" ({correct / len(rows):.0%}, 95 % interval {low:.0%} to {high:.0%}); RL needs about"
+        f" {NEEDED_ACCURACY:.0%} to have something to reward"
+    )
+    is_trained_first = subject.method == "base" and learns_from_rationales(subject)
+    if high >= NEEDED_ACCURACY or is_trained_first:
+        finding = ok(f"{message}; a warm-up comes first" if is_trained_first else message)
+    else:
+        finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
+    return replace(finding, samples=tuple(rows[:NUM_SHOWN]))
+
+
+def check_logprobs(subject: Subject) -> Finding:
+    """What the engine says of its samples is what the policy says of them."""
+    prompts = (subject.fitting["dev"] or subject.fitting["train"])[:NUM_SHOWN]
+    params = SamplingParams(max_new_tokens=min(32, subject.recipe.lengths.max_new))
+    completions = subject.recipe.engine.generate(subject.policy, prompts, params)
+    batch = token_batch(
+        prompts, [completion.token_ids for completion in completions], device=subject.policy.device
+    )
+    scored = subject.policy.score(
+        batch, max_tokens=subject.recipe.model.micro_batch_tokens
+    ).logprobs[batch.response_mask]
+    sampled = [logprob for completion in completions for logprob in completion.logprobs]
+    mismatch = mean([abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True)])
+    message = f"the engine's differ from the policy's by {mismatch:.2g} nats a token"
+    if mismatch <= MAX_MISMATCH[subject.recipe.model.dtype]:
+        return ok(message)
+    return fail(message, "the engine does not sample from the policy; use engine=kv")
+
+
+def check_time(subject: Subject) -> Finding:
+    """How long the run will take on this machine, from a short measurement."""
+    rows = subject.fitting_rows[:NUM_TIMED]
+    if not rows:
+        return ok("not known without rationales that fit")
+    prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
+    speed = measure_speed(
+        subject.policy,
+        subject.recipe.engine,
+        prompts,
+        targets,
+        rows=_rows_at_once(subject.recipe),
+        max_tokens=subject.recipe.model.micro_batch_tokens,
+    )
+    lengths = Lengths(
+        prompt=mean([len(ids) for ids in prompts]), target=mean([len(ids) for ids in targets])
+    )
+    seconds = stage_seconds(subject.recipe, subject.splits, lengths, speed)
+    stages = [
+        f"{name} {clock(seconds[name])}" if name in seconds else f"{name} not told"
+        for name in subject.recipe.stages
+    ]
+    evaluation_s = evaluation_seconds(
+        subject.recipe, subject.splits, subject.num_methods, lengths, speed
+    )
+    return ok(
+        f"about {clock(sum(seconds.values()) + evaluation_s)}: {', '.join(stages)}, evaluation"
+        f" {clock(evaluation_s)} ({speed.train:,.0f} tokens/s trained, {speed.sample:,.0f} sampled)"
+    )
+
+
+def _rows_at_once(recipe: Recipe) -> int:
+    """In the largest step of a stage, and that the engine holds."""
+    costs = [stage.cost(num_train=0, num_dev=0) for stage in recipe.stages.values()]
+    sizes = [cost.batch for cost in costs if cost is not None]
+    return min(
+        [max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "batch_size", MEASURED_ROWS)]
+    )

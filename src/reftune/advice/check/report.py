@@ -1,0 +1,119 @@
+"""What a check says, for a person and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from reftune.advice.golds import GoldKind, golds_text
+from reftune.runs.sample import solution_text
+from reftune.text import printable
+
+Level = Literal["ok", "warn", "fail"]
+
+
+MAX_LISTED = 5
+"""Rows named under a finding."""
+
+
+BOUNDARY_TOKENS = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """The result of one check."""
+
+    level: Level
+    message: str
+    """One line."""
+    remedy: str = ""
+    """What to do about it; empty where all is well."""
+    rows: tuple[str, ...] = ()
+    """Some of the rows concerned, one line each."""
+    name: str = ""
+    """Of the check; `check_recipe` fills it in."""
+    samples: tuple[dict[str, Any], ...] = ()
+    """Solutions to be shown apart."""
+
+
+def ok(message: str) -> Finding:
+    """All is well."""
+    return Finding(level="ok", message=message)
+
+
+def warn(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
+    """Worth knowing; the run may go on."""
+    return Finding(level="warn", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
+
+
+def fail(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
+    """The run would be spoilt."""
+    return Finding(level="fail", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preview:
+    """One training row as the model sees it."""
+
+    id: str
+    prompt: str
+    target: str
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+    prompt_tokens: tuple[str, ...]
+    target_tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckReport:
+    """All findings on a recipe."""
+
+    recipe: str
+    findings: tuple[Finding, ...]
+    golds: tuple[GoldKind, ...]
+    """The kinds of answer that were read, with examples."""
+    preview: Preview | None
+    method: str
+    """Whose samples are shown: what RL starts from once it is trained, the base model before."""
+    samples: tuple[dict[str, Any], ...]
+
+    @property
+    def failed(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == "fail"]
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        document = {**asdict(self), "ok": not self.failed}
+        for finding in document["findings"]:
+            del finding["samples"]
+        return json.dumps(document, indent=2, ensure_ascii=False)
+
+    def to_text(self) -> str:
+        """For a person."""
+        parts = ["\n".join(_finding_text(finding) for finding in self.findings)]
+        parts += [golds_text(self.golds)] if self.golds else []
+        if self.preview is not None:
+            parts.append(_preview_text(self.preview))
+        parts += [f"--- sampled by {self.method} ---\n{solution_text(row)}" for row in self.samples]
+        return "\n\n".join(parts)
+
+
+def _finding_text(finding: Finding) -> str:
+    lines = [f"{finding.level:<4}  {finding.name:<15}  {finding.message}"]
+    lines += [f"      {'':<15}    {row}" for row in finding.rows]
+    if finding.remedy:
+        lines.append(f"      {'':<15}  → {finding.remedy}")
+    return printable("\n".join(lines))
+
+
+def _preview_text(preview: Preview) -> str:
+    before = " ".join(repr(piece) for piece in preview.prompt_tokens[-BOUNDARY_TOKENS:])
+    after = " ".join(repr(piece) for piece in preview.target_tokens[:BOUNDARY_TOKENS])
+    return printable(
+        f"--- {preview.id}: {len(preview.prompt_tokens)} prompt tokens,"
+        f" {len(preview.target_tokens)} target tokens; ┃ is where the model goes on"
+        f" ---\n{preview.prompt}┃{preview.target}\n\n… {before} ┃ {after} …\n"
+        f"{' '.join(map(str, preview.prompt_ids))} ┃ {' '.join(map(str, preview.target_ids))}"
+    )

@@ -1,0 +1,169 @@
+"""What is checked: the data as the model sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass
+
+from reftune.advice.check.report import Preview
+from reftune.datasets import Splits
+from reftune.model.encoder import Encoder
+from reftune.model.policy import Policy
+from reftune.recipe import Recipe
+from reftune.runs.run import Run, methods_to_evaluate
+from reftune.stages.rollouts import Collector
+from reftune.types import Problem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A training problem with its rationale, as text and as tokens."""
+
+    problem: Problem
+    prompt: str
+    target: str
+    """What the model should say; see `reply`."""
+    reply: str
+    """What follows the prompt, with all that a chat template adds to `target`."""
+    prompt_ids: list[int]
+    target_ids: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """With the end token."""
+        return [*self.prompt_ids, *self.target_ids]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is checked."""
+
+    recipe: Recipe
+    splits: Splits
+    policy: Policy
+    collector: Collector
+    rows: list[Row]
+    prompts: dict[str, dict[str, list[int]]]
+    """Split → problem id → prompt ids."""
+    method: str
+    """Whose weights `policy` has: what RL starts from once it is trained, the base model before."""
+    num_methods: int
+    """To be evaluated in the end."""
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.collector.encoder
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [*self.splits.train, *self.splits.dev, *self.splits.test]
+
+    @property
+    def prompt_limit(self) -> float:
+        """Most tokens of a prompt; infinite if nothing limits them."""
+        lengths, context = self.recipe.lengths, self.policy.context
+        room = math.inf if context is None else context - lengths.max_new
+        return max(0, min(room, lengths.max_prompt or math.inf))
+
+    @property
+    def fitting(self) -> dict[str, list[list[int]]]:
+        """Split → prompt ids that are not too long."""
+        return {
+            split: [ids for ids in prompts.values() if len(ids) <= self.prompt_limit]
+            for split, prompts in self.prompts.items()
+        }
+
+    @property
+    def fitting_rows(self) -> list[Row]:
+        """Those that are trained on: neither prompt nor target is too long."""
+        most = self.recipe.lengths.max_new
+        return [
+            row
+            for row in self.rows
+            if len(row.prompt_ids) <= self.prompt_limit and len(row.target_ids) <= most
+        ]
+
+
+def subject_of(run: Run, policy: Policy, method: str = "base") -> Subject:
+    """A run's data, as `policy` sees them."""
+    collector = run.collector(policy)
+    encoder = collector.encoder
+    splits = {"train": run.splits.train, "dev": run.splits.dev, "test": run.splits.test}
+    prompts = {
+        name: {problem.id: encoder.prompt(problem) for problem in problems}
+        for name, problems in splits.items()
+    }
+    rows = [
+        _row(problem, encoder, prompts["train"][problem.id])
+        for problem in run.splits.train
+        if problem.rationale is not None
+    ]
+    return Subject(
+        recipe=run.recipe,
+        splits=run.splits,
+        policy=policy,
+        collector=collector,
+        rows=rows,
+        prompts=prompts,
+        method=method,
+        num_methods=len(methods_to_evaluate(run.recipe)),
+    )
+
+
+def _row(problem: Problem, encoder: Encoder, prompt_ids: list[int]) -> Row:
+    prompt, target = encoder.format.prompt(problem), encoder.format.target(problem)
+    return Row(
+        problem=problem,
+        prompt=encoder.text_of(prompt),
+        target=target,
+        reply=encoder.text_after(prompt, target),
+        prompt_ids=prompt_ids,
+        target_ids=encoder.continuation(problem, target),
+    )
+
+
+def preview_of(subject: Subject) -> Preview | None:
+    """The first training row with a rationale."""
+    if not subject.rows:
+        return None
+    row = subject.rows[0]
+
+    def pieces(ids: Iterable[int]) -> tuple[str, ...]:
+        return tuple(
+            str(subject.policy.tokenizer.decode([id_], clean_up_tokenization_spaces=False))
+            for id_ in ids
+        )
+
+    return Preview(
+        id=row.problem.id,
+        prompt=row.prompt,
+        target=row.reply,
+        prompt_ids=tuple(row.prompt_ids),
+        target_ids=tuple(row.target_ids),
+        prompt_tokens=pieces(row.prompt_ids),
+        target_tokens=pieces(row.target_ids),
+    )
+
+
+def learns_from_rationales(subject: Subject) -> bool:
+    """Whether a stage does."""
+    return any(stage.reads_rationales for stage in subject.recipe.stages.values())
+
+
+def share(part: Sized, whole: Sized) -> str:
+    """`2.5%`"""
+    return f"{len(part) / len(whole):.1%}"
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def spread(sizes: Iterable[int]) -> str:
+    """`12 to 96 (median 31)`"""
+    ordered = sorted(sizes)
+    return (
+        f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})" if ordered else "no"
+    )

@@ -1,0 +1,204 @@
+"""Prompts and targets as tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from reftune.advice.check.report import Finding, fail, ok, warn
+from reftune.advice.check.subject import Row, Subject, learns_from_rationales, share, spread
+from reftune.model.encoder import bos_of
+from reftune.types import Conversation
+
+MAX_LONG_TARGETS = 0.1
+"""Share of training rows that may be lost for their length before the check fails."""
+
+
+def check_boundary(subject: Subject) -> Finding:
+    """Prompt and target, as trained on, decode to their texts put together."""
+    tokenizer, rows = subject.policy.tokenizer, subject.rows
+    bos = bos_of(tokenizer)
+    empty = [row.problem.id for row in rows if not row.prompt_ids or len(row.target_ids) < 2]
+    if empty:
+        return fail(f"{len(empty)} rows have an empty prompt or target", "drop them", empty)
+    decoded = [
+        tokenizer.decode(row.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for row in rows
+    ]
+    lost = [
+        row.problem.id
+        for row, text in zip(rows, decoded, strict=True)
+        if not _spells(str(text), row, tokenizer)
+    ]
+    if lost:
+        remedy = "the model learns, and is graded on, the decoded text; look at the tokens below"
+        return warn(
+            f"{share(lost, rows)} of the rows do not decode to the text that was encoded",
+            remedy,
+            lost,
+        )
+    wholes = [subject.encoder.encode(row.prompt + row.reply) for row in rows]
+    moved = [
+        row
+        for row, ids in zip(rows, wholes, strict=True)
+        if row.ids[: len(ids)] != ids and row.ids[len(bos) : len(bos) + len(ids)] != ids
+    ]
+    note = f"; {share(moved, rows)} would split differently if encoded as one text" if moved else ""
+    message = f"prompt and target meet at the same token in every stage{note}"
+    if moved and not learns_from_rationales(subject):
+        return warn(message, "no supervised stage teaches the model this split")
+    return ok(message)
+
+
+def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
+    """Whether `decoded` is a row's text, apart from BOS before it and an end token after it."""
+    before, found, after = decoded.partition(row.prompt + row.reply)
+    bos, end = (tokenizer.decode(ids) for ids in (bos_of(tokenizer), row.target_ids[-1:]))
+    return found != "" and before in ("", bos) and after in ("", end)
+
+
+def check_prompt(subject: Subject) -> Finding:
+    """The prompt is what the model was made for: its chat template if it has one, one BOS if its
+    tokenizer adds one."""
+    tokenizer, format_ = subject.policy.tokenizer, subject.encoder.format
+    problem = subject.problems[0]
+    prompt, bos = format_.prompt(problem), bos_of(tokenizer)
+    ids = subject.prompts["train"][problem.id]
+    is_chat = isinstance(prompt, Conversation)
+    if tokenizer.chat_template and not is_chat:
+        return warn(
+            "the tokenizer has a chat template, and the model is given raw text",
+            "format.style=chat, if this is an instruct model",
+        )
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        return warn("prompts begin with two BOS tokens", "take it out of the template or the data")
+    if ids[: len(bos)] != bos:
+        writer = "the chat template" if is_chat else "this format"
+        return warn(
+            f"the tokenizer begins a text with {tokenizer.decode(bos)!r}, and {writer} does not",
+            "none if the model was trained so; style: compact and plain begin with it",
+        )
+    if is_chat and "strftime_now" in tokenizer.get_chat_template():
+        return warn(
+            "the chat template may write today's date, so a prompt is another one tomorrow",
+            "if the prompt below holds a date, fix it in format.template_args",
+        )
+    return ok(f"{'the chat template' if is_chat else 'raw text'}, {len(bos)} tokens for BOS")
+
+
+def check_prompt_length(subject: Subject) -> Finding:
+    """Every prompt fits, with `max_new` tokens after it."""
+    limit, prompts = subject.prompt_limit, subject.prompts
+    sizes = {split: {id_: len(ids) for id_, ids in of.items()} for split, of in prompts.items()}
+    long = {
+        split: [f"{split} {id_}: {size} tokens" for id_, size in of.items() if size > limit]
+        for split, of in sizes.items()
+    }
+    rows = [line for lines in long.values() for line in lines]
+    every = [size for of in sizes.values() for size in of.values()]
+    message = (
+        f"prompts have {spread(every)} tokens,"
+        f" {'any number fits' if limit == math.inf else f'at most {limit} fit'}"
+    )
+    if not rows:
+        return ok(message)
+    if subject.recipe.lengths.too_long == "drop" and len(long["train"]) < len(sizes["train"]):
+        return warn(
+            f"{len(long['train'])} of {len(sizes['train'])} training prompts are too long and left"
+            f" out, {len(long['dev'])} of dev and {len(long['test'])} of test count as not"
+            f" answered: {message}",
+            "raise lengths.max_prompt or lower lengths.max_new",
+            rows,
+        )
+    return fail(
+        f"{share(rows, every)} are too long: {message}",
+        "raise lengths.max_prompt, lower lengths.max_new, or leave them out: lengths.too_long=drop",
+        rows,
+    )
+
+
+def check_target_length(subject: Subject) -> Finding:
+    """Gold rationales with their eos fit in `max_new` tokens; those that do not are left out of
+    training."""
+    sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
+    limit = subject.recipe.lengths.max_new
+    message = f"targets have {spread(sizes.values())} tokens with eos, at most {limit} fit"
+    long = [f"{id_}: {size} tokens" for id_, size in sizes.items() if size > limit]
+    if not long:
+        return ok(message)
+    report = fail if len(long) > MAX_LONG_TARGETS * len(sizes) else warn
+    remedy = f"lengths.max_new={max(sizes.values())} keeps all"
+    return report(f"{share(long, sizes)} are too long and not trained on: {message}", remedy, long)
+
+
+def check_vocabulary(subject: Subject) -> Finding:
+    """The tokenizer's ids exist in the model, and it knows every word of the data."""
+    size, unknown = (
+        subject.policy.model.get_input_embeddings().weight.shape[0],
+        subject.policy.tokenizer.unk_token_id,
+    )
+    outside = [row.problem.id for row in subject.rows if max(row.ids) >= size]
+    if outside:
+        remedy = "use the tokenizer that belongs to the model"
+        return fail(
+            f"{len(outside)} rows have token ids beyond the model's {size}", remedy, outside
+        )
+    unwritable = [row.problem.id for row in subject.rows if unknown in row.target_ids]
+    if unwritable:
+        return fail(
+            f"{len(unwritable)} targets hold words unknown to the tokenizer",
+            "the model could not write them",
+            unwritable,
+        )
+    prompts = {
+        f"{split} {id_}": ids
+        for split, prompts in subject.prompts.items()
+        for id_, ids in prompts.items()
+    }
+    unread = [name for name, ids in prompts.items() if unknown in ids]
+    if unread:
+        return warn(
+            f"{len(unread)} prompts hold words unknown to the tokenizer",
+            "the model cannot tell them apart",
+            unread,
+        )
+    return ok(f"{len(subject.policy.tokenizer)} tokens cover prompts and targets")
+
+
+def check_eos(subject: Subject) -> Finding:
+    """Every target ends where sampling stops, and not before; the model can write its end token."""
+    tokenizer, stop = subject.policy.tokenizer, subject.policy.stop
+    end = subject.encoder.end_of(subject.encoder.format.prompt(subject.problems[0]))
+    stops = ", ".join(
+        [f"{tokenizer.decode([id_])!r} (id {id_})" for id_ in sorted(stop.ids)]
+        + [repr(text) for text in stop.texts]
+    )
+    if end not in stop.ids:
+        return fail(
+            f"targets end in {tokenizer.decode([end])!r} (id {end}), sampling stops at {stops}",
+            "use one tokenizer for both",
+        )
+    bad = [
+        row.problem.id
+        for row in subject.rows
+        if stop.length(row.target_ids[:-1], subject.policy.decode) is not None
+    ]
+    if bad:
+        return fail(
+            f"{len(bad)} targets hold one of {stops} before their end",
+            "take it out of the data, or out of format.stop",
+            bad,
+        )
+    ordinary = [id_ for id_ in stop.ids if id_ not in tokenizer.all_special_ids]
+    if ordinary:
+        return warn(
+            f"sampling stops at {tokenizer.decode(ordinary)!r}, which is no special token",
+            "mend eos_token_id in the model's config or generation config",
+        )
+    pad = {None: "there is no pad", end: "pad is the end token"}.get(
+        tokenizer.pad_token_id, f"pad is {tokenizer.pad_token!r}"
+    )
+    return ok(
+        f"targets end in {tokenizer.decode([end])!r}, which is learned; sampling stops at {stops};"
+        f" {pad}, which is never attended to or learned"
+    )

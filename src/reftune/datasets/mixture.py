@@ -1,0 +1,95 @@
+"""Several datasets as one, each with its share of the training questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from reftune.datasets import Splits
+from reftune.datasets.reading.splits import draw_splits
+from reftune.recipe import Component, Table
+from reftune.recipe.kinds import component_field
+from reftune.seeds import derive_seed
+from reftune.types import Problem
+
+
+class Part(Table):
+    """One of the datasets."""
+
+    dataset: component_field("datasets")  # type: ignore[valid-type]
+    share: float | None = Field(None, gt=0, le=1)
+    """Share of the mixture's training questions. Null, of all parts: every question is taken."""
+
+
+class Mixture(Component):
+    """Several datasets as one. No question is taken twice, so the part that runs out first limits
+    the size. Dev and test are those of all parts, whole."""
+
+    parts: dict[str, Part] = Field(min_length=2)
+    """Name → dataset and share. A problem's id begins with the name."""
+
+    @model_validator(mode="after")
+    def _shares_are_whole(self) -> Self:
+        shares = [part.share for part in self.parts.values()]
+        given = [share for share in shares if share is not None]
+        if given and (len(given) < len(shares) or abs(sum(given) - 1) > 1e-6):
+            raise PydanticCustomError("shares", "shares: expected one for each part, 1 in sum")
+        return self
+
+    def load(self, *, seed: int) -> Splits:
+        """Raises: DataError as the parts do."""
+        parts = {name: part.dataset.load(seed=seed) for name, part in self.parts.items()}
+        named = {name: _named(name, splits) for name, splits in parts.items()}
+        mixed = draw_splits(
+            train=[problem for splits in named.values() for problem in splits.train],
+            dev=[problem for splits in named.values() for problem in splits.dev],
+            test=[problem for splits in named.values() for problem in splits.test],
+            dev_size=None,
+            seed=seed,
+            several_rationales=True,
+        )
+        train = self._drawn(mixed.train, seed)
+        counts = {
+            f"{name}: {reason}": count
+            for name, splits in parts.items()
+            for reason, count in splits.counts.items()
+        }
+        left = len(mixed.train) - len(train)
+        return replace(
+            mixed,
+            train=train,
+            counts={**counts, **mixed.counts, **({"over_share": left} if left else {})},
+        )
+
+    def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
+        """So many of each part that the shares are right and one part is used up; which ones is
+        drawn with `seed`."""
+        of = {
+            name: [problem for problem in train if problem.id.startswith(f"{name}/")]
+            for name in self.parts
+        }
+        shares = {name: part.share for name, part in self.parts.items() if part.share is not None}
+        if not shares:
+            return tuple(train)
+        size = min(len(of[name]) / share for name, share in shares.items())
+        chosen = {
+            problem.id
+            for name, share in shares.items()
+            for problem in sorted(of[name], key=lambda p: derive_seed(seed, "mixture", p.id))[
+                : round(size * share)
+            ]
+        }
+        return tuple(problem for problem in train if problem.id in chosen)
+
+
+def _named(name: str, splits: Splits) -> Splits:
+    def renamed(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+        return tuple(replace(problem, id=f"{name}/{problem.id}") for problem in problems)
+
+    return replace(
+        splits, train=renamed(splits.train), dev=renamed(splits.dev), test=renamed(splits.test)
+    )

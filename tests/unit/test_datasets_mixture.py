@@ -1,0 +1,72 @@
+"""A mixture: shares, ids, and no question in two splits of different parts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from reftune.datasets import Splits
+from reftune.datasets.mixture import Mixture
+
+
+def part(folder: Path, name: str, numbers: range, tested: range = range(0)) -> dict[str, Any]:
+    for split, asked in (("train", numbers), ("test", tested)):
+        lines = [json.dumps({"question": f"What is {n}?", "answer": n}) for n in asked]
+        (folder / f"{name}-{split}.jsonl").write_text("\n".join(lines))
+    test = {"test": str(folder / f"{name}-test.jsonl")} if tested else {}
+    return {"kind": "jsonl", "train": str(folder / f"{name}-train.jsonl"), "dev_size": 2, **test}
+
+
+def mixture(first: Any, second: Any, shares: Any = (None, None)) -> Mixture:
+    parts = {
+        "a": {"dataset": first, "share": shares[0]},
+        "b": {"dataset": second, "share": shares[1]},
+    }
+    return Mixture.model_validate({"kind": "mixture", "parts": parts})
+
+
+def sizes(splits: Splits) -> Counter[str]:
+    return Counter(problem.id.partition("/")[0] for problem in splits.train)
+
+
+def test_without_shares_every_question_is_taken(tmp_path: Path):
+    mixed = mixture(part(tmp_path, "a", range(20)), part(tmp_path, "b", range(100, 150)))
+    splits = mixed.load(seed=0)
+    assert sizes(splits) == {"a": 18, "b": 48}, "two of each are dev"
+    assert sizes(Splits(train=splits.dev, dev=(), test=())) == {"a": 2, "b": 2}
+
+
+def test_the_part_that_runs_out_first_limits_the_size(tmp_path: Path):
+    # 18 of a are three quarters of 24, so b gives 6 of its 48
+    mixed = mixture(
+        part(tmp_path, "a", range(20)), part(tmp_path, "b", range(100, 150)), (0.75, 0.25)
+    )
+    first, again, other = mixed.load(seed=0), mixed.load(seed=0), mixed.load(seed=1)
+    assert sizes(first) == {"a": 18, "b": 6}
+    assert first.counts == {"over_share": 42}
+    assert first == again
+    assert {p.id for p in first.train if p.id[0] == "b"} != {
+        p.id for p in other.train if p.id[0] == "b"
+    }
+
+
+def test_a_test_question_of_one_part_is_not_trained_on_in_another(tmp_path: Path):
+    mixed = mixture(
+        part(tmp_path, "a", range(20), tested=range(100, 110)), part(tmp_path, "b", range(100, 150))
+    )
+    splits = mixed.load(seed=0)
+    asked = {problem.question for problem in splits.test}
+    assert len(asked) == 10
+    assert not asked & {problem.question for problem in (*splits.train, *splits.dev)}
+    assert splits.counts["leak"] == 10
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.4), (0.5, None), (1.0, 0.5)])
+def test_shares_are_given_for_all_and_are_one_in_sum(tmp_path: Path, shares: Any):
+    with pytest.raises(ValidationError, match="expected one for each part, 1 in sum"):
+        mixture(part(tmp_path, "a", range(9)), part(tmp_path, "b", range(9)), shares)
