@@ -222,10 +222,18 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wrong_answer(
     child = tmp_path / "child.py"
     child.write_text("import sys\nsys.exit(1)")
     monkeypatch.setattr(mathematics, "CHILD", child)
-    monkeypatch.setattr(mathematics, "_WORKER", mathematics._Worker())
+    monkeypatch.setattr(mathematics, "_WORKERS", mathematics._Workers())
     graded = grade_answer("3 + x + y", problem("x + 3 + y"))
     assert graded.verdict is ERROR
     assert "died" in graded.reason
+
+
+@needs_math
+def test_many_expressions_are_graded_in_order() -> None:
+    rows = [problem(f"x + {i}") for i in range(12)]
+    texts = [f"The answer is {i} + {'x' if i % 3 else 'y'}" for i in range(12)]
+    verdicts = [graded.verdict for graded in Nl().grade(rows, texts)]
+    assert verdicts == [CORRECT if i % 3 else WRONG for i in range(12)]
 
 
 @needs_math

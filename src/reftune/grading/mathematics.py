@@ -1,7 +1,7 @@
 """Expressions, equations, intervals, tuples and matrices, compared by math-verify; and patterns.
 
 Both may take for ever on what a model writes, so they run in a worker process that is killed when
-the time is up. It starts on first use, stays warm, and serves the threads of this process in turn.
+the time is up. It starts on first use, stays warm, and serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import atexit
 import importlib.util
 import json
 import os
+import queue
 import re
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from reftune.errors import ReftuneError
 CHILD = Path(__file__).with_name("_math_child.py")
 TIMEOUT_S = 5.0
 """Time that one comparison may take."""
+NUM_WORKERS = min(4, os.cpu_count() or 1)
+"""Of 100 MB each."""
 START_S = 120.0
 """Time that the worker may take for its first answer, math-verify's import included."""
 MAX_EXPRESSION_CHARS = 1_000
@@ -148,7 +150,7 @@ def _asked(**request: str) -> Comparison:
     known = _KNOWN.get(key)
     if known is not None:
         return known
-    comparison = _comparison(_WORKER.ask(request))
+    comparison = _comparison(_WORKERS.ask(request))
     if comparison.outcome not in ("timeout", "error"):  # these may be the machine's
         if len(_KNOWN) >= MAX_KNOWN:
             _KNOWN.clear()
@@ -192,24 +194,45 @@ def _brackets(expression: str) -> str:
 # --- the worker -----------------------------------------------------------------------------------
 
 
-class _Worker:
-    """A process that compares, one request at a time."""
+class _Workers:
+    """Up to `NUM_WORKERS` processes that compare, each started when no other is free."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew without the process: it belongs to the parent of a forked process."""
-        self._one_at_a_time = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        """Begin anew without the processes: they belong to the parent of a forked process."""
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for _ in range(NUM_WORKERS):
+            self._idle.put(_Worker())
 
     def ask(self, request: Mapping[str, str]) -> dict[str, Any] | None:
         """The reply; None if it was not there in time, and the worker was killed for it."""
-        line = json.dumps(request).encode() + b"\n"
-        with self._one_at_a_time:
-            reply = self._attempt(line, warm="gold" in request)
-            if reply == b"":  # something else may have killed it
-                reply = self._attempt(line, warm="gold" in request)
+        worker = self._idle.get()
+        try:
+            return worker.ask(request)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End the processes that nobody uses."""
+        while not self._idle.empty():
+            self._idle.get().close()
+
+
+class _Worker:
+    """A process that compares, one request at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_warm = False
+
+    def ask(self, request: Mapping[str, str]) -> dict[str, Any] | None:
+        """As `_Workers.ask`."""
+        line, warm = json.dumps(request).encode() + b"\n", "gold" in request
+        reply = self._attempt(line, warm=warm)
+        if reply == b"":  # something else may have killed it
+            reply = self._attempt(line, warm=warm)
         if reply is None:
             return None
         answer: dict[str, Any] = json.loads(reply) if reply else {"error": "the worker died twice"}
@@ -261,10 +284,10 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes, timeout_s: float) -
     return reply
 
 
-_WORKER = _Worker()
+_WORKERS = _Workers()
 _KNOWN: dict[tuple[tuple[str, str], ...], Comparison] = {}
 MAX_KNOWN = 100_000
 """Comparisons remembered: samples of one problem repeat each other's answers."""
-atexit.register(_WORKER.close)
+atexit.register(_WORKERS.close)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_WORKER.forget)
+    os.register_at_fork(after_in_child=_WORKERS.forget)

@@ -220,6 +220,12 @@ def _parts(problem: Problem) -> list[Problem]:
     ]
 
 
+def needs_worker(gold: Answer) -> bool:
+    """Whether answers to a gold are compared by another process."""
+    kinds = {gold.kind, *(part_answer(item).kind for item in gold.items)}
+    return not kinds.isdisjoint(("latex", "regex"))
+
+
 @lru_cache(maxsize=10_000)
 def part_answer(item: str) -> Answer:
     """A part of a list, or one spelling: a number, an expression or a text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Literal
 
@@ -11,8 +12,9 @@ from reftune.errors import DataError
 from reftune.grading.formats._grading import Grading, graded_by, own_grader
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
 from reftune.grading.markers import DEFAULT, Reading
+from reftune.grading.mathematics import NUM_WORKERS
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
-from reftune.grading.verdicts import grade_completion
+from reftune.grading.verdicts import grade_completion, needs_worker
 from reftune.types import Answer, Conversation, Graded, Problem, Verdict
 
 DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
@@ -67,11 +69,13 @@ class Nl(Prompted):
         return f"{rationale}\n{phrase} {_with_separator(problem.answer, self.decimal)}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade a completion, in order."""
-        return [
-            self._grade(completion, problem)
-            for problem, completion in zip(problems, completions, strict=True)
-        ]
+        """One grade a completion, in order; expressions are compared side by side."""
+        if len(completions) != len(problems):
+            raise ValueError(f"{len(problems)} problems and {len(completions)} completions")
+        if self.grading == "robust" and any(needs_worker(problem.answer) for problem in problems):
+            with ThreadPoolExecutor(NUM_WORKERS) as threads:
+                return list(threads.map(self._grade, completions, problems))
+        return list(map(self._grade, completions, problems))
 
     def _grade(self, completion: str, problem: Problem) -> Graded:
         if self.grading == "robust":
