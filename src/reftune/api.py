@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from reftune.errors import RecipeError
-from reftune.grading.formats import Format
+from reftune.grading.formats import Format, stop_texts
 from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
@@ -137,7 +137,8 @@ def evaluate(
         p if isinstance(p, Problem) else problem_of({"id": i, **p}, f"problem {i}")
         for i, p in enumerate(problems)
     )
-    encoder = Encoder(policy.tokenizer, _format(format or recipe.get("format") or "nl"))
+    put = _format(format or recipe.get("format") or "nl")
+    encoder = Encoder(policy.tokenizer, put)
     collector = Collector(
         engine=load_component("kv", group="engines"),
         encoder=encoder,
@@ -146,7 +147,12 @@ def evaluate(
     )
     lengths = LengthTable.model_validate(recipe.get("lengths") or {})
     params = SamplingParams(max_new_tokens=max_new or lengths.max_new, temperature=0)
-    solved = collector.solve(policy, found, params)
+    own = policy.stop
+    policy.stop = replace(own, texts=stop_texts(put))
+    try:
+        solved = collector.solve(policy, found, params)
+    finally:
+        policy.stop = own
     return Evaluation(
         problems=found, completions=tuple(solved.completions), graded=tuple(solved.graded)
     )

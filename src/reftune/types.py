@@ -207,6 +207,8 @@ class Rollout:
     completion: Completion
     graded: Graded
     reward: float
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    """What the reward is the sum of, if the reward function says so."""
     source: Literal["policy", "gold"] = "policy"
     """Who wrote the completion: the policy, or the data (its log-probabilities mean nothing then).
     """

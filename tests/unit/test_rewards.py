@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import signal
 from fractions import Fraction
 from pathlib import Path
@@ -120,6 +121,31 @@ def test_a_function_may_be_async(tmp_path: Path) -> None:
 def test_none_means_that_the_reward_does_not_apply(tmp_path: Path) -> None:
     reward = reward_from(tmp_path, "def score(completions):\n    return [None, True, 0]\n")
     assert paid(reward, problem("a"), problem("b"), problem("c")) == [None, 1.0, 0.0]
+
+
+PARTS = "{'right': 1.0, 'short': 0.25}"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [f"[{PARTS}, {PARTS}]", "{'right': [1.0, 1.0], 'short': [0.25, 0.25]}"],
+    ids=["by sample", "by part"],
+)
+def test_parts_of_a_reward_add_up_and_keep_their_names(tmp_path: Path, value: str) -> None:
+    reward = reward_from(tmp_path, f"def score(prompts):\n    return {value}\n")
+    rewards = paid(reward, problem("a"), problem("b"))
+    assert rewards == [1.25, 1.25]
+    travelled = pickle.loads(pickle.dumps(rewards[0]))
+    assert travelled == 1.25 and travelled.parts == {"right": 1.0, "short": 0.25}
+
+
+@pytest.mark.parametrize("value", ["{}", "{'right': None}", "{'right': 'x'}"])
+def test_a_part_that_is_no_number_names_the_sample(tmp_path: Path, value: str) -> None:
+    reward = reward_from(
+        tmp_path, f"def score(prompts):\n    return [1.0, {value}][: len(prompts)]\n"
+    )
+    with pytest.raises(RewardError, match="sample b: expected"):
+        paid(reward, problem("a"), problem("b"))
 
 
 def test_numpy_rewards_are_numbers(tmp_path: Path) -> None:

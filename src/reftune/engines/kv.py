@@ -125,7 +125,7 @@ class _Decoder:
         decoding needs none."""
         shape = (len(requests), self.params.max_new_tokens)
         if not requests or self.params.temperature == 0:
-            return torch.zeros(shape, dtype=torch.float64, device=self.policy.device)
+            return torch.zeros(shape, dtype=widest(self.policy.device), device=self.policy.device)
         draws = [generator(self.params.seed, r.position).random(shape[1]) for r in requests]
         return torch.from_numpy(np.stack(draws)).to(self.policy.device)
 
@@ -267,14 +267,19 @@ def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     vocabulary.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    sums = blocks.sum(2).double()
+    sums = blocks.sum(2).to(widest(weights.device))
     total = sums.sum(1)
     threshold = uniforms * total
     block = _first_past(sums.cumsum(1), threshold)
     rows = torch.arange(len(weights), device=weights.device)
     before = sums.cumsum(1)[rows, block] - sums[rows, block]
-    inside = blocks[rows, block].double().cumsum(1)
+    inside = blocks[rows, block].to(widest(weights.device)).cumsum(1)
     return block * BLOCK + _first_past(inside, threshold - before), total
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """What sums of probabilities are made in: fp64, which only Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:

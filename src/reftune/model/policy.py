@@ -29,7 +29,7 @@ from reftune.recipe import LoraTable
 from reftune.types import Completion
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD = Path("value_head", "model.safetensors")
 """Inside a model's folder. In a folder of its own: vLLM takes every safetensors file beside the
@@ -84,6 +84,8 @@ class Policy(nn.Module):
             frozen.narrow(self.model.requires_grad_(False), dtype, embeddings="exact")
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
+        self.saved_dtype = torch.float32
+        """Of the weights that `save` writes, rounded once."""
         use_cheap_dropout(model)
         attention.attend_our_way(model)
         self.packs = attention.takes_packing(model)
@@ -392,7 +394,7 @@ class Policy(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Model (LoRA merged), tokenizer and value head in Hugging Face format; loads with plain
-        `from_pretrained`."""
+        `from_pretrained`. Config and generation config say where completions end."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run has its own
@@ -402,17 +404,32 @@ class Policy(nn.Module):
 
     def _save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        model = self.model.get_base_model() if self.is_lora else self.model
+        model.generation_config = self._generation_config()
+        model.save_pretrained(folder, state_dict=frozen.plain_state(self.model, self.saved_dtype))
+        config = copy.deepcopy(model.config)
+        config.dtype = self.saved_dtype
+        config.eos_token_id = model.generation_config.eos_token_id
+        config.save_pretrained(folder)
         if self.is_lora:
-            model = self.model.get_base_model()
-            model.save_pretrained(folder, state_dict=frozen.plain_state(self.model))
-            model.config.dtype = torch.float32
-            model.config.save_pretrained(folder)
             _save_apart(self._adapters(), folder / ADAPTERS)
-        else:
-            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         head = self.value_head.state_dict()
         _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
+
+    def _generation_config(self) -> GenerationConfig:
+        """Greedy, as in evaluation, with every token that ends a completion, the tokenizer's eos
+        first."""
+        from transformers import GenerationConfig
+
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        ends = sorted(self.stop.ids, key=lambda id_: (id_ != eos, id_))
+        return GenerationConfig(
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=ends if len(ends) > 1 else ends[0],
+            pad_token_id=ends[0] if pad is None else pad,
+            do_sample=False,
+        )
 
     def load_adapters(self, folder: Path) -> None:
         """Go on with the adapters that `save` wrote. Raises: ModelError."""

@@ -13,6 +13,7 @@ from reftune.errors import ModelError
 from reftune.recipe import ModelTable
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reftune.model.scratch import make_scratch
 
@@ -74,6 +75,32 @@ def load_pretrained(
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None
     return model, tokenizer
+
+
+def saved_dtype(table: ModelTable) -> torch.dtype:
+    """Of the weights that a run leaves, see `model.save_dtype`. Raises: ModelError."""
+    import torch
+
+    wanted = table.save_dtype or ("float32" if table.lora is None else "base")
+    if wanted != "base":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    return torch.float32 if table.path is None else _stored_dtype(table)
+
+
+def _stored_dtype(table: ModelTable) -> torch.dtype:
+    import torch
+    from transformers import AutoConfig
+
+    assert table.path is not None
+    try:
+        config = AutoConfig.from_pretrained(
+            resolve(table.path), trust_remote_code=table.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{table.path}: no config can be read: {reason}") from None
+    return config.dtype or torch.float32
 
 
 def smollm2_folder() -> Path:

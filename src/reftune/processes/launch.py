@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from reftune.errors import ProcessError, RecipeError
 from reftune.processes.heartbeat import Heartbeat
@@ -189,18 +189,21 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
     return Fsdp2(reshard_after_forward=reshard)
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     """This process's device. Raises: RecipeError if there is no such device."""
     import torch
 
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise RecipeError("model.device: cuda, but torch finds no GPU; expected auto or cpu here")
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if has_gpu and wanted != "cpu"
-        else torch.device("cpu")
-    )
+    if wanted in ("auto", "cuda"):
+        return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise RecipeError(
+            f"model.device: {wanted}, but torch has no such device here; expected auto or cpu"
+        ) from None
 
 
 def describe() -> str:

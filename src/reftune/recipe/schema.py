@@ -46,8 +46,9 @@ class ModelTable(Table):
     """Of the forward and backward arithmetic; weights and optimizer stay fp32, log-probabilities
     are always fp32. `auto`: bfloat16 if the device multiplies it natively, else float32; chosen
     when the run begins, written into its recipe.yaml and kept on resume."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU where there is one."""
+    device: str = Field("auto", pattern=r"^[a-z]+$")
+    """`auto`: a CUDA GPU if there is one, else the CPU. Others that PyTorch has (`mps`, `xpu`) are
+    taken by name; reftune has not been tested on them."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
     """Under `lora`, keep the base's linear layers in 4 bits (bitsandbytes), a third of what bf16
@@ -66,6 +67,10 @@ class ModelTable(Table):
     """Fuse the small operations of each transformer block (torch.compile) where whole sequences are
     read, so not in decoding. The first steps take a minute longer, results differ by rounding.
     Needs a compiler for C++ on this machine."""
+    save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
+    """Of the weights that stages leave and `export` copies. A chosen model is rounded to it before
+    it is evaluated, so that what is measured is what is served. None: fp32, under `lora` the
+    base's."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -169,6 +174,8 @@ class Recipe(Table):
     trackers: list[TrackerName] | None = None
     """Where metrics go besides `metrics.jsonl`; None: to TensorBoard, in the run folder, where it
     is installed."""
+    tracker_rollouts: int = Field(16, ge=0)
+    """Sampled solutions of each step that wandb and Trackio show as a table."""
 
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:

@@ -1,25 +1,36 @@
-"""A chosen model as a folder of its own: weights, tokenizer, generation config and a model card."""
+"""A chosen model as a folder of its own, which says of itself what training did: weights, config,
+generation config, tokenizer and a model card. Or its adapters alone."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reftune.errors import CheckpointError, ModelError
+from reftune.errors import CheckpointError, ModelError, ReftuneError
+from reftune.grading.formats import stop_texts
+from reftune.model.adapters import export_adapters
+from reftune.model.encoder import Encoder, bos_of
+from reftune.recipe import Recipe, parse_recipe
+from reftune.runs.run import load_splits
 from reftune.storage.atomic import replace_folder
+from reftune.types import BareText, Conversation, Problem
 
-NOT_PART_OF_THE_MODEL = ("checkpoints", "*.jsonl", "stage.json", "nonfinite-*.json")
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "nonfinite-*.json")
 
 
-def export_model(run_folder: Path, method: str, out: Path) -> Path:
+def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
     """Write `out`, which loads with plain `from_pretrained` and in vLLM. Adapters are merged
-    already.
+    already; with `adapter` they are written alone, for the base model.
 
-    Raises: CheckpointError where the method is not finished or `out` exists.
+    Raises: CheckpointError if the method is not finished, has no adapters, or `out` exists.
     """
     stage = run_folder / "stages" / method
     if not (stage / "stage.json").is_file():
@@ -30,10 +41,20 @@ def export_model(run_folder: Path, method: str, out: Path) -> Path:
         )
     if out.exists():
         raise CheckpointError(f"{out}: exists already; choose a folder that does not")
+    recipe, serving = _recipe_of(run_folder), _serving(run_folder, stage)
 
     def fill(folder: Path) -> None:
-        shutil.copytree(stage, folder, ignore=shutil.ignore_patterns(*NOT_PART_OF_THE_MODEL))
-        (folder / "README.md").write_text(model_card(run_folder, method), encoding="utf-8")
+        if adapter:
+            folder.mkdir(parents=True, exist_ok=True)
+            export_adapters(run_folder / "stages", method, recipe.get("model") or {}, folder)
+        else:
+            ignore = shutil.ignore_patterns(*NOT_PART_OF_THE_MODEL)
+            shutil.copytree(stage, folder, ignore=ignore)
+        if serving is not None:
+            serving.tokenizer.save_pretrained(folder)
+            serving.generation.save_pretrained(folder)
+        card = model_card(run_folder, method, serving, adapter=adapter)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(out, fill)
@@ -58,35 +79,137 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{repository}: cannot be pushed, and stays in {folder}: {reason} (`hf auth login`"
-            " logs in)"
+            f"{repository}: cannot be pushed, and stays in {folder}: {reason} (`hf auth login` logs"
+            " in)"
         ) from None
     return str(address)
 
 
-def model_card(run_folder: Path, method: str) -> str:
-    """What the model is, how it was made and how good it is, from the run's own files."""
+# --- as it was trained ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """How the model is to be asked, so that it answers as it was evaluated."""
+
+    name: str
+    encoder: Encoder
+    problem: Problem
+    """An example from the data."""
+    generation: GenerationConfig
+    dtype: str
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.encoder.tokenizer
+
+    @property
+    def prompt(self) -> str | Conversation:
+        return self.encoder.format.prompt(self.problem)
+
+    @property
+    def stop(self) -> list[str]:
+        return list(stop_texts(self.encoder.format))
+
+    @property
+    def limit(self) -> int:
+        return int(self.generation.max_new_tokens or 0)
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether a client that encodes the prompt's text by default gets the prompt's ids."""
+        ids = self.encoder.prompt(self.problem)
+        return ids == list(self.tokenizer.encode(self.encoder.text_of(self.prompt)))
+
+
+def _serving(run_folder: Path, stage: Path) -> Serving | None:
+    """None if the recipe, its data or the tokenizer cannot be read any more: the card then shows no
+    prompt, and the files stay as training left them."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        recipe = parse_recipe(_recipe_of(run_folder))
+        tokenizer = AutoTokenizer.from_pretrained(
+            stage, trust_remote_code=recipe.model.trust_remote_code
+        )
+        config = AutoConfig.from_pretrained(stage)
+        generation = GenerationConfig.from_pretrained(stage)
+        problem = _example(recipe)
+    except (ReftuneError, OSError, ValueError):
+        return None
+    generation.max_new_tokens = recipe.lengths.max_new
+    _ask_as_trained(tokenizer, recipe.format.prompt(problem))
+    return Serving(
+        name=recipe.name,
+        encoder=Encoder(tokenizer, recipe.format),
+        problem=problem,
+        generation=generation,
+        dtype=str(config.dtype or "float32").removeprefix("torch."),
+    )
+
+
+def _recipe_of(run_folder: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8")))
+
+
+def _example(recipe: Recipe) -> Problem:
+    splits = load_splits(recipe)
+    return next(iter((*splits.dev, *splits.train)))
+
+
+def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
+    """Make what training did the tokenizer's own default: no BOS before a bare text, and the
+    arguments of the chat template, unless a client gives others."""
+    if isinstance(prompt, BareText) and bos_of(tokenizer):
+        tokenizer.add_bos_token = False  # rewrites its post-processor
+    if isinstance(prompt, Conversation) and isinstance(tokenizer.chat_template, str):
+        defaults = "".join(
+            f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}"
+            "{%- endif -%}"
+            for name, value in prompt.template_args.items()
+        )
+        tokenizer.chat_template = defaults + tokenizer.chat_template
+
+
+def _literal(value: Any) -> str:
+    """A value of a recipe as Jinja writes it."""
+    return "none" if value is None else json.dumps(value)
+
+
+# --- the card -------------------------------------------------------------------------------------
+
+
+def model_card(
+    run_folder: Path, method: str, serving: Serving | None = None, *, adapter: bool = False
+) -> str:
+    """What the model is, how it was made, how good it is and how to ask it, from the run's own
+    files."""
     recipe = (run_folder / "recipe.yaml").read_text(encoding="utf-8")
     stage = json.loads((run_folder / "stages" / method / "stage.json").read_text(encoding="utf-8"))
     table = yaml.safe_load(recipe)
+    base = (table.get("model") or {}).get("path")
+    head = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["reftune", "reasoning"],
+        **({"base_model": base} if base else {}),
+    }
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [reftune, reasoning]
+{yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 
 # {table["name"]}: {method}
 
 Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stage
 `{stage["kind"]}`, started from `{stage["init"]}`, trained on {_data(table)}.
-{_accuracy(run_folder, method)} The weights are those of step {stage["chosen_step"]},
-chosen on {stage["dev_n"]} dev problems ({stage["dev_accuracy"]:.1%} right, the best of
-{stage["looks"]} looks).
+{_accuracy(run_folder, method)}
+The weights are those of step {stage["chosen_step"]}, chosen on {stage["dev_n"]} dev problems
+({stage["dev_accuracy"]:.1%} right, the best of {stage["looks"]} looks).
 
-The model was trained on one prompt format and one kind of question, and graded by its final
-answers only. Its reasoning was not checked, and programs that it writes are untrusted: run them in
-a sandbox. `value_head/` holds the value head used in training; generation does not need it.
-
+The model was trained on one prompt format and one kind of question, and graded by its final answers
+only. Its reasoning was not checked, and programs that it writes are untrusted: run them in a
+sandbox.{_value_head(adapter)}
+{"" if serving is None else _usage(serving, method, base if adapter else None)}
 ## Recipe
 
 ```yaml
@@ -95,14 +218,18 @@ a sandbox. `value_head/` holds the value head used in training; generation does 
 """
 
 
+def _value_head(adapter: bool) -> str:
+    if adapter:
+        return " These are its adapters alone: they belong to the base model named in the recipe."
+    return " `value_head/` holds the value head used in training; generation does not need it."
+
+
 def _data(recipe: dict[str, Any]) -> str:
     dataset = recipe.get("dataset") or {}
     source = dataset.get("train")
-    return (
-        f"`{source}` (`{dataset['kind']}`)"
-        if isinstance(source, str)
-        else f"the generated data `{dataset.get('kind')}`"
-    )
+    if isinstance(source, str):
+        return f"`{source}` (`{dataset['kind']}`)"
+    return f"the generated data `{dataset.get('kind')}`"
 
 
 def _accuracy(run_folder: Path, method: str) -> str:
@@ -115,6 +242,96 @@ def _accuracy(run_folder: Path, method: str) -> str:
     score = methods[method]
     low, high = score["ci95"]
     return (
-        f"Greedy accuracy {score['accuracy']:.1%} of {score['n']} problems (95 % interval {low:.1%}"
-        f" to {high:.1%})."
+        f"Greedy accuracy {score['accuracy']:.1%} of {score['n']} problems (95 % interval"
+        f" {low:.1%} to {high:.1%})."
     )
+
+
+def _usage(serving: Serving, method: str, base: str | None) -> str:
+    """`base`: of adapters, which are not served alone."""
+    text = serving.encoder.text_of(serving.prompt)
+    stops = [_end(serving, id_) for id_ in _as_list(serving.generation.eos_token_id)]
+    stops += [f"the text {text!r}, which is not part of the answer" for text in serving.stop]
+    bos = "" if serving.adds_special_tokens else ", with no special token before it"
+    name = f"{serving.name}-{method}"
+    serve = f"vllm serve . --served-model-name {name}"
+    if base is not None:
+        serve = f"vllm serve {base} --enable-lora --lora-modules {name}=. --max-lora-rank 64"
+    return f"""
+## Use
+
+One exact prompt{bos}:
+
+{_fenced(text, "text")}
+
+A completion ends at {", ".join(stops)}. It was at most {serving.limit} tokens long in training.
+The weights were evaluated as they are here, in {serving.dtype}.
+
+From this folder:
+
+{_fenced(_shell(serving, serve, name), "bash")}
+
+{_fenced(_python(serving, base), "python")}
+"""
+
+
+def _end(serving: Serving, id_: int) -> str:
+    return f"`{serving.tokenizer.decode([id_])}` (id {id_})"
+
+
+def _shell(serving: Serving, serve: str, name: str) -> str:
+    address = "http://localhost:8000/v1"
+    path = "chat/completions" if isinstance(serving.prompt, Conversation) else "completions"
+    body = json.dumps(request_body(serving, name), indent=2, ensure_ascii=False)
+    return (
+        f"{serve} --dtype {serving.dtype} &\n"
+        f"curl {address}/{path} -H 'Content-Type: application/json' -d @- <<'JSON'\n{body}\nJSON"
+    )
+
+
+def request_body(serving: Serving, name: str) -> dict[str, Any]:
+    """What an OpenAI-compatible server is asked, as in the evaluation."""
+    prompt = serving.prompt
+    body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": serving.limit}
+    if serving.stop:
+        body["stop"] = serving.stop
+    if not isinstance(prompt, Conversation):
+        special = {} if serving.adds_special_tokens else {"add_special_tokens": False}
+        return {**body, "prompt": str(prompt), **special}
+    return {**body, "messages": _messages(prompt), **_template_args(prompt)}
+
+
+def _template_args(prompt: Conversation) -> dict[str, Any]:
+    return {"chat_template_kwargs": dict(prompt.template_args)} if prompt.template_args else {}
+
+
+def _messages(prompt: Conversation) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
+
+
+def _python(serving: Serving, base: str | None) -> str:
+    prompt = serving.prompt
+    asked = _messages(prompt) if isinstance(prompt, Conversation) else str(prompt)
+    options = ", return_full_text=False"
+    if not (serving.adds_special_tokens or isinstance(prompt, Conversation)):
+        options += ", add_special_tokens=False"
+    if serving.stop:  # a generation config that had them would fail without a tokenizer
+        options += f", stop_strings={serving.stop!r}, tokenizer=generate.tokenizer"
+    return (
+        "from transformers import pipeline\n\n"
+        'generate = pipeline("text-generation", ".")\n'
+        f"prompt = {asked!r}\n"
+        f'print(generate(prompt{options})[0]["generated_text"])'
+    )
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block that no line of `text` can end."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.removesuffix(chr(10))}\n{fence}"
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else value

@@ -37,6 +37,9 @@ BEFORE_CLAIM = frozenset(
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 
 
+CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
+
+
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
     """The folder, made this run's and locked."""
@@ -125,7 +128,7 @@ def first_difference(old: Any, new: Any, where: str = "") -> str | None:
     """The first recipe key that differs, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            if where == "" and key in ("run_dir", "trackers"):  # neither changes a result
+            if where == "" and key in CHANGES_NO_RESULT:
                 continue
             found = first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
             if found is not None:

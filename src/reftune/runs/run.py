@@ -17,7 +17,7 @@ from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, stop_texts
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
-from reftune.model.weights import load_model, load_pretrained
+from reftune.model.weights import load_model, load_pretrained, saved_dtype
 from reftune.processes import launch, world
 from reftune.processes.sharding import sharding
 from reftune.recipe import Recipe
@@ -279,6 +279,7 @@ class Run:
             trained=trained,
             stop=stop_texts(self.recipe.format),
         )
+        policy.saved_dtype = saved_dtype(table)
         return policy.to(launch.choose_device(table.device))
 
     def collector(self, policy: Policy) -> Collector:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from reftune.types import Rollout
@@ -23,6 +23,9 @@ class Progress(Protocol):
     def sample(self, rollout: Rollout) -> None:
         """The last sampled solution."""
 
+    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """All solutions that a step sampled."""
+
     def note(self, message: str) -> None:
         """A line that stays."""
 
@@ -38,6 +41,8 @@ class SilentProgress:
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def sample(self, rollout: Rollout) -> None: ...
+
+    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None: ...
 
     def note(self, message: str) -> None: ...
 

@@ -219,6 +219,7 @@ class Trainer:
             self.loop.samples.append({"step": n, **sample_row(rollout, self.policy)})
         if rollouts:
             self.context.progress.sample(rollouts[0])
+            self.context.progress.rollouts(n, rollouts)
 
     # --- score ---
 
@@ -393,6 +394,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return {
         "reward/mean": sum(r.reward for r in rollouts) / count,
         "reward/correct": verdicts[Verdict.CORRECT] / count,
+        **_part_means(rollouts),
         **{f"verdict/{verdict.value}": verdicts[verdict] / count for verdict in Verdict},
         "response/length": sum(len(r.completion.token_ids) for r in rollouts) / count,
         "response/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / count,
@@ -401,6 +403,15 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         ),
         "compute/sampled_tokens": sum(len(r.completion.token_ids) for r in rollouts),
     }
+
+
+def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """A part's mean over the samples that have it."""
+    parts: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in rollout.reward_parts.items():
+            parts.setdefault(name, []).append(value)
+    return {f"reward_part/{name}": sum(values) / len(values) for name, values in parts.items()}
 
 
 def value_metrics(batch: RolloutBatch) -> dict[str, float]:

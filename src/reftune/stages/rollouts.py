@@ -17,7 +17,7 @@ import torch
 from reftune.datasets import Splits
 from reftune.engines import Engine, traffic
 from reftune.errors import DataError, EngineError, RewardError
-from reftune.grading.rewards import Reward
+from reftune.grading.rewards import Reward, SumOfParts
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import world
@@ -105,6 +105,7 @@ class Collector:
                 completion=completion,
                 graded=graded,
                 reward=_finite(reward, problem),
+                reward_parts=reward.parts if isinstance(reward, SumOfParts) else {},
             )
             for problem, prompt, completion, graded, reward in rows
             if reward is not None

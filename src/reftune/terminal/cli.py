@@ -510,6 +510,9 @@ def export(
     public: Annotated[
         bool, typer.Option("--public", help="Create the Hub repository for all to see.")
     ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Only the LoRA adapters, for the base model.")
+    ] = False,
 ) -> None:
     """Copy a trained model with a model card.
 
@@ -518,7 +521,7 @@ def export(
     """
     from reftune.runs.export import export_model, push_model
 
-    written = export_model(run_folder, method, out)
+    written = export_model(run_folder, method, out, adapter=adapter)
     print(written if push is None else push_model(written, push, public=public))
 
 

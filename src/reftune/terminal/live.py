@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
@@ -147,6 +147,9 @@ class LineProgress:
     def sample(self, rollout: Rollout) -> None:
         """Solutions are in samples.jsonl; a log of lines is not the place for them."""
 
+    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """As `sample`."""
+
     def note(self, message: str) -> None:
         """Print at once."""
         print_line(printable(message), self._stream)
@@ -196,6 +199,9 @@ class RichProgress:
     def sample(self, rollout: Rollout) -> None:
         """Shown until the next one."""
         self._sample = rollout
+
+    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """One is enough to look at; see `sample`."""
 
     def note(self, message: str) -> None:
         """Print above the live view."""

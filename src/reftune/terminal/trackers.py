@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,19 @@ class TrackedProgress:
     def sample(self, rollout: Rollout) -> None:
         self._progress.sample(rollout)
 
+    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Log the first of them as a table, where a tracker has tables."""
+        rows = [table_row(step, rollout) for rollout in rollouts[: self._recipe.tracker_rollouts]]
+
+        def log(tracker: GeneralTracker) -> None:
+            table = _table(tracker.name, list(rows[0]), [list(row.values()) for row in rows])
+            if table is not None:
+                tracker.log({f"{self._stage}/rollouts": table, f"{self._stage}/step": step})
+
+        if rows:
+            self._tell(log)
+        self._progress.rollouts(step, rollouts)
+
     def note(self, message: str) -> None:
         self._progress.note(message)
 
@@ -99,6 +112,35 @@ class TrackedProgress:
                 assert self._trackers is not None
                 self._trackers.remove(tracker)
                 self.note(f"{tracker.name}: {_reason(error)}; the run goes on without it")
+
+
+def table_row(step: int, rollout: Rollout) -> dict[str, Any]:
+    """A sampled solution as a person reads it in a table."""
+    return {
+        "step": step,
+        "id": rollout.problem.id,
+        "question": rollout.problem.question,
+        "gold": str(rollout.problem.answer),
+        "completion": rollout.completion.text,
+        "verdict": rollout.graded.verdict.value,
+        "value": str(rollout.graded.value or ""),
+        "reward": rollout.reward,
+        "finish_reason": rollout.completion.finish_reason,
+    }
+
+
+def _table(tracker: str, columns: list[str], rows: list[list[Any]]) -> Any:
+    """None for a tracker without tables."""
+    if tracker == "wandb":
+        import wandb  # type: ignore[import-not-found,unused-ignore]
+
+        return wandb.Table(columns=columns, data=rows)
+    if tracker == "trackio":
+        import pandas
+        import trackio  # type: ignore[import-not-found,unused-ignore]
+
+        return trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))
+    return None
 
 
 def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:

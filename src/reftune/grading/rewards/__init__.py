@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from reftune.types import Completion, Graded, Problem
+
+
+class SumOfParts(float):
+    """A reward and the named parts that it is the sum of."""
+
+    parts: Mapping[str, float]
+
+    def __new__(cls, parts: Mapping[str, float]) -> SumOfParts:
+        made = super().__new__(cls, sum(parts.values()))
+        made.parts = dict(parts)
+        return made
+
+    def __reduce__(self) -> tuple[type[SumOfParts], tuple[Mapping[str, float]]]:
+        return SumOfParts, (self.parts,)
 
 
 class Reward(Protocol):

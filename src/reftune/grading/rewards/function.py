@@ -5,6 +5,9 @@ lists: `prompts` (the questions), `completions` (texts), `completion_ids`, every
 by its name, and, where the data have no column of that name, `answer`, `verdicts`, `values` and
 `reasons` (the grader's). It takes those it names, or all of them with `**kwargs`; it may be async.
 It returns one number a completion, or None where it does not apply: that rollout is then left out.
+Instead of a number it may return parts, `{"correct": 1.0, "short": 0.1}`, or for the whole batch
+`{"correct": [1.0, …], "short": [0.1, …]}`: the reward is their sum, and each is a metric of its
+own, `reward_part/NAME`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from reftune.errors import RewardError
+from reftune.grading.rewards import SumOfParts
 from reftune.recipe import Component, component_class
 from reftune.types import Completion, Graded, Problem
 
@@ -58,7 +62,7 @@ class FunctionReward(Component):
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise self._blame(samples, error) from error
         return [
-            self._number(reward, sample) for reward, sample in zip(rewards, samples, strict=True)
+            self._value(reward, sample) for reward, sample in zip(rewards, samples, strict=True)
         ]
 
     def _call(self, samples: Sequence[_Sample]) -> Sequence[Any]:
@@ -71,6 +75,8 @@ class FunctionReward(Component):
                 f"reward {self.kind}: took more than timeout_s={self.timeout_s:g} for the batch"
                 f" {_names(samples)}"
             ) from None
+        if isinstance(rewards, Mapping):
+            rewards = _by_sample(rewards, len(samples))
         if (
             getattr(rewards, "ndim", 1) == 0
             or not hasattr(rewards, "__len__")
@@ -105,9 +111,18 @@ class FunctionReward(Component):
             )
         return {name: column for name, column in offered.items() if name in named}
 
-    def _number(self, reward: Any, sample: _Sample) -> float | None:
+    def _value(self, reward: Any, sample: _Sample) -> float | None:
         if reward is None:
             return None
+        if not isinstance(reward, Mapping):
+            return self._number(reward, sample)
+        if not reward:
+            raise RewardError(
+                f"reward {self.kind}: sample {sample[0].id}: expected at least one part, got {{}}"
+            )
+        return SumOfParts({str(name): self._number(part, sample) for name, part in reward.items()})
+
+    def _number(self, reward: Any, sample: _Sample) -> float:
         try:
             number = math.nan if isinstance(reward, str | bytes) else float(reward)
         except (TypeError, ValueError, OverflowError):
@@ -194,6 +209,14 @@ def _finished(result: Any) -> Any:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, wait()).result()
+
+
+def _by_sample(parts: Mapping[Any, Any], count: int) -> Any:
+    """Columns of parts as one mapping a sample; as they are if they are no such columns."""
+    columns = list(parts.values())
+    if not columns or not all(isinstance(c, list | tuple) and len(c) == count for c in columns):
+        return parts
+    return [dict(zip(parts, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _names(samples: Sequence[_Sample]) -> str:

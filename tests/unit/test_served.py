@@ -1,0 +1,259 @@
+"""The served model is the trained one: on a tiny model of each family, SFT → ReFT → export, and
+plain transformers writes what was evaluated, token for token."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from chat_families import FAMILIES, save_model
+from reftune import api
+from reftune.datasets import Splits
+from reftune.errors import CheckpointError
+from reftune.model.encoder import Encoder
+from reftune.recipe import Component, parse_recipe
+from reftune.runs.export import export_model
+from reftune.runs.run import load_splits, run_recipe
+from reftune.stages.progress import SilentProgress
+from reftune.types import Answer, Conversation, Problem
+
+MAX_NEW = 24
+OPTIMIZER = {"learning_rate": 3e-3}
+
+
+class Figs(Component):
+    """A few sums with rationales."""
+
+    def load(self, *, seed: int) -> Splits:
+        def figs(split: str, i: int) -> Problem:
+            a, b = i % 5 + 2, i % 3 + 1
+            return Problem(
+                id=f"{split}-{i}",
+                question=f"Kofi has {a} figs and gets {b} more. How many figs?",
+                answer=Answer(kind="number", value=Fraction(a + b)),
+                rationale=f"{a} + {b} = {a + b}.",
+            )
+
+        splits = {split: tuple(figs(split, i) for i in range(4)) for split in ("train", "dev")}
+        return Splits(**splits, test=tuple(figs("test", i) for i in range(4, 9)))
+
+
+def run_of(tmp_path: Path, name: str, *, format_keys: dict[str, Any], **model: Any) -> Path:
+    """The run folder of SFT and RL on a family's model."""
+    content = {
+        "name": "tiny",
+        "run_dir": str(tmp_path / "run"),
+        "threads": 1,
+        "model": {"path": str(tmp_path / "base"), "dtype": "float32", **model},
+        "dataset": {"kind": f"{__file__}:Figs"},
+        "format": {"kind": "nl", **format_keys},
+        "lengths": {"max_new": MAX_NEW},
+        "trackers": [],
+        "stages": {
+            "sft": {"kind": "sft", "epochs": 6, "batch_size": 4, "optimizer": OPTIMIZER},
+            "reft": {
+                "kind": "rl",
+                "init": "sft",
+                "steps": 2,
+                "prompts": 2,
+                "samples": 2,
+                "eval_every": 1,
+                "optimizer": OPTIMIZER,
+            },
+        },
+    }
+    if not (tmp_path / "base").exists():
+        save_model(name, tmp_path / "base")
+    run_recipe(parse_recipe(content), progress=SilentProgress())
+    return tmp_path / "run"
+
+
+def evaluated(run: Path, method: str = "reft") -> list[str]:
+    lines = (run / "eval" / f"{method}.jsonl").read_text().splitlines()
+    return [json.loads(line)["greedy"]["completion"] for line in lines]
+
+
+def ids_of(run: Path, method: str = "reft") -> list[tuple[int, ...]]:
+    """The greedy tokens of a stage's chosen model, as reftune decodes them."""
+    recipe = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()))
+    found = api.evaluate(run / "stages" / method, load_splits(recipe).test)
+    assert [c.text for c in found.completions] == evaluated(run, method)
+    return [c.token_ids for c in found.completions]
+
+
+def asked(run: Path, tokenizer) -> list[tuple[list[int], str | list[dict[str, str]]]]:
+    """Prompt ids as in training, and what a client hands over."""
+    recipe = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()))
+    encoder, prompts = Encoder(tokenizer, recipe.format), []
+    for problem in load_splits(recipe).test:
+        prompt = recipe.format.prompt(problem)
+        told: Any = prompt
+        if isinstance(prompt, Conversation):
+            told = [{"role": t.role, "content": t.content} for t in prompt.turns]
+        prompts.append((encoder.prompt(problem), told))
+    return prompts
+
+
+def load(folder: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
+
+
+def encoded(tokenizer, told) -> list[int]:
+    """As a client that knows nothing of reftune."""
+    if isinstance(told, str):
+        return tokenizer(str(told))["input_ids"]
+    return tokenizer.apply_chat_template(told, add_generation_prompt=True)["input_ids"]
+
+
+def generated(model, tokenizer, ids: list[int], stop: list[str] | None = None) -> tuple[int, ...]:
+    """By the export's own generation config, and stop texts, which a client must know."""
+    out = model.generate(torch.tensor([ids]), tokenizer=tokenizer, stop_strings=stop or None)
+    return tuple(out[0, len(ids) :].tolist())
+
+
+STYLES = [
+    *(
+        pytest.param(n, {"style": "chat", "template_args": f.template_args}, id=n)
+        for n, f in FAMILIES.items()
+    ),
+    pytest.param(
+        "llama3",
+        {"style": "chat", "system": "Add up.", "stop": ["ti", " = "]},
+        id="llama3, system, stop",
+    ),
+    pytest.param("gemma", {"style": "compact"}, id="gemma, text after BOS"),
+    pytest.param("gemma", {"style": "paper"}, id="gemma, the paper's prompt"),
+    pytest.param(
+        "qwen2.5",
+        {"style": "plain", "template": "Q: {question}\nA:", "stop": ["Q:", "."]},
+        id="qwen2.5, plain",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "format_keys"), STYLES)
+def test_plain_transformers_writes_what_was_evaluated(tmp_path, name, format_keys):
+    run = run_of(tmp_path, name, format_keys=format_keys)
+    out = export_model(run, "reft", tmp_path / "model")
+    model, tokenizer = load(out)
+    told = asked(run, tokenizer)
+    assert [encoded(tokenizer, text) for _, text in told] == [ids for ids, _ in told]
+    stop = format_keys.get("stop", [])
+    assert [generated(model, tokenizer, ids, stop) for ids, _ in told] == ids_of(run)
+    from transformers import pipeline
+
+    generate = pipeline("text-generation", str(out))
+    for (_, text), expected in zip(told, evaluated(run), strict=True) if not stop else ():
+        (answer,) = generate(text if isinstance(text, list) else str(text), return_full_text=False)
+        assert answer["generated_text"] == expected
+
+
+@pytest.mark.parametrize(("name", "format_keys"), STYLES[3:5] + STYLES[-4:])
+def test_the_card_s_python_call_works_and_its_request_is_the_prompt(
+    tmp_path, name, format_keys, monkeypatch, capsys
+):
+    run = run_of(tmp_path, name, format_keys=format_keys)
+    out = export_model(run, "reft", tmp_path / "model")
+    card = (out / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(out)
+    capsys.readouterr()
+    exec(code, {})
+    printed = capsys.readouterr().out
+    recipe = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()))
+    problem = load_splits(recipe).dev[0]
+    greedy = api.evaluate(run / "stages" / "reft", [problem]).completions[0]
+    assert printed.startswith(greedy.text)
+    body = json.loads(card.split("<<'JSON'\n")[1].split("\nJSON")[0])
+    tokenizer = load(out)[1]
+    if "messages" in body:
+        ids = tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, **body.get("chat_template_kwargs", {})
+        )["input_ids"]
+    else:
+        special = body.get("add_special_tokens", True)
+        ids = tokenizer.encode(body["prompt"], add_special_tokens=special)
+    assert ids == Encoder(tokenizer, recipe.format).prompt(problem)
+    assert (body["temperature"], body["max_tokens"]) == (0, MAX_NEW)
+    assert body.get("stop", []) == recipe.format.stop
+    for token in FAMILIES[name].ends:
+        assert f"`{token}`" in card
+
+
+def test_an_export_stops_where_training_did_whatever_the_base_s_config_says(tmp_path):
+    # the config's eos is <|endoftext|>, the tokenizer's <|im_end|>, and the generation config knows
+    # of neither: it samples with a repetition penalty
+    base = save_model("qwen2.5", tmp_path / "base", config_eos=0)
+    path = base / "generation_config.json"
+    path.write_text(json.dumps({"repetition_penalty": 2.0, "do_sample": True, "eos_token_id": [1]}))
+    run = run_of(tmp_path, "qwen2.5", format_keys={"style": "chat"})
+    out = export_model(run, "reft", tmp_path / "model")
+    model, tokenizer = load(out)
+    generation = json.loads((out / "generation_config.json").read_text())
+    end = tokenizer.eos_token_id
+    assert (
+        generation["eos_token_id"]
+        == [end, 0, 1]
+        == json.loads((out / "config.json").read_text())["eos_token_id"]
+    )
+    assert generation["do_sample"] is False and "repetition_penalty" not in generation
+    assert generation["max_new_tokens"] == MAX_NEW
+    assert [generated(model, tokenizer, ids) for ids, _ in asked(run, tokenizer)] == ids_of(run)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
+def test_a_model_is_rounded_before_it_is_evaluated(tmp_path, lora):
+    from safetensors.torch import load_file
+
+    save_model("llama3", tmp_path / "base", dtype="bfloat16")
+    saved = {} if lora else {"save_dtype": "base"}
+    run = run_of(tmp_path, "llama3", format_keys={"style": "chat"}, lora=lora, **saved)
+    out = export_model(run, "reft", tmp_path / "model")
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "in bfloat16." in (out / "README.md").read_text()
+    model, tokenizer = load(out)
+    assert [generated(model, tokenizer, ids) for ids, _ in asked(run, tokenizer)] == ids_of(run)
+
+
+def test_full_training_of_a_bf16_base_is_kept_in_fp32(tmp_path):
+    save_model("llama3", tmp_path / "base", dtype="bfloat16")
+    run = run_of(tmp_path, "llama3", format_keys={"style": "chat"})
+    out = export_model(run, "reft", tmp_path / "model")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("method", ["sft", "reft"])
+def test_adapters_alone_are_the_model_on_its_base(tmp_path, method):
+    from peft import PeftModel
+
+    run = run_of(tmp_path, "gemma", format_keys={"style": "chat"}, lora={"rank": 4})
+    out = export_model(run, method, tmp_path / "adapter", adapter=True)
+    assert not (out / "model.safetensors").exists()
+    base, tokenizer = load(tmp_path / "base")
+    model = PeftModel.from_pretrained(base, str(out))
+    merged, _ = load(run / "stages" / method)
+    ids = torch.tensor([asked(run, tokenizer)[0][0]])
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-5)
+        assert not torch.allclose(
+            load(tmp_path / "base")[0](ids).logits, merged(ids).logits, atol=1e-3
+        )
+
+
+def test_adapters_of_a_run_without_lora_are_refused(tmp_path):
+    run = run_of(tmp_path, "qwen2.5", format_keys={"style": "chat"})
+    with pytest.raises(CheckpointError, match="--adapter expects a run with"):
+        export_model(run, "reft", tmp_path / "adapter", adapter=True)
+    assert not (tmp_path / "adapter").exists()
