@@ -19,7 +19,13 @@ from reftune.terminal.cli import main
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` says for FSDP2."""
-SHARDINGS = {"ddp": {}, "fsdp2": FSDP2}
+TWO_BY_TWO = {
+    **FSDP2,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
+SHARDINGS = {"ddp": {}, "fsdp2": FSDP2, "2x2": TWO_BY_TWO}
 
 
 @dataclass(frozen=True, slots=True)

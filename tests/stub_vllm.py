@@ -83,6 +83,10 @@ def choices(body: dict[str, Any]) -> list[dict[str, Any]]:
 class _Handler(BaseHTTPRequestHandler):
     server: StubVllm
 
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         stub = self.server

@@ -81,6 +81,15 @@ def test_two_processes_take_the_steps_of_one(how, by_one, by_two):
     assert_same_run(by_two(how), by_one)
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "2x2"])
+def test_four_processes_take_the_steps_of_one(how, by_one, steady_recipe, tmp_path):
+    recipe = steady_recipe(tmp_path / "run")
+    ended = ranks.run(recipe, how=how, num=4, timeout_s=110)
+    assert [one.status for one in ended] == [0] * 4, ended
+    assert ("in each of 2 groups" in ended[0].stderr) == (how == "2x2")
+    assert_same_run(recipe.folder, by_one)
+
+
 @pytest.mark.parametrize("how", SHARDINGS)
 def test_the_main_process_speaks_and_says_how_weights_are_held(how, by_two):
     folder = by_two(how).parent
@@ -422,6 +431,35 @@ def test_each_process_holds_what_its_sharding_says(how, make_policy, tmp_path):
 
     ended = ranks.spread(body, tmp_path, how=how)
     assert [end.status for end in ended] == [0, 0], ended
+
+
+def test_matrices_are_gathered_in_the_compute_dtype_and_nothing_else_changes(make_policy, tmp_path):
+    batch = token_batch([[3], [4, 5], [6, 7, 8]], [[8, 1], [9, 1], [10, 11, 1]])
+
+    def scores(policy: Any) -> list[Any]:
+        found = policy.score(batch, max_tokens=100)
+        return [tensor.tolist() for tensor in (found.logprobs, found.values, found.entropy)]
+
+    def body() -> None:
+        policy = make_policy(dtype=torch.bfloat16)
+        sharding().distribute(policy)
+        with policy.inference():
+            layer = policy.model.model.layers[0]
+            assert layer.self_attn.q_proj.weight.dtype == torch.bfloat16
+            assert layer.input_layernorm.weight.dtype == torch.float32
+            assert policy.value_head.weight.dtype == torch.float32
+            assert policy.model.lm_head.weight.dtype == torch.float32
+        with sharding().whole(policy):
+            assert {p.dtype for p in next(policy.children()).parameters()} == {torch.float32}
+        found = scores(policy)
+        if world.is_main():
+            (tmp_path / "found.json").write_text(json.dumps(found))
+
+    ended = ranks.spread(body, tmp_path, how="fsdp2")
+    assert [end.status for end in ended] == [0, 0], ended
+    assert_same_numbers(
+        json.loads((tmp_path / "found.json").read_text()), scores(make_policy(dtype=torch.bfloat16))
+    )
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

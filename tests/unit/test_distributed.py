@@ -21,6 +21,13 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
+def grid(replicas, shards):
+    """What `accelerate launch` says for groups of processes."""
+    sizes = {"DP_REPLICATE": replicas, "DP_SHARD": shards, "TP": 1, "CP": 1, "SP": 1}
+    told = {f"PARALLELISM_CONFIG_{axis}_SIZE": str(size) for axis, size in sizes.items()}
+    return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **told}
+
+
 @pytest.mark.parametrize(
     ("environment", "how"),
     [
@@ -30,6 +37,8 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, Sharding()),
         ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "false"}, Fsdp2()),
         ({**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"}, Fsdp2(reshard_after_forward=False)),
+        ({**FSDP2, **grid(2, 4), "WORLD_SIZE": "8"}, Fsdp2(replicas=2)),
+        ({**FSDP2, **grid(1, 8), "WORLD_SIZE": "8"}, Fsdp2()),
     ],
 )
 def test_the_launcher_says_whether_weights_are_sharded(environment, how):
@@ -48,6 +57,9 @@ def test_the_launcher_says_whether_weights_are_sharded(environment, how):
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "expected DDP or FSDP2"),
         ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
         ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "gradient_checkpointing says it"),
+        ({**FSDP2, **grid(2, 4), "WORLD_SIZE": "6"}, "dp_replicate_size 2, dp_shard_size 4"),
+        ({**FSDP2, **grid(2, 1), "WORLD_SIZE": "2"}, "expected dp_shard_size above 1"),
+        ({**FSDP2, **grid(1, 2), "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size 2, cp_size 1"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16; expected no"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "expected torchrun"),
     ],
@@ -119,6 +131,7 @@ CONFIGS = shipped_recipes() / "accelerate"
         ("8-gpus-fsdp2", Fsdp2(), 1, 8),
         ("2x8-gpus-ddp", Sharding(), 2, 8),
         ("2x8-gpus-fsdp2", Fsdp2(), 2, 8),
+        ("2x8-gpus-hsdp", Fsdp2(replicas=2), 2, 8),
     ],
 )
 def test_shipped_launch_configurations_ask_for_what_they_are_named(

@@ -200,7 +200,7 @@ class Policy(nn.Module):
         """Evaluation mode (no dropout), the compute dtype and whole weights, to read only; the mode
         before is restored."""
         training = self.training
-        with sharding().whole(self), self.arithmetic():
+        with sharding().whole(self, self.compute_dtype), self.arithmetic():
             self.eval()
             try:
                 yield
@@ -465,7 +465,8 @@ class Reference:
         """As `Policy.score`, of the reference."""
         if self._frozen is not None:
             return self._frozen.score(batch, temperature=temperature, max_tokens=max_tokens)
-        with sharding().whole(self._policy), self._policy.with_adapters(self._adapters):
+        whole = sharding().whole(self._policy, self._policy.compute_dtype)
+        with whole, self._policy.with_adapters(self._adapters):
             return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
 
 

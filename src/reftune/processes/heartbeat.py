@@ -73,7 +73,8 @@ class Heartbeat:
             self._store.set(_key(self._rank), own)
             beats = self._store.multi_get([_key(other) for other in self._others])
         except RuntimeError:
-            self._others = [0]  # the main process has the store; nobody else can be heard
+            if self._rank != 0:  # the main process has the store; nobody else can be heard
+                self._others = [0]
             return
         now = time.monotonic()
         for other, beat in zip(self._others, beats, strict=True):

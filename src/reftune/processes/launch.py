@@ -149,7 +149,6 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "expected FSDP2, which splits the same as ZeRO 3",
     "ACCELERATE_USE_MEGATRON_LM": "expected DDP or FSDP2",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "expected DDP or FSDP2",
     "FSDP_OFFLOAD_PARAMS": (
         "weights stay where they are trained; expected fsdp_offload_params: false"
     ),
@@ -180,13 +179,33 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
             f"launcher: mixed_precision is {precision}; expected no, as the recipe's model.dtype"
             " says it"
         )
+    replicas = _wanted_replicas(environment)
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return Sharding()
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise RecipeError(f"launcher: fsdp_version is {version}; expected 2")
     reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
-    return Fsdp2(reshard_after_forward=reshard)
+    return Fsdp2(reshard_after_forward=reshard, replicas=replicas)
+
+
+def _wanted_replicas(environment: Mapping[str, str]) -> int:
+    """Groups of processes that each hold the model once, by accelerate's parallelism_config."""
+    if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return 1
+    sizes = {
+        axis: int(environment.get(f"PARALLELISM_CONFIG_{axis}_SIZE", "1"))
+        for axis in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+    }
+    replicas, shards, *others = sizes.values()
+    is_whole = replicas * shards == int(environment.get("WORLD_SIZE", replicas * shards))
+    if others != [1, 1, 1] or shards == 1 or not is_whole:
+        asked = ", ".join(f"{axis.lower()}_size {size}" for axis, size in sizes.items())
+        raise RecipeError(
+            f"launcher: parallelism_config is {asked}; expected dp_shard_size above 1,"
+            " dp_replicate_size times that as many as processes, and 1 for all others"
+        )
+    return replicas
 
 
 def choose_device(wanted: str) -> torch.device:

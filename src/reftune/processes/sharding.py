@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from reftune.processes import world
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -44,9 +45,10 @@ class Sharding:
         return False
 
     @contextmanager
-    def whole(self, model: nn.Module) -> Iterator[None]:
+    def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Every process holds all weights of `model`, for reading: forward passes need no other
-        process meanwhile.
+        process meanwhile. Matrices of transformer blocks may come in `dtype`, to which arithmetic
+        in it would cast them anyway.
 
         All processes must enter. The children of a split `model` are plain copies; it must not be
         called itself, only what it holds.
@@ -66,9 +68,13 @@ class Fsdp2(Sharding):
 
     splits: ClassVar[bool] = True
     reshard_after_forward: bool = True
+    replicas: int = 1
+    """Groups of consecutive processes of which each holds the model once, as on a machine of its
+    own."""
 
     def __str__(self) -> str:
-        return "weights sharded (FSDP2)"
+        groups = "" if self.replicas == 1 else f", in each of {self.replicas} groups"
+        return f"weights sharded (FSDP2{groups})"
 
     def distribute(self, model: Any) -> None:
         super().distribute(model)
@@ -82,7 +88,10 @@ class Fsdp2(Sharding):
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         twin = _twin(model)
-        mesh = init_device_mesh(next(model.parameters()).device.type, (world.world_size(),))
+        shape = (self.replicas, world.world_size() // self.replicas)
+        device = next(model.parameters()).device.type
+        grid = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = grid if self.replicas > 1 else grid["shard"]
         for block in transformer_blocks(model):
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model, mesh=mesh)
@@ -98,13 +107,16 @@ class Fsdp2(Sharding):
         return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
     @contextmanager
-    def whole(self, model: nn.Module) -> Iterator[None]:
+    def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
         if not self.is_split(model):
             yield
             return
         twin, split = _twins[model], dict(model._modules)
+        cast = _matrices(twin)
         for full, part in zip(twin.parameters(), model.parameters(), strict=True):
-            full.data = whole_tensor(part).detach()
+            value = part.detach()
+            is_cast = dtype is not None and id(full) in cast
+            full.data = whole_tensor(value.to(dtype) if is_cast else value)
         model._modules.update(twin._modules)
         try:
             yield
@@ -147,6 +159,15 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
         for name in getattr(module, "_no_split_modules", None) or ()
     }
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _matrices(model: nn.Module) -> set[int]:
+    """By id, what linear layers of transformer blocks multiply by; heads and embeddings are not."""
+    from torch import nn
+
+    blocks = transformer_blocks(model)
+    layers = (layer for block in blocks for layer in block.modules())
+    return {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -143,6 +143,7 @@ class Loop:
                 if stop or due:
                     saved, last_save = self._save(), time.perf_counter()
                     if stop and self.state.step < self.total_steps:
+                        world.wait("the checkpoint")  # a launcher may end all with the first
                         raise Interrupted(str(saved))
         self._finish()
         if self._stop:

@@ -195,7 +195,8 @@ class Classifier(nn.Module):
     def scores(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
         """(B,) probabilities that the solutions are correct, without dropout."""
         scores = torch.zeros(len(batch), device=self.policy.device)
-        with sharding().whole(self), self.policy.inference():
+        whole = sharding().whole(self, self.policy.compute_dtype)
+        with whole, self.policy.inference():
             for index, counts in own_micro_batches(
                 batch.lengths, max_tokens=max_tokens, packed=self.packs
             ):

@@ -64,7 +64,7 @@ class Collector:
         # one token stands for a prompt that does not fit, so that all others keep their positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
-        with world.together(EngineError), sharding().whole(policy):
+        with world.together(EngineError), sharding().whole(policy, policy.compute_dtype):
             completions = self.engine.generate(policy, asked, params)
             _require_whole(completions, problems[own], type(self.engine).__name__)
         completions = [
