@@ -128,6 +128,13 @@ def test_text_can_be_asked_for(tmp_path: Path) -> None:
     )
 
 
+def test_golds_with_decimal_commas_are_numbers_if_the_recipe_says_so(tmp_path: Path) -> None:
+    rows = [{"question": str(i), "answer": gold} for i, gold in enumerate(["3,5", "1.250,75"])]
+    values = [problem.answer.value for problem in load(tmp_path, *rows, decimal=",").train]
+    assert values == [Fraction("3.5"), Fraction("1250.75")]
+    assert [problem.answer.kind for problem in load(tmp_path, *rows).train] == ["text", "text"]
+
+
 def test_every_row_has_a_kind_of_its_own(tmp_path: Path) -> None:
     rows = [{"question": "q", "answer": "5"}, {"question": "r", "answer": "Paris"}]
     answers = [problem.answer for problem in load(tmp_path, *rows, CHOICE).train]

@@ -31,6 +31,9 @@ class Jsonl(FileDataset):
     """What the gold of a choice counts from if it is the position of an option; null refuses such
     golds, as some data count from 0 and some from 1."""
 
+    decimal: Literal[".", ","] = "."
+    """The decimal separator of the golds; that of a model's answers is `format.decimal`."""
+
     several_rationales: ClassVar[bool] = True
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
@@ -64,7 +67,10 @@ class Jsonl(FileDataset):
                 " choice"
             )
         reader = GoldReader(
-            column=columns.answer, kind=self.answer_kind, positions_from=self.positions_from
+            column=columns.answer,
+            kind=self.answer_kind,
+            positions_from=self.positions_from,
+            decimal=self.decimal,
         )
         gold = reader.read(row, options)
         is_worked = columns.rationale == columns.answer

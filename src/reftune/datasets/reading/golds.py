@@ -64,6 +64,8 @@ class GoldReader:
     expression (`latex`), a list in brackets or a text."""
     positions_from: int | None
     """What a choice's gold counts from if it is a position."""
+    decimal: Literal[".", ","]
+    """The decimal separator."""
 
     def read(self, row: Row, options: Options | None) -> Gold:
         """Raises: DataError."""
@@ -91,6 +93,7 @@ class GoldReader:
     def _answer(self, row: Row, value: Any, options: Options | None) -> Answer:
         from reftune.grading.golds import number_gold
         from reftune.grading.kinds import told_gold, worded_gold
+        from reftune.grading.markers import Reading
 
         if isinstance(value, Mapping):
             raise self._refused(row, value, "one answer")
@@ -103,7 +106,7 @@ class GoldReader:
         if options is not None:
             return Answer(kind="choice", value=self._letter(row, value, options))
         if self.kind not in ("text", "latex"):
-            number = number_gold(value)
+            number = number_gold(value, Reading(decimal=self.decimal))
             if number is not None:
                 return number
             if self.kind == "number":
