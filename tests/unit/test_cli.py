@@ -63,6 +63,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fake("reftune.stages.loop", Interrupted=Interrupted)
     fake(
         "reftune.results",
+        handover_lines=lambda folder: ["warmup was finished"],
         table_command=lambda runs, form, **options: (
             f"a {form} table of {[str(run) for run in runs]}"
         ),
@@ -88,7 +89,7 @@ def test_a_run_prints_its_table_as_the_only_result(
     assert (recipe.seed, recipe.lengths.max_new, rest) == (7, 5, [])
     out, err = capsys.readouterr()
     assert out == f"a text table of ['{Path('runs/tiny')}']\n"
-    assert err == f"report: {Path('runs/tiny/report.html')}\n"
+    assert err == f"warmup was finished\nreport: {Path('runs/tiny/report.html')}\n"
 
 
 def test_json_is_one_document_on_stdout(calls: SimpleNamespace, capsys: pytest.CaptureFixture[str]):

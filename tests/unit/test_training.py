@@ -20,7 +20,7 @@ from reftune.model.batch import token_batch
 from reftune.model.encoder import Encoder
 from reftune.recipe import load_component
 from reftune.runs.run import open_run
-from reftune.stages.loop import Interrupted, load_trainable, trainable
+from reftune.stages.loop import Interrupted, Look, load_trainable, trainable
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step, rate
 from reftune.stages.progress import SilentProgress
 from reftune.stages.rl import rollout_batch
@@ -335,7 +335,8 @@ def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equal
 ):
     scores = iter([0.2, 0.5, 0.5, 0.4])
     monkeypatch.setattr(
-        "reftune.stages.loop.look_at_dev", lambda context, **_: {"dev/accuracy": next(scores)}
+        "reftune.stages.loop.look_at_dev",
+        lambda context, **_: Look(metrics={"dev/accuracy": next(scores)}),
     )
     recipe = make_recipe(stages={"sft": {"epochs": 4, "snapshots": None}, "reft": None})
     seen = {}
@@ -406,7 +407,7 @@ def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypa
     trainer.loop.state.step = 5
     with pytest.raises(NonFiniteError) as error:
         trainer.update(trainer.algorithm.credit(batch), 5)
-    path = trainer.context.folder / "nonfinite-000005.json"
+    path = trainer.context.folder.path / "nonfinite-000005.json"
     assert (
         str(error.value)
         == "reft step 5: loss is nan in rows 0, 1, 2, 3, 4, 5, 6, 7; the weights were not changed;"

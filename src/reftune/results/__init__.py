@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from reftune.results import paper
+from reftune.results.handover import handovers, sentence
 from reftune.results.page.figures import write_figures
 from reftune.results.page.html import write_report
 from reftune.results.records import read_run
@@ -15,12 +16,18 @@ from reftune.results.tables import choices_table, render_table
 
 __all__ = [
     "choices_table",
+    "handover_lines",
     "report_command",
     "summarize",
     "table_command",
     "write_figures",
     "write_report",
 ]
+
+
+def handover_lines(run_dir: Path | str) -> list[str]:
+    """For each stage that samples, whether its warm-up was finished. Raises: DataError."""
+    return [sentence(found) for found in handovers(read_run(run_dir))]
 
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:

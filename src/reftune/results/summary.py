@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from reftune.errors import DataError
 from reftune.grading import voting
 from reftune.results import stats
+from reftune.results.handover import handovers
 from reftune.results.records import EvalRow, RunResults, read_run, require_finished, same_problems
 from reftune.results.stats import Comparison, Interval, SeedComparison
 from reftune.stages.probes import choices
@@ -119,6 +120,7 @@ def summarize(run_dir: Path | str) -> dict[str, Any]:
             for method in table.methods
         },
         "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
+        "handovers": [found.to_row() for found in handovers(run)],
         "wall_seconds": run.wall_seconds,
     }
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from reftune.stages.optimizer import (
     optimizer_step,
     rate,
 )
+from reftune.stages.plateau import History
 from reftune.stages.probes.choices import choice_metrics, diagnose, is_multiple_choice
 from reftune.stages.stage import StageContext
 from reftune.storage.atomic import link_files, replace_folder, write_atomically
@@ -53,9 +54,17 @@ class Progression:
     """Times the dev split was scored."""
     totals: dict[str, float] = field(default_factory=dict)
     """`compute/…` sums since the stage began."""
+    ends_at: int | None = None
+    """The last step, once a plateau has fixed it."""
+    history: dict[str, Any] = field(default_factory=dict)
+    """Of `plateau.History`."""
     skipped: int = 0
     """Steps left out because their numbers were not finite."""
     seconds: float = 0.0
+
+
+COOLDOWN = 10
+"""A cooldown lasts one step for so many before it."""
 
 
 class Interrupted(Exception):
@@ -91,11 +100,13 @@ class Loop:
         total_steps: int,
         eval_every: int,
         snapshots: Mapping[str, int] | None = None,
-        look: Callable[[], dict[str, float]] | None = None,
+        look: Callable[[], Look] | None = None,
         start: Progression | None = None,
+        until_plateau: bool = False,
     ) -> None:
         """`look` gives `dev/accuracy` and more of what is not a policy; `start` holds what came
-        before step 1. The model is distributed over the processes here."""
+        before step 1. `until_plateau`: a constant rate until dev is flat, then a cooldown over a
+        tenth of the steps so far. The model is distributed over the processes here."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -103,6 +114,7 @@ class Loop:
         self.is_worth_a_look = look is None and context.stage.init != "base"
         self.samples = JsonLines(context.folder.samples)
         self.state = start or Progression()
+        self.until_plateau = until_plateau
         self._stop = False
         sharding().distribute(model)
         self.optimizer = make_optimizer(model, table.optimizer)
@@ -127,10 +139,10 @@ class Loop:
                 if self.is_worth_a_look:
                     self._look()
                 self._save()
-            while self.state.step < self.total_steps:
+            while self.state.step < self.last_step:
                 self.state.step += 1
                 self._log(self._tried(step))
-                if self.state.step % self.eval_every == 0 or self.state.step == self.total_steps:
+                if self.state.step % self.eval_every == 0 or self.state.step == self.last_step:
                     self._look()
                 for method, at in self.snapshots.items():
                     if at == self.state.step:
@@ -142,7 +154,7 @@ class Loop:
                 self._stop = self._stop or stop  # a signal may have come meanwhile
                 if stop or due:
                     saved, last_save = self._save(), time.perf_counter()
-                    if stop and self.state.step < self.total_steps:
+                    if stop and self.state.step < self.last_step:
                         world.wait("the checkpoint")  # a launcher may end all with the first
                         raise Interrupted(str(saved))
         self._finish()
@@ -180,7 +192,15 @@ class Loop:
         return self.table.optimizer.learning_rate * self._rate(n)
 
     def _rate(self, n: int) -> float:
-        return rate(self.table.optimizer, step=n, total_steps=self.total_steps)
+        share = rate(self.table.optimizer, step=n, total_steps=self.total_steps)
+        ends_at = self.state.ends_at
+        if ends_at is None:
+            return share
+        return share * min(1.0, (ends_at - n) / cooldown_steps(ends_at))
+
+    @property
+    def last_step(self) -> int:
+        return self.total_steps if self.state.ends_at is None else self.state.ends_at
 
     def optimizer_step(self, n: int) -> float:
         """Clip the gradient, step and clear it; the norm before clipping.
@@ -225,10 +245,16 @@ class Loop:
     def _look(self) -> None:
         """Accuracy on dev, greedy for a policy; the best model so far is kept. Ties keep the
         earlier one."""
-        seen, dev_n = self.look(), len(self.context.splits.dev)
-        accuracy = seen["dev/accuracy"]
+        look, dev_n = self.look(), len(self.context.splits.dev)
+        accuracy = look.metrics["dev/accuracy"]
         self.state.looks += 1
-        row = {**seen, "dev/n": dev_n, "dev/looks": self.state.looks, **self.state.totals}
+        row = {
+            **look.metrics,
+            **self._follow(look),
+            "dev/n": dev_n,
+            "dev/looks": self.state.looks,
+            **self.state.totals,
+        }
         self.context.metrics.append(
             {"stage": self.context.name, "step": self.state.step, "time": time.time(), **row}
         )
@@ -236,6 +262,25 @@ class Loop:
         if accuracy > self.state.best_accuracy:
             self.state.best_step, self.state.best_accuracy = self.state.step, accuracy
             replace_folder(self.context.folder.best, self.model.save)
+
+    def _follow(self, look: Look) -> dict[str, float]:
+        """How dev has risen lately, as metrics; fixes the last step at a plateau."""
+        if not look.correct:
+            return {}
+        history = History(**self.state.history)
+        history.add(look.correct)
+        self.state.history = asdict(history)
+        step = self.state.step
+        if self.until_plateau and self.state.ends_at is None and history.is_flat():
+            self.state.ends_at = min(self.total_steps, step + max(1, step // COOLDOWN))
+            self.context.progress.note(
+                f"{self.context.name}: dev no longer rises; cooling down until step"
+                f" {self.state.ends_at}"
+            )
+        latest = history.latest_rise()
+        if latest is None:
+            return {}
+        return {"dev/rise": latest.value, "dev/rise_margin": latest.margin}
 
     # --- files ---
 
@@ -287,7 +332,7 @@ class Loop:
     def _snapshot(self, method: str) -> None:
         """Leave the weights as they are now as a method of their own."""
         folder = self.context.folder.run.stage(method)
-        accuracy = self.look()["dev/accuracy"]
+        accuracy = self.look().metrics["dev/accuracy"]
         self.state.looks += 1
         replace_folder(folder.path, self.model.save)
         write_stage(
@@ -326,21 +371,36 @@ class Loop:
             yield
 
 
-def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> dict[str, float]:
+def cooldown_steps(ends_at: int) -> int:
+    """Steps of a cooldown that ends at step `ends_at` and began after ten elevenths of it."""
+    return max(1, ends_at // (COOLDOWN + 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """What was seen on dev."""
+
+    metrics: dict[str, float]
+    """`dev/accuracy` and more."""
+    correct: tuple[bool, ...] = ()
+    """By problem; empty for what is not a policy."""
+
+
+def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
     """`dev/accuracy`, the share of dev answered right by greedy decoding; with `probe_choices` on
     multiple choice the signs of `probes.choices` too."""
     problems, max_new = context.splits.dev, context.recipe.lengths.max_new
     params = SamplingParams(max_new_tokens=max_new, temperature=0)
     solved = context.collector.solve(context.policy, problems, params)
-    num_right = sum(graded.verdict is Verdict.CORRECT for graded in solved.graded)
-    metrics = {"dev/accuracy": num_right / len(problems)}
+    correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)
+    metrics = {"dev/accuracy": sum(correct) / len(problems)}
     if not (probe_choices and is_multiple_choice(problems)):
-        return metrics
+        return Look(metrics=metrics, correct=correct)
     texts = [completion.text for completion in solved.completions]
     rows = diagnose(
         context.policy, context.collector, problems, texts, solved.graded, max_new_tokens=max_new
     )
-    return metrics | choice_metrics(rows)
+    return Look(metrics=metrics | choice_metrics(rows), correct=correct)
 
 
 def write_stage(

@@ -27,7 +27,7 @@ from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.processes.sharding import sharding
-from reftune.stages.loop import Progression
+from reftune.stages.loop import Look, Progression
 from reftune.stages.optimizer import Gradient
 from reftune.stages.self_train import Samples, Sampling, describe, draw
 from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
@@ -147,9 +147,9 @@ class Judging:
             self.model, self.encoder, rows, max_tokens=self.max_tokens, where=where
         )
 
-    def look(self) -> dict[str, float]:
+    def look(self) -> Look:
         right = rerank_accuracy(self.model, self.encoder, self.dev, max_tokens=self.max_tokens)
-        return {"dev/accuracy": right}
+        return Look(metrics={"dev/accuracy": right})
 
     def show(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         rows = [self.solutions[i] for i in indices]

@@ -19,7 +19,7 @@ from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.seeds import generator
-from reftune.stages.loop import Loop, Progression, TrainingTable
+from reftune.stages.loop import Look, Loop, Progression, TrainingTable
 from reftune.stages.optimizer import Gradient, Trained
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.types import Problem
@@ -50,6 +50,11 @@ class Sft(Schedule, Stage):
     """Method name → epoch. The weights after that epoch of this very schedule become a method of
     their own: the paper's warm-up is such a snapshot of its SFT run."""
 
+    until: Literal["plateau"] | None = None
+    """`plateau`: end when dev has not risen beyond its paired 95 % interval over three looks, after
+    a cooldown over a tenth of the steps so far; `epochs` is then the most. A warm-up that ends so
+    is finished, and RL can begin. Needs `optimizer.schedule: constant`."""
+
     reads_rationales: ClassVar[bool] = True
 
     @model_validator(mode="after")
@@ -61,6 +66,16 @@ class Sft(Schedule, Stage):
                     "snapshots.{method}: expected an epoch within 0 and epochs={epochs}",
                     {"method": method, "epochs": self.epochs},
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _constant_until_the_plateau(self) -> Self:
+        if self.until is not None and self.optimizer.schedule != "constant":
+            raise PydanticCustomError(
+                "until",
+                "until: plateau needs optimizer.schedule: constant, got {schedule}",
+                {"schedule": self.optimizer.schedule},
+            )
         return self
 
     @property
@@ -83,7 +98,9 @@ class Sft(Schedule, Stage):
             max_target=context.recipe.lengths.max_new,
             context_length=context.policy.context,
         )
-        train_in_epochs(self, context, Imitation(context, examples), snapshots=self.snapshots)
+        task = Imitation(context, examples)
+        is_open = self.until is not None
+        train_in_epochs(self, context, task, snapshots=self.snapshots, until_plateau=is_open)
 
 
 def schedule_line(schedule: Schedule, init: str) -> str:
@@ -142,7 +159,7 @@ class Task(Protocol):
     def model(self) -> Trained: ...
 
     @property
-    def look(self) -> Callable[[], dict[str, float]] | None:
+    def look(self) -> Callable[[], Look] | None:
         """`dev/accuracy` of what is not a policy; None: greedy answers to dev."""
 
     def __len__(self) -> int:
@@ -189,6 +206,7 @@ def train_in_epochs(
     *,
     snapshots: Mapping[str, float] | None = None,
     start: Progression | None = None,
+    until_plateau: bool = False,
 ) -> None:
     """Optimizer steps on batches of shuffled examples; `start` holds what was spent on making the
     examples."""
@@ -222,6 +240,7 @@ def train_in_epochs(
         },
         look=task.look,
         start=start,
+        until_plateau=until_plateau,
     )
     loop.run(step)
 

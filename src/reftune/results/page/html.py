@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from reftune.results.handover import handovers, sentence
 from reftune.results.metrics import CHARACTER, HACKING, LEARNING, MACHINERY, VERDICTS
 from reftune.results.page import charts, gallery
 from reftune.results.records import EvalRow, RunResults
@@ -75,6 +76,7 @@ def render_report(groups: Sequence[Group]) -> str:
         heading=_heading(groups, table),
         title_parts=_coloured_parts(headline(table).title, table),
         kicker=_kicker(groups),
+        handovers=[sentence(found) for run in _runs(groups) for found in handovers(run)],
         live=any(run.missing for group in groups for run in group.runs),
         scale=_scale(
             bound

@@ -1,0 +1,81 @@
+"""Whether a warm-up was finished when RL started from it: more SFT, or RL?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reftune.results.records import RunResults, StageResults
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Handover:
+    """Where a stage that samples took over, and how dev had risen until then."""
+
+    stage: str
+    init: str
+    rise: float
+    """Change in dev accuracy over the three looks before, share of problems."""
+    margin: float
+    """Half the width of its paired 95 % interval."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether dev had stopped rising, as far as its size can show."""
+        return self.rise <= self.margin
+
+    def to_row(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "init": self.init,
+            "rise": self.rise,
+            "margin": self.margin,
+            "ready": self.is_ready,
+        }
+
+
+def handovers(run: RunResults) -> list[Handover]:
+    """Of the run's stages that sample and start from a supervised method whose looks are logged."""
+    found = []
+    for name, stage in run.stages.items():
+        source = _source(run, stage.init)
+        if source is None or not _samples(stage):
+            continue
+        supervised, step = source
+        looks = [row.values for row in supervised.metrics if row.step <= step]
+        last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
+        if last and not _samples(supervised):
+            found.append(
+                Handover(
+                    stage=name,
+                    init=stage.init,
+                    rise=last["dev/rise"],
+                    margin=last["dev/rise_margin"],
+                )
+            )
+    return found
+
+
+def sentence(handover: Handover) -> str:
+    """For a person: whether to train on, in one line."""
+    rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over three looks"
+    if handover.is_ready:
+        return f"{handover.init} was finished when {handover.stage} began: dev {rise}"
+    return (
+        f"{handover.init} was not finished when {handover.stage} began: dev still rose, {rise};"
+        " more SFT may teach more than RL"
+    )
+
+
+def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:
+    """The stage whose training made `method`, and the step it was left at."""
+    found = run.stages.get(method)
+    if found is None or "chosen_step" not in found.info:
+        return None
+    parent = found.info.get("snapshot_of")
+    return run.stages[parent] if parent else found, int(found.info["chosen_step"])
+
+
+def _samples(stage: StageResults) -> bool:
+    return any("reward/mean" in row.values for row in stage.metrics)

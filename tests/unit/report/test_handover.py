@@ -1,0 +1,76 @@
+"""Whether a warm-up was finished when RL started from it, read from the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.results.handover import handovers, sentence
+from reftune.results.records import MetricRow, RunResults, StageResults
+
+
+def rows(*values: dict[str, float]) -> tuple[MetricRow, ...]:
+    return tuple(MetricRow(step=i, time=0, values=row) for i, row in enumerate(values, start=1))
+
+
+def stage(name: str, metrics: tuple[MetricRow, ...] = (), **info: Any) -> StageResults:
+    return StageResults(
+        name=name,
+        kind="",
+        init=str(info.get("init", "base")),
+        num_samples=1,
+        metrics=metrics,
+        samples=(),
+        info=info,
+    )
+
+
+def run(*stages: StageResults) -> RunResults:
+    return RunResults(
+        folder=Path("run"),
+        recipe={},
+        recipe_text="",
+        env={},
+        stages={stage.name: stage for stage in stages},
+        evals={},
+        missing=(),
+    )
+
+
+LOOKS = rows(
+    {"dev/accuracy": 0.2},
+    {"dev/accuracy": 0.5, "dev/rise": 0.3, "dev/rise_margin": 0.05},
+    {"dev/accuracy": 0.51, "dev/rise": 0.01, "dev/rise_margin": 0.04},
+)
+RL = rows({"reward/mean": 0.5})
+
+
+@pytest.mark.parametrize(("step", "ready"), [(2, False), (3, True)])
+def test_a_snapshot_is_judged_by_the_last_look_before_it(step: int, ready: bool) -> None:
+    warmup = stage("warmup", chosen_step=step, snapshot_of="sft")
+    (found,) = handovers(run(warmup, stage("sft", LOOKS), stage("reft", RL, init="warmup")))
+    assert (found.stage, found.init, found.is_ready) == ("reft", "warmup", ready)
+    assert ("may teach more than RL" in sentence(found)) != ready
+
+
+def test_a_stage_that_ended_by_itself_is_judged_at_its_chosen_step() -> None:
+    (found,) = handovers(run(stage("sft", LOOKS, chosen_step=3), stage("reft", RL, init="sft")))
+    assert found.is_ready and found.to_row()["margin"] == 0.04
+    assert sentence(found) == (
+        "sft was finished when reft began: dev +1.0 ± 4.0 points over three looks"
+    )
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (stage("reft", RL, init="base"),),
+        (stage("sft", LOOKS[:1], chosen_step=1), stage("reft", RL, init="sft")),  # too few looks
+        (stage("sft", LOOKS, chosen_step=3), stage("more", LOOKS, init="sft")),  # no RL
+        (stage("sft", LOOKS), stage("reft", RL, init="sft")),  # not finished yet
+    ],
+)
+def test_what_cannot_be_judged_is_left_out(stages: tuple[StageResults, ...]) -> None:
+    assert handovers(run(*stages)) == []

@@ -1,0 +1,116 @@
+"""When a warm-up is finished."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from reftune.errors import RecipeError
+from reftune.runs.run import open_run
+from reftune.stages import loop as loop_module
+from reftune.stages.loop import Look
+from reftune.stages.plateau import History, rise
+from reftune.stages.progress import SilentProgress
+from reftune.storage.json_lines import JsonLines
+
+
+def solved(number: int, of: int = 100) -> list[bool]:
+    return [i < number for i in range(of)]
+
+
+def test_a_rise_and_its_paired_interval_match_hand_computation():
+    # of 10 problems 1 is lost and 4 are won: d = .3, variance 1 + 4 − 9/10 = 4.1
+    before = [True, True, False, False, False, False, False, False, False, False]
+    after = [False, True, True, True, True, True, False, False, False, False]
+    found = rise(before, after)
+    assert found.value == pytest.approx(0.3)
+    assert found.margin == pytest.approx(1.959964 * math.sqrt(4.1) / 10)
+    assert not found.is_beyond_chance
+
+
+def test_the_same_answers_are_no_rise():
+    found = rise(solved(40), solved(40))
+    assert (found.value, found.margin, found.is_beyond_chance) == (0, 0, False)
+
+
+def history(*looks: int) -> History:
+    found = History()
+    for number in looks:
+        found.add(solved(number))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("looks", "flat"),
+    [
+        ((0, 0, 0, 0, 0), False),  # has not begun
+        ((0, 20, 40, 60, 80), False),  # rises
+        ((0, 40, 60, 60, 61), False),  # rose three looks ago
+        ((0, 40, 60, 60, 61, 61), True),
+        ((0, 70, 65, 72, 70), True),
+        ((0, 80, 80), False),  # too few looks
+    ],
+)
+def test_dev_is_flat_once_it_has_risen_and_stopped(looks, flat):
+    assert history(*looks).is_flat() is flat
+
+
+@pytest.fixture
+def flat_from_look(monkeypatch):
+    """Dev accuracy rises until a look, then stays."""
+
+    def look(number: int) -> None:
+        state = {"looks": 0}
+
+        def answer(context, **_):
+            state["looks"] += 1
+            correct = tuple(solved(min(state["looks"], number), of=number))
+            return Look(metrics={"dev/accuracy": sum(correct) / number}, correct=correct)
+
+        monkeypatch.setattr(loop_module, "look_at_dev", answer)
+
+    return look
+
+
+UNTIL = {
+    "until": "plateau",
+    "epochs": 20,
+    "batch_size": 8,
+    "eval_every": 1,
+    "snapshots": None,
+    "optimizer": {"schedule": "constant", "warmup": 0.0},
+}
+
+
+def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_look):
+    # 24 rows in batches of 8: 3 steps an epoch and look. Look k solves k of 10 problems: 3 more in
+    # three looks are beyond chance, .3 > 1.96 √(3 − .9) / 10 = .284; look 11 solves 10, 2 more than
+    # look 8, .2 < .248. So dev is flat at step 33, and the cooldown is a tenth of it: 3 steps
+    flat_from_look(10)
+    recipe = make_recipe(stages={"sft": UNTIL, "reft": None})
+    with open_run(recipe, SilentProgress()) as run:
+        run.train("sft")
+        info = json.loads(run.folder.stage("sft").info.read_text())
+        rows = JsonLines(run.folder.metrics).rows()
+    assert info["steps"] == 36
+    rates = [row["optim/lr"] for row in rows if "optim/lr" in row]
+    peak = recipe.stages["sft"].optimizer.learning_rate
+    assert rates[:33] == [peak] * 33
+    assert rates[33:] == pytest.approx([peak * 2 / 3, peak / 3, 0])
+    rises = [row["dev/rise"] for row in rows if "dev/rise" in row]
+    assert rises == pytest.approx([0.3] * 7 + [0.2, 0.1])
+
+
+def test_a_stage_that_never_flattens_runs_all_its_epochs(make_recipe, flat_from_look):
+    flat_from_look(1000)
+    recipe = make_recipe(stages={"sft": {**UNTIL, "epochs": 4}, "reft": None})
+    with open_run(recipe, SilentProgress()) as run:
+        run.train("sft")
+        assert json.loads(run.folder.stage("sft").info.read_text())["steps"] == 12
+
+
+def test_a_plateau_needs_a_constant_rate(make_recipe):
+    with pytest.raises(RecipeError, match=r"until: plateau needs optimizer.schedule: constant"):
+        make_recipe(stages={"sft": {"until": "plateau"}})
