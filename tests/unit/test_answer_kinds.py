@@ -452,3 +452,25 @@ def test_unknown_rules_and_missing_graders_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises((RecipeError, ValueError), match=message):
             Nl(grading=grading)
+
+
+# --- any text -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "piece", [" ", "(", "$", "\\(", "a, ", "\n", "because ", "1, ", "{", "- ", " or ", "\ud800"]
+)
+def test_long_texts_of_one_piece_get_a_verdict_at_once(piece: str) -> None:
+    text, started = piece * (100_000 // len(piece)), time.monotonic()
+    golds: list[tuple[object, AnswerKind | None]] = [
+        ("yes", None),
+        ("[1, 2, 3]", None),
+        (["a", "b"], "set"),
+        (["a", "1/2"], "any_of"),
+        ("x + 1", None),
+    ]
+    for gold, kind in golds:
+        graded = grade_answer(text, problem(gold, kind))
+        assert graded.verdict is not CORRECT or piece == "a, "
+        assert graded.reason.isprintable()
+    assert time.monotonic() - started < 10  # 0.1 s on a free core

@@ -102,7 +102,7 @@ def looks_like_math(text: str) -> bool:
 def expression_in(text: str) -> str:
     """The expression that a text gives, signs as LaTeX: what stands between its only math signs,
     else the text up to an aside, without closing punctuation."""
-    text = "".join(_SIGNS.get(char, char) for char in text.strip())
+    text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
         return parts[0].strip().rstrip(".,;").strip()

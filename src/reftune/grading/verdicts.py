@@ -205,11 +205,12 @@ def _whole_list(
 
 def _listed_in(text: str, num_parts: int) -> str:
     """The first line without what is said about the list; all lines if it is one part a line."""
-    lines = text.strip().splitlines()
+    text = text.strip()[:MAX_SEGMENT_CHARS]
+    lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
     if num_parts > 1 and len(lines) > 1 and len(split_items(first)) <= 1:
-        return text.strip()[:MAX_SEGMENT_CHARS]
-    return first[:MAX_SEGMENT_CHARS]
+        return text
+    return first
 
 
 def _parts(problem: Problem) -> list[Problem]:
