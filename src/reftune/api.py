@@ -65,14 +65,15 @@ def _run(
 
 def grade(
     completion: str,
-    answer: float | str,
+    answer: float | str | Sequence[float | str],
     *,
     choices: Sequence[str] = (),
+    answer_kind: str = "auto",
     format: FormatSpec = "nl",
     question: str = "",
 ) -> Graded:
     """Is `answer` what a completion says? As the reward and the evaluation judge it; `answer` is a
-    number, a text or a letter.
+    number, a text or a letter, or of the `answer_kind` that docs/datasets.md explains.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
@@ -80,7 +81,13 @@ def grade(
     Raises: DataError for an answer that is none of these; RecipeError for an unknown format. Never
     for the completion.
     """
-    row = {"id": "1", "answer": answer, "choices": list(choices) or None, "question": question}
+    row = {
+        "id": "1",
+        "answer": answer,
+        "answer_kind": answer_kind,
+        "choices": list(choices) or None,
+        "question": question,
+    }
     return _format(format).grade([problem_of(row, "grade")], [completion])[0]
 
 

@@ -131,3 +131,12 @@ def test_the_command_that_is_kept_can_be_typed_again(
 
     monkeypatch.setattr(sys, "argv", typed)
     assert command() == told
+
+
+def test_answers_of_every_kind_are_graded() -> None:
+    right = reftune.grade("The answer is Akkra.", ["Accra", "Akkra"], answer_kind="any_of")
+    wrong = reftune.grade("The answer is 2, 1", [1, 2], answer_kind="list")
+    assert right.verdict is reftune.Verdict.CORRECT
+    assert wrong.verdict is reftune.Verdict.WRONG
+    with pytest.raises(DataError, match="answer_kind: any_of"):
+        reftune.grade("The answer is 2, 1", [1, 2])
