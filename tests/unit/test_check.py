@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 
-from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_recipe
+from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_offline, check_recipe
 from reftune.datasets import Splits
 from reftune.errors import RecipeError, RewardError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
-from reftune.recipe import Component, Recipe, ScratchTable, parse_recipe
+from reftune.recipe import (
+    Component,
+    Recipe,
+    ScratchTable,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+)
 from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
@@ -562,3 +569,9 @@ def test_gold_programs_that_need_the_subprocess_are_counted(
     assert told in found.message
     if level == "warn":
         assert found.remedy == f"set format.sandbox={'subprocess' if told == 'numpy' else 'auto'}"
+
+
+def test_a_recipe_in_chat_style_is_checked_without_its_model():
+    thinking = ["format.template_args={enable_thinking: false}"]
+    recipe = load_recipe(shipped_recipes() / "instruct" / "lora.yaml", thinking)
+    assert check_offline(recipe).failed == []

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from chat_families import save_model
 from reftune.errors import DataError
 from reftune.recipe import load_recipe
-from reftune.terminal.cli import main
+from reftune.terminal.cli import find_recipe, main
 from reftune.terminal.init import default_out, guess_columns, guess_format
 
 PROGRAM = "def solution():\n    a = {a}\n    b = {b}\n    return a + b"
@@ -82,6 +83,27 @@ def test_without_rationales_there_is_no_warm_up(here: Path, make_policy):
     recipe = load_recipe("mine.yaml")
     assert {name: stage.init for name, stage in recipe.stages.items()} == {"reft": "base"}
     assert recipe.model.path == str(here / "model")
+
+
+@pytest.mark.parametrize(("kind", "said"), [("nl", "The answer is"), ("program", "solution()")])
+def test_an_instruct_model_is_asked_in_its_own_template(here: Path, kind: str, said: str):
+    save_model("qwen2.5", here / "model")
+    write_csv(here / "mine.csv", ["question", "answer"])
+    told = ["--data", "mine.csv", "--model", str(here / "model"), "--format", kind]
+    assert status("init", *told) == 0
+    recipe = load_recipe("mine.yaml")
+    assert (recipe.format.kind, recipe.format.style) == (kind, "chat")
+    assert said in recipe.format.instruction
+    assert {name: stage.init for name, stage in recipe.stages.items()} == {"reft": "base"}
+    assert "about ten times the learning rates below" in (here / "mine.yaml").read_text()
+
+
+def test_adapters_are_trained_ten_times_as_fast_as_all_weights():
+    whole, adapters = (load_recipe(find_recipe(f"instruct/{name}")) for name in ("rl", "lora"))
+    rates = [recipe.stages["rl"].optimizer.learning_rate for recipe in (adapters, whole)]
+    assert rates[0] == pytest.approx(10 * rates[1])
+    assert whole.model.lora is None and adapters.model.lora is not None
+    assert whole.format.style == adapters.format.style == "chat"
 
 
 def test_test_questions_are_scored_where_there_are_some_and_dev_where_not(here: Path):

@@ -1,7 +1,10 @@
 """Metrics in other people's tools, offline. A tool that is not installed is skipped."""
 
 import math
+import sys
+from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -10,6 +13,7 @@ from reftune.recipe import parse_recipe
 from reftune.stages.progress import SilentProgress
 from reftune.terminal import trackers
 from reftune.terminal.trackers import TrackedProgress, tracked, tracker_names
+from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 
 
 @pytest.fixture
@@ -145,3 +149,59 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(
     assert calls == (["log"] if fails == "log" else ["log", "log", "finish"])
     assert len(notes) == 1
     assert "No space left on device" in notes[0] and notes[0].endswith("the run goes on without it")
+
+
+def some_rollouts(count: int) -> list[Rollout]:
+    answer = Answer(kind="number", value=Fraction(5))
+    return [
+        Rollout(
+            problem=Problem(id=str(i), question="2 + 3?", answer=answer),
+            prompt_ids=(1,),
+            completion=Completion(token_ids=(2,), text="5", logprobs=(0.0,), finish_reason="eos"),
+            graded=Graded(verdict=Verdict.CORRECT, value="5", reason=""),
+            reward=1.0,
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
+def test_sampled_solutions_are_a_table_where_a_tracker_has_tables(recipe, monkeypatch, name: str):
+    logged = []
+
+    class Tracker:
+        def __init__(self):
+            self.name = name
+
+        def log(self, values, step=None):
+            logged.append(values)
+
+    class Table:
+        def __init__(self, columns=None, data=None, dataframe=None):
+            frame = dataframe
+            self.columns = columns if frame is None else list(frame.columns)
+            self.rows = data if frame is None else frame.values.tolist()
+
+    stand_in = ModuleType(name)
+    stand_in.Table = Table
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setattr(trackers, "_open", lambda name, recipe: Tracker())
+    watched = TrackedProgress(SilentProgress(), [name], recipe(tracker_rollouts=3))
+    watched.stage("reft", 2)
+    watched.rollouts(2, some_rollouts(5))
+    watched.rollouts(3, [])
+    if name == "tensorboard":
+        assert logged == []
+        return
+    (values,) = logged
+    table = values["reft/rollouts"]
+    assert values["reft/step"] == 2
+    assert [row[table.columns.index("id")] for row in table.rows] == ["0", "1", "2"]
+    assert table.rows[0][table.columns.index("completion")] == "5"
+
+
+def test_no_table_is_logged_if_the_recipe_wants_none(recipe, monkeypatch):
+    monkeypatch.setattr(trackers, "_table", lambda *arguments: pytest.fail("a table"))
+    watched = TrackedProgress(SilentProgress(), [], recipe(tracker_rollouts=0))
+    watched.stage("reft", 1)
+    watched.rollouts(1, some_rollouts(2))

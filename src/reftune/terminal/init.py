@@ -29,6 +29,11 @@ from reftune.storage.atomic import write_atomically
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+INSTRUCTIONS: Mapping[str, str] = {
+    "nl": 'Think step by step. End with "The answer is" and the answer.',
+    "program": "Write a Python function solution() that returns the answer.",
+}
+"""What an instruct model is told above each question, by kind of format."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
 """As a model: made from scratch, with the vocabulary of the data."""
@@ -124,6 +129,10 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
     format_: Format = load_component(kind, group="formats")
     learned = [problem for problem in splits.train if problem.rationale is not None]
     tokenizer = _tokenizer(wishes.model, list(scratch_texts(format_, splits)) if learned else ())
+    instruction = INSTRUCTIONS.get(kind) if tokenizer.chat_template else None
+    if instruction is not None:
+        chat = {"kind": kind, "style": "chat", "instruction": instruction}
+        format_ = load_component(chat, group="formats")
     config = None if is_scratch else _config(wishes.model)
     context = getattr(config, "max_position_embeddings", None)
     lengths = _lengths(splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch)
@@ -144,6 +153,7 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
         columns=told,
         splits=splits,
         format=kind,
+        instruction=instruction,
         has_rationales=bool(learned),
         lengths=lengths,
         prompts=min(16, len(splits.train)),

@@ -45,6 +45,8 @@ from reftune.storage.run_folder import RunFolder
 __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", "check_recipe"]
 
 
+STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
+"""Chat template of the model that stands for one that is not read."""
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
 """Checks that say something without the recipe's own model and data."""
 
@@ -119,7 +121,10 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
         folder=RunFolder(recipe.folder),
         progress=SilentProgress(),
     )
-    subject = subject_of(run, run.load_policy("base"))
+    policy = run.load_policy("base")
+    arguments = " ".join(getattr(recipe.format, "template_args", ()))
+    policy.tokenizer.chat_template = f"{{# {arguments} #}}{STAND_IN_TEMPLATE}"
+    subject = subject_of(run, policy)
     return _findings(subject, {name: CHECKS[name] for name in OFFLINE})
 
 
