@@ -1,5 +1,5 @@
-"""What makes bf16 arithmetic fast on a processor. Nothing here changes results beyond rounding, and
-a GPU never comes here."""
+"""What makes products of linear layers fast. Nothing here changes results beyond rounding; only
+packing is for CPUs alone."""
 
 from __future__ import annotations
 
