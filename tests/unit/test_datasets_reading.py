@@ -194,8 +194,11 @@ class FakeHub:
         self.calls: list[tuple[str, str | None, str]] = []
         self.failure: Exception | None = None
 
-    def __call__(self, name: str, config: str | None, *, split: str) -> Iterator[dict[str, Any]]:
+    def __call__(
+        self, name: str, config: str | None, *, split: str, revision: str | None = None
+    ) -> Iterator[dict[str, Any]]:
         self.calls.append((name, config, split))
+        self.revision = revision
         if self.failure is not None:
             raise self.failure
         return iter(ROWS)
@@ -222,6 +225,11 @@ def test_a_hub_id_may_name_a_configuration_and_a_split(hub: FakeHub) -> None:
     assert columns(rows) == ROWS
     assert [row.id for row in rows] == ["name-validation-1", "name-validation-2"]
     assert rows[1].where == "owner/name: validation row 2"
+
+
+def test_a_revision_of_hub_data_is_asked_for(hub: FakeHub) -> None:
+    read_rows("owner/name", "train", revision="v1.2")
+    assert hub.revision == "v1.2"
 
 
 @pytest.mark.parametrize(

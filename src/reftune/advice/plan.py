@@ -249,7 +249,9 @@ def read_config(table: ModelTable) -> Any:
     assert table.path is not None
     try:
         return AutoConfig.from_pretrained(
-            resolve(table.path), trust_remote_code=table.trust_remote_code
+            resolve(table.path),
+            revision=table.revision or "main",
+            trust_remote_code=table.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]

