@@ -7,14 +7,21 @@ families, tools and images are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from reftune.datasets import Splits
+from reftune.recipe import Component, parse_recipe
+from reftune.types import Answer, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Words as Llama-3 and Qwen split them, shortened: line breaks stay together."""
+MAX_NEW = 24
+OPTIMIZER = {"learning_rate": 3e-3}
 CORPUS = [
     "Kofi has 3 figs and gets 10 more. How many figs does Kofi have?\n\n",
     "3 + 10 = 13.\nThe answer is 13\n\n12 - 7 = 5\n\nThe answer is 5",
@@ -217,7 +224,12 @@ def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
 
 
 def save_model(
-    name: str, folder: Path, *, dtype: str = "float32", config_eos: int | None = None
+    name: str,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    config_eos: int | None = None,
+    heads: int = 2,
 ) -> Path:
     """A tiny random instruct model of a family as a folder; `config_eos` is a config that lags
     behind its tokenizer."""
@@ -232,8 +244,8 @@ def save_model(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=256,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends[0] if config_eos is None else config_eos,
@@ -248,3 +260,53 @@ def save_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Figs(Component):
+    """A few sums with rationales."""
+
+    def load(self, *, seed: int) -> Splits:
+        def figs(split: str, i: int) -> Problem:
+            a, b = i % 5 + 2, i % 3 + 1
+            return Problem(
+                id=f"{split}-{i}",
+                question=f"Kofi has {a} figs and gets {b} more. How many figs?",
+                answer=Answer(kind="number", value=Fraction(a + b)),
+                rationale=f"{a} + {b} = {a + b}.",
+            )
+
+        splits = {split: tuple(figs(split, i) for i in range(4)) for split in ("train", "dev")}
+        return Splits(**splits, test=tuple(figs("test", i) for i in range(4, 9)))
+
+
+def run_of(tmp_path: Path, name: str, *, format_keys: dict[str, Any], **model: Any) -> Path:
+    """The run folder of SFT and RL on a family's model."""
+    content = {
+        "name": "tiny",
+        "run_dir": str(tmp_path / "run"),
+        "threads": 1,
+        "model": {"path": str(tmp_path / "base"), "dtype": "float32", **model},
+        "dataset": {"kind": f"{__file__}:Figs"},
+        "format": {"kind": "nl", **format_keys},
+        "lengths": {"max_new": MAX_NEW},
+        "trackers": [],
+        "stages": {
+            "sft": {"kind": "sft", "epochs": 6, "batch_size": 4, "optimizer": OPTIMIZER},
+            "reft": {
+                "kind": "rl",
+                "init": "sft",
+                "steps": 2,
+                "prompts": 2,
+                "samples": 2,
+                "eval_every": 1,
+                "optimizer": OPTIMIZER,
+            },
+        },
+    }
+    from reftune.runs.run import run_recipe
+    from reftune.stages.progress import SilentProgress
+
+    if not (tmp_path / "base").exists():
+        save_model(name, tmp_path / "base")
+    run_recipe(parse_recipe(content), progress=SilentProgress())
+    return tmp_path / "run"

@@ -80,6 +80,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(RecipeError, match="device: cuda, but torch finds no GPU"):
         choose_device("cuda")
+    with pytest.raises(
+        RecipeError, match=r"^model\.device: mps, but torch has no such device here"
+    ):
+        choose_device("mps")
+    with pytest.raises(
+        RecipeError, match=r"^model\.device: gpu, but torch has no such device here"
+    ):
+        choose_device("gpu")
 
 
 @pytest.mark.parametrize("even", [False, True])

@@ -4,7 +4,6 @@ plain transformers writes what was evaluated, token for token."""
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +11,14 @@ import pytest
 import torch
 import yaml
 
-from chat_families import FAMILIES, save_model
+from chat_families import FAMILIES, MAX_NEW, run_of, save_model
 from reftune import api
-from reftune.datasets import Splits
 from reftune.errors import CheckpointError
 from reftune.model.encoder import Encoder
-from reftune.recipe import Component, parse_recipe
+from reftune.recipe import parse_recipe
 from reftune.runs.export import export_model
-from reftune.runs.run import load_splits, run_recipe
-from reftune.stages.progress import SilentProgress
-from reftune.types import Answer, Conversation, Problem
-
-MAX_NEW = 24
-OPTIMIZER = {"learning_rate": 3e-3}
-
-
-class Figs(Component):
-    """A few sums with rationales."""
-
-    def load(self, *, seed: int) -> Splits:
-        def figs(split: str, i: int) -> Problem:
-            a, b = i % 5 + 2, i % 3 + 1
-            return Problem(
-                id=f"{split}-{i}",
-                question=f"Kofi has {a} figs and gets {b} more. How many figs?",
-                answer=Answer(kind="number", value=Fraction(a + b)),
-                rationale=f"{a} + {b} = {a + b}.",
-            )
-
-        splits = {split: tuple(figs(split, i) for i in range(4)) for split in ("train", "dev")}
-        return Splits(**splits, test=tuple(figs("test", i) for i in range(4, 9)))
-
-
-def run_of(tmp_path: Path, name: str, *, format_keys: dict[str, Any], **model: Any) -> Path:
-    """The run folder of SFT and RL on a family's model."""
-    content = {
-        "name": "tiny",
-        "run_dir": str(tmp_path / "run"),
-        "threads": 1,
-        "model": {"path": str(tmp_path / "base"), "dtype": "float32", **model},
-        "dataset": {"kind": f"{__file__}:Figs"},
-        "format": {"kind": "nl", **format_keys},
-        "lengths": {"max_new": MAX_NEW},
-        "trackers": [],
-        "stages": {
-            "sft": {"kind": "sft", "epochs": 6, "batch_size": 4, "optimizer": OPTIMIZER},
-            "reft": {
-                "kind": "rl",
-                "init": "sft",
-                "steps": 2,
-                "prompts": 2,
-                "samples": 2,
-                "eval_every": 1,
-                "optimizer": OPTIMIZER,
-            },
-        },
-    }
-    if not (tmp_path / "base").exists():
-        save_model(name, tmp_path / "base")
-    run_recipe(parse_recipe(content), progress=SilentProgress())
-    return tmp_path / "run"
+from reftune.runs.run import load_splits
+from reftune.types import Conversation
 
 
 def evaluated(run: Path, method: str = "reft") -> list[str]:
