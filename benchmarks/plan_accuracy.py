@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 from benchmarks.step import measured
 
-from reftune.advice.memory import Memory, Outline, training_memory
-from reftune.advice.plan import model_maker, stage_work
+from reftune.advice.plan import stage_costs, work_of
 from reftune.model.encoder import Encoder
 from reftune.model.scratch import make_scratch
 from reftune.model.weights import load_model
 from reftune.recipe import load_recipe
 from reftune.runs.run import load_splits, scratch_texts
+from reftune.stages.memory import Memory, Sizes, outline_of, stage_memory
 
 CASES: dict[str, dict[str, Any]] = {
     "deep": {
@@ -66,7 +66,7 @@ def recipe(
     case: dict[str, Any], folder: Path, *, prompts: int = 16, max_new: int = 32
 ) -> dict[str, Any]:
     """Two PPO steps from the base model, which writes until it is cut off."""
-    model = {**case["model"], "device": "cpu"}
+    model = {"dtype": "float32", **case["model"], "device": "cpu"}
     if "scratch" in model:
         model["scratch"] = {**model["scratch"], "context": 128, "dropout": 0.0}
     return {
@@ -111,20 +111,22 @@ def predicted(path: Path) -> Memory:
     """As `reftune plan`, with the lengths of the recipe's own prompts."""
     loaded = load_recipe(path)
     splits = load_splits(loaded)
+    texts = list(scratch_texts(loaded.format, splits))
     if loaded.model.scratch is not None:
-        tokenizer = make_scratch(
-            loaded.model.scratch, scratch_texts(loaded.format, splits), seed=0
-        )[1]
+        tokenizer = make_scratch(loaded.model.scratch, texts, seed=0)[1]
     else:
         tokenizer = load_model(loaded.model)[1]
     encoder = Encoder(tokenizer, loaded.format)
     longest = max(len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev))
-    stage = loaded.stages["reft"]
-    work = stage_work(
-        stage, loaded, prompt=longest, response=loaded.lengths.max_new, problems=len(splits.train)
+    (cost,) = stage_costs(loaded).values()
+    work = work_of(
+        cost,
+        Sizes(tokens=loaded.model.max_tokens, rows=loaded.engine.rows),
+        prompt=longest,
+        response=loaded.lengths.max_new,
+        problems=len(splits.train),
     )
-    outline = Outline(model_maker(loaded), loaded.model, device="cpu")
-    return training_memory(outline, stage, loaded.engine, work)
+    return stage_memory(outline_of(loaded.model, texts, device="cpu"), cost, loaded.engine, work)
 
 
 def baseline() -> int:

@@ -155,6 +155,7 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
         "model": {
             "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "context": 80, "dropout": 0.1},
             "dtype": "float32",
+            "micro_batch_tokens": 16384,
         },
         "dataset": {
             "kind": "word_problems",

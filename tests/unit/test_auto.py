@@ -6,10 +6,12 @@ import pytest
 import torch
 import yaml
 
+from reftune.engines.kv import Kv
 from reftune.errors import RecipeError
 from reftune.model import precision
 from reftune.model.precision import fastest_dtype, product_rates
 from reftune.recipe import ModelTable
+from reftune.runs import auto
 from reftune.runs.run import open_run
 from reftune.stages.progress import SilentProgress
 
@@ -102,3 +104,35 @@ def test_a_dtype_that_is_said_must_be_the_one_the_run_has(make_recipe, machine):
         open_run(make_recipe(model={"dtype": "float32"}), SilentProgress()),
     ):
         pass
+
+
+def test_a_run_writes_the_sizes_it_chose_and_keeps_them_when_the_memory_is_another(
+    make_recipe, monkeypatch
+):
+    monkeypatch.setattr(auto, "_is_tiny", lambda *args: False)
+    auto_sizes = {
+        "model": {"micro_batch_tokens": "auto"},
+        "engine": {"kind": "kv", "batch_size": "auto"},
+        "stages": {"sft": None, "reft": {"init": "base"}},
+        "evaluate": {"stages": None},
+    }
+    assert ModelTable(path="x").micro_batch_tokens == Kv().batch_size == "auto", "the defaults"
+    recipe = make_recipe(**auto_sizes)
+    monkeypatch.setattr(auto, "total_bytes", lambda device: 1e12)
+    with open_run(recipe, SilentProgress()) as run:
+        assert run.recipe.model.max_tokens == 16384 and run.recipe.engine.rows == 256
+    found = stored(recipe)
+    assert found["model"]["micro_batch_tokens"] == 16384 and found["engine"]["batch_size"] == 256
+    monkeypatch.setattr(auto, "total_bytes", lambda device: 1e3)
+    with open_run(recipe, SilentProgress()) as run:
+        assert run.recipe.model.max_tokens == 16384
+    assert stored(recipe) == found
+    other = make_recipe(**auto_sizes, run_dir=f"{recipe.folder}-other")
+    with open_run(other, SilentProgress()) as run:
+        assert (run.recipe.model.max_tokens, run.recipe.engine.rows) == (512, 1)
+
+
+def test_tiny_models_are_not_traced(make_recipe, monkeypatch):
+    monkeypatch.setattr(auto, "outline_of", lambda *args, **kwargs: pytest.fail("traced"))
+    recipe = make_recipe(model={"micro_batch_tokens": "auto"})
+    assert auto.settled(recipe).model.micro_batch_tokens == 16384

@@ -119,6 +119,7 @@ def recipe(**changes: Any) -> Recipe:
         "name": "tiny",
         "run_dir": "/nonexistent",
         "model": MODEL,
+        "engine": {"kind": "kv", "batch_size": 128},
         "lengths": {"max_new": 24},
         "dataset": Sums(kind="sums"),
         "format": Words(kind="words"),

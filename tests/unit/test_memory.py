@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,28 +13,38 @@ from typing import Any
 import pytest
 import torch
 
-from reftune.advice.memory import DRAWING, Outline, Work, _LiveBytes, training_memory
+from reftune.model.batch import token_batch
 from reftune.model.logprobs import token_logprobs
 from reftune.recipe import LoraTable, ModelTable
+from reftune.stages.memory import (
+    DRAWING,
+    Outline,
+    Work,
+    _LiveBytes,
+    fitting,
+    stage_memory,
+    total_bytes,
+)
+from reftune.stages.stage import Cost
 
 ROOT = Path(__file__).parents[2]
 WORK = Work(prompt=9, response=7, batch=3, rows=5)
 KV: Any = SimpleNamespace(kind="kv")
-SFT: Any = SimpleNamespace(batch_size=8)
+SFT = Cost(steps=1, batch=8, looks=1)
 
 
-def rl(*, needs_reference: bool = True, value_model: str = "shared") -> Any:
-    return SimpleNamespace(
-        kind="rl",
-        value_model=value_model,
-        algorithm=SimpleNamespace(needs_reference=needs_reference),
-    )
+def rl(**changes: Any) -> Cost:
+    return replace(SFT, scored=2, sampled=8, prompts=8, **{"reference": True, **changes})
 
 
 @pytest.fixture(scope="module")
 def outline(make_model):
     def make(family: str = "llama", **table: Any) -> Outline:
-        return Outline(lambda: make_model(family), ModelTable(path="unread", **table), device="cpu")
+        return Outline(
+            lambda: make_model(family),
+            ModelTable(path="unread", **{"dtype": "float32", **table}),
+            device="cpu",
+        )
 
     return make
 
@@ -44,37 +55,127 @@ def numel(module: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("family", ["llama", "llama, tied", "gpt2", "qwen3, tied"])
 def test_sizes_are_those_of_the_model(family, outline, make_model):
-    model, sizes = make_model(family), outline(family).sizes
+    model, made = make_model(family), outline(family)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    assert (sizes.total, sizes.trained) == (numel(model), numel(model) + 32 + 1), (
+    assert (made.total, made.trained) == (numel(model), numel(model) + 32 + 1), (
         "the value head is trained too"
     )
-    assert sizes.ends == (embedding.numel() if embedding is head else 2 * embedding.numel())
-    assert (sizes.layers, sizes.hidden) == (2, 32)
+    assert made.ends == (embedding.numel() if embedding is head else 2 * embedding.numel())
+    assert made.vocabulary == head.shape[0] and made.weights == 4 * made.total
     # keys and values, fp32, of every layer: 2 of llama's 4 heads of 8, all 4 of gpt2's
-    assert sizes.cache_bytes == 4 * 2 * 2 * (4 if family == "gpt2" else 2) * 8
+    assert made.cache_bytes == 4 * 2 * 2 * (4 if family == "gpt2" else 2) * 8
 
 
 def test_held_parts_are_the_weights_times_their_copies(outline):
     made = outline()
-    memory, total = training_memory(made, rl(), KV, WORK), made.sizes.total
+    memory, total = stage_memory(made, rl(), KV, WORK), made.total
     assert memory.held == {
         "weights": 4 * total,
-        "optimizer": 8 * made.sizes.trained,
+        "optimizer": 8 * made.trained,
         "reference": 4 * total,
-        "value model": 0,
     }
-    assert memory.phases["update"]["gradients"] == 4 * made.sizes.trained
+    assert memory.phases["update"]["gradients"] == 4 * made.trained
     generate = memory.phases["generate"]
     # 5 rows of 9 + 7 tokens, and 64 more that the cache grows by
-    assert generate["KV cache"] == made.sizes.cache_bytes * 5 * (9 + 7 + 64)
-    assert generate["drawing tokens"] == DRAWING * 4 * 5 * made.sizes.vocabulary
-    for stage in (SFT, rl(needs_reference=False)):
-        assert training_memory(made, stage, KV, WORK).held["reference"] == 0
+    assert generate["KV cache"] == made.cache_bytes * 5 * (9 + 7 + 64)
+    assert generate["drawing tokens"] == DRAWING * 4 * 5 * made.vocabulary
+    for cost in (SFT, rl(reference=False)):
+        assert stage_memory(made, cost, KV, WORK).held["reference"] == 0
+    eighth = stage_memory(made, replace(SFT, state_bits=8), KV, WORK).held["optimizer"]
+    # a byte a moment, and 4 for the scale of every 256
+    assert eighth == (2 + 8 / 256) * made.trained
+
+
+def test_what_is_never_trained_is_counted_as_it_is_held(outline, make_model):
+    model = make_model("llama")
+    inner = sum(p.numel() for n, p in model.named_parameters() if "_proj" in n)
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    ends = numel(model) - inner - vectors
+    made = outline(lora=LoraTable(rank=4), dtype="bfloat16")
+    adapters = made.trained - 33
+    assert made.weights == 2 * (inner + ends) + 4 * (vectors + adapters)
+    # of a model that is trained the reference's embeddings stay fp32: bf16 would round them
+    assert outline(dtype="bfloat16").reference == 2 * inner + 4 * (ends + vectors)
+    quantized = outline(lora=LoraTable(rank=4), dtype="bfloat16", quantize="nf4")
+    assert quantized.weights == (0.5 + 4 / 64) * inner + 2 * ends + 4 * (vectors + adapters)
+
+
+def test_the_weights_of_an_outline_are_those_of_a_policy(outline, make_model, tokenizer):
+    from reftune.model.policy import Policy
+
+    for quantize in (None, "nf4"):
+        policy = Policy(
+            make_model("llama"),
+            tokenizer,
+            dtype=torch.bfloat16,
+            lora=LoraTable(),
+            quantize=quantize,
+        )
+        held = sum(p.nbytes for p in policy.model.parameters())
+        held += sum(
+            p.quant_state.absmax.nbytes
+            for p in policy.model.parameters()
+            if hasattr(p, "quant_state")
+        )
+        found = outline(lora=LoraTable(), dtype="bfloat16", quantize=quantize).weights
+        assert found == pytest.approx(held, rel=0.01)
+
+
+def test_checkpointing_keeps_what_enters_a_block(make_model):
+    def update(batch: int, **table: Any) -> Any:
+        make = lambda: make_model("llama", num_hidden_layers=8)  # noqa: E731
+        made = Outline(make, ModelTable(path="x", dtype="float32", **table), device="cpu")
+        return made.update(9, 7, batch)
+
+    plain, saving = (update(64, gradient_checkpointing=flag) for flag in (False, True))
+    # 8 inputs of 64 · 16 tokens of 32 numbers, and what one block takes for a moment
+    assert 8 * 64 * 16 * 32 * 4 < saving.activations < plain.activations / 2
+    assert saving.forward_flops == plain.forward_flops
+    # three passes' worth of products, and one more for what is computed again
+    assert plain.flops / plain.forward_flops == pytest.approx(3, rel=0.05)
+    assert saving.flops / saving.forward_flops == pytest.approx(4, rel=0.05)
+
+
+def test_operations_are_those_of_the_products(outline, make_model):
+    model, found = make_model("llama"), outline().update(9, 7, 3)
+    inner = sum(p.numel() for n, p in model.named_parameters() if "_proj" in n)
+    head = model.get_output_embeddings().weight.numel()
+    tokens = 3 * 16
+    attention = 2 * 2 * 3 * 4 * 16 * 16 * (8 + 8)  # layers, products, rows, heads, tokens², sizes
+    expected = 2 * inner * tokens + 2 * head * 3 * 7 + attention // 1
+    assert found.forward_flops == pytest.approx(expected, rel=0.02)
+
+
+def test_the_largest_sizes_that_fit_are_chosen(outline):
+    made = outline()
+
+    def chosen(room: float, **changes: Any) -> tuple[int, int]:
+        sizes = fitting(
+            made, replace(rl(), batch=10**6), KV, prompt=9, response=7, device_bytes=room / 0.9
+        )
+        return sizes.tokens, sizes.rows
+
+    assert chosen(1e12) == (16384, 256)
+    assert chosen(1) == (512, 1)
+    tokens, rows = 2048, 64
+    work = Work(prompt=9, response=7, batch=tokens // 16, rows=rows)
+    memory = stage_memory(made, rl(), KV, work)
+    held = sum(memory.held.values())
+    for phase, place in (("update", 0), ("generate", 1)):
+        need = held + sum(memory.phases[phase].values())
+        assert chosen(1.05 * need)[place] == (tokens, rows)[place]
+        assert chosen(0.9 * need)[place] == (tokens, rows)[place] // 2
+
+
+def test_a_container_has_no_more_memory_than_it_may_use(monkeypatch):
+    everything = total_bytes(torch.device("cpu"))
+    assert 2**28 < everything < 2**45
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert total_bytes(torch.device("cpu")) == everything / 4
 
 
 def test_sampling_and_updating_take_turns(outline):
-    memory = training_memory(outline(), rl(), KV, WORK)
+    memory = stage_memory(outline(), rl(), KV, WORK)
     phases = {name: sum(parts.values()) for name, parts in memory.phases.items()}
     assert memory.peak == sum(memory.held.values()) + max(phases.values())
     assert memory.busiest == max(phases, key=phases.__getitem__)
@@ -83,20 +184,19 @@ def test_sampling_and_updating_take_turns(outline):
 def test_a_value_model_of_its_own_is_held_trained_and_passed_through(outline):
     made = outline()
     shared, separate = (
-        training_memory(made, rl(value_model=kind), KV, WORK) for kind in ("shared", "separate")
+        stage_memory(made, rl(value_model=flag), KV, WORK) for flag in (False, True)
     )
-    backbone = made.sizes.backbone
-    assert backbone == made.sizes.total - made.sizes.ends / 2, (
-        "all but the output head, which is not tied here"
-    )
-    assert separate.held["value model"] == 12 * backbone, "weights and two moments"
+    backbone = made.backbone
+    assert backbone == made.total - made.ends / 2, "all but the output head, which is not tied here"
+    assert separate.held["weights"] - shared.held["weights"] == 4 * backbone
+    assert separate.held["optimizer"] - shared.held["optimizer"] == 8 * backbone
     assert separate.parts["gradients"] - shared.parts["gradients"] == 4 * backbone
     assert separate.parts["activations"] == 2 * shared.parts["activations"]
 
 
 def test_adapters_need_no_reference_and_hardly_any_optimizer(outline):
     whole, adapters = (
-        training_memory(outline(lora=lora), rl(), KV, WORK) for lora in (None, LoraTable(rank=1))
+        stage_memory(outline(lora=lora), rl(), KV, WORK) for lora in (None, LoraTable(rank=1))
     )
     assert adapters.held["reference"] == 0
     assert adapters.held["optimizer"] < whole.held["optimizer"] / 4
@@ -105,16 +205,15 @@ def test_adapters_need_no_reference_and_hardly_any_optimizer(outline):
 def test_ddp_holds_all_and_fsdp2_a_part_but_whole_weights_to_sample_with(outline):
     made = outline()
     one, ddp, fsdp2 = (
-        training_memory(made, rl(), KV, WORK, sharding=way, gpus=4)
-        for way in ("one", "ddp", "fsdp2")
+        stage_memory(made, rl(), KV, WORK, sharding=way, gpus=4) for way in ("one", "ddp", "fsdp2")
     )
     assert ddp == one
     assert fsdp2.held == {name: size / 4 for name, size in one.held.items()}
     assert fsdp2.parts["gradients"] == one.parts["gradients"] / 4
-    assert fsdp2.phases["generate"]["engine's copy"] == 4 * made.sizes.total
+    assert fsdp2.phases["generate"]["engine's copy"] == 4 * made.total
     # at the start weights and reference are whole; what is held then counts as part of them
     assert sum(fsdp2.held.values()) + fsdp2.phases["start"]["loading"] == pytest.approx(
-        2 * 4 * made.sizes.total
+        2 * 4 * made.total
     )
 
 
@@ -123,8 +222,7 @@ def test_a_colocated_vllm_takes_its_share_and_a_server_nothing(outline):
     for server, share in ((None, 300.0), ("http://host:8000", 0.0)):
         engine: Any = SimpleNamespace(kind="vllm", server=server, memory=0.3)
         assert (
-            training_memory(made, rl(), engine, WORK, device_bytes=1000).held["engine's copy"]
-            == share
+            stage_memory(made, rl(), engine, WORK, device_bytes=1000).held["engine's copy"] == share
         )
 
 
@@ -141,26 +239,26 @@ def test_live_bytes_count_storages_once_and_as_long_as_they_live():
     assert (live.now, live.peak) == (0, 6000)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [None, LoraTable()])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_trace_takes_what_real_tensors_take(dtype, outline, make_policy):
-    traced = outline(dtype=dtype).trace(WORK)
-    policy = make_policy(dtype=getattr(torch, dtype))
+def test_the_trace_takes_what_real_tensors_take(dtype, lora, checkpointing, outline, make_policy):
+    traced = outline(dtype=dtype, lora=lora, gradient_checkpointing=checkpointing).update(9, 7, 3)
+    policy = make_policy(dtype=getattr(torch, dtype), lora=lora)
+    if checkpointing:
+        policy.recompute_blocks()
     for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    tokens = torch.zeros(3, 16, dtype=torch.long)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    batch = token_batch([[0] * 9] * 3, [[0] * 7] * 3)
     with policy.arithmetic(), _LiveBytes(policy) as live:
-        hidden = (
-            policy.model.base_model(input_ids=tokens, use_cache=False)
-            .last_hidden_state[:, -7:]
-            .flatten(0, 1)
-        )
-        token_logprobs(policy.model.lm_head, hidden, tokens[:, -7:].flatten()).sum().backward()
+        hidden = policy.hidden_states(batch)
+        token_logprobs(policy._head(), hidden, batch.response_tokens()).sum().backward()
     assert traced.activations + traced.logits == pytest.approx(live.peak, rel=0.05)
 
 
 def test_sampling_keeps_a_copy_of_the_weights_in_the_arithmetic(outline, make_model):
-    least = Work(prompt=1, response=1, batch=1, rows=1)
-    wide, narrow = outline().trace(least), outline(dtype="bfloat16").trace(least)
+    least = {"prompt": 1, "rows": 1}
+    wide, narrow = outline().prefill(**least), outline(dtype="bfloat16").prefill(**least)
     model = make_model("llama")
     merged = sum(
         p.numel() for name, p in model.named_parameters() if re.search("(q|k|v|gate|up)_proj", name)
@@ -173,12 +271,14 @@ def test_sampling_keeps_a_copy_of_the_weights_in_the_arithmetic(outline, make_mo
         "in fp32 only what is multiplied at once"
     )
     assert narrow.casts == pytest.approx(2 * matrices, rel=0.02)
-    assert narrow.prefill < narrow.casts / 2, "the copies are not counted a second time"
+    assert narrow.momentary < narrow.casts / 2, "the copies are not counted a second time"
 
 
 def test_sampling_keeps_casts_of_other_models_too(outline, make_model):
-    least = Work(prompt=1, response=1, batch=1, rows=1)
-    wide, narrow = outline("phi3").trace(least), outline("phi3", dtype="bfloat16").trace(least)
+    least = {"prompt": 1, "rows": 1}
+    wide, narrow = (
+        outline("phi3", dtype=dtype).prefill(**least) for dtype in ("float32", "bfloat16")
+    )
     model = make_model("phi3")
     matrices = (
         sum(p.numel() for p in model.parameters() if p.dim() == 2)

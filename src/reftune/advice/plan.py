@@ -11,12 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from reftune.advice.memory import FP32, Memory, Outline, Sharding, Sizes, Work, training_memory
-from reftune.errors import ModelError, RecipeError
-from reftune.model.scratch import make_scratch
-from reftune.model.weights import resolve
-from reftune.recipe import ModelTable, Recipe
+from reftune.errors import RecipeError
+from reftune.recipe import Recipe
 from reftune.runs.run import load_splits, scratch_texts
+from reftune.stages.memory import (
+    FP32,
+    Memory,
+    Outline,
+    Sharding,
+    Sizes,
+    Work,
+    fitting,
+    outline_of,
+    stage_memory,
+)
+from reftune.stages.stage import Cost
 
 GB = 10**9
 NODE = 8
@@ -26,8 +35,8 @@ NETWORK = 50 * GB
 """
 DECODE_EFFICIENCY = 0.5
 """Share of the roofline that decoding reaches; the benchmark's target."""
-PROMPT = 128
-"""Tokens of a prompt where neither the recipe nor the user says."""
+PROMPT = 256
+"""Tokens of a prompt if neither the recipe nor the user says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +87,8 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Memory of the stage that needs most, under each way to share it out; a step of each RL
-    stage."""
+    """Memory of the stage that needs most, under each way to share it out; a step of each stage
+    that samples."""
 
     recipe: str
     stage: str
@@ -89,13 +98,14 @@ class Plan:
     hardware: Hardware
     prompt: int
     response: int
+    sizes: Mapping[Sharding, Sizes]
+    """By sharding; the recipe's, or what fits if it says `auto`."""
     memory: Mapping[Sharding, Memory]
-    """By sharding."""
     topology: str
-    sharding: str | None
-    """The simplest that fits; None where none does."""
+    sharding: Sharding | None
+    """The simplest that fits; None if none does."""
     steps: Mapping[str, Mapping[str, Phase]]
-    """Stage → phase → time, under `sharding`, or the one that takes least where none fits."""
+    """Stage → phase → time, under `sharding`, or the one that takes least if none fits."""
     split: Mapping[str, Mapping[str, Any]]
     """Stage → the best division into GPUs that sample and GPUs that train, and the step's seconds.
     """
@@ -110,263 +120,194 @@ def make_plan(
     only: str | None = None,
 ) -> Plan:
     """Of all stages, or `only` one. Tokens of prompts and responses: by default
-    `lengths.max_prompt`, else 128, and `max_new`.
+    `lengths.max_prompt`, else 256, and `max_new`.
 
-    Raises: RecipeError where no such stage trains the policy; ModelError where the configuration
-    cannot be read.
+    Raises: RecipeError if no such stage says what it costs; ModelError if the configuration cannot
+    be read.
     """
     if recipe.model.dtype == "auto":  # every GPU of `GPUS` multiplies bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})
         recipe = recipe.model_copy(update={"model": table})
-    trained = {name: stage for name, stage in trainings(recipe).items() if only in (None, name)}
-    if not trained:
-        wanted = (
-            "a stage of kind sft, self_train or rl"
-            if only is None
-            else f"one of {', '.join(trainings(recipe))}"
-        )
-        raise RecipeError(
-            f"{recipe.name}: nothing to plan for{f' in {only}' * (only is not None)}; expected"
-            f" {wanted}"
-        )
-    outline = Outline(model_maker(recipe), recipe.model, device="cuda")
-    prompt, response = (
-        prompt or recipe.lengths.max_prompt or PROMPT,
-        response or recipe.lengths.max_new,
+    costs = stage_costs(recipe)
+    wanted = {name: cost for name, cost in costs.items() if only in (None, name)}
+    if not wanted:
+        where = "" if only is None else f" in {only}"
+        expected = f"one of {', '.join(costs)}" if costs else "a stage that says what it costs"
+        raise RecipeError(f"{recipe.name}: nothing to plan for{where}; expected {expected}")
+    texts = scratch_texts(recipe.format, load_splits(recipe)) if recipe.model.scratch else ()
+    planner = Planner(
+        recipe=recipe,
+        hardware=hardware,
+        outline=outline_of(recipe.model, texts, device="cuda"),
+        prompt=prompt or recipe.lengths.max_prompt or PROMPT,
+        response=response or recipe.lengths.max_new,
     )
-    shardings: Sequence[Sharding] = ("one",) if hardware.gpus == 1 else ("one", "ddp", "fsdp2")
-    of_stage = {
-        name: {
-            way: _memory(outline, stage, recipe, hardware, way, prompt, response)
-            for way in shardings
-        }
-        for name, stage in trained.items()
+    ways: Sequence[Sharding] = ("one",) if hardware.gpus == 1 else ("one", "ddp", "fsdp2")
+    memory = {
+        name: {way: planner.memory(cost, way) for way in ways} for name, cost in wanted.items()
     }
-    stage = max(of_stage, key=lambda name: of_stage[name]["one"].peak)
-    memory = of_stage[stage]
-    usable = [way for way in shardings if way != "one" or hardware.gpus == 1]
-    fitting = next((way for way in usable if memory[way].peak <= hardware.memory), None)
-    cost = Cost(
-        sizes=outline.sizes, hardware=hardware, recipe=recipe, prompt=prompt, response=response
-    )
-    smallest: Sharding = min(usable, key=lambda way: memory[way].peak)
-    chosen = fitting or smallest
-    reinforced = {name: stage for name, stage in trained.items() if hasattr(stage, "prompts")}
+    stage = max(memory, key=lambda name: memory[name]["one"].peak)
+    usable = [way for way in ways if way != "one" or hardware.gpus == 1]
+    fits = [way for way in usable if memory[stage][way].peak <= hardware.memory]
+    way = fits[0] if fits else min(usable, key=lambda way: memory[stage][way].peak)
+    sampling = {name: cost for name, cost in wanted.items() if cost.sampled}
+    many = sampling if hardware.gpus > 1 else {}
     return Plan(
         recipe=recipe.name,
         stage=stage,
-        weights=outline.sizes.total,
-        trained=outline.sizes.trained,
+        weights=planner.outline.total,
+        trained=planner.outline.trained,
         dtype=recipe.model.dtype,
         hardware=hardware,
-        prompt=prompt,
-        response=response,
-        memory=memory,
+        prompt=planner.prompt,
+        response=planner.response,
+        sizes={way: planner.sizes(wanted[stage], way) for way in ways},
+        memory=memory[stage],
         topology="split" if getattr(recipe.engine, "server", None) else "colocated",
-        sharding=fitting,
-        steps={name: cost.step(stage, chosen) for name, stage in reinforced.items()},
-        split={
-            name: cost.best_split(stage, chosen)
-            for name, stage in reinforced.items()
-            if hardware.gpus > 1
-        },
+        sharding=way if fits else None,
+        steps={name: planner.step(cost, way) for name, cost in sampling.items()},
+        split={name: planner.best_split(cost, way) for name, cost in many.items()},
     )
 
 
-def _memory(
-    outline: Outline,
-    stage: Any,
-    recipe: Recipe,
-    hardware: Hardware,
-    way: Sharding,
-    prompt: int,
-    response: int,
-) -> Memory:
-    gpus = 1 if way == "one" else hardware.gpus
-    work = stage_work(stage, recipe, prompt=prompt, response=response, gpus=gpus)
-    return training_memory(
-        outline, stage, recipe.engine, work, sharding=way, gpus=gpus, device_bytes=hardware.memory
-    )
-
-
-def trainings(recipe: Recipe) -> dict[str, Any]:
-    """What trains the whole policy, by stage: an RL stage, or a supervised schedule."""
-    stages = {
-        name: stage.sft if stage.kind == "self_train" else stage
+def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:
+    """By stage; those that cannot foretell it are left out."""
+    costs = {
+        name: stage.cost(num_train=num_train, num_dev=num_dev)
         for name, stage in recipe.stages.items()
     }
-    return {
-        name: stage
-        for name, stage in stages.items()
-        if recipe.stages[name].kind in ("sft", "self_train", "rl")
-    }
-
-
-def stage_work(
-    stage: Any,
-    recipe: Recipe,
-    *,
-    prompt: int,
-    response: int,
-    gpus: int = 1,
-    problems: int | None = None,
-) -> Work:
-    """What a device does at once; `problems`: most that are decoded in one go, where that is
-    known."""
-    sequences = stage.prompts * stage.samples if hasattr(stage, "prompts") else stage.batch_size
-    rows = getattr(recipe.engine, "batch_size", 1)
-    return Work(
-        prompt=prompt,
-        response=response,
-        batch=min(math.ceil(sequences / gpus), micro_batch_sequences(recipe, prompt, response)),
-        rows=rows if problems is None else min(rows, math.ceil(problems / gpus)),
-    )
-
-
-def micro_batch_sequences(recipe: Recipe, prompt: int, response: int) -> int:
-    """Sequences of so many tokens in one forward and backward pass, one at least."""
-    return max(1, recipe.model.micro_batch_tokens // (prompt + response))
-
-
-def model_maker(recipe: Recipe) -> Any:
-    """What builds the recipe's model from its configuration. Raises: ModelError."""
-    table = recipe.model
-    if table.scratch is not None:
-        texts, scratch = scratch_texts(recipe.format, load_splits(recipe)), table.scratch
-        return lambda: make_scratch(scratch, texts, seed=0)[0]
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(table)
-    return lambda: AutoModelForCausalLM.from_config(
-        config, trust_remote_code=table.trust_remote_code
-    )
-
-
-def read_config(table: ModelTable) -> Any:
-    """The configuration in a model's folder or Hub repository. Raises: ModelError."""
-    from transformers import AutoConfig
-
-    assert table.path is not None
-    try:
-        return AutoConfig.from_pretrained(
-            resolve(table.path),
-            revision=table.revision or "main",
-            trust_remote_code=table.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{table.path}: no config.json can be read; expected a model folder or a Hub id:"
-            f" {reason}"
-        ) from None
-
-
-# --- time -----------------------------------------------------------------------------------------
+    return {name: cost for name, cost in costs.items() if cost is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cost:
-    """Time of a step, by arithmetic and bytes."""
+class Planner:
+    """A recipe's model on given hardware: memory by part, time by arithmetic and bytes."""
 
-    sizes: Sizes
-    hardware: Hardware
     recipe: Recipe
+    hardware: Hardware
+    outline: Outline
     prompt: int
     response: int
+
+    # --- memory ---
+
+    def sizes(self, cost: Cost, way: Sharding) -> Sizes:
+        """The recipe's sizes, and what fits for those that it leaves to us."""
+        tokens = self.recipe.model.micro_batch_tokens
+        rows = getattr(self.recipe.engine, "batch_size", cost.sampled or 1)
+        found = Sizes(tokens=0, rows=0)
+        if "auto" in (tokens, rows):
+            found = fitting(
+                self.outline,
+                cost,
+                self.recipe.engine,
+                prompt=self.prompt,
+                response=self.response,
+                device_bytes=self.hardware.memory,
+                sharding=way,
+                gpus=self._gpus(way),
+            )
+        return Sizes(
+            tokens=found.tokens if tokens == "auto" else tokens,
+            rows=found.rows if rows == "auto" else rows,
+        )
+
+    def memory(self, cost: Cost, way: Sharding) -> Memory:
+        """Of one GPU in a stage."""
+        sizes, gpus = self.sizes(cost, way), self._gpus(way)
+        work = work_of(cost, sizes, prompt=self.prompt, response=self.response, gpus=gpus)
+        return stage_memory(
+            self.outline,
+            cost,
+            self.recipe.engine,
+            work,
+            sharding=way,
+            gpus=gpus,
+            device_bytes=self.hardware.memory,
+        )
+
+    def _gpus(self, way: Sharding) -> int:
+        return 1 if way == "one" else self.hardware.gpus
+
+    # --- time ---
 
     @property
     def rate(self) -> float:
         """FLOP/s that one GPU reaches."""
+        return self._peak * self.hardware.mfu
+
+    @property
+    def _peak(self) -> float:
         peak: float = getattr(GPUS[self.hardware.kind], self.recipe.model.dtype)
-        return peak * self.hardware.mfu
+        return peak
 
-    @property
-    def forward(self) -> float:
-        """FLOPs of one sequence: 2 a weight and token, causal attention, logits of the response
-        only."""
-        length = self.prompt + self.response
-        attention = 2 * self.sizes.layers * self.sizes.hidden * length**2
-        return 2 * self.sizes.trunk * length + attention + self.head
+    def flops(self, cost: Cost, *, backward: bool) -> float:
+        """FLOPs of a pass over one sequence, counted in a trace; twice with a value model."""
+        update = self.outline.update(self.prompt, self.response, 2)
+        models = 2 if cost.value_model else 1
+        return models * (update.flops if backward else update.forward_flops) / 2
 
-    @property
-    def head(self) -> float:
-        return 2 * self.sizes.vocabulary * self.sizes.hidden * self.response
-
-    def step(self, stage: Any, way: str, *, samplers: int | None = None) -> dict[str, Phase]:
+    def step(self, cost: Cost, way: Sharding, *, samplers: int | None = None) -> dict[str, Phase]:
         """Phases of a step; `samplers`: so many GPUs only sample, and the others only train."""
         trainers = self.hardware.gpus if samplers is None else self.hardware.gpus - samplers
+        flops = cost.batch * cost.scored * self.flops(cost, backward=False)
         return {
-            "generate": self.generate(stage, samplers or self.hardware.gpus, way),
-            "score": self.score(stage, trainers),
-            "update": self.update(stage, trainers, way),
+            "generate": self.generate(cost, samplers or self.hardware.gpus, way),
+            "score": Phase(seconds=flops / trainers / self.rate, bound="arithmetic"),
+            "update": self.update(cost, trainers, way),
         }
 
-    def generate(self, stage: Any, gpus: int, way: str) -> Phase:
+    def generate(self, cost: Cost, gpus: int, way: Sharding) -> Phase:
         """Each GPU its part of the samples: prompts once, then a token a row at a time."""
-        gpu, sizes = GPUS[self.hardware.kind], self.sizes
-        rollouts = math.ceil(stage.prompts * stage.samples / gpus)
-        rows = min(rollouts, getattr(self.recipe.engine, "batch_size", rollouts))
-        waves = rollouts / rows
+        gpu, total = GPUS[self.hardware.kind], self.outline.total
+        rollouts = math.ceil(cost.sampled / gpus)
+        rows = min(rollouts, self.sizes(cost, way).rows)
         width = FP32 if self.recipe.model.dtype == "float32" else 2
-        reading = width * sizes.total / gpu.memory
+        reading = min(self.outline.weights, width * total) / gpu.memory
         context = self.prompt + self.response / 2
-        cache = rows * context * sizes.cache_bytes / gpu.memory
-        arithmetic = rows * 2 * sizes.total / getattr(gpu, self.recipe.model.dtype)
+        cache = rows * context * self.outline.cache_bytes / gpu.memory
+        arithmetic = rows * 2 * total / self._peak
         token_s = max(reading + cache, arithmetic) / DECODE_EFFICIENCY
-        prefill_s = math.ceil(rollouts / stage.samples) * 2 * sizes.trunk * self.prompt / self.rate
-        gather_s = (
-            FP32 * sizes.total * (gpus - 1) / gpus / self.hardware.link if way == "fsdp2" else 0.0
-        )
-        decode_s = waves * self.response * token_s
-        costs = {"reading prompts": prefill_s, "gathering weights": gather_s}
+        trunk = total - self.outline.ends
+        prefill_s = math.ceil(cost.prompts / gpus) * 2 * trunk * self.prompt / self.rate
+        share = (gpus - 1) / gpus if way == "fsdp2" else 0.0
+        decode_s = rollouts / rows * self.response * token_s
+        costs = {
+            "reading prompts": prefill_s,
+            "gathering weights": share * self.outline.weights / self.hardware.link,
+        }
         if arithmetic > reading + cache:
             costs["arithmetic"] = decode_s
+        elif reading >= cache:
+            costs[f"reading the weights for {rows} rows"] = decode_s
         else:
-            costs[
-                f"reading the weights for {rows} rows" if reading >= cache else "reading the cache"
-            ] = decode_s
+            costs["reading the cache"] = decode_s
         return Phase(seconds=sum(costs.values()), bound=max(costs, key=costs.__getitem__))
 
-    def score(self, stage: Any, gpus: int) -> Phase:
-        """Policy and reference, and a value model of its own."""
-        passes = 2 if stage.algorithm.needs_reference else 1
-        flops = passes * self.forward + self._value_model(stage)
-        return Phase(
-            seconds=stage.prompts * stage.samples * flops / gpus / self.rate, bound="arithmetic"
-        )
-
-    def update(self, stage: Any, gpus: int, way: str) -> Phase:
-        """A backward pass is two forward passes; frozen weights need no gradient, so adapters save
-        the half of it."""
-        backward = 2 if self.recipe.model.lora is None else 1
-        rollouts = stage.prompts * stage.samples
-        compute_s = (
-            rollouts * (1 + backward) * (self.forward + self._value_model(stage)) / gpus / self.rate
-        )
-        told_s = self._communication(rollouts, gpus, way)
+    def update(self, cost: Cost, gpus: int, way: Sharding) -> Phase:
+        """Forward and backward passes, blocks computed again included; DDP adds gradients up after
+        them, FSDP2 moves weights beside them."""
+        compute_s = cost.batch * self.flops(cost, backward=True) / gpus / self.rate
+        told_s = self.communication(cost, gpus, way)
         bound = "arithmetic" if compute_s >= told_s else "moving weights and gradients between GPUs"
         seconds = max(compute_s, told_s) if way == "fsdp2" else compute_s + told_s
-        return Phase(seconds=stage.updates * seconds, bound=bound)
+        return Phase(seconds=cost.updates * seconds, bound=bound)
 
-    def _communication(self, rollouts: int, gpus: int, way: str) -> float:
+    def communication(self, cost: Cost, gpus: int, way: Sharding) -> float:
         """Seconds of one pass. DDP sums gradients once; FSDP2 gathers weights twice and scatters
         gradients each micro-batch."""
-        share, sizes = (gpus - 1) / gpus, self.sizes
+        share, gradients = (gpus - 1) / gpus, FP32 * self.outline.trained
         if way != "fsdp2":
-            return 2 * share * FP32 * sizes.trained / self.hardware.link
-        micro_batches = math.ceil(
-            rollouts / gpus / micro_batch_sequences(self.recipe, self.prompt, self.response)
-        )
-        return micro_batches * share * FP32 * (2 * sizes.total + sizes.trained) / self.hardware.link
+            return 2 * share * gradients / self.hardware.link
+        batch = micro_batch(self.sizes(cost, way).tokens, self.prompt + self.response)
+        micro_batches = math.ceil(cost.batch / gpus / batch)
+        return micro_batches * share * (2 * self.outline.weights + gradients) / self.hardware.link
 
-    def _value_model(self, stage: Any) -> float:
-        return self.forward - self.head if stage.value_model == "separate" else 0.0
-
-    def best_split(self, stage: Any, way: str) -> dict[str, Any]:
+    def best_split(self, cost: Cost, way: Sharding) -> dict[str, Any]:
         """The halves wait for each other, as samples are drawn of the newest weights."""
         seconds = {
             samplers: sum(
-                phase.seconds for phase in self.step(stage, way, samplers=samplers).values()
+                phase.seconds for phase in self.step(cost, way, samplers=samplers).values()
             )
             for samplers in range(1, self.hardware.gpus)
         }
@@ -376,6 +317,27 @@ class Cost:
             "training_gpus": self.hardware.gpus - best,
             "seconds": seconds[best],
         }
+
+
+def work_of(
+    cost: Cost,
+    sizes: Sizes,
+    *,
+    prompt: int,
+    response: int,
+    gpus: int = 1,
+    problems: int | None = None,
+) -> Work:
+    """What a device does at once; `problems`: most that are decoded in one go, if that is known."""
+    share = math.ceil(cost.batch / gpus)
+    batch = min(share, micro_batch(sizes.tokens, prompt + response))
+    rows = sizes.rows if problems is None else min(sizes.rows, math.ceil(problems / gpus))
+    return Work(prompt=prompt, response=response, batch=batch, rows=rows)
+
+
+def micro_batch(tokens: int, length: int) -> int:
+    """Sequences of `length` tokens in a forward and backward pass, one at least."""
+    return max(1, tokens // length)
 
 
 # --- what a person sees ---------------------------------------------------------------------------
@@ -406,6 +368,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         name: getattr(plan, name)
         for name in ("recipe", "stage", "weights", "trained", "dtype", "prompt", "response")
     }
+    facts["sizes"] = {way: asdict(sizes) for way, sizes in plan.sizes.items()}
     choice = {"topology": plan.topology, "sharding": plan.sharding, "split": dict(plan.split)}
     return {
         **facts,
@@ -466,6 +429,11 @@ def _memory_text(plan: Plan) -> str:
         f"{name:<24}" + "".join(_cell(plan.memory[way].parts.get(name)) for way in ways)
         for name in names
     ]
+    for name in ("tokens", "rows"):
+        label = {"tokens": "micro-batch, tokens", "rows": "decoded at once, rows"}[name]
+        lines.append(
+            f"{label:<24}" + "".join(f"{getattr(plan.sizes[way], name):>12,}" for way in ways)
+        )
     lines.append(f"{'peak':<24}" + "".join(_cell(plan.memory[way].peak) for way in ways))
     lines.append(f"{'reached in':<24}" + "".join(f"{plan.memory[way].busiest:>12}" for way in ways))
     fits = (plan.memory[way].peak <= plan.hardware.memory for way in ways)

@@ -12,10 +12,10 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -32,13 +32,19 @@ POLL_S = 1.0
 
 class Continuous(Component):
     kind: str = "continuous"
-    batch_size: int = Field(256, gt=0)
-    """Rows decoded at once."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Rows decoded at once. `auto`: what the device's memory allows, 256 at most; chosen when the
+    run begins, written into its recipe.yaml and kept on resume."""
     batch_tokens: int = Field(2048, gt=0)
     """Tokens in one forward pass, prompts included; longer prompts are read in pieces."""
 
     batch_independent: ClassVar[bool] = False
     """Whether a request's tokens depend on itself alone."""
+
+    @property
+    def rows(self) -> int:
+        """Rows decoded at once, also outside a run, which chooses them."""
+        return 256 if self.batch_size == "auto" else self.batch_size
 
     @torch.no_grad()
     def generate(
@@ -66,7 +72,7 @@ class Continuous(Component):
     ) -> ContinuousBatchingConfig:
         """A cache just large enough for the rows that are decoded at once."""
         longest = max(len(prompt) for prompt in prompts) + params.max_new_tokens
-        rows = min(self.batch_size, len(prompts))
+        rows = min(self.rows, len(prompts))
         return ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
             num_blocks=rows * (math.ceil(longest / PAGE_TOKENS) + 1),

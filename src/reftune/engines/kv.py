@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
@@ -36,10 +36,16 @@ BLOCK = 256
 
 class Kv(Component):
     kind: str = "kv"
-    batch_size: int = Field(128, gt=0)
-    """Rows decoded at once."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Rows decoded at once. `auto`: what the device's memory allows, 256 at most; chosen when the
+    run begins, written into its recipe.yaml and kept on resume."""
     refill: float = Field(0.25, gt=0, le=1)
     """Share of the rows that must be free before waiting prompts join."""
+
+    @property
+    def rows(self) -> int:
+        """Rows decoded at once, also outside a run, which chooses them."""
+        return 128 if self.batch_size == "auto" else self.batch_size
 
     @torch.no_grad()
     def generate(
@@ -56,8 +62,8 @@ class Kv(Component):
         with forward_pass(policy) as forward:
             decoder = _Decoder(policy, params, forward)
             while waiting or decoder.active:
-                free = self.batch_size - len(decoder.active)
-                if waiting and (free >= self.refill * self.batch_size or not decoder.active):
+                free = self.rows - len(decoder.active)
+                if waiting and (free >= self.refill * self.rows or not decoder.active):
                     joining, waiting = waiting[-free:], waiting[:-free]
                     decoder.join(joining)
                 decoder.step()

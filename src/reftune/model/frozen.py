@@ -75,7 +75,7 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
             "model.quantize: bitsandbytes is not installed; expected pip install"
             " 'reftune[quantize]'"
         ) from None
-    layers = list(_linear_layers(model))
+    layers = list(linear_layers(model))
     if not layers:
         raise ModelError(
             f"model.quantize: {type(model).__name__} has no linear layers (nn.Linear) to quantize"
@@ -100,7 +100,8 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True  # peft asks
 
 
-def _linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Parent, name and layer of each, without the output head."""
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

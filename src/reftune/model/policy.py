@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reftune.errors import ModelError
 from reftune.model import frozen
-from reftune.model.batch import TokenBatch, own_micro_batches
+from reftune.model.batch import PackedTokens, TokenBatch, own_micro_batches
 from reftune.model.dropout import use_cheap_dropout
 from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
 from reftune.model.recompute import recompute
@@ -232,14 +232,20 @@ class Policy(nn.Module):
                 batch.predictor_index()
             ]
             return hidden
-        packed = (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
+        return self.read(backbone, self.pack(batch))
+
+    def pack(self, batch: TokenBatch) -> PackedTokens:
+        """The batch without padding; in bf16 filled up to a size that products are fast for."""
+        return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
+
+    def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
+        """(N, H) the last hidden state that predicts each response token."""
         as_modules = self.is_compiled or sharding().is_split(self)  # hooks are on their forward
         if self.is_written_out and not as_modules:
             states = llama.read_packed(backbone, packed, recompute=self.recomputes)
         else:
             states = attention.read_packed(backbone, packed)
-        hidden = states[packed.predictors]
-        return hidden
+        return states[packed.predictors]
 
     def _backbone(self) -> Any:
         model = self.model.get_base_model() if self.is_lora else self.model

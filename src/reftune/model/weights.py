@@ -7,10 +7,10 @@ import importlib.metadata
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reftune.errors import ModelError
-from reftune.recipe import ModelTable
+from reftune.recipe import ModelTable, shipped_recipes
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,28 @@ def resolve(path: str | Path) -> Path | str:
     if str(path).startswith((".", os.sep, "~")):
         raise ModelError(f"{path}: no such model folder; expected one, or a Hub id like owner/name")
     return str(path)
+
+
+def load_config(table: ModelTable) -> Any:
+    """The configuration of a model that is not from scratch: in its folder, among those that come
+    with the paper's recipes, or on the Hub. Raises: ModelError."""
+    from transformers import AutoConfig
+
+    assert table.path is not None
+    path = resolve(table.path)
+    shipped = shipped_recipes() / "paper" / "models" / table.path
+    if isinstance(path, str) and (shipped / "config.json").is_file():
+        path = shipped
+    try:
+        return AutoConfig.from_pretrained(
+            path, revision=table.revision or "main", trust_remote_code=table.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{table.path}: no config.json can be read; expected a model folder or a Hub id:"
+            f" {reason}"
+        ) from None
 
 
 def load_pretrained(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from reftune.recipe.kinds import Table, component_field
@@ -55,9 +55,10 @@ class ModelTable(Table):
     quantize: Literal["nf4"] | None = None
     """Under `lora`, keep the base's linear layers in 4 bits (bitsandbytes), a third of what bf16
     takes. Each token takes longer."""
-    micro_batch_tokens: int = Field(16384, gt=0)
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
     """Tokens in one forward and backward pass. Padding counts only for the families that
-    docs/performance.md lists as read with it.
+    docs/performance.md lists as read with it. `auto`: what the device's memory allows, 16,384 at
+    most; chosen when the run begins, written into its recipe.yaml and kept on resume.
 
     Changes memory and speed, never the gradient.
     """
@@ -84,6 +85,11 @@ class ModelTable(Table):
                 "quantize", "quantize: weights in 4 bits cannot be trained; expected model.lora"
             )
         return self
+
+    @property
+    def max_tokens(self) -> int:
+        """`micro_batch_tokens` as a number, also outside a run, which chooses it."""
+        return 16384 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
 class LengthTable(Table):

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import yaml
 
 from reftune.errors import RecipeError
 from reftune.model.precision import fastest_dtype
 from reftune.processes import launch, world
-from reftune.recipe import Recipe, parse_recipe
+from reftune.processes.sharding import sharding
+from reftune.recipe import Recipe, ScratchTable, parse_recipe
+from reftune.stages.memory import ROWS as LARGEST_ROWS
+from reftune.stages.memory import TOKENS as LARGEST_TOKENS
+from reftune.stages.memory import Sharding, Sizes, fitting, outline_of, total_bytes
 from reftune.storage.run_folder import RunFolder
 
 Key = tuple[str, str]
 """A table of the recipe and one of its keys."""
 Values = dict[Key, Any]
 AUTO = "auto"
-KEYS: tuple[Key, ...] = (("model", "dtype"),)
+DTYPE, TOKENS, ROWS = KEYS = (
+    ("model", "dtype"),
+    ("model", "micro_batch_tokens"),
+    ("engine", "batch_size"),
+)
+PROMPT = 256
+"""Tokens of a prompt if the recipe does not say; prompts are read only later."""
+ROWS_UNFORESEEN = 32
+"""Decoded at once if no stage says what it costs."""
+VOCABULARY = 4096
+"""Words of a model from scratch, about."""
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -31,10 +46,51 @@ def settled(recipe: Recipe) -> Recipe:
 
 def _choices(recipe: Recipe) -> Values:
     chosen = _stored(recipe)
-    remaining = _open_keys(_with(recipe, chosen))
-    if ("model", "dtype") in remaining:
-        chosen["model", "dtype"] = fastest_dtype(launch.choose_device(recipe.model.device))
+    device = launch.choose_device(recipe.model.device)
+    if DTYPE in _open_keys(_with(recipe, chosen)):
+        chosen[DTYPE] = fastest_dtype(device)
+    recipe = _with(recipe, chosen)
+    remaining = _open_keys(recipe)
+    if remaining:
+        sizes = _sizes(recipe, device)
+        suited = {TOKENS: sizes.tokens, ROWS: sizes.rows}
+        chosen |= {key: suited[key] for key in remaining}
     return chosen
+
+
+def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
+    """What the device's memory allows in each stage that says what it costs."""
+    if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
+        return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
+    texts = map(str, range(VOCABULARY))
+    outline = outline_of(recipe.model, texts, device=device.type)
+    size = world.world_size()
+    way: Sharding = "fsdp2" if sharding().splits else "ddp"
+    costs = [stage.cost(num_train=1, num_dev=1) for stage in recipe.stages.values()]
+    found = [
+        fitting(
+            outline,
+            cost,
+            recipe.engine,
+            prompt=recipe.lengths.max_prompt or PROMPT,
+            response=recipe.lengths.max_new,
+            device_bytes=total_bytes(device),
+            sharding=way if size > 1 else "one",
+            gpus=size,
+        )
+        for cost in costs
+        if cost is not None
+    ]
+    return Sizes(
+        tokens=min([sizes.tokens for sizes in found], default=recipe.model.max_tokens),
+        rows=min([sizes.rows for sizes in found], default=ROWS_UNFORESEEN),
+    )
+
+
+def _is_tiny(scratch: ScratchTable, room: float) -> bool:
+    """Whether all sizes fit by far, so that nothing need be traced: 400 bytes for each of a
+    block's inputs are more than any block keeps."""
+    return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
 def _open_keys(recipe: Recipe) -> list[Key]:

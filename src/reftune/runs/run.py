@@ -353,7 +353,7 @@ class Run:
         unscored = [path for path in paths if not is_scored(world.from_main(JsonLines(path).rows))]
         if name is None or not unscored:
             return
-        classifier, max_tokens = self.load_reranker(name), self.recipe.model.micro_batch_tokens
+        classifier, max_tokens = self.load_reranker(name), self.recipe.model.max_tokens
         encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
         for path in unscored:
             problems = self.problems_to_evaluate()

@@ -136,7 +136,7 @@ class Judging:
     ) -> None:
         self.model, self.solutions, self.dev = classifier, solutions, dev
         self.encoder = context.collector.encoder
-        self.max_tokens = context.recipe.model.micro_batch_tokens
+        self.max_tokens = context.recipe.model.max_tokens
 
     def __len__(self) -> int:
         return len(self.solutions)

@@ -118,6 +118,10 @@ class Rl(TrainingTable, Stage):
             sampled=rollouts,
             sampled_before=rollouts * self.value_prefit,
             looks=self.steps / self.eval_every,
+            prompts=self.prompts,
+            reference=self.algorithm.needs_reference,
+            value_model=self.value_model == "separate",
+            state_bits=self.optimizer.state_bits,
         )
 
     def run(self, context: StageContext) -> None:
@@ -144,7 +148,7 @@ class Trainer:
 
     @property
     def max_tokens(self) -> int:
-        return self.context.recipe.model.micro_batch_tokens
+        return self.context.recipe.model.max_tokens
 
     def run(self) -> None:
         self.loop.run(

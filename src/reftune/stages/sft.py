@@ -41,6 +41,7 @@ class Schedule(TrainingTable):
             batch=self.batch_size,
             sampled_before=sampled_before,
             looks=self.epochs / self.eval_every,
+            state_bits=self.optimizer.state_bits,
         )
 
 
@@ -180,7 +181,7 @@ class Imitation:
     def __init__(self, context: StageContext, examples: Sequence[Example]) -> None:
         self.model: Policy = context.policy
         self.examples = examples
-        self.max_tokens = context.recipe.model.micro_batch_tokens
+        self.max_tokens = context.recipe.model.max_tokens
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from reftune.datasets import Splits
 from reftune.model.policy import Policy
@@ -55,6 +55,14 @@ class Cost:
     """Solutions sampled before the first step."""
     looks: float
     """Times dev is answered."""
+    prompts: int = 0
+    """Different prompts among the solutions sampled in a step."""
+    reference: bool = False
+    """Whether the policy as it starts is held beside it."""
+    value_model: bool = False
+    """Whether a second transformer is trained, for values."""
+    state_bits: Literal[32, 8] = 32
+    """Of the optimizer."""
 
 
 class Stage(Component, ABC):

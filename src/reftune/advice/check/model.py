@@ -14,13 +14,13 @@ from reftune.advice.measured import (
     measure_speed,
     stage_seconds,
 )
-from reftune.advice.memory import Outline, training_memory
-from reftune.advice.plan import stage_work, trainings
+from reftune.advice.plan import stage_costs, work_of
 from reftune.model.batch import token_batch
 from reftune.model.precision import product_rates
 from reftune.recipe import Recipe
 from reftune.results.stats import wilson
 from reftune.runs.sample import sample_rows
+from reftune.stages.memory import Outline, Sizes, stage_memory
 from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
 
@@ -64,19 +64,20 @@ def check_memory(subject: Subject) -> Finding:
     problems = max(
         len(getattr(subject.splits, recipe.evaluate.split)), *map(len, subject.prompts.values())
     )
+    sizes = Sizes(tokens=recipe.model.max_tokens, rows=getattr(recipe.engine, "rows", 1))
     planned = [
-        training_memory(
+        stage_memory(
             outline,
-            stage,
+            cost,
             recipe.engine,
-            stage_work(
-                stage, recipe, prompt=longest, response=recipe.lengths.max_new, problems=problems
+            work_of(
+                cost, sizes, prompt=longest, response=recipe.lengths.max_new, problems=problems
             ),
         )
-        for stage in trainings(recipe).values()
+        for cost in stage_costs(recipe).values()
     ]
     if not planned:
-        return ok("cannot be told of stages that are not reftune's")
+        return ok("cannot be told of stages that do not say what they cost")
     memory = max(planned, key=lambda memory: memory.peak)
     parts, need, free = (
         memory.parts,
@@ -141,9 +142,9 @@ def check_logprobs(subject: Subject) -> Finding:
     batch = token_batch(
         prompts, [completion.token_ids for completion in completions], device=subject.policy.device
     )
-    scored = subject.policy.score(
-        batch, max_tokens=subject.recipe.model.micro_batch_tokens
-    ).logprobs[batch.response_mask]
+    scored = subject.policy.score(batch, max_tokens=subject.recipe.model.max_tokens).logprobs[
+        batch.response_mask
+    ]
     sampled = [logprob for completion in completions for logprob in completion.logprobs]
     mismatch = mean([abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True)])
     message = f"the engine's differ from the policy's by {mismatch:.2g} nats a token"
@@ -164,7 +165,7 @@ def check_time(subject: Subject) -> Finding:
         prompts,
         targets,
         rows=_rows_at_once(subject.recipe),
-        max_tokens=subject.recipe.model.micro_batch_tokens,
+        max_tokens=subject.recipe.model.max_tokens,
     )
     lengths = Lengths(
         prompt=mean([len(ids) for ids in prompts]), target=mean([len(ids) for ids in targets])
@@ -187,6 +188,4 @@ def _rows_at_once(recipe: Recipe) -> int:
     """In the largest step of a stage, and that the engine holds."""
     costs = [stage.cost(num_train=0, num_dev=0) for stage in recipe.stages.values()]
     sizes = [cost.batch for cost in costs if cost is not None]
-    return min(
-        [max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "batch_size", MEASURED_ROWS)]
-    )
+    return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "rows", MEASURED_ROWS)])
