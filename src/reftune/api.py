@@ -172,7 +172,7 @@ def _policy(model: str | Path | Policy) -> Policy:
 
     if isinstance(model, Policy):
         return model
-    policy = Policy(*load_model(ModelTable(path=str(model))))
+    policy = Policy(*load_model(ModelTable(path=str(model))))  # type: ignore[call-arg]
     return policy.to(launch.choose_device("auto"))
 
 

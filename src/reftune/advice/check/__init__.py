@@ -114,7 +114,7 @@ def check_offline(recipe: Recipe) -> CheckReport:
 def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
     """The checks of data, format and reward, which need no model of the recipe's."""
     shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)  # type: ignore[call-arg]
-    scratch = ModelTable(scratch=shape, dtype="float32")
+    scratch = ModelTable(scratch=shape, dtype="float32")  # type: ignore[call-arg]
     run = Run(
         recipe=recipe.model_copy(update={"model": scratch}),
         splits=splits,
