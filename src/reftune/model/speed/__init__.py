@@ -8,7 +8,7 @@ Its callers then do without it:
 - `engines/_forward.py` calls `llama.is_written_out` and `linears.packed_linears`: keep
   `through_transformers`.
 - `engines/continuous.py` enters `attention.attention_as_before`, which then has nothing to undo.
-- `advice/memory.py` asks `llama.is_written_out` what sampling holds, and takes `ATTENTION` for
+- `stages/memory.py` asks `llama.is_written_out` what sampling holds, and takes `ATTENTION` for
   transformers' own.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`.
 
