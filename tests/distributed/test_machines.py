@@ -4,8 +4,10 @@ torchrun agents in networks of their own as two machines."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,81 @@ def test_a_job_that_fails_does_not_queue_again(cluster, tmp_path):
     )
     assert job.returncode == 2 and "queued again" not in job.stdout
     assert "none.yaml" in job.stderr
+
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+@pytest.fixture
+def machines():
+    """Commands that run something in one of two networks, which reach each other and nothing
+    else."""
+    names = [f"reftune{os.getpid()}{letter}" for letter in "ab"]
+    if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
+        pytest.skip("networks of their own are not permitted here (ip netns add)")
+    inside = [["ip", "netns", "exec", name] for name in names]
+    try:
+        links = [f"rt{os.getpid() % 10**6}{letter}" for letter in "ab"]
+        commands = [
+            ["ip", "netns", "add", names[1]],
+            ["ip", "link", "add", links[0], "type", "veth", "peer", "name", links[1]],
+        ]
+        for name, link, address, own in zip(names, links, ADDRESSES, inside, strict=True):
+            commands += [
+                ["ip", "link", "set", link, "netns", name],
+                [*own, "ip", "link", "set", link, "name", "net0"],
+                [*own, "ip", "address", "add", f"{address}/24", "dev", "net0"],
+                [*own, "ip", "link", "set", "net0", "up"],
+                [*own, "ip", "link", "set", "lo", "up"],
+            ]
+        for command in commands:
+            subprocess.run(command, check=True, capture_output=True)
+        yield inside
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def kill_all(machine):
+    """As if it were switched off."""
+    found = subprocess.run(["ip", "netns", "pids", machine], capture_output=True, text=True)
+    for pid in map(int, found.stdout.split()):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_machine_that_is_killed_and_started_again_repeats_to_the_bit(
+    machines, steady_recipe, tmp_path
+):
+    changes = {"stages": STAGES, "evaluate": {"samples": 0}}
+    straight = steady_recipe(tmp_path / "straight" / "run", **changes)
+    assert [end.status for end in ranks.run(straight, timeout_s=110)] == [0, 0]
+    killed = steady_recipe(tmp_path / "run", **changes)
+    file, first = write(killed), killed.folder / "stages/reft/checkpoints/step-000001"
+
+    def start(rank):
+        agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+        where = ["--node_rank", str(rank), "--master_addr", ADDRESSES[0], "--master_port", "29411"]
+        with (tmp_path / f"machine{rank}.txt").open("a") as told:
+            return subprocess.Popen(
+                [*machines[rank], *agent, *where, "-m", "reftune", "run", str(file)],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": "net0", "OMP_NUM_THREADS": "1"},
+                stdout=told,
+                stderr=told,
+            )
+
+    agents = [start(rank) for rank in (0, 1)]
+    try:
+        while not first.exists():
+            assert [agent.poll() for agent in agents] == [None, None], agents
+            time.sleep(0.05)
+        kill_all(machines[1][-1])
+        assert agents[0].wait(TIME_S) != 0
+        agents = [start(rank) for rank in (0, 1)]
+        assert [agent.wait(TIME_S) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            agent.kill()
+    told = (tmp_path / "machine0.txt").read_text()
+    assert "process 0 of 2: process 1 ended without a word" in told
+    assert told.count("reft: resumed at step") == 1
+    assert_same_outcome(killed.folder, outcome(straight.folder))
