@@ -255,7 +255,7 @@ def test_the_preset_paper_cuts_gold_and_loses_its_end(encoder):
     [cut] = OnlineSt(gold_max_tokens=5, dropout=True).select(
         [rollout("a", 0.0, rationale="wa 1 2")], encoder
     )
-    assert whole.completion.token_ids[-1] == encoder.eos_id
+    assert whole.completion.token_ids[-1] == encoder.tokenizer.eos_token_id
     assert (
         cut.completion.token_ids == whole.completion.token_ids[:2]
         and cut.completion.finish_reason == "length"

@@ -164,7 +164,7 @@ def test_rows_are_prompt_and_solution_with_an_eos(context: StageContext):
     rows = stage.examples([samples(problem, "return 1", "wrong", right=1)], context)
     assert [row.prompt for row in rows] == [encoder.prompt(problem)] * 2
     assert [row.target for row in rows] == [
-        [*encoder.encode("return 1"), encoder.eos_id],
+        [*encoder.encode("return 1"), encoder.tokenizer.eos_token_id],
         encoder.target(problem),
     ]
 
