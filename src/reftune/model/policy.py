@@ -411,12 +411,13 @@ class Policy(nn.Module):
     def _save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         model = self.model.get_base_model() if self.is_lora else self.model
-        model.generation_config = self._generation_config()
+        own, model.generation_config = model.generation_config, self._generation_config()
         model.save_pretrained(folder, state_dict=frozen.plain_state(self.model, self.saved_dtype))
         config = copy.deepcopy(model.config)
         config.dtype = self.saved_dtype
         config.eos_token_id = model.generation_config.eos_token_id
         config.save_pretrained(folder)
+        model.generation_config = own
         if self.is_lora:
             _save_apart(self._adapters(), folder / ADAPTERS)
         self.tokenizer.save_pretrained(folder)
@@ -432,7 +433,7 @@ class Policy(nn.Module):
         ends = sorted(self.stop.ids, key=lambda id_: (id_ != eos, id_))
         return GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=ends if len(ends) > 1 else ends[0],
+            eos_token_id=ends if len(ends) != 1 else ends[0],
             pad_token_id=ends[0] if pad is None else pad,
             do_sample=False,
         )
