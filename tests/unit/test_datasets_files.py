@@ -115,9 +115,9 @@ LINES = "".join(json.dumps(row) + "\n" for row in JSON_ROWS)
     [
         ("a.ndjson", LINES.encode()),
         ("A.JSONL", LINES.encode()),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.JSON.GZ", gzip.compress(json.dumps(JSON_ROWS).encode())),
-        ("a.csv.gz", gzip.compress(b"question,answer\nq,3\nr,4\n")),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.JSON.GZ", gzip.compress(json.dumps(JSON_ROWS).encode(), mtime=0)),
+        ("a.csv.gz", gzip.compress(b"question,answer\nq,3\nr,4\n", mtime=0)),
         ("a.json", json.dumps({"data": JSON_ROWS}).encode()),
         ("a.json", json.dumps({"version": 1, "tags": ["x"], "rows": JSON_ROWS}, indent=1).encode()),
         ("a.jsonl", LINES.encode("utf-16")),
@@ -141,14 +141,14 @@ def test_one_conversation_is_one_row(tmp_path: Path) -> None:
     assert columns(read(tmp_path / "a.json", json.dumps(row))) == [row]
 
 
-@pytest.mark.parametrize("data", [b"not packed", gzip.compress(LINES.encode())[:20]])
+@pytest.mark.parametrize("data", [b"not packed", gzip.compress(LINES.encode(), mtime=0)[:20]])
 def test_a_damaged_packed_file_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read"):
         read(tmp_path / "a.jsonl.gz", data)
 
 
 def test_a_folder_holds_such_files_too(tmp_path: Path) -> None:
-    read(tmp_path / "Train.JSONL.gz", gzip.compress(LINES.encode()))
+    read(tmp_path / "Train.JSONL.gz", gzip.compress(LINES.encode(), mtime=0))
     assert len(read_rows(str(tmp_path), "train")) == 2
 
 
