@@ -38,7 +38,7 @@ def test_a_fixed_cache_decodes_the_same_tokens_as_the_engine(gpu, setting):
     import torch
 
     policy = gpu.load_policy(setting, "cpu", "float32")
-    policy.__class__ = gpu.Endless
+    policy.stop = gpu.StopRule(ids=frozenset())
     with torch.no_grad():
         for matrix in (parameter for parameter in policy.parameters() if parameter.dim() > 1):
             matrix.mul_(20)  # so that it minds where a token stands
