@@ -4,6 +4,7 @@ a problem."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ def _answer(
 
 
 def _attempt(completion: Completion, graded: Graded) -> Attempt:
+    timeless = replace(graded, program_s=None)  # so that a repeated evaluation is the same file
     return Attempt(
-        completion=completion.text, graded=graded, finish_reason=completion.finish_reason
+        completion=completion.text, graded=timeless, finish_reason=completion.finish_reason
     )
 
 

@@ -222,7 +222,9 @@ def _sample(
         policy, [problem for problem in problems for _ in range(sampling.num)], params
     )
     samples = [
-        Attempt(completion=completion.text, graded=replace(graded, reason="")).to_row()
+        Attempt(
+            completion=completion.text, graded=replace(graded, reason="", program_s=None)
+        ).to_row()
         for completion, graded in zip(solved.completions, solved.graded, strict=True)
     ]
     lengths = [len(completion.token_ids) for completion in solved.completions]
