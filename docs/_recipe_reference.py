@@ -8,7 +8,8 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -36,16 +37,19 @@ This page is generated from the code that reads recipes.
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, *_section("A recipe", Recipe, 2)]
+    seen: set[type[BaseModel]] = set()
+    parts = [HEAD, *_section("A recipe", Recipe, 2, seen)]
     for group, title in GROUPS.items():
         parts.append(f"## {title}\n")
         for kind in known_kinds(group):
-            parts += _section(f"`kind: {kind}`", component_class(kind, group=group), 3)
+            parts += _section(f"`kind: {kind}`", component_class(kind, group=group), 3, seen)
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _section(title: str, model: type[BaseModel], level: int) -> Iterator[str]:
-    """A table of a model's keys, then those of the tables in it."""
+def _section(
+    title: str, model: type[BaseModel], level: int, seen: set[type[BaseModel]]
+) -> Iterator[str]:
+    """A table of a model's keys, then those of the tables in it that were not `seen` yet."""
     yield f"{'#' * level} {title}\n"
     about = (
         model.__dict__.get("__doc__") or inspect.getmodule(model).__doc__
@@ -62,7 +66,11 @@ def _section(title: str, model: type[BaseModel], level: int) -> Iterator[str]:
         yield "| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     for name, field in model.model_fields.items():
         for table in _tables(field.annotation):
-            yield from _section(f"`{name}`", table, level + 1)
+            if table in seen:
+                yield f"`{name}`: the same table as [above](#{name}).\n"
+                continue
+            seen.add(table)
+            yield from _section(f"`{name}`", table, level + 1, seen)
 
 
 def _tables(annotation: Any) -> list[type[BaseModel]]:
@@ -73,7 +81,7 @@ def _tables(annotation: Any) -> list[type[BaseModel]]:
     return [
         kind
         for kind in found
-        if inspect.isclass(kind) and issubclass(kind, BaseModel) and kind is not Component
+        if inspect.isclass(kind) and issubclass(kind, BaseModel) and not issubclass(kind, Component)
     ]
 
 
@@ -96,35 +104,27 @@ def _notes(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _type(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return " or ".join(f"`{value}`" for value in get_args(annotation))
-    text = inspect.formatannotation(annotation)
-    for long, short in (
-        ("typing.", ""),
-        ("Literal", "one of "),
-        ("Annotated", ""),
-        ("| None", "| null"),
-        ("NoneType", "null"),
-    ):
-        text = text.replace(long, short)
+    """What a key takes, in words: `float`, list of `str` or `null`, `base` or `float32`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(argument) for argument in arguments)
+    if origin in (list, tuple):
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return f"{_type(arguments[1])} by name"
+    if annotation is None or annotation is NoneType:
+        return "`null`"
+    if annotation is Any:
+        return "any value"
     if inspect.isclass(annotation) and issubclass(annotation, Component):
         return "a kind"
-    if any(issubclass(kind, Component) for kind in _classes(annotation)):
-        return "kinds by name"
-    for kind in _classes(annotation):
-        if issubclass(kind, BaseModel):
-            text = text.replace(f"{kind.__module__}.{kind.__qualname__}", "table").replace(
-                kind.__name__, "table"
-            )
-    return f"`{text.replace('|', chr(92) + '|')}`"
-
-
-def _classes(annotation: Any) -> list[type]:
-    found = [
-        annotation,
-        *(inner for argument in get_args(annotation) for inner in (argument, *get_args(argument))),
-    ]
-    return [kind for kind in found if inspect.isclass(kind)]
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return "table"
+    return f"`{inspect.formatannotation(annotation)}`"
 
 
 def _default(field: Any) -> str:
