@@ -11,8 +11,8 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """Pack anew what a processor multiplies by: a reload forgets an output head that is tied to
-        the embedding.
+        """Pack again what a processor multiplies by: a reload forgets an output head that is tied
+        to the embedding.
 
         Layers that vLLM packs again by itself hold no weight any more; on a GPU nothing is packed.
         """

@@ -21,7 +21,7 @@ from reftune.types import Answer, AnswerKind
 
 GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
-"""Longer texts are no numbers."""
+"""Longer texts do not count as numbers."""
 
 
 def read_gold(

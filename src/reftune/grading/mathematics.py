@@ -201,7 +201,7 @@ class _Workers:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew without the processes: they belong to the parent of a forked process."""
+        """Begin again without the processes: they belong to the parent of a forked process."""
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for _ in range(NUM_WORKERS):
             self._idle.put(_Worker())

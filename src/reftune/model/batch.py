@@ -19,7 +19,7 @@ from reftune.processes import world
 GROUPS = 4
 """Of sequences of similar length, each padded to its own longest for attention."""
 MULTIPLE = 64
-"""Packed tokens come in multiples of it: for every new number of them, products are prepared anew,
+"""Packed tokens come in multiples of it: for every new number of them, products are prepared again,
 and memory that was freed does not fit."""
 
 

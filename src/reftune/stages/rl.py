@@ -60,7 +60,7 @@ class Rl(TrainingTable, Stage):
     updates: int = Field(2, gt=0)
     """Passes over each rollout (PPO epochs)."""
     minibatches: int = Field(1, gt=0)
-    """Optimizer steps in each pass, each on an equal part of the rollout; the parts are drawn anew
+    """Optimizer steps in each pass, each on an equal part of the rollout; the parts are drawn again
     for each pass. 1: one step on the whole of it."""
     mask_truncated: bool = False
     """Leave samples that were cut off at `lengths.max_new` out of the loss, because their reward
