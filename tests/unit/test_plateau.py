@@ -45,11 +45,11 @@ def history(*looks: int) -> History:
 @pytest.mark.parametrize(
     ("looks", "flat"),
     [
-        ((0, 0, 0, 0, 0), False),  # has not begun
-        ((0, 20, 40, 60, 80), False),  # rises
-        ((0, 40, 60, 60, 61), False),  # rose three looks ago
-        ((0, 40, 60, 60, 61, 61), True),
-        ((0, 70, 65, 72, 70), True),
+        ((0, 0, 0, 0, 0, 0), False),  # has not begun
+        ((0, 20, 40, 60, 80, 99), False),  # rises
+        ((0, 40, 60, 60, 61, 61), False),  # rose four looks ago
+        ((0, 40, 60, 60, 61, 61, 61), True),
+        ((0, 70, 65, 72, 70, 71), True),
         ((0, 80, 80), False),  # too few looks
     ],
 )
@@ -85,22 +85,23 @@ UNTIL = {
 
 
 def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_look):
-    # 24 rows in batches of 8: 3 steps an epoch and look. Look k solves k of 10 problems: 3 more in
-    # three looks are beyond chance, .3 > 1.96 √(3 − .9) / 10 = .284; look 11 solves 10, 2 more than
-    # look 8, .2 < .248. So dev is flat at step 33, and the cooldown is a tenth of it: 3 steps
+    # 24 rows in batches of 8: 3 steps an epoch and look. Look k solves k of 10 problems, and 10
+    # from look 10 on: 3 more in four looks, at look 11, are beyond chance, .3 > 1.96 √(3 − .9) / 10
+    # = .284; at look 12 2 more are not, .2 < .248. So dev is flat at step 36, and the cooldown is a
+    # tenth of it: 3 steps
     flat_from_look(10)
     recipe = make_recipe(stages={"sft": UNTIL, "reft": None})
     with open_run(recipe, SilentProgress()) as run:
         run.train("sft")
         info = json.loads(run.folder.stage("sft").info.read_text())
         rows = JsonLines(run.folder.metrics).rows()
-    assert info["steps"] == 36
+    assert info["steps"] == 39
     rates = [row["optim/lr"] for row in rows if "optim/lr" in row]
     peak = recipe.stages["sft"].optimizer.learning_rate
-    assert rates[:33] == [peak] * 33
-    assert rates[33:] == pytest.approx([peak * 2 / 3, peak / 3, 0])
+    assert rates[:36] == [peak] * 36
+    assert rates[36:] == pytest.approx([peak * 2 / 3, peak / 3, 0])
     rises = [row["dev/rise"] for row in rows if "dev/rise" in row]
-    assert rises == pytest.approx([0.3] * 7 + [0.2, 0.1])
+    assert rises == pytest.approx([0.4] * 6 + [0.3, 0.2, 0.1])
 
 
 def test_a_stage_that_never_flattens_runs_all_its_epochs(make_recipe, flat_from_look):

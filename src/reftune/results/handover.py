@@ -16,7 +16,7 @@ class Handover:
     stage: str
     init: str
     rise: float
-    """Change in dev accuracy over the three looks before, share of problems."""
+    """Change in dev accuracy over the four looks before, share of problems."""
     margin: float
     """Half the width of its paired 95 % interval."""
 
@@ -59,7 +59,7 @@ def handovers(run: RunResults) -> list[Handover]:
 
 def sentence(handover: Handover) -> str:
     """For a person: whether to train on, in one line."""
-    rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over three looks"
+    rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four looks"
     if handover.is_ready:
         return f"{handover.init} was finished when {handover.stage} began: dev {rise}"
     return (

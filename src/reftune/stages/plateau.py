@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LOOKS = 3
-"""Looks at dev over which a rise is measured."""
+LOOKS = 4
+"""Looks at dev over which a rise is measured; docs/results/handover.md compares 2 to 5."""
 Z95 = 1.959964
 
 

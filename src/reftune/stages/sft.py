@@ -52,7 +52,7 @@ class Sft(Schedule, Stage):
     their own: the paper's warm-up is such a snapshot of its SFT run."""
 
     until: Literal["plateau"] | None = None
-    """`plateau`: end when dev has not risen beyond its paired 95 % interval over three looks, after
+    """`plateau`: end when dev has not risen beyond its paired 95 % interval over four looks, after
     a cooldown over a tenth of the steps so far; `epochs` is then the most. A warm-up that ends so
     is finished, and RL can begin. Needs `optimizer.schedule: constant`."""
 
