@@ -1,0 +1,452 @@
+"""The hand-over curve: what ReFT and online self-training gain over SFT, by when they start.
+
+python benchmarks/handover.py 0 1 2 3 4          # words, then programs; resumes where it stopped
+python benchmarks/handover.py 0 1 2 --only nl    # one task
+python benchmarks/handover.py --page             # tables and picture from the committed JSON
+
+A seed is one run of recipes/demo/handover-TASK.yaml. From every hand-over, SFT makes at least as
+many gradient passes as cooldown and ReFT together, and self-training draws as many rollouts as
+ReFT. docs/results/handover.json holds all finished seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import reftune
+from reftune.results.stats import Comparison, SeedComparison, compare, compare_over_seeds
+from reftune.storage.json_lines import JsonLines
+from reftune.storage.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "handover.json"
+PICTURE = ROOT / "docs" / "images" / "handover.svg"
+TASKS = {"nl": "Solutions in words", "program": "Solutions are programs"}
+"""Suffix of the recipe → heading."""
+METHODS = {"reft": "ReFT", "st": "Self-training"}
+"""Prefix of the stage → name; both stand against `sft`."""
+LOOKS = 3
+"""Looks at dev before a hand-over that say whether dev still rises."""
+PATIENCES = (2, 3, 4, 5)
+"""Numbers of looks without a rise that the stopping rule is tried with."""
+NOISE = 5.7
+"""Points by which two looks at 300 dev problems differ by chance: 1.96 · √(0.25 / 300), the paired
+interval if a quarter of the verdicts change between them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Handover:
+    """One hand-over of one seed."""
+
+    epoch: int
+    slope: float
+    """Mean rise of dev before the hand-over, points a look, over the last `LOOKS` looks."""
+    rise: float
+    """Best of the last `LOOKS` looks at dev less the best of all earlier ones, points."""
+    sampled: float
+    """Share of right samples in ReFT's first rollout: T = 1, training questions."""
+    passes: Mapping[str, int]
+    """Method → gradient passes of its stage; the control's (`sft`) stand against the sum of the
+    cooldown's (`warmup`) and the method's."""
+    dev: Mapping[str, float]
+    """Method → dev accuracy of the chosen model."""
+    right: Mapping[str, str]
+    """Method → one digit a test problem, 1 if the greedy answer is right."""
+
+
+# --- one seed -------------------------------------------------------------------------------------
+
+
+def run_seed(task: str, seed: int, overrides: Sequence[str]) -> RunFolder:
+    """Train and evaluate one seed; the run folder."""
+    name = f"handover-{task}-seed{seed}"
+    recipe = ROOT / "recipes" / "demo" / f"handover-{task}.yaml"
+    folder = RunFolder(Path("runs") / name)
+    reftune.run(
+        recipe, f"name={name}", f"run_dir={folder.path}", f"seed={seed}", *overrides, quiet=False
+    )
+    return folder
+
+
+def read_seed(folder: RunFolder) -> dict[str, Any]:
+    """What a finished run folder says, for the JSON."""
+    metrics = JsonLines(folder.metrics).rows()
+    epochs = sorted(int(path.stem.split("_")[1]) for path in folder.path.glob("eval/reft_*.jsonl"))
+    looks = dev_looks(metrics)
+    handovers = [asdict(read_handover(folder, epoch, looks, metrics)) for epoch in epochs]
+    return {"looks": looks, "handovers": handovers}
+
+
+def read_handover(
+    folder: RunFolder, epoch: int, looks: Mapping[int, float], metrics: Sequence[Mapping[str, Any]]
+) -> Handover:
+    methods = evaluated(folder, epoch)
+    seen = [accuracy for at, accuracy in looks.items() if at <= epoch]
+    stages = {method: stage_json(folder, f"{method}_{epoch}") for method in methods}
+    return Handover(
+        epoch=epoch,
+        slope=slope(seen),
+        rise=rise(seen, LOOKS),
+        sampled=first_rollout(metrics, f"reft_{epoch}"),
+        passes={method: stage["sequence_passes"] for method, stage in stages.items()},
+        dev={method: stage["dev_accuracy"] for method, stage in stages.items()},
+        right={method: right_answers(folder, f"{method}_{epoch}") for method in methods},
+    )
+
+
+def evaluated(folder: RunFolder, epoch: int) -> list[str]:
+    """A run that was stopped early may lack self-training, which comes last."""
+    methods = ("warmup", "sft", *METHODS)
+    return [method for method in methods if folder.evaluation(f"{method}_{epoch}").exists()]
+
+
+def dev_looks(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Epoch → dev accuracy of the run before the hand-overs."""
+    trunk = [row for row in metrics if row["stage"] == "trunk"]
+    epoch_of = {row["step"]: row["progress/epoch"] for row in trunk if "progress/epoch" in row}
+    return {
+        round(epoch_of[row["step"]]): row["dev/accuracy"] for row in trunk if "dev/accuracy" in row
+    }
+
+
+def slope(seen: Sequence[float]) -> float:
+    """Mean rise over the last `LOOKS` of the looks `seen`, in points a look."""
+    return 100 * (seen[-1] - seen[-1 - LOOKS]) / LOOKS
+
+
+def rise(seen: Sequence[float], patience: int) -> float:
+    """The best of the last `patience` looks less the best of all earlier ones, in points."""
+    return 100 * (max(seen[-patience:]) - max(seen[:-patience]))
+
+
+def first_rollout(metrics: Sequence[Mapping[str, Any]], stage: str) -> float:
+    """Share of right samples in the first rollout, drawn before any update."""
+    return next(
+        float(row["reward/correct"])
+        for row in metrics
+        if row["stage"] == stage and row["step"] == 1 and "reward/correct" in row
+    )
+
+
+def right_answers(folder: RunFolder, method: str) -> str:
+    rows = JsonLines(folder.evaluation(method)).rows()
+    return "".join("1" if row["greedy"]["verdict"] == "correct" else "0" for row in rows)
+
+
+def stage_json(folder: RunFolder, method: str) -> dict[str, Any]:
+    return dict(json.loads(folder.stage(method).info.read_text(encoding="utf-8")))
+
+
+# --- over seeds -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One hand-over over all seeds."""
+
+    epoch: int
+    accuracy: Mapping[str, float]
+    """Method → mean test accuracy."""
+    gain: Mapping[str, SeedComparison]
+    """Method → its difference to SFT."""
+    slope: float
+    sampled: float
+
+
+def points_of(seeds: Mapping[str, Any]) -> list[Point]:
+    """The curve of a task, earliest hand-over first."""
+    by_epoch: dict[int, list[Mapping[str, Any]]] = {}
+    for seed in seeds.values():
+        for handover in seed["handovers"]:
+            by_epoch.setdefault(handover["epoch"], []).append(handover)
+    return [point_of(epoch, handovers) for epoch, handovers in sorted(by_epoch.items())]
+
+
+def point_of(epoch: int, handovers: Sequence[Mapping[str, Any]]) -> Point:
+    return Point(
+        epoch=epoch,
+        accuracy={
+            method: float(np.mean(rows_of(method, handovers)))
+            for method in ("warmup", "sft", *METHODS)
+        },
+        gain={method: gain_of(method, handovers) for method in METHODS},
+        slope=float(np.mean([handover["slope"] for handover in handovers])),
+        sampled=float(np.mean([handover["sampled"] for handover in handovers])),
+    )
+
+
+def gain_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> SeedComparison:
+    """A method less SFT over the seeds that have both."""
+    paired = [handover for handover in handovers if method in handover["right"]]
+    rows, control = rows_of(method, paired), rows_of("sft", paired)
+    return compare_over_seeds(
+        method, rows, "sft", control, same_problems=False, generator=generator()
+    )
+
+
+def rows_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    """Right or wrong by problem, one array a seed that has the method."""
+    return [digits(h["right"][method]) for h in handovers if method in h["right"]]
+
+
+def digits(text: str) -> np.ndarray:
+    return np.array([digit == "1" for digit in text])
+
+
+def generator() -> np.random.Generator:
+    """The same resamples on every call, so that the page repeats."""
+    return np.random.default_rng(0)
+
+
+# --- when is the warm-up ready --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """The threshold on a sign that best tells winning hand-overs from losing ones."""
+
+    sign: str
+    value: float
+    """Half-way between the two neighbours it separates."""
+    num_wrong: int
+    """Hand-overs on the wrong side."""
+    n: int
+
+
+def best_cut(sign: str, values: Sequence[float], wins: Sequence[bool], *, high_wins: bool) -> Cut:
+    """Hand over above the cut (`high_wins`) or below it: the cut with the fewest errors."""
+    seen = sorted(set(values))
+    middles = [(low + high) / 2 for low, high in pairwise(seen)]
+    cuts = [seen[0] - 1, *middles, seen[-1] + 1]
+
+    def num_wrong(cut: float) -> int:
+        pairs = zip(values, wins, strict=True)
+        return sum(((value > cut) == high_wins) != won for value, won in pairs)
+
+    value = min(cuts, key=num_wrong)
+    return Cut(sign=sign, value=value, num_wrong=num_wrong(value), n=len(values))
+
+
+def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
+    """For the slope and the rise of dev, and for the share of right samples."""
+    handovers = [handover for seed in seeds.values() for handover in seed["handovers"]]
+    wins = [seed_difference(handover["right"], "reft").difference > 0 for handover in handovers]
+    slopes = [handover["slope"] for handover in handovers]
+    rises = [handover["rise"] for handover in handovers]
+    sampled = [100 * handover["sampled"] for handover in handovers]
+    return [
+        best_cut(f"dev slope over {LOOKS} looks below, points", slopes, wins, high_wins=False),
+        best_cut(f"rise over {LOOKS} looks below, points", rises, wins, high_wins=False),
+        best_cut("right samples above, %", sampled, wins, high_wins=True),
+    ]
+
+
+def first_stop(looks: Mapping[str, float], patience: int) -> str:
+    """The first epoch at which the last `patience` looks did not rise above the noise."""
+    epochs, seen = list(looks), list(looks.values())
+    ends = range(patience + 1, len(seen) + 1)
+    return next((epochs[n - 1] for n in ends if rise(seen[:n], patience) <= NOISE), "–")
+
+
+def stops_table(seeds: Mapping[str, Any]) -> str:
+    head = "| seed | " + " | ".join(f"{patience} looks" for patience in PATIENCES) + " |"
+    rows = [
+        f"| {seed} | "
+        + " | ".join(first_stop(found["looks"], patience) for patience in PATIENCES)
+        + " |"
+        for seed, found in seeds.items()
+    ]
+    return "\n".join([head, "|---:" * (len(PATIENCES) + 1) + "|", *rows])
+
+
+def cuts_table(seeds: Mapping[str, Any]) -> str:
+    head = "| hand over if | threshold | wrong |\n|---|---:|---:|"
+    rows = [
+        f"| {cut.sign} | {cut.value:.1f} | {cut.num_wrong} of {cut.n} |" for cut in cuts_of(seeds)
+    ]
+    return "\n".join([head, *rows])
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def curve_table(points: Sequence[Point]) -> str:
+    """The curve as Markdown, one row a hand-over."""
+    head = (
+        "| hand-over | dev slope | T = 1 | warm-up | SFT | ReFT | self-training "
+        "| ReFT − SFT | self-training − SFT |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    rows = [
+        f"| epoch {point.epoch} | {signed(point.slope)} | {100 * point.sampled:.0f} | "
+        + " | ".join(f"{100 * accuracy:.1f}" for accuracy in point.accuracy.values())
+        + " | "
+        + " | ".join(gain_text(point.gain[m]) + doubt(point.gain[m]) for m in METHODS)
+        + " |"
+        for point in points
+    ]
+    return "\n".join([head, *rows])
+
+
+def seeds_table(seeds: Mapping[str, Any]) -> str:
+    """Every seed's differences with paired intervals, one row a seed and hand-over."""
+    head = (
+        "| seed | hand-over | dev slope | dev rise | T = 1 | ReFT − SFT | self-training − SFT |\n"
+        "|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    rows = [
+        f"| {seed} | epoch {handover['epoch']} | {signed(handover['slope'])} | "
+        f"{signed(handover['rise'])} | "
+        f"{100 * handover['sampled']:.0f} | "
+        + " | ".join(seed_gain(handover["right"], method) for method in METHODS)
+        + " |"
+        for seed, found in seeds.items()
+        for handover in found["handovers"]
+    ]
+    return "\n".join([head, *rows])
+
+
+def seed_gain(right: Mapping[str, str], method: str) -> str:
+    if method not in right:
+        return "–"
+    found = seed_difference(right, method)
+    return gain_text(found) + doubt(found)
+
+
+def seed_difference(right: Mapping[str, str], method: str) -> Comparison:
+    return compare(
+        method, digits(right[method]), "sft", digits(right["sft"]), generator=generator()
+    )
+
+
+def seeds_text(points: Sequence[Point]) -> str:
+    """`Seeds: ReFT 5, Self-training 3.`"""
+    counts = [f"{name} {seed_count(points, method)}" for method, name in METHODS.items()]
+    return f"Seeds: {', '.join(counts)}."
+
+
+def seed_count(points: Sequence[Point], method: str) -> str:
+    """Seeds that have a method; a run that was stopped early may lack some hand-overs."""
+    counts = sorted({len(point.gain[method].by_seed) for point in points})
+    return "–".join(str(count) for count in counts)
+
+
+def gain_text(found: Comparison | SeedComparison) -> str:
+    low, high = found.ci95
+    return f"{signed(100 * found.difference)} [{signed(100 * low)}, {signed(100 * high)}]"
+
+
+def doubt(found: Comparison | SeedComparison) -> str:
+    """McNemar's exact test within a seed, the bootstrap interval over seeds."""
+    return "" if found.significant else " n.s."
+
+
+def signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+INK, SOFT, GRID = "#17191c", "#565d66", "#e4e6e8"
+LOOK = {"reft": ("#0b6fb8", "o", -1), "st": ("#c4670a", "s", 1)}
+"""Method → colour, marker, side of the tick on which its interval stands."""
+
+
+def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Gain over SFT against the hand-over, a panel a task."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"svg.hashsalt": "reftune", "font.size": 10, "text.color": INK}
+    with matplotlib.rc_context(style):
+        figure = Figure(
+            figsize=(4.4 * max(1.45, len(curves)), 3.9), layout="constrained", facecolor="white"
+        )
+        figure.get_layout_engine().set(wspace=0.06)
+        panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        for panel, (task, points) in zip(panels, curves.items(), strict=True):
+            draw_panel(panel, points)
+            panel.set_title(TASKS[task], fontsize=11, loc="left")
+        panels[0].set_ylabel("test accuracy less SFT's, points", color=SOFT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def draw_panel(panel: Any, points: Sequence[Point]) -> None:
+    panel.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    panel.tick_params(length=0, labelcolor=SOFT)
+    panel.grid(axis="y", color=GRID)
+    panel.set_axisbelow(True)
+    panel.axhline(0, color=INK, linewidth=1.2)
+    for method, (colour, marker, side) in LOOK.items():
+        x = [place + 0.045 * side for place in range(len(points))]
+        gains = [point.gain[method] for point in points]
+        y = [100 * gain.difference for gain in gains]
+        label = f"{METHODS[method]} ({seed_count(points, method)} seeds)"
+        panel.plot(x, y, color=colour, marker=marker, linewidth=2, label=label)
+        for place, gain in zip(x, gains, strict=True):
+            seeds = [100 * difference for difference in gain.by_seed]
+            panel.plot([place] * len(seeds), seeds, ".", color=colour, alpha=0.35, markersize=7)
+        lows, highs = zip(*(gain.ci95 for gain in gains), strict=True)
+        panel.vlines(x, [100 * low for low in lows], [100 * high for high in highs], color=colour)
+    labels = [f"epoch {p.epoch}\nwarm-up {100 * p.accuracy['warmup']:.0f} %" for p in points]
+    panel.set_xticks(range(len(points)), labels)
+    panel.set_xlim(-0.35, len(points) - 0.65)
+    panel.legend(frameon=False, loc="upper left")
+    panel.set_xlabel("hand-over, and the warm-up's test accuracy", color=SOFT)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def load_results() -> dict[str, dict[str, Any]]:
+    """Task → seed → what was read."""
+    if not RESULTS.exists():
+        return {}
+    return dict(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def add_seed(task: str, seed: int, found: Mapping[str, Any]) -> None:
+    results = load_results()
+    seeds = {**results.get(task, {}), str(seed): found}
+    results[task] = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
+    ordered = {name: results[name] for name in TASKS if name in results}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+
+
+def write_page() -> None:
+    """Print the tables and draw the picture."""
+    results = load_results()
+    curves = {task: points_of(seeds) for task, seeds in results.items()}
+    for task, points in curves.items():
+        print(f"## {TASKS[task]}\n\n{seeds_text(points)}\n\n{curve_table(points)}\n")
+        print(seeds_table(results[task]) + "\n")
+        print(cuts_table(results[task]) + "\n")
+        print(stops_table(results[task]) + "\n")
+    draw(curves, PICTURE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("seeds", type=int, nargs="*")
+    parser.add_argument("--only", choices=TASKS, help="one task")
+    parser.add_argument("--page", action="store_true", help="run nothing")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
+    options = parser.parse_args(arguments)
+    if not options.page:
+        for task in [options.only] if options.only else list(TASKS):
+            for seed in options.seeds:
+                add_seed(task, seed, read_seed(run_seed(task, seed, options.set)))
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
