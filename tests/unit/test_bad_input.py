@@ -140,11 +140,11 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     ),
     "bytes that are no text": (
         [],
-        {"train.jsonl": b"\xff\xfe"},
-        r"train\.jsonl:1: byte 0xff is not UTF-8; expected UTF-8",
+        {"train.jsonl": b"{\x81}"},
+        r"train\.jsonl:1: byte 0x81 is not UTF-8; expected UTF-8",
     ),
     "answer the grader cannot read": (
-        [],
+        ["dataset.answer_kind=number"],
         {"train.jsonl": rows(row(4, answer="a dozen"))},
         r"train\.jsonl:4: answer is 'a dozen'; expected a number",
     ),

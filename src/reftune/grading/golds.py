@@ -35,7 +35,7 @@ def read_gold(
 
     Raises: DataError with the value and the reason, to which the caller adds where it stands.
     """
-    told = None if kind == "auto" else told_gold(raw, kind)
+    told = None if kind == "auto" else told_gold(_with_points(raw, reading), kind)
     if told is not None:
         return told
     refuse_list(raw)
@@ -52,6 +52,15 @@ def read_gold(
             " unit, or another answer kind"
         )
     return worded_gold(str(stated)) if kind == "auto" else Answer(kind=kind, value=str(stated))
+
+
+def _with_points(raw: object, reading: Reading) -> object:
+    """A cell of texts with decimal commas, spelled with points."""
+    if reading.decimal != ",":
+        return raw
+    if isinstance(raw, list | tuple):
+        return [_with_points(each, reading) for each in raw]
+    return with_decimal_points(raw) if isinstance(raw, str) else raw
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
@@ -125,7 +134,7 @@ _WORDS = (
     r"(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo|milli)?grams?|(?:milli)?lit(?:er|re)s?|feet|foot"
     r"|inch(?:es)?|yards?|miles?|pounds?|ounces?|gallons?|seconds?|minutes?|hours?|days?|weeks?"
     r"|months?|years?|degrees?|units?|dollars?|cents?|watts?|volts?|joules?|newtons?|people|items?"
-    r"|knots?|tons?|tonnes?|acres?|hectares?"
+    r"|knots?|tons?|tonnes?|acres?|hectares?|yrs?|mo|wks?|pt|px|hp|amps?"
 )
 _BASE = rf"(?:{_SYMBOLS}|{_LETTERS}|{_WORDS})(?![^\W\d_])"
 _POWER = r"(?: ?\^ ?\{? ?-?[1-4] ?\}?|[23](?!\d))?"
@@ -141,10 +150,21 @@ _NOT_UNITS = frozenset(
     " sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths"
     " thousandth thousandths dozen dozens score gross pi tau phi theta alpha beta lambda sqrt log"
     " ln exp sin cos tan inf infinity nan over under above below remainder rem approx ago bc ad bce"
-    " ce approximately about roughly nearly almost one two three four five six seven eight nine"
-    " ten".split()
+    " ce approximately about roughly nearly almost ish fold one two three four five six seven eight"
+    " nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety ones tens hundreds"
+    " thousands millions billions is are was then else if because since for with vs versus not true"
+    " false none null unknown permille bps noon midnight monday tuesday wednesday thursday friday"
+    " saturday sunday mon tue tues wed thu thurs fri sat utc gmt est uhr heures past januar februar"
+    " märz mai juni juli oktober dezember janvier février mars avril juin juillet août septembre"
+    " octobre novembre décembre enero febrero marzo abril mayo junio julio agosto septiembre octubre"
+    " noviembre diciembre".split()
 )
 """Words that make another value, or a time, of the number before them."""
+_FRACTION_WORD = re.compile(
+    r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
+)
+_VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
+"""Letters that may be a product, 2ab, and no word: two, or no vowel; three attached to a number."""
 _MONTH = re.compile(MONTHS, re.IGNORECASE)
 
 
@@ -154,7 +174,7 @@ def _whole_number(text: str) -> Number | None:
         return None
     text = _SPACED_MINUS.sub("-", text)
     line = " ".join(plain(text if formula is None else formula[1]).split())
-    bare = line.removesuffix(".").rstrip()
+    bare = line if line.endswith("...") else line.removesuffix(".").rstrip()
     if bare[:1] in ("(", "[") and bare[-1:] == {"(": ")", "[": "]"}[bare[0]] and "," not in bare:
         bare = bare[1:-1].strip()
     found = numeral_at(bare, 0)
@@ -181,7 +201,12 @@ def _is_unit(rest: str) -> bool:
         return False
     if unit.lower() in _NOT_UNITS or _MONTH.fullmatch(unit.rstrip(".")):
         return False
-    return _KNOWN_UNIT.fullmatch(unit) is not None or (unit.isalpha() and unit.islower())
+    if _KNOWN_UNIT.fullmatch(unit) is not None:
+        return True
+    variables = _VARIABLES.fullmatch(unit)
+    if variables is not None and (variables["attached"] is None or rest[0] == unit[0]):
+        return False
+    return unit.isalpha() and unit.islower() and _FRACTION_WORD.fullmatch(unit) is None
 
 
 # --- choices --------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def refuse_list(raw: object) -> None:
 def split_items(text: str) -> tuple[str, ...]:
     """The parts of a list as people write it: in brackets or not, with commas, semicolons, line
     breaks or "and" between them. A comma inside a number parts nothing if others have a space."""
-    text = text.strip()
+    text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if text[:1] in _EDGES and text.rstrip(".")[-1:] == _EDGES[text[0]]:
         text = text.rstrip(".")[1:-1]
     comma = r",\s+|,$" if re.search(r",\s", text) else ","
