@@ -182,6 +182,16 @@ def test_a_recipe_scores_with_its_own_answer_kind_and_a_line_may_have_another(
     assert [each["verdict"] for each in scored] == ["correct", "wrong", "correct"]
 
 
+def test_a_recipe_with_decimal_commas_reads_them_in_golds_answers_and_parts(tmp_path: Path) -> None:
+    rows = [
+        row("The answer is 3,5", "3,5"),
+        row("The answer is 4,5; 3,5", ["3,5", "4,5"], answer_kind="set"),
+        row("The answer is 45; 35", ["3,5", "4,5"], answer_kind="set"),
+    ]
+    scored = as_recipe(tmp_path, *rows, kind="auto", format='{kind: nl, decimal: ","}')
+    assert [each["verdict"] for each in scored] == ["correct", "correct", "wrong"]
+
+
 def test_an_unknown_answer_kind_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="answer_kind: 'sets'; expected one of auto, number"):
         scored(tmp_path, row("x", 5, answer_kind="sets"))

@@ -35,7 +35,7 @@ def read_gold(
 
     Raises: DataError with the value and the reason, to which the caller adds where it stands.
     """
-    told = None if kind == "auto" else told_gold(_with_points(raw, reading), kind)
+    told = None if kind == "auto" else told_gold(raw, kind, reading.decimal)
     if told is not None:
         return told
     refuse_list(raw)
@@ -52,15 +52,6 @@ def read_gold(
             " unit, or another answer kind"
         )
     return worded_gold(str(stated)) if kind == "auto" else Answer(kind=kind, value=str(stated))
-
-
-def _with_points(raw: object, reading: Reading) -> object:
-    """A cell of texts with decimal commas, spelled with points."""
-    if reading.decimal != ",":
-        return raw
-    if isinstance(raw, list | tuple):
-        return [_with_points(each, reading) for each in raw]
-    return with_decimal_points(raw) if isinstance(raw, str) else raw
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
@@ -151,13 +142,14 @@ _NOT_UNITS = frozenset(
     " thousandth thousandths dozen dozens score gross pi tau phi theta alpha beta lambda sqrt log"
     " ln exp sin cos tan inf infinity nan over under above below remainder rem approx ago bc ad bce"
     " ce approximately about roughly nearly almost ish fold one two three four five six seven eight"
-    " nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety ones tens hundreds"
-    " thousands millions billions is are was then else if because since for with vs versus not true"
-    " false none null unknown permille bps noon midnight monday tuesday wednesday thursday friday"
+    " nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety ones tens"
+    " hundreds thousands millions billions is are was then else if because since for with vs"
+    " versus not true false none null unknown permille bps noon midnight monday tuesday"
+    " wednesday thursday friday"
     " saturday sunday mon tue tues wed thu thurs fri sat utc gmt est uhr heures past januar februar"
     " märz mai juni juli oktober dezember janvier février mars avril juin juillet août septembre"
-    " octobre novembre décembre enero febrero marzo abril mayo junio julio agosto septiembre octubre"
-    " noviembre diciembre".split()
+    " octobre novembre décembre enero febrero marzo abril mayo junio julio agosto septiembre"
+    " octubre noviembre diciembre".split()
 )
 """Words that make another value, or a time, of the number before them."""
 _FRACTION_WORD = re.compile(

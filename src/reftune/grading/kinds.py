@@ -9,24 +9,32 @@ from collections.abc import Sequence
 
 from reftune.errors import DataError
 from reftune.grading.mathematics import looks_like_math
+from reftune.grading.plain_text import with_decimal_points
 from reftune.types import Answer, AnswerKind
 
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 _EDGES = {"[": "]", "(": ")", "{": "}"}
 
 
-def told_gold(raw: object, kind: AnswerKind) -> Answer | None:
+def told_gold(raw: object, kind: AnswerKind, decimal: str = ".") -> Answer | None:
     """A gold of a kind that is told and takes the cell as it is: several parts or a pattern. None
     for the other kinds.
 
     Raises: DataError with the value; the caller adds where it stands.
     """
     if kind in ("any_of", "list", "set"):
-        return collected_gold(raw, kind)
+        return collected_gold(_with_points(raw) if decimal == "," else raw, kind)
     if kind == "regex":
         return pattern_gold(raw)
     refuse_list(raw)
     return None
+
+
+def _with_points(raw: object) -> object:
+    """A cell of numbers with decimal commas, alone or as the parts of a list, in points."""
+    if isinstance(raw, list | tuple):
+        return [_with_points(each) for each in raw]
+    return with_decimal_points(raw) if isinstance(raw, str) else raw
 
 
 def worded_gold(text: str) -> Answer:

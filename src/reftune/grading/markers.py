@@ -50,7 +50,7 @@ _PHRASES = (
     r"\|[\s*_]{0,9}(?:final\s{1,9})?answer[\s*_]{0,9}\|",
     r"answer[\s*_\"'`]{0,9}(?:[:：]|=(?![=>]))",
     r"#{4,}",
-    r"\\f?boxed\b|\\fbox\b",
+    r"\\(?:f?boxed|fbox)(?![a-zA-Z])",
     r"<answer>",
 )
 
@@ -66,6 +66,26 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     marker = _marker(reading.markers)
     found = deque(marker.finditer(completion, start, end), maxlen=MAX_STATEMENTS)
     return list(_statements(completion, end, found))
+
+
+_OR = re.compile(r"(?:\bor|/)[\s$\\(\[]*(?:[^\W\d]\w?\s{0,3}=\s{0,3})?[\s$]*$", re.IGNORECASE)
+_BETWEEN_BOXES = re.compile(
+    r"[\s$\\)\]*}]*(?:\bor\b|\band\b|[,;&/])[\s$\\(\[]*(?:or\b|and\b)?\s*"
+    r"(?:\$?[^\W\d]\w?\s{0,3}=\s{0,3})?[\s$]*",
+    re.IGNORECASE,
+)
+
+
+def is_alternative(completion: str, before: Statement, after: Statement) -> bool:
+    """Whether two statements in a row are one answer with two parts: `\\boxed{3}` or `\\boxed{4}`,
+    "the answer is 3 or the answer is 4"."""
+    between = completion[before.start : after.start]
+    if "\n" in between.strip() or before.text is None:
+        return False
+    if before.is_closed and after.is_closed:
+        opening, _, behind = between.rpartition("}")
+        return opening != "" and _BETWEEN_BOXES.fullmatch(behind) is not None
+    return _OR.search(between) is not None
 
 
 def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:

@@ -310,7 +310,7 @@ def _endless(decimal: str) -> Number:
 # --- what stands around a number ------------------------------------------------------------------
 
 
-_EQUALS = re.compile(r"(?<![<>!=])=+>?(?!=)")
+_EQUALS = re.compile(r"(?<![<>!=])=+>?(?!=)|-+>")
 _ASIDE = re.compile(
     r", |[(:;]|\b(?:because|since|as|where|which|when|if|given|assuming|provided"
     r"|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){1,3}=))\b",
@@ -322,7 +322,12 @@ _CONDITION = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<!\brs)(?<!\brs )[.!?;](?= |$)", re.IGNORECASE)
 _CLAUSES = re.compile(r" or | and |[,;] ?")
-_ASSIGNMENT = re.compile(r" *[^\W\d]+ ?=(?P<value>[^=]+)")
+_ASSIGNMENT = re.compile(r" *[^\W\d]+\d{0,2} ?=(?P<value>[^=]+)")
+_LEADING_CONDITION = re.compile(
+    r"(?:when|if|given(?: that)?|assuming|provided|for|at) [^\W\d]{1,3} ?= ?-?[\d.,/]*\d"
+    r"(?: ?[,:]| then| it is| we get| we have)* ",
+    re.IGNORECASE,
+)
 _CONCLUDES = re.compile(r"\b(?:so|thus|hence|therefore|then)\b|∴", re.IGNORECASE)
 _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
 
@@ -331,6 +336,9 @@ def after_equals(line: str) -> str:
     """What follows the last `=` of the first sentence. The line itself without one, or if a number
     stands before an aside that holds it ("18, because 2 + 2 = 4", "12 when n = 3"). Nothing if
     several unknowns have values ("x = 3 or x = 4")."""
+    condition = _LEADING_CONDITION.match(line)
+    if condition is not None:  # "when n = 3, 12"
+        line = line[condition.end() :]
     end = _SENTENCE_END.search(line)
     sentence = line if end is None else line[: end.start()]
     equals = list(_EQUALS.finditer(sentence))
@@ -384,9 +392,9 @@ _SHAPE = re.compile(
     rf"(?P<month>(?-i:{MONTHS}))|"
     r"(?P<operation>(?:less|more|fewer|greater|larger|smaller|higher|lower) than(?= ?\d)"
     r"|plus|minus|times|multiplied by|divided by|mod|modulo)|(?P<or>or|und|oder)"
-    r"|(?P<to>to|through|and|versus|vs)|(?P<by>by|choose|over|per)|"
+    r"|(?P<to>to|through|and|versus|vs|then|until)|(?P<by>by|choose|over|per)|"
     rf"(?P<in>in)|(?P<unit>{_UNITS})|(?P<variable>(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])))\b|"
-    r"(?P<symbol>[π√∞±\\]|\+/-)|(?P<plus>\+)|(?P<operator>[-*/|—])|(?P<order>[<>≤≥≠])"
+    r"(?P<symbol>[π√∞±‰\\]|\+/-)|(?P<plus>\+)|(?P<operator>[-*/|—])|(?P<order>[<>≤≥≠])"
     r"|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
     re.IGNORECASE,
 )
@@ -431,10 +439,37 @@ def _is_part_of_more(rest: str) -> bool:
     """Whether what follows a number makes it a part of something else. Looks at the kinds of the
     next words and signs."""
     shape = _SHAPE.sub(lambda match: _LETTER_OF[match.lastgroup or "word"], rest[:_LOOKAHEAD_CHARS])
-    return _CONTINUES.match(shape) is not None or _ATTACHED_LETTER.match(rest) is not None
+    return (
+        _CONTINUES.match(shape) is not None
+        or _ATTACHED_LETTER.match(rest) is not None
+        or _GOES_ON_IN_WORDS.match(rest, 0, _LOOKAHEAD_CHARS) is not None
+    )
 
 
 _LOOKAHEAD_CHARS = 120
+_COUNT = (
+    r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]{3,5}teen|twenty|thirty"
+    r"|forty|fifty|sixty|seventy|eighty|ninety)"
+)
+_NOUN = r"(?: (?!(?:for|by|in|of|because|with|from|at|as|so|since|not|but|or)\b)[^\W\d_]+)?"
+_GOES_ON_IN_WORDS = re.compile(
+    # 7 hundred fifty, 7 weeks and two days; 7 years and a half; 3 sixteenths; 12 plus
+    rf"{_NOUN} (?:(?:and|plus) )?{_COUNT}(?:[ -](?:hundred|{_COUNT}))?(?: (?:{_UNITS}))?"
+    r"(?= ?(?:$|[.,;:!?)]))"
+    rf"|{_NOUN} and (?:an? )?(?:half|quarter)\b| plus(?= ?(?:$|[.,]))"
+    r"| ?-?(?:elevenths?|twelfths?|[a-z]{3,5}teenths?|[a-z]{3,6}tieths?|(?:mill|bill)ionths?)\b"
+    # 5 if x > 0 and 6 otherwise
+    r"|[^.;]{0,80}\bif\b[^.;]{0,80}\b(?:otherwise|else)\b"
+    # 5? No, 6; 5, no wait, it is 6; 5; alternatively 6
+    r"|[^\w+*/^=-]{1,6}(?:oh,? )?"
+    r"(?:no|wait|sorry|actually|correction|alternatively|or rather|i mean)\b"
+    r"(?:,? (?:no|wait|sorry)\b)*[,.:! ]+"
+    r"(?:(?:it|that|this)(?: is|'s) |it should be |make (?:it|that) )?[-$(]*\d"
+    # 5 apples; 6 pears; 5 (Tom), 6 (Jane); 5 apples & 6 pears
+    rf"|(?:{_NOUN} ?[;&]| ?\([^()\d]*\) ?[,;&]) ?\d[\d.,]*(?: [^\W\d_]+| ?\([^()]*\))?"
+    r" ?(?:$|[.;,])",
+    re.IGNORECASE,
+)
 _RESTATED = re.compile(
     r"[)\]}'\"]*(?: ?[^\W\d]+){0,2}?[ ,;]*"
     r"(?:\(? ?(?:or|i\.? ?e\.?|that is|which is|equivalently)\b[ ,:]*|\()",
@@ -457,7 +492,8 @@ _NOT_ABOUT = re.compile(
     r"\b(?:not?|never|none|neither|nor|cannot|without|except|but|instead|wrong|incorrect|unless|if"
     r"|when|or|either|between|within|than|more|less|fewer|greater|larger|smaller|over|under|above"
     r"|below|exceeds?|least|most|up|from|minimum|maximum|half|third|quarter|twice|double|triple"
-    r"|thrice|dozens?|one|two|three|four|five|six|seven|eight|nine|ten|squared?|cubed?|roots?|power"
+    r"|thrice|dozens?|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    r"|\w+teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|squared?|cubed?|roots?|power"
     r"|times|(?:product|sum|difference|quotient|reciprocal|inverse|opposite)(?= of)|plus|minus"
     r"|divided|multiplied|log|ln|sin|cos|tan|base|mod|modulo|remainder|negative|absolute|steps?"
     r"|equations?|eq|section|lines?|part|case|example|figure|table|problem|question|exercise"

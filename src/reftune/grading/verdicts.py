@@ -18,7 +18,14 @@ from typing import Any
 
 from reftune.grading.golds import number_gold
 from reftune.grading.kinds import split_items, worded_gold
-from reftune.grading.markers import DEFAULT, Reading, Statement, answer_text, statements
+from reftune.grading.markers import (
+    DEFAULT,
+    Reading,
+    Statement,
+    answer_text,
+    is_alternative,
+    statements,
+)
 from reftune.grading.mathematics import Comparison, matches, same_expression
 from reftune.grading.numbers import (
     FLOAT_DIGITS,
@@ -50,7 +57,14 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
     last = next((each for each in reversed(found) if _says_something(each, problem)), found[-1])
     if last.text is None:
         return no_answer("the last box is never closed")
-    return grade_answer(last.text, problem, reading)
+    graded = grade_answer(last.text, problem, reading)
+    position = found.index(last)
+    before = found[position - 1] if position else last
+    if graded.verdict is Verdict.CORRECT and is_alternative(completion, before, last):
+        other = grade_answer(before.text or "", problem, reading)
+        if other.verdict is not Verdict.CORRECT:
+            return no_answer("more than one answer")
+    return graded
 
 
 _NO_VALUE = re.compile(
@@ -98,9 +112,12 @@ def grade_sentence(text: str, problem: Problem) -> Graded:
     return graded
 
 
+_NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
+
+
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade a text that is the answer, with units and prose as people add them."""
-    if reading.decimal == "," and problem.answer.kind in ("number", "choice"):
+    if reading.decimal == "," and problem.answer.kind in _NUMERIC:
         text = with_decimal_points(text)
     if problem.scorer is not None:
         return _grade_by_scorer(text, problem, problem.scorer)

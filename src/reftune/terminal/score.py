@@ -14,6 +14,7 @@ from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
 from reftune.grading.golds import GoldKind, read_gold
+from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.options import unlettered
 from reftune.grading.rewards import Reward
 from reftune.grading.rewards.outcome import Outcome
@@ -40,8 +41,15 @@ def score_file(
 def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Grade a file of completions with a recipe's format, answer kind, sandbox, limits and reward;
     see `score_lines`. Raises: DataError, before the first result."""
-    kind = getattr(recipe.dataset, "answer_kind", "auto")
-    return score_lines(_lines(file), recipe.format, recipe.reward, where=str(file), kind=kind)
+    decimals = [getattr(each, "decimal", ".") for each in (recipe.dataset, recipe.format)]
+    return score_lines(
+        _lines(file),
+        recipe.format,
+        recipe.reward,
+        where=str(file),
+        kind=getattr(recipe.dataset, "answer_kind", "auto"),
+        reading=Reading(decimal="," if "," in decimals else "."),
+    )
 
 
 def _lines(file: Path) -> list[str]:
@@ -52,16 +60,22 @@ def _lines(file: Path) -> list[str]:
 
 
 def score_lines(
-    lines: Iterable[str], format: Format, reward: Reward, *, where: str, kind: str = "auto"
+    lines: Iterable[str],
+    format: Format,
+    reward: Reward,
+    *,
+    where: str,
+    kind: str = "auto",
+    reading: Reading = DEFAULT,
 ) -> Iterator[dict[str, Any]]:
     """`{"id", "completion", "answer", "choices"?, "answer_kind"?}` a line → `{"id", "verdict",
     "value", "reward", "reason"}` a line.
 
-    `where` is the file's name; `kind` is the answer kind of lines that say none. Raises: DataError
-    with file and line, before anything is graded.
+    `where` is the file's name; `kind` is the answer kind of lines that say none, `reading` how
+    their golds are read. Raises: DataError with file and line, before anything is graded.
     """
     rows = [
-        _row(line, f"{where}:{number}", kind)
+        _row(line, f"{where}:{number}", kind, reading)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
@@ -91,7 +105,7 @@ def _scored(rows: Sequence[_Row], format: Format, reward: Reward) -> Iterator[di
             }
 
 
-def _row(line: str, where: str, kind: str) -> _Row:
+def _row(line: str, where: str, kind: str, reading: Reading) -> _Row:
     """A line's id, problem and completion."""
     try:
         row = json.loads(line)
@@ -108,10 +122,11 @@ def _row(line: str, where: str, kind: str) -> _Row:
         raise DataError(
             f"{where}: completion: expected a text, got {type(row['completion']).__name__}"
         )
-    return row["id"], problem_of({"answer_kind": kind, **row}, where), row["completion"]
+    problem = problem_of({"answer_kind": kind, **row}, where, reading)
+    return row["id"], problem, row["completion"]
 
 
-def problem_of(row: Mapping[str, Any], where: str) -> Problem:
+def problem_of(row: Mapping[str, Any], where: str, reading: Reading = DEFAULT) -> Problem:
     """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`. Raises: DataError
     that begins with `where`."""
     if row.get("answer") is None:
@@ -120,7 +135,7 @@ def problem_of(row: Mapping[str, Any], where: str) -> Problem:
     return Problem(
         id=str(row["id"]),
         question=str(row.get("question", "")),
-        answer=_answer(row["answer"], choices, where, row.get("answer_kind", "auto")),
+        answer=_answer(row["answer"], choices, where, row.get("answer_kind", "auto"), reading),
         choices=choices,
         columns={key: value for key, value in row.items() if key not in ("id", "completion")},
     )
@@ -136,7 +151,9 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
     return unlettered([str(choice) for choice in value])
 
 
-def _answer(value: Any, choices: tuple[str, ...], where: str, kind: str = "auto") -> Answer:
+def _answer(
+    value: Any, choices: tuple[str, ...], where: str, kind: str, reading: Reading
+) -> Answer:
     """The gold answer of the kind that is told; `auto`: a letter with choices or alone, else a
     number if all of it is one, else an expression, a list or a text."""
     if kind not in get_args(GoldKind):
@@ -152,7 +169,7 @@ def _answer(value: Any, choices: tuple[str, ...], where: str, kind: str = "auto"
     )
     try:
         if not isinstance(value, bool):
-            return read_gold(value, cast("GoldKind", kind), choices=choices)
+            return read_gold(value, cast("GoldKind", kind), choices=choices, reading=reading)
         reason = "a truth value"
     except DataError as error:
         reason = str(error)

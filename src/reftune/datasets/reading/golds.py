@@ -98,7 +98,11 @@ class GoldReader:
         if isinstance(value, Mapping):
             raise self._refused(row, value, "one answer")
         try:
-            told = None if self.kind == "auto" and options else told_gold(value, self._told)
+            told = (
+                None
+                if self.kind == "auto" and options
+                else told_gold(value, self._told, self.decimal)
+            )
         except DataError as error:
             raise DataError(f"{row.where}: {self.column}: {error}") from None
         if told is not None:
