@@ -1,4 +1,4 @@
-"""Every random number of a run is a function of its seed and of what it is for, so a resumed run
+"""Every random number of a run is a function of its seed and its purpose, so a resumed run
 needs no saved generator."""
 
 from __future__ import annotations

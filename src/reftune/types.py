@@ -138,11 +138,11 @@ class Graded:
 
     verdict: Verdict
     value: str | None
-    """The answer that was read, in canonical spelling; None where there is none."""
+    """The answer that was read, in canonical spelling; None if there is none."""
     reason: str
     """One line for a person."""
     program_s: float | None = field(default=None, compare=False)
-    """Time that the completion's program ran; None where it is no program."""
+    """Time that the completion's program ran; None if it is no program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -132,7 +132,7 @@ def assert_stops_and_goes_on(
     assert life.status == 130, life.stderr
     said = life.stderr.splitlines()[-1]
     assert said.startswith("interrupted; checkpoint: ") and said.endswith(
-        "; the same command goes on from there"
+        "; the same command continues from there"
     )
     checkpoint = Path(said.removeprefix("interrupted; checkpoint: ").partition(";")[0])
     assert checkpoint.is_dir() and checkpoint.is_relative_to(recipe.folder)

@@ -201,7 +201,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "stage that starts from nothing": (
         ["stages.sft.init=nope"],
         {},
-        r"stages\.sft\.init: nope is no earlier method; known",
+        r"stages\.sft\.init: nope is not an earlier method; known",
     ),
 }
 """Refused by `run` and by `check` in the same words."""

@@ -522,7 +522,7 @@ def test_an_end_token_that_is_an_ordinary_word_is_a_warning(tmp_path):
         family = FAMILIES["qwen2.5"]
         patch.setitem(FAMILIES, "qwen2.5", replace(family, ends=(*family.ends, "a")))
         eos = named(report_on(tmp_path, "qwen2.5", style="chat"), "eos")
-    assert eos.level == "warn" and "stops at 'a', which is no special token" in eos.message
+    assert eos.level == "warn" and "stops at 'a', which is not a special token" in eos.message
 
 
 class Own(Nl):

@@ -162,7 +162,7 @@ def test_an_interrupted_run_names_the_checkpoint_that_was_saved(
     assert (
         err
         == "interrupted; checkpoint: runs/tiny/stages/sft/checkpoints/step-000012; the same command"
-        " goes on from there\n"
+        " continues from there\n"
     )
 
 

@@ -132,7 +132,7 @@ def test_test_questions_are_scored_where_there_are_some_and_dev_where_not(here: 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "--data: is missing, and there is no terminal to ask"),
+        ([], "--data is missing, and there is no terminal to ask"),
         (["--data", "none.csv"], "none.csv: no such file or folder"),
         (
             ["--data", "odd.csv"],

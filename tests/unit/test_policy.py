@@ -57,7 +57,7 @@ def test_a_forward_pass_in_training_mode_has_dropout_and_gradients(policy, batch
 
 def test_compiling_without_a_compiler_is_told_in_one_line(policy, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ModelError, match="there is no no-such-compiler; install one or set CXX"):
+    with pytest.raises(ModelError, match="no-such-compiler was not found; install one or set CXX"):
         policy.compile_blocks()
 
 

@@ -367,11 +367,11 @@ def test_reranking_asks_for_a_reward_model_and_for_samples(make_reranked):
     with pytest.raises(
         RecipeError,
         match=(
-            r"^evaluate\.rerank: sft is no reward model: not among this recipe's \(judge\), and no"
+            r"^evaluate\.rerank: sft is not a reward model: not among this recipe's \(judge\), and"
         ),
     ):
         check_stage_graph(make_reranked(rerank="sft"))
-    with pytest.raises(RecipeError, match=r"^evaluate\.stages: judge is no method; known: sft$"):
+    with pytest.raises(RecipeError, match=r"^evaluate\.stages: judge is not a method; known: sft$"):
         check_stage_graph(make_reranked(stages=["judge"]))
     with pytest.raises(
         RecipeError, match=r"rerank: expected samples > 0, as it is samples that are reranked"
@@ -387,6 +387,6 @@ def test_nothing_grows_from_a_reward_model(make_recipe):
     )
     with pytest.raises(
         RecipeError,
-        match=r"^stages\.late\.init: judge is no earlier method; known here: base, sft$",
+        match=r"^stages\.late\.init: judge is not an earlier method; known here: base, sft$",
     ):
         check_stage_graph(recipe)

@@ -206,10 +206,10 @@ def test_the_stage_leaves_a_model_and_what_it_cost(make_stage_recipe: Callable[.
 def test_a_sampler_that_comes_later_is_refused(make_stage_recipe: Callable[..., Recipe]):
     with pytest.raises(
         RecipeError,
-        match=r"^stages\.offline_st\.sampler: warmup is no earlier method; known here: base$",
+        match=r"^stages\.offline_st\.sampler: warmup is not an earlier method; known here: base$",
     ):
         check_stage_graph(make_stage_recipe(sampler="warmup"))
-    with pytest.raises(RecipeError, match=r"^stages\.offline_st\.init: reft is no earlier method"):
+    with pytest.raises(RecipeError, match=r"^stages\.offline_st\.init: reft is not an earlier"):
         check_stage_graph(make_stage_recipe(init="reft"))
 
 

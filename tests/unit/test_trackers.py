@@ -148,7 +148,8 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(
     watched.close()
     assert calls == (["log"] if fails == "log" else ["log", "log", "finish"])
     assert len(notes) == 1
-    assert "No space left on device" in notes[0] and notes[0].endswith("the run goes on without it")
+    assert "No space left on device" in notes[0]
+    assert notes[0].endswith("the run continues without it")
 
 
 def some_rollouts(count: int) -> list[Rollout]:

@@ -533,7 +533,7 @@ def test_a_stage_that_starts_from_no_earlier_method_is_refused(make_recipe):
     with (
         pytest.raises(
             RecipeError,
-            match=r"stages\.reft\.init: wramup is no earlier method; known here: base, warmup, sft",
+            match=r"stages\.reft\.init: wramup is not an earlier method; known here: base, warmup",
         ),
         open_run(recipe, SilentProgress()),
     ):

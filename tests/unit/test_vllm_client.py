@@ -237,7 +237,7 @@ def test_no_prompt_asks_for_nothing(server, make_policy):
 
 def test_a_server_that_does_not_answer_is_one_line(make_policy):
     told = "engine vllm: no answer from http://127.0.0.1:9/collective_rpc: "
-    with pytest.raises(EngineError, match=rf"^{told}[^\n]*; the same command goes on[^\n]*$"):
+    with pytest.raises(EngineError, match=rf"^{told}[^\n]*; the same command continues[^\n]*$"):
         Vllm(server="http://127.0.0.1:9").generate(make_policy(), PROMPTS, params())
 
 
@@ -307,7 +307,7 @@ def test_a_server_that_dies_in_a_step_costs_nothing_but_a_line(server, make_reci
     server.dies_at = path, len(server.requests(path)) * 2 // 3
     server.asked.clear()
     with pytest.raises(
-        EngineError, match=r"^engine vllm: no answer from .*the same command goes on"
+        EngineError, match=r"^engine vllm: no answer from .*the same command continues"
     ):
         run(tmp_path / "killed")
     (checkpoint, *_) = sorted((tmp_path / "killed/stages/reft/checkpoints").glob("step-*"))[::-1]

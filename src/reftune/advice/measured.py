@@ -155,7 +155,7 @@ def evaluation_seconds(
 
 
 def available_bytes(device: torch.device) -> float:
-    """Free memory of the device; infinite where it cannot be told."""
+    """Free memory of the device; infinite if it cannot be measured."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

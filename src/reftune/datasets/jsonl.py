@@ -49,7 +49,7 @@ class Jsonl(FileDataset):
         return self._problem(row, self._columns([row], is_train=False))
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """As told and recognised. Raises: DataError if training rows lack a column that is told."""
+        """As given and recognised. Raises: DataError if training rows lack a given column."""
         told = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
         for value in told.values() if is_train else ():
             for name in [value] if isinstance(value, str) else value or ():

@@ -122,7 +122,7 @@ class Mathqa(PaperDataset):
         )
 
     def published_problem(self, row: Row) -> Problem:
-        """Raises: Unusable where a numeric gold is asked for and the option says none."""
+        """Raises: Unusable if a numeric gold is asked for and the option says none."""
         stem = repaired(row.text("Problem"))
         options, letter = _gold_of(row)
         gold_text = options[LETTERS.index(str(letter))]

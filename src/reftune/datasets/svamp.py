@@ -54,7 +54,7 @@ class Svamp(PaperDataset):
 
 
 def program_of(equation: str) -> str | None:
-    """`( 76.0 - 25.0 )` as a program; None where it is not plain arithmetic."""
+    """`( 76.0 - 25.0 )` as a program; None if it is not plain arithmetic."""
     expression = arithmetic(equation, {})
     return None if expression is None else program([("result", expression)])
 

@@ -60,8 +60,7 @@ class WordProblems(Component):
     people: int = Field(3, ge=1, le=5)
     """Most people in a story; one may have more, fewer or times as many as another."""
     distractors: float = Field(0.4, ge=0, le=1)
-    """Share of questions with one sentence that does not matter. There are no others of that kind.
-    """
+    """Share of questions with one sentence that does not matter."""
     max_value: int = Field(999, ge=10)
     """Largest intermediate result and answer. `nl` rationales and options write them out, each a
     token: 99 suits those."""
@@ -94,7 +93,7 @@ class WordProblems(Component):
         return self
 
     def load(self, *, seed: int) -> Splits:
-        """Problems drawn with `seed`. Raises: DataError where the settings do not allow so many
+        """Problems drawn with `seed`. Raises: DataError if the settings do not allow so many
         different questions."""
         stories = self._different_stories(random.Random(f"stories {seed}"))
         styles, options = (

@@ -1,4 +1,4 @@
-"""What vLLM's worker processes can do besides. They import this by name; nothing else does."""
+"""Methods added to vLLM's worker processes. They import this by name; nothing else does."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """Pack again what a processor multiplies by: a reload forgets an output head that is tied
-        to the embedding.
+        """Repack the weights that a CPU multiplies by: a reload forgets an output head that is
+        tied to the embedding.
 
         Layers that vLLM packs again by itself hold no weight any more; on a GPU nothing is packed.
         """

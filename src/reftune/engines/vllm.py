@@ -307,7 +307,7 @@ class Server:
             raise EngineError(told) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise EngineError(
-                f"engine vllm: no answer from {url}: {error}; the same command goes on from the"
+                f"engine vllm: no answer from {url}: {error}; the same command continues from the"
                 " last checkpoint"
             ) from None
 

@@ -1,7 +1,7 @@
 """Compares expressions and patterns for `mathematics`. Started as a script, imports none of ours.
 
 Reads one JSON object a line from standard input and writes one to standard output: `{"gold",
-"answer"}` gives `{"equal", "read"}`, the last None if the answer is no expression;
+"answer"}` gives `{"equal", "read"}`, the last None if the answer is not an expression;
 `{"pattern", "answer"}` gives `{"equal"}`. An `{"error"}` says what went wrong. Whoever started it
 keeps the time and kills it.
 """

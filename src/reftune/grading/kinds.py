@@ -17,7 +17,7 @@ _EDGES = {"[": "]", "(": ")", "{": "}"}
 
 
 def told_gold(raw: object, kind: AnswerKind, decimal: str = ".") -> Answer | None:
-    """A gold of a kind that is told and takes the cell as it is: several parts or a pattern. None
+    """A gold of an explicit kind that takes the cell as it is: several parts or a pattern. None
     for the other kinds.
 
     Raises: DataError with the value; the caller adds where it stands.
@@ -70,7 +70,7 @@ def pattern_gold(raw: object) -> Answer:
     try:
         re.compile(str(raw))
     except re.error as error:
-        raise DataError(f"{_shown(raw)} is no regular expression: {error}") from None
+        raise DataError(f"{_shown(raw)} is not a regular expression: {error}") from None
     return Answer(kind="regex", value=str(raw))
 
 

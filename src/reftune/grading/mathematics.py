@@ -78,7 +78,7 @@ class Comparison:
     """What became of one comparison."""
 
     outcome: Literal["equal", "different", "unread", "timeout", "error"]
-    """`unread`: the answer is no expression."""
+    """`unread`: the answer is not an expression."""
     read: str = ""
     """The answer in a spelling that equal expressions mostly share."""
     reason: str = ""
@@ -201,7 +201,7 @@ class _Workers:
         self.forget()
 
     def forget(self) -> None:
-        """Begin again without the processes: they belong to the parent of a forked process."""
+        """Forget the worker processes: they belong to the parent of a forked process."""
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for _ in range(NUM_WORKERS):
             self._idle.put(_Worker())

@@ -13,8 +13,8 @@ from reftune.types import Answer
 
 MAX_DIGITS = 1_000
 MAX_EXPONENT = 400
-"""Numbers with more digits or larger powers of ten are no answer: no gold answer has them, and
-arithmetic stays cheap."""
+"""Numbers with more digits or larger powers of ten do not count as answers: no gold answer has
+them, and arithmetic stays cheap."""
 
 
 @dataclass(frozen=True, slots=True)

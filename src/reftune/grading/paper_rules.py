@@ -14,7 +14,7 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
     """The authors' rule for worked solutions: `float()` of what follows the last trigger, or of all
-    where there is none.
+    if there is none.
 
     nan and inf are wrong answers. A choice is compared as a string, and so is never missing.
     """

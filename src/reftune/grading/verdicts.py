@@ -89,8 +89,8 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 def grade_value(value: Any, problem: Problem) -> Graded:
     """Grade what a program returned, a float that is not whole by the digits that arithmetic keeps.
-    None, nan and inf are no answer; a truth value answers only a yes/no question, a list or date
-    only golds of their kind."""
+    None, nan and inf do not count as answers; a truth value answers only a yes/no
+    question, a list or date only golds of their kind."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"

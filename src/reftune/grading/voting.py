@@ -175,14 +175,14 @@ def pass_at_k(n: int, num_correct: int, k: int) -> float:
 
         1 − C(n − c, k) / C(n, k)
 
-    Raises: DataError where k exceeds n. Source: Chen et al. (arXiv:2107.03374), eq. 1.
+    Raises: DataError if k exceeds n. Source: Chen et al. (arXiv:2107.03374), eq. 1.
     """
     check_k(k, n)
     return float(1 - Fraction(math.comb(n - num_correct, k), math.comb(n, k)))
 
 
 def check_k(k: int, n: int) -> None:
-    """Raises: DataError where k samples are asked of n."""
+    """Raises: DataError if k samples are asked of n."""
     if not 1 <= k <= n:
         raise DataError(
             f"k = {k}: only {n} samples a problem were drawn; expected 1 to {n} (evaluate.samples"

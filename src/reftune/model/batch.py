@@ -114,7 +114,7 @@ class Packing(NamedTuple):
     S slots in all."""
 
     slots: Tensor
-    """(S,) The token in each slot; any token where there is none."""
+    """(S,) The token in each slot; any token if there is none."""
     is_token: Tensor
     """(S,) Whether there is one."""
     order: Tensor

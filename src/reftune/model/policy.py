@@ -116,7 +116,7 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the model can read, tokens; None where the config does not say."""
+        """Longest sequence the model can read, tokens; None if the config does not say."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -174,12 +174,12 @@ class Policy(nn.Module):
         """Fuse the small operations of every transformer block, for passes over whole sequences.
         Copies are not compiled.
 
-        Raises: ModelError where there is no C++ compiler.
+        Raises: ModelError if there is no C++ compiler.
         """
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise ModelError(
-                f"model.compile: needs a compiler for C++, and there is no {compiler}; install one"
+                f"model.compile: needs a C++ compiler, and {compiler} was not found; install one"
                 " or set CXX"
             )
         self.is_compiled = True

@@ -40,7 +40,7 @@ def load_model(
 
 
 def resolve(path: str | Path) -> Path | str:
-    """A folder or a Hub id, `smollm2-135m` and `~` replaced. Raises: ModelError where a folder is
+    """A folder or a Hub id, `smollm2-135m` and `~` replaced. Raises: ModelError if a folder is
     meant and not there."""
     if path == SMOLLM2:
         return smollm2_folder()

@@ -77,8 +77,8 @@ def first_to_tell() -> bool:
         return own == 0  # before they have joined, all meet the same error
     try:
         return _is_first(_store, own)
-    # the store went with the main process, which has told; had it been killed, the launcher would
-    # say so
+    # the store went with the main process, which has reported it; had it been killed, the
+    # launcher would say so
     except RuntimeError:
         return False
 
@@ -92,7 +92,7 @@ def _told(world: World, missing: int | None) -> str:
     other = "another one" if missing is None else f"process {missing}"
     return (
         f"process {world.rank} of {world.size}: {other} ended without a word (killed? out of"
-        " memory? its machine?); the same command goes on from the last checkpoint"
+        " memory? its machine?); the same command continues from the last checkpoint"
     )
 
 

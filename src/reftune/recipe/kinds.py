@@ -94,7 +94,7 @@ def load_component(spec: Any, *, group: str) -> Any:
     if not (inspect.isclass(cls) and issubclass(cls, Component)):
         raise PydanticCustomError(
             "not_a_component",
-            "{kind} is no class derived from reftune.recipe.kinds.Component",
+            "{kind} is not a class derived from reftune.recipe.kinds.Component",
             {"kind": spec["kind"]},
         )
     return cls.model_validate(dict(spec))

@@ -153,7 +153,7 @@ def is_several_tasks(runs: Sequence[RunResults]) -> bool:
 def read_cells(run_dirs: Sequence[Path | str], *, k: int | None = None) -> list[Cell]:
     """The runs by model, task and rationale, seeds together; votes over the first `k` samples.
 
-    Raises: DataError where `k` exceeds the samples of a problem, where a run is missing, damaged or
+    Raises: DataError if `k` exceeds the samples of a problem, where a run is missing, damaged or
     unfinished, and where two recipes would fill one place.
     """
     runs = [read_run(folder) for folder in run_dirs]

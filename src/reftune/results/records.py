@@ -119,7 +119,7 @@ class RunResults:
 def read_run(folder: Path | str) -> RunResults:
     """A run folder, finished or alive.
 
-    Raises: DataError, one line, where the folder is missing, is no run folder, or holds a damaged
+    Raises: DataError, one line, if the folder is missing, is not a run folder, or holds a damaged
     file.
     """
     files = RunFolder(Path(folder))
@@ -152,7 +152,7 @@ def read_run(folder: Path | str) -> RunResults:
 
 
 def require_finished(run: RunResults) -> None:
-    """Raises: DataError where a method of the run was not evaluated."""
+    """Raises: DataError if a method of the run was not evaluated."""
     if run.missing:
         raise DataError(
             f"{run.folder}: the run has not finished: no evaluation of {', '.join(run.missing)}; "

@@ -108,7 +108,7 @@ class ScoreTable:
 def summarize(run_dir: Path | str) -> dict[str, Any]:
     """What `summary.json` holds, with every pair of methods compared.
 
-    Raises: DataError where the run has not finished or is damaged.
+    Raises: DataError if the run has not finished or is damaged.
     """
     (group,) = read_groups([run_dir])
     (run,) = group.runs
@@ -163,7 +163,7 @@ def comparison_json(comparison: Comparison | SeedComparison) -> dict[str, Any]:
 def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
     """The runs, those of one recipe but for the seed together.
 
-    Raises: DataError where a run is missing, damaged, unfinished (if `finished`), or where runs met
+    Raises: DataError if a run is missing, damaged, unfinished (if `finished`), or where runs met
     different problems.
     """
     runs = [read_run(folder) for folder in run_dirs]
@@ -242,7 +242,7 @@ def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0)
     """Scores and paired comparisons of all methods; votes over the first `k` samples, None: all.
     `seed` is the bootstrap's.
 
-    Raises: DataError where `k` exceeds the samples of a problem.
+    Raises: DataError if `k` exceeds the samples of a problem.
     """
     generator = np.random.default_rng(seed)
     several = len(groups) > 1
@@ -397,7 +397,7 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
 
     Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
     subsets.
-    Raises: DataError where `max_k` exceeds the samples of a problem.
+    Raises: DataError if `max_k` exceeds the samples of a problem.
     """
     voting.check_k(max_k, num_samples(rows))
     rules = {"maj": _majority_row, "pass": _pass_row}
@@ -488,7 +488,7 @@ class Headline:
 
 
 def leader(table: ScoreTable) -> MethodScore | None:
-    """The best method beside the baseline, starting points of others aside; None where there is
+    """The best method beside the baseline, starting points of others aside; None if there is
     nothing beside it."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others

@@ -115,7 +115,7 @@ CHOICE_COLUMNS = {
 
 
 def choices_table(summary: Mapping[str, Any]) -> str:
-    """The signs of reward hacking in a run's summary; empty where it has no multiple choice."""
+    """The signs of reward hacking in a run's summary; empty if it has no multiple choice."""
     found = {
         name: scores["choices"]
         for name, scores in summary["methods"].items()

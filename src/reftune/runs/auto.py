@@ -1,4 +1,4 @@
-"""Keys of a recipe that say `auto`: chosen once, when a run begins, and kept when it goes on."""
+"""Keys of a recipe that say `auto`: chosen once, when a run begins, and kept when it resumes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 
 
 def _stored(recipe: Recipe) -> Values:
-    """What the run folder's recipe says of the open keys; nothing if it is no run's."""
+    """What the run folder's recipe says of the open keys; nothing if it is not a run's."""
     try:
         stored = parse_recipe(yaml.safe_load(RunFolder(recipe.folder).recipe.read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):

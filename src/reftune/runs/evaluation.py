@@ -16,7 +16,7 @@ from reftune.storage.json_lines import in_parts
 from reftune.types import Attempt, Completion, Graded, Problem, SamplingParams, Verdict
 
 PROBLEMS_AT_ONCE = 250
-"""Problems in a part, answered together; an evaluation that was stopped goes on after the last
+"""Problems in a part, answered together; an evaluation that was stopped continues after the last
 whole part."""
 
 

@@ -65,7 +65,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     """Upload an exported model to `OWNER/NAME` on the Hub, made if it is not there. Returns its
     address.
 
-    Raises: ModelError where the Hub refuses or cannot be reached; the folder stays.
+    Raises: ModelError if the Hub refuses or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
 

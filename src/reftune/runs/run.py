@@ -188,7 +188,7 @@ class Run:
             )
 
     def train(self, name: str) -> None:
-        """Run stage `name` unless it is done. Raises: RecipeError where the method it starts from
+        """Run stage `name` unless it is done. Raises: RecipeError if the method it starts from
         is not there yet."""
         if self.is_trained(name):
             return
@@ -299,7 +299,7 @@ class Run:
         return _methods_of(stage, self.recipe.stages[stage])
 
     def problems_to_evaluate(self) -> Sequence[Problem]:
-        """Raises: DataError where there are none."""
+        """Raises: DataError if there are none."""
         table = self.recipe.evaluate
         problems: Sequence[Problem] = getattr(self.splits, table.split)[: table.limit]
         if not problems:
@@ -367,7 +367,7 @@ class Run:
         return load_classifier(self._policy(*loaded), Path(name))
 
     def check_reranker(self) -> None:
-        """Raises: ModelError where another run's reward model does not read what this run's methods
+        """Raises: ModelError if another run's reward model does not read what this run's methods
         write."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
@@ -431,7 +431,7 @@ def check_stage_graph(recipe: Recipe) -> None:
             if method not in known:
                 key = next(key for key in type(stage).model_fields if getattr(stage, key) == method)
                 raise RecipeError(
-                    f"stages.{name}.{key}: {method} is no earlier method; known here:"
+                    f"stages.{name}.{key}: {method} is not an earlier method; known here:"
                     f" {', '.join(known)}"
                 )
         for method in (*stage.produces, name):
@@ -443,13 +443,13 @@ def check_stage_graph(recipe: Recipe) -> None:
         for method in getattr(recipe.evaluate, key) or ():
             if method not in known[1:]:
                 raise RecipeError(
-                    f"evaluate.{key}: {method} is no method; known: {', '.join(known[1:])}"
+                    f"evaluate.{key}: {method} is not a method; known: {', '.join(known[1:])}"
                 )
     rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
     rerank = recipe.evaluate.rerank
     if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
         raise RecipeError(
-            f"evaluate.rerank: {rerank} is no reward model: not among this recipe's"
+            f"evaluate.rerank: {rerank} is not a reward model: not among this recipe's"
             f" ({', '.join(rerankers) or 'it has none'}), and no folder with a {WEIGHTS}"
         )
 

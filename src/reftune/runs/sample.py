@@ -22,7 +22,7 @@ def sample_method(
     """Solutions of the first `num` problems of a split by a finished method of the recipe's run, or
     by `base`.
 
-    Raises: RecipeError where the method is not trained yet.
+    Raises: RecipeError if the method is not trained yet.
     """
     recipe = settled(recipe)
     run = Run(

@@ -72,7 +72,7 @@ class Interrupted(Exception):
 
 
 class TrainingTable(Table):
-    """What every training is told: how fast, how closely watched, how often saved."""
+    """What every training needs: learning rate, looks at dev, checkpoints."""
 
     optimizer: OptimizerTable
     save_every_s: float = Field(300.0, ge=0)
@@ -165,7 +165,7 @@ class Loop:
         """Metrics of a step; one whose engine is gone leaves a checkpoint of what was before it."""
         try:
             return self._seeded(step)
-        except EngineError:  # samples come before updates, and all processes are told
+        except EngineError:  # samples come before updates, and every process sees it
             self.state.step -= 1
             self._save()
             raise
@@ -219,7 +219,7 @@ class Loop:
         """Save the batch of a step whose numbers are not finite and clear its gradient; return
         where the step may be left out.
 
-        Raises: NonFiniteError where it may not.
+        Raises: NonFiniteError if it may not.
         """
         self.optimizer.zero_grad(set_to_none=True)
         path = self.context.folder.nonfinite(self.state.step)

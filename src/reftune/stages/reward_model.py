@@ -340,7 +340,7 @@ def is_scored(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str) -> None:
-    """Raises: ModelError where the classifier reads other tokens than the policy writes."""
+    """Raises: ModelError if the classifier reads other tokens than the policy writes."""
     own, other = (set(model.tokenizer.get_vocab().items()) for model in (classifier.policy, policy))
     if own != other:
         raise ModelError(

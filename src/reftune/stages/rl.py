@@ -259,7 +259,7 @@ class Trainer:
         """`updates` passes over the rollout, in `minibatches` optimizer steps each, fewer if the
         numbers of one are not finite; metrics, means over the steps.
 
-        Raises: NonFiniteError where the recipe does not allow a step to be left out.
+        Raises: NonFiniteError if the recipe does not allow a step to be left out.
         """
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)

@@ -90,7 +90,7 @@ class Collector:
         """Rollouts of what was solved; those to which the reward does not apply (None) are left
         out. Raises: RewardError.
 
-        The main process pays for all, so a reward that compares samples sees them together.
+        The main process computes every reward, so one that compares samples sees them together.
         """
         rewards = world.from_main(
             lambda: self.reward(solved.problems, solved.completions, solved.graded)
@@ -196,7 +196,7 @@ def of_all_processes(
 def _require_whole(
     completions: Sequence[Completion] | None, problems: Sequence[Problem], engine: str
 ) -> None:
-    """Raises: EngineError where a completion is missing, is empty or lacks log-probabilities."""
+    """Raises: EngineError if a completion is missing, is empty or lacks log-probabilities."""
     found = 0 if completions is None else len(completions)
     if completions is None or found != len(problems):
         raise EngineError(

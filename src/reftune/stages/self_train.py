@@ -26,7 +26,7 @@ from reftune.storage.json_lines import JsonLines, in_parts
 from reftune.types import Attempt, Graded, Problem, SamplingParams, Verdict
 
 SAMPLES_AT_ONCE = 2000
-"""Drawn between two writes to disk, about; sampling that was stopped goes on after the last whole
+"""Drawn between two writes to disk, about; sampling that was stopped continues after the last whole
 part."""
 
 
@@ -82,7 +82,7 @@ class SelfTrain(Stage):
         train_in_epochs(self.sft, context, Imitation(context, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
-        """Training rows. Raises: DataError where none is left."""
+        """Training rows. Raises: DataError if none is left."""
         encoder, limit = context.collector.encoder, context.recipe.lengths.max_new
         rows = [
             Example(encoder.prompt(samples.problem), encoder.continuation(samples.problem, text))

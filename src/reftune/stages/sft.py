@@ -125,7 +125,7 @@ def gold_examples(
 ) -> list[Example]:
     """The problems' gold rationales; those that do not fit are left out.
 
-    Raises: DataError where none is left.
+    Raises: DataError if none is left.
     """
     with_rationale = [problem for problem in problems if problem.rationale is not None]
     examples = [

@@ -52,7 +52,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-…` whole or not at all, then drop all but the newest `keep`.
 
-    Raises: CheckpointError where the disk refuses; older checkpoints stay as they were.
+    Raises: CheckpointError if the disk refuses; older checkpoints stay as they were.
     """
     from safetensors.torch import save_file
 
@@ -153,7 +153,7 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read(path: Path, step: int) -> Checkpoint:
-    """Raises: CheckpointError where it is torn or damaged."""
+    """Raises: CheckpointError if it is torn or damaged."""
     from safetensors.torch import load_file
 
     try:

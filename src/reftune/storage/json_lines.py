@@ -21,7 +21,7 @@ class JsonLines:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Raises: CheckpointError where the disk refuses."""
+        """Raises: CheckpointError if the disk refuses."""
         if not is_main():
             return
         with _refusals(self.path):
@@ -40,7 +40,7 @@ class JsonLines:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def truncate(self, size: int) -> None:
-        """Forget everything after the first `size` bytes. Raises: CheckpointError where the disk
+        """Forget everything after the first `size` bytes. Raises: CheckpointError if the disk
         refuses."""
         if is_main() and self.size() > size:
             with _refusals(self.path), self.path.open("r+b") as file:
@@ -65,7 +65,7 @@ class JsonLines:
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """Raises: CheckpointError where the disk refuses."""
+    """Raises: CheckpointError if the disk refuses."""
     try:
         yield
     except OSError as error:

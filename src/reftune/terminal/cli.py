@@ -188,7 +188,7 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
         progress.close()
         checkpoint = str(stop) or newest_checkpoint(recipe.folder) or "none yet"
         if first_to_tell():
-            say(f"interrupted; checkpoint: {checkpoint}; the same command goes on from there")
+            say(f"interrupted; checkpoint: {checkpoint}; the same command continues from there")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         progress.close()
@@ -265,12 +265,12 @@ def init(
 
 
 def _ask(question: str, default: str | None, *, flag: str) -> str:
-    """An answer from the terminal; the default where there is none. Raises: RecipeError where there
+    """An answer from the terminal; the default if there is none. Raises: RecipeError if there
     is neither."""
     if sys.stdin.isatty():
         return str(typer.prompt(question, default=default, err=True))
     if default is None:
-        raise RecipeError(f"{flag}: is missing, and there is no terminal to ask")
+        raise RecipeError(f"{flag} is missing, and there is no terminal to ask")
     return default
 
 
@@ -372,7 +372,7 @@ def watch(
     else:
         say(
             f"{run_folder}: not finished, and no process works on it; `reftune run` with its recipe"
-            " goes on"
+            " continues it"
         )
 
 

@@ -33,7 +33,7 @@ INSTRUCTIONS: Mapping[str, str] = {
     "nl": 'Think step by step. End with "The answer is" and the answer.',
     "program": "Write a Python function solution() that returns the answer.",
 }
-"""What an instruct model is told above each question, by kind of format."""
+"""The instruction above each question for an instruct model, by kind of format."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
 """As a model: made from scratch, with the vocabulary of the data."""
@@ -66,7 +66,7 @@ class Wishes:
 def write_recipe(wishes: Wishes, out: Path) -> Splits:
     """Read the data and the tokenizer, write `out`. Returns: the data as the recipe reads them.
 
-    Raises: RecipeError where `out` exists; DataError, ModelError where the recipe could not run.
+    Raises: RecipeError if `out` exists; DataError, ModelError where the recipe could not run.
     """
     if out.exists():
         raise RecipeError(f"{out}: exists already; choose another --out")

@@ -154,7 +154,7 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 def _answer(
     value: Any, choices: tuple[str, ...], where: str, kind: str, reading: Reading
 ) -> Answer:
-    """The gold answer of the kind that is told; `auto`: a letter with choices or alone, else a
+    """The gold answer of the given kind; `auto`: a letter with choices or alone, else a
     number if all of it is one, else an expression, a list or a text."""
     if kind not in get_args(GoldKind):
         known = ", ".join(get_args(GoldKind))

@@ -111,7 +111,7 @@ class TrackedProgress:
             except Exception as error:  # noqa: BLE001  a service may fail in any way
                 assert self._trackers is not None
                 self._trackers.remove(tracker)
-                self.note(f"{tracker.name}: {_reason(error)}; the run goes on without it")
+                self.note(f"{tracker.name}: {_reason(error)}; the run continues without it")
 
 
 def table_row(step: int, rollout: Rollout) -> dict[str, Any]:

@@ -21,7 +21,7 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """The time of the row last told, and of now once all that was written has been told."""
+    """The time of the last row shown, or now once everything written has been shown."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0
@@ -35,7 +35,7 @@ def watch(
 ) -> bool:
     """Tell `progress` what the run has done and does, until no process works on it.
 
-    Returns: whether the run is finished. Raises: DataError where `folder` is no run folder.
+    Returns: whether the run is finished. Raises: DataError if `folder` is no run folder.
     """
     stages = _stages(folder)
     metrics, samples, current = (

@@ -61,7 +61,7 @@ UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
 def check_recipe(recipe: Recipe) -> CheckReport:
     """Load data and model, run every check, sample a few solutions. Nothing is written.
 
-    Raises: ReftuneError where there is nothing to check: data or a model that cannot be loaded, a
+    Raises: ReftuneError if there is nothing to check: data or a model that cannot be loaded, a
     stage graph that is wrong.
     """
     _refuse_unknown_waivers(recipe.check.waive)
@@ -94,7 +94,7 @@ def check_offline(recipe: Recipe) -> CheckReport:
     examples of their format that come with reftune, the tokenizer by the words of the training
     texts.
 
-    Raises: ReftuneError as `check_recipe`, and where there are no such examples.
+    Raises: ReftuneError as `check_recipe`, and if there are no such examples.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)

@@ -25,12 +25,12 @@ points or worse."""
 
 
 NUM_REWARDED = 64
-"""Rows whose gold solution, a wrong one and an empty text are paid, to see that the reward tells
-them apart."""
+"""Rows whose gold solution, a wrong one and an empty text are rewarded, to see that the reward
+tells them apart."""
 
 
 MAX_FALSE_POSITIVES = 0.05
-"""Share of wrong solutions that may be paid before the check fails."""
+"""Share of wrong solutions that may be rewarded before the check fails."""
 
 
 def check_splits(subject: Subject) -> Finding:
@@ -175,7 +175,7 @@ def check_reward(subject: Subject) -> Finding:
     """A gold solution earns more than a wrong one and than nothing."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
-        return ok("there is no gold solution to pay")
+        return ok("there is no gold solution to reward")
     texts = {
         "a gold solution": [row.target for row in rows],
         "another problem's": [row.target for row in (*rows[1:], rows[0])],
@@ -232,7 +232,7 @@ def check_reward_errors(subject: Subject) -> Finding:
     except RewardError as error:
         return fail(str(error), "mend the reward function")
     if gold <= nothing:
-        return ok("not told: gold solutions earn no more than empty texts")
+        return ok("not measured: gold solutions earn no more than empty texts")
     much = (gold + nothing) / 2
     errors = {
         kind: Counter(
@@ -253,12 +253,12 @@ def check_reward_errors(subject: Subject) -> Finding:
     ]
     if errors["positive"].total() > MAX_FALSE_POSITIVES * len(changed["positive"]):
         return fail(
-            message, "this reward pays for wrong answers: mend it or choose grading=robust", listed
+            message, "this reward accepts wrong answers: fix it or choose grading=robust", listed
         )
     if listed:
         return warn(
             message,
-            "what a model is paid for, or is not, beside the right answer; grading=robust reads"
+            "wrong answers that earn a reward, or right ones that earn none; grading=robust reads"
             " most",
             listed,
         )

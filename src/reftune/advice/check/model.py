@@ -77,7 +77,7 @@ def check_memory(subject: Subject) -> Finding:
         for cost in stage_costs(recipe).values()
     ]
     if not planned:
-        return ok("cannot be told of stages that do not say what they cost")
+        return ok("unknown for stages that do not state their cost")
     memory = max(planned, key=lambda memory: memory.peak)
     parts, need, free = (
         memory.parts,
@@ -172,7 +172,7 @@ def check_time(subject: Subject) -> Finding:
     )
     seconds = stage_seconds(subject.recipe, subject.splits, lengths, speed)
     stages = [
-        f"{name} {clock(seconds[name])}" if name in seconds else f"{name} not told"
+        f"{name} {clock(seconds[name])}" if name in seconds else f"{name} unknown"
         for name in subject.recipe.stages
     ]
     evaluation_s = evaluation_seconds(

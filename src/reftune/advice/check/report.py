@@ -113,7 +113,7 @@ def _preview_text(preview: Preview) -> str:
     after = " ".join(repr(piece) for piece in preview.target_tokens[:BOUNDARY_TOKENS])
     return printable(
         f"--- {preview.id}: {len(preview.prompt_tokens)} prompt tokens,"
-        f" {len(preview.target_tokens)} target tokens; ┃ is where the model goes on"
+        f" {len(preview.target_tokens)} target tokens; ┃ is where the model continues"
         f" ---\n{preview.prompt}┃{preview.target}\n\n… {before} ┃ {after} …\n"
         f"{' '.join(map(str, preview.prompt_ids))} ┃ {' '.join(map(str, preview.target_ids))}"
     )

@@ -192,7 +192,7 @@ def check_eos(subject: Subject) -> Finding:
     ordinary = [id_ for id_ in stop.ids if id_ not in tokenizer.all_special_ids]
     if ordinary:
         return warn(
-            f"sampling stops at {tokenizer.decode(ordinary)!r}, which is no special token",
+            f"sampling stops at {tokenizer.decode(ordinary)!r}, which is not a special token",
             "mend eos_token_id in the model's config or generation config",
         )
     pad = {None: "there is no pad", end: "pad is the end token"}.get(

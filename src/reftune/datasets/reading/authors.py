@@ -68,7 +68,7 @@ def is_authors(row: Row) -> bool:
 
 
 def authors_rationale(row: Row, kind: Rationale) -> str | None:
-    """`answer_cot`, None where there is none. Raises: DataError where it is the other kind of
+    """`answer_cot`, None if there is none. Raises: DataError if it is the other kind of
     rationale."""
     text = row.optional_text("answer_cot")
     if text is None or ("def solution" in text) == (kind == "program"):

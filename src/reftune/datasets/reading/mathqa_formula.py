@@ -75,7 +75,7 @@ STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
 
 def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | None:
-    """(name, expression) of each step that the last one needs; None where the formula cannot be
+    """(name, expression) of each step that the last one needs; None if the formula cannot be
     read."""
     numbers = [number.replace(",", "") for number in NUMBER.findall(problem)]
     parsed = [STEP.fullmatch(text) for text in linear_formula.strip().strip("|").split("|")]

@@ -32,13 +32,13 @@ class Row:
     """One record of a data source. A column may be a path: `reward_model.ground_truth`."""
 
     where: str
-    """`file:line`, or the source and the row's number where there are no lines."""
+    """`file:line`, or the source and the row's number if there are no lines."""
     id: str
     """`FILE-NUMBER`, for data without ids of its own."""
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
-        """The column's text. Raises: DataError where it is missing, empty or something else."""
+        """The column's text. Raises: DataError if it is missing, empty or something else."""
         value = self.value(column)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{self.where}: {column} is {shown(value)}; expected text")
@@ -50,7 +50,7 @@ class Row:
         return value.strip()
 
     def optional_text(self, column: str) -> str | None:
-        """As `text`, but None where the column is missing, null or empty."""
+        """As `text`, but None if the column is missing, null or empty."""
         value = self.get(column)
         return None if value is None or value == "" else self.text(column)
 
@@ -75,7 +75,7 @@ class Row:
         return {name: value for name, value in self.columns.items() if name not in used}
 
     def value(self, column: str) -> Any:
-        """Raises: DataError where the row has no such column."""
+        """Raises: DataError if the row has no such column."""
         value = self._found(column)
         if value is MISSING:
             raise DataError(
@@ -85,7 +85,7 @@ class Row:
         return value
 
     def get(self, column: str) -> Any:
-        """As `value`, but None where the row has no such column."""
+        """As `value`, but None if the row has no such column."""
         value = self._found(column)
         return None if value is MISSING else value
 

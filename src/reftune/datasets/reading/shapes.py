@@ -72,7 +72,7 @@ class Shape:
 
 
 def recognise(rows: Sequence[Row], told: Mapping[str, Any]) -> Shape:
-    """The shape of `rows`, with the columns that a person `told`.
+    """The shape of `rows`, with the columns that the user `told`.
 
     Raises: DataError if the question or the answer is in none of them.
     """

@@ -99,7 +99,7 @@ def draw_splits(
     Dev, unless given, is the `dev_size` questions that come first when all are sorted by a hash of
     `seed` and question: neither the order of the rows nor their rationales have a part in it. None:
     a tenth of them, at most 500.
-    Raises: DataError where `dev_size` leaves nothing to train on.
+    Raises: DataError if `dev_size` leaves nothing to train on.
     """
     counts: Counter[str] = Counter()
     tested = [(key(problem), problem) for problem in test]

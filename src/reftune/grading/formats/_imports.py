@@ -121,7 +121,7 @@ def _used(tokens: Sequence[_Token]) -> set[str]:
 
 
 def _less_unused(statement: _Import, used: set[str]) -> str | None:
-    """The statement without what is not used; None where it stays as it is."""
+    """The statement without what is not used; None if it stays as it is."""
     kept = [part for part in statement.parts if _bound(part) in used]
     if len(kept) == len(statement.parts) or FORBIDDEN_MODULES.intersection(statement.modules):
         return None

@@ -118,7 +118,7 @@ def paper_prompt(problem: Problem, header: str = "") -> BareText:
 
 
 def gold_rationale(problem: Problem) -> str:
-    """Raises: DataError where the problem has none."""
+    """Raises: DataError if the problem has none."""
     if problem.rationale is None or not problem.rationale.strip():
         raise DataError(f"problem {problem.id}: no rationale to train on")
     return problem.rationale.strip("\n").rstrip()

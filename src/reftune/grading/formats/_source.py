@@ -45,7 +45,7 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A program that is no function, and where its answer is."""
+    """A program that is not a function, and where its answer is."""
 
     source: str
     call: str

@@ -47,7 +47,7 @@ class Nl(Prompted):
         """The gold rationale and a line with the answer that the grading reads, unless a compact
         rationale ends in one.
 
-        Raises: DataError where there is no rationale, or one that is a program.
+        Raises: DataError if there is no rationale, or one that is a program.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):

@@ -72,7 +72,7 @@ class Program(Prompted):
         In the compact style the line break before it belongs to the target: tokenizers keep it
         together with the indent, so that prompt and target, tokenised apart, are the tokens of the
         whole text.
-        Raises: DataError where there is no program.
+        Raises: DataError if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:

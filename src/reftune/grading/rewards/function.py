@@ -4,7 +4,7 @@ The function is called as TRL calls its `reward_funcs`, once a batch, everything
 lists: `prompts` (the questions), `completions` (texts), `completion_ids`, every column of the data
 by its name, and, where the data have no column of that name, `answer`, `verdicts`, `values` and
 `reasons` (the grader's). It takes those it names, or all of them with `**kwargs`; it may be async.
-It returns one number a completion, or None where it does not apply: that rollout is then left out.
+It returns one number a completion, or None if it does not apply: that rollout is then left out.
 Instead of a number it may return parts, `{"correct": 1.0, "short": 0.1}`, or for the whole batch
 `{"correct": [1.0, …], "short": [0.1, …]}`: the reward is their sum, and each is a metric of its
 own, `reward_part/NAME`.

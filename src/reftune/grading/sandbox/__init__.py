@@ -75,7 +75,7 @@ class Sandbox:
         """Execute each program, then the expression `call` in its scope; one result a program, in
         order.
 
-        Raises: ReftuneError where the sandbox itself cannot start. What a program does never
+        Raises: ReftuneError if the sandbox itself cannot start. What a program does never
         raises.
         """
         if not programs:

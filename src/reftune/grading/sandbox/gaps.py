@@ -1,4 +1,4 @@
-"""What monty lacks of Python, told by the error that a program ends in. Pure."""
+"""What monty lacks of Python, recognised by the error that ends a program. Pure."""
 
 from __future__ import annotations
 

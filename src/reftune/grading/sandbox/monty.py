@@ -85,7 +85,7 @@ class MontyBackend:
         return self._attempt(source) or self._attempt(source) or failure("the worker crashed twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
-        """None where the worker died before the program's time was up."""
+        """None if the worker died before the program's time was up."""
         reached: list[str] = []
 
         def refuse(*, name: str, **_: Any) -> Any:

@@ -67,7 +67,7 @@ SYSTEM_LIBRARIES = (
 
 
 class SubprocessBackend:
-    """One process a program, forked from a warm one. Raises: ReftuneError where the system cannot
+    """One process a program, forked from a warm one. Raises: ReftuneError if the system cannot
     isolate it and `allow_unisolated` is not set."""
 
     def __init__(
@@ -118,7 +118,7 @@ class SubprocessBackend:
         return self._attempt(source) or self._attempt(source) or _error("the worker died twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
-        """None where the forking process died before the program's end."""
+        """None if the forking process died before the program's end."""
         forker = self._forker(_packages_of(source))
         with (
             tempfile.TemporaryDirectory(prefix="reftune-") as folder,
@@ -213,7 +213,7 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
     """What the process writes until it ends, its time is up or it has written too much, and its
-    exit status; it is dead afterwards. None where the forking process died."""
+    exit status; it is dead afterwards. None if the forking process died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))

@@ -35,7 +35,7 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
 
     Returns the files.
 
-    Raises: DataError where a run is missing, damaged or unfinished, or where runs met different
+    Raises: DataError if a run is missing, damaged or unfinished, or where runs met different
     problems.
     """
     groups = read_groups(run_dirs)

@@ -41,7 +41,7 @@ ASSETS = Path(__file__).parent / "assets"
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
     """Write the page; runs may still be alive. Returns where it is.
 
-    Raises: DataError where a run is missing or damaged, or where runs met different problems;
+    Raises: DataError if a run is missing or damaged, or where runs met different problems;
     CheckpointError.
     """
     out = Path(out_path)

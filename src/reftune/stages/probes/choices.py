@@ -67,7 +67,7 @@ class ChoiceRow:
     """Whether the same option was chosen in another place; None where no option was chosen in the
     first."""
     numeric: bool | None
-    """Whether it is solved without options; None where the gold option says no number."""
+    """Whether it is solved without options; None if the gold option says no number."""
 
 
 # --- one question ---------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def moved(letter: str, by: int, count: int) -> str:
 
 
 def without_options(problem: Problem) -> Problem | None:
-    """The question with its gold option's number as the answer; None where the option says no
+    """The question with its gold option's number as the answer; None if the option says no
     number."""
     number = number_gold(problem.choices[LETTERS.index(str(problem.answer.value))])
     if number is None:
@@ -119,7 +119,7 @@ def without_options(problem: Problem) -> Problem | None:
 def derived_values(
     format: Format, problems: Sequence[Problem], completions: Sequence[str]
 ) -> list[str | None]:
-    """The number that each solution arrives at before it chooses; None where there is none.
+    """The number that each solution arrives at before it chooses; None if there is none.
 
     In words it is the last number before the answer; in a program what it returns or, where it
     looks the answer up among options, what it assigned last.
@@ -295,7 +295,7 @@ def summary_of(rows: Sequence[ChoiceRow]) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Sequence[ChoiceRow]) -> None:
-    """A line a question, anew."""
+    """A line per question, replacing what was there."""
     lines = JsonLines(path)
     lines.keep(0)
     for row in rows:
@@ -308,7 +308,7 @@ def write_rows(path: Path, rows: Sequence[ChoiceRow]) -> None:
 
 
 def read_rows(path: Path) -> list[ChoiceRow]:
-    """What `write_rows` wrote; empty where there is no file."""
+    """What `write_rows` wrote; empty if there is no file."""
     return [_row(row) for row in JsonLines(path).rows()]
 
 
