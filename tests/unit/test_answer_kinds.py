@@ -312,7 +312,7 @@ def test_a_pattern_without_end_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_pattern_that_is_none_is_refused() -> None:
-    with pytest.raises(DataError, match="no regular expression"):
+    with pytest.raises(DataError, match="not a regular expression"):
         told_gold("(", "regex")
 
 
