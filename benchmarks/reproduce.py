@@ -103,16 +103,17 @@ def write(path: Path, text: str) -> None:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def page(tables: Mapping[str, Mapping[str, Any]], paper: str) -> str:
+def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """docs/results.md: a function of the committed tables."""
     parts = [
         "# Results\n\nWritten by `make reproduce` from the JSON in [results/](results). Models are"
-        " chosen on dev and answer test once; intervals are 95 %, over seeds and problems;"
-        " differences are paired by problem. Settings: "
+        " chosen on dev and answer test once; accuracies are in percent, intervals are 95 %, over"
+        " seeds and problems; differences are in points, paired by problem; n.s.: not significant."
+        " Settings: "
         + ", ".join(f"`{recipe}.yaml`" for recipe in TITLES)
-        + " of `recipes/demo`.",
+        + " of `recipes/demo`. The same accuracies in the layout of the paper's tables:"
+        " [reproduce-paper](results/reproduce-paper.md).",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
-        "## The paper's layout\n\n" + paper.strip(),
     ]
     for recipe, table in tables.items():
         parts.append(f"## {TITLES[recipe]}\n\nSeeds: {table['seeds']}.\n\n{methods_table(table)}")
@@ -122,7 +123,9 @@ def page(tables: Mapping[str, Mapping[str, Any]], paper: str) -> str:
             for own in OURS.get(recipe, ())
         ]
     if "modern" in tables:
-        parts.append("## What each part of `modern` earns\n\n" + ablation_table(tables["modern"]))
+        parts.append(
+            "## What each part of `modern` contributes\n\n" + ablation_table(tables["modern"])
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -203,7 +206,7 @@ def ablation_table(table: Mapping[str, Any]) -> str:
     lines = [
         f"| {display(name).removeprefix('no ')} | {part_text(table, name)} |" for name in parts
     ]
-    return "\n".join(["| part | `modern` less `modern` without it |", "|---|---:|", *lines])
+    return "\n".join(["| part | `modern` minus `modern` without it |", "|---|---:|", *lines])
 
 
 def part_text(table: Mapping[str, Any], name: str) -> str:
@@ -216,7 +219,7 @@ def write_page(results: Path, out: Path) -> None:
         recipe: json.loads((results / f"reproduce-{recipe}.json").read_text(encoding="utf-8"))
         for recipe in TITLES
     }
-    write(out, page(tables, (results / "reproduce-paper.md").read_text(encoding="utf-8")))
+    write(out, page(tables))
 
 
 def main(arguments: Sequence[str]) -> None:

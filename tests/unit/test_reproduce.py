@@ -54,8 +54,7 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
                 compared("offline_st", "reft", 0.04, 0.01, 0.07),
             ),
             "comparison-nl": table(compared("reft", "sft", 0.01, -0.02, 0.04)),
-        },
-        "PAPER",
+        }
     )
     assert (
         "| ReFT beats supervised fine-tuning | holds: +10.0 [+5.0, +15.0] | undecided: +1.0 [−2.0,"
@@ -64,7 +63,7 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
     assert (
         "| ReFT beats offline self-training | the opposite holds: −4.0 [−7.0, −1.0] | – |" in page
     )
-    assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page and "PAPER" in page
+    assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page
 
 
 def test_the_ablation_says_what_a_part_earns(reproduce):
@@ -75,7 +74,7 @@ def test_the_ablation_says_what_a_part_earns(reproduce):
     )
     text = reproduce.ablation_table(modern)
     assert "at equal numbers of sampled solutions: holds: +3.0 [+1.0, +5.0]" in reproduce.page(
-        {"modern": modern}, ""
+        {"modern": modern}
     )
     assert "| prefit | +2.0 [+1.0, +3.0] |" in text
 
