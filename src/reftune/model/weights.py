@@ -62,16 +62,20 @@ def load_config(table: ModelTable) -> Any:
     shipped = shipped_recipes() / "paper" / "models" / table.path
     if isinstance(path, str) and (shipped / "config.json").is_file():
         path = shipped
+    _require_config(path)
     try:
         return AutoConfig.from_pretrained(
             path, revision=table.revision or "main", trust_remote_code=table.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{table.path}: no config.json can be read; expected a model folder or a Hub id:"
-            f" {reason}"
-        ) from None
+        raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None
+
+
+def _require_config(path: Path | str) -> None:
+    """Raises: ModelError if a folder holds no model."""
+    if isinstance(path, Path) and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: not a model folder: no config.json in it")
 
 
 def load_pretrained(
@@ -90,8 +94,7 @@ def load_pretrained(
 
     logging.disable_progress_bar()  # the run has its own
     path = resolve(path)
-    if isinstance(path, Path) and not (path / "config.json").is_file():
-        raise ModelError(f"{path}: not a model folder: no config.json in it")
+    _require_config(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -122,17 +125,8 @@ def saved_dtype(table: ModelTable) -> torch.dtype:
 
 def _stored_dtype(table: ModelTable) -> torch.dtype:
     import torch
-    from transformers import AutoConfig
 
-    assert table.path is not None
-    try:
-        config = AutoConfig.from_pretrained(
-            resolve(table.path), trust_remote_code=table.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{table.path}: no config can be read: {reason}") from None
-    return config.dtype or torch.float32
+    return load_config(table).dtype or torch.float32
 
 
 def smollm2_folder() -> Path:
