@@ -16,8 +16,9 @@ _CHOICE = re.compile(
     re.IGNORECASE,
 )
 _SECOND_CHOICE = re.compile(
-    r"[)\].]? ?(?:(?:or|and|&) \(?[a-z](?: ?[)\]]| ?$|[.,;])|[/,] ?\(?[a-z] ?\)?(?:$|[.,;])|.* or"
-    r" \(?[a-z] ?\))",
+    r"[)\].]? ?(?:(?:or|and|&) \(?[a-z](?: ?[)\]]| ?$|[.,;])"
+    r"|[/,] ?\(?[a-z] ?\)?(?:$|[.,;]| (?:and|or)\b)|.* or \(?[a-z] ?\)"
+    r"|[?,.;:!-]+ ?(?:no|wait|sorry)\b[,.:! ]+(?:it is )?\(?[a-z](?![^\W_]))",
     re.IGNORECASE,
 )
 
@@ -27,12 +28,13 @@ _NEGATED = re.compile(
 )
 """What is set aside: "neither A nor B but C"."""
 _LETTERED = re.compile(
-    r"\s*[(\[]?(?P<letter>[a-z])(?:\s*[)\]]\s*|\s*[.:]\s+)(?P<text>\S.*)", re.I | re.S
+    r"\s*[(\[]?(?P<letter>[a-z])(?:\s*[)\]]\s*|\s*[.:]\s+|\s+[-–—]\s+)(?P<text>\S.*)", re.I | re.S
 )
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """Options without the letters that all of them carry: "a ) 38", "(B) 12", "C. 30"."""
+    """Options without the letters that all of them carry: "a ) 38", "(B) 12", "C. 30",
+    "D - 5"."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]
@@ -84,10 +86,23 @@ def _begins_with(line: str, choice: str) -> bool:
     return same_text(line, choice) or same_text(head, choice)
 
 
+def _names_another(line: str, choices: Sequence[str], chosen: int) -> bool:
+    """Whether another option follows the chosen one's text: "Paris, Rome", "Paris? No, Rome"."""
+    parts = re.split(r"[,;:&?!.] ?(?:no\b[, ]*)?| - ", line[:500], flags=re.IGNORECASE)
+    return not any(same_text(line, choice) for choice in choices) and any(
+        same_text(part, choice)
+        for part in parts[1:]
+        for index, choice in enumerate(choices)
+        if index != chosen
+    )
+
+
 def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
     equal = [index for index, choice in enumerate(choices) if same_text(line, choice)]
     if not equal and not re.search(r"\bor\b", line):
         equal = [index for index, choice in enumerate(choices) if _begins_with(line, choice)]
+    if len(equal) == 1 and _names_another(line, choices, equal[0]):
+        return None
     number = None if equal else stated_number(line)
     if number is not None:
         options = [number_in_gold(choice) or parse_number(choice) for choice in choices]

@@ -14,7 +14,16 @@ MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
-_ANOTHER = re.compile(r"[\s,;:—–-]*(?:or|and|but)\b")
+_ANOTHER = re.compile(
+    r"[\s,;:—–-]*(?:or|and|but|however|maybe|perhaps|possibly|alternatively|also|as well as"
+    r"|sometimes|it depends)\b"
+)
+_TAKEN_BACK = re.compile(
+    r"\W*(?:oh,? )?(?:no|wait|sorry|correction)\b\s*(?:[,.:;!—–]|(?:wait|no)\b)"
+)
+_NAME = r"[^\W\d_a-z][\w'’.-]*"
+_NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
+"""Names alone behind a name may be other answers: "Paris, London"."""
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 _MONTH = (
@@ -60,9 +69,18 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
     line = first_line[:MAX_SEGMENT_CHARS]
     for boundary in [*_BOUNDARY.finditer(line)][:8]:
         if same_words(line[: boundary.start()], gold):
+            is_name = line[:1].isupper() and gold.strip().casefold() not in _OPPOSITE
+            if is_name and _is_another_name(boundary[0].strip(), line, boundary.end()):
+                return "unclear"
             return _goes_on(boundary[0].strip(), line[boundary.end() :].casefold(), gold)
     head = re.split(r"\s+(?:or|and|but)\b", line, maxsplit=1, flags=re.IGNORECASE)[0]
     return "unclear" if head != line and same_words(head, gold) else "no"
+
+
+def _is_another_name(boundary: str, line: str, start: int) -> bool:
+    """Whether all that stands behind a name and a comma or dash is names, too."""
+    rest = line[start:].rstrip(".!")
+    return boundary in (",", ";", "-", "--", "–", "—") and _NAMES.fullmatch(rest) is not None
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
@@ -70,6 +88,8 @@ def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "uncle
     first_word = re.match(r"\W*(\w*)", rest)
     assert first_word is not None  # it matches the empty text
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):
+        return "unclear"
+    if _TAKEN_BACK.match(rest) and first_word[1] != gold.strip().casefold():
         return "unclear"
     if boundary in (".", "!", "because"):
         return "yes"
