@@ -473,6 +473,7 @@ def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:
         "id": rollout.problem.id,
         "question": rollout.problem.question,
         "gold": str(rollout.problem.answer),
+        "program_s": None,
         **attempt.to_row(),
         "logprobs": [round(logprob, 4) for logprob in completion.logprobs],
         "tokens": [policy.decode([token]) for token in completion.token_ids],
