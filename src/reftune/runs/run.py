@@ -239,17 +239,27 @@ class Run:
         if trained and table.quantize is not None:
             policy = self._policy(*self._load("base", as_stored=True), trained=True)
             if method != "base":
-                policy.load_adapters(self.folder.stage(method).path)
+                policy.load_adapters(self._source(method))
         else:
             as_stored = not trained or table.lora is not None
             policy = self._policy(*self._load(method, as_stored=as_stored), trained=trained)
-        policy.load_value_head(self.folder.stage(method).path)
+        policy.load_value_head(self._source(method))
         policy.verify_head()
         if trained and table.gradient_checkpointing:
             policy.recompute_blocks()
         if table.compile:
             policy.compile_blocks()
         return policy
+
+    def _source(self, method: str) -> Path:
+        """The folder of a method of this run, or `method` itself if it is a folder."""
+        stages = self.recipe.stages.items()
+        own = {made for name, stage in stages for made in (*stage.produces, name)}
+        return (
+            Path(method)
+            if method not in own and method != "base"
+            else self.folder.stage(method).path
+        )
 
     def _load(
         self, method: str, *, as_stored: bool
@@ -260,7 +270,7 @@ class Run:
             texts = scratch_texts(self.recipe.format, self.splits) if is_scratch else ()
             seed = derive_seed(self.recipe.seed, "base")
             return load_model(table, texts=texts, seed=seed, as_stored=as_stored)
-        folder, trust = self.folder.stage(method).path, table.trust_remote_code
+        folder, trust = self._source(method), table.trust_remote_code
         return load_pretrained(folder, trust_remote_code=trust, as_stored=as_stored)
 
     def _policy(
@@ -422,13 +432,18 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
             yield format_.target(problem)
 
 
+def is_model_folder(method: str) -> bool:
+    """Whether a stage's `init` is not a method but a folder with a model in it."""
+    return (Path(method) / "config.json").is_file()
+
+
 def check_stage_graph(recipe: Recipe) -> None:
     """A stage needs `base` or earlier methods only, nothing is made twice, and the reranker is one.
     Raises: RecipeError."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:
-            if method not in known:
+            if method not in known and not is_model_folder(method):
                 key = next(key for key in type(stage).model_fields if getattr(stage, key) == method)
                 raise RecipeError(
                     f"stages.{name}.{key}: {method} is not an earlier method; known here:"
@@ -475,7 +490,7 @@ def _kinds(recipe: Recipe) -> str:
 def _require_trained(recipe: Recipe, methods: Collection[str]) -> None:
     for method in methods:
         folder = RunFolder(recipe.folder).stage(method)
-        if not folder.is_done:
+        if not (folder.is_done or is_model_folder(method)):
             raise RecipeError(
                 f"{folder.path}: method {method} is not trained yet; `reftune run` trains all"
             )
