@@ -346,6 +346,9 @@ def value_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+_EDGES = ("()", "[)", "(]", "{}")
+
+
 def _other_value_text(value: Any, gold: Answer) -> str | None:
     """A truth value for a yes/no gold, a list or a date for golds that may be one."""
     if gold.kind in ("number", "choice"):
@@ -358,9 +361,7 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
         parts = [value_text(each) for each in value]
         if parts and all(part is not None for part in parts):
             inside, edges = ", ".join(map(str, parts)), str(gold)[:1] + str(gold)[-1:]
-            return (
-                f"{edges[0]}{inside}{edges[-1]}" if edges in ("()", "[)", "(]") else f"[{inside}]"
-            )
+            return f"{edges[0]}{inside}{edges[-1]}" if edges in _EDGES else f"[{inside}]"
     return None
 
 
