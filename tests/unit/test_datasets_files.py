@@ -157,3 +157,15 @@ def test_a_path_leads_into_a_column_and_a_column_of_that_name_comes_first() -> N
     assert (row.value("a.b.c"), row.value("a.b"), row.get("a.x.c")) == (5, 6, None)
     with pytest.raises(DataError, match=r"f:1: no column 'a.x'; expected one among a, a.b"):
         row.value("a.x")
+
+
+def test_a_table_with_the_line_ends_of_an_old_mac_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mac.csv"
+    rows = read(path, b"question,answer\rWhat is 1 + 1?,2\rWhat is 2 + 2?,4\r")
+    assert [row.columns["answer"] for row in rows] == ["2", "4"]
+    assert [row.where for row in rows] == [f"{path}:2", f"{path}:3"]
+
+
+def test_utf_16_without_its_mark_is_refused_with_the_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"bare.csv:1: holds a NUL; expected UTF-8"):
+        read(tmp_path / "bare.csv", "question,answer\n1 + 1?,2\n".encode("utf-16-le"))

@@ -201,6 +201,13 @@ def _read_csv(path: Path) -> Records:
     """UTF-8, UTF-16 or, as Excel still writes it, Windows-1252; split by the delimiter that the
     first line tells."""
     text = _read_text(path, fallback="cp1252")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(
+            f"{path}:{line}: holds a NUL; expected UTF-8, or UTF-16 with its first mark"
+        )
+    if "\n" not in text:  # lines of an old Mac
+        text = text.replace("\r", "\n")
     told = re.match(r"sep=(.)\r?\n", text)  # Excel reads and writes such a line
     body = text if told is None else text[told.end() :]
     delimiter = _delimiter(body) if told is None else told[1]
