@@ -23,7 +23,7 @@ def test_every_promise_names_its_test():
     rows = [
         line
         for line in PAGE.read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ") and "kept by" not in line
+        if line.startswith("| ") and "tested by" not in line
     ]
     assert [row for row in rows if "::test_" not in row] == []
     assert len(rows) >= 30
