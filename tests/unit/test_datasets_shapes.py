@@ -165,7 +165,10 @@ def test_a_position_counts_from_what_the_recipe_says(
             "a turn of user without text",
         ),
         ({"messages": [SYSTEM, REPLY]}, "messages asks nothing"),
-        ({"question": "q", "answer": ["13"]}, r"got the list \['13'\]; answer_kind: any_of"),
+        (
+            {"question": "q", "answer": ["13"]},
+            r"answer: .* got the list \['13'\]; answer_kind: any_of",
+        ),
         ({"question": "q", "answer": {"value": 13}}, "answer is {'value': 13}; expected one"),
         (
             {"instruction": "q", "output": "We think about it for long. " * 9},
