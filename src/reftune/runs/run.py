@@ -303,10 +303,8 @@ class Run:
 
     def methods_to_evaluate(self, stage: str) -> list[str]:
         """Of what `stage` leaves behind."""
-        return [m for m in methods_to_evaluate(self.recipe) if m in self._methods_of(stage)]
-
-    def _methods_of(self, stage: str) -> tuple[str, ...]:
-        return _methods_of(stage, self.recipe.stages[stage])
+        own = _methods_of(stage, self.recipe.stages[stage])
+        return [method for method in methods_to_evaluate(self.recipe) if method in own]
 
     def problems_to_evaluate(self) -> Sequence[Problem]:
         """Raises: DataError if there are none."""
@@ -359,14 +357,16 @@ class Run:
     def score_samples(self) -> None:
         """Give every sample of every evaluation the score of the recipe's reward model."""
         name = self.recipe.evaluate.rerank
+        if name is None:
+            return
         paths = [self.folder.evaluation(m) for m in methods_to_evaluate(self.recipe)]
         unscored = [path for path in paths if not is_scored(world.from_main(JsonLines(path).rows))]
-        if name is None or not unscored:
+        if not unscored:
             return
-        classifier, max_tokens = self.load_reranker(name), self.recipe.model.max_tokens
+        classifier, problems = self.load_reranker(name), self.problems_to_evaluate()
         encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
+        max_tokens = self.recipe.model.max_tokens
         for path in unscored:
-            problems = self.problems_to_evaluate()
             add_scores(path, problems, classifier, encoder, max_tokens=max_tokens)
 
     def load_reranker(self, name: str) -> Classifier:
