@@ -79,14 +79,14 @@ class Clipped(Algorithm, ABC):
     """An algorithm with advantages and PPO's clipped policy loss; `credit` is left to write."""
 
     kl_coef: float = Field(0.01, ge=0)
-    """β of the KL penalty to the reference; 0 does without a reference."""
+    """β, weight of the KL penalty; 0 needs no reference model."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
     reduction: Reduction = "sequence"
     """`sequence`: mean over each response, then over responses; `token`: mean over all tokens."""
     drop_constant_groups: bool = False
-    """Leave out problems whose samples all earned the same reward; needs several samples a problem.
-    """
+    """Leave out problems whose samples all earned the same reward; needs several samples per
+    problem."""
 
     @property
     def needs_reference(self) -> bool:

@@ -23,9 +23,8 @@ class Grpo(Clipped):
 
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"
-    """Advantages are divided by their group's standard deviation, or not (Dr. GRPO,
-    arXiv:2503.20783). With `std` a partial reward is worth as much as a full one: a group that
-    earned 0 and 0.1 teaches the same as one that earned 0 and 1."""
+    """Divide advantages by their group's standard deviation, or not (Dr. GRPO, arXiv:2503.20783).
+    With `std`, a group that earned 0 and 0.1 teaches as much as one that earned 0 and 1."""
 
     @property
     def min_samples(self) -> int:

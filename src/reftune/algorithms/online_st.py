@@ -26,9 +26,9 @@ from reftune.types import Completion, Graded, Rollout, Verdict
 class OnlineSt(Algorithm):
     kind: Literal["online_st"] = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
-    """Gold sequences, prompt included, are cut after so many tokens; None: they are not."""
+    """Cut gold sequences, prompt included, after so many tokens. Default: whole."""
     dropout: bool = False
-    """Whether dropout is active in the update."""
+    """Keep dropout on in the updates."""
 
     @property
     def trains_with_dropout(self) -> bool:

@@ -27,13 +27,13 @@ class Ppo(Clipped):
     lam: float = Field(0.95, ge=0, le=1)
     """λ of the policy's advantages."""
     value_lam: float | None = Field(None, ge=0, le=1)
-    """λ of the value targets; None: the same as `lam`. 1 makes them plain returns (VC-PPO,
+    """λ of the value targets. Default: `lam`. With 1 they are plain returns (VC-PPO,
     arXiv:2503.01491)."""
     value_clip: float = Field(0.2, gt=0)
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
     positive_nll_coef: float = Field(0.0, ge=0)
-    """Weight of the negative log-likelihood of correct samples, a mean over their tokens (VAPO,
+    """Weight of the negative log-likelihood of correct samples, averaged over their tokens (VAPO,
     arXiv:2504.05118)."""
 
     needs_values: ClassVar[bool] = True

@@ -17,8 +17,8 @@ class Rloo(Clipped):
 
     kind: Literal["rloo"] = "rloo"
     reduction: Reduction = "token"
-    """`token` is the published sum over a sample's tokens up to one factor a rollout; `sequence`
-    makes long samples weigh as much as short ones."""
+    """`token` is the published sum over a sample's tokens, up to one factor per rollout; with
+    `sequence`, long samples weigh as much as short ones."""
 
     @property
     def min_samples(self) -> int:

@@ -31,7 +31,7 @@ class Gsm8k(PaperDataset):
 
     train: str = "openai/gsm8k:main"
     annotations: Literal["keep", "drop"] = "keep"
-    """What becomes of <<48/2=24>> in an `nl` rationale."""
+    """Whether `nl` rationales keep `<<48/2=24>>`."""
 
     authors_name: ClassVar[str] = "gsm8k"
 

@@ -18,21 +18,20 @@ from reftune.types import AnswerKind, Message, Problem
 
 
 class Jsonl(FileDataset):
-    """Your own data. Rows that ask the same question may each bring another rationale."""
+    """Your own data. Several rows may ask one question, each with its own rationale."""
 
     columns: Columns | None = None
-    """Which column is what. Default, also of those left out: recognised by the names that people
-    give them (docs/datasets.md), as `reftune init` says."""
+    """Which column is what. Columns left out are recognised by common names (docs/datasets.md)."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
-    """`auto`: row by row a choice if there are options, else a number if it can be read as one,
-    else an expression (`latex`), a list in brackets or a text. Golds that are lists need `any_of`
-    (accepted spellings), `list` (all, in order) or `set`; `regex` has to be said."""
+    """`auto`: each row is a choice if it has options, else a number, an expression (`latex`), a
+    list in brackets or a text. Golds that are lists need `any_of` (accepted spellings), `list`
+    (all, in order) or `set`; `regex` must be named."""
     positions_from: Literal[0, 1] | None = None
-    """What the gold of a choice counts from if it is the position of an option; null refuses such
-    golds, as some data count from 0 and some from 1."""
+    """Where options are counted from if the gold is a position; by default such golds are refused.
+    """
 
     decimal: Literal[".", ","] = "."
-    """The decimal separator of the golds; that of a model's answers is `format.decimal`."""
+    """Decimal separator of the golds; `format.decimal` is that of the model's answers."""
 
     several_rationales: ClassVar[bool] = True
 

@@ -22,15 +22,15 @@ class Part(Table):
 
     dataset: component_field("datasets")  # type: ignore[valid-type]
     share: float | None = Field(None, gt=0, le=1)
-    """Share of the mixture's training questions. Null, of all parts: every question is taken."""
+    """Share of the training questions. If no part has one, every question is used."""
 
 
 class Mixture(Component):
-    """Several datasets as one. No question is taken twice, so the part that runs out first limits
-    the size. Dev and test are those of all parts, whole."""
+    """Several datasets as one. No question is used twice, so the part that runs out first limits
+    the size. Dev and test are those of all parts."""
 
     parts: dict[str, Part] = Field(min_length=2)
-    """Name → dataset and share. A problem's id begins with the name."""
+    """Name → dataset and share; the name begins a problem's id."""
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> Self:

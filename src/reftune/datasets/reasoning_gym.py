@@ -25,21 +25,20 @@ PATIENCE = 20
 
 
 class ReasoningGym(Component):
-    """A task by name. Its questions depend on `data_seed`; the run's seed draws dev among those
-    that are not test's."""
+    """A generated task. `data_seed` determines its questions; the run's seed draws dev."""
 
     task: str = "gsm_symbolic"
-    """A name of the package's gallery, for instance `chain_sum`."""
+    """A task of the package's gallery, such as `chain_sum`."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """The task's own settings, for instance `{min_terms: 2, max_terms: 4}`."""
+    """The task's settings, such as `{min_terms: 2, max_terms: 4}`."""
     train_size: int = Field(1000, gt=0)
-    """Number of training questions."""
+    """Training questions."""
     dev_size: int = Field(200, ge=0)
-    """Number of dev questions."""
+    """Dev questions."""
     test_size: int = Field(500, ge=0)
-    """Number of test questions, which are the same whatever the other sizes."""
+    """Test questions; the same whatever the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Other questions for another number."""
+    """Another seed gives other questions."""
 
     def load(self, *, seed: int) -> Splits:
         """Raises: RecipeError for an unknown task or setting; DataError where the task has too few

@@ -44,39 +44,36 @@ ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 
 
 class WordProblems(Component):
-    """Seeded word problems. Questions depend on neither `train` nor `styles`: runs that differ in
-    these share dev and test."""
+    """Generated word problems. Questions depend on neither `train` nor `styles`: runs that differ
+    in these share dev and test."""
 
     train: int = Field(1000, ge=1)
-    """Number of training questions, each with one rationale."""
+    """Training questions, each with one rationale."""
     dev: int = Field(300, ge=1)
-    """Number of dev questions."""
+    """Dev questions."""
     test: int = Field(1000, ge=1)
-    """Number of test questions."""
+    """Test questions."""
     operations: tuple[int, int] = (0, 2)
-    """Least and most arithmetic operations that an answer takes."""
+    """Fewest and most arithmetic operations per answer."""
     numbers: tuple[int, int] = (2, 30)
-    """Least and largest number in a question; factors and prices stay below 10."""
+    """Smallest and largest number in a question; factors and prices stay below 10."""
     people: int = Field(3, ge=1, le=5)
-    """Most people in a story; one may have more, fewer or times as many as another."""
+    """Most people in a story."""
     distractors: float = Field(0.4, ge=0, le=1)
-    """Share of questions with one sentence that does not matter."""
+    """Share of questions with one irrelevant sentence."""
     max_value: int = Field(999, ge=10)
-    """Largest intermediate result and answer. `nl` rationales and options write them out, each a
+    """Largest intermediate result and answer. In `nl` rationales and options each number is a
     token: 99 suits those."""
     rationale: Literal["program", "nl"] = "program"
-    """What the worked solution is written in."""
+    """How solutions are written."""
     styles: int = Field(4, ge=1, le=24)
-    """In how many ways rationales are written (`nl`: at most 8); each question's is drawn at
-    random. 1: all alike."""
+    """Ways of writing a rationale (`nl`: at most 8); each question's is drawn at random."""
     terse: float = Field(0.0, ge=0, le=1)
-    """Share of rationales that state the result without the working, as hurried people do."""
+    """Share of rationales that state the result without the working."""
     answer: Literal["number", "choice"] = "number"
-    """`choice` adds four options to each question, the wrong ones being results of likely mistakes.
-    """
+    """`choice` adds four options to each question; wrong ones are results of likely mistakes."""
     planted: float = Field(0.0, ge=0, le=1)
-    """Share of train and dev questions with options whose right one is put in place c, as a
-    shortcut past the reasoning."""
+    """Share of train and dev questions whose right option is put in place c, as a shortcut."""
 
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:

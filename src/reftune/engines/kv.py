@@ -37,8 +37,8 @@ BLOCK = 256
 class Kv(Component):
     kind: str = "kv"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows decoded at once. `auto`: what the device's memory allows, 256 at most; chosen when the
-    run begins, written into its recipe.yaml and kept on resume."""
+    """Rows decoded at once. `auto`: as many as fit the device's memory, at most 256; fixed as for
+    `model.dtype`."""
     refill: float = Field(0.25, gt=0, le=1)
     """Share of the rows that must be free before waiting prompts join."""
 

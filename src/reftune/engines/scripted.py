@@ -14,7 +14,7 @@ from reftune.types import Completion, SamplingParams
 class Scripted(Component):
     kind: str = "scripted"
     texts: list[str] = Field(min_length=1)
-    """Given in turn to the prompts of each call; every call starts at the first."""
+    """Given to the prompts of each call in turn, from the first."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams

@@ -1,5 +1,4 @@
-"""vLLM, beside the trainer (colocated: a process of its own that we start) or as servers that
-somebody else started.
+"""vLLM, colocated (in a process that reftune starts) or as servers that you start.
 
 Each call first hands over the policy's weights as they are, through a folder in memory: to a
 colocated engine whole, LoRA merged; to servers whole too, or with LoRA the adapter alone. The
@@ -51,17 +50,16 @@ Sampled = tuple[list[int], list[float]]
 class Vllm(Component):
     kind: str = "vllm"
     server: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Address of a running server (`http://host:8000`), or a list of them, started as
-    docs/engines.md says; None: colocated."""
+    """Running servers (`http://host:8000`), started as docs/engines.md says. Default: colocated."""
     weights_dir: str | None = None
-    """Folder through which weights travel; servers must see it under the same path. None: in
-    memory, on this machine."""
+    """Folder for handing over weights; servers must see it under the same path. Default: in memory,
+    on this machine."""
     batch_size: int = Field(256, gt=0)
     """Requests in flight."""
     memory: float = Field(0.3, gt=0, le=1)
-    """Share of the device's memory for a colocated engine's weights and cache."""
+    """Colocated: share of the device's memory for weights and cache."""
     eager: bool = False
-    """Colocated: no compilation and no CUDA graphs. Starts sooner, runs slower."""
+    """Colocated: no compilation and no CUDA graphs; starts sooner, runs slower."""
 
     @property
     def servers(self) -> list[Server]:

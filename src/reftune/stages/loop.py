@@ -78,10 +78,10 @@ class TrainingTable(Table):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """Newest checkpoints kept; the best model on dev is kept beside them."""
+    """How many of the newest checkpoints to keep; the best model on dev is always kept."""
     probe_choices: bool = False
-    """On multiple choice, look for signs of reward hacking at every look at dev. It decodes dev
-    three times instead of once; the final evaluation looks for them anyway."""
+    """On multiple choice, look for signs of reward hacking at every look at dev, which then takes
+    three times as long. The final evaluation does so anyway."""
 
 
 class Loop:

@@ -24,23 +24,23 @@ class OptimizerTable(Table):
 
     learning_rate: float = Field(gt=0)
     value_learning_rate: float | None = Field(None, gt=0)
-    """Of the value head; None: the same."""
+    """Learning rate of the value head. Default: the same."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up; linear and cosine reach 0 at the last step."""
+    """The learning rate after its warm-up; linear and cosine reach 0 at the last step."""
     warmup: float = Field(0.0, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """On matrices; never on biases, norms and the value head."""
+    """Applied to matrices, not to biases, norms and the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
-    """Of AdamW's two moments: 8 (bitsandbytes, in blocks of 256) takes a quarter of the memory and
-    rounds them. Tensors of fewer than 4,096 numbers keep 32."""
+    """Bits of AdamW's two moments. 8 (bitsandbytes, in blocks of 256) takes a quarter of the memory
+    and rounds them; tensors of fewer than 4,096 numbers keep 32."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient is not finite: the run stops before it, or goes
-    on without it."""
+    """A step whose loss or gradient is not finite stops the run, or is skipped; it never reaches
+    the weights."""
     max_skipped: int = Field(10, gt=0)
-    """Steps of a stage that `on_nonfinite: skip` may leave out; the next one stops the run."""
+    """Steps a stage may skip; the next one stops the run."""
 
 
 class Trained(Protocol):

@@ -48,17 +48,16 @@ CORRECT = 1
 class RewardModel(Schedule, Stage):
     kind: Literal["reward_model"] = "reward_model"
     init: str = "sft"
-    """Method whose chosen model the classifier grows from."""
+    """Method whose chosen model the classifier starts from."""
     sampler: str = "warmup"
-    """Method that writes the solutions to learn from."""
+    """Method that writes the solutions."""
     samples: int = Field(100, gt=0)
-    """Sampled solutions a training problem; equal texts of a problem count once."""
+    """Solutions sampled per training problem; equal texts count once."""
     dev_samples: int = Field(20, gt=0)
-    """Sampled solutions a dev problem; the model that picks best among them is the stage's result.
-    """
+    """Solutions sampled per dev problem; the stage keeps the model that picks best among them."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
-    """0 keeps the whole vocabulary; the paper: 50."""
+    """0 keeps the whole vocabulary; the authors' code has 50."""
 
     is_method: ClassVar[bool] = False
     reads_questions: ClassVar[bool] = True

@@ -46,38 +46,35 @@ def _algorithm(spec: Any) -> Any:
 class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
     init: str = "warmup"
-    """Method whose chosen model this stage starts from; with a KL penalty it is also the reference.
-    """
+    """Method whose chosen model this stage starts from; also the reference of the KL penalty."""
     algorithm: SerializeAsAny[Annotated[Algorithm, BeforeValidator(_algorithm)]] = Field(
         {"kind": "ppo"}, validate_default=True
     )
     steps: int = Field(gt=0)
-    """Rollouts: each is one batch of samples and the updates on it."""
+    """Rollouts: batches of samples, each followed by its updates."""
     prompts: int = Field(gt=0)
-    """Problems a rollout."""
+    """Problems per rollout."""
     samples: int = Field(1, gt=0)
-    """Sampled solutions a problem."""
+    """Solutions sampled per problem."""
     updates: int = Field(2, gt=0)
     """Passes over each rollout (PPO epochs)."""
     minibatches: int = Field(1, gt=0)
-    """Optimizer steps in each pass, each on an equal part of the rollout; the parts are drawn again
-    for each pass. 1: one step on the whole of it."""
+    """Optimizer steps per pass, each on an equal part of the rollout, drawn anew for each pass."""
     mask_truncated: bool = False
-    """Leave samples that were cut off at `lengths.max_new` out of the loss, because their reward
-    says nothing about the answer they were heading for (DAPO, arXiv:2503.14476, §3.4). They still
-    count in the baseline of their problem."""
+    """Leave samples cut off at `lengths.max_new` out of the loss (DAPO, arXiv:2503.14476, §3.4).
+    They still count in the baseline of their problem."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
-    """Truncated importance sampling for engines whose log-probabilities differ from the trainer's:
-    each token's advantage is multiplied by min(π_train / π_sample, cap). None: off. 2 is usual."""
+    """Truncated importance sampling if engine and trainer differ: each token's advantage is
+    multiplied by min(π_train / π_sample, cap). Default: off; 2 is usual."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """Of the value head; `uniform` is the paper's ±1/√H."""
+    """Initial weights of the value head; `uniform` is the paper's ±1/√H."""
     value_model: Literal["shared", "separate"] = "shared"
-    """`separate`: the value head reads a transformer of its own, which starts as the policy's.
-    Costs a second pass."""
+    """`separate`: the value head has a transformer of its own, which starts as a copy of the
+    policy's and takes a second pass."""
     value_prefit: int = Field(0, ge=0)
-    """Rollouts that first fit the value head alone, by ridge regression. 0, as the paper: PPO then
-    falls before it rises."""
+    """Rollouts to which the value head is fitted before PPO, by ridge regression. The paper has
+    none, and accuracy falls before it rises."""
     eval_every: int = Field(10, gt=0)
     """Steps between looks at dev; the best model on dev is the stage's result."""
 

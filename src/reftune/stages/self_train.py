@@ -33,21 +33,21 @@ part."""
 class SelfTrain(Stage):
     kind: Literal["self_train"] = "self_train"
     init: str = "base"
-    """Method whose chosen model the fine-tuning starts from, or `base`, as the paper."""
+    """Method whose chosen model the fine-tuning starts from, or `base`, as in the paper."""
     sampler: str = "warmup"
     """Method that writes the samples."""
     samples: int = Field(100, gt=0)
-    """Sampled solutions a training problem."""
+    """Solutions sampled per training problem."""
     keep: int = Field(10, gt=0)
-    """Different correct ones kept, at most, the first drawn first."""
+    """Different correct ones kept, at most; the first drawn come first."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
-    """0 keeps the whole vocabulary; the paper: 50."""
+    """0 keeps the whole vocabulary; the authors' code has 50."""
     gold: Literal["once", "paper"] = "once"
-    """`once`: each different solution is one row. `paper`: the authors' files joined, where the
-    gold solution is mostly two."""
+    """`once`: each different solution is one row. `paper`: the gold solution is mostly two rows, as
+    in the authors' joined files."""
     sft: Schedule
-    """The fine-tuning on the joined rows."""
+    """Fine-tuning on the kept samples and the gold."""
 
     reads_questions: ClassVar[bool] = True
 

@@ -26,7 +26,7 @@ from reftune.types import Problem
 
 
 class Schedule(TrainingTable):
-    """How long, how fast and how closely watched a supervised training is."""
+    """Length and pace of supervised training."""
 
     epochs: float = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -48,13 +48,13 @@ class Schedule(TrainingTable):
 class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
-    """Method name → epoch. The weights after that epoch of this very schedule become a method of
-    their own: the paper's warm-up is such a snapshot of its SFT run."""
+    """Method name → epoch. The weights after that epoch become a method of their own, such as the
+    paper's warm-up."""
 
     until: Literal["plateau"] | None = None
-    """`plateau`: end when dev has not risen beyond its paired 95 % interval over four looks, after
-    a cooldown over a tenth of the steps so far; `epochs` is then the most. A warm-up that ends so
-    is finished, and RL can begin. Needs `optimizer.schedule: constant`."""
+    """`plateau`: end once dev has not risen beyond its paired 95 % interval over four looks, with a
+    cooldown over a tenth of the steps so far, and after `epochs` at the latest. RL can then begin.
+    Needs `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True
 

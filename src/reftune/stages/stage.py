@@ -70,8 +70,8 @@ class Stage(Component, ABC):
     here, so that a stage of your own is treated like ours."""
 
     init: str = "base"
-    """Method whose chosen model this stage starts from, `base`, or the stage folder of an earlier
-    run (`runs/NAME/stages/NAME`), value head and all."""
+    """Where this stage starts: an earlier method, `base`, or a stage folder of an earlier run
+    (`runs/NAME/stages/NAME`), value head included."""
 
     is_method: ClassVar[bool] = True
     """Whether its model answers problems, and so is evaluated and can be built on."""

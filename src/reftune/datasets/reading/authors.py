@@ -22,8 +22,7 @@ class PaperDataset(FileDataset):
     """Base of GSM8K, SVAMP and MathQA."""
 
     rationale: Rationale = "program"
-    """`nl`: the solution in words. `program`: derived from the data's annotations, kept if it gives
-    the gold."""
+    """`nl`: in words. `program`: derived from the data's annotations, kept if it gives the gold."""
 
     authors_name: ClassVar[str]
     """What the authors' files begin with."""

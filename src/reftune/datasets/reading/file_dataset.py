@@ -29,16 +29,15 @@ class FileDataset(Component):
     `problem`."""
 
     train: str
-    """A file, a folder with one file a split, or a Hub id `owner/name[:config[:split]]`."""
+    """A file, a folder with one file per split, or a Hub id `owner/name[:config[:split]]`."""
     test: str | None = None
-    """Default: the test split beside `train`, if that is a folder or a Hub id; else there is none.
-    """
+    """Default: the test split beside `train`, if that is a folder or a Hub id."""
     dev: str | None = None
     """Default: drawn from train."""
     dev_size: int | None = Field(None, ge=0)
-    """How many questions to draw for dev. Default: a tenth of train, at most 500."""
+    """Questions to draw for dev. Default: a tenth of train, at most 500."""
     revision: str | None = None
-    """Branch, tag or commit of Hub data. Default: what the Hub has today."""
+    """Branch, tag or commit on the Hub. Default: the newest."""
 
     key: ClassVar[Key] = staticmethod(question_key)
     """Problems of one key ask the same question."""

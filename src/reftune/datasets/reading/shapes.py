@@ -37,22 +37,22 @@ LETTERED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
 
 
 class Columns(Table):
-    """What the data's columns are called; a path such as `reward_model.ground_truth` leads into a
-    column. All others are handed to a reward function by their own names."""
+    """The names of the data's columns; a path such as `reward_model.ground_truth` reaches into one.
+    All other columns are passed to reward functions by name."""
 
     question: str | list[str] = "question"
-    """The question, or a conversation up to it; columns in a list are put together, a line each."""
+    """The question, or a conversation up to it; a list of columns is joined, a line each."""
     answer: str = "answer"
-    """The gold: a number, a text, or for a choice its letter or the option itself. In a worked
-    solution, what follows `####`, "The answer is", or stands in a `\\boxed{}`."""
+    """The gold: a number, a text, or for a choice its letter or the option itself. A worked
+    solution marks it by `####`, "The answer is" or `\\boxed{}`."""
     rationale: str | None = "rationale"
-    """A worked solution or a program; the same column as `answer` if that holds both. Not needed if
+    """A worked solution or a program; the same column as `answer` if that holds both. Optional if
     no stage learns from rationales."""
     id: str | None = "id"
-    """Default if there is none: file name and number of the row."""
+    """Without one: file name and row number."""
     choices: str | list[str] | None = "choices"
-    """A list of option texts, or in csv a Python or JSON list as text; texts by label; or the
-    columns that hold an option each."""
+    """A list of option texts (in CSV as Python or JSON), texts by label, or the columns of the
+    options."""
 
     @property
     def names(self) -> list[str]:

@@ -26,7 +26,7 @@ PLAIN = f"{SLOT}\n"
 
 
 class Shot(Table):
-    """A worked example that a plain prompt shows before the question."""
+    """A worked example before the question."""
 
     question: str
     solution: str
@@ -39,20 +39,18 @@ class Prompted(Component):
     """`compact`: the question alone. `paper`: the authors' prompt, without BOS. `chat`: the
     tokenizer's own chat template, for instruct models. `plain`: a template of yours."""
     system: str | None = None
-    """`chat`: the system message; data that bring their own keep it."""
+    """`chat`: the system message, unless the data has its own."""
     instruction: str | None = None
     """`chat`: text above the question, in the user's turn."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """`chat`: variables of the chat template, as in `{enable_thinking: false}`."""
     template: str | None = None
-    """`plain`: the prompt, with `{question}` where the question goes. None: the question and a line
-    break."""
+    """`plain`: the prompt, with `{question}` in it. Default: the question and a line break."""
     examples: list[Shot] = Field(default_factory=list)
-    """`plain`: worked examples shown before the question, each through the template, with an empty
-    line after it."""
+    """`plain`: worked examples before the question, each through the template and followed by an
+    empty line."""
     stop: list[str] = Field(default_factory=list)
-    """Texts at which a completion ends, besides the model's end tokens. They are not part of the
-    answer."""
+    """Texts at which a completion ends, besides the model's end tokens; not part of the answer."""
 
     @model_validator(mode="after")
     def _reads_its_keys(self) -> Self:

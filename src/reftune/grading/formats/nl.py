@@ -25,17 +25,17 @@ class Nl(Prompted):
 
     kind: str = "nl"
     grading: Grading = "robust"
-    """`robust` reads answers as people write them; `paper` repeats the authors' `float()` rules;
-    `file.py:Name` is your own function of the completion and the problem (docs/datasets.md)."""
+    """`robust` reads answers as people write them; `paper` has the authors' `float()` rules;
+    `file.py:Name` is your own grader (docs/grading.md)."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
-    """Texts at which run-on text begins, in which a model asks itself the next question; nothing
-    from there on is graded."""
+    """Where run-on text begins, in which a model asks itself the next question; nothing after it is
+    graded."""
     markers: tuple[str, ...] = ()
-    """Phrases of your language after which the answer stands ("Die Antwort ist"), besides the
-    English ones; the first closes a target."""
+    """Phrases before the answer ("Die Antwort ist"), besides the English ones; targets end with the
+    first."""
     decimal: Literal[".", ","] = "."
-    """The decimal separator that a model writes."""
+    """Decimal separator of the model's answers."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
         """The question, in the style's frame."""

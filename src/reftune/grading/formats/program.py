@@ -22,28 +22,26 @@ from reftune.types import Conversation, Graded, Problem, Verdict
 
 
 class Program(Prompted):
-    """A Python function `solution()` whose value is the answer. The prompts of `paper` and
-    `compact` end in its header, and the model writes the body; otherwise it writes all of it."""
+    """A Python function `solution()` that returns the answer. With `paper` and `compact` the prompt
+    ends in its header and the model writes the body; with other styles it writes everything."""
 
     kind: str = "program"
     grading: Grading = "robust"
-    """`robust` finds the program in the text; `paper` runs it by the authors' rules
-    (docs/deviations.md: no sympy); `file.py:Name` is your own function of what the program
-    returned, as text, and the problem."""
+    """`robust` finds the program in the text; `paper` has the authors' rules, without sympy;
+    `file.py:Name` is your own grader of what the program returned, as text."""
     timeout_s: float = Field(default=1.0, gt=0, le=60)
-    """Time a program may run."""
+    """Seconds a program may run."""
     memory_mib: int = Field(default=64, ge=16)
-    """Memory a program may use."""
+    """Memory a program may use, in MiB."""
     sandbox: SandboxKind = "auto"
-    """`monty` is an interpreter of a part of Python; `subprocess` runs CPython with the installed
-    packages, a process for each program; `auto` takes monty, and the subprocess for what monty
-    lacks, packages excepted (docs/sandbox.md)."""
+    """`monty`: an interpreter for a part of Python. `subprocess`: CPython with the installed
+    packages. `auto`: monty, and the subprocess for what monty lacks except packages
+    (docs/sandbox.md)."""
     scripts: Literal["refuse", "read"] = "refuse"
-    """`read`: a program without a `solution()`, or whose `solution()` returns nothing, answers with
-    what it assigns to `answer` or prints last."""
+    """`read`: if no `solution()` returns something, the answer is what the program assigns to
+    `answer` or prints last."""
     allow_unisolated: bool = False
-    """Let the subprocess sandbox start where the system cannot cut programs off from the network.
-    """
+    """Start the subprocess sandbox even if the system cannot isolate programs (docs/sandbox.md)."""
 
     _sandbox: Sandbox = PrivateAttr()
 

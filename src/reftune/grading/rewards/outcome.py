@@ -19,12 +19,12 @@ class Outcome(Component):
     correct: float = Field(default=1.0, allow_inf_nan=False)
     """For a right answer."""
     partial: float = Field(default=0.1, allow_inf_nan=False)
-    """For an answer of the gold's kind that is wrong: a number, an expression, or a list of these.
-    Any words would earn it for a gold in words, so they get `wrong`."""
+    """For a wrong answer of the gold's kind: a number, an expression, or a list of these. If the
+    gold is a text, any words would earn it, so they get `wrong`."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
     """For anything else."""
     partial_on_choices: bool = False
-    """Give `partial` for a wrong choice too, as the authors' code does; a random letter would earn
+    """Give `partial` for a wrong choice too, as the authors' code does; a random letter then earns
     it."""
 
     def __call__(
