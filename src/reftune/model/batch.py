@@ -1,7 +1,7 @@
 """Token batches. This module alone knows which position predicts which token.
 
 Letters: B sequences, L longest sequence, R longest response, N response tokens in all
-(docs/method.md).
+(docs/algorithms.md).
 """
 
 from __future__ import annotations
