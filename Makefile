@@ -1,4 +1,4 @@
-# Every target builds .venv first where it is missing or older than the files it is made from. Needs Python 3.11+ and make.
+# Every target builds .venv first if it is missing or older than the files it is made from. Needs Python 3.11+ and make.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
