@@ -1,5 +1,4 @@
-"""What reftune tells a person who gave it something it cannot use: what, where, what was
-expected."""
+"""Errors in what a user provides: the message says what, where, and what was expected."""
 
 
 class ReftuneError(Exception):
@@ -12,8 +11,8 @@ class RecipeError(ReftuneError):
 
 
 class DataError(ReftuneError):
-    """Data that cannot be read or trained on. The message starts with `file:line` where there is
-    one."""
+    """Data that cannot be read or trained on. The message starts with `file:line` if there
+    is one."""
 
 
 class ModelError(ReftuneError):

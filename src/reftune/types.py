@@ -40,7 +40,7 @@ class Answer:
     percent: bool = False
     """A number written with a percent sign."""
     items: tuple[str, ...] = ()
-    """The accepted spellings of `any_of`, the parts of a `list` or `set`; empty otherwise."""
+    """The accepted spellings of `any_of`, the parts of a `list` or `set`; else empty."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
@@ -88,7 +88,7 @@ class Problem:
     rationale: str | None = None
     """A worked solution as text, or a program that defines `solution()`."""
     choices: tuple[str, ...] = ()
-    """Option texts of a multiple-choice question, a first; empty otherwise."""
+    """Option texts of a multiple-choice question, a first; else empty."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The data's other columns, handed to a user's reward function by name."""
     gold_text: str = ""
@@ -98,8 +98,7 @@ class Problem:
     """The turns before the answer, for a chat prompt; empty if the data are not conversations.
     `question` holds the text of those that are not a system message."""
     scorer: Callable[[str], float] | None = None
-    """The task's own scorer, answer text → [0, 1], where it brings one; otherwise answers are
-    compared."""
+    """The task's own scorer, answer text → [0, 1], if it has one; else answers are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +114,7 @@ class SamplingParams:
     seed: int = 0
     """Every random number of a request is a function of this seed and the request's position."""
     first_position: int = 0
-    """Of the first request of a call; a part of a larger batch does not begin at 0."""
+    """Position of a call's first request; a part of a larger batch does not begin at 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from reftune.types import ANY_ANSWER, Problem
 
 NUM_EXAMPLES = 3
 MOST_CHARS = 40
-"""Of an example as a person sees it."""
+"""Longest example shown, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class GoldKind:
     kind: str
     count: int
     examples: tuple[GoldExample, ...]
-    """At most three; those that were read as something else than they spell come first."""
+    """At most three; those read as something other than their spelling come first."""
 
 
 def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:
@@ -46,7 +46,7 @@ def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:
 
 
 def golds_text(kinds: Sequence[GoldKind]) -> str:
-    """A line a kind: `golds  number 36: '1,234' → 1234, …`."""
+    """A line per kind: `golds number 36: '1,234' → 1234, …`."""
     return printable("\n".join(f"golds  {_line(kind)}" for kind in kinds))
 
 

@@ -62,11 +62,11 @@ class Gsm8k(PaperDataset):
 
 
 def program_of(solution: str) -> str | None:
-    """The annotated steps of a solution as a program; None where they compute nothing or one is not
+    """The annotated steps of a solution as a program; None if they compute nothing or one is not
     plain arithmetic.
 
-    A variable a step, called after the words that follow the result. A number that equals an
-    earlier result becomes its name, the latest one's if several do.
+    Each step is a variable, named after the words that follow its result. A number that equals an
+    earlier result is replaced by that variable, the latest one if there are several.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -86,7 +86,7 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """`24 clips in May.` → `clips_may`; `step` where no word follows the number."""
+    """`24 clips in May.` → `clips_may`; `step` if no word follows the number."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

@@ -25,7 +25,7 @@ from reftune.types import Answer, Problem
 
 LETTERS = "abcde"
 FORMULA_TOLERANCE = Fraction(1, 100)
-"""Relative: options are rounded, formulas are not."""
+"""Relative tolerance: options are rounded, formulas are not."""
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
 OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
@@ -43,7 +43,7 @@ SPELLINGS = [
         (r"\s*(?:°|degrees?)\s*[cf]$", " degrees"),
     ]
 ]
-"""How options spell numbers that `number_gold` reads only as others do: `500 cm 2` as `500 cm`."""
+"""Spellings of options rewritten to ones that `number_gold` reads: `500 cm 2` as `500 cm`."""
 TIME_OF_DAY = re.compile(r"\s*\b[ap]\s*\.?\s*m\s*\.?$")
 FINAL_LETTER = re.compile(
     r"\W*\b(?:answer|ans|option|choice)(?:\s*(?:is|option|choice|:|=|[-–.]))*\s*\(?\s*([a-e])[\s.)]*$"
@@ -69,12 +69,12 @@ class Mathqa(PaperDataset):
 
     @property
     def authors_name(self) -> str:  # type: ignore[override]
-        """Their numeric files are apart."""
+        """The authors have separate files for numeric answers."""
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in all of the paper's datasets; a choice's solution in words states the letter it ends
-        in, whatever it calls the answer before."""
+        """As for all of the paper's datasets; a choice's solution in words states the letter that
+        it ends in."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -83,8 +83,8 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """Where the formula misses the gold by more than 1 %, one of the two is wrong: a numeric
-        problem is left out then, a multiple-choice one has no program. Test is left as it is."""
+        """If the formula misses the gold by more than 1 %, one of the two is wrong: a numeric
+        problem is then left out, and a multiple-choice one has no program. Test stays as it is."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -288,7 +288,8 @@ def _letter(row: Row, column: str, options: Sequence[str]) -> Answer:
 
 
 def _with_options(stem: str, options: Sequence[str]) -> str:
-    """As ReFT's authors put them: `a ) 38 , b ) 27 , …` in a line of its own."""
+    """The question with its options as ReFT's authors write them: `a ) 38 , b ) 27 , …` on a line
+    of its own."""
     lettered = zip(LETTERS, options, strict=False)
     return f"{stem}\n" + " , ".join(f"{letter} ) {option}" for letter, option in lettered)
 
@@ -320,7 +321,7 @@ def _utf8(characters: str) -> str | None:
 
 
 def _byte(character: str) -> bytes:
-    """As cp1252, or as latin-1 where that has a hole."""
+    """The byte in cp1252, or in latin-1 if cp1252 has no such character."""
     try:
         return character.encode("cp1252")
     except UnicodeEncodeError:

@@ -66,8 +66,7 @@ class Mixture(Component):
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """So many of each part that the shares are right and one part is used up; which ones is
-        drawn with `seed`."""
+        """As many of each part as the shares allow, drawn with `seed`; one part is used up."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 traffic: Counter[str] = Counter()
-"""What engines have sent since a step last looked; a step logs it as `engine/…`."""
+"""What engines have sent since the last step, which logs it as `engine/…`."""
 
 
 class Engine(Protocol):
@@ -22,8 +22,8 @@ class Engine(Protocol):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion a prompt, in order.
+        """One completion per prompt, in order.
 
-        The tokens are a function of the weights, the prompts and `params` only: not of the batch a
-        prompt shares.
+        The tokens are a function of the weights, the prompts and `params` only: not of the other
+        prompts in the batch.
         """

@@ -26,7 +26,7 @@ from reftune.recipe import Component
 from reftune.types import Completion, SamplingParams
 
 PAGE_TOKENS = 256
-"""Tokens a page of the cache; flash attention reads pages of a multiple of 256."""
+"""Tokens per page of the cache; flash attention reads pages of a multiple of 256."""
 POLL_S = 1.0
 
 
@@ -43,14 +43,15 @@ class Continuous(Component):
 
     @property
     def rows(self) -> int:
-        """Rows decoded at once, also outside a run, which chooses them."""
+        """Rows decoded at once, as a number even outside a run."""
         return 256 if self.batch_size == "auto" else self.batch_size
 
     @torch.no_grad()
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion a prompt, in order; see `reftune.engines.Engine`. Raises: EngineError."""
+        """One completion per prompt, in order; see `reftune.engines.Engine`.
+        Raises: EngineError."""
         if not prompts:
             return []
         with (
@@ -118,8 +119,8 @@ def _manager(
 
 
 def _in_compute_dtype(policy: Policy) -> Any:
-    """The policy's model itself in fp32; otherwise a copy with cast weights, as its threads do not
-    see our autocast."""
+    """The policy's model itself in fp32; in other dtypes a copy with cast weights, because its
+    threads do not see our autocast."""
     model = policy.model.get_base_model() if policy.is_lora else policy.model
     if policy.compute_dtype == torch.float32:
         return model

@@ -12,7 +12,7 @@ from reftune.grading.markers import answer_text, reasoning_text
 from reftune.types import Answer, Problem
 
 MAX_SIZE = 10**6
-"""Of answers that are put off by 1: beyond it 1 may be within the grader's tolerance."""
+"""Largest answer that is changed by 1: beyond it, 1 may be within the grader's tolerance."""
 PRINTED = "printed and not returned"
 """Right for a format that reads scripts."""
 _RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
@@ -42,7 +42,7 @@ def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
 
 
 def other_answers(problem: Problem) -> dict[str, str]:
-    """Kind → an answer that is not the gold one; empty where none is certain."""
+    """Kind → an answer that is not the gold one; empty if none is certain."""
     gold = problem.answer.value
     if problem.answer.kind == "choice" and len(problem.choices) > 1:
         return {

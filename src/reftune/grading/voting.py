@@ -66,7 +66,7 @@ def majority_vote(
     valid: Callable[[Graded], bool] = has_value,
     same: Same = same_answer,
 ) -> Graded | None:
-    """The first sample with the most frequent value; None where no sample is valid. Ties: the value
+    """The first sample with the most frequent value; None if no sample is valid. Ties: the value
     seen first."""
     return weighted_vote(samples, [1.0] * len(samples), valid=valid, same=same)
 

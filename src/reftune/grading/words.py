@@ -10,7 +10,7 @@ from typing import Literal
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 
 MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""An answer may go on behind a gold of at most so many words and characters."""
+"""Longest gold, in words and characters, after which an answer may continue."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
@@ -78,13 +78,13 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 
 
 def _is_another_name(boundary: str, line: str, start: int) -> bool:
-    """Whether all that stands behind a name and a comma or dash is names, too."""
+    """Whether everything after a name and a comma or dash is names, too."""
     rest = line[start:].rstrip(".!")
     return boundary in (",", ";", "-", "--", "–", "—") and _NAMES.fullmatch(rest) is not None
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """What stands behind the gold in the answer's first line."""
+    """What follows the gold in the answer's first line."""
     first_word = re.match(r"\W*(\w*)", rest)
     assert first_word is not None  # it matches the empty text
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):

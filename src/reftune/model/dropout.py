@@ -21,8 +21,8 @@ def use_cheap_dropout(model: nn.Module) -> None:
 
 
 class Dropout(nn.Dropout):
-    """As `nn.Dropout`, from the same generator but by other draws, while training on a CPU; the
-    same anywhere else."""
+    """As `nn.Dropout`, with the same generator but other draws when training on a CPU; identical
+    anywhere else."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":
@@ -32,7 +32,7 @@ class Dropout(nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
-    """Each entry 0 with probability p, and times 1 / (1 - p) otherwise."""
+    """Each entry is 0 with probability p, else multiplied by 1 / (1 - p)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, p: float) -> Tensor:

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 LOGIT_ELEMENTS = 2**21
 """Most logits (tokens × vocabulary) held at once: 8 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Of a tile, where the vocabulary is large: each further lot of tokens adds to the gradient of the
-whole weight again."""
+"""Tokens per tile if the vocabulary is large: each further tile adds to the gradient of the whole
+weight again."""
 
 
 def token_logprobs(
@@ -28,7 +28,7 @@ def token_logprobs(
     """fp32 log-probability of each token under the tempered softmax of `head(hidden)`, (N,), with
     gradients.
 
-    `hidden` (N, H), `tokens` (N,) ids. The products are in the autocast dtype where autocast is on.
+    `hidden` (N, H), `tokens` (N,) ids. The products are in the autocast dtype if autocast is on.
     """
     if type(head) is nn.Linear:
         logprobs: Tensor = _LinearLogprobs.apply(
@@ -74,7 +74,8 @@ def logprobs_and_entropy(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves the hidden states and one normaliser a token; the backward pass makes the logits again.
+    """Saves the hidden states and one normaliser per token; the backward pass recomputes the
+    logits.
 
     It casts for autocast itself, so that the gradient of the weight is summed in fp32 and never
     leaves it.
@@ -124,7 +125,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Softmax(NamedTuple):
-    """Of each row's tempered logits, (N,) fp32 each."""
+    """The softmax of each row's tempered logits, (N,) fp32 each."""
 
     picked: Tensor
     """The token's logit."""
@@ -144,8 +145,8 @@ def _softmax(
     *,
     means: bool = False,
 ) -> _Softmax:
-    """Gathered tile by tile. Sums are of exponentials over the largest logit so far, and shrink
-    where a larger one is met."""
+    """Gathered tile by tile. Sums are of exponentials over the largest logit so far, and are
+    rescaled when a larger one appears."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
     for tile in _tiles(hidden, weight, bias, tokens, temperature):
@@ -167,15 +168,15 @@ def _softmax(
 
 class _Tile(NamedTuple):
     rows: slice
-    """Of all tokens, n of them."""
+    """n of the tokens."""
     columns: slice
-    """Of the vocabulary, C of it."""
+    """C entries of the vocabulary."""
     logits: Tensor
     """(n, C) tempered, fp32; for the caller to change."""
     weight: Tensor
     """(C, H) as it went into the product."""
     tokens: Tensor
-    """(n,) column of each row's token; any column where it is not inside."""
+    """(n,) column of each row's token; any column if it is not inside."""
     is_inside: Tensor
     """(n,)"""
 

@@ -1,4 +1,4 @@
-"""The fastest dtype of a device, measured where no interface tells."""
+"""The fastest dtype of a device, measured if no interface reports it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 SIZES = (256, 1024)
-"""Of the square products that choose a dtype: the small one rules out a CPU that emulates bf16
-without waiting for it, the large one keeps all its cores busy."""
+"""Sizes of the square products that choose a dtype: the small one rules out a CPU that emulates
+bf16 without waiting for it, the large one keeps all its cores busy."""
 EMULATED = 4.0
 """Times as slow: bf16 is emulated."""
 

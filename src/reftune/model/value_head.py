@@ -23,10 +23,8 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
     `rollouts` gives (features (N, H), returns (N,)) pairs, which are summed up one by one: memory
-    does not grow with them.
-    Returns: explained variance of the last rollout by the fit to the others, 0 where there is only
-    one.
-    Raises: NonFiniteError.
+    does not grow with them. Returns: explained variance of the last rollout by the fit to the
+    others, 0 if there is only one. Raises: NonFiniteError.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:

@@ -1,1 +1,1 @@
-"""The processes of a run: who they are, what they share, and what they tell each other."""
+"""The processes of a run: their ranks, what they share, and what they send each other."""

@@ -1,6 +1,6 @@
-"""Which process is gone: each says every second that it is alive, and looks whether the others do.
+"""Which process is gone: each reports every second that it is alive, and checks the others.
 
-A collective operation does not tell: it waits for hours, or fails without a name. Heartbeats come
+A collective operation cannot say: it waits for hours, or fails without a name. Heartbeats come
 from a thread, so a process that computes or writes for long is not taken for dead.
 """
 
@@ -37,7 +37,7 @@ class Heartbeat:
             threading.Thread(target=work, daemon=True).start()
 
     def leave(self) -> None:
-        """This process is done, and not to be missed."""
+        """This process is done: nobody should wait for it."""
         self.stop()
         self._exchange(LEFT)
 
@@ -62,7 +62,7 @@ class Heartbeat:
             self._exchange(str(count).encode())
 
     def _watch(self) -> None:
-        """In a thread of its own: without its host, a store may keep `_beat` waiting."""
+        """Runs in a thread of its own: without its host, a store may keep `_beat` waiting."""
         while not self._over.wait(INTERVAL_S):
             rank, silent_s = self._most_silent()
             if silent_s > SILENCE_S:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another: longer than the main one ever writes. The heartbeat tells
-much sooner of one that is dead."""
+"""How long a process waits for another: longer than the main one ever writes. The heartbeat reports
+a dead one much sooner."""
 
 _store: Any = None
 """Seen by all processes without their taking part; None before they have joined."""

@@ -1,8 +1,8 @@
-"""Several processes that train one model: who they are, what each does, and what they tell each
+"""Several processes that train one model: their ranks, what each does, and what they send each
 other.
 
 Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
-are shared out by rows and put together again, so that every process then holds the same rollouts,
+are split by rows and put together again, so that every process then holds the same rollouts,
 advantages and weights; only the main one writes and prints. `launch` starts all this, `sharding`
 says who holds which weights.
 """

@@ -131,7 +131,7 @@ class EvaluateTable(Table):
         return self
 
     def num_samples(self, method: str) -> int:
-        """Samples a problem that are drawn of a method."""
+        """Samples per problem that are drawn from a method."""
         return self.samples if self.sampled is None or method in self.sampled else 0
 
 

@@ -24,7 +24,7 @@ class Metric:
     floor: float | None = None
     """The axis goes no lower: early outliers would flatten the rest."""
     of_groups: bool = False
-    """Whether it says something only of stages that sample a problem more than once."""
+    """Whether it applies only to stages that sample a problem more than once."""
     exact: bool = False
     """Whether it has no noise that a running mean would take away."""
 

@@ -53,7 +53,7 @@ class History:
         self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
 
     def latest_rise(self) -> Rise | None:
-        """Over the last `LOOKS` looks; None before there are so many."""
+        """The rise over the last `LOOKS` looks; None if there are fewer."""
         if self.recent is None or len(self.recent) <= LOOKS:
             return None
         return rise(self.recent[0], self.recent[-1])

@@ -60,7 +60,7 @@ def replace_folder(folder: Path, fill: Any) -> None:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """Put the files of `source` into `target` too, without a second copy where the disk can.
+    """Put the files of `source` into `target` too, without a second copy if the disk allows it.
     Raises: CheckpointError."""
     if not is_main():
         return
@@ -78,7 +78,7 @@ def link_files(source: Path, target: Path) -> None:
 
 
 def refused(path: Path, error: OSError | SafetensorError) -> CheckpointError:
-    """What to raise where the disk refuses `path`."""
+    """The error to raise if the disk refuses `path`."""
     return CheckpointError(
         f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
     )

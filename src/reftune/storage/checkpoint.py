@@ -1,8 +1,8 @@
 """Checkpoints: everything that makes a stage's future, written atomically as safetensors and JSON.
 
 A checkpoint is a folder `step-000120` that appears by one rename. Nothing that is loaded can run
-code. Its tensors are whole, so that any number of processes can go on from it; of several only the
-main one writes.
+code. Its tensors are whole, so that any number of processes can continue from it; only the main one
+writes.
 """
 
 from __future__ import annotations
@@ -125,8 +125,7 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` took, whole tensors also where the parameters are
-    sharded."""
+    """Restore what `optimizer_tensors` took, whole tensors even if the parameters are sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     for name, value in tensors.items():

@@ -1,4 +1,4 @@
-"""Append-only JSON lines that can be cut back to where a checkpoint was taken."""
+"""Append-only JSON lines that can be cut back to the moment of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from reftune.types import Problem
 
 
 class JsonLines:
-    """A file of one JSON object a line. Of several processes only the main one changes it."""
+    """A file of one JSON object per line. If there are several processes, only the main one changes
+    it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,8 +80,8 @@ def in_parts(
     *,
     at_once: int,
 ) -> list[dict[str, Any]]:
-    """Write a line a problem; `answer(start, part)` makes those of `at_once` problems. Whole parts
-    that are there are kept.
+    """Write one line per problem; `answer(start, part)` makes those of `at_once` problems. Existing
+    whole parts are kept.
 
     Returns: all lines.
     """

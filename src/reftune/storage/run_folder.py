@@ -41,7 +41,7 @@ class RunFolder:
         return self.path / ".lock"
 
     def stage(self, method: str) -> StageFolder:
-        """Of a stage, or of a snapshot that a stage leaves behind."""
+        """Folder of a stage, or of a snapshot that a stage leaves behind."""
         return StageFolder(self.path / "stages" / method)
 
     def evaluation(self, method: str) -> Path:

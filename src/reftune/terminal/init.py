@@ -38,14 +38,14 @@ TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
 """As a model: made from scratch, with the vocabulary of the data."""
 DEFAULT_MAX_NEW = 256
-"""Tokens of a solution if no rationale tells how long one is and the model's context allows it."""
+"""Tokens of a solution if there is no rationale to measure and the model's context allows it."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
 """Longer prompts are dropped rather than given a larger model from scratch."""
 MAX_TOO_LONG = 0.1
 """Share of prompts, and of solutions, that may be too long."""
 SMALL_HIDDEN_SIZE = 256
-"""Up to here a model gains nothing from a second thread."""
+"""Weights up to which a model gains nothing from a second thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class Wishes:
     """What a person was asked."""
 
     data: str
-    """Training questions: a file, a folder with one file a split, or a Hub id."""
+    """Training questions: a file, a folder with one file per split, or a Hub id."""
     model: str
     """A Hub id, a folder, `smollm2-135m` or `scratch`."""
     format: str
@@ -66,7 +66,7 @@ class Wishes:
 def write_recipe(wishes: Wishes, out: Path) -> Splits:
     """Read the data and the tokenizer, write `out`. Returns: the data as the recipe reads them.
 
-    Raises: RecipeError if `out` exists; DataError, ModelError where the recipe could not run.
+    Raises: RecipeError if `out` exists; DataError, ModelError if the recipe could not run.
     """
     if out.exists():
         raise RecipeError(f"{out}: exists already; choose another --out")
@@ -99,13 +99,14 @@ def guess_shape(data: str, told: Mapping[str, str] | None = None) -> Shape:
 
 
 def guess_columns(data: str, told: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Field → column of the training rows: as `told`, else by name. Raises: as `guess_shape`."""
+    """Field → column of the training rows: as given in `told`, else by name. Raises: as
+    `guess_shape`."""
     columns = guess_shape(data, told).columns.model_dump()
     return {field: column for field, column in columns.items() if column is not None}
 
 
 def guess_format(data: str, columns: Mapping[str, Any]) -> str:
-    """`program` where the first rationale defines `solution()`, else `nl`. Raises: DataError."""
+    """`program` if the first rationale defines `solution()`, else `nl`. Raises: DataError."""
     rationale = read_rows(data, "train")[0].get(columns.get("rationale", ""))
     return "program" if "def solution(" in str(rationale) else "nl"
 
@@ -162,11 +163,11 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Lengths:
-    """In tokens."""
+    """Lengths in tokens."""
 
     max_new: int
     context: int
-    """Of a model from scratch."""
+    """Context of a model from scratch."""
     drops: bool
     """Whether some prompts are too long."""
 

@@ -1,4 +1,4 @@
-"""`reftune score`: completions in a file → verdicts. How a user debugs a reward."""
+"""`reftune score`: completions in a file → verdicts. For debugging a reward."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def score_lines(
     kind: str = "auto",
     reading: Reading = DEFAULT,
 ) -> Iterator[dict[str, Any]]:
-    """`{"id", "completion", "answer", "choices"?, "answer_kind"?}` a line → `{"id", "verdict",
+    """`{"id", "completion", "answer", "choices"?, "answer_kind"?}` per line → `{"id", "verdict",
     "value", "reward", "reason"}` a line.
 
-    `where` is the file's name; `kind` is the answer kind of lines that say none, `reading` how
-    their golds are read. Raises: DataError with file and line, before anything is graded.
+    `where` is the file's name; `kind` is the answer kind of lines without one, `reading` how their
+    golds are read. Raises: DataError with file and line, before anything is graded.
     """
     rows = [
         _row(line, f"{where}:{number}", kind, reading)

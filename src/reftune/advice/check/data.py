@@ -25,8 +25,8 @@ points or worse."""
 
 
 NUM_REWARDED = 64
-"""Rows whose gold solution, a wrong one and an empty text are rewarded, to see that the reward
-tells them apart."""
+"""Rows whose gold solution, a wrong one and an empty text are rewarded, to see whether the reward
+distinguishes them."""
 
 
 MAX_FALSE_POSITIVES = 0.05
@@ -77,7 +77,7 @@ def check_gold_rationales(subject: Subject) -> Finding:
 
 
 def check_sandbox(subject: Subject) -> Finding:
-    """How many gold programs need more than the interpreter of the default sandbox."""
+    """How many gold programs need more than the default sandbox's interpreter."""
     format = subject.recipe.format
     if not isinstance(format, Program):
         return ok("no programs are run")
@@ -101,7 +101,7 @@ def check_sandbox(subject: Subject) -> Finding:
 
 
 def _writes_programs(subject: Subject) -> bool:
-    """Whether solutions are programs: by the format, or of a person's own format by the data."""
+    """Whether solutions are programs: the format says so, or for a user's own format the data."""
     if isinstance(subject.recipe.format, (Program, Nl)):
         return isinstance(subject.recipe.format, Program)
     return any(DEFINITION.search(row.problem.rationale or "") for row in subject.rows)
@@ -280,7 +280,7 @@ def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """0 where the reward does not apply."""
+    """0 if the reward does not apply."""
     graded = subject.encoder.format.grade(problems, texts)
     written = [
         _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)

@@ -29,13 +29,13 @@ class Finding:
     message: str
     """One line."""
     remedy: str = ""
-    """What to do about it; empty where all is well."""
+    """What to do about it; empty if all is well."""
     rows: tuple[str, ...] = ()
     """Some of the rows concerned, one line each."""
     name: str = ""
-    """Of the check; `check_recipe` fills it in."""
+    """Name of the check; `check_recipe` fills it in."""
     samples: tuple[dict[str, Any], ...] = ()
-    """Solutions to be shown apart."""
+    """Solutions shown apart from the findings."""
 
 
 def ok(message: str) -> Finding:
@@ -44,7 +44,7 @@ def ok(message: str) -> Finding:
 
 
 def warn(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
-    """Worth knowing; the run may go on."""
+    """Worth knowing; the run may continue."""
     return Finding(level="warn", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
 
 

@@ -25,7 +25,7 @@ class PaperDataset(FileDataset):
     """`nl`: in words. `program`: derived from the data's annotations, kept if it gives the gold."""
 
     authors_name: ClassVar[str]
-    """What the authors' files begin with."""
+    """Prefix of the authors' file names."""
 
     @abstractmethod
     def published_problem(self, row: Row) -> Problem:

@@ -24,17 +24,17 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """The turns of a row, parted where the model is to answer."""
+    """The turns of a row, split before the model's answer."""
 
     before: tuple[Message, ...]
     """Everything before the last turn of the assistant, or everything if the assistant is not last.
     """
     reply: str | None
-    """What the assistant says last; None if that is still to be said."""
+    """The assistant's last turn; None if it has not answered yet."""
 
     @property
     def question(self) -> str:
-        """What is asked, as one text: the turns before the reply without the system message."""
+        """The question as one text: the turns before the reply, without the system message."""
         return "\n\n".join(turn.content for turn in self.before if turn.role != "system")
 
 

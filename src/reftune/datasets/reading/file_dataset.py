@@ -1,4 +1,4 @@
-"""What datasets from files or the Hub share: where they are read, how dev is drawn, what is dropped
+"""What datasets from files or the Hub share: where rows are read, how dev is drawn, what is dropped
 and counted."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `problem` for a row to leave out; says the reason that is counted."""
+    """Raised by `problem` for a row to leave out; its text is the reason counted."""
 
 
 class FileDataset(Component):
@@ -40,7 +40,7 @@ class FileDataset(Component):
     """Branch, tag or commit on the Hub. Default: the newest."""
 
     key: ClassVar[Key] = staticmethod(question_key)
-    """Problems of one key ask the same question."""
+    """Problems with equal keys ask the same question."""
     several_rationales: ClassVar[bool] = False
     """Whether rows that ask the same question may each bring a rationale."""
 
@@ -60,12 +60,12 @@ class FileDataset(Component):
         return found
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without the training rows that nobody should learn from. Here: rationales that
+        """`splits` without training rows that are unfit to learn from: here, rationales that
         contradict their gold."""
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """Split → names of its file in a folder that are looked for before the usual ones."""
+        """Split → file names that are looked for before the usual ones."""
         return {}
 
     def load(self, *, seed: int) -> Splits:

@@ -1,7 +1,6 @@
-"""Rows of a data source: a local file, a folder with one file a split, or a Hub dataset.
+"""Rows of a data source: a local file, a folder with one file per split, or a Hub dataset.
 
-Every row knows where it stands (`file:line`), so that whatever is wrong with it can be said in one
-line.
+Every row knows its place (`file:line`), so that errors can name it.
 """
 
 from __future__ import annotations
@@ -133,8 +132,7 @@ def is_single_file(source: str) -> bool:
 
 
 def _path(source: str) -> Path:
-    """The source as a path; `~` of a user whom the system does not know stands for itself. Raises:
-    DataError."""
+    """The source as a path; `~` of an unknown user is left as it is. Raises: DataError."""
     try:
         path = Path(source).expanduser()
     except RuntimeError:

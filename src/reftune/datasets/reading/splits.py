@@ -1,5 +1,5 @@
-"""From problems as read to `Splits`: repeats and contradictions out, dev drawn, nothing of dev or
-test left in train."""
+"""From problems as read to `Splits`: repeats and contradictions removed, dev drawn, no question of
+dev or test left in train."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from reftune.seeds import derive_seed
 from reftune.types import Answer, Problem
 
 Key = Callable[[Problem], str]
-"""Problems of one key ask the same question."""
+"""Problems with equal keys ask the same question."""
 Asked = tuple[str, Problem]
-"""A problem behind its key."""
+"""A problem's key, and the problem."""
 
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]|_")
 SILENT = frozenset(".,;:!?'\"`’‘“”…")
-"""Sentence punctuation. Brackets and operators are not: they may be what a question is about."""
+"""Sentence punctuation. Brackets and operators are not part of it: a question may be about them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class SplitRows:
 
     train: list[Row]
     dev: list[Row] | None
-    """None: to be drawn from train."""
+    """None: dev is drawn from train."""
     test: list[Row]
 
 
@@ -72,8 +72,8 @@ def question_key(problem: Problem) -> str:
     """Equal for questions that differ in case, spacing or sentence punctuation only; numbers,
     operators and options count.
 
-    Where the gold is text, case and punctuation may be what the question is about, and only spacing
-    is ignored.
+    If the gold is a text, the question may be about case and punctuation, so only spacing is
+    ignored.
     """
     text = " ".join([problem.question, *problem.choices])
     return _spaced(text) if problem.answer.kind == "text" else normalised(text)

@@ -23,7 +23,7 @@ class Format(Protocol):
         """
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade a completion, in order. Never raises for what a completion says."""
+        """One grade per completion, in order. Never raises for what a completion says."""
 
 
 def stop_texts(format: Format) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def own_grader(grading: str) -> Grader:
 
 
 def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
-    """A person's verdict on a text. A grader that fails is an ERROR, so that it is counted."""
+    """A user's verdict on a text. A grader that fails is an ERROR, so that it is counted."""
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  graders parse what a model wrote

@@ -1,4 +1,4 @@
-"""Programs less the imports that they do not use: the one thing that is changed in a model's code.
+"""Programs without the imports that they do not use: the only change made to a model's code.
 
 Nothing here parses or runs a program: it is read token by token, so that no text can harm the
 reader. Whatever cannot be read stays as it is.
@@ -36,7 +36,7 @@ class _Import:
     tokens: Sequence[_Token]
     """Without line breaks and comments."""
     head: str
-    """What stands before the imported names: `import`, or `from … import`."""
+    """What comes before the imported names: `import`, or `from … import`."""
     parts: tuple[str, ...]
     """The imported names as they are spelled: `numpy as np`."""
 
@@ -49,7 +49,7 @@ class _Import:
 
 
 def without_unused_imports(program: str) -> str:
-    """`program` with `pass` in the place of imports that name nothing used; all else stays.
+    """`program` with `pass` in place of unused imports.
 
     A name is used if it occurs anywhere else but behind a dot, in an f-string, or in any string of
     a program that evaluates strings. Imports of modules that reach outside stay, so that they are

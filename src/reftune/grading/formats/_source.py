@@ -24,7 +24,7 @@ from reftune.grading.formats._imports import without_unused_imports
 
 HEADER = "def solution():\n"
 MAX_CHARS = 50_000
-"""How much of a completion is looked at."""
+"""How much of a completion is read, in characters."""
 
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _SOLUTION = re.compile(
@@ -107,8 +107,8 @@ def _unique(*programs: str) -> tuple[str, ...]:
 
 
 def _without_prose(program: str) -> str:
-    """Only the definitions, imports and assignments; the program itself where its `solution` stands
-    inside quotes."""
+    """Only the definitions, imports and assignments; the program itself if its `solution` is inside
+    quotes."""
     chunks = _chunks(program)
     last = max(
         (index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)), default=None
@@ -125,7 +125,7 @@ def _without_prose(program: str) -> str:
 
 def _chunks(program: str) -> list[str]:
     """A line at the left margin with the lines that belong to it: indented or blank ones, closing
-    brackets, and what stands inside triple quotes."""
+    brackets, and what is inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
     for line in program.split("\n"):
@@ -141,8 +141,8 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """A body indented as one, also where its first line has lost its indent or all of it stands at
-    the margin."""
+    """A body indented as one, even if its first line has lost its indent or all of it is at the
+    margin."""
     lines = body.strip("\n").rstrip().split("\n")
     while lines and not lines[0].strip():
         del lines[0]
@@ -200,10 +200,10 @@ _DOCSTRING = re.compile(
 
 
 def body_of(program: str) -> str | None:
-    """What a gold program has after `def solution():` and a docstring, indented by four; None where
-    it has no such line.
+    """What a gold program has after `def solution():` and a docstring, indented by four; None if it
+    has no such line.
 
-    What stands before the definition moves into it.
+    What comes before the definition moves into it.
     """
     program = program.replace("\r\n", "\n").expandtabs(4)
     header = _GOLD_HEADER.search(program)

@@ -69,7 +69,7 @@ class Nl(Prompted):
         return f"{rationale}\n{phrase} {_with_separator(problem.answer, self.decimal)}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade a completion, in order; expressions are compared side by side."""
+        """One grade per completion, in order; expressions are compared side by side."""
         if len(completions) != len(problems):
             raise ValueError(f"{len(problems)} problems and {len(completions)} completions")
         if self.grading == "robust" and any(needs_worker(problem.answer) for problem in problems):

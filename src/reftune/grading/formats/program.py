@@ -83,7 +83,7 @@ class Program(Prompted):
         return body if self.style == "paper" else f"\n{body}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade a completion, in order. Programs run once each, equal ones together."""
+        """One grade per completion, in order. Equal programs run once."""
         if self.style == "compact":
             completions = [completion.removeprefix("\n") for completion in completions]
         pairs = list(zip(problems, completions, strict=True))
@@ -107,7 +107,8 @@ class Program(Prompted):
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """By the first program that ends without an error; by the first error where none does."""
+        """The grade of the first program that ends without an error; of the first error if none
+        does."""
         if not results:
             expected = " and neither assigns nor prints an answer" * (self.scripts == "read")
             return no_answer(f"the text defines no solution() and returns nothing{expected}")
@@ -180,8 +181,7 @@ def _paper_source(problem: Problem, completion: str) -> str:
 
 
 def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
-    """A crash is the value "none" where answers are strings, and no value where they are
-    numbers."""
+    """A crash is the value "none" if answers are strings, and no value if they are numbers."""
     has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
     graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
     return replace(graded, program_s=result.seconds)

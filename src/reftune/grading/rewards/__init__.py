@@ -31,5 +31,5 @@ class Reward(Protocol):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One finite reward a completion, in order; None leaves the rollout out. Raises:
+        """One finite reward per completion, in order; None leaves the rollout out. Raises:
         RewardError naming the sample."""

@@ -2,9 +2,9 @@
 
 The function is called as TRL calls its `reward_funcs`, once a batch, everything by keyword and as
 lists: `prompts` (the questions), `completions` (texts), `completion_ids`, every column of the data
-by its name, and, where the data have no column of that name, `answer`, `verdicts`, `values` and
+by its name, and, unless the data has columns of these names, `answer`, `verdicts`, `values` and
 `reasons` (the grader's). It takes those it names, or all of them with `**kwargs`; it may be async.
-It returns one number a completion, or None if it does not apply: that rollout is then left out.
+It returns one number per completion, or None if it does not apply: that rollout is then left out.
 Instead of a number it may return parts, `{"correct": 1.0, "short": 0.1}`, or for the whole batch
 `{"correct": [1.0, …], "short": [0.1, …]}`: the reward is their sum, and each is a metric of its
 own, `reward_part/NAME`.
@@ -51,7 +51,7 @@ class FunctionReward(Component):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One reward a completion, in order. Raises: RewardError naming the sample."""
+        """One reward per completion, in order. Raises: RewardError naming the sample."""
         samples = list(zip(problems, completions, graded, strict=True))
         if not samples:
             return []
@@ -156,8 +156,8 @@ class _TimeUpError(BaseException):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises: _TimeUpError when the time is up. Without effect outside of the main thread, where no
-    signal arrives."""
+    """Raises: _TimeUpError when the time is up. Has no effect outside the main thread, which alone
+    receives signals."""
 
     def expire(number: int, frame: Any) -> None:
         raise _TimeUpError
@@ -200,7 +200,7 @@ def _columns(samples: Sequence[_Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """The result of a coroutine, also where an event loop is running already."""
+    """The result of a coroutine, even if an event loop is already running."""
     if not inspect.isawaitable(result):
         return result
 

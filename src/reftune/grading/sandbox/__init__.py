@@ -2,7 +2,7 @@
 
 Two backends behind one interface. `monty` interprets Python in Rust, in worker processes that it
 replaces when they die; there is no file, network, process or environment in it to reach.
-`subprocess` runs CPython with the installed packages, a fenced-in process for each program. `auto`
+`subprocess` runs CPython with the installed packages, an isolated process for each program. `auto`
 (the default) runs monty, and the subprocess for what monty lacks of Python itself (`gaps.py`);
 packages stay an error there, so that what happens to be installed does not decide a verdict. Where
 the system cannot isolate a subprocess, `auto` is monty alone.
@@ -48,10 +48,11 @@ MAX_SOURCE_CHARS = 100_000
 
 
 class Sandbox:
-    """Runs programs side by side, each in a session of its own. Starts on first use; `close` or
+    """Runs programs side by side, each in its own session. Starts on first use; `close` or
     garbage collection ends it.
 
-    Equal where the settings are; a copy, also in another process, starts workers of its own.
+    Sandboxes with equal settings are equal; a copy, even in another process, starts its own
+    workers.
     """
 
     def __init__(
@@ -62,9 +63,8 @@ class Sandbox:
         workers: int | None = None,
         allow_unisolated: bool = False,
     ) -> None:
-        """`workers`: programs at a time, by default one a core. `allow_unisolated`: let the
-        subprocess backend start where the system offers no namespaces to cut it off from the
-        network."""
+        """`workers`: programs at a time, by default one per core. `allow_unisolated`: let the
+        subprocess backend start even if the system cannot isolate it from the network."""
         self.limits = limits if limits is not None else SandboxLimits()
         self._kind = backend
         self._workers = workers if workers is not None else _num_cores()

@@ -110,8 +110,8 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
 
 
 def is_closed(waiting: socket.socket) -> bool:
-    """Whether nobody waits for a program any more. A descriptor may have been closed and used again
-    since it was polled."""
+    """Whether a program's result is no longer awaited. A descriptor may have been closed and used
+    again since it was polled."""
     try:
         return waiting.recv(1, socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -300,7 +300,7 @@ ALLOWED_CALLS = {
 
 
 def run(source: str) -> str:
-    """What is written of a program: `P…` where it printed something, and `V…` or `E…`."""
+    """What is reported about a program: `P…` if it printed something, and `V…` or `E…`."""
     scope: dict[str, Any] = {"__name__": "__main__"}
     printed = Printed()
     sys.stdout = printed

@@ -81,7 +81,7 @@ class MontyBackend:
         self._finalizer()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Runs twice where the worker dies: it may have died of something else."""
+        """Runs twice if the worker dies: something else may have killed it."""
         return self._attempt(source) or self._attempt(source) or failure("the worker crashed twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:

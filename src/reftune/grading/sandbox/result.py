@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MAX_VALUE_BYTES = 1 << 20
-"""Of what a program returns."""
+"""Largest value that a program may return."""
 MAX_PRINTED_CHARS = 2000
 """Kept of what a program prints, from the end."""
 
@@ -29,7 +29,7 @@ HARMLESS_IN_SYS = frozenset(
     "byteorder float_info getrecursionlimit getsizeof int_info set_int_max_str_digits"
     " setrecursionlimit".split()
 )
-"""Of what monty's `sys` lacks."""
+"""Names that monty's `sys` lacks and that do no harm."""
 
 
 class ExecutionStatus(enum.Enum):
@@ -52,7 +52,7 @@ class ExecutionResult:
     reason: str = ""
     """One line for a person; empty if the status is OK."""
     printed: str = field(default="", compare=False)
-    """The end of what it printed, where the status is OK."""
+    """The end of what it printed, if the status is OK."""
     seconds: float = field(default=0.0, compare=False)
     """How long it ran, the start of its session included."""
 

@@ -114,7 +114,7 @@ class SubprocessBackend:
         self._forkers.clear()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Runs twice where the forking process died: something else may have killed it."""
+        """Runs twice if the forking process dies: something else may have killed it."""
         return self._attempt(source) or self._attempt(source) or _error("the worker died twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
@@ -154,7 +154,7 @@ def _packages_of(source: str) -> tuple[str, ...]:
 class _Forker:
     """A started interpreter that forks a process for each program.
 
-    A copy of this process, made by fork, may go on using it: each program has its own descriptors.
+    A forked copy of this process may use it too: each program has its own descriptors.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ class _Forker:
         self._finalizer()
 
     def run(self, source: int, folder: str, timeout_s: float) -> tuple[bytes, int] | None:
-        """What a program wrote, and its exit status; None where nobody ran it to its end."""
+        """What a program wrote, and its exit status; None if it was not run to its end."""
         output, results = os.pipe()
         ours, theirs = socket.socketpair()
         with open(output, "rb", buffering=0), ours:  # noqa: PTH123  a descriptor, not a path
@@ -201,7 +201,7 @@ class _Forker:
 
 
 def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) -> None:
-    """The forking process ends when nobody holds its socket."""
+    """The forking process ends when its socket is closed."""
     requests.close()
     if os.getpid() == pid:
         try:
@@ -232,7 +232,7 @@ def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[byt
 
 
 def _received(status: socket.socket, timeout_s: float) -> bytes | None:
-    """The exit status; nothing where the other side is gone, None when the time is up."""
+    """The exit status; nothing if the other side is gone, None when the time is up."""
     status.settimeout(max(0.01, timeout_s))
     try:
         return status.recv(16)

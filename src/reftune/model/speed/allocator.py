@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
     """Let the allocator keep the memory of freed tensors, of all threads, instead of asking for
     zeroed pages at every step.
 
-    A training step frees and asks again for the same gigabytes. Does nothing where the C library is
+    A training step frees and asks again for the same gigabytes. Does nothing if the C library is
     not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,7 +1,7 @@
 """Sequences read without padding between them by transformers' own models.
 
-Tokens of all sequences follow one another; they are padded only while they attend, in groups of
-similar length. In bf16 on a CPU attention is in fp32: its backward pass is slow otherwise.
+Tokens of all sequences follow one another; they are padded only for attention, in groups of similar
+length. In bf16 on a CPU attention is in fp32: its backward pass is slow in bf16.
 """
 
 from __future__ import annotations

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from reftune.processes.sharding import whole_tensor
 
 FEW_ROWS = 16
-"""The layout is chosen for products of so many rows; others gain as much."""
+"""Rows for which the layout is chosen; products of other sizes gain as much."""
 
 
 Product = Callable[[Tensor], Tensor]
-"""Of rows (…, I), in whatever dtype, with a weight: (…, O), in the weight's dtype."""
+"""The product of rows (…, I), in any dtype, with a weight: (…, O), in the weight's dtype."""
 
 
 @contextmanager
 def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Products of the linear layers from a copy of their weights in `dtype` that lies as oneDNN
-    reads it, to read only.
+    """Products of the linear layers from a read-only copy of their weights in `dtype`, in oneDNN's
+    layout.
 
     A product takes two thirds of the time, and the copy 0.1 s for 134 million weights. Does nothing
-    off the CPU, in fp32, and where the processor has no bf16 products.
+    off the CPU, in fp32, or if the CPU has no bf16 products.
     """
     layers = [
         module
@@ -43,10 +43,10 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
-    """What `layers` make of the same rows, side by side, by one product in `dtype`. Weights split
-    over processes are gathered.
+    """The outputs of `layers` on the same rows, side by side, by one product in `dtype`. Weights
+    split over processes are gathered.
 
-    `pack`: where that is faster, from a copy of the weights that lies as oneDNN reads it.
+    `pack`: from a copy of the weights in oneDNN's layout, if that is faster.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
