@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 from benchmarks.step import measured
 
-from reftune.advice.plan import stage_costs, work_of
 from reftune.model.encoder import Encoder
 from reftune.model.scratch import make_scratch
 from reftune.model.weights import load_model
 from reftune.recipe import load_recipe
 from reftune.runs.run import load_splits, scratch_texts
-from reftune.stages.memory import Memory, Sizes, outline_of, stage_memory
+from reftune.stages.estimate import Estimate, Memory, stage_costs
+from reftune.stages.outline import outline_of
 
 CASES: dict[str, dict[str, Any]] = {
     "deep": {
@@ -119,14 +119,13 @@ def predicted(path: Path) -> Memory:
     encoder = Encoder(tokenizer, loaded.format)
     longest = max(len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev))
     (cost,) = stage_costs(loaded).values()
-    work = work_of(
-        cost,
-        Sizes(tokens=loaded.model.max_tokens, rows=loaded.engine.rows),
+    return Estimate(
+        recipe=loaded,
+        cost=cost,
+        outline=outline_of(loaded.model, texts, device="cpu"),
         prompt=longest,
-        response=loaded.lengths.max_new,
         problems=len(splits.train),
-    )
-    return stage_memory(outline_of(loaded.model, texts, device="cpu"), cost, loaded.engine, work)
+    ).memory
 
 
 def baseline() -> int:

@@ -5,16 +5,10 @@ from typing import Any
 
 import pytest
 
-from reftune.advice.measured import (
-    BUDGET_S,
-    Lengths,
-    Speed,
-    _sample_speed,
-    _train_speed,
-    evaluation_seconds,
-    stage_seconds,
-)
+from reftune.advice.check.model import num_answers
+from reftune.advice.measured import BUDGET_S, Speed, _sample_speed, _train_speed
 from reftune.model.batch import token_batch
+from reftune.stages.estimate import stage_costs
 from reftune.stages.reward_model import RewardModel
 from reftune.stages.rl import Rl
 from reftune.stages.self_train import SelfTrain
@@ -22,8 +16,7 @@ from reftune.stages.sft import Sft
 from reftune.stages.stage import Cost, Stage
 
 SPLITS: Any = SimpleNamespace(train=range(100), dev=range(20), test=range(50))
-LENGTHS = Lengths(prompt=30, target=10)
-SPEED = Speed(train=400, sample=100)
+PACE = Speed(train=400, sample=100).pace(prompt=30, response=10)
 LOOK_S = 2.0
 """20 dev problems of 10 tokens at 100 tokens/s."""
 
@@ -31,6 +24,11 @@ LOOK_S = 2.0
 def recipe(**stages: Any) -> Any:
     evaluate = SimpleNamespace(split="test", limit=40, samples=3, sampled=None)
     return SimpleNamespace(stages=stages, evaluate=evaluate)
+
+
+def seconds(**stages: Any) -> dict[str, float]:
+    costs = stage_costs(recipe(**stages), num_train=100, num_dev=20)
+    return {name: cost.seconds(PACE, num_dev=20) for name, cost in costs.items()}
 
 
 OPTIMIZER = {"learning_rate": 1e-3}
@@ -54,9 +52,7 @@ class Foretold(Mine):
 def test_supervised_seconds_are_tokens_at_the_measured_speed_and_looks():
     # 4 epochs of 100 rows of 40 tokens at 400 tokens/s are 40 s; a look every 2 epochs is two looks
     # of 2 s
-    assert stage_seconds(recipe(sft=SFT), SPLITS, LENGTHS, SPEED) == {
-        "sft": pytest.approx(40 + 2 * LOOK_S)
-    }
+    assert seconds(sft=SFT) == {"sft": pytest.approx(40 + 2 * LOOK_S)}
 
 
 def test_rl_seconds_are_sampling_scoring_and_updates():
@@ -64,40 +60,34 @@ def test_rl_seconds_are_sampling_scoring_and_updates():
     # pass, with 2 updates and a third of a pass each for policy and reference: 2.667 s. 8 steps, 3
     # pre-fit rollouts, 2 looks
     expected = 8 * (1 + 2 + 2 / 3) + 3 * 1 + 2 * LOOK_S
-    assert stage_seconds(recipe(reft=RL), SPLITS, LENGTHS, SPEED) == {
-        "reft": pytest.approx(expected)
-    }
+    assert seconds(reft=RL) == {"reft": pytest.approx(expected)}
 
 
 def test_self_training_counts_sampling_and_at_most_all_kept_rows():
     # 6 samples of 100 problems of 10 tokens: 60 s; 1 epoch of (1 + 4)·100 rows of 40 tokens: 50 s;
     # one look
     stage = SelfTrain(samples=6, keep=4, sft={**SCHEDULE, "epochs": 1, "eval_every": 1})
-    assert stage_seconds(recipe(st=stage), SPLITS, LENGTHS, SPEED) == {
-        "st": pytest.approx(60 + 50 + LOOK_S)
-    }
+    assert seconds(st=stage) == {"st": pytest.approx(60 + 50 + LOOK_S)}
 
 
 def test_a_reward_model_counts_its_samples_of_train_and_dev():
     # 6 samples of 100 problems and 2 of 20 dev problems, of 10 tokens: 64 s; an epoch of 600 rows
     # of 40 tokens: 60 s; one look
     stage = RewardModel(samples=6, dev_samples=2, **{**SCHEDULE, "epochs": 1, "eval_every": 1})
-    assert stage_seconds(recipe(judge=stage), SPLITS, LENGTHS, SPEED) == {
-        "judge": pytest.approx(64 + 60 + LOOK_S)
-    }
+    assert seconds(judge=stage) == {"judge": pytest.approx(64 + 60 + LOOK_S)}
 
 
 def test_a_users_own_stage_is_timed_by_its_own_cost_and_left_out_without_one():
     # 100 rows of 40 tokens at 400 tokens/s, one look
-    seconds = stage_seconds(recipe(mine=Mine(), told=Foretold()), SPLITS, LENGTHS, SPEED)
-    assert seconds == {"told": pytest.approx(10 + LOOK_S)}
+    assert seconds(mine=Mine(), told=Foretold()) == {"told": pytest.approx(10 + LOOK_S)}
 
 
 def test_evaluation_counts_methods_problems_and_samples():
-    # 2 methods, 40 of the 50 problems, a greedy answer and 3 samples of 10 tokens at 100 tokens/s
-    assert evaluation_seconds(recipe(), SPLITS, 2, LENGTHS, SPEED) == pytest.approx(
-        2 * 40 * 4 * 0.1
-    )
+    # 2 methods, 40 of the 50 problems, a greedy answer and 3 samples
+    subject: Any = SimpleNamespace(recipe=recipe(), splits=SPLITS, num_methods=2)
+    assert num_answers(subject) == 2 * 40 * 4
+    subject.recipe.evaluate.sampled = ["reft"]
+    assert num_answers(subject) == 40 * (2 + 3)
 
 
 class Clock:

@@ -10,8 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from reftune.advice.plan import GPUS, NETWORK, Hardware, Planner, make_plan
+from reftune.recipe import ModelTable
+from reftune.stages.estimate import Estimate
+from reftune.stages.outline import outline_of
 from reftune.stages.stage import Cost
 from reftune.terminal.cli import main
 
@@ -24,6 +28,8 @@ OUTLINE: Any = SimpleNamespace(
     trained=900_000,
     ends=200_000,
     weights=4e6,
+    gathered=3e6,
+    policy=SimpleNamespace(compute_dtype=torch.bfloat16),
     cache_bytes=800,
     update=lambda prompt, response, batch: SimpleNamespace(
         forward_flops=batch * FORWARD, flops=batch * FLOPS
@@ -31,22 +37,35 @@ OUTLINE: Any = SimpleNamespace(
 )
 
 
-def planner(*, gpus: int = 1, dtype: str = "bfloat16", batch_size: int = 64) -> Planner:
-    model = SimpleNamespace(dtype=dtype, micro_batch_tokens=500)
-    recipe: Any = SimpleNamespace(model=model, engine=SimpleNamespace(batch_size=batch_size))
-    return Planner(
-        outline=OUTLINE,
-        hardware=Hardware(gpus=gpus, memory=8e10, kind="h100", mfu=0.5),
-        recipe=recipe,
-        prompt=60,
-        response=40,
+def planner(
+    cost: Cost | None = None,
+    way: Any = "one",
+    *,
+    gpus: int = 1,
+    dtype: str = "bfloat16",
+    batch_size: int = 64,
+) -> Planner:
+    recipe: Any = SimpleNamespace(
+        model=SimpleNamespace(dtype=dtype, micro_batch_tokens=500),
+        engine=SimpleNamespace(batch_size=batch_size),
+        lengths=SimpleNamespace(max_new=40),
     )
+    estimate = Estimate(
+        recipe=recipe,
+        cost=cost or rl(),
+        outline=OUTLINE,
+        prompt=60,
+        sharding=way,
+        devices=1 if way == "one" else gpus,
+    )
+    hardware = Hardware(gpus=gpus, memory=8e10, kind="h100", mfu=0.5)
+    return Planner(hardware=hardware, estimate=estimate)
 
 
-def cost(**changes: Any) -> Cost:
+def rl(**changes: Any) -> Cost:
     """8 prompts, 4 samples each, scored by policy and reference, 2 updates."""
-    rl = Cost(steps=1, batch=32, updates=2, scored=2, sampled=32, prompts=8, looks=1)
-    return replace(rl, **changes)
+    cost = Cost(steps=1, batch=32, updates=2, scored=2, sampled=32, prompts=8, looks=1)
+    return replace(cost, **changes)
 
 
 def test_the_rate_is_a_share_of_the_data_sheets():
@@ -55,30 +74,38 @@ def test_the_rate_is_a_share_of_the_data_sheets():
 
 
 def test_scoring_passes_once_through_policy_reference_and_value_model():
-    made = planner(gpus=4)
-    rate = made.rate * 4
-    assert made.step(cost(), "one")["score"].seconds == pytest.approx(32 * 2 * FORWARD / rate)
-    one = made.step(cost(scored=1), "one")["score"].seconds
-    assert one == pytest.approx(32 * FORWARD / rate)
-    both = made.step(cost(scored=1, value_model=True), "one")["score"].seconds
-    assert both == pytest.approx(2 * one)
+    rate = planner().rate * 4
+
+    def score(**changes: Any) -> float:
+        return planner(rl(**changes), gpus=4).step().phases["score"].seconds
+
+    assert score() == pytest.approx(32 * 2 * FORWARD / rate)
+    assert score(scored=1) == pytest.approx(32 * FORWARD / rate)
+    assert score(scored=1, value_model=True) == pytest.approx(2 * 32 * FORWARD / rate)
+
+
+def test_a_stage_takes_its_steps_and_what_comes_before_them():
+    # 10 steps, and as many samples as two of them before the first
+    step = planner(rl(steps=10, sampled_before=64)).step()
+    generate = step.phases["generate"].seconds
+    assert step.stage_seconds == pytest.approx(10 * step.seconds + 2 * generate)
 
 
 def test_an_update_takes_the_operations_that_were_counted():
-    found = planner().update(cost(), 1, "one")
+    found = planner().step().phases["update"]
     assert found.seconds == pytest.approx(2 * 32 * FLOPS / planner().rate)
     assert found.bound == "arithmetic"
 
 
 def test_ddp_sums_gradients_once_an_update_and_fsdp2_moves_weights_each_micro_batch():
     # a ring moves 2 · 3/4 of the gradient; 900,000 of 4 bytes
-    found = planner(gpus=4).communication(cost(), 4, "ddp")
+    found = planner(way="ddp", gpus=4).communication(4)
     assert found == pytest.approx(2 * 0.75 * 3.6e6 / GPU.link)
     # 8 sequences a GPU, 5 of 100 tokens in a micro-batch of 500: two, each gathers weights twice,
     # scatters gradients once
-    found = planner(gpus=4).communication(cost(), 4, "fsdp2")
+    found = planner(way="fsdp2", gpus=4).communication(4)
     assert found == pytest.approx(2 * 0.75 * (8e6 + 3.6e6) / GPU.link)
-    found = planner(gpus=16).communication(cost(), 16, "ddp")
+    found = planner(way="ddp", gpus=16).communication(16)
     assert found == pytest.approx(2 * 15 / 16 * 3.6e6 / NETWORK), "two machines"
 
 
@@ -87,29 +114,31 @@ def test_few_rows_are_bound_by_reading_weights_and_cache_and_many_by_arithmetic(
     # bytes, at half the roofline
     token_s = (2e6 + 32 * 80 * 800) / GPU.memory / 0.5
     prefill_s = 8 * 2 * 800_000 * 60 / planner().rate
-    few = planner().generate(cost(), 1, "one")
+    few = planner().step().phases["generate"]
     assert few.seconds == pytest.approx(40 * token_s + prefill_s)
     assert few.bound == "reading the cache"
     # a cache of 8 rows at once is a quarter of it, four times over
-    waves = planner(batch_size=8).generate(cost(), 1, "one")
+    waves = planner(batch_size=8).step().phases["generate"]
     assert waves.seconds == pytest.approx(
         4 * 40 * (2e6 + 8 * 80 * 800) / GPU.memory / 0.5 + prefill_s
     )
     assert waves.bound == "reading the weights for 8 rows"
+    # split weights come first, three quarters of them from the others
+    gathered = (
+        planner(way="fsdp2", gpus=4).generate(4).seconds - planner(gpus=4).generate(4).seconds
+    )
+    assert 32 * gathered == pytest.approx(0.75 * 3e6 / GPU.link)
 
 
 def test_a_split_gives_the_step_to_two_groups_that_take_turns():
-    made = planner(gpus=4)
-    whole, split = made.step(cost(), "ddp"), made.best_split(cost(), "ddp")
+    made = planner(way="ddp", gpus=4)
+    split = made.best_split()
     samplers = split["sampling_gpus"]
-    halves = made.step(cost(), "ddp", samplers=samplers)
-    assert (
-        split["seconds"]
-        == sum(phase.seconds for phase in halves.values())
-        > sum(p.seconds for p in whole.values())
-    )
+    halves = made.step(samplers=samplers)
+    assert split["seconds"] == halves.seconds > made.step().seconds
     assert samplers + split["training_gpus"] == 4
-    assert halves["update"] == made.update(cost(), 4 - samplers, "ddp")
+    # 32 sequences, twice
+    assert halves.phases["update"].seconds == pytest.approx(64 * made.update(4 - samplers).seconds)
 
 
 def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -173,6 +202,27 @@ def test_bad_input_is_one_line(arguments, told, capsys):
     assert told in printed.err and printed.err.count("\n") == 1 and printed.out == ""
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "t5"}, "Unrecognized configuration class"),
+        ({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}, "not a multiple"),
+        ({"hidden_size": 8}, "model_type"),
+        ("{", "not a valid JSON file"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_one_line(config, told, tmp_path, capsys):
+    text = config if isinstance(config, str) else json.dumps(config)
+    (tmp_path / "config.json").write_text(text)
+    arguments = ["demo/smoke.yaml", "model.scratch=null", f"model.path={tmp_path}"]
+    with pytest.raises(SystemExit) as left:
+        main(["plan", *arguments])
+    told_of = capsys.readouterr().err
+    assert left.value.code == 2 and told_of.count("\n") == 1
+    assert f"{tmp_path}: cannot be loaded as a causal language model: " in told_of
+    assert told in told_of
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_page_on_scaling_shows_what_the_command_prints(tmp_path, monkeypatch, capsys):
@@ -200,3 +250,18 @@ def test_the_committed_accuracy_is_on_the_page_and_within_its_tolerance_without_
             f"| {row['measured'] / 1e6:,.0f} | {row['predicted'] / 1e6:,.0f} |"
             f" {100 * row['error']:+.1f} % |" in page
         )
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        ("facebook/galactica-125m", 125e6),
+        ("facebook/galactica-6.7b", 6.7e9),
+        ("Salesforce/codegen-350M-mono", 350e6),
+        ("codeparrot/codeparrot-small", 110e6),
+        ("codellama/CodeLlama-7b-hf", 6.74e9),
+    ],
+)
+def test_the_configurations_of_the_papers_models_have_the_published_sizes(model, published):
+    table = ModelTable(path=model, dtype="float32")
+    assert outline_of(table, (), device="cuda").total == pytest.approx(published, rel=0.02)

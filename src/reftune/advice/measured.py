@@ -1,4 +1,4 @@
-"""How long a run will take, from a short measurement on this machine, and the memory there is."""
+"""How fast this machine trains and samples, from a short measurement; its free memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from pathlib import Path
 import torch
 
 from reftune.algorithms.losses import masked_mean
-from reftune.datasets import Splits
 from reftune.engines import Engine
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
-from reftune.recipe import Recipe
-from reftune.stages.stage import Cost
+from reftune.stages.stage import Pace
 from reftune.types import SamplingParams
 
 WARM_TOKENS = 256
@@ -41,13 +39,10 @@ class Speed:
     sample: float
     """Responses, all rows together."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lengths:
-    """Mean lengths of the training rows, tokens."""
-
-    prompt: float
-    target: float
+    def pace(self, *, prompt: float, response: float) -> Pace:
+        """With sequences of so many tokens."""
+        update = (prompt + response) / self.train
+        return Pace(generate=response / self.sample, score=SCORING_COST * update, update=update)
 
 
 def measure_speed(
@@ -116,42 +111,6 @@ def _seconds(act: Callable[[], object]) -> float:
         act()
         calls += 1
     return (time.perf_counter() - started) / calls
-
-
-def stage_seconds(
-    recipe: Recipe, splits: Splits, lengths: Lengths, speed: Speed
-) -> dict[str, float]:
-    """Seconds by stage, looks at dev included; stages that cannot foretell their cost are left
-    out."""
-    sizes = {"num_train": len(splits.train), "num_dev": len(splits.dev)}
-    costs = {name: stage.cost(**sizes) for name, stage in recipe.stages.items()}
-    return {
-        name: _seconds_of(cost, sizes["num_dev"], lengths, speed)
-        for name, cost in costs.items()
-        if cost is not None
-    }
-
-
-def _seconds_of(cost: Cost, num_dev: int, lengths: Lengths, speed: Speed) -> float:
-    passes = cost.updates + SCORING_COST * cost.scored
-    num_trained = cost.steps * cost.batch * passes
-    num_sampled = cost.sampled_before + cost.steps * cost.sampled + cost.looks * num_dev
-    train_s = num_trained * (lengths.prompt + lengths.target) / speed.train
-    return train_s + num_sampled * lengths.target / speed.sample
-
-
-def evaluation_seconds(
-    recipe: Recipe, splits: Splits, num_methods: int, lengths: Lengths, speed: Speed
-) -> float:
-    """Seconds of the final evaluation of so many methods."""
-    num_problems = len(getattr(splits, recipe.evaluate.split)[: recipe.evaluate.limit])
-    num_sampled = num_methods if recipe.evaluate.sampled is None else len(recipe.evaluate.sampled)
-    return (
-        num_problems
-        * (num_methods + num_sampled * recipe.evaluate.samples)
-        * lengths.target
-        / speed.sample
-    )
 
 
 def available_bytes(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -13,6 +14,7 @@ from reftune.types import Completion, SamplingParams
 
 class Scripted(Component):
     kind: str = "scripted"
+    device_share: ClassVar[float] = 0.0
     texts: list[str] = Field(min_length=1)
     """Given to the prompts of each call in turn, from the first."""
 

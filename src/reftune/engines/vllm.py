@@ -62,6 +62,11 @@ class Vllm(Component):
     """Colocated: no compilation and no CUDA graphs; starts sooner, runs slower."""
 
     @property
+    def device_share(self) -> float:
+        """Of the device's memory that it takes for weights and a cache of its own."""
+        return 0.0 if self.server else self.memory
+
+    @property
     def servers(self) -> list[Server]:
         addresses = [self.server] if isinstance(self.server, str) else self.server or ()
         return [Server(address.rstrip("/")) for address in addresses]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from reftune.errors import ModelError
 
-Embeddings = Literal["all", "exact"]
-"""Which are cast: all, or those that the dtype holds without rounding. Autocast does not round
-them."""
+Embeddings = Literal["all", "exact", "none"]
+"""Which are cast: all, those that the dtype holds without rounding, or none. Autocast does not
+round them."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
@@ -45,8 +45,10 @@ def narrowable(
         assert isinstance(weight, nn.Parameter)
         if not weight.is_floating_point():  # in 4 bits
             continue
-        is_exact = id(weight) not in looked_up or embeddings == "all"
-        if is_exact or torch.equal(weight.to(dtype).to(weight.dtype), weight):
+        is_cast = id(weight) not in looked_up or embeddings == "all"
+        if not is_cast and embeddings == "exact":
+            is_cast = torch.equal(weight.to(dtype).to(weight.dtype), weight)
+        if is_cast:
             found[id(weight)] = weight
     return found
 

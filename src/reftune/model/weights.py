@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +64,44 @@ def load_config(table: ModelTable) -> Any:
     if isinstance(path, str) and (shipped / "config.json").is_file():
         path = shipped
     _require_config(path)
-    try:
+    with _loading(path):
         return AutoConfig.from_pretrained(
             path, revision=table.revision or "main", trust_remote_code=table.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+
+
+def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
+    """A causal LM of the shape that `load_model` would give, in fp32, from the configuration alone.
+    Raises: ModelError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if table.scratch is not None:
+        return make_scratch(table.scratch, texts, seed=0)[0]
+    config = load_config(table)
+    with _loading(table.path):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=table.trust_remote_code
+        )
+
+
+@contextmanager
+def _loading(path: Path | str | None) -> Iterator[None]:
+    """Raises: ModelError for what transformers raises of a model that it cannot load."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None
 
@@ -88,14 +122,13 @@ def load_pretrained(
     """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, for weights that are not
     trained, in the dtype of its files. Only safetensors are read. Raises: ModelError."""
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the run has its own
     path = resolve(path)
     _require_config(path)
-    try:
+    with _loading(path):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision or "main",
@@ -106,9 +139,6 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None
     return model, tokenizer
 
 

@@ -112,7 +112,7 @@ class Fsdp2(Sharding):
             yield
             return
         twin, split = _twins[model], dict(model._modules)
-        cast = _matrices(twin)
+        cast = block_matrices(twin)
         for full, part in zip(twin.parameters(), model.parameters(), strict=True):
             value = part.detach()
             is_cast = dtype is not None and id(full) in cast
@@ -161,7 +161,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def _matrices(model: nn.Module) -> set[int]:
+def block_matrices(model: nn.Module) -> set[int]:
     """By id, what linear layers of transformer blocks multiply by; heads and embeddings are not."""
     from torch import nn
 

@@ -12,9 +12,10 @@ from reftune.model.precision import fastest_dtype
 from reftune.processes import launch, world
 from reftune.processes.sharding import sharding
 from reftune.recipe import Recipe, ScratchTable, parse_recipe
-from reftune.stages.memory import ROWS as LARGEST_ROWS
-from reftune.stages.memory import TOKENS as LARGEST_TOKENS
-from reftune.stages.memory import Sharding, Sizes, fitting, outline_of, total_bytes
+from reftune.stages.estimate import PROMPT, Estimate, Sharding, Sizes, stage_costs, total_bytes
+from reftune.stages.estimate import ROWS as LARGEST_ROWS
+from reftune.stages.estimate import TOKENS as LARGEST_TOKENS
+from reftune.stages.outline import outline_of
 from reftune.storage.run_folder import RunFolder
 
 Key = tuple[str, str]
@@ -26,8 +27,6 @@ DTYPE, TOKENS, ROWS = KEYS = (
     ("model", "micro_batch_tokens"),
     ("engine", "batch_size"),
 )
-PROMPT = 256
-"""Tokens of a prompt if the recipe does not say; prompts are read only later."""
 ROWS_UNFORESEEN = 32
 """Decoded at once if no stage says what it costs."""
 VOCABULARY = 4096
@@ -66,20 +65,17 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
     outline = outline_of(recipe.model, texts, device=device.type)
     size = world.world_size()
     way: Sharding = "fsdp2" if sharding().splits else "ddp"
-    costs = [stage.cost(num_train=1, num_dev=1) for stage in recipe.stages.values()]
     found = [
-        fitting(
-            outline,
-            cost,
-            recipe.engine,
+        Estimate(
+            recipe=recipe,
+            cost=cost,
+            outline=outline,
             prompt=recipe.lengths.max_prompt or PROMPT,
-            response=recipe.lengths.max_new,
-            device_bytes=total_bytes(device),
             sharding=way if size > 1 else "one",
-            gpus=size,
-        )
-        for cost in costs
-        if cost is not None
+            devices=size,
+            device_bytes=total_bytes(device),
+        ).fitting()
+        for cost in stage_costs(recipe).values()
     ]
     return Sizes(
         tokens=min([sizes.tokens for sizes in found], default=recipe.model.max_tokens),

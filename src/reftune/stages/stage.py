@@ -39,8 +39,21 @@ class StageContext:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """Seconds for one sequence, all devices at work."""
+
+    generate: float
+    """To sample its response."""
+    score: float
+    """To pass over it without a gradient."""
+    update: float
+    """To pass over it forward and backward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What a stage does, in counts; `advice` turns them into seconds and bytes."""
+    """What a stage does, in counts. What it takes follows from them: `estimate.Estimate` has the
+    bytes, `phases` and `seconds` the time at a pace, measured or planned."""
 
     steps: float
     batch: int
@@ -63,6 +76,19 @@ class Cost:
     """Whether a second transformer is trained, for values."""
     state_bits: Literal[32, 8] = 32
     """Of the optimizer."""
+
+    def phases(self, pace: Pace) -> dict[str, float]:
+        """Seconds of each part of a step."""
+        return {
+            "generate": self.sampled * pace.generate,
+            "score": self.batch * self.scored * pace.score,
+            "update": self.batch * self.updates * pace.update,
+        }
+
+    def seconds(self, pace: Pace, *, num_dev: int) -> float:
+        """Of the whole stage, looks at dev included."""
+        others = self.sampled_before + self.looks * num_dev
+        return self.steps * sum(self.phases(pace).values()) + others * pace.generate
 
 
 class Stage(Component, ABC):

@@ -334,14 +334,16 @@ def plan(
     Reads the model's configuration, no weights and, unless the model is made from scratch, no data.
     docs/scaling.md has the equations.
     """
-    from reftune.advice.plan import GB, Hardware, make_plan, plan_document, plan_text
+    from dataclasses import asdict
+
+    from reftune.advice.plan import GB, Hardware, make_plan, plan_text
 
     hardware = Hardware(gpus=gpus, memory=memory * GB, kind=gpu, mfu=mfu)
     made = make_plan(
         _load(recipe, overrides), hardware, prompt=prompt, response=response, only=stage
     )
     if as_json:
-        show(plan_document(made))
+        show(asdict(made))
     else:
         print(plan_text(made))
 

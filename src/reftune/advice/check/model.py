@@ -7,20 +7,14 @@ from dataclasses import replace
 
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, learns_from_rationales, mean
-from reftune.advice.measured import (
-    Lengths,
-    available_bytes,
-    evaluation_seconds,
-    measure_speed,
-    stage_seconds,
-)
-from reftune.advice.plan import stage_costs, work_of
+from reftune.advice.measured import available_bytes, measure_speed
 from reftune.model.batch import token_batch
 from reftune.model.precision import product_rates
 from reftune.recipe import Recipe
 from reftune.results.stats import wilson
 from reftune.runs.sample import sample_rows
-from reftune.stages.memory import Outline, Sizes, stage_memory
+from reftune.stages.estimate import Estimate, stage_costs
+from reftune.stages.outline import Outline
 from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
 
@@ -64,16 +58,10 @@ def check_memory(subject: Subject) -> Finding:
     problems = max(
         len(getattr(subject.splits, recipe.evaluate.split)), *map(len, subject.prompts.values())
     )
-    sizes = Sizes(tokens=recipe.model.max_tokens, rows=getattr(recipe.engine, "rows", 1))
     planned = [
-        stage_memory(
-            outline,
-            cost,
-            recipe.engine,
-            work_of(
-                cost, sizes, prompt=longest, response=recipe.lengths.max_new, problems=problems
-            ),
-        )
+        Estimate(
+            recipe=recipe, cost=cost, outline=outline, prompt=longest, problems=problems
+        ).memory
         for cost in stage_costs(recipe).values()
     ]
     if not planned:
@@ -167,25 +155,32 @@ def check_time(subject: Subject) -> Finding:
         rows=_rows_at_once(subject.recipe),
         max_tokens=subject.recipe.model.max_tokens,
     )
-    lengths = Lengths(
-        prompt=mean([len(ids) for ids in prompts]), target=mean([len(ids) for ids in targets])
+    pace = speed.pace(
+        prompt=mean([len(ids) for ids in prompts]), response=mean([len(ids) for ids in targets])
     )
-    seconds = stage_seconds(subject.recipe, subject.splits, lengths, speed)
+    splits = subject.splits
+    costs = stage_costs(subject.recipe, num_train=len(splits.train), num_dev=len(splits.dev))
+    seconds = {name: cost.seconds(pace, num_dev=len(splits.dev)) for name, cost in costs.items()}
     stages = [
         f"{name} {clock(seconds[name])}" if name in seconds else f"{name} unknown"
         for name in subject.recipe.stages
     ]
-    evaluation_s = evaluation_seconds(
-        subject.recipe, subject.splits, subject.num_methods, lengths, speed
-    )
+    evaluation_s = num_answers(subject) * pace.generate
     return ok(
         f"about {clock(sum(seconds.values()) + evaluation_s)}: {', '.join(stages)}, evaluation"
         f" {clock(evaluation_s)} ({speed.train:,.0f} tokens/s trained, {speed.sample:,.0f} sampled)"
     )
 
 
+def num_answers(subject: Subject) -> int:
+    """Of the final evaluation: a greedy one a problem and method, and the samples."""
+    table, methods = subject.recipe.evaluate, subject.num_methods
+    problems = len(getattr(subject.splits, table.split)[: table.limit])
+    sampled = methods if table.sampled is None else len(table.sampled)
+    return problems * (methods + sampled * table.samples)
+
+
 def _rows_at_once(recipe: Recipe) -> int:
     """In the largest step of a stage, and that the engine holds."""
-    costs = [stage.cost(num_train=0, num_dev=0) for stage in recipe.stages.values()]
-    sizes = [cost.batch for cost in costs if cost is not None]
+    sizes = [cost.batch for cost in stage_costs(recipe).values()]
     return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "rows", MEASURED_ROWS)])

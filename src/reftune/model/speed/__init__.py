@@ -8,8 +8,7 @@ Its callers then do without it:
 - `engines/_forward.py` calls `llama.is_written_out` and `linears.packed_linears`: keep
   `through_transformers`.
 - `engines/continuous.py` enters `attention.attention_as_before`, which then has nothing to undo.
-- `stages/memory.py` asks `llama.is_written_out` what sampling holds, and takes `ATTENTION` for
-  transformers' own.
+- `stages/outline.py` takes `ATTENTION` for transformers' own.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`.
 
 Dropout is the exception: which entries it drops depends on how sequences are laid out, so with

@@ -1,0 +1,208 @@
+"""What a stage takes of each device: bytes by phase, and the largest passes that fit.
+
+`check`, `plan` and the keys that say `auto` all ask here; docs/scaling.md has the equations.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from reftune.engines.kv import ROOM
+from reftune.recipe import Recipe
+from reftune.stages.outline import FP32, Outline
+from reftune.stages.stage import Cost
+
+MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256}
+"""Bytes of AdamW's state for a weight, by bits."""
+DRAWING = 5
+"""fp32 tensors of rows × vocabulary that live at once while a token a row is drawn."""
+USABLE = 0.9
+"""Share of a device that a plan may fill; the rest is left to what is not counted."""
+TOKENS = tuple(2**n for n in range(14, 8, -1))
+"""Micro-batches that are tried, from large to small; more are no faster."""
+ROWS = tuple(2**n for n in range(8, -1, -1))
+"""Rows decoded at once that are tried."""
+
+PROMPT = 256
+"""Tokens of a prompt if nobody says."""
+
+Sharding = Literal["one", "ddp", "fsdp2"]
+"""One process; several, each with all weights; several, each with a part of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Of a pass, as `model.micro_batch_tokens` and `engine.batch_size` say."""
+
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes by purpose on one device: what is held all the time, and what the phases, which take
+    turns, add to it."""
+
+    held: Mapping[str, float]
+    phases: Mapping[str, Mapping[str, float]]
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return {
+            **self.held,
+            **{name: size for parts in self.phases.values() for name, size in parts.items()},
+        }
+
+    def of(self, phase: str) -> float:
+        """What is held, and what the phase adds."""
+        return sum(self.held.values()) + sum(self.phases.get(phase, {}).values())
+
+    @property
+    def busiest(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=self.of)
+
+    @property
+    def peak(self) -> float:
+        return self.of(self.busiest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A stage of a recipe at work, on one or several devices of one kind."""
+
+    recipe: Recipe
+    cost: Cost
+    outline: Outline
+    prompt: int
+    """Tokens of the longest prompt."""
+    sharding: Sharding = "one"
+    devices: int = 1
+    device_bytes: float = 0.0
+    """Of a device in all."""
+    problems: int | None = None
+    """Most that are answered in one go, if that is known."""
+
+    @property
+    def response(self) -> int:
+        """Tokens of the longest response."""
+        return self.recipe.lengths.max_new
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt + self.response
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """The recipe's, and what fits for those that it leaves to us."""
+        tokens = self.recipe.model.micro_batch_tokens
+        rows = getattr(self.recipe.engine, "batch_size", self.cost.sampled or 1)
+        found = self.fitting() if "auto" in (tokens, rows) else Sizes(tokens=0, rows=0)
+        return Sizes(
+            tokens=found.tokens if tokens == "auto" else tokens,
+            rows=found.rows if rows == "auto" else rows,
+        )
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Of a device."""
+        return self.memory_of(self.sizes)
+
+    def memory_of(self, sizes: Sizes) -> Memory:
+        """Of a device, with passes of these sizes.
+
+        Source: the tensors that `model`, `stages` and `processes` make.
+        """
+        outline, cost = self.outline, self.cost
+        is_split = self.sharding == "fsdp2"
+        parts = self.devices if is_split else 1
+        has_reference = cost.reference and not outline.policy.is_lora
+        value_model = outline.backbone if cost.value_model else 0
+        trained = outline.trained + value_model
+        whole = {
+            "weights": outline.weights + FP32 * value_model,
+            "optimizer": MOMENTS[cost.state_bits] * trained,
+            "reference": outline.reference if has_reference else 0.0,
+        }
+        held = {name: size / parts for name, size in whole.items()}
+        sequences = min(math.ceil(cost.batch / self.devices), max(1, sizes.tokens // self.length))
+        update = outline.update(self.prompt, self.response, sequences)
+        training = {
+            "gradients": FP32 * trained / parts,
+            "activations": update.activations * (2.0 if cost.value_model else 1.0),
+        }
+        phases: dict[str, dict[str, float]] = {"update": training}
+        own_share = getattr(self.recipe.engine, "device_share", None)
+        if own_share is None:
+            phases["generate"] = self._sampling(sizes.rows)
+        else:
+            held["engine's copy"] = own_share * self.device_bytes
+        if is_split:
+            training["gathered"] = float(FP32 * (2 * outline.ends + 3 * outline.layer))
+            if cost.scored:  # of a value model, all but the output head
+                shared = FP32 * (outline.total - outline.backbone)
+                twice = outline.gathered - shared if cost.value_model else 0.0
+                phases["score"] = {"gathered to score": outline.gathered + twice}
+            phases["save"] = {"gathered to save": whole["weights"]}
+            start = whole["weights"] + whole["reference"] - sum(held.values())
+            phases["start"] = {"loading": max(0.0, start)}
+        return Memory(held=held, phases=phases)
+
+    def _sampling(self, rows: int) -> dict[str, float]:
+        """Of an engine that decodes with the policy's weights."""
+        if self.problems is not None:
+            rows = min(rows, math.ceil(self.problems / self.devices))
+        outline = self.outline
+        prefill = outline.prefill(prompt=self.prompt, rows=rows)
+        copy = float(prefill.casts)
+        if self.sharding == "fsdp2":
+            copy = outline.gathered + outline.gathered_copies
+        return {
+            "KV cache": float(outline.cache_bytes * rows * (self.length + ROOM)),
+            "reading prompts": float(prefill.momentary),
+            "drawing tokens": float(DRAWING * FP32 * rows * outline.vocabulary),
+            "engine's copy": copy,
+        }
+
+    def fitting(self) -> Sizes:
+        """The largest sizes whose phases stay within the usable part of a device; the smallest if
+        none do."""
+        room = USABLE * self.device_bytes
+
+        def fits(phase: str, sizes: Sizes) -> bool:
+            return self.memory_of(sizes).of(phase) <= room
+
+        few, one = TOKENS[-1], ROWS[-1]
+        tokens = (t for t in TOKENS if fits("update", Sizes(tokens=t, rows=one)))
+        rows = (r for r in ROWS if fits("generate", Sizes(tokens=few, rows=r)))
+        return Sizes(tokens=next(tokens, few), rows=next(rows, one))
+
+
+def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:
+    """By stage; those that cannot foretell it are left out."""
+    costs = {
+        name: stage.cost(num_train=num_train, num_dev=num_dev)
+        for name, stage in recipe.stages.items()
+    }
+    return {name: cost for name, cost in costs.items() if cost is not None}
+
+
+def total_bytes(device: torch.device) -> float:
+    """Memory of a device in all; of a CPU, this process's share of what its machine or container
+    has."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdecimal():
+        size = min(size, float(text))
+    return size / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,307 @@
+"""A model without weights: bytes and operations of its passes, traced with tensors that have no
+storage.
+
+Operations are counted by the formulas of PyTorch's flop counter. Its MemTracker cannot follow
+parameters that are not trained (2.13 hooks their gradient), so live bytes are counted here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from reftune.engines._forward import forward_pass
+from reftune.engines.kv import _RoomyLayer
+from reftune.model import frozen
+from reftune.model.batch import PackedTokens, token_batch
+from reftune.model.logprobs import token_logprobs
+from reftune.model.policy import Policy
+from reftune.model.speed.attention import ATTENTION
+from reftune.model.weights import untrained
+from reftune.processes.sharding import block_matrices, transformer_blocks
+from reftune.recipe import ModelTable
+
+FP32 = 4
+"""Bytes of a number: trained weights and their gradients are fp32 in every compute dtype."""
+NF4 = 0.5 + 4 / 64
+"""Bytes of a weight in 4 bits, with the scale of its block."""
+FEW = 4
+"""Sequences that are traced at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """A forward and backward pass on a micro-batch."""
+
+    activations: float
+    """Bytes kept for the backward pass, or taken for a moment."""
+    forward_flops: float
+    flops: float
+    """Of both passes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefill:
+    """Bytes of reading the prompts of all rows at once."""
+
+    casts: float
+    """Copies of the weights, which sampling keeps from the first token to the last."""
+    momentary: float
+    cache: float
+    """Of the keys and values of the prompts."""
+
+
+class Outline:
+    """A policy without weights: the shape of everything, the content of nothing."""
+
+    def __init__(self, make: Callable[[], Any], table: ModelTable, *, device: str) -> None:
+        """`make` builds the causal LM from its configuration."""
+        tokenizer: Any = SimpleNamespace(eos_token_id=0, chat_template=None)  # nothing is decoded
+        self.mode, self.table, self.device = FakeTensorMode(), table, device
+        with torch.device("meta"):
+            dtype = getattr(torch, table.dtype)
+            self.policy = Policy(make(), tokenizer, dtype=dtype, lora=table.lora)
+        if table.gradient_checkpointing:
+            self.policy.recompute_blocks()
+        _move_to_cpu(self.policy, self.mode)
+        is_lora = self.policy.is_lora
+        self.model = self.policy.model.get_base_model() if is_lora else self.policy.model
+        head = self.model.get_output_embeddings().weight
+        self.vocabulary: int = head.shape[0]
+        ends = {id(p): p for p in (head, self.model.get_input_embeddings().weight)}
+        self.ends = sum(p.numel() for p in ends.values())
+        """Weights of embedding and output head, once where they are tied."""
+        self.total = _numel(self.policy.model)
+        self.layer = max(map(_numel, transformer_blocks(self.model)), default=self.total)
+        """Weights of the largest transformer block."""
+        self.trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+        self.backbone = _numel(self.model.base_model)
+        """Weights that a value model of its own copies."""
+        if device != "cpu":
+            _leave_out_masks(self.model)
+
+    @cached_property
+    def weights(self) -> float:
+        """Bytes of the weights as training holds them."""
+        if self.table.quantize is None:
+            return self._bytes({})
+        layers = (layer.weight for _, _, layer in frozen.linear_layers(self.model))
+        return self._bytes({id(w): NF4 for w in layers if not w.requires_grad})
+
+    def _bytes(self, widths: Mapping[int, float]) -> float:
+        """Of all weights, those in `widths` of other bytes than they have."""
+        weights = self.policy.model.parameters()
+        return float(sum(p.numel() * widths.get(id(p), p.itemsize) for p in weights))
+
+    @cached_property
+    def reference(self) -> float:
+        """Bytes of a frozen copy: matrices in the compute dtype; embeddings, which it may round,
+        and vectors as they are."""
+        dtype = self.policy.compute_dtype
+        cast = frozen.narrowable(self.model, dtype, embeddings="none")
+        return self._bytes({id_: float(dtype.itemsize) for id_ in cast})
+
+    @cached_property
+    def gathered(self) -> float:
+        """Bytes of the whole weights that each process reads with if it holds a part of them: the
+        matrices of the blocks in the compute dtype."""
+        width = float(self.policy.compute_dtype.itemsize)
+        return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
+
+    @cached_property
+    def gathered_copies(self) -> float:
+        """Bytes of what sampling copies of them."""
+        with self._as_gathered():
+            return self._prefill(1, 1, of_gathered=True).casts
+
+    @contextmanager
+    def _as_gathered(self) -> Iterator[None]:
+        cast, dtype = block_matrices(self.policy), self.policy.compute_dtype
+        held = [(p, p.data, p.requires_grad) for p in self.policy.parameters()]
+        try:
+            for p, data, _ in held:
+                p.requires_grad_(False)
+                p.data = data.to(dtype) if id(p) in cast else data
+            yield
+        finally:
+            for p, data, is_trained in held:
+                p.data = data
+                p.requires_grad_(is_trained)
+
+    @property
+    def cache_bytes(self) -> float:
+        """Of the keys and values of a token."""
+        return float(self.prefill(prompt=1, rows=1).cache)
+
+    def update(self, prompt: int, response: int, batch: int) -> Update:
+        """Of a micro-batch of `batch` sequences of these lengths."""
+        return _extrapolated(lambda few: self._update(prompt, response, few), batch)
+
+    @cache  # noqa: B019  an outline lives no longer than its plan
+    def _update(self, prompt: int, response: int, batch: int) -> Update:
+        policy, backbone = self.policy, self.model.base_model
+        real = token_batch([[0] * prompt] * batch, [[0] * response] * batch)
+        is_packed = policy.packs and (self.device == "cpu" or policy.is_written_out)
+        parts = tree_map_only(Tensor, self.mode.from_tensor, asdict(real.packed()))
+        with self.mode, policy.arithmetic():
+            for parameter in policy.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            tokens = torch.zeros(batch, prompt + response, dtype=torch.long)
+            with _LiveBytes(policy) as live:
+                if is_packed:
+                    hidden = policy.read(backbone, PackedTokens(**parts))
+                else:
+                    states = backbone(input_ids=tokens, use_cache=False).last_hidden_state
+                    hidden = states[:, -response:].flatten(0, 1)
+                    del states
+                targets = tokens[:, -response:].flatten()
+                loss = token_logprobs(self.model.get_output_embeddings(), hidden, targets).sum()
+                del hidden
+                forward_flops = live.flops
+                loss.backward()
+        return Update(activations=live.peak, forward_flops=forward_flops, flops=live.flops)
+
+    def prefill(self, *, prompt: int, rows: int) -> Prefill:
+        """Of so many rows."""
+        return _extrapolated(lambda few: self._prefill(prompt, few), rows)
+
+    @cache  # noqa: B019
+    @torch.no_grad()
+    def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
+        """`of_gathered` tells results apart that the cache keeps."""
+        policy = self.policy
+        with (
+            self.mode,
+            policy.inference(),
+            _LiveBytes(policy) as live,
+            forward_pass(policy, pack=False) as forward,
+        ):
+            past: Any = Cache(layer_class_to_replicate=_RoomyLayer)
+            tokens = torch.zeros(rows, prompt, dtype=torch.long)
+            forward(tokens, torch.ones_like(tokens), past)
+            states = [states for layer in past.layers for states in (layer.keys, layer.values)]
+            return Prefill(
+                casts=live.now - sum(tensor.untyped_storage().nbytes() for tensor in states),
+                momentary=live.peak - live.now,
+                cache=sum(tensor.nbytes for tensor in states),
+            )
+
+
+def outline_of(table: ModelTable, texts: Iterable[str], *, device: str) -> Outline:
+    """Of a recipe's model; `texts` give one from scratch its vocabulary. Raises: ModelError."""
+    return Outline(lambda: untrained(table, texts=texts), table, device=device)
+
+
+T = TypeVar("T", Update, Prefill)
+
+
+def _extrapolated(trace: Callable[[int], T], count: int) -> T:
+    """Of `count` sequences; many are not traced, as each takes what the one before took."""
+    if count <= FEW:
+        return trace(count)
+    low, high = (asdict(trace(few)) for few in (FEW // 2, FEW))
+    lots = (count - FEW) / (FEW - FEW // 2)
+    grown = {name: high[name] + lots * (high[name] - low[name]) for name in high}
+    return type(trace(FEW))(**grown)
+
+
+def _leave_out_masks(model: Any) -> None:
+    """Fake tensors cannot be looked into, so masks would be made that a real pass finds
+    needless."""
+    if model.config._attn_implementation in ("sdpa", ATTENTION):
+        AttentionInterface.register("sdpa_without_masks", ALL_ATTENTION_FUNCTIONS["sdpa"])
+        model.set_attn_implementation("sdpa_without_masks")
+
+
+def _move_to_cpu(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Tensors on the meta device become fakes of such on the CPU, in place; ties stay ties."""
+    moved: dict[int, Any] = {}
+    with mode:
+        for m in module.modules():
+            for tensors in (m._parameters, m._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in moved:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        is_parameter, grad = isinstance(tensor, nn.Parameter), tensor.requires_grad
+                        moved[id(tensor)] = nn.Parameter(fake, grad) if is_parameter else fake
+                    tensors[name] = moved[id(tensor)]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# --- counters -------------------------------------------------------------------------------------
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    batch, heads, length, size = query.shape
+    return 2 * batch * heads * length * key.shape[-2] * (size + value.shape[-1])
+
+
+def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
+    return 5 * _attention_flops(*states) // 2  # the scores once more, and a gradient of each factor
+
+
+FLOPS: Mapping[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""PyTorch's formulas, and those of what runs on a CPU only."""
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made under it that are alive, and the most there were, without the
+    model's own; operations by PyTorch's formulas.
+
+    PyTorch's `FlopCounterMode` would keep every block's tensors alive for the names it prints.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.flops = 0
+        self._known: Any = WeakIdKeyDictionary()
+        gradients = (p.grad for p in model.parameters() if p.grad is not None)
+        for tensor in (*model.parameters(), *model.buffers(), *gradients):
+            self._known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
