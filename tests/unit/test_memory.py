@@ -216,11 +216,31 @@ def test_ddp_holds_all_and_fsdp2_a_part_but_whole_weights_to_sample_with(outline
     assert ddp == one
     assert fsdp2.held == {name: size / 4 for name, size in one.held.items()}
     assert fsdp2.parts["gradients"] == one.parts["gradients"] / 4
-    assert fsdp2.phases["generate"]["engine's copy"] == 4 * made.total
+    assert fsdp2.phases["save"]["gathered to save"] == 4 * made.total
     # at the start weights and reference are whole; what is held then counts as part of them
     assert sum(fsdp2.held.values()) + fsdp2.phases["start"]["loading"] == pytest.approx(
         2 * 4 * made.total
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_split_weights_are_gathered_in_the_compute_dtype_and_merged_to_sample(
+    dtype, outline, make_model
+):
+    made, model = outline(dtype=dtype), make_model("llama")
+    named = dict(model.named_parameters())
+    inner = sum(p.numel() for name, p in named.items() if "_proj" in name)
+    merged = sum(p.numel() for name, p in named.items() if re.search("(q|k|v|gate|up)_proj", name))
+    width = 2 if dtype == "bfloat16" else 4
+    phases = memory_of(made, rl(), sharding="fsdp2", devices=2).phases
+    whole = width * inner + 4 * (made.total - inner)
+    assert phases["score"] == {"gathered to score": whole}
+    # query, key and value as one matrix, gate and up as another; in bf16 the head is cast too
+    cast_head = 2 * made.ends / 2 if dtype == "bfloat16" else 0
+    copies = width * merged + cast_head
+    assert phases["generate"]["engine's copy"] == pytest.approx(whole + copies, rel=0.01)
+    # and nothing of it stays: the outline is as it was
+    assert made.weights == 4 * made.total and made.trained == made.total + 33
 
 
 def test_a_colocated_vllm_takes_its_share_and_a_server_nothing(outline):

@@ -368,12 +368,13 @@ def _memory_text(plan: Plan) -> str:
 
 def _step_text(plan: Plan, name: str, step: Step) -> str:
     way = "fits nowhere; as it would be with room" if plan.sharding is None else WAYS[plan.sharding]
-    rows = [(phase, found.seconds, found.bound) for phase, found in step.phases.items()]
-    rows.append(("all", step.seconds, f"bottleneck: {step.bottleneck}"))
+    rows = [(phase, f"{found.seconds:.3g} s", found.bound) for phase, found in step.phases.items()]
+    rows.append(("all", f"{step.seconds:.3g} s", f"bottleneck: {step.bottleneck}"))
     if name in plan.split:
         found = plan.split[name]
         who = f"{found['sampling_gpus']} sample and {found['training_gpus']} train"
-        rows.append(("split", found["seconds"], f"of the GPUs {who}, in turn"))
-    rows.append(("stage", step.stage_seconds, f"{step.steps:,.0f} steps, without looks at dev"))
-    lines = [f"  {label:<10}{seconds:>9.3g} s   {told}" for label, seconds, told in rows]
+        rows.append(("split", f"{found['seconds']:.3g} s", f"of the GPUs {who}, in turn"))
+    hours = f"{step.stage_seconds / 3600:,.1f} h"
+    rows.append(("stage", hours, f"{step.steps:,.0f} steps, without looks at dev"))
+    lines = [f"  {label:<10}{time:>11}   {told}" for label, time, told in rows]
     return "\n".join([f"a step of {name} ({way}, {plan.topology})", *lines])

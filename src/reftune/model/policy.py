@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -493,6 +494,8 @@ def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
         target_modules=table.target_modules,
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # it asks transformers by a name that is to go
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None
