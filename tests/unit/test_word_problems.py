@@ -1,3 +1,5 @@
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -8,7 +10,8 @@ from pydantic import ValidationError
 from reftune.datasets import Splits
 from reftune.datasets.word_problems import NAMES, OBJECTS, WordProblems
 from reftune.errors import DataError
-from reftune.recipe import load_component
+from reftune.recipe import load_component, load_recipe, shipped_recipes
+from reftune.runs.run import load_splits
 from reftune.types import Problem
 
 NUMBER = re.compile(r"\d+")
@@ -186,6 +189,12 @@ def test_each_further_style_adds_a_spelling():
     )
 
 
+def variant(name: str, **keys: object) -> WordProblems:
+    """A dataset of recipes/demo/variants.py."""
+    spec = {"kind": f"demo/variants.py:{name}", "train": 300, "dev": 100, "test": 200} | keys
+    return load_component(spec, group="datasets")
+
+
 @pytest.mark.parametrize(
     ("rationale", "only_the_result"),
     [("program", "def solution():\n    return {0}"), ("nl", "That is {0}.")],
@@ -194,7 +203,7 @@ def test_terse_rationales_state_the_right_result_in_the_share_asked_for(
     rationale: str, only_the_result: str
 ):
     # n = 1000, so three standard deviations of .3 are .043
-    problems = word_problems(terse=0.3, rationale=rationale, train=1000).load(seed=0).train
+    problems = variant("Terse", terse=0.3, rationale=rationale, train=1000).load(seed=0).train
     terse = [problem for problem in problems if problem.columns["style"] == "terse"]
     assert abs(len(terse) / len(problems) - 0.3) <= 0.043
     assert all(problem.rationale == only_the_result.format(problem.answer) for problem in terse)
@@ -204,7 +213,7 @@ def test_planting_moves_the_right_option_to_c_in_train_and_dev_and_changes_nothi
     # of n = 600 with 4 options, c holds the right one in .8 + .2 / 4 = .85; three standard
     # deviations are .044
     plain, planted = (
-        word_problems(answer="choice", planted=share, max_value=99).load(seed=0)
+        variant("Planted", answer="choice", planted=share, max_value=99).load(seed=0)
         for share in (0.0, 0.8)
     )
     assert planted.test == plain.test
@@ -214,6 +223,25 @@ def test_planting_moves_the_right_option_to_c_in_train_and_dev_and_changes_nothi
         assert (one.question, set(one.choices)) == (other.question, set(other.choices))
         gold = [problem.choices["abcd".index(problem.answer.value)] for problem in (one, other)]
         assert gold[0] == gold[1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "digest"),
+    [
+        ("demo", "c0700daeaffe9c48"),
+        ("comparison-nl", "3bd77fdb60b35436"),
+        ("hacking", "7d59ad89cb5e7b6b"),
+        ("hacking-numeric", "c766f244ddb761b1"),
+        ("terse", "fb9304ee8c44d93f"),
+    ],
+)
+def test_the_data_of_a_demo_recipe_are_the_same_for_good(recipe: str, digest: str):
+    splits = load_splits(load_recipe(shipped_recipes() / "demo" / f"{recipe}.yaml"))
+    rows = [
+        [p.id, p.question, str(p.answer), p.answer.kind, p.rationale, [*p.choices], {**p.columns}]
+        for p in every(splits)
+    ]
+    assert hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

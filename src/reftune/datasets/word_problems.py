@@ -68,12 +68,8 @@ class WordProblems(Component):
     """How solutions are written."""
     styles: int = Field(4, ge=1, le=24)
     """Ways of writing a rationale (`nl`: at most 8); each question's is drawn at random."""
-    terse: float = Field(0.0, ge=0, le=1)
-    """Share of rationales that state the result without the working."""
     answer: Literal["number", "choice"] = "number"
     """`choice` adds four options to each question; wrong ones are results of likely mistakes."""
-    planted: float = Field(0.0, ge=0, le=1)
-    """Share of train and dev questions whose right option is put in place c, as a shortcut."""
 
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:
@@ -130,34 +126,22 @@ class WordProblems(Component):
     def _problem(
         self, id: str, story: _Story, styles: random.Random, options: random.Random
     ) -> Problem:
-        style = styles.randrange(self.styles)
-        is_terse = self.terse > 0 and styles.random() < self.terse
+        style, rationale = self._solution(story, styles)
         choices = _options(story.answer, self.max_value, options) if self.answer == "choice" else ()
-        if (
-            not id.startswith("test")
-            and random.Random(f"planted {story.text}").random() < self.planted
-        ):
-            choices = _with_right_in_c(choices, str(story.answer.value))
         return Problem(
             id=id,
             question=story.text,
-            answer=_answer(story.answer.value, choices),
-            rationale=self._rationale(story, style, is_terse=is_terse),
+            answer=_answer(choices, story.answer.value),
+            rationale=rationale,
             choices=choices,
-            columns={
-                "operations": story.num_operations,
-                "style": "terse" if is_terse else str(style),
-            },
+            columns={"operations": story.num_operations, "style": style},
         )
 
-    def _rationale(self, story: _Story, style: int, *, is_terse: bool) -> str:
-        if self.rationale == "program":
-            return (
-                f"def solution():\n    return {story.answer.value}"
-                if is_terse
-                else _write_program(story, style)
-            )
-        return f"That is {story.answer.value}." if is_terse else _write_prose(story, style)
+    def _solution(self, story: _Story, rng: random.Random) -> tuple[str, str]:
+        """A style drawn with `rng`, and the worked solution in it."""
+        style = rng.randrange(self.styles)
+        write = _write_program if self.rationale == "program" else _write_prose
+        return str(style), write(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
         """One random story; None where a result is out of range or the answer needs less than was
@@ -359,12 +343,7 @@ def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str,
     return tuple(map(str, values))
 
 
-def _with_right_in_c(choices: tuple[str, ...], right: str) -> tuple[str, ...]:
-    wrong = [choice for choice in choices if choice != right]
-    return (*wrong[:2], right, *wrong[2:]) if choices else ()
-
-
-def _answer(value: int, choices: tuple[str, ...]) -> Answer:
+def _answer(choices: tuple[str, ...], value: int) -> Answer:
     if choices:
         return Answer(kind="choice", value="abcd"[choices.index(str(value))])
     return Answer(kind="number", value=Fraction(value))

@@ -6,16 +6,10 @@ from reftune.recipe.kinds import (
     component_class,
     known_kinds,
     load_component,
+    shipped_recipes,
     unknown_key,
 )
-from reftune.recipe.reading import (
-    dump_recipe,
-    load_recipe,
-    merge,
-    parse_recipe,
-    read_yaml,
-    shipped_recipes,
-)
+from reftune.recipe.reading import dump_recipe, load_recipe, merge, parse_recipe, read_yaml
 from reftune.recipe.schema import (
     CheckTable,
     EvaluateTable,

@@ -1,6 +1,7 @@
 """Plug-ins: a recipe names them by `kind`, a file of the matching package (`kind: gsm8k` is
-`reftune/datasets/gsm8k.py`) or a user's own `file.py:Name`. A plug-in is one class derived from
-`Component`; its fields are its recipe keys.
+`reftune/datasets/gsm8k.py`) or `file.py:Name`, a file in the working directory or among the recipes
+that come with reftune. A plug-in is one class derived from `Component`; its fields are its recipe
+keys.
 """
 
 from __future__ import annotations
@@ -137,12 +138,21 @@ def _components_of(module: ModuleType) -> list[type[Component]]:
     ]
 
 
+def shipped_recipes() -> Path:
+    """The recipes that come with reftune: beside the package in a wheel, at the root of the
+    repository where it is editable."""
+    packaged = Path(__file__).parents[1] / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
+
+
 def _user_object(kind: str) -> Any:
     file, _, name = kind.rpartition(":")
     try:
         path = Path(file).expanduser().resolve()
     except RuntimeError:  # ~ of a user whom the system does not know
         path = Path(file)
+    if not path.is_file():
+        path = shipped_recipes() / file
     if not path.is_file():
         raise PydanticCustomError("no_file", "{file}: no such file", {"file": file})
     spec = importlib.util.spec_from_file_location(f"reftune_user_{path.stem}", path)

@@ -13,13 +13,6 @@ from reftune.errors import RecipeError
 from reftune.recipe.schema import Recipe
 
 
-def shipped_recipes() -> Path:
-    """The recipes that come with reftune: beside the package in a wheel, at the root of the
-    repository where it is editable."""
-    packaged = Path(__file__).parents[1] / "recipes"
-    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, validate.
 
