@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from benchmarks.reproduce import call, points
 from reftune.grading.options import read_choice
 from reftune.recipe import Recipe, load_recipe
 from reftune.results.stats import compare_over_seeds, hierarchical_bootstrap
+from reftune.results.summary import comparison_json
 from reftune.runs.run import load_splits
 from reftune.seeds import generator
 from reftune.stages.probes.choices import derived_values, read_rows
@@ -91,7 +91,7 @@ def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
             same_problems=False,
             generator=generator("hacking", sign),
         )
-        document[sign] = {**shares, "change": {**asdict(change), "significant": change.significant}}
+        document[sign] = {**shares, "change": comparison_json(change)}
     return document
 
 

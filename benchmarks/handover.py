@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import reftune
-from reftune.results.stats import Comparison, SeedComparison, compare, compare_over_seeds
+from reftune.results.stats import Comparison, compare, compare_over_seeds
 from reftune.storage.json_lines import JsonLines
 from reftune.storage.run_folder import RunFolder
 
@@ -155,7 +155,7 @@ class Point:
     epoch: int
     accuracy: Mapping[str, float]
     """Method → mean test accuracy."""
-    gain: Mapping[str, SeedComparison]
+    gain: Mapping[str, Comparison]
     """Method → its difference to SFT."""
     slope: float
     sampled: float
@@ -183,7 +183,7 @@ def point_of(epoch: int, handovers: Sequence[Mapping[str, Any]]) -> Point:
     )
 
 
-def gain_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> SeedComparison:
+def gain_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> Comparison:
     """A method less SFT over the seeds that have both."""
     paired = [handover for handover in handovers if method in handover["right"]]
     rows, control = rows_of(method, paired), rows_of("sft", paired)
@@ -338,12 +338,12 @@ def seed_count(points: Sequence[Point], method: str) -> str:
     return "–".join(str(count) for count in counts)
 
 
-def gain_text(found: Comparison | SeedComparison) -> str:
+def gain_text(found: Comparison) -> str:
     low, high = found.ci95
     return f"{signed(100 * found.difference)} [{signed(100 * low)}, {signed(100 * high)}]"
 
 
-def doubt(found: Comparison | SeedComparison) -> str:
+def doubt(found: Comparison) -> str:
     """McNemar's exact test within a seed, the bootstrap interval over seeds."""
     return "" if found.significant else " n.s."
 

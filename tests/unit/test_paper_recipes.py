@@ -16,7 +16,7 @@ from reftune.runs.run import load_splits, run_recipe, scratch_texts
 from reftune.stages.progress import SilentProgress
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
-NAMES = sorted(path.stem for path in PAPER.glob("*.yaml"))
+NAMES = sorted(path.stem for path in PAPER.glob("*.yaml") if path.stem != "published")
 LARGE, SMALL = (
     ("galactica-6.7b", "codellama-7b"),
     ("galactica-125m", "codeparrot-small", "codegen-350m"),

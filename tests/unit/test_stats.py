@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 
@@ -113,23 +111,14 @@ def test_hierarchical_bootstrap_sees_the_spread_between_seeds() -> None:
     ) == pytest.approx((0.3, 0.3))
 
 
-def test_mean_over_seeds_uses_student_t() -> None:
-    # 1, 2, 3: mean 2, s = 1, t(2) = 4.302653: 2 ± 4.302653/√3 = 2 ± 2.484138
-    result = stats.mean_over_seeds([1, 2, 3])
-    assert result.mean == 2 and result.num_seeds == 3
-    assert result.ci95 == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-6)
-
-
-def test_one_seed_says_nothing_of_others() -> None:
-    assert stats.mean_over_seeds([0.5]).ci95 == (-math.inf, math.inf)
-
-
-@pytest.mark.parametrize(
-    ("degrees", "published"),
-    [(1, 12.7062), (4, 2.7764), (10, 2.2281), (11, 2.2010), (20, 2.0860), (120, 1.9799)],
-)
-def test_t_quantile_matches_published_tables(degrees: int, published: float) -> None:
-    assert stats.t_quantile(degrees) == pytest.approx(published, abs=2e-4)
+def test_a_turned_comparison_says_the_same_of_the_other_method() -> None:
+    a, b = [[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [0, 1, 0, 0]]
+    one = stats.compare("a", a[0], "b", b[0], generator=generator())
+    turned = one.turned()
+    assert (turned.a, turned.b, turned.difference) == ("b", "a", -0.5)
+    assert turned.ci95 == (-one.ci95[1], -one.ci95[0]) and turned.p_mcnemar == one.p_mcnemar
+    seeds = stats.compare_over_seeds("a", a, "b", b, same_problems=True, generator=generator())
+    assert seeds.turned().by_seed == (-0.5, -0.25)
 
 
 def test_seed_comparison_averages_paired_differences() -> None:

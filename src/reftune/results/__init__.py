@@ -10,8 +10,8 @@ from reftune.results import paper
 from reftune.results.handover import handovers, sentence
 from reftune.results.page.figures import write_figures
 from reftune.results.page.html import write_report
-from reftune.results.records import read_run
-from reftune.results.summary import read_groups, score_table, summarize
+from reftune.results.records import read_run, require_finished
+from reftune.results.summary import comparable_groups, score_table, summarize
 from reftune.results.tables import choices_table, render_table
 
 __all__ = [
@@ -56,8 +56,9 @@ def table_command(
     Raises: DataError.
     """
     fmt = "json" if json else fmt
-    if layout == "paper" or (
-        layout == "auto" and paper.is_several_tasks([read_run(folder) for folder in run_dirs])
-    ):
-        return paper.render(paper.read_cells(run_dirs, k=k), fmt)
-    return render_table(score_table(read_groups(run_dirs), k=k), fmt)
+    runs = [read_run(folder) for folder in run_dirs]
+    for run in runs:
+        require_finished(run)
+    if layout == "paper" or (layout == "auto" and paper.is_several_tasks(runs)):
+        return paper.render(paper.cells(runs, k=k), fmt)
+    return render_table(score_table(comparable_groups(runs), k=k), fmt)

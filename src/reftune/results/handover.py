@@ -36,7 +36,7 @@ class Handover:
 
 
 def handovers(run: RunResults) -> list[Handover]:
-    """Of the run's stages that sample and start from a supervised method whose looks are logged."""
+    """One for each stage that samples and starts from a supervised method with logged looks."""
     found = []
     for name, stage in run.stages.items():
         source = _source(run, stage.init)

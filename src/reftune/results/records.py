@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -15,6 +16,8 @@ from reftune.errors import DataError
 from reftune.grading import voting
 from reftune.storage.run_folder import RunFolder
 from reftune.types import Attempt, Graded, Verdict
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,14 +104,20 @@ class RunResults:
         return int(self.recipe.get("seed", 0))
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe but for what runs of one recipe may differ in."""
+        apart = ("name", "seed", "run_dir")
+        return {key: value for key, value in self.recipe.items() if key not in apart}
+
+    @property
     def finished(self) -> bool:
         return not self.missing
 
     @property
     def wall_seconds(self) -> float:
-        """Of all training; a snapshot's seconds are part of its stage's."""
-        stages = [stage.info for stage in self.stages.values() if not stage.info.get("snapshot_of")]
-        return sum(float(info.get("wall_seconds", 0)) for info in stages)
+        """All training; a snapshot's seconds are part of its stage's."""
+        infos = [stage.info for stage in self.stages.values()]
+        return sum(float(i.get("wall_seconds", 0)) for i in infos if not i.get("snapshot_of"))
 
     @property
     def split(self) -> str:
@@ -123,8 +132,7 @@ def read_run(folder: Path | str) -> RunResults:
     file.
     """
     files = RunFolder(Path(folder))
-    recipe_text = _recipe_text(files)
-    recipe = _recipe_mapping(files.recipe, recipe_text)
+    recipe, recipe_text = _read_recipe(files.recipe)
     metrics = _read_metrics(files.metrics)
     specs = {
         name: spec for stage in recipe["stages"].items() for name, spec in _with_snapshots(*stage)
@@ -141,7 +149,7 @@ def read_run(folder: Path | str) -> RunResults:
         folder=files.path,
         recipe=recipe,
         recipe_text=recipe_text,
-        env=_read_json(files.environment),
+        env=read_json(files.environment),
         stages={
             name: _read_stage(files, name, spec, metrics.get(name, {}))
             for name, spec in specs.items()
@@ -171,25 +179,22 @@ def same_problems(evals: Mapping[str, tuple[EvalRow, ...]]) -> bool:
 # --- the files ------------------------------------------------------------------------------------
 
 
-def _recipe_text(files: RunFolder) -> str:
-    if not files.path.is_dir():
-        raise DataError(f"{files.path}: no such run folder")
+def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
+    """The recipe, and its text."""
+    if not path.parent.is_dir():
+        raise DataError(f"{path.parent}: no such run folder")
     try:
-        return files.recipe.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{files.path}: not a run folder: it has no recipe.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{files.recipe}: cannot be read: {error}") from None
-
-
-def _recipe_mapping(path: Path, text: str) -> dict[str, Any]:
-    try:
+        text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise DataError(f"{path.parent}: not a run folder: it has no recipe.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError:
         raise DataError(f"{path}: not valid YAML") from None
     if not isinstance(recipe, dict) or not isinstance(recipe.get("stages"), dict):
         raise DataError(f"{path}: not the recipe of a run: it has no stages")
-    return recipe
+    return recipe, text
 
 
 def _with_snapshots(name: str, spec: Any) -> list[tuple[str, Mapping[str, Any]]]:
@@ -209,30 +214,20 @@ def _evaluated_methods(
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
     """Without evaluations still being written: those with fewer problems than the longest, as far
     as they go the same."""
-    longest = max(evals.values(), key=len, default=())
+    ids = {name: [row.id for row in rows] for name, rows in evals.items()}
+    longest = max(ids.values(), key=len, default=[])
+    return {
+        name: evals[name]
+        for name, found in ids.items()
+        if len(found) == len(longest) or found != longest[: len(found)]
+    }
 
-    def is_partial(rows: tuple[EvalRow, ...]) -> bool:
-        return len(rows) < len(longest) and all(
-            row.id == whole.id for row, whole in zip(rows, longest, strict=False)
-        )
 
-    return {name: rows for name, rows in evals.items() if not is_partial(rows)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no file. Raises: DataError."""
     if not path.exists():
         return {}
     return _object(path.read_text(encoding="utf-8"), where=str(path))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, object) of a JSON-lines file; a last line still being written is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip() and line.endswith("\n"):
-                yield f"{path}:{number}", _object(line, where=f"{path}:{number}")
 
 
 def _object(text: str, *, where: str) -> dict[str, Any]:
@@ -245,38 +240,56 @@ def _object(text: str, *, where: str) -> dict[str, Any]:
     return value
 
 
+def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
+    """What `parse` makes of each JSON line; a last line still being written is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip() and line.endswith("\n"):
+                where = f"{path}:{number}"
+                row = _object(line, where=where)
+                try:
+                    yield parse(row)
+                except KeyError as error:
+                    raise DataError(f"{where}: {error.args[0]} is missing") from None
+                except ValueError as error:
+                    known = ", ".join(verdict.value for verdict in Verdict)
+                    raise DataError(f"{where}: {error}; expected one of {known}") from None
+
+
 def _read_metrics(path: Path) -> dict[str, dict[int, MetricRow]]:
     """Stage → step → what was measured. A step that a resumed run repeats counts as it was last."""
     stages: dict[str, dict[int, MetricRow]] = {}
-    for where, row in _lines(path):
-        stage, step, time = (
-            _take(row, "stage", where),
-            int(_take(row, "step", where)),
-            float(row.get("time", 0)),
-        )
-        values = {
-            key: float(value)
-            for key, value in row.items()
-            if "/" in key and isinstance(value, int | float)
-        }
-        steps = stages.setdefault(str(stage), {})
-        known = steps[step].values if step in steps else {}
-        steps[step] = MetricRow(step=step, time=time, values={**known, **values})
+    for stage, row in _read_lines(path, _metric_row):
+        steps = stages.setdefault(stage, {})
+        known = steps[row.step].values if row.step in steps else {}
+        steps[row.step] = replace(row, values={**known, **row.values})
     return stages
+
+
+def _metric_row(row: Mapping[str, Any]) -> tuple[str, MetricRow]:
+    values = {
+        key: float(value)
+        for key, value in row.items()
+        if "/" in key and isinstance(value, int | float)
+    }
+    step, time = int(row["step"]), float(row.get("time", 0))
+    return str(row["stage"]), MetricRow(step=step, time=time, values=values)
 
 
 def _read_stage(
     files: RunFolder, name: str, spec: Mapping[str, Any], metrics: Mapping[int, MetricRow]
 ) -> StageResults:
     folder = files.stage(name)
-    info = _read_json(folder.info)
+    info = read_json(folder.info)
     return StageResults(
         name=name,
         kind=str(spec.get("kind", "")),
         init=str(info.get("init") or spec.get("init") or "base"),
         num_samples=int(spec.get("samples") or 1),
         metrics=tuple(metrics[step] for step in sorted(metrics)),
-        samples=tuple(_sample(row, where) for where, row in _lines(folder.samples)),
+        samples=tuple(_read_lines(folder.samples, _sample)),
         info=info,
     )
 
@@ -284,49 +297,32 @@ def _read_stage(
 def _read_evals(path: Path, recipe: Mapping[str, Any]) -> tuple[EvalRow, ...]:
     format = recipe.get("format")
     grading = format.get("grading") if isinstance(format, Mapping) else None
-    rows = tuple(_eval_row(row, where, grading) for where, row in _lines(path))
+    rows = tuple(_read_lines(path, partial(_eval_row, grading=grading)))
     if not rows:
         raise DataError(f"{path}: no evaluated problem")
     return rows
 
 
-def _eval_row(row: Mapping[str, Any], where: str, grading: str | None) -> EvalRow:
+def _eval_row(row: Mapping[str, Any], *, grading: str | None) -> EvalRow:
+    gold = str(row["gold"])
     return EvalRow(
-        id=str(_take(row, "id", where)),
-        question=str(_take(row, "question", where)),
-        gold=str(_take(row, "gold", where)),
-        greedy=_attempt(_take(row, "greedy", where), where),
-        samples=tuple(_attempt(sample, where) for sample in row.get("samples") or ()),
+        id=str(row["id"]),
+        question=str(row["question"]),
+        gold=gold,
+        greedy=Attempt.from_row(row["greedy"]),
+        samples=tuple(map(Attempt.from_row, row.get("samples") or ())),
         same=voting.equality(grading),
-        valid=voting.voters(
-            grading, is_choice=len(str(row["gold"])) == 1 and str(row["gold"]).isalpha()
-        ),
+        valid=voting.voters(grading, is_choice=len(gold) == 1 and gold.isalpha()),
     )
 
 
-def _sample(row: Mapping[str, Any], where: str) -> TrainingSample:
+def _sample(row: Mapping[str, Any]) -> TrainingSample:
     return TrainingSample(
-        step=int(_take(row, "step", where)),
-        id=str(_take(row, "id", where)),
-        question=str(_take(row, "question", where)),
-        gold=str(_take(row, "gold", where)),
-        attempt=_attempt(row, where),
+        step=int(row["step"]),
+        id=str(row["id"]),
+        question=str(row["question"]),
+        gold=str(row["gold"]),
+        attempt=Attempt.from_row(row),
         tokens=tuple(row.get("tokens") or ()),
         logprobs=tuple(row.get("logprobs") or ()),
     )
-
-
-def _attempt(row: Mapping[str, Any], where: str) -> Attempt:
-    try:
-        return Attempt.from_row(row)
-    except KeyError as error:
-        raise DataError(f"{where}: {error.args[0]} is missing") from None
-    except ValueError as error:
-        known = ", ".join(verdict.value for verdict in Verdict)
-        raise DataError(f"{where}: {error}; expected one of {known}") from None
-
-
-def _take(row: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in row:
-        raise DataError(f"{where}: {key} is missing")
-    return row[key]

@@ -26,7 +26,7 @@ def wilson(num_correct: int, n: int) -> Interval:
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / n
 
-    Source: Wilson (1927); Newcombe (1998), method 3. (0, 1) where n is 0: nothing was seen.
+    Source: Wilson (1927); Newcombe (1998), method 3. (0, 1) if n is 0: nothing was seen.
     """
     if n == 0:
         return 0.0, 1.0
@@ -36,74 +36,44 @@ def wilson(num_correct: int, n: int) -> Interval:
     return max(0.0, (centre - margin) / (1 + z2 / n)), min(1.0, (centre + margin) / (1 + z2 / n))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SeedMean:
-    """A number measured once a seed."""
-
-    mean: float
-    ci95: Interval
-    """Student's t over the seeds; infinitely wide for one seed."""
-    num_seeds: int
-
-
-def mean_over_seeds(values: Sequence[float]) -> SeedMean:
-    """Mean and t interval, mean ± t(0.975, S−1) · s / √S: what a further seed's expectation is
-    known to."""
-    assert values, "no seeds"
-    mean, count = float(np.mean(values)), len(values)
-    if count == 1:
-        return SeedMean(mean=mean, ci95=(-math.inf, math.inf), num_seeds=1)
-    margin = t_quantile(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return SeedMean(mean=mean, ci95=(mean - margin, mean + margin), num_seeds=count)
-
-
-_T_975 = (
-    12.706205,
-    4.302653,
-    3.182446,
-    2.776445,
-    2.570582,
-    2.446912,
-    2.364624,
-    2.306004,
-    2.262157,
-    2.228139,
-)
-
-
-def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t: tabled up to 10 degrees of freedom, beyond by its expansion
-    around the normal's (Abramowitz and Stegun 26.7.5), which is right to three decimals there."""
-    if degrees <= len(_T_975):
-        return _T_975[degrees - 1]
-    z = Z_95
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / degrees + second / degrees**2 + third / degrees**3
-
-
 # --- two methods on the same problems -------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two methods on the same problems."""
+    """Two methods on the same problems, in one run or over several seeds."""
 
     a: str
     b: str
     difference: float
-    """Accuracy of `a` less accuracy of `b`."""
+    """Accuracy of `a` less accuracy of `b`; over seeds, the mean."""
     ci95: Interval
-    """Of the difference, by paired bootstrap."""
-    p_mcnemar: float
-    """Two-sided and exact; not corrected for the number of comparisons."""
+    """Of the difference, by bootstrap over problems, or over seeds and problems."""
     n: int
-    """Problems."""
+    """Problems, a seed."""
+    p_mcnemar: float | None = None
+    """Two-sided and exact, of one run; not corrected for the number of comparisons."""
+    by_seed: tuple[float, ...] = ()
+    """Differences, of several seeds."""
 
     @property
     def significant(self) -> bool:
-        return self.p_mcnemar < 0.05
+        """By McNemar's test of one run; over seeds, whether the interval leaves out 0."""
+        if self.p_mcnemar is not None:
+            return self.p_mcnemar < 0.05
+        return not self.ci95[0] <= 0 <= self.ci95[1]
+
+    def turned(self) -> Comparison:
+        """With `a` and `b` exchanged."""
+        low, high = self.ci95
+        return replace(
+            self,
+            a=self.b,
+            b=self.a,
+            difference=-self.difference,
+            ci95=(-high, -low),
+            by_seed=tuple(-difference for difference in self.by_seed),
+        )
 
 
 def compare(
@@ -197,8 +167,7 @@ def hierarchical_bootstrap(
     problems of its own.
 
     A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
-    five seeds the interval is too narrow, as any bootstrap of so few is: read it beside
-    `mean_over_seeds`.
+    five seeds the interval is too narrow, as any bootstrap of so few is.
     """
     num_seeds = len(values)
     drawn = generator.integers(num_seeds, size=(num_resamples, num_seeds))
@@ -224,40 +193,6 @@ def _percentiles(replicates: NDArray[np.float64]) -> Interval:
     return float(low), float(high)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SeedComparison:
-    """Two methods over several seeds."""
-
-    a: str
-    b: str
-    difference: float
-    """Mean over seeds of accuracy of `a` less accuracy of `b`."""
-    ci95: Interval
-    """By bootstrap over seeds and problems."""
-    by_seed: tuple[float, ...]
-    n: int
-    """Problems a seed."""
-
-    @property
-    def significant(self) -> bool:
-        return not self.ci95[0] <= 0 <= self.ci95[1]
-
-
-def turned(comparison: Comparison | SeedComparison) -> Comparison | SeedComparison:
-    """The same comparison with `a` and `b` exchanged."""
-    low, high = comparison.ci95
-    exchanged = replace(
-        comparison,
-        a=comparison.b,
-        b=comparison.a,
-        difference=-comparison.difference,
-        ci95=(-high, -low),
-    )
-    if isinstance(exchanged, SeedComparison):
-        return replace(exchanged, by_seed=tuple(-difference for difference in exchanged.by_seed))
-    return exchanged
-
-
 def compare_over_seeds(
     a: str,
     correct_a: Sequence[ArrayLike],
@@ -266,7 +201,7 @@ def compare_over_seeds(
     *,
     same_problems: bool,
     generator: np.random.Generator,
-) -> SeedComparison:
+) -> Comparison:
     """`a` against `b`, one array of booleans a seed each, paired by seed and by problem.
 
     `same_problems` says whether all seeds met the same problems, in one order; it chooses the
@@ -278,7 +213,7 @@ def compare_over_seeds(
     ]
     by_seed = tuple(float(difference.mean()) for difference in differences)
     bootstrap = crossed_bootstrap if same_problems else hierarchical_bootstrap
-    return SeedComparison(
+    return Comparison(
         a=a,
         b=b,
         difference=float(np.mean(by_seed)),

@@ -4,7 +4,7 @@ and `stage.json`."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -19,7 +19,7 @@ from reftune.grading import voting
 from reftune.results import stats
 from reftune.results.handover import handovers
 from reftune.results.records import EvalRow, RunResults, read_run, require_finished, same_problems
-from reftune.results.stats import Comparison, Interval, SeedComparison
+from reftune.results.stats import Comparison, Interval
 from reftune.stages.probes import choices
 from reftune.storage.run_folder import RunFolder
 
@@ -51,28 +51,51 @@ class Score:
     n: int
     by_seed: tuple[float, ...]
 
+    def to_row(self) -> dict[str, Any]:
+        return {
+            "accuracy": self.value,
+            "ci95": list(self.ci95),
+            "n": self.n,
+            "by_seed": list(self.by_seed),
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodScore:
     """One method of one group of runs."""
 
-    group: str
+    group: Group
     method: str
     label: str
-    """For a person; names the group where there are several."""
+    """For a person; names the group if there are several."""
+    outcomes: Mapping[str, Sequence[Outcomes]]
+    """Decision rule → what was solved, an array a seed: `greedy`, and with samples `maj@k`,
+    `rerank@k`, `pass@k`."""
     scores: Mapping[str, Score]
-    """By decision rule: `greedy`, and with samples `maj@k`, `rerank@k`, `pass@k`."""
-    dev_accuracy: float | None
-    """Mean over seeds."""
-    looks: int | None
-    """How often dev was looked at to choose the model, one seed."""
-    sequence_passes: float | None
-    """Sequences whose gradient was taken in this stage, mean over seeds."""
-    wall_seconds: float | None
+    """By decision rule."""
 
     @property
     def greedy(self) -> Score:
         return self.scores[GREEDY]
+
+    @property
+    def init(self) -> str:
+        return self.group.runs[0].stages[self.method].init
+
+    @property
+    def looks(self) -> int | None:
+        """How often dev was looked at to choose the model, one seed."""
+        return self.group.runs[0].stages[self.method].info.get("looks")
+
+    @property
+    def dev_accuracy(self) -> float | None:
+        return self.mean("dev_accuracy")
+
+    def mean(self, key: str) -> float | None:
+        """Over seeds, of a number in `stage.json`; None if it is in none."""
+        infos = [run.stages[self.method].info for run in self.group.runs]
+        values = [info[key] for info in infos if info.get(key) is not None]
+        return float(np.mean(values)) if values else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,22 +103,29 @@ class ScoreTable:
     """Everything the tables and the report say of the final evaluation."""
 
     methods: tuple[MethodScore, ...]
-    comparisons: tuple[Comparison | SeedComparison, ...]
+    comparisons: tuple[Comparison, ...]
     """Of greedy answers and of votes; each names methods by label, votes as `LABEL maj@k`."""
-    baseline: str
-    """Label of the method that others are measured against."""
-    starts: frozenset[str]
-    """Labels of methods that others were trained on from."""
     num_seeds: int
     split: str
 
-    def between(self, a: str, b: str) -> Comparison | SeedComparison | None:
-        """`a` against `b`; None where they were not compared."""
+    @property
+    def baseline(self) -> str:
+        """Label of the method that others are measured against."""
+        return _baseline(self.methods)
+
+    @property
+    def starts(self) -> set[str]:
+        """Labels of methods that others were trained on from."""
+        inits = {(method.group.label, method.init) for method in self.methods}
+        return {m.label for m in self.methods if (m.group.label, m.method) in inits}
+
+    def between(self, a: str, b: str) -> Comparison | None:
+        """`a` against `b`; None if they were not compared."""
         for found in self.comparisons:
             if (found.a, found.b) == (a, b):
                 return found
             if (found.a, found.b) == (b, a):
-                return stats.turned(found)
+                return found.turned()
         return None
 
     def method(self, label: str) -> MethodScore:
@@ -115,10 +145,7 @@ def summarize(run_dir: Path | str) -> dict[str, Any]:
     table = score_table([group])
     return {
         "name": run.name,
-        "methods": {
-            method.method: _method_json(method) | _choices_json(run, method.method)
-            for method in table.methods
-        },
+        "methods": {method.method: _method_json(method) for method in table.methods},
         "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
         "handovers": [found.to_row() for found in handovers(run)],
         "wall_seconds": run.wall_seconds,
@@ -126,23 +153,17 @@ def summarize(run_dir: Path | str) -> dict[str, Any]:
 
 
 def _method_json(method: MethodScore) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "accuracy": method.greedy.value,
-        "ci95": list(method.greedy.ci95),
-        "n": method.greedy.n,
-    }
+    greedy = method.greedy
+    result: dict[str, Any] = {"accuracy": greedy.value, "ci95": list(greedy.ci95), "n": greedy.n}
     for rule, score in method.scores.items():
         if rule != GREEDY:
             result |= {rule: score.value, f"{rule}_ci95": list(score.ci95)}
-    return result | {"dev_accuracy": method.dev_accuracy, "looks": method.looks}
+    result |= {"dev_accuracy": method.dev_accuracy, "looks": method.looks}
+    rows = choices.read_rows(RunFolder(method.group.runs[0].folder).choices(method.method))
+    return result | ({"choices": choices.summary_of(rows)} if rows else {})
 
 
-def _choices_json(run: RunResults, method: str) -> dict[str, Any]:
-    rows = choices.read_rows(RunFolder(run.folder).choices(method))
-    return {"choices": choices.summary_of(rows)} if rows else {}
-
-
-def comparison_json(comparison: Comparison | SeedComparison) -> dict[str, Any]:
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """A comparison as `summary.json` and `reftune table --json` hold it."""
     result = {
         "a": comparison.a,
@@ -152,9 +173,9 @@ def comparison_json(comparison: Comparison | SeedComparison) -> dict[str, Any]:
         "n": comparison.n,
         "significant": comparison.significant,
     }
-    if isinstance(comparison, Comparison):
-        return result | {"p_mcnemar": comparison.p_mcnemar}
-    return result | {"by_seed": list(comparison.by_seed)}
+    if comparison.p_mcnemar is None:
+        return result | {"by_seed": list(comparison.by_seed)}
+    return result | {"p_mcnemar": comparison.p_mcnemar}
 
 
 # --- several runs ---------------------------------------------------------------------------------
@@ -163,17 +184,39 @@ def comparison_json(comparison: Comparison | SeedComparison) -> dict[str, Any]:
 def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
     """The runs, those of one recipe but for the seed together.
 
-    Raises: DataError if a run is missing, damaged, unfinished (if `finished`), or where runs met
+    Raises: DataError if a run is missing, damaged, unfinished (if `finished`), or if runs met
     different problems.
     """
     runs = [read_run(folder) for folder in run_dirs]
     if finished:
         for run in runs:
             require_finished(run)
+    return comparable_groups(runs)
+
+
+def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
+    """`group_runs` of runs that can be compared. Raises: DataError."""
     for run in runs:
-        _refuse_mixed_problems(run)
+        if not same_problems(run.evals):
+            raise DataError(
+                f"{run.folder}: its methods were evaluated on different problems; expected the same"
+                " in one order"
+            )
     groups = group_runs(runs)
-    _refuse_different_problems(groups)
+    if len(groups) == 1:
+        return groups
+    first, *others = (run for group in groups for run in group.runs)
+    for other in others:
+        if not _share_problems([first, other]):
+            raise DataError(
+                f"{first.folder} and {other.folder}: evaluated on different problems; expected runs"
+                " over the same ones in one order"
+            )
+    if len({len(group.runs) for group in groups}) > 1:
+        counts = ", ".join(f"{group.label} {len(group.runs)}" for group in groups)
+        raise DataError(
+            f"runs to compare have different numbers of seeds ({counts}); expected as many of each"
+        )
     return groups
 
 
@@ -191,51 +234,18 @@ def group_runs(runs: Sequence[RunResults]) -> list[Group]:
 
 
 def _belongs(run: RunResults, group: Sequence[RunResults]) -> bool:
-    return _settings(run) == _settings(group[0]) and run.seed not in [other.seed for other in group]
-
-
-def _settings(run: RunResults) -> dict[str, Any]:
-    return {
-        key: value for key, value in run.recipe.items() if key not in ("name", "seed", "run_dir")
-    }
+    return run.settings == group[0].settings and run.seed not in [other.seed for other in group]
 
 
 def _group_label(runs: Sequence[RunResults]) -> str:
-    return (
-        runs[0].name
-        if len(runs) == 1
-        else re.sub(r"[-_.]?(s|seed)?[-_]?\d+$", "", runs[0].name) or runs[0].name
-    )
-
-
-def _refuse_mixed_problems(run: RunResults) -> None:
-    if not same_problems(run.evals):
-        raise DataError(
-            f"{run.folder}: its methods were evaluated on different problems; expected the same in"
-            " one order"
-        )
-
-
-def _refuse_different_problems(groups: Sequence[Group]) -> None:
-    if len(groups) > 1:
-        runs = [run for group in groups for run in group.runs]
-        for other in runs[1:]:
-            if not _share_problems([runs[0], other]):
-                raise DataError(
-                    f"{runs[0].folder} and {other.folder}: evaluated on different problems; "
-                    "expected runs over the same ones in one order"
-                )
-        if len({len(group.runs) for group in groups}) > 1:
-            counts = ", ".join(f"{group.label} {len(group.runs)}" for group in groups)
-            raise DataError(
-                f"runs to compare have different numbers of seeds ({counts}); expected as many of"
-                " each"
-            )
+    name = runs[0].name
+    return name if len(runs) == 1 else re.sub(r"[-_.]?(s|seed)?[-_]?\d+$", "", name) or name
 
 
 def _share_problems(runs: Sequence[RunResults]) -> bool:
-    firsts = {str(run.folder): next(iter(run.evals.values())) for run in runs if run.evals}
-    return same_problems(firsts)
+    return same_problems(
+        {str(run.folder): next(iter(run.evals.values())) for run in runs if run.evals}
+    )
 
 
 def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
@@ -244,126 +254,90 @@ def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0)
 
     Raises: DataError if `k` exceeds the samples of a problem.
     """
-    generator = np.random.default_rng(seed)
-    several = len(groups) > 1
-    entries = [
-        _entry(group, name, f"{group.label}/{name}" if several else name, k)
+    if k is not None:
+        evals = [
+            run.evals[name] for group in groups for name in group.methods for run in group.runs
+        ]
+        voting.check_k(k, max(map(num_samples, evals), default=0))
+    shared, generator = (
+        all(_share_problems(group.runs) for group in groups),
+        np.random.default_rng(seed),
+    )
+    methods = tuple(
+        _method_score(
+            group, name, f"{group.label}/{name}" if len(groups) > 1 else name, k, shared, generator
+        )
         for group in groups
         for name in group.methods
-    ]
-    if k is not None:
-        voting.check_k(
-            k,
-            max(
-                (num_samples(run.evals[e.method]) for e in entries for run in e.group.runs),
-                default=0,
-            ),
-        )
-    shared = all(_share_problems(group.runs) for group in groups)
-    baseline = _baseline(entries)
+    )
     return ScoreTable(
-        methods=tuple(_method_score(entry, shared, generator) for entry in entries),
-        comparisons=tuple(_comparisons(entries, baseline, shared, generator)),
-        baseline=baseline,
-        starts=frozenset(entry.label for entry in entries if _is_start(entry, entries)),
+        methods=methods,
+        comparisons=tuple(_comparisons(methods, shared, generator)),
         num_seeds=len(groups[0].runs),
         split=groups[0].runs[0].split,
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
-    """A method of a group, with what it solved under each rule, an array a seed."""
-
-    group: Group
-    method: str
-    label: str
-    outcomes: Mapping[str, Sequence[Outcomes]]
-
-    @property
-    def init(self) -> str:
-        return self.group.runs[0].stages[self.method].init
+def label_of(groups: Sequence[Group], group: Group, method: str) -> str:
+    """A method's label beside those of all `groups`: with several, `GROUP/METHOD`."""
+    return f"{group.label}/{method}" if len(groups) > 1 else method
 
 
-def _entry(group: Group, method: str, label: str, k: int | None) -> _Entry:
+def _baseline(methods: Sequence[MethodScore]) -> str:
+    """Plain supervised fine-tuning if it is there, else what comes first."""
+    first = methods[0].label if methods else ""
+    return next((method.label for method in methods if method.method == "sft"), first)
+
+
+def _method_score(
+    group: Group,
+    method: str,
+    label: str,
+    k: int | None,
+    shared: bool,
+    generator: np.random.Generator,
+) -> MethodScore:
     by_run = [outcomes(run.evals[method], k) for run in group.runs]
     rules = [rule for rule in by_run[0] if all(rule in found for found in by_run)]
     by_rule = {rule: [found[rule] for found in by_run] for rule in rules}
-    return _Entry(group=group, method=method, label=label, outcomes=by_rule)
-
-
-def _baseline(entries: Sequence[_Entry]) -> str:
-    """Plain supervised fine-tuning where there is one, else what comes first."""
-    return next(
-        (entry.label for entry in entries if entry.method == "sft"),
-        entries[0].label if entries else "",
-    )
-
-
-def _is_start(entry: _Entry, entries: Sequence[_Entry]) -> bool:
-    return any(other.group is entry.group and other.init == entry.method for other in entries)
-
-
-def _method_score(entry: _Entry, shared: bool, generator: np.random.Generator) -> MethodScore:
-    infos = [run.stages[entry.method].info for run in entry.group.runs]
-    return MethodScore(
-        group=entry.group.label,
-        method=entry.method,
-        label=entry.label,
-        scores={rule: _score(seeds, shared, generator) for rule, seeds in entry.outcomes.items()},
-        dev_accuracy=_mean_of(infos, "dev_accuracy"),
-        looks=infos[0].get("looks"),
-        sequence_passes=_mean_of(infos, "sequence_passes"),
-        wall_seconds=_mean_of(infos, "wall_seconds"),
-    )
-
-
-def _mean_of(infos: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [info[key] for info in infos if info.get(key) is not None]
-    return float(np.mean(values)) if values else None
+    scores = {rule: _score(seeds, shared, generator) for rule, seeds in by_rule.items()}
+    return MethodScore(group=group, method=method, label=label, outcomes=by_rule, scores=scores)
 
 
 def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generator) -> Score:
     by_seed = tuple(float(solved.mean()) for solved in seeds)
-    return Score(
-        value=float(np.mean(by_seed)),
-        ci95=_interval(seeds, shared, generator),
-        n=seeds[0].size,
-        by_seed=by_seed,
-    )
-
-
-def _interval(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generator) -> Interval:
     if len(seeds) == 1 and set(np.unique(seeds[0])) <= {0.0, 1.0}:
-        return stats.wilson(int(seeds[0].sum()), seeds[0].size)
-    if shared:
-        return stats.crossed_bootstrap(np.stack(seeds), generator=generator)
-    return stats.hierarchical_bootstrap(seeds, generator=generator)
+        ci95 = stats.wilson(int(seeds[0].sum()), seeds[0].size)
+    elif shared:
+        ci95 = stats.crossed_bootstrap(np.stack(seeds), generator=generator)
+    else:
+        ci95 = stats.hierarchical_bootstrap(seeds, generator=generator)
+    return Score(value=float(np.mean(by_seed)), ci95=ci95, n=seeds[0].size, by_seed=by_seed)
 
 
 def _comparisons(
-    entries: Sequence[_Entry], baseline: str, shared: bool, generator: np.random.Generator
-) -> list[Comparison | SeedComparison]:
+    methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
+) -> Iterator[Comparison]:
     """Later against earlier: methods of one group, one method of two groups, and everything with
     the baseline."""
-    return [
-        _compare(later, earlier, rule, shared, generator)
-        for earlier, later in combinations(entries, 2)
-        if earlier.group is later.group
-        or earlier.method == later.method
-        or baseline in (earlier.label, later.label)
-        for rule in later.outcomes
-        if rule in earlier.outcomes and not rule.startswith("pass@")
-    ]
+    baseline = _baseline(methods)
+    for b, a in combinations(methods, 2):
+        if a.group is b.group or a.method == b.method or baseline in (a.label, b.label):
+            for rule in a.outcomes:
+                if rule in b.outcomes and not rule.startswith("pass@"):
+                    yield _compare(a, b, rule, shared, generator)
 
 
 def _compare(
-    a: _Entry, b: _Entry, rule: str, shared: bool, generator: np.random.Generator
-) -> Comparison | SeedComparison:
-    name_a, name_b = (
-        entry.label if rule == GREEDY else f"{entry.label} {rule}" for entry in (a, b)
+    a: MethodScore, b: MethodScore, rule: str, shared: bool, generator: np.random.Generator
+) -> Comparison:
+    suffix = "" if rule == GREEDY else f" {rule}"
+    name_a, name_b, seeds_a, seeds_b = (
+        a.label + suffix,
+        b.label + suffix,
+        a.outcomes[rule],
+        b.outcomes[rule],
     )
-    seeds_a, seeds_b = a.outcomes[rule], b.outcomes[rule]
     if len(seeds_a) == 1:
         return stats.compare(name_a, seeds_a[0], name_b, seeds_b[0], generator=generator)
     return stats.compare_over_seeds(
@@ -392,7 +366,7 @@ def num_samples(rows: Sequence[EvalRow]) -> int:
 
 
 def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.float64]]:
-    """`maj`, `pass` and, where samples are scored, `rerank`: what each rule gets from k = 1 …
+    """`maj`, `pass` and, if samples are scored, `rerank`: what each rule gets from k = 1 …
     `max_k` samples.
 
     Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
@@ -517,7 +491,7 @@ def headline(table: ScoreTable) -> Headline:
     )
 
 
-def _title(against: Comparison | SeedComparison) -> str:
+def _title(against: Comparison) -> str:
     a, b = display(against.a), display(against.b)
     size = f"{abs(100 * against.difference):.1f} points"
     if not against.significant:
@@ -537,9 +511,10 @@ def _solves(method: MethodScore, table: ScoreTable) -> str:
     )
 
 
-def _evidence(against: Comparison | SeedComparison) -> str:
+def _evidence(against: Comparison) -> str:
     low, high = against.ci95
-    test = f"; exact McNemar {p_text(against.p_mcnemar)}" if isinstance(against, Comparison) else ""
+    p = against.p_mcnemar
+    test = "" if p is None else f"; exact McNemar {p_text(p)}"
     return f" (95 % interval of the difference {points(low)} to {points(high)} points{test})"
 
 

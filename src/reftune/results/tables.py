@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reftune.errors import DataError
-from reftune.results.stats import Comparison
 from reftune.results.summary import (
     GREEDY,
     MethodScore,
@@ -57,7 +56,7 @@ def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
     if against is None:
         return ["–", ""]
     low, high = against.ci95
-    evidence = p_text(against.p_mcnemar) if isinstance(against, Comparison) else ""
+    evidence = "" if against.p_mcnemar is None else p_text(against.p_mcnemar)
     doubt = NOT_SIGNIFICANT if not against.significant else "" if evidence else "sig."
     gain = f"{points(against.difference)} [{points(low)}, {points(high)}]"
     return [gain, " ".join(part for part in (evidence, doubt) if part)]
@@ -87,9 +86,42 @@ def caption(table: ScoreTable) -> str:
 # --- formats --------------------------------------------------------------------------------------
 
 
-def text_table(table: ScoreTable) -> str:
-    """Columns aligned for a terminal."""
-    return "\n".join([*_aligned(*rows(table)), "", caption(table)])
+def render_table(table: ScoreTable, fmt: str) -> str:
+    """The table as `text`, `markdown`, `latex` or `json`, which rounds nothing. Raises: DataError
+    for an unknown format."""
+    if fmt != "json":
+        return grid(*rows(table), fmt, note=caption(table))
+    methods = {
+        method.label: {
+            "group": method.group.label,
+            "method": method.method,
+            "scores": {rule: score.to_row() for rule, score in method.scores.items()},
+            "dev_accuracy": method.dev_accuracy,
+            "looks": method.looks,
+        }
+        for method in table.methods
+    }
+    document = {
+        "split": table.split,
+        "seeds": table.num_seeds,
+        "baseline": table.baseline,
+        "methods": methods,
+        "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
+    }
+    return json.dumps(document, indent=2)
+
+
+def grid(head: Row, body: Sequence[Row], fmt: str, *, title: str = "", note: str) -> str:
+    """Any table as `text`, `markdown` or `latex`. Raises: DataError for an unknown format."""
+    if fmt == "text":
+        return "\n".join([*filter(None, [title]), *_aligned(head, body), "", note])
+    if fmt == "markdown":
+        above = f"**{title}**\n\n" if title else ""
+        ruler = ["---", *["---:"] * (len(head) - 1)]
+        return above + "\n".join([*map(_markdown_line, [head, ruler, *body]), "", note])
+    if fmt == "latex":
+        return _latex_float(head, body, f"{title}. {note}" if title else note)
+    raise DataError(f"{fmt}: unknown table format; expected one of text, markdown, latex, json")
 
 
 def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
@@ -147,27 +179,13 @@ def _share_cell(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def markdown_table(table: ScoreTable) -> str:
-    """A pipe table, numbers to the right."""
-    return _markdown(*rows(table), caption(table))
-
-
-def _markdown(head: Row, body: Sequence[Row], note: str) -> str:
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join([*map(_markdown_line, [head, ruler, *body]), "", note])
-
-
 def _markdown_line(row: Row) -> str:
     cells = [cell.replace("|", r"\|") for cell in row]
     return f"| {' | '.join(cells)} |"
 
 
-def latex_table(table: ScoreTable) -> str:
-    """A booktabs tabular in a table float."""
-    return _latex_float(*rows(table), caption(table))
-
-
 def _latex_float(head: Row, body: Sequence[Row], note: str) -> str:
+    """A booktabs tabular in a table float."""
     return "\n".join(
         [
             r"\begin{table}",
@@ -205,67 +223,3 @@ _LATEX = {
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
-
-
-def json_table(table: ScoreTable) -> str:
-    """One JSON document with everything the other formats round."""
-    return json.dumps(
-        {
-            "split": table.split,
-            "seeds": table.num_seeds,
-            "baseline": table.baseline,
-            "methods": {method.label: _method_json(method) for method in table.methods},
-            "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
-        },
-        indent=2,
-    )
-
-
-def _method_json(method: MethodScore) -> dict[str, Any]:
-    scores = {
-        rule: {
-            "accuracy": score.value,
-            "ci95": list(score.ci95),
-            "n": score.n,
-            "by_seed": list(score.by_seed),
-        }
-        for rule, score in method.scores.items()
-    }
-    return {
-        "group": method.group,
-        "method": method.method,
-        "scores": scores,
-        "dev_accuracy": method.dev_accuracy,
-        "looks": method.looks,
-    }
-
-
-def grid(head: Row, body: Sequence[Row], fmt: str, *, title: str, note: str) -> str:
-    """Any table as `text`, `markdown` or `latex`, its title above it. Raises: DataError for an
-    unknown format."""
-    if fmt == "text":
-        return "\n".join([title, *_aligned(head, body), "", note])
-    if fmt == "markdown":
-        return f"**{title}**\n\n{_markdown(head, body, note)}"
-    if fmt == "latex":
-        return _latex_float(head, body, f"{title}. {note}")
-    raise _unknown(fmt)
-
-
-def _unknown(fmt: str) -> DataError:
-    return DataError(f"{fmt}: unknown table format; expected one of {', '.join(FORMATS)}")
-
-
-FORMATS: dict[str, Callable[[ScoreTable], str]] = {
-    "text": text_table,
-    "markdown": markdown_table,
-    "latex": latex_table,
-    "json": json_table,
-}
-
-
-def render_table(table: ScoreTable, fmt: str) -> str:
-    """Raises: DataError for an unknown format."""
-    if fmt not in FORMATS:
-        raise _unknown(fmt)
-    return FORMATS[fmt](table)

@@ -432,7 +432,7 @@ def voting_charts(groups: Sequence[Group], table: ScoreTable) -> list[Chart]:
                 y=_clean(found[rule]),
             )
             for method in table.methods
-            if rule in (found := curves.get((method.group, method.method), {}))
+            if rule in (found := curves.get((method.group.label, method.method), {}))
         )
         if series:
             charts.append(

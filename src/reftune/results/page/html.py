@@ -15,8 +15,8 @@ from markupsafe import Markup
 from reftune.results.handover import handovers, sentence
 from reftune.results.metrics import CHARACTER, HACKING, LEARNING, MACHINERY, VERDICTS
 from reftune.results.page import charts, gallery
-from reftune.results.records import EvalRow, RunResults
-from reftune.results.stats import Comparison, Interval, SeedComparison
+from reftune.results.records import RunResults
+from reftune.results.stats import Comparison, Interval
 from reftune.results.summary import (
     GREEDY,
     Group,
@@ -87,7 +87,7 @@ def render_report(groups: Sequence[Group]) -> str:
         methods=_method_rows(table),
         votes=_votes(table),
         differences=_difference_rows(table),
-        pair=_pair(groups, table),
+        pair=_pair(table),
         equal=_equal(dev, table),
         dev=dev,
         panels=panels,
@@ -276,12 +276,13 @@ def _method_rows(table: ScoreTable) -> list[dict[str, Any]]:
 
 
 def _facts(method: MethodScore) -> list[str]:
-    dev, passes = method.dev_accuracy, method.sequence_passes
+    dev, passes = method.dev_accuracy, method.mean("sequence_passes")
+    seconds = method.mean("wall_seconds")
     facts = [
         None if dev is None else f"dev {percent(dev)}",
         None if method.looks is None else f"{method.looks} looks",
         None if passes is None else f"{_count(passes)} sequences",
-        None if method.wall_seconds is None else duration(method.wall_seconds),
+        None if seconds is None else duration(seconds),
     ]
     return [fact for fact in facts if fact is not None]
 
@@ -324,7 +325,7 @@ def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
     }
 
 
-def _difference_row(found: Comparison | SeedComparison) -> dict[str, Any]:
+def _difference_row(found: Comparison) -> dict[str, Any]:
     return {
         "a": display(found.a),
         "b": display(found.b),
@@ -332,14 +333,12 @@ def _difference_row(found: Comparison | SeedComparison) -> dict[str, Any]:
         "ci95": found.ci95,
         "significant": found.significant,
         "evidence": (
-            p_text(found.p_mcnemar)
-            if isinstance(found, Comparison)
-            else f"{len(found.by_seed)} seeds"
+            f"{len(found.by_seed)} seeds" if found.p_mcnemar is None else p_text(found.p_mcnemar)
         ),
     }
 
 
-def _comparison_cells(found: Comparison | SeedComparison) -> list[str]:
+def _comparison_cells(found: Comparison) -> list[str]:
     low, high = found.ci95
     row = _difference_row(found)
     judged = "significant" if found.significant else "not significant"
@@ -353,18 +352,15 @@ def _comparison_cells(found: Comparison | SeedComparison) -> list[str]:
     ]
 
 
-def _pair(groups: Sequence[Group], table: ScoreTable) -> dict[str, Any] | None:
+def _pair(table: ScoreTable) -> dict[str, Any] | None:
     """How the best method and the baseline share out the problems, first seed; None without two
     methods."""
     best = leader(table)
     if best is None:
         return None
     base = table.method(table.baseline)
-    rows_of = {method.label: _first_rows(groups, method) for method in (best, base)}
-    pairs = [
-        (a.greedy.correct, b.greedy.correct)
-        for a, b in zip(rows_of[best.label], rows_of[base.label], strict=True)
-    ]
+    rows_a, rows_b = (m.group.runs[0].evals[m.method] for m in (best, base))
+    pairs = [(a.greedy.correct, b.greedy.correct) for a, b in zip(rows_a, rows_b, strict=True)]
     counts = [
         pairs.count(pattern)
         for pattern in ((True, True), (True, False), (False, True), (False, False))
@@ -378,11 +374,6 @@ def _pair(groups: Sequence[Group], table: ScoreTable) -> dict[str, Any] | None:
         "colour_a": colours[best.label],
         "colour_b": colours[base.label],
     }
-
-
-def _first_rows(groups: Sequence[Group], method: MethodScore) -> tuple[EvalRow, ...]:
-    group = next(group for group in groups if group.label == method.group)
-    return group.runs[0].evals[method.method]
 
 
 def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute | None:
