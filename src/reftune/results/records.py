@@ -304,11 +304,10 @@ def _read_evals(path: Path, recipe: Mapping[str, Any]) -> tuple[EvalRow, ...]:
 
 
 def _eval_row(row: Mapping[str, Any], *, grading: str | None) -> EvalRow:
-    gold = str(row["gold"])
     return EvalRow(
         id=str(row["id"]),
         question=str(row["question"]),
-        gold=gold,
+        gold=(gold := str(row["gold"])),
         greedy=Attempt.from_row(row["greedy"]),
         samples=tuple(map(Attempt.from_row, row.get("samples") or ())),
         same=voting.equality(grading),

@@ -140,6 +140,15 @@ def test_the_page_draws_and_filters_without_a_fault(write_run: WriteRun, tmp_pat
         const canvas = document.querySelector(".hero svg");
         canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "End" }));
         out.read = document.querySelector(".hero .tip").textContent;
+        canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "Home" }));
+        canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+        out.second = document.querySelector(".hero .tip").textContent;
+        canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+        out.escaped = document.querySelector(".hero .tip").hidden;
+        out.shown = all(".hero .drawing").map((node) => getComputedStyle(node).display);
+        const rest = all(".multiples svg")[0], frame = rest.getBoundingClientRect();
+        rest.dispatchEvent(new PointerEvent("pointermove", { clientX: frame.right }));
+        out.pointed = rest.parentElement.querySelector(".tip").textContent;
         const dark = getComputedStyle(document.body).backgroundColor;
         $("theme").click();
         out.themed = dark !== getComputedStyle(document.body).backgroundColor;
@@ -160,6 +169,10 @@ def test_the_page_draws_and_filters_without_a_fault(write_run: WriteRun, tmp_pat
     assert found["moved"]
     assert found["themed"]
     assert found["read"].startswith("sequences60,160SFT")
+    assert found["second"].startswith("sequences3,840Warm-up")
+    assert found["escaped"]
+    assert found["shown"] == ["none", "block"], "a narrow window"
+    assert found["pointed"].startswith("steps20ReFT")
 
 
 def test_hostile_text_stays_text(write_run: WriteRun, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -59,8 +59,9 @@ class Chart:
     """Drawn as it is, without a running mean, however many points there are."""
 
     def json(self) -> dict[str, Any]:
-        """For the page's script."""
-        return asdict(self)
+        """What the page's script needs to read values off."""
+        series = [{"label": s.label, "colour": s.colour, "x": s.x, "y": s.y} for s in self.series]
+        return {"x_label": self.x_label, "unit": self.unit, "series": series}
 
 
 # --- colours --------------------------------------------------------------------------------------

@@ -1,153 +1,110 @@
-"""The page's main charts as PNG and SVG, for papers and slides."""
+"""The page's main charts as SVG and PNG, for papers and slides."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from reftune.results.metrics import CHARACTER, LEARNING
-from reftune.results.page.charts import (
-    PASSES,
-    STEPS,
-    Chart,
-    dev_chart,
-    method_colours,
-    training_charts,
-    voting_charts,
-)
+from reftune.results.page.charts import dev_chart, method_colours, training_charts, voting_charts
+from reftune.results.page.drawing import LETTER, draw, px, tag
 from reftune.results.summary import ScoreTable, display, read_groups, score_table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 ASSETS = Path(__file__).parent / "assets"
-INK, SOFT, GRID = "#17191c", "#565d66", "#e4e6e8"
-DPI = 200
-X_LABELS = {STEPS: "step", PASSES: "sequences trained on"}
+WIDTH, HEIGHT, TITLE = 680, 320, 30
+ZOOM = 2
+"""Pixels of the PNG for one of the SVG."""
+ROW, BAR = 34, 26
+"""Height of a bar with and without the space below it."""
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
     """`accuracy` (bars with intervals) and a figure a curve (`dev_accuracy`, `reward_mean`,
     `maj@k`, …), each as .png and .svg.
 
-    Returns the files.
+    Returns: the files.
 
-    Raises: DataError if a run is missing, damaged or unfinished, or where runs met different
-    problems.
+    Raises: DataError if a run is missing, damaged or unfinished, or if runs met different problems.
     """
     groups = read_groups(run_dirs)
     table, dev = score_table(groups), dev_chart(groups)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = _save(
-        folder / "accuracy",
-        lambda axes: _draw_bars(axes, table),
-        height=0.9 + 0.42 * len(table.methods),
-    )
-    curves = training_charts(groups, (*LEARNING, *CHARACTER))
-    for chart in [*([dev] if dev else []), *curves, *voting_charts(groups, table)]:
-        written += _save(
-            folder / chart.key.replace("/", "_"), partial(_draw_curves, chart=chart), height=3.4
+    curves = [
+        *filter(None, [dev]),
+        *training_charts(groups, (*LEARNING, *CHARACTER)),
+        *voting_charts(groups, table),
+    ]
+    figures = {"accuracy": _bars(table)} | {
+        chart.key.replace("/", "_"): _titled(
+            chart.title, draw(chart, WIDTH, HEIGHT, is_hero=True).svg, HEIGHT
         )
-    return written
-
-
-def _save(stem: Path, draw: Callable[[Axes], None], *, height: float) -> list[Path]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # a fixed salt and no date: the same runs give the same bytes
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "reftune",
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "text.color": INK,
-        **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), SOFT),
+        for chart in curves
     }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6.4, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(SOFT)
-        axes.tick_params(length=0)
-        draw(axes)
-        paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-        figure.savefig(paths[0], dpi=DPI)
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return [path for name, svg in figures.items() for path in _save(Path(folder) / name, svg)]
 
 
-def _draw_bars(axes: Axes, table: ScoreTable) -> None:
-    colours = _hex_colours()
-    names = method_colours([method.label for method in table.methods])
-    for place, method in enumerate(reversed(table.methods)):
-        score, colour = method.greedy, colours[names[method.label]]
-        low, high = score.ci95
-        axes.barh(place, 100 * score.value, height=0.62, color=colour, alpha=0.85)
-        axes.plot([100 * low, 100 * high], [place, place], color=INK, linewidth=1.2)
-        axes.text(
-            100 * high + 1,
-            place,
-            f"{100 * score.value:.1f}",
-            va="center",
-            color=colour,
-            fontweight="bold",
-        )
-    axes.set_yticks(
-        range(len(table.methods)), [display(method.label) for method in reversed(table.methods)]
+def _save(stem: Path, svg: str) -> list[Path]:
+    import resvg_py
+
+    png, vector = stem.with_suffix(".png"), stem.with_suffix(".svg")
+    vector.write_text(svg, encoding="utf-8")
+    png.write_bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=ZOOM, background="white"))
+    return [png, vector]
+
+
+def _titled(title: str, drawing: Markup, height: int) -> str:
+    """A file of its own: the light page's colours and rules, a title above the drawing."""
+    css = (ASSETS / "page.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", css.partition("data-theme")[0]))
+    rules = "\n".join(re.findall(r"^\.chart (?:text|\.).*$", css, re.MULTILINE)).replace(
+        ".chart ", ""
     )
-    axes.set_xlim(0, min(112.0, 100 * max(method.greedy.ci95[1] for method in table.methods) + 10))
+    rules = rules.replace("var(--sans)", "sans-serif")
+    page = tag(
+        "svg",
+        tag("style", Markup(rules)),
+        tag("text", title, x=0, y=14, class_="title"),
+        tag("g", drawing, transform=f"translate(0 {TITLE})"),
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {WIDTH} {height + TITLE}",
+        width=WIDTH,
+        height=height + TITLE,
+    )
+    return re.sub(r"var\((--[\w-]+)\)", lambda found: colours[found[1]], page)
+
+
+def _bars(table: ScoreTable) -> str:
+    """Greedy accuracies; a line through the end of each bar is its 95 % interval."""
+    colours = method_colours([method.label for method in table.methods])
+    names = [display(method.label) for method in table.methods]
+    left = 14 + LETTER * max(map(len, names))
+    scale = (WIDTH - left - 60) / max(method.greedy.ci95[1] for method in table.methods)
+    drawn = []
+    for index, (method, name) in enumerate(zip(table.methods, names, strict=True)):
+        score, top, fill = method.greedy, index * ROW, f"fill: var({colours[method.label]})"
+        low, high = (left + scale * bound for bound in score.ci95)
+        middle = top + ROW // 2 - 4
+        drawn += [
+            tag("text", name, x=0, y=middle + 4),
+            tag(
+                "rect", x=px(left), y=top, width=px(scale * score.value), height=ROW - 8, style=fill
+            ),
+            tag("line", class_="cross", x1=px(low), x2=px(high), y1=middle, y2=middle),
+            tag(
+                "text",
+                f"{100 * score.value:.1f} %",
+                class_="name",
+                x=px(high + 8),
+                y=middle + 4,
+                style=fill,
+            ),
+        ]
     seeds = f", mean of {table.num_seeds} seeds" if table.num_seeds > 1 else ""
-    axes.set_xlabel(
-        f"greedy accuracy on {table.methods[0].greedy.n:,} {table.split} problems, %{seeds}; lines:"
+    title = (
+        f"Greedy accuracy on {table.methods[0].greedy.n:,} {table.split} problems{seeds}; lines:"
         " 95 % interval"
     )
-
-
-def _draw_curves(axes: Axes, chart: Chart) -> None:
-    colours = _hex_colours()
-    for series in chart.series:
-        colour = colours[series.colour]
-        y = _scaled(series.y, chart)
-        axes.plot(series.x, y, color=colour, linewidth=1.8, label=series.label)
-        if series.low is not None and series.high is not None:
-            low, high = _scaled(series.low, chart), _scaled(series.high, chart)
-            axes.fill_between(series.x, low, high, color=colour, alpha=0.12, linewidth=0)
-        if series.mark is not None:
-            ring: dict[str, Any] = {
-                "markersize": 6,
-                "markerfacecolor": "white",
-                "markeredgecolor": colour,
-                "markeredgewidth": 1.6,
-            }
-            axes.plot(series.x[series.mark], y[series.mark], marker="o", **ring)
-    axes.legend(frameon=False, loc="best", labelcolor="linecolor", handlelength=1.2)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    if chart.log_x:
-        axes.set_xscale("log")
-    if chart.floor is not None:
-        axes.set_ylim(bottom=max(chart.floor, axes.get_ylim()[0]))
-    elif chart.zero:
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    axes.set_ylabel(chart.title + (", %" if chart.unit == "percent" else ""))
-    rings = any(series.mark is not None for series in chart.series)
-    axes.set_xlabel(
-        X_LABELS.get(chart.x_label, chart.x_label) + (" (rings: chosen models)" if rings else "")
-    )
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def _scaled(values: Sequence[float | None], chart: Chart) -> list[float]:
-    """In percent where the chart is."""
-    scale = 100 if chart.unit == "percent" else 1
-    return [float("nan") if value is None else scale * value for value in values]
-
-
-def _hex_colours() -> dict[str, str]:
-    """The page's own colours on light, so that both show a method alike."""
-    css = (ASSETS / "page.css").read_text(encoding="utf-8").split('data-theme="dark"')[0]
-    return dict(re.findall(r"(--method-\d): (#[0-9a-f]{6})", css))
+    return _titled(title, Markup("").join(drawn), ROW * len(names))

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from reftune.results.handover import handovers, sentence
 from reftune.results.metrics import CHARACTER, HACKING, LEARNING, MACHINERY, VERDICTS
 from reftune.results.page import charts, gallery
+from reftune.results.page.drawing import draw
 from reftune.results.records import RunResults
 from reftune.results.stats import Comparison, Interval
 from reftune.results.summary import (
@@ -90,6 +91,7 @@ def render_report(groups: Sequence[Group]) -> str:
         pair=_pair(table),
         equal=_equal(dev, table),
         dev=dev,
+        draw=draw,
         panels=panels,
         table_head=rows(table)[0] if table.methods else [],
         table_body=rows(table)[1] if table.methods else [],

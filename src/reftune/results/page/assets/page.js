@@ -39,17 +39,7 @@ $("theme").addEventListener("click", () => {
   remembered("reftune-theme", root.dataset.theme);
 });
 
-// --- charts, drawn anew when their width changes --------------------------------------------------------------------
-
-const widths = new WeakMap();
-const resized = new ResizeObserver((entries) => {
-  for (const { target } of entries) {
-    if (widths.get(target) === target.clientWidth) continue;
-    widths.set(target, target.clientWidth);
-    requestAnimationFrame(() => drawChart(target, data.charts[target.dataset.chart]));
-  }
-});
-document.querySelectorAll("[data-chart]").forEach((figure) => resized.observe(figure));
+document.querySelectorAll("[data-chart] svg").forEach((canvas) => makeReadable(canvas, data.charts[canvas.closest("[data-chart]").dataset.chart]));
 
 // --- the same problem, side by side ---------------------------------------------------------------------------------
 
