@@ -22,8 +22,8 @@ GB = 10**9
 NODE = 8
 """GPUs of a machine that its fast links join."""
 NETWORK = 50 * GB
-"""Bytes a second of a GPU to other machines: one 400 Gbit/s adapter each, as in NVIDIA's DGX H100.
-"""
+"""Bytes per second from a GPU to other machines: one 400 Gbit/s adapter each, as in NVIDIA's DGX
+H100."""
 DECODE_EFFICIENCY = 0.5
 """Share of the roofline that decoding reaches; the benchmark's target."""
 ARITHMETIC = "arithmetic"
@@ -37,9 +37,9 @@ class Gpu:
     """FLOP/s."""
     float32: float
     memory: float
-    """Bytes a second."""
+    """Bytes per second."""
     link: float
-    """Bytes a second and direction to GPUs of the same machine."""
+    """Bytes per second and direction to GPUs of the same machine."""
 
 
 GPUS = {
@@ -51,7 +51,7 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """What the plan is for, and what it assumes of it."""
+    """The hardware planned for, and what is assumed about it."""
 
     gpus: int
     memory: float
@@ -66,7 +66,7 @@ class Hardware:
 
     @property
     def link(self) -> float:
-        """Bytes a second of the slowest link that a GPU's share of a collective passes."""
+        """Bytes per second of the slowest link that a collective uses."""
         return self.gpu.link if self.gpus <= NODE else NETWORK
 
     def rate(self, dtype: str) -> float:
@@ -126,7 +126,7 @@ class Plan:
     memory: Mapping[Sharding, Share]
     topology: str
     sharding: Sharding | None
-    """The simplest that fits; None if none does."""
+    """The simplest sharding that fits; None if none does."""
     split: Mapping[str, Mapping[str, Any]]
     """Stage → the best division into GPUs that sample and GPUs that train, and the step's seconds.
     """
@@ -143,7 +143,7 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """Of all stages, or `only` one. Tokens of prompts and responses: by default
+    """The plan of all stages, or `only` one. Tokens of prompts and responses: by default
     `lengths.max_prompt`, else 256, and `max_new`.
 
     Raises: RecipeError if no such stage says what it costs; ModelError if the configuration cannot
@@ -261,8 +261,8 @@ class Planner:
         )
 
     def generate(self, gpus: int) -> Phase:
-        """A sequence. Each GPU its part of the samples: prompts once, then a token a row at a
-        time."""
+        """Time of sampling, per sequence: each GPU reads its prompts once, then draws one token per
+        row at a time."""
         gpu, made, cost = self.hardware.gpu, self.estimate, self.estimate.cost
         outline, total = made.outline, made.outline.total
         rollouts = math.ceil(cost.sampled / gpus)
@@ -326,7 +326,7 @@ WAYS = {"one": "1 GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
 
 
 def plan_text(plan: Plan) -> str:
-    """For a person."""
+    """The plan as text."""
     known = plan.assumed
     head = (
         f"{plan.recipe}: {plan.weights:,} weights, {plan.trained:,} trained with the value head,"

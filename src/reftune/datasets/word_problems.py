@@ -32,10 +32,10 @@ from reftune.types import Answer, Problem
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
 OBJECTS = ("drums", "geese", "hats", "kites", "pies", "snails")
 FACTORS = range(2, 10)
-"""Of "times as many" and of prices: larger ones make no sensible story."""
+"""Factors of "times as many" and prices: larger ones make no sensible story."""
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
-"""Stories tried before a question that no other has is given up."""
+"""Stories tried before giving up on a new question."""
 ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -144,8 +144,8 @@ class WordProblems(Component):
         return str(style), write(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
-        """One random story; None where a result is out of range or the answer needs less than was
-        told of its object."""
+        """One random story; None if a result is out of range or the answer does not need everything
+        the story says about its object."""
         asks = ["count"]
         if num_operations >= 1:
             asks += ["coins", "together", "more"] if self.people >= 2 else ["coins"]
@@ -188,7 +188,7 @@ class _Quantity:
     """Who has it; empty for a bare number and for the answer of a question about two people or
     coins."""
     symbol: str = ""
-    """The operation it was computed with; empty for a number that is told."""
+    """The operation that computes it; empty for a number stated in the story."""
     operands: tuple[_Quantity, ...] = ()
 
 
@@ -206,7 +206,7 @@ class _Story:
     text: str
     """Its sentences, the last one the question."""
     quantities: list[_Quantity]
-    """What the answer needs of what people have, in the order it was told."""
+    """The people's quantities that the answer needs, in the order of the story."""
     answer: _Quantity
 
     @property
@@ -216,7 +216,7 @@ class _Story:
 
 @dataclass(kw_only=True, slots=True)
 class _Teller:
-    """Tells a story sentence by sentence and keeps the books."""
+    """Writes a story sentence by sentence and keeps track of quantities."""
 
     rng: random.Random
     numbers: tuple[int, int]
@@ -224,11 +224,11 @@ class _Teller:
     """Everyone who may appear; those who did are in `holdings`."""
     thing: str
     holdings: dict[str, _Quantity] = field(default_factory=dict)
-    """What each person has by now."""
+    """What each person has so far."""
     told: list[_Quantity] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     latest: str = ""
-    """Who was spoken of last."""
+    """The person mentioned last."""
 
     @property
     def has_someone_new(self) -> bool:
@@ -239,7 +239,7 @@ class _Teller:
         self._tell(f"{person} has {number.value} {self.thing}.", _Quantity(number.value, person))
 
     def update(self) -> None:
-        """Someone gets or gives up a few; mostly the one spoken of last, as in real stories."""
+        """Someone gains or loses a few; mostly the person mentioned last, as in real stories."""
         person = self.latest if self.rng.random() < 0.7 else self.rng.choice(list(self.holdings))
         number = self._number()
         symbol, verb = self.rng.choice(
@@ -249,7 +249,7 @@ class _Teller:
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Someone new has more, fewer or times as many as the one spoken of last."""
+        """Someone new has more, fewer or times as many as the person mentioned last."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()
@@ -264,7 +264,7 @@ class _Teller:
         )
 
     def distract(self) -> None:
-        """Someone has something that is not asked for, somewhere among the sentences so far."""
+        """Insert an irrelevant sentence somewhere among those so far."""
         person = self.rng.choice(self.people)
         things = (
             OBJECTS
@@ -323,8 +323,8 @@ class _Teller:
 
 
 def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str, ...]:
-    """The right answer among results of likely mistakes: a step left out, another operation at the
-    end, a slip of a few."""
+    """The right answer among results of likely mistakes: a step left out, a different last
+    operation, a small slip."""
     steps = [step.value for step in _ancestors(right)]
     operations = [
         apply(*(operand.value for operand in right.operands))

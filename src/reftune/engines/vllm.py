@@ -102,8 +102,8 @@ class Vllm(Component):
             return [sampled for answer in answers for sampled in answer]
 
     def _hand_over(self, policy: Policy) -> str | None:
-        """Give every server the weights, which the main process writes once; the name of the
-        adapter that is to be asked for, if there is one.
+        """Give every server the weights, which the main process writes once; returns the name of
+        the adapter to request, if there is one.
 
         Raises: EngineError, in all processes.
         """
@@ -118,7 +118,7 @@ class Vllm(Component):
         return world.from_main(lambda: adapter)
 
     def _send_adapter(self, policy: Policy, before: _Served | None) -> str:
-        """Its name, a new one each time, as what vLLM caches goes by it. The base goes first where
+        """Its name, a new one each time, because vLLM caches by name. The base is sent first if
         servers have another one."""
         if not self._have_base(policy, before):
             self._send(policy, save_base, Server.load)
@@ -178,7 +178,7 @@ class Vllm(Component):
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
     def _started(self, policy: Policy, folder: Path) -> Colocated:
-        """The engine that runs, if it fits; otherwise a new one, which takes seconds to minutes to
+        """The running engine if it fits, else a new one, which takes seconds to minutes to
         start."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if _running and key not in _running:
@@ -342,7 +342,8 @@ _served: dict[Any, _Served] = {}
 
 
 def own_servers(servers: Sequence[Server]) -> list[Server]:
-    """Those that this process asks: one of fewer servers than processes, or several of more."""
+    """The servers that this process asks: one, or several if there are more servers than
+    processes."""
     return list(servers[world.rank() % len(servers) :: world.world_size()])
 
 

@@ -38,7 +38,7 @@ def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> N
 def narrowable(
     model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings
 ) -> dict[int, nn.Parameter]:
-    """The matrices that `narrow` casts where they are frozen, by id."""
+    """The matrices that `narrow` casts if they are frozen, by id."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = {}
     for weight in (m.weight for m in model.modules() if _is_matrix(m)):

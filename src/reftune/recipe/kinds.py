@@ -63,7 +63,7 @@ GROUPS = {
     "algorithms": "reftune.algorithms",
     "stages": "reftune.stages",
 }
-"""What a recipe names plug-ins of, and the package that holds them, a file each."""
+"""Each kind of plug-in, and the package that holds them, one file each."""
 
 
 def known_kinds(group: str) -> list[str]:

@@ -50,10 +50,9 @@ def table_command(
     """`reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or, with `json`,
     one JSON document.
 
-    `methods` compares everything on one set of problems; `paper` has the paper's tables, a column a
-    task; `auto` takes these where runs differ in task or rationale. Votes are over the first `k`
-    samples, None: all.
-    Raises: DataError.
+    `methods` compares everything on one set of problems; `paper` has the paper's tables, a column
+    per task; `auto` chooses these if runs differ in task or rationale. Votes are over the first `k`
+    samples, None: all. Raises: DataError.
     """
     fmt = "json" if json else fmt
     runs = [read_run(folder) for folder in run_dirs]

@@ -43,7 +43,7 @@ LEARNING = (
         title="Right while exploring",
         explain=(
             "Share of sampled (not greedy) solutions that were right: what reinforcement learning"
-            " climbs on."
+            " improves."
         ),
         unit="percent",
     ),
@@ -84,7 +84,7 @@ HACKING = (
         title="Right letter, other value",
         explain=(
             "Right letters whose own reasoning arrives at another option: luck or a shortcut was"
-            " paid."
+            " rewarded."
         ),
         unit="percent",
     ),
@@ -142,13 +142,13 @@ MACHINERY = (
         title="Sampling mismatch",
         explain=(
             "How far log-probabilities recorded while sampling are from those recomputed in"
-            " training; should be next to 0."
+            " training; should be close to 0."
         ),
     ),
     Metric(
         key="grad/norm",
         title="Gradient norm",
-        explain="Size of the step the loss asks for, before clipping; spikes announce instability.",
+        explain="Size of the step the loss asks for, before clipping; spikes signal instability.",
         over_passes=True,
     ),
     Metric(
@@ -190,7 +190,7 @@ VOTING = {
         "Majority vote",
         "The most frequent answer of k samples; a tie goes to the answer seen first.",
     ),
-    "rerank": ("Reranking", "The answer of the sample that the reward model likes best, of k."),
+    "rerank": ("Reranking", "The answer that the reward model scores highest among k samples."),
     "pass": (
         "Any right (pass@k)",
         "Chance that at least one of k samples is right: what a perfect judge could pick.",

@@ -89,7 +89,7 @@ class RunResults:
     recipe_text: str
     env: Mapping[str, Any]
     stages: Mapping[str, StageResults]
-    """In the order they came to be; a stage's snapshots before the stage."""
+    """In the order of training; a stage's snapshots before the stage."""
     evals: Mapping[str, tuple[EvalRow, ...]]
     """Methods evaluated so far, in that order."""
     missing: tuple[str, ...]

@@ -134,7 +134,7 @@ def paired_bootstrap(
 def crossed_bootstrap(
     values: ArrayLike, *, generator: np.random.Generator, num_resamples: int = NUM_RESAMPLES
 ) -> Interval:
-    """95 % percentile interval of the mean of `values` (seeds, problems), where every seed met the
+    """95 % percentile interval of the mean of `values` (seeds, problems) if every seed answered the
     same problems.
 
     Seeds and problems are each resampled once a replicate, so a hard problem is hard for all seeds
@@ -163,8 +163,8 @@ def hierarchical_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95 % percentile interval of the mean over seeds, where each seed (one array of `values`) has
-    problems of its own.
+    """95 % percentile interval of the mean over seeds if each seed (one array of `values`) has its
+    own problems.
 
     A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
     five seeds the interval is too narrow, as any bootstrap of so few is.

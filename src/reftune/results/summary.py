@@ -26,7 +26,7 @@ from reftune.storage.run_folder import RunFolder
 GREEDY = "greedy"
 
 Outcomes = NDArray[np.float64]
-"""One number a problem: 1 solved, 0 not, between for an expectation."""
+"""One number per problem: 1 solved, 0 not, in between for an expectation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,8 @@ class ScoreTable:
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
-    """Of greedy answers and of votes; each names methods by label, votes as `LABEL maj@k`."""
+    """Comparisons of greedy answers and of votes; each names methods by label, votes as `LABEL
+    maj@k`."""
     num_seeds: int
     split: str
 

@@ -24,7 +24,8 @@ NOT_SIGNIFICANT = "n.s."
 
 
 def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
-    """Head and body: a method a row, its score under each rule, and its gain over the baseline."""
+    """Head and body: one row per method, with its score under each rule and its gain over the
+    baseline."""
     rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))
     head = [
         "Method",

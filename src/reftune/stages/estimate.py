@@ -23,7 +23,7 @@ from reftune.stages.stage import Cost
 MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256}
 """Bytes of AdamW's state for a weight, by bits."""
 DRAWING = 5
-"""fp32 tensors of rows × vocabulary that live at once while a token a row is drawn."""
+"""fp32 tensors of rows × vocabulary that are alive while tokens are drawn."""
 USABLE = 0.9
 """Share of a device that a plan may fill; the rest is left to what is not counted."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
@@ -40,7 +40,7 @@ Sharding = Literal["one", "ddp", "fsdp2"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Of a pass, as `model.micro_batch_tokens` and `engine.batch_size` say."""
+    """Sizes of a pass, as in `model.micro_batch_tokens` and `engine.batch_size`."""
 
     tokens: int
     rows: int

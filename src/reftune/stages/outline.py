@@ -53,7 +53,7 @@ class Update:
     """Bytes kept for the backward pass, or taken for a moment."""
     forward_flops: float
     flops: float
-    """Of both passes."""
+    """Operations of both passes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class Prefill:
     """Copies of the weights, which sampling keeps from the first token to the last."""
     momentary: float
     cache: float
-    """Of the keys and values of the prompts."""
+    """Bytes of the keys and values of the prompts."""
 
 
 class Outline:
@@ -86,7 +86,7 @@ class Outline:
         self.vocabulary: int = head.shape[0]
         ends = {id(p): p for p in (head, self.model.get_input_embeddings().weight)}
         self.ends = sum(p.numel() for p in ends.values())
-        """Weights of embedding and output head, once where they are tied."""
+        """Weights of embedding and output head, counted once if they are tied."""
         self.total = _numel(self.policy.model)
         self.layer = max(map(_numel, transformer_blocks(self.model)), default=self.total)
         """Weights of the largest transformer block."""
@@ -146,7 +146,7 @@ class Outline:
 
     @property
     def cache_bytes(self) -> float:
-        """Of the keys and values of a token."""
+        """Bytes of a token's keys and values."""
         return float(self.prefill(prompt=1, rows=1).cache)
 
     def update(self, prompt: int, response: int, batch: int) -> Update:
@@ -204,7 +204,8 @@ class Outline:
 
 
 def outline_of(table: ModelTable, texts: Iterable[str], *, device: str) -> Outline:
-    """Of a recipe's model; `texts` give one from scratch its vocabulary. Raises: ModelError."""
+    """The outline of a recipe's model; `texts` give a model from scratch its vocabulary. Raises:
+    ModelError."""
     return Outline(lambda: untrained(table, texts=texts), table, device=device)
 
 

@@ -63,7 +63,7 @@ RunFolders = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Method = Annotated[str, typer.Option(help="The stage whose chosen model is meant.")]
+Method = Annotated[str, typer.Option(help="The stage whose chosen model to use.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,12 +121,12 @@ def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = Fa
 def run(
     recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """Run a recipe, all stages. Goes on where an earlier run stopped."""
+    """Run all stages of a recipe. Continues where an earlier run stopped."""
     _run(_load(recipe, overrides), None, as_json=as_json, quiet=quiet)
 
 
 def _add_stage_command(name: str, kind: str, what: str) -> None:
-    @app.command(name, help=f"Run only {what}. The stages that they start from must be done.")
+    @app.command(name, help=f"Run only {what}. The stages that they start from must be finished.")
     def command(
         recipe: RecipeName,
         overrides: Overrides = None,
@@ -174,7 +174,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 
 @contextmanager
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
-    """Progress that is closed whatever happens; an interruption names the checkpoint to go on
+    """Progress that is closed whatever happens; an interruption names the checkpoint to continue
     from."""
     from reftune.stages.loop import Interrupted
     from reftune.terminal.live import make_progress
@@ -220,7 +220,7 @@ def init(
         typer.Option(help="Test questions. Default: those beside the data, if it is a folder."),
     ] = None,
     question: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Where its name does not tell.")
+        str | None, typer.Option(metavar="COLUMN", help="Its column, if not recognised.")
     ] = None,
     answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
     rationale: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
@@ -285,7 +285,7 @@ def check(
         bool,
         typer.Option(
             "--offline",
-            help="Only what takes neither weights nor data: recipe, schedule, format, reward.",
+            help="Only what needs neither weights nor data: recipe, schedule, format, reward.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -313,19 +313,22 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, max=65536, help="How many GPUs.")] = 1,
     memory: Annotated[float, typer.Option(min=1, help="GB of each.")] = 80,
     gpu: Annotated[
-        Literal["a100", "h100", "h200"], typer.Option(help="Whose data sheet the times are of.")
+        Literal["a100", "h100", "h200"],
+        typer.Option(help="The GPU whose data sheet gives the rates."),
     ] = "h100",
     mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of the peak arithmetic that is reached.")
+        float,
+        typer.Option(min=0.01, max=1, help="Share of the GPU's peak arithmetic that is reached."),
     ] = 0.4,
     prompt: Annotated[
-        int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_prompt, else 128.")
+        int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_prompt, else 256.")
     ] = None,
     response: Annotated[
         int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_new.")
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Only this one. Default: memory of the one that needs most.")
+        str | None,
+        typer.Option(help="Plan only this stage. Default: memory of the one that needs most."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -436,9 +439,11 @@ def score(
     grading: Annotated[
         str, typer.Option(help="The grader's rules: robust, paper, or your own file.py:Name.")
     ] = "robust",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line.")
+    ] = False,
 ) -> None:
-    """Grade completions and say why: how a reward is debugged."""
+    """Grade completions and say why, to debug a reward."""
     from reftune.terminal.score import score_as_recipe, score_file
     from reftune.text import printable
 
@@ -468,13 +473,13 @@ def table(
         Literal["auto", "methods", "paper"],
         typer.Option(
             help=(
-                "methods: all on the same problems; paper: the paper's tables, a column a task;"
-                " auto: as the runs need."
+                "methods: all on the same problems; paper: the paper's tables, one column"
+                " per task; auto: whichever suits the runs."
             )
         ),
     ] = "auto",
     k: Annotated[
-        int | None, typer.Option(min=1, help="Vote and rerank over the first so many samples only.")
+        int | None, typer.Option(min=1, help="Vote and rerank over the first K samples only.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -490,7 +495,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run.")] = None,
     figures: Annotated[
         Path | None,
-        typer.Option(help="A folder for the figures as PNG and SVG; runs must be over."),
+        typer.Option(help="A folder for the figures as PNG and SVG; the runs must be finished."),
     ] = None,
 ) -> None:
     """Write one HTML page of one or more runs. Prints its path, and those of the figures."""
@@ -512,7 +517,7 @@ def export(
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hub too.")
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Create the Hub repository for all to see.")
+        bool, typer.Option("--public", help="Make the Hub repository public.")
     ] = False,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Only the LoRA adapters, for the base model.")

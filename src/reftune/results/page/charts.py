@@ -15,7 +15,8 @@ from reftune.results.stats import wilson
 from reftune.results.summary import Group, ScoreTable, display, num_samples, voting_curves
 
 MAX_POINTS = 300
-"""Of a series; longer ones are averaged in buckets, so that a day's run stays a small page."""
+"""Points per series; longer ones are averaged in buckets, so that a day's run stays a small
+page."""
 
 STEPS, PASSES = "steps", "sequences"
 """Names of the horizontal axes."""
@@ -263,7 +264,7 @@ def _dev_point(row: MetricRow, before: float) -> tuple[float, float, float, floa
 
 
 def _looks(stage: StageResults) -> list[MetricRow]:
-    """Rows with a dev accuracy; of a snapshot, the one that its `stage.json` tells."""
+    """Rows with a dev accuracy; for a snapshot, the one in its `stage.json`."""
     if stage.metrics or stage.chosen_step is None:
         return [row for row in stage.metrics if "dev/accuracy" in row.values]
     names = {
@@ -335,8 +336,8 @@ class EqualCompute:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracy of `a` and `b` within the passes that both have had; None where one is
-    not drawn."""
+    """The best dev accuracy of `a` and `b` within the passes that both have had; None if one is not
+    drawn."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:
         return None
@@ -365,7 +366,7 @@ def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def time_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Seconds a step by phase, a chart for each stage."""
+    """Seconds per step by phase, a chart for each stage."""
     layers = [
         (metric, words, f"--phase-{index}") for index, (metric, words) in enumerate(PHASES.items())
     ]

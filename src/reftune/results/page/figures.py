@@ -22,7 +22,7 @@ ROW, BAR = 34, 26
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
-    """`accuracy` (bars with intervals) and a figure a curve (`dev_accuracy`, `reward_mean`,
+    """`accuracy` (bars with intervals) and one figure per curve (`dev_accuracy`, `reward_mean`,
     `maj@k`, …), each as .png and .svg.
 
     Returns: the files.

@@ -42,7 +42,7 @@ ASSETS = Path(__file__).parent / "assets"
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
     """Write the page; runs may still be alive. Returns where it is.
 
-    Raises: DataError if a run is missing or damaged, or where runs met different problems;
+    Raises: DataError if a run is missing or damaged, or if runs answered different problems;
     CheckpointError.
     """
     out = Path(out_path)
@@ -144,7 +144,7 @@ class _Panel:
 
     @property
     def columns(self) -> int:
-        """At most; chosen so that a row is rarely left with one chart."""
+        """Columns at most; chosen so that a row is rarely left with one chart."""
         count = len(self.charts)
         return count if count <= 4 else 4 if count in (7, 8) else 3
 
@@ -303,7 +303,7 @@ def _votes(table: ScoreTable) -> str:
     }
     marks = {
         "maj": "the majority’s answer (diamond)",
-        "rerank": "the one that the reward model likes best (square)",
+        "rerank": "the one that the reward model scores highest (square)",
     }
     return ", ".join(text for kind, text in marks.items() if kind in kinds)
 
@@ -355,7 +355,7 @@ def _comparison_cells(found: Comparison) -> list[str]:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """How the best method and the baseline share out the problems, first seed; None without two
+    """Which problems the best method and the baseline solved, first seed; None without two
     methods."""
     best = leader(table)
     if best is None:
