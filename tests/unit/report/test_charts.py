@@ -213,12 +213,9 @@ def test_verdict_shares_are_layers_of_one_chart_a_stage(write_run: WriteRun) -> 
 
 def test_voting_curves_need_samples(write_run: WriteRun) -> None:
     groups = read_groups([write_run("with", num_samples=4)])
-    assert [chart.key for chart in voting_charts(groups, score_table(groups))] == [
-        "maj@k",
-        "pass@k",
-    ]
+    assert [chart.key for chart in voting_charts(score_table(groups))] == ["maj@k", "pass@k"]
     groups = read_groups([write_run("without")])
-    assert voting_charts(groups, score_table(groups)) == []
+    assert voting_charts(score_table(groups)) == []
 
 
 def test_a_known_method_keeps_its_colour() -> None:

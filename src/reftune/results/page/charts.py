@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from reftune.results.metrics import PHASES, VERDICTS, VOTING, Metric, Unit
-from reftune.results.records import MetricRow, RunResults, StageResults
+from reftune.results.records import RunResults, StageResults
 from reftune.results.stats import wilson
-from reftune.results.summary import Group, ScoreTable, display, num_samples, voting_curves
+from reftune.results.summary import Group, ScoreTable, display, label_of, num_samples, voting_curves
 
 MAX_POINTS = 300
 """Points per series; longer ones are averaged in buckets, so that a day's run stays a small
@@ -89,13 +89,31 @@ def method_colours(labels: Sequence[str]) -> dict[str, str]:
     }
 
 
-def entry_labels(groups: Sequence[Group]) -> list[str]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A stage of a group of runs, as it is drawn."""
+
+    group: Group
+    method: str
+    name: str
+    """For a person; with several groups it names the group."""
+    colour: str
+
+    @property
+    def stages(self) -> list[StageResults]:
+        """One a run."""
+        return [run.stages[self.method] for run in self.group.runs]
+
+
+def entries(groups: Sequence[Group]) -> list[Entry]:
     """Every stage of every group, named as in the score table."""
-    return [_label(groups, group, name) for group in groups for name in group.runs[0].stages]
-
-
-def _label(groups: Sequence[Group], group: Group, method: str) -> str:
-    return f"{group.label}/{method}" if len(groups) > 1 else method
+    pairs = [(group, name) for group in groups for name in group.runs[0].stages]
+    labels = [label_of(groups, group, name) for group, name in pairs]
+    colours = method_colours(labels)
+    return [
+        Entry(group=group, method=method, name=display(label), colour=colours[label])
+        for (group, method), label in zip(pairs, labels, strict=True)
+    ]
 
 
 # --- curves over training -------------------------------------------------------------------------
@@ -104,41 +122,35 @@ def _label(groups: Sequence[Group], group: Group, method: str) -> str:
 def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Chart]:
     """A chart for each metric that some stage has measured; several seeds become their mean with a
     band."""
-    colours = method_colours(entry_labels(groups))
     charts = []
     for metric in metrics:
         series = [
-            _metric_series(group, name, metric, _label(groups, group, name), colours)
-            for group in groups
-            for name, stage in group.runs[0].stages.items()
-            if stage.num_samples > 1 or not metric.of_groups
+            _metric_series(entry, metric)
+            for entry in entries(groups)
+            if entry.stages[0].num_samples > 1 or not metric.of_groups
         ]
         drawn = tuple(found for found in series if len(found.x) > 1)
         if drawn:
-            charts.append(_metric_chart(metric, drawn))
+            charts.append(
+                Chart(
+                    key=metric.key,
+                    title=metric.title,
+                    explain=metric.explain,
+                    series=drawn,
+                    unit=metric.unit,
+                    x_label=PASSES if metric.over_passes else STEPS,
+                    floor=metric.floor,
+                    exact=metric.exact,
+                )
+            )
     return charts
 
 
-def _metric_chart(metric: Metric, series: tuple[Series, ...]) -> Chart:
-    return Chart(
-        key=metric.key,
-        title=metric.title,
-        explain=metric.explain,
-        series=series,
-        unit=metric.unit,
-        x_label=PASSES if metric.over_passes else STEPS,
-        floor=metric.floor,
-        exact=metric.exact,
-    )
-
-
-def _metric_series(
-    group: Group, method: str, metric: Metric, label: str, colours: Mapping[str, str]
-) -> Series:
-    x, by_run = _aligned([run.stages[method] for run in group.runs], metric.key)
+def _metric_series(entry: Entry, metric: Metric) -> Series:
+    x, by_run = _aligned(entry.stages, metric.key)
     if metric.over_passes:
-        x = _passes_at(group.runs[0], method, x)
-    series = Series(label=display(label), colour=colours[label], x=x, y=_clean(by_run.mean(axis=0)))
+        x = _passes_at(entry.group.runs[0], entry.method, x)
+    series = Series(label=entry.name, colour=entry.colour, x=x, y=_clean(by_run.mean(axis=0)))
     if len(by_run) > 1:
         series = replace(series, low=_clean(by_run.min(axis=0)), high=_clean(by_run.max(axis=0)))
     return _thinned(series)
@@ -161,11 +173,9 @@ def _aligned(
         {row.step: row.values[metric] for row in stage.metrics if metric in row.values}
         for stage in stages
     ]
-    steps = sorted(set.intersection(*(set(found) for found in by_run))) if by_run else []
-    values = np.array([[found[step] for step in steps] for found in by_run], dtype=float).reshape(
-        len(by_run), len(steps)
-    )
-    return [float(step) for step in steps], values
+    steps = sorted(set.intersection(*map(set, by_run)))
+    values = np.array([[found[step] for step in steps] for found in by_run], dtype=float)
+    return [float(step) for step in steps], values.reshape(len(by_run), len(steps))
 
 
 def _clean(values: Sequence[float] | np.ndarray[Any, Any]) -> list[Number]:
@@ -178,41 +188,53 @@ def _thinned(series: Series) -> Series:
         return series
     buckets = np.array_split(np.arange(len(series.x)), MAX_POINTS)
 
-    def means(values: Sequence[Number] | None) -> list[Number] | None:
-        if values is None:
-            return None
-        known = [
-            [value for index in bucket if (value := values[index]) is not None]
-            for bucket in buckets
-        ]
+    def means(values: Sequence[Number]) -> list[Number]:
+        known = [[y for index in bucket if (y := values[index]) is not None] for bucket in buckets]
         return _clean([float(np.mean(bucket)) if bucket else math.nan for bucket in known])
 
-    x = [float(np.mean([series.x[index] for index in bucket])) for bucket in buckets]
-    y = means(series.y)
-    assert y is not None
-    return replace(series, x=x, y=y, low=means(series.low), high=means(series.high))
+    return replace(
+        series,
+        x=[float(np.mean([series.x[index] for index in bucket])) for bucket in buckets],
+        y=means(series.y),
+        low=None if series.low is None else means(series.low),
+        high=None if series.high is None else means(series.high),
+    )
 
 
 # --- the main curve -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Look:
+    """A look at dev."""
+
+    step: int
+    passes: float
+    """Sequences whose gradient was taken until then."""
+    accuracy: float
+    n: int
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        if not self.n:
+            return self.accuracy, self.accuracy
+        return wilson(round(self.accuracy * self.n), self.n)
+
+
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
     """Dev accuracy over gradient sequence passes since the base model, all stages on one axis; None
     before the first look."""
-    colours = method_colours(entry_labels(groups))
     series = [
-        _dev_series(group, name, _label(groups, group, name), colours)
-        for group in groups
-        for name, stage in group.runs[0].stages.items()
-        if stage.kind != "reward_model"  # its dev accuracy is a reranker's
+        _dev_series(entry)
+        for entry in entries(groups)
+        if entry.stages[0].kind != "reward_model"  # its dev accuracy is a reranker's
     ]
     drawn = tuple(found for found in series if found is not None)
     if not drawn:
         return None
-    several = any(len(group.runs) > 1 for group in groups)
     band = (
         "The band spans the lowest and highest seed."
-        if several
+        if any(len(group.runs) > 1 for group in groups)
         else "The band is the 95 % interval of each point."
     )
     return Chart(
@@ -228,88 +250,70 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
     )
 
 
-def _dev_series(group: Group, method: str, label: str, colours: Mapping[str, str]) -> Series | None:
-    by_run = [_dev_points(run, method) for run in group.runs]
-    length = min((len(points) for points in by_run), default=0)
+def _dev_series(entry: Entry) -> Series | None:
+    curves = [_dev_curve(run, entry.method) for run in entry.group.runs]
+    length = min(map(len, curves))
     if length == 0:
         return None
-    cut = np.array([points[:length] for points in by_run])  # (runs, points, 4)
-    x, y, low, high = cut.mean(axis=0).T
-    if len(by_run) > 1:
-        low, high = cut[..., 1].min(axis=0), cut[..., 1].max(axis=0)
+    points = np.array([[(k.passes, k.accuracy, *k.ci95) for k in c[:length]] for c in curves])
+    x, y, low, high = points.mean(axis=0).T
+    mark = None
+    if len(curves) > 1:
+        low, high = points[..., 1].min(axis=0), points[..., 1].max(axis=0)
+    else:
+        steps, chosen = [look.step for look in curves[0]], entry.stages[0].chosen_step
+        mark = steps.index(chosen) if chosen in steps else None
     return Series(
-        label=display(label),
-        colour=colours[label],
+        label=entry.name,
+        colour=entry.colour,
         x=[float(value) for value in x],
         y=_clean(y),
         low=_clean(low),
         high=_clean(high),
-        mark=_chosen_index(group.runs[0], method) if len(by_run) == 1 else None,
+        mark=mark,
     )
 
 
-def _dev_points(run: RunResults, method: str) -> list[tuple[float, float, float, float]]:
-    """(passes, accuracy, low, high) of each look, beginning with the model that the stage started
-    from."""
-    before = _passes_before(run, method)
-    return [
-        _dev_point(row, before) for row in [*_start_rows(run, method), *_looks(run.stages[method])]
-    ]
+def _dev_curve(run: RunResults, method: str) -> list[_Look]:
+    """Looks at dev by passes since the base model. The model that the stage started from is its
+    point 0, unless it looked there itself."""
+    stage, before = run.stages[method], _passes_before(run, method)
+    looks, start = _looks(stage), _chosen(run, stage.init)
+    if start is not None and stage.metrics and looks and looks[0].step != 0:
+        looks = [replace(start, step=0, passes=0.0), *looks]
+    return [replace(look, passes=before + look.passes) for look in looks]
 
 
-def _dev_point(row: MetricRow, before: float) -> tuple[float, float, float, float]:
-    accuracy, n = row.values["dev/accuracy"], int(row.values.get("dev/n", 0))
-    low, high = wilson(round(accuracy * n), n) if n else (accuracy, accuracy)
-    return before + row.values.get("compute/sequence_passes", float(row.step)), accuracy, low, high
-
-
-def _looks(stage: StageResults) -> list[MetricRow]:
-    """Rows with a dev accuracy; for a snapshot, the one in its `stage.json`."""
+def _looks(stage: StageResults) -> list[_Look]:
+    """From the metrics; of a snapshot, the one that its `stage.json` holds."""
     if stage.metrics or stage.chosen_step is None:
-        return [row for row in stage.metrics if "dev/accuracy" in row.values]
-    names = {
-        "dev_accuracy": "dev/accuracy",
-        "dev_n": "dev/n",
-        "sequence_passes": "compute/sequence_passes",
-    }
-    values = {
-        metric: float(stage.info[key])
-        for key, metric in names.items()
-        if stage.info.get(key) is not None
-    }
-    return (
-        [MetricRow(step=stage.chosen_step, time=0.0, values=values)]
-        if "dev/accuracy" in values
-        else []
-    )
-
-
-def _start_rows(run: RunResults, method: str) -> list[MetricRow]:
-    """The chosen point of the stage that `method` starts from, as its own point 0, unless it looked
-    there itself."""
-    looks = _looks(run.stages[method])
-    start = _chosen_row(run, run.stages[method].init)
-    if start is None or not run.stages[method].metrics or not looks or looks[0].step == 0:
+        return [
+            _Look(
+                step=row.step,
+                passes=row.values.get("compute/sequence_passes", float(row.step)),
+                accuracy=row.values["dev/accuracy"],
+                n=int(row.values.get("dev/n", 0)),
+            )
+            for row in stage.metrics
+            if "dev/accuracy" in row.values
+        ]
+    if stage.info.get("dev_accuracy") is None:
         return []
     return [
-        MetricRow(step=0, time=start.time, values={**start.values, "compute/sequence_passes": 0.0})
+        _Look(
+            step=stage.chosen_step,
+            passes=float(stage.info.get("sequence_passes") or stage.chosen_step),
+            accuracy=float(stage.info["dev_accuracy"]),
+            n=int(stage.info.get("dev_n") or 0),
+        )
     ]
 
 
-def _chosen_row(run: RunResults, method: str) -> MetricRow | None:
+def _chosen(run: RunResults, method: str) -> _Look | None:
+    """The look at which the model of a method was chosen."""
     stage = run.stages.get(method)
-    if stage is None:
-        return None
-    return next((row for row in _looks(stage) if row.step == stage.chosen_step), None)
-
-
-def _chosen_index(run: RunResults, method: str) -> int | None:
-    chosen = _chosen_row(run, method)
-    return (
-        None
-        if chosen is None
-        else _looks(run.stages[method]).index(chosen) + len(_start_rows(run, method))
-    )
+    looks = [] if stage is None else _looks(stage)
+    return next((look for look in looks if stage and look.step == stage.chosen_step), None)
 
 
 def _passes_before(run: RunResults, method: str) -> float:
@@ -317,11 +321,9 @@ def _passes_before(run: RunResults, method: str) -> float:
     init = run.stages[method].init
     if init not in run.stages or init == method:
         return 0.0
-    chosen = _chosen_row(run, init)
-    own = chosen.values.get("compute/sequence_passes") if chosen is not None else None
-    return _passes_before(run, init) + float(
-        own if own is not None else run.stages[init].info.get("sequence_passes", 0)
-    )
+    chosen = _chosen(run, init)
+    own = run.stages[init].info.get("sequence_passes", 0) if chosen is None else chosen.passes
+    return _passes_before(run, init) + float(own)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -385,43 +387,38 @@ def _area_charts(
     explain: str,
     unit: Unit,
 ) -> list[Chart]:
+    """A chart a stage of the `layers`: metric, name and colour of each."""
     charts = []
-    for group in groups:
-        for name in group.runs[0].stages:
-            stages = [run.stages[name] for run in group.runs]
-            found = [(words, colour, *_aligned(stages, metric)) for metric, words, colour in layers]
-            shown = [
-                (words, colour, x, y.mean(axis=0)) for words, colour, x, y in found if len(x) > 1
-            ]
-            series = tuple(
-                _thinned(Series(label=words, colour=colour, x=x, y=_clean(y)))
-                for words, colour, x, y in shown
-            )
-            if len(series) > 1:
-                label = display(_label(groups, group, name))
-                charts.append(
-                    Chart(
-                        key=f"{title}/{label}",
-                        title=f"{title}: {label}",
-                        explain=explain,
-                        series=series,
-                        kind="area",
-                        unit=unit,
-                    )
+    for entry in entries(groups):
+        found = [(name, colour, *_aligned(entry.stages, key)) for key, name, colour in layers]
+        series = tuple(
+            _thinned(Series(label=name, colour=colour, x=x, y=_clean(y.mean(axis=0))))
+            for name, colour, x, y in found
+            if len(x) > 1
+        )
+        if len(series) > 1:
+            charts.append(
+                Chart(
+                    key=f"{title}/{entry.name}",
+                    title=f"{title}: {entry.name}",
+                    explain=explain,
+                    series=series,
+                    kind="area",
+                    unit=unit,
                 )
+            )
     return charts
 
 
 # --- samples at test time -------------------------------------------------------------------------
 
 
-def voting_charts(groups: Sequence[Group], table: ScoreTable) -> list[Chart]:
+def voting_charts(table: ScoreTable) -> list[Chart]:
     """maj@k, rerank@k and pass@k over k, for runs that were evaluated with samples."""
     curves = {
-        (group.label, name): _mean_curves(group, name)
-        for group in groups
-        for name in group.methods
-        if all(num_samples(run.evals[name]) > 1 for run in group.runs)
+        method.label: _mean_curves(method.group, method.method)
+        for method in table.methods
+        if all(num_samples(run.evals[method.method]) > 1 for run in method.group.runs)
     }
     colours = method_colours([method.label for method in table.methods])
     charts = []
@@ -434,7 +431,7 @@ def voting_charts(groups: Sequence[Group], table: ScoreTable) -> list[Chart]:
                 y=_clean(found[rule]),
             )
             for method in table.methods
-            if rule in (found := curves.get((method.group.label, method.method), {}))
+            if rule in (found := curves.get(method.label, {}))
         )
         if series:
             charts.append(

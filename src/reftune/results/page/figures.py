@@ -34,7 +34,7 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
     curves = [
         *filter(None, [dev]),
         *training_charts(groups, (*LEARNING, *CHARACTER)),
-        *voting_charts(groups, table),
+        *voting_charts(table),
     ]
     figures = {"accuracy": _bars(table)} | {
         chart.key.replace("/", "_"): _titled(

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from reftune.results.page.charts import entry_labels, method_colours
+from reftune.results.page.charts import entries, method_colours
 from reftune.results.records import TrainingSample
-from reftune.results.summary import Group, display
+from reftune.results.summary import Group, display, label_of
 from reftune.types import Attempt
 
 MAX_TEXT = 6_000
@@ -31,99 +31,76 @@ def problems(groups: Sequence[Group]) -> Json:
     Problems on which methods disagree come first into the budget; all are shown in the order of the
     evaluation.
     """
-    labels = [(group, name) for group in groups for name in group.methods]
-    names = _evaluated_labels(groups)
+    pairs = [(group, name) for group in groups for name in group.methods]
+    names = [label_of(groups, group, name) for group, name in pairs]
     colours = method_colours(names)
-    columns = [group.runs[0].evals[name] for group, name in labels]
+    columns = [group.runs[0].evals[name] for group, name in pairs]
     if not columns:
         return {"methods": [], "rows": [], "total": 0}
     rows = list(zip(*columns, strict=True))
     order = sorted(
         range(len(rows)), key=lambda index: len({row.greedy.correct for row in rows[index]}) == 1
     )
-    packed = {index: _problem(rows[index]) for index in order[:MAX_PROBLEMS]}
-    kept = sorted(_within(order[:MAX_PROBLEMS], packed, PROBLEMS_BYTES))
+    packed = ((index, _problem(rows[index])) for index in order[:MAX_PROBLEMS])
     return {
         "methods": [{"label": display(name), "colour": colours[name]} for name in names],
-        "rows": [packed[index] for index in kept],
+        "rows": _within(packed, PROBLEMS_BYTES),
         "total": len(rows),
     }
 
 
 def samples(groups: Sequence[Group]) -> Json:
-    """Solutions sampled in training, spread evenly over the steps of each stage."""
-    labels = entry_labels(groups)
-    colours = method_colours(labels)
-    by_label = dict(
-        zip(
-            labels,
-            ((group, name) for group in groups for name in group.runs[0].stages),
-            strict=True,
-        )
-    )
+    """Solutions sampled in training, as many of one stage as of another, spread evenly over its
+    steps; the longest and slowest are there in any case."""
+    stages = entries(groups)
     pools = [
-        (index, run.seed, run.stages[name].samples)
-        for index, (group, name) in enumerate(by_label.values())
-        for run in group.runs
-        if name in run.stages and run.stages[name].samples
+        (index, run.seed, run.stages[entry.method].samples)
+        for index, entry in enumerate(stages)
+        for run in entry.group.runs
     ]
-    each = MAX_SAMPLES // len(pools) if pools else 0
-    chosen = [
-        _sample(pool[place], index, seed)
-        for index, seed, pool in pools
-        for place in _spread(pool, each)
-    ]
-    extreme = {*_largest(chosen, "tokens"), *_largest(chosen, "program_s")}
-    order = sorted(_interleaved(range(len(chosen))), key=lambda place: place not in extreme)
-    kept = sorted(_within(order, dict(enumerate(chosen)), SAMPLES_BYTES))
+    turns = sorted(
+        (turn, number, place)
+        for number, (_, _, pool) in enumerate(pools)
+        for turn, place in enumerate(_order(pool))
+    )
+
+    def packed() -> Iterator[tuple[tuple[int, int], Json]]:
+        for _, number, place in turns[:MAX_SAMPLES]:
+            method, seed, pool = pools[number]
+            yield (number, place), _sample(pool[place], method, seed)
+
     return {
-        "methods": [{"label": display(label), "colour": colours[label]} for label in labels],
-        "rows": [chosen[index] for index in kept],
-        "total": sum(len(pool) for _, _, pool in pools),
+        "methods": [{"label": entry.name, "colour": entry.colour} for entry in stages],
+        "rows": _within(packed(), SAMPLES_BYTES),
+        "total": len(turns),
     }
 
 
-def _evaluated_labels(groups: Sequence[Group]) -> list[str]:
-    return [
-        f"{group.label}/{name}" if len(groups) > 1 else name
-        for group in groups
-        for name in group.methods
-    ]
-
-
-def _within(order: Iterable[int], packed: dict[int, Json], budget: int) -> list[int]:
-    kept = []
-    for index in order:
-        budget -= len(json.dumps(packed[index]))
+def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
+    """The first rows that `budget` bytes hold, ordered by their keys."""
+    kept = {}
+    for key, row in rows:
+        budget -= len(json.dumps(row))
         if budget < 0:
             break
-        kept.append(index)
-    return kept
+        kept[key] = row
+    return [kept[key] for key in sorted(kept)]
 
 
-def _interleaved(indices: Sequence[int]) -> list[int]:
-    """Every 16th, then the ones between: wherever it is cut off, what was taken is spread over the
-    whole."""
-    return sorted(indices, key=lambda index: (index % 16 != 0, index % 4 != 0, index % 2 != 0))
-
-
-def _spread(pool: Sequence[TrainingSample], count: int) -> list[int]:
-    """Places of samples evenly apart, and of the longest and slowest."""
-    if len(pool) <= count:
-        return list(range(len(pool)))
-    attempts = [
-        {"tokens": sample.attempt.num_tokens, "program_s": sample.attempt.graded.program_s}
-        for sample in pool
-    ]
-    extreme = {*_largest(attempts, "tokens"), *_largest(attempts, "program_s")}
-    return sorted(extreme | {index * len(pool) // count for index in range(count)})
-
-
-def _largest(rows: Sequence[Json], key: str) -> list[int]:
-    """Places of the `EXTREMES` rows with most of `key`, the first of equal ones first."""
+def _order(pool: Sequence[TrainingSample]) -> list[int]:
+    """Places in the order in which they are taken: the longest and slowest, then every 2ⁿ-th with
+    falling n. Wherever it is cut off, what was taken is spread over the whole."""
+    tokens = [sample.attempt.num_tokens or 0 for sample in pool]
+    seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
+    extreme = {
+        place
+        for sizes in (tokens, seconds)
+        for place in sorted(range(len(pool)), key=lambda place: -sizes[place])[:EXTREMES]
+        if sizes[place]
+    }
     return sorted(
-        (place for place, row in enumerate(rows) if row[key]), key=lambda place: -rows[place][key]
-    )[:EXTREMES]
+        range(len(pool)), key=lambda place: (place not in extreme, -(place & -place or len(pool)))
+    )
 
 
 def _problem(rows: Sequence[Any]) -> Json:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def render_report(groups: Sequence[Group]) -> str:
         "display": display,
         "duration": duration,
         "count": _count,
+        "evidence": _evidence,
     }
     panels = _panels(groups, table)
     return environment.get_template("page.html.j2").render(
@@ -96,16 +98,10 @@ def render_report(groups: Sequence[Group]) -> str:
         table_head=rows(table)[0] if table.methods else [],
         table_body=rows(table)[1] if table.methods else [],
         caption=caption(table),
-        comparisons=[_comparison_cells(comparison) for comparison in table.comparisons],
-        stages=[
-            _stage_cells(run, name, _run_label(groups, run))
-            for run in _runs(groups)
-            for name in run.stages
-        ],
+        comparisons=table.comparisons,
         runs=[_run_details(run) for run in _runs(groups)],
         recipe_differences=_recipe_differences(groups),
         group_labels=[group.label for group in groups],
-        stage_head=STAGE_HEAD,
         num_seeds=table.num_seeds,
     )
 
@@ -127,10 +123,6 @@ def _runs(groups: Sequence[Group]) -> list[RunResults]:
     return [run for group in groups for run in group.runs]
 
 
-def _run_label(groups: Sequence[Group], run: RunResults) -> str:
-    return run.name if len(_runs(groups)) > 1 else ""
-
-
 # --- the script's data ----------------------------------------------------------------------------
 
 
@@ -150,34 +142,21 @@ class _Panel:
 
 
 def _panels(groups: Sequence[Group], table: ScoreTable) -> list[_Panel]:
-    learning = [*charts.training_charts(groups, LEARNING), *charts.verdict_charts(groups)]
     found = [
-        _Panel(anchor="learning", title="Is it learning?", charts=tuple(learning)),
-        _Panel(
-            anchor="character",
-            title="How is its writing changing?",
-            charts=tuple(charts.training_charts(groups, CHARACTER)),
-        ),
-        _Panel(
-            anchor="hacking",
-            title="Are right letters earned?",
-            charts=tuple(charts.training_charts(groups, HACKING)),
-        ),
-        _Panel(
-            anchor="machinery",
-            title="Is the machinery healthy?",
-            charts=tuple(charts.training_charts(groups, MACHINERY)),
-        ),
-        _Panel(
-            anchor="time", title="Where did the time go?", charts=tuple(charts.time_charts(groups))
-        ),
-        _Panel(
-            anchor="voting",
-            title="Does asking more than once help?",
-            charts=tuple(charts.voting_charts(groups, table)),
-        ),
+        ("learning", "Is it learning?", LEARNING, charts.verdict_charts(groups)),
+        ("character", "How is its writing changing?", CHARACTER, []),
+        ("hacking", "Are right letters earned?", HACKING, []),
+        ("machinery", "Is the machinery healthy?", MACHINERY, []),
+        ("time", "Where did the time go?", (), charts.time_charts(groups)),
+        ("voting", "Does asking more than once help?", (), charts.voting_charts(table)),
     ]
-    return [panel for panel in found if panel.charts]
+    panels = [
+        _Panel(
+            anchor=anchor, title=title, charts=(*charts.training_charts(groups, metrics), *others)
+        )
+        for anchor, title, metrics, others in found
+    ]
+    return [panel for panel in panels if panel.charts]
 
 
 def _payload(
@@ -196,13 +175,10 @@ def _payload(
 
 
 def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
-    missing = [name for run in _runs(groups) for name in run.missing]
     found = headline(table)
-    if missing and table.methods:
-        waiting = ", ".join(dict.fromkeys(display(name) for name in missing))
-        return Headline(
-            title=found.title, text=f"{found.text} Still to come: {waiting}.", chosen=found.chosen
-        )
+    waiting = ", ".join(dict.fromkeys(display(m) for run in _runs(groups) for m in run.missing))
+    if waiting and table.methods:
+        return replace(found, text=f"{found.text} Still to come: {waiting}.")
     return found
 
 
@@ -323,35 +299,13 @@ def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
         return None
     return {
         "scale": _scale([0.0, *(bound for found in shown for bound in found.ci95)]),
-        "rows": [_difference_row(found) for found in shown],
+        "rows": shown,
     }
 
 
-def _difference_row(found: Comparison) -> dict[str, Any]:
-    return {
-        "a": display(found.a),
-        "b": display(found.b),
-        "difference": found.difference,
-        "ci95": found.ci95,
-        "significant": found.significant,
-        "evidence": (
-            f"{len(found.by_seed)} seeds" if found.p_mcnemar is None else p_text(found.p_mcnemar)
-        ),
-    }
-
-
-def _comparison_cells(found: Comparison) -> list[str]:
-    low, high = found.ci95
-    row = _difference_row(found)
-    judged = "significant" if found.significant else "not significant"
-    return [
-        f"{row['a']} − {row['b']}",
-        points(found.difference),
-        f"{points(low)} to {points(high)}",
-        row["evidence"],
-        judged,
-        f"{found.n:,}",
-    ]
+def _evidence(found: Comparison) -> str:
+    p = found.p_mcnemar
+    return f"{len(found.by_seed)} seeds" if p is None else p_text(p)
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
@@ -387,34 +341,6 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 # --- the run --------------------------------------------------------------------------------------
 
-STAGE_HEAD = [
-    "Stage",
-    "Kind",
-    "Starts from",
-    "Chosen step",
-    "Dev",
-    "Looks",
-    "Sequences trained on",
-    "Tokens sampled",
-    "Time",
-]
-
-
-def _stage_cells(run: RunResults, name: str, run_label: str) -> list[str]:
-    stage, info = run.stages[name], run.stages[name].info
-    dev = info.get("dev_accuracy")
-    return [
-        f"{run_label}: {display(name)}" if run_label else display(name),
-        stage.kind,
-        display(stage.init),
-        _count(info.get("chosen_step")),
-        "–" if dev is None else percent(dev),
-        _count(info.get("looks")),
-        _count(info.get("sequence_passes")),
-        _count(info.get("sampled_tokens")),
-        duration(info.get("wall_seconds")),
-    ]
-
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """Recipe keys that the groups do not share, with each group's value; seeds and names aside."""
@@ -441,6 +367,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _run_details(run: RunResults) -> dict[str, Any]:
     return {
         "name": run.name,
+        "stages": run.stages.values(),
         "folder": run.folder.name,
         "recipe": run.recipe_text,
         "command": str(run.env.get("command", "")),
@@ -466,12 +393,8 @@ def duration(seconds: float | None) -> str:
     """`4 min 12 s`; the two largest units."""
     if seconds is None:
         return "–"
-    whole = round(seconds)
-    for size, unit, small, small_unit in (
-        (86_400, "d", 3_600, "h"),
-        (3_600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
+    whole, units = round(seconds), ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+    for (size, unit), (small, small_unit) in pairwise(units):
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // small} {small_unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
