@@ -208,11 +208,8 @@ def sampling_difference(policy: Policy, setting: Setting) -> Tensor:
     batch = token_batch(
         asked, [completion.token_ids for completion in completions], device=setting.device
     )
-    scored = (
-        policy.score(batch, max_tokens=setting.micro_batch_tokens)
-        .logprobs[batch.response_mask]
-        .cpu()
-    )
+    policy.max_tokens = setting.micro_batch_tokens
+    scored = policy.score(batch).logprobs[batch.response_mask].cpu()
     return (
         scored
         - torch.tensor([logprob for completion in completions for logprob in completion.logprobs])

@@ -17,7 +17,7 @@ from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
 from reftune.terminal.score import problem_of
-from reftune.types import Completion, Graded, Problem, SamplingParams, Verdict
+from reftune.types import Completion, Graded, Problem, Verdict
 
 if TYPE_CHECKING:
     from reftune.model.policy import Policy
@@ -145,19 +145,17 @@ def evaluate(
         for i, p in enumerate(problems)
     )
     put = _format(format or recipe.get("format") or "nl")
-    encoder = Encoder(policy.tokenizer, put)
+    lengths = LengthTable.model_validate(recipe.get("lengths") or {})
     collector = Collector(
         engine=load_component("kv", group="engines"),
-        encoder=encoder,
+        encoder=Encoder(policy.tokenizer, put),
         reward=Outcome(),
-        max_prompt=None,
+        lengths=LengthTable(max_new=max_new or lengths.max_new),  # type: ignore[call-arg]
     )
-    lengths = LengthTable.model_validate(recipe.get("lengths") or {})
-    params = SamplingParams(max_new_tokens=max_new or lengths.max_new, temperature=0)
     own = policy.stop
     policy.stop = replace(own, texts=stop_texts(put))
     try:
-        solved = collector.solve(policy, found, params)
+        solved = collector.solve(policy, found)
     finally:
         policy.stop = own
     return Evaluation(

@@ -272,7 +272,7 @@ def test_sampling_log_probabilities_are_those_the_policy_computes(
     completions = sampler.generate(policy, PROMPTS, params(temperature=temperature))
     assert max(len(c.token_ids) for c in completions) > 6
     batch = token_batch(PROMPTS, ids(completions))
-    recomputed = policy.score(batch, temperature=temperature, max_tokens=1000).logprobs
+    recomputed = policy.score(batch, temperature=temperature).logprobs
     reported = batch.unflatten(
         torch.tensor([logprob for c in completions for logprob in c.logprobs])
     )
@@ -487,7 +487,7 @@ def test_bfloat16_generates_under_the_arithmetic_of_training(make_policy, family
     policy = make_policy(family, dtype=torch.bfloat16)
     completions = Kv().generate(policy, PROMPTS, params())
     batch = token_batch(PROMPTS, ids(completions))
-    recomputed = policy.score(batch, max_tokens=1000).logprobs
+    recomputed = policy.score(batch).logprobs
     reported = batch.unflatten(
         torch.tensor([logprob for c in completions for logprob in c.logprobs])
     )

@@ -21,13 +21,20 @@ import torch
 import ranks
 from compare import assert_same_numbers, assert_same_run
 from crash import EVERY_STAGE, run_all
+from reftune.algorithms.base import LossTerms
 from reftune.engines.kv import Kv
 from reftune.errors import NonFiniteError
 from reftune.model.batch import token_batch
 from reftune.processes import heartbeat, world
 from reftune.processes.sharding import sharding, whole_tensor
 from reftune.recipe import Recipe, dump_recipe
-from reftune.stages.optimizer import OptimizerTable, is_finite, make_optimizer, optimizer_step
+from reftune.stages.optimizer import (
+    Gradient,
+    OptimizerTable,
+    is_finite,
+    make_optimizer,
+    optimizer_step,
+)
 from reftune.stages.sft import accumulate_nll
 from reftune.storage.json_lines import JsonLines
 from reftune.types import SamplingParams
@@ -346,13 +353,10 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
     batch = token_batch([[3], [4, 5], [6, 7, 8]], [[1]] * 3)
 
     def step(policy: Any, optimizer: Any) -> dict[str, Any]:
-        loss = accumulate_nll(policy, batch, max_tokens=1, where="")
-        norm = optimizer_step(policy, optimizer, share=0.5, max_grad_norm=1.0, where="")
-        return {
-            "loss": loss,
-            "norm": norm,
-            "logprobs": policy.score(batch, max_tokens=9).logprobs.tolist(),
-        }
+        policy.max_tokens = 1
+        loss = accumulate_nll(policy, batch)
+        norm = optimizer_step(policy, optimizer, share=0.5, max_grad_norm=1.0)
+        return {"loss": loss, "norm": norm, "logprobs": policy.score(batch).logprobs.tolist()}
 
     def make() -> tuple[Any, Any]:
         policy = make_policy()
@@ -364,19 +368,24 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
         weights = torch.tensor(
             [[1.0], [1.0], [math.nan]]
         )  # the longest row: in sorted turns it is the first process's
-        with pytest.raises(NonFiniteError, match="here: loss is nan in rows 0, 2"):
-            accumulate_nll(policy, batch, max_tokens=9, where="here", weights=weights)
+        policy.max_tokens = 9
+        gradient = Gradient(policy, batch.lengths)
+        for rows in gradient:
+            logprobs = policy(batch.rows(rows)).logprobs
+            gradient.add(LossTerms(total=(logprobs * weights[rows]).sum()))
+        with pytest.raises(NonFiniteError, match=r"^loss is nan in rows 0, 2"):
+            gradient.finish()
         optimizer.zero_grad()
         first = step(policy, optimizer)
-        accumulate_nll(policy, batch, max_tokens=1, where="")
+        accumulate_nll(policy, batch)
         local(policy.model.model.norm.weight.grad)[-1:] = (
             math.inf
         )  # where a process has a part of it
         with pytest.raises(
             NonFiniteError,
-            match=r"^here: gradient norm is (inf|nan), first in model\.model\.norm\.weight$",
+            match=r"^gradient norm is (inf|nan), first in model\.model\.norm\.weight$",
         ):
-            optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="here")
+            optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
         assert all(is_finite(parameter) for parameter in policy.parameters())
         found = [first, step(policy, optimizer)]
         if world.is_main():
@@ -407,7 +416,7 @@ def test_each_process_holds_what_its_sharding_says(how, make_policy, tmp_path):
         (-scores.logprobs.sum()).backward()
         gradients = sum(local(p.grad).numel() for p in policy.parameters() if p.grad is not None)
         sharding().add_up_gradients(policy)
-        optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
+        optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
         states = (
             sum(
                 local(s[key]).numel()
@@ -437,7 +446,7 @@ def test_matrices_are_gathered_in_the_compute_dtype_and_nothing_else_changes(mak
     batch = token_batch([[3], [4, 5], [6, 7, 8]], [[8, 1], [9, 1], [10, 11, 1]])
 
     def scores(policy: Any) -> list[Any]:
-        found = policy.score(batch, max_tokens=100)
+        found = policy.score(batch)
         return [tensor.tolist() for tensor in (found.logprobs, found.values, found.entropy)]
 
     def body() -> None:

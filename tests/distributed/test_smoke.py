@@ -30,9 +30,10 @@ def test_shares_may_be_uneven_or_empty(how, num_rows, make_policy, tmp_path):
         sharding().distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
         batch = token_batch(prompts, targets)
-        loss = accumulate_nll(policy, batch, max_tokens=1, where="")
-        norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
-        scores = policy.score(batch, max_tokens=1)
+        policy.max_tokens = 1
+        loss = accumulate_nll(policy, batch)
+        norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
+        scores = policy.score(batch)
         return {
             "loss": loss,
             "norm": norm,

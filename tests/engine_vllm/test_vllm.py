@@ -41,7 +41,7 @@ def mismatch(engine, policy, seed=3):
     tokens."""
     completions = engine.generate(policy, PROMPTS, SamplingParams(max_new_tokens=12, seed=seed))
     batch = token_batch(PROMPTS, [completion.token_ids for completion in completions])
-    recomputed = policy.score(batch, max_tokens=1000).logprobs
+    recomputed = policy.score(batch).logprobs
     reported = batch.unflatten(
         torch.tensor([logprob for c in completions for logprob in c.logprobs])
     )
@@ -71,10 +71,7 @@ def test_a_prefix_that_older_weights_read_is_forgotten(make_policy):
     (completion,) = engine.generate(policy, long, sampling)
     batch = token_batch(long, [completion.token_ids])
     assert_close(
-        torch.tensor(completion.logprobs),
-        policy.score(batch, max_tokens=1000).logprobs[0],
-        atol=2e-5,
-        rtol=0,
+        torch.tensor(completion.logprobs), policy.score(batch).logprobs[0], atol=2e-5, rtol=0
     )
 
 

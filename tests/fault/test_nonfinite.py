@@ -34,11 +34,11 @@ def poison(patch: pytest.MonkeyPatch, stage: str, steps: set[int]) -> None:
     from reftune.stages import loop
 
     now: list[Any] = [None]
-    seeded = Loop._seeded
+    stepped = Loop._stepped
 
     def watched(self: Loop, step: Any) -> dict[str, float]:
         now[0] = (self.context.name, self.state.step)
-        return seeded(self, step)
+        return stepped(self, step)
 
     def poisoned(original: Callable[..., float]) -> Callable[..., float]:
         def step(model: Any, optimizer: Any, **settings: Any) -> float:
@@ -48,7 +48,7 @@ def poison(patch: pytest.MonkeyPatch, stage: str, steps: set[int]) -> None:
 
         return step
 
-    patch.setattr(Loop, "_seeded", watched)
+    patch.setattr(Loop, "_stepped", watched)
     patch.setattr(loop, "optimizer_step", poisoned(loop.optimizer_step))
 
 

@@ -43,9 +43,8 @@ def gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     policy.to(device)
     policy.compute_dtype = dtype
-    loss = accumulate_nll(
-        policy, token_batch(PROMPTS, RESPONSES, device=device), max_tokens=12, where=""
-    )
+    policy.max_tokens = 12
+    loss = accumulate_nll(policy, token_batch(PROMPTS, RESPONSES, device=device))
     return loss, {name: p.grad.cpu() for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -65,7 +64,7 @@ def test_bf16_arithmetic_keeps_weights_and_log_probabilities_in_fp32(make_policy
     exact_loss, exact = gradients(make_policy(), "cuda", torch.float32)
     policy = make_policy()
     loss, found = gradients(policy, "cuda", torch.bfloat16)
-    scores = policy.score(token_batch(PROMPTS, RESPONSES, device="cuda"), max_tokens=12)
+    scores = policy.score(token_batch(PROMPTS, RESPONSES, device="cuda"))
     assert {p.dtype for p in policy.parameters()} == {scores.logprobs.dtype} == {torch.float32}
     assert loss == pytest.approx(exact_loss, rel=0.05) and loss != exact_loss
     for name, gradient in exact.items():
@@ -86,7 +85,7 @@ def test_log_probabilities_of_samples_are_those_recomputed(
     batch = token_batch(
         PROMPTS * 4, [completion.token_ids for completion in completions], device="cuda"
     )
-    recomputed = policy.score(batch, max_tokens=64).logprobs[batch.response_mask].cpu()
+    recomputed = policy.score(batch).logprobs[batch.response_mask].cpu()
     sampled = torch.tensor(
         [logprob for completion in completions for logprob in completion.logprobs]
     )
@@ -118,7 +117,7 @@ def test_a_ppo_step_is_that_of_the_cpu(make_trainer: Callable[..., Trainer], tmp
         assert batch.advantages is not None and batch.advantages.device.type == device
         credit.append(batch.advantages.cpu())
         weighted = replace(batch, weights=trainer.algorithm.weights(batch))
-        steps.append(trainer.accumulate(weighted, 1))
+        steps.append(trainer.accumulate(weighted))
     torch.testing.assert_close(credit[1], credit[0], rtol=1e-3, atol=1e-4)
     assert steps[1] == pytest.approx(steps[0], rel=1e-3, abs=1e-5)
 
@@ -154,13 +153,14 @@ def test_peak_memory_does_not_grow_with_the_number_of_samples(make_policy: MakeP
     # rows are scored and trained a micro-batch at a time: what grows is only the batch of ids and
     # numbers itself
     policy = make_policy().to("cuda")
+    policy.max_tokens = 64
 
     def peak(copies: int) -> int:
         batch = token_batch(PROMPTS * copies, RESPONSES * copies, device="cuda")
         policy.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        accumulate_nll(policy, batch, max_tokens=64, where="")
+        accumulate_nll(policy, batch)
         return torch.cuda.max_memory_allocated() - before
 
     peak(4)  # libraries take their workspaces at first use

@@ -147,7 +147,7 @@ def token_batch_of(samples) -> TokenBatch:
 def credited(policy: Policy, reference: Policy, samples) -> RolloutBatch:
     """Our rollout batch, scored and credited."""
     tokens = token_batch_of(samples)
-    scores = policy.score(tokens, temperature=TEMPERATURE, max_tokens=64)
+    scores = policy.score(tokens, temperature=TEMPERATURE)
     rewards = torch.tensor(rewards_of(samples))
     batch = RolloutBatch(
         tokens=tokens,
@@ -157,7 +157,7 @@ def credited(policy: Policy, reference: Policy, samples) -> RolloutBatch:
         sampling_logprobs=scores.logprobs,
         logprobs=scores.logprobs,
         values=scores.values,
-        ref_logprobs=reference.score(tokens, temperature=TEMPERATURE, max_tokens=64).logprobs,
+        ref_logprobs=reference.score(tokens, temperature=TEMPERATURE).logprobs,
     )
     batch = PPO.credit(batch)
     return replace(batch, weights=PPO.weights(batch))
@@ -260,7 +260,7 @@ def test_two_updates_leave_the_weights_of_two_plain_ones(make_policy):
     optimizer = make_optimizer(ours, OptimizerTable(learning_rate=1e-2))
     for _ in range(2):
         accumulate(ours, batch, max_tokens=20)
-        optimizer_step(ours, optimizer, share=1.0, max_grad_norm=1.0, where="")
+        optimizer_step(ours, optimizer, share=1.0, max_grad_norm=1.0)
 
     old, values = plain_floats(plain, samples)
     advantages, returns = plain_credit(
@@ -325,7 +325,7 @@ def test_leaving_padding_out_changes_nothing(make_policy, family, count):
     results = []
     for packs, is_written_out in ((False, False), (True, False), (True, policy.is_written_out)):
         policy.packs, policy.is_written_out = packs, is_written_out
-        scores = policy.score(batch.tokens, max_tokens=10_000)
+        scores = policy.score(batch.tokens)
         results.append((scores, accumulate(policy, batch), gradients(policy)))
     (padded, loss, whole), *packed = results
     for scores, packed_loss, packed_gradients in packed:
@@ -341,10 +341,10 @@ def test_leaving_padding_out_changes_little_in_bfloat16(make_policy, family):
     policy, reference = moved(old_policy), make_policy(family, dtype=torch.bfloat16, seed=1)
     batch = credited(old_policy, reference, some_samples(11))
     assert policy.packs and not policy.is_written_out
-    scores = policy.score(batch.tokens, max_tokens=10_000)
+    scores = policy.score(batch.tokens)
     loss, packed = accumulate(policy, batch), gradients(policy)
     policy.packs = False
-    padded = policy.score(batch.tokens, max_tokens=10_000)
+    padded = policy.score(batch.tokens)
     assert_close(padded.logprobs, scores.logprobs, atol=0.1, rtol=0)
     assert accumulate(policy, batch) == pytest.approx(loss, rel=0.02)
     for name, gradient in gradients(policy).items():
@@ -387,12 +387,12 @@ def test_log_probabilities_made_in_pieces_change_nothing(
     step, monkeypatch, tokens_at_once, elements
 ):
     policy, batch, loss, whole = step
-    scores = policy.score(batch.tokens, max_tokens=10_000)
+    scores = policy.score(batch.tokens)
     monkeypatch.setattr("reftune.model.logprobs.TOKENS_AT_ONCE", tokens_at_once)
     monkeypatch.setattr("reftune.model.logprobs.LOGIT_ELEMENTS", elements)
     assert accumulate(policy, batch) == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(gradients(policy), whole)
-    in_pieces = policy.score(batch.tokens, max_tokens=10_000)
+    in_pieces = policy.score(batch.tokens)
     assert_close(in_pieces.logprobs, scores.logprobs, atol=1e-6, rtol=0)
     assert_close(in_pieces.entropy, scores.entropy, atol=1e-5, rtol=0)
 
@@ -442,7 +442,8 @@ def test_the_supervised_loss_is_the_token_mean_over_the_whole_batch(
     make_policy, family, max_tokens
 ):
     policy, samples = make_policy(family), some_samples()
-    loss = accumulate_nll(policy, token_batch_of(samples), max_tokens=max_tokens, where="")
+    policy.max_tokens = max_tokens
+    loss = accumulate_nll(policy, token_batch_of(samples))
     found = gradients(policy)
     policy.zero_grad()
     terms = []

@@ -169,7 +169,7 @@ class Answers:
         self.answer = answer
         self.encoder = type("Encoder", (), {"format": Nl()})
 
-    def solve(self, policy: Any, problems: Any, params: Any) -> Any:
+    def solve(self, policy: Any, problems: Any) -> Any:
         texts = [self.answer(problem) for problem in problems]
         completions = [
             Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos") for text in texts
@@ -208,7 +208,7 @@ def test_a_model_that_reasons_is_told_from_one_that_knows_the_place(
     problems = [replace(RHOMBUS, id=str(i)) for i in range(6)]
     texts = [model(problem) for problem in problems]
     graded: list[Graded] = Nl().grade(problems, texts)
-    rows = diagnose(None, Answers(model), problems, texts, graded, max_new_tokens=9)  # type: ignore[arg-type]
+    rows = diagnose(None, Answers(model), problems, texts, graded)  # type: ignore[arg-type]
     assert [(r.correct, r.derivation, r.agrees, r.numeric) for r in rows] == [
         (True, derived, agrees, numeric)
     ] * 6

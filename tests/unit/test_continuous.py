@@ -17,7 +17,7 @@ def mismatch(policy):
     """Largest difference between the engine's log-probabilities and the policy's, nats."""
     completions = Continuous().generate(policy, PROMPTS, SamplingParams(max_new_tokens=12, seed=3))
     batch = token_batch(PROMPTS, [completion.token_ids for completion in completions])
-    recomputed = policy.score(batch, max_tokens=1000).logprobs
+    recomputed = policy.score(batch).logprobs
     reported = batch.unflatten(
         torch.tensor([logprob for c in completions for logprob in c.logprobs])
     )

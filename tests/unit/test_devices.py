@@ -44,10 +44,8 @@ def test_a_reward_model_step_says_where_its_tensors_are(make_trainer):
         Solution(problem=problem, text=text, label=label) for label, text in enumerate(("1", "2 3"))
     ]
     with torch.device("meta"):
-        classifier = Classifier(trainer.policy, seed=1)
-        metrics = accumulate_loss(
-            classifier, trainer.context.collector.encoder, solutions, max_tokens=99, where=""
-        )
+        classifier = Classifier(trainer.policy, trainer.context.collector.encoder, seed=1)
+        metrics = accumulate_loss(classifier, solutions)
     assert metrics["loss/total"] > 0
 
 

@@ -132,7 +132,7 @@ def test_the_engine_says_what_the_policy_says_and_repeats_itself(make_policy):
         "a completion does not depend on its neighbours"
     )
     batch = token_batch(prompts, [c.token_ids for c in drawn], device=policy.device)
-    scored = policy.score(batch, temperature=0.7, max_tokens=1000).logprobs[batch.response_mask]
+    scored = policy.score(batch, temperature=0.7).logprobs[batch.response_mask]
     assert_close(
         torch.tensor([logprob for c in drawn for logprob in c.logprobs]),
         scored,

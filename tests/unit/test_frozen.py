@@ -86,13 +86,13 @@ def test_a_base_in_bf16_gives_the_bits_of_one_in_fp32(family, make_model, tokeni
 def test_a_reference_in_the_compute_dtype_says_what_the_policy_said(family, dtype, make_policy):
     policy = make_policy(family, dtype=dtype)
     reference = policy.make_reference()
-    expected = policy.score(BATCH, max_tokens=100).logprobs
-    assert torch.equal(reference.score(BATCH, max_tokens=100).logprobs, expected)
+    expected = policy.score(BATCH).logprobs
+    assert torch.equal(reference.score(BATCH).logprobs, expected)
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in policy.parameters())
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.neg_()
-    assert torch.equal(reference.score(BATCH, max_tokens=100).logprobs, expected), "a copy"
+    assert torch.equal(reference.score(BATCH).logprobs, expected), "a copy"
     held = reference._frozen.model
     assert not any(p.requires_grad for p in held.parameters())
     if dtype == BF16:
@@ -114,7 +114,7 @@ def test_the_engine_reads_a_narrow_base_in_place(make_model, tokenizer):
     policy = moved(Policy(rounded(make_model("llama")), tokenizer, dtype=BF16, lora=LORA))
     (completion,) = Kv().generate(policy, [[3, 4, 5]], SamplingParams(max_new_tokens=8, seed=1))
     batch = token_batch([[3, 4, 5]], [completion.token_ids])
-    scored = policy.score(batch, max_tokens=100).logprobs
+    scored = policy.score(batch).logprobs
     assert_close(torch.tensor([completion.logprobs]), scored, atol=0.1, rtol=0)
 
 
@@ -147,7 +147,7 @@ def test_files_in_bf16_are_read_as_they_are_for_weights_that_are_not_trained(
         stored, trained = (load_pretrained(folder, as_stored=flag)[0] for flag in (True, False))
         assert (stored.dtype, trained.dtype) == (BF16, torch.float32)
         one, other = (
-            Policy(model, tokenizer, dtype=BF16, trained=False).score(BATCH, max_tokens=100)
+            Policy(model, tokenizer, dtype=BF16, trained=False).score(BATCH)
             for model in (stored, trained)
         )
         assert torch.equal(one.logprobs, other.logprobs)
@@ -212,7 +212,7 @@ def test_4_bits_take_a_third_of_bf16_and_are_decoded_in_place(make_model, tokeni
     before = {n: p.detach().clone() for n, p in narrow.named_parameters()}
     (completion,) = Kv().generate(narrow, [[3, 4, 5]], SamplingParams(max_new_tokens=8, seed=1))
     batch = token_batch([[3, 4, 5]], [completion.token_ids])
-    scored = narrow.score(batch, max_tokens=100).logprobs
+    scored = narrow.score(batch).logprobs
     assert_close(torch.tensor([completion.logprobs]), scored, atol=0.1, rtol=0)
     assert all(torch.equal(p, before[n]) for n, p in narrow.named_parameters())
 
@@ -224,16 +224,16 @@ def test_what_was_learned_over_4_bits_is_saved_whole_and_gone_on_with(make_recip
         run.train("sft")
         answering, going_on = run.load_policy("warmup"), run.load_policy("warmup", trained=True)
         batch = token_batch([[3, 4, 5]], [[7, 8, 1]])
-        before, after = (p.score(batch, max_tokens=100).logprobs for p in (answering, going_on))
+        before, after = (p.score(batch).logprobs for p in (answering, going_on))
         assert_close(after, before, atol=1e-4, rtol=0)
-        base = run.load_policy("base", trained=True).score(batch, max_tokens=100).logprobs
+        base = run.load_policy("base", trained=True).score(batch).logprobs
         assert float((after - base).abs().max()) > 0.01, "something was learned"
         reference = going_on.make_reference()
         with torch.no_grad():
             for parameter in going_on._adapters().values():
                 parameter.zero_()
-        assert torch.equal(reference.score(batch, max_tokens=100).logprobs, after)
-        assert_close(going_on.score(batch, max_tokens=100).logprobs, base, atol=1e-5, rtol=0)
+        assert torch.equal(reference.score(batch).logprobs, after)
+        assert_close(going_on.score(batch).logprobs, base, atol=1e-5, rtol=0)
         run.train("reft")
     rows = JsonLines(recipe.folder / "metrics.jsonl").rows()
     kl = [row["kl/reference"] for row in rows if "kl/reference" in row]
@@ -270,8 +270,8 @@ def test_a_value_model_of_its_own_computes_its_own_blocks_again(make_policy):
     assert_same(scores_and_gradients(saving), scores_and_gradients(plain))
     reference = saving.make_reference()
     with torch.no_grad():
-        plain_reference = plain.make_reference().score(BATCH, max_tokens=100)
-    assert torch.equal(reference.score(BATCH, max_tokens=100).logprobs, plain_reference.logprobs)
+        plain_reference = plain.make_reference().score(BATCH)
+    assert torch.equal(reference.score(BATCH).logprobs, plain_reference.logprobs)
 
 
 def test_dropout_is_drawn_alike_when_blocks_are_computed_again(make_policy):

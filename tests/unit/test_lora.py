@@ -22,7 +22,7 @@ FAMILIES = ["llama", "phi3", "qwen2, tied", "gpt2", "opt"]
 
 
 def logprobs(policy: Policy) -> torch.Tensor:
-    return policy.score(BATCH, max_tokens=100).logprobs
+    return policy.score(BATCH).logprobs
 
 
 def with_trained_adapters(policy: Policy) -> Policy:
@@ -54,10 +54,10 @@ def test_the_reference_is_the_model_without_adapters(make_policy, family):
     policy, base = make_policy(family, lora=LORA), make_policy(family)
     reference = policy.make_reference()
     assert torch.equal(
-        reference.score(BATCH, max_tokens=100).logprobs, logprobs(policy)
+        reference.score(BATCH).logprobs, logprobs(policy)
     )  # KL 0 before the first step
     with_trained_adapters(policy)
-    assert_close(reference.score(BATCH, max_tokens=100).logprobs, logprobs(base), atol=1e-6, rtol=0)
+    assert_close(reference.score(BATCH).logprobs, logprobs(base), atol=1e-6, rtol=0)
     moved = logprobs(policy)
     assert float((moved - logprobs(base)).abs().max()) > 0.1
     assert torch.equal(logprobs(policy), moved)  # the adapters are on again
@@ -95,10 +95,7 @@ def test_an_engine_samples_with_the_adapters_on(make_policy):
     (completion,) = Kv().generate(policy, [[3, 4, 5]], SamplingParams(max_new_tokens=8, seed=1))
     batch = token_batch([[3, 4, 5]], [completion.token_ids])
     assert_close(
-        torch.tensor([completion.logprobs]),
-        policy.score(batch, max_tokens=100).logprobs,
-        atol=2e-5,
-        rtol=0,
+        torch.tensor([completion.logprobs]), policy.score(batch).logprobs, atol=2e-5, rtol=0
     )
 
 

@@ -29,7 +29,7 @@ def batch() -> TokenBatch:
 
 
 def test_scores_are_zero_outside_the_response(policy, batch):
-    scores = policy.score(batch, max_tokens=100)
+    scores = policy.score(batch)
     outside = ~batch.response_mask
     for values in (scores.logprobs, scores.values, scores.entropy):
         assert values.shape == (3, 4) and values.dtype == torch.float32
@@ -38,12 +38,12 @@ def test_scores_are_zero_outside_the_response(policy, batch):
 
 
 def test_scoring_ignores_dropout_and_puts_the_mode_back(policy, batch):
-    quiet = policy.score(batch, max_tokens=100)
+    quiet = policy.score(batch)
     policy.train()
-    assert torch.equal(policy.score(batch, max_tokens=100).logprobs, quiet.logprobs)
+    assert torch.equal(policy.score(batch).logprobs, quiet.logprobs)
     assert policy.training and policy.model.training
     policy.eval()
-    policy.score(batch, max_tokens=100)
+    policy.score(batch)
     assert not policy.training
 
 
@@ -62,27 +62,27 @@ def test_compiling_without_a_compiler_is_told_in_one_line(policy, monkeypatch):
 
 
 def test_forward_and_score_agree(policy, batch):
-    scored, forward = (
-        policy.score(batch, temperature=0.7, max_tokens=100),
-        policy(batch, temperature=0.7),
-    )
+    scored, forward = (policy.score(batch, temperature=0.7), policy(batch, temperature=0.7))
     assert_close(forward.logprobs, scored.logprobs, atol=1e-6, rtol=0)
     assert_close(forward.values, scored.values, atol=1e-6, rtol=0)
     assert forward.entropy is None
 
 
-def test_scores_do_not_depend_on_how_many_rows_are_read_at_once(policy, batch):
-    whole, single = policy.score(batch, max_tokens=1000), policy.score(batch, max_tokens=1)
+def test_scores_do_not_depend_on_how_many_rows_are_read_at_once(policy, batch, monkeypatch):
+    whole = policy.score(batch)
+    monkeypatch.setattr(policy, "max_tokens", 1)
+    single = policy.score(batch)
     for name in ("logprobs", "values", "entropy"):
         assert_close(getattr(single, name), getattr(whole, name), atol=1e-5, rtol=0)
 
 
-def test_features_are_what_the_value_head_reads(policy, batch):
+def test_features_are_what_the_value_head_reads(policy, batch, monkeypatch):
     for max_tokens in (1, 1000):
-        features = policy.features(batch, max_tokens=max_tokens)
+        monkeypatch.setattr(policy, "max_tokens", max_tokens)
+        features = policy.features(batch)
         assert features.shape == (7, 32)
         values = batch.unflatten(policy.value_head(features).squeeze(-1).detach())
-        assert_close(values, policy.score(batch, max_tokens=1000).values, atol=1e-5, rtol=0)
+        assert_close(values, policy.score(batch).values, atol=1e-5, rtol=0)
 
 
 def test_a_flat_distribution_has_the_entropy_and_log_probability_of_a_fair_die(
@@ -90,14 +90,14 @@ def test_a_flat_distribution_has_the_entropy_and_log_probability_of_a_fair_die(
 ):
     policy = make_policy()
     torch.nn.init.zeros_(policy.model.lm_head.weight)
-    scores = policy.score(batch, max_tokens=100)
+    scores = policy.score(batch)
     fair = torch.where(batch.response_mask, math.log(len(tokenizer)), 0.0)
     assert_close(scores.entropy, fair)
     assert_close(scores.logprobs, -fair)
 
 
 def test_temperature_flattens(policy, batch):
-    cold, warm = (policy.score(batch, temperature=t, max_tokens=100).entropy for t in (0.5, 2.0))
+    cold, warm = (policy.score(batch, temperature=t).entropy for t in (0.5, 2.0))
     assert (cold < warm)[batch.response_mask].all()
 
 
@@ -106,7 +106,7 @@ def test_temperature_flattens(policy, batch):
 
 def test_a_new_value_head_says_zero(make_model, tokenizer, batch):
     policy = Policy(make_model("llama"), tokenizer)
-    assert not policy.score(batch, max_tokens=100).values.any()
+    assert not policy.score(batch).values.any()
 
 
 def test_a_drawn_value_head_is_a_function_of_its_seed_within_its_bounds(make_policy):
@@ -123,7 +123,7 @@ def test_a_drawn_value_head_is_a_function_of_its_seed_within_its_bounds(make_pol
 
 
 def test_the_value_head_is_as_wide_as_what_the_output_embedding_reads(make_policy, batch):
-    assert make_policy("opt, narrow embeddings").score(batch, max_tokens=100).values.shape == (3, 4)
+    assert make_policy("opt, narrow embeddings").score(batch).values.shape == (3, 4)
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
@@ -131,11 +131,11 @@ def test_the_value_head_is_as_wide_as_what_the_output_embedding_reads(make_polic
 
 def test_bfloat16_arithmetic_leaves_weights_scores_and_values_in_fp32(make_policy, batch):
     exact, policy = make_policy(), make_policy(dtype=torch.bfloat16)
-    scored, forward = policy.score(batch, max_tokens=100), policy(batch)
+    scored, forward = policy.score(batch), policy(batch)
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     for scores in (scored, forward):
         assert scores.logprobs.dtype == scores.values.dtype == torch.float32
-    reference = exact.score(batch, max_tokens=100).logprobs
+    reference = exact.score(batch).logprobs
     assert 0 < float((scored.logprobs - reference).abs().max()) < 0.3
     forward.logprobs.sum().backward()
     assert {p.grad.dtype for p in policy.model.parameters() if p.grad is not None} == {
@@ -146,12 +146,7 @@ def test_bfloat16_arithmetic_leaves_weights_scores_and_values_in_fp32(make_polic
 def test_values_are_the_same_numbers_when_scored_and_when_trained(make_policy, batch):
     # the value head under bfloat16 would make old and new values differ before the first update
     policy = make_policy(dtype=torch.bfloat16)
-    assert_close(
-        policy.score(batch, max_tokens=1000).values,
-        policy(batch).values.detach(),
-        atol=1e-6,
-        rtol=0,
-    )
+    assert_close(policy.score(batch).values, policy(batch).values.detach(), atol=1e-6, rtol=0)
 
 
 # --- reference ------------------------------------------------------------------------------------
@@ -160,18 +155,18 @@ def test_values_are_the_same_numbers_when_scored_and_when_trained(make_policy, b
 def test_the_reference_stays_where_the_policy_was(make_policy, batch):
     policy = make_policy()
     reference = policy.make_reference()
-    before = policy.score(batch, max_tokens=100).logprobs
+    before = policy.score(batch).logprobs
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.01)
-    assert torch.equal(reference.score(batch, max_tokens=100).logprobs, before)
-    assert not torch.equal(policy.score(batch, max_tokens=100).logprobs, before)
+    assert torch.equal(reference.score(batch).logprobs, before)
+    assert not torch.equal(policy.score(batch).logprobs, before)
 
 
 def test_the_reference_is_read_at_the_temperature_asked_for(make_policy, batch):
     policy = make_policy()
-    asked = policy.make_reference().score(batch, temperature=0.5, max_tokens=100).logprobs
-    assert torch.equal(asked, policy.score(batch, temperature=0.5, max_tokens=100).logprobs)
+    asked = policy.make_reference().score(batch, temperature=0.5).logprobs
+    assert torch.equal(asked, policy.score(batch, temperature=0.5).logprobs)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -186,7 +181,7 @@ def test_a_saved_policy_comes_back_with_its_value_head(make_policy, batch, tmp_p
     ]  # vLLM takes them all
     loaded = Policy(*load_pretrained(tmp_path / "model"))
     loaded.load_value_head(tmp_path / "model")
-    expected, found = policy.score(batch, max_tokens=100), loaded.score(batch, max_tokens=100)
+    expected, found = policy.score(batch), loaded.score(batch)
     assert torch.equal(found.logprobs, expected.logprobs)
     assert torch.equal(found.values, expected.values)
 

@@ -100,7 +100,7 @@ def test_the_live_view_shows_numbers_and_the_last_sample_with_its_verdict():
     progress = RichProgress(console, time_s=Clock())
     progress.stage("reft", total_steps=10)
     progress.step(4, {"reward/mean": 0.625, "reward/correct": 0.6, "kl/reference": 1.5})
-    progress.sample(rollout("def solution():\n    return [bold]4[/bold]"))
+    progress.rollouts(1, [rollout("def solution():\n    return [bold]4[/bold]")])
     with console.capture() as capture:
         console.print(progress.render())
     progress.close()

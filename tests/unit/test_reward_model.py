@@ -30,8 +30,6 @@ from reftune.stages.reward_model import (
     load_classifier,
     require_same_tokenizer,
     rerank_accuracy,
-    score_texts,
-    solution_batch,
 )
 from reftune.stages.self_train import Samples
 from reftune.types import Answer, Graded, Problem, Verdict
@@ -52,8 +50,8 @@ def encoder(tokenizer) -> Encoder:
 
 
 @pytest.fixture
-def classifier(make_policy: Callable[..., Policy]) -> Classifier:
-    return Classifier(make_policy(), seed=3)
+def classifier(make_policy: Callable[..., Policy], encoder: Encoder) -> Classifier:
+    return Classifier(make_policy(), encoder, seed=3)
 
 
 def problem(id: str, question: str = "wa wb") -> Problem:
@@ -65,7 +63,7 @@ def problem(id: str, question: str = "wa wb") -> Problem:
 
 def test_the_logits_are_those_of_the_last_token_without_eos(classifier, encoder):
     solutions = [(problem("1"), "wc wd we"), (problem("2", "wb"), "wf")]
-    found = classifier(solution_batch(encoder, solutions, classifier.policy))
+    found = classifier(classifier.solution_batch(solutions))
     for row, (asked, text) in enumerate(solutions):
         tokens = [*encoder.prompt(asked), *encoder.encode(text)]
         hidden = classifier.policy.model.model(input_ids=torch.tensor([tokens])).last_hidden_state[
@@ -76,7 +74,7 @@ def test_the_logits_are_those_of_the_last_token_without_eos(classifier, encoder)
 
 def test_what_does_not_fit_the_context_is_cut_at_its_end(classifier, encoder):
     # the context is 64: 63 tokens and the eos that they predict
-    batch = solution_batch(encoder, [(problem("1"), " ".join(WORDS * 5))], classifier.policy)
+    batch = classifier.solution_batch([(problem("1"), " ".join(WORDS * 5))])
     assert batch.lengths.tolist() == [64]
     assert (
         batch.tokens[0, :63].tolist()
@@ -115,21 +113,19 @@ def planted(count: int, *, seed: int) -> list[Solution]:
     return found
 
 
-def test_a_planted_rule_is_learned(classifier, encoder):
+def test_a_planted_rule_is_learned(classifier):
     optimizer = make_optimizer(classifier, OptimizerTable(learning_rate=3e-3))
     train, held_out = planted(600, seed=0), planted(200, seed=1)
     for step in range(60):
         rows = train[step * 30 % 600 :][:30]
-        accumulate_loss(classifier, encoder, rows, max_tokens=4096, where="")
-        optimizer_step(classifier, optimizer, share=1, max_grad_norm=1, where="")
-    scores = score_texts(
-        classifier, encoder, [(s.problem, s.text) for s in held_out], max_tokens=4096
-    )
+        accumulate_loss(classifier, rows)
+        optimizer_step(classifier, optimizer, share=1, max_grad_norm=1)
+    scores = classifier.scores([(s.problem, s.text) for s in held_out])
     right = sum((score > 0.5) == bool(s.label) for score, s in zip(scores, held_out, strict=True))
     assert right >= 180, f"{right} of 200; guessing gets 100"
 
 
-def test_the_gradient_is_that_of_the_mean_however_it_is_split(classifier, encoder):
+def test_the_gradient_is_that_of_the_mean_however_it_is_split(classifier):
     rows = [
         Solution(problem=problem(str(i)), text=" ".join(WORDS[: 1 + 3 * i]), label=i % 2)
         for i in range(5)
@@ -137,13 +133,12 @@ def test_the_gradient_is_that_of_the_mean_however_it_is_split(classifier, encode
     gradients = []
     for max_tokens in (10_000, 1):
         classifier.zero_grad()
-        metrics = accumulate_loss(classifier, encoder, rows, max_tokens=max_tokens, where="")
+        classifier.policy.max_tokens = max_tokens
+        metrics = accumulate_loss(classifier, rows)
         gradients.append(classifier.head.weight.grad.clone())
     assert_close(gradients[0], gradients[1])
     # mean of -log softmax of the labels
-    logits = classifier(
-        solution_batch(encoder, [(s.problem, s.text) for s in rows], classifier.policy)
-    )
+    logits = classifier(classifier.solution_batch([(s.problem, s.text) for s in rows]))
     expected = -logits.log_softmax(1)[torch.arange(5), [0, 1, 0, 1, 0]].mean()
     assert metrics["loss/total"] == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["reward_model/accuracy"] == pytest.approx(
@@ -164,7 +159,7 @@ def test_the_value_head_is_not_trained(classifier):
 # --- choosing -------------------------------------------------------------------------------------
 
 
-def test_scores_are_probabilities_and_equal_texts_are_read_once(classifier, encoder, monkeypatch):
+def test_scores_are_probabilities_and_equal_texts_are_read_once(classifier, monkeypatch):
     solutions = [
         (problem("1"), "wc"),
         (problem("1"), "wd"),
@@ -172,38 +167,32 @@ def test_scores_are_probabilities_and_equal_texts_are_read_once(classifier, enco
         (problem("2", "wg"), "wc"),
     ]
     read = []
-    scores_of = classifier.scores
+    batch_of = classifier.solution_batch
     monkeypatch.setattr(
-        Classifier,
-        "scores",
-        lambda self, batch, **k: read.append(len(batch)) or scores_of(batch, **k),
+        classifier, "solution_batch", lambda part: read.append(len(part)) or batch_of(part)
     )
     monkeypatch.setattr(reward_model, "SOLUTIONS_AT_ONCE", 2)
-    scores = score_texts(classifier, encoder, solutions, max_tokens=100)
+    scores = classifier.scores(solutions)
     assert read == [2, 1]
     assert scores[0] == scores[2] != scores[3]
-    logits = classifier(solution_batch(encoder, solutions, classifier.policy))
+    logits = classifier(batch_of(solutions))
     assert scores == pytest.approx(logits.softmax(1)[:, 1].tolist(), abs=1e-6)
 
 
 def test_dropout_plays_no_part_in_scores(make_policy, encoder):
-    classifier = Classifier(make_policy("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)).train()
-    twice = [
-        score_texts(classifier, encoder, [(problem("1"), "wc wd")], max_tokens=100)
-        for _ in range(2)
-    ]
+    policy = make_policy("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)
+    classifier = Classifier(policy, encoder).train()
+    twice = [classifier.scores([(problem("1"), "wc wd")]) for _ in range(2)]
     assert twice[0] == twice[1]
     assert classifier.policy.training
 
 
-def test_the_best_sample_with_an_answer_is_taken(classifier, encoder, monkeypatch):
+def test_the_best_sample_with_an_answer_is_taken(classifier, monkeypatch):
     # E25: .9 on a sample without a value, .4 and .6 on valid ones: the .6 one, which is right here
     # and wrong there
     liked = {"a": 0.4, "b": 0.6, "c": 0.9}
     monkeypatch.setattr(
-        reward_model,
-        "score_texts",
-        lambda c, e, solutions, **_: [liked[text] for _, text in solutions],
+        classifier, "scores", lambda solutions: [liked[text] for _, text in solutions]
     )
     drawn = [
         samples(
@@ -211,7 +200,7 @@ def test_the_best_sample_with_an_answer_is_taken(classifier, encoder, monkeypatc
         ),
         samples("2", ["b", "a", "a"], {"a": Verdict.CORRECT, "b": Verdict.WRONG}),
     ]
-    assert rerank_accuracy(classifier, encoder, drawn, max_tokens=100) == 0.5
+    assert rerank_accuracy(classifier, drawn) == 0.5
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -222,16 +211,14 @@ def test_a_saved_classifier_gives_the_same_scores(classifier, encoder, tmp_path)
 
     solutions = [(problem("1"), "wc wd"), (problem("1"), "we")]
     classifier.save(tmp_path)
-    loaded = load_classifier(Policy(*load_pretrained(tmp_path)), tmp_path)
-    expected = score_texts(classifier, encoder, solutions, max_tokens=100)
-    assert score_texts(loaded, encoder, solutions, max_tokens=100) == pytest.approx(
-        expected, abs=1e-6
-    )
+    loaded = load_classifier(Policy(*load_pretrained(tmp_path)), encoder, tmp_path)
+    expected = classifier.scores(solutions)
+    assert loaded.scores(solutions) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_folder_without_a_classifier_is_named(make_policy, tmp_path):
+def test_a_folder_without_a_classifier_is_named(make_policy, encoder, tmp_path):
     with pytest.raises(ModelError, match=r"not a reward model: classifier\.safetensors") as caught:
-        load_classifier(make_policy(), tmp_path)
+        load_classifier(make_policy(), encoder, tmp_path)
     assert str(caught.value).startswith(str(tmp_path)) and len(str(caught.value).splitlines()) == 1
 
 

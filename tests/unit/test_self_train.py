@@ -4,8 +4,9 @@ stage."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,9 @@ from reftune.stages import self_train
 from reftune.stages.progress import SilentProgress
 from reftune.stages.self_train import (
     Samples,
-    Sampling,
     SelfTrain,
     describe,
     distinct,
-    draw,
     join_as_paper,
     join_once,
 )
@@ -59,7 +58,6 @@ def test_texts_that_differ_in_outer_white_space_are_one_and_keep_the_first_spell
 # --- sampling -------------------------------------------------------------------------------------
 
 FINE_TUNING = {"epochs": 1, "batch_size": 8, "optimizer": {"learning_rate": 3e-3}}
-SAMPLING = Sampling(method="base", num=2, temperature=1.0, top_k=0)
 
 
 @pytest.fixture
@@ -106,12 +104,19 @@ def test_solutions_that_spell_one_answer_in_two_ways_are_one() -> None:
     assert distinct(programs) == programs
 
 
+def draw(context: StageContext, problems: Sequence[Problem], path: Path) -> list[Samples]:
+    """Two samples of each by the base model."""
+    stage = context.stage
+    assert isinstance(stage, SelfTrain)
+    return stage.draw(context, problems, path, num=2)
+
+
 def test_sampling_that_was_stopped_goes_on_to_the_same_samples(
     context: StageContext, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(self_train, "SAMPLES_AT_ONCE", 4)  # 2 problems
     path, problems = context.folder.drawn, context.splits.train[:3]
-    drawn = draw(SAMPLING, context, problems, path)
+    drawn = draw(context, problems, path)
     whole = path.read_bytes()
     assert [samples.problem.id for samples in drawn] == [
         json.loads(line)["id"] for line in whole.splitlines()
@@ -120,14 +125,14 @@ def test_sampling_that_was_stopped_goes_on_to_the_same_samples(
     lines = whole.splitlines(keepends=True)
     for left in (lines[0], lines[0] + lines[1] + lines[2][:20]):
         path.write_bytes(left)
-        assert draw(SAMPLING, context, problems, path) == drawn
+        assert draw(context, problems, path) == drawn
         assert path.read_bytes() == whole
 
 
 def test_samples_that_are_all_there_need_no_sampler(context: StageContext):
     path, problems = context.folder.drawn, context.splits.train[:2]
-    drawn = draw(SAMPLING, context, problems, path)
-    assert draw(SAMPLING, replace(context, load=refuse), problems, path) == drawn
+    drawn = draw(context, problems, path)
+    assert draw(replace(context, load=refuse), problems, path) == drawn
 
 
 def refuse(method: str) -> Any:
@@ -137,8 +142,7 @@ def refuse(method: str) -> Any:
 def test_two_files_of_a_stage_hold_different_samples(context: StageContext):
     problems = context.splits.train[:2]
     one, other = (
-        draw(SAMPLING, context, problems, context.folder.path / name)
-        for name in ("one.jsonl", "other.jsonl")
+        draw(context, problems, context.folder.path / name) for name in ("one.jsonl", "other.jsonl")
     )
     assert one != other
 

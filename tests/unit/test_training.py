@@ -18,7 +18,7 @@ from reftune.algorithms.base import LossTerms
 from reftune.errors import DataError, EngineError, NonFiniteError, RecipeError, RewardError
 from reftune.model.batch import token_batch
 from reftune.model.encoder import Encoder
-from reftune.recipe import load_component
+from reftune.recipe import LengthTable, load_component
 from reftune.runs.run import open_run
 from reftune.stages.loop import Interrupted, Look, load_trainable, trainable
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step, rate
@@ -103,7 +103,7 @@ def test_a_step_moves_each_group_at_its_own_rate(make_policy):
     body, head = policy.model.lm_head.weight, policy.value_head.weight
     before = body.detach().clone(), head.detach().clone()
     with_gradients(policy)
-    optimizer_step(policy, optimizer, share=0.5, max_grad_norm=1e9, where="")
+    optimizer_step(policy, optimizer, share=0.5, max_grad_norm=1e9)
     # the first step of Adam is lr · sign(gradient)
     assert_close(before[0] - body.detach(), torch.full_like(body, 0.5e-3), atol=1e-6, rtol=0)
     assert_close(before[1] - head.detach(), torch.full_like(head, 0.05), atol=1e-6, rtol=0)
@@ -114,7 +114,7 @@ def test_a_step_tells_the_norm_before_clipping_and_clears_the_gradient(make_poli
     optimizer = make_optimizer(policy, table())
     with_gradients(policy, 2.0)
     count = sum(p.numel() for p in policy.parameters())
-    norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
+    norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
     assert norm == pytest.approx(2 * math.sqrt(count), rel=1e-5)
     assert all(p.grad is None for p in policy.parameters())
     # Adam's first moment shows what it was given: .1 · 2 / norm
@@ -127,17 +127,16 @@ def test_a_gradient_that_is_not_finite_never_steps(make_policy, poison):
     policy = make_policy()
     optimizer = make_optimizer(policy, table(weight_decay=0.1))
     with_gradients(policy)
-    optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="")
+    optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
     before = {
         name: value.clone() for name, value in {**policy.state_dict(), **flat(optimizer)}.items()
     }
     with_gradients(policy)
     policy.value_head.weight.grad[0, 3] = poison
     with pytest.raises(
-        NonFiniteError,
-        match=r"^reft step 7: gradient norm is (nan|inf), first in value_head\.weight$",
+        NonFiniteError, match=r"^gradient norm is (nan|inf), first in value_head\.weight$"
     ):
-        optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0, where="reft step 7")
+        optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
     after = {**policy.state_dict(), **flat(optimizer)}
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(p.grad is None for p in policy.parameters())
@@ -166,8 +165,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(make_policy):
     policy = make_policy()
     with torch.no_grad():
         policy.model.lm_head.weight[5] = math.inf
-    with pytest.raises(NonFiniteError, match=r"^sft step 3: loss is (nan|inf) in rows 0$"):
-        accumulate_nll(policy, token_batch([[3]], [[4, 1]]), max_tokens=100, where="sft step 3")
+    with pytest.raises(NonFiniteError, match=r"^loss is (nan|inf) in rows 0$"):
+        accumulate_nll(policy, token_batch([[3]], [[4, 1]]))
 
 
 def problem(i: int, rationale: str | None) -> Problem:
@@ -240,22 +239,19 @@ class Judge(Spelled):
         return [Graded(verdict=Verdict.CORRECT, value=text, reason="") for text in completions]
 
 
-def collector(tokenizer, *, engine=None, rewards=(), max_prompt=None) -> Collector:
+def collector(tokenizer, *, engine=None, rewards=(), **lengths) -> Collector:
     return Collector(
         engine=engine or FakeEngine(),
         encoder=Encoder(tokenizer, Judge()),
         reward=lambda problems, completions, graded: list(rewards),
-        max_prompt=max_prompt,
+        lengths=LengthTable(max_new=10, **lengths),
     )
-
-
-PARAMS = SamplingParams(max_new_tokens=10)
 
 
 def test_rollouts_without_a_reward_are_left_out(make_policy, tokenizer):
     problems = [problem(1, None), problem(2, None), problem(3, None)]
     team = collector(tokenizer, rewards=[0.5, None, 1])
-    rollouts = team.pay(team.solve(make_policy(), problems, PARAMS))
+    rollouts = team.rewarded(team.solve(make_policy(), problems))
     assert [(r.problem.id, r.reward) for r in rollouts] == [("1", 0.5), ("3", 1.0)]
     assert rollouts[1].prompt_ids == tuple(team.encoder.prompt(problems[2]))
 
@@ -263,13 +259,13 @@ def test_rollouts_without_a_reward_are_left_out(make_policy, tokenizer):
 def test_a_reward_that_is_no_number_names_its_problem(make_policy, tokenizer):
     team = collector(tokenizer, rewards=[math.nan])
     with pytest.raises(RewardError, match="problem 3: reward nan is not a finite number"):
-        team.pay(team.solve(make_policy(), [problem(3, None)], PARAMS))
+        team.rewarded(team.solve(make_policy(), [problem(3, None)]))
 
 
 def test_an_engine_that_loses_a_prompt_is_told(make_policy, tokenizer):
     with pytest.raises(EngineError, match="returned 1 completions for 2 prompts"):
         collector(tokenizer, engine=FakeEngine(missing=1)).solve(
-            make_policy(), [problem(1, None)] * 2, PARAMS
+            make_policy(), [problem(1, None)] * 2
         )
 
 
@@ -277,20 +273,20 @@ def test_a_prompt_over_the_limit_names_its_problem(make_policy, tokenizer):
     # the context of 64 less 10 new tokens leaves 54
     policy = make_policy()
     with pytest.raises(DataError, match="problem 55: prompt of 55 tokens; at most 54 fit"):
-        collector(tokenizer).solve(policy, [problem(54, None), problem(55, None)], PARAMS)
+        collector(tokenizer).solve(policy, [problem(54, None), problem(55, None)])
     with pytest.raises(DataError, match="problem 7: prompt of 7 tokens; at most 6 fit"):
-        collector(tokenizer, max_prompt=6).solve(policy, [problem(7, None)], PARAMS)
+        collector(tokenizer, max_prompt=6).solve(policy, [problem(7, None)])
 
 
 def test_a_dropped_prompt_leaves_the_other_samples_as_they_are(make_policy, tokenizer):
     policy, kv = make_policy(), load_component("kv", group="engines")
-    team = replace(collector(tokenizer, engine=kv), too_long="drop")
+    team = collector(tokenizer, engine=kv, too_long="drop")
     first, long, last = problem(3, None), problem(60, None), problem(4, None)
-    solved = team.solve(policy, [first, long, last], PARAMS).completions
+    solved = team.solve(policy, [first, long, last], temperature=1.0).completions
     assert (solved[1].text, solved[1].finish_reason) == ("", "length")
     for position, asked in ((0, first), (2, last)):
-        params = replace(PARAMS, first_position=position)
-        (alone,) = team.solve(policy, [asked], params).completions
+        params = SamplingParams(max_new_tokens=10, first_position=position)
+        (alone,) = kv.generate(policy, [team.encoder.prompt(asked)], params)
         assert alone.token_ids == solved[position].token_ids
 
 

@@ -91,6 +91,8 @@ class Policy(nn.Module):
         attention.attend_our_way(model)
         self.packs = attention.takes_packing(model)
         """Whether whole sequences are read without padding."""
+        self.max_tokens = 16384
+        """Read at once, at most; see `model.micro_batch_tokens`."""
         self.is_written_out = dtype == torch.float32 and llama.is_written_out(self.model)
         """Whether `speed.llama` may read whole sequences in place of transformers."""
         self.is_lora = lora is not None
@@ -275,17 +277,14 @@ class Policy(nn.Module):
         return result
 
     @torch.no_grad()
-    def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
-        """Log-probabilities, values and entropy without gradients and dropout, at most `max_tokens`
-        tokens at once.
+    def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
+        """Log-probabilities, values and entropy without gradients and dropout.
 
         Several processes each score some of the rows, and all get the whole.
         """
         parts: dict[str, Tensor] = {}
         with self.inference():
-            for index, counts in own_micro_batches(
-                batch.lengths, max_tokens=max_tokens, packed=self.packs
-            ):
+            for index, counts in self._micro_batches(batch):
                 for name, values in self._score_rows(batch.rows(index), temperature).items():
                     whole = parts.setdefault(
                         name, torch.zeros(batch.response_mask.shape, device=self.device)
@@ -294,6 +293,9 @@ class Policy(nn.Module):
                         whole[index, : values.shape[1]] = values
         world.add_up(*parts.values())  # rows of others are 0
         return TokenScores(**parts)
+
+    def _micro_batches(self, batch: TokenBatch) -> Iterator[tuple[Tensor, bool]]:
+        return own_micro_batches(batch.lengths, max_tokens=self.max_tokens, packed=self.packs)
 
     def _score_rows(self, rows: TokenBatch, temperature: float) -> dict[str, Tensor]:
         hidden = self.hidden_states(rows)
@@ -308,7 +310,7 @@ class Policy(nn.Module):
         return {name: rows.unflatten(values) for name, values in scores.items()}
 
     @torch.no_grad()
-    def features(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
+    def features(self, batch: TokenBatch) -> Tensor:
         """(N, H) what the value head reads, fp32, without dropout, in row-major order of the
         response tokens."""
         starts = batch.response_lengths.cumsum(0) - batch.response_lengths
@@ -316,9 +318,7 @@ class Policy(nn.Module):
             int(batch.response_lengths.sum()), self.value_head.in_features, device=self.device
         )
         with self.inference():
-            for index, counts in own_micro_batches(
-                batch.lengths, max_tokens=max_tokens, packed=self.packs
-            ):
+            for index, counts in self._micro_batches(batch):
                 slots = [
                     torch.arange(
                         int(starts[i]),
@@ -469,13 +469,13 @@ class Reference:
     ) -> None:
         self._policy, self._frozen, self._adapters = policy, frozen, adapters
 
-    def score(self, batch: TokenBatch, *, temperature: float = 1.0, max_tokens: int) -> TokenScores:
+    def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         """As `Policy.score`, of the reference."""
         if self._frozen is not None:
-            return self._frozen.score(batch, temperature=temperature, max_tokens=max_tokens)
+            return self._frozen.score(batch, temperature=temperature)
         whole = sharding().whole(self._policy, self._policy.compute_dtype)
         with whole, self._policy.with_adapters(self._adapters):
-            return self._policy.score(batch, temperature=temperature, max_tokens=max_tokens)
+            return self._policy.score(batch, temperature=temperature)
 
 
 def _save_apart(tensors: Mapping[str, Tensor], path: Path) -> None:

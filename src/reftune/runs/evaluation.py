@@ -13,7 +13,7 @@ from reftune.recipe import Recipe
 from reftune.seeds import derive_seed
 from reftune.stages.rollouts import Collector
 from reftune.storage.json_lines import in_parts
-from reftune.types import Attempt, Completion, Graded, Problem, SamplingParams, Verdict
+from reftune.types import Attempt, Completion, Graded, Problem, Verdict
 
 PROBLEMS_AT_ONCE = 250
 """Problems in a part, answered together; an evaluation that was stopped continues after the last
@@ -55,10 +55,7 @@ def _answer(
     num_samples: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    table, max_new = recipe.evaluate, recipe.lengths.max_new
-    greedy = collector.solve(
-        policy, problems, SamplingParams(max_new_tokens=max_new, temperature=0)
-    )
+    greedy = collector.solve(policy, problems)
     rows = [
         {
             "id": problem.id,
@@ -76,10 +73,13 @@ def _answer(
     ]
     if num_samples == 0:
         return rows
-    params = SamplingParams(
-        max_new_tokens=max_new, temperature=table.temperature, top_k=table.top_k, seed=seed
+    sampled = collector.solve(
+        policy,
+        [p for p in problems for _ in range(num_samples)],
+        temperature=recipe.evaluate.temperature,
+        top_k=recipe.evaluate.top_k,
+        seed=seed,
     )
-    sampled = collector.solve(policy, [p for p in problems for _ in range(num_samples)], params)
     answers = [
         _attempt(completion, graded).to_row()
         for completion, graded in zip(sampled.completions, sampled.graded, strict=True)

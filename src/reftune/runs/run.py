@@ -40,7 +40,7 @@ from reftune.stages.stage import Stage, StageContext
 from reftune.storage.atomic import write_atomically
 from reftune.storage.json_lines import JsonLines
 from reftune.storage.run_folder import RunFolder
-from reftune.types import Attempt, Conversation, Problem, SamplingParams
+from reftune.types import Attempt, Conversation, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,21 +171,15 @@ class Run:
         """
         policy = self.load_policy("base", trained=True)
         collector, stages = self.collector(policy), self.recipe.stages.values()
-        params = SamplingParams(max_new_tokens=self.recipe.lengths.max_new)
-        train = collector.trainable(self.splits, policy, params).train
+        train = collector.trainable(self.splits, policy).train
         if not train:
             raise DataError("dataset: every training prompt is too long; raise lengths.max_prompt")
         asked = [*self.splits.dev, *self.problems_to_evaluate()]
         if any(stage.reads_questions for stage in stages):
             asked += train
-        collector.prompts(asked, policy, params)
+        collector.prompts(asked, policy)
         if any(stage.reads_rationales for stage in stages):
-            gold_examples(
-                train,
-                collector.encoder,
-                max_target=params.max_new_tokens,
-                context_length=policy.context,
-            )
+            gold_examples(train, collector, policy)
 
     def train(self, name: str) -> None:
         """Run stage `name` unless it is done. Raises: RecipeError if the method it starts from
@@ -196,8 +190,7 @@ class Run:
         policy = self.load_policy(stage.init, trained=True)
         self.loaded.clear()  # training changes it
         collector = self.collector(policy)
-        params = SamplingParams(max_new_tokens=self.recipe.lengths.max_new)
-        splits = collector.trainable(self.splits, policy, params)
+        splits = collector.trainable(self.splits, policy)
         if len(splits.train) < len(self.splits.train):
             dropped = len(self.splits.train) - len(splits.train)
             self.progress.note(f"{name}: {dropped} training prompts are too long and left out")
@@ -289,7 +282,7 @@ class Run:
             trained=trained,
             stop=stop_texts(self.recipe.format),
         )
-        policy.saved_dtype = saved_dtype(table)
+        policy.saved_dtype, policy.max_tokens = saved_dtype(table), table.max_tokens
         return policy.to(launch.choose_device(table.device))
 
     def collector(self, policy: Policy) -> Collector:
@@ -297,8 +290,7 @@ class Run:
             engine=self.recipe.engine,
             encoder=Encoder(policy.tokenizer, self.recipe.format),
             reward=self.recipe.reward,
-            max_prompt=self.recipe.lengths.max_prompt,
-            too_long=self.recipe.lengths.too_long,
+            lengths=self.recipe.lengths,
         )
 
     def methods_to_evaluate(self, stage: str) -> list[str]:
@@ -350,7 +342,6 @@ class Run:
             problems,
             [answer.completion for answer in answers],
             [answer.graded for answer in answers],
-            max_new_tokens=self.recipe.lengths.max_new,
         )
         write_rows(path, found)
 
@@ -364,17 +355,18 @@ class Run:
         if not unscored:
             return
         classifier, problems = self.load_reranker(name), self.problems_to_evaluate()
-        encoder = Encoder(classifier.policy.tokenizer, self.recipe.format)
-        max_tokens = self.recipe.model.max_tokens
         for path in unscored:
-            add_scores(path, problems, classifier, encoder, max_tokens=max_tokens)
+            add_scores(path, problems, classifier)
 
     def load_reranker(self, name: str) -> Classifier:
         """A reward model by its stage or by its folder in another run."""
         if name in self.recipe.stages:
-            return load_classifier(self.load_policy(name), self.folder.stage(name).path)
-        loaded = load_pretrained(name, trust_remote_code=self.recipe.model.trust_remote_code)
-        return load_classifier(self._policy(*loaded), Path(name))
+            policy, folder = self.load_policy(name), self.folder.stage(name).path
+        else:
+            trust = self.recipe.model.trust_remote_code
+            policy = self._policy(*load_pretrained(name, trust_remote_code=trust))
+            folder = Path(name)
+        return load_classifier(policy, Encoder(policy.tokenizer, self.recipe.format), folder)
 
     def check_reranker(self) -> None:
         """Raises: ModelError if another run's reward model does not read what this run's methods

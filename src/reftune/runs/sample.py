@@ -13,7 +13,7 @@ from reftune.stages.progress import SilentProgress
 from reftune.stages.rollouts import Collector
 from reftune.storage.run_folder import RunFolder
 from reftune.text import printable
-from reftune.types import Attempt, Problem, SamplingParams
+from reftune.types import Attempt, Problem
 
 
 def sample_method(
@@ -45,10 +45,7 @@ def sample_rows(
     temperature: float,
 ) -> list[dict[str, Any]]:
     """One row a problem: question, gold, completion, verdict and the reason for it."""
-    params = SamplingParams(
-        max_new_tokens=recipe.lengths.max_new, temperature=temperature, seed=recipe.seed
-    )
-    solved = collector.solve(policy, problems, params)
+    solved = collector.solve(policy, problems, temperature=temperature, seed=recipe.seed)
     return [
         {
             "id": problem.id,

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from reftune.storage.checkpoint import (
 )
 from reftune.storage.json_lines import JsonLines
 from reftune.storage.run_folder import StageFolder
-from reftune.types import SamplingParams, Verdict
+from reftune.types import Verdict
 
 
 @dataclass(slots=True)
@@ -132,7 +131,7 @@ class Loop:
         resumed = self._resume()
         self.context.progress.stage(self.context.name, self.total_steps, self.state.step)
         started, last_save = time.perf_counter() - self.state.seconds, time.perf_counter()
-        with self._signals():
+        with stop_signals(self._on_signal):
             if not resumed:
                 if before is not None:
                     before()
@@ -141,7 +140,7 @@ class Loop:
                 self._save()
             while self.state.step < self.last_step:
                 self.state.step += 1
-                self._log(self._tried(step))
+                self._log(self._stepped(step))
                 if self.state.step % self.eval_every == 0 or self.state.step == self.last_step:
                     self._look()
                 for method, at in self.snapshots.items():
@@ -149,8 +148,7 @@ class Loop:
                         self._snapshot(method)
                 self.state.seconds = time.perf_counter() - started
                 is_old = time.perf_counter() - last_save >= self.table.save_every_s
-                due = world.is_main() and is_old
-                stop, due = world.any_of(self._stop, due)
+                stop, due = world.any_of(self._stop, world.is_main() and is_old)
                 self._stop = self._stop or stop  # a signal may have come meanwhile
                 if stop or due:
                     saved, last_save = self._save(), time.perf_counter()
@@ -161,73 +159,90 @@ class Loop:
         if self._stop:
             raise Interrupted(str(self.context.folder.path))
 
-    def _tried(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """The first SIGINT or SIGTERM stops after the step in progress, with a checkpoint; a second
+        one stops at once."""
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True
+        self.context.progress.note("stopping after this step; once more stops at once")
+
+    def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
         """Metrics of a step; one whose engine is gone leaves a checkpoint of what was before it."""
+        # the dropout of one process should not repeat another's
+        other = ("process", world.rank()) if world.rank() > 0 else ()
+        torch.manual_seed(self.context.seed("step", self.state.step, *other))
         try:
-            return self._seeded(step)
+            return step(self.state.step)
         except EngineError:  # samples come before updates, and every process sees it
             self.state.step -= 1
             self._save()
             raise
 
-    def _seeded(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        # the dropout of one process should not repeat another's
-        other = ("process", world.rank()) if world.rank() > 0 else ()
-        torch.manual_seed(self.context.seed("step", self.state.step, *other))
-        return step(self.state.step)
-
     def _log(self, metrics: dict[str, float]) -> None:
+        """The metrics of a step, with what the stage has computed so far."""
         for name in [name for name in metrics if name.startswith("compute/")]:
             self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
-        table = self.table.optimizer
-        skipped = {"optim/skipped": self.state.skipped} if table.on_nonfinite == "skip" else {}
-        row = {**metrics, **self.state.totals, **skipped}
-        self.context.metrics.append(
-            {"stage": self.context.name, "step": self.state.step, "time": time.time(), **row}
-        )
-        self.context.progress.step(self.state.step, row)
+        skips = self.table.optimizer.on_nonfinite == "skip"
+        skipped = {"optim/skipped": self.state.skipped} if skips else {}
+        rate = self.table.optimizer.learning_rate * self._share(self.state.step)
+        self._record({**metrics, "optim/lr": rate, **self.state.totals, **skipped})
 
-    def learning_rate(self, n: int) -> float:
-        """At step `n`; the value head may have its own."""
-        return self.table.optimizer.learning_rate * self._rate(n)
+    def _record(self, metrics: dict[str, float]) -> None:
+        """A line of metrics.jsonl, which a person watching sees too."""
+        where = {"stage": self.context.name, "step": self.state.step, "time": time.time()}
+        self.context.metrics.append({**where, **metrics})
+        self.context.progress.step(self.state.step, metrics)
 
-    def _rate(self, n: int) -> float:
+    # --- the optimizer ---
+
+    @property
+    def last_step(self) -> int:
+        return self.total_steps if self.state.ends_at is None else self.state.ends_at
+
+    def _share(self, n: int) -> float:
+        """Of the peak learning rates, at step `n`."""
         share = rate(self.table.optimizer, step=n, total_steps=self.total_steps)
         ends_at = self.state.ends_at
         if ends_at is None:
             return share
         return share * min(1.0, (ends_at - n) / cooldown_steps(ends_at))
 
-    @property
-    def last_step(self) -> int:
-        return self.total_steps if self.state.ends_at is None else self.state.ends_at
+    def descend(
+        self,
+        n: int,
+        gradient: Callable[[], dict[str, float]],
+        rows: Callable[[], Sequence[Mapping[str, Any]]],
+    ) -> dict[str, float]:
+        """An optimizer step of step `n` along what `gradient()` adds up; its metrics, or none if
+        numbers are not finite and the recipe allows such a step to be left out. The samples,
+        `rows()`, are then saved.
 
-    def optimizer_step(self, n: int) -> float:
-        """Clip the gradient, step and clear it; the norm before clipping.
-
-        Raises: NonFiniteError before anything changed.
+        Raises: NonFiniteError if it does not. Nothing has changed then.
         """
-        return optimizer_step(
-            self.model,
-            self.optimizer,
-            share=self._rate(n),
-            max_grad_norm=self.table.optimizer.max_grad_norm,
-            where=f"{self.context.name} step {n}",
-        )
+        table = self.table.optimizer
+        try:
+            metrics = gradient()
+            norm = optimizer_step(
+                self.model, self.optimizer, share=self._share(n), max_grad_norm=table.max_grad_norm
+            )
+        except NonFiniteError as error:
+            self._leave_out(f"{self.context.name} step {n}: {error}", rows())
+            return {}
+        return {**metrics, "grad/norm": norm}
 
-    def give_up_step(self, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Save the batch of a step whose numbers are not finite and clear its gradient; return
-        where the step may be left out.
+    def _leave_out(self, reason: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Save the batch of a step whose numbers are not finite and clear its gradient.
 
-        Raises: NonFiniteError if it may not.
+        Raises: NonFiniteError if the recipe does not allow the step to be left out.
         """
         self.optimizer.zero_grad(set_to_none=True)
         path = self.context.folder.nonfinite(self.state.step)
         unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
-        document = {"where": str(error), "weights_not_finite": unsound, "rows": list(rows)}
+        document = {"where": reason, "weights_not_finite": unsound, "rows": list(rows)}
         write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False))
         before = f" ({unsound[0]} was not finite before it)" if unsound else ""
-        message = f"{error}{before}; the weights were not changed; look at the samples in {path}"
+        message = f"{reason}{before}; the weights were not changed; look at the samples in {path}"
         table, skipped = self.table.optimizer, self.state.skipped
         if table.on_nonfinite == "stop":
             raise NonFiniteError(message)
@@ -245,20 +260,11 @@ class Loop:
     def _look(self) -> None:
         """Accuracy on dev, greedy for a policy; the best model so far is kept. Ties keep the
         earlier one."""
-        look, dev_n = self.look(), len(self.context.splits.dev)
+        look = self.look()
         accuracy = look.metrics["dev/accuracy"]
         self.state.looks += 1
-        row = {
-            **look.metrics,
-            **self._follow(look),
-            "dev/n": dev_n,
-            "dev/looks": self.state.looks,
-            **self.state.totals,
-        }
-        self.context.metrics.append(
-            {"stage": self.context.name, "step": self.state.step, "time": time.time(), **row}
-        )
-        self.context.progress.step(self.state.step, row)
+        looks = {"dev/n": len(self.context.splits.dev), "dev/looks": self.state.looks}
+        self._record({**look.metrics, **self._follow(look), **looks, **self.state.totals})
         if accuracy > self.state.best_accuracy:
             self.state.best_step, self.state.best_accuracy = self.state.step, accuracy
             replace_folder(self.context.folder.best, self.model.save)
@@ -285,13 +291,15 @@ class Loop:
     # --- files ---
 
     def _resume(self) -> bool:
-        found = load_latest(self.context.folder.checkpoints, note=self.context.progress.note)
+        """Whether there was a checkpoint; the stage is then as it was, and its files as long."""
+        context = self.context
+        found = load_latest(context.folder.checkpoints, note=context.progress.note)
         world.agree(
             None if found is None else found.step, what="found different checkpoints, by step"
         )
         if found is None:
             self.samples.truncate(0)
-            self.context.metrics.truncate_from(lambda row: row["stage"] == self.context.name)
+            context.metrics.truncate_from(lambda row: row["stage"] == context.name)
             return False
         state = dict(found.state)
         try:
@@ -304,28 +312,24 @@ class Loop:
             raise CheckpointError(
                 f"{found.folder}: is of another model or version: {reason}; choose another run_dir"
             ) from None
-        self.context.metrics.truncate(metrics_bytes)
+        context.metrics.truncate(metrics_bytes)
         self.samples.truncate(samples_bytes)
         if self.state.step > 0:
-            self.context.progress.note(
-                f"{self.context.name}: resumed at step {self.state.step} of {self.total_steps}"
+            context.progress.note(
+                f"{context.name}: resumed at step {self.state.step} of {self.total_steps}"
             )
         return True
 
     def _save(self) -> Path:
-        state = {name: getattr(self.state, name) for name in Progression.__slots__}
-        tensors = whole_tensors({**trainable(self.model), **optimizer_tensors(self.optimizer)})
+        """A checkpoint; its folder."""
         for log in (self.context.metrics, self.samples):
             log.sync()
+        sizes = {"metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()}
         return save_checkpoint(
             self.context.folder.checkpoints,
             step=self.state.step,
-            tensors=tensors,
-            state={
-                **state,
-                "metrics_bytes": self.context.metrics.size(),
-                "samples_bytes": self.samples.size(),
-            },
+            tensors=whole_tensors({**trainable(self.model), **optimizer_tensors(self.optimizer)}),
+            state={**asdict(self.state), **sizes},
             keep=self.table.keep,
         )
 
@@ -335,40 +339,34 @@ class Loop:
         accuracy = self.look().metrics["dev/accuracy"]
         self.state.looks += 1
         replace_folder(folder.path, self.model.save)
-        write_stage(
-            folder,
-            method,
-            self,
-            chosen_step=self.state.step,
-            accuracy=accuracy,
-            snapshot_of=self.context.name,
-        )
+        self._describe(folder, self.state.step, accuracy, snapshot_of=self.context.name)
 
     def _finish(self) -> None:
         """Put the model chosen on dev in the stage's folder; `stage.json` comes last and marks the
         stage as done."""
-        link_files(self.context.folder.best, self.context.folder.path)
-        write_stage(
-            self.context.folder,
-            self.context.name,
-            self,
-            chosen_step=self.state.best_step,
-            accuracy=self.state.best_accuracy,
-        )
+        folder = self.context.folder
+        link_files(folder.best, folder.path)
+        self._describe(folder, self.state.best_step, self.state.best_accuracy)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops after the step in progress, with a checkpoint; a second
-        one stops at once."""
-
-        def stop(number: int, frame: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            self.context.progress.note("stopping after this step; once more stops at once")
-
-        with stop_signals(stop):
-            yield
+    def _describe(
+        self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
+    ) -> None:
+        """`stage.json`: what was chosen, on what, and what it cost; a snapshot's cost is part of
+        its stage's."""
+        document = {
+            "stage": folder.path.name,
+            "kind": self.context.stage.kind,
+            "snapshot_of": snapshot_of,
+            "init": self.context.stage.init,
+            "chosen_step": step,
+            "steps": self.state.step,
+            "dev_accuracy": accuracy,
+            "dev_n": len(self.context.splits.dev),
+            "looks": self.state.looks,
+            "wall_seconds": self.state.seconds,
+            **{name.removeprefix("compute/"): int(n) for name, n in self.state.totals.items()},
+        }
+        write_atomically(folder.info, json.dumps(document, indent=2))
 
 
 def cooldown_steps(ends_at: int) -> int:
@@ -389,46 +387,15 @@ class Look:
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
     """`dev/accuracy`, the share of dev answered right by greedy decoding; with `probe_choices` on
     multiple choice the signs of `probes.choices` too."""
-    problems, max_new = context.splits.dev, context.recipe.lengths.max_new
-    params = SamplingParams(max_new_tokens=max_new, temperature=0)
-    solved = context.collector.solve(context.policy, problems, params)
+    problems = context.splits.dev
+    solved = context.collector.solve(context.policy, problems)
     correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)
     metrics = {"dev/accuracy": sum(correct) / len(problems)}
-    if not (probe_choices and is_multiple_choice(problems)):
-        return Look(metrics=metrics, correct=correct)
-    texts = [completion.text for completion in solved.completions]
-    rows = diagnose(
-        context.policy, context.collector, problems, texts, solved.graded, max_new_tokens=max_new
-    )
-    return Look(metrics=metrics | choice_metrics(rows), correct=correct)
-
-
-def write_stage(
-    folder: StageFolder,
-    method: str,
-    loop: Loop,
-    *,
-    chosen_step: int,
-    accuracy: float,
-    snapshot_of: str | None = None,
-) -> None:
-    """`stage.json`: what was chosen, on what, and what it cost; a snapshot's cost is part of its
-    stage's."""
-    totals = loop.state.totals
-    document = {
-        "stage": method,
-        "kind": loop.context.stage.kind,
-        "snapshot_of": snapshot_of,
-        "init": loop.context.stage.init,
-        "chosen_step": chosen_step,
-        "steps": loop.state.step,
-        "dev_accuracy": accuracy,
-        "dev_n": len(loop.context.splits.dev),
-        "looks": loop.state.looks,
-        "wall_seconds": loop.state.seconds,
-        **{name.removeprefix("compute/"): int(value) for name, value in totals.items()},
-    }
-    write_atomically(folder.info, json.dumps(document, indent=2))
+    if probe_choices and is_multiple_choice(problems):
+        texts = [completion.text for completion in solved.completions]
+        rows = diagnose(context.policy, context.collector, problems, texts, solved.graded)
+        metrics |= choice_metrics(rows)
+    return Look(metrics=metrics, correct=correct)
 
 
 def trainable(model: Trained) -> dict[str, torch.Tensor]:

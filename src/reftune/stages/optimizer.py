@@ -49,6 +49,9 @@ class Trained(Protocol):
     @property
     def packs(self) -> bool: ...
 
+    @property
+    def max_tokens(self) -> int: ...
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -64,24 +67,14 @@ def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimiz
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]
+    matrices, vectors = [p for p in body if p.dim() > 1], [p for p in body if p.dim() <= 1]
+    peak, value_peak = table.learning_rate, table.value_learning_rate or table.learning_rate
     groups = [
-        {
-            "params": [p for p in body if p.dim() > 1],
-            "weight_decay": table.weight_decay,
-            "peak": table.learning_rate,
-        },
-        {
-            "params": [p for p in body if p.dim() <= 1],
-            "weight_decay": 0.0,
-            "peak": table.learning_rate,
-        },
-        {
-            "params": head,
-            "weight_decay": 0.0,
-            "peak": table.value_learning_rate or table.learning_rate,
-        },
+        {"params": matrices, "weight_decay": table.weight_decay, "peak": peak},
+        {"params": vectors, "weight_decay": 0.0, "peak": peak},
+        {"params": head, "weight_decay": 0.0, "peak": value_peak},
     ]
-    return _adamw([g for g in groups if g["params"]], table)
+    return _adamw([group for group in groups if group["params"]], table)
 
 
 def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.Optimizer:
@@ -115,14 +108,9 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 
 
 def optimizer_step(
-    model: Trained,
-    optimizer: torch.optim.Optimizer,
-    *,
-    share: float,
-    max_grad_norm: float,
-    where: str,
+    model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
-    """Clip, step, clear; the gradient's norm before clipping.
+    """Clip, step, clear; the gradient's norm before clipping. `share` is of the peak rates.
 
     Raises: NonFiniteError, naming the first parameter concerned, before anything changed.
     """
@@ -134,7 +122,7 @@ def optimizer_step(
             "their sum of squares",
         )
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"{where}: gradient norm is {float(norm)}, first in {first}")
+        raise NonFiniteError(f"gradient norm is {float(norm)}, first in {first}")
     kept = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients.values():
         gradient.mul_(kept)
@@ -148,20 +136,18 @@ def optimizer_step(
 class Gradient:
     """The gradient of a minibatch, added up micro-batch by micro-batch, each process its own share.
 
-    gradient = Gradient(model, lengths, max_tokens=…, where=…)
+    gradient = Gradient(model, lengths)
     for rows in gradient:                # indices into the minibatch
         gradient.add(loss_of(rows))      # the part of the loss that these rows add
     metrics = gradient.finish()
     """
 
-    def __init__(
-        self, model: Trained, lengths: torch.Tensor, *, max_tokens: int, where: str
-    ) -> None:
+    def __init__(self, model: Trained, lengths: torch.Tensor) -> None:
         """`lengths` (B,) tokens."""
-        self._model, self._where = model, where
+        self._model = model
         even = sharding().is_split(model)
         self._batches = own_micro_batches(
-            lengths, max_tokens=max_tokens, packed=model.packs, even=even
+            lengths, max_tokens=model.max_tokens, packed=model.packs, even=even
         )
         self._totals: dict[str, float] = {}
         self._failed: NonFiniteError | None = None
@@ -174,7 +160,7 @@ class Gradient:
     def add(self, terms: LossTerms) -> None:
         """Add the gradient of the micro-batch whose rows came last."""
         if self._counts:
-            self._failed = self._failed or not_finite(terms.total, self._rows, self._where)
+            self._failed = self._failed or _not_finite(terms.total, self._rows)
             _add_metrics(self._totals, {"loss/total": terms.total.detach(), **terms.metrics})
         (terms.total if self._counts else terms.total * 0).backward()
 
@@ -197,12 +183,12 @@ def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.T
         totals[name] = add(totals.get(name, 0.0), float(value))
 
 
-def not_finite(loss: torch.Tensor, rows: torch.Tensor, where: str) -> NonFiniteError | None:
+def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None:
     """What is wrong with `loss`, naming the rows of the step's batch that it is of."""
     if torch.isfinite(loss):
         return None
     concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
-    return NonFiniteError(f"{where}: loss is {float(loss.detach())} in rows {concerned}")
+    return NonFiniteError(f"loss is {float(loss.detach())} in rows {concerned}")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

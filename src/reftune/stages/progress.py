@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from reftune.types import Rollout
 
-if TYPE_CHECKING:
-    pass
-
 
 class Progress(Protocol):
-    """What trainers tell."""
+    """What stages tell."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
         """A stage begins, or goes on after `done_steps`."""
@@ -20,11 +17,8 @@ class Progress(Protocol):
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Where the stage is, and the numbers known there (`group/name`)."""
 
-    def sample(self, rollout: Rollout) -> None:
-        """The last sampled solution."""
-
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """All solutions that a step sampled."""
+        """All solutions that a step sampled, one at least."""
 
     def note(self, message: str) -> None:
         """A line that stays."""
@@ -39,8 +33,6 @@ class SilentProgress:
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None: ...
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def sample(self, rollout: Rollout) -> None: ...
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None: ...
 

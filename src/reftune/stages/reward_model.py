@@ -29,9 +29,9 @@ from reftune.processes import world
 from reftune.processes.sharding import sharding
 from reftune.stages.loop import Look, Progression
 from reftune.stages.optimizer import Gradient
-from reftune.stages.self_train import Samples, Sampling, describe, draw
+from reftune.stages.self_train import Sampled, Samples, describe
 from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
-from reftune.stages.stage import Cost, Stage, StageContext
+from reftune.stages.stage import Cost, StageContext
 from reftune.storage.atomic import write_atomically
 from reftune.storage.json_lines import JsonLines
 from reftune.types import Problem, Verdict
@@ -45,26 +45,16 @@ CORRECT = 1
 """Label of a correct solution; 0 is a wrong one."""
 
 
-class RewardModel(Schedule, Stage):
+class RewardModel(Schedule, Sampled):
     kind: Literal["reward_model"] = "reward_model"
     init: str = "sft"
     """Method whose chosen model the classifier starts from."""
-    sampler: str = "warmup"
-    """Method that writes the solutions."""
     samples: int = Field(100, gt=0)
     """Solutions sampled per training problem; equal texts count once."""
     dev_samples: int = Field(20, gt=0)
     """Solutions sampled per dev problem; the stage keeps the model that picks best among them."""
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(0, ge=0)
-    """0 keeps the whole vocabulary; the authors' code has 50."""
 
     is_method: ClassVar[bool] = False
-    reads_questions: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.init, self.sampler)
 
     def line(self) -> str:
         """`3 epochs of 64 from sft, learning rate 0.001, on 100 samples a problem by warmup`"""
@@ -81,10 +71,8 @@ class RewardModel(Schedule, Stage):
     def run(self, context: StageContext) -> None:
         """Sample, train, and leave the classifier that reranked dev best."""
         started, folder, splits = time.perf_counter(), context.folder, context.splits
-        sampling = self._sampling(self.samples)
-        train = draw(sampling, context, splits.train, folder.drawn)
-        sampling = self._sampling(self.dev_samples)
-        dev = draw(sampling, context, splits.dev, folder.drawn_dev)
+        train = self.draw(context, splits.train, folder.drawn, num=self.samples)
+        dev = self.draw(context, splits.dev, folder.drawn_dev, num=self.dev_samples)
         solutions = [solution for samples in train for solution in labelled(samples)]
         context.progress.note(
             f"{context.name}: {len(solutions):,} different solutions to train on; {describe(train)}"
@@ -94,13 +82,10 @@ class RewardModel(Schedule, Stage):
             totals={"compute/sampled_tokens": float(num_tokens)},
             seconds=time.perf_counter() - started,
         )
-        classifier = Classifier(context.policy, seed=context.seed("classifier"))
-        train_in_epochs(self, context, Judging(context, classifier, solutions, dev), start=start)
-
-    def _sampling(self, num: int) -> Sampling:
-        return Sampling(
-            method=self.sampler, num=num, temperature=self.temperature, top_k=self.top_k
+        classifier = Classifier(
+            context.policy, context.collector.encoder, seed=context.seed("classifier")
         )
+        train_in_epochs(self, context, Judging(classifier, solutions, dev), start=start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,28 +112,18 @@ class Judging:
     """Telling correct solutions from wrong ones, by a classifier."""
 
     def __init__(
-        self,
-        context: StageContext,
-        classifier: Classifier,
-        solutions: Sequence[Solution],
-        dev: Sequence[Samples],
+        self, classifier: Classifier, solutions: Sequence[Solution], dev: Sequence[Samples]
     ) -> None:
         self.model, self.solutions, self.dev = classifier, solutions, dev
-        self.encoder = context.collector.encoder
-        self.max_tokens = context.recipe.model.max_tokens
 
     def __len__(self) -> int:
         return len(self.solutions)
 
-    def gradient(self, indices: Sequence[int], where: str) -> dict[str, float]:
-        rows = [self.solutions[i] for i in indices]
-        return accumulate_loss(
-            self.model, self.encoder, rows, max_tokens=self.max_tokens, where=where
-        )
+    def gradient(self, indices: Sequence[int]) -> dict[str, float]:
+        return accumulate_loss(self.model, [self.solutions[i] for i in indices])
 
     def look(self) -> Look:
-        right = rerank_accuracy(self.model, self.encoder, self.dev, max_tokens=self.max_tokens)
-        return Look(metrics={"dev/accuracy": right})
+        return Look(metrics={"dev/accuracy": rerank_accuracy(self.model, self.dev)})
 
     def show(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         rows = [self.solutions[i] for i in indices]
@@ -161,9 +136,9 @@ class Judging:
 class Classifier(nn.Module):
     """A policy's transformer under a linear layer with two outputs and no bias."""
 
-    def __init__(self, policy: Policy, *, seed: int = 0) -> None:
+    def __init__(self, policy: Policy, encoder: Encoder, *, seed: int = 0) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy, self.encoder = policy, encoder
         policy.value_head.requires_grad_(False)
         self.head = nn.Linear(policy.value_head.in_features, 2, bias=False, device="cpu")
         with torch.no_grad():
@@ -179,6 +154,11 @@ class Classifier(nn.Module):
         """As of the policy."""
         return self.policy.packs
 
+    @property
+    def max_tokens(self) -> int:
+        """As of the policy."""
+        return self.policy.max_tokens
+
     def forward(self, batch: TokenBatch) -> Tensor:
         """(B, 2) logits in fp32; see `solution_batch`."""
         return self.logits(batch)
@@ -190,14 +170,38 @@ class Classifier(nn.Module):
         logits: Tensor = self.head(hidden.float())
         return logits
 
+    def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
+        """Prompt and solution as what comes before an end token, so that the state that predicts it
+        is the last token's."""
+        prompts = {problem.id: self.encoder.prompt(problem) for problem, _ in solutions}
+        longest = None if self.policy.context is None else self.policy.context - 1
+        written = [self.encoder.continuation(problem, text) for problem, text in solutions]
+        read = [
+            [*prompts[problem.id], *ids[:-1]][:longest]
+            for (problem, _), ids in zip(solutions, written, strict=True)
+        ]
+        return token_batch(read, [ids[-1:] for ids in written], device=self.policy.device)
+
     @torch.no_grad()
-    def scores(self, batch: TokenBatch, *, max_tokens: int) -> Tensor:
-        """(B,) probabilities that the solutions are correct, without dropout."""
+    def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
+        """Probability that each solution is correct, without dropout; equal texts of a problem are
+        read once."""
+        keys = [(problem.id, text) for problem, text in solutions]
+        once = dict(zip(keys, solutions, strict=True))
+        scores: list[float] = []
+        for start in range(0, len(once), SOLUTIONS_AT_ONCE):
+            part = list(once.values())[start : start + SOLUTIONS_AT_ONCE]
+            scores += self._probabilities(self.solution_batch(part)).tolist()
+        score_of = dict(zip(once, scores, strict=True))
+        return [score_of[key] for key in keys]
+
+    def _probabilities(self, batch: TokenBatch) -> Tensor:
+        """(B,)"""
         scores = torch.zeros(len(batch), device=self.policy.device)
         whole = sharding().whole(self, self.policy.compute_dtype)
         with whole, self.policy.inference():
             for index, counts in own_micro_batches(
-                batch.lengths, max_tokens=max_tokens, packed=self.packs
+                batch.lengths, max_tokens=self.max_tokens, packed=self.packs
             ):
                 if counts:
                     scores[index] = self.logits(batch.rows(index)).softmax(1)[:, CORRECT]
@@ -213,10 +217,10 @@ class Classifier(nn.Module):
                 save_file({"weight": self.head.weight.detach().contiguous()}, folder / WEIGHTS)
 
 
-def load_classifier(policy: Policy, folder: Path) -> Classifier:
+def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifier:
     """The classifier that `Classifier.save` wrote to `folder`; `policy` is the transformer from
     there. Raises: ModelError."""
-    classifier = Classifier(policy)
+    classifier = Classifier(policy, encoder)
     try:
         classifier.head.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -226,37 +230,14 @@ def load_classifier(policy: Policy, folder: Path) -> Classifier:
     return classifier
 
 
-def solution_batch(
-    encoder: Encoder, solutions: Sequence[tuple[Problem, str]], policy: Policy
-) -> TokenBatch:
-    """Prompt and solution as what comes before an end token, so that the state that predicts it is
-    the last token's."""
-    prompts = {problem.id: encoder.prompt(problem) for problem, _ in solutions}
-    longest = None if policy.context is None else policy.context - 1
-    written = [encoder.continuation(problem, text) for problem, text in solutions]
-    read = [
-        [*prompts[problem.id], *ids[:-1]][:longest]
-        for (problem, _), ids in zip(solutions, written, strict=True)
-    ]
-    return token_batch(read, [ids[-1:] for ids in written], device=policy.device)
-
-
-def accumulate_loss(
-    classifier: Classifier,
-    encoder: Encoder,
-    solutions: Sequence[Solution],
-    *,
-    max_tokens: int,
-    where: str,
-) -> dict[str, float]:
+def accumulate_loss(classifier: Classifier, solutions: Sequence[Solution]) -> dict[str, float]:
     """Add the gradient of the mean cross-entropy of the labels; metrics.
 
     Raises: NonFiniteError before the gradient is used.
     """
-    batch = solution_batch(encoder, [(s.problem, s.text) for s in solutions], classifier.policy)
+    batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
-
-    gradient = Gradient(classifier, batch.lengths, max_tokens=max_tokens, where=where)
+    gradient = Gradient(classifier, batch.lengths)
     for rows in gradient:
         logits = classifier(batch.rows(rows))
         total = nn.functional.cross_entropy(logits, labels[rows], reduction="sum") / len(solutions)
@@ -273,61 +254,33 @@ def accumulate_loss(
 # --- choosing with it -----------------------------------------------------------------------------
 
 
-def score_texts(
-    classifier: Classifier,
-    encoder: Encoder,
-    solutions: Sequence[tuple[Problem, str]],
-    *,
-    max_tokens: int,
-) -> list[float]:
-    """Probability that each solution is correct; equal texts of a problem are read once."""
-    keys = [(problem.id, text) for problem, text in solutions]
-    once = dict(zip(keys, solutions, strict=True))
-    scores: list[float] = []
-    for part in (
-        list(once.values())[i : i + SOLUTIONS_AT_ONCE]
-        for i in range(0, len(once), SOLUTIONS_AT_ONCE)
-    ):
-        batch = solution_batch(encoder, part, classifier.policy)
-        scores += classifier.scores(batch, max_tokens=max_tokens).tolist()
-    score_of = dict(zip(once, scores, strict=True))
-    return [score_of[key] for key in keys]
-
-
-def rerank_accuracy(
-    classifier: Classifier, encoder: Encoder, drawn: Sequence[Samples], *, max_tokens: int
-) -> float:
+def rerank_accuracy(classifier: Classifier, drawn: Sequence[Samples]) -> float:
     """Share of problems whose highest-scored solution is correct."""
-    solutions = [(samples.problem, text) for samples in drawn for text in samples.texts]
-    scores = iter(score_texts(classifier, encoder, solutions, max_tokens=max_tokens))
-    valid = [
-        voting.voters(
-            getattr(encoder.format, "grading", None), is_choice=s.problem.answer.kind == "choice"
+    scores = iter(
+        classifier.scores([(samples.problem, text) for samples in drawn for text in samples.texts])
+    )
+    grading = getattr(classifier.encoder.format, "grading", None)
+    winners = [
+        voting.rerank(
+            s.graded,
+            s.texts,
+            [next(scores) for _ in s.texts],
+            valid=voting.voters(grading, is_choice=s.problem.answer.kind == "choice"),
         )
         for s in drawn
-    ]
-    winners = [
-        voting.rerank(s.graded, s.texts, [next(scores) for _ in s.texts], valid=may_vote)
-        for s, may_vote in zip(drawn, valid, strict=True)
     ]
     return sum(map(voting.is_correct, winners)) / len(winners)
 
 
-def add_scores(
-    path: Path,
-    problems: Sequence[Problem],
-    classifier: Classifier,
-    encoder: Encoder,
-    *,
-    max_tokens: int,
-) -> None:
+def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) -> None:
     """Give every sample of an evaluation file a `score`. Raises: CheckpointError."""
     rows = world.from_main(JsonLines(path).rows)
-    pairs = list(zip(problems, rows, strict=True))
     solutions = [
-        (problem, sample["completion"]) for problem, row in pairs for sample in row["samples"]
+        (problem, sample["completion"])
+        for problem, row in zip(problems, rows, strict=True)
+        for sample in row["samples"]
     ]
-    scores = iter(score_texts(classifier, encoder, solutions, max_tokens=max_tokens))
+    scores = iter(classifier.scores(solutions))
     for row in rows:
         row["samples"] = [{**sample, "score": next(scores)} for sample in row["samples"]]
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -6,11 +6,11 @@ know which algorithm it runs.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -27,7 +27,7 @@ from reftune.algorithms.advantages import (
 )
 from reftune.algorithms.base import Algorithm
 from reftune.algorithms.losses import masked_mean
-from reftune.errors import NonFiniteError, RecipeError
+from reftune.errors import RecipeError
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import Policy, Reference
 from reftune.model.value_head import fit_value_head
@@ -36,20 +36,16 @@ from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop, TrainingTable
 from reftune.stages.optimizer import Gradient
 from reftune.stages.stage import Cost, Stage, StageContext
-from reftune.types import Attempt, Rollout, SamplingParams, Verdict
-
-
-def _algorithm(spec: Any) -> Any:
-    return load_component(spec, group="algorithms")
+from reftune.types import Attempt, Rollout, Verdict
 
 
 class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
     init: str = "warmup"
     """Method whose chosen model this stage starts from; also the reference of the KL penalty."""
-    algorithm: SerializeAsAny[Annotated[Algorithm, BeforeValidator(_algorithm)]] = Field(
-        {"kind": "ppo"}, validate_default=True
-    )
+    algorithm: SerializeAsAny[
+        Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
+    ] = Field({"kind": "ppo"}, validate_default=True)
     steps: int = Field(gt=0)
     """Rollouts: batches of samples, each followed by its updates."""
     prompts: int = Field(gt=0)
@@ -143,24 +139,19 @@ class Trainer:
             context, stage, self.policy, total_steps=stage.steps, eval_every=stage.eval_every
         )
 
-    @property
-    def max_tokens(self) -> int:
-        return self.context.recipe.model.max_tokens
-
     def run(self) -> None:
-        self.loop.run(
-            self.step,
-            before=self.prefit if self.stage.value_prefit and self.algorithm.needs_values else None,
-        )
+        fits_values = self.stage.value_prefit and self.algorithm.needs_values
+        self.loop.run(self.step, before=self.prefit if fits_values else None)
 
     def step(self, n: int) -> dict[str, float]:
         """One rollout and the updates on it; metrics."""
         rollouts, metrics = self.sample(n, "rollout")
         metrics["progress/epoch"] = n * self.stage.prompts / len(self.context.splits.train)
+        collector = self.context.collector
         selected = [
             r
-            for r in self.algorithm.select(rollouts, self.context.collector.encoder)
-            if self.fits(r)
+            for r in self.algorithm.select(rollouts, collector.encoder)
+            if collector.fits(r.prompt_ids, r.completion.token_ids, self.policy)
         ]
         if not selected:
             return metrics
@@ -178,14 +169,6 @@ class Trainer:
         """Whether a rollout is part of the loss."""
         return not (self.stage.mask_truncated and rollout.completion.finish_reason == "length")
 
-    def fits(self, rollout: Rollout) -> bool:
-        """Whether a rollout, a gold one maybe, is within the limits that samples are drawn to."""
-        length, longest = len(rollout.completion.token_ids), self.policy.context or math.inf
-        return (
-            length <= self.context.recipe.lengths.max_new
-            and len(rollout.prompt_ids) + length <= longest
-        )
-
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
@@ -197,14 +180,13 @@ class Trainer:
             count=self.stage.prompts,
             seed=seed(purpose, "order"),
         )
-        problems = [train[i] for i in indices for _ in range(self.stage.samples)]
-        params = SamplingParams(
-            max_new_tokens=self.context.recipe.lengths.max_new,
+        solved = self.context.collector.solve(
+            self.policy,
+            [train[i] for i in indices for _ in range(self.stage.samples)],
             temperature=self.stage.temperature,
             seed=seed(purpose, "tokens", n),
         )
-        solved = self.context.collector.solve(self.policy, problems, params)
-        rollouts = self.context.collector.pay(solved)
+        rollouts = self.context.collector.rewarded(solved)
         if purpose == "rollout":
             self._show(n, rollouts)
         return rollouts, {
@@ -219,7 +201,6 @@ class Trainer:
         for rollout in worth_showing(rollouts, followed):
             self.loop.samples.append({"step": n, **sample_row(rollout, self.policy)})
         if rollouts:
-            self.context.progress.sample(rollouts[0])
             self.context.progress.rollouts(n, rollouts)
 
     # --- score ---
@@ -228,9 +209,7 @@ class Trainer:
         """Tensors of the rollouts with log-probabilities of policy and reference, and values."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
-        scores = self.policy.score(
-            batch.tokens, temperature=self.stage.temperature, max_tokens=self.max_tokens
-        )
+        scores = self.policy.score(batch.tokens, temperature=self.stage.temperature)
         batch = replace(batch, logprobs=scores.logprobs, values=scores.values)
         mask = batch.sampled_mask
         assert scores.entropy is not None
@@ -241,9 +220,7 @@ class Trainer:
                 masked_mean((scores.logprobs - batch.sampling_logprobs).abs(), mask)
             )
         if self.reference is not None:
-            reference = self.reference.score(
-                batch.tokens, temperature=self.stage.temperature, max_tokens=self.max_tokens
-            )
+            reference = self.reference.score(batch.tokens, temperature=self.stage.temperature)
             batch = replace(batch, ref_logprobs=reference.logprobs)
             metrics["kl/reference"] = float(
                 ((batch.logprobs - reference.logprobs) * mask).sum(1).mean()
@@ -263,28 +240,25 @@ class Trainer:
         steps: list[dict[str, float]] = []
         num_sequences = num_tokens = 0
         for part in self.parts(batch, n):
-            try:
-                metrics = self.accumulate(part, n)
-                steps.append({**metrics, "grad/norm": self.loop.optimizer_step(n)})
-            except NonFiniteError as error:
-                self.loop.give_up_step(error, batch_rows(part, self.policy))
+            rows = partial(batch_rows, part, self.policy)
+            metrics = self.loop.descend(n, partial(self.accumulate, part), rows)
+            if not metrics:
                 break
+            steps.append(metrics)
             num_sequences += len(part)
             num_tokens += int(part.tokens.lengths.sum())
         names = steps[0] if steps else ()
         return {
             **{name: sum(step[name] for step in steps) / len(steps) for name in names},
             **value_metrics(batch),
-            "optim/lr": self.loop.learning_rate(n),
             "compute/sequence_passes": num_sequences,
             "compute/train_tokens": num_tokens,
             "time/update_s": time.perf_counter() - started,
         }
 
-    def accumulate(self, batch: RolloutBatch, n: int) -> dict[str, float]:
+    def accumulate(self, batch: RolloutBatch) -> dict[str, float]:
         """Add the gradient of a minibatch; metrics. Raises: NonFiniteError before it is used."""
-        lengths, where = batch.tokens.lengths, f"{self.context.name} step {n}"
-        gradient = Gradient(self.policy, lengths, max_tokens=self.max_tokens, where=where)
+        gradient = Gradient(self.policy, batch.tokens.lengths)
         for index in gradient:
             rows = batch.rows(index)
             scores = self.policy(rows.tokens, temperature=self.stage.temperature)
@@ -327,7 +301,7 @@ class Trainer:
         _, returns = gae(
             rewards, torch.zeros_like(rewards), mask, gamma=self.algorithm.discount, lam=1.0
         )
-        return self.policy.features(batch.tokens, max_tokens=self.max_tokens), returns[mask]
+        return self.policy.features(batch.tokens), returns[mask]
 
 
 SAMPLES_KEPT = 4

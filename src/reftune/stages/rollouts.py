@@ -8,8 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.processes.sharding import sharding
+from reftune.recipe import LengthTable
 from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, Verdict
 
 
@@ -46,35 +47,95 @@ class Collector:
     engine: Engine
     encoder: Encoder
     reward: Reward
-    max_prompt: int | None
-    too_long: Literal["refuse", "drop"] = "refuse"
-    """What becomes of prompts over the limit; see `lengths.too_long`."""
+    lengths: LengthTable
 
-    def solve(self, policy: Policy, problems: Sequence[Problem], params: SamplingParams) -> Solved:
-        """One graded completion a problem; repeat a problem for more. Raises: DataError for a
-        prompt over the limit, which is answered by nothing if the recipe drops such prompts.
+    # --- what fits ---
+
+    def prompt_limit(self, policy: Policy) -> float:
+        """Most tokens of a prompt; infinite if nothing limits them."""
+        room = math.inf if policy.context is None else policy.context - self.lengths.max_new
+        return max(0, min(room, self.lengths.max_prompt or math.inf))
+
+    def fits(self, prompt: Sequence[int], response: Sequence[int], policy: Policy) -> bool:
+        """Whether a response, a gold one maybe, is within the limits that samples are drawn to."""
+        longest = policy.context or math.inf
+        return len(response) <= self.lengths.max_new and len(prompt) + len(response) <= longest
+
+    def limits(self, policy: Policy) -> str:
+        """Those of `fits`, in words."""
+        return (
+            f"lengths.max_new={self.lengths.max_new} tokens and the model's context of"
+            f" {policy.context}"
+        )
+
+    def trainable(self, splits: Splits, policy: Policy) -> Splits:
+        """`splits` without the training questions whose prompt is over the limit, if the recipe
+        drops them."""
+        if self.lengths.too_long == "refuse":
+            return splits
+        limit = self.prompt_limit(policy)
+        train = tuple(p for p in splits.train if len(self.encoder.prompt(p)) <= limit)
+        return replace(splits, train=train)
+
+    def prompts(self, problems: Sequence[Problem], policy: Policy) -> list[list[int]]:
+        """Prompt ids. Raises: DataError for the first prompt over the limit, if that is refused."""
+        encoded: dict[str, list[int]] = {}
+        limit = self.prompt_limit(policy)
+        for problem in problems:
+            if problem.id not in encoded:
+                prompt = encoded[problem.id] = self.encoder.prompt(problem)
+                if self.lengths.too_long == "refuse" and len(prompt) > limit:
+                    raise DataError(
+                        f"problem {problem.id}: prompt of {len(prompt)} tokens; at most"
+                        f" {limit:.0f} fit (lengths.max_prompt, and the model's context of"
+                        f" {policy.context} less {self.lengths.max_new} new tokens);"
+                        " lengths.too_long=drop leaves it out"
+                    )
+        return [encoded[problem.id] for problem in problems]
+
+    # --- what becomes of problems ---
+
+    def solve(
+        self,
+        policy: Policy,
+        problems: Sequence[Problem],
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> Solved:
+        """One graded completion a problem, greedy unless there is a temperature; repeat a problem
+        for more. Raises: DataError for a prompt over the limit, which is answered by nothing if
+        the recipe drops such prompts.
 
         Several processes each solve a part, and all get the whole.
         """
         started = time.perf_counter()
-        prompts = self.prompts(problems, policy, params)
+        prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)
         own = world.own_part(len(problems))
-        params = replace(params, first_position=params.first_position + own.start)
-        fits = [self._fits(prompt, policy, params) for prompt in prompts[own]]
+        params = SamplingParams(
+            max_new_tokens=self.lengths.max_new,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            first_position=own.start,
+        )
+        fits = [len(prompt) <= limit for prompt in prompts[own]]
         # one token stands for a prompt that does not fit, so that all others keep their positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
         with world.together(EngineError), sharding().whole(policy, policy.compute_dtype):
             completions = self.engine.generate(policy, asked, params)
             _require_whole(completions, problems[own], type(self.engine).__name__)
-        completions = [
-            completion if ok else self._unasked()
-            for completion, ok in zip(completions, fits, strict=True)
-        ]
-        generated = time.perf_counter()
-        graded = self.encoder.format.grade(
-            problems[own], [completion.text for completion in completions]
+        unasked = Completion(
+            token_ids=(int(self.encoder.tokenizer.eos_token_id),),
+            text="",
+            logprobs=(0.0,),
+            finish_reason="length",
         )
+        completions = [c if ok else unasked for c, ok in zip(completions, fits, strict=True)]
+        generated = time.perf_counter()
+        graded = self.encoder.format.grade(problems[own], [c.text for c in completions])
         completions, graded = of_all_processes(completions, graded)
         return Solved(
             problems=problems,
@@ -86,18 +147,14 @@ class Collector:
             traffic=sum(world.gather(traffic), Counter()),
         )
 
-    def pay(self, solved: Solved) -> list[Rollout]:
+    def rewarded(self, solved: Solved) -> list[Rollout]:
         """Rollouts of what was solved; those to which the reward does not apply (None) are left
         out. Raises: RewardError.
 
         The main process computes every reward, so one that compares samples sees them together.
         """
-        rewards = world.from_main(
-            lambda: self.reward(solved.problems, solved.completions, solved.graded)
-        )
-        rows = zip(
-            solved.problems, solved.prompts, solved.completions, solved.graded, rewards, strict=True
-        )
+        columns = (solved.problems, solved.completions, solved.graded)
+        rewards = world.from_main(partial(self.reward, *columns))
         return [
             Rollout(
                 problem=problem,
@@ -107,55 +164,11 @@ class Collector:
                 reward=_finite(reward, problem),
                 reward_parts=reward.parts if isinstance(reward, SumOfParts) else {},
             )
-            for problem, prompt, completion, graded, reward in rows
+            for problem, completion, graded, prompt, reward in zip(
+                *columns, solved.prompts, rewards, strict=True
+            )
             if reward is not None
         ]
-
-    def prompts(
-        self, problems: Sequence[Problem], policy: Policy, params: SamplingParams
-    ) -> list[list[int]]:
-        """Prompt ids. Raises: DataError for the first prompt over the limit, if that is refused."""
-        encoded: dict[str, list[int]] = {}
-        for problem in problems:
-            if problem.id not in encoded:
-                prompt = encoded[problem.id] = self.encoder.prompt(problem)
-                if self.too_long == "refuse" and not self._fits(prompt, policy, params):
-                    raise DataError(
-                        f"problem {problem.id}: prompt of {len(prompt)} tokens; at most"
-                        f" {self._limit(policy, params):.0f} fit (lengths.max_prompt, and the"
-                        f" model's context of {policy.context} less {params.max_new_tokens} new"
-                        " tokens); lengths.too_long=drop leaves it out"
-                    )
-        return [encoded[problem.id] for problem in problems]
-
-    def trainable(self, splits: Splits, policy: Policy, params: SamplingParams) -> Splits:
-        """`splits` without the training questions whose prompt is over the limit, if the recipe
-        drops them."""
-        if self.too_long == "refuse":
-            return splits
-        train = tuple(
-            problem
-            for problem in splits.train
-            if self._fits(self.encoder.prompt(problem), policy, params)
-        )
-        return replace(splits, train=train)
-
-    def _fits(self, prompt: Sequence[int], policy: Policy, params: SamplingParams) -> bool:
-        return len(prompt) <= self._limit(policy, params)
-
-    def _limit(self, policy: Policy, params: SamplingParams) -> float:
-        """Most tokens of a prompt; infinite if nothing limits them."""
-        room = math.inf if policy.context is None else policy.context - params.max_new_tokens
-        return max(0, min(room, self.max_prompt or math.inf))
-
-    def _unasked(self) -> Completion:
-        """In place of an answer to a prompt that is over the limit."""
-        return Completion(
-            token_ids=(int(self.encoder.tokenizer.eos_token_id),),
-            text="",
-            logprobs=(0.0,),
-            finish_reason="length",
-        )
 
 
 def of_all_processes(

@@ -7,7 +7,8 @@ The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold: pa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,43 +18,132 @@ from pydantic import Field
 from reftune.errors import DataError
 from reftune.grading.markers import reasoning_text
 from reftune.model.encoder import Encoder
-from reftune.model.policy import Policy
 from reftune.processes.world import from_main
 from reftune.stages.loop import Progression
-from reftune.stages.sft import Example, Imitation, Schedule, fitting, schedule_line, train_in_epochs
+from reftune.stages.rollouts import Solved
+from reftune.stages.sft import Example, Imitation, Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.storage.json_lines import JsonLines, in_parts
-from reftune.types import Attempt, Graded, Problem, SamplingParams, Verdict
+from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000
 """Drawn between two writes to disk, about; sampling that was stopped continues after the last whole
 part."""
 
 
-class SelfTrain(Stage):
-    kind: Literal["self_train"] = "self_train"
-    init: str = "base"
-    """Method whose chosen model the fine-tuning starts from, or `base`, as in the paper."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Graded solutions of one problem, as drawn."""
+
+    problem: Problem
+    texts: tuple[str, ...]
+    graded: tuple[Graded, ...]
+    """Without reasons."""
+    num_tokens: int
+    """Of all together."""
+
+    @property
+    def correct(self) -> list[str]:
+        pairs = zip(self.texts, self.graded, strict=True)
+        return [text for text, graded in pairs if graded.verdict is Verdict.CORRECT]
+
+
+class Sampled(Stage, ABC):
+    """A stage that samples solutions of the training questions once, before its first step."""
+
     sampler: str = "warmup"
     """Method that writes the samples."""
     samples: int = Field(100, gt=0)
     """Solutions sampled per training problem."""
-    keep: int = Field(10, gt=0)
-    """Different correct ones kept, at most; the first drawn come first."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     """0 keeps the whole vocabulary; the authors' code has 50."""
-    gold: Literal["once", "paper"] = "once"
-    """`once`: each different solution is one row. `paper`: the gold solution is mostly two rows, as
-    in the authors' joined files."""
-    sft: Schedule
-    """Fine-tuning on the kept samples and the gold."""
 
     reads_questions: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.init, self.sampler)
+
+    def draw(
+        self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
+    ) -> list[Samples]:
+        """`num` samples of every problem, written to `path`, a line a problem; what is there
+        already is not drawn again.
+
+        A problem's samples are a function of the sampler's weights, the seed and the problem's
+        position.
+        """
+        rows = from_main(JsonLines(path).rows)
+        if len(rows) < len(problems):
+            context.progress.note(
+                f"{context.name}: {num} samples of {len(problems)} problems by {self.sampler}"
+            )
+            policy = context.load(self.sampler)
+
+            def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
+                solved = context.collector.solve(
+                    policy,
+                    [problem for problem in part for _ in range(num)],
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    seed=context.seed(path.stem, start),
+                )
+                return _rows(part, solved, num)
+
+            rows = in_parts(problems, path, answer, at_once=max(1, SAMPLES_AT_ONCE // num))
+        return [_samples(problem, row) for problem, row in zip(problems, rows, strict=True)]
+
+
+def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[str, Any]]:
+    """A line a problem."""
+    samples = [
+        Attempt(
+            completion=completion.text, graded=replace(graded, reason="", program_s=None)
+        ).to_row()
+        for completion, graded in zip(solved.completions, solved.graded, strict=True)
+    ]
+    lengths = [len(completion.token_ids) for completion in solved.completions]
+    parts = [slice(i * num, (i + 1) * num) for i in range(len(problems))]
+    return [
+        {"id": problem.id, "tokens": sum(lengths[part]), "samples": samples[part]}
+        for problem, part in zip(problems, parts, strict=True)
+    ]
+
+
+def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
+    """Of a line that `_rows` made."""
+    attempts = [Attempt.from_row(sample) for sample in row["samples"]]
+    return Samples(
+        problem=problem,
+        texts=tuple(attempt.completion for attempt in attempts),
+        graded=tuple(attempt.graded for attempt in attempts),
+        num_tokens=row["tokens"],
+    )
+
+
+def describe(drawn: Sequence[Samples]) -> str:
+    """`62 % of 8,000 samples are correct; 31 of 1,000 problems have none`"""
+    correct = sum(len(samples.correct) for samples in drawn)
+    total = sum(len(samples.texts) for samples in drawn)
+    unsolved = sum(not samples.correct for samples in drawn)
+    return (
+        f"{correct / total:.0%} of {total:,} samples are correct; {unsolved} of {len(drawn):,}"
+        " problems have none"
+    )
+
+
+class SelfTrain(Sampled):
+    kind: Literal["self_train"] = "self_train"
+    init: str = "base"
+    """Method whose chosen model the fine-tuning starts from, or `base`, as in the paper."""
+    keep: int = Field(10, gt=0)
+    """Different correct samples kept, at most; the first drawn come first."""
+    gold: Literal["once", "paper"] = "once"
+    """`once`: each different solution is one row. `paper`: the gold solution is mostly two rows, as
+    in the authors' joined files."""
+    sft: Schedule
+    """Fine-tuning on the kept samples and the gold."""
 
     def line(self) -> str:
         """`3 epochs of 32 from base, learning rate 0.001, on 100 samples a problem by warmup`"""
@@ -69,34 +159,30 @@ class SelfTrain(Stage):
     def run(self, context: StageContext) -> None:
         """Sample, join, train, and leave the model that was best on dev."""
         started = time.perf_counter()
-        sampling = Sampling(
-            method=self.sampler, num=self.samples, temperature=self.temperature, top_k=self.top_k
-        )
-        drawn = draw(sampling, context, context.splits.train, context.folder.drawn)
+        drawn = self.draw(context, context.splits.train, context.folder.drawn, num=self.samples)
         examples = self.examples(drawn, context)
         context.progress.note(
             f"{context.name}: {len(examples)} rows to train on; {describe(drawn)}"
         )
         spent = {"compute/sampled_tokens": float(sum(samples.num_tokens for samples in drawn))}
         start = Progression(totals=spent, seconds=time.perf_counter() - started)
-        train_in_epochs(self.sft, context, Imitation(context, examples), start=start)
+        train_in_epochs(self.sft, context, Imitation(context.policy, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
         """Training rows. Raises: DataError if none is left."""
-        encoder, limit = context.collector.encoder, context.recipe.lengths.max_new
+        collector, policy = context.collector, context.policy
+        encoder = collector.encoder
+        join = join_once if self.gold == "once" else join_as_paper
         rows = [
             Example(encoder.prompt(samples.problem), encoder.continuation(samples.problem, text))
             for samples in drawn
-            for text in JOIN[self.gold](
-                samples.correct, gold_text(samples.problem, encoder), self.keep
-            )
+            for text in join(samples.correct, gold_text(samples.problem, encoder), self.keep)
         ]
-        kept = fitting(rows, max_target=limit, context_length=context.policy.context)
+        kept = [row for row in rows if collector.fits(row.prompt, row.target, policy)]
         if not kept:
             raise DataError(
                 f"stages.{context.name}: nothing to train on: {describe(drawn)}, and no gold"
-                f" rationale fits in lengths.max_new={limit} tokens and the model's context of"
-                f" {context.policy.context}"
+                f" rationale fits in {collector.limits(policy)}"
             )
         return kept
 
@@ -135,12 +221,6 @@ def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[s
     return [*join_once(correct, gold, keep), *_listed(gold)]
 
 
-JOIN: Mapping[str, Callable[[Sequence[str], str | None, int], list[str]]] = {
-    "once": join_once,
-    "paper": join_as_paper,
-}
-
-
 def _listed(gold: str | None) -> list[str]:
     return [] if gold is None else [gold]
 
@@ -148,111 +228,3 @@ def _listed(gold: str | None) -> list[str]:
 def gold_text(problem: Problem, encoder: Encoder) -> str | None:
     """The gold continuation, where there is one."""
     return None if problem.rationale is None else encoder.format.target(problem)
-
-
-# --- sampling -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """Who samples how many solutions a problem, and how."""
-
-    method: str
-    num: int
-    temperature: float
-    top_k: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Samples:
-    """Graded solutions of one problem, as drawn."""
-
-    problem: Problem
-    texts: tuple[str, ...]
-    graded: tuple[Graded, ...]
-    """Without reasons."""
-    num_tokens: int
-    """Of all together."""
-
-    @property
-    def correct(self) -> list[str]:
-        pairs = zip(self.texts, self.graded, strict=True)
-        return [text for text, graded in pairs if graded.verdict is Verdict.CORRECT]
-
-
-def draw(
-    sampling: Sampling, context: StageContext, problems: Sequence[Problem], path: Path
-) -> list[Samples]:
-    """Samples of every problem, written to `path`, a line a problem; what is there already is not
-    drawn again.
-
-    A problem's samples are a function of the sampler's weights, the seed and the problem's
-    position.
-    """
-    rows = from_main(JsonLines(path).rows)
-    if len(rows) < len(problems):
-        context.progress.note(
-            f"{context.name}: {sampling.num} samples of {len(problems)} problems by"
-            f" {sampling.method}"
-        )
-        policy = context.load(sampling.method)
-
-        def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
-            return _sample(policy, sampling, context, part, seed=context.seed(path.stem, start))
-
-        rows = in_parts(problems, path, answer, at_once=max(1, SAMPLES_AT_ONCE // sampling.num))
-    return [_samples(problem, row) for problem, row in zip(problems, rows, strict=True)]
-
-
-def _sample(
-    policy: Policy,
-    sampling: Sampling,
-    context: StageContext,
-    problems: Sequence[Problem],
-    *,
-    seed: int,
-) -> list[dict[str, Any]]:
-    params = SamplingParams(
-        max_new_tokens=context.recipe.lengths.max_new,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        seed=seed,
-    )
-    solved = context.collector.solve(
-        policy, [problem for problem in problems for _ in range(sampling.num)], params
-    )
-    samples = [
-        Attempt(
-            completion=completion.text, graded=replace(graded, reason="", program_s=None)
-        ).to_row()
-        for completion, graded in zip(solved.completions, solved.graded, strict=True)
-    ]
-    lengths = [len(completion.token_ids) for completion in solved.completions]
-    parts = [slice(i * sampling.num, (i + 1) * sampling.num) for i in range(len(problems))]
-    return [
-        {"id": problem.id, "tokens": sum(lengths[part]), "samples": samples[part]}
-        for problem, part in zip(problems, parts, strict=True)
-    ]
-
-
-def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
-    attempts = [Attempt.from_row(sample) for sample in row["samples"]]
-    return Samples(
-        problem=problem,
-        texts=tuple(attempt.completion for attempt in attempts),
-        graded=tuple(attempt.graded for attempt in attempts),
-        num_tokens=row["tokens"],
-    )
-
-
-def describe(drawn: Sequence[Samples]) -> str:
-    """`62 % of 8,000 samples are correct; 31 of 1,000 problems have none`"""
-    correct, total = (
-        sum(len(samples.correct) for samples in drawn),
-        sum(len(samples.texts) for samples in drawn),
-    )
-    unsolved = sum(not samples.correct for samples in drawn)
-    return (
-        f"{correct / total:.0%} of {total:,} samples are correct; {unsolved} of {len(drawn):,}"
-        " problems have none"
-    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -14,13 +15,13 @@ from pydantic_core import PydanticCustomError
 
 from reftune.algorithms.base import LossTerms
 from reftune.algorithms.losses import token_weights
-from reftune.errors import DataError, NonFiniteError
+from reftune.errors import DataError
 from reftune.model.batch import TokenBatch, token_batch
-from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.seeds import generator
 from reftune.stages.loop import Look, Loop, Progression, TrainingTable
 from reftune.stages.optimizer import Gradient, Trained
+from reftune.stages.rollouts import Collector
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.types import Problem
 
@@ -93,15 +94,14 @@ class Sft(Schedule, Stage):
 
     def run(self, context: StageContext) -> None:
         """Train, then leave the model that was best on dev (and the snapshots)."""
-        examples = gold_examples(
-            context.splits.train,
-            context.collector.encoder,
-            max_target=context.recipe.lengths.max_new,
-            context_length=context.policy.context,
+        examples = gold_examples(context.splits.train, context.collector, context.policy)
+        train_in_epochs(
+            self,
+            context,
+            Imitation(context.policy, examples),
+            snapshots=self.snapshots,
+            until_plateau=self.until is not None,
         )
-        task = Imitation(context, examples)
-        is_open = self.until is not None
-        train_in_epochs(self, context, task, snapshots=self.snapshots, until_plateau=is_open)
 
 
 def schedule_line(schedule: Schedule, init: str) -> str:
@@ -121,36 +121,25 @@ class Example:
 
 
 def gold_examples(
-    problems: tuple[Problem, ...], encoder: Encoder, *, max_target: int, context_length: int | None
+    problems: Sequence[Problem], collector: Collector, policy: Policy
 ) -> list[Example]:
     """The problems' gold rationales; those that do not fit are left out.
 
     Raises: DataError if none is left.
     """
-    with_rationale = [problem for problem in problems if problem.rationale is not None]
+    encoder = collector.encoder
     examples = [
-        Example(encoder.prompt(problem), encoder.target(problem)) for problem in with_rationale
+        Example(encoder.prompt(problem), encoder.target(problem))
+        for problem in problems
+        if problem.rationale is not None
     ]
-    kept = fitting(examples, max_target=max_target, context_length=context_length)
+    kept = [e for e in examples if collector.fits(e.prompt, e.target, policy)]
     if not kept:
         raise DataError(
-            f"no training row is left of {len(problems)}: {len(with_rationale)} have a rationale,"
-            f" and none of them fits in lengths.max_new={max_target} tokens and the model's context"
-            f" of {context_length}"
+            f"no training row is left of {len(problems)}: {len(examples)} have a rationale, and"
+            f" none of them fits in {collector.limits(policy)}"
         )
     return kept
-
-
-def fitting(
-    examples: Iterable[Example], *, max_target: int, context_length: int | None
-) -> list[Example]:
-    """Those that are within the limits."""
-    longest = math.inf if context_length is None else context_length
-    return [
-        e
-        for e in examples
-        if len(e.target) <= max_target and len(e.prompt) + len(e.target) <= longest
-    ]
 
 
 class Task(Protocol):
@@ -166,7 +155,7 @@ class Task(Protocol):
     def __len__(self) -> int:
         """Number of examples."""
 
-    def gradient(self, indices: Sequence[int], where: str) -> dict[str, float]:
+    def gradient(self, indices: Sequence[int]) -> dict[str, float]:
         """Add the gradient of these examples; metrics. Raises: NonFiniteError before it is used."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
@@ -174,24 +163,22 @@ class Task(Protocol):
 
 
 class Imitation:
-    """Writing the targets of examples, by a context's policy."""
+    """Writing the targets of examples, by a policy."""
 
     look: ClassVar[None] = None
 
-    def __init__(self, context: StageContext, examples: Sequence[Example]) -> None:
-        self.model: Policy = context.policy
-        self.examples = examples
-        self.max_tokens = context.recipe.model.max_tokens
+    def __init__(self, policy: Policy, examples: Sequence[Example]) -> None:
+        self.model, self.examples = policy, examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def gradient(self, indices: Sequence[int], where: str) -> dict[str, float]:
+    def gradient(self, indices: Sequence[int]) -> dict[str, float]:
         rows = [self.examples[i] for i in indices]
         batch = token_batch(
             [e.prompt for e in rows], [e.target for e in rows], device=self.model.device
         )
-        loss = accumulate_nll(self.model, batch, max_tokens=self.max_tokens, where=where)
+        loss = accumulate_nll(self.model, batch)
         num_tokens = int(batch.lengths.sum())
         return {"loss/sft": loss, "loss/total": loss, "compute/train_tokens": num_tokens}
 
@@ -213,32 +200,30 @@ def train_in_epochs(
     examples."""
     steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
 
+    def steps(epochs: float) -> int:
+        return max(1, round(epochs * steps_per_epoch))
+
     def step(n: int) -> dict[str, float]:
-        started, where = time.perf_counter(), f"{context.name} step {n}"
+        started = time.perf_counter()
         epoch, position = divmod(n - 1, steps_per_epoch)
         order = generator(context.seed("epoch"), epoch).permutation(len(task)).tolist()
         indices = order[position * schedule.batch_size : (position + 1) * schedule.batch_size]
         task.model.train()
-        metrics: dict[str, float] = {"progress/epoch": n / steps_per_epoch}
-        try:
-            metrics |= task.gradient(indices, where)
-            metrics |= {"grad/norm": loop.optimizer_step(n), "optim/lr": loop.learning_rate(n)}
-            metrics["compute/sequence_passes"] = len(indices)
-        except NonFiniteError as error:
-            loop.give_up_step(error, task.show(indices))
-            metrics = {"progress/epoch": n / steps_per_epoch}
-        return {**metrics, "time/update_s": time.perf_counter() - started}
+        metrics = loop.descend(n, partial(task.gradient, indices), partial(task.show, indices))
+        return {
+            "progress/epoch": n / steps_per_epoch,
+            **metrics,
+            "compute/sequence_passes": len(indices) if metrics else 0,
+            "time/update_s": time.perf_counter() - started,
+        }
 
     loop = Loop(
         context,
         schedule,
         task.model,
-        total_steps=max(1, round(schedule.epochs * steps_per_epoch)),
-        eval_every=max(1, round(schedule.eval_every * steps_per_epoch)),
-        snapshots={
-            method: max(1, round(epoch * steps_per_epoch))
-            for method, epoch in (snapshots or {}).items()
-        },
+        total_steps=steps(schedule.epochs),
+        eval_every=steps(schedule.eval_every),
+        snapshots={method: steps(epoch) for method, epoch in (snapshots or {}).items()},
         look=task.look,
         start=start,
         until_plateau=until_plateau,
@@ -247,12 +232,7 @@ def train_in_epochs(
 
 
 def accumulate_nll(
-    policy: Policy,
-    batch: TokenBatch,
-    *,
-    max_tokens: int,
-    where: str,
-    weights: torch.Tensor | None = None,
+    policy: Policy, batch: TokenBatch, *, weights: torch.Tensor | None = None
 ) -> float:
     """Add the gradient of the token-mean negative log-likelihood of the responses; its value, nats
     a token.
@@ -260,7 +240,7 @@ def accumulate_nll(
     Raises: NonFiniteError before the gradient is used.
     """
     weights = token_weights(batch.response_mask, "token") if weights is None else weights
-    gradient = Gradient(policy, batch.lengths, max_tokens=max_tokens, where=where)
+    gradient = Gradient(policy, batch.lengths)
     for rows in gradient:
         logprobs = policy(batch.rows(rows)).logprobs
         gradient.add(LossTerms(total=-(logprobs * weights[rows, : logprobs.shape[1]]).sum()))

@@ -144,11 +144,8 @@ class LineProgress:
         if self._time_s() - self._last_s >= self._every_s:
             self._print_view()
 
-    def sample(self, rollout: Rollout) -> None:
-        """Solutions are in samples.jsonl; a log of lines is not the place for them."""
-
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """As `sample`."""
+        """Solutions are in samples.jsonl; a log of lines is not the place for them."""
 
     def note(self, message: str) -> None:
         """Print at once."""
@@ -196,12 +193,9 @@ class RichProgress:
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
 
-    def sample(self, rollout: Rollout) -> None:
-        """Shown until the next one."""
-        self._sample = rollout
-
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """One is enough to look at; see `sample`."""
+        """The first is shown until the next step's; one is enough to look at."""
+        self._sample = rollouts[0]
 
     def note(self, message: str) -> None:
         """Print above the live view."""

@@ -77,9 +77,6 @@ class TrackedProgress:
         self._tell(log)
         self._progress.step(step, metrics)
 
-    def sample(self, rollout: Rollout) -> None:
-        self._progress.sample(rollout)
-
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Log the first of them as a table, where a tracker has tables."""
         rows = [table_row(step, rollout) for rollout in rollouts[: self._recipe.tracker_rollouts]]

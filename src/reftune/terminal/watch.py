@@ -61,7 +61,7 @@ def watch(
         for name, tail in samples.items():
             for row in tail.rows()[-1:]:
                 if name == current:
-                    progress.sample(_rollout(row))
+                    progress.rollouts(int(row["step"]), [_rollout(row)])
         if not alive:
             return RunFolder(folder).summary.is_file()
         wait(POLL_S)

@@ -130,9 +130,7 @@ def check_logprobs(subject: Subject) -> Finding:
     batch = token_batch(
         prompts, [completion.token_ids for completion in completions], device=subject.policy.device
     )
-    scored = subject.policy.score(batch, max_tokens=subject.recipe.model.max_tokens).logprobs[
-        batch.response_mask
-    ]
+    scored = subject.policy.score(batch).logprobs[batch.response_mask]
     sampled = [logprob for completion in completions for logprob in completion.logprobs]
     mismatch = mean([abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True)])
     message = f"the engine's differ from the policy's by {mismatch:.2g} nats a token"

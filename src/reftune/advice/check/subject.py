@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 
@@ -62,9 +61,7 @@ class Subject:
     @property
     def prompt_limit(self) -> float:
         """Most tokens of a prompt; infinite if nothing limits them."""
-        lengths, context = self.recipe.lengths, self.policy.context
-        room = math.inf if context is None else context - lengths.max_new
-        return max(0, min(room, lengths.max_prompt or math.inf))
+        return self.collector.prompt_limit(self.policy)
 
     @property
     def fitting(self) -> dict[str, list[list[int]]]:

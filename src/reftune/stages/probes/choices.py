@@ -24,7 +24,7 @@ from reftune.grading.numbers import last_number, read_number
 from reftune.grading.options import read_choice
 from reftune.seeds import derive_seed
 from reftune.storage.json_lines import JsonLines
-from reftune.types import Answer, Graded, Problem, SamplingParams, Verdict
+from reftune.types import Answer, Graded, Problem, Verdict
 
 if TYPE_CHECKING:  # the report reads rows without torch
     from reftune.model.policy import Policy
@@ -175,20 +175,16 @@ def diagnose(
     problems: Sequence[Problem],
     completions: Sequence[str],
     graded: Sequence[Graded],
-    *,
-    max_new_tokens: int,
 ) -> list[ChoiceRow]:
     """A row a problem, given its greedy answer; asks each twice more, with moved options and
     without any, greedily."""
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0)
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
     ]
-    turned = collector.solve(
-        policy, [rotated(p, by) for p, by in zip(problems, turns, strict=True)], params
-    ).graded
-    numeric = _numeric(policy, collector, problems, params)
+    moved_options = [rotated(p, by) for p, by in zip(problems, turns, strict=True)]
+    turned = collector.solve(policy, moved_options).graded
+    numeric = _numeric(policy, collector, problems)
     values = derived_values(collector.encoder.format, problems, completions)
     rows = []
     for problem, grade, by, again, value in zip(
@@ -217,15 +213,13 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
     return value if len(value) == 1 and value in LETTERS[: len(problem.choices)] else None
 
 
-def _numeric(
-    policy: Policy, collector: Collector, problems: Sequence[Problem], params: SamplingParams
-) -> dict[str, bool]:
+def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
     """Problem id → whether it is solved without options. A model that still names a letter is
     judged by what it derives."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
-    solved, format = collector.solve(policy, asked, params), collector.encoder.format
+    solved, format = collector.solve(policy, asked), collector.encoder.format
     texts = [completion.text for completion in solved.completions]
     derived = [value or "" for value in derived_values(format, asked, texts)]
     right = [graded.verdict is Verdict.CORRECT for graded in solved.graded]
