@@ -29,8 +29,8 @@ from reftune.processes import heartbeat, world
 from reftune.processes.sharding import sharding, whole_tensor
 from reftune.recipe import Recipe, dump_recipe
 from reftune.stages.optimizer import (
-    Gradient,
     OptimizerTable,
+    accumulate_gradient,
     is_finite,
     make_optimizer,
     optimizer_step,
@@ -369,12 +369,12 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
             [[1.0], [1.0], [math.nan]]
         )  # the longest row: in sorted turns it is the first process's
         policy.max_tokens = 9
-        gradient = Gradient(policy, batch.lengths)
-        for rows in gradient:
-            logprobs = policy(batch.rows(rows)).logprobs
-            gradient.add(LossTerms(total=(logprobs * weights[rows]).sum()))
+
+        def loss(rows: torch.Tensor) -> LossTerms:
+            return LossTerms(total=(policy(batch.rows(rows)).logprobs * weights[rows]).sum())
+
         with pytest.raises(NonFiniteError, match=r"^loss is nan in rows 0, 2"):
-            gradient.finish()
+            accumulate_gradient(policy, batch.lengths, loss)
         optimizer.zero_grad()
         first = step(policy, optimizer)
         accumulate_nll(policy, batch)
@@ -426,8 +426,7 @@ def test_each_process_holds_what_its_sharding_says(how, make_policy, tmp_path):
             / 2
         )
         weights, frozen = (
-            sum(local(p).numel() for p in model.parameters())
-            for model in (policy, reference._frozen)
+            sum(local(p).numel() for p in model.parameters()) for model in (policy, reference)
         )
         shares = [held / total for held in (states, gradients, weights, frozen)]
         is_half = [share < 0.6 if how == "fsdp2" else share > 0.9 for share in shares]

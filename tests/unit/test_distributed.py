@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from reftune.errors import RecipeError
-from reftune.model.batch import micro_batches, shared_micro_batches
+from reftune.model.batch import micro_batches, own_micro_batches
 from reftune.processes import heartbeat, world
 from reftune.processes.launch import choose_device, processes, wanted_sharding
 from reftune.processes.sharding import Fsdp2, Sharding
@@ -90,13 +91,20 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         choose_device("gpu")
 
 
+def share_of(
+    rank: int, size: int, lengths: torch.Tensor, **settings: Any
+) -> list[tuple[torch.Tensor, bool]]:
+    """The micro-batches of one of `size` processes."""
+    with world.inhabited(world.World(rank=rank, size=size)):
+        return list(own_micro_batches(lengths, **settings))
+
+
 @pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_processes_share_every_row_once(world_size, even):
     lengths = torch.tensor([5, 3, 8, 1, 9, 2, 7])
     shares = [
-        list(shared_micro_batches(lengths, max_tokens=9, rank=r, world_size=world_size, even=even))
-        for r in range(world_size)
+        share_of(rank, world_size, lengths, max_tokens=9, even=even) for rank in range(world_size)
     ]
     counted = [
         row for share in shares for index, counts in share if counts for row in index.tolist()
@@ -109,10 +117,7 @@ def test_processes_share_every_row_once(world_size, even):
 
 def test_a_process_alone_has_the_micro_batches_in_their_order():
     lengths = torch.tensor([5, 3, 8, 1, 9, 3, 7])
-    found = [
-        index.tolist()
-        for index, _ in shared_micro_batches(lengths, max_tokens=10, rank=0, world_size=1)
-    ]
+    found = [index.tolist() for index, _ in own_micro_batches(lengths, max_tokens=10)]
     assert found == [index.tolist() for index in micro_batches(lengths, max_tokens=10)]
 
 
@@ -120,9 +125,7 @@ def test_shares_are_alike_in_length():
     # sorted: 1 2 3 4 | 5 6 7 8 dealt in turns gives 1 3 5 7 and 2 4 6 8, not the short ones to one
     # process
     lengths = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1])
-    shares = [
-        list(shared_micro_batches(lengths, max_tokens=99, rank=r, world_size=2)) for r in (0, 1)
-    ]
+    shares = [share_of(rank, 2, lengths, max_tokens=99) for rank in (0, 1)]
     assert [sorted(lengths[share[0][0]].tolist()) for share in shares] == [
         [1, 3, 5, 7],
         [2, 4, 6, 8],

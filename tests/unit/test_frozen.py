@@ -93,7 +93,7 @@ def test_a_reference_in_the_compute_dtype_says_what_the_policy_said(family, dtyp
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.neg_()
     assert torch.equal(reference.score(BATCH).logprobs, expected), "a copy"
-    held = reference._frozen.model
+    held = reference.model
     assert not any(p.requires_grad for p in held.parameters())
     if dtype == BF16:
         assert held.get_input_embeddings().weight.dtype == torch.float32, "bf16 would round it"

@@ -254,4 +254,4 @@ def test_a_separate_value_model_starts_equal_and_shares_no_gradient(make_policy)
     assert all(
         parameter.grad is not None for parameter in policy.value_backbone.layers.parameters()
     )
-    assert policy.make_reference()._frozen.value_backbone is None
+    assert policy.make_reference().value_backbone is None

@@ -245,40 +245,20 @@ def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> 
 def own_micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """This process's share; see `shared_micro_batches`."""
-    own = {"rank": world.rank(), "world_size": world.world_size()}
-    return shared_micro_batches(lengths, max_tokens=max_tokens, packed=packed, even=even, **own)
-
-
-def shared_micro_batches(
-    lengths: Tensor,
-    *,
-    max_tokens: int,
-    rank: int,
-    world_size: int,
-    packed: bool = False,
-    even: bool = False,
-) -> Iterator[tuple[Tensor, bool]]:
-    """The micro-batches of one of several processes that all hold all sequences, each with whether
+    """The micro-batches of this process, of several that all hold all sequences, each with whether
     its numbers count.
 
     Together they hold every sequence once, and each process as many as the others, short and long.
     Every process gets one at least, with `even` as many as any other: what is missing is the first
     sequence once more, which does not count.
     """
+    rank, size = world.rank(), world.world_size()
     order = torch.argsort(lengths, stable=True)
-    shares = (
-        [order[first::world_size] for first in range(world_size)]
-        if even
-        else [order[rank::world_size]]
-    )
-    batches = [
-        [
-            share[index]
-            for index in micro_batches(lengths[share], max_tokens=max_tokens, packed=packed)
-        ]
-        for share in shares
-    ]
+    batches = []
+    for first in range(size) if even else [rank]:
+        share = order[first::size]
+        parts = micro_batches(lengths[share], max_tokens=max_tokens, packed=packed)
+        batches.append([share[index] for index in parts])
     own, most = batches[rank if even else 0], max(1, *map(len, batches))
     yield from ((index, True) for index in own)
     yield from ((order[:1] * 0, False) for _ in range(most - len(own)))

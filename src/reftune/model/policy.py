@@ -260,15 +260,24 @@ class Policy(nn.Module):
         return head
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities and values of the response tokens, with gradients; no entropy.
+        """Log-probabilities and values of the response tokens with gradients; without, entropy too.
 
         Logits are made for response tokens only.
         """
         with self.arithmetic():
             hidden = self.hidden_states(batch)
-            logprobs = token_logprobs(self._head(), hidden, batch.response_tokens(), temperature)
+            predicted = (self._head(), hidden, batch.response_tokens(), temperature)
+            entropy = None
+            if torch.is_grad_enabled():
+                logprobs = token_logprobs(*predicted)
+            else:
+                logprobs, entropy = logprobs_and_entropy(*predicted)
             values = self.values(self.value_states(batch, hidden))
-        return TokenScores(logprobs=batch.unflatten(logprobs), values=batch.unflatten(values))
+        return TokenScores(
+            logprobs=batch.unflatten(logprobs),
+            values=batch.unflatten(values),
+            entropy=None if entropy is None else batch.unflatten(entropy),
+        )
 
     def values(self, hidden: Tensor) -> Tensor:
         """(N,) values, fp32 also where the caller's arithmetic is not."""
@@ -282,56 +291,33 @@ class Policy(nn.Module):
 
         Several processes each score some of the rows, and all get the whole.
         """
-        parts: dict[str, Tensor] = {}
+        shape = batch.response_mask.shape
+        found = [torch.zeros(shape, device=self.device) for _ in TokenScores._fields]
         with self.inference():
             for index, counts in self._micro_batches(batch):
-                for name, values in self._score_rows(batch.rows(index), temperature).items():
-                    whole = parts.setdefault(
-                        name, torch.zeros(batch.response_mask.shape, device=self.device)
-                    )
+                scores = self.forward(batch.rows(index), temperature=temperature)
+                for whole, values in zip(found, scores, strict=True):
                     if counts:
+                        assert values is not None
                         whole[index, : values.shape[1]] = values
-        world.add_up(*parts.values())  # rows of others are 0
-        return TokenScores(**parts)
+        world.add_up(*found)  # rows of others are 0
+        return TokenScores(*found)
 
     def _micro_batches(self, batch: TokenBatch) -> Iterator[tuple[Tensor, bool]]:
         return own_micro_batches(batch.lengths, max_tokens=self.max_tokens, packed=self.packs)
-
-    def _score_rows(self, rows: TokenBatch, temperature: float) -> dict[str, Tensor]:
-        hidden = self.hidden_states(rows)
-        logprobs, entropy = logprobs_and_entropy(
-            self._head(), hidden, rows.response_tokens(), temperature
-        )
-        scores = {
-            "logprobs": logprobs,
-            "entropy": entropy,
-            "values": self.values(self.value_states(rows, hidden)),
-        }
-        return {name: rows.unflatten(values) for name, values in scores.items()}
 
     @torch.no_grad()
     def features(self, batch: TokenBatch) -> Tensor:
         """(N, H) what the value head reads, fp32, without dropout, in row-major order of the
         response tokens."""
-        starts = batch.response_lengths.cumsum(0) - batch.response_lengths
-        features = torch.zeros(
-            int(batch.response_lengths.sum()), self.value_head.in_features, device=self.device
-        )
+        row_of, _ = batch.response_index()
+        features = torch.zeros(len(row_of), self.value_head.in_features, device=self.device)
         with self.inference():
             for index, counts in self._micro_batches(batch):
-                slots = [
-                    torch.arange(
-                        int(starts[i]),
-                        int(starts[i] + batch.response_lengths[i]),
-                        device=self.device,
-                    )
-                    for i in index.tolist()
-                ]
-                rows = batch.rows(index)
+                found = self._predictors(self.value_backbone or self._backbone(), batch.rows(index))
                 if counts:
-                    features[torch.cat(slots)] = self._predictors(
-                        self.value_backbone or self._backbone(), rows
-                    ).float()
+                    places = torch.cat([(row_of == row).nonzero().squeeze(1) for row in index])
+                    features[places] = found.float()
         world.add_up(features)
         return features
 
@@ -356,11 +342,12 @@ class Policy(nn.Module):
                 " hidden state; unsupported"
             )
 
-    def make_reference(self) -> Reference:
+    def make_reference(self) -> Policy | AdapterReference:
         """The frozen policy as it is now: with LoRA the same base with the adapters of now, or off
         where they are fresh; otherwise a copy in the compute dtype."""
         if self.is_lora:
-            return Reference(self, frozen=None, adapters=self._copied_adapters())
+            own = {name: p.detach().clone() for name, p in self._adapters().items()}
+            return AdapterReference(self, own if self.continues_adapters else None)
         matrices = frozen.narrowable(self.model, self.compute_dtype, embeddings="exact")
         memo: dict[int, Any] = {
             key: nn.Parameter(p.detach().to(self.compute_dtype, copy=True), requires_grad=False)
@@ -373,12 +360,7 @@ class Policy(nn.Module):
         if self.is_compiled:
             copied.compile_blocks()
         sharding().distribute(copied)
-        return Reference(self, frozen=copied)
-
-    def _copied_adapters(self) -> dict[str, Tensor] | None:
-        if not self.continues_adapters:
-            return None
-        return {name: p.detach().clone() for name, p in self._adapters().items()}
+        return copied
 
     def _adapters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
@@ -461,18 +443,14 @@ class Policy(nn.Module):
             )
 
 
-class Reference:
-    """The policy that KL is measured against."""
+class AdapterReference:
+    """What a policy with adapters was: the same base with the adapters of then, or none."""
 
-    def __init__(
-        self, policy: Policy, *, frozen: Policy | None, adapters: dict[str, Tensor] | None = None
-    ) -> None:
-        self._policy, self._frozen, self._adapters = policy, frozen, adapters
+    def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:
+        self._policy, self._adapters = policy, adapters
 
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """As `Policy.score`, of the reference."""
-        if self._frozen is not None:
-            return self._frozen.score(batch, temperature=temperature)
+        """As `Policy.score`."""
         whole = sharding().whole(self._policy, self._policy.compute_dtype)
         with whole, self._policy.with_adapters(self._adapters):
             return self._policy.score(batch, temperature=temperature)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -133,48 +133,32 @@ def optimizer_step(
     return float(norm)
 
 
-class Gradient:
-    """The gradient of a minibatch, added up micro-batch by micro-batch, each process its own share.
+def accumulate_gradient(
+    model: Trained, lengths: torch.Tensor, loss: Callable[[torch.Tensor], LossTerms]
+) -> dict[str, float]:
+    """Add the gradient of a minibatch of sequences of `lengths` (B,), micro-batch by micro-batch,
+    each process its own share. `loss(rows)` is the part of the loss that those rows add.
 
-    gradient = Gradient(model, lengths)
-    for rows in gradient:                # indices into the minibatch
-        gradient.add(loss_of(rows))      # the part of the loss that these rows add
-    metrics = gradient.finish()
+    Returns: `loss/total` and metrics, sums over all rows (`…_max`: the largest). Raises:
+    NonFiniteError, naming rows, before the gradient is used.
     """
-
-    def __init__(self, model: Trained, lengths: torch.Tensor) -> None:
-        """`lengths` (B,) tokens."""
-        self._model = model
-        even = sharding().is_split(model)
-        self._batches = own_micro_batches(
-            lengths, max_tokens=model.max_tokens, packed=model.packs, even=even
-        )
-        self._totals: dict[str, float] = {}
-        self._failed: NonFiniteError | None = None
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for rows, counts in self._batches:
-            self._rows, self._counts = rows, counts
-            yield rows
-
-    def add(self, terms: LossTerms) -> None:
-        """Add the gradient of the micro-batch whose rows came last."""
-        if self._counts:
-            self._failed = self._failed or _not_finite(terms.total, self._rows)
-            _add_metrics(self._totals, {"loss/total": terms.total.detach(), **terms.metrics})
-        (terms.total if self._counts else terms.total * 0).backward()
-
-    def finish(self) -> dict[str, float]:
-        """`loss/total` and metrics, sums over all rows (`…_max`: the largest).
-
-        Raises: NonFiniteError, naming rows, before the gradient is used.
-        """
-        world.raise_together(self._failed)
-        sharding().add_up_gradients(self._model)
-        together: dict[str, float] = {}
-        for of_process in world.gather(self._totals):
-            _add_metrics(together, of_process)
-        return together
+    totals: dict[str, float] = {}
+    failed: NonFiniteError | None = None
+    even = sharding().is_split(model)
+    for rows, counts in own_micro_batches(
+        lengths, max_tokens=model.max_tokens, packed=model.packs, even=even
+    ):
+        terms = loss(rows)
+        if counts:
+            failed = failed or _not_finite(terms.total, rows)
+            _add_metrics(totals, {"loss/total": terms.total.detach(), **terms.metrics})
+        (terms.total if counts else terms.total * 0).backward()
+    world.raise_together(failed)
+    sharding().add_up_gradients(model)
+    together: dict[str, float] = {}
+    for of_process in world.gather(totals):
+        _add_metrics(together, of_process)
+    return together
 
 
 def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.Tensor]) -> None:

@@ -28,7 +28,7 @@ from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.processes.sharding import sharding
 from reftune.stages.loop import Look, Progression
-from reftune.stages.optimizer import Gradient
+from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.self_train import Sampled, Samples, describe
 from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, StageContext
@@ -237,13 +237,14 @@ def accumulate_loss(classifier: Classifier, solutions: Sequence[Solution]) -> di
     """
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
-    gradient = Gradient(classifier, batch.lengths)
-    for rows in gradient:
+
+    def loss(rows: Tensor) -> LossTerms:
         logits = classifier(batch.rows(rows))
         total = nn.functional.cross_entropy(logits, labels[rows], reduction="sum") / len(solutions)
         right = (logits.argmax(1) == labels[rows]).sum()
-        gradient.add(LossTerms(total=total, metrics={"right": right}))
-    found = gradient.finish()
+        return LossTerms(total=total, metrics={"right": right})
+
+    found = accumulate_gradient(classifier, batch.lengths, loss)
     return {
         "loss/total": found["loss/total"],
         "reward_model/accuracy": found["right"] / len(solutions),

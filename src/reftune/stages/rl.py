@@ -25,16 +25,16 @@ from reftune.algorithms.advantages import (
     token_rewards,
     truncated_importance,
 )
-from reftune.algorithms.base import Algorithm
+from reftune.algorithms.base import Algorithm, LossTerms
 from reftune.algorithms.losses import masked_mean
 from reftune.errors import RecipeError
 from reftune.model.batch import RolloutBatch, token_batch
-from reftune.model.policy import Policy, Reference
+from reftune.model.policy import AdapterReference, Policy
 from reftune.model.value_head import fit_value_head
 from reftune.recipe import load_component
 from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop, TrainingTable
-from reftune.stages.optimizer import Gradient
+from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.types import Attempt, Rollout, Verdict
 
@@ -128,7 +128,7 @@ class Trainer:
     def __init__(self, stage: Rl, context: StageContext) -> None:
         self.stage, self.context, self.policy = stage, context, context.policy
         self.algorithm = stage.algorithm
-        self.reference: Reference | None = (
+        self.reference: Policy | AdapterReference | None = (
             self.policy.make_reference() if self.algorithm.needs_reference else None
         )
         if stage.value_init == "uniform":
@@ -258,12 +258,13 @@ class Trainer:
 
     def accumulate(self, batch: RolloutBatch) -> dict[str, float]:
         """Add the gradient of a minibatch; metrics. Raises: NonFiniteError before it is used."""
-        gradient = Gradient(self.policy, batch.tokens.lengths)
-        for index in gradient:
+
+        def loss(index: Tensor) -> LossTerms:
             rows = batch.rows(index)
             scores = self.policy(rows.tokens, temperature=self.stage.temperature)
-            gradient.add(self.algorithm.loss(scores, rows))
-        return gradient.finish()
+            return self.algorithm.loss(scores, rows)
+
+        return accumulate_gradient(self.policy, batch.tokens.lengths, loss)
 
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
         """The minibatches of every update of rollout `n`, each with the weights of its own loss."""
@@ -272,7 +273,7 @@ class Trainer:
             batch = replace(batch, nll_weights=batch.nll_weights * count)
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)
-            order = torch.from_numpy(draw.permutation(len(batch))).to(self.policy.device)
+            order = torch.from_numpy(draw.permutation(len(batch))).to(batch.rewards.device)
             for index in order.tensor_split(count):
                 part = batch if count == 1 else batch.rows(index)
                 yield replace(part, weights=self.algorithm.weights(part))

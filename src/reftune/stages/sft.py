@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self
 
-import torch
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
+from torch import Tensor
 
 from reftune.algorithms.base import LossTerms
 from reftune.algorithms.losses import token_weights
@@ -20,7 +20,7 @@ from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
 from reftune.seeds import generator
 from reftune.stages.loop import Look, Loop, Progression, TrainingTable
-from reftune.stages.optimizer import Gradient, Trained
+from reftune.stages.optimizer import Trained, accumulate_gradient
 from reftune.stages.rollouts import Collector
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.types import Problem
@@ -231,17 +231,16 @@ def train_in_epochs(
     loop.run(step)
 
 
-def accumulate_nll(
-    policy: Policy, batch: TokenBatch, *, weights: torch.Tensor | None = None
-) -> float:
+def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
     """Add the gradient of the token-mean negative log-likelihood of the responses; its value, nats
     a token.
 
     Raises: NonFiniteError before the gradient is used.
     """
-    weights = token_weights(batch.response_mask, "token") if weights is None else weights
-    gradient = Gradient(policy, batch.lengths)
-    for rows in gradient:
+    weights = token_weights(batch.response_mask, "token")
+
+    def loss(rows: Tensor) -> LossTerms:
         logprobs = policy(batch.rows(rows)).logprobs
-        gradient.add(LossTerms(total=-(logprobs * weights[rows, : logprobs.shape[1]]).sum()))
-    return gradient.finish()["loss/total"]
+        return LossTerms(total=-(logprobs * weights[rows, : logprobs.shape[1]]).sum())
+
+    return accumulate_gradient(policy, batch.lengths, loss)["loss/total"]
