@@ -12,7 +12,7 @@ from benchmarks.forced import force_eos
 from benchmarks.workload import read_workload
 
 from reftune.engines import kv
-from reftune.engines._forward import Forward
+from reftune.engines.kv import Forward
 from reftune.model.policy import Policy
 from reftune.types import Completion, SamplingParams
 

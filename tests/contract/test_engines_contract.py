@@ -20,8 +20,7 @@ import torch
 from torch.testing import assert_close
 
 from reftune.engines import kv
-from reftune.engines._forward import Forward, forward_pass
-from reftune.engines.kv import Kv
+from reftune.engines.kv import Forward, Kv, forward_pass
 from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
 from reftune.model.stopping import StopRule

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from reftune.engines import _forward
+from reftune.engines import kv
 from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
 from reftune.model.speed import allocator, attention, linears, llama
@@ -105,7 +105,7 @@ def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "attend_our_way", lambda model: None)
     monkeypatch.setattr(attention, "takes_packing", lambda model: False)
     monkeypatch.setattr(llama, "is_written_out", lambda model: False)
-    monkeypatch.setattr(_forward, "packed_linears", lambda model, dtype: nullcontext())
+    monkeypatch.setattr(kv, "packed_linears", lambda model, dtype: nullcontext())
     for module, names in (
         (attention, ("read_packed", "attend_in_groups", "unpad")),
         (llama, ("read_packed", "Decoder")),

@@ -8,7 +8,8 @@ kept for them; the cache is copied only when rows leave or join, or when the roo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
-from reftune.engines._forward import Forward, forward_pass
 from reftune.model.policy import Policy
+from reftune.model.speed import llama
+from reftune.model.speed.linears import packed_linears
 from reftune.recipe import Component
 from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
@@ -32,6 +34,9 @@ ROOM = 64
 """Tokens that a cache which is full grows by."""
 BLOCK = 256
 """Tokens of the vocabulary whose probability is summed as one when a token is drawn."""
+Forward = Callable[[Tensor, Tensor, Any], Tensor]
+"""Tokens (B, S), the mask (B, T) of cache and tokens, the cache, which the tokens are added to →
+logits (B, V), fp32, after the last token."""
 
 
 class Kv(Component):
@@ -56,9 +61,8 @@ class Kv(Component):
             _Request(position=i, prompt=tuple(prompt))
             for i, prompt in enumerate(prompts, params.first_position)
         ]
-        waiting = sorted(
-            requests, key=lambda request: len(request.prompt)
-        )  # similar lengths share a batch
+        # similar lengths share a batch
+        waiting = sorted(requests, key=lambda request: len(request.prompt))
         with forward_pass(policy) as forward:
             decoder = _Decoder(policy, params, forward)
             while waiting or decoder.active:
@@ -68,6 +72,33 @@ class Kv(Component):
                     decoder.join(joining)
                 decoder.step()
         return [policy.completion(request.token_ids, request.logprobs) for request in requests]
+
+
+@contextmanager
+def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
+    """How `policy` reads tokens while it decodes: through transformers, or written out in fewer
+    operations if `model.speed` knows the model. All processes must enter. `pack`: reorder weights
+    where that is faster."""
+    if llama.is_written_out(policy.model):
+        yield llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
+        return
+
+    def through_transformers(tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        output = policy.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            # rows are padded on the left
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    packed = packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext()
+    with policy.decoding(), packed:
+        yield through_transformers
 
 
 @dataclass(slots=True)
@@ -84,13 +115,13 @@ class _Decoder:
 
     def __init__(self, policy: Policy, params: SamplingParams, forward: Forward) -> None:
         self.policy, self.params, self.forward = policy, params, forward
-        self.eos_ids = torch.tensor(sorted(policy.eos_ids), device=policy.device)
+        self.device = policy.device
+        self.eos_ids = torch.tensor(sorted(policy.eos_ids), device=self.device)
         self.active: list[_Request] = []
         self.cache: Any = None
-        device = policy.device
-        self.mask = torch.zeros(0, 0, dtype=torch.long, device=device)
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
         """(B, T), 1 where the cache holds a token."""
-        self.logits = torch.zeros(0, 0, device=device)
+        self.logits = torch.zeros(0, 0, device=self.device)
         """(B, V), fp32"""
         self.rows = _Rows.start(self._draw_uniforms([]))
 
@@ -99,7 +130,7 @@ class _Decoder:
         distinct = list(dict.fromkeys(request.prompt for request in requests))
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         cache, mask, logits = self._prefill(distinct)
-        rows = torch.tensor([row_of[r.prompt] for r in requests], device=self.policy.device)
+        rows = torch.tensor([row_of[r.prompt] for r in requests], device=self.device)
         cache.batch_select_indices(rows)
         mask, logits = mask[rows], logits[rows]
         if self.active:
@@ -114,16 +145,15 @@ class _Decoder:
         self.rows = _Rows(*map(torch.cat, zip(self.rows, joining, strict=True)))
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor]:
+        """The cache of prompts, its mask (B, T), and the logits (B, V) after each."""
         longest = max(len(prompt) for prompt in prompts)
-        device = self.policy.device
         tokens = torch.tensor(
-            [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
+            [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device
         )
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        cache = Cache(
-            layer_class_to_replicate=_RoomyLayer
-        )  # every layer keeps all columns, also one with a sliding window
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
+        # every layer keeps all columns, also one with a sliding window
+        cache = Cache(layer_class_to_replicate=_RoomyLayer)
         return cache, mask, self.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
@@ -131,13 +161,13 @@ class _Decoder:
         decoding needs none."""
         shape = (len(requests), self.params.max_new_tokens)
         if not requests or self.params.temperature == 0:
-            return torch.zeros(shape, dtype=widest(self.policy.device), device=self.policy.device)
+            return torch.zeros(shape, dtype=widest(self.device), device=self.device)
         draws = [generator(self.params.seed, r.position).random(shape[1]) for r in requests]
-        return torch.from_numpy(np.stack(draws)).to(self.policy.device)
+        return torch.from_numpy(np.stack(draws)).to(self.device)
 
     def step(self) -> None:
         """Draw one token a row, drop rows that are done, and read the new tokens."""
-        rows, last = self.rows, self.params.max_new_tokens - 1
+        rows, stop, last = self.rows, self.policy.stop, self.params.max_new_tokens - 1
         # Rows join at different times: each takes the number of its own step.
         places = rows.lengths.clamp(max=last)[:, None]
         uniforms = rows.uniforms.gather(1, places).squeeze(1)
@@ -147,8 +177,10 @@ class _Decoder:
         rows.logprobs.scatter_(1, places, logprobs[:, None])
         rows.lengths.add_(~rows.done)
         rows.done.logical_or_(torch.isin(tokens, self.eos_ids)).logical_or_(rows.lengths > last)
-        if self.policy.stop.texts:
-            self._stop_at_texts()
+        if stop.texts:
+            written = zip(rows.lengths.tolist(), rows.tokens.tolist(), strict=True)
+            met = [stop.is_met(ids[:length], self.policy.decode) for length, ids in written]
+            rows.done.logical_or_(torch.tensor(met, device=self.device))
         num_done = int(rows.done.sum())
         if num_done and num_done >= DROP_SHARE * len(self.active):
             self._finish(rows.done.nonzero().squeeze(1))
@@ -158,12 +190,6 @@ class _Decoder:
         if self.active:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
             self.logits = self.forward(tokens[:, None], self.mask, self.cache)
-
-    def _stop_at_texts(self) -> None:
-        rows, stop = self.rows, self.policy.stop
-        written = zip(rows.lengths.tolist(), rows.tokens.tolist(), strict=True)
-        met = [stop.is_met(tokens[:length], self.policy.decode) for length, tokens in written]
-        rows.done.logical_or_(torch.tensor(met, device=self.policy.device))
 
     def _finish(self, done: Tensor) -> None:
         """Give the requests of the rows `done` what was drawn for them."""
@@ -176,17 +202,13 @@ class _Decoder:
         self.active = [self.active[row] for row in rows.tolist()]
         self.mask, self.rows = self.mask[rows], _Rows(*(part[rows] for part in self.rows))
         self.cache.batch_select_indices(rows)
-        if self.active:
-            unused = int(
-                (self.mask.sum(0) == 0).int().cumprod(0).sum()
-            )  # leading columns that only rows now gone needed
-            if unused:
-                self.mask = self.mask[:, unused:]
-                for layer in self.cache.layers:
-                    layer.keys, layer.values = (
-                        layer.keys[..., unused:, :],
-                        layer.values[..., unused:, :],
-                    )
+        # leading columns that only rows now gone needed
+        unused = int((self.mask.sum(0) == 0).int().cumprod(0).sum()) if self.active else 0
+        if unused:
+            self.mask = self.mask[:, unused:]
+            for layer in self.cache.layers:
+                layer.keys = layer.keys[..., unused:, :]
+                layer.values = layer.values[..., unused:, :]
 
 
 class _Rows(NamedTuple):
@@ -237,15 +259,13 @@ class _RoomyLayer(DynamicLayer):
     def _move(self, key_states: Tensor, value_states: Tensor, held: int, length: int) -> None:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.room = (_longer(key_states, length), _longer(value_states, length))
+        self.room = (
+            key_states.new_empty(*key_states.shape[:-2], length, key_states.shape[-1]),
+            value_states.new_empty(*value_states.shape[:-2], length, value_states.shape[-1]),
+        )
         if held:
             assert self.keys is not None and self.values is not None
             self.room[0][..., :held, :], self.room[1][..., :held, :] = self.keys, self.values
-
-
-def _longer(states: Tensor, length: int) -> Tensor:
-    """Memory for `length` tokens of the shape of `states` (B, heads, S, D)."""
-    return states.new_empty(*states.shape[:-2], length, states.shape[-1])
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -303,24 +323,19 @@ def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
         scores = scores.masked_fill(scores < kth, -torch.inf)
     if params.top_p < 1:
         ordered, order = scores.softmax(1).sort(dim=1, descending=True)
-        outside = (
-            ordered.cumsum(1) - ordered >= params.top_p
-        )  # the token that crosses the bound stays
-        scores = scores.masked_fill(
-            torch.zeros_like(outside).scatter(1, order, outside), -torch.inf
-        )
+        # the token that crosses the bound stays
+        outside = ordered.cumsum(1) - ordered >= params.top_p
+        outside = torch.zeros_like(outside).scatter(1, order, outside)
+        scores = scores.masked_fill(outside, -torch.inf)
     return scores
 
 
 def _stack(cache: Any, joining: Any, length: int) -> None:
     """Append the rows of `joining` to `cache`, both left-padded to `length`."""
     for layer, new in zip(cache.layers, joining.layers, strict=True):
-        layer.keys = torch.cat(
-            [_pad_left(layer.keys, length, dim=-2), _pad_left(new.keys, length, dim=-2)]
-        )
-        layer.values = torch.cat(
-            [_pad_left(layer.values, length, dim=-2), _pad_left(new.values, length, dim=-2)]
-        )
+        for name in ("keys", "values"):
+            parts = [_pad_left(getattr(part, name), length, dim=-2) for part in (layer, new)]
+            setattr(layer, name, torch.cat(parts))
 
 
 def _pad_left(values: Tensor, length: int, *, dim: int = -1) -> Tensor:

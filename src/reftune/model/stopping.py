@@ -35,8 +35,7 @@ class StopRule:
 
     def length(self, token_ids: Sequence[int], decode: Decode) -> int | None:
         """Tokens up to and with the first that ends the completion; None if none does."""
-        ends = (place for place, token in enumerate(token_ids, 1) if token in self.ids)
-        end = next(ends, None)
+        end = next((place for place, token in enumerate(token_ids, 1) if token in self.ids), None)
         if not self.texts or self.text_end(decode(token_ids[:end])) is None:
             return end
         low, high = 1, len(token_ids[:end])  # a stop text once written stays in what is decoded

@@ -230,7 +230,7 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A causal LM to read only, as long as its weights do not change; see `engines._forward`.
+    """A causal LM to read only, as long as its weights do not change; see `engines.kv`.
 
     Weights that are split over processes are gathered one by one, so that none holds all of them in
     fp32.
