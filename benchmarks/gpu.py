@@ -37,7 +37,7 @@ from benchmarks.workload import Workload, make_workload, write_workload
 from torch import Tensor
 from transformers import StaticCache
 
-from reftune.algorithms.losses import masked_mean
+from reftune.algorithms.base import masked_mean
 from reftune.engines.kv import Kv
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from reftune.algorithms.advantages import gae, token_rewards, whiten
-from reftune.algorithms.losses import ppo_policy_terms, value_terms
+from reftune.algorithms.base import ppo_policy_terms, value_terms
 from reftune.algorithms.ppo import Ppo
 from reftune.model.batch import RolloutBatch, TokenBatch, token_batch
 from reftune.model.encoder import Encoder

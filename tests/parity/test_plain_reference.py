@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from reftune.algorithms.losses import token_weights
+from reftune.algorithms.base import token_weights
 from reftune.algorithms.ppo import Ppo
 from reftune.engines.kv import Kv
 from reftune.model.batch import RolloutBatch, TokenBatch, micro_batches, token_batch

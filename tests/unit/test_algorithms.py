@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from reftune.algorithms.advantages import group_stds, leave_one_out
+from reftune.algorithms.base import kl_terms
 from reftune.algorithms.grpo import Grpo
-from reftune.algorithms.losses import kl_terms
 from reftune.algorithms.online_st import OnlineSt
 from reftune.algorithms.ppo import Ppo
 from reftune.algorithms.rloo import Rloo

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.algorithms.losses import (
+from reftune.algorithms.base import (
     masked_mean,
     policy_metrics,
     ppo_policy_terms,

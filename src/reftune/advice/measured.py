@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from reftune.algorithms.losses import masked_mean
+from reftune.algorithms.base import masked_mean
 from reftune.engines import Engine
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from reftune.algorithms.advantages import group_means, group_stds
-from reftune.algorithms.base import Clipped, LossTerms
-from reftune.algorithms.losses import kl_terms
+from reftune.algorithms.base import Clipped, LossTerms, kl_terms
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 

@@ -15,8 +15,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from reftune.algorithms.base import Algorithm, LossTerms
-from reftune.algorithms.losses import token_weights
+from reftune.algorithms.base import Algorithm, LossTerms, token_weights
 from reftune.model.batch import RolloutBatch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores

@@ -12,8 +12,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from reftune.algorithms.advantages import gae, token_rewards, whiten
-from reftune.algorithms.base import Clipped, LossTerms
-from reftune.algorithms.losses import token_weights, value_terms
+from reftune.algorithms.base import Clipped, LossTerms, token_weights, value_terms
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from reftune.algorithms.advantages import leave_one_out, token_rewards
-from reftune.algorithms.base import Clipped
-from reftune.algorithms.losses import Reduction
+from reftune.algorithms.base import Clipped, Reduction
 from reftune.model.batch import RolloutBatch
 
 

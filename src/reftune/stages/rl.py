@@ -25,8 +25,7 @@ from reftune.algorithms.advantages import (
     token_rewards,
     truncated_importance,
 )
-from reftune.algorithms.base import Algorithm, LossTerms
-from reftune.algorithms.losses import masked_mean
+from reftune.algorithms.base import Algorithm, LossTerms, masked_mean
 from reftune.errors import RecipeError
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import AdapterReference, Policy

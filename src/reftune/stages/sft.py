@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from reftune.algorithms.base import LossTerms
-from reftune.algorithms.losses import token_weights
+from reftune.algorithms.base import LossTerms, token_weights
 from reftune.errors import DataError
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
