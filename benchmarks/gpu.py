@@ -41,9 +41,8 @@ from reftune.algorithms.base import masked_mean
 from reftune.engines.kv import Kv
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
-from reftune.model.scratch import make_scratch
 from reftune.model.stopping import StopRule
-from reftune.model.weights import load_pretrained
+from reftune.model.weights import load_pretrained, make_scratch
 from reftune.recipe import ScratchTable
 from reftune.types import SamplingParams
 

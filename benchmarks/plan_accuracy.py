@@ -22,8 +22,7 @@ import yaml
 from benchmarks.step import measured
 
 from reftune.model.encoder import Encoder
-from reftune.model.scratch import make_scratch
-from reftune.model.weights import load_model
+from reftune.model.weights import load_model, make_scratch
 from reftune.recipe import load_recipe
 from reftune.runs.run import load_splits, scratch_texts
 from reftune.stages.estimate import Estimate, Memory, stage_costs

@@ -33,8 +33,8 @@ from benchmarks.workload import Workload, make_workload, write_workload
 
 from reftune.datasets.word_problems import WordProblems
 from reftune.grading.formats.program import Program
-from reftune.model.precision import Dtype, fastest_dtype
 from reftune.model.weights import smollm2_folder
+from reftune.runs.auto import Dtype, fastest_dtype
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"layers": 30, "hidden": 576, "vocabulary": 49152, "body": 106_203_456}

@@ -84,7 +84,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Ten digits, twenty words and three special tokens: `<pad>` 0, `<eos>` 1, `<unk>` 2."""
     import torch
 
-    from reftune.model.scratch import word_tokenizer
+    from reftune.model.weights import word_tokenizer
 
     torch.set_num_threads(1)
     return word_tokenizer(

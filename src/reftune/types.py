@@ -100,6 +100,11 @@ class Problem:
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, answer text → [0, 1], if it has one; else answers are compared."""
 
+    @property
+    def is_multiple_choice(self) -> bool:
+        """Whether it asks for one of several options."""
+        return self.answer.kind == "choice" and len(self.choices) > 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:

@@ -22,7 +22,7 @@ from reftune.algorithms.ppo import Ppo
 from reftune.model.batch import RolloutBatch, TokenBatch, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores
-from reftune.model.scratch import word_tokenizer
+from reftune.model.weights import word_tokenizer
 from reftune.stages.optimizer import OptimizerTable, rate
 from reftune.stages.rl import Rl
 from reftune.stages.sft import accumulate_nll

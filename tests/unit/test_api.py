@@ -127,7 +127,7 @@ def test_the_package_is_imported_fast_and_its_names_work_whatever_was_imported_b
 def test_the_command_that_is_kept_can_be_typed_again(
     monkeypatch: pytest.MonkeyPatch, typed: list[str], told: str
 ):
-    from reftune.runs.folder import command
+    from reftune.storage.run_folder import command
 
     monkeypatch.setattr(sys, "argv", typed)
     assert command() == told

@@ -9,9 +9,9 @@ import yaml
 from reftune.engines.kv import Kv
 from reftune.errors import RecipeError
 from reftune.model import precision
-from reftune.model.precision import fastest_dtype, product_rates
 from reftune.recipe import ModelTable
 from reftune.runs import auto
+from reftune.runs.auto import fastest_dtype, product_rates
 from reftune.runs.run import open_run
 from reftune.stages.progress import SilentProgress
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from reftune.errors import ModelError
-from reftune.model.scratch import make_scratch, word_tokenizer
-from reftune.model.weights import load_model, load_pretrained
+from reftune.model.weights import load_model, load_pretrained, make_scratch, word_tokenizer
 from reftune.recipe import ModelTable, Recipe, ScratchTable
 from reftune.runs import run as run_module
 from reftune.stages.progress import SilentProgress

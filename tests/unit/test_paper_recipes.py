@@ -238,7 +238,7 @@ def shortened(name: str, folder: Path, model: Path) -> Recipe:
 def save_model(name: str, folder: Path, make_model: Callable[..., Any]) -> Path:
     """A model of the recipe's family, two layers deep, with random weights and the words of the
     examples."""
-    from reftune.model.scratch import word_tokenizer
+    from reftune.model.weights import word_tokenizer
 
     recipe = load(
         name, f"dataset.train={PAPER / 'examples' / load(name).dataset.kind}", "dataset.dev_size=2"

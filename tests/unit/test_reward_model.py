@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from reftune.errors import ModelError, RecipeError
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
-from reftune.model.scratch import word_tokenizer
+from reftune.model.weights import word_tokenizer
 from reftune.recipe import Recipe
 from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
 from reftune.stages import reward_model

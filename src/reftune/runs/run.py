@@ -24,7 +24,7 @@ from reftune.recipe import Recipe
 from reftune.runs.auto import settled
 from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
-from reftune.stages.probes.choices import diagnose, is_multiple_choice, write_rows
+from reftune.stages.probes.choices import diagnose, write_rows
 from reftune.stages.progress import Progress
 from reftune.stages.reward_model import (
     WEIGHTS,
@@ -39,12 +39,11 @@ from reftune.stages.sft import gold_examples
 from reftune.stages.stage import Stage, StageContext
 from reftune.storage.atomic import write_atomically
 from reftune.storage.json_lines import JsonLines
-from reftune.storage.run_folder import RunFolder
+from reftune.storage.run_folder import RunFolder, claimed, readable_errors, refuse_foreign
 from reftune.types import Attempt, Conversation, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from reftune.runs.folder import claimed, readable_errors, refuse_foreign
 
 
 def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
@@ -325,7 +324,7 @@ class Run:
             self.progress.note(
                 f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right"
             )
-        if is_multiple_choice(problems):
+        if all(problem.is_multiple_choice for problem in problems):
             self.probe_choices(method, problems)
 
     def probe_choices(self, method: str, problems: Sequence[Problem]) -> None:

@@ -28,7 +28,7 @@ from reftune.stages.optimizer import (
     rate,
 )
 from reftune.stages.plateau import History
-from reftune.stages.probes.choices import choice_metrics, diagnose, is_multiple_choice
+from reftune.stages.probes.choices import choice_metrics, diagnose
 from reftune.stages.stage import StageContext
 from reftune.storage.atomic import link_files, replace_folder, write_atomically
 from reftune.storage.checkpoint import (
@@ -391,7 +391,7 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
     solved = context.collector.solve(context.policy, problems)
     correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)
     metrics = {"dev/accuracy": sum(correct) / len(problems)}
-    if probe_choices and is_multiple_choice(problems):
+    if probe_choices and all(problem.is_multiple_choice for problem in problems):
         texts = [completion.text for completion in solved.completions]
         rows = diagnose(context.policy, context.collector, problems, texts, solved.graded)
         metrics |= choice_metrics(rows)

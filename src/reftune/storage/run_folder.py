@@ -1,9 +1,30 @@
-"""Where a run keeps its files. Every file name in a run folder is written here, and only here."""
+"""Where a run keeps its files, and whose they are. Every file name in a run folder is written here,
+and only here; the folder is claimed, locked, and refused if it belongs to something else."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from reftune.errors import CheckpointError, RecipeError
+from reftune.recipe import Recipe, dump_recipe, parse_recipe
+from reftune.storage.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from reftune.datasets import Splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +124,146 @@ class StageFolder:
 
     def nonfinite(self, step: int) -> Path:
         return self.path / f"nonfinite-{step:06d}.json"
+
+
+# --- whose it is ----------------------------------------------------------------------------------
+
+
+FIRST = RunFolder(Path())
+BEFORE_CLAIM = frozenset(
+    [FIRST.lock.name]
+    + [path.name for path in (FIRST.environment, FIRST.data)]
+    + [f".{path.name}.partial" for path in (FIRST.environment, FIRST.data, FIRST.recipe)]
+)
+"""What a run that was killed before `recipe.yaml` was there may have left."""
+ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
+
+
+CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
+
+
+@contextmanager
+def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
+    """The folder, made this run's and locked."""
+    with ExitStack() as stack:
+        with readable_errors(folder):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(folder.lock.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if refuse_foreign(folder, recipe):
+                write_atomically(folder.environment, json.dumps(environment(), indent=2))
+                write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
+                # last: it makes the folder this run's
+                write_atomically(folder.recipe, dump_recipe(recipe))
+        yield
+
+
+@contextmanager
+def readable_errors(folder: RunFolder) -> Iterator[None]:
+    """Raises: CheckpointError for what the system refuses."""
+    path = folder.path
+    try:
+        yield
+    except BlockingIOError:
+        raise CheckpointError(f"{path}: another process is using this run folder") from None
+    except (NotADirectoryError, FileExistsError):
+        raise CheckpointError(f"{path}: cannot be a run folder: a file is in its place") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}"
+        ) from None
+
+
+def data_facts(splits: Splits) -> dict[str, Any]:
+    """What `data.json` holds: the sizes of the splits (of train: problems with a rationale), and
+    what was dropped."""
+    with_rationale = sum(problem.rationale is not None for problem in splits.train)
+    sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
+    return {
+        "problems": sizes,
+        "train_without_rationale": len(splits.train) - with_rationale,
+        "dropped": dict(splits.counts),
+    }
+
+
+def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether the folder is free.
+
+    Raises: RecipeError, CheckpointError if it is neither free nor this recipe's.
+    """
+    if folder.recipe.is_file():
+        own = _as_of_now(_read_own_recipe(folder.recipe))
+        difference = first_difference(own, yaml.safe_load(dump_recipe(recipe)))
+        if difference is not None:
+            raise RecipeError(
+                f"{folder.path}: belongs to another recipe: {difference}; choose another run_dir"
+            )
+        return False
+    path = folder.path
+    if path.exists() and any(child.name not in BEFORE_CLAIM for child in path.iterdir()):
+        raise CheckpointError(
+            f"{path}: is not empty and not a run folder (no recipe.yaml); choose another run_dir"
+        )
+    return True
+
+
+def _read_own_recipe(path: Path) -> dict[str, Any]:
+    try:
+        old = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError):
+        old = None
+    if not isinstance(old, dict):
+        raise CheckpointError(f"{path}: not the recipe of a run; choose another run_dir")
+    return old
+
+
+def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the defaults of keys that came after it; as it is where no recipe can be
+    made of it any more."""
+    try:
+        return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
+    except RecipeError:
+        return old
+
+
+def first_difference(old: Any, new: Any, where: str = "") -> str | None:
+    """The first recipe key that differs, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if where == "" and key in CHANGES_NO_RESULT:
+                continue
+            found = first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else f"{where} was {old!r}, now {new!r}"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command, for the record."""
+    import torch
+
+    return {
+        **{name: _version(name) for name in ENVIRONMENT},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": command(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def command() -> str:
+    """What was typed to start this process."""
+    program, *arguments = sys.argv
+    is_ours = Path(program).name in ("reftune", "__main__.py")
+    return shlex.join([*(["reftune"] if is_ours else ["python", program]), *arguments])
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

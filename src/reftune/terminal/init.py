@@ -19,8 +19,7 @@ from reftune.datasets.reading.shapes import Shape, recognise
 from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.encoder import Encoder
-from reftune.model.scratch import word_tokenizer
-from reftune.model.weights import SMOLLM2, smollm2_folder
+from reftune.model.weights import SMOLLM2, smollm2_folder, word_tokenizer
 from reftune.recipe import load_component, parse_recipe
 from reftune.runs.run import scratch_texts
 from reftune.seeds import derive_seed

@@ -9,9 +9,9 @@ from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, learns_from_rationales, mean
 from reftune.advice.measured import available_bytes, measure_speed
 from reftune.model.batch import token_batch
-from reftune.model.precision import product_rates
 from reftune.recipe import Recipe
 from reftune.results.stats import wilson
+from reftune.runs.auto import product_rates
 from reftune.runs.sample import sample_rows
 from reftune.stages.estimate import Estimate, stage_costs
 from reftune.stages.outline import Outline

@@ -162,13 +162,6 @@ def derivation(value: str | None, letter: str | None, choices: Sequence[str]) ->
 # --- asking ---------------------------------------------------------------------------------------
 
 
-def is_multiple_choice(problems: Sequence[Problem]) -> bool:
-    """Whether there are problems, and each asks for one of several options."""
-    return bool(problems) and all(
-        problem.answer.kind == "choice" and len(problem.choices) > 1 for problem in problems
-    )
-
-
 def diagnose(
     policy: Policy,
     collector: Collector,
