@@ -25,8 +25,8 @@ from reftune.algorithms.base import LossTerms
 from reftune.engines.kv import Kv
 from reftune.errors import NonFiniteError
 from reftune.model.batch import token_batch
-from reftune.processes import heartbeat, world
-from reftune.processes.sharding import sharding, whole_tensor
+from reftune.processes import heartbeat, sharding, world
+from reftune.processes.sharding import whole_tensor
 from reftune.recipe import Recipe, dump_recipe
 from reftune.stages.optimizer import (
     OptimizerTable,
@@ -254,10 +254,10 @@ def test_decoding_waits_for_nobody(how, make_policy, tmp_path):
 
     def body() -> None:
         policy = make_policy()
-        sharding().distribute(policy)
+        sharding.current.distribute(policy)
         own = lengths[world.rank()]
         params = SamplingParams(max_new_tokens=max(1, own), seed=1, first_position=world.rank())
-        with sharding().whole(policy):
+        with sharding.current.whole(policy):
             found = Kv().generate(policy, prompts[world.rank() :][: min(1, own)], params)
         tokens = [c.token_ids for part in world.gather(found) for c in part]
         if world.is_main():
@@ -360,7 +360,7 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
 
     def make() -> tuple[Any, Any]:
         policy = make_policy()
-        sharding().distribute(policy)
+        sharding.current.distribute(policy)
         return policy, make_optimizer(policy, OptimizerTable(learning_rate=1e-3, weight_decay=0.1))
 
     def body() -> None:
@@ -410,12 +410,12 @@ def test_each_process_holds_what_its_sharding_says(how, make_policy, tmp_path):
         before = {name: p.detach().clone() for name, p in policy.named_parameters()}
         total = sum(map(torch.numel, before.values()))
         reference: Any = policy.make_reference()
-        sharding().distribute(policy)
+        sharding.current.distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-6))
         scores = policy(token_batch([[3], [4, 5]], [[8, 1], [9, 1]]))
         (-scores.logprobs.sum()).backward()
         gradients = sum(local(p.grad).numel() for p in policy.parameters() if p.grad is not None)
-        sharding().add_up_gradients(policy)
+        sharding.current.add_up_gradients(policy)
         optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
         states = (
             sum(
@@ -450,14 +450,14 @@ def test_matrices_are_gathered_in_the_compute_dtype_and_nothing_else_changes(mak
 
     def body() -> None:
         policy = make_policy(dtype=torch.bfloat16)
-        sharding().distribute(policy)
+        sharding.current.distribute(policy)
         with policy.inference():
             layer = policy.model.model.layers[0]
             assert layer.self_attn.q_proj.weight.dtype == torch.bfloat16
             assert layer.input_layernorm.weight.dtype == torch.float32
             assert policy.value_head.weight.dtype == torch.float32
             assert policy.model.lm_head.weight.dtype == torch.float32
-        with sharding().whole(policy):
+        with sharding.current.whole(policy):
             assert {p.dtype for p in next(policy.children()).parameters()} == {torch.float32}
         found = scores(policy)
         if world.is_main():

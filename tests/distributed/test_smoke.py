@@ -10,8 +10,7 @@ import pytest
 import ranks
 from compare import assert_same_numbers
 from reftune.model.batch import token_batch
-from reftune.processes import world
-from reftune.processes.sharding import sharding
+from reftune.processes import sharding, world
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step
 from reftune.stages.sft import accumulate_nll
 
@@ -27,7 +26,7 @@ def test_shares_may_be_uneven_or_empty(how, num_rows, make_policy, tmp_path):
     )
 
     def step(policy: Any) -> dict[str, Any]:
-        sharding().distribute(policy)
+        sharding.current.distribute(policy)
         optimizer = make_optimizer(policy, OptimizerTable(learning_rate=1e-3))
         batch = token_batch(prompts, targets)
         policy.max_tokens = 1

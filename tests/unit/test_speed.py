@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from reftune.engines import kv
 from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
-from reftune.model.speed import allocator, attention, linears, llama
+from reftune.model.speed import allocator, attention, llama
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
 from reftune.stages.progress import SilentProgress
@@ -55,7 +54,7 @@ def test_packed_layers_multiply_as_before_and_are_put_back(make_policy, architec
     tokens = torch.tensor([[3, 4, 5], [7, 8, 9]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(input_ids=tokens).logits
-        with linears.packed_linears(model, torch.bfloat16):
+        with llama.packed_linears(model, torch.bfloat16):
             packed = [module for module in model.modules() if "forward" in vars(module)]
             assert (
                 type(model.get_output_embeddings()) is torch.nn.Linear
@@ -69,7 +68,7 @@ def test_packed_layers_multiply_as_before_and_are_put_back(make_policy, architec
 
 def test_nothing_is_packed_in_fp32(make_policy):
     model = make_policy("llama").model
-    with linears.packed_linears(model, torch.float32):
+    with llama.packed_linears(model, torch.float32):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -105,14 +104,13 @@ def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "attend_our_way", lambda model: None)
     monkeypatch.setattr(attention, "takes_packing", lambda model: False)
     monkeypatch.setattr(llama, "is_written_out", lambda model: False)
-    monkeypatch.setattr(kv, "packed_linears", lambda model, dtype: nullcontext())
     for module, names in (
         (attention, ("read_packed", "attend_in_groups", "unpad")),
-        (llama, ("read_packed", "Decoder")),
-        (linears, ("packed_linears", "product")),
+        (llama, ("read_packed", "Decoder", "product")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, deleted)
+    monkeypatch.setattr(llama, "packed_linears", lambda model, dtype: nullcontext())
 
 
 def train(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:

@@ -22,7 +22,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from reftune.model.policy import Policy
 from reftune.model.speed import llama
-from reftune.model.speed.linears import packed_linears
 from reftune.recipe import Component
 from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
@@ -77,8 +76,7 @@ class Kv(Component):
 @contextmanager
 def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
     """How `policy` reads tokens while it decodes: through transformers, or written out in fewer
-    operations if `model.speed` knows the model. All processes must enter. `pack`: reorder weights
-    where that is faster."""
+    operations if `model.speed` knows the model. `pack`: reorder weights where that is faster."""
     if llama.is_written_out(policy.model):
         yield llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         return
@@ -96,7 +94,7 @@ def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
-    packed = packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext()
+    packed = llama.packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext()
     with policy.decoding(), packed:
         yield through_transformers
 

@@ -24,8 +24,8 @@ from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
 from reftune.model.recompute import recompute
 from reftune.model.speed import attention, llama
 from reftune.model.stopping import stop_rule
-from reftune.processes import world
-from reftune.processes.sharding import sharding, transformer_blocks
+from reftune.processes import sharding, world
+from reftune.processes.sharding import transformer_blocks
 from reftune.recipe import LoraTable
 from reftune.types import Completion
 
@@ -203,7 +203,7 @@ class Policy(nn.Module):
         """Evaluation mode (no dropout), the compute dtype and whole weights, to read only; the mode
         before is restored."""
         training = self.training
-        with sharding().whole(self, self.compute_dtype), self.arithmetic():
+        with sharding.current.whole(self, self.compute_dtype), self.arithmetic():
             self.eval()
             try:
                 yield
@@ -243,7 +243,9 @@ class Policy(nn.Module):
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
         """(N, H) the last hidden state that predicts each response token."""
-        as_modules = self.is_compiled or sharding().is_split(self)  # hooks are on their forward
+        as_modules = self.is_compiled or sharding.current.is_split(
+            self
+        )  # hooks are on their forward
         if self.is_written_out and not as_modules:
             states = llama.read_packed(backbone, packed, recompute=self.recomputes)
         else:
@@ -359,7 +361,7 @@ class Policy(nn.Module):
         frozen.narrow(copied.model, self.compute_dtype, embeddings="exact")
         if self.is_compiled:
             copied.compile_blocks()
-        sharding().distribute(copied)
+        sharding.current.distribute(copied)
         return copied
 
     def _adapters(self) -> dict[str, nn.Parameter]:
@@ -387,7 +389,7 @@ class Policy(nn.Module):
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run has its own
-        with sharding().whole(self):
+        with sharding.current.whole(self):
             if world.is_main():
                 self._save(folder)
 
@@ -451,7 +453,7 @@ class AdapterReference:
 
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         """As `Policy.score`."""
-        whole = sharding().whole(self._policy, self._policy.compute_dtype)
+        whole = sharding.current.whole(self._policy, self._policy.compute_dtype)
         with whole, self._policy.with_adapters(self._adapters):
             return self._policy.score(batch, temperature=temperature)
 

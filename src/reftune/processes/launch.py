@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import ProcessError, RecipeError
+from reftune.processes import sharding
 from reftune.processes.heartbeat import Heartbeat
-from reftune.processes.sharding import Fsdp2, Sharding, held, sharding
+from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
 
 if TYPE_CHECKING:
@@ -227,4 +228,4 @@ def choose_device(wanted: str) -> torch.device:
 
 def describe() -> str:
     """`8 processes, weights sharded (FSDP2)`"""
-    return f"{world_size()} processes, {sharding()}"
+    return f"{world_size()} processes, {sharding.current}"

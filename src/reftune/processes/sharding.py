@@ -1,6 +1,6 @@
 """Who holds which weights: every process all of them (DDP), or each a part (FSDP2).
 
-`sharding()` is the one object that knows; nothing else asks which of the two it is.
+`current` is the one object that knows; nothing else asks which of the two it is.
 """
 
 from __future__ import annotations
@@ -130,25 +130,21 @@ class Fsdp2(Sharding):
             super().add_up_gradients(model)
 
 
-_sharding: Sharding = Sharding()
+current = Sharding()
+"""How this run holds weights."""
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 """Of split models: the same modules, to hold whole weights for a while."""
-
-
-def sharding() -> Sharding:
-    """How this run holds weights."""
-    return _sharding
 
 
 @contextmanager
 def held(how: Sharding) -> Iterator[None]:
     """Weights are held so as long as the block runs."""
-    global _sharding
-    _sharding = how
+    global current
+    current = how
     try:
         yield
     finally:
-        _sharding = Sharding()
+        current = Sharding()
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:

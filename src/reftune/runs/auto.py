@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from reftune.errors import RecipeError
-from reftune.processes import launch, world
-from reftune.processes.sharding import sharding
+from reftune.processes import launch, sharding, world
 from reftune.recipe import Recipe, ScratchTable, parse_recipe
 from reftune.stages.estimate import PROMPT, Estimate, Sharding, Sizes, stage_costs, total_bytes
 from reftune.stages.estimate import ROWS as LARGEST_ROWS
@@ -72,7 +71,7 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
     texts = map(str, range(VOCABULARY))
     outline = outline_of(recipe.model, texts, device=device.type)
     size = world.world_size()
-    way: Sharding = "fsdp2" if sharding().splits else "ddp"
+    way: Sharding = "fsdp2" if sharding.current.splits else "ddp"
     found = [
         Estimate(
             recipe=recipe,

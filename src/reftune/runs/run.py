@@ -18,8 +18,7 @@ from reftune.grading.formats import Format, stop_texts
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.weights import load_model, load_pretrained, saved_dtype
-from reftune.processes import launch, world
-from reftune.processes.sharding import sharding
+from reftune.processes import launch, sharding, world
 from reftune.recipe import Recipe
 from reftune.runs.auto import settled
 from reftune.runs.evaluation import accuracy, evaluate
@@ -270,7 +269,7 @@ class Run:
     ) -> Policy:
         """In the recipe's arithmetic and on its device. Raises: RecipeError, ModelError."""
         table = self.recipe.model
-        if trained and table.quantize is not None and sharding().splits:
+        if trained and table.quantize is not None and sharding.current.splits:
             raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
         policy = Policy(
             model,

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 
 from reftune.errors import CheckpointError, EngineError, NonFiniteError
-from reftune.processes import world
-from reftune.processes.sharding import assign, sharding, whole_tensors
+from reftune.processes import sharding, world
+from reftune.processes.sharding import assign, whole_tensors
 from reftune.processes.signals import stop_signals
 from reftune.recipe import Table
 from reftune.stages.optimizer import (
@@ -115,7 +115,7 @@ class Loop:
         self.state = start or Progression()
         self.until_plateau = until_plateau
         self._stop = False
-        sharding().distribute(model)
+        sharding.current.distribute(model)
         self.optimizer = make_optimizer(model, table.optimizer)
 
     # --- the loop ---

@@ -14,8 +14,8 @@ from torch import nn
 from reftune.algorithms.base import LossTerms
 from reftune.errors import NonFiniteError, RecipeError
 from reftune.model.batch import own_micro_batches
-from reftune.processes import world
-from reftune.processes.sharding import sharding, whole_tensor
+from reftune.processes import sharding, world
+from reftune.processes.sharding import whole_tensor
 from reftune.recipe import Table
 
 
@@ -81,7 +81,7 @@ def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.O
     rates: dict[str, Any] = {"lr": table.learning_rate, "betas": table.betas, "eps": 1e-8}
     if table.state_bits == 32:
         return torch.optim.AdamW(groups, **rates, fused=True)
-    if sharding().splits:
+    if sharding.current.splits:
         raise RecipeError("optimizer.state_bits: 8 runs with whole weights (DDP); expected 32")
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -144,7 +144,7 @@ def accumulate_gradient(
     """
     totals: dict[str, float] = {}
     failed: NonFiniteError | None = None
-    even = sharding().is_split(model)
+    even = sharding.current.is_split(model)
     for rows, counts in own_micro_batches(
         lengths, max_tokens=model.max_tokens, packed=model.packs, even=even
     ):
@@ -154,7 +154,7 @@ def accumulate_gradient(
             _add_metrics(totals, {"loss/total": terms.total.detach(), **terms.metrics})
         (terms.total if counts else terms.total * 0).backward()
     world.raise_together(failed)
-    sharding().add_up_gradients(model)
+    sharding.current.add_up_gradients(model)
     together: dict[str, float] = {}
     for of_process in world.gather(totals):
         _add_metrics(together, of_process)

@@ -26,8 +26,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reftune.engines.kv import forward_pass
-from reftune.engines.kv import _RoomyLayer
+from reftune.engines.kv import _RoomyLayer, forward_pass
 from reftune.model import frozen
 from reftune.model.batch import PackedTokens, token_batch
 from reftune.model.logprobs import token_logprobs

@@ -25,8 +25,7 @@ from reftune.grading import voting
 from reftune.model.batch import TokenBatch, own_micro_batches, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
-from reftune.processes import world
-from reftune.processes.sharding import sharding
+from reftune.processes import sharding, world
 from reftune.stages.loop import Look, Progression
 from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.self_train import Sampled, Samples, describe
@@ -198,7 +197,7 @@ class Classifier(nn.Module):
     def _probabilities(self, batch: TokenBatch) -> Tensor:
         """(B,)"""
         scores = torch.zeros(len(batch), device=self.policy.device)
-        whole = sharding().whole(self, self.policy.compute_dtype)
+        whole = sharding.current.whole(self, self.policy.compute_dtype)
         with whole, self.policy.inference():
             for index, counts in own_micro_batches(
                 batch.lengths, max_tokens=self.max_tokens, packed=self.packs
@@ -211,7 +210,7 @@ class Classifier(nn.Module):
     def save(self, folder: Path) -> None:
         """The transformer in Hugging Face format (LoRA merged), its tokenizer, and the layer beside
         it."""
-        with sharding().whole(self):
+        with sharding.current.whole(self):
             self.policy.save(folder)
             if world.is_main():
                 save_file({"weight": self.head.weight.detach().contiguous()}, folder / WEIGHTS)

@@ -20,8 +20,7 @@ from reftune.errors import DataError, EngineError, RewardError
 from reftune.grading.rewards import Reward, SumOfParts
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
-from reftune.processes import world
-from reftune.processes.sharding import sharding
+from reftune.processes import sharding, world
 from reftune.recipe import LengthTable
 from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, Verdict
 
@@ -124,7 +123,7 @@ class Collector:
         # one token stands for a prompt that does not fit, so that all others keep their positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
-        with world.together(EngineError), sharding().whole(policy, policy.compute_dtype):
+        with world.together(EngineError), sharding.current.whole(policy, policy.compute_dtype):
             completions = self.engine.generate(policy, asked, params)
             _require_whole(completions, problems[own], type(self.engine).__name__)
         unasked = Completion(

@@ -5,7 +5,7 @@ Its callers then do without it:
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out` and their two `read_packed`: keep the branch of `_predictors` for models
   that do not pack, which pads.
-- `engines/kv.py` calls `llama.is_written_out` and `linears.packed_linears`: keep
+- `engines/kv.py` calls `llama.is_written_out` and `llama.packed_linears`: keep
   `through_transformers`.
 - `engines/continuous.py` enters `attention.attention_as_before`, which then has nothing to undo.
 - `stages/outline.py` takes `ATTENTION` for transformers' own.

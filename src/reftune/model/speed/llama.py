@@ -8,7 +8,8 @@ another, from copies of the weights in the compute dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,6 @@ from torch.nn import functional
 from reftune.model.batch import PackedTokens, Packing
 from reftune.model.recompute import recomputed
 from reftune.model.speed.attention import attend_in_groups, has_window, unpad
-from reftune.model.speed.linears import product
-from reftune.processes.sharding import whole_tensor
 
 FAMILIES = (
     "LlamaForCausalLM",
@@ -30,6 +29,10 @@ FAMILIES = (
     "Qwen3ForCausalLM",
 )
 """transformers' own classes that this file writes out."""
+FEW_ROWS = 16
+"""Rows for which the layout is chosen; products of other sizes gain as much."""
+Product = Callable[[Tensor], Tensor]
+"""The product of rows (…, I), in any dtype, with a weight: (…, O), in the weight's dtype."""
 
 
 def is_written_out(model: Any) -> bool:
@@ -230,14 +233,10 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A causal LM to read only, as long as its weights do not change; see `engines.kv`.
-
-    Weights that are split over processes are gathered one by one, so that none holds all of them in
-    fp32.
-    """
+    """A causal LM to read only, as long as its weights do not change; see `engines.kv`."""
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
-        self.embedding = whole_tensor(model.get_input_embeddings().weight).detach()
+        self.embedding = model.get_input_embeddings().weight.detach()
         self.rotary, self.dtype = model.model.rotary_emb, dtype
         self.blocks = [
             _Block(block, index, dtype, pack) for index, block in enumerate(model.model.layers)
@@ -310,7 +309,7 @@ class _Block:
 
 class _Norm:
     def __init__(self, norm: Any) -> None:
-        self.weight, self.epsilon = whole_tensor(norm.weight).detach(), norm.variance_epsilon
+        self.weight, self.epsilon = norm.weight.detach(), norm.variance_epsilon
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
@@ -325,3 +324,65 @@ def _visible(mask: Tensor, length: int) -> Tensor:
     own = torch.ones(length, mask.shape[1], dtype=torch.bool, device=mask.device)
     start = mask.shape[1] - length
     return (visible & own.tril(start)) | (own.tril(start) & own.triu(start))
+
+
+# --- products of linear layers --------------------------------------------------------------------
+
+
+@contextmanager
+def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Products of the linear layers from a read-only copy of their weights in `dtype`, in oneDNN's
+    layout.
+
+    A product takes two thirds of the time, and the copy 0.1 s for 134 million weights. Does nothing
+    off the CPU, in fp32, or if the CPU has no bf16 products.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and _can_be_packed(module.weight, dtype)
+    ]
+    for layer in layers:
+        layer.forward = product([layer], dtype)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
+    """The outputs of `layers` on the same rows, side by side, by one product in `dtype`.
+
+    `pack`: from a copy of the weights in oneDNN's layout, if that is faster.
+    """
+    weight = _joined([layer.weight for layer in layers], dtype)
+    bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
+    if pack and _can_be_packed(weight, dtype):
+        return partial(
+            _packed_product,
+            weight=torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS),
+            bias=bias,
+        )
+    return partial(_plain_product, weight=weight, bias=bias)
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    cast = [part.detach().to(dtype) for part in parts]
+    return cast[0] if len(parts) == 1 else torch.cat(cast)
+
+
+def _can_be_packed(weight: Tensor, dtype: torch.dtype) -> bool:
+    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return on_cpu and dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _packed_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(
+        rows.to(weight.dtype), weight, bias, "none", [], ""
+    )
+    return result
+
+
+def _plain_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(rows.to(weight.dtype), weight, bias)
