@@ -342,16 +342,20 @@ def test_each_algorithm_takes_a_step(make_trainer, algorithm):
 
 def test_gold_beyond_the_limits_of_the_recipe_is_left_out(make_trainer):
     trainer = make_trainer({"algorithm": {"kind": "online_st"}})
-    recipe = trainer.context.recipe
-    short = recipe.model_copy(update={"lengths": recipe.lengths.model_copy(update={"max_new": 4})})
-    trainer.context = replace(trainer.context, recipe=short)
+    whole = trainer.context.collector
+    collector = replace(whole, lengths=whole.lengths.model_copy(update={"max_new": 4}))
+    trainer.context = replace(trainer.context, collector=collector)
+
+    def fits(r: Rollout) -> bool:
+        return collector.fits(r.prompt_ids, r.completion.token_ids, trainer.policy)
+
     sampled, _ = trainer.sample(1, "rollout")
-    selected = trainer.algorithm.select(sampled, trainer.context.collector.encoder)
+    selected = trainer.algorithm.select(sampled, collector.encoder)
     assert any(r.source == "gold" for r in selected)
-    assert not any(r.source == "gold" and trainer.fits(r) for r in selected), (
+    assert not any(r.source == "gold" and fits(r) for r in selected), (
         "the shortest program has more than 4 tokens"
     )
-    assert all(trainer.fits(r) for r in sampled)
+    assert all(fits(r) for r in sampled)
     assert trainer.step(1).get("policy/gold_nll", 0) == 0
 
 

@@ -8,7 +8,6 @@ import yaml
 
 from reftune.engines.kv import Kv
 from reftune.errors import RecipeError
-from reftune.model import precision
 from reftune.recipe import ModelTable
 from reftune.runs import auto
 from reftune.runs.auto import fastest_dtype, product_rates
@@ -28,7 +27,7 @@ def machine(monkeypatch):
             timed.append(shape[0])
             return {"float32": float32, "bfloat16": bfloat16}
 
-        monkeypatch.setattr(precision, "product_rates", rates)
+        monkeypatch.setattr(auto, "product_rates", rates)
         fastest_dtype.cache_clear()
         return timed
 

@@ -334,10 +334,10 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
 
 
 def test_another_runs_reward_model_is_found_by_its_folder_and_its_tokenizer_checked(
-    make_reranked, make_recipe, tmp_path, make_policy
+    make_reranked, make_recipe, tmp_path, make_policy, encoder
 ):
     folder = tmp_path / "judge"
-    Classifier(make_policy()).save(folder)
+    Classifier(make_policy(), encoder).save(folder)
     stages = {"sft": SFT, "reft": None}
     recipe = make_recipe(
         stages=stages, evaluate={"samples": 2, "stages": None, "rerank": str(folder)}

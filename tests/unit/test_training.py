@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,13 +188,14 @@ class Spelled:
 
 
 def test_rows_without_a_rationale_or_too_long_are_left_out(tokenizer):
-    encoder = Encoder(tokenizer, Spelled())
     problems = (problem(1, "1"), problem(2, None), problem(3, "123 4"), problem(9, "1"))
     # targets with eos: 2, -, 4 (123 is unknown, blank, 4, eos), 2; prompts: 1, -, 3, 9
-    found = gold_examples(problems, encoder, max_target=3, context_length=8)
+    team = collector(tokenizer, max_new=3)
+    found = gold_examples(problems, team, SimpleNamespace(context=8))
     assert [(len(e.prompt), len(e.target)) for e in found] == [(1, 2)]
-    assert len(gold_examples(problems, encoder, max_target=4, context_length=None)) == 3
-    assert found[0].target == [*encoder.encode("1"), 1]
+    endless = SimpleNamespace(context=None)
+    assert len(gold_examples(problems, collector(tokenizer, max_new=4), endless)) == 3
+    assert found[0].target == [*team.encoder.encode("1"), 1]
 
 
 def test_no_training_row_at_all_is_refused(tokenizer):
@@ -201,7 +203,7 @@ def test_no_training_row_at_all_is_refused(tokenizer):
         DataError, match="no training row is left of 1: 1 have a rationale, and none of them fits"
     ):
         gold_examples(
-            (problem(1, "1 2 3"),), Encoder(tokenizer, Spelled()), max_target=2, context_length=None
+            (problem(1, "1 2 3"),), collector(tokenizer, max_new=2), SimpleNamespace(context=None)
         )
 
 
@@ -239,12 +241,12 @@ class Judge(Spelled):
         return [Graded(verdict=Verdict.CORRECT, value=text, reason="") for text in completions]
 
 
-def collector(tokenizer, *, engine=None, rewards=(), **lengths) -> Collector:
+def collector(tokenizer, *, engine=None, rewards=(), max_new=10, **lengths) -> Collector:
     return Collector(
         engine=engine or FakeEngine(),
         encoder=Encoder(tokenizer, Judge()),
         reward=lambda problems, completions, graded: list(rewards),
-        lengths=LengthTable(max_new=10, **lengths),
+        lengths=LengthTable(max_new=max_new, **lengths),
     )
 
 

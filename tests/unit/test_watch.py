@@ -60,6 +60,7 @@ def test_a_finished_run_is_told_from_its_files(run: Path):
         {"stage": "reft", "step": 1, "time": 200.0, "reward/mean": 0.5},
     )
     sample = {
+        "step": 1,
         "id": "p",
         "question": "1 + 1?",
         "gold": "2",
@@ -74,7 +75,7 @@ def test_a_finished_run_is_told_from_its_files(run: Path):
     (run / "summary.json").write_text("{}")
     told = Told()
     assert watch(run, told, RunClock())
-    *calls, (kind, rollout) = told.calls
+    *calls, (kind, step, [rollout]) = told.calls
     assert calls == [
         ("stage", "sft", 20, 5),
         ("step", 5, {"progress/epoch": 1.0, "loss/sft": 0.2}),
@@ -82,8 +83,8 @@ def test_a_finished_run_is_told_from_its_files(run: Path):
         ("stage", "reft", 3, 1),
         ("step", 1, {"reward/mean": 0.5}),
     ]
-    assert (kind, rollout.completion.text, rollout.graded.reason, rollout.reward) == (
-        "sample",
+    assert (kind, step) == ("rollouts", 1)
+    assert (rollout.completion.text, rollout.graded.reason, rollout.reward) == (
         "3",
         "3 is not 2",
         0.1,
