@@ -1,12 +1,11 @@
-"""vLLM serves what was evaluated: the request that an export's card prints, for each test problem.
-Run by `make test-vllm`."""
+"""vLLM serves what was evaluated: the commands that an export's card prints, and its request for
+each test problem.
+
+Run by `make test-vllm`.
+"""
 
 import json
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
 
 import pytest
@@ -20,97 +19,88 @@ from reftune.recipe import parse_recipe
 from reftune.runs.export import export_model
 from reftune.runs.run import load_splits
 from reftune.types import Conversation
+from vllm_servers import start
 
 pytest.importorskip("vllm")
 
-START_S = 600
 TIE = 1e-3
 """Between the two best logits, where rounding may choose the other."""
+NO_THOUGHT = {"style": "chat", "template_args": {"enable_thinking": False}}
+ADAPTERS = {"lora": {"rank": 4}}
+CASES = [
+    pytest.param("llama3", {"style": "chat", "system": "Add up."}, {}, id="chat"),
+    pytest.param("qwen3, not thinking", NO_THOUGHT, {}, id="template arguments"),
+    pytest.param("qwen3, not thinking", NO_THOUGHT, ADAPTERS, id="adapters"),
+    pytest.param("gemma", {"style": "compact", "stop": ["ti", " = "]}, {}, id="text, stop"),
+    pytest.param("gemma", {"style": "paper"}, {}, id="no BOS"),
+    pytest.param("gemma", {"style": "paper"}, ADAPTERS, id="adapters, no BOS"),
+]
 
 
-def serve(model, log):
-    """The server's process and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = f"--model {model} --served-model-name tiny --port {port} --dtype float32"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
-    process = subprocess.Popen([*command, "--enforce-eager"], stdout=log, stderr=log)
-    return process, f"http://127.0.0.1:{port}"
-
-
-def wait_until_healthy(process, address):
-    for _ in range(START_S):
-        assert process.poll() is None, "the server ended"
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    pytest.fail("the server did not start")
-
-
-def asked(address, path, body):
+def answer(address, path, body):
+    """The first choice of an answer."""
     query = urllib.request.Request(
         f"{address}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(query, timeout=600) as answer:
-        return json.loads(answer.read())["choices"][0]
+    with urllib.request.urlopen(query, timeout=600) as answered:
+        return json.loads(answered.read())["choices"][0]
 
 
-@pytest.mark.parametrize(
-    ("name", "format_keys"),
-    [
-        ("llama3", {"style": "chat", "system": "Add up."}),
-        ("qwen3, not thinking", {"style": "chat", "template_args": {"enable_thinking": False}}),
-        ("gemma", {"style": "compact"}),
-        ("gemma", {"style": "paper"}),
-    ],
-)
-def test_a_server_writes_what_was_evaluated(tmp_path, name, format_keys, record_property):
+def text_of(choice) -> str:
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+@pytest.mark.parametrize(("name", "format_keys", "model_keys"), CASES)
+def test_a_server_writes_what_was_evaluated(
+    tmp_path, name, format_keys, model_keys, record_property
+):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     save_model(name, tmp_path / "base", heads=1)  # of 32, the smallest that its kernels take
-    run = run_of(tmp_path, name, format_keys=format_keys)
-    out = export_model(run, "reft", tmp_path / "model")
-    card = (out / "README.md").read_text()
-    body = json.loads(card.split("<<'JSON'\n")[1].split("\nJSON")[0])
+    run = run_of(tmp_path, name, format_keys=format_keys, **model_keys)
+    stage = run / "stages" / "reft"
+    out = export_model(run, "reft", tmp_path / "model", adapter=bool(model_keys))
+    serve, curl = (out / "README.md").read_text().split("```bash\n")[1].split(" &\n", 1)
+    curl = curl.split("\n```")[0]
+    body = json.loads(curl.split("<<'JSON'\n")[1].removesuffix("\nJSON"))
     recipe = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()))
-    problems = load_splits(recipe).test
-    expected = api.evaluate(run / "stages" / "reft", problems).completions
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    encoder = Encoder(AutoTokenizer.from_pretrained(out), recipe.format)
-    ties = 0
-    with (tmp_path / "server.txt").open("w") as log:
-        process, address = serve(out, log)
-        try:
-            wait_until_healthy(process, address)
-            for problem, completion in zip(problems, expected, strict=True):
-                prompt = recipe.format.prompt(problem)
-                is_chat = isinstance(prompt, Conversation)
-                turns = (
-                    [{"role": t.role, "content": t.content} for t in prompt.turns]
-                    if is_chat
-                    else []
+    splits = load_splits(recipe)
+    expected = api.evaluate(stage, splits.test).completions
+    model = AutoModelForCausalLM.from_pretrained(stage, dtype=torch.float32)
+    encoder = Encoder(AutoTokenizer.from_pretrained(stage), recipe.format)
+    ties = []
+    server = start(serve, tmp_path / "server.txt", folder=out)
+    try:
+        server.wait_until_healthy()
+        command = curl.replace("http://localhost:8000", server.address)
+        shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        printed = text_of(json.loads(shown.stdout)["choices"][0])
+        assert printed == api.evaluate(stage, splits.dev[:1]).completions[0].text
+        for problem, completion in zip(splits.test, expected, strict=True):
+            prompt = recipe.format.prompt(problem)
+            if isinstance(prompt, Conversation):
+                turns = [{"role": t.role, "content": t.content} for t in prompt.turns]
+                path, own = "chat/completions", {"messages": turns}
+            else:
+                path, own = "completions", {"prompt": str(prompt)}
+            found = answer(server.address, path, {**body, "return_token_ids": True, **own})
+            if text_of(found) == completion.text:
+                continue
+            ties.append(
+                gap_at_first_difference(
+                    model, encoder.prompt(problem), found["token_ids"], completion.token_ids
                 )
-                own = {"messages": turns} if is_chat else {"prompt": str(prompt)}
-                path = "chat/completions" if is_chat else "completions"
-                told = {**body, "model": "tiny", "return_token_ids": True, **own}
-                found = tuple(asked(address, path, told)["token_ids"])
-                if found != completion.token_ids:
-                    ties += first_difference_is_a_tie(
-                        model, encoder.prompt(problem), found, completion.token_ids
-                    )
-        finally:
-            process.terminate()
-            process.wait(60)
-    record_property("first differences at a tie", ties)
+            )
+    finally:
+        server.stop()
+    record_property("first differences at a tie", len(ties))
+    assert all(gap < TIE for gap in ties), ties
 
 
-def first_difference_is_a_tie(model, prompt, found, expected) -> bool:
+def gap_at_first_difference(model, prompt, found, expected) -> float:
+    """Between the two best logits where two answers part."""
     same = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *expected[:same]]])).logits[0, -1]
     best, second = logits.topk(2).values.tolist()
-    assert best - second < TIE, f"token {same}: {found[same]}, evaluated {expected[same]}"
-    return True
+    return best - second

@@ -1,30 +1,28 @@
 """vLLM for real: what the contract suite does not ask of every engine. Run by `make test-vllm`."""
 
+import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from crash import assert_same_outcome, outcome
 from reftune.engines.kv import Kv
 from reftune.engines.vllm import Server, Vllm, request
+from reftune.errors import EngineError
 from reftune.model.batch import token_batch
 from reftune.recipe import LoraTable
 from reftune.runs.export import export_model
+from reftune.runs.run import open_run
+from reftune.stages.progress import SilentProgress
 from reftune.types import SamplingParams
+from vllm_servers import TRAINING, start
 
 pytest.importorskip("vllm")
 
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9, 10, 11], [12, 13], [5, 6, 7], [12, 13]]
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
-START_S = 600
 
 
 def move(policy, seed):
@@ -116,54 +114,20 @@ def exported(make_policy, tmp_path_factory):
 def servers(exported, tmp_path_factory):
     """Addresses of two `vllm serve` on an exported model."""
     folder = tmp_path_factory.mktemp("log")
-    started = [start(exported[1], folder / f"server{number}.txt") for number in (0, 1)]
+    command = f"vllm serve {exported[1]} {TRAINING}"
+    started = [start(command, folder / f"server{number}.txt") for number in (0, 1)]
     try:
-        for process, address, log in started:
-            wait_until_healthy(process, address, log)
-        yield [address for _, address, _ in started]
+        for server in started:
+            server.wait_until_healthy()
+        yield [server.address for server in started]
     finally:
-        for process, *_ in started:
-            process.terminate()
-        for process, *_ in started:
-            process.wait(60)
+        for server in started:
+            server.stop()
 
 
 @pytest.fixture
 def server(servers):
     return servers[0]
-
-
-def start(model, log):
-    """A server's process, address and log."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = (
-        f"--model {model} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
-        " --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 8"
-    )
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
-    variables = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env={**os.environ, **variables}, stdout=output, stderr=output
-        )
-    return process, f"http://127.0.0.1:{port}", log
-
-
-def wait_until_healthy(process, address, log):
-    for _ in range(START_S):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    pytest.fail(log.read_text()[-3000:])
 
 
 def test_an_exported_model_is_served_as_it_is(exported, server):
@@ -210,3 +174,57 @@ def test_another_base_reaches_a_server_with_adapters(make_policy, server):
         policy = make_policy("llama", seed=seed, lora=LoraTable(rank=4), **ONE_HEAD)
         move(policy, seed)
         assert mismatch(Vllm(server=server), policy)[0] < 2e-5
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
+def test_a_server_killed_in_a_step_costs_nothing_but_a_line(
+    make_recipe, tmp_path, lora, monkeypatch
+):
+    shape = {"hidden_size": 64, "heads": 2, "layers": 1, "context": 80, "dropout": 0.0}
+
+    def train(folder, addresses):
+        stages = {"sft": None, "reft": {"init": "base", "steps": 4, "save_every_s": 1000.0}}
+        recipe = make_recipe(
+            run_dir=str(folder),
+            model={"scratch": shape, "lora": lora},
+            engine={"kind": "vllm", "server": addresses},
+            stages=stages,
+        )
+        with open_run(recipe, SilentProgress()) as run:
+            run.train("reft")
+        return folder
+
+    with open_run(
+        make_recipe(run_dir=str(tmp_path / "base"), model={"scratch": shape}), SilentProgress()
+    ) as run:
+        run.load_policy("base").save(tmp_path / "model")
+    command = f"vllm serve {tmp_path / 'model'} {TRAINING}"
+    started = [start(command, tmp_path / f"server{number}.txt") for number in (0, 1)]
+    try:
+        for server in started:
+            server.wait_until_healthy()
+        addresses = [server.address for server in started]
+        victim, requests, deadly = started[1], itertools.count(1), -1
+        complete = Server.complete
+
+        def counted(server, prompts, body):
+            if next(requests) == deadly:
+                victim.kill()
+            return complete(server, prompts, body)
+
+        monkeypatch.setattr(Server, "complete", counted)
+        straight = outcome(train(tmp_path / "straight", addresses))
+        requests, deadly = itertools.count(1), next(requests) * 2 // 3
+        with pytest.raises(
+            EngineError,
+            match=rf"^engine vllm: no answer from {victim.address}[^\n]*the same command continues",
+        ):
+            train(tmp_path / "killed", addresses)
+        kept = [path.name for path in (tmp_path / "killed/stages/reft/checkpoints").glob("step-*")]
+        assert any(name != "step-000000" for name in kept)  # what was done before it died is kept
+        started[1] = start(command, tmp_path / "again.txt", port=victim.port)
+        started[1].wait_until_healthy()
+        assert_same_outcome(train(tmp_path / "killed", addresses), straight)
+    finally:
+        for server in started:
+            server.stop()

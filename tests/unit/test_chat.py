@@ -148,6 +148,112 @@ def test_a_template_that_writes_prompts_differently_is_answered_in_plain_words()
     assert tokenizer.decode(Encoder(tokenizer, chat({})).target(problem())) == f"{SAID}<|im_end|>"
 
 
+# --- odd templates --------------------------------------------------------------------------------
+
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+LOOP = "{% for m in messages %}" + TURN + "{% endfor %}"
+ASSISTANT = "{{ '<|im_start|>assistant\n' }}"
+THOUGHT = "<think>\n3 and 10.\n</think>\n\nThe answer is 13"
+
+
+def templated(template, family="qwen2.5"):
+    """A family's tokenizer with another template."""
+    tokenizer = make_tokenizer(FAMILIES[family])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def written(tokenizer, asked=None, **keys) -> tuple[str, str]:
+    """Prompt and target, decoded."""
+    encoder, asked = Encoder(tokenizer, chat({}, **keys)), asked or problem()
+    return tokenizer.decode(encoder.prompt(asked)), tokenizer.decode(encoder.target(asked))
+
+
+def test_a_system_message_that_moves_to_the_last_turn_leaves_the_target_as_the_template_writes_it():
+    # Mistral v2 and v3: in the whole conversation the user's turn is not the last any more
+    template = FAMILIES["mistral"].template.replace(
+        "{{ bos_token }}",
+        "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' %}"
+        "{% set messages = messages[1:] if system else messages %}",
+    )
+    folded = "{{ '[INST] ' + (system + '\n\n' if system and loop.last else '')"
+    tokenizer = templated(template.replace("{{ '[INST] '", folded), "mistral")
+    prompt, target = written(tokenizer, system="Add up.")
+    assert prompt == f"<s>[INST] Add up.\n\n{ASKED} [/INST]"
+    assert target == f" {SAID}</s>"
+    assert written(tokenizer) == (f"<s>[INST] {ASKED} [/INST]", target)
+
+
+@pytest.mark.parametrize("opens", ["<think>\n", ""])
+def test_a_template_that_cuts_thoughts_does_not_cut_them_from_what_is_learned(opens):
+    # R1's: whole conversations keep what follows </think>, and prompts may end in <think>
+    cut = "m.content.split('</think>')[-1].lstrip('\n')"
+    prompts_end = ASSISTANT.replace("assistant\n", f"assistant\n{opens}")
+    tokenizer = templated(
+        LOOP.replace("m.content", cut)
+        + "{% if add_generation_prompt %}"
+        + prompts_end
+        + "{% endif %}"
+    )
+    prompt, target = written(tokenizer, problem(rationale=THOUGHT))
+    assert f"{prompt}{target}".endswith(f"<|im_start|>assistant\n{THOUGHT}<|im_end|>")
+    assert prompt.endswith(f"<|im_start|>assistant\n{opens}")
+    assert written(tokenizer)[1] == f"{SAID}<|im_end|>"
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\n\n"])
+def test_a_prompt_that_ends_in_space_is_what_sampling_sees_and_the_text_is_the_template_s(space):
+    # "assistant: " and " 3" merge to another token as one text
+    says = "{{ m.role + ':" + space + "' + m.content + '<|im_end|>\n' }}"
+    begins = "{% if add_generation_prompt %}{{ 'assistant:" + space + "' }}{% endif %}"
+    tokenizer = templated("{% for m in messages %}" + says + "{% endfor %}" + begins)
+    encoder = Encoder(tokenizer, chat({}))
+    prompt, target = encoder.prompt(problem()), encoder.target(problem())
+    assert prompt == as_template(tokenizer, [("user", ASKED)], {}, add_generation_prompt=True)
+    whole = tokenizer.decode(as_template(tokenizer, [("user", ASKED), ("assistant", SAID)], {}))
+    assert tokenizer.decode([*prompt, *target]) + "\n" == whole
+
+
+def test_without_a_generation_prompt_the_model_begins_its_turn_itself():
+    prompt, target = written(templated(LOOP))
+    assert prompt == f"<|im_start|>user\n{ASKED}<|im_end|>\n"
+    assert target == f"<|im_start|>assistant\n{SAID}<|im_end|>"
+
+
+def test_an_end_of_turn_that_is_no_special_token_ends_a_turn():
+    tokenizer = templated(LOOP.replace("<|im_end|>", "</think>"), "qwen3, thinking")
+    assert tokenizer.decode([end_of_turn(tokenizer)]) == "</think>"
+    assert written(tokenizer)[1].endswith(f"{SAID}</think>")
+    # a special one behind it comes first
+    tokenizer.chat_template = LOOP.replace("<|im_end|>", "</think><|im_end|>")
+    assert tokenizer.decode([end_of_turn(tokenizer)]) == "<|im_end|>"
+
+
+def test_a_template_that_wants_a_system_message_still_says_how_turns_end():
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('System first') }}{% endif %}"
+    tokenizer = templated(wants + LOOP.replace("<|im_end|>", "<|im_start|>"))
+    assert tokenizer.decode([end_of_turn(tokenizer)]) == "<|im_start|>" != tokenizer.eos_token
+    assert written(tokenizer, system="Add up.")[1].endswith(f"{SAID}<|im_start|>")
+    assert "System first" in refused(tokenizer, chat({}))
+
+
+def test_a_template_that_leaves_the_assistant_out_is_answered_in_plain_words():
+    users = "{% for m in messages if m.role == 'user' %}" + TURN + "{% endfor %}"
+    tokenizer = templated(users + ASSISTANT)
+    assert end_of_turn(tokenizer) is None
+    assert written(tokenizer)[1] == f"{SAID}<|im_end|>"  # eos
+
+
+def test_a_dialogue_keeps_its_turns_and_ends_with_the_options():
+    turns = [("user", "What is 1 + 1?"), ("assistant", "2"), ("user", "And 3 + 10?")]
+    messages = tuple(Message(role=role, content=content) for role, content in turns)
+    asked = problem(messages=messages, choices=("12", "13"))
+    found = Nl(style="chat", instruction="Pick.").prompt(asked).turns
+    assert [turn.content for turn in found[:2]] == ["What is 1 + 1?", "2"]
+    assert found[2].content == "Pick.\n\nAnd 3 + 10?\na ) 12 , b ) 13"
+    assert [turn.role for turn in found] == ["user", "assistant", "user"]
+
+
 def refused(tokenizer, format_, asked=None) -> str:
     with pytest.raises(RecipeError) as error:
         Encoder(tokenizer, format_).prompt(asked or problem())

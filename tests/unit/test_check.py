@@ -515,6 +515,20 @@ def test_bos_that_is_doubled_or_missing_is_a_warning(tmp_path):
         assert "begins a text with '<bos>', and the chat template does not" in missing.message
 
 
+def test_a_template_without_a_generation_prompt_is_a_warning(tmp_path):
+    from chat_families import FAMILIES
+
+    family = FAMILIES["qwen2.5"]
+    without = family.template.partition("{%- if add_generation_prompt %}")[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "qwen2.5", replace(family, template=without))
+        prompt = named(report_on(tmp_path / "1", "qwen2.5", style="chat"), "prompt")
+    assert prompt.level == "warn"
+    assert "the model must write '<|im_start|>assistant\\n' itself" in prompt.message
+    # Mistral's has none either, but writes nothing there
+    assert named(report_on(tmp_path / "2", "mistral", style="chat"), "prompt").level == "ok"
+
+
 def test_an_end_token_that_is_an_ordinary_word_is_a_warning(tmp_path):
     from chat_families import FAMILIES
 

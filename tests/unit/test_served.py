@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import GenerationConfig
 
 from chat_families import FAMILIES, MAX_NEW, run_of, save_model
 from reftune import api
@@ -113,11 +114,7 @@ def test_the_card_s_python_call_works_and_its_request_is_the_prompt(
     run = run_of(tmp_path, name, format_keys=format_keys)
     out = export_model(run, "reft", tmp_path / "model")
     card = (out / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(out)
-    capsys.readouterr()
-    exec(code, {})
-    printed = capsys.readouterr().out
+    printed = printed_by_the_card(out, monkeypatch, capsys)
     recipe = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()))
     problem = load_splits(recipe).dev[0]
     greedy = api.evaluate(run / "stages" / "reft", [problem]).completions[0]
@@ -181,22 +178,59 @@ def test_full_training_of_a_bf16_base_is_kept_in_fp32(tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("method", ["sft", "reft"])
-def test_adapters_alone_are_the_model_on_its_base(tmp_path, method):
-    from peft import PeftModel
+def printed_by_the_card(out: Path, monkeypatch, capsys) -> str:
+    """What its Python call prints, run in the folder."""
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(out)
+    capsys.readouterr()
+    exec(code, {})
+    return capsys.readouterr().out
 
-    run = run_of(tmp_path, "gemma", format_keys={"style": "chat"}, lora={"rank": 4})
+
+ADAPTED = [
+    pytest.param("gemma", {"style": "chat"}, {}, "reft", id="chat"),
+    pytest.param("gemma", {"style": "chat"}, {}, "sft", id="one stage"),
+    pytest.param("gemma", {"style": "chat"}, {"quantize": "nf4"}, "reft", id="on 4 bits"),
+    pytest.param("gemma", {"style": "paper"}, {}, "reft", id="no BOS"),
+    pytest.param(
+        "qwen3, not thinking",
+        {"style": "chat", "template_args": {"enable_thinking": False}},
+        {},
+        "reft",
+        id="template arguments",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "format_keys", "model_keys", "method"), ADAPTED)
+def test_adapters_alone_write_on_their_base_what_was_evaluated(
+    tmp_path, name, format_keys, model_keys, method, monkeypatch, capsys
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    # the base's own generation config samples, with a repetition penalty
+    run = run_of(tmp_path, name, format_keys=format_keys, lora={"rank": 4}, **model_keys)
     out = export_model(run, method, tmp_path / "adapter", adapter=True)
     assert not (out / "model.safetensors").exists()
-    base, tokenizer = load(tmp_path / "base")
-    model = PeftModel.from_pretrained(base, str(out))
-    merged, _ = load(run / "stages" / method)
-    ids = torch.tensor([asked(run, tokenizer)[0][0]])
-    with torch.no_grad():
-        assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-5)
-        assert not torch.allclose(
-            load(tmp_path / "base")[0](ids).logits, merged(ids).logits, atol=1e-3
-        )
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized = {"quantization_config": bits} if model_keys else {}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, **quantized)
+    model, tokenizer = PeftModel.from_pretrained(base, out), AutoTokenizer.from_pretrained(out)
+    model.generation_config = GenerationConfig.from_pretrained(out)
+    told = asked(run, tokenizer)
+    assert [encoded(tokenizer, text) for _, text in told] == [ids for ids, _ in told]
+    assert [generated(model, tokenizer, ids) for ids, _ in told] == ids_of(run, method)
+    with torch.no_grad():  # and the adapters do something
+        ids = torch.tensor([told[0][0]])
+        adapted = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, adapted, atol=1e-3)
+    recipe = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()))
+    shown = load_splits(recipe).dev[0]
+    greedy = api.evaluate(run / "stages" / method, [shown]).completions[0]
+    assert printed_by_the_card(out, monkeypatch, capsys).removesuffix("\n") == greedy.text
+    assert ("vllm serve" in (out / "README.md").read_text()) == (not model_keys)
 
 
 def test_adapters_of_a_run_without_lora_are_refused(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reftune.errors import CheckpointError
 from reftune.model.policy import ADAPTERS
+from reftune.model.weights import SMOLLM2, smollm2_folder
 
 Adapters = Mapping[str, Tensor]
 """As PEFT names them: `….lora_A.weight` (r, inputs) and `….lora_B.weight` (outputs, r)."""
@@ -27,7 +28,7 @@ def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    table = model.get("lora") or {}
+    table, path = model.get("lora") or {}, model.get("path")
     rank, alpha = int(table.get("rank", 16)), int(table.get("alpha", 32))
     chain = _chain(stages, method, continued=model.get("quantize") is not None)
     joined = chain[0] if len(chain) == 1 else side_by_side(chain, scaling=alpha / rank)
@@ -36,7 +37,8 @@ def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder:
         r=rank * len(chain),
         lora_alpha=alpha if len(chain) == 1 else rank * len(chain),
         target_modules=sorted({name.split(".lora_")[0].split(".")[-1] for name in joined}),
-        base_model_name_or_path=model.get("path"),
+        base_model_name_or_path=str(smollm2_folder()) if path == SMOLLM2 else path,
+        revision=model.get("revision"),
         inference_mode=True,
     )
     save_file({name: tensor.contiguous() for name, tensor in joined.items()}, folder / WEIGHTS)

@@ -13,8 +13,8 @@ from reftune.types import Conversation, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE = "reftune"
-"""Stands for what the assistant says; a word that no template changes."""
+PROBE = "reftunereply"
+"""Stands for what the assistant says; a word that no template changes and no prompt holds."""
 OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
@@ -33,38 +33,74 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
     """What follows the prompt when the assistant says `said`, up to and with its end of turn.
 
-    That is what the template itself writes there (Mistral's begins with a space, Qwen3's with an
-    empty thought), unless it writes whole conversations and prompts differently; then it is `said`.
+    That is what the template itself writes there: Mistral's begins with a space, Qwen3's with an
+    empty thought. A template that writes whole conversations and prompts differently, or cuts what
+    was said (a thought, say), gives only what stands around it.
     """
     said = said.strip()
-    turns = (*prompt.turns, Message(role="assistant", content=said))
-    whole = _render(tokenizer, turns, prompt.template_args)
-    begun = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
-    tail, end = _tail(tokenizer, prompt)
-    fits = whole.startswith(begun) and whole.endswith(tail)
-    body = whole[len(begun) : len(whole) - len(tail)] if fits else said
-    return body + tail[: tail.index(end) + len(end)] if end else body
+    whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
+    begun = prompt_text(tokenizer, prompt)
+    before, after = _around(tokenizer, prompt)
+    fits = whole.startswith(begun) and whole.endswith(after)
+    body = whole[len(begun) : len(whole) - len(after)] if fits else ""
+    if "".join(said.split()) not in "".join(body.split()):
+        body = _begin(begun, before, said, asked=prompt.turns[-1].content.strip())
+    return body + _ending(tokenizer, after)[0]
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends what the assistant says; None without a template, or if the template ends
-    it by ordinary text."""
+def end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
+) -> int | None:
+    """The token that ends what the assistant says, after this prompt or after any; None without a
+    template, or if the template ends it by ordinary text."""
     if not tokenizer.chat_template:
         return None
-    try:
-        _, end = _tail(tokenizer, Conversation(turns=(Message(role="user", content=PROBE),)))
-    except RecipeError:  # a template for more than this, of tools say
-        return None
-    return None if end is None else int(tokenizer.get_added_vocab()[end])
+    system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
+    any_prompt = (Conversation(turns=(user,)), Conversation(turns=(system, user)))
+    for conversation in any_prompt if prompt is None else (prompt,):
+        try:
+            end = _ending(tokenizer, _around(tokenizer, conversation)[1])[1]
+        except RecipeError:  # a template for more than this: of tools, or with a system message
+            continue
+        return None if end is None else int(tokenizer.get_added_vocab()[end])
+    return None
 
 
-def _tail(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str | None]:
-    """What the template writes after the assistant's words, and the first special token in it."""
-    turns = (*prompt.turns, Message(role="assistant", content=PROBE))
-    tail = _render(tokenizer, turns, prompt.template_args).rpartition(PROBE)[2]
-    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    found = {tail.index(token): token for token in sorted(special, key=len) if token in tail}
-    return tail, found[min(found)] if found else None
+def _answered(prompt: Conversation, said: str) -> tuple[Message, ...]:
+    return (*prompt.turns, Message(role="assistant", content=said))
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str]:
+    """What the template writes before and after the assistant's words; two empty texts if it leaves
+    them out."""
+    text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
+    before, found, after = text.rpartition(PROBE)
+    return (before, after) if found else ("", "")
+
+
+def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
+    """`said` after a prompt that the template writes as `begun`, although in whole conversations
+    `before` stands before the assistant's words; the two are compared after the last thing `asked`.
+    """
+    if not asked or asked not in begun or asked not in before:
+        return said
+    ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
+    if theirs.startswith(ours):  # Mistral's, which moves the system message to the last turn
+        return theirs.removeprefix(ours) + said
+    opened = ours.removeprefix(theirs).strip() if ours.startswith(theirs) else ""
+    return said.removeprefix(opened).lstrip("\n") if opened else said  # R1's prompts end in <think>
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
+    """`after` up to and with the end of turn, and that token: the first special one, or the first
+    that was added to the vocabulary. Empty and None if there is none."""
+    added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
+    for tokens in ([token for token in added if token.special], added):
+        found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}
+        if found:
+            end = found[min(found)]
+            return after[: min(found) + len(end)], end
+    return "", None
 
 
 def _render(
@@ -79,9 +115,8 @@ def _render(
             "format.style: chat: the tokenizer has no chat template; expected an instruct model's,"
             " or style: plain"
         )
-    template = tokenizer.get_chat_template()
     for name in template_args:
-        if name in OURS or name not in template:
+        if name in OURS or name not in tokenizer.get_chat_template():
             raise RecipeError(
                 f"format.template_args.{name}: the tokenizer's chat template reads no such variable"
             )

@@ -64,7 +64,7 @@ class Encoder:
 
     def end_of(self, prompt: str | Conversation) -> int:
         """The token that ends what follows `prompt`: the template's end of turn, else eos."""
-        turn = end_of_turn(self.tokenizer) if isinstance(prompt, Conversation) else None
+        turn = end_of_turn(self.tokenizer, prompt) if isinstance(prompt, Conversation) else None
         return int(self.tokenizer.eos_token_id) if turn is None else turn
 
     def text_of(self, prompt: str | Conversation) -> str:

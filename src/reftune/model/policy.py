@@ -134,7 +134,8 @@ class Policy(nn.Module):
         """What was sampled, up to where it ends; see `StopRule`."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
-        text = self.decode(tokens)
+        is_ended = bool(tokens) and tokens[-1] in self.stop.ids
+        text = self.decode(tokens[:-1] if is_ended else tokens)
         cut = self.stop.text_end(text)
         reason: Literal["eos", "stop", "length"] = "length" if end is None else "eos"
         return Completion(

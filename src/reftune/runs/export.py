@@ -53,7 +53,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
         if serving is not None:
             serving.tokenizer.save_pretrained(folder)
             serving.generation.save_pretrained(folder)
-        card = model_card(run_folder, method, serving, adapter=adapter)
+        base = Base.read(folder, recipe) if adapter else None
+        card = model_card(run_folder, method, serving, base)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +123,29 @@ class Serving:
         return ids == list(self.tokenizer.encode(self.encoder.text_of(self.prompt)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """What exported adapters belong to."""
+
+    path: str | None
+    rank: int
+    """Of the adapters."""
+    is_quantized: bool
+
+    @classmethod
+    def read(cls, adapters: Path, recipe: dict[str, Any]) -> Base:
+        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
+        return cls(
+            path=config["base_model_name_or_path"],
+            rank=config["r"],
+            is_quantized=(recipe.get("model") or {}).get("quantize") is not None,
+        )
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `--max-lora-rank`."""
+
+
 def _serving(run_folder: Path, stage: Path) -> Serving | None:
     """None if the recipe, its data or the tokenizer cannot be read any more: the card then shows no
     prompt, and the files stay as training left them."""
@@ -162,13 +186,18 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
     arguments of the chat template, unless a client gives others."""
     if isinstance(prompt, BareText) and bos_of(tokenizer):
         tokenizer.add_bos_token = False  # rewrites its post-processor
-    if isinstance(prompt, Conversation) and isinstance(tokenizer.chat_template, str):
+    if isinstance(prompt, Conversation):
         defaults = "".join(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}"
             "{%- endif -%}"
             for name, value in prompt.template_args.items()
         )
-        tokenizer.chat_template = defaults + tokenizer.chat_template
+        own = tokenizer.chat_template
+        tokenizer.chat_template = (
+            {name: defaults + template for name, template in own.items()}
+            if isinstance(own, dict)
+            else defaults + own
+        )
 
 
 def _literal(value: Any) -> str:
@@ -179,20 +208,18 @@ def _literal(value: Any) -> str:
 # --- the card -------------------------------------------------------------------------------------
 
 
-def model_card(
-    run_folder: Path, method: str, serving: Serving | None = None, *, adapter: bool = False
-) -> str:
+def model_card(run_folder: Path, method: str, serving: Serving | None, base: Base | None) -> str:
     """What the model is, how it was made, how good it is and how to ask it, from the run's own
-    files."""
+    files. `base`: of adapters."""
     recipe = (run_folder / "recipe.yaml").read_text(encoding="utf-8")
     stage = json.loads((run_folder / "stages" / method / "stage.json").read_text(encoding="utf-8"))
     table = yaml.safe_load(recipe)
-    base = (table.get("model") or {}).get("path")
+    path = (table.get("model") or {}).get("path") if base is None else base.path
     head = {
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": "transformers" if base is None else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["reftune", "reasoning"],
-        **({"base_model": base} if base else {}),
+        **({"base_model": path} if path else {}),
     }
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -208,8 +235,8 @@ The weights are those of step {stage["chosen_step"]}, chosen on {stage["dev_n"]}
 
 The model was trained on one prompt format and one kind of question, and graded by its final answers
 only. Its reasoning was not checked, and programs that it writes are untrusted: run them in a
-sandbox.{_value_head(adapter)}
-{"" if serving is None else _usage(serving, method, base if adapter else None)}
+sandbox.{_contents(base)}
+{"" if serving is None else _usage(serving, method, base)}
 ## Recipe
 
 ```yaml
@@ -218,10 +245,11 @@ sandbox.{_value_head(adapter)}
 """
 
 
-def _value_head(adapter: bool) -> str:
-    if adapter:
-        return " These are its adapters alone: they belong to the base model named in the recipe."
-    return " `value_head/` holds the value head used in training; generation does not need it."
+def _contents(base: Base | None) -> str:
+    if base is None:
+        return " `value_head/` holds the value head used in training; generation does not need it."
+    bits = " in 4 bits (NF4)" if base.is_quantized else ""
+    return f" These are its adapters alone: they belong to the base model{bits}, `{base.path}`."
 
 
 def _data(recipe: dict[str, Any]) -> str:
@@ -247,16 +275,12 @@ def _accuracy(run_folder: Path, method: str) -> str:
     )
 
 
-def _usage(serving: Serving, method: str, base: str | None) -> str:
-    """`base`: of adapters, which are not served alone."""
+def _usage(serving: Serving, method: str, base: Base | None) -> str:
     text = serving.encoder.text_of(serving.prompt)
     stops = [_end(serving, id_) for id_ in _as_list(serving.generation.eos_token_id)]
     stops += [f"the text {text!r}, which is not part of the answer" for text in serving.stop]
     bos = "" if serving.adds_special_tokens else ", with no special token before it"
-    name = f"{serving.name}-{method}"
-    serve = f"vllm serve . --served-model-name {name}"
-    if base is not None:
-        serve = f"vllm serve {base} --enable-lora --lora-modules {name}=. --max-lora-rank 64"
+    evaluated = "as they are here" if base is None else "merged into the base"
     return f"""
 ## Use
 
@@ -265,12 +289,11 @@ One exact prompt{bos}:
 {_fenced(text, "text")}
 
 A completion ends at {", ".join(stops)}. It was at most {serving.limit} tokens long in training.
-The weights were evaluated as they are here, in {serving.dtype}.
+The weights were evaluated {evaluated}, in {serving.dtype}.
 
 From this folder:
 
-{_fenced(_shell(serving, serve, name), "bash")}
-
+{_shell(serving, f"{serving.name}-{method}", base)}
 {_fenced(_python(serving, base), "python")}
 """
 
@@ -279,14 +302,25 @@ def _end(serving: Serving, id_: int) -> str:
     return f"`{serving.tokenizer.decode([id_])}` (id {id_})"
 
 
-def _shell(serving: Serving, serve: str, name: str) -> str:
+def _shell(serving: Serving, name: str, base: Base | None) -> str:
+    """A server and a request; nothing for a quantized base, on which vLLM is not tested."""
+    if base is not None and base.is_quantized:
+        return ""
+    serve = f"vllm serve . --served-model-name {name}"
+    if base is not None:  # the tokenizer and the end tokens are the run's, not the base's
+        rank = min((rank for rank in VLLM_RANKS if rank >= base.rank), default=base.rank)
+        serve = (
+            f"vllm serve {base.path} --tokenizer . --generation-config . \\\n"
+            f"  --enable-lora --lora-modules {name}=. --max-lora-rank {rank}"
+        )
     address = "http://localhost:8000/v1"
     path = "chat/completions" if isinstance(serving.prompt, Conversation) else "completions"
     body = json.dumps(request_body(serving, name), indent=2, ensure_ascii=False)
-    return (
+    commands = (
         f"{serve} --dtype {serving.dtype} &\n"
         f"curl {address}/{path} -H 'Content-Type: application/json' -d @- <<'JSON'\n{body}\nJSON"
     )
+    return f"{_fenced(commands, 'bash')}\n"
 
 
 def request_body(serving: Serving, name: str) -> dict[str, Any]:
@@ -309,7 +343,7 @@ def _messages(prompt: Conversation) -> list[dict[str, str]]:
     return [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
 
 
-def _python(serving: Serving, base: str | None) -> str:
+def _python(serving: Serving, base: Base | None) -> str:
     prompt = serving.prompt
     asked = _messages(prompt) if isinstance(prompt, Conversation) else str(prompt)
     options = ", return_full_text=False"
@@ -317,12 +351,19 @@ def _python(serving: Serving, base: str | None) -> str:
         options += ", add_special_tokens=False"
     if serving.stop:  # a generation config that had them would fail without a tokenizer
         options += f", stop_strings={serving.stop!r}, tokenizer=generate.tokenizer"
-    return (
-        "from transformers import pipeline\n\n"
-        'generate = pipeline("text-generation", ".")\n'
-        f"prompt = {asked!r}\n"
-        f'print(generate(prompt{options})[0]["generated_text"])'
-    )
+    names, lines, load = ["pipeline"], [], ""
+    if base is not None and base.is_quantized:
+        names.append("BitsAndBytesConfig")
+        lines.append('bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
+        load = ', model_kwargs={"quantization_config": bits}'
+    if base is not None:  # a pipeline of adapters takes tokenizer and generation config of the base
+        names.append("GenerationConfig")
+        load = f', tokenizer="."{load}'
+    lines.append(f'generate = pipeline("text-generation", "."{load})')
+    if base is not None:
+        lines.append('generate.model.generation_config = GenerationConfig.from_pretrained(".")')
+    lines += [f"prompt = {asked!r}", f'print(generate(prompt{options})[0]["generated_text"])']
+    return "\n".join([f"from transformers import {', '.join(sorted(names))}", "", *lines])
 
 
 def _fenced(text: str, language: str) -> str:

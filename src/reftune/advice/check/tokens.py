@@ -7,6 +7,7 @@ from typing import Any
 
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Row, Subject, learns_from_rationales, share, spread
+from reftune.model.chat import PROBE
 from reftune.model.encoder import bos_of
 from reftune.types import Conversation
 
@@ -58,8 +59,8 @@ def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
 
 
 def check_prompt(subject: Subject) -> Finding:
-    """The prompt is what the model was made for: its chat template if it has one, one BOS if its
-    tokenizer adds one."""
+    """The prompt is what the model was made for: its chat template if it has one, with a generation
+    prompt; one BOS if its tokenizer adds one."""
     tokenizer, format_ = subject.policy.tokenizer, subject.encoder.format
     problem = subject.problems[0]
     prompt, bos = format_.prompt(problem), bos_of(tokenizer)
@@ -77,6 +78,12 @@ def check_prompt(subject: Subject) -> Finding:
         return warn(
             f"the tokenizer begins a text with {tokenizer.decode(bos)!r}, and {writer} does not",
             "none if the model was trained so; style: compact and plain begin with it",
+        )
+    opening = subject.encoder.text_after(prompt, PROBE).partition(PROBE)[0] if is_chat else ""
+    if set(subject.encoder.encode(opening)) & set(tokenizer.all_special_ids):
+        return warn(
+            f"the chat template has no generation prompt: the model must write {opening!r} itself",
+            "a template that reads add_generation_prompt, unless the model was trained so",
         )
     if is_chat and "strftime_now" in tokenizer.get_chat_template():
         return warn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from string import ascii_lowercase
 from typing import Any, Literal, Self
 
@@ -83,10 +84,11 @@ class Prompted(Component):
         turns = [turn for turn in problem.messages if turn.role != "system"]
         systems = [turn.content for turn in problem.messages if turn.role == "system"]
         if len(turns) < 2:
-            turns = [Message(role="user", content=question_text(problem))]
+            turns = [Message(role="user", content=problem.question)]
+        asked = with_options(turns[-1].content, problem)
         if self.instruction is not None:
-            asked = f"{self.instruction}\n\n{turns[-1].content}"
-            turns = [*turns[:-1], Message(role="user", content=asked)]
+            asked = f"{self.instruction}\n\n{asked}"
+        turns = [*turns[:-1], replace(turns[-1], content=asked)]
         if self.system is not None and not systems:
             systems = [self.system]
         opening = (Message(role="system", content=text) for text in systems)
@@ -101,8 +103,13 @@ class Prompted(Component):
 
 
 def question_text(problem: Problem) -> str:
-    """The question, its options on a line of their own unless it already holds them."""
-    question = problem.question.strip()
+    """The question and its options."""
+    return with_options(problem.question, problem)
+
+
+def with_options(question: str, problem: Problem) -> str:
+    """A question, the problem's options on a line of their own unless it already holds them."""
+    question = question.strip()
     options = " , ".join(
         f"{letter} ) {choice}"
         for letter, choice in zip(ascii_lowercase, unlettered(problem.choices), strict=False)

@@ -1,0 +1,83 @@
+"""Real `vllm serve` processes, for the tests of `make test-vllm`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+START_S = 600
+VARIABLES = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+TRAINING = "--dtype float32 --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 8"
+"""Options of a server that a run samples from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RealServer:
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_until_healthy(self) -> None:
+        for _ in range(START_S):
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{self.address}/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def kill(self) -> None:
+        """As a machine that is lost: the engine's process dies with the server's."""
+        os.killpg(self.process.pid, 9)
+        self.process.wait(60)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            if self.process.poll() is None:
+                self.kill()
+
+
+def start(
+    command: str, log: Path, *, folder: Path | None = None, port: int | None = None
+) -> RealServer:
+    """`vllm serve …` in a folder, on a free port unless one is given."""
+    port = free_port() if port is None else port
+    where = f"--host 127.0.0.1 --port {port} --enforce-eager"
+    program, *options = shlex.split(f"{command} {where}")
+    assert program == "vllm"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.cli.main", *options],
+            env={**os.environ, **VARIABLES},
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    return RealServer(process=process, port=port, log=log)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
