@@ -32,7 +32,7 @@ def run(
     """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune
     run`; resumes.
 
-    In a script that a launcher starts several times it is called in all processes.
+    If a launcher starts several processes, all must call it.
 
     `overrides` are `key=value` texts, for a file. Returns: the content of `summary.json`. Raises:
     ReftuneError.
@@ -72,8 +72,8 @@ def grade(
     format: FormatSpec = "nl",
     question: str = "",
 ) -> Graded:
-    """Is `answer` what a completion says? As the reward and the evaluation judge it; `answer` is a
-    number, a text or a letter, or of the `answer_kind` that docs/datasets.md explains.
+    """Grade a completion as the reward and the evaluation do. `answer` is a number, a text or a
+    letter, or of an `answer_kind` of docs/datasets.md.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
@@ -105,7 +105,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share that is right."""
+        """Share of right answers."""
         return self._num_correct / self.n
 
     @property
@@ -175,7 +175,7 @@ def _policy(model: str | Path | Policy) -> Policy:
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
-    """The recipe of the run that a stage folder is part of; empty where `model` is none."""
+    """The recipe of the run that a stage folder belongs to; empty if `model` is no stage folder."""
     if not isinstance(model, str | Path) or Path(model).parent.name != "stages":
         return {}
     path = Path(model).parents[1] / "recipe.yaml"

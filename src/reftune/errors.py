@@ -29,7 +29,7 @@ class RewardError(ReftuneError):
 
 
 class EngineError(ReftuneError):
-    """An engine that did not return what it was asked for."""
+    """An engine that did not return what was requested."""
 
 
 class ProcessError(ReftuneError):

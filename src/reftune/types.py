@@ -144,7 +144,7 @@ class Graded:
     value: str | None
     """The answer that was read, in canonical spelling; None if there is none."""
     reason: str
-    """One line for a person."""
+    """Why, in one line."""
     program_s: float | None = field(default=None, compare=False)
     """Time that the completion's program ran; None if it is no program."""
 

@@ -1,4 +1,4 @@
-"""The kinds of answer that were read in the data, for a person to see that none is misread."""
+"""The kinds of answer found in the data, shown so that the user sees any misreading."""
 
 from __future__ import annotations
 

@@ -20,19 +20,20 @@ from reftune.types import SamplingParams
 WARM_TOKENS = 256
 """Trained on before the clock starts: a first pass chooses kernels, casts weights and allocates."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
-"""Sampled a row before the clock starts; and at least, with it running, as each is a small part of
-the reading of a prompt."""
+"""Tokens sampled per row before the clock starts, and at least so many while it runs: each takes
+far less than reading a prompt."""
 BUDGET_S = 8.0
-"""Seconds that a timed pass may take, about; a large model's is then smaller than in training."""
+"""About how many seconds a timed pass may take; a large model's is then smaller than in
+training."""
 STEADY_S = 0.5
-"""Shorter passes are repeated for so long."""
+"""Shorter passes are repeated for this many seconds."""
 SCORING_COST = 1 / 3
-"""Of a forward pass, in units of a forward and backward pass."""
+"""Cost of a forward pass, in units of a forward and backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Tokens a second on this machine."""
+    """Tokens per second on this machine."""
 
     train: float
     """Prompt and response, forward and backward."""
@@ -40,7 +41,7 @@ class Speed:
     """Responses, all rows together."""
 
     def pace(self, *, prompt: float, response: float) -> Pace:
-        """With sequences of so many tokens."""
+        """The pace for sequences of these mean lengths, in tokens."""
         update = (prompt + response) / self.train
         return Pace(generate=response / self.sample, score=SCORING_COST * update, update=update)
 
@@ -88,7 +89,7 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Of solutions of `num_tokens`, also where only their beginnings are affordable."""
+    """Speed of sampling solutions of `num_tokens`, even if only their beginnings are affordable."""
 
     def sample(length: int) -> int:
         completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))

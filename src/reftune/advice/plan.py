@@ -106,7 +106,7 @@ class Step:
     """Its longest phase, and what takes the time there."""
     steps: float
     stage_seconds: float
-    """Of all steps, without looks at dev."""
+    """Seconds of all steps, without looks at dev."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,14 +232,14 @@ class Planner:
         return self.hardware.rate(self.estimate.recipe.model.dtype)
 
     def flops(self, *, backward: bool) -> float:
-        """Of a pass over one sequence, counted in a trace; twice with a value model."""
+        """FLOPs of a pass over one sequence, counted in a trace; twice that with a value model."""
         made = self.estimate
         update = made.outline.update(made.prompt, made.response, 2)
         models = 2 if made.cost.value_model else 1
         return models * (update.flops if backward else update.forward_flops) / 2
 
     def step(self, *, samplers: int | None = None) -> Step:
-        """`samplers`: so many GPUs only sample, and the others only train."""
+        """If `samplers` is given, that many GPUs only sample and the others only train."""
         trainers = self.hardware.gpus - (samplers or 0)
         generate, update = self.generate(samplers or self.hardware.gpus), self.update(trainers)
         pace = Pace(

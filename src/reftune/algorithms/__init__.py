@@ -1,2 +1,2 @@
-"""Algorithms: which rollouts to train on, how they earn credit, and the loss. One file an
+"""Algorithms: which rollouts to train on, how they earn credit, and the loss. One file per
 algorithm."""

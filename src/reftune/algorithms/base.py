@@ -50,7 +50,7 @@ class Algorithm(Component, ABC):
 
     @property
     def min_samples(self) -> int:
-        """Samples a problem below which nothing would be learned."""
+        """Fewest samples per problem from which something can be learned."""
         return 1
 
     @property
@@ -119,7 +119,7 @@ class Clipped(Algorithm, ABC):
 
 
 def with_contrast(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Those of problems whose samples did not all earn the same."""
+    """The rollouts of problems whose samples did not all earn the same."""
     rewards: dict[str, set[float]] = {}
     for rollout in rollouts:
         rewards.setdefault(rollout.problem.id, set()).add(rollout.reward)
@@ -190,7 +190,7 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 def policy_metrics(
     logprobs: Tensor, old_logprobs: Tensor, *, clip_low: float, clip_high: float, weights: Tensor
 ) -> dict[str, Tensor]:
-    """How far the policy has moved from the one that sampled. Weighted means, but for
+    """How far the policy has moved from the one that sampled: weighted means, except
     `policy/ratio_max`."""
     log_ratio = (logprobs - old_logprobs).detach().clamp(-20, 20)
     ratio = log_ratio.exp()

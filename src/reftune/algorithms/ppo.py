@@ -1,6 +1,6 @@
 """Proximal policy optimization with a value head: ReFT's own algorithm.
 
-The defaults are the authors' code (preset `paper`); docs/deviations.md says where paper and code
+The defaults are the authors' code (preset `paper`); docs/deviations.md lists where paper and code
 disagree.
 """
 

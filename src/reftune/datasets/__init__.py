@@ -1,4 +1,4 @@
-"""Datasets: files, Hub ids or generators → problems. One file a dataset."""
+"""Datasets: files, Hub ids or generators → problems. One file per dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines: prompts → completions. One file an engine."""
+"""Engines: prompts → completions. One file per engine."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
 
 DROP_SHARE = 1 / 8
-"""Of the rows must have finished before they are dropped: dropping copies the cache of the others.
-"""
+"""Share of the rows that must have finished before they are dropped, which copies the cache of the
+others."""
 ROOM = 64
-"""Tokens that a cache which is full grows by."""
+"""Tokens by which a full cache grows."""
 BLOCK = 256
 """Tokens of the vocabulary whose probability is summed as one when a token is drawn."""
 Forward = Callable[[Tensor, Tensor, Any], Tensor]
@@ -48,14 +48,14 @@ class Kv(Component):
 
     @property
     def rows(self) -> int:
-        """Rows decoded at once, also outside a run, which chooses them."""
+        """Rows decoded at once, as a number even outside a run."""
         return 128 if self.batch_size == "auto" else self.batch_size
 
     @torch.no_grad()
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion a prompt, in order; see `reftune.engines.Engine`."""
+        """One completion per prompt, in order; see `reftune.engines.Engine`."""
         requests = [
             _Request(position=i, prompt=tuple(prompt))
             for i, prompt in enumerate(prompts, params.first_position)
@@ -75,8 +75,8 @@ class Kv(Component):
 
 @contextmanager
 def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
-    """How `policy` reads tokens while it decodes: through transformers, or written out in fewer
-    operations if `model.speed` knows the model. `pack`: reorder weights where that is faster."""
+    """How `policy` reads tokens while it decodes: through transformers, or with fewer operations if
+    `model.speed` supports the model. `pack`: reorder weights if that is faster."""
     if llama.is_written_out(policy.model):
         yield llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         return
@@ -155,7 +155,7 @@ class _Decoder:
         return cache, mask, self.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
-        """One number a token and row, a function of the seed and the row's position only; greedy
+        """One number per token and row, a function of the seed and the row's position only; greedy
         decoding needs none."""
         shape = (len(requests), self.params.max_new_tokens)
         if not requests or self.params.temperature == 0:
@@ -164,7 +164,7 @@ class _Decoder:
         return torch.from_numpy(np.stack(draws)).to(self.device)
 
     def step(self) -> None:
-        """Draw one token a row, drop rows that are done, and read the new tokens."""
+        """Draw one token per row, drop finished rows, and read the new tokens."""
         rows, stop, last = self.rows, self.policy.stop, self.params.max_new_tokens - 1
         # Rows join at different times: each takes the number of its own step.
         places = rows.lengths.clamp(max=last)[:, None]
@@ -190,7 +190,7 @@ class _Decoder:
             self.logits = self.forward(tokens[:, None], self.mask, self.cache)
 
     def _finish(self, done: Tensor) -> None:
-        """Give the requests of the rows `done` what was drawn for them."""
+        """Store what was drawn for the rows that are `done` in their requests."""
         columns = (done, self.rows.lengths[done], self.rows.tokens[done], self.rows.logprobs[done])
         for row, length, tokens, logprobs in zip(*(c.tolist() for c in columns), strict=True):
             request = self.active[row]
@@ -210,7 +210,7 @@ class _Decoder:
 
 
 class _Rows(NamedTuple):
-    """What is drawn for each of B rows, at most M tokens."""
+    """The tokens drawn for each of B rows, at most M."""
 
     uniforms: Tensor
     """(B, M), fp64"""
@@ -233,8 +233,8 @@ class _Rows(NamedTuple):
 
 
 class _RoomyLayer(DynamicLayer):
-    """A layer's cache whose tensors are views of larger ones, so that a token is written and not
-    appended by copying."""
+    """A layer's cache whose tensors are views of larger ones, so that a token is written in place
+    instead of appended by copying."""
 
     seen: Tensor | None = None
     """The keys as last written: when rows were selected or stacked since, they lie elsewhere."""

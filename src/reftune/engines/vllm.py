@@ -63,7 +63,7 @@ class Vllm(Component):
 
     @property
     def device_share(self) -> float:
-        """Of the device's memory that it takes for weights and a cache of its own."""
+        """Share of the device's memory that it takes for its own weights and cache."""
         return 0.0 if self.server else self.memory
 
     @property
@@ -128,7 +128,7 @@ class Vllm(Component):
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
         """Whether all servers hold the base of `policy`; the adapter `before` is dropped. A server
-        that does not know that one was started again, and has lost the base with it."""
+        without that adapter was restarted, and has lost the base too."""
         if before is None or before.policy() is not policy:
             return False
         name = before.adapter
@@ -230,7 +230,7 @@ class Colocated:
             except Exception as error:  # noqa: BLE001 - whatever vLLM makes of the model or the device
                 reason = " ".join(str(error).split())[:300]
                 raise EngineError(
-                    f"engine vllm: did not start: {reason}; VLLM_LOGGING_LEVEL=INFO tells more"
+                    f"engine vllm: did not start: {reason}; VLLM_LOGGING_LEVEL=INFO shows more"
                 ) from None
 
     def load(self, folder: Path) -> None:

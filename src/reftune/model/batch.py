@@ -17,7 +17,7 @@ from torch.nn import functional
 from reftune.processes import world
 
 GROUPS = 4
-"""Of sequences of similar length, each padded to its own longest for attention."""
+"""Groups of sequences of similar length, each padded to its own longest for attention."""
 MULTIPLE = 64
 """Packed tokens come in multiples of it: for every new number of them, products are prepared again,
 and memory that was freed does not fit."""
@@ -73,8 +73,8 @@ class TokenBatch:
         )
 
     def filled_up(self) -> TokenBatch:
-        """With one more sequence, without a response, where it takes that for a `MULTIPLE` of
-        tokens in all."""
+        """The batch, with one more sequence without a response if the number of tokens would not be
+        a `MULTIPLE`."""
         missing = -int(self.lengths.sum()) % MULTIPLE
         if not missing:
             return self
@@ -110,8 +110,8 @@ class TokenBatch:
 
 
 class Packing(NamedTuple):
-    """Where T packed tokens go while they attend: groups of sequences, each padded to its longest,
-    S slots in all."""
+    """Where T packed tokens go during attention: groups of sequences, each padded to its longest, S
+    slots in all."""
 
     slots: Tensor
     """(S,) The token in each slot; any token if there is none."""
@@ -181,13 +181,13 @@ class RolloutBatch:
     rewards: Tensor
     """(B,)"""
     correct: Tensor
-    """(B,) 1 where the answer was right, else 0."""
+    """(B,) 1 if the answer was right, else 0."""
     groups: Tensor
     """(B,) Equal integers for samples of one problem."""
     sampling_logprobs: Tensor
-    """As the engine reported them."""
+    """Log-probabilities reported by the engine."""
     logprobs: Tensor
-    """Of the policy that sampled, recomputed by the trainer."""
+    """Log-probabilities under the policy that sampled, recomputed by the trainer."""
     gold: Tensor | None = None
     """(B,) True for gold rationales, which the policy did not sample; None: it sampled them all."""
     ref_logprobs: Tensor | None = None
@@ -195,10 +195,10 @@ class RolloutBatch:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
-    """Share of each token in the loss of its minibatch; sums to 1 over the minibatch, or to less
-    where a part is missing."""
+    """Share of each token in the loss of its minibatch; sums to 1 over the minibatch, or to less if
+    a part is missing."""
     nll_weights: Tensor | None = None
-    """As `weights`, of a second term that raises the likelihood of some of the samples."""
+    """As `weights`, for a second term that raises the likelihood of some samples."""
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -1,5 +1,5 @@
-"""Gradient checkpointing (arXiv:1604.06174): of a block's activations only what enters it is kept;
-the backward pass computes the rest again, to the same bits."""
+"""Gradient checkpointing (arXiv:1604.06174): only the input of each block is kept; the backward
+pass recomputes its activations, to the same bits."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ class StopRule:
 def stop_rule(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
 ) -> StopRule:
-    """All end tokens of the tokenizer, of the model's config and generation config and of the chat
-    template, as far as the model has them."""
+    """All end tokens of the tokenizer, of the model's config and generation config, and of the chat
+    template, if there is one."""
     found = {
         *_ids(tokenizer.eos_token_id),
         *_ids(getattr(model.config, "eos_token_id", None)),

@@ -146,7 +146,7 @@ def load_pretrained(
 
 
 def saved_dtype(table: ModelTable) -> torch.dtype:
-    """Of the weights that a run leaves, see `model.save_dtype`. Raises: ModelError."""
+    """Dtype of the weights that a run saves; see `model.save_dtype`. Raises: ModelError."""
     import torch
 
     wanted = table.save_dtype or ("float32" if table.lora is None else "base")
@@ -221,8 +221,8 @@ def _cache_folder() -> Path:
 def make_scratch(
     table: ScratchTable, texts: Iterable[str], *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama-like model (Phi-3's architecture, which brings dropout) with random weights and
-    a word vocabulary."""
+    """A small Llama-like model (Phi-3's architecture, which has dropout) with random weights and a
+    word vocabulary."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 

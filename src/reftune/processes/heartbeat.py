@@ -15,12 +15,13 @@ INTERVAL_S = 1.0
 SOON_S = 4.0
 """Silence that names the process after something has failed."""
 SILENCE_S = 45.0
-"""Silence that is death by itself. A library may keep Python's threads waiting for seconds."""
+"""Seconds of silence after which a process counts as dead. A library may keep Python's threads
+waiting for seconds."""
 LEFT = b"left"
 
 
 class Heartbeat:
-    """This process's, and what it hears of the others."""
+    """This process's heartbeat, and what it knows of the others."""
 
     def __init__(self, store: Any, rank: int, size: int, lost: Callable[[int], None]) -> None:
         """`store` is for this alone; `lost(rank)` is called, in a thread, for a process that is

@@ -92,7 +92,7 @@ def _is_first(store: Any, own: int) -> bool:
 def _told(world: World, missing: int | None) -> str:
     other = "another one" if missing is None else f"process {missing}"
     return (
-        f"process {world.rank} of {world.size}: {other} ended without a word (killed? out of"
+        f"process {world.rank} of {world.size}: {other} ended without a message (killed? out of"
         " memory? its machine?); the same command continues from the last checkpoint"
     )
 
@@ -154,12 +154,12 @@ REFUSED = {
         "weights stay where they are trained; expected fsdp_offload_params: false"
     ),
     "FSDP_ACTIVATION_CHECKPOINTING": (
-        "expected false; the recipe's model.gradient_checkpointing says it"
+        "expected false; set model.gradient_checkpointing in the recipe"
     ),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-        "expected none; the recipe's model.micro_batch_tokens divides a step"
+        "expected none; set model.micro_batch_tokens in the recipe"
     ),
-    "ACCELERATE_GRADIENT_CLIPPING": "expected none; the recipe's optimizer.max_grad_norm says it",
+    "ACCELERATE_GRADIENT_CLIPPING": "expected none; set optimizer.max_grad_norm in the recipe",
 }
 """Settings of a launcher that would not be followed, and what to do instead."""
 UNASKED = ("false", "none", "auto", "")

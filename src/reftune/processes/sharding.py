@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharding:
-    """All weights in every process; gradients are summed once a step."""
+    """All weights in every process; gradients are summed once per step."""
 
     splits: ClassVar[bool] = False
     """Whether weights, gradients and optimizer state are split over the processes."""
@@ -30,8 +30,8 @@ class Sharding:
         return "weights whole in each (DDP)"
 
     def distribute(self, model: Any) -> None:
-        """Make `model` one that all processes train: with the main one's weights, split in place
-        if they are to be."""
+        """Prepare `model` for training by all processes: with the main one's weights, split in
+        place if sharded."""
         if world.world_size() == 1:
             return
         import torch.distributed as dist
@@ -133,7 +133,7 @@ class Fsdp2(Sharding):
 current = Sharding()
 """How this run holds weights."""
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Of split models: the same modules, to hold whole weights for a while."""
+"""Split models → the same modules, which hold whole weights for a while."""
 
 
 @contextmanager

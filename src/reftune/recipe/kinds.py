@@ -140,7 +140,7 @@ def _components_of(module: ModuleType) -> list[type[Component]]:
 
 def shipped_recipes() -> Path:
     """The recipes that come with reftune: beside the package in a wheel, at the root of the
-    repository where it is editable."""
+    repository in an editable install."""
     packaged = Path(__file__).parents[1] / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
 

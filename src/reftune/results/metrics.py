@@ -175,7 +175,7 @@ VERDICTS = {
     "memory": "out of memory",
     "forbidden": "forbidden access",
 }
-"""Verdict → what a person calls it."""
+"""Verdict → its name for readers."""
 
 PHASES = {
     "time/generate_s": "sampling",

@@ -28,7 +28,7 @@ from reftune.storage.run_folder import RunFolder
 RULES = {"maj": "voting", "rerank": "reranking"}
 
 Place = tuple[str, str, str]
-"""Model, task and rationale, by the paper's names where it has them."""
+"""Model, task and rationale, by the paper's names if it has them."""
 Cell = dict[str, Any]
 """The runs of one place as `--json` prints them."""
 

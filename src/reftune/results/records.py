@@ -212,8 +212,7 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """Without evaluations still being written: those with fewer problems than the longest, as far
-    as they go the same."""
+    """Without evaluations still being written: those that are a beginning of the longest one."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {

@@ -48,7 +48,7 @@ class Comparison:
     difference: float
     """Accuracy of `a` less accuracy of `b`; over seeds, the mean."""
     ci95: Interval
-    """Of the difference, by bootstrap over problems, or over seeds and problems."""
+    """95 % interval of the difference, by bootstrap over problems, or over seeds and problems."""
     n: int
     """Problems, a seed."""
     p_mcnemar: float | None = None
@@ -202,9 +202,9 @@ def compare_over_seeds(
     same_problems: bool,
     generator: np.random.Generator,
 ) -> Comparison:
-    """`a` against `b`, one array of booleans a seed each, paired by seed and by problem.
+    """`a` against `b`, one array of booleans per seed each, paired by seed and by problem.
 
-    `same_problems` says whether all seeds met the same problems, in one order; it chooses the
+    `same_problems` says whether all seeds answered the same problems, in one order; it chooses the
     bootstrap.
     """
     pairs = zip(correct_a, correct_b, strict=True)

@@ -67,7 +67,7 @@ class MethodScore:
     group: Group
     method: str
     label: str
-    """For a person; names the group if there are several."""
+    """Shown to the user; names the group if there are several."""
     outcomes: Mapping[str, Sequence[Outcomes]]
     """Decision rule → what was solved, an array a seed: `greedy`, and with samples `maj@k`,
     `rerank@k`, `pass@k`."""
@@ -429,8 +429,8 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A method's label as a person writes it; a group or a rule in it stays: `run/reft maj@8` →
-    `run: ReFT maj@8`."""
+    """A method's label as it is shown; a group or a rule in it stays: `run/reft maj@8` → `run: ReFT
+    maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)

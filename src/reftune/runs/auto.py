@@ -35,7 +35,7 @@ DTYPE, TOKENS, ROWS = KEYS = (
     ("engine", "batch_size"),
 )
 ROWS_UNFORESEEN = 32
-"""Decoded at once if no stage says what it costs."""
+"""Rows decoded at once if no stage states its cost."""
 VOCABULARY = 4096
 """Words of a model from scratch, about."""
 
@@ -65,7 +65,7 @@ def _choices(recipe: Recipe) -> Values:
 
 
 def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """What the device's memory allows in each stage that says what it costs."""
+    """What the device's memory allows in each stage that states its cost."""
     if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))

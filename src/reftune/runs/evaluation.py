@@ -1,5 +1,5 @@
-"""Evaluation of a chosen model: a greedy answer and n samples a problem, graded once, one JSON line
-a problem."""
+"""Evaluation of a chosen model: a greedy answer and n samples per problem, graded once, one JSON
+line per problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few solutions of a model with their verdicts, for a person to read."""
+"""A few solutions of a model with their verdicts, to read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sample_rows(
     *,
     temperature: float,
 ) -> list[dict[str, Any]]:
-    """One row a problem: question, gold, completion, verdict and the reason for it."""
+    """One row per problem: question, gold, completion, verdict and the reason for it."""
     solved = collector.solve(policy, problems, temperature=temperature, seed=recipe.seed)
     return [
         {
@@ -62,6 +62,6 @@ def sample_rows(
 
 
 def solution_text(row: Mapping[str, Any]) -> str:
-    """A row as a person reads it."""
+    """A row as readable text."""
     verdict = f"→ {row['verdict']}: {row['reason']}"
     return printable(f"{row['question']}\n\n{row['completion']}\n\n{verdict}")

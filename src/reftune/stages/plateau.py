@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LOOKS = 4
-"""Looks at dev over which a rise is measured; docs/results/handover.md compares 2 to 5."""
+"""Looks at dev over which a rise is measured; docs/handover.md compares 2 to 5."""
 Z95 = 1.959964
 
 

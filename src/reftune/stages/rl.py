@@ -232,7 +232,7 @@ class Trainer:
         """`updates` passes over the rollout, in `minibatches` optimizer steps each, fewer if the
         numbers of one are not finite; metrics, means over the steps.
 
-        Raises: NonFiniteError if the recipe does not allow a step to be left out.
+        Raises: NonFiniteError if the recipe does not allow skipping a step.
         """
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
@@ -308,8 +308,7 @@ SAMPLES_KEPT = 4
 """Sampled solutions of each step that are written to samples.jsonl, besides the longest and one
 over its time limit."""
 PROBLEMS_FOLLOWED = 16
-"""Training problems whose solutions are kept whenever they are sampled, so that one sees how they
-change."""
+"""Training problems whose solutions are kept whenever they are sampled, to see how they change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
@@ -402,8 +401,8 @@ def value_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 
 def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
-    """The samples of a batch with the numbers that went into its loss, for a person who looks for
-    the wrong one."""
+    """The samples of a batch with the numbers that went into its loss, for finding the wrong
+    one."""
     lengths, responses = batch.tokens.lengths.tolist(), batch.tokens.response_lengths.tolist()
     rows: list[dict[str, Any]] = []
     for i, (length, response) in enumerate(zip(lengths, responses, strict=True)):

@@ -27,8 +27,8 @@ from reftune.storage.json_lines import JsonLines, in_parts
 from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000
-"""Drawn between two writes to disk, about; sampling that was stopped continues after the last whole
-part."""
+"""About how many samples are drawn between two writes to disk; stopped sampling continues after the
+last whole part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Samples:
     graded: tuple[Graded, ...]
     """Without reasons."""
     num_tokens: int
-    """Of all together."""
+    """Tokens of all samples together."""
 
     @property
     def correct(self) -> list[str]:
@@ -68,8 +68,8 @@ class Sampled(Stage, ABC):
     def draw(
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
-        """`num` samples of every problem, written to `path`, a line a problem; what is there
-        already is not drawn again.
+        """`num` samples of every problem, written to `path`, one line per problem; existing lines
+        are not drawn again.
 
         A problem's samples are a function of the sampler's weights, the seed and the problem's
         position.
@@ -112,7 +112,7 @@ def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[st
 
 
 def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
-    """Of a line that `_rows` made."""
+    """The samples in a line that `_rows` wrote."""
     attempts = [Attempt.from_row(sample) for sample in row["samples"]]
     return Samples(
         problem=problem,
@@ -151,7 +151,7 @@ class SelfTrain(Sampled):
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """At most: equal samples count once."""
+        """Cost at most: equal samples count once."""
         return self.sft.cost_of_rows(
             (1 + self.keep) * num_train, sampled_before=self.samples * num_train
         )
@@ -226,5 +226,5 @@ def _listed(gold: str | None) -> list[str]:
 
 
 def gold_text(problem: Problem, encoder: Encoder) -> str | None:
-    """The gold continuation, where there is one."""
+    """The gold continuation, if there is one."""
     return None if problem.rationale is None else encoder.format.target(problem)

@@ -35,7 +35,7 @@ class Schedule(TrainingTable):
     """Epochs between looks at dev; the best model on dev is the stage's result."""
 
     def cost_of_rows(self, num_rows: int, *, sampled_before: int = 0) -> Cost:
-        """What training on so many rows does."""
+        """Cost of training on `num_rows` rows."""
         return Cost(
             steps=self.epochs * num_rows / self.batch_size,
             batch=self.batch_size,
@@ -158,7 +158,7 @@ class Task(Protocol):
         """Add the gradient of these examples; metrics. Raises: NonFiniteError before it is used."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-        """The examples, for a person to read if a step's numbers are not finite."""
+        """The examples in readable form, saved if a step's numbers are not finite."""
 
 
 class Imitation:
@@ -231,8 +231,8 @@ def train_in_epochs(
 
 
 def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
-    """Add the gradient of the token-mean negative log-likelihood of the responses; its value, nats
-    a token.
+    """Add the gradient of the token-mean negative log-likelihood of the responses; its value, in
+    nats per token.
 
     Raises: NonFiniteError before the gradient is used.
     """

@@ -1,1 +1,1 @@
-"""What a person types and sees."""
+"""What a user types and sees."""

@@ -49,7 +49,7 @@ SMALL_HIDDEN_SIZE = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wishes:
-    """What a person was asked."""
+    """What the user answered."""
 
     data: str
     """Training questions: a file, a folder with one file per split, or a Hub id."""
@@ -111,7 +111,7 @@ def guess_format(data: str, columns: Mapping[str, Any]) -> str:
 
 
 def _load(wishes: Wishes) -> Splits:
-    """The data. Raises: DataError, also if there is nothing for dev."""
+    """The data. Raises: DataError, even if only dev is missing."""
     dataset = Jsonl.model_validate(
         {"kind": "jsonl", "train": wishes.data, "test": wishes.test, "columns": wishes.columns}
     )
@@ -198,7 +198,7 @@ def _lengths(
     if _most(prompts) > room:
         raise ModelError(
             f"the model's context of {context} tokens is too short for these data: a solution takes"
-            f" {max_new}, and a tenth of the prompts takes more than {max(0, room)}"
+            f" {max_new}, and a tenth of the prompts take more than {max(0, room)}"
         )
     return _Lengths(max_new=max_new, context=context or 0, drops=prompts[-1] > room)
 

@@ -130,11 +130,11 @@ def _gold_finding(
     share, least = 1 - len(wrong) / len(problems), subject.recipe.check.min_gold_correct
     message = f"{share:.2%} of {len(problems)} {what} are graded correct"
     if share < least:
-        remedy = "mend the rows, choose the format that fits them, or waive this check"
+        remedy = "fix the rows, choose the format that fits them, or waive this check"
         return fail(
             f"{message}, below {least:.0%}: the reward would punish right solutions", remedy, wrong
         )
-    return warn(message, "mend or drop these rows", wrong) if wrong else ok(message)
+    return warn(message, "fix or drop these rows", wrong) if wrong else ok(message)
 
 
 def check_grader_refuses(subject: Subject) -> Finding:
@@ -187,7 +187,7 @@ def check_reward(subject: Subject) -> Finding:
             for what, written in texts.items()
         }
     except RewardError as error:
-        return fail(str(error), "mend the reward function")
+        return fail(str(error), "fix the reward function")
     gold, *others = paid.values()
     message = ", ".join(f"{what} earns {reward:.3g}" for what, reward in paid.items())
     return (
@@ -230,7 +230,7 @@ def check_reward_errors(subject: Subject) -> Finding:
             for kind, cases in changed.items()
         }
     except RewardError as error:
-        return fail(str(error), "mend the reward function")
+        return fail(str(error), "fix the reward function")
     if gold <= nothing:
         return ok("not measured: gold solutions earn no more than empty texts")
     much = (gold + nothing) / 2

@@ -1,4 +1,4 @@
-"""What a check says, for a person and as JSON."""
+"""The result of a check, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -73,10 +73,11 @@ class CheckReport:
     recipe: str
     findings: tuple[Finding, ...]
     golds: tuple[GoldKind, ...]
-    """The kinds of answer that were read, with examples."""
+    """The kinds of answer found, with examples."""
     preview: Preview | None
     method: str
-    """Whose samples are shown: what RL starts from once it is trained, the base model before."""
+    """Whose samples are shown: the model RL starts from once it is trained, before that the base
+    model."""
     samples: tuple[dict[str, Any], ...]
 
     @property
@@ -91,7 +92,7 @@ class CheckReport:
         return json.dumps(document, indent=2, ensure_ascii=False)
 
     def to_text(self) -> str:
-        """For a person."""
+        """The report as text."""
         parts = ["\n".join(_finding_text(finding) for finding in self.findings)]
         parts += [golds_text(self.golds)] if self.golds else []
         if self.preview is not None:

@@ -30,7 +30,7 @@ class Row:
 
     @property
     def ids(self) -> list[int]:
-        """With the end token."""
+        """The target's ids, with the end token."""
         return [*self.prompt_ids, *self.target_ids]
 
 
@@ -46,9 +46,10 @@ class Subject:
     prompts: dict[str, dict[str, list[int]]]
     """Split → problem id → prompt ids."""
     method: str
-    """Whose weights `policy` has: what RL starts from once it is trained, the base model before."""
+    """Whose weights `policy` has: the model RL starts from once it is trained, before that the base
+    model."""
     num_methods: int
-    """To be evaluated in the end."""
+    """Methods evaluated at the end."""
 
     @property
     def encoder(self) -> Encoder:
@@ -73,7 +74,7 @@ class Subject:
 
     @property
     def fitting_rows(self) -> list[Row]:
-        """Those that are trained on: neither prompt nor target is too long."""
+        """The rows that are trained on: neither prompt nor target is too long."""
         most = self.recipe.lengths.max_new
         return [
             row

@@ -1,4 +1,4 @@
-"""Formats: how a problem is put to the model and how its completion is graded. One file a
+"""Formats: how a problem is put to the model and how its completion is graded. One file per
 format."""
 
 from __future__ import annotations

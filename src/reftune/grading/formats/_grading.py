@@ -1,4 +1,4 @@
-"""`grading`: the grader's rules, or a person's own grader."""
+"""`grading`: the grader's rules, or a user's own grader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reftune.types import Graded, Problem, Verdict
 
 RULES = ("robust", "paper")
 Grader = Callable[[str, Problem], object]
-"""A person's own: (completion, or what its program returned, and the problem) → a `Graded`, or
+"""A user's own grader: (completion, or what its program returned, and the problem) → a `Graded`, or
 whether it is right."""
 
 

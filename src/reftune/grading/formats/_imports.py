@@ -51,8 +51,8 @@ class _Import:
 def without_unused_imports(program: str) -> str:
     """`program` with `pass` in place of unused imports.
 
-    A name is used if it occurs anywhere else but behind a dot, in an f-string, or in any string of
-    a program that evaluates strings. Imports of modules that reach outside stay, so that they are
+    A name is used if it occurs anywhere except after a dot, in an f-string, or in any string of a
+    program that evaluates strings. Imports of modules that reach outside stay, so that they are
     noticed, and so does `import *`.
     """
     if "import" not in program:

@@ -1,5 +1,5 @@
 """Runs programs for the subprocess sandbox, each in a process of its own that is forked from this
-one. Started as a script with an environment of ours; imports nothing of ours.
+one. Started as a script with a prepared environment; imports nothing from reftune.
 
 What it forks is warm: the interpreter has started, and the packages that the programs use are
 imported. This process only forks, waits and kills; it never reads a program. Its settings are one

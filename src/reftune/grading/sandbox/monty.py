@@ -24,7 +24,7 @@ from reftune.grading.sandbox.result import (
 )
 
 GRACE_S = 0.25
-"""How long a program over its time limit may take to stop by itself before its worker is killed."""
+"""How long a program over its time limit may take to stop before its worker is killed."""
 
 
 # --- monty ----------------------------------------------------------------------------------------

@@ -80,8 +80,8 @@ def num_heads(attention: Any) -> tuple[int, int]:
 
 
 def read_packed(backbone: Any, packed: PackedTokens, *, recompute: bool = False) -> Tensor:
-    """(T, H) last hidden states of packed tokens; `backbone` is the transformer without its
-    output embedding. `recompute`: of each block only its input is kept for the backward pass."""
+    """(T, H) last hidden states of packed tokens; `backbone` is the transformer without its output
+    embedding. `recompute`: keep only each block's input for the backward pass."""
     hidden: Tensor = backbone.embed_tokens(packed.tokens)
     cos, sin = (part[0, :, None] for part in backbone.rotary_emb(hidden, packed.positions[None]))
     read = partial(recomputed, _read_block) if recompute else _read_block
@@ -316,8 +316,8 @@ class _Norm:
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
-    """(B, 1, S, T), True where a token reads another; padding reads itself, as a softmax over
-    nothing is not a number."""
+    """(B, 1, S, T), True where a token attends to another; padding attends to itself, because a
+    softmax over nothing is not a number."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible

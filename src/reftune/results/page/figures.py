@@ -27,7 +27,8 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
 
     Returns: the files.
 
-    Raises: DataError if a run is missing, damaged or unfinished, or if runs met different problems.
+    Raises: DataError if a run is missing, damaged or unfinished, or if runs answered different
+    problems.
     """
     groups = read_groups(run_dirs)
     table, dev = score_table(groups), dev_chart(groups)
