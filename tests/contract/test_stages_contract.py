@@ -1,5 +1,5 @@
-"""What every stage promises. A new file in src/reftune/stages joins by itself, once it has a table
-of keys here."""
+"""What every stage promises. A new file in src/reftune/stages joins by itself: its smallest table
+of keys is made from its fields."""
 
 from __future__ import annotations
 
@@ -8,23 +8,39 @@ from typing import Any
 
 import pytest
 
-from reftune.recipe import known_kinds
+from reftune.recipe import Table, component_class, known_kinds
 from reftune.runs.run import methods_to_evaluate, open_run
 from reftune.stages.progress import SilentProgress
 from reftune.stages.stage import Cost, Stage
 from reftune.storage.json_lines import JsonLines
 
-OPTIMIZER = {"learning_rate": 0.01}
-SCHEDULE = {"epochs": 1, "batch_size": 8, "optimizer": OPTIMIZER}
-SAMPLED = {"init": "sft", "sampler": "warmup", "samples": 2}
-KEYS: dict[str, dict[str, Any]] = {
-    "sft": {"init": "sft", **SCHEDULE},
-    "rl": {"init": "sft", "steps": 2, "prompts": 2, "samples": 2, "optimizer": OPTIMIZER},
-    "self_train": {**SAMPLED, "sft": SCHEDULE},
-    "reward_model": {**SAMPLED, "dev_samples": 2, **SCHEDULE},
+KNOWN: dict[str, Any] = {
+    "init": "sft",
+    "sampler": "warmup",
+    "samples": 2,
+    "dev_samples": 2,
+    "epochs": 1,
+    "batch_size": 8,
+    "learning_rate": 0.01,
 }
-"""The smallest stage of each kind that starts from the model of stage `sft`."""
+"""Keys by name, in whatever stage; other required ones are 2."""
+
+
+def smallest(table: type[Table]) -> dict[str, Any]:
+    """The smallest table: `KNOWN` keys, and what is required."""
+    keys: dict[str, Any] = {}
+    for name, field in table.model_fields.items():
+        if name in KNOWN:
+            keys[name] = KNOWN[name]
+        elif field.is_required():
+            is_table = isinstance(field.annotation, type) and issubclass(field.annotation, Table)
+            keys[name] = smallest(field.annotation) if is_table else 2
+    return keys
+
+
 KINDS = known_kinds("stages")
+KEYS = {kind: smallest(component_class(kind, group="stages")) for kind in KINDS}
+"""The smallest stage of each kind that starts from the model of stage `sft`."""
 each_stage = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.errors import RewardError
+from reftune.errors import DataError, RewardError
 from reftune.grading.voting import majority_vote
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import TokenScores
@@ -26,18 +26,23 @@ def example(name: str, group: str, **keys):
 
 
 def sums(**keys):
-    return example("dataset.py:Sums", "datasets", **keys)
+    return example("dataset.py:Sums", "datasets", train=str(EXAMPLES / "sums"), **keys)
 
 
 def test_the_dataset_gives_disjoint_splits_of_a_seed():
-    splits = sums(train=20, dev=5, test=5).load(seed=3)
-    assert [len(splits.train), len(splits.dev), len(splits.test)] == [20, 5, 5]
-    assert len({problem.id for problem in (*splits.train, *splits.dev, *splits.test)}) == 30
-    assert (
-        splits
-        == sums(train=20, dev=5, test=5).load(seed=3)
-        != sums(train=20, dev=5, test=5).load(seed=4)
-    )
+    # 6 × 6 × 6 sums in two files, 30 of them for test
+    splits = sums(dev_size=5).load(seed=3)
+    assert [len(splits.train), len(splits.dev), len(splits.test)] == [181, 5, 30]
+    assert len({p.question for p in (*splits.train, *splits.dev, *splits.test)}) == 216
+    assert splits == sums(dev_size=5).load(seed=3) != sums(dev_size=5).load(seed=4)
+    first = splits.train[0]
+    assert all(str(first.answer) in text for text in (first.rationale, str(first.answer.value)))
+
+
+def test_a_wrong_row_of_the_dataset_is_named(tmp_path: Path):
+    (tmp_path / "train.csv").write_text("a,b,c\n1,2,3\n1,x,3\n")
+    with pytest.raises(DataError, match=r"train\.csv:3: b is 'x'; expected a number"):
+        example("dataset.py:Sums", "datasets", train=str(tmp_path / "train.csv")).load(seed=0)
 
 
 def test_the_format_grades_its_own_targets_and_refuses_a_text_without_tags():
@@ -146,9 +151,8 @@ def test_a_recipe_runs_with_all_of_them(tmp_path: Path, monkeypatch: pytest.Monk
     smaller = [
         "model.scratch.hidden_size=16",
         "model.scratch.layers=1",
-        "dataset.train=12",
-        "dataset.dev=3",
-        "dataset.test=3",
+        "evaluate.limit=3",
+        "dataset.dev_size=3",
         "lengths.max_new=24",
         "stages.warmup.epochs=1",
         "stages.warmup.eval_every=1",

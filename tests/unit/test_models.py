@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,7 +281,23 @@ def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_s
     )
 
 
-def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(make_recipe, monkeypatch):
+CHOICES: dict[str, Any] = {
+    "format": {"kind": "nl"},
+    "reward": {"kind": "outcome"},
+    "dataset": {
+        "rationale": "nl",
+        "answer": "choice",
+        "numbers": [2, 9],
+        "max_value": 81,
+        "operations": [1, 1],
+    },
+}
+
+
+@pytest.mark.parametrize("changes", [{}, CHOICES], ids=["numbers", "choices"])
+def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(
+    make_recipe, monkeypatch, changes
+):
     read: list[str] = []
 
     def counting(original):
@@ -292,7 +309,9 @@ def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(make_recipe,
 
     for name in ("load_model", "load_pretrained"):
         monkeypatch.setattr(f"reftune.runs.run.{name}", counting(getattr(run_module, name)))
-    recipe = make_recipe(evaluate={"samples": 0, "stages": None})
+    recipe = make_recipe(evaluate={"samples": 0, "stages": None}, **changes)
     run_module.run_recipe(recipe, progress=SilentProgress())
-    # SFT from the base model leaves warmup and sft; PPO starts from warmup, which is handed on
+    # SFT from the base model leaves warmup and sft; PPO starts from warmup, which is handed on, and
+    # the probes of choices ask the model that was evaluated
+    assert (recipe.folder / "eval" / "choices" / "reft.jsonl").exists() == bool(changes)
     assert read == ["base", "sft", "warmup", "reft"]
