@@ -39,6 +39,7 @@ def compared(a: str, b: str, difference: float, low: float, high: float) -> dict
 def table(*comparisons: dict[str, Any], methods: str = "sft offline_st reft") -> dict[str, Any]:
     score = {"accuracy": 0.5, "ci95": [0.4, 0.6]}
     return {
+        "commit": "1234567",
         "seeds": 5,
         "baseline": "sft",
         "methods": {name: {"scores": {"greedy": score}} for name in methods.split()},
@@ -63,6 +64,7 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
     assert (
         "| ReFT beats offline self-training | the opposite holds: −4.0 [−7.0, −1.0] | – |" in page
     )
+    assert "Seeds: 5. Commit 1234567." in page
     assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page
 
 
