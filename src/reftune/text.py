@@ -16,6 +16,12 @@ def printable(text: str) -> str:
     )
 
 
+def shown(value: object) -> str:
+    """A value for an error message: one short line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def clock(seconds: float) -> str:
     """`0:31`, `1:02:03`"""
     minutes, second = divmod(round(seconds), 60)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reftune.grading.formats.nl import Nl
-from reftune.grading.kinds import told_gold
+from reftune.grading.golds import read_gold
 from reftune.grading.rewards import Reward
 from reftune.recipe import known_kinds, load_component
 from reftune.types import Answer, Completion, Graded, Problem, Verdict
@@ -39,10 +39,10 @@ def reward(request: pytest.FixtureRequest, tmp_path: Path) -> Reward:
 def answers() -> list[Answer]:
     """One gold of each kind that needs no further package."""
     told = [
-        told_gold(["Accra", "Akkra"], "any_of"),
-        told_gold([1, 2, 3], "list"),
-        told_gold(["red", "blue"], "set"),
-        told_gold(r"[A-Z]\d", "regex"),
+        read_gold(["Accra", "Akkra"], "any_of"),
+        read_gold([1, 2, 3], "list"),
+        read_gold(["red", "blue"], "set"),
+        read_gold(r"[A-Z]\d", "regex"),
     ]
     return [
         Answer(kind="number", value=Fraction(7, 2)),

@@ -16,7 +16,7 @@ from reftune.errors import DataError, RecipeError
 from reftune.grading import mathematics
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
-from reftune.grading.kinds import told_gold, worded_gold
+from reftune.grading.golds import read_gold, worded_gold
 from reftune.grading.options import read_choice, unlettered
 from reftune.grading.rewards.outcome import Outcome
 from reftune.grading.verdicts import grade_answer, grade_value
@@ -27,9 +27,7 @@ CORRECT, WRONG, NO_ANSWER, ERROR, TIMEOUT, _, _ = Verdict
 
 
 def problem(gold: object, kind: AnswerKind | None = None, **others: Any) -> Problem:
-    answer = None if kind is None else told_gold(gold, kind)
-    if answer is None:
-        answer = Answer(kind="text", value=str(gold)) if kind else worded_gold(str(gold))
+    answer = worded_gold(str(gold)) if kind is None else read_gold(gold, kind)
     return Problem(id="p", question="?", answer=answer, **others)
 
 
@@ -74,15 +72,15 @@ def test_the_kind_is_told_by_the_gold(gold: str, kind: str) -> None:
 def test_a_list_needs_to_be_told_how_it_is_meant() -> None:
     for kind in ("text", "latex", "number"):
         with pytest.raises(DataError, match=r"any_of \(accepted spellings\), list"):
-            told_gold(["Accra", "ACCRA"], kind)  # type: ignore[arg-type]
-    assert told_gold(["Accra", "ACCRA"], "any_of") == Answer(
+            read_gold(["Accra", "ACCRA"], kind)  # type: ignore[arg-type]
+    assert read_gold(["Accra", "ACCRA"], "any_of") == Answer(
         kind="any_of", value="Accra", items=("Accra", "ACCRA")
     )
-    assert told_gold("[2, 3]", "list") == Answer(kind="list", value="2, 3", items=("2", "3"))
-    assert told_gold("3; 4", "set") == Answer(kind="set", value="3, 4", items=("3", "4"))
+    assert read_gold("[2, 3]", "list") == Answer(kind="list", value="2, 3", items=("2", "3"))
+    assert read_gold("3; 4", "set") == Answer(kind="set", value="3, 4", items=("3", "4"))
     for empty in ([], [""], [None]):
         with pytest.raises(DataError):
-            told_gold(empty, "list")
+            read_gold(empty, "list")
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -222,7 +220,8 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wrong_answer(
     child = tmp_path / "child.py"
     child.write_text("import sys\nsys.exit(1)")
     monkeypatch.setattr(mathematics, "CHILD", child)
-    monkeypatch.setattr(mathematics, "_WORKERS", mathematics._Workers())
+    monkeypatch.setattr(mathematics, "_IDLE", mathematics._IDLE.__class__())
+    mathematics._IDLE.put(mathematics._Worker())
     graded = grade_answer("3 + x + y", problem("x + 3 + y"))
     assert graded.verdict is ERROR
     assert "died" in graded.reason
@@ -305,15 +304,18 @@ def test_a_pattern_must_match_all_of_the_answer(text: str, pattern: str, expecte
     assert verdict(text, pattern, "regex") is expected
 
 
-def test_a_pattern_without_end_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mathematics, "TIMEOUT_S", 1.0)
-    assert verdict("a" * 40, r"(a+)+b", "regex") is TIMEOUT
+def test_a_pattern_without_end_is_a_timeout_within_a_second() -> None:
+    started = time.monotonic()
+    assert verdict("a" * 2000, r"(([a-z])+.)+[A-Z]([a-z])+", "regex") is TIMEOUT
+    assert verdict("1,2,3,4,5,6,7,8,9," * 40, r"(.*?,){11}P", "regex") is TIMEOUT
+    assert time.monotonic() - started < 10
+    assert verdict("a" * 2000, r"(a+)+b", "regex") is WRONG
     assert verdict("aab", r"(a+)+b", "regex") is CORRECT
 
 
 def test_a_pattern_that_is_none_is_refused() -> None:
     with pytest.raises(DataError, match="not a regular expression"):
-        told_gold("(", "regex")
+        read_gold("(", "regex")
 
 
 # --- values of programs ---------------------------------------------------------------------------

@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 
 from reftune.grading.golds import read_gold
 from reftune.grading.markers import answer_text
-from reftune.grading.numbers import (
-    Number,
-    num_decimals,
-    numbers_equal,
-    parse_number,
-    read_number,
-    spell,
-)
+from reftune.grading.numbers import Number, num_decimals, numbers_equal, parse_number, spell
 from reftune.grading.options import read_choice
 from reftune.grading.paper_rules import grade_completion_paper, grade_value_paper
 from reftune.grading.verdicts import MAX_VALUE_CHARS, grade_answer, grade_completion, grade_value
@@ -53,6 +46,11 @@ def outcome(graded: Graded) -> tuple[Verdict, str | None]:
 
 
 # --- numbers --------------------------------------------------------------------------------------
+
+
+def read_number(text: str) -> Fraction | None:
+    number = parse_number(text)
+    return None if number is None else number.value
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
         [],
         {
             "train.jsonl": rows(
-                row(4, rationale=PROGRAM), row(5, rationale=PROGRAM), row(6, rationale=PROGRAM)
+                *(row(a, rationale=f"def solution():\n    return {a + 1}") for a in (4, 5, 6))
             )
         },
         r"problem train-[456]: its rationale is a program; expected words, or format\.kind=program",
@@ -151,7 +151,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "choice the grader cannot read": (
         [],
         {"train.jsonl": rows(row(4)).replace('"rationale"', '"choices": ["1", "9"], "rationale"')},
-        r"train\.jsonl:1: answer '2'; expected a letter from a to b or the text of one option",
+        r"train\.jsonl:1: answer is '2'; expected a letter from a to b or the text of one option",
     ),
     "answer that is null": (
         [],

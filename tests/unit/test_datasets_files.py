@@ -169,3 +169,20 @@ def test_a_table_with_the_line_ends_of_an_old_mac_is_read(tmp_path: Path) -> Non
 def test_utf_16_without_its_mark_is_refused_with_the_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bare.csv:1: holds a NUL; expected UTF-8"):
         read(tmp_path / "bare.csv", "question,answer\n1 + 1?,2\n".encode("utf-16-le"))
+
+
+def test_percentages_of_excel_are_read_as_they_are_shown(tmp_path: Path) -> None:
+    # the cell holds 0.25 and shows 25%; a quoted sign is only decoration, and 25 shows 25%
+    from openpyxl import Workbook
+
+    book = Workbook()
+    sheet = book.worksheets[0]
+    sheet.append(["question", "answer"])
+    cells = [(0.25, "0%"), (0.125, "0.00%"), (0.07, "0%"), (-0.5, "0%;[Red]-0%"), (1, "0%")]
+    cells += [(25, '0"%"'), (0.25, "0.00"), ("5%", "@"), (1250, "#,##0")]
+    for number, (value, shown_as) in enumerate(cells, start=2):
+        sheet.append([f"q{number}", value])
+        sheet.cell(number, 2).number_format = shown_as
+    book.save(tmp_path / "data.xlsx")
+    golds = [row.columns["answer"] for row in read_rows(str(tmp_path / "data.xlsx"), "train")]
+    assert golds == ["25%", "12.5%", "7%", "-50%", "100%", "25", "0.25", "5%", "1250"]

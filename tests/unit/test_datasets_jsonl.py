@@ -95,12 +95,12 @@ def test_numeric_options_are_matched_by_their_text(tmp_path: Path) -> None:
     [
         (
             {**CHOICE, "answer": 1},
-            r"answer '1'; expected a letter from a to c or the text of one option",
+            r"answer is 1; expected a letter from a to c or the text of one option",
         ),
-        ({**CHOICE, "answer": "d"}, r"answer 'd'; expected a letter from a to c"),
+        ({**CHOICE, "answer": "d"}, r"answer is 'd'; expected a letter from a to c"),
         (
             {**CHOICE, "choices": ["one", "one"], "answer": "one"},
-            r"answer 'one'; expected a letter from a to b",
+            r"answer is 'one'; expected a letter from a to b",
         ),
         (
             {**CHOICE, "choices": ["one"]},
@@ -144,8 +144,7 @@ def test_every_row_has_a_kind_of_its_own(tmp_path: Path) -> None:
         Answer(kind="choice", value="b"),
     ]
     with pytest.raises(
-        DataError,
-        match=r"data.jsonl:2: answer is 'Paris'; expected a number \(or dataset.answer_kind=text\)",
+        DataError, match=r"data.jsonl:2: answer is 'Paris'; expected a number and nothing else"
     ):
         load(tmp_path, *rows, answer_kind="number")
 

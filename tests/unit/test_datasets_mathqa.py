@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from reftune.datasets import Splits
-from reftune.datasets.mathqa import Mathqa, option_number, option_value, read_options, repaired
+from reftune.datasets.mathqa import Mathqa, option_answer, option_value, read_options, repaired
 from reftune.datasets.reading.mathqa_formula import OPERATIONS, formula_steps
 from reftune.datasets.reading.programs import program
 from reftune.errors import DataError
@@ -195,7 +195,9 @@ def test_numeric_test_rows_without_a_number_are_left_out_and_counted(tmp_path: P
     ],
 )
 def test_options_that_say_one_number_are_read(text: str, value: Fraction) -> None:
-    assert option_number(text) == value
+    answer = option_answer(text)
+    assert answer is not None
+    assert answer.value == value
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_options_that_say_one_number_are_read(text: str, value: Fraction) -> Non
     ],
 )
 def test_options_that_say_none_or_several_are_not(text: str) -> None:
-    assert option_number(text) is None
+    assert option_answer(text) is None
 
 
 def test_a_ratio_is_a_value_but_no_number() -> None:

@@ -146,9 +146,9 @@ def test_a_position_counts_from_what_the_recipe_says(
     row = {"question": "q", "choices": ["x", "y", "z"], "answer": 1}
     (problem,) = load(tmp_path, row, positions_from=first)
     assert problem.answer.value == letter
-    with pytest.raises(DataError, match=r":1: answer '1'; .*dataset.positions_from"):
+    with pytest.raises(DataError, match=r":1: answer is 1; .*dataset.positions_from"):
         load(tmp_path, row)
-    with pytest.raises(DataError, match=r":1: answer '4'; expected a letter from a to c"):
+    with pytest.raises(DataError, match=r":1: answer is 4; expected a letter from a to c"):
         load(tmp_path, {**row, "answer": 4}, positions_from=first)
 
 
@@ -167,14 +167,14 @@ def test_a_position_counts_from_what_the_recipe_says(
         ({"messages": [SYSTEM, REPLY]}, "messages asks nothing"),
         (
             {"question": "q", "answer": ["13"]},
-            r"answer: .* got the list \['13'\]; answer_kind: any_of",
+            r"answer is \['13'\], a list; expected .* answer_kind: any_of",
         ),
-        ({"question": "q", "answer": {"value": 13}}, "answer is {'value': 13}; expected one"),
+        ({"question": "q", "answer": {"value": 13}}, "answer is {'value': 13}; expected a number"),
         (
             {"instruction": "q", "output": "We think about it for long. " * 9},
             "output is .*; expected an answer, or a solution that marks it",
         ),
-        ({"question": "q", "answer": "  "}, "answer is '  '; expected an answer"),
+        ({"question": "q", "answer": "  "}, "answer is ''; expected a number"),
     ],
 )
 def test_rows_that_say_no_answer_are_refused_with_their_line(
@@ -207,3 +207,49 @@ def test_a_rationale_that_contradicts_its_gold_is_dropped_and_counted(
     splits = Jsonl(kind="jsonl", train=str(path), dev_size=0).load(seed=0)
     assert [problem.rationale for problem in splits.train] == rationales[:2]
     assert splits.counts == {reason: 1}
+
+
+def test_rationales_that_contradict_are_dropped_from_mixed_files_too(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    mixed = [*STATED, *PROGRAMS]
+    rows = [{"question": f"q{i}", "answer": 13, "rationale": r} for i, r in enumerate(mixed)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = Jsonl(kind="jsonl", train=str(path), dev_size=0).load(seed=0)
+    assert [problem.rationale for problem in splits.train] == [*STATED[:2], *PROGRAMS[:2]]
+    assert splits.counts == {"program_disagrees": 1, "rationale_disagrees": 1}
+
+
+def test_rationales_are_read_with_the_decimal_separator_of_the_golds(tmp_path: Path) -> None:
+    # read as English, 1.250 is another number than the gold 1250
+    row = {"question": "q", "answer": "1.250", "rationale": "So it is. The answer is 1.250."}
+    (problem,) = load(tmp_path, row, decimal=",")
+    assert problem.rationale == row["rationale"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "found"),
+    [
+        ("data.jsonl", '{"question": "q", "answer": 5}\n{"question": "r", "answer": NaN}\n', "nan"),
+        (
+            "data.jsonl",
+            '{"question": "q", "answer": 5}\n{"question": "r", "answer": null}\n',
+            "None",
+        ),
+        ("data.jsonl", '{"question": "q", "answer": 5}\n{"question": "r"}\n', "None"),
+        ("data.csv", "question,answer\nq,5\nr,\n", "None"),
+        ("data.csv", "question,answer\nq,5\nr,nan\n", "'nan'"),
+        ("data.csv", "question,answer\nq,5\nr,NaN\n", "'NaN'"),
+        ("data.csv", 'question,answer\nq,5\nr,"  "\n', "''"),
+    ],
+)
+def test_a_missing_gold_is_named_with_its_line(
+    tmp_path: Path, name: str, data: str, found: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(data)
+    line = 2 if name.endswith("jsonl") else 3
+    with pytest.raises(
+        DataError,
+        match=rf"{name}:{line}: .*answer.* is {found}; expected|{name}:{line}: no column 'answer'",
+    ):
+        Jsonl(kind="jsonl", train=str(path), dev_size=0).load(seed=0)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from reftune.errors import DataError
 from reftune.grading.golds import number_in_gold, read_gold
 from reftune.grading.markers import Reading
-from reftune.grading.numbers import parse_number
+from reftune.grading.numbers import Number, parse_number
+from reftune.grading.plain_text import with_decimal_points
 from reftune.types import Answer
 
 TABLE = Path(__file__).with_name("gold_table.jsonl")
@@ -53,7 +54,7 @@ def test_every_gold_is_read_as_a_person_reads_it() -> None:
 def test_what_is_no_number_is_refused_if_a_number_is_asked_for() -> None:
     for row in ROWS:
         if row["kind"] == "text":
-            with pytest.raises(DataError, match="is not a number as a whole"):
+            with pytest.raises(DataError, match="expected a number and nothing else"):
                 read_gold(row["gold"], "number")
 
 
@@ -123,9 +124,69 @@ def test_a_choice_that_is_no_option_is_refused(gold: str) -> None:
 
 def test_decimal_commas_are_read_if_the_data_have_them() -> None:
     german = Reading(decimal=",", markers=("Die Antwort ist",))
-    golds = ["3,5", "1.250,75", "1.250", "0.125", "Die Antwort ist 12,5."]
+    golds = ["3,5", "1.250,75", "1.250", "0.125", "Die Antwort ist 12,5.", "1 000,5", "12 345 678"]
     values = [read_gold(gold, reading=german).value for gold in golds]
-    assert values == [Fraction(n) for n in ("3.5", "1250.75", "1250", "0.125", "12.5")]
+    right = ("3.5", "1250.75", "1250", "0.125", "12.5", "1000.5", "12345678")
+    assert values == [Fraction(n) for n in right]
+    assert parse_number(with_decimal_points("1 000,5 km")) == Number(Fraction("1000.5"), 1)
+
+
+@pytest.mark.parametrize("gold", ["1 000", "1 000,5", "1,23,456", "36,36,108"])
+def test_groups_that_may_be_a_list_are_refused_if_a_number_is_asked_for(gold: str) -> None:
+    assert read_gold(gold).kind == "text"
+    with pytest.raises(DataError, match="expected a number and nothing else"):
+        read_gold(gold, "number")
+
+
+SEVERAL = [
+    (r"\boxed{3} or \boxed{4}", ("3", "4")),
+    (r"$x = \boxed{3}$, $y = \boxed{4}$", ("3", "4")),
+    (r"So \boxed{3} \text{ and } \boxed{4}.", ("3", "4")),
+    ("2 + 1 = 3\n#### 3\n#### 4", ("3", "4")),
+    ("#### \\boxed{3}\n#### \\boxed{4}", ("3", "4")),
+    ("The answer is 3. The answer is 4.", ("3", "4")),
+    ("So \\boxed{7}. The answer is 8.", ("7", "8")),
+    ("<answer>3</answer><answer>4</answer>", ("3", "4")),
+    ("Answer: Paris\nAnswer: London", ("Paris", "London")),
+]
+
+
+@pytest.mark.parametrize(("gold", "parts"), SEVERAL)
+def test_two_answers_side_by_side_are_refused_unless_a_kind_takes_both(
+    gold: str, parts: tuple[str, ...]
+) -> None:
+    for kind in ("auto", "number", "text"):
+        with pytest.raises(DataError, match=rf"marks {parts[0]} and {parts[1]}; expected one"):
+            read_gold(gold, kind)  # type: ignore[arg-type]
+    for kind in ("any_of", "list", "set"):
+        assert read_gold(gold, kind).items == parts  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gold", "value"),
+    [
+        (r"First we get \boxed{3}. Doubled, that is \boxed{6}.", 6),
+        ("So the answer is 3 + 4 = 7.\n#### 7", 7),
+        ("#### Step 1: the cost\n3 * 4 = 12\n#### 12", 12),
+        ("#### Solution\n#### 12", 12),
+        (r"\boxed{0.5} or \boxed{1/2}", Fraction(1, 2)),
+        (r"The answer is \boxed{7}. #### 7", 7),
+        ("The answer is 72.\n\nI hope it is correct.", 72),
+    ],
+)
+def test_of_an_intermediate_and_a_final_result_the_last_counts(gold: str, value: int) -> None:
+    assert read_gold(gold).value == value
+
+
+@pytest.mark.parametrize("gold", ["The answer is 6 apples\n2 pears", "#### 6 apples\n2 pears"])
+def test_an_answer_of_two_lines_is_not_its_first(gold: str) -> None:
+    assert read_gold(gold) == Answer(kind="text", value="6 apples\n2 pears")
+
+
+@pytest.mark.parametrize("gold", ["5 + 5 = 10\n####", r"\boxed{}", r"\boxed{7", "The answer is"])
+def test_a_marker_without_an_answer_is_refused(gold: str) -> None:
+    with pytest.raises(DataError, match="marks no answer"):
+        read_gold(gold)
 
 
 @given(st.text(max_size=60))

@@ -1,13 +1,21 @@
-"""A new run may start from a stage folder of an earlier one."""
+"""A new run may start from a stage folder of an earlier one or from adapters, and a stage may be
+given more steps."""
 
 from __future__ import annotations
+
+import json
+import shutil
 
 import pytest
 import torch
 
-from reftune.errors import RecipeError
+from crash import outcome, run_all
+from reftune.advice.check import check_recipe
+from reftune.errors import ModelError, RecipeError
+from reftune.runs.export import export_model
 from reftune.runs.run import check_stage_graph, open_run
 from reftune.stages.progress import SilentProgress
+from reftune.storage.json_lines import JsonLines
 
 
 def test_a_stage_starts_from_the_folder_of_an_earlier_run_value_head_and_all(make_recipe, tmp_path):
@@ -37,3 +45,160 @@ def test_a_folder_without_a_model_is_not_a_start(make_recipe, tmp_path):
     recipe = make_recipe(stages={"reft": {"init": str(tmp_path)}})
     with pytest.raises(RecipeError, match=r"stages.reft.init: .* is not an earlier method"):
         check_stage_graph(recipe)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+LORA = {"model": {"lora": {"rank": 4, "alpha": 12}}}
+
+
+@pytest.fixture
+def adapters(make_recipe, tmp_path):
+    """Those of two stages, the second on top of the first, in PEFT's format."""
+    with open_run(make_recipe(**LORA, run_dir=str(tmp_path / "first")), SilentProgress()) as run:
+        run.train("sft")
+        run.train("reft")
+    return export_model(tmp_path / "first", "reft", tmp_path / "adapters", adapter=True)
+
+
+def start(make_recipe, init, **changes):
+    return make_recipe(stages={"sft": None, "reft": {"init": str(init)}}, **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["all weights", "LoRA"])
+def test_a_stage_starts_from_a_folder_of_adapters(make_recipe, adapters, tmp_path, changes):
+    with open_run(make_recipe(**LORA, run_dir=str(tmp_path / "first")), SilentProgress()) as run:
+        expected = run.load_policy("reft").model.state_dict()
+        base = run.load_policy("base").model.state_dict()
+    recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **changes)
+    with open_run(recipe, SilentProgress()) as run:
+        found = run.load_policy(str(adapters)).model.state_dict()
+        assert any(not torch.equal(found[name], base[name]) for name in base)
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, atol=1e-6), name
+        run.train("reft")
+        assert run.is_trained("reft")
+
+
+def test_adapters_of_a_run_that_began_with_adapters_hold_both(make_recipe, adapters, tmp_path):
+    recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **LORA)
+    with open_run(recipe, SilentProgress()) as run:
+        run.train("reft")
+        expected = run.load_policy("reft").model.state_dict()
+    both = export_model(tmp_path / "second", "reft", tmp_path / "both", adapter=True)
+    assert json.loads((both / "adapter_config.json").read_text())["r"] == 3 * 4
+    third = start(make_recipe, both, run_dir=str(tmp_path / "third"))
+    with open_run(third, SilentProgress()) as run:
+        for name, value in run.load_policy(str(both)).model.state_dict().items():
+            assert torch.allclose(expected[name], value, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "its peft_type is IA3; expected LORA"),
+        ({"target_modules": ["o_proj"]}, "not the adapters of this model: .* in one of the two"),
+        ({"r": 3}, "not the adapters of this model"),
+    ],
+)
+def test_adapters_of_another_model_are_refused(make_recipe, adapters, tmp_path, change, message):
+    path = adapters / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"))
+    with (
+        open_run(recipe, SilentProgress()) as run,
+        pytest.raises(ModelError, match=f"adapters: .*{message}"),
+    ):
+        run.load_policy(str(adapters))
+
+
+def test_the_adapters_of_another_base_are_refused_by_its_name(make_recipe, adapters, tmp_path):
+    from reftune.model.adapters import with_adapters
+
+    path = adapters / "adapter_config.json"
+    told = {"base_model_name_or_path": "owner/model-b"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    with pytest.raises(
+        ModelError, match=r"adapters of owner/model-b; expected those of model.path"
+    ):
+        with_adapters(None, adapters, base="models/model-a")
+
+
+# --- what check says of the start -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rise", "line"),
+    [
+        (
+            0.2,
+            "dev still rises 5.0 points a look (+20.0 ± 6.0 points over 4 looks): SFT will teach",
+        ),
+        (0.04, "dev no longer rises (+4.0 ± 6.0 points over 4 looks): RL can take over"),
+    ],
+)
+@pytest.mark.parametrize("is_own", [True, False], ids=["own stage", "stage folder"])
+def test_check_says_whether_the_stage_that_rl_starts_from_was_finished(
+    make_recipe, tmp_path, monkeypatch, rise, line, is_own
+):
+    first = make_recipe(run_dir=str(tmp_path / "first"), stages={"reft": {"init": "sft"}})
+    with open_run(first, SilentProgress()) as run:
+        run.train("sft")
+        step = json.loads(run.folder.stage("sft").info.read_text())["chosen_step"]
+        look = {"dev/rise": rise, "dev/rise_margin": 0.06}
+        JsonLines(run.folder.metrics).append({"stage": "sft", "step": step, "time": 0, **look})
+    monkeypatch.chdir(tmp_path)  # a relative folder names the stage as well
+    second = first if is_own else start(make_recipe, "first/stages/sft", run_dir="second")
+    (found,) = (each for each in check_recipe(second).findings if each.name == "accuracy")
+    assert "RL needs about 20%" in found.message
+    assert line in found.message
+
+
+# --- more steps -----------------------------------------------------------------------------------
+
+
+def test_a_finished_stage_with_more_steps_goes_on_to_the_bits_of_a_longer_one(
+    make_recipe, tmp_path
+):
+    # the rate is constant and dev is looked at after steps 2, 4, 6 in both
+    short = {"run_dir": str(tmp_path / "run"), "stages": {"reft": {"save_every_s": 1000}}}
+    run_all(make_recipe(**short))
+    longer = make_recipe(**{**short, "stages": {"reft": {"save_every_s": 1000, "steps": 6}}})
+    run_all(longer)
+    run_all(longer)  # nothing is left to do
+    straight = make_recipe(
+        run_dir=str(tmp_path / "straight"), stages={"reft": {"save_every_s": 1000, "steps": 6}}
+    )
+    run_all(straight)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
+    assert json.loads((tmp_path / "run/stages/reft/stage.json").read_text())["steps"] == 6
+
+
+def test_a_supervised_stage_is_given_more_epochs_before_the_next_one_began(make_recipe, tmp_path):
+    with open_run(make_recipe(), SilentProgress()) as run:
+        run.train("sft")
+    with open_run(make_recipe(stages={"sft": {"epochs": 3}}), SilentProgress()) as run:
+        assert not run.is_trained("sft")
+        run.train("sft")
+        assert json.loads(run.folder.stage("sft").info.read_text())["steps"] == 12
+        run.train("reft")
+    with pytest.raises(RecipeError, match=r"stages.sft: cannot go on, because reft has begun"):
+        run_all(make_recipe(stages={"sft": {"epochs": 4}}))
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 2}, {"steps": 6, "prompts": 2}, {"steps": 6, "samples": 4}], ids=str
+)
+def test_fewer_steps_or_another_change_is_another_recipe(make_recipe, change):
+    run_all(make_recipe())
+    with pytest.raises(RecipeError, match=r"belongs to another recipe: stages.reft"):
+        run_all(make_recipe(stages={"reft": change}))
+
+
+def test_a_stage_without_a_checkpoint_of_its_end_cannot_go_on(make_recipe, tmp_path):
+    recipe = make_recipe()
+    run_all(recipe)
+    shutil.rmtree(recipe.folder / "stages/reft/checkpoints/step-000004")
+    with pytest.raises(RecipeError, match=r"without a checkpoint of its end, step 4; .* init: "):
+        run_all(make_recipe(stages={"reft": {"steps": 6}}))

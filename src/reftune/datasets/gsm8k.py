@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from reftune.datasets.reading.authors import PaperDataset
-from reftune.datasets.reading.files import shown
 from reftune.datasets.reading.programs import arithmetic, program
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
+from reftune.grading.golds import number_gold
+from reftune.text import shown
 from reftune.types import Problem
 
 ANNOTATION = re.compile(r"<<(?P<expression>[^<>=]*)=(?P<result>[^<>=]*)>>(?P<after>[^<\n]*)")
@@ -37,8 +38,6 @@ class Gsm8k(PaperDataset):
 
     def published_problem(self, row: Row) -> Problem:
         """`answer` is the annotated solution, its last line `#### 72`."""
-        from reftune.grading.golds import number_gold
-
         solution, marker, gold_text = row.text("answer").rpartition("####")
         gold = number_gold(gold_text.strip())
         if not marker or gold is None:

@@ -6,15 +6,22 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from reftune.datasets import FileDataset
+from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.conversations import is_conversation, read_conversation
 from reftune.datasets.reading.file_dataset import Split
-from reftune.datasets.reading.golds import GoldReader
-from reftune.datasets.reading.options import read_options
+from reftune.datasets.reading.golds import marked_text, worked_solution
+from reftune.datasets.reading.options import Options, read_options
+from reftune.datasets.reading.programs import drop_contradictions
 from reftune.datasets.reading.rows import Row, refuse_type_changes
 from reftune.datasets.reading.shapes import Columns, recognise
 from reftune.errors import DataError
-from reftune.types import AnswerKind, Message, Problem
+from reftune.grading.golds import read_gold, stated_gold
+from reftune.grading.markers import Reading
+from reftune.text import shown
+from reftune.types import Answer, AnswerKind, Message, Problem
+
+MOST_WORDS = 30
+"""Of a gold that nobody said is a text: more words are a solution, not an answer."""
 
 
 class Jsonl(FileDataset):
@@ -43,6 +50,10 @@ class Jsonl(FileDataset):
         refuse_type_changes(rows, columns.names)
         return [self._problem(row, columns) for row in rows]
 
+    def trainable(self, splits: Splits) -> Splits:
+        """As in every dataset in files, rationales read as the golds are."""
+        return drop_contradictions(splits, Reading(decimal=self.decimal))
+
     def problem(self, row: Row) -> Problem:
         """As `problems`, of one row alone. Raises: DataError."""
         return self._problem(row, self._columns([row], is_train=False))
@@ -65,24 +76,52 @@ class Jsonl(FileDataset):
                 f"{row.where}: no options; expected dataset.columns.choices beside answer_kind:"
                 " choice"
             )
-        reader = GoldReader(
-            column=columns.answer,
-            kind=self.answer_kind,
-            positions_from=self.positions_from,
-            decimal=self.decimal,
-        )
-        gold = reader.read(row, options)
-        is_worked = columns.rationale == columns.answer
+        cell = marked_text(row, columns.answer)
+        try:
+            answer, text = self._gold(cell, options)
+        except DataError as error:
+            raise DataError(f"{row.where}: {columns.answer} is {error}") from None
+        if columns.rationale == columns.answer:
+            rationale = worked_solution(cell) if isinstance(cell, str) else None
+        else:
+            rationale = _rationale(row, columns.rationale)
         return Problem(
             id=_id(row, columns.id),
             question=question,
             messages=messages,
-            answer=gold.answer,
-            gold_text=gold.text,
-            rationale=gold.rationale if is_worked else _rationale(row, columns.rationale),
+            answer=answer,
+            gold_text=text,
+            rationale=rationale,
             choices=() if options is None else options.texts,
             columns=row.others(*columns.names),
         )
+
+    def _gold(self, cell: object, options: Options | None) -> tuple[Answer, str]:
+        """The answer that a cell states, and how it is spelled. Raises: DataError."""
+        kind, reading = self.answer_kind, Reading(decimal=self.decimal)
+        if kind in ("any_of", "list", "set", "regex"):
+            return read_gold(cell, kind, reading=reading), str(cell)
+        stated = stated_gold(cell, reading)
+        if options is not None:
+            letter = options.letter(str(stated), self.positions_from)
+            try:
+                return read_gold(letter or stated, "choice", choices=options.texts), str(stated)
+            except DataError as error:
+                hint = " (of a position: dataset.positions_from)" * str(stated).strip().isdecimal()
+                raise DataError(f"{error}{hint}") from None
+        answer = read_gold(stated, kind, reading=reading)
+        if kind == "auto" and str(answer).casefold() == "nan":
+            raise DataError(
+                f"{shown(cell)}; expected an answer (if it is: dataset.answer_kind=text)"
+            )
+        is_long = len(str(answer).split()) > MOST_WORDS
+        if kind == "auto" and answer.kind in ("text", "latex") and is_long:
+            raise DataError(
+                f"{shown(cell)}; expected an answer, or a solution that marks it: #### 72,"
+                " \\boxed{72} or 'The answer is 72' (if this is the answer:"
+                " dataset.answer_kind=text)"
+            )
+        return answer, str(stated)
 
 
 def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:

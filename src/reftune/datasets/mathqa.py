@@ -3,7 +3,6 @@ arXiv:1905.13319)."""
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,12 +14,13 @@ from reftune.datasets import Splits
 from reftune.datasets.reading.authors import COLUMNS as AUTHORS_COLUMNS
 from reftune.datasets.reading.authors import PaperDataset, authors_rationale, is_authors
 from reftune.datasets.reading.file_dataset import Split, Unusable
-from reftune.datasets.reading.files import shown
 from reftune.datasets.reading.mathqa_formula import formula_steps
 from reftune.datasets.reading.programs import program, run_programs
-from reftune.datasets.reading.rows import Row, read_value
+from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import Key, drop_untrainable, normalised
 from reftune.errors import DataError
+from reftune.grading.golds import literal, number_gold, number_in_gold
+from reftune.text import shown
 from reftune.types import Answer, Problem
 
 LETTERS = "abcde"
@@ -122,36 +122,31 @@ class Mathqa(PaperDataset):
 
     def published_problem(self, row: Row) -> Problem:
         """Raises: Unusable if a numeric gold is asked for and the option says none."""
-        stem = repaired(row.text("Problem"))
-        options, letter = _gold_of(row)
-        gold_text = options[LETTERS.index(str(letter))]
-        columns = row.others("Problem", "Rationale", "options", "correct")
+        stem, (options, letter) = repaired(row.text("Problem")), _gold_of(row)
+        problem = Problem(
+            id=row.id,
+            question=_with_options(stem, options),
+            answer=letter,
+            gold_text=row.text("correct"),
+            choices=options,
+            columns=row.others("Problem", "Rationale", "options", "correct"),
+        )
+        prose = _prose(row) if self.rationale == "nl" else None
         if self.answer == "choice":
-            rationale = _prose(row) if self.rationale == "nl" else choice_program(row, options)
-            return Problem(
-                id=row.id,
-                question=_with_options(stem, options),
-                answer=letter,
-                gold_text=row.text("correct"),
-                rationale=rationale,
-                choices=options,
-                columns=columns,
-            )
+            worked = prose if self.rationale == "nl" else choice_program(row, options)
+            return replace(problem, rationale=worked)
+        gold_text = options[LETTERS.index(str(letter))]
         gold = option_answer(gold_text)
         if gold is None:
             raise Unusable("no_number")
-        rationale = (
-            FINAL_LETTER.sub("", _prose(row) or "") or None
-            if self.rationale == "nl"
-            else _formula_program(row)
-        )
-        return Problem(
-            id=row.id,
+        worked = FINAL_LETTER.sub("", prose or "") or None
+        return replace(
+            problem,
             question=stem,
             answer=gold,
             gold_text=gold_text,
-            rationale=rationale,
-            columns=columns,
+            rationale=worked if self.rationale == "nl" else _formula_program(row),
+            choices=(),
         )
 
 
@@ -193,12 +188,10 @@ def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
 
 def _is_near_gold(row: Row, value: object) -> bool:
     options, letter = _gold_of(row)
-    gold, number = option_value(options[LETTERS.index(str(letter))]), read_value(value)
-    return (
-        gold is not None
-        and number is not None
-        and abs(number - gold) <= FORMULA_TOLERANCE * abs(gold)
-    )
+    gold, number = option_value(options[LETTERS.index(str(letter))]), number_in_gold(value)
+    if gold is None or number is None:
+        return False
+    return abs(number.value - gold) <= FORMULA_TOLERANCE * abs(gold)
 
 
 def _prose(row: Row) -> str | None:
@@ -222,14 +215,10 @@ def _literal(value: Fraction) -> str:
 def read_options(text: str) -> tuple[str, ...] | None:
     """`a ) 38 , b ) 27.675 , …`, or a Python list of such pieces, as option texts, a first; None if
     it is neither."""
-    if text.startswith("["):
-        try:
-            pieces = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return None
-    else:
-        pieces = OPTION_BREAK.split(text)
-    if not 2 <= len(pieces) <= len(LETTERS) or not all(isinstance(piece, str) for piece in pieces):
+    pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        return None
+    if not 2 <= len(pieces) <= len(LETTERS):
         return None
     matches = [OPTION_LETTER.match(piece) for piece in pieces]
     letters = "".join(match["letter"] for match in matches if match)
@@ -240,35 +229,29 @@ def read_options(text: str) -> tuple[str, ...] | None:
 
 
 def option_value(text: str) -> Fraction | None:
-    """As `option_number`, and as formulas compute them: `3 : 4` is 3/4, `11 a . m .` is 11."""
+    """The number that all of an option is, as formulas compute them: `3 : 4` is 3/4, `11 a . m .`
+    is 11."""
     ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
-    if ratio is None:
-        return option_number(TIME_OF_DAY.sub("", text))
-    return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
-
-
-def option_number(text: str) -> Fraction | None:
-    """As `option_answer`, its value."""
-    answer = option_answer(text)
-    return answer.value if answer is not None and isinstance(answer.value, Fraction) else None
+    if ratio is not None:
+        return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
+    answer = option_answer(TIME_OF_DAY.sub("", text))
+    return None if answer is None else Fraction(answer.value)
 
 
 def option_answer(text: str) -> Answer | None:
     """The number that all of an option is; None if it says none or more, `3 : 4` for example."""
-    from reftune.grading.golds import number_gold
-
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)
 
 
 def _gold_of(row: Row) -> tuple[tuple[str, ...], Answer]:
-    options = _options(row, row.text("options"))
+    options = _options(row, repaired(row.text("options")))
     return options, _letter(row, "correct", options)
 
 
 def _options(row: Row, text: str) -> tuple[str, ...]:
-    options = read_options(repaired(text))
+    options = read_options(text)
     if options is None:
         raise DataError(
             f"{row.where}: options {shown(text)} cannot be read; expected them like 'a ) 38 , b )"

@@ -43,9 +43,10 @@ class Svamp(PaperDataset):
 
     def published_problem(self, row: Row) -> Problem:
         """Body, question and an equation, which is what the program computes."""
+        body = row.text("Body")  # a third of them ends without punctuation
         return Problem(
             id=row.text("ID"),
-            question=_sentences(row.text("Body"), row.text("Question")),
+            question=f"{body}{'' if body[-1] in '.?!,;:' else '.'} {row.text('Question')}",
             answer=row.number_gold("Answer"),
             gold_text=str(row.value("Answer")),
             rationale=program_of(row.text("Equation")) if self.rationale == "program" else None,
@@ -57,8 +58,3 @@ def program_of(equation: str) -> str | None:
     """`( 76.0 - 25.0 )` as a program; None if it is not plain arithmetic."""
     expression = arithmetic(equation, {})
     return None if expression is None else program([("result", expression)])
-
-
-def _sentences(body: str, question: str) -> str:
-    """A third of the bodies ends without punctuation."""
-    return f"{body} {question}" if body[-1] in ".?!,;:" else f"{body}. {question}"

@@ -1,9 +1,8 @@
-"""Compares expressions and patterns for `mathematics`. Started as a script, imports none of ours.
+"""Compares expressions for `mathematics`. Started as a script, imports none of ours.
 
 Reads one JSON object a line from standard input and writes one to standard output: `{"gold",
-"answer"}` gives `{"equal", "read"}`, the last None if the answer is not an expression;
-`{"pattern", "answer"}` gives `{"equal"}`. An `{"error"}` says what went wrong. Whoever started it
-keeps the time and kills it.
+"answer"}` gives `{"equal", "read"}`, the last None if the answer is not an expression, or an
+`{"error"}` that says what went wrong. Whoever started it keeps the time and kills it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import sys
@@ -37,9 +35,6 @@ def main() -> None:
 
 def reply(request: dict[str, str]) -> dict[str, Any]:
     try:
-        if "pattern" in request:
-            pattern, answer = request["pattern"], request["answer"]
-            return {"equal": re.fullmatch(pattern, answer) is not None}
         return compared(request["gold"], request["answer"])
     except (Exception, RecursionError) as error:  # noqa: BLE001  a model's expression may break any parser
         return {"error": f"{type(error).__name__}: {str(error)[:200]}"}

@@ -6,22 +6,27 @@ Read so, the gold "5 March 2021" would be 5, and training would reward wrong ans
 
 from __future__ import annotations
 
+import ast
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
+
+import regex
 
 from reftune.errors import DataError
-from reftune.grading.kinds import refuse_list, told_gold, worded_gold
-from reftune.grading.markers import DEFAULT, Reading, statements
-from reftune.grading.numbers import CURRENCY, MONTHS, Number, numeral_at
+from reftune.grading.markers import DEFAULT, Reading, Statement, marker_pattern, statements
+from reftune.grading.mathematics import looks_like_math
+from reftune.grading.numbers import CURRENCY, MONTHS, Number, numeral_at, same_number
 from reftune.grading.plain_text import plain, same_text, with_decimal_points
+from reftune.text import shown
 from reftune.types import Answer, AnswerKind
 
 GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
 """Longer texts do not count as numbers."""
+SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
 
 
 def read_gold(
@@ -33,25 +38,28 @@ def read_gold(
     expression, a list in brackets or a text. A text with a marker ("#### 78", "\\boxed{78}", "The
     answer is 78") is what the marker says.
 
-    Raises: DataError with the value and the reason, to which the caller adds where it stands.
+    Raises: DataError: the value and what was expected. The caller adds where it stands.
     """
-    told = None if kind == "auto" else told_gold(raw, kind, reading.decimal)
-    if told is not None:
-        return told
-    refuse_list(raw)
+    if kind == "regex":
+        return _pattern(raw)
+    if kind in ("any_of", "list", "set"):
+        return _several(raw, kind, reading)
     _refuse_other_types(raw)
     stated = stated_gold(raw, reading)
     if kind == "choice" or (kind == "auto" and choices):
-        return Answer(kind="choice", value=_letter(str(stated), choices))
+        return Answer(kind="choice", value=_letter(stated, choices))
     number = None if kind in ("text", "latex") else number_gold(stated, reading)
     if number is not None:
         return number
     if kind == "number":
         raise DataError(
-            f"{_shown(raw)} is not a number as a whole; expected one, with at most a currency or"
-            " unit, or another answer kind"
+            f"{shown(raw)}; expected a number and nothing else but a currency or one unit, or"
+            " another answer_kind"
         )
-    return worded_gold(str(stated)) if kind == "auto" else Answer(kind=kind, value=str(stated))
+    text = str(stated)
+    if kind != "auto":
+        return Answer(kind=kind, value=text)
+    return worded_gold(text)
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
@@ -78,38 +86,165 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """What the last marker in a text says that says anything; the cell itself without one."""
+    """What the last marker in a text says that says anything; the cell itself without one.
+
+    Raises: DataError for different answers side by side: `\\boxed{3}` or `\\boxed{4}`.
+    """
     if not isinstance(raw, str):
         return raw
-    for statement in reversed(statements(raw, reading)):
-        said = (statement.text or "").strip()
-        if not statement.is_closed:
-            said = said.strip(" \t:*_").partition("\n")[0].removesuffix(".").strip(" *_")
-            sentence = re.split(r"[.;] ", said, maxsplit=1)[0]
-            said = sentence if number_in_gold(sentence, reading) is not None else said
-        if said:
-            return said
-    return raw.strip()
+    said = _stated(raw, reading)
+    if any(not _same(each, said[-1]) for each in said):
+        marked = " and ".join(dict.fromkeys(said))
+        raise DataError(
+            f"{shown(raw)}, which marks {marked}; expected one answer, or answer_kind: {SEVERAL}"
+        )
+    if not said and statements(raw, reading):
+        raise DataError(f"{shown(raw)}, which marks no answer; expected one behind its marker")
+    return said[-1] if said else raw.strip()
+
+
+def _stated(text: str, reading: Reading) -> list[str]:
+    """What the last marker says, behind what the markers beside it say: those with no more than
+    "or", "and" and signs between them. A result on the way to it is not beside it."""
+    found = [each for each in statements(text, reading) if each.text is not None]
+    following = [each.start for each in found[1:]] + [len(text)] * bool(found)
+    pairs = zip(found, following, strict=True)
+    told = [(each, _said(each, text, end, reading)) for each, end in pairs]
+    told = [(each, said) for each, said in told if re.search(r"\w", said)]
+    first = len(told) - 1
+    while first > 0 and _is_beside(text, *told[first - 1], *told[first], reading):
+        first -= 1
+    return [said for _, said in told[max(0, first) :]]
+
+
+def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
+    """The answer in what a marker announces, which ends at the next one."""
+    said = (statement.text or "").strip()
+    if statement.is_closed:
+        return said
+    said = text[statement.end - len(statement.text or "") : min(end, statement.end)]
+    first, _, rest = said.strip(" \t\n:*_").partition("\n")
+    has_more = any(map(str.isdigit, rest))
+    first = first.removesuffix(".").strip(" *_")
+    sentence = re.split(r"[.;] ", first, maxsplit=1)[0]
+    if number_in_gold(sentence, reading) is not None and not has_more:
+        return sentence
+    return said.strip() if has_more or text[statement.start] == "#" else first
+
+
+def _is_beside(
+    text: str, before: Statement, earlier: str, after: Statement, said: str, reading: Reading
+) -> bool:
+    if before.is_closed:
+        between = marker_pattern(reading.markers).sub("", text[before.end : after.start])
+        return _GLUE.fullmatch(between) is not None
+    earlier = re.sub(r"\W*(?:\b(?:or|and)\W*)?$", "", earlier)
+    numbers = [number_in_gold(each, reading) is not None for each in (earlier, said)]
+    return all(numbers) or (not any(numbers) and len(earlier.split()) <= 2)
+
+
+_SIGNS = r"(?:[\s$\\(){}\[\]*.,;:&/]|\\(?:text|mbox|q?quad)\b)*"
+_GLUE = re.compile(rf"{_SIGNS}(?:\b(?:or|and)\b{_SIGNS})?(?:[^\W\d]\w?\s{{0,3}}=)?{_SIGNS}", re.I)
+
+
+def _same(first: str, second: str) -> bool:
+    a, b = number_in_gold(first), number_in_gold(second)
+    return same_text(first, second) or (a is not None and b is not None and same_number(a, b))
 
 
 def _refuse_other_types(raw: object) -> None:
+    if isinstance(raw, Sequence) and not isinstance(raw, str):
+        raise DataError(
+            f"{shown(raw)}, a list; expected a number, a text or a letter, or answer_kind:"
+            f" {SEVERAL}"
+        )
     is_answer = isinstance(raw, str | int) or (isinstance(raw, float) and math.isfinite(raw))
-    if not is_answer:
-        raise DataError(f"{_shown(raw)} is not an answer; expected a number, a text or a letter")
-    if not str(raw).strip():
-        raise DataError("the answer is empty; expected a number, a text or a letter")
+    if not is_answer or not str(raw).strip():
+        raise DataError(f"{shown(raw)}; expected a number, a text or a letter")
 
 
-def _shown(raw: object) -> str:
-    text = repr(raw)
-    return text if len(text) <= 60 else text[:57] + "..."
+# --- words, lists and patterns --------------------------------------------------------------------
+
+
+_LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
+_EDGES = {"[": "]", "(": ")", "{": "}"}
+
+
+def worded_gold(text: str) -> Answer:
+    """The kind of a gold that is neither an option nor a number: an expression (`latex`), a list in
+    brackets, of three or of words, else a text."""
+    text = text.strip()
+    listed = _LISTED.fullmatch(text)
+    parts = split_items(text) if listed is not None else ()
+    if len(parts) > 2 or (len(parts) == 2 and all(part.isalpha() for part in parts)):
+        return Answer(kind="list", value=", ".join(parts), items=parts)
+    return Answer(kind="latex" if looks_like_math(text) else "text", value=text)
+
+
+def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
+    """A gold of several parts: `any_of` the accepted spellings, a `list` in its order, or a `set`.
+
+    `raw` is a list, a list written as text ("[1, 2]"), or parts with commas or semicolons between
+    them, or in a marker each.
+    """
+    values = list(_values(raw, kind, reading))
+    parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
+    if not parts or not all(part.strip() for part in parts):
+        raise DataError(f"{shown(raw)}; expected a list of texts or numbers")
+    return Answer(kind=kind, value=parts[0] if kind == "any_of" else ", ".join(parts), items=parts)
+
+
+def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
+    if isinstance(raw, str):
+        said = _stated(raw, reading)
+        raw = said[0] if len(said) == 1 else said or raw
+    if isinstance(raw, str) and raw.lstrip()[:1] == "[":
+        raw = literal(raw.strip()) or raw
+    if isinstance(raw, str):
+        raw = [raw] if kind == "any_of" else split_items(_with_points(raw, reading))
+    for each in raw if isinstance(raw, Sequence) else [raw]:
+        if not isinstance(each, str | int | float) or isinstance(each, bool):
+            raise DataError(f"{shown(raw)}; expected a list of texts or numbers")
+        yield _with_points(str(each).strip(), reading)
+
+
+def literal(text: str) -> object:
+    """What a text is as a Python or JSON literal; None if it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def _with_points(text: str, reading: Reading) -> str:
+    return with_decimal_points(text) if reading.decimal == "," else text
+
+
+def _pattern(raw: object) -> Answer:
+    try:
+        regex.compile(str(raw))
+    except regex.error as error:
+        raise DataError(f"{shown(raw)}, which is not a regular expression: {error}") from None
+    return Answer(kind="regex", value=str(raw))
+
+
+def split_items(text: str) -> tuple[str, ...]:
+    """The parts of a list as people write it: in brackets or not, with commas, semicolons, line
+    breaks or "and" between them. A comma inside a number parts nothing if others have a space."""
+    text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
+    if text[:1] in _EDGES and text.rstrip(".")[-1:] == _EDGES[text[0]]:
+        text = text.rstrip(".")[1:-1]
+    comma = r",\s+|,$" if re.search(r",\s", text) else ","
+    parts = re.split(rf"\s*(?:{comma}|;|\n+|(?:,\s*)?\band\b)\s*", text)
+    cleaned = (re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", part).strip(" \t'\"") for part in parts)
+    return tuple(part for part in cleaned if part)
 
 
 # --- numbers --------------------------------------------------------------------------------------
 
 
 _SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
-_FORMULA = re.compile(r"\$+([^$]*(?<!\\))\$+", re.DOTALL)
+_FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
 _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
 _NOT_WHOLE = re.compile(
     r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}\b)|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
@@ -167,7 +302,7 @@ def _whole_number(text: str) -> Number | None:
     text = _SPACED_MINUS.sub("-", text)
     line = " ".join(plain(text if formula is None else formula[1]).split())
     bare = line if line.endswith("...") else line.removesuffix(".").rstrip()
-    if bare[:1] in ("(", "[") and bare[-1:] == {"(": ")", "[": "]"}[bare[0]] and "," not in bare:
+    if bare[:1] + bare[-1:] in ("()", "[]", '""', "''") and "," not in bare:
         bare = bare[1:-1].strip()
     found = numeral_at(bare, 0)
     if found is None:
@@ -207,9 +342,10 @@ def _is_unit(rest: str) -> bool:
 _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.IGNORECASE)
 
 
-def _letter(text: str, choices: Sequence[str]) -> str:
+def _letter(stated: object, choices: Sequence[str]) -> str:
     """The letter that a gold is, alone or before its option's text, or that of the one option it
     spells. Without `choices`, any letter."""
+    text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:
         letter, said = match["letter"].lower(), (match["text"] or "").strip()
@@ -220,12 +356,9 @@ def _letter(text: str, choices: Sequence[str]) -> str:
             return letter
     equal = [index for index, choice in enumerate(choices) if _same_option(text, choice)]
     if len(equal) != 1:
-        expected = (
-            f"a letter from a to {chr(ord('a') + len(choices) - 1)} or the text of one option"
-            if choices
-            else "a letter"
-        )
-        raise DataError(f"{_shown(text)} names {len(equal) or 'no'} option; expected {expected}")
+        last = chr(ord("a") + len(choices) - 1)
+        expected = f" from a to {last} or the text of one option" if choices else ""
+        raise DataError(f"{shown(stated)}; expected a letter{expected}")
     return chr(ord("a") + equal[0])
 
 

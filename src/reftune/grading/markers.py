@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -39,6 +39,8 @@ class Statement:
     """A box's or a tag's content, and not all that follows a phrase."""
     start: int = 0
     """Where its marker begins."""
+    end: int = 0
+    """Where it ends: behind a closing brace or tag, or at the end of the text."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -63,7 +65,7 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     text begins. A box or tag without content announces nothing.
     """
     start, end = _answering_part(completion, reading)
-    marker = _marker(reading.markers)
+    marker = marker_pattern(reading.markers)
     found = deque(marker.finditer(completion, start, end), maxlen=MAX_STATEMENTS)
     return list(_statements(completion, end, found))
 
@@ -79,13 +81,11 @@ _BETWEEN_BOXES = re.compile(
 def is_alternative(completion: str, before: Statement, after: Statement) -> bool:
     """Whether two statements in a row are one answer with two parts: `\\boxed{3}` or `\\boxed{4}`,
     "the answer is 3 or the answer is 4"."""
-    between = completion[before.start : after.start]
-    if "\n" in between.strip() or before.text is None:
+    if before.text is None or "\n" in completion[before.start : after.start].strip():
         return False
     if before.is_closed and after.is_closed:
-        opening, _, behind = between.rpartition("}")
-        return opening != "" and _BETWEEN_BOXES.fullmatch(behind) is not None
-    return _OR.search(between) is not None
+        return _BETWEEN_BOXES.fullmatch(completion, before.end, after.start) is not None
+    return _OR.search(completion, before.start, after.start) is not None
 
 
 def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
@@ -97,7 +97,7 @@ def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
 
 def reasoning_text(completion: str) -> str:
     """What stands before the first marker: the reasoning that leads to the answer."""
-    marker = _marker(()).search(completion)
+    marker = marker_pattern(()).search(completion)
     return completion if marker is None else completion[: marker.start()]
 
 
@@ -115,41 +115,42 @@ def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=16)
-def _marker(phrases: Sequence[str]) -> re.Pattern[str]:
+def marker_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
+    """What announces an answer: the English phrases, boxes and tags, and `phrases`."""
     own = (re.escape(phrase.strip()) for phrase in phrases if phrase.strip())
     return re.compile("|".join([*_PHRASES, *own]), re.IGNORECASE)
 
 
-def _statements(
-    completion: str, end: int, markers: Sequence[re.Match[str]] | deque[re.Match[str]]
-) -> Iterator[Statement]:
+def _statements(completion: str, end: int, markers: Iterable[re.Match[str]]) -> Iterator[Statement]:
     for marker in markers:
-        start = marker.end()
+        start, begin = marker.start(), marker.end()
         if marker[0].startswith("\\"):
-            if _OPENS_BOX.match(completion, start):
-                yield Statement(_box_content(completion, start), True, marker.start())
+            if _OPENS_BOX.match(completion, begin):
+                content, stop = _box(completion, begin)
+                yield Statement(content, content is not None, start, stop)
         elif marker[0].startswith("<"):
-            closing = re.compile("</answer>", re.IGNORECASE).search(completion, start)
-            stop = end if closing is None else closing.start()
-            yield Statement(completion[start:stop], closing is not None, marker.start())
+            closing = re.compile("</answer>", re.IGNORECASE).search(completion, begin)
+            stop, behind = (end, end) if closing is None else closing.span()
+            yield Statement(completion[begin:stop], closing is not None, start, behind)
         else:
-            yield Statement(completion[start:end], start=marker.start())
+            yield Statement(completion[begin:end], start=start, end=end)
 
 
 _BARE_BOX = re.compile(r" {0,3}(-?\d+(?:\.\d+)?|[A-H](?!\w))")
 _OPENS_BOX = re.compile(rf"\s{{0,9}}\{{|{_BARE_BOX.pattern}")
 
 
-def _box_content(text: str, start: int) -> str | None:
-    """The content of the braces at `start`, or the number or letter of `\\boxed 7`; None if the
-    braces are never closed. A percent sign right behind them belongs to it."""
+def _box(text: str, start: int) -> tuple[str | None, int]:
+    """The content of the braces at `start`, or the number or letter of `\boxed 7`, and where it
+    ends; None if the braces are never closed. A percent sign right behind them belongs to it."""
     bare = _BARE_BOX.match(text, start)
     if bare is not None:
-        return bare[1]
+        return bare[1], bare.end()
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")
         if depth == 0:
-            percent = re.match(r"\s{0,3}\\?%", text[index + 1 : index + 6])
-            return text[opening + 1 : index] + "%" * (percent is not None)
-    return None
+            percent = re.compile(r"\s{0,3}\\?%").match(text, index + 1, index + 6)
+            end = index + 1 if percent is None else percent.end()
+            return text[opening + 1 : index] + "%" * (percent is not None), end
+    return None, len(text)

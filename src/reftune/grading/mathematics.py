@@ -1,7 +1,7 @@
-"""Expressions, equations, intervals, tuples and matrices, compared by math-verify; and patterns.
+"""Expressions, equations, intervals, tuples and matrices, compared by math-verify.
 
-Both may take for ever on what a model writes, so they run in a worker process that is killed when
-the time is up. It starts on first use, stays warm, and serves one thread at a time.
+That may take for ever on what a model writes, so it runs in worker processes that are killed when
+the time is up. They start on first use, stay warm, and serve one thread each at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from reftune.errors import ReftuneError
 
@@ -51,24 +50,9 @@ _STRUCTURE = re.compile(
 )
 _NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
 """A bound without its variable, and a.m."""
-_SIGNS = {
-    "≤": r"\leq ",
-    "≥": r"\geq ",
-    "≠": r"\neq ",
-    "∞": r"\infty ",
-    "π": r"\pi ",
-    "±": r"\pm ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "°": r"^\circ ",
-    "√": r"\sqrt ",
-    "−": "-",
-    "²": "^2",
-    "³": "^3",
-}
+_NAMES = "leq geq neq infty pi pm cup cap in times cdot sqrt".split()
+_SIGNS = {sign: rf"\{name} " for sign, name in zip("≤≥≠∞π±∪∩∈×·√", _NAMES, strict=True)}
+_SIGNS |= {"°": r"^\circ ", "−": "-", "²": "^2", "³": "^3"}
 _OTHER = re.compile(r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])")
 _ASIDE = re.compile(r"\s*(?:,?\s+(?:because|since|where|when|which|so)\b|[.;] +[A-Z]|\n)")
 
@@ -93,6 +77,7 @@ def looks_like_math(text: str) -> bool:
         or len(bare) > MAX_EXPRESSION_CHARS
         or _words_in(bare)
         or _NOT_MATH.search(text.strip())
+        or text.count("$") == 1  # a price
     ):
         return False
     less_text = _TEXT.sub("", bare)
@@ -127,11 +112,6 @@ def same_expression(gold: str, answer: str) -> Comparison:
     return _verified(expected, given)
 
 
-def matches(pattern: str, answer: str) -> Comparison:
-    """Whether all of an answer matches a regular expression."""
-    return _asked(pattern=pattern, answer=answer)
-
-
 def is_installed() -> bool:
     """Whether math-verify is there."""
     return importlib.util.find_spec("math_verify") is not None
@@ -142,30 +122,23 @@ def _verified(gold: str, answer: str) -> Comparison:
         raise ReftuneError(
             "latex answers need math-verify: pip install 'reftune[math]' (or answer_kind: text)"
         )
-    return _asked(gold=gold, answer=answer)
-
-
-def _asked(**request: str) -> Comparison:
-    key = tuple(sorted(request.items()))
-    known = _KNOWN.get(key)
+    known = _KNOWN.get((gold, answer))
     if known is not None:
         return known
-    comparison = _comparison(_WORKERS.ask(request))
-    if comparison.outcome not in ("timeout", "error"):  # these may be the machine's
-        if len(_KNOWN) >= MAX_KNOWN:
-            _KNOWN.clear()
-        _KNOWN[key] = comparison
-    return comparison
-
-
-def _comparison(reply: dict[str, Any] | None) -> Comparison:
+    reply = _asked(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
     if reply is None:
         return Comparison("timeout", reason=f"comparing took more than {TIMEOUT_S:g} s")
-    if "error" in reply:
-        return Comparison("error", reason=str(reply["error"]))
-    if reply.get("read", "") is None:
-        return Comparison("unread")
-    return Comparison("equal" if reply["equal"] else "different", str(reply.get("read", "")))
+    told = json.loads(reply or b'{"error": "the worker died twice"}')
+    if "error" in told:
+        return Comparison("error", reason=str(told["error"]))
+    if told["read"] is None:
+        comparison = Comparison("unread")
+    else:
+        comparison = Comparison("equal" if told["equal"] else "different", str(told["read"]))
+    if len(_KNOWN) >= MAX_KNOWN:
+        _KNOWN.clear()
+    _KNOWN[gold, answer] = comparison
+    return comparison
 
 
 def _words_in(expression: str) -> bool:
@@ -194,49 +167,25 @@ def _brackets(expression: str) -> str:
 # --- the worker -----------------------------------------------------------------------------------
 
 
-class _Workers:
-    """Up to `NUM_WORKERS` processes that compare, each started when no other is free."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget the worker processes: they belong to the parent of a forked process."""
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        for _ in range(NUM_WORKERS):
-            self._idle.put(_Worker())
-
-    def ask(self, request: Mapping[str, str]) -> dict[str, Any] | None:
-        """The reply; None if it was not there in time, and the worker was killed for it."""
-        worker = self._idle.get()
-        try:
-            return worker.ask(request)
-        finally:
-            self._idle.put(worker)
-
-    def close(self) -> None:
-        """End the processes that nobody uses."""
-        while not self._idle.empty():
-            self._idle.get().close()
-
-
 class _Worker:
     """A process that compares, one request at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_warm = False
 
-    def ask(self, request: Mapping[str, str]) -> dict[str, Any] | None:
-        """As `_Workers.ask`."""
-        line, warm = json.dumps(request).encode() + b"\n", "gold" in request
-        reply = self._attempt(line, warm=warm)
-        if reply == b"":  # something else may have killed it
-            reply = self._attempt(line, warm=warm)
-        if reply is None:
-            return None
-        answer: dict[str, Any] = json.loads(reply) if reply else {"error": "the worker died twice"}
-        return answer
+    def ask(self, request: bytes) -> bytes | None:
+        """The line that answers a line: empty if the process died twice, None if the answer was not
+        there in time, and the process was killed for it."""
+        for _ in range(2):  # something else may have killed it
+            if self._process is None:
+                self._process = _started()
+            reply = _exchange(self._process, request, TIMEOUT_S)
+            if reply:
+                return reply
+            self.close()
+            if reply is None:
+                return None
+        return b""
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -245,23 +194,18 @@ class _Worker:
             self._process.communicate()
         self._process = None
 
-    def _attempt(self, line: bytes, *, warm: bool) -> bytes | None:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(CHILD)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            self._is_warm = False
-        if warm and not self._is_warm:
-            _exchange(self._process, b'{"gold": "x", "answer": "x + 1"}\n', START_S)
-            self._is_warm = True
-        reply = _exchange(self._process, line, TIMEOUT_S)
-        if not reply:
-            self.close()
-        return reply
+
+def _started() -> subprocess.Popen[bytes]:
+    """A process that has imported math-verify."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(CHILD)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    _exchange(process, b'{"gold": "x", "answer": "x + 1"}\n', START_S)
+    return process
 
 
 def _exchange(process: subprocess.Popen[bytes], line: bytes, timeout_s: float) -> bytes | None:
@@ -284,10 +228,35 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes, timeout_s: float) -
     return reply
 
 
-_WORKERS = _Workers()
-_KNOWN: dict[tuple[tuple[str, str], ...], Comparison] = {}
+_IDLE: queue.LifoQueue[_Worker] = queue.LifoQueue()
+
+
+def _asked(request: bytes) -> bytes | None:
+    """As `_Worker.ask`, of a process that nobody else uses."""
+    worker = _IDLE.get()
+    try:
+        return worker.ask(request)
+    finally:
+        _IDLE.put(worker)
+
+
+def _forget() -> None:
+    """Have workers of our own: those of a forked process are its parent's."""
+    global _IDLE
+    _IDLE = queue.LifoQueue()
+    for _ in range(NUM_WORKERS):
+        _IDLE.put(_Worker())
+
+
+def _end() -> None:
+    while not _IDLE.empty():
+        _IDLE.get().close()
+
+
+_KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Comparisons remembered: samples of one problem repeat each other's answers."""
-atexit.register(_WORKERS.close)
+"""Comparisons remembered, but for those that failed: samples of one problem repeat each other."""
+_forget()
+atexit.register(_end)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_WORKERS.forget)
+    os.register_at_fork(after_in_child=_forget)

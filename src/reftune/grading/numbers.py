@@ -53,12 +53,6 @@ def num_decimals(value: Fraction) -> float:
     return count
 
 
-def read_number(text: str) -> Fraction | None:
-    """The number that a completion's answer `text` states, or None; "50%" is 50."""
-    number = parse_number(text)
-    return None if number is None else number.value
-
-
 def parse_number(text: str) -> Number | None:
     """The number at the start of the first line of `text`, or after the last `=` there.
 
@@ -145,12 +139,14 @@ CURRENCY = (
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
-"""Groups of two are lakhs only if one begins with 0: "36,36,108" is a list of three."""
+"""Groups of two are lakhs only if one begins with 0, or behind rupees: "36,36,108" is a list."""
+_LAKHS = r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?(?![\d,]*\d)"
 _INTEGER = rf"(?:{_GROUPS}|{_INDIAN}|\d+)"
 DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
 _POWER_OF_TEN = r"10 ?(?:\^|\*\*) ?[{(]?"
 _NUMBER = re.compile(
-    rf"(?P<sign>- ?|\+ ?|minus |negative )?(?:(?P<currency>{CURRENCY}) ?(?P<inner_sign>- ?)?)?"
+    rf"(?P<sign>- ?|\+ ?|minus |negative )?"
+    rf"(?:(?P<currency>(?P<rupees>rs ?\.?|inr\b|₹)|{CURRENCY}) ?(?P<inner_sign>- ?)?)?"
     r"(?:(?P<whole>\d+)(?: | ?- ?| and )(?P<top>\d+) ?/ ?(?P<bottom>\d+)"
     rf"|(?P<over>{DECIMAL}) ?/ ?(?P<under>-?{DECIMAL})"
     rf"|(?P<mantissa>{DECIMAL}) ?[*x] ?{_POWER_OF_TEN}(?P<power>[-+]?\d+)[}})]?"
@@ -158,7 +154,7 @@ _NUMBER = re.compile(
     r"|(?P<head>\d*\.\d*)\((?P<period>\d+)\)"
     r"|(?P<endless>\d*\.\d+)\.\.\.(?!\d)"
     r"|(?P<digits>\d+)_(?P<base>\d{1,2}(?!\d)|[a-z]+)"
-    rf"|(?P<plain>{DECIMAL})(?:e(?P<exponent>[-+]?\d+))?)",
+    rf"|(?P<plain>(?(rupees){_LAKHS}|(?!))|{DECIMAL})(?:e(?P<exponent>[-+]?\d+))?)",
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
@@ -168,20 +164,12 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 _MAGNITUDES = {
-    "hundred": 2,
-    "thousand": 3,
-    "k": 3,
-    "lakh": 5,
-    "million": 6,
-    "mn": 6,
-    "m": 6,
-    "crore": 7,
-    "billion": 9,
-    "bn": 9,
-    "b": 9,
-    "trillion": 12,
-    "tn": 12,
-    "t": 12,
+    name: power
+    for power, names in (
+        *((2, "hundred"), (3, "thousand k"), (5, "lakh"), (6, "million mn m"), (7, "crore")),
+        *((9, "billion bn b"), (12, "trillion tn t")),
+    )
+    for name in names.split()
 }
 _MAGNITUDE_WORD = r" ?(hundred|thousand|lakh|million|crore|billion|trillion|mn|bn|tn)s?\b"
 _MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i:([MB]))\b", re.IGNORECASE)
@@ -328,6 +316,7 @@ _LEADING_CONDITION = re.compile(
     r"(?: ?[,:]| then| it is| we get| we have)* ",
     re.IGNORECASE,
 )
+_MULTIPLE = re.compile(r"\W*-?(?!1[a-z])[\d.]*\d ?\*? ?[abckn-rt-z]\W*")
 _CONCLUDES = re.compile(r"\b(?:so|thus|hence|therefore|then)\b|∴", re.IGNORECASE)
 _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
 
@@ -335,7 +324,7 @@ _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
 def after_equals(line: str) -> str:
     """What follows the last `=` of the first sentence. The line itself without one, or if a number
     stands before an aside that holds it ("18, because 2 + 2 = 4", "12 when n = 3"). Nothing if
-    several unknowns have values ("x = 3 or x = 4")."""
+    several unknowns have values ("x = 3 or x = 4"), or only a multiple of one ("2x = 6")."""
     condition = _LEADING_CONDITION.match(line)
     if condition is not None:  # "when n = 3, 12"
         line = line[condition.end() :]
@@ -353,6 +342,8 @@ def after_equals(line: str) -> str:
         if _CONDITION.match(sentence, aside.start()) and any(map(str.isdigit, before)):
             return before
     if len(set(_assigned_values(line))) > 1 and not _CONCLUDES.search(line):
+        return ""
+    if len(equals) == 1 and _MULTIPLE.fullmatch(first):
         return ""
     if _ARITHMETIC.fullmatch(last) and leading_number(last) is None:
         return first if leading_number(first) is not None else last  # 7 = 3 + 4
@@ -398,27 +389,14 @@ _SHAPE = re.compile(
     r"|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
     re.IGNORECASE,
 )
-_LETTER_OF = {
-    "number": "9",
-    "or": "o",
-    "to": "t",
-    "by": "d",
-    "in": "i",
-    "unit": "u",
-    "variable": "x",
-    "function": "π",
-    "symbol": "π",
-    "bound": "b",
-    "remainder": "r",
-    "odds": "π",
-    "month": "m",
-    "operation": "+",
-    "operator": "+",
-    "plus": "p",
-    "order": "<",
-    "open": "(",
-    "word": "w",
-}
+_LETTER_OF = dict(
+    pair.split(":")
+    for pair in (
+        "number:9 or:o to:t by:d in:i unit:u variable:x function:π symbol:π bound:b remainder:r"
+        " odds:π month:m operation:+ operator:+ plus:p order:< open:( word:w"
+    ).split()
+)
+"""Kind of word or sign → the letter that stands for it in `_CONTINUES`."""
 _CONTINUES = re.compile(
     r"[)\]}'\"]*(?:"
     # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5;6

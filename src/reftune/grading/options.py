@@ -70,7 +70,7 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
         return True
     if letter == "a":
         return bool(choices) and same_text(rest, choices[0])
-    return re.match(r" ?[-=+*/^<]", rest) is None
+    return re.match(r" ?[-=+*/^<]|[^\s(—]", rest) is None  # nor the beginning of C# or a²
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:

@@ -112,14 +112,10 @@ def _wrong_words(problem: Problem, target: str) -> Iterator[Perturbed]:
     before, stated = parts
     for kind, other in other_answers(problem).items():
         yield Perturbed(kind, f"{before}{other}")
-        yield Perturbed(f"right, then {kind}", f"{before}{stated}{_last_line(before)}{other}")
+        again = before.rpartition("\n")[2]  # the line that announces the answer
+        yield Perturbed(f"right, then {kind}", f"{before}{stated}\n{again}{other}")
         yield Perturbed(f"right or {kind}", f"{before}{stated} or {other}")
     yield Perturbed("no answer", reasoning_text(target).rpartition("\n")[0])
-
-
-def _last_line(before: str) -> str:
-    """The line that announces the answer, once more."""
-    return "\n" + before.rpartition("\n")[2]
 
 
 def _right_words(problem: Problem, target: str) -> Iterator[Perturbed]:

@@ -99,7 +99,8 @@ def plain(text: str) -> str:
     if not text.isascii():
         text = _SPACED_DASH.sub("—", _DIGIT_GAP.sub("", text))
         text = _OVERLINED.sub(lambda match: f"({match[1][::2]})", text)
-        text = _LOWERED.sub(_lowered, _RAISED.sub(_raised, text))
+        text = _RAISED.sub(lambda match: "^" + _upright(match[0]), text)
+        text = _LOWERED.sub(lambda match: "_" + _upright(match[0]), text)
         text = "".join(map(_plain_char, text.translate(_ASCII)))
     if "\\" in text or "{" in text or "~" in text:
         for pattern, replacement in _LATEX:
@@ -107,12 +108,8 @@ def plain(text: str) -> str:
     return _EMPHASIS.sub("", _DOLLARS.sub("$", _TAG.sub(" ", text)))
 
 
-def _raised(match: re.Match[str]) -> str:
-    return "^" + unicodedata.normalize("NFKC", match[0]).replace("−", "-")
-
-
-def _lowered(match: re.Match[str]) -> str:
-    return "_" + unicodedata.normalize("NFKC", match[0])
+def _upright(digits: str) -> str:
+    return unicodedata.normalize("NFKC", digits).replace("−", "-")
 
 
 def _plain_char(char: str) -> str:
@@ -131,11 +128,14 @@ def _plain_char(char: str) -> str:
 
 _DIGITS = re.compile(r"\d[\d.,]*\d")
 _GROUPED_BY_POINTS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?")
+_GROUPED_BY_SPACES = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?! ?\d)")
 
 
 def with_decimal_points(text: str) -> str:
     """`text` with the numbers of a language with decimal commas spelled as in English: "1.250,75"
-    is 1,250.75 and "3,5" is 3.5. A point that cannot group thousands stays a decimal point."""
+    and "1 250,75" are 1250.75, and "3,5" is 3.5. A point that cannot group thousands stays a
+    decimal point."""
+    text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
     return _DIGITS.sub(_with_decimal_point, text)
 
 

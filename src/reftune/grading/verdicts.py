@@ -1,6 +1,6 @@
 """Texts and values → verdicts. Bounded: any text gives a verdict quickly, none raises.
 
-Pure but for expressions and patterns, which a worker process compares.
+Pure but for expressions, which a worker process compares.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from functools import lru_cache
 from math import isfinite
 from typing import Any
 
-from reftune.grading.golds import number_gold
-from reftune.grading.kinds import split_items, worded_gold
+import regex
+
+from reftune.grading.golds import number_gold, split_items, worded_gold
 from reftune.grading.markers import (
     DEFAULT,
     Reading,
@@ -26,7 +27,7 @@ from reftune.grading.markers import (
     is_alternative,
     statements,
 )
-from reftune.grading.mathematics import Comparison, matches, same_expression
+from reftune.grading.mathematics import same_expression
 from reftune.grading.numbers import (
     FLOAT_DIGITS,
     MAX_DIGITS,
@@ -42,6 +43,8 @@ from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 
 MAX_VALUE_CHARS = 200
 """Of `Graded.value`, and of what a reason quotes."""
+PATTERN_S = 0.5
+"""Time that an answer may be matched against a pattern."""
 
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 _ANY_NUMBER = re.compile(r"(?<![\w.])-?[$€£]?\d[\d,]*(?:\.\d+)?%?")
@@ -152,20 +155,7 @@ def _grade_words(text: str, problem: Problem) -> Graded:
 
 def _grade_expression(text: str, problem: Problem) -> Graded:
     gold = str(problem.answer.value)
-    return _compared(same_expression(gold, text), text, gold)
-
-
-def _grade_pattern(text: str, problem: Problem) -> Graded:
-    line, pattern = text.strip().partition("\n")[0].strip(), str(problem.answer.value)
-    if not line:
-        return no_answer("nothing after the marker")
-    comparison = matches(pattern, line[:MAX_SEGMENT_CHARS])
-    if comparison.outcome == "different":
-        comparison = matches(pattern, line[:MAX_SEGMENT_CHARS].rstrip(".,;:!"))
-    return _compared(replace(comparison, read=line), text, pattern)
-
-
-def _compared(comparison: Comparison, text: str, gold: str) -> Graded:
+    comparison = same_expression(gold, text)
     if comparison.outcome == "unread":
         return no_answer(comparison.reason or f"no expression in {quote(text)}")
     if comparison.outcome in ("timeout", "error"):
@@ -173,6 +163,19 @@ def _compared(comparison: Comparison, text: str, gold: str) -> Graded:
             verdict=Verdict(comparison.outcome), value=None, reason=clip(comparison.reason)
         )
     return judge(comparison.outcome == "equal", comparison.read, gold)
+
+
+def _grade_pattern(text: str, problem: Problem) -> Graded:
+    line, pattern = text.strip().partition("\n")[0].strip(), str(problem.answer.value)
+    if not line:
+        return no_answer("nothing after the marker")
+    spellings = (line[:MAX_SEGMENT_CHARS], line[:MAX_SEGMENT_CHARS].rstrip(".,;:!"))
+    try:
+        right = any(regex.fullmatch(pattern, each, timeout=PATTERN_S) for each in spellings)
+    except TimeoutError:
+        reason = f"matching {quote(pattern)} took more than {PATTERN_S:g} s"
+        return Graded(verdict=Verdict.TIMEOUT, value=None, reason=reason)
+    return judge(right, line, pattern)
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
@@ -240,8 +243,7 @@ def _parts(problem: Problem) -> list[Problem]:
 
 def needs_worker(gold: Answer) -> bool:
     """Whether answers to a gold are compared by another process."""
-    kinds = {gold.kind, *(part_answer(item).kind for item in gold.items)}
-    return not kinds.isdisjoint(("latex", "regex"))
+    return "latex" in {gold.kind, *(part_answer(item).kind for item in gold.items)}
 
 
 @lru_cache(maxsize=10_000)
@@ -279,16 +281,11 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
 def judge(right: bool, value: str, gold: str) -> Graded:
     """CORRECT or WRONG, with a reason that quotes both."""
     gold = clip(gold)
-    value = (
-        clip(value) if len(value) <= MAX_VALUE_CHARS else f"{clip(value[:180])}… {_digest(value)}"
-    )
-    if right:
-        return Graded(
-            verdict=Verdict.CORRECT, value=value, reason=f"{value} is the gold answer {gold}"
-        )
-    return Graded(
-        verdict=Verdict.WRONG, value=value, reason=f"{value} is not the gold answer {gold}"
-    )
+    if len(value) > MAX_VALUE_CHARS:  # the sum tells long values apart that begin alike
+        value = f"{clip(value[:180])}… {zlib.crc32(value.encode('utf-8', 'replace')):08x}"
+    value = clip(value)
+    verdict, is_gold = (Verdict.CORRECT, "is") if right else (Verdict.WRONG, "is not")
+    return Graded(verdict=verdict, value=value, reason=f"{value} {is_gold} the gold answer {gold}")
 
 
 _GRADERS: dict[AnswerKind, Callable[[str, Problem], Graded]] = {
@@ -311,11 +308,6 @@ _PRECEDENCE = (
     Verdict.FORBIDDEN,
 )
 _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+(?=[A-Z])")
-
-
-def _digest(text: str) -> str:
-    """Tells long values apart that begin alike."""
-    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
 
 
 def no_answer(reason: str) -> Graded:

@@ -8,8 +8,10 @@ first; no valid value at all is wrong. Values are equal as the grader finds them
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from reftune.errors import DataError
@@ -50,25 +52,9 @@ def same_answer(first: str, second: str) -> bool:
     return same_words(first, second)
 
 
-def spelled_alike(first: str, second: str) -> bool:
-    """The paper's rule."""
-    return first == second
-
-
-def equality(grading: str | None) -> Callable[[str, str], bool]:
-    """When two values are one answer under a format's grading."""
-    return spelled_alike if grading == "paper" else same_answer
-
-
-def majority_vote(
-    samples: Sequence[Graded],
-    *,
-    valid: Callable[[Graded], bool] = has_value,
-    same: Same = same_answer,
-) -> Graded | None:
-    """The first sample with the most frequent value; None if no sample is valid. Ties: the value
-    seen first."""
-    return weighted_vote(samples, [1.0] * len(samples), valid=valid, same=same)
+def equality(grading: str | None) -> Same:
+    """When two values are one answer under a format's grading; in the paper's, as spelled."""
+    return operator.eq if grading == "paper" else same_answer
 
 
 def majority_curve(
@@ -77,72 +63,25 @@ def majority_curve(
     valid: Callable[[Graded], bool] = has_value,
     same: Same = same_answer,
 ) -> list[Graded | None]:
-    """The majority vote over the first k samples, for k = 1 … n.
+    """The first sample with the most frequent value among the first k samples, for k = 1 … n; None
+    where none of them is valid.
 
     Prefixes are what a person who drew only k samples would have seen; as samples are exchangeable,
     the mean over problems is an unbiased estimate of maj@k, and its last point is the vote over all
     samples.
     """
-    return weighted_curve(samples, [1.0] * len(samples), valid=valid, same=same)
-
-
-def weighted_vote(
-    samples: Sequence[Graded],
-    weights: Sequence[float],
-    *,
-    valid: Callable[[Graded], bool] = has_value,
-    same: Same = same_answer,
-) -> Graded | None:
-    """The first sample of the value with the largest sum of weights (≥ 0), a reward model's scores
-    for one."""
-    curve = weighted_curve(samples, weights, valid=valid, same=same)
-    return curve[-1] if curve else None
-
-
-def weighted_curve(
-    samples: Sequence[Graded],
-    weights: Sequence[float],
-    *,
-    valid: Callable[[Graded], bool] = has_value,
-    same: Same = same_answer,
-) -> list[Graded | None]:
-    """The weighted vote over the first k samples, for k = 1 … n."""
-    totals: dict[str, float] = {}
-    first: dict[str, tuple[int, Graded]] = {}
-    winner: str | None = None
+    first: dict[str, Graded] = {}
+    votes: Counter[str] = Counter()
     curve: list[Graded | None] = []
-    for index, (graded, weight) in enumerate(zip(samples, weights, strict=True)):
+    for graded in samples:
         if valid(graded) and graded.value is not None:
-            value = _candidate(graded.value, totals, same)
-            totals[value] = totals.get(value, 0.0) + weight
-            first.setdefault(value, (index, graded))
-            # only this value's total changed, so only it can overtake
-            if winner is None or (totals[value], -first[value][0]) > (
-                totals[winner],
-                -first[winner][0],
-            ):
-                winner = value
-        curve.append(None if winner is None else first[winner][1])
+            equal = (known for known in first if same(graded.value, known))
+            value = graded.value if graded.value in first else next(equal, graded.value)
+            first.setdefault(value, graded)
+            votes[value] += 1
+        winner = max(first, key=votes.__getitem__, default=None)
+        curve.append(None if winner is None else first[winner])
     return curve
-
-
-def _candidate(value: str, known: Iterable[str], same: Same) -> str:
-    """The first value seen that is the same answer; `value` itself if there is none."""
-    known = list(known)
-    return value if value in known else next((each for each in known if same(value, each)), value)
-
-
-def rerank(
-    samples: Sequence[Graded],
-    completions: Sequence[str],
-    scores: Sequence[float],
-    *,
-    valid: Callable[[Graded], bool] = has_value,
-) -> Graded | None:
-    """The valid sample with the highest score, the first of equals; a text that occurs again counts
-    once, as it was first."""
-    curve = rerank_curve(samples, completions, scores, valid=valid)
-    return curve[-1] if curve else None
 
 
 def rerank_curve(
@@ -152,7 +91,8 @@ def rerank_curve(
     *,
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
-    """What `rerank` takes from the first k samples, for k = 1 … n."""
+    """The valid sample with the highest score among the first k, the first of equals, for k = 1 …
+    n; a text that occurs again counts once, as it was first."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []

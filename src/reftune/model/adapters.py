@@ -1,18 +1,23 @@
-"""The adapters of a chosen model in PEFT's own format, for the base model that a run began with."""
+"""Adapters in PEFT's own format: those of a chosen model, for the base model that a run began with,
+and those that a run begins with."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from reftune.errors import CheckpointError
-from reftune.model.policy import ADAPTERS
+from reftune.errors import CheckpointError, ModelError
+from reftune.model.policy import ADAPTERS, PEFT_ADAPTERS
 from reftune.model.weights import SMOLLM2, smollm2_folder
+from reftune.recipe import LoraTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Adapters = Mapping[str, Tensor]
 """As PEFT names them: `….lora_A.weight` (r, inputs) and `….lora_B.weight` (outputs, r)."""
@@ -28,53 +33,124 @@ def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    table, path = model.get("lora") or {}, model.get("path")
-    rank, alpha = int(table.get("rank", 16)), int(table.get("alpha", 32))
-    chain = _chain(stages, method, continued=model.get("quantize") is not None)
-    joined = chain[0] if len(chain) == 1 else side_by_side(chain, scaling=alpha / rank)
+    chain = _chain(stages, method, model)
+    joined = side_by_side(chain)
+    rank = sum(len(_rows_of_a(adapters)) for adapters, _ in chain)
+    path = model.get("path")
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=rank * len(chain),
-        lora_alpha=alpha if len(chain) == 1 else rank * len(chain),
+        r=rank,
+        lora_alpha=rank if len(chain) > 1 else round(chain[0][1] * rank),
         target_modules=sorted({name.split(".lora_")[0].split(".")[-1] for name in joined}),
         base_model_name_or_path=str(smollm2_folder()) if path == SMOLLM2 else path,
         revision=model.get("revision"),
         inference_mode=True,
     )
-    save_file({name: tensor.contiguous() for name, tensor in joined.items()}, folder / WEIGHTS)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in joined.items()}, folder / PEFT_ADAPTERS
+    )
     config.save_pretrained(str(folder))
 
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+Scaled = tuple[Adapters, float]
+"""Adapters and what their product is multiplied by, alpha / rank."""
 
 
-def side_by_side(chain: list[Adapters], *, scaling: float) -> dict[str, Tensor]:
-    """One set of adapters, of scaling 1, for the sum of several of `scaling`."""
-    joined = {}
-    for name, first in chain[0].items():
-        parts = [adapters[name] for adapters in chain]
-        is_a = ".lora_A." in name
-        joined[name] = torch.cat(parts, 0) if is_a else torch.cat(parts, 1) * scaling
-        assert first.dim() == 2
-    return joined
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds adapters in PEFT's format."""
+    return (folder / CONFIG).is_file()
 
 
-def _chain(stages: Path, method: str, *, continued: bool) -> list[Adapters]:
-    """The adapters of the stages from the base to `method`; `continued`: each stage went on with
-    those of the stage before, so that the last hold all."""
+def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
+    """The base model with the adapters of a folder merged into its weights.
+
+    Raises: ModelError if they are not LoRA adapters of `base`, as safetensors.
+    """
+    from peft import PeftModel
+
+    adapters, _ = read_adapters(folder)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    trained_on = config.get("base_model_name_or_path")
+    if base and trained_on and Path(base).name != Path(trained_on).name:
+        raise ModelError(
+            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if the two"
+            f" are one model, say so in base_model_name_or_path of its {CONFIG})"
+        )
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        found = {_peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
+        strange = sorted(set(adapters) ^ found)
+        if strange:
+            raise ValueError(f"{strange[0]} is in one of the two only")
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}: not the adapters of this model: {reason}") from None
+    return merged
+
+
+def read_adapters(folder: Path) -> Scaled:
+    """The adapters of a folder in PEFT's format. Raises: ModelError."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    chain: list[Adapters] = []
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"its peft_type is {config.get('peft_type')}; expected LORA")
+        rank = config["r"] ** (0.5 if config.get("use_rslora") else 1)
+        return load_file(folder / PEFT_ADAPTERS), config["lora_alpha"] / rank
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: adapters cannot be read: {error}") from None
+
+
+def require_scaling(folder: Path, table: LoraTable | None) -> None:
+    """Raises: ModelError if adapters that are to be trained on have another alpha / rank."""
+    _, scaling = read_adapters(folder)
+    if table is None or scaling != table.alpha / table.rank:
+        raise ModelError(
+            f"{folder}: its adapters have alpha / rank = {scaling:g}; expected that of model.lora"
+        )
+
+
+def side_by_side(chain: Sequence[Scaled]) -> dict[str, Tensor]:
+    """One set of adapters of scaling 1 for the sum of several; one alone as it is."""
+    if len(chain) == 1:
+        return dict(chain[0][0])
+    return {
+        name: torch.cat([adapters[name] for adapters, _ in chain], 0)
+        if ".lora_A." in name
+        else torch.cat([adapters[name] * scaling for adapters, scaling in chain], 1)
+        for name in chain[0][0]
+    }
+
+
+def _rows_of_a(adapters: Adapters) -> Tensor:
+    return next(tensor for name, tensor in adapters.items() if ".lora_A." in name)
+
+
+def _chain(stages: Path, method: str, model: Mapping[str, Any]) -> list[Scaled]:
+    """The adapters of the stages from the base, or from the adapters that a run began with, to
+    `method`. Over a base in 4 bits each stage goes on with those of the stage before, so that the
+    last hold all."""
+    from safetensors.torch import load_file
+
+    table = model.get("lora") or {}
+    scaling = int(table.get("alpha", 32)) / int(table.get("rank", 16))
+    chain: list[Scaled] = []
     while method != "base":
+        if is_adapter_folder(Path(method)):
+            return [read_adapters(Path(method)), *chain]
         path = stages / method / ADAPTERS
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: not there; --adapter expects a run with model.lora in all its stages"
             )
         tensors = load_file(path)
-        chain.insert(0, {_peft_name(name): tensor for name, tensor in tensors.items()})
+        chain.insert(0, ({_peft_name(name): t for name, t in tensors.items()}, scaling))
         stage = json.loads((stages / method / "stage.json").read_text(encoding="utf-8"))
-        method = "base" if continued else stage["init"]
+        method = "base" if model.get("quantize") is not None else stage["init"]
     return chain
 
 

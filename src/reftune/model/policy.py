@@ -39,6 +39,9 @@ ADAPTERS = Path("adapters", "model.safetensors")
 """Beside the model that they are merged into: over a base in 4 bits a later stage goes on with
 them, as quantizing a merged model would round away what they learned."""
 
+PEFT_ADAPTERS = "adapter_model.safetensors"
+"""In a folder in PEFT's format, which leaves the adapter's name out of those of its tensors."""
+
 
 class TokenScores(NamedTuple):
     """What the policy says of the response tokens of a batch; (B, R), fp32, 0 outside the response.
@@ -425,16 +428,17 @@ class Policy(nn.Module):
         )
 
     def load_adapters(self, folder: Path) -> None:
-        """Go on with the adapters that `save` wrote. Raises: ModelError."""
+        """Go on with the adapters that `save` or PEFT wrote. Raises: ModelError."""
+        path = folder / ADAPTERS if (folder / ADAPTERS).is_file() else folder / PEFT_ADAPTERS
         try:
-            saved = load_file(folder / ADAPTERS)
+            saved = {
+                name.replace(".default.", "."): value for name, value in load_file(path).items()
+            }
             with torch.no_grad():
                 for name, parameter in self._adapters().items():
-                    parameter.copy_(saved[name])
+                    parameter.copy_(saved[name.replace(".default.", ".")])
         except (OSError, KeyError, RuntimeError) as error:
-            raise ModelError(
-                f"{folder / ADAPTERS}: not the adapters of this recipe: {error}"
-            ) from None
+            raise ModelError(f"{path}: not the adapters of this recipe: {error}") from None
         self.continues_adapters = True
 
     def load_value_head(self, folder: Path) -> None:

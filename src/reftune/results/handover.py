@@ -37,24 +37,34 @@ class Handover:
 
 def handovers(run: RunResults) -> list[Handover]:
     """One for each stage that samples and starts from a supervised method with logged looks."""
-    found = []
-    for name, stage in run.stages.items():
-        source = _source(run, stage.init)
-        if source is None or not _samples(stage):
-            continue
-        supervised, step = source
-        looks = [row.values for row in supervised.metrics if row.step <= step]
-        last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
-        if last and not _samples(supervised):
-            found.append(
-                Handover(
-                    stage=name,
-                    init=stage.init,
-                    rise=last["dev/rise"],
-                    margin=last["dev/rise_margin"],
-                )
-            )
-    return found
+    return [
+        Handover(stage=name, init=stage.init, rise=found[0], margin=found[1])
+        for name, stage in run.stages.items()
+        if _samples(stage) and (found := last_rise(run, stage.init)) is not None
+    ]
+
+
+def last_rise(run: RunResults, method: str) -> tuple[float, float] | None:
+    """How dev had risen over the last four looks before a supervised method was left, and the
+    margin; None for other methods, and without so many looks."""
+    source = _source(run, method)
+    if source is None or _samples(source[0]):
+        return None
+    supervised, step = source
+    looks = [row.values for row in supervised.metrics if row.step <= step]
+    last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
+    return (last["dev/rise"], last["dev/rise_margin"]) if last else None
+
+
+def rise_line(rise: float, margin: float, num_looks: int) -> str:
+    """Whether RL or more SFT comes next, by how dev rose over so many looks."""
+    points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} looks"
+    if rise <= margin:
+        return f"dev no longer rises ({points}): RL can take over"
+    return (
+        f"dev still rises {100 * rise / num_looks:.1f} points a look ({points}): SFT will teach"
+        " more than RL"
+    )
 
 
 def sentence(handover: Handover) -> str:

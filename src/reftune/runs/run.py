@@ -15,6 +15,7 @@ import torch
 from reftune.datasets import Splits
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, stop_texts
+from reftune.model.adapters import is_adapter_folder, require_scaling, with_adapters
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.weights import load_model, load_pretrained, saved_dtype
@@ -38,7 +39,13 @@ from reftune.stages.sft import gold_examples
 from reftune.stages.stage import Stage, StageContext
 from reftune.storage.atomic import write_atomically
 from reftune.storage.json_lines import JsonLines
-from reftune.storage.run_folder import RunFolder, claimed, readable_errors, refuse_foreign
+from reftune.storage.run_folder import (
+    RunFolder,
+    StageFolder,
+    claimed,
+    readable_errors,
+    refuse_foreign,
+)
 from reftune.types import Attempt, Conversation, Problem
 
 if TYPE_CHECKING:
@@ -230,27 +237,20 @@ class Run:
         if trained and table.quantize is not None:
             policy = self._policy(*self._load("base", as_stored=True), trained=True)
             if method != "base":
-                policy.load_adapters(self._source(method))
+                source = stage_folder(self.recipe, method).path
+                if is_adapter_folder(source):
+                    require_scaling(source, table.lora)
+                policy.load_adapters(source)
         else:
             as_stored = not trained or table.lora is not None
             policy = self._policy(*self._load(method, as_stored=as_stored), trained=trained)
-        policy.load_value_head(self._source(method))
+        policy.load_value_head(stage_folder(self.recipe, method).path)
         policy.verify_head()
         if trained and table.gradient_checkpointing:
             policy.recompute_blocks()
         if table.compile:
             policy.compile_blocks()
         return policy
-
-    def _source(self, method: str) -> Path:
-        """The folder of a method of this run, or `method` itself if it is a folder."""
-        stages = self.recipe.stages.items()
-        own = {made for name, stage in stages for made in (*stage.produces, name)}
-        return (
-            Path(method)
-            if method not in own and method != "base"
-            else self.folder.stage(method).path
-        )
 
     def _load(
         self, method: str, *, as_stored: bool
@@ -261,7 +261,10 @@ class Run:
             texts = scratch_texts(self.recipe.format, self.splits) if is_scratch else ()
             seed = derive_seed(self.recipe.seed, "base")
             return load_model(table, texts=texts, seed=seed, as_stored=as_stored)
-        folder, trust = self._source(method), table.trust_remote_code
+        folder, trust = stage_folder(self.recipe, method).path, table.trust_remote_code
+        if is_adapter_folder(folder):
+            model, tokenizer = self._load("base", as_stored=as_stored)
+            return with_adapters(model, folder, base=table.path), tokenizer
         return load_pretrained(folder, trust_remote_code=trust, as_stored=as_stored)
 
     def _policy(
@@ -423,8 +426,15 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
 
 
 def is_model_folder(method: str) -> bool:
-    """Whether a stage's `init` is not a method but a folder with a model in it."""
-    return (Path(method) / "config.json").is_file()
+    """Whether a stage's `init` is not a method but a folder with a model or adapters in it."""
+    return (Path(method) / "config.json").is_file() or is_adapter_folder(Path(method))
+
+
+def stage_folder(recipe: Recipe, method: str) -> StageFolder:
+    """The folder of a method of this recipe, or `method` itself if it is a folder."""
+    stages = recipe.stages.items()
+    own = {"base", *(made for name, stage in stages for made in (*stage.produces, name))}
+    return RunFolder(recipe.folder).stage(method) if method in own else StageFolder(Path(method))
 
 
 def check_stage_graph(recipe: Recipe) -> None:

@@ -138,6 +138,7 @@ class Loop:
                 if self.is_worth_a_look:
                     self._look()
                 self._save()
+            saved_at = self.state.step
             while self.state.step < self.last_step:
                 self.state.step += 1
                 self._log(self._stepped(step))
@@ -152,9 +153,12 @@ class Loop:
                 self._stop = self._stop or stop  # a signal may have come meanwhile
                 if stop or due:
                     saved, last_save = self._save(), time.perf_counter()
+                    saved_at = self.state.step
                     if stop and self.state.step < self.last_step:
                         world.wait("the checkpoint")  # a launcher may end all with the first
                         raise Interrupted(str(saved))
+            if saved_at < self.state.step:
+                self._save()  # from which a longer stage goes on
         self._finish()
         if self._stop:
             raise Interrupted(str(self.context.folder.path))

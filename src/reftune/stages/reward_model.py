@@ -261,12 +261,12 @@ def rerank_accuracy(classifier: Classifier, drawn: Sequence[Samples]) -> float:
     )
     grading = getattr(classifier.encoder.format, "grading", None)
     winners = [
-        voting.rerank(
+        voting.rerank_curve(
             s.graded,
             s.texts,
             [next(scores) for _ in s.texts],
             valid=voting.voters(grading, is_choice=s.problem.answer.kind == "choice"),
-        )
+        )[-1]
         for s in drawn
     ]
     return sum(map(voting.is_correct, winners)) / len(winners)

@@ -96,8 +96,9 @@ class Stage(Component, ABC):
     here, so that a stage of your own is treated like ours."""
 
     init: str = "base"
-    """Where this stage starts: an earlier method, `base`, or a stage folder of an earlier run
-    (`runs/NAME/stages/NAME`), value head included."""
+    """Method whose chosen model this stage starts from, `base`, the stage folder of an earlier run
+    (`runs/NAME/stages/NAME`), value head and all, or a folder of LoRA adapters for the recipe's
+    model in PEFT's format, as `export --adapter` writes it."""
 
     is_method: ClassVar[bool] = True
     """Whether its model answers problems, and so is evaluated and can be built on."""

@@ -155,6 +155,9 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
                 write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
                 # last: it makes the folder this run's
                 write_atomically(folder.recipe, dump_recipe(recipe))
+            for name in lengthened_stages(folder, recipe):
+                _reopen(folder, name)
+                write_atomically(folder.recipe, dump_recipe(recipe))
         yield
 
 
@@ -192,12 +195,7 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
     Raises: RecipeError, CheckpointError if it is neither free nor this recipe's.
     """
     if folder.recipe.is_file():
-        own = _as_of_now(_read_own_recipe(folder.recipe))
-        difference = first_difference(own, yaml.safe_load(dump_recipe(recipe)))
-        if difference is not None:
-            raise RecipeError(
-                f"{folder.path}: belongs to another recipe: {difference}; choose another run_dir"
-            )
+        lengthened_stages(folder, recipe)
         return False
     path = folder.path
     if path.exists() and any(child.name not in BEFORE_CLAIM for child in path.iterdir()):
@@ -205,6 +203,55 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
             f"{path}: is not empty and not a run folder (no recipe.yaml); choose another run_dir"
         )
     return True
+
+
+def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
+    """The stages that have begun and that `recipe` gives more steps or epochs than they had.
+
+    Raises: RecipeError if the two differ in anything else, or if a stage cannot go on: another one
+    began from its model, or there is no checkpoint of its end.
+    """
+    own = _as_of_now(_read_own_recipe(folder.recipe))
+    wanted = yaml.safe_load(dump_recipe(recipe))
+    longer = []
+    for name, stage in (own.get("stages") or {}).items():
+        spec = wanted["stages"].get(name, {})
+        for key in {"steps", "epochs"} & stage.keys() & spec.keys():
+            has_begun = any(folder.stage(name).checkpoints.glob("step-*"))
+            if spec[key] > stage[key] and recipe.stages[name].is_method and has_begun:
+                stage[key] = spec[key]
+                longer.append(name)
+    difference = first_difference(own, wanted)
+    if difference is not None:
+        raise RecipeError(
+            f"{folder.path}: belongs to another recipe: {difference}; choose another run_dir"
+        )
+    for name in longer:
+        _require_open(folder, recipe, name)
+    return longer
+
+
+def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
+    stage, names = folder.stage(name), list(recipe.stages)
+    remedy = f"choose another run_dir, and init: {stage.path} to go on from its model"
+    for later in names[names.index(name) + 1 :]:
+        if folder.stage(later).path.exists():
+            raise RecipeError(
+                f"stages.{name}: cannot go on, because {later} has begun after it; {remedy}"
+            )
+    if stage.is_done:
+        steps = json.loads(stage.info.read_text(encoding="utf-8"))["steps"]
+        if not (stage.checkpoints / f"step-{steps:06d}").is_dir():
+            raise RecipeError(
+                f"stages.{name}: cannot go on without a checkpoint of its end, step {steps};"
+                f" {remedy}"
+            )
+
+
+def _reopen(folder: RunFolder, name: str) -> None:
+    """Make a stage go on from its last checkpoint, and be evaluated anew."""
+    for path in (folder.evaluation(name), folder.choices(name), folder.stage(name).info):
+        path.unlink(missing_ok=True)
 
 
 def _read_own_recipe(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from reftune.datasets import Splits
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
 from reftune.runs.auto import settled
-from reftune.runs.run import Run, check_stage_graph, load_splits, threads_of
+from reftune.runs.run import Run, check_stage_graph, is_model_folder, load_splits, threads_of
 from reftune.stages.progress import SilentProgress
 from reftune.storage.run_folder import RunFolder
 
@@ -172,7 +172,7 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
 def _starting_method(run: Run) -> str:
     costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in run.recipe.stages.values()]
     inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
-    trained = [method for method in inits if run.folder.stage(method).is_done]
+    trained = [m for m in inits if run.folder.stage(m).is_done or is_model_folder(m)]
     return trained[0] if trained else "base"
 
 

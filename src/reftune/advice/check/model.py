@@ -8,13 +8,18 @@ from dataclasses import replace
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, learns_from_rationales, mean
 from reftune.advice.measured import available_bytes, measure_speed
+from reftune.errors import DataError
 from reftune.model.batch import token_batch
 from reftune.recipe import Recipe
+from reftune.results.handover import last_rise, rise_line
+from reftune.results.records import read_run
 from reftune.results.stats import wilson
 from reftune.runs.auto import product_rates
+from reftune.runs.run import stage_folder
 from reftune.runs.sample import sample_rows
 from reftune.stages.estimate import Estimate, stage_costs
 from reftune.stages.outline import Outline
+from reftune.stages.plateau import LOOKS
 from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
 
@@ -114,12 +119,29 @@ def check_accuracy(subject: Subject) -> Finding:
         f" ({correct / len(rows):.0%}, 95 % interval {low:.0%} to {high:.0%}); RL needs about"
         f" {NEEDED_ACCURACY:.0%} to have something to reward"
     )
+    rise = _rise(subject)
+    if rise is not None:
+        message += f"; {rise_line(*rise, LOOKS)}"
     is_trained_first = subject.method == "base" and learns_from_rationales(subject)
-    if high >= NEEDED_ACCURACY or is_trained_first:
-        finding = ok(f"{message}; a warm-up comes first" if is_trained_first else message)
-    else:
+    if high < NEEDED_ACCURACY and not is_trained_first:
         finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
+    elif rise is not None and rise[0] > rise[1]:
+        finding = warn(message, "train the warm-up further: until=plateau ends it by itself")
+    else:
+        finding = ok(f"{message}; a warm-up comes first" if is_trained_first else message)
     return replace(finding, samples=tuple(rows[:NUM_SHOWN]))
+
+
+def _rise(subject: Subject) -> tuple[float, float] | None:
+    """How dev last rose under the stage that RL starts from, and the margin; None if its looks are
+    not recorded."""
+    if subject.method == "base":
+        return None
+    stage = stage_folder(subject.recipe, subject.method)
+    try:
+        return last_rise(read_run(stage.run.path), stage.path.name)
+    except DataError:  # a model that no run of ours left
+        return None
 
 
 def check_logprobs(subject: Subject) -> Finding:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from reftune.datasets.reading.files import shown
 from reftune.errors import DataError
+from reftune.text import shown
 from reftune.types import Message
 
 ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {

@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from reftune.datasets.reading.programs import drop_contradictions
-from reftune.datasets.reading.rows import Row
-from reftune.datasets.reading.splits import Key, Splits, draw_splits, question_key, read_splits
+from reftune.datasets.reading.rows import Row, is_single_file, read_rows
+from reftune.datasets.reading.splits import Key, Splits, draw_splits, question_key
 from reftune.recipe import Component
 from reftune.types import Problem
 
@@ -70,14 +70,14 @@ class FileDataset(Component):
 
     def load(self, *, seed: int) -> Splits:
         """Read, clean, draw dev. Raises: DataError with file and line."""
-        rows = read_splits(
-            self.train, self.dev, self.test, names=self.file_names(), revision=self.revision
-        )
         dropped, dropped_of_test = Counter[str](), Counter[str]()
+        has_test = self.test is not None or not is_single_file(self.train)
+        test_rows = self._rows(self.test or self.train, "test") if has_test else []
+        dev_rows = None if self.dev is None else self._rows(self.dev, "dev")
         splits = draw_splits(
-            train=self.problems(rows.train, "train", dropped),
-            dev=None if rows.dev is None else self.problems(rows.dev, "dev", dropped),
-            test=self.problems(rows.test, "test", dropped_of_test),
+            train=self.problems(self._rows(self.train, "train"), "train", dropped),
+            dev=None if dev_rows is None else self.problems(dev_rows, "dev", dropped),
+            test=self.problems(test_rows, "test", dropped_of_test),
             dev_size=self.dev_size,
             seed=seed,
             key=type(self).key,
@@ -85,3 +85,7 @@ class FileDataset(Component):
         )
         of_test = {f"test_{reason}": count for reason, count in (+dropped_of_test).items()}
         return self.trainable(replace(splits, counts={**+dropped, **of_test, **splits.counts}))
+
+    def _rows(self, source: str, split: Split) -> list[Row]:
+        names = self.file_names().get(split, ())
+        return read_rows(source, split, names=names, revision=self.revision)

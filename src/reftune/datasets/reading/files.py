@@ -16,10 +16,12 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path, PurePath
 from typing import Any
 
 from reftune.errors import DataError
+from reftune.text import shown
 
 LOG = logging.getLogger(__name__)
 Records = Iterator[tuple[str, Mapping[str, Any]]]
@@ -44,12 +46,6 @@ def read_file(path: Path) -> Records:
             f" {', '.join(READERS)}"
         )
     return reader(path)
-
-
-def shown(value: object) -> str:
-    """A value for an error message: one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def type_name(value: object) -> str:
@@ -104,32 +100,26 @@ def _read_text(path: Path, *, fallback: str | None = None) -> str:
 def _read_json(path: Path) -> Records:
     """A list of objects, an object with one such list in it, or one object a line."""
     text = _read_text(path)
-    start = _list_start(text)
-    return _json_lines(path, text) if start is None else _json_list(path, text, start)
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith("["):
+            return _json_lines(path, text)
+        raise DataError(
+            f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({_reason(error)}); expected a"
+            " list of objects"
+        ) from None
+    if isinstance(whole, list):
+        return _json_list(path, text, text.index("[") + 1)
+    items = whole.items() if isinstance(whole, dict) else ()
+    tables = [key for key, value in items if _is_table(value)]
+    key = json.dumps(tables[0]) if len(tables) == 1 else ""
+    found = re.search(rf"{re.escape(key)}\s*:\s*\[", text) if key else None
+    return _json_lines(path, text) if found is None else _json_list(path, text, found.end())
 
 
 def _read_jsonl(path: Path) -> Records:
     return _json_lines(path, _read_text(path))
-
-
-def _list_start(text: str) -> int | None:
-    """Where the first object of the file's list begins; None if there is no list of objects."""
-    begin = _skip_space(text, 0)
-    if text.startswith("[", begin):
-        return _skip_space(text, begin + 1)
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    lists = [key for key, value in whole.items() if _is_table(value)] if _is_object(whole) else []
-    if len(lists) != 1:
-        return None
-    found = re.search(rf"{re.escape(json.dumps(lists[0]))}\s*:\s*\[\s*", text)
-    return None if found is None else found.end()
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _is_table(value: object) -> bool:
@@ -140,35 +130,17 @@ def _is_table(value: object) -> bool:
 
 
 def _json_list(path: Path, text: str, position: int) -> Records:
-    decoder = json.JSONDecoder()
-    line, counted = 1, 0
-    while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{error.lineno}: not valid JSON ({error.msg}); expected a list of objects"
-            ) from None
-        except (RecursionError, ValueError) as error:
-            raise DataError(
-                f"{path}:{line}: not valid JSON ({error}); expected a list of objects"
-            ) from None
+    """The objects of a list of valid JSON that begins before `position`."""
+    more, decoder = re.compile(r"[^\s,\]]"), json.JSONDecoder()
+    end, line, counted = re.compile(r"[\s,]*\]"), 1, 0
+    while not end.match(text, position) and (begins := more.search(text, position)):
+        line, counted = line + text.count("\n", counted, begins.start()), begins.start()
+        value, position = decoder.raw_decode(text, begins.start())
         yield f"{path}:{line}", _mapping(value, f"{path}:{line}")
-        position = _skip_space(text, position)
-        if text[position : position + 1] == ",":
-            position = _skip_space(text, position + 1)
-        elif text[position : position + 1] != "]":
-            line += text.count("\n", counted, position)
-            raise DataError(
-                f"{path}:{line}: the list breaks off; expected a comma or a closing bracket"
-            )
 
 
-def _skip_space(text: str, position: int) -> int:
-    while text[position : position + 1] in (" ", "\n", "\r", "\t"):
-        position += 1
-    return position
+def _reason(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _json_lines(path: Path, text: str) -> Records:
@@ -179,9 +151,8 @@ def _json_lines(path: Path, text: str) -> Records:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise DataError(
-                f"{where}: not valid JSON ({reason}); expected one object a line"
+                f"{where}: not valid JSON ({_reason(error)}); expected one object a line"
             ) from None
         yield where, _mapping(value, where)
 
@@ -242,7 +213,7 @@ def _read_xlsx(path: Path) -> Records:
 
     try:
         book = openpyxl.load_workbook(io.BytesIO(_read_bytes(path)), read_only=True, data_only=True)
-        rows = list(book.worksheets[0].iter_rows(values_only=True))
+        rows = [list(map(_cell, row)) for row in book.worksheets[0].iter_rows()]
     except (
         InvalidFileException,
         zipfile.BadZipFile,
@@ -253,14 +224,17 @@ def _read_xlsx(path: Path) -> Records:
         SyntaxError,
     ) as error:
         raise DataError(f"{path}: not a readable Excel file ({first_line(error)})") from None
-    lines = ((f"{path}:{n}", list(map(_cell, row))) for n, row in enumerate(rows, start=1))
-    return _table(path, lines)
+    return _table(path, ((f"{path}:{n}", row) for n, row in enumerate(rows, start=1)))
 
 
-def _cell(value: object) -> str | None:
-    """A cell of a spreadsheet as text: `13`, `0.5`, `2021-03-05`."""
+def _cell(cell: Any) -> str | None:
+    """A cell of a spreadsheet as text: `13`, `0.5`, `2021-03-05`, and `25%` for the 0.25 that its
+    format shows as a percentage."""
+    value, shown_as = cell.value, re.sub(r'"[^"]*"|\\.', "", cell.number_format or "")
     if value is None:
         return None
+    if "%" in shown_as and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{(Decimal(repr(value)) * 100).normalize():f}%"
     return str(value).removesuffix(" 00:00:00")
 
 

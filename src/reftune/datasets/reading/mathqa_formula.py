@@ -88,7 +88,9 @@ def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | 
     for position, name in names.items():
         template = templates[position]
         values = [_value(operand, numbers, names, position) for operand in operands[position]]
-        if template is None or None in values or _arity(template) != len(values):
+        places = re.findall(r"\{\d?\}", template or "")
+        num_places = len(places) if "{}" in places else len(set(places))
+        if template is None or None in values or num_places != len(values):
             return None
         steps.append((name, re.sub(r"\bint\(([0-9]+)\)", r"\1", template.format(*values))))
     return steps
@@ -131,8 +133,3 @@ def _literal(number: str) -> str:
     whole, _, fraction = number.partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
     return f"{whole}.{fraction}" if fraction else whole
-
-
-def _arity(template: str) -> int:
-    places = re.findall(r"\{(\d?)\}", template)
-    return len(places) if places[0] == "" else len(set(places))

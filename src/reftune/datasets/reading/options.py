@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reftune.datasets.reading.files import shown
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
+from reftune.grading.golds import literal
+from reftune.grading.options import unlettered
+from reftune.text import shown
 
 MOST = len(string.ascii_lowercase)
 
@@ -23,12 +24,16 @@ class Options:
     labels: tuple[str, ...] = ()
     """What the data call each option, in lower case; empty if they do not say."""
 
-    def letter(self, label: str) -> str | None:
-        """Our letter for the option that the data call `label`; None if they call none so."""
-        label = label.strip().strip("().").lower()
-        if label not in self.labels:
+    def letter(self, gold: str, positions_from: int | None) -> str | None:
+        """Our letter for the option that the data call `gold`, or whose position it is where those
+        count from `positions_from`; None if it is neither."""
+        label, places = gold.strip().strip("().").lower(), range(len(self.texts))
+        if label in self.labels:
+            return string.ascii_lowercase[self.labels.index(label)]
+        if positions_from is None or not label.isdecimal():
             return None
-        return string.ascii_lowercase[self.labels.index(label)]
+        place = int(label) - positions_from
+        return string.ascii_lowercase[place] if place in places else None
 
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
@@ -42,7 +47,7 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
         value: Any = {label: text for label, text in found.items() if text is not None}
     else:
         value = row.value(columns)
-    options = _options(_parsed(value) if isinstance(value, str) else value)
+    options = _options(literal(value) if isinstance(value, str) else value)
     if options is None:
         raise DataError(
             f"{row.where}: {columns if isinstance(columns, str) else ', '.join(columns)} is"
@@ -52,8 +57,6 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
 
 
 def _options(value: object) -> Options | None:
-    from reftune.grading.options import unlettered
-
     labels: Sequence[object] = ()
     if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
         labels, value = value.get("label") or (), value["text"]
@@ -75,10 +78,3 @@ def _options(value: object) -> Options | None:
         texts=unlettered([str(text).strip() for text in value]),
         labels=spelled if len(spelled) == len(value) else (),
     )
-
-
-def _parsed(text: str) -> object:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None

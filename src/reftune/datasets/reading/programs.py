@@ -6,13 +6,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from reftune.datasets.reading.splits import Splits, drop_untrainable
+from reftune.grading.markers import DEFAULT, Reading
+from reftune.grading.sandbox import ExecutionResult, ExecutionStatus, Sandbox, SandboxLimits
+from reftune.grading.verdicts import grade_completion, grade_value
 from reftune.types import Graded, Problem, Verdict
-
-if TYPE_CHECKING:
-    from reftune.grading.sandbox.result import ExecutionResult
 
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.USub, ast.UAdd)
 NODES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
@@ -81,43 +80,41 @@ def drop_wrong_programs(splits: Splits) -> Splits:
     )
 
 
-def drop_contradictions(splits: Splits) -> Splits:
+def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
     """Train without the rationales that give another answer than their gold: programs that return
-    it (`program_disagrees`), or texts that state it (`rationale_disagrees`).
+    it (`program_disagrees`), texts that state it (`rationale_disagrees`).
 
     A program that fails, or a text that states no answer, says nothing about the gold and stays.
-    Programs among texts stay too: they are for the format to refuse.
     """
-    from reftune.grading.verdicts import grade_completion
+    programs = [
+        problem
+        for problem in (*splits.train, *splits.dev)
+        if "def solution(" in (problem.rationale or "")
+    ]
+    graded = _graded_programs(programs)
 
-    rationales = [problem for problem in (*splits.train, *splits.dev) if problem.rationale]
-    if rationales and all("def solution(" in str(problem.rationale) for problem in rationales):
-        reason, graded = "program_disagrees", _graded_programs(rationales)
-    else:
-        reason = "rationale_disagrees"
-        graded = {p.id: grade_completion(str(p.rationale), p) for p in rationales}
-    return drop_untrainable(
+    def states_another(problem: Problem) -> bool:
+        if problem.rationale is None or problem.id in graded:
+            return False
+        return grade_completion(problem.rationale, problem, reading).verdict is Verdict.WRONG
+
+    splits = drop_untrainable(
         splits,
-        reason,
+        "program_disagrees",
         lambda problem: problem.id in graded and graded[problem.id].verdict is Verdict.WRONG,
     )
+    return drop_untrainable(splits, "rationale_disagrees", states_another)
 
 
 def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
     """Run in the sandbox, with so much time that how busy the machine is does not decide what is
     trained on."""
-    from reftune.grading.sandbox import Sandbox
-    from reftune.grading.sandbox.result import SandboxLimits
-
     with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
         return sandbox.run(programs)
 
 
 def _graded_programs(problems: Sequence[Problem]) -> dict[str, Graded]:
     """Problem id → what its program's value is worth; a program that fails gives no answer."""
-    from reftune.grading.sandbox.result import ExecutionStatus
-    from reftune.grading.verdicts import grade_value
-
     if not problems:
         return {}
     results = run_programs([problem.rationale or "" for problem in problems])

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from reftune.datasets.reading.files import READERS, ending, first_line, read_file, shown, type_name
+from reftune.datasets.reading.files import READERS, ending, first_line, read_file, type_name
 from reftune.errors import DataError
+from reftune.grading.golds import number_gold
+from reftune.text import shown
 from reftune.types import Answer
 
 SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -41,7 +42,7 @@ class Row:
         value = self.value(column)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{self.where}: {column} is {shown(value)}; expected text")
-        if not _is_unicode(value):
+        if any("\ud800" <= char <= "\udfff" for char in value):
             raise DataError(
                 f"{self.where}: {column} is {shown(value)}, which holds half a character; expected"
                 " text"
@@ -53,16 +54,8 @@ class Row:
         value = self.get(column)
         return None if value is None or value == "" else self.text(column)
 
-    def number(self, column: str) -> Fraction:
-        """As `number_gold`, its value. Raises: DataError."""
-        value = self.number_gold(column).value
-        assert isinstance(value, Fraction)
-        return value
-
     def number_gold(self, column: str) -> Answer:
         """The number that all of the column's cell is. Raises: DataError."""
-        from reftune.grading.golds import number_gold
-
         value = self.value(column)
         answer = number_gold(value)
         if answer is None:
@@ -160,22 +153,6 @@ def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
                     f"{row.where}: {column} is {shown(value)}, {type_name(value)}; "
                     f"expected {expected} as in the rows before (from {first.where})"
                 )
-
-
-def read_value(value: object) -> Fraction | None:
-    """The number that all of a value is, which came as data or out of a program."""
-    from reftune.grading.golds import number_in_gold
-
-    number = number_in_gold(value)
-    return None if number is None else number.value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _rows_of(path: Path) -> list[Row]:

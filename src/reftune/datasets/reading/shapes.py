@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reftune.datasets.reading.conversations import is_conversation
-from reftune.datasets.reading.golds import split_worked
+from reftune.datasets.reading.golds import worked_solution
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
 from reftune.recipe import Table
@@ -130,10 +130,10 @@ class _Found:
 
     def any_worked(self, column: str) -> bool:
         """Whether a cell holds a worked solution with its answer."""
-        texts = [row.get(column) for row in self.rows]
-        worked = [split_worked(text) for text in texts if isinstance(text, str)]
-        return any(is_conversation(text) for text in texts) or any(
-            parts is not None and parts.rationale is not None for parts in worked
+        cells = [row.get(column) for row in self.rows]
+        return any(
+            is_conversation(cell) or (isinstance(cell, str) and worked_solution(cell) is not None)
+            for cell in cells
         )
 
 

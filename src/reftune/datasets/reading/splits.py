@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from reftune.datasets.reading.rows import Row, is_single_file, read_rows
 from reftune.errors import DataError
+from reftune.grading.numbers import number_of, same_number
 from reftune.seeds import derive_seed
 from reftune.types import Answer, Problem
 
@@ -34,38 +34,6 @@ class Splits:
     test: tuple[Problem, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
     """What was dropped and why, for the log: `duplicate`, `program_disagrees`, …"""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SplitRows:
-    """The rows of each split as they were read."""
-
-    train: list[Row]
-    dev: list[Row] | None
-    """None: dev is drawn from train."""
-    test: list[Row]
-
-
-def read_splits(
-    train: str,
-    dev: str | None,
-    test: str | None,
-    *,
-    names: Mapping[str, Sequence[str]] | None = None,
-    revision: str | None = None,
-) -> SplitRows:
-    """`test` None: the test split of `train` if that is a folder or Hub id, else no rows. Raises:
-    DataError."""
-
-    def rows(source: str, split: str) -> list[Row]:
-        return read_rows(source, split, names=(names or {}).get(split, ()), revision=revision)
-
-    test = train if test is None and not is_single_file(train) else test
-    return SplitRows(
-        train=rows(train, "train"),
-        dev=None if dev is None else rows(dev, "dev"),
-        test=[] if test is None else rows(test, "test"),
-    )
 
 
 def question_key(problem: Problem) -> str:
@@ -134,8 +102,6 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
 
 def same_gold(a: Answer, b: Answer) -> bool:
     """Whether two golds agree, numbers as the grader compares them."""
-    from reftune.grading.numbers import number_of, same_number
-
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         first, second = number_of(a), number_of(b)
         return same_number(first, second) or same_number(second, first)

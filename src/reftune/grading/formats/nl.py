@@ -65,8 +65,10 @@ class Nl(Prompted):
                 f"problem {problem.id}: its rationale ends without an answer that matches"
                 f" {problem.answer}; expected a last line that states one"
             )
-        phrase = self.markers[0].strip() if self.markers else "The answer is"
-        return f"{rationale}\n{phrase} {_with_separator(problem.answer, self.decimal)}"
+        phrase, answer = next(iter(self.markers), "The answer is").strip(), str(problem.answer)
+        if problem.answer.kind == "number":
+            answer = answer.replace(".", self.decimal)
+        return f"{rationale}\n{phrase} {answer}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade per completion, in order; expressions are compared side by side."""
@@ -84,11 +86,6 @@ class Nl(Prompted):
         if self.grading == "paper":
             return grade_completion_paper(completion, problem)
         return graded_by(own_grader(self.grading), completion, problem)
-
-
-def _with_separator(answer: Answer, decimal: str) -> str:
-    text = str(answer)
-    return text.replace(".", decimal) if answer.kind == "number" else text
 
 
 def _decimal(answer: Answer) -> str:

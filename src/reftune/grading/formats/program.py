@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -95,7 +95,8 @@ class Program(Prompted):
             results |= self._run_each(
                 programs[turn]
                 for programs in candidates
-                if len(programs) > turn and _all_failed(programs[:turn], results)
+                if len(programs) > turn
+                and all(results[p].status is ExecutionStatus.ERROR for p in programs[:turn])
             )
         return [
             self._graded(problem, [results[each] for each in programs if each in results])
@@ -147,10 +148,6 @@ class Program(Prompted):
             sources = [script.source for script in group]
             results |= zip(group, self._sandbox.run(sources, call), strict=True)
         return results
-
-
-def _all_failed(scripts: Sequence[Script], results: Mapping[Script, ExecutionResult]) -> bool:
-    return all(results[script].status is ExecutionStatus.ERROR for script in scripts)
 
 
 def _failed(result: ExecutionResult) -> Graded:

@@ -77,11 +77,8 @@ class FunctionReward(Component):
             ) from None
         if isinstance(rewards, Mapping):
             rewards = _by_sample(rewards, len(samples))
-        if (
-            getattr(rewards, "ndim", 1) == 0
-            or not hasattr(rewards, "__len__")
-            or isinstance(rewards, str | bytes | Mapping)
-        ):
+        is_list = hasattr(rewards, "__len__") and getattr(rewards, "ndim", 1) > 0
+        if not is_list or isinstance(rewards, str | bytes | Mapping):
             raise RewardError(
                 f"reward {self.kind}: expected a list of {len(samples)} numbers, got"
                 f" {type(rewards).__name__}"

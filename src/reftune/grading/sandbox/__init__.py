@@ -38,7 +38,6 @@ from reftune.grading.sandbox.result import (
     ExecutionStatus,
     SandboxLimits,
     failure,
-    one_line,
 )
 
 __all__ = ["ExecutionResult", "ExecutionStatus", "Sandbox", "SandboxKind", "SandboxLimits"]
@@ -58,7 +57,6 @@ class Sandbox:
     def __init__(
         self,
         limits: SandboxLimits | None = None,
-        *,
         backend: SandboxKind = "auto",
         workers: int | None = None,
         allow_unisolated: bool = False,
@@ -103,18 +101,14 @@ class Sandbox:
             self._backend.close()
         self._backend = None
 
-    @property
-    def _settings(self) -> tuple[SandboxLimits, str, int, bool]:
-        return self.limits, self._kind, self._workers, self._allow_unisolated
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sandbox) and self._settings == other._settings
+        return isinstance(other, Sandbox) and self.__reduce__() == other.__reduce__()
 
     def __hash__(self) -> int:
-        return hash(self._settings)
+        return hash(self.__reduce__())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _sandbox, self._settings
+        return Sandbox, (self.limits, self._kind, self._workers, self._allow_unisolated)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -156,13 +150,12 @@ class _MontyFirst:
     def execute(self, source: str) -> ExecutionResult:
         result = self._monty.execute(source)
         missing = gap(result)
-        fallback = None if missing is None else self._fallback()
+        if missing is None:
+            return result
+        fallback = self._fallback()
         if fallback is not None:
             return fallback.execute(source)
-        if missing is not None:
-            reason = f"monty lacks {missing}, and {self._refused}"
-            return failure(one_line(f"{result.reason} ({reason})"))
-        return result
+        return failure(f"{result.reason} (monty lacks {missing}, and {self._refused})")
 
     def close(self) -> None:
         self._monty.close()
@@ -178,12 +171,6 @@ class _MontyFirst:
                 except ReftuneError as error:
                     self._refused = str(error)
             return self._subprocess
-
-
-def _sandbox(
-    limits: SandboxLimits, backend: SandboxKind, workers: int, allow_unisolated: bool
-) -> Sandbox:
-    return Sandbox(limits, backend=backend, workers=workers, allow_unisolated=allow_unisolated)
 
 
 def _num_cores() -> int:

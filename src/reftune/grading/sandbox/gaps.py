@@ -27,10 +27,10 @@ def gap(result: ExecutionResult) -> str | None:
     """
     if result.status is not ExecutionStatus.ERROR:
         return None
-    for pattern, name_of in _GAPS:
-        match = pattern.match(result.reason)
+    for pattern, name in _GAPS.items():
+        match = re.match(pattern, result.reason)
         if match is not None:
-            return name_of(match)
+            return name if isinstance(name, str) else name(match)
     return None
 
 
@@ -40,10 +40,6 @@ def missing_package(result: ExecutionResult) -> str | None:
     if match is None or _comes_with_python(match[1]):
         return None
     return match[1].partition(".")[0]
-
-
-def _syntax(match: re.Match[str]) -> str:
-    return match[1].strip("'")
 
 
 def _module(match: re.Match[str]) -> str | None:
@@ -77,35 +73,23 @@ _TYPES = {
     for name, kind in vars(module).items()
     if isinstance(kind, type)
 }
-_GAPS: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str | None]]] = [
-    (re.compile(rf"{error}: {pattern}"), name_of)
-    for error, pattern, name_of in [
-        ("NotImplementedError", r".*does not yet support (.+)", _syntax),
-        ("NotImplementedError", r"(Wildcard imports) ", lambda _: "import *"),
-        ("ModuleNotFoundError", r"No module named '([\w.]+)'", _module),
-        (
-            "AttributeError",
-            r"module '(?P<module>\w+)' has no attribute '(?P<name>\w+)'",
-            _name_of_module,
-        ),
-        (
-            "ImportError",
-            r"cannot import name '(?P<name>\w+)' from '(?P<module>\w+)'",
-            _name_of_module,
-        ),
-        (
-            "AttributeError",
-            r"(?:type object )?'(?:\w+\.)?(\w+)' (?:object )?has no attribute '(\w+)'",
-            _attribute,
-        ),
-        ("NameError", r"name '(\w+)' is not defined", _builtin),
-        ("TypeError", r"'list' object is not an iterator", lambda _: "a generator's next"),
-        ("TypeError", r"'[<>]=?' not supported between instances", lambda _: "ordering of objects"),
-        ("TypeError", r"'typing\.\w+' object is not subscriptable", lambda _: "types of typing"),
-        ("TypeError", r"cannot create 'object' instances", lambda _: "object()"),
-        ("TypeError", r"cannot convert '\w+' object to bytes", lambda _: "bytes of a list"),
-        ("ValueError", r"pow\(\) 2nd argument cannot be negative", lambda _: "inverses by pow"),
-        ("ValueError", r"time data .* does not match format", lambda _: "formats of strptime"),
-        ("TypeError", r"object of type '\w+' has no len\(\)", lambda _: "__len__"),
-    ]
-]
+_GAPS: dict[str, str | Callable[[re.Match[str]], str | None]] = {
+    r"NotImplementedError: .*does not yet support (.+)": lambda match: match[1].strip("'"),
+    r"NotImplementedError: Wildcard imports ": "import *",
+    r"ModuleNotFoundError: No module named '([\w.]+)'": _module,
+    r"AttributeError: module '(?P<module>\w+)' has no attribute '(?P<name>\w+)'": _name_of_module,
+    r"ImportError: cannot import name '(?P<name>\w+)' from '(?P<module>\w+)'": _name_of_module,
+    r"AttributeError: (?:type object )?'(?:\w+\.)?(\w+)' (?:object )?has no attribute '(\w+)'": (
+        _attribute
+    ),
+    r"NameError: name '(\w+)' is not defined": _builtin,
+    r"TypeError: 'list' object is not an iterator": "a generator's next",
+    r"TypeError: '[<>]=?' not supported between instances": "ordering of objects",
+    r"TypeError: 'typing\.\w+' object is not subscriptable": "types of typing",
+    r"TypeError: cannot create 'object' instances": "object()",
+    r"TypeError: cannot convert '\w+' object to bytes": "bytes of a list",
+    r"ValueError: pow\(\) 2nd argument cannot be negative": "inverses by pow",
+    r"ValueError: time data .* does not match format": "formats of strptime",
+    r"TypeError: object of type '\w+' has no len\(\)": "__len__",
+}
+"""How a program ends → the part that it needed."""

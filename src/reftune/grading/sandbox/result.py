@@ -77,7 +77,7 @@ class Backend(Protocol):
 
 def failure(reason: str) -> ExecutionResult:
     """An ERROR with its reason."""
-    return ExecutionResult(status=ExecutionStatus.ERROR, reason=reason)
+    return ExecutionResult(status=ExecutionStatus.ERROR, reason=one_line(reason))
 
 
 _UNREACHABLE = re.compile(

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from reftune.grading.sandbox.result import (
     ExecutionResult,
     ExecutionStatus,
     SandboxLimits,
+    failure,
     forbidden_error,
     one_line,
 )
@@ -114,8 +115,8 @@ class SubprocessBackend:
         self._forkers.clear()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Runs twice if the forking process dies: something else may have killed it."""
-        return self._attempt(source) or self._attempt(source) or _error("the worker died twice")
+        """Runs twice if the forking process died: something else may have killed it."""
+        return self._attempt(source) or self._attempt(source) or failure("the worker died twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
         """None if the forking process died before the program's end."""
@@ -243,48 +244,34 @@ def _received(status: socket.socket, timeout_s: float) -> bytes | None:
 
 
 def _read(output: bytes, returncode: int) -> ExecutionResult:
-    lines = output.decode("ascii", "replace").splitlines()
-    last = lines[-1] if lines else ""
-    reached = next((line[1:] for line in lines if line.startswith("F")), None)
-    if reached is not None:
-        return ExecutionResult(
-            status=ExecutionStatus.FORBIDDEN, reason=one_line(f"it reached for {reached}")
-        )
+    lines = output.decode("ascii", "replace").splitlines() or [""]
+    first = {line[:1]: line[1:] for line in reversed(lines)}
+    letter, last = lines[-1][:1], lines[-1][1:]
+    if "F" in first:
+        return _ended(ExecutionStatus.FORBIDDEN, f"it reached for {first['F']}")
     if len(output) > MAX_OUTPUT_BYTES:
-        return _error("the value is too large")
-    if last.startswith(("V", "E")):
+        return failure("the value is too large")
+    if letter in ("V", "E"):
         try:
-            return _ended(last[0], json.loads(last[1:]), _printed(lines))
+            content, printed = json.loads(last), str(json.loads(first.get("P", '""')))
         except (ValueError, RecursionError) as error:
-            return _error(f"the value cannot be read: {str(error)[:100]}")
+            return failure(f"the value cannot be read: {str(error)[:100]}")
+        if letter == "V":
+            return ExecutionResult(status=ExecutionStatus.OK, value=content, printed=printed)
+        return _ended(_status(str(content)), str(content))
     if returncode == NOT_ISOLATED:
-        return _error(f"the system lacks {last[1:200]} (allow_unisolated would do without)")
+        return failure(f"the system lacks {last[:200]} (allow_unisolated would do without)")
     if returncode in (-signal.SIGALRM, -signal.SIGKILL, -signal.SIGXCPU):
-        return ExecutionResult(
-            status=ExecutionStatus.TIMEOUT, reason="it was killed when its time was up"
-        )
-    return _error(f"the process ended with status {returncode}")
+        return _ended(ExecutionStatus.TIMEOUT, "it was killed when its time was up")
+    return failure(f"the process ended with status {returncode}")
 
 
-def _ended(letter: str, content: Any, printed: str) -> ExecutionResult:
-    if letter == "V":
-        return ExecutionResult(status=ExecutionStatus.OK, value=content, printed=printed)
-    return ExecutionResult(status=_status(str(content)), reason=one_line(str(content)))
-
-
-def _printed(lines: Sequence[str]) -> str:
-    return str(next((json.loads(line[1:]) for line in lines if line.startswith("P")), ""))
-
-
-def _error(reason: str) -> ExecutionResult:
-    return ExecutionResult(status=ExecutionStatus.ERROR, reason=one_line(reason))
+def _ended(status: ExecutionStatus, reason: str) -> ExecutionResult:
+    return ExecutionResult(status=status, reason=one_line(reason))
 
 
 def _status(error: str) -> ExecutionStatus:
     if error.startswith("MemoryError"):
         return ExecutionStatus.MEMORY
-    return (
-        ExecutionStatus.FORBIDDEN
-        if error.startswith("SystemExit") or forbidden_error(error)
-        else ExecutionStatus.ERROR
-    )
+    is_forbidden = error.startswith("SystemExit") or forbidden_error(error)
+    return ExecutionStatus.FORBIDDEN if is_forbidden else ExecutionStatus.ERROR

@@ -20,7 +20,7 @@ from reftune.grading.formats import Format
 from reftune.grading.formats.program import Program
 from reftune.grading.golds import number_gold
 from reftune.grading.markers import reasoning_text
-from reftune.grading.numbers import last_number, read_number
+from reftune.grading.numbers import last_number, parse_number
 from reftune.grading.options import read_choice
 from reftune.seeds import derive_seed
 from reftune.storage.json_lines import JsonLines
@@ -224,7 +224,8 @@ def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) 
 
 
 def _equals(value: str, gold: Answer) -> bool:
-    return read_number(value) == gold.value
+    number = parse_number(value)
+    return number is not None and number.value == gold.value
 
 
 # --- adding up ------------------------------------------------------------------------------------
