@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def printable(text: str) -> str:
     """`text` with every character that could steer a terminal replaced by `�`; line breaks and tabs

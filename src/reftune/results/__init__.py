@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from reftune.results import paper
-from reftune.results.handover import handovers, sentence
+from reftune.results.handover import Handover, sentence
 from reftune.results.page.figures import write_figures
 from reftune.results.page.html import write_report
 from reftune.results.records import read_run, require_finished
@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 
-def handover_lines(run_dir: Path | str) -> list[str]:
-    """For each stage that samples, whether its warm-up was finished. Raises: DataError."""
-    return [sentence(found) for found in handovers(read_run(run_dir))]
+def handover_lines(summary: Mapping[str, Any]) -> list[str]:
+    """For each stage of a run's summary that samples, whether its warm-up was finished."""
+    return [sentence(Handover.from_row(row)) for row in summary["handovers"]]
 
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:

@@ -25,6 +25,11 @@ class Handover:
         """Whether dev had stopped rising, as far as its size can show."""
         return self.rise <= self.margin
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Handover:
+        """What `to_row` wrote."""
+        return cls(**{key: row[key] for key in ("stage", "init", "rise", "margin")})
+
     def to_row(self) -> dict[str, Any]:
         return {
             "stage": self.stage,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from reftune.types import Rollout
 
 
-class Progress(Protocol):
-    """What stages tell."""
+class Progress:
+    """What stages report. A view shows some of it; the methods of this class show nothing."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
         """A stage begins, or goes on after `done_steps`."""
@@ -27,15 +26,5 @@ class Progress(Protocol):
         """Nothing more will come."""
 
 
-class SilentProgress:
+class SilentProgress(Progress):
     """Shows nothing."""
-
-    def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None: ...
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None: ...
-
-    def note(self, message: str) -> None: ...
-
-    def close(self) -> None: ...

@@ -61,6 +61,9 @@ Overrides = Annotated[
 RunFolders = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="Run folders, as in runs/demo.")
 ]
+RunFolderPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Method = Annotated[str, typer.Option(help="The stage whose chosen model to use.")]
@@ -98,11 +101,8 @@ def _settings(
     if version or context.invoked_subcommand is None:
         print(__version__ if version else context.get_help())
         raise typer.Exit
-    for name, value in {
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
     else:
         tables = [table_command([recipe.folder], "text"), choices_table(summary)]
         print("\n\n".join(filter(None, tables)))
-        for line in handover_lines(recipe.folder):
+        for line in handover_lines(summary):
             say(line)
     say(f"report: {RunFolder(recipe.folder).report}")
 
@@ -352,11 +352,7 @@ def plan(
 
 
 @app.command()
-def watch(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")
-    ],
-) -> None:
+def watch(run_folder: RunFolderPath) -> None:
     """Follow a run that another process works on, or look back at one that is over. Ctrl-C leaves
     the run alone."""
     from reftune.results import table_command
@@ -508,9 +504,7 @@ def report(
 
 @app.command()
 def export(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")
-    ],
+    run_folder: RunFolderPath,
     out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
     method: Method = "reft",
     push: Annotated[

@@ -36,8 +36,7 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """The live view where stderr is a terminal that can show it, lines where it is not, nothing
-    when asked."""
+    """The live view if stderr is a terminal that can show it, else lines; nothing if `quiet`."""
     if quiet:
         return SilentProgress()
     from rich.console import Console
@@ -73,17 +72,12 @@ class StageView:
         ]
         if grown:
             self.num_tokens += sum(grown)
-            phases = {
-                name[len("time/") :].removesuffix("_s"): metrics[name]
-                for name in metrics
-                if name.startswith("time/")
-            }
-            sums = {
-                phase: self.phase_seconds.get(phase, 0.0) + seconds
-                for phase, seconds in phases.items()
-            }
-            # replaced, not changed: the live view reads it from another thread
-            self.phase_seconds = {**self.phase_seconds, **sums}
+            sums = dict(self.phase_seconds)
+            for name in metrics:
+                if name.startswith("time/"):
+                    phase = name.removeprefix("time/").removesuffix("_s")
+                    sums[phase] = sums.get(phase, 0.0) + metrics[name]
+            self.phase_seconds = sums  # not changed in place: the live view reads in another thread
         self.step = step
         self.numbers.update(metrics)
 
@@ -93,6 +87,10 @@ class StageView:
         done, left = self.step - self.first_step, self.total_steps - self.step
         eta = f", {clock(elapsed_s / done * left)} left" if done > 0 and left > 0 else ""
         return f"{self.step}/{self.total_steps}  {clock(elapsed_s)}{eta}"
+
+    def line(self, now_s: float) -> str:
+        """Name, position and facts."""
+        return "  ".join([self.name, self.position(now_s), *self.facts()])
 
     def facts(self) -> list[str]:
         """`reward 0.62`, `correct 61%`, …, `1,234 tok/s`"""
@@ -107,15 +105,13 @@ class StageView:
     def split(self) -> list[str]:
         """Where the time goes: `update 71%`, `generate 22%`, …"""
         seconds = sum(self.phase_seconds.values())
+        if seconds == 0 or len(self.phase_seconds) < 2:
+            return []
         phases = sorted(self.phase_seconds.items(), key=lambda item: -item[1])
-        return (
-            [f"{name} {value / seconds:.0%}" for name, value in phases]
-            if seconds > 0 and len(phases) > 1
-            else []
-        )
+        return [f"{name} {value / seconds:.0%}" for name, value in phases]
 
 
-class LineProgress:
+class LineProgress(Progress):
     """One plain line every few seconds, and one at the end of each stage."""
 
     def __init__(
@@ -144,9 +140,6 @@ class LineProgress:
         if self._time_s() - self._last_s >= self._every_s:
             self._print_view()
 
-    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Solutions are in samples.jsonl; a log of lines is not the place for them."""
-
     def note(self, message: str) -> None:
         """Print at once."""
         print_line(printable(message), self._stream)
@@ -159,13 +152,10 @@ class LineProgress:
     def _print_view(self) -> None:
         assert self._view is not None
         self._last_s, self._pending = self._time_s(), False
-        print_line(
-            "  ".join([self._view.name, self._view.position(self._last_s), *self._view.facts()]),
-            self._stream,
-        )
+        print_line(self._view.line(self._last_s), self._stream)
 
 
-class RichProgress:
+class RichProgress(Progress):
     """The live view: bar, numbers, time split, the last sampled solution. A line of each finished
     stage stays."""
 
@@ -182,10 +172,8 @@ class RichProgress:
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
         """Leave a line of the stage before, begin the next."""
         self._leave_line()
-        self._view, self._sample = (
-            StageView(name, total_steps, done_steps, self._time_s(), done_steps),
-            None,
-        )
+        self._view = StageView(name, total_steps, done_steps, self._time_s(), done_steps)
+        self._sample = None
         self._live.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -229,10 +217,7 @@ class RichProgress:
 
     def _leave_line(self) -> None:
         if self._view is not None:
-            line = "  ".join(
-                [self._view.name, self._view.position(self._time_s()), *self._view.facts()]
-            )
-            self._console.print(line, markup=False, highlight=False)
+            self._console.print(self._view.line(self._time_s()), markup=False, highlight=False)
             self._view = None
 
 

@@ -29,8 +29,8 @@ def tracked(progress: Progress, recipe: Recipe) -> Progress:
 
 
 def tracker_names(recipe: Recipe) -> list[TrackerName]:
-    """Those that the recipe names; TensorBoard where it names none and TensorBoard is installed.
-    Raises: RecipeError."""
+    """Those that the recipe names; if it names none, TensorBoard if that is installed. Raises:
+    RecipeError."""
     if recipe.trackers is None:
         return ["tensorboard"] if is_installed("tensorboard") else []
     for name in recipe.trackers:
@@ -44,7 +44,7 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-class TrackedProgress:
+class TrackedProgress(Progress):
     """A view that passes everything on and logs metrics as `STAGE/group/name` over the stage's
     steps."""
 
@@ -78,7 +78,7 @@ class TrackedProgress:
         self._progress.step(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Log the first of them as a table, where a tracker has tables."""
+        """Log the first of them as a table, if a tracker has tables."""
         rows = [table_row(step, rollout) for rollout in rollouts[: self._recipe.tracker_rollouts]]
 
         def log(tracker: GeneralTracker) -> None:

@@ -38,18 +38,15 @@ def watch(
     Returns: whether the run is finished. Raises: DataError if `folder` is no run folder.
     """
     stages = _stages(folder)
-    metrics, samples, current = (
-        Tail(RunFolder(folder).metrics),
-        {name: Tail(RunFolder(folder).stage(name).samples) for name in stages},
-        "",
-    )
+    metrics, current = Tail(RunFolder(folder).metrics), ""
+    samples = {name: Tail(RunFolder(folder).stage(name).samples) for name in stages}
     while True:
         alive = is_alive(folder)  # asked first, so that what a run wrote before it ended is read
         for row in metrics.rows():
             clock.row_s = float(row["time"])
             if row["stage"] != current:
                 total = _total_steps(stages.get(row["stage"], {}), row)
-                if total == 0:  # a first look at dev, before a step has told how many there are
+                if total == 0:  # a first look at dev, before a step says how many there are
                     continue
                 current = row["stage"]
                 progress.stage(current, total, int(row["step"]))
@@ -118,8 +115,8 @@ def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
-    """Of a stage that counts in epochs, from how far the row has come; the row's own step where
-    nothing tells."""
+    """How many steps the stage will take. One that counts in epochs: from how far the row has come;
+    else the row's own step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")
