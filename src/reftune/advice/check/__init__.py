@@ -7,32 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from reftune.advice.check.data import (
-    check_gold_answers,
-    check_gold_rationales,
-    check_grader_refuses,
-    check_reward,
-    check_reward_errors,
-    check_sandbox,
-    check_splits,
-)
-from reftune.advice.check.model import (
-    check_accuracy,
-    check_dtype,
-    check_logprobs,
-    check_memory,
-    check_time,
-)
+from reftune.advice.check import data, model, tokens
 from reftune.advice.check.report import CheckReport, Finding, ok
 from reftune.advice.check.subject import Subject, preview_of, subject_of
-from reftune.advice.check.tokens import (
-    check_boundary,
-    check_eos,
-    check_prompt,
-    check_prompt_length,
-    check_target_length,
-    check_vocabulary,
-)
 from reftune.advice.golds import gold_kinds
 from reftune.datasets import Splits
 from reftune.errors import DataError, RecipeError
@@ -98,9 +75,9 @@ def check_offline(recipe: Recipe) -> CheckReport:
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
-    dataset, data = _offline_dataset(recipe)
+    dataset, source = _offline_dataset(recipe)
     splits = load_splits(recipe.model_copy(update={"dataset": dataset}))
-    findings = [replace(data, name="data"), replace(_schedule(recipe), name="schedule")]
+    findings = [replace(source, name="data"), replace(_schedule(recipe), name="schedule")]
     return CheckReport(
         recipe=recipe.name,
         findings=(*findings, *check_texts(recipe, splits)),
@@ -129,7 +106,7 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
 
 
 def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
-    """The recipe's dataset, or one on examples where its source is not on this machine. Raises:
+    """The recipe's dataset, or one on examples if its source is not on this machine. Raises:
     DataError."""
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
@@ -190,28 +167,26 @@ def _refuse_unknown_waivers(names: Sequence[str]) -> None:
 Check = Callable[[Subject], Finding]
 
 
-CHECKS: dict[str, Check] = {
-    "splits": check_splits,
-    "gold_answers": check_gold_answers,
-    "gold_rationales": check_gold_rationales,
-    "sandbox": check_sandbox,
-    "grader_refuses": check_grader_refuses,
-    "reward": check_reward,
-    "reward_errors": check_reward_errors,
-    "prompt": check_prompt,
-    "boundary": check_boundary,
-    "prompt_length": check_prompt_length,
-    "target_length": check_target_length,
-    "vocabulary": check_vocabulary,
-    "eos": check_eos,
-    "memory": check_memory,
-    "dtype": check_dtype,
-}
+def _named(*checks: Check) -> dict[str, Check]:
+    return {check.__name__.removeprefix("check_"): check for check in checks}
 
 
-MODEL_CHECKS: dict[str, Check] = {
-    "accuracy": check_accuracy,
-    "logprobs": check_logprobs,
-    "time": check_time,
-}
-"""Those that run the model; not run where it would crash."""
+CHECKS = _named(
+    data.check_splits,
+    data.check_gold_answers,
+    data.check_gold_rationales,
+    data.check_sandbox,
+    data.check_grader_refuses,
+    data.check_reward,
+    data.check_reward_errors,
+    tokens.check_prompt,
+    tokens.check_boundary,
+    tokens.check_prompt_length,
+    tokens.check_target_length,
+    tokens.check_vocabulary,
+    tokens.check_eos,
+    model.check_memory,
+    model.check_dtype,
+)
+MODEL_CHECKS = _named(model.check_accuracy, model.check_logprobs, model.check_time)
+"""Those that run the model; skipped if it would crash."""
