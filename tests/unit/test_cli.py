@@ -242,7 +242,7 @@ def test_help_starts_without_the_heavy_imports():
     )
     loaded = set(result.stdout.split())
     assert "typer" in loaded
-    assert not {"torch", "transformers", "pydantic", "yaml", "matplotlib"} & loaded
+    assert not {"torch", "transformers", "pydantic", "yaml", "pandas"} & loaded
 
 
 def test_help_answers_at_once():

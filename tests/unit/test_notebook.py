@@ -15,10 +15,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_cells_run_one_after_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("MPLBACKEND", "agg")
+def test_the_cells_run_one_after_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     namespace: dict[str, object] = {}
     for cell in json.loads(NOTEBOOK.read_text())["cells"]:
         if cell["cell_type"] == "code":
@@ -48,7 +45,9 @@ def test_the_notebook_runs_in_jupyter(tmp_path: Path, monkeypatch: pytest.Monkey
 def check(said: str, folder: Path) -> None:
     assert "correct    21 is the gold answer 21" in said
     assert "of 20 test problems" in said
-    assert (folder / "runs" / "first-steps" / "report.html").is_file()
+    run = folder / "runs" / "first-steps"
+    assert (run / "report.html").is_file()
+    assert (run / "figures" / "reward_correct.svg").is_file()
 
 
 def test_the_notebook_is_kept_without_outputs():
