@@ -15,10 +15,12 @@ from reftune.results.page.charts import (
     dev_chart,
     equal_compute,
     method_colours,
+    time_charts,
     training_charts,
     verdict_charts,
     voting_charts,
 )
+from reftune.results.page.drawing import draw
 from reftune.results.stats import wilson
 from reftune.results.summary import read_groups, score_table
 
@@ -209,6 +211,20 @@ def test_verdict_shares_are_layers_of_one_chart_a_stage(write_run: WriteRun) -> 
         for shares in zip(*(series.y for series in chart.series), strict=True)
     ]
     assert totals == pytest.approx([1.0] * len(totals), abs=1e-3)
+
+
+def test_a_layer_that_was_not_measured_at_a_step_has_a_gap_there(write_run: WriteRun) -> None:
+    folder = write_run(methods=("reft",))
+    lines: list[dict[str, object]] = [
+        {"stage": "reft", "step": step, "time/generate_s": 1.0} for step in (1, 2, 3)
+    ]
+    write_metrics(folder, [{**line, "time/grade_s": 2.0} for line in lines[:2]] + lines[2:])
+    (chart,) = time_charts(read_groups([folder]))
+    assert [(series.x, series.y) for series in chart.series] == [
+        ([1, 2, 3], [1.0, 1.0, 1.0]),
+        ([1, 2, 3], [2.0, 2.0, None]),
+    ]
+    assert 'class="layer"' in draw(chart, 320, 185).svg
 
 
 def test_voting_curves_need_samples(write_run: WriteRun) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reftune.results.metrics import Unit
 from reftune.results.page.charts import Chart, Number, Series
@@ -138,6 +140,27 @@ def test_a_label_cannot_leave_its_text() -> None:
     drawing = draw(chart(line([1, 2], label=hostile), line([2, 1])), 900, 400, is_hero=True)
     assert "<script" not in drawing.svg
     assert hostile in [text.text for text in elements(drawing.svg, "text", "name")]
+
+
+numbers = st.none() | st.floats(-1e30, 1e30, allow_nan=False)
+
+
+@given(
+    lines=st.lists(st.lists(numbers, min_size=1, max_size=60), min_size=1, max_size=4),
+    kind=st.sampled_from(["line", "area"]),
+    floor=st.sampled_from([None, -1.0]),
+    is_hero=st.booleans(),
+)
+def test_any_numbers_make_a_drawing_in_which_no_coordinate_is_missing(
+    lines: list[list[Number]], kind: str, floor: float | None, is_hero: bool
+) -> None:
+    if kind == "area":  # layers share their steps and are no less than 0
+        size = min(map(len, lines))
+        lines = [[None if y is None else abs(y) for y in found[:size]] for found in lines]
+    series = [line(found, label=f"method {index}") for index, found in enumerate(lines)]
+    drawn = draw(chart(*series, kind=kind, floor=floor), 900, 400, is_hero=is_hero).svg
+    assert elements(drawn, "line")
+    assert not re.search(r"\b(nan|inf)\b", drawn)
 
 
 def test_nothing_to_draw_is_an_empty_frame() -> None:

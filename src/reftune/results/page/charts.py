@@ -379,6 +379,12 @@ def time_charts(groups: Sequence[Group]) -> list[Chart]:
     return _area_charts(groups, layers, title="Time", explain=explain, unit="seconds")
 
 
+def _means(stages: Sequence[StageResults], metric: str) -> dict[float, Number]:
+    """Step → mean over the runs."""
+    steps, values = _aligned(stages, metric)
+    return dict(zip(steps, _clean(values.mean(axis=0)), strict=True))
+
+
 def _area_charts(
     groups: Sequence[Group],
     layers: Sequence[tuple[str, str, str]],
@@ -390,11 +396,12 @@ def _area_charts(
     """A chart a stage of the `layers`: metric, name and colour of each."""
     charts = []
     for entry in entries(groups):
-        found = [(name, colour, *_aligned(entry.stages, key)) for key, name, colour in layers]
+        found = [(name, colour, _means(entry.stages, key)) for key, name, colour in layers]
+        steps = sorted(set().union(*(means for _, _, means in found)))
         series = tuple(
-            _thinned(Series(label=name, colour=colour, x=x, y=_clean(y.mean(axis=0))))
-            for name, colour, x, y in found
-            if len(x) > 1
+            _thinned(Series(label=name, colour=colour, x=steps, y=[*map(means.get, steps)]))
+            for name, colour, means in found
+            if len(means) > 1
         )
         if len(series) > 1:
             charts.append(
