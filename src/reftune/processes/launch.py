@@ -92,7 +92,7 @@ def _is_first(store: Any, own: int) -> bool:
 def _told(world: World, missing: int | None) -> str:
     other = "another one" if missing is None else f"process {missing}"
     return (
-        f"process {world.rank} of {world.size}: {other} ended without a message (killed? out of"
+        f"process {world.rank} of {world.size}: {other} ended without a word (killed? out of"
         " memory? its machine?); the same command continues from the last checkpoint"
     )
 
