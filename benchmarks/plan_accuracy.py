@@ -116,13 +116,14 @@ def predicted(path: Path) -> Memory:
     else:
         tokenizer = load_model(loaded.model)[1]
     encoder = Encoder(tokenizer, loaded.format)
-    longest = max(len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev))
+    lengths = [len(encoder.prompt(problem)) for problem in splits.train]
     (cost,) = stage_costs(loaded).values()
     return Estimate(
         recipe=loaded,
         cost=cost,
         outline=outline_of(loaded.model, texts, device="cpu"),
-        prompt=longest,
+        prompt=max(lengths),
+        mean_prompt=sum(lengths) / len(lengths),
         problems=len(splits.train),
     ).memory
 

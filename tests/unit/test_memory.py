@@ -139,7 +139,8 @@ def test_checkpointing_keeps_what_enters_a_block(make_model):
 
     plain, saving = (update(64, gradient_checkpointing=flag) for flag in (False, True))
     # 8 inputs of 64 · 16 tokens of 32 numbers, and what one block takes for a moment
-    assert 8 * 64 * 16 * 32 * 4 < saving.activations < plain.activations / 2
+    kept = 8 * 64 * 16 * 32 * 4
+    assert kept <= saving.kept and saving.kept + saving.momentary < plain.kept / 2
     assert saving.forward_flops == plain.forward_flops
     # three passes' worth of products, and one more for what is computed again
     assert plain.flops / plain.forward_flops == pytest.approx(3, rel=0.05)
@@ -177,6 +178,14 @@ def test_the_largest_sizes_that_fit_are_chosen(outline):
         assert chosen(0.9 * need)[place] == (tokens, rows)[place] // 2
 
 
+def test_a_pass_holds_the_tokens_of_its_sequences_and_no_padding(outline):
+    made = estimate(outline(), replace(rl(), batch=12), devices=2)
+    assert made.micro_batch(40) == 40 / 16 and made.micro_batch(1) == 1, "one sequence at least"
+    assert made.micro_batch(10**6) == 6, "a process has half of the batch"
+    # sequences of 12 tokens on average, four of which are three of the longest
+    assert replace(made, mean_prompt=5).micro_batch(10**6) == 6 * 12 / 16
+
+
 def test_a_container_has_no_more_memory_than_it_may_use(monkeypatch):
     everything = total_bytes(torch.device("cpu"))
     assert 2**28 < everything < 2**45
@@ -199,7 +208,9 @@ def test_a_value_model_of_its_own_is_held_trained_and_passed_through(outline):
     assert separate.held["weights"] - shared.held["weights"] == 4 * backbone
     assert separate.held["optimizer"] - shared.held["optimizer"] == 8 * backbone
     assert separate.parts["gradients"] - shared.parts["gradients"] == 4 * backbone
-    assert separate.parts["activations"] == 2 * shared.parts["activations"]
+    # each keeps its own for the backward pass, which needs no more for a moment
+    kept = made.update(9, 7, 3).kept
+    assert separate.parts["activations"] - shared.parts["activations"] == kept > 0
 
 
 def test_adapters_need_no_reference_and_hardly_any_optimizer(outline):
@@ -267,17 +278,18 @@ def test_live_bytes_count_storages_once_and_as_long_as_they_live():
 @pytest.mark.parametrize("lora", [None, LoraTable()])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_trace_takes_what_real_tensors_take(dtype, lora, checkpointing, outline, make_policy):
-    traced = outline(dtype=dtype, lora=lora, gradient_checkpointing=checkpointing).update(9, 7, 3)
+    # 4 · 16 tokens: in bf16 a real batch is filled up to a multiple of 64
+    traced = outline(dtype=dtype, lora=lora, gradient_checkpointing=checkpointing).update(9, 7, 4)
     policy = make_policy(dtype=getattr(torch, dtype), lora=lora)
     if checkpointing:
         policy.recompute_blocks()
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    batch = token_batch([[0] * 9] * 3, [[0] * 7] * 3)
+    batch = token_batch([[0] * 9] * 4, [[0] * 7] * 4)
     with policy.arithmetic(), _LiveBytes(policy) as live:
         hidden = policy.hidden_states(batch)
         token_logprobs(policy._head(), hidden, batch.response_tokens()).sum().backward()
-    assert traced.activations == pytest.approx(live.peak, rel=0.05)
+    assert traced.kept + traced.momentary == pytest.approx(live.peak, rel=0.05)
 
 
 def test_sampling_keeps_a_copy_of_the_weights_in_the_arithmetic(outline, make_model):

@@ -88,6 +88,8 @@ class Estimate:
     devices: int = 1
     device_bytes: float = 0.0
     """Of a device in all."""
+    mean_prompt: float | None = None
+    """Tokens of the average prompt, if that is known."""
     problems: int | None = None
     """Most that are answered in one go, if that is known."""
 
@@ -100,6 +102,13 @@ class Estimate:
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return self.prompt + self.response
+
+    def micro_batch(self, tokens: int) -> float:
+        """Sequences of the longest sort in a pass over `tokens` at most, one at least. They are
+        read without padding, so that the tokens of all count."""
+        mean = (self.mean_prompt or self.prompt) + self.response
+        share = math.ceil(self.cost.batch / self.devices) * mean
+        return max(1.0, min(share, tokens) / self.length)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -134,11 +143,11 @@ class Estimate:
             "reference": outline.reference if has_reference else 0.0,
         }
         held = {name: size / parts for name, size in whole.items()}
-        sequences = min(math.ceil(cost.batch / self.devices), max(1, sizes.tokens // self.length))
-        update = outline.update(self.prompt, self.response, sequences)
+        update = outline.update(self.prompt, self.response, self.micro_batch(sizes.tokens))
+        models = 2 if cost.value_model else 1
         training = {
             "gradients": FP32 * trained / parts,
-            "activations": update.activations * (2.0 if cost.value_model else 1.0),
+            "activations": models * update.kept + update.momentary,
         }
         phases: dict[str, dict[str, float]] = {"update": training}
         own_share = getattr(self.recipe.engine, "device_share", None)

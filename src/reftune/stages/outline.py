@@ -40,16 +40,18 @@ FP32 = 4
 """Bytes of a number: trained weights and their gradients are fp32 in every compute dtype."""
 NF4 = 0.5 + 4 / 64
 """Bytes of a weight in 4 bits, with the scale of its block."""
-FEW = 4
-"""Sequences that are traced at most."""
+FEW, MORE = 2, 4
+"""Sequences that are traced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
     """A forward and backward pass on a micro-batch."""
 
-    activations: float
-    """Bytes kept for the backward pass, or taken for a moment."""
+    kept: float
+    """Bytes that the forward pass leaves for the backward pass."""
+    momentary: float
+    """Bytes beside them, at most."""
     forward_flops: float
     flops: float
     """Operations of both passes."""
@@ -148,9 +150,9 @@ class Outline:
         """Bytes of a token's keys and values."""
         return float(self.prefill(prompt=1, rows=1).cache)
 
-    def update(self, prompt: int, response: int, batch: int) -> Update:
+    def update(self, prompt: int, response: int, batch: float) -> Update:
         """Of a micro-batch of `batch` sequences of these lengths."""
-        return _extrapolated(lambda few: self._update(prompt, response, few), batch)
+        return _of_many(lambda count: self._update(prompt, response, count), batch)
 
     @cache  # noqa: B019  an outline lives no longer than its plan
     def _update(self, prompt: int, response: int, batch: int) -> Update:
@@ -172,13 +174,15 @@ class Outline:
                 targets = tokens[:, -response:].flatten()
                 loss = token_logprobs(self.model.get_output_embeddings(), hidden, targets).sum()
                 del hidden
-                forward_flops = live.flops
+                kept, forward_flops = live.now, live.flops
                 loss.backward()
-        return Update(activations=live.peak, forward_flops=forward_flops, flops=live.flops)
+        return Update(
+            kept=kept, momentary=live.peak - kept, forward_flops=forward_flops, flops=live.flops
+        )
 
     def prefill(self, *, prompt: int, rows: int) -> Prefill:
         """Of so many rows."""
-        return _extrapolated(lambda few: self._prefill(prompt, few), rows)
+        return _of_many(lambda count: self._prefill(prompt, count), rows)
 
     @cache  # noqa: B019
     @torch.no_grad()
@@ -211,14 +215,12 @@ def outline_of(table: ModelTable, texts: Iterable[str], *, device: str) -> Outli
 T = TypeVar("T", Update, Prefill)
 
 
-def _extrapolated(trace: Callable[[int], T], count: int) -> T:
-    """Of `count` sequences; many are not traced, as each takes what the one before took."""
-    if count <= FEW:
-        return trace(count)
-    low, high = (asdict(trace(few)) for few in (FEW // 2, FEW))
-    lots = (count - FEW) / (FEW - FEW // 2)
-    grown = {name: high[name] + lots * (high[name] - low[name]) for name in high}
-    return type(trace(FEW))(**grown)
+def _of_many(trace: Callable[[int], T], count: float) -> T:
+    """Of `count` sequences: each takes what any other takes."""
+    few, more = trace(FEW), trace(MORE)
+    high = asdict(more)
+    each = {name: (high[name] - size) / (MORE - FEW) for name, size in asdict(few).items()}
+    return type(more)(**{name: high[name] + (count - MORE) * each[name] for name in high})
 
 
 def _leave_out_masks(model: Any) -> None:

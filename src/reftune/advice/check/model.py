@@ -55,7 +55,7 @@ GIB = 2**30
 def check_memory(subject: Subject) -> Finding:
     """Training fits in memory, as far as the model's shape tells."""
     policy, recipe = subject.policy, subject.recipe
-    longest = max((len(ids) for of in subject.fitting.values() for ids in of), default=1)
+    lengths = [len(ids) for of in subject.fitting.values() for ids in of] or [1]
     model = policy.model.get_base_model() if policy.is_lora else policy.model
     outline = Outline(
         lambda: type(model)(copy.deepcopy(model.config)), recipe.model, device=policy.device.type
@@ -65,7 +65,12 @@ def check_memory(subject: Subject) -> Finding:
     )
     planned = [
         Estimate(
-            recipe=recipe, cost=cost, outline=outline, prompt=longest, problems=problems
+            recipe=recipe,
+            cost=cost,
+            outline=outline,
+            prompt=max(lengths),
+            mean_prompt=mean(lengths),
+            problems=problems,
         ).memory
         for cost in stage_costs(recipe).values()
     ]
