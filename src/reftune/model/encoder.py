@@ -50,7 +50,7 @@ class Encoder:
         """Ids of `text` after the problem's prompt, the end token last.
 
         Encoded apart from the prompt, as sampling sees it. What a chat template wrote is encoded as
-        a whole, and apart only if the boundary would be lost inside a token.
+        a whole, and separately only if the boundary would fall inside a token.
         """
         prompt = self.format.prompt(problem)
         before, after = self.text_of(prompt), self.text_after(prompt, text)

@@ -197,7 +197,7 @@ class Estimate:
 
 
 def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:
-    """By stage; those that cannot foretell it are left out."""
+    """Costs by stage; stages that cannot predict theirs are left out."""
     costs = {
         name: stage.cost(num_train=num_train, num_dev=num_dev)
         for name, stage in recipe.stages.items()

@@ -1,4 +1,4 @@
-"""What stages tell while they run."""
+"""What stages report while they run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Progress:
     """What stages report. A view shows some of it; the methods of this class show nothing."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """A stage begins, or goes on after `done_steps`."""
+        """A stage begins, or continues after `done_steps`."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Where the stage is, and the numbers known there (`group/name`)."""

@@ -64,7 +64,7 @@ class StageView:
     """Trained and sampled in those seconds."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take in the metrics of a step; an evaluation of the same step adds to it."""
+        """Show the metrics of a step; an evaluation of the same step adds to them."""
         grown = [
             metrics[name] - self.numbers[name]
             for name in TOKEN_COUNTS
@@ -170,7 +170,7 @@ class RichProgress(Progress):
         )
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Leave a line of the stage before, begin the next."""
+        """Print a line for the previous stage, begin the next."""
         self._leave_line()
         self._view = StageView(name, total_steps, done_steps, self._time_s(), done_steps)
         self._sample = None
@@ -245,7 +245,7 @@ def sample_panel(rollout: Rollout) -> RenderableType:
 
 
 def print_line(line: str, stream: TextIO | None) -> None:
-    """To `stream`, or to what stderr is at this moment."""
+    """Print to `stream`, or to the current stderr."""
     target = sys.stderr if stream is None else stream
     target.write(f"{line}\n")
     target.flush()

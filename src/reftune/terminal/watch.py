@@ -77,7 +77,7 @@ def is_alive(folder: Path) -> bool:
 
 
 class Tail:
-    """JSON lines as they come. A file that was cut back, as on resuming, goes on from its new
+    """JSON lines as they come. A file that was cut back, as on resuming, is read from its new
     end."""
 
     def __init__(self, path: Path) -> None:

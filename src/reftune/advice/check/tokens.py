@@ -12,11 +12,11 @@ from reftune.model.encoder import bos_of
 from reftune.types import Conversation
 
 MAX_LONG_TARGETS = 0.1
-"""Share of training rows that may be lost for their length before the check fails."""
+"""Share of training rows that may be too long before the check fails."""
 
 
 def check_boundary(subject: Subject) -> Finding:
-    """Prompt and target, as trained on, decode to their texts put together."""
+    """Prompt and target, as trained on, decode to the two texts joined."""
     tokenizer, rows = subject.policy.tokenizer, subject.rows
     bos = bos_of(tokenizer)
     empty = [row.problem.id for row in rows if not row.prompt_ids or len(row.target_ids) < 2]
@@ -83,11 +83,11 @@ def check_prompt(subject: Subject) -> Finding:
     if set(subject.encoder.encode(opening)) & set(tokenizer.all_special_ids):
         return warn(
             f"the chat template has no generation prompt: the model must write {opening!r} itself",
-            "a template that reads add_generation_prompt, unless the model was trained so",
+            "use a template that reads add_generation_prompt, unless the model was trained without",
         )
     if is_chat and "strftime_now" in tokenizer.get_chat_template():
         return warn(
-            "the chat template may write today's date, so a prompt is another one tomorrow",
+            "the chat template may write today's date, so prompts change from day to day",
             "if the prompt below holds a date, fix it in format.template_args",
         )
     return ok(f"{'the chat template' if is_chat else 'raw text'}, {len(bos)} tokens for BOS")
@@ -200,12 +200,12 @@ def check_eos(subject: Subject) -> Finding:
     if ordinary:
         return warn(
             f"sampling stops at {tokenizer.decode(ordinary)!r}, which is not a special token",
-            "mend eos_token_id in the model's config or generation config",
+            "fix eos_token_id in the model's config or generation config",
         )
     pad = {None: "there is no pad", end: "pad is the end token"}.get(
         tokenizer.pad_token_id, f"pad is {tokenizer.pad_token!r}"
     )
     return ok(
         f"targets end in {tokenizer.decode([end])!r}, which is learned; sampling stops at {stops};"
-        f" {pad}, which is never attended to or learned"
+        f" {pad}; padding is neither attended to nor learned"
     )
