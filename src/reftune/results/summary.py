@@ -79,6 +79,12 @@ class MethodScore:
         return self.scores[GREEDY]
 
     @property
+    def votes(self) -> dict[str, Score]:
+        """The rules that decide on one of several samples."""
+        apart = (GREEDY, "pass")
+        return {rule: s for rule, s in self.scores.items() if rule.partition("@")[0] not in apart}
+
+    @property
     def init(self) -> str:
         return self.group.runs[0].stages[self.method].init
 
@@ -332,13 +338,8 @@ def _comparisons(
 def _compare(
     a: MethodScore, b: MethodScore, rule: str, shared: bool, generator: np.random.Generator
 ) -> Comparison:
-    suffix = "" if rule == GREEDY else f" {rule}"
-    name_a, name_b, seeds_a, seeds_b = (
-        a.label + suffix,
-        b.label + suffix,
-        a.outcomes[rule],
-        b.outcomes[rule],
-    )
+    name_a, name_b = (m.label if rule == GREEDY else f"{m.label} {rule}" for m in (a, b))
+    seeds_a, seeds_b = a.outcomes[rule], b.outcomes[rule]
     if len(seeds_a) == 1:
         return stats.compare(name_a, seeds_a[0], name_b, seeds_b[0], generator=generator)
     return stats.compare_over_seeds(
@@ -375,29 +376,23 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
     Raises: DataError if `max_k` exceeds the samples of a problem.
     """
     voting.check_k(max_k, num_samples(rows))
-    rules = {"maj": _majority_row, "pass": _pass_row}
-    if all(sample.score is not None for row in rows for sample in row.samples):
-        rules = {"maj": _majority_row, "rerank": _rerank_row, "pass": _pass_row}
-    return {
-        rule: np.array([compute(row, max_k) for row in rows], dtype=float)
-        for rule, compute in rules.items()
-    }
+    rules = {"maj": _majority_row, "rerank": _rerank_row, "pass": _pass_row}
+    if any(sample.score is None for row in rows for sample in row.samples):
+        del rules["rerank"]
+    return {rule: np.array([curve(row, max_k) for row in rows]) for rule, curve in rules.items()}
 
 
 def _majority_row(row: EvalRow, max_k: int) -> list[float]:
-    winners = voting.majority_curve(
-        [sample.graded for sample in row.samples[:max_k]], valid=row.valid, same=row.same
-    )
+    graded = [sample.graded for sample in row.samples[:max_k]]
+    winners = voting.majority_curve(graded, valid=row.valid, same=row.same)
     return [float(voting.is_correct(winner)) for winner in winners]
 
 
 def _rerank_row(row: EvalRow, max_k: int) -> list[float]:
-    graded, texts = (
-        [sample.graded for sample in row.samples],
-        [sample.completion for sample in row.samples],
-    )
-    scores = [sample.score or 0.0 for sample in row.samples]
-    winners = voting.rerank_curve(graded, texts, scores, valid=row.valid)[:max_k]
+    graded = [sample.graded for sample in row.samples[:max_k]]
+    texts = [sample.completion for sample in row.samples[:max_k]]
+    scores = [sample.score or 0.0 for sample in row.samples[:max_k]]
+    winners = voting.rerank_curve(graded, texts, scores, valid=row.valid)
     return [float(voting.is_correct(winner)) for winner in winners]
 
 
@@ -483,13 +478,9 @@ def headline(table: ScoreTable) -> Headline:
     if best is None or against is None:
         title = f"{display(base.label)} solves {percent(base.greedy.value)}"
         return Headline(title=title, text=f"{_solves(base, table)}.", chosen=chosen)
-    text = (
-        f"{_solves(best, table)}, {display(base.label)}"
-        f" {percent(base.greedy.value)}{_evidence(against)}."
-    )
-    return Headline(
-        title=_title(against), text=f"{text}{_runner_up(best, base, table)}", chosen=chosen
-    )
+    compared = f"{_solves(best, table)}, {display(base.label)} {percent(base.greedy.value)}"
+    text = f"{compared}{_evidence(against)}.{_runner_up(best, base, table)}"
+    return Headline(title=_title(against), text=text, chosen=chosen)
 
 
 def _title(against: Comparison) -> str:
@@ -513,33 +504,24 @@ def _solves(method: MethodScore, table: ScoreTable) -> str:
 
 
 def _evidence(against: Comparison) -> str:
-    low, high = against.ci95
-    p = against.p_mcnemar
+    (low, high), p = against.ci95, against.p_mcnemar
     test = "" if p is None else f"; exact McNemar {p_text(p)}"
     return f" (95 % interval of the difference {points(low)} to {points(high)} points{test})"
 
 
 def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
     seen = {best.label, base.label} | table.starts
-    others = [
-        method
-        for method in table.methods
-        if method.group == best.group and method.label not in seen
-    ]
-    if not others:
+    others = [m for m in table.methods if m.group is best.group and m.label not in seen]
+    other = max(others, key=lambda method: method.greedy.value, default=None)
+    if other is None:
         return ""
-    other = max(others, key=lambda method: method.greedy.value)
-    against = table.between(best.label, other.label) or table.between(other.label, best.label)
+    against = table.between(best.label, other.label)
     doubt = "" if against is None or against.significant else ", a difference within the noise"
     return f" Next is {display(other.label)} with {percent(other.greedy.value)}{doubt}."
 
 
 def _chosen_sentence(table: ScoreTable) -> str:
-    looks = [
-        f"{display(method.label)} {method.looks}"
-        for method in table.methods
-        if method.looks is not None
-    ]
+    looks = [f"{display(m.label)} {m.looks}" for m in table.methods if m.looks is not None]
     if not looks:
         return ""
     apart = f"; {table.split} problems played no part in it"

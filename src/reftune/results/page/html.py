@@ -20,7 +20,6 @@ from reftune.results.page.drawing import draw
 from reftune.results.records import RunResults
 from reftune.results.stats import Comparison, Interval
 from reftune.results.summary import (
-    GREEDY,
     Group,
     Headline,
     MethodScore,
@@ -70,6 +69,8 @@ def render_report(groups: Sequence[Group]) -> str:
         "duration": duration,
         "count": _count,
         "evidence": _evidence,
+        "facts": _facts,
+        "plain": _plain,
     }
     panels = _panels(groups, table)
     return environment.get_template("page.html.j2").render(
@@ -87,7 +88,8 @@ def render_report(groups: Sequence[Group]) -> str:
             for score in method.scores.values()
             for bound in score.ci95
         ),
-        methods=_method_rows(table),
+        methods=table.methods,
+        colours=charts.method_colours([method.label for method in table.methods]),
         votes=_votes(table),
         differences=_difference_rows(table),
         pair=_pair(table),
@@ -99,7 +101,7 @@ def render_report(groups: Sequence[Group]) -> str:
         table_body=rows(table)[1] if table.methods else [],
         caption=caption(table),
         comparisons=table.comparisons,
-        runs=[_run_details(run) for run in _runs(groups)],
+        runs=_runs(groups),
         recipe_differences=_recipe_differences(groups),
         group_labels=[group.label for group in groups],
         num_seeds=table.num_seeds,
@@ -235,24 +237,6 @@ def _scale(bounds: Iterable[float]) -> _Scale:
     )
 
 
-def _method_rows(table: ScoreTable) -> list[dict[str, Any]]:
-    colours = charts.method_colours([method.label for method in table.methods])
-    return [
-        {
-            "label": display(method.label),
-            "colour": colours[method.label],
-            "greedy": method.greedy,
-            "others": [
-                {"rule": rule, "kind": rule.partition("@")[0], "score": score}
-                for rule, score in method.scores.items()
-                if _is_vote(rule)
-            ],
-            "facts": _facts(method),
-        }
-        for method in table.methods
-    ]
-
-
 def _facts(method: MethodScore) -> list[str]:
     dev, passes = method.dev_accuracy, method.mean("sequence_passes")
     seconds = method.mean("wall_seconds")
@@ -265,21 +249,12 @@ def _facts(method: MethodScore) -> list[str]:
     return [fact for fact in facts if fact is not None]
 
 
-def _is_vote(rule: str) -> bool:
-    return rule != GREEDY and not rule.startswith("pass@")
-
-
 def _votes(table: ScoreTable) -> str:
     """What the marks beside the dots are."""
-    kinds = {
-        rule.partition("@")[0]
-        for method in table.methods
-        for rule in method.scores
-        if _is_vote(rule)
-    }
+    kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
-        "rerank": "the one that the reward model scores highest (square)",
+        "rerank": "the one that the reward model likes best (square)",
     }
     return ", ".join(text for kind, text in marks.items() if kind in kinds)
 
@@ -321,15 +296,7 @@ def _pair(table: ScoreTable) -> dict[str, Any] | None:
         pairs.count(pattern)
         for pattern in ((True, True), (True, False), (False, True), (False, False))
     ]
-    colours = charts.method_colours([method.label for method in table.methods])
-    return {
-        "a": display(best.label),
-        "b": display(base.label),
-        "counts": counts,
-        "n": len(pairs),
-        "colour_a": colours[best.label],
-        "colour_b": colours[base.label],
-    }
+    return {"a": best.label, "b": base.label, "counts": counts}
 
 
 def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute | None:
@@ -362,21 +329,6 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
     else:
         yield key, str(value)
-
-
-def _run_details(run: RunResults) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "stages": run.stages.values(),
-        "folder": run.folder.name,
-        "recipe": run.recipe_text,
-        "command": str(run.env.get("command", "")),
-        "env": {
-            key: _plain(value)
-            for key, value in run.env.items()
-            if key != "command" and value is not None
-        },
-    }
 
 
 def _plain(value: Any) -> str:
