@@ -25,7 +25,7 @@ from reftune.results.summary import comparison_json
 from reftune.runs.run import load_splits
 from reftune.seeds import generator
 from reftune.stages.probes.choices import derived_values, read_rows
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 from reftune.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 
 WEIGHT_ATOL = 1e-4
 """Of weights that move by 3e-3 a step, where Adam makes much of the rounding of a gradient near 0.

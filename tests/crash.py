@@ -27,7 +27,7 @@ import reftune.results.page.html  # noqa: F401  imported once here and not in ev
 from reftune.recipe import Recipe, dump_recipe
 from reftune.runs.run import open_run
 from reftune.stages.progress import Progress, SilentProgress
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 from reftune.terminal.cli import main
 
 TRACKERS = ("tensorboard",)

@@ -12,7 +12,7 @@ from reftune.recipe import Table, component_class, known_kinds
 from reftune.runs.run import methods_to_evaluate, open_run
 from reftune.stages.progress import SilentProgress
 from reftune.stages.stage import Cost, Stage
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 
 KNOWN: dict[str, Any] = {
     "init": "sft",

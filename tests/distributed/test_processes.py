@@ -36,7 +36,7 @@ from reftune.stages.optimizer import (
     optimizer_step,
 )
 from reftune.stages.sft import accumulate_nll
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 
 SteadyRecipe = Callable[..., Recipe]

@@ -20,7 +20,7 @@ from reftune.runs.run import open_run
 from reftune.stages.loop import Loop
 from reftune.stages.progress import SilentProgress
 from reftune.stages.reward_model import Classifier
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 
 pytestmark = pytest.mark.fault
 

@@ -15,7 +15,7 @@ import pytest
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
 from reftune.stages.progress import SilentProgress
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 
 SEEDS = [0, 1, 2]
 

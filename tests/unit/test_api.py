@@ -73,7 +73,7 @@ def test_run_takes_a_file_with_overrides_and_goes_on(finished: Path, tmp_path: P
 
 
 def test_evaluate_answers_as_the_run_did(finished: Path):
-    from reftune.storage.json_lines import JsonLines
+    from reftune.storage.files import JsonLines
 
     rows = JsonLines(finished / "eval" / "sft.jsonl").rows()
     problems = [

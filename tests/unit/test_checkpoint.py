@@ -17,13 +17,13 @@ import torch
 
 import reftune
 from reftune.errors import CheckpointError
-from reftune.storage.atomic import link_files, replace_folder, write_atomically
 from reftune.storage.checkpoint import (
     load_latest,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
 )
+from reftune.storage.files import link_files, replace_folder, write_atomically
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3.5)}
 

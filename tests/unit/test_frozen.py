@@ -20,7 +20,7 @@ from reftune.recipe import LoraTable, ModelTable, parse_recipe
 from reftune.runs.run import open_run
 from reftune.stages.optimizer import OptimizerTable, make_optimizer
 from reftune.stages.progress import SilentProgress
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 
 LORA = LoraTable(rank=4, alpha=8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from reftune.errors import CheckpointError
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from reftune.recipe import LoraTable
 from reftune.runs.run import open_run
 from reftune.stages.loop import trainable
 from reftune.stages.progress import SilentProgress
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 
 LORA = LoraTable(rank=4, alpha=8)

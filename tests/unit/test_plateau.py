@@ -13,7 +13,7 @@ from reftune.stages import loop as loop_module
 from reftune.stages.loop import Look
 from reftune.stages.plateau import History, rise
 from reftune.stages.progress import SilentProgress
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 
 
 def solved(number: int, of: int = 100) -> list[bool]:

@@ -15,7 +15,7 @@ from reftune.errors import ModelError, RecipeError
 from reftune.runs.export import export_model
 from reftune.runs.run import check_stage_graph, open_run
 from reftune.stages.progress import SilentProgress
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 
 
 def test_a_stage_starts_from_the_folder_of_an_earlier_run_value_head_and_all(make_recipe, tmp_path):

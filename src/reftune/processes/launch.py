@@ -1,12 +1,14 @@
 """What a launcher (`torchrun`, `accelerate launch`) asks for: how many processes, on which devices,
-and whether weights are split. It says so through the environment, which nothing else reads."""
+and whether weights are split. It says so through the environment, which nothing else reads. Also
+the signals that ask a run to stop."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -229,3 +231,20 @@ def choose_device(wanted: str) -> torch.device:
 def describe() -> str:
     """`8 processes, weights sharded (FSDP2)`"""
     return f"{world_size()} processes, {sharding.current}"
+
+
+@contextmanager
+def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Handle SIGINT, which a shell's background job inherits ignored, and SIGTERM; the handlers
+    before are restored."""
+    try:
+        before = {
+            number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -6,6 +6,7 @@ from reftune.recipe.kinds import (
     component_class,
     known_kinds,
     load_component,
+    refusal,
     shipped_recipes,
     unknown_key,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "merge",
     "parse_recipe",
     "read_yaml",
+    "refusal",
     "shipped_recipes",
     "unknown_key",
 ]

@@ -15,10 +15,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, LiteralString
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
+
+
+def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
+    """What a validator raises: becomes a RecipeError of one line that names the recipe key."""
+    return PydanticCustomError(kind, "{message}", {"message": message})
 
 
 class Table(BaseModel):
@@ -32,9 +37,7 @@ class Table(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    raise PydanticCustomError(
-                        "unknown_key", "{message}", {"message": unknown_key(key, cls.model_fields)}
-                    )
+                    raise refusal("unknown_key", unknown_key(key, cls.model_fields))
         return data
 
 
@@ -84,19 +87,15 @@ def load_component(spec: Any, *, group: str) -> Any:
     if isinstance(spec, str):
         spec = {"kind": spec}
     if not isinstance(spec, Mapping) or "kind" not in spec:
-        raise PydanticCustomError(
-            "component",
-            "expected a kind ({kinds}) or a mapping with one",
-            {"kinds": ", ".join(known_kinds(group))},
-        )
+        kinds = ", ".join(known_kinds(group))
+        raise refusal("component", f"expected a kind ({kinds}) or a mapping with one")
     cls = component_class(str(spec["kind"]), group=group)
     if inspect.isfunction(cls):
         return _wrap_function(spec, group=group)
     if not (inspect.isclass(cls) and issubclass(cls, Component)):
-        raise PydanticCustomError(
+        raise refusal(
             "not_a_component",
-            "{kind} is not a class derived from reftune.recipe.kinds.Component",
-            {"kind": spec["kind"]},
+            f"{spec['kind']} is not a class derived from reftune.recipe.kinds.Component",
         )
     return cls.model_validate(dict(spec))
 
@@ -116,9 +115,7 @@ def component_class(kind: str, *, group: str) -> Any:
             if near
             else f"known: {', '.join(kinds)}, or your own file.py:Name"
         )
-        raise PydanticCustomError(
-            "unknown_kind", "{kind}: unknown kind; {hint}", {"kind": kind, "hint": hint}
-        )
+        raise refusal("unknown_kind", f"{kind}: unknown kind; {hint}")
     module = importlib.import_module(f"{GROUPS[group]}.{kind}")
     classes = _components_of(module)
     assert len(classes) == 1, f"{module.__name__} must define one public Component, found {classes}"
@@ -154,7 +151,7 @@ def _user_object(kind: str) -> Any:
     if not path.is_file():
         path = shipped_recipes() / file
     if not path.is_file():
-        raise PydanticCustomError("no_file", "{file}: no such file", {"file": file})
+        raise refusal("no_file", f"{file}: no such file")
     spec = importlib.util.spec_from_file_location(f"reftune_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -163,25 +160,18 @@ def _user_object(kind: str) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:  # noqa: BLE001 - whatever a user's file does when it is read
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PydanticCustomError(
-            "bad_file", "{file}: cannot be loaded: {reason}", {"file": file, "reason": reason}
-        ) from None
+        raise refusal("bad_file", f"{file}: cannot be loaded: {reason}") from None
     if not hasattr(module, name):
-        public = [key for key in vars(module) if not key.startswith("_")]
-        raise PydanticCustomError(
-            "no_name",
-            "{file} has no {name}; it defines {public}",
-            {"file": file, "name": name, "public": ", ".join(public)},
-        )
+        public = ", ".join(key for key in vars(module) if not key.startswith("_"))
+        raise refusal("no_name", f"{file} has no {name}; it defines {public}")
     return getattr(module, name)
 
 
 def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
     if group != "rewards":
-        raise PydanticCustomError(
+        raise refusal(
             "not_a_class",
-            "{kind} is a function; {group} are classes derived from Component",
-            {"kind": spec["kind"], "group": group},
+            f"{spec['kind']} is a function; {group} are classes derived from Component",
         )
     return component_class("function", group="rewards").model_validate(dict(spec))
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
-from pydantic_core import PydanticCustomError
 
-from reftune.recipe.kinds import Table, component_field
+from reftune.recipe.kinds import Table, component_field, refusal
 
 # --- the recipe -----------------------------------------------------------------------------------
 
@@ -76,9 +75,9 @@ class ModelTable(Table):
     @model_validator(mode="after")
     def _one_source(self) -> ModelTable:
         if (self.path is None) == (self.scratch is None):
-            raise PydanticCustomError("model_source", "give exactly one of path and scratch")
+            raise refusal("model_source", "give exactly one of path and scratch")
         if self.quantize is not None and self.lora is None:
-            raise PydanticCustomError(
+            raise refusal(
                 "quantize", "quantize: weights in 4 bits cannot be trained; expected model.lora"
             )
         return self
@@ -125,7 +124,7 @@ class EvaluateTable(Table):
     @model_validator(mode="after")
     def _samples_to_rerank(self) -> EvaluateTable:
         if self.rerank is not None and self.samples == 0:
-            raise PydanticCustomError(
+            raise refusal(
                 "rerank", "rerank: expected samples > 0, as it is samples that are reranked"
             )
         return self
@@ -185,11 +184,11 @@ class Recipe(Table):
     def _rationales_fit_the_format(self) -> Recipe:
         written, read = getattr(self.dataset, "rationale", None), self.format.kind
         if written in RATIONALE_FORMATS and read in RATIONALE_FORMATS and written != read:
-            message = (
-                "dataset.rationale: {written} rationales, but format.kind is {read}; expected the"
-                " same of both"
+            raise refusal(
+                "rationale_kind",
+                f"dataset.rationale: {written} rationales, but format.kind is {read}; expected the"
+                " same of both",
             )
-            raise PydanticCustomError("rationale_kind", message, {"written": written, "read": read})
         return self
 
     @property

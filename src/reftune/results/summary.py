@@ -166,7 +166,8 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
         if rule != GREEDY:
             result |= {rule: score.value, f"{rule}_ci95": list(score.ci95)}
     result |= {"dev_accuracy": method.dev_accuracy, "looks": method.looks}
-    rows = choices.read_rows(RunFolder(method.group.runs[0].folder).choices(method.method))
+    path = RunFolder(method.group.runs[0].folder).choices(method.method)
+    rows = choices.read_rows(path) if path.is_file() else []
     return result | ({"choices": choices.summary_of(rows)} if rows else {})
 
 

@@ -12,7 +12,7 @@ from reftune.model.policy import Policy
 from reftune.recipe import Recipe
 from reftune.seeds import derive_seed
 from reftune.stages.rollouts import Collector
-from reftune.storage.json_lines import in_parts
+from reftune.storage.files import in_parts
 from reftune.types import Attempt, Completion, Graded, Problem, Verdict
 
 PROBLEMS_AT_ONCE = 250

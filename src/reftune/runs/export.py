@@ -17,7 +17,7 @@ from reftune.model.adapters import export_adapters
 from reftune.model.encoder import Encoder, bos_of
 from reftune.recipe import Recipe, parse_recipe
 from reftune.runs.run import load_splits
-from reftune.storage.atomic import replace_folder
+from reftune.storage.files import replace_folder
 from reftune.types import BareText, Conversation, Problem
 
 if TYPE_CHECKING:

@@ -37,8 +37,7 @@ from reftune.stages.reward_model import (
 from reftune.stages.rollouts import Collector
 from reftune.stages.sft import gold_examples
 from reftune.stages.stage import Stage, StageContext
-from reftune.storage.atomic import write_atomically
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines, write_atomically
 from reftune.storage.run_folder import (
     RunFolder,
     StageFolder,

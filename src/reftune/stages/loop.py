@@ -16,8 +16,8 @@ from pydantic import Field
 
 from reftune.errors import CheckpointError, EngineError, NonFiniteError
 from reftune.processes import sharding, world
+from reftune.processes.launch import stop_signals
 from reftune.processes.sharding import assign, whole_tensors
-from reftune.processes.signals import stop_signals
 from reftune.recipe import Table
 from reftune.stages.optimizer import (
     OptimizerTable,
@@ -30,14 +30,13 @@ from reftune.stages.optimizer import (
 from reftune.stages.plateau import History
 from reftune.stages.probes.choices import choice_metrics, diagnose
 from reftune.stages.stage import StageContext
-from reftune.storage.atomic import link_files, replace_folder, write_atomically
 from reftune.storage.checkpoint import (
     load_latest,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
 )
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines, link_files, replace_folder, write_atomically
 from reftune.storage.run_folder import StageFolder
 from reftune.types import Verdict
 

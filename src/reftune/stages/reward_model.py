@@ -31,8 +31,7 @@ from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.self_train import Sampled, Samples, describe
 from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, StageContext
-from reftune.storage.atomic import write_atomically
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines, write_atomically
 from reftune.types import Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"

@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.functional_validators import BeforeValidator
-from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from reftune.algorithms.advantages import (
@@ -30,7 +29,7 @@ from reftune.errors import RecipeError
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import AdapterReference, Policy
 from reftune.model.value_head import fit_value_head
-from reftune.recipe import load_component
+from reftune.recipe import load_component, refusal
 from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop, TrainingTable
 from reftune.stages.optimizer import accumulate_gradient
@@ -79,16 +78,15 @@ class Rl(TrainingTable, Stage):
     def _enough_samples(self) -> Self:
         least = self.algorithm.min_samples
         if self.samples < least:
-            raise PydanticCustomError(
+            raise refusal(
                 "samples",
-                "samples: expected at least {least}: {kind} compares the samples of a problem",
-                {"least": least, "kind": self.algorithm.kind},
+                f"samples: expected at least {least}: {self.algorithm.kind} compares the samples of"
+                " a problem",
             )
         if self.minibatches > self.prompts * self.samples:
-            raise PydanticCustomError(
-                "minibatches",
-                "minibatches: expected at most prompts × samples = {size}",
-                {"size": self.prompts * self.samples},
+            size = self.prompts * self.samples
+            raise refusal(
+                "minibatches", f"minibatches: expected at most prompts × samples = {size}"
             )
         return self
 
@@ -157,16 +155,16 @@ class Trainer:
         batch, scored = self.score(selected)
         batch, weighed = correct_mismatch(self.algorithm.credit(batch), self.stage.mismatch_cap)
         metrics |= {**scored, **weighed}
-        kept = [i for i, r in enumerate(selected) if self.counts(r)]
+        kept = [
+            i
+            for i, r in enumerate(selected)
+            if not (self.stage.mask_truncated and r.completion.finish_reason == "length")
+        ]
         if not kept:
             return metrics
         if len(kept) < len(selected):
             batch = batch.rows(torch.tensor(kept, device=self.policy.device))
         return {**metrics, **self.update(batch, n)}
-
-    def counts(self, rollout: Rollout) -> bool:
-        """Whether a rollout is part of the loss."""
-        return not (self.stage.mask_truncated and rollout.completion.finish_reason == "length")
 
     # --- sample ---
 

@@ -23,7 +23,7 @@ from reftune.stages.loop import Progression
 from reftune.stages.rollouts import Solved
 from reftune.stages.sft import Example, Imitation, Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, Stage, StageContext
-from reftune.storage.json_lines import JsonLines, in_parts
+from reftune.storage.files import JsonLines, in_parts
 from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000

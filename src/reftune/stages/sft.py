@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from reftune.algorithms.base import LossTerms, token_weights
 from reftune.errors import DataError
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
+from reftune.recipe import refusal
 from reftune.seeds import generator
 from reftune.stages.loop import Look, Loop, Progression, TrainingTable
 from reftune.stages.optimizer import Trained, accumulate_gradient
@@ -62,20 +62,18 @@ class Sft(Schedule, Stage):
     def _snapshots_are_passed(self) -> Self:
         for method, epoch in self.snapshots.items():
             if not 0 < epoch <= self.epochs:
-                raise PydanticCustomError(
+                raise refusal(
                     "snapshot",
-                    "snapshots.{method}: expected an epoch within 0 and epochs={epochs}",
-                    {"method": method, "epochs": self.epochs},
+                    f"snapshots.{method}: expected an epoch within 0 and epochs={self.epochs}",
                 )
         return self
 
     @model_validator(mode="after")
     def _constant_until_the_plateau(self) -> Self:
         if self.until is not None and self.optimizer.schedule != "constant":
-            raise PydanticCustomError(
-                "until",
-                "until: plateau needs optimizer.schedule: constant, got {schedule}",
-                {"schedule": self.optimizer.schedule},
+            schedule = self.optimizer.schedule
+            raise refusal(
+                "until", f"until: plateau needs optimizer.schedule: constant, got {schedule}"
             )
         return self
 

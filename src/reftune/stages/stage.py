@@ -13,7 +13,7 @@ from reftune.recipe import Component, Recipe
 from reftune.seeds import derive_seed
 from reftune.stages.progress import Progress
 from reftune.stages.rollouts import Collector
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 from reftune.storage.run_folder import StageFolder
 
 

@@ -24,7 +24,7 @@ from reftune.processes.world import is_main
 
 if TYPE_CHECKING:
     import torch
-from reftune.storage.atomic import refused, sync, sync_files
+from reftune.storage.files import sync, sync_files, writing
 
 MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
 FILES = (TENSORS, STATE)
@@ -60,26 +60,26 @@ def save_checkpoint(
     if not is_main():
         return final
     try:
-        for torn in folder.glob(".partial-step-*"):
-            shutil.rmtree(torn, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            partial / TENSORS,
-        )
-        (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        checksums = {name: _sha256(partial / name) for name in FILES}
-        (partial / MANIFEST).write_text(json.dumps(checksums), encoding="utf-8")
-        sync_files(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync(folder)
-    except (OSError, SafetensorError) as error:
+        with writing(final):
+            for torn in folder.glob(".partial-step-*"):
+                shutil.rmtree(torn, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(
+                {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+                partial / TENSORS,
+            )
+            (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+            checksums = {name: _sha256(partial / name) for name in FILES}
+            (partial / MANIFEST).write_text(json.dumps(checksums), encoding="utf-8")
+            sync_files(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            sync(folder)
+    except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
-        raise refused(final, error) from None
-    newest = [path for number, path in _found(folder) if number <= step][
-        -keep:
-    ]  # later ones were passed over as damaged
+        raise
+    # later ones were passed over as damaged
+    newest = [path for number, path in _found(folder) if number <= step][-keep:]
     for _, path in _found(folder):
         if path not in newest:
             shutil.rmtree(path, ignore_errors=True)

@@ -21,7 +21,7 @@ import yaml
 
 from reftune.errors import CheckpointError, RecipeError
 from reftune.recipe import Recipe, dump_recipe, parse_recipe
-from reftune.storage.atomic import write_atomically
+from reftune.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from reftune.datasets import Splits

@@ -21,8 +21,7 @@ import typer
 
 from reftune import __version__
 from reftune.errors import NonFiniteError, ProcessError, RecipeError, ReftuneError
-from reftune.processes.launch import first_to_tell, processes
-from reftune.processes.signals import stop_signals
+from reftune.processes.launch import first_to_tell, processes, stop_signals
 from reftune.processes.world import is_main
 
 if TYPE_CHECKING:

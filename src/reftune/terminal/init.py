@@ -23,7 +23,7 @@ from reftune.model.weights import SMOLLM2, smollm2_folder, word_tokenizer
 from reftune.recipe import load_component, parse_recipe
 from reftune.runs.run import scratch_texts
 from reftune.seeds import derive_seed
-from reftune.storage.atomic import write_atomically
+from reftune.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

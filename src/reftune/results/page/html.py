@@ -34,7 +34,7 @@ from reftune.results.summary import (
     score_table,
 )
 from reftune.results.tables import caption, rows
-from reftune.storage.atomic import write_atomically
+from reftune.storage.files import write_atomically
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -23,7 +23,7 @@ from reftune.grading.markers import reasoning_text
 from reftune.grading.numbers import last_number, parse_number
 from reftune.grading.options import read_choice
 from reftune.seeds import derive_seed
-from reftune.storage.json_lines import JsonLines
+from reftune.storage.files import JsonLines
 from reftune.types import Answer, Graded, Problem, Verdict
 
 if TYPE_CHECKING:  # the report reads rows without torch

@@ -1,17 +1,100 @@
-"""Append-only JSON lines that can be cut back to the moment of a checkpoint."""
+"""Files that outlast a kill: texts and folders that appear by one rename or not at all, and JSON
+lines that can be cut back to the moment of a checkpoint. If there are several processes, only the
+main one writes."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from reftune.errors import CheckpointError
 from reftune.processes.world import from_main, is_main
 from reftune.types import Problem
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises: CheckpointError, naming `path`, if the disk refuses."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be written: {reason}") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one rename. Raises: CheckpointError."""
+    if not is_main():
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+
+
+def replace_folder(folder: Path, fill: Any) -> None:
+    """`fill(partial)` writes a folder that then takes the place of `folder`. Raises:
+    CheckpointError.
+
+    It is called in every process, as weights may have to be gathered; only in the main one it
+    writes.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    if not is_main():
+        fill(partial)
+        return
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        fill(partial)
+        sync_files(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Put the files of `source` into `target` too, without a second copy if the disk allows it.
+    Raises: CheckpointError."""
+    if not is_main():
+        return
+    with writing(target):
+        for path in (path for path in source.rglob("*") if path.is_file()):
+            link = target / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            try:
+                link.hardlink_to(path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
+
+
+def sync_files(folder: Path) -> None:
+    """`sync` everything in `folder`."""
+    for path in folder.rglob("*"):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlast a power cut. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class JsonLines:
@@ -25,7 +108,7 @@ class JsonLines:
         """Raises: CheckpointError if the disk refuses."""
         if not is_main():
             return
-        with _refusals(self.path):
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
@@ -33,7 +116,7 @@ class JsonLines:
     def sync(self) -> None:
         """Wait until what was appended would outlast a power cut. Raises: CheckpointError."""
         if is_main() and self.path.exists():
-            with _refusals(self.path), self.path.open("rb") as file:
+            with writing(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def size(self) -> int:
@@ -44,7 +127,7 @@ class JsonLines:
         """Forget everything after the first `size` bytes. Raises: CheckpointError if the disk
         refuses."""
         if is_main() and self.size() > size:
-            with _refusals(self.path), self.path.open("r+b") as file:
+            with writing(self.path), self.path.open("r+b") as file:
                 file.truncate(size)
 
     def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
@@ -62,15 +145,6 @@ class JsonLines:
 
     def _lines(self) -> list[bytes]:
         return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-
-
-@contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """Raises: CheckpointError if the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def in_parts(
