@@ -97,7 +97,7 @@ def test_more_lines_than_a_batch_keep_their_order(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "2: not valid JSON"),
-        ("[1]", "2: expected an object with id, completion and answer, got list"),
+        ("[1]", r"2: \[1\] is a list; expected an object with named columns"),
         ({"id": 1, "completion": "x"}, "2: answer is missing"),
         ({"id": 1, "answer": 5}, "2: completion is missing"),
         ({"completion": "x", "answer": 5}, "2: id is missing"),
@@ -140,8 +140,8 @@ def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
         scored(tmp_path, "")
     with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot be read"):
         score_file(tmp_path / "nowhere.jsonl", "nl")
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"bytes\.jsonl: cannot be read"):
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xffx")
+    with pytest.raises(DataError, match=r"bytes\.jsonl:1: byte 0xff is not UTF-8"):
         score_file(tmp_path / "bytes.jsonl", "nl")
 
 

@@ -43,11 +43,18 @@ class Mixture(Component):
     def load(self, *, seed: int) -> Splits:
         """Raises: DataError as the parts do."""
         parts = {name: part.dataset.load(seed=seed) for name, part in self.parts.items()}
-        named = {name: _named(name, splits) for name, splits in parts.items()}
+
+        def named(split: str) -> list[Problem]:
+            return [
+                replace(problem, id=f"{name}/{problem.id}")
+                for name, splits in parts.items()
+                for problem in getattr(splits, split)
+            ]
+
         mixed = draw_splits(
-            train=[problem for splits in named.values() for problem in splits.train],
-            dev=[problem for splits in named.values() for problem in splits.dev],
-            test=[problem for splits in named.values() for problem in splits.test],
+            train=named("train"),
+            dev=named("dev"),
+            test=named("test"),
             dev_size=None,
             seed=seed,
             several_rationales=True,
@@ -83,12 +90,3 @@ class Mixture(Component):
             ]
         }
         return tuple(problem for problem in train if problem.id in chosen)
-
-
-def _named(name: str, splits: Splits) -> Splits:
-    def renamed(problems: Sequence[Problem]) -> tuple[Problem, ...]:
-        return tuple(replace(problem, id=f"{name}/{problem.id}") for problem in problems)
-
-    return replace(
-        splits, train=renamed(splits.train), dev=renamed(splits.dev), test=renamed(splits.test)
-    )

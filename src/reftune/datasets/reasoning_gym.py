@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 from functools import partial
 from typing import Any
 
@@ -52,26 +51,23 @@ class ReasoningGym(Component):
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
         """The first `count` different questions of the split's seeds."""
         first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
+        drawn: dict[str, Problem] = {}
         asked = {question_key(problem) for problem in without}
-        drawn: list[Problem] = []
-        for start in itertools.count(first_seed, max(count, 1)):
-            if len(drawn) >= count:
-                return drawn[:count]
-            if start >= first_seed + PATIENCE * count:
-                raise DataError(
-                    f"reasoning_gym {self.task}: {len(drawn)} different {split} questions in"
-                    f" {PATIENCE * count} draws, expected {count}; make the splits smaller or widen"
-                    " dataset.config"
-                )
-            for problem in self._problems(split, start, count):
+        for start in range(first_seed, first_seed + PATIENCE * count, max(count, 1)):
+            task = self._task(start, count)
+            for n in range(count):
+                problem = _problem(f"{self.task}-{split}-{start + n}", task, task[n])
                 if question_key(problem) not in asked:
-                    asked.add(question_key(problem))
-                    drawn.append(problem)
-        raise AssertionError("itertools.count ends")
-
-    def _problems(self, split: str, start: int, count: int) -> list[Problem]:
-        task = self._task(start, count)
-        return [_problem(f"{self.task}-{split}-{start + n}", task, task[n]) for n in range(count)]
+                    drawn.setdefault(question_key(problem), problem)
+            if len(drawn) >= count:
+                break
+        if len(drawn) < count:
+            raise DataError(
+                f"reasoning_gym {self.task}: {len(drawn)} different {split} questions in"
+                f" {PATIENCE * count} draws, expected {count}; make the splits smaller or widen"
+                " dataset.config"
+            )
+        return list(drawn.values())[:count]
 
     def _task(self, seed: int, size: int) -> Any:
         try:
@@ -84,17 +80,11 @@ class ReasoningGym(Component):
             ) from None
         if self.task not in DATASETS:
             near = difflib.get_close_matches(self.task, DATASETS, n=1)
-            hint = (
-                f"did you mean {near[0]}?"
-                if near
-                else "expected a name of reasoning_gym.factory.DATASETS"
-            )
-            raise RecipeError(f"dataset.task: {self.task}: unknown task; {hint}")
-        known = [
-            field.name
-            for field in dataclasses.fields(DATASETS[self.task][1])
-            if field.name not in ("seed", "size")
-        ]
+            hint = [f"did you mean {name}?" for name in near]
+            expected = (hint or ["expected a name of reasoning_gym.factory.DATASETS"])[0]
+            raise RecipeError(f"dataset.task: {self.task}: unknown task; {expected}")
+        names = (field.name for field in dataclasses.fields(DATASETS[self.task][1]))
+        known = [name for name in names if name not in ("seed", "size")]
         for key in self.config:
             if key not in known:
                 raise RecipeError(f"dataset.config.{unknown_key(key, known)}")
@@ -108,15 +98,11 @@ class ReasoningGym(Component):
 
 
 def _problem(id: str, task: Any, entry: dict[str, Any]) -> Problem:
-    cot = entry["metadata"].get("answer_cot")
+    cot, gold = entry["metadata"].get("answer_cot"), entry["answer"]
     return Problem(
         id=id,
         question=entry["question"],
-        answer=(
-            ANY_ANSWER
-            if entry["answer"] is None
-            else Answer(kind="text", value=str(entry["answer"]))
-        ),
+        answer=ANY_ANSWER if gold is None else Answer(kind="text", value=str(gold)),
         rationale=None if cot is None else cot.partition("####")[0].strip(),
         columns={"metadata": entry["metadata"]},
         scorer=partial(task.score_answer, entry=entry),

@@ -129,13 +129,14 @@ def _statements(completion: str, end: int, markers: Iterable[re.Match[str]]) -> 
                 content, stop = _box(completion, begin)
                 yield Statement(content, content is not None, start, stop)
         elif marker[0].startswith("<"):
-            closing = re.compile("</answer>", re.IGNORECASE).search(completion, begin)
+            closing = _CLOSING.search(completion, begin)
             stop, behind = (end, end) if closing is None else closing.span()
             yield Statement(completion[begin:stop], closing is not None, start, behind)
         else:
             yield Statement(completion[begin:end], start=start, end=end)
 
 
+_CLOSING = re.compile("</answer>", re.IGNORECASE)
 _BARE_BOX = re.compile(r" {0,3}(-?\d+(?:\.\d+)?|[A-H](?!\w))")
 _OPENS_BOX = re.compile(rf"\s{{0,9}}\{{|{_BARE_BOX.pattern}")
 

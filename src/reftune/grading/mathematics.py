@@ -71,17 +71,11 @@ class Comparison:
 def looks_like_math(text: str) -> bool:
     """Whether all of a text is one expression and no plain number: LaTeX commands, an equation, a
     power, an interval, a tuple, variables. Words are not."""
-    bare = expression_in(text)
-    if (
-        not bare
-        or len(bare) > MAX_EXPRESSION_CHARS
-        or _words_in(bare)
-        or _NOT_MATH.search(text.strip())
-        or text.count("$") == 1  # a price
-    ):
+    bare, is_price = expression_in(text), text.count("$") == 1
+    if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
-    less_text = _TEXT.sub("", bare)
-    return _PLAIN.fullmatch(bare) is not None and _STRUCTURE.search(less_text) is not None
+    is_plain = len(bare) <= MAX_EXPRESSION_CHARS and _PLAIN.fullmatch(bare) is not None
+    return is_plain and _STRUCTURE.search(_TEXT.sub("", bare)) is not None
 
 
 def expression_in(text: str) -> str:
@@ -104,10 +98,8 @@ def same_expression(gold: str, answer: str) -> Comparison:
         return Comparison("unread", reason="it gives two")
     if _spelling(expected) == _spelling(given):
         return Comparison("equal", _spelling(given))
-    if _brackets(expected) != _brackets(given) and "" not in (
-        _brackets(expected),
-        _brackets(given),
-    ):
+    brackets = {_brackets(expected), _brackets(given)}
+    if len(brackets) > 1 and "" not in brackets:
         return Comparison("different", _spelling(given))
     return _verified(expected, given)
 

@@ -106,9 +106,5 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
     number = None if equal else stated_number(line)
     if number is not None:
         options = [number_in_gold(choice) or parse_number(choice) for choice in choices]
-        equal = [
-            index
-            for index, option in enumerate(options)
-            if option is not None and same_number(number, option)
-        ]
+        equal = [i for i, option in enumerate(options) if option and same_number(number, option)]
     return chr(ord("a") + equal[0]) if len(equal) == 1 else None

@@ -45,11 +45,8 @@ def other_answers(problem: Problem) -> dict[str, str]:
     """Kind → an answer that is not the gold one; empty if none is certain."""
     gold = problem.answer.value
     if problem.answer.kind == "choice" and len(problem.choices) > 1:
-        return {
-            "another option": "abcdefghijklmnopqrstuvwxyz"[
-                (ord(str(gold)) - ord("a") + 1) % len(problem.choices)
-            ]
-        }
+        position = (ord(str(gold)) - ord("a") + 1) % len(problem.choices)
+        return {"another option": chr(ord("a") + position)}
     if not isinstance(gold, Fraction) or abs(gold) >= MAX_SIZE:
         return {}
     values = {"off by one": gold + 1, "another sign": -gold, "ten times": 10 * gold}
@@ -124,25 +121,15 @@ def _right_words(problem: Problem, target: str) -> Iterator[Perturbed]:
         return
     before, _ = parts
     gold = problem.answer.value
+    plain = _number(gold) if isinstance(gold, Fraction) else str(gold)
+    spellings = {"a full stop": f"{plain}.", "bold": f"**{plain}**"}
     if isinstance(gold, Fraction):
-        plain = _number(gold)
-        spellings = {
-            "a full stop": f"{plain}.",
-            "bold": f"**{plain}**",
-            "a currency": f"${plain}",
-            "a unit": f"{plain} pieces",
-        }
+        spellings |= {"a currency": f"${plain}", "a unit": f"{plain} pieces"}
         if gold.denominator == 1:
             spellings["a decimal"] = f"{plain}.0"
         if gold.denominator == 1 and abs(gold) >= 1000:
             spellings["a thousands comma"] = f"{int(gold):,}"
     else:
-        letter = str(gold)
-        spellings = {
-            "a full stop": f"{letter}.",
-            "brackets": f"({letter})",
-            "a capital": letter.upper(),
-            "bold": f"**{letter}**",
-        }
+        spellings |= {"brackets": f"({plain})", "a capital": plain.upper()}
     for kind, answer in spellings.items():
         yield Perturbed(kind, f"{before}{answer}")

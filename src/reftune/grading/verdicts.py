@@ -181,7 +181,7 @@ def _grade_pattern(text: str, problem: Problem) -> Graded:
 def _grade_spellings(text: str, problem: Problem) -> Graded:
     """By the accepted spelling that it is; the least bad verdict if it is none of them."""
     graded = [grade_answer(text, each) for each in _parts(problem)]
-    best = min(graded, key=lambda each: _PRECEDENCE.index(each.verdict))
+    best = min(graded, key=_badness)
     if best.verdict is Verdict.CORRECT:  # all spellings are one answer
         return judge(True, str(problem.answer.value), str(problem.answer.value))
     return best
@@ -204,10 +204,9 @@ def _grade_set(said: Sequence[str], parts: Sequence[Problem], gold: str) -> Grad
     found: set[int] = set()
     for item in said:
         tries = [grade_answer(item, part) for part in parts]
-        best = min(range(len(parts)), key=lambda i: _PRECEDENCE.index(tries[i].verdict))
-        graded.append(tries[best])
-        if tries[best].verdict is Verdict.CORRECT:
-            found.add(best)
+        graded.append(min(tries, key=_badness))
+        if graded[-1].verdict is Verdict.CORRECT:
+            found.add(tries.index(graded[-1]))
     in_order = sorted(graded, key=lambda each: each.value or "")
     return _whole_list(in_order, said, gold, complete=len(found) == len(parts))
 
@@ -257,12 +256,8 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
     words = text.strip()
     if not words:
         return no_answer("nothing after the marker")
-    candidates = [
-        words,
-        words.rstrip(".!"),
-        words.splitlines()[0].strip(),
-        first_line(words).rstrip(".!"),
-    ]
+    first = words.splitlines()[0].strip()
+    candidates = [words, words.rstrip(".!"), first, first_line(words).rstrip(".!")]
     value, number = words, parse_number(words)
     if number is not None and _PLAIN_NUMBER.fullmatch(str(problem.answer)):
         value = str(number)
@@ -298,15 +293,14 @@ _GRADERS: dict[AnswerKind, Callable[[str, Problem], Graded]] = {
     "set": _grade_list,
     "regex": _grade_pattern,
 }
-_PRECEDENCE = (
-    Verdict.CORRECT,
-    Verdict.TIMEOUT,
-    Verdict.ERROR,
-    Verdict.WRONG,
-    Verdict.NO_ANSWER,
-    Verdict.MEMORY,
-    Verdict.FORBIDDEN,
-)
+_PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
+"""Verdicts, the best first."""
+
+
+def _badness(graded: Graded) -> int:
+    return _PRECEDENCE.index(graded.verdict.value)
+
+
 _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+(?=[A-Z])")
 
 

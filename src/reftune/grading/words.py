@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 import unicodedata
@@ -24,21 +25,10 @@ _TAKEN_BACK = re.compile(
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
 """Names alone behind a name may be other answers: "Paris, London"."""
+_LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-_MONTH = (
-    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
-    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
-)
-_DAY, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<year>\d{4})"
-_DATES = [
-    re.compile(pattern)
-    for pattern in (
-        rf"{_DAY}(?: of)? {_MONTH},? {_YEAR}",
-        rf"{_MONTH} {_DAY},? {_YEAR}",
-        rf"{_YEAR}-(?P<number>\d\d)-(?P<day>\d\d)(?:[ t]00:00(?::00)?)?",
-    )
-]
+_NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b|[.,]|[ t]00:00(?::00)?$")
+_DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")
 
 
 def same_words(first: str, second: str) -> bool:
@@ -69,18 +59,13 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
     line = first_line[:MAX_SEGMENT_CHARS]
     for boundary in [*_BOUNDARY.finditer(line)][:8]:
         if same_words(line[: boundary.start()], gold):
+            sign, rest = boundary[0].strip(), line[boundary.end() :]
             is_name = line[:1].isupper() and gold.strip().casefold() not in _OPPOSITE
-            if is_name and _is_another_name(boundary[0].strip(), line, boundary.end()):
+            if is_name and sign in _LISTS and _NAMES.fullmatch(rest.rstrip(".!")):
                 return "unclear"
-            return _goes_on(boundary[0].strip(), line[boundary.end() :].casefold(), gold)
+            return _goes_on(sign, rest.casefold(), gold)
     head = re.split(r"\s+(?:or|and|but)\b", line, maxsplit=1, flags=re.IGNORECASE)[0]
     return "unclear" if head != line and same_words(head, gold) else "no"
-
-
-def _is_another_name(boundary: str, line: str, start: int) -> bool:
-    """Whether everything after a name and a comma or dash is names, too."""
-    rest = line[start:].rstrip(".!")
-    return boundary in (",", ";", "-", "--", "–", "—") and _NAMES.fullmatch(rest) is not None
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
@@ -107,14 +92,9 @@ def _same_date(first: str, second: str) -> bool:
 def _date(text: str) -> datetime.date | None:
     if len(text) > MAX_SHORT_CHARS:
         return None
-    line = " ".join(plain(text).casefold().split()).rstrip(".,;:!?")
-    for pattern in _DATES:
-        match = pattern.fullmatch(line)
-        if match is not None:
-            parts = match.groupdict()
-            month = parts.get("number") or 1 + _MONTHS.index(parts["month"][:3])
-            try:
-                return datetime.date(int(parts["year"]), int(month), int(parts["day"]))
-            except ValueError:
-                return None
+    line = _NOT_IN_DATES.sub(" ", " ".join(plain(text).casefold().split()).rstrip(".,;:!?"))
+    words = " ".join(line.replace("sept ", "sep ").split())
+    for form in _DATES:
+        with contextlib.suppress(ValueError):
+            return datetime.datetime.strptime(words, form).date()
     return None

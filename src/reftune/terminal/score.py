@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from pydantic import ValidationError
 
+from reftune.datasets.reading.files import json_lines, read_text
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
@@ -35,7 +35,7 @@ def score_file(
     except ValidationError as error:
         raise RecipeError(f"--grading: {error.errors()[0]['msg']}") from None
     reward = Outcome(partial_on_choices=grading == "paper")
-    return score_lines(_lines(file), format, reward, where=str(file))
+    return score_lines(read_text(file).split("\n"), format, reward, where=str(file))
 
 
 def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -43,20 +43,13 @@ def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
     see `score_lines`. Raises: DataError, before the first result."""
     decimals = [getattr(each, "decimal", ".") for each in (recipe.dataset, recipe.format)]
     return score_lines(
-        _lines(file),
+        read_text(file).split("\n"),
         recipe.format,
         recipe.reward,
         where=str(file),
         kind=getattr(recipe.dataset, "answer_kind", "auto"),
         reading=Reading(decimal="," if "," in decimals else "."),
     )
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
 
 
 def score_lines(
@@ -74,11 +67,7 @@ def score_lines(
     `where` is the file's name; `kind` is the answer kind of lines without one, `reading` how their
     golds are read. Raises: DataError with file and line, before anything is graded.
     """
-    rows = [
-        _row(line, f"{where}:{number}", kind, reading)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    rows = [_row(row, place, kind, reading) for place, row in json_lines(where, lines)]
     if not rows:
         raise DataError(
             f"{where}: empty; expected an object with id, completion and answer in each line"
@@ -105,16 +94,8 @@ def _scored(rows: Sequence[_Row], format: Format, reward: Reward) -> Iterator[di
             }
 
 
-def _row(line: str, where: str, kind: str, reading: Reading) -> _Row:
+def _row(row: Mapping[str, Any], where: str, kind: str, reading: Reading) -> _Row:
     """A line's id, problem and completion."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {getattr(error, 'msg', error)}") from None
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: expected an object with id, completion and answer, got {type(row).__name__}"
-        )
     missing = [key for key in ("id", "completion", "answer") if row.get(key) is None]
     if missing:
         raise DataError(f"{where}: {missing[0]} is missing; expected id, completion and answer")
@@ -162,15 +143,13 @@ def _answer(
     is_letter = isinstance(value, str) and len(value.strip()) == 1 and value.strip().isalpha()
     if kind == "auto" and (choices or is_letter):
         kind = "choice"
-    expected = (
-        f"the letter or value of one of {len(choices)} choices"
-        if kind == "choice"
-        else "a number, a text or a letter"
-    )
     try:
-        if not isinstance(value, bool):
-            return read_gold(value, cast("GoldKind", kind), choices=choices, reading=reading)
-        reason = "a truth value"
+        if isinstance(value, bool):
+            raise DataError("a truth value")
+        return read_gold(value, cast("GoldKind", kind), choices=choices, reading=reading)
     except DataError as error:
-        reason = str(error)
-    raise DataError(f"{where}: answer: expected {expected}, got {str(value)[:80]!r}: {reason}")
+        choice = f"the letter or value of one of {len(choices)} choices"
+        expected = choice if kind == "choice" else "a number, a text or a letter"
+        raise DataError(
+            f"{where}: answer: expected {expected}, got {str(value)[:80]!r}: {error}"
+        ) from None

@@ -55,13 +55,15 @@ def check_splits(subject: Subject) -> Finding:
 
 def check_gold_answers(subject: Subject) -> Finding:
     """Every gold answer, stated by the shortest solution there is, is graded correct."""
-    shortest = _shortest_program if _writes_programs(subject) else _shortest_words
-    stated = [
-        problem
-        for problem in subject.problems
-        if problem.answer != ANY_ANSWER and problem.answer.kind != "regex"
+    format = subject.recipe.format
+    is_program = isinstance(format, Program)
+    if not isinstance(format, Program | Nl):  # a person's own: by the data
+        is_program = any(DEFINITION.search(row.problem.rationale or "") for row in subject.rows)
+    problems = [
+        replace(each, rationale=_shortest_program(each.answer) if is_program else str(each.answer))
+        for each in subject.problems
+        if each.answer != ANY_ANSWER and each.answer.kind != "regex"
     ]
-    problems = [replace(problem, rationale=shortest(problem.answer)) for problem in stated]
     return _gold_finding(
         subject,
         "gold answers",
@@ -98,17 +100,6 @@ def check_sandbox(subject: Subject) -> Finding:
     if format.sandbox == "subprocess" or (format.sandbox == "auto" and not packages):
         return ok(f"{message}; format.sandbox={format.sandbox} gives it to them")
     return warn(message, f"set format.sandbox={'subprocess' if packages else 'auto'}")
-
-
-def _writes_programs(subject: Subject) -> bool:
-    """Whether solutions are programs: the format says so, or for a user's own format the data."""
-    if isinstance(subject.recipe.format, (Program, Nl)):
-        return isinstance(subject.recipe.format, Program)
-    return any(DEFINITION.search(row.problem.rationale or "") for row in subject.rows)
-
-
-def _shortest_words(answer: Answer) -> str:
-    return str(answer)
 
 
 def _shortest_program(answer: Answer) -> str:

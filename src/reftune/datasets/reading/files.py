@@ -73,7 +73,7 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read: {reason}") from None
 
 
-def _read_text(path: Path, *, fallback: str | None = None) -> str:
+def read_text(path: Path, *, fallback: str | None = None) -> str:
     """UTF-8, or UTF-16 with a byte order mark. Bytes that are neither are read as `fallback`.
     Raises: DataError."""
     data = _read_bytes(path)
@@ -99,12 +99,12 @@ def _read_text(path: Path, *, fallback: str | None = None) -> str:
 
 def _read_json(path: Path) -> Records:
     """A list of objects, an object with one such list in it, or one object a line."""
-    text = _read_text(path)
+    text = read_text(path)
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         if not text.lstrip().startswith("["):
-            return _json_lines(path, text)
+            return json_lines(path, text.split("\n"))
         raise DataError(
             f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({_reason(error)}); expected a"
             " list of objects"
@@ -115,11 +115,13 @@ def _read_json(path: Path) -> Records:
     tables = [key for key, value in items if _is_table(value)]
     key = json.dumps(tables[0]) if len(tables) == 1 else ""
     found = re.search(rf"{re.escape(key)}\s*:\s*\[", text) if key else None
-    return _json_lines(path, text) if found is None else _json_list(path, text, found.end())
+    return (
+        json_lines(path, text.split("\n")) if found is None else _json_list(path, text, found.end())
+    )
 
 
 def _read_jsonl(path: Path) -> Records:
-    return _json_lines(path, _read_text(path))
+    return json_lines(path, read_text(path).split("\n"))
 
 
 def _is_table(value: object) -> bool:
@@ -143,11 +145,12 @@ def _reason(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _json_lines(path: Path, text: str) -> Records:
-    for number, line in enumerate(text.split("\n"), start=1):
+def json_lines(name: object, lines: Iterable[str]) -> Records:
+    """The object in each line that is not empty. Raises: DataError with `name` and line."""
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        where = f"{name}:{number}"
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -171,7 +174,7 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 def _read_csv(path: Path) -> Records:
     """UTF-8, UTF-16 or, as Excel still writes it, Windows-1252; split by the delimiter that the
     first line tells."""
-    text = _read_text(path, fallback="cp1252")
+    text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +142,12 @@ def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Raises: DataError at the first row whose value is of another type than in the rows before;
     null is of any type."""
     for column in columns:
-        first: Row | None = None
-        for row in rows:
-            value = row.get(column)
-            if value is None:
-                continue
-            if first is None:
-                first = row
-            elif type_name(value) != (expected := type_name(first.get(column))):
+        filled = [(row, value) for row in rows if (value := row.get(column)) is not None]
+        for row, value in filled:
+            if type_name(value) != (expected := type_name(filled[0][1])):
                 raise DataError(
                     f"{row.where}: {column} is {shown(value)}, {type_name(value)}; "
-                    f"expected {expected} as in the rows before (from {first.where})"
+                    f"expected {expected} as in the rows before (from {filled[0][0].where})"
                 )
 
 
@@ -164,24 +160,18 @@ def _rows_of(path: Path) -> list[Row]:
 
 
 def _files_of_split(folder: Path, split: str, names: Sequence[str]) -> list[Path]:
+    stems = SPLIT_NAMES[split]
     files = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
-    usual = (
-        f"{stem}{suffix}{packed}"
-        for stem in SPLIT_NAMES[split]
-        for suffix in READERS
-        for packed in ("", ".gz")
-    )
-    for name in (*names, *usual):
+    usual = product(stems, READERS, ("", ".gz"))
+    for name in (*names, *map("".join, usual)):
         if name.lower() in files:
             return [files[name.lower()]]
-    for stem in SPLIT_NAMES[split]:
-        shards = sorted(folder.glob(f"{stem}-*.parquet")) or sorted(
-            folder.glob(f"data/{stem}-*.parquet")
-        )
+    for place, stem in product(("", "data/"), stems):
+        shards = sorted(folder.glob(f"{place}{stem}-*.parquet"))
         if shards:
             return shards
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    wanted = ", ".join([*names[:2], *(f"{stem}.jsonl" for stem in SPLIT_NAMES[split])])
+    wanted = ", ".join([*names[:2], *(f"{stem}.jsonl" for stem in stems)])
     raise DataError(
         f"{folder}: no file of the {split} split, found {found}; expected one like {wanted}"
     )
@@ -200,10 +190,8 @@ def _read_hub(source: str, split: str, revision: str | None) -> list[Row]:
             f"{source}: cannot load the {chosen} split from the Hub ({first_line(error)}), and no"
             " such file or folder"
         ) from None
-    stem = name.rpartition("/")[2]
+    where, stem = f"{source}: {chosen} row", f"{name.rpartition('/')[2]}-{chosen}"
     return [
-        Row(
-            where=f"{source}: {chosen} row {number}", id=f"{stem}-{chosen}-{number}", columns=record
-        )
+        Row(where=f"{where} {number}", id=f"{stem}-{number}", columns=record)
         for number, record in enumerate(records, start=1)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from reftune.datasets.reading.conversations import is_conversation
@@ -122,10 +123,10 @@ class _Found:
     def choices(self, used: set[str]) -> str | list[str] | None:
         """One column with all options, or one for each."""
         for pattern in LETTERED:
-            letters = [self.by_lower.get(pattern.format(letter)) for letter in "abcdefghij"]
-            columns = letters[: letters.index(None)]
+            names = map(pattern.format, "abcdefghij")
+            columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
             if len(columns) >= 2:
-                return [column for column in columns if column is not None]
+                return columns
         return self.first("choices", used)
 
     def any_worked(self, column: str) -> bool:

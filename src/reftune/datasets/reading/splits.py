@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from reftune.errors import DataError
 from reftune.grading.numbers import number_of, same_number
+from reftune.grading.words import same_words
 from reftune.seeds import derive_seed
 from reftune.types import Answer, Problem
 
@@ -88,38 +89,28 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
     """Train without the problems whose rationale is `unusable`, counted as `reason`; dev keeps them
     without a rationale."""
     train = tuple(problem for problem in splits.train if not unusable(problem))
-    dev = tuple(
-        replace(problem, rationale=None) if unusable(problem) else problem for problem in splits.dev
-    )
+    dev = tuple(replace(p, rationale=None) if unusable(p) else p for p in splits.dev)
     dropped = len(splits.train) - len(train)
-    return replace(
-        splits,
-        train=train,
-        dev=dev,
-        counts={**splits.counts, **({reason: dropped} if dropped else {})},
-    )
+    counts = {**splits.counts, **({reason: dropped} if dropped else {})}
+    return replace(splits, train=train, dev=dev, counts=counts)
 
 
 def same_gold(a: Answer, b: Answer) -> bool:
-    """Whether two golds agree, numbers as the grader compares them."""
+    """Whether two golds agree, numbers and texts as the grader compares them."""
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         first, second = number_of(a), number_of(b)
         return same_number(first, second) or same_number(second, first)
-    return a == b
+    are_texts = a.kind == b.kind == "text"
+    return a == b or (are_texts and same_words(str(a), str(b)))
 
 
 def normalised(text: str) -> str:
     """Lower-case words, numbers without thousands commas, and symbols, with single spaces between
     them."""
-    tokens = [
-        token.replace(",", "") for token in TOKEN.findall(text.casefold()) if token not in SILENT
-    ]
+    found = TOKEN.findall(text.casefold())
+    tokens = [token.replace(",", "") for token in found if token not in SILENT]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)
-    return " ".join(
-        token
-        for left, token, right in between
-        if not (token == "-" and left.isalpha() and right.isalpha())
-    )
+    return " ".join(t for a, t, b in between if not (t == "-" and a.isalpha() and b.isalpha()))
 
 
 def _spaced(text: str) -> str:
@@ -176,26 +167,22 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
             f"dev_size {size}: only {len(by_question)} training questions are left; expected fewer"
             " for dev"
         )
-    chosen = set(
-        sorted(by_question, key=lambda question: derive_seed(seed, "dev", question))[:size]
-    )
+    in_order = sorted(by_question, key=lambda question: derive_seed(seed, "dev", question))
+    chosen = set(in_order[:size])
     return [(question, by_question[question]) for question in by_question if question in chosen]
 
 
 def _with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
     """A repeated id gets `-2`, `-3`, … from its second use on."""
-    uses: Counter[str] = Counter(problem.id for split in splits for problem in split)
-    taken = set(uses)
+    taken = {problem.id for split in splits for problem in split}
     seen: Counter[str] = Counter()
 
     def renamed(problem: Problem) -> Problem:
         seen[problem.id] += 1
-        if seen[problem.id] == 1:
-            return problem
-        number = seen[problem.id]
-        while f"{problem.id}-{number}" in taken:
+        name, number = problem.id, seen[problem.id]
+        while number > 1 and (name := f"{problem.id}-{number}") in taken:
             number += 1
-        taken.add(f"{problem.id}-{number}")
-        return replace(problem, id=f"{problem.id}-{number}")
+        taken.add(name)
+        return replace(problem, id=name)
 
     return [tuple(renamed(problem) for problem in split) for split in splits]

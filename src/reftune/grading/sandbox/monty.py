@@ -107,20 +107,17 @@ class MontyBackend:
             result = _failed(error)
         except Exception as error:  # noqa: BLE001  a hostile value may fail in any way while it is turned into a Python one
             result = failure(f"the value cannot be read: {_first_line(error)}")
-        else:
-            result = _returned(value, printed.tail)
+        else:  # a large value would fill the memory of the process that grades
+            result = failure("the value is too large")
+            if _size_bytes(value, MAX_VALUE_BYTES) <= MAX_VALUE_BYTES:
+                result = ExecutionResult(
+                    status=ExecutionStatus.OK, value=value, printed=printed.tail
+                )
         if reached:
             return ExecutionResult(
                 status=ExecutionStatus.FORBIDDEN, reason=f"it reached for {reached[0]}"
             )
         return result
-
-
-def _returned(value: Any, printed: str) -> ExecutionResult:
-    """Refuses a value that would fill the memory of the process that grades."""
-    if _size_bytes(value, MAX_VALUE_BYTES) > MAX_VALUE_BYTES:
-        return failure("the value is too large")
-    return ExecutionResult(status=ExecutionStatus.OK, value=value, printed=printed)
 
 
 def _failed(error: Exception) -> ExecutionResult:
