@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reftune.errors import DataError
+from reftune.results.metrics import HACKING
 from reftune.results.summary import (
     GREEDY,
     MethodScore,
@@ -139,14 +140,6 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
     return [line(head), "  ".join("─" * width for width in widths), *map(line, body)]
 
 
-CHOICE_COLUMNS = {
-    "other_option": "Right letter, other value",
-    "no_option": "Right letter, no option's value",
-    "agreement": "Same option when moved",
-    "numeric_accuracy": "Without options",
-}
-
-
 def choices_table(summary: Mapping[str, Any]) -> str:
     """The signs of reward hacking in a run's summary; empty if it has no multiple choice."""
     found = {
@@ -159,13 +152,13 @@ def choices_table(summary: Mapping[str, Any]) -> str:
     counts = sorted({count for signs in found.values() for count in signs["by_options"]}, key=int)
     head = [
         "Multiple choice",
-        *CHOICE_COLUMNS.values(),
+        *(metric.title for metric in HACKING),
         *(f"Above chance, {count} options" for count in counts),
     ]
     body = [
         [
             display(name),
-            *(_share_cell(signs.get(key)) for key in CHOICE_COLUMNS),
+            *(_share_cell(signs.get(metric.key.removeprefix("choices/"))) for metric in HACKING),
             *(
                 _share_cell(signs["by_options"].get(count, {}).get("above_chance"))
                 for count in counts

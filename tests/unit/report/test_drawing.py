@@ -83,7 +83,7 @@ def test_a_logarithmic_axis_gives_each_factor_the_same_room() -> None:
     (path,) = elements(drawn, "path", "line")
     (first, _), (second, _), (third, _) = points(path)
     assert second - first == pytest.approx(third - second, abs=0.15)
-    assert "100" in [text.text for text in elements(drawn, "text")]
+    assert "100 steps" in [text.text for text in elements(drawn, "text")]
 
 
 def test_layers_stand_on_each_other() -> None:

@@ -237,19 +237,12 @@ def _axes(chart: Chart, plot: _Plot) -> list[Markup]:
         line = "base" if tick == 0 else "grid"
         drawn.append(tag("line", class_=line, x1=px(plot.left), x2=px(plot.right), y1=y, y2=y))
         drawn.append(tag("text", text, x=0, y=y + 4))
-    ticks: Sequence[float] = nice_ticks(
-        plot.first_x, plot.last_x, max(3, int((plot.right - plot.left) / 110))
-    )
-    if chart.log_x:
-        ticks = [tick for tick in LOG_TICKS if plot.first_x <= tick <= plot.last_x]
+    count = max(3, int((plot.right - plot.left) / 110))
+    candidates = LOG_TICKS if chart.log_x else nice_ticks(plot.first_x, plot.last_x, count)
+    ticks = [tick for tick in candidates if plot.first_x <= tick <= plot.last_x]
     texts = [_step_text(tick, is_short=plot.width <= 560) for tick in ticks]
     places = [float(plot.x(tick)) for tick in ticks]
-    if len(ticks) > 1:  # the last one bears the axis's name, unless that would hide its neighbour
-        named, gap = f"{texts[-1]} {chart.x_label}", places[-1] - places[-2]
-        reach = max(LETTER * len(named) / 2, places[-1] + LETTER * len(named) - plot.width)
-        texts[-1] = named if reach + LETTER * len(texts[-2]) / 2 + 6 < gap else texts[-1]
-    elif ticks:
-        texts[-1] += f" {chart.x_label}"
+    texts[-1:] = [f"{text} {chart.x_label}" for text in texts[-1:]]
     free = math.inf  # written from the right; what would collide is left out
     for x, text in reversed(list(zip(places, texts, strict=True))):
         size = LETTER * len(text)
