@@ -1,4 +1,4 @@
-"""Your own questions and answers: files of most shapes that people have, or any Hub dataset."""
+"""Your own questions and answers: files in most common shapes, or any Hub dataset."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class Jsonl(FileDataset):
         return self._problem(row, self._columns([row], is_train=False))
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """As given and recognised. Raises: DataError if training rows lack a given column."""
+        """The columns, as given and recognised. Raises: DataError if training rows lack a given
+        column."""
         told = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
         for value in told.values() if is_train else ():
             for name in [value] if isinstance(value, str) else value or ():
@@ -138,7 +139,7 @@ def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ..
 
 
 def _rationale(row: Row, column: str | None) -> str | None:
-    """A solution; of a conversation the reply."""
+    """A solution, or the reply of a conversation."""
     if column is None:
         return None
     if is_conversation(row.get(column)):

@@ -21,7 +21,7 @@ SEED_RANGE = 100_000_000
 """Distance between the seeds of test, of train and of another `data_seed`. A task's n-th question
 has seed + n."""
 PATIENCE = 20
-"""Questions drawn for each one wanted, before the task is taken to have no more different ones."""
+"""Questions drawn for each one wanted, before giving up on finding more different ones."""
 
 
 class ReasoningGym(Component):
@@ -41,7 +41,7 @@ class ReasoningGym(Component):
     """Another seed gives other questions."""
 
     def load(self, *, seed: int) -> Splits:
-        """Raises: RecipeError for an unknown task or setting; DataError where the task has too few
+        """Raises: RecipeError for an unknown task or setting; DataError if the task has too few
         different questions."""
         test = self._draw("test", self.test_size, without=[])
         rest = self._draw("train", self.train_size + self.dev_size, without=test)

@@ -1,8 +1,8 @@
 """Compares expressions for `mathematics`. Started as a script, imports none of ours.
 
-Reads one JSON object a line from standard input and writes one to standard output: `{"gold",
+Reads one JSON object per line from standard input and writes one to standard output: `{"gold",
 "answer"}` gives `{"equal", "read"}`, the last None if the answer is not an expression, or an
-`{"error"}` that says what went wrong. Whoever started it keeps the time and kills it.
+`{"error"}` that says what went wrong. The parent process enforces the time limit by killing it.
 """
 
 from __future__ import annotations

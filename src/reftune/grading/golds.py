@@ -86,7 +86,7 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """What the last marker in a text says that says anything; the cell itself without one.
+    """What the last marker that announces something says; the cell itself without one.
 
     Raises: DataError for different answers side by side: `\\boxed{3}` or `\\boxed{4}`.
     """
@@ -230,7 +230,7 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str) -> tuple[str, ...]:
     """The parts of a list as people write it: in brackets or not, with commas, semicolons, line
-    breaks or "and" between them. A comma inside a number parts nothing if others have a space."""
+    breaks or "and" between them. A comma inside a number is no separator if others have a space."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if text[:1] in _EDGES and text.rstrip(".")[-1:] == _EDGES[text[0]]:
         text = text.rstrip(".")[1:-1]
@@ -286,7 +286,7 @@ _NOT_UNITS = frozenset(
     " octobre novembre décembre enero febrero marzo abril mayo junio julio agosto septiembre"
     " octubre noviembre diciembre".split()
 )
-"""Words that make another value, or a time, of the number before them."""
+"""Words that change the value of the number before them, or make it a time."""
 _FRACTION_WORD = re.compile(
     r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
 )

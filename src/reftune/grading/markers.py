@@ -11,7 +11,7 @@ from typing import Literal
 
 MAX_BOX_CHARS = 20_000
 MAX_STATEMENTS = 20
-"""How many of a completion's last markers are looked at."""
+"""How many of a completion's last markers are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,7 @@ class Reading:
     stop_at: tuple[str, ...] = ("\nQuestion:", "\nQ:", "\nProblem:")
     """Where run-on text begins, in which a model asks itself the next question."""
     markers: tuple[str, ...] = ()
-    """Phrases after which an answer stands, besides the English ones."""
+    """Phrases that announce an answer, besides the English ones."""
     decimal: Literal[".", ","] = "."
     """The decimal separator; the other one groups thousands."""
 
@@ -34,9 +34,9 @@ class Statement:
     """What a marker announces."""
 
     text: str | None
-    """None for a box that is never closed: what it was to hold is not known."""
+    """None for a box that is never closed: its content is unknown."""
     is_closed: bool = False
-    """A box's or a tag's content, and not all that follows a phrase."""
+    """Whether it is the content of a box or tag rather than what follows a phrase."""
     start: int = 0
     """Where its marker begins."""
     end: int = 0
@@ -96,7 +96,7 @@ def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
 
 
 def reasoning_text(completion: str) -> str:
-    """What stands before the first marker: the reasoning that leads to the answer."""
+    """What comes before the first marker: the reasoning that leads to the answer."""
     marker = marker_pattern(()).search(completion)
     return completion if marker is None else completion[: marker.start()]
 

@@ -24,11 +24,11 @@ from reftune.errors import ReftuneError
 
 CHILD = Path(__file__).with_name("_math_child.py")
 TIMEOUT_S = 5.0
-"""Time that one comparison may take."""
+"""Seconds for one comparison."""
 NUM_WORKERS = min(4, os.cpu_count() or 1)
-"""Of 100 MB each."""
+"""Worker processes, of 100 MB each."""
 START_S = 120.0
-"""Time that the worker may take for its first answer, math-verify's import included."""
+"""Seconds for a worker's first answer, math-verify's import included."""
 MAX_EXPRESSION_CHARS = 1_000
 
 _FUNCTIONS = frozenset(
@@ -59,7 +59,7 @@ _ASIDE = re.compile(r"\s*(?:,?\s+(?:because|since|where|when|which|so)\b|[.;] +[
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What became of one comparison."""
+    """The result of one comparison."""
 
     outcome: Literal["equal", "different", "unread", "timeout", "error"]
     """`unread`: the answer is not an expression."""
@@ -79,8 +79,8 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression that a text gives, signs as LaTeX: what stands between its only math signs,
-    else the text up to an aside, without closing punctuation."""
+    """The expression that a text gives, signs as LaTeX: what is between its only math signs, else
+    the text up to an aside, without closing punctuation."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:

@@ -25,7 +25,7 @@ class Number:
     decimals: float = inf
     """Digits after the decimal point as written; inf for a fraction, which has no last one."""
     percent: bool = False
-    """Written with a percent sign or word: it may also stand for a hundredth of `value`."""
+    """Written with a percent sign or word: it may also mean a hundredth of `value`."""
 
     def __str__(self) -> str:
         return spell(self.value) + "%" * self.percent

@@ -81,7 +81,7 @@ def names_option(line: str, choices: Sequence[str]) -> bool:
 
 
 def _begins_with(line: str, choice: str) -> bool:
-    """Whether a line is an option's text, or goes on behind it with punctuation or a reason."""
+    """Whether a line is an option's text, or continues after it with punctuation or a reason."""
     head = re.split(r"[,.;:(] |[.!]$| - | because ", line, maxsplit=1)[0]
     return same_text(line, choice) or same_text(head, choice)
 

@@ -42,7 +42,7 @@ from reftune.grading.words import bare_words, states_words
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 
 MAX_VALUE_CHARS = 200
-"""Of `Graded.value`, and of what a reason quotes."""
+"""Longest `Graded.value`, and longest quotation in a reason."""
 PATTERN_S = 0.5
 """Time that an answer may be matched against a pattern."""
 
@@ -179,7 +179,7 @@ def _grade_pattern(text: str, problem: Problem) -> Graded:
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
-    """By the accepted spelling that it is; the least bad verdict if it is none of them."""
+    """The grade by the accepted spelling that matches; the mildest verdict if none does."""
     graded = [grade_answer(text, each) for each in _parts(problem)]
     best = min(graded, key=_badness)
     if best.verdict is Verdict.CORRECT:  # all spellings are one answer
@@ -252,7 +252,7 @@ def part_answer(item: str) -> Answer:
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """By the best of several spellings: scorers expect the bare answer."""
+    """The score of the best of several spellings: scorers expect the bare answer."""
     words = text.strip()
     if not words:
         return no_answer("nothing after the marker")

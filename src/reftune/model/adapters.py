@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Adapters = Mapping[str, Tensor]
-"""As PEFT names them: `….lora_A.weight` (r, inputs) and `….lora_B.weight` (outputs, r)."""
+"""Adapters by PEFT's names: `….lora_A.weight` (r, inputs) and `….lora_B.weight` (outputs, r)."""
 
 
 def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder: Path) -> None:

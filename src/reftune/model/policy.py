@@ -36,8 +36,8 @@ VALUE_HEAD = Path("value_head", "model.safetensors")
 """Inside a model's folder. In a folder of its own: vLLM takes every safetensors file beside the
 weights for weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
-"""Beside the model that they are merged into: over a base in 4 bits a later stage goes on with
-them, as quantizing a merged model would round away what they learned."""
+"""Saved beside the merged model: over a base in 4 bits a later stage continues with them, because
+quantizing a merged model would round away what they learned."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
 """In a folder in PEFT's format, which leaves the adapter's name out of those of its tensors."""
@@ -70,8 +70,8 @@ class Policy(nn.Module):
         trained: bool = True,
     ) -> None:
         """Weights that are never trained (all of them if not `trained`, those under `lora`) are
-        kept in `dtype`, or in 4 bits. `stop` are texts that end a completion, besides the end
-        tokens of model and tokenizer."""
+        kept in `dtype`, or in 4 bits. Texts in `stop` end a completion, besides the end tokens of
+        model and tokenizer."""
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -89,7 +89,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
         self.saved_dtype = torch.float32
-        """Of the weights that `save` writes, rounded once."""
+        """Dtype of the weights that `save` writes, rounded once."""
         use_cheap_dropout(model)
         attention.attend_our_way(model)
         self.packs = attention.takes_packing(model)
@@ -134,7 +134,7 @@ class Policy(nn.Module):
         )
 
     def completion(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
-        """What was sampled, up to where it ends; see `StopRule`."""
+        """The sampled tokens up to the end; see `StopRule`."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
         is_ended = bool(tokens) and tokens[-1] in self.stop.ids
@@ -226,7 +226,7 @@ class Policy(nn.Module):
         return self._predictors(self._backbone(), batch)
 
     def value_states(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
-        """(N, H) what the value head reads, where `hidden` are the policy's own states."""
+        """(N, H) what the value head reads; `hidden` are the policy's own states."""
         return (
             hidden if self.value_backbone is None else self._predictors(self.value_backbone, batch)
         )
@@ -286,7 +286,7 @@ class Policy(nn.Module):
         )
 
     def values(self, hidden: Tensor) -> Tensor:
-        """(N,) values, fp32 also where the caller's arithmetic is not."""
+        """(N,) values, in fp32 even if the caller's arithmetic is not."""
         with torch.autocast(self.device.type, enabled=False):
             result: Tensor = self.value_head(hidden.float()).squeeze(-1)
         return result
@@ -349,8 +349,8 @@ class Policy(nn.Module):
             )
 
     def make_reference(self) -> Policy | AdapterReference:
-        """The frozen policy as it is now: with LoRA the same base with the adapters of now, or off
-        where they are fresh; otherwise a copy in the compute dtype."""
+        """The policy as it is now, frozen: with LoRA the same base with a copy of the adapters, or
+        with adapters off if they are fresh; without LoRA a copy in the compute dtype."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -389,7 +389,7 @@ class Policy(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Model (LoRA merged), tokenizer and value head in Hugging Face format; loads with plain
-        `from_pretrained`. Config and generation config say where completions end."""
+        `from_pretrained`. Config and generation config hold the end tokens."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run has its own
@@ -442,7 +442,7 @@ class Policy(nn.Module):
         self.continues_adapters = True
 
     def load_value_head(self, folder: Path) -> None:
-        """Read the head that `save` wrote, where there is one."""
+        """Read the head that `save` wrote, if there is one."""
         if (folder / VALUE_HEAD).is_file():
             tensors = load_file(folder / VALUE_HEAD)
             self.value_head.load_state_dict(

@@ -11,7 +11,7 @@ from reftune.results.records import RunResults, StageResults
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handover:
-    """Where a stage that samples took over, and how dev had risen until then."""
+    """The point where a stage that samples took over, and how dev had risen until then."""
 
     stage: str
     init: str

@@ -190,10 +190,10 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
-    """The runs, those of one recipe but for the seed together.
+    """The runs, grouped by recipe apart from the seed.
 
-    Raises: DataError if a run is missing, damaged, unfinished (if `finished`), or if runs met
-    different problems.
+    Raises: DataError if a run is missing, damaged or unfinished (if `finished`), or if runs
+    answered different problems.
     """
     runs = [read_run(folder) for folder in run_dirs]
     if finished:

@@ -83,7 +83,7 @@ def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) ->
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate finished methods (all that the recipe names where `methods` is empty). Returns: the
+    """Evaluate finished methods (all that the recipe names if `methods` is empty). Returns: the
     summary."""
     check_stage_graph(recipe)
     methods = methods or methods_to_evaluate(recipe)
@@ -168,9 +168,9 @@ class Run:
         self.score_samples()
 
     def verify_inputs(self) -> None:
-        """Load the model and encode every problem, so that nothing is begun that could not end.
+        """Load the model and encode every problem, so that nothing starts that could not finish.
 
-        Raises: ModelError; DataError for a prompt that is too long, and where no training row or no
+        Raises: ModelError; DataError for a prompt that is too long, and if no training row or no
         test problem is left.
         """
         policy = self.load_policy("base", trained=True)
@@ -214,10 +214,11 @@ class Run:
         world.wait(f"the end of {name}")
 
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
-        """The base model or a finished method's chosen one. `trained`: to be trained on, with
-        adapters if the recipe asks for them; otherwise not to be changed.
+        """The base model or a finished method's chosen one.
 
-        Over a base in 4 bits adapters go on from those of `method`; otherwise they are fresh.
+        If `trained`, it is for training, with adapters if the recipe asks for them; else it must
+        not be changed. Over a base in 4 bits, adapters continue from those of `method`; else they
+        are fresh.
         """
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
@@ -294,7 +295,7 @@ class Run:
         )
 
     def methods_to_evaluate(self, stage: str) -> list[str]:
-        """Of what `stage` leaves behind."""
+        """The methods that `stage` leaves behind."""
         own = _methods_of(stage, self.recipe.stages[stage])
         return [method for method in methods_to_evaluate(self.recipe) if method in own]
 
@@ -469,7 +470,7 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 
 def methods_to_evaluate(recipe: Recipe) -> list[str]:
-    """In the order they come to be; a stage's snapshots before the stage."""
+    """In the order of training; a stage's snapshots before the stage."""
     methods = [
         method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)
     ]
@@ -478,7 +479,7 @@ def methods_to_evaluate(recipe: Recipe) -> list[str]:
 
 
 def _methods_of(name: str, stage: Stage) -> tuple[str, ...]:
-    """What a stage leaves behind that answers problems."""
+    """The models a stage leaves behind that answer problems."""
     return (*stage.produces, name) if stage.is_method else stage.produces
 
 

@@ -55,14 +55,14 @@ class Progression:
     ends_at: int | None = None
     """The last step, once a plateau has fixed it."""
     history: dict[str, Any] = field(default_factory=dict)
-    """Of `plateau.History`."""
+    """State of `plateau.History`."""
     skipped: int = 0
     """Steps left out because their numbers were not finite."""
     seconds: float = 0.0
 
 
 COOLDOWN = 10
-"""A cooldown lasts one step for so many before it."""
+"""Steps before a cooldown per step of it."""
 
 
 class Interrupted(Exception):
@@ -171,7 +171,7 @@ class Loop:
         self.context.progress.note("stopping after this step; once more stops at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Metrics of a step; one whose engine is gone leaves a checkpoint of what was before it."""
+        """Metrics of a step; if its engine is gone, a checkpoint of the steps before is saved."""
         # the dropout of one process should not repeat another's
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
@@ -384,7 +384,7 @@ class Look:
     metrics: dict[str, float]
     """`dev/accuracy` and more."""
     correct: tuple[bool, ...] = ()
-    """By problem; empty for what is not a policy."""
+    """Verdicts by problem; empty for a model that is not a policy."""
 
 
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:

@@ -36,9 +36,9 @@ from reftune.types import Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
-"""Of the new layer's weights, as is usual for transformers."""
+"""Initial standard deviation of the new layer's weights, as usual for transformers."""
 SOLUTIONS_AT_ONCE = 8192
-"""Held as tokens at the same time."""
+"""Solutions held as tokens at the same time."""
 CORRECT = 1
 """Label of a correct solution; 0 is a wrong one."""
 
@@ -60,7 +60,7 @@ class RewardModel(Schedule, Sampled):
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """At most: equal samples count once."""
+        """Cost at most: equal samples count once."""
         num_solutions = self.samples * num_train
         return self.cost_of_rows(
             num_solutions, sampled_before=num_solutions + self.dev_samples * num_dev
@@ -149,12 +149,12 @@ class Classifier(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """As of the policy."""
+        """As for the policy."""
         return self.policy.packs
 
     @property
     def max_tokens(self) -> int:
-        """As of the policy."""
+        """As for the policy."""
         return self.policy.max_tokens
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -182,8 +182,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
-        """Probability that each solution is correct, without dropout; equal texts of a problem are
-        read once."""
+        """Probability that each solution is correct, without dropout; equal texts are read once per
+        problem."""
         keys = [(problem.id, text) for problem, text in solutions]
         once = dict(zip(keys, solutions, strict=True))
         scores: list[float] = []

@@ -1,4 +1,4 @@
-"""What a stage is and what it works with."""
+"""What a stage is, and what it works with."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Cost:
     value_model: bool = False
     """Whether a second transformer is trained, for values."""
     state_bits: Literal[32, 8] = 32
-    """Of the optimizer."""
+    """Bits of the optimizer's moments."""
 
     def phases(self, pace: Pace) -> dict[str, float]:
         """Seconds of each part of a step."""
@@ -92,8 +92,8 @@ class Cost:
 
 
 class Stage(Component, ABC):
-    """A training: the base class of every stage. `check`, `plan` and the run ask only what stands
-    here, so that a stage of your own is treated like ours."""
+    """A training: the base class of every stage. `check`, `plan` and the run use only this
+    interface, so your own stage is treated like ours."""
 
     init: str = "base"
     """Method whose chosen model this stage starts from, `base`, the stage folder of an earlier run
@@ -118,11 +118,11 @@ class Stage(Component, ABC):
         return ()
 
     def line(self) -> str:
-        """What it does, in a line of the schedule that `check` prints."""
+        """What it does, as a line of the schedule that `check` prints."""
         return f"from {self.init}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost | None:
-        """What it does with so many training and dev problems; None if that cannot be foretold."""
+        """What it costs for these numbers of problems; None if that cannot be predicted."""
         return None
 
     @abstractmethod

@@ -265,8 +265,8 @@ def _read_own_recipe(path: Path) -> dict[str, Any]:
 
 
 def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the defaults of keys that came after it; as it is where no recipe can be
-    made of it any more."""
+    """A stored recipe with the defaults of newer keys; unchanged if it is no longer a valid
+    recipe."""
     try:
         return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
     except RecipeError:

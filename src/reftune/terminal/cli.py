@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def say(message: str) -> None:
-    """One line for a person."""
+    """One line of text."""
     print(" ".join(message.splitlines()), file=sys.stderr)
 
 

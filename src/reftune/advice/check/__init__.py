@@ -23,7 +23,7 @@ __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", 
 
 
 STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
-"""Chat template of the model that stands for one that is not read."""
+"""Chat template of the stand-in for a model that is not read."""
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
 """Checks that say something without the recipe's own model and data."""
 
@@ -67,9 +67,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
 
 
 def check_offline(recipe: Recipe) -> CheckReport:
-    """The checks that take neither weights nor a download. Data that are not here are stood for by
-    examples of their format that come with reftune, the tokenizer by the words of the training
-    texts.
+    """The checks that take neither weights nor a download. Missing data are replaced by examples of
+    their format that come with reftune, the tokenizer by the words of the training texts.
 
     Raises: ReftuneError as `check_recipe`, and if there are no such examples.
     """
@@ -122,7 +121,7 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
         update={"train": str(folder), "dev": None, "test": None, "dev_size": 2}
     )
     return examples, ok(
-        f"{source} is not here; examples of its format that come with reftune stand for it"
+        f"{source} is not here; checked on examples of its format that come with reftune"
     )
 
 
@@ -133,7 +132,7 @@ def _schedule(recipe: Recipe) -> Finding:
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """In order; a failed one that the recipe waives only warns."""
+    """The findings in order; a failed check that the recipe waives only warns."""
     findings = [replace(check(subject), name=name) for name, check in checks.items()]
     waive = subject.recipe.check.waive
     return [

@@ -26,34 +26,34 @@ from reftune.types import SamplingParams, Verdict
 NUM_SAMPLED = 32
 """Dev questions that the start model answers."""
 NUM_SHOWN = 3
-"""Of these, shown to a person."""
+"""How many of them are shown."""
 NEEDED_ACCURACY = 0.2
-"""At temperature 1, below which RL gained little or nothing where we measured it."""
+"""Accuracy at temperature 1 below which RL gained little or nothing in our measurements."""
 NUM_TIMED = 512
-"""Rows whose lengths and tokens stand for all when the time is estimated."""
+"""Rows from which the time is estimated."""
 
 
 MEASURED_ROWS = 64
-"""Trained on and sampled at once to learn the speed, where the recipe does not tell."""
+"""Rows trained on and sampled at once to measure the speed, if the recipe does not say."""
 
 
 MAX_SLOWDOWN = 8.0
-"""Times as long as in the other dtype that products may take before the check fails."""
+"""How many times as long as in the other dtype products may take before the check fails."""
 
 
 PRODUCT = 1024
-"""Rows and columns at most of the weight whose product is timed."""
+"""Largest size of the weight whose product is timed."""
 
 
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
-"""Nats a token between the engine's log-probabilities and the policy's."""
+"""Nats per token between the engine's log-probabilities and the policy's."""
 
 
 GIB = 2**30
 
 
 def check_memory(subject: Subject) -> Finding:
-    """Training fits in memory, as far as the model's shape tells."""
+    """Training fits in memory, judging by the model's shape."""
     policy, recipe = subject.policy, subject.recipe
     lengths = [len(ids) for of in subject.fitting.values() for ids in of] or [1]
     model = policy.model.get_base_model() if policy.is_lora else policy.model
@@ -150,7 +150,7 @@ def _rise(subject: Subject) -> tuple[float, float] | None:
 
 
 def check_logprobs(subject: Subject) -> Finding:
-    """What the engine says of its samples is what the policy says of them."""
+    """The engine's log-probabilities of its samples are those of the policy."""
     prompts = (subject.fitting["dev"] or subject.fitting["train"])[:NUM_SHOWN]
     params = SamplingParams(max_new_tokens=min(32, subject.recipe.lengths.max_new))
     completions = subject.recipe.engine.generate(subject.policy, prompts, params)
@@ -206,6 +206,6 @@ def num_answers(subject: Subject) -> int:
 
 
 def _rows_at_once(recipe: Recipe) -> int:
-    """In the largest step of a stage, and that the engine holds."""
+    """Rows in the largest step of a stage, and rows that the engine holds."""
     sizes = [cost.batch for cost in stage_costs(recipe).values()]
     return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "rows", MEASURED_ROWS)])

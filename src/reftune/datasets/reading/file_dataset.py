@@ -1,5 +1,5 @@
-"""What datasets from files or the Hub share: where rows are read, how dev is drawn, what is dropped
-and counted."""
+"""What datasets from files or the Hub have in common: where rows are read, how dev is drawn, what
+is dropped and counted."""
 
 from __future__ import annotations
 

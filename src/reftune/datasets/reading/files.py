@@ -1,7 +1,7 @@
-"""Local files → records, each with the place it stands at.
+"""Local files → records, each with its place.
 
-The readers are the standard library's wherever a table library would lose the line of a row or read
-`007`, `NA` and dates as something else: every cell of a table stays the text that was written.
+The standard library reads them, since a table library would lose the line of a row or change `007`,
+`NA` and dates: every cell stays the text that was written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DELIMITERS = ",;\t|"
 
 
 def ending(path: PurePath) -> str:
-    """`.csv` of `Data.CSV.gz`: lower case, without what only says that the file is packed."""
+    """`.csv` of `Data.CSV.gz`: in lower case, without the ending of a compressed file."""
     return PurePath(path.name.lower().removesuffix(".gz")).suffix
 
 
@@ -172,8 +172,8 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 
 def _read_csv(path: Path) -> Records:
-    """UTF-8, UTF-16 or, as Excel still writes it, Windows-1252; split by the delimiter that the
-    first line tells."""
+    """UTF-8, UTF-16 or, as Excel still writes it, Windows-1252; split by the delimiter found in the
+    first line."""
     text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1

@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.recipe import Table
 
 NUM_LOOKED_AT = 20
-"""Rows that tell what a file's columns are."""
+"""Rows from which a file's columns are recognised."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "question": (
         *("question", "prompt", "problem", "query", "context_messages", "messages"),
@@ -68,12 +68,12 @@ class Shape:
     """What rows are, and what their columns mean."""
 
     name: str
-    """For a person: `Alpaca rows`."""
+    """Shown to the user: `Alpaca rows`."""
     columns: Columns
 
 
 def recognise(rows: Sequence[Row], told: Mapping[str, Any]) -> Shape:
-    """The shape of `rows`, with the columns that the user `told`.
+    """The shape of `rows`, with the columns that the user named (`told`).
 
     Raises: DataError if the question or the answer is in none of them.
     """

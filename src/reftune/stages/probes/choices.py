@@ -60,12 +60,11 @@ class ChoiceRow:
     id: str
     num_options: int
     letter: str | None
-    """Chosen; None where none was."""
+    """The chosen option; None if there is none."""
     correct: bool
     derivation: Derivation
     agrees: bool | None
-    """Whether the same option was chosen in another place; None where no option was chosen in the
-    first."""
+    """Whether the same option was chosen in another place; None if none was chosen at first."""
     numeric: bool | None
     """Whether it is solved without options; None if the gold option says no number."""
 
@@ -100,7 +99,7 @@ def rotated(problem: Problem, by: int) -> Problem:
 
 
 def moved(letter: str, by: int, count: int) -> str:
-    """Where the option of a letter stands after `rotated`."""
+    """The place of a letter's option after `rotated`."""
     return LETTERS[(LETTERS.index(letter) + by) % count]
 
 
@@ -121,8 +120,8 @@ def derived_values(
 ) -> list[str | None]:
     """The number that each solution arrives at before it chooses; None if there is none.
 
-    In words it is the last number before the answer; in a program what it returns or, where it
-    looks the answer up among options, what it assigned last.
+    In words it is the last number before the answer; in a program what it returns or, if it looks
+    the answer up among options, what it assigned last.
     """
     if not isinstance(format, Program):
         return [last_number(reasoning_text(text)) for text in completions]
@@ -134,7 +133,7 @@ def derived_values(
 
 
 def _returning_derived(program: str) -> str:
-    """The program with its last `return` giving what was computed last; empty where nothing was."""
+    """The program with its last `return` giving what was computed last; empty if nothing was."""
     ends = list(_RETURN.finditer(program))
     if not ends:
         return ""
@@ -150,7 +149,7 @@ def _returning_derived(program: str) -> str:
 
 
 def derivation(value: str | None, letter: str | None, choices: Sequence[str]) -> Derivation:
-    """How a derived value stands to the chosen letter."""
+    """How a derived value relates to the chosen letter."""
     if value is None:
         return Derivation.ABSENT
     derived = read_choice(value, choices)
@@ -169,8 +168,8 @@ def diagnose(
     completions: Sequence[str],
     graded: Sequence[Graded],
 ) -> list[ChoiceRow]:
-    """A row a problem, given its greedy answer; asks each twice more, with moved options and
-    without any, greedily."""
+    """One row per problem, given its greedy answer; asks each twice more, greedily: with moved
+    options and without any."""
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
@@ -258,7 +257,7 @@ def choice_metrics(rows: Sequence[ChoiceRow]) -> dict[str, float]:
 
 
 def above_chance(rows: Sequence[ChoiceRow]) -> dict[int, tuple[int, float]]:
-    """Number of options → (questions with so many, their accuracy less 1 / options)."""
+    """Number of options → (questions with that many, their accuracy less 1 / options)."""
     groups: dict[int, list[bool]] = {}
     for row in rows:
         groups.setdefault(row.num_options, []).append(row.correct)
