@@ -1,4 +1,4 @@
-"""How numbers and texts are put to a person."""
+"""How numbers and texts are shown to the user."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
 MOST_WORDS = 30
-"""Of a gold that nobody said is a text: more words are a solution, not an answer."""
+"""Longest gold read as a text under `auto`: more words are a solution, not an answer."""
 
 
 class Jsonl(FileDataset):

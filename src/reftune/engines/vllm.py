@@ -326,7 +326,7 @@ HINTS = {
         ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", ", and --enable-lora"),
     )
 }
-"""By path, how a server must be started to have it."""
+"""Path → how to start a server that offers it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,7 +338,7 @@ class _Served:
 
 
 _served: dict[Any, _Served] = {}
-"""By the recipe's `engine.server`; in the main process only."""
+"""Servers by the recipe's `engine.server`; in the main process only."""
 
 
 def own_servers(servers: Sequence[Server]) -> list[Server]:

@@ -40,7 +40,7 @@ class Statement:
     start: int = 0
     """Where its marker begins."""
     end: int = 0
-    """Where it ends: behind a closing brace or tag, or at the end of the text."""
+    """Where it ends: after a closing brace or tag, or at the end of the text."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -143,7 +143,7 @@ _OPENS_BOX = re.compile(rf"\s{{0,9}}\{{|{_BARE_BOX.pattern}")
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
     """The content of the braces at `start`, or the number or letter of `\boxed 7`, and where it
-    ends; None if the braces are never closed. A percent sign right behind them belongs to it."""
+    ends; None if the braces are never closed. A percent sign right after them belongs to it."""
     bare = _BARE_BOX.match(text, start)
     if bare is not None:
         return bare[1], bare.end()

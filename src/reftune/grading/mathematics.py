@@ -224,7 +224,7 @@ _IDLE: queue.LifoQueue[_Worker] = queue.LifoQueue()
 
 
 def _asked(request: bytes) -> bytes | None:
-    """As `_Worker.ask`, of a process that nobody else uses."""
+    """As `_Worker.ask`, with an idle process."""
     worker = _IDLE.get()
     try:
         return worker.ask(request)

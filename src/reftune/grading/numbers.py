@@ -323,7 +323,7 @@ _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
 
 def after_equals(line: str) -> str:
     """What follows the last `=` of the first sentence. The line itself without one, or if a number
-    stands before an aside that holds it ("18, because 2 + 2 = 4", "12 when n = 3"). Nothing if
+    comes before an aside that holds it ("18, because 2 + 2 = 4", "12 when n = 3"). Nothing if
     several unknowns have values ("x = 3 or x = 4"), or only a multiple of one ("2x = 6")."""
     condition = _LEADING_CONDITION.match(line)
     if condition is not None:  # "when n = 3, 12"
@@ -396,7 +396,7 @@ _LETTER_OF = dict(
         " odds:π month:m operation:+ operator:+ plus:p order:< open:( word:w"
     ).split()
 )
-"""Kind of word or sign → the letter that stands for it in `_CONTINUES`."""
+"""Kind of word or sign → its letter in `_CONTINUES`."""
 _CONTINUES = re.compile(
     r"[)\]}'\"]*(?:"
     # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5;6

@@ -106,7 +106,7 @@ def read_adapters(folder: Path) -> Scaled:
 
 
 def require_scaling(folder: Path, table: LoraTable | None) -> None:
-    """Raises: ModelError if adapters that are to be trained on have another alpha / rank."""
+    """Raises: ModelError if the adapters to continue from have another alpha / rank."""
     _, scaling = read_adapters(folder)
     if table is None or scaling != table.alpha / table.rank:
         raise ModelError(
@@ -132,8 +132,8 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
 
 def _chain(stages: Path, method: str, model: Mapping[str, Any]) -> list[Scaled]:
     """The adapters of the stages from the base, or from the adapters that a run began with, to
-    `method`. Over a base in 4 bits each stage goes on with those of the stage before, so that the
-    last hold all."""
+    `method`. Over a base in 4 bits each stage continues with those of the stage before, so that the
+    last ones contain all."""
     from safetensors.torch import load_file
 
     table = model.get("lora") or {}

@@ -80,8 +80,8 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said` after a prompt that the template writes as `begun`, although in whole conversations
-    `before` stands before the assistant's words; the two are compared after the last thing `asked`.
-    """
+    `before` comes before the assistant's words; the two are compared after the last thing
+    `asked`."""
     if not asked or asked not in begun or asked not in before:
         return said
     ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]

@@ -40,7 +40,7 @@ ADAPTERS = Path("adapters", "model.safetensors")
 quantizing a merged model would round away what they learned."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
-"""In a folder in PEFT's format, which leaves the adapter's name out of those of its tensors."""
+"""File name in PEFT's format, whose tensor names leave out the adapter's name."""
 
 
 class TokenScores(NamedTuple):

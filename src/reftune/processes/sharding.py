@@ -158,7 +158,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_matrices(model: nn.Module) -> set[int]:
-    """By id, what linear layers of transformer blocks multiply by; heads and embeddings are not."""
+    """The matrices of linear layers in transformer blocks, by id; heads and embeddings are not
+    among them."""
     from torch import nn
 
     blocks = transformer_blocks(model)

@@ -84,7 +84,7 @@ class ModelTable(Table):
 
     @property
     def max_tokens(self) -> int:
-        """`micro_batch_tokens` as a number, also outside a run, which chooses it."""
+        """`micro_batch_tokens` as a number, even outside a run."""
         return 16384 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 

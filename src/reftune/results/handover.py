@@ -22,7 +22,7 @@ class Handover:
 
     @property
     def is_ready(self) -> bool:
-        """Whether dev had stopped rising, as far as its size can show."""
+        """Whether dev had stopped rising, within its margin."""
         return self.rise <= self.margin
 
     @classmethod
@@ -50,8 +50,8 @@ def handovers(run: RunResults) -> list[Handover]:
 
 
 def last_rise(run: RunResults, method: str) -> tuple[float, float] | None:
-    """How dev had risen over the last four looks before a supervised method was left, and the
-    margin; None for other methods, and without so many looks."""
+    """How dev had risen over the last four looks at a supervised method, and the margin; None for
+    other methods, and with fewer looks."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
@@ -62,7 +62,7 @@ def last_rise(run: RunResults, method: str) -> tuple[float, float] | None:
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
-    """Whether RL or more SFT comes next, by how dev rose over so many looks."""
+    """Whether RL or more SFT comes next, by how dev rose over the last looks."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} looks"
     if rise <= margin:
         return f"dev no longer rises ({points}): RL can take over"
@@ -73,7 +73,7 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
 
 
 def sentence(handover: Handover) -> str:
-    """For a person: whether to train on, in one line."""
+    """Whether to train on, in one line of text."""
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four looks"
     if handover.is_ready:
         return f"{handover.init} was finished when {handover.stage} began: dev {rise}"

@@ -58,7 +58,8 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """By McNemar's test of one run; over seeds, whether the interval leaves out 0."""
+        """Whether McNemar's test of one run finds a difference; over seeds, whether the interval
+        leaves out 0."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]

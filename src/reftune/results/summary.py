@@ -72,7 +72,7 @@ class MethodScore:
     """Decision rule → what was solved, an array a seed: `greedy`, and with samples `maj@k`,
     `rerank@k`, `pass@k`."""
     scores: Mapping[str, Score]
-    """By decision rule."""
+    """Scores by decision rule."""
 
     @property
     def greedy(self) -> Score:
@@ -98,7 +98,7 @@ class MethodScore:
         return self.mean("dev_accuracy")
 
     def mean(self, key: str) -> float | None:
-        """Over seeds, of a number in `stage.json`; None if it is in none."""
+        """Mean over seeds of a number in `stage.json`; None if no run has it."""
         infos = [run.stages[self.method].info for run in self.group.runs]
         values = [info[key] for info in infos if info.get(key) is not None]
         return float(np.mean(values)) if values else None

@@ -270,7 +270,7 @@ class Run:
     def _policy(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool = False
     ) -> Policy:
-        """In the recipe's arithmetic and on its device. Raises: RecipeError, ModelError."""
+        """A policy in the recipe's dtype and on its device. Raises: RecipeError, ModelError."""
         table = self.recipe.model
         if trained and table.quantize is not None and sharding.current.splits:
             raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
@@ -388,7 +388,7 @@ class Run:
         return summary
 
     def report(self) -> None:
-        """report.html as far as the run has come."""
+        """Write report.html of the run so far."""
         from reftune.results import write_report
 
         if world.is_main():

@@ -192,7 +192,7 @@ class Loop:
         self._record({**metrics, "optim/lr": rate, **self.state.totals, **skipped})
 
     def _record(self, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl, which a person watching sees too."""
+        """A line of metrics.jsonl, shown to the user too."""
         where = {"stage": self.context.name, "step": self.state.step, "time": time.time()}
         self.context.metrics.append({**where, **metrics})
         self.context.progress.step(self.state.step, metrics)
@@ -204,7 +204,7 @@ class Loop:
         return self.total_steps if self.state.ends_at is None else self.state.ends_at
 
     def _share(self, n: int) -> float:
-        """Of the peak learning rates, at step `n`."""
+        """Share of the peak learning rates at step `n`."""
         share = rate(self.table.optimizer, step=n, total_steps=self.total_steps)
         ends_at = self.state.ends_at
         if ends_at is None:

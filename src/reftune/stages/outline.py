@@ -106,7 +106,7 @@ class Outline:
         return self._bytes({id(w): NF4 for w in layers if not w.requires_grad})
 
     def _bytes(self, widths: Mapping[int, float]) -> float:
-        """Of all weights, those in `widths` of other bytes than they have."""
+        """Bytes of all weights; those in `widths` count with these bytes per element instead."""
         weights = self.policy.model.parameters()
         return float(sum(p.numel() * widths.get(id(p), p.itemsize) for p in weights))
 
@@ -151,7 +151,7 @@ class Outline:
         return float(self.prefill(prompt=1, rows=1).cache)
 
     def update(self, prompt: int, response: int, batch: float) -> Update:
-        """Of a micro-batch of `batch` sequences of these lengths."""
+        """Cost of a micro-batch of `batch` sequences of these lengths."""
         return _of_many(lambda count: self._update(prompt, response, count), batch)
 
     @cache  # noqa: B019  an outline lives no longer than its plan
@@ -181,13 +181,13 @@ class Outline:
         )
 
     def prefill(self, *, prompt: int, rows: int) -> Prefill:
-        """Of so many rows."""
+        """Cost of reading prompts in `rows` rows."""
         return _of_many(lambda count: self._prefill(prompt, count), rows)
 
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """`of_gathered` tells results apart that the cache keeps."""
+        """`of_gathered` distinguishes cached results."""
         policy = self.policy
         with (
             self.mode,
@@ -216,7 +216,7 @@ T = TypeVar("T", Update, Prefill)
 
 
 def _of_many(trace: Callable[[int], T], count: float) -> T:
-    """Of `count` sequences: each takes what any other takes."""
+    """The trace of `count` sequences, extrapolated: each takes the same."""
     few, more = trace(FEW), trace(MORE)
     high = asdict(more)
     each = {name: (high[name] - size) / (MORE - FEW) for name, size in asdict(few).items()}

@@ -86,7 +86,7 @@ class Cost:
         }
 
     def seconds(self, pace: Pace, *, num_dev: int) -> float:
-        """Of the whole stage, looks at dev included."""
+        """Seconds of the whole stage, looks at dev included."""
         others = self.sampled_before + self.looks * num_dev
         return self.steps * sum(self.phases(pace).values()) + others * pace.generate
 

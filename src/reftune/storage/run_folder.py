@@ -1,5 +1,5 @@
-"""Where a run keeps its files, and whose they are. Every file name in a run folder is written here,
-and only here; the folder is claimed, locked, and refused if it belongs to something else."""
+"""Where a run keeps its files, and which run owns them. Every file name in a run folder is written
+here, and only here; the folder is claimed, locked, and refused if it belongs to something else."""
 
 from __future__ import annotations
 
@@ -208,8 +208,8 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The stages that have begun and that `recipe` gives more steps or epochs than they had.
 
-    Raises: RecipeError if the two differ in anything else, or if a stage cannot go on: another one
-    began from its model, or there is no checkpoint of its end.
+    Raises: RecipeError if the two differ in anything else, or if a stage cannot continue: another
+    one began from its model, or there is no checkpoint of its end.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
     wanted = yaml.safe_load(dump_recipe(recipe))
@@ -249,7 +249,7 @@ def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
 
 
 def _reopen(folder: RunFolder, name: str) -> None:
-    """Make a stage go on from its last checkpoint, and be evaluated anew."""
+    """Make a stage continue from its last checkpoint and be evaluated again."""
     for path in (folder.evaluation(name), folder.choices(name), folder.stage(name).info):
         path.unlink(missing_ok=True)
 

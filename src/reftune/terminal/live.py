@@ -1,5 +1,5 @@
-"""What a person sees while a run is alive: a live view on a terminal, plain lines elsewhere. Always
-on stderr."""
+"""What the user sees during a run: a live view on a terminal, plain lines elsewhere. Always on
+stderr."""
 
 from __future__ import annotations
 

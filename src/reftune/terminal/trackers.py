@@ -112,7 +112,7 @@ class TrackedProgress(Progress):
 
 
 def table_row(step: int, rollout: Rollout) -> dict[str, Any]:
-    """A sampled solution as a person reads it in a table."""
+    """A sampled solution as a row of a table."""
     return {
         "step": step,
         "id": rollout.problem.id,

@@ -198,7 +198,7 @@ def check_time(subject: Subject) -> Finding:
 
 
 def num_answers(subject: Subject) -> int:
-    """Of the final evaluation: a greedy one a problem and method, and the samples."""
+    """Answers of the final evaluation: a greedy one per problem and method, and the samples."""
     table, methods = subject.recipe.evaluate, subject.num_methods
     problems = len(getattr(subject.splits, table.split)[: table.limit])
     sampled = methods if table.sampled is None else len(table.sampled)

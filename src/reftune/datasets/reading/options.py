@@ -25,7 +25,7 @@ class Options:
     """What the data call each option, in lower case; empty if they do not say."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """Our letter for the option that the data call `gold`, or whose position it is where those
+        """Our letter for the option that the data calls `gold`, or whose position it is if those
         count from `positions_from`; None if it is neither."""
         label, places = gold.strip().strip("().").lower(), range(len(self.texts))
         if label in self.labels:

@@ -50,7 +50,7 @@ class ExecutionResult:
     value: Any = None
     """What the call returned; None unless the status is OK."""
     reason: str = ""
-    """One line for a person; empty if the status is OK."""
+    """One line of explanation; empty if the status is OK."""
     printed: str = field(default="", compare=False)
     """The end of what it printed, if the status is OK."""
     seconds: float = field(default=0.0, compare=False)

@@ -96,7 +96,7 @@ class Entry:
     group: Group
     method: str
     name: str
-    """For a person; with several groups it names the group."""
+    """Shown to the reader; names the group if there are several."""
     colour: str
 
     @property
