@@ -15,7 +15,7 @@ import yaml
 from reftune.errors import DataError
 from reftune.stages.progress import Progress
 from reftune.storage.run_folder import RunFolder
-from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
+from reftune.types import Answer, Attempt, Completion, Problem, Rollout
 
 POLL_S = 1.0
 
@@ -124,16 +124,15 @@ def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
 
 
 def _rollout(row: Mapping[str, Any]) -> Rollout:
+    attempt = Attempt.from_row(row)
+    completion = Completion(
+        token_ids=(), text=attempt.completion, logprobs=(), finish_reason=row["finish_reason"]
+    )
+    answer = Answer(kind="text", value=str(row["gold"]))
     return Rollout(
-        problem=Problem(
-            id=str(row["id"]),
-            question=row["question"],
-            answer=Answer(kind="text", value=str(row["gold"])),
-        ),
+        problem=Problem(id=str(row["id"]), question=row["question"], answer=answer),
         prompt_ids=(),
-        completion=Completion(
-            token_ids=(), text=row["completion"], logprobs=(), finish_reason=row["finish_reason"]
-        ),
-        graded=Graded(verdict=Verdict(row["verdict"]), value=row["value"], reason=row["reason"]),
+        completion=completion,
+        graded=attempt.graded,
         reward=row["reward"],
     )
