@@ -121,6 +121,11 @@ def test_a_turned_comparison_says_the_same_of_the_other_method() -> None:
     assert seeds.turned().by_seed == (-0.5, -0.25)
 
 
+def test_no_difference_is_no_difference_turned_round() -> None:
+    same = stats.compare("a", [1, 0], "b", [1, 0], generator=generator()).turned()
+    assert str((same.difference, *same.ci95)) == "(0.0, 0.0, 0.0)"
+
+
 def test_seed_comparison_averages_paired_differences() -> None:
     # seed 0: 3/4 − 1/4 = .5; seed 1: 2/4 − 2/4 = 0; mean .25
     a = [[1, 1, 1, 0], [1, 1, 0, 0]]

@@ -71,9 +71,9 @@ class Comparison:
             self,
             a=self.b,
             b=self.a,
-            difference=-self.difference,
-            ci95=(-high, -low),
-            by_seed=tuple(-difference for difference in self.by_seed),
+            difference=0.0 - self.difference,  # never −0.0
+            ci95=(0.0 - high, 0.0 - low),
+            by_seed=tuple(0.0 - difference for difference in self.by_seed),
         )
 
 
