@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from reftune.errors import DataError, RewardError
-from reftune.grading.voting import majority_vote
+from reftune.grading.voting import majority_curve
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import TokenScores
 from reftune.recipe import load_component, load_recipe
@@ -66,7 +66,7 @@ def test_the_grader_decides_for_format_reward_and_votes():
         Verdict.NO_ANSWER,
     ]
     assert graded[0].value == graded[1].value
-    assert majority_vote(graded) == graded[0]
+    assert majority_curve(graded)[-1] == graded[0]
 
 
 def test_the_reward_takes_columns_of_the_data_by_name():
