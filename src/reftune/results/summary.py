@@ -232,17 +232,14 @@ def group_runs(runs: Sequence[RunResults]) -> list[Group]:
     """Runs whose recipes differ in name, folder and seed only form a group; order is kept."""
     gathered: list[list[RunResults]] = []
     for run in runs:
-        home = next((group for group in gathered if _belongs(run, group)), None)
+        same = [group for group in gathered if group[0].settings == run.settings]
+        home = next((g for g in same if run.seed not in [other.seed for other in g]), None)
         gathered.append([run]) if home is None else home.append(run)
     labels = [_group_label(group) for group in gathered]
     return [
         Group(label=label if labels.count(label) == 1 else str(group[0].folder), runs=tuple(group))
         for label, group in zip(labels, gathered, strict=True)
     ]
-
-
-def _belongs(run: RunResults, group: Sequence[RunResults]) -> bool:
-    return run.settings == group[0].settings and run.seed not in [other.seed for other in group]
 
 
 def _group_label(runs: Sequence[RunResults]) -> str:

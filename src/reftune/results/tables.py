@@ -28,27 +28,24 @@ def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
     """Head and body: one row per method, with its score under each rule and its gain over the
     baseline."""
     rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))
-    head = [
-        "Method",
-        *(_rule_title(rule) for rule in rules),
-        f"vs {display(table.baseline)}",
-        "Test",
-        "Dev",
-        "Looks",
+    names = ["Greedy" if rule == GREEDY else rule for rule in rules]
+    head = ["Method", *names, f"vs {display(table.baseline)}", "Test", "Dev", "Looks"]
+    body = [
+        [
+            display(method.label),
+            *(_score_cell(method.scores.get(rule)) for rule in rules),
+            *_gain_cells(method, table),
+            _share_cell(method.dev_accuracy),
+            "–" if method.looks is None else str(method.looks),
+        ]
+        for method in table.methods
     ]
-    return head, [_row(method, rules, table) for method in table.methods]
+    return head, body
 
 
-def _rule_title(rule: str) -> str:
-    return "Greedy" if rule == GREEDY else rule
-
-
-def _row(method: MethodScore, rules: Sequence[str], table: ScoreTable) -> Row:
-    cells = [_score_cell(method.scores[rule]) if rule in method.scores else "–" for rule in rules]
-    return [display(method.label), *cells, *_gain_cells(method, table), *_dev_cells(method)]
-
-
-def _score_cell(score: Score) -> str:
+def _score_cell(score: Score | None) -> str:
+    if score is None:
+        return "–"
     low, high = score.ci95
     return f"{100 * score.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
@@ -62,11 +59,6 @@ def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
     doubt = NOT_SIGNIFICANT if not against.significant else "" if evidence else "sig."
     gain = f"{points(against.difference)} [{points(low)}, {points(high)}]"
     return [gain, " ".join(part for part in (evidence, doubt) if part)]
-
-
-def _dev_cells(method: MethodScore) -> Row:
-    dev = "–" if method.dev_accuracy is None else f"{100 * method.dev_accuracy:.1f}"
-    return [dev, "–" if method.looks is None else str(method.looks)]
 
 
 def caption(table: ScoreTable) -> str:
