@@ -44,7 +44,7 @@ NOTES = {
         "at most 11,830. Offline self-training, voting and reranking were not run from this "
         "warm-up.\n\n"
         "From an unfinished warm-up (600 questions, 43.4 on test; five seeds, commit 226cdca) "
-        "no finding held. Against SFT (55.2), ReFT lost 9.2 points [6.9, 11.6], offline self- "
+        "no finding held. Against SFT (55.2), ReFT lost 9.2 points [6.9, 11.6], offline self-"
         "training 11.7 [8.5, 15.0], online self-training 3.7 [1.2, 6.3], ReFT with voting 10.8 "
         "[8.4, 13.4], with reranking 9.1 [6.4, 11.8]. Voting added 1.8 points to SFT and 0.2 to "
         "ReFT; reranking took 24 from each."

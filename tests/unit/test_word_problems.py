@@ -229,7 +229,7 @@ def test_planting_moves_the_right_option_to_c_in_train_and_dev_and_changes_nothi
     ("recipe", "digest"),
     [
         ("demo", "c0700daeaffe9c48"),
-        ("comparison-nl", "3bd77fdb60b35436"),
+        ("comparison-nl", "a1dbd7337b3cc010"),
         ("hacking", "7d59ad89cb5e7b6b"),
         ("hacking-numeric", "c766f244ddb761b1"),
         ("terse", "fb9304ee8c44d93f"),
