@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+import yaml
+from openpyxl import Workbook
+from pyarrow import parquet
 
 from reftune.datasets.jsonl import Jsonl
 from reftune.datasets.reading.rows import read_rows
 from reftune.datasets.reading.shapes import recognise
 from reftune.errors import DataError
+from reftune.recipe import parse_recipe
+from reftune.runs.run import open_run
+from reftune.stages.progress import SilentProgress
 from reftune.types import Answer, Message, Problem
 
 Rows = Sequence[dict[str, Any]]
@@ -219,6 +227,12 @@ def test_rationales_that_contradict_are_dropped_from_mixed_files_too(tmp_path: P
     assert splits.counts == {"program_disagrees": 1, "rationale_disagrees": 1}
 
 
+def test_options_may_have_ten_columns(tmp_path: Path) -> None:
+    row = {"question": "q", **{letter: str(n) for n, letter in enumerate("ABCDEFGHIJ")}}
+    (problem,) = load(tmp_path, {**row, "answer": "J"})
+    assert (len(problem.choices), problem.answer.value) == (10, "j")
+
+
 def test_rationales_are_read_with_the_decimal_separator_of_the_golds(tmp_path: Path) -> None:
     # read as English, 1.250 is another number than the gold 1250
     row = {"question": "q", "answer": "1.250", "rationale": "So it is. The answer is 1.250."}
@@ -240,6 +254,8 @@ def test_rationales_are_read_with_the_decimal_separator_of_the_golds(tmp_path: P
         ("data.csv", "question,answer\nq,5\nr,nan\n", "'nan'"),
         ("data.csv", "question,answer\nq,5\nr,NaN\n", "'NaN'"),
         ("data.csv", 'question,answer\nq,5\nr,"  "\n', "''"),
+        ("data.csv", "question,answer\nq,5\nr,#DIV/0!\n", "'#DIV/0!'"),
+        ("data.csv", "question,answer\nq,5\nr,#N/A\n", "'#N/A'"),
     ],
 )
 def test_a_missing_gold_is_named_with_its_line(
@@ -253,3 +269,113 @@ def test_a_missing_gold_is_named_with_its_line(
         match=rf"{name}:{line}: .*answer.* is {found}; expected|{name}:{line}: no column 'answer'",
     ):
         Jsonl(kind="jsonl", train=str(path), dev_size=0).load(seed=0)
+
+
+# --- the manual -----------------------------------------------------------------------------------
+
+
+MANUAL = Path(__file__).parents[2] / "docs" / "datasets.md"
+USER_AND_REPLY = [
+    {"role": "user", "content": "A + 1?"},
+    {"role": "assistant", "content": "It is B.\n#### B"},
+]
+ROWS_OF: dict[str, tuple[str, dict[str, Any]]] = {
+    # first word in the manual's table → an ending, and a row with A for a number and B for the next
+    "plain": ("csv", {"Question": "A + 1?", "Answer": "B", "Solution": "So it is B."}),
+    "Alpaca": ("json", {"instruction": "Sum up.", "input": "A + 1", "output": "So B. #### B"}),
+    "GSM8K": ("jsonl", {"question": "A + 1?", "answer": "So it is B.\n#### B"}),
+    "MATH": ("ndjson", {"problem": "A + 1?", "solution": "So it is $\\boxed{B}$."}),
+    "OpenAI's": ("jsonl", {"messages": USER_AND_REPLY}),
+    "TRL": ("jsonl", {"prompt": USER_AND_REPLY[:1], "solution": "B"}),
+    "verl": ("parquet", {"prompt": USER_AND_REPLY[:1], "reward_model": {"ground_truth": "B"}}),
+    "ARC": (
+        "jsonl",
+        {
+            "question": "A + 1?",
+            "choices": {"text": ["A", "B"], "label": ["X", "Y"]},
+            "answerKey": "Y",
+        },
+    ),
+    "tables": (
+        "xlsx",
+        {"question": "A + 1?", "A": "A", "B": "B", "C": "9A", "D": "9B", "answer": "B"},
+    ),
+}
+
+
+def manual_columns() -> dict[str, Any]:
+    """First word of a row of the manual's table → the `columns` in it."""
+    text = MANUAL.read_text(encoding="utf-8").partition("### The shapes that rows have")[2]
+    rows = re.findall(r"^\| (.*) \| `(\{.*\})` \|$", text.partition("\n## ")[0], re.MULTILINE)
+    return {re.split(r"[ :,]", name)[0]: yaml.safe_load(columns) for name, columns in rows}
+
+
+def write_rows(path: Path, row: dict[str, Any], count: int = 12) -> str:
+    """The row `count` times with other numbers, in a file of the kind that its ending says."""
+
+    def numbered(value: object, n: int) -> Any:
+        return json.loads(json.dumps(value).replace("A", str(n)).replace("B", str(n + 1)))
+
+    rows = [{key: numbered(value, n) for key, value in row.items()} for n in range(10, 10 + count)]
+    rows = [{**each, **({"answer": "B"} if "D" in row else {})} for each in rows]
+    if path.suffix == ".xlsx":
+        book = Workbook()
+        for cells in (list(row), *(list(each.values()) for each in rows)):
+            book.worksheets[0].append(cells)
+        book.save(path)
+    elif path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        lines = [list(row), *(list(each.values()) for each in rows)]
+        path.write_text("".join(";".join(line) + "\n" for line in lines))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return str(path)
+
+
+def test_the_manual_shows_every_shape_that_is_tried_here() -> None:
+    assert manual_columns().keys() == ROWS_OF.keys()
+
+
+@pytest.mark.parametrize("name", ROWS_OF)
+def test_the_four_lines_of_the_manual_train_on_each_shape(tmp_path: Path, name: str) -> None:
+    ending, row = ROWS_OF[name]
+    bare = {"kind": "jsonl", "train": write_rows(tmp_path / f"data.{ending}", row)}
+    told = {**bare, "columns": manual_columns()[name]}
+    problems = [
+        Jsonl.model_validate({**dataset, "dev_size": 0}).load(seed=0).train
+        for dataset in (told, bare)
+    ]
+    assert problems[0] == problems[1], "the columns are recognised"
+    assert [str(problem.answer) for problem in problems[0]] in (
+        [str(n) for n in range(11, 23)],
+        ["b"] * 12,
+    )
+    is_worked = problems[0][0].rationale is not None
+    optimizer = {"learning_rate": 0.01}
+    sft = {"kind": "sft", "epochs": 1, "batch_size": 12, "optimizer": optimizer}
+    rl = {
+        "kind": "rl",
+        "init": "base",
+        "steps": 1,
+        "prompts": 2,
+        "samples": 2,
+        "optimizer": optimizer,
+    }
+    recipe = parse_recipe(
+        {
+            "name": "manual",
+            "run_dir": str(tmp_path / "run"),
+            "model": {"scratch": {"hidden_size": 8, "layers": 1, "heads": 1, "context": 96}},
+            "dataset": told,
+            "format": "nl",
+            "lengths": {"max_new": 24},
+            "evaluate": {"split": "dev"},
+            "stages": {"stage": sft if is_worked else rl},
+        }
+    )
+    with open_run(recipe, SilentProgress()) as run:
+        run.train("stage")
+        assert run.is_trained("stage")

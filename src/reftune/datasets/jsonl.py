@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -20,6 +21,8 @@ from reftune.grading.markers import Reading
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
+_MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
+"""What pandas writes for a missing cell and Excel for a formula that failed."""
 MOST_WORDS = 30
 """Longest gold read as a text under `auto`: more words are a solution, not an answer."""
 
@@ -111,7 +114,7 @@ class Jsonl(FileDataset):
                 hint = " (of a position: dataset.positions_from)" * str(stated).strip().isdecimal()
                 raise DataError(f"{error}{hint}") from None
         answer = read_gold(stated, kind, reading=reading)
-        if kind == "auto" and str(answer).casefold() == "nan":
+        if kind == "auto" and _MISSING.fullmatch(str(answer)):
             raise DataError(
                 f"{shown(cell)}; expected an answer (if it is: dataset.answer_kind=text)"
             )

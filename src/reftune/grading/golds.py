@@ -26,6 +26,8 @@ from reftune.types import Answer, AnswerKind
 GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
 """Longer texts do not count as numbers."""
+MOST_BETWEEN = 100
+"""Characters between two markers whose answers stand side by side."""
 SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
 
 
@@ -135,9 +137,10 @@ def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
 def _is_beside(
     text: str, before: Statement, earlier: str, after: Statement, said: str, reading: Reading
 ) -> bool:
+    if len(between := text[before.end : after.start]) > MOST_BETWEEN or len(earlier) > MOST_BETWEEN:
+        return False
     if before.is_closed:
-        between = marker_pattern(reading.markers).sub("", text[before.end : after.start])
-        return _GLUE.fullmatch(between) is not None
+        return _GLUE.fullmatch(marker_pattern(reading.markers).sub("", between)) is not None
     earlier = re.sub(r"\W*(?:\b(?:or|and)\W*)?$", "", earlier)
     numbers = [number_in_gold(each, reading) is not None for each in (earlier, said)]
     return all(numbers) or (not any(numbers) and len(earlier.split()) <= 2)
