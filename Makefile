@@ -15,7 +15,7 @@ help:
 	@echo "make demo-seeds  the demo for seeds $(SEEDS); table in docs/results/demo-seeds.md"
 	@echo "make reproduce   the paper's whole comparison for seeds $(SEEDS), and modern against paper; goes on after a stop"
 	@echo "make test        unit, contract, parity and learning tests on WORKERS=$(WORKERS) cores; test-slow: long ones, several processes"
-	@echo "make test-vllm   the vLLM engine for real, on its CPU build in .venv-vllm (Linux on x86-64)"
+	@echo "make test-vllm   the vLLM engine and served exports for real, on vLLM's CPU build in .venv-vllm (Linux on x86-64)"
 	@echo "make trust       kill, fault, hostile and fuzz suites, whole: tried, survived, lost"
 	@echo "make check       lint, types, test; make format rewrites the files in our style"
 	@echo "make bench       one ReFT step beside TRL's and the authors' (SmolLM2-135M; 10 minutes with AMX, 20 without)"

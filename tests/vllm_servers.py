@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_S = 600
+SERVE = "vllm.entrypoints.openai.api_server"
+"""What `vllm serve` runs; the CPU build has no such command."""
 VARIABLES = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -62,12 +64,12 @@ def start(
 ) -> RealServer:
     """`vllm serve …` in a folder, on a free port unless one is given."""
     port = free_port() if port is None else port
-    where = f"--host 127.0.0.1 --port {port} --enforce-eager"
-    program, *options = shlex.split(f"{command} {where}")
-    assert program == "vllm"
+    program, serve, model, *options = shlex.split(command)
+    assert (program, serve) == ("vllm", "serve")
+    where = f"--model {model} --host 127.0.0.1 --port {port} --enforce-eager"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", *options],
+            [sys.executable, "-m", SERVE, *shlex.split(where), *options],
             env={**os.environ, **VARIABLES},
             cwd=folder,
             stdout=output,

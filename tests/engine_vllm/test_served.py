@@ -50,6 +50,11 @@ def text_of(choice) -> str:
     return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
+def spelled(text: str) -> str:
+    """Without the halves of characters that a random model writes, which servers show variously."""
+    return "".join(character for character in text if character.isascii())
+
+
 @pytest.mark.parametrize(("name", "format_keys", "model_keys"), CASES)
 def test_a_server_writes_what_was_evaluated(
     tmp_path, name, format_keys, model_keys, record_property
@@ -68,14 +73,15 @@ def test_a_server_writes_what_was_evaluated(
     expected = api.evaluate(stage, splits.test).completions
     model = AutoModelForCausalLM.from_pretrained(stage, dtype=torch.float32)
     encoder = Encoder(AutoTokenizer.from_pretrained(stage), recipe.format)
-    ties = []
+    ties = 0
     server = start(serve, tmp_path / "server.txt", folder=out)
     try:
         server.wait_until_healthy()
         command = curl.replace("http://localhost:8000", server.address)
         shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
         printed = text_of(json.loads(shown.stdout)["choices"][0])
-        assert printed == api.evaluate(stage, splits.dev[:1]).completions[0].text
+        shown_text = api.evaluate(stage, splits.dev[:1]).completions[0].text
+        assert spelled(printed) == spelled(shown_text)
         for problem, completion in zip(splits.test, expected, strict=True):
             prompt = recipe.format.prompt(problem)
             if isinstance(prompt, Conversation):
@@ -84,22 +90,23 @@ def test_a_server_writes_what_was_evaluated(
             else:
                 path, own = "completions", {"prompt": str(prompt)}
             found = answer(server.address, path, {**body, "return_token_ids": True, **own})
-            if text_of(found) == completion.text:
-                continue
-            ties.append(
-                gap_at_first_difference(
-                    model, encoder.prompt(problem), found["token_ids"], completion.token_ids
-                )
-            )
+            tokens = tuple(found["token_ids"])
+            if tokens != completion.token_ids:
+                asked = encoder.prompt(problem)
+                gap = gap_at_first_difference(model, asked, tokens, completion.token_ids)
+                assert gap < TIE, (found, completion)
+                ties += 1
     finally:
         server.stop()
-    record_property("first differences at a tie", len(ties))
-    assert all(gap < TIE for gap in ties), ties
+    record_property("first differences at a tie", ties)
 
 
 def gap_at_first_difference(model, prompt, found, expected) -> float:
     """Between the two best logits where two answers part."""
-    same = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
+    pairs = enumerate(zip(found, expected, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), None)
+    if same is None:  # one ends where the other goes on
+        return float("inf")
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *expected[:same]]])).logits[0, -1]
     best, second = logits.topk(2).values.tolist()

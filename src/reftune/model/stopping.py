@@ -58,16 +58,17 @@ def stop_rule(
     """All end tokens of the tokenizer, of the model's config and generation config, and of the chat
     template, if there is one."""
     found = {
-        *_ids(tokenizer.eos_token_id),
-        *_ids(getattr(model.config, "eos_token_id", None)),
-        *_ids(getattr(model.generation_config, "eos_token_id", None)),
-        *_ids(end_of_turn(tokenizer)),
+        *token_ids_of(tokenizer.eos_token_id),
+        *token_ids_of(getattr(model.config, "eos_token_id", None)),
+        *token_ids_of(getattr(model.generation_config, "eos_token_id", None)),
+        *token_ids_of(end_of_turn(tokenizer)),
     }
     size = model.get_input_embeddings().weight.shape[0]
     return StopRule(ids=frozenset(id_ for id_ in found if 0 <= id_ < size), texts=tuple(texts))
 
 
-def _ids(value: int | Sequence[int] | None) -> list[int]:
+def token_ids_of(value: int | Sequence[int] | None) -> list[int]:
+    """A config's `eos_token_id`, which may be one, several or none, as a list."""
     if value is None:
         return []
     return [int(value)] if isinstance(value, int) else [int(id_) for id_ in value]

@@ -15,6 +15,7 @@ from reftune.errors import CheckpointError, ModelError, ReftuneError
 from reftune.grading.formats import stop_texts
 from reftune.model.adapters import export_adapters
 from reftune.model.encoder import Encoder, bos_of
+from reftune.model.stopping import token_ids_of
 from reftune.recipe import Recipe, parse_recipe
 from reftune.runs.run import load_splits
 from reftune.storage.files import replace_folder
@@ -277,7 +278,8 @@ def _accuracy(run_folder: Path, method: str) -> str:
 
 def _usage(serving: Serving, method: str, base: Base | None) -> str:
     text = serving.encoder.text_of(serving.prompt)
-    stops = [_end(serving, id_) for id_ in _as_list(serving.generation.eos_token_id)]
+    ends = token_ids_of(serving.generation.eos_token_id)
+    stops = [f"`{serving.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
     stops += [f"the text {text!r}, which is not part of the answer" for text in serving.stop]
     bos = "" if serving.adds_special_tokens else ", with no special token before it"
     evaluated = "as they are here" if base is None else "merged into the base"
@@ -296,10 +298,6 @@ From this folder:
 {_shell(serving, f"{serving.name}-{method}", base)}
 {_fenced(_python(serving, base), "python")}
 """
-
-
-def _end(serving: Serving, id_: int) -> str:
-    return f"`{serving.tokenizer.decode([id_])}` (id {id_})"
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
@@ -332,11 +330,9 @@ def request_body(serving: Serving, name: str) -> dict[str, Any]:
     if not isinstance(prompt, Conversation):
         special = {} if serving.adds_special_tokens else {"add_special_tokens": False}
         return {**body, "prompt": str(prompt), **special}
-    return {**body, "messages": _messages(prompt), **_template_args(prompt)}
-
-
-def _template_args(prompt: Conversation) -> dict[str, Any]:
-    return {"chat_template_kwargs": dict(prompt.template_args)} if prompt.template_args else {}
+    if prompt.template_args:
+        body["chat_template_kwargs"] = dict(prompt.template_args)
+    return {**body, "messages": _messages(prompt)}
 
 
 def _messages(prompt: Conversation) -> list[dict[str, str]]:
@@ -372,7 +368,3 @@ def _fenced(text: str, language: str) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}{language}\n{text.removesuffix(chr(10))}\n{fence}"
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else value
