@@ -121,7 +121,7 @@ class Mathqa(PaperDataset):
         )
 
     def published_problem(self, row: Row) -> Problem:
-        """Raises: Unusable if a numeric gold is asked for and the option says none."""
+        """Raises: Unusable if a numeric gold is asked for and the option is no number."""
         stem, (options, letter) = repaired(row.text("Problem")), _gold_of(row)
         problem = Problem(
             id=row.id,
@@ -239,7 +239,7 @@ def option_value(text: str) -> Fraction | None:
 
 
 def option_answer(text: str) -> Answer | None:
-    """The number that all of an option is; None if it says none or more, `3 : 4` for example."""
+    """The number that all of an option is; None if it states none or more, `3 : 4` for example."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)

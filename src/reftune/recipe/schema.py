@@ -62,7 +62,7 @@ class ModelTable(Table):
     """
     gradient_checkpointing: bool = False
     """Recompute each transformer block in the backward pass instead of keeping its activations: a
-    fraction of the memory, about a third more time, the same gradient to the bit."""
+    fraction of the memory, about a third more time, the same gradient bit for bit."""
     compile: bool = False
     """Fuse the small operations of each transformer block (torch.compile) in scoring and updates,
     not in decoding. The first steps take a minute longer, and results differ by rounding. Needs a

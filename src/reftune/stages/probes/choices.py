@@ -66,7 +66,7 @@ class ChoiceRow:
     agrees: bool | None
     """Whether the same option was chosen in another place; None if none was chosen at first."""
     numeric: bool | None
-    """Whether it is solved without options; None if the gold option says no number."""
+    """Whether it is solved without options; None if the gold option is no number."""
 
 
 # --- one question ---------------------------------------------------------------------------------
