@@ -21,7 +21,7 @@ from reftune.algorithms.advantages import (
     token_rewards,
     whiten,
 )
-from reftune.grading.voting import majority_curve, pass_at_k, rerank_curve, weighted_curve
+from reftune.grading.voting import majority_curve, pass_at_k, rerank_curve
 from reftune.model.batch import micro_batches, token_batch
 from reftune.types import Graded, Verdict
 
@@ -200,28 +200,18 @@ SAMPLES = st.lists(
 @QUICK
 @given(SAMPLES)
 def test_votes_are_counts_and_ties_go_to_the_value_seen_first(samples) -> None:
-    grades, weights = (
-        [grade for grade, _, _ in samples],
-        [float(weight) for _, weight, _ in samples],
-    )
-    for found, unit in (
-        (majority_curve(grades), [1.0] * len(grades)),
-        (weighted_curve(grades, weights), weights),
-    ):
-        for k, winner in enumerate(found, 1):
-            totals: Counter[str] = Counter()
-            for grade, weight in zip(grades[:k], unit[:k], strict=True):
-                if grade.value is not None:
-                    totals[grade.value] += weight
-            if not totals:
-                assert winner is None
-                continue
-            first = next(
-                grade
-                for grade in grades
-                if grade.value is not None and totals[grade.value] == max(totals.values())
-            )
-            assert winner is first
+    grades = [grade for grade, _, _ in samples]
+    for k, winner in enumerate(majority_curve(grades), 1):
+        totals = Counter(grade.value for grade in grades[:k] if grade.value is not None)
+        if not totals:
+            assert winner is None
+            continue
+        first = next(
+            grade
+            for grade in grades
+            if grade.value is not None and totals[grade.value] == max(totals.values())
+        )
+        assert winner is first
 
 
 @QUICK

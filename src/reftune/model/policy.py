@@ -225,12 +225,6 @@ class Policy(nn.Module):
         """(N, H) the last hidden state that predicts each response token, in row-major order."""
         return self._predictors(self._backbone(), batch)
 
-    def value_states(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
-        """(N, H) what the value head reads; `hidden` are the policy's own states."""
-        return (
-            hidden if self.value_backbone is None else self._predictors(self.value_backbone, batch)
-        )
-
     def _predictors(self, backbone: Any, batch: TokenBatch) -> Tensor:
         """(N, H) the last hidden state that predicts each response token, in row-major order."""
         hidden: Tensor
@@ -278,7 +272,9 @@ class Policy(nn.Module):
                 logprobs = token_logprobs(*predicted)
             else:
                 logprobs, entropy = logprobs_and_entropy(*predicted)
-            values = self.values(self.value_states(batch, hidden))
+            if self.value_backbone is not None:
+                hidden = self._predictors(self.value_backbone, batch)
+            values = self.values(hidden)
         return TokenScores(
             logprobs=batch.unflatten(logprobs),
             values=batch.unflatten(values),

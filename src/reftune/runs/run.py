@@ -65,16 +65,16 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
     """Only the stages of these kinds; what they start from must be there. Raises: as
     `run_recipe`."""
-    names = [name for name, stage in recipe.stages.items() if stage.kind in kinds]
+    stages = recipe.stages
+    names = [name for name, stage in stages.items() if stage.kind in kinds]
     if not names:
+        wanted, found = sorted(kinds), sorted({stage.kind for stage in stages.values()})
         raise RecipeError(
-            f"{recipe.name}: no stage of kind {' or '.join(sorted(kinds))}; it has {_kinds(recipe)}"
+            f"{recipe.name}: no stage of kind {' or '.join(wanted)}; it has {', '.join(found)}"
         )
-    made = {"base", *(method for name in names for method in (*recipe.stages[name].produces, name))}
-    _require_trained(
-        recipe,
-        [method for name in names for method in recipe.stages[name].needs if method not in made],
-    )
+    made = {"base", *names, *(method for name in names for method in stages[name].produces)}
+    needed = [method for name in names for method in stages[name].needs if method not in made]
+    _require_trained(recipe, needed)
     with open_run(recipe, progress) as run:
         for name in names:
             run.train(name)
@@ -162,8 +162,10 @@ class Run:
                 if report:
                     self.report()
             init = None if following is None else self.recipe.stages[following].init
+            own = _methods_of(name, self.recipe.stages[name])
+            left = [method for method in methods_to_evaluate(self.recipe) if method in own]
             # the model that the next stage starts from comes last, and is handed on
-            for method in sorted(self.methods_to_evaluate(name), key=lambda method: method == init):
+            for method in sorted(left, key=lambda method: method == init):
                 self.evaluate(method)
         self.score_samples()
 
@@ -293,11 +295,6 @@ class Run:
             reward=self.recipe.reward,
             lengths=self.recipe.lengths,
         )
-
-    def methods_to_evaluate(self, stage: str) -> list[str]:
-        """The methods that `stage` leaves behind."""
-        own = _methods_of(stage, self.recipe.stages[stage])
-        return [method for method in methods_to_evaluate(self.recipe) if method in own]
 
     def problems_to_evaluate(self) -> Sequence[Problem]:
         """Raises: DataError if there are none."""
@@ -481,10 +478,6 @@ def methods_to_evaluate(recipe: Recipe) -> list[str]:
 def _methods_of(name: str, stage: Stage) -> tuple[str, ...]:
     """The models a stage leaves behind that answer problems."""
     return (*stage.produces, name) if stage.is_method else stage.produces
-
-
-def _kinds(recipe: Recipe) -> str:
-    return ", ".join(sorted({stage.kind for stage in recipe.stages.values()})) or "no stages"
 
 
 def _require_trained(recipe: Recipe, methods: Collection[str]) -> None:
