@@ -64,7 +64,7 @@ def majority_curve(
     same: Same = same_answer,
 ) -> list[Graded | None]:
     """The first sample with the most frequent value among the first k samples, for k = 1 … n; None
-    where none of them is valid.
+    if none of them is valid.
 
     Prefixes are what a person who drew only k samples would have seen; as samples are exchangeable,
     the mean over problems is an unbiased estimate of maj@k, and its last point is the vote over all

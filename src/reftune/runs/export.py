@@ -92,7 +92,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
-    """How the model is to be asked, so that it answers as it was evaluated."""
+    """How to prompt the model, so that it answers as it was evaluated."""
 
     name: str
     encoder: Encoder
@@ -130,7 +130,7 @@ class Base:
 
     path: str | None
     rank: int
-    """Of the adapters."""
+    """Rank of the adapters."""
     is_quantized: bool
 
     @classmethod
