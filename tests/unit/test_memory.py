@@ -183,7 +183,10 @@ def test_a_pass_holds_the_tokens_of_its_sequences_and_no_padding(outline):
     assert made.micro_batch(40) == 40 / 16 and made.micro_batch(1) == 1, "one sequence at least"
     assert made.micro_batch(10**6) == 6, "a process has half of the batch"
     # sequences of 12 tokens on average, four of which are three of the longest
-    assert replace(made, mean_prompt=5).micro_batch(10**6) == 6 * 12 / 16
+    shorter = replace(made, mean_prompt=5)
+    assert shorter.micro_batch(10**6) == 6 * 12 / 16
+    made.outline.policy.packs = False
+    assert shorter.micro_batch(10**6) == 6, "padded to the longest"
 
 
 def test_a_container_has_no_more_memory_than_it_may_use(monkeypatch):

@@ -104,9 +104,10 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """Sequences of the longest sort in a pass over `tokens` at most, one at least. They are
-        read without padding, so that the tokens of all count."""
-        mean = (self.mean_prompt or self.prompt) + self.response
+        """Sequences of the longest sort in a pass over `tokens` at most, one at least. Shorter ones
+        count as parts of these if they are read without padding."""
+        packs = self.outline.policy.packs
+        mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
         return max(1.0, min(share, tokens) / self.length)
 
