@@ -49,6 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
             "micro_batch_tokens": 2500,
         }
     },
+    "deep, adapters": {
+        "model": {
+            "scratch": {"hidden_size": 384, "layers": 24, "heads": 6},
+            "micro_batch_tokens": 1500,
+            "lora": {"rank": 16},
+        }
+    },
     "smollm2": {"model": {"path": "smollm2-135m", "micro_batch_tokens": 1200}},
     "smollm2, adapters": {
         "model": {"path": "smollm2-135m", "micro_batch_tokens": 1200, "lora": {"rank": 16}}
