@@ -155,9 +155,10 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
                 write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
                 # last: it makes the folder this run's
                 write_atomically(folder.recipe, dump_recipe(recipe))
-            for name in lengthened_stages(folder, recipe):
-                _reopen(folder, name)
-                write_atomically(folder.recipe, dump_recipe(recipe))
+            else:
+                for name in lengthened_stages(folder, recipe):
+                    _reopen(folder, name)
+                    write_atomically(folder.recipe, dump_recipe(recipe))
         yield
 
 
