@@ -57,11 +57,11 @@ def test_the_documented_command_writes_what_was_evaluated(tmp_path, name, format
         rows.writerows([["question", "answer"], *((p.question, p.answer) for p in problems)])
     task, words = documented()
     task["generation_kwargs"]["max_gen_toks"] = MAX_NEW
-    system = words.index("--system_instruction")
     if format_keys["style"] != "chat":
         words.remove("--apply_chat_template")
         prompt = recipe.format.prompt(problems[0])
         task["doc_to_text"] = prompt.replace(problems[0].question, "{{question}}")
+    system = words.index("--system_instruction")
     if format_keys.get("system"):
         words[system + 1] = format_keys["system"]
     else:
