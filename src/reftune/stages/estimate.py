@@ -32,7 +32,7 @@ ROWS = tuple(2**n for n in range(8, -1, -1))
 """Rows decoded at once that are tried."""
 
 PROMPT = 256
-"""Tokens of a prompt if nobody says."""
+"""Tokens of a prompt if none are given."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
 """One process; several, each with all weights; several, each with a part of them."""
@@ -87,7 +87,7 @@ class Estimate:
     sharding: Sharding = "one"
     devices: int = 1
     device_bytes: float = 0.0
-    """Of a device in all."""
+    """Total memory of a device."""
     mean_prompt: float | None = None
     """Tokens of the average prompt, if that is known."""
     problems: int | None = None
@@ -124,11 +124,11 @@ class Estimate:
 
     @cached_property
     def memory(self) -> Memory:
-        """Of a device."""
+        """Memory of a device, with the sizes that are used."""
         return self.memory_of(self.sizes)
 
     def memory_of(self, sizes: Sizes) -> Memory:
-        """Of a device, with passes of these sizes.
+        """Memory of a device, with passes of these sizes.
 
         Source: the tensors that `model`, `stages` and `processes` make.
         """
@@ -168,7 +168,7 @@ class Estimate:
         return Memory(held=held, phases=phases)
 
     def _sampling(self, rows: int) -> dict[str, float]:
-        """Of an engine that decodes with the policy's weights."""
+        """Bytes held by an engine that decodes with the policy's weights, by purpose."""
         if self.problems is not None:
             rows = min(rows, math.ceil(self.problems / self.devices))
         outline = self.outline

@@ -53,7 +53,7 @@ class Rl(TrainingTable, Stage):
     updates: int = Field(2, gt=0)
     """Passes over each rollout (PPO epochs)."""
     minibatches: int = Field(1, gt=0)
-    """Optimizer steps per pass, each on an equal part of the rollout, drawn anew for each pass."""
+    """Optimizer steps per pass, each on an equal part of the rollout, reshuffled every pass."""
     mask_truncated: bool = False
     """Leave samples cut off at `lengths.max_new` out of the loss (DAPO, arXiv:2503.14476, §3.4).
     They still count in the baseline of their problem."""
