@@ -10,7 +10,7 @@ from chat_families import save_model
 from reftune.errors import DataError
 from reftune.recipe import load_recipe
 from reftune.terminal.cli import find_recipe, main
-from reftune.terminal.init import default_out, guess_columns, guess_format
+from reftune.terminal.init import default_out, guess_format, guess_shape
 
 PROGRAM = "def solution():\n    a = {a}\n    b = {b}\n    return a + b"
 
@@ -174,10 +174,10 @@ def test_on_a_terminal_it_asks_on_stderr(
 
 def test_columns_formats_and_names_are_guessed(here: Path):
     write_csv(here / "mine.csv", ["Problem", "Label", "CoT"], rationale=PROGRAM)
-    columns = guess_columns("mine.csv")
+    columns = guess_shape("mine.csv").named
     assert columns == {"question": "Problem", "answer": "Label", "rationale": "CoT"}
     assert guess_format("mine.csv", columns) == "program"
-    assert guess_columns("mine.csv", {"answer": "CoT"})["answer"] == "CoT"
+    assert guess_shape("mine.csv", {"answer": "CoT"}).named["answer"] == "CoT"
     assert [
         str(default_out(data)) for data in ("a/my data.csv", "a/b", "owner/set:main:train")
     ] == ["my-data.yaml", "b.yaml", "set.yaml"]
@@ -188,4 +188,4 @@ def test_too_few_questions_are_refused(here: Path):
     assert status("init", "--data", "one.csv", "--model", "scratch") == 2
     assert not (here / "one.yaml").exists()
     with pytest.raises(DataError):
-        guess_columns("absent.csv")
+        guess_shape("absent.csv")

@@ -13,7 +13,7 @@ import pytest
 from reftune.advice.check import check_recipe
 from reftune.errors import ReftuneError
 from reftune.recipe import load_recipe
-from reftune.terminal.init import Wishes, guess_columns, guess_format, write_recipe
+from reftune.terminal.init import Wishes, guess_format, guess_shape, write_recipe
 
 LONG = "The weather was fine. " * 2000
 
@@ -100,7 +100,7 @@ def test_what_init_writes_passes_check(
         question = f"{LONG if one_is_long and i == 5 else ''}{a} and {b}?"
         rows.append(SHAPES[shape](question, a, b, SPELLINGS[spelling](a + b, rng)))
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = guess_columns("data.jsonl")
+    columns = guess_shape("data.jsonl").named
     wishes = Wishes(
         data="data.jsonl",
         model="scratch" if columns.get("rationale") else model,

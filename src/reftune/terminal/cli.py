@@ -239,7 +239,7 @@ def init(
     shape = guess_shape(
         data, {field: column for field, column in told.items() if column is not None}
     )
-    columns = {field: name for field, name in shape.columns.model_dump().items() if name}
+    columns = shape.named
     spelled = {
         field: " + ".join(name) if isinstance(name, list) else name
         for field, name in columns.items()

@@ -97,13 +97,6 @@ def guess_shape(data: str, told: Mapping[str, str] | None = None) -> Shape:
     return recognise(read_rows(data, "train"), told or {})
 
 
-def guess_columns(data: str, told: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Field → column of the training rows: as given in `told`, else by name. Raises: as
-    `guess_shape`."""
-    columns = guess_shape(data, told).columns.model_dump()
-    return {field: column for field, column in columns.items() if column is not None}
-
-
 def guess_format(data: str, columns: Mapping[str, Any]) -> str:
     """`program` if the first rationale defines `solution()`, else `nl`. Raises: DataError."""
     rationale = read_rows(data, "train")[0].get(columns.get("rationale", ""))

@@ -71,6 +71,11 @@ class Shape:
     """Shown to the user: `Alpaca rows`."""
     columns: Columns
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """Field → column, for the fields that have one."""
+        return {field: column for field, column in self.columns.model_dump().items() if column}
+
 
 def recognise(rows: Sequence[Row], told: Mapping[str, Any]) -> Shape:
     """The shape of `rows`, with the columns that the user named (`told`).
