@@ -29,99 +29,95 @@ GROUPS = {
 HEAD = """\
 # Recipe reference
 
-One YAML file is a run. Keys can be changed on the command line (`stages.reft.steps=100`); an
-unknown key is refused, and the nearest known one named. `extends: other.yaml` starts from another
-recipe: mappings merge, and an explicit `null` removes a key. A *kind* is a name (`engine: kv`), a
-table (`engine: {kind: kv, refill: 0.5}`) or a class of your own (`kind: my_file.py:Name`).
+One YAML file describes a run. Any key can be set on the command line (`stages.reft.steps=100`).
+`extends: other.yaml` starts from another recipe: mappings merge, and `null` removes a key. A *kind*
+is a name (`engine: kv`), a table (`engine: {kind: kv, refill: 0.5}`) or a class of your own
+(`kind: my_file.py:Name`).
 
-This page is generated from the code that reads recipes.
+Dots join the keys of nested tables; a key that takes only certain values lists them after its
+default. This page is generated from the code.
 """
+Rows = dict[str, str]
+"""Key → what its line of a table says: the default and the meaning."""
 
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, *_section("A recipe", Recipe, _rows(Recipe), 2, set())]
+    parts = [HEAD, *_section("A recipe", Recipe, _rows(Recipe, ()))]
     for group, title in GROUPS.items():
-        parts.append(f"## {title}\n")
         classes = {kind: component_class(kind, group=group) for kind in known_kinds(group)}
-        tables = {kind: _rows(model) for kind, model in classes.items()}
-        printed: set[str] = set()
-        for kinds, shared in _shared(tables).items():
-            parts.append(f"### Keys of {_and(kinds)}\n")
-            parts += _table(classes[kinds[0]], shared, 3, printed)
-        shared_rows = frozenset(printed)
+        tables = {kind: _rows(model, classes.values()) for kind, model in classes.items()}
+        shared = _shared(tables)
+        parts.append(f"## {title}\n")
+        for kinds in dict.fromkeys(shared.values()):
+            parts.append(f"**Keys of {_and(kinds)}**\n")
+            parts.append(_table({key: row for (key, row), of in shared.items() if of == kinds}))
         for kind, model in classes.items():
-            own = {key: row for key, row in tables[kind].items() if row not in shared_rows}
-            parts += _section(f"`kind: {kind}`", model, own, 3, set(shared_rows))
+            own = {key: row for key, row in tables[kind].items() if (key, row) not in shared}
+            parts += _section(f"`kind: {kind}`", model, own, level=3)
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _shared(tables: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, ...], dict[str, str]]:
-    """Kinds → the rows that exactly these have in common, if that spares at least two rows."""
-    holders: dict[str, list[str]] = {}
+def _shared(tables: Mapping[str, Rows]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Key and its line → the kinds that have it, if there are several."""
+    holders: dict[tuple[str, str], tuple[str, ...]] = {}
     for kind, rows in tables.items():
-        for row in rows.values():
-            holders.setdefault(row, []).append(kind)
-    shared: dict[tuple[str, ...], dict[str, str]] = {}
-    for kinds in holders.values():
-        if len(kinds) > 1:
-            rows = tables[kinds[0]]
-            shared[tuple(kinds)] = {key: row for key, row in rows.items() if holders[row] == kinds}
-    return {kinds: rows for kinds, rows in shared.items() if len(rows) * (len(kinds) - 1) > 1}
+        for item in rows.items():
+            holders[item] = (*holders.get(item, ()), kind)
+    return {item: kinds for item, kinds in holders.items() if len(kinds) > 1}
 
 
-def _section(
-    title: str, model: type[BaseModel], rows: dict[str, str], level: int, printed: set[str]
-) -> Iterator[str]:
+def _section(title: str, model: type[BaseModel], rows: Rows, level: int = 2) -> Iterator[str]:
     """A heading, the first paragraph about the model, and `rows` of its keys."""
     yield f"{'#' * level} {title}\n"
-    about = (
-        model.__dict__.get("__doc__") or inspect.getmodule(model).__doc__
-    )  # a plug-in's file may speak for its class
-    yield f"{_cell(inspect.cleandoc(str(about)).split(PARAGRAPH)[0])}\n"
-    yield from _table(model, rows, level, printed)
+    # A plug-in's file may speak for its class.
+    yield f"{_about(model.__dict__.get('__doc__') or inspect.getmodule(model).__doc__)}\n"
+    if rows:
+        yield _table(rows)
 
 
-def _table(
-    model: type[BaseModel], rows: dict[str, str], level: int, printed: set[str]
-) -> Iterator[str]:
-    """`rows` of a model's keys, then the tables in them. What was `printed` before is only named.
-
-    Adds what it prints to `printed`.
-    """
-    new = {key: row for key, row in rows.items() if row not in printed}
-    if old := [key for key in rows if key not in new]:
-        yield f"As above: {_and(old)}.\n"
-    if new:
-        lines = "\n".join(new.values())
-        yield f"| key | type | default | meaning |\n|---|---|---|---|\n{lines}\n"
-    printed.update(new.values())
-    for key in new:
-        for table in _tables(model.model_fields[key].annotation):
-            yield from _section(f"`{key}`", table, _rows(table), level + 1, printed)
+def _table(rows: Rows) -> str:
+    lines = "\n".join(f"`{key}` | {row}".rstrip() for key, row in rows.items())
+    return f"key | default | meaning\n---|---|---\n{lines}\n"
 
 
-def _rows(model: type[BaseModel]) -> dict[str, str]:
-    """Key → its line of a table."""
-    notes = _notes(model)
-    return {
-        name: f"| `{name}` | {_type(field.annotation)} | {_default(field)} |"
-        f" {_cell(notes.get(name, ''))} |"
-        for name, field in model.model_fields.items()
-        if name != "kind"
-    }
+def _rows(model: type[BaseModel], components: Sequence[type[BaseModel]]) -> Rows:
+    """The keys of a model and of the tables in it, but not of a table that is also one of the
+    `components`, whose keys stand there."""
+    notes, rows = _notes(model), {}
+    for name, field in model.model_fields.items():
+        if name == "kind":
+            continue
+        inner = [
+            table
+            for table in _tables(field.annotation)
+            if not any(issubclass(component, table) for component in components)
+        ]
+        note = notes.get(name) or " ".join(_about(table.__doc__) for table in inner)
+        if note or not inner:
+            rows[name] = f"{_default(field)} | {_cell(note)}"
+        for table in inner:
+            prefix = {list: f"{name}[].", dict: f"{name}.NAME."}.get(_holder(field), f"{name}.")
+            rows |= {f"{prefix}{key}": row for key, row in _rows(table, components).items()}
+    return rows
 
 
 def _and(kinds: Sequence[str]) -> str:
     *others, last = [f"`{kind}`" for kind in kinds]
-    return f"{', '.join(others)} and {last}" if others else last
+    return f"{', '.join(others)} and {last}"
+
+
+def _about(text: str | None) -> str:
+    return _cell(inspect.cleandoc(str(text)).split(PARAGRAPH)[0])
+
+
+def _holder(field: Any) -> Any:
+    return get_origin(field.annotation)
 
 
 def _tables(annotation: Any) -> list[type[BaseModel]]:
-    found = [
-        annotation,
-        *(inner for argument in get_args(annotation) for inner in (argument, *get_args(argument))),
-    ]
+    """The tables that a key may hold; plug-ins have sections of their own."""
+    found = [annotation, *get_args(annotation)]
     return [
         kind
         for kind in found
@@ -147,39 +143,31 @@ def _notes(model: type[BaseModel]) -> dict[str, str]:
     return notes
 
 
-def _type(annotation: Any) -> str:
-    """What a key takes besides `null`, in words: `float`, list of `str`, `base`, `float32`."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type(arguments[0])
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, UnionType):
-        return " or ".join(_type(kind) for kind in arguments if kind is not NoneType)
-    if origin in (list, tuple):
-        return f"list of {_type(arguments[0])}"
-    if origin is dict:
-        return f"{_type(arguments[1])} by name"
-    if annotation is Any:
-        return "any value"
-    if inspect.isclass(annotation) and issubclass(annotation, Component):
-        return "a kind"
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        return "table"
-    return f"`{inspect.formatannotation(annotation)}`"
-
-
 def _default(field: Any) -> str:
+    """The default, then the other values if a key takes only certain ones."""
     value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined:
-        return "**required**"
     if isinstance(value, BaseModel):
         return ""
     if isinstance(value, dict) and "kind" in value:
         value = value["kind"]
-    return (
-        f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
-    )
+    others = [f"`{choice}`" for choice in _choices(field.annotation) if choice != value]
+    if value is PydanticUndefined:
+        return "**required**"
+    if isinstance(value, bool):
+        value = str(value).lower()
+    return ", ".join(["–" if value is None else f"`{value}`", *others])
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a key that takes no others."""
+    if get_origin(annotation) is Annotated:
+        return _choices(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+        return _choices(kinds[0]) if len(kinds) == 1 else ()
+    return ()
 
 
 def _cell(text: str) -> str:

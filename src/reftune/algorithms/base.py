@@ -89,10 +89,9 @@ class Clipped(Algorithm, ABC):
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
     reduction: Reduction = "sequence"
-    """`sequence`: mean over each response, then over responses; `token`: mean over all tokens."""
+    """Mean of the loss over each response, then over responses; or over all tokens."""
     drop_constant_groups: bool = False
-    """Leave out problems whose samples all earned the same reward; needs several samples per
-    problem."""
+    """Leave out problems whose samples all earned the same reward."""
 
     @property
     def needs_reference(self) -> bool:

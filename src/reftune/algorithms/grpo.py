@@ -17,13 +17,12 @@ STD_FLOOR = 1e-4
 
 class Grpo(Clipped):
     """The KL penalty is part of the loss. `reduction: token` (DAPO, arXiv:2503.14476) does not
-    favour short right answers; Dr. GRPO's constant divisor differs from it by one factor a rollout.
+    favour short right answers.
     """
 
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"
-    """Divide advantages by their group's standard deviation, or not (Dr. GRPO, arXiv:2503.20783).
-    With `std`, a group that earned 0 and 0.1 teaches as much as one that earned 0 and 1."""
+    """Divide advantages by their group's standard deviation, or not (Dr. GRPO)."""
 
     @property
     def min_samples(self) -> int:

@@ -25,7 +25,7 @@ from reftune.types import Completion, Graded, Rollout, Verdict
 class OnlineSt(Algorithm):
     kind: Literal["online_st"] = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
-    """Cut gold sequences, prompt included, after so many tokens. Default: whole."""
+    """Cut gold sequences, prompt included, after this many tokens."""
     dropout: bool = False
     """Keep dropout on in the updates."""
 

@@ -26,14 +26,12 @@ class Ppo(Clipped):
     lam: float = Field(0.95, ge=0, le=1)
     """λ of the policy's advantages."""
     value_lam: float | None = Field(None, ge=0, le=1)
-    """λ of the value targets. Default: `lam`. With 1 they are plain returns (VC-PPO,
-    arXiv:2503.01491)."""
+    """λ of the value targets. Default: `lam`; 1 gives plain returns (VC-PPO)."""
     value_clip: float = Field(0.2, gt=0)
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
     positive_nll_coef: float = Field(0.0, ge=0)
-    """Weight of the negative log-likelihood of correct samples, averaged over their tokens (VAPO,
-    arXiv:2504.05118)."""
+    """Weight of the negative log-likelihood of correct samples (VAPO, arXiv:2504.05118)."""
 
     needs_values: ClassVar[bool] = True
 

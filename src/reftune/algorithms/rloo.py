@@ -16,8 +16,7 @@ class Rloo(Clipped):
 
     kind: Literal["rloo"] = "rloo"
     reduction: Reduction = "token"
-    """`token` is the published sum over a sample's tokens, up to one factor per rollout; with
-    `sequence`, long samples weigh as much as short ones."""
+    """`token`: as published; `sequence`: long samples weigh as much as short ones."""
 
     @property
     def min_samples(self) -> int:

@@ -31,17 +31,15 @@ class Jsonl(FileDataset):
     """Your own data. Several rows may ask one question, each with its own rationale."""
 
     columns: Columns | None = None
-    """Which column is what. Columns left out are recognised by common names (docs/datasets.md)."""
+    """Which column is what; common names are recognised."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
-    """`auto`: each row is a choice if it has options, else a number, an expression (`latex`), a
-    list in brackets or a text. Golds that are lists need `any_of` (accepted spellings), `list`
-    (all, in order) or `set`; `regex` must be named."""
+    """How [answers](datasets.md#answer-kinds) are compared."""
     positions_from: Literal[0, 1] | None = None
-    """Where options are counted from if the gold is a position; by default such golds are refused.
+    """Number of the first option, if golds are positions.
     """
 
     decimal: Literal[".", ","] = "."
-    """Decimal separator of the golds; `format.decimal` is that of the model's answers."""
+    """Decimal separator of the golds."""
 
     several_rationales: ClassVar[bool] = True
 

@@ -57,13 +57,11 @@ def stem_key(problem: Problem) -> str:
 
 
 class Mathqa(PaperDataset):
-    """MathQA from the Hub, from its own JSON files, or from those of ReFT's authors. Programs are
-    derived from `linear_formula`; for `choice` they return the letter of the nearest option."""
+    """MathQA from the Hub, from its own JSON files, or from those of ReFT's authors."""
 
     train: str = "regisss/math_qa"
     answer: Literal["choice", "numeric"] = "choice"
-    """`choice`: options after the question, the gold is a letter. `numeric`: no options, the gold
-    is a number."""
+    """`choice`: the gold is a letter; `numeric`: no options, the gold is a number."""
 
     key: ClassVar[Key] = staticmethod(stem_key)
 

@@ -22,12 +22,11 @@ class Part(Table):
 
     dataset: component_field("datasets")  # type: ignore[valid-type]
     share: float | None = Field(None, gt=0, le=1)
-    """Share of the training questions. If no part has one, every question is used."""
+    """Share of the training questions. Default: every question is used."""
 
 
 class Mixture(Component):
-    """Several datasets as one. No question is used twice, so the part that runs out first limits
-    the size. Dev and test are those of all parts."""
+    """Several datasets as one; no question is used twice."""
 
     parts: dict[str, Part] = Field(min_length=2)
     """Name → dataset and share; the name begins a problem's id."""

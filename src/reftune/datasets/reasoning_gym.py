@@ -28,7 +28,7 @@ class ReasoningGym(Component):
     """A generated task. `data_seed` determines its questions; the run's seed draws dev."""
 
     task: str = "gsm_symbolic"
-    """A task of the package's gallery, such as `chain_sum`."""
+    """A task of the package, such as `chain_sum`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """The task's settings, such as `{min_terms: 2, max_terms: 4}`."""
     train_size: int = Field(1000, gt=0)
@@ -36,7 +36,7 @@ class ReasoningGym(Component):
     dev_size: int = Field(200, ge=0)
     """Dev questions."""
     test_size: int = Field(500, ge=0)
-    """Test questions; the same whatever the other sizes."""
+    """Test questions, the same for any other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
     """Another seed gives other questions."""
 

@@ -54,22 +54,21 @@ class WordProblems(Component):
     test: int = Field(1000, ge=1)
     """Test questions."""
     operations: tuple[int, int] = (0, 2)
-    """Fewest and most arithmetic operations per answer."""
+    """Fewest and most operations per answer."""
     numbers: tuple[int, int] = (2, 30)
-    """Smallest and largest number in a question; factors and prices stay below 10."""
+    """Smallest and largest number in a question."""
     people: int = Field(3, ge=1, le=5)
     """Most people in a story."""
     distractors: float = Field(0.4, ge=0, le=1)
     """Share of questions with one irrelevant sentence."""
     max_value: int = Field(999, ge=10)
-    """Largest intermediate result and answer. In `nl` rationales and options each number is a
-    token: 99 suits those."""
+    """Largest intermediate result and answer; 99 suits `nl` rationales and options."""
     rationale: Literal["program", "nl"] = "program"
     """How solutions are written."""
     styles: int = Field(4, ge=1, le=24)
-    """Ways of writing a rationale (`nl`: at most 8); each question's is drawn at random."""
+    """Ways of writing a rationale (`nl`: at most 8), drawn at random."""
     answer: Literal["number", "choice"] = "number"
-    """`choice` adds four options to each question; wrong ones are results of likely mistakes."""
+    """`choice` adds four options to each question."""
 
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:

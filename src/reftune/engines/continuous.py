@@ -33,10 +33,9 @@ POLL_S = 1.0
 class Continuous(Component):
     kind: str = "continuous"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows decoded at once. `auto`: as many as fit the device's memory, at most 256; fixed as for
-    `model.dtype`."""
+    """Rows decoded at once; `auto`: as many as fit the device's memory, at most 256."""
     batch_tokens: int = Field(2048, gt=0)
-    """Tokens in one forward pass, prompts included; longer prompts are split."""
+    """Tokens in one forward pass, prompts included."""
 
     batch_independent: ClassVar[bool] = False
     """Whether a request's tokens depend on itself alone."""

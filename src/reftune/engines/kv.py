@@ -41,10 +41,9 @@ logits (B, V), fp32, after the last token."""
 class Kv(Component):
     kind: str = "kv"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows decoded at once. `auto`: as many as fit the device's memory, at most 256; fixed as for
-    `model.dtype`."""
+    """Rows decoded at once; `auto`: as many as fit the device's memory, at most 256."""
     refill: float = Field(0.25, gt=0, le=1)
-    """Share of the rows that must be free before waiting prompts join."""
+    """Share of rows that must be free before waiting prompts join."""
 
     @property
     def rows(self) -> int:

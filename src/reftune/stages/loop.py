@@ -76,10 +76,10 @@ class TrainingTable(Table):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """How many of the newest checkpoints to keep; the best model on dev is always kept."""
+    """Newest checkpoints to keep, besides the best model on dev."""
     probe_choices: bool = False
-    """On multiple choice, look for signs of reward hacking at every look at dev, which then takes
-    three times as long. The final evaluation does so anyway."""
+    """On multiple choice, also look for reward hacking at every look at dev, which then takes three
+    times as long."""
 
 
 class Loop:

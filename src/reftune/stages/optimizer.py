@@ -24,23 +24,21 @@ class OptimizerTable(Table):
 
     learning_rate: float = Field(gt=0)
     value_learning_rate: float | None = Field(None, gt=0)
-    """Learning rate of the value head. Default: the same."""
+    """Learning rate of the value head. Default: `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after its warm-up; linear and cosine reach 0 at the last step."""
+    """Course of the learning rate after its warm-up; linear and cosine reach 0 at the last step."""
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Applied to matrices, not to biases, norms and the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
-    """Bits of AdamW's two moments. 8 (bitsandbytes, in blocks of 256) takes a quarter of the memory
-    and rounds them; tensors of fewer than 4,096 numbers keep 32."""
+    """Bits of AdamW's two moments. 8 takes a quarter of the memory; small tensors keep 32."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite stops the run, or is skipped; it never reaches
-    the weights."""
+    """What to do if a loss or gradient is not finite; it never reaches the weights."""
     max_skipped: int = Field(10, gt=0)
-    """Steps a stage may skip; the next one stops the run."""
+    """Steps that a stage may skip."""
 
 
 class Trained(Protocol):

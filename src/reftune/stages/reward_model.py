@@ -46,11 +46,11 @@ CORRECT = 1
 class RewardModel(Schedule, Sampled):
     kind: Literal["reward_model"] = "reward_model"
     init: str = "sft"
-    """Method whose chosen model the classifier starts from."""
+    """Method that the classifier starts from."""
     samples: int = Field(100, gt=0)
     """Solutions sampled per training problem; equal texts count once."""
     dev_samples: int = Field(20, gt=0)
-    """Solutions sampled per dev problem; the stage keeps the model that picks best among them."""
+    """Solutions sampled per dev problem, on which models are compared."""
 
     is_method: ClassVar[bool] = False
 

@@ -40,7 +40,7 @@ from reftune.types import Attempt, Rollout, Verdict
 class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
     init: str = "warmup"
-    """Method whose chosen model this stage starts from; also the reference of the KL penalty."""
+    """Method that this stage starts from; also the reference of the KL penalty."""
     algorithm: SerializeAsAny[
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
@@ -53,24 +53,21 @@ class Rl(TrainingTable, Stage):
     updates: int = Field(2, gt=0)
     """Passes over each rollout (PPO epochs)."""
     minibatches: int = Field(1, gt=0)
-    """Optimizer steps per pass, each on an equal part of the rollout, reshuffled every pass."""
+    """Optimizer steps per pass, each on an equal part of the rollout."""
     mask_truncated: bool = False
-    """Leave samples cut off at `lengths.max_new` out of the loss (DAPO, arXiv:2503.14476, §3.4).
-    They still count in the baseline of their problem."""
+    """Leave samples cut off at `lengths.max_new` out of the loss (DAPO, §3.4), but not out of their
+    problem's baseline."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
-    """Truncated importance sampling if engine and trainer differ: each token's advantage is
-    multiplied by min(π_train / π_sample, cap). Default: off; 2 is usual."""
+    """Cap of the importance weights π_train / π_sample. Default: no weights; 2 is usual."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """Initial weights of the value head; `uniform` is the paper's ±1/√H."""
+    """Initial weights of the value head; the authors use `uniform`, ±1/√H."""
     value_model: Literal["shared", "separate"] = "shared"
-    """`separate`: the value head has a transformer of its own, which starts as a copy of the
-    policy's and takes a second pass."""
+    """`separate`: the value head has its own copy of the transformer."""
     value_prefit: int = Field(0, ge=0)
-    """Rollouts to which the value head is fitted before PPO, by ridge regression. The paper has
-    none, and accuracy falls before it rises."""
+    """Rollouts to which the value head is fitted before PPO starts; the authors use none."""
     eval_every: int = Field(10, gt=0)
-    """Steps between looks at dev; the best model on dev is the stage's result."""
+    """Steps between looks at dev."""
 
     reads_questions: ClassVar[bool] = True
 

@@ -136,14 +136,13 @@ def describe(drawn: Sequence[Samples]) -> str:
 class SelfTrain(Sampled):
     kind: Literal["self_train"] = "self_train"
     init: str = "base"
-    """Method whose chosen model the fine-tuning starts from, or `base`, as in the paper."""
+    """Method that the fine-tuning starts from, or `base`, as in the paper."""
     keep: int = Field(10, gt=0)
-    """Different correct samples kept, at most; the first drawn come first."""
+    """Most correct, different samples to keep, in the order they were drawn."""
     gold: Literal["once", "paper"] = "once"
-    """`once`: each different solution is one row. `paper`: the gold solution is mostly two rows, as
-    in the authors' joined files."""
+    """`paper`: most gold solutions are two rows, as in the authors' files."""
     sft: Schedule
-    """Fine-tuning on the kept samples and the gold."""
+    """Fine-tuning on the kept samples and the gold: the keys of an `sft` stage from `epochs` on."""
 
     def line(self) -> str:
         """`3 epochs of 32 from base, learning rate 0.001, on 100 samples a problem by warmup`"""

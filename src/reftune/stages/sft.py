@@ -32,7 +32,7 @@ class Schedule(TrainingTable):
     batch_size: int = Field(gt=0)
     """Sequences in one optimizer step."""
     eval_every: float = Field(1.0, gt=0)
-    """Epochs between looks at dev; the best model on dev is the stage's result."""
+    """Epochs between looks at dev."""
 
     def cost_of_rows(self, num_rows: int, *, sampled_before: int = 0) -> Cost:
         """Cost of training on `num_rows` rows."""
@@ -48,13 +48,11 @@ class Schedule(TrainingTable):
 class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
-    """Method name → epoch. The weights after that epoch become a method of their own, such as the
-    paper's warm-up."""
+    """Method name → epoch after which the weights become that method."""
 
     until: Literal["plateau"] | None = None
-    """`plateau`: end once dev has not risen beyond its paired 95 % interval over four looks, with a
-    cooldown over a tenth of the steps so far, and after `epochs` at the latest. RL can then begin.
-    Needs `optimizer.schedule: constant`."""
+    """`plateau`: end once dev has not risen for four looks, after a cooldown of a tenth of the
+    steps so far. Needs `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True
 

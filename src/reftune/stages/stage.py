@@ -96,9 +96,8 @@ class Stage(Component, ABC):
     interface, so your own stage is treated like ours."""
 
     init: str = "base"
-    """Method whose chosen model this stage starts from, `base`, the stage folder of an earlier run
-    (`runs/NAME/stages/NAME`), value head and all, or a folder of LoRA adapters for the recipe's
-    model in PEFT's format, as `export --adapter` writes it."""
+    """`base`, a method, the stage folder of another run (`runs/NAME/stages/NAME`) or a folder of
+    LoRA adapters, from which this stage starts."""
 
     is_method: ClassVar[bool] = True
     """Whether its model answers problems, and so is evaluated and can be built on."""

@@ -29,15 +29,15 @@ class FileDataset(Component):
     `problem`."""
 
     train: str
-    """A file, a folder with one file per split, or a Hub id `owner/name[:config[:split]]`."""
+    """A file, a folder or a Hub id: [sources](datasets.md#sources)."""
     test: str | None = None
-    """Default: the test split beside `train`, if that is a folder or a Hub id."""
+    """Default: the test split beside `train`."""
     dev: str | None = None
     """Default: drawn from train."""
     dev_size: int | None = Field(None, ge=0)
     """Questions to draw for dev. Default: a tenth of train, at most 500."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub. Default: the newest."""
+    """Branch, tag or commit on the Hub."""
 
     key: ClassVar[Key] = staticmethod(question_key)
     """Problems with equal keys ask the same question."""

@@ -42,18 +42,15 @@ class Columns(Table):
     All other columns are passed to reward functions by name."""
 
     question: str | list[str] = "question"
-    """The question, or a conversation up to it; a list of columns is joined, a line each."""
+    """The question, or a conversation up to it; several columns are joined, one per line."""
     answer: str = "answer"
-    """The gold: a number, a text, or for a choice its letter or the option itself. A worked
-    solution marks it by `####`, "The answer is" or `\\boxed{}`."""
+    """The gold: a number, a text, an option or its letter, or a worked solution that marks it."""
     rationale: str | None = "rationale"
-    """A worked solution or a program; the same column as `answer` if that holds both. Optional if
-    no stage learns from rationales."""
+    """A worked solution or a program; may be the same column as `answer`."""
     id: str | None = "id"
-    """Without one: file name and row number."""
+    """Default: file name and row number."""
     choices: str | list[str] | None = "choices"
-    """A list of option texts (in CSV as Python or JSON), texts by label, or the columns of the
-    options."""
+    """The options: a list, texts by label, or one column for each."""
 
     @property
     def names(self) -> list[str]:

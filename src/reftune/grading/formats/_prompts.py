@@ -37,21 +37,20 @@ class Prompted(Component):
     """Base of the formats that come with reftune: how a question is put to the model."""
 
     style: Style = "compact"
-    """`compact`: the question alone. `paper`: the authors' prompt, without BOS. `chat`: the
-    tokenizer's own chat template, for instruct models. `plain`: a template of yours."""
+    """`compact`: the question alone; `paper`: the authors' prompt; `chat`: the tokenizer's chat
+    template; `plain`: your `template`."""
     system: str | None = None
-    """`chat`: the system message, unless the data has its own."""
+    """`chat`: the system message, unless the data has one."""
     instruction: str | None = None
     """`chat`: text above the question, in the user's turn."""
     template_args: dict[str, Any] = Field(default_factory=dict)
-    """`chat`: variables of the chat template, as in `{enable_thinking: false}`."""
+    """`chat`: variables of the template, as in `{enable_thinking: false}`."""
     template: str | None = None
-    """`plain`: the prompt, with `{question}` in it. Default: the question and a line break."""
+    """`plain`: the prompt, with `{question}` in it."""
     examples: list[Shot] = Field(default_factory=list)
-    """`plain`: worked examples before the question, each through the template and followed by an
-    empty line."""
+    """`plain`: worked examples before the question."""
     stop: list[str] = Field(default_factory=list)
-    """Texts at which a completion ends, besides the model's end tokens; not part of the answer."""
+    """Texts that end a completion, besides the model's end tokens."""
 
     @model_validator(mode="after")
     def _reads_its_keys(self) -> Self:

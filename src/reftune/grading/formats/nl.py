@@ -25,15 +25,13 @@ class Nl(Prompted):
 
     kind: str = "nl"
     grading: Grading = "robust"
-    """`robust` reads answers as people write them; `paper` has the authors' `float()` rules;
-    `file.py:Name` is your own grader (docs/grading.md)."""
+    """`robust` reads answers as people write them, `paper` by the authors' rules; or your own
+    `file.py:Name`."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
-    """Where run-on text begins, in which a model asks itself the next question; nothing after it is
-    graded."""
+    """Where run-on text begins; nothing after it is graded."""
     markers: tuple[str, ...] = ()
-    """Phrases before the answer ("Die Antwort ist"), besides the English ones; targets end with the
-    first."""
+    """Phrases before the answer, besides the English ones; targets end with the first."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 

@@ -27,21 +27,18 @@ class Program(Prompted):
 
     kind: str = "program"
     grading: Grading = "robust"
-    """`robust` finds the program in the text; `paper` has the authors' rules, without sympy;
-    `file.py:Name` is your own grader of what the program returned, as text."""
+    """`robust` finds the program in the text, `paper` by the authors' rules; or your own
+    `file.py:Name` for what the program returned."""
     timeout_s: float = Field(default=1.0, gt=0, le=60)
     """Seconds a program may run."""
     memory_mib: int = Field(default=64, ge=16)
     """Memory a program may use, in MiB."""
     sandbox: SandboxKind = "auto"
-    """`monty`: an interpreter for a part of Python. `subprocess`: CPython with the installed
-    packages. `auto`: monty, and the subprocess for what monty lacks except packages
-    (docs/sandbox.md)."""
+    """What [runs programs](sandbox.md)."""
     scripts: Literal["refuse", "read"] = "refuse"
-    """`read`: if no `solution()` returns something, the answer is what the program assigns to
-    `answer` or prints last."""
+    """`read`: without a `solution()`, take what the program assigns to `answer` or prints last."""
     allow_unisolated: bool = False
-    """Start the subprocess sandbox even if the system cannot isolate programs (docs/sandbox.md)."""
+    """Run programs even if the system cannot isolate them."""
 
     _sandbox: Sandbox = PrivateAttr()
 

@@ -36,7 +36,7 @@ class FunctionReward(Component):
     """Calls the function that `kind` names, `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds for one call on a whole batch; a function that takes longer stops the run."""
+    """Seconds for one call on a whole batch, after which the run stops."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:

@@ -19,13 +19,11 @@ class Outcome(Component):
     correct: float = Field(default=1.0, allow_inf_nan=False)
     """For a right answer."""
     partial: float = Field(default=0.1, allow_inf_nan=False)
-    """For a wrong answer of the gold's kind: a number, an expression, or a list of these. If the
-    gold is a text, any words would earn it, so they get `wrong`."""
+    """For a wrong number, expression, or list of these; a wrong text gets `wrong`."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
     """For anything else."""
     partial_on_choices: bool = False
-    """Give `partial` for a wrong choice too, as the authors' code does; a random letter then earns
-    it."""
+    """Give `partial` for a wrong choice too, as the authors' code does."""
 
     def __call__(
         self,
