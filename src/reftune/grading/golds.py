@@ -257,7 +257,8 @@ _LETTERS = r"(?-i:[mgshlLJNVWAKCF])"
 _SYMBOLS = (
     r"(?-i:[kmcdn]m|[kmµn]g|ft|in|yd|mi|hr|hrs|min|sec|[mµn]s|mph|kph|kmph|kmh|lbs?|oz|gal|[mdc][lL]"
     r"|cc|[kMG]?Hz|[kMG]W|[kM]?Wh|[kM]?J|[kM]?cal|[kM]?Pa|atm|mol|rad|deg|[kMG]?eV|[km][VA]|kN"
-    r"|[KMGTk]B|[KMGT]iB|rpm|psi|bpm)"
+    r"|[KMGTk]B|[KMGT]iB|rpm|psi|bpm|[kmc]ms|mtrs?|mts|mps|kmps|[kmg]gs|gms?|mls|[cs]q?ft|mins"
+    r"|secs|tbsp|tsp|pcs|pts|qts|nos)"
 )
 _WORDS = (
     r"(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo|milli)?grams?|(?:milli)?lit(?:er|re)s?|feet|foot"
