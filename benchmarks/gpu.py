@@ -40,8 +40,8 @@ from transformers import StaticCache
 from reftune.algorithms.base import masked_mean
 from reftune.engines.kv import Kv
 from reftune.model.batch import TokenBatch, token_batch
+from reftune.model.encoder import StopRule
 from reftune.model.policy import Policy
-from reftune.model.stopping import StopRule
 from reftune.model.weights import load_pretrained, make_scratch
 from reftune.recipe import ScratchTable
 from reftune.types import SamplingParams

@@ -2,14 +2,16 @@
 
     python benchmarks/house.py            # or: make house
 
-Lines are physical lines of Python. A call across files is a pair of functions of the package in
-different files, one of which calls the other in the RL step of the smallest run; a pair counts once
-however often it is called.
+Lines are physical lines of Python. A file is entered when one of its functions is called; to import
+it, which runs its class bodies, is not to enter it. A call across files is a pair of functions of
+the package in different files, one of which calls the other in the RL step of the smallest run; a
+pair counts once however often it is called.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -171,7 +173,8 @@ class Watch:
             return
         if frame.f_code.co_qualname == "Trainer.step":
             self.in_step += 1 if event == "call" else -1
-        if event == "return" or frame.f_code.co_name == "<module>":
+        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # no module, no class body
+        if event == "return" or not is_function:
             return
         self.files.add(frame.f_code.co_filename)
         caller = frame.f_back

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reftune.results import table_command
-from reftune.results.summary import display
+from reftune.results.tables import display
 from reftune.terminal.cli import main as reftune
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from reftune.errors import RecipeError
-from reftune.grading.formats import Format, stop_texts
+from reftune.grading.formats import Format
 from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
@@ -133,7 +133,7 @@ def evaluate(
     `nl` and 256. Raises: ReftuneError.
     """
     from reftune.grading.rewards.outcome import Outcome
-    from reftune.model.encoder import Encoder
+    from reftune.model.encoder import Encoder, stop_texts
     from reftune.stages.rollouts import Collector
 
     if not problems:
@@ -167,11 +167,12 @@ def _policy(model: str | Path | Policy) -> Policy:
     from reftune.model.policy import Policy
     from reftune.model.weights import load_model
     from reftune.recipe import ModelTable
+    from reftune.runs.auto import choose_device
 
     if isinstance(model, Policy):
         return model
     policy = Policy(*load_model(ModelTable(path=str(model))))  # type: ignore[call-arg]
-    return policy.to(launch.choose_device("auto"))
+    return policy.to(choose_device("auto"))
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:

@@ -148,6 +148,11 @@ class Graded:
     program_s: float | None = field(default=None, compare=False)
     """Time that the completion's program ran; None if it is no program."""
 
+    @classmethod
+    def without_answer(cls, verdict: Verdict, reason: str) -> Graded:
+        """A grade of a completion from which no answer was read."""
+        return cls(verdict=verdict, value=None, reason=reason)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:

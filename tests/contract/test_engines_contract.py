@@ -22,8 +22,8 @@ from torch.testing import assert_close
 from reftune.engines import kv
 from reftune.engines.kv import Forward, Kv, forward_pass
 from reftune.model.batch import token_batch
+from reftune.model.encoder import StopRule
 from reftune.model.policy import Policy
-from reftune.model.stopping import StopRule
 from reftune.recipe import known_kinds, load_component
 from reftune.types import Completion, SamplingParams
 

@@ -28,7 +28,7 @@ import torch
 from reftune.datasets.jsonl import Jsonl
 from reftune.datasets.reading.rows import read_rows
 from reftune.errors import ReftuneError
-from reftune.grading.formats._source import body_of, programs_in
+from reftune.grading.formats.program import body_of, programs_in
 from reftune.grading.paper_rules import grade_completion_paper, grade_value_paper
 from reftune.grading.verdicts import grade_answer, grade_completion, grade_value
 from reftune.recipe import load_recipe

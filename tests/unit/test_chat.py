@@ -13,8 +13,7 @@ from reftune.errors import RecipeError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
 from reftune.model.chat import end_of_turn
-from reftune.model.encoder import Encoder, bos_of
-from reftune.model.stopping import StopRule
+from reftune.model.encoder import Encoder, StopRule, bos_of
 from reftune.recipe import parse_recipe
 from reftune.types import Answer, Message, Problem, Verdict
 

@@ -13,9 +13,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from reftune.errors import RecipeError
 from reftune.model.batch import micro_batches, own_micro_batches
 from reftune.processes import heartbeat, world
-from reftune.processes.launch import choose_device, processes, wanted_sharding
+from reftune.processes.launch import processes, wanted_sharding
 from reftune.processes.sharding import Fsdp2, Sharding
 from reftune.recipe import shipped_recipes
+from reftune.runs.auto import choose_device
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 """What `accelerate launch` says for ZeRO."""

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from reftune.errors import DataError
-from reftune.grading.formats._source import HEADER, body_of, programs_in
 from reftune.grading.formats.nl import Nl
-from reftune.grading.formats.program import Program
+from reftune.grading.formats.program import HEADER, Program, body_of, programs_in
 from reftune.grading.sandbox import Sandbox
 from reftune.grading.sandbox.result import ExecutionResult
 from reftune.types import Answer, Problem, Verdict

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from reftune.engines.kv import Kv
 from reftune.errors import ModelError, RecipeError
-from reftune.model import frozen
+from reftune.model import layers
 from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
 from reftune.recipe import LoraTable, ModelTable, parse_recipe
@@ -70,7 +70,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_a_base_in_bf16_gives_the_bits_of_one_in_fp32(family, make_model, tokenizer, monkeypatch):
     model = rounded(make_model(family))
     narrow = moved(Policy(copy.deepcopy(model), tokenizer, dtype=BF16, lora=LORA))
-    monkeypatch.setattr(frozen, "narrow", lambda *args, **kwargs: None)
+    monkeypatch.setattr(layers, "narrow", lambda *args, **kwargs: None)
     wide = moved(Policy(model, tokenizer, dtype=BF16, lora=LORA))
     assert_same(scores_and_gradients(narrow), scores_and_gradients(wide))
     matrices = {p.dtype for name, p in narrow.named_parameters() if "base_layer.weight" in name}

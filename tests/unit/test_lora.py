@@ -11,7 +11,7 @@ from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
 from reftune.recipe import LoraTable
 from reftune.runs.run import open_run
-from reftune.stages.loop import trainable
+from reftune.stages.optimizer import trainable
 from reftune.stages.progress import SilentProgress
 from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams

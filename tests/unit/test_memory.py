@@ -17,7 +17,8 @@ from reftune.engines.vllm import Vllm
 from reftune.model.batch import token_batch
 from reftune.model.logprobs import token_logprobs
 from reftune.recipe import LoraTable, ModelTable
-from reftune.stages.estimate import DRAWING, Estimate, Memory, total_bytes
+from reftune.runs.auto import total_bytes
+from reftune.stages.estimate import DRAWING, Estimate, Memory
 from reftune.stages.outline import Outline, _LiveBytes
 from reftune.stages.stage import Cost
 

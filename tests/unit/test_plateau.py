@@ -10,8 +10,7 @@ import pytest
 from reftune.errors import RecipeError
 from reftune.runs.run import open_run
 from reftune.stages import loop as loop_module
-from reftune.stages.loop import Look
-from reftune.stages.plateau import History, rise
+from reftune.stages.loop import History, Look, rise
 from reftune.stages.progress import SilentProgress
 from reftune.storage.files import JsonLines
 

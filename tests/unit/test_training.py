@@ -21,8 +21,15 @@ from reftune.model.batch import token_batch
 from reftune.model.encoder import Encoder
 from reftune.recipe import LengthTable, load_component
 from reftune.runs.run import open_run
-from reftune.stages.loop import Interrupted, Look, load_trainable, trainable
-from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step, rate
+from reftune.stages.loop import Interrupted, Look
+from reftune.stages.optimizer import (
+    OptimizerTable,
+    load_trainable,
+    make_optimizer,
+    optimizer_step,
+    rate,
+    trainable,
+)
 from reftune.stages.progress import SilentProgress
 from reftune.stages.rl import rollout_batch
 from reftune.stages.rollouts import Collector

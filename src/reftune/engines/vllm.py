@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 
 from reftune.engines import traffic
 from reftune.errors import EngineError, RecipeError
-from reftune.model.frozen import plain_state
+from reftune.model.layers import plain_state
 from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.recipe import Component

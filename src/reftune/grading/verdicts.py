@@ -159,9 +159,7 @@ def _grade_expression(text: str, problem: Problem) -> Graded:
     if comparison.outcome == "unread":
         return no_answer(comparison.reason or f"no expression in {quote(text)}")
     if comparison.outcome in ("timeout", "error"):
-        return Graded(
-            verdict=Verdict(comparison.outcome), value=None, reason=clip(comparison.reason)
-        )
+        return Graded.without_answer(Verdict(comparison.outcome), clip(comparison.reason))
     return judge(comparison.outcome == "equal", comparison.read, gold)
 
 
@@ -174,7 +172,7 @@ def _grade_pattern(text: str, problem: Problem) -> Graded:
         right = any(regex.fullmatch(pattern, each, timeout=PATTERN_S) for each in spellings)
     except TimeoutError:
         reason = f"matching {quote(pattern)} took more than {PATTERN_S:g} s"
-        return Graded(verdict=Verdict.TIMEOUT, value=None, reason=reason)
+        return Graded.without_answer(Verdict.TIMEOUT, reason)
     return judge(right, line, pattern)
 
 
@@ -269,7 +267,7 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
         except Exception as failure:  # noqa: BLE001  scorers parse what a model wrote, and few expect everything
             error = f"the task's scorer failed: {type(failure).__name__}: {clip(str(failure))}"
     if not scores:
-        return Graded(verdict=Verdict.ERROR, value=None, reason=error)
+        return Graded.without_answer(Verdict.ERROR, error)
     return judge(any(score >= 1 for score in scores), value, str(problem.answer))
 
 
@@ -306,7 +304,7 @@ _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+
 
 def no_answer(reason: str) -> Graded:
     """The verdict on a completion from which no answer can be read."""
-    return Graded(verdict=Verdict.NO_ANSWER, value=None, reason=reason)
+    return Graded.without_answer(Verdict.NO_ANSWER, reason)
 
 
 def quote(text: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reftune.errors import CheckpointError, ModelError
 from reftune.model.policy import ADAPTERS, PEFT_ADAPTERS
-from reftune.model.weights import SMOLLM2, smollm2_folder
+from reftune.model.weights import ADAPTER_CONFIG, SMOLLM2, is_adapter_folder, smollm2_folder
 from reftune.recipe import LoraTable
 
 if TYPE_CHECKING:
@@ -52,14 +52,8 @@ def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder:
     config.save_pretrained(str(folder))
 
 
-CONFIG = "adapter_config.json"
 Scaled = tuple[Adapters, float]
 """Adapters and what their product is multiplied by, alpha / rank."""
-
-
-def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds adapters in PEFT's format."""
-    return (folder / CONFIG).is_file()
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
@@ -70,12 +64,12 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
     from peft import PeftModel
 
     adapters, _ = read_adapters(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     trained_on = config.get("base_model_name_or_path")
     if base and trained_on and Path(base).name != Path(trained_on).name:
         raise ModelError(
             f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if the two"
-            f" are one model, say so in base_model_name_or_path of its {CONFIG})"
+            f" are one model, say so in base_model_name_or_path of its {ADAPTER_CONFIG})"
         )
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
@@ -96,7 +90,7 @@ def read_adapters(folder: Path) -> Scaled:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
             raise ValueError(f"its peft_type is {config.get('peft_type')}; expected LORA")
         rank = config["r"] ** (0.5 if config.get("use_rslora") else 1)

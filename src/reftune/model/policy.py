@@ -17,13 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reftune.errors import ModelError
-from reftune.model import frozen
+from reftune.model import layers
 from reftune.model.batch import PackedTokens, TokenBatch, own_micro_batches
-from reftune.model.dropout import use_cheap_dropout
+from reftune.model.encoder import stop_rule
 from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
-from reftune.model.recompute import recompute
 from reftune.model.speed import attention, llama
-from reftune.model.stopping import stop_rule
 from reftune.processes import sharding, world
 from reftune.processes.sharding import transformer_blocks
 from reftune.recipe import LoraTable
@@ -80,17 +78,17 @@ class Policy(nn.Module):
             )
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
-            frozen.quantize(model, dtype)
+            layers.quantize(model, dtype)
         self.model: Any = _with_lora(model, lora) if lora is not None else model
         if lora is not None:
-            frozen.narrow(self.model, dtype, embeddings="all")
+            layers.narrow(self.model, dtype, embeddings="all")
         elif not trained:
-            frozen.narrow(self.model.requires_grad_(False), dtype, embeddings="exact")
+            layers.narrow(self.model.requires_grad_(False), dtype, embeddings="exact")
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
         self.saved_dtype = torch.float32
         """Dtype of the weights that `save` writes, rounded once."""
-        use_cheap_dropout(model)
+        layers.use_cheap_dropout(model)
         attention.attend_our_way(model)
         self.packs = attention.takes_packing(model)
         """Whether whole sequences are read without padding."""
@@ -172,10 +170,11 @@ class Policy(nn.Module):
             self.compile_blocks()
 
     def recompute_blocks(self) -> None:
-        """Keep only what enters each transformer block for the backward pass; see `recompute`."""
+        """Keep only what enters each transformer block for the backward pass; see
+        `layers.recompute`."""
         self.recomputes = True
         for block in transformer_blocks(self):
-            recompute(block)
+            layers.recompute(block)
 
     def compile_blocks(self) -> None:
         """Fuse the small operations of every transformer block, for passes over whole sequences.
@@ -350,7 +349,7 @@ class Policy(nn.Module):
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
-        matrices = frozen.narrowable(self.model, self.compute_dtype, embeddings="exact")
+        matrices = layers.narrowable(self.model, self.compute_dtype, embeddings="exact")
         memo: dict[int, Any] = {
             key: nn.Parameter(p.detach().to(self.compute_dtype, copy=True), requires_grad=False)
             for key, p in matrices.items()
@@ -358,7 +357,7 @@ class Policy(nn.Module):
         if self.value_backbone is not None:
             memo[id(self.value_backbone)] = None
         copied = copy.deepcopy(self, memo).eval().requires_grad_(False)
-        frozen.narrow(copied.model, self.compute_dtype, embeddings="exact")
+        layers.narrow(copied.model, self.compute_dtype, embeddings="exact")
         if self.is_compiled:
             copied.compile_blocks()
         sharding.current.distribute(copied)
@@ -397,7 +396,7 @@ class Policy(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.model.get_base_model() if self.is_lora else self.model
         own, model.generation_config = model.generation_config, self._generation_config()
-        model.save_pretrained(folder, state_dict=frozen.plain_state(self.model, self.saved_dtype))
+        model.save_pretrained(folder, state_dict=layers.plain_state(self.model, self.saved_dtype))
         config = copy.deepcopy(model.config)
         config.dtype = self.saved_dtype
         config.eos_token_id = model.generation_config.eos_token_id

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SMOLLM2 = "smollm2-135m"
+ADAPTER_CONFIG = "adapter_config.json"
+"""File name in PEFT's format."""
 WORD_PATTERN = r"\d+|\n *| ?[A-Za-z_]+(?: (?=\d))?| ?[^\sA-Za-z_\d]+(?: (?=\d))?| "
 """Pieces of the from-scratch vocabulary. Numbers are always bare, so that copying one needs a
 single embedding: the blank before a number belongs to the word or operator before it. A newline
@@ -107,6 +109,11 @@ def _loading(path: Path | str | None) -> Iterator[None]:
     ) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds adapters in PEFT's format, not a model."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def _require_config(path: Path | str) -> None:

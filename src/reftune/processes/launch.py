@@ -1,27 +1,22 @@
 """What a launcher (`torchrun`, `accelerate launch`) asks for: how many processes, on which devices,
-and whether weights are split. It says so through the environment, which nothing else reads. Also
-the signals that ask a run to stop."""
+and whether weights are split. It says so through the environment, which nothing else reads."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reftune.errors import ProcessError, RecipeError
 from reftune.processes import sharding
 from reftune.processes.heartbeat import Heartbeat
 from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
-
-if TYPE_CHECKING:
-    import torch
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for another: longer than the main one ever writes. The heartbeat reports
@@ -211,40 +206,6 @@ def _wanted_replicas(environment: Mapping[str, str]) -> int:
     return replicas
 
 
-def choose_device(wanted: str) -> torch.device:
-    """This process's device. Raises: RecipeError if there is no such device."""
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
-        raise RecipeError("model.device: cuda, but torch finds no GPU; expected auto or cpu here")
-    if wanted in ("auto", "cuda"):
-        return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    try:
-        return torch.empty(0, device=wanted).device
-    except (RuntimeError, NotImplementedError, AssertionError):
-        raise RecipeError(
-            f"model.device: {wanted}, but torch has no such device here; expected auto or cpu"
-        ) from None
-
-
 def describe() -> str:
     """`8 processes, weights sharded (FSDP2)`"""
     return f"{world_size()} processes, {sharding.current}"
-
-
-@contextmanager
-def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Handle SIGINT, which a shell's background job inherits ignored, and SIGTERM; the handlers
-    before are restored."""
-    try:
-        before = {
-            number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        before = {}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reftune.results import paper
-from reftune.results.handover import Handover, sentence
 from reftune.results.page.figures import write_figures
 from reftune.results.page.html import write_report
 from reftune.results.records import read_run, require_finished
-from reftune.results.summary import comparable_groups, score_table, summarize
-from reftune.results.tables import choices_table, render_table
+from reftune.results.summary import Handover, comparable_groups, score_table, summarize
+from reftune.results.tables import choices_table, render_table, sentence
 
 __all__ = [
     "choices_table",

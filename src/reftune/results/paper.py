@@ -18,11 +18,10 @@ from reftune.results.summary import (
     MethodScore,
     ScoreTable,
     comparable_groups,
-    display,
     group_runs,
     score_table,
 )
-from reftune.results.tables import NOT_SIGNIFICANT, grid
+from reftune.results.tables import NOT_SIGNIFICANT, display, grid
 from reftune.storage.run_folder import RunFolder
 
 RULES = {"maj": "voting", "rerank": "reranking"}

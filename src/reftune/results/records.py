@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import yaml
 
 from reftune.errors import DataError
-from reftune.grading import voting
 from reftune.storage.run_folder import RunFolder
-from reftune.types import Attempt, Graded, Verdict
+from reftune.types import Attempt, Verdict
 
 Parsed = TypeVar("Parsed")
 
@@ -29,10 +28,8 @@ class EvalRow:
     gold: str
     greedy: Attempt
     samples: tuple[Attempt, ...]
-    valid: Callable[[Graded], bool] = voting.has_value
-    """Which samples may vote."""
-    same: voting.Same = voting.same_answer
-    """When two values are one answer."""
+    grading: str | None = None
+    """The recipe's `format.grading`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,11 +303,10 @@ def _eval_row(row: Mapping[str, Any], *, grading: str | None) -> EvalRow:
     return EvalRow(
         id=str(row["id"]),
         question=str(row["question"]),
-        gold=(gold := str(row["gold"])),
+        gold=str(row["gold"]),
         greedy=Attempt.from_row(row["greedy"]),
         samples=tuple(map(Attempt.from_row, row.get("samples") or ())),
-        same=voting.equality(grading),
-        valid=voting.voters(grading, is_choice=len(gold) == 1 and gold.isalpha()),
+        grading=grading,
     )
 
 

@@ -1,10 +1,10 @@
-"""Run folders → scores, comparisons and one sentence. Every number is a function of `eval/*.jsonl`
-and `stage.json`."""
+"""Run folders → scores, comparisons, and whether a warm-up was finished when RL began. Every number
+is a function of `eval/*.jsonl`, `stage.json` and `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -17,11 +17,18 @@ from numpy.typing import NDArray
 from reftune.errors import DataError
 from reftune.grading import voting
 from reftune.results import stats
-from reftune.results.handover import handovers
-from reftune.results.records import EvalRow, RunResults, read_run, require_finished, same_problems
+from reftune.results.records import (
+    EvalRow,
+    RunResults,
+    StageResults,
+    read_run,
+    require_finished,
+    same_problems,
+)
 from reftune.results.stats import Comparison, Interval
 from reftune.stages.probes import choices
 from reftune.storage.run_folder import RunFolder
+from reftune.types import Graded
 
 GREEDY = "greedy"
 
@@ -294,6 +301,14 @@ def _baseline(methods: Sequence[MethodScore]) -> str:
     return next((method.label for method in methods if method.method == "sft"), first)
 
 
+def leader(table: ScoreTable) -> MethodScore | None:
+    """The best method beside the baseline, starting points of others aside; None if there is
+    nothing beside it."""
+    others = [method for method in table.methods if method.label != table.baseline]
+    rivals = [method for method in others if method.label not in table.starts] or others
+    return max(rivals, key=lambda method: method.greedy.value, default=None)
+
+
 def _method_score(
     group: Group,
     method: str,
@@ -382,7 +397,8 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
 
 def _majority_row(row: EvalRow, max_k: int) -> list[float]:
     graded = [sample.graded for sample in row.samples[:max_k]]
-    winners = voting.majority_curve(graded, valid=row.valid, same=row.same)
+    same = voting.equality(row.grading)
+    winners = voting.majority_curve(graded, valid=_voters(row), same=same)
     return [float(voting.is_correct(winner)) for winner in winners]
 
 
@@ -390,8 +406,13 @@ def _rerank_row(row: EvalRow, max_k: int) -> list[float]:
     graded = [sample.graded for sample in row.samples[:max_k]]
     texts = [sample.completion for sample in row.samples[:max_k]]
     scores = [sample.score or 0.0 for sample in row.samples[:max_k]]
-    winners = voting.rerank_curve(graded, texts, scores, valid=row.valid)
+    winners = voting.rerank_curve(graded, texts, scores, valid=_voters(row))
     return [float(voting.is_correct(winner)) for winner in winners]
+
+
+def _voters(row: EvalRow) -> Callable[[Graded], bool]:
+    is_choice = len(row.gold) == 1 and row.gold.isalpha()
+    return voting.voters(row.grading, is_choice=is_choice)
 
 
 def _pass_row(row: EvalRow, max_k: int) -> list[float]:
@@ -403,125 +424,69 @@ def _pass_curve(n: int, num_correct: int, max_k: int) -> list[float]:
     return [voting.pass_at_k(n, num_correct, k) for k in range(1, max_k + 1)]
 
 
-# --- words ----------------------------------------------------------------------------------------
-
-_LABELS = {
-    "warmup": "Warm-up",
-    "sft": "SFT",
-    "offline_st": "Offline self-training",
-    "online_st": "Online self-training",
-    "reft": "ReFT",
-    "reft_modern": "ReFT modern",
-    "reft_tuned": "ReFT tuned",
-    "reft_tuned_2_updates": "ReFT tuned, two updates",
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "rloo": "RLOO",
-    "reward_model": "Reward model",
-}
-
-
-def display(label: str) -> str:
-    """A method's label as it is shown; a group or a rule in it stays: `run/reft maj@8` → `run: ReFT
-    maj@8`."""
-    group, _, method = label.rpartition("/")
-    name, _, rule = method.partition(" ")
-    words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
-    return f"{group}: {words}" if group else words
-
-
-def percent(share: float) -> str:
-    """A share as `62.4 %`."""
-    return f"{100 * share:.1f} %"
-
-
-def points(difference: float) -> str:
-    """Signed percentage points, with a true minus."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
-def p_text(p: float) -> str:
-    """A p-value to three decimals."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+# --- was the warm-up finished? --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Headline:
-    """The result in words."""
+class Handover:
+    """The point where a stage that samples took over, and how dev had risen until then."""
 
-    title: str
-    text: str
-    chosen: str
-    """What the models were chosen on."""
+    stage: str
+    init: str
+    rise: float
+    """Change in dev accuracy over the four looks before, share of problems."""
+    margin: float
+    """Half the width of its paired 95 % interval."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether dev had stopped rising, within its margin."""
+        return self.rise <= self.margin
 
-def leader(table: ScoreTable) -> MethodScore | None:
-    """The best method beside the baseline, starting points of others aside; None if there is
-    nothing beside it."""
-    others = [method for method in table.methods if method.label != table.baseline]
-    rivals = [method for method in others if method.label not in table.starts] or others
-    return max(rivals, key=lambda method: method.greedy.value, default=None)
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Handover:
+        """What `to_row` wrote."""
+        return cls(**{key: row[key] for key in ("stage", "init", "rise", "margin")})
 
-
-def headline(table: ScoreTable) -> Headline:
-    """The best method against the baseline, its evidence, and what comes next."""
-    if not table.methods:
-        return Headline(
-            title="Nothing evaluated yet",
-            text="The final evaluation comes after the last stage.",
-            chosen="",
-        )
-    best, base, chosen = leader(table), table.method(table.baseline), _chosen_sentence(table)
-    against = None if best is None else table.between(best.label, base.label)
-    if best is None or against is None:
-        title = f"{display(base.label)} solves {percent(base.greedy.value)}"
-        return Headline(title=title, text=f"{_solves(base, table)}.", chosen=chosen)
-    compared = f"{_solves(best, table)}, {display(base.label)} {percent(base.greedy.value)}"
-    text = f"{compared}{_evidence(against)}.{_runner_up(best, base, table)}"
-    return Headline(title=_title(against), text=text, chosen=chosen)
+    def to_row(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "init": self.init,
+            "rise": self.rise,
+            "margin": self.margin,
+            "ready": self.is_ready,
+        }
 
 
-def _title(against: Comparison) -> str:
-    a, b = display(against.a), display(against.b)
-    size = f"{abs(100 * against.difference):.1f} points"
-    if not against.significant:
-        return f"{a} and {b} are too close to call"
-    return (
-        f"{a} beats {b} by {size}"
-        if against.difference > 0
-        else f"{b} stays ahead of {a} by {size}"
-    )
+def handovers(run: RunResults) -> list[Handover]:
+    """One for each stage that samples and starts from a supervised method with logged looks."""
+    return [
+        Handover(stage=name, init=stage.init, rise=found[0], margin=found[1])
+        for name, stage in run.stages.items()
+        if _samples(stage) and (found := last_rise(run, stage.init)) is not None
+    ]
 
 
-def _solves(method: MethodScore, table: ScoreTable) -> str:
-    seeds = f", on average over {table.num_seeds} seeds," if table.num_seeds > 1 else ""
-    return (
-        f"{display(method.label)}{seeds} solves {percent(method.greedy.value)} of"
-        f" {method.greedy.n:,} {table.split} problems"
-    )
+def last_rise(run: RunResults, method: str) -> tuple[float, float] | None:
+    """How dev had risen over the last four looks at a supervised method, and the margin; None for
+    other methods, and with fewer looks."""
+    source = _source(run, method)
+    if source is None or _samples(source[0]):
+        return None
+    supervised, step = source
+    looks = [row.values for row in supervised.metrics if row.step <= step]
+    last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
+    return (last["dev/rise"], last["dev/rise_margin"]) if last else None
 
 
-def _evidence(against: Comparison) -> str:
-    (low, high), p = against.ci95, against.p_mcnemar
-    test = "" if p is None else f"; exact McNemar {p_text(p)}"
-    return f" (95 % interval of the difference {points(low)} to {points(high)} points{test})"
+def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:
+    """The stage whose training made `method`, and the step it was left at."""
+    found = run.stages.get(method)
+    if found is None or "chosen_step" not in found.info:
+        return None
+    parent = found.info.get("snapshot_of")
+    return run.stages[parent] if parent else found, int(found.info["chosen_step"])
 
 
-def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
-    seen = {best.label, base.label} | table.starts
-    others = [m for m in table.methods if m.group is best.group and m.label not in seen]
-    other = max(others, key=lambda method: method.greedy.value, default=None)
-    if other is None:
-        return ""
-    against = table.between(best.label, other.label)
-    doubt = "" if against is None or against.significant else ", a difference within the noise"
-    return f" Next is {display(other.label)} with {percent(other.greedy.value)}{doubt}."
-
-
-def _chosen_sentence(table: ScoreTable) -> str:
-    looks = [f"{display(m.label)} {m.looks}" for m in table.methods if m.looks is not None]
-    if not looks:
-        return ""
-    apart = f"; {table.split} problems played no part in it"
-    scored = apart if table.split != "dev" else ", and scored on dev again, which flatters them"
-    return f"Models were chosen on dev accuracy (looks taken: {', '.join(looks)}){scored}."
+def _samples(stage: StageResults) -> bool:
+    return any("reward/mean" in row.values for row in stage.metrics)

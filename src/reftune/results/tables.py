@@ -1,27 +1,170 @@
-"""The final evaluation as a table: text, Markdown, LaTeX or JSON."""
+"""The final evaluation in words, and as a table: text, Markdown, LaTeX or JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from reftune.errors import DataError
 from reftune.results.metrics import HACKING
+from reftune.results.stats import Comparison
 from reftune.results.summary import (
     GREEDY,
+    Handover,
     MethodScore,
     Score,
     ScoreTable,
     comparison_json,
-    display,
-    p_text,
-    points,
+    leader,
 )
 
 Row = list[str]
 
 NOT_SIGNIFICANT = "n.s."
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+_LABELS = {
+    "warmup": "Warm-up",
+    "sft": "SFT",
+    "offline_st": "Offline self-training",
+    "online_st": "Online self-training",
+    "reft": "ReFT",
+    "reft_modern": "ReFT modern",
+    "reft_tuned": "ReFT tuned",
+    "reft_tuned_2_updates": "ReFT tuned, two updates",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "rloo": "RLOO",
+    "reward_model": "Reward model",
+}
+
+
+def display(label: str) -> str:
+    """A method's label as it is shown; a group or a rule in it stays: `run/reft maj@8` → `run: ReFT
+    maj@8`."""
+    group, _, method = label.rpartition("/")
+    name, _, rule = method.partition(" ")
+    words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
+    return f"{group}: {words}" if group else words
+
+
+def percent(share: float) -> str:
+    """A share as `62.4 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def points(difference: float) -> str:
+    """Signed percentage points, with a true minus."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def p_text(p: float) -> str:
+    """A p-value to three decimals."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Headline:
+    """The result in words."""
+
+    title: str
+    text: str
+    chosen: str
+    """What the models were chosen on."""
+
+
+def headline(table: ScoreTable) -> Headline:
+    """The best method against the baseline, its evidence, and what comes next."""
+    if not table.methods:
+        return Headline(
+            title="Nothing evaluated yet",
+            text="The final evaluation comes after the last stage.",
+            chosen="",
+        )
+    best, base, chosen = leader(table), table.method(table.baseline), _chosen_sentence(table)
+    against = None if best is None else table.between(best.label, base.label)
+    if best is None or against is None:
+        title = f"{display(base.label)} solves {percent(base.greedy.value)}"
+        return Headline(title=title, text=f"{_solves(base, table)}.", chosen=chosen)
+    compared = f"{_solves(best, table)}, {display(base.label)} {percent(base.greedy.value)}"
+    text = f"{compared}{_evidence(against)}.{_runner_up(best, base, table)}"
+    return Headline(title=_title(against), text=text, chosen=chosen)
+
+
+def _title(against: Comparison) -> str:
+    a, b = display(against.a), display(against.b)
+    size = f"{abs(100 * against.difference):.1f} points"
+    if not against.significant:
+        return f"{a} and {b} are too close to call"
+    return (
+        f"{a} beats {b} by {size}"
+        if against.difference > 0
+        else f"{b} stays ahead of {a} by {size}"
+    )
+
+
+def _solves(method: MethodScore, table: ScoreTable) -> str:
+    seeds = f", on average over {table.num_seeds} seeds," if table.num_seeds > 1 else ""
+    return (
+        f"{display(method.label)}{seeds} solves {percent(method.greedy.value)} of"
+        f" {method.greedy.n:,} {table.split} problems"
+    )
+
+
+def _evidence(against: Comparison) -> str:
+    (low, high), p = against.ci95, against.p_mcnemar
+    test = "" if p is None else f"; exact McNemar {p_text(p)}"
+    return f" (95 % interval of the difference {points(low)} to {points(high)} points{test})"
+
+
+def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
+    seen = {best.label, base.label} | table.starts
+    others = [m for m in table.methods if m.group is best.group and m.label not in seen]
+    other = max(others, key=lambda method: method.greedy.value, default=None)
+    if other is None:
+        return ""
+    against = table.between(best.label, other.label)
+    doubt = "" if against is None or against.significant else ", a difference within the noise"
+    return f" Next is {display(other.label)} with {percent(other.greedy.value)}{doubt}."
+
+
+def _chosen_sentence(table: ScoreTable) -> str:
+    looks = [f"{display(m.label)} {m.looks}" for m in table.methods if m.looks is not None]
+    if not looks:
+        return ""
+    apart = f"; {table.split} problems played no part in it"
+    scored = apart if table.split != "dev" else ", and scored on dev again, which flatters them"
+    return f"Models were chosen on dev accuracy (looks taken: {', '.join(looks)}){scored}."
+
+
+def rise_line(rise: float, margin: float, num_looks: int) -> str:
+    """Whether RL or more SFT comes next, by how dev rose over the last looks."""
+    points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} looks"
+    if rise <= margin:
+        return f"dev no longer rises ({points}): RL can take over"
+    return (
+        f"dev still rises {100 * rise / num_looks:.1f} points a look ({points}): SFT will teach"
+        " more than RL"
+    )
+
+
+def sentence(handover: Handover) -> str:
+    """Whether to train on, in one line of text."""
+    rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four looks"
+    if handover.is_ready:
+        return f"{handover.init} was finished when {handover.stage} began: dev {rise}"
+    return (
+        f"{handover.init} was not finished when {handover.stage} began: dev still rose, {rise};"
+        " more SFT may teach more than RL"
+    )
+
+
+# --- the table ------------------------------------------------------------------------------------
 
 
 def rows(table: ScoreTable) -> tuple[Row, list[Row]]:

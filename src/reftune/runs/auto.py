@@ -1,18 +1,21 @@
-"""Keys of a recipe that say `auto`: chosen once, when a run begins, and kept when it resumes."""
+"""Keys of a recipe that say `auto`: the device is this machine's best, the others are chosen once,
+when a run begins, and kept when it resumes."""
 
 from __future__ import annotations
 
+import os
 import time
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 
 from reftune.errors import RecipeError
-from reftune.processes import launch, sharding, world
+from reftune.processes import sharding, world
 from reftune.recipe import Recipe, ScratchTable, parse_recipe
-from reftune.stages.estimate import PROMPT, Estimate, Sharding, Sizes, stage_costs, total_bytes
+from reftune.stages.estimate import PROMPT, Estimate, Sharding, Sizes, stage_costs
 from reftune.stages.estimate import ROWS as LARGEST_ROWS
 from reftune.stages.estimate import TOKENS as LARGEST_TOKENS
 from reftune.stages.outline import outline_of
@@ -52,7 +55,7 @@ def settled(recipe: Recipe) -> Recipe:
 
 def _choices(recipe: Recipe) -> Values:
     chosen = _stored(recipe)
-    device = launch.choose_device(recipe.model.device)
+    device = choose_device(recipe.model.device)
     if DTYPE in _open_keys(_with(recipe, chosen)):
         chosen[DTYPE] = fastest_dtype(device)
     recipe = _with(recipe, chosen)
@@ -122,7 +125,34 @@ def _stored(recipe: Recipe) -> Values:
     return {key: value for key, value in found.items() if value not in (None, AUTO)}
 
 
-# --- how fast a dtype is --------------------------------------------------------------------------
+# --- this machine ---------------------------------------------------------------------------------
+
+
+def choose_device(wanted: str) -> torch.device:
+    """This process's device. Raises: RecipeError if there is no such device."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise RecipeError("model.device: cuda, but torch finds no GPU; expected auto or cpu here")
+    if wanted in ("auto", "cuda"):
+        return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise RecipeError(
+            f"model.device: {wanted}, but torch has no such device here; expected auto or cpu"
+        ) from None
+
+
+def total_bytes(device: torch.device) -> float:
+    """Memory of a device in all; of a CPU, this process's share of what its machine or container
+    has."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdecimal():
+        size = min(size, float(text))
+    return size / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @cache

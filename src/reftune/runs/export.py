@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from reftune.errors import CheckpointError, ModelError, ReftuneError
-from reftune.grading.formats import stop_texts
 from reftune.model.adapters import export_adapters
-from reftune.model.encoder import Encoder, bos_of
-from reftune.model.stopping import token_ids_of
+from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
 from reftune.recipe import Recipe, parse_recipe
 from reftune.runs.run import load_splits
 from reftune.storage.files import replace_folder

@@ -14,14 +14,14 @@ import torch
 
 from reftune.datasets import Splits
 from reftune.errors import DataError, RecipeError
-from reftune.grading.formats import Format, stop_texts
-from reftune.model.adapters import is_adapter_folder, require_scaling, with_adapters
-from reftune.model.encoder import Encoder
+from reftune.grading.formats import Format
+from reftune.model.adapters import require_scaling, with_adapters
+from reftune.model.encoder import Encoder, stop_texts
 from reftune.model.policy import Policy
-from reftune.model.weights import load_model, load_pretrained, saved_dtype
+from reftune.model.weights import is_adapter_folder, load_model, load_pretrained, saved_dtype
 from reftune.processes import launch, sharding, world
 from reftune.recipe import Recipe
-from reftune.runs.auto import settled
+from reftune.runs.auto import choose_device, settled
 from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
 from reftune.stages.probes.choices import diagnose, write_rows
@@ -286,7 +286,7 @@ class Run:
             stop=stop_texts(self.recipe.format),
         )
         policy.saved_dtype, policy.max_tokens = saved_dtype(table), table.max_tokens
-        return policy.to(launch.choose_device(table.device))
+        return policy.to(choose_device(table.device))
 
     def collector(self, policy: Policy) -> Collector:
         return Collector(

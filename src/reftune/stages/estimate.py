@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
-
-import torch
 
 from reftune.engines.kv import ROOM
 from reftune.recipe import Recipe
@@ -204,15 +200,3 @@ def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict
         for name, stage in recipe.stages.items()
     }
     return {name: cost for name, cost in costs.items() if cost is not None}
-
-
-def total_bytes(device: torch.device) -> float:
-    """Memory of a device in all; of a CPU, this process's share of what its machine or container
-    has."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdecimal():
-        size = min(size, float(text))
-    return size / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -4,8 +4,11 @@ and saves."""
 from __future__ import annotations
 
 import json
+import math
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,18 +19,18 @@ from pydantic import Field
 
 from reftune.errors import CheckpointError, EngineError, NonFiniteError
 from reftune.processes import sharding, world
-from reftune.processes.launch import stop_signals
-from reftune.processes.sharding import assign, whole_tensors
+from reftune.processes.sharding import whole_tensors
 from reftune.recipe import Table
 from reftune.stages.optimizer import (
     OptimizerTable,
     Trained,
     is_finite,
+    load_trainable,
     make_optimizer,
     optimizer_step,
     rate,
+    trainable,
 )
-from reftune.stages.plateau import History
 from reftune.stages.probes.choices import choice_metrics, diagnose
 from reftune.stages.stage import StageContext
 from reftune.storage.checkpoint import (
@@ -55,18 +58,31 @@ class Progression:
     ends_at: int | None = None
     """The last step, once a plateau has fixed it."""
     history: dict[str, Any] = field(default_factory=dict)
-    """State of `plateau.History`."""
+    """State of `History`."""
     skipped: int = 0
     """Steps left out because their numbers were not finite."""
     seconds: float = 0.0
 
 
-COOLDOWN = 10
-"""Steps before a cooldown per step of it."""
-
-
 class Interrupted(Exception):
     """The run was asked to stop and has saved a checkpoint; str() is its folder."""
+
+
+@contextmanager
+def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Handle SIGINT, which a shell's background job inherits ignored, and SIGTERM; the handlers
+    before are restored."""
+    try:
+        before = {
+            number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class TrainingTable(Table):
@@ -372,11 +388,6 @@ class Loop:
         write_atomically(folder.info, json.dumps(document, indent=2))
 
 
-def cooldown_steps(ends_at: int) -> int:
-    """Steps of a cooldown that ends at step `ends_at` and began after ten elevenths of it."""
-    return max(1, ends_at // (COOLDOWN + 1))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
     """What was seen on dev."""
@@ -401,15 +412,75 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
     return Look(metrics=metrics, correct=correct)
 
 
-def trainable(model: Trained) -> dict[str, torch.Tensor]:
-    """The parameters that training changes, by name."""
-    return {
-        f"policy.{name}": value for name, value in model.named_parameters() if value.requires_grad
-    }
+# --- whether dev still rises ----------------------------------------------------------------------
 
 
-@torch.no_grad()
-def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `trainable` took."""
-    for name, parameter in trainable(model).items():
-        assign(parameter, tensors[name])
+LOOKS = 4
+"""Looks at dev over which a rise is measured; docs/handover.md compares 2 to 5."""
+Z95 = 1.959964
+COOLDOWN = 10
+"""Steps before a cooldown per step of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rise:
+    """How accuracy changed between two looks at the same problems."""
+
+    value: float
+    """Share of problems."""
+    margin: float
+    """Half the width of the 95 % interval of `value`."""
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        return self.value > self.margin
+
+
+def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
+    """The change in accuracy and its Wald interval, paired by problem.
+
+        d = (c - b) / n        margin = 1.96 √(b + c - (b - c)² / n) / n
+
+    b problems were solved only before, c only after. Source: Agresti, Categorical Data Analysis,
+    §10.1.
+    """
+    lost = sum(x and not y for x, y in zip(before, after, strict=True))
+    won = sum(y and not x for x, y in zip(before, after, strict=True))
+    n = len(after)
+    variance = lost + won - (lost - won) ** 2 / n
+    return Rise(value=(won - lost) / n, margin=Z95 * math.sqrt(variance) / n)
+
+
+@dataclass(slots=True)
+class History:
+    """Which dev problems were solved at the first look and at the last few."""
+
+    first: list[bool] | None = None
+    recent: list[list[bool]] | None = None
+    """The last `LOOKS` + 1 looks, the newest last."""
+
+    def add(self, correct: Sequence[bool]) -> None:
+        self.first = self.first or list(correct)
+        self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
+
+    def latest_rise(self) -> Rise | None:
+        """The rise over the last `LOOKS` looks; None if there are fewer."""
+        if self.recent is None or len(self.recent) <= LOOKS:
+            return None
+        return rise(self.recent[0], self.recent[-1])
+
+    def is_flat(self) -> bool:
+        """Whether dev rose at first, beyond chance, and has stopped rising.
+
+        A model that has not begun to learn is flat too, at the bottom; it is not finished.
+        """
+        latest = self.latest_rise()
+        if latest is None or self.first is None or self.recent is None:
+            return False
+        has_risen = rise(self.first, self.recent[-1]).is_beyond_chance
+        return has_risen and not latest.is_beyond_chance
+
+
+def cooldown_steps(ends_at: int) -> int:
+    """Steps of a cooldown that ends at step `ends_at` and began after ten elevenths of it."""
+    return max(1, ends_at // (COOLDOWN + 1))

@@ -15,7 +15,7 @@ from reftune.algorithms.base import LossTerms
 from reftune.errors import NonFiniteError, RecipeError
 from reftune.model.batch import own_micro_batches
 from reftune.processes import sharding, world
-from reftune.processes.sharding import whole_tensor
+from reftune.processes.sharding import assign, whole_tensor
 from reftune.recipe import Table
 
 
@@ -57,6 +57,20 @@ class Trained(Protocol):
     def train(self) -> Any: ...
 
     def save(self, folder: Path) -> None: ...
+
+
+def trainable(model: Trained) -> dict[str, torch.Tensor]:
+    """The parameters that training changes, by name."""
+    return {
+        f"policy.{name}": value for name, value in model.named_parameters() if value.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `trainable` took."""
+    for name, parameter in trainable(model).items():
+        assign(parameter, tensors[name])
 
 
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:

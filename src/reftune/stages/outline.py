@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reftune.engines.kv import _RoomyLayer, forward_pass
-from reftune.model import frozen
+from reftune.model import layers
 from reftune.model.batch import PackedTokens, token_batch
 from reftune.model.logprobs import token_logprobs
 from reftune.model.policy import Policy
@@ -102,8 +102,8 @@ class Outline:
         """Bytes of the weights as training holds them."""
         if self.table.quantize is None:
             return self._bytes({})
-        layers = (layer.weight for _, _, layer in frozen.linear_layers(self.model))
-        return self._bytes({id(w): NF4 for w in layers if not w.requires_grad})
+        linear = (layer.weight for _, _, layer in layers.linear_layers(self.model))
+        return self._bytes({id(w): NF4 for w in linear if not w.requires_grad})
 
     def _bytes(self, widths: Mapping[int, float]) -> float:
         """Bytes of all weights; those in `widths` count with these bytes per element instead."""
@@ -115,7 +115,7 @@ class Outline:
         """Bytes of a frozen copy: matrices in the compute dtype; embeddings, which it may round,
         and vectors as they are."""
         dtype = self.policy.compute_dtype
-        cast = frozen.narrowable(self.model, dtype, embeddings="none")
+        cast = layers.narrowable(self.model, dtype, embeddings="none")
         return self._bytes({id_: float(dtype.itemsize) for id_ in cast})
 
     @cached_property

@@ -21,7 +21,7 @@ import typer
 
 from reftune import __version__
 from reftune.errors import NonFiniteError, ProcessError, RecipeError, ReftuneError
-from reftune.processes.launch import first_to_tell, processes, stop_signals
+from reftune.processes.launch import first_to_tell, processes
 from reftune.processes.world import is_main
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
     """Progress that is closed whatever happens; an interruption names the checkpoint to continue
     from."""
-    from reftune.stages.loop import Interrupted
+    from reftune.stages.loop import Interrupted, stop_signals
     from reftune.terminal.live import make_progress
     from reftune.terminal.trackers import tracked
 

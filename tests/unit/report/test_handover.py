@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from reftune.results.handover import handovers, sentence
 from reftune.results.records import MetricRow, RunResults, StageResults
+from reftune.results.summary import handovers
+from reftune.results.tables import sentence
 
 
 def rows(*values: dict[str, float]) -> tuple[MetricRow, ...]:

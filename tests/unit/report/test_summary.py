@@ -14,17 +14,15 @@ from reftune.errors import DataError
 from reftune.results.records import read_run
 from reftune.results.stats import mcnemar_exact, wilson
 from reftune.results.summary import (
-    display,
     group_runs,
-    headline,
     leader,
     outcomes,
-    points,
     read_groups,
     score_table,
     summarize,
     voting_curves,
 )
+from reftune.results.tables import display, headline, points
 
 WriteRun = Callable[..., Path]
 

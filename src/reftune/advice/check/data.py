@@ -10,9 +10,8 @@ from itertools import pairwise
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, learns_from_rationales, mean
 from reftune.errors import RewardError
-from reftune.grading.formats._source import programs_in
 from reftune.grading.formats.nl import DEFINITION, Nl
-from reftune.grading.formats.program import Program
+from reftune.grading.formats.program import Program, programs_in
 from reftune.grading.perturbed import PRINTED, right_solutions, wrong_solutions
 from reftune.grading.sandbox import Sandbox, SandboxLimits
 from reftune.grading.sandbox.gaps import gap, missing_package

@@ -11,15 +11,16 @@ from reftune.advice.measured import available_bytes, measure_speed
 from reftune.errors import DataError
 from reftune.model.batch import token_batch
 from reftune.recipe import Recipe
-from reftune.results.handover import last_rise, rise_line
 from reftune.results.records import read_run
 from reftune.results.stats import wilson
+from reftune.results.summary import last_rise
+from reftune.results.tables import rise_line
 from reftune.runs.auto import product_rates
 from reftune.runs.run import stage_folder
 from reftune.runs.sample import sample_rows
 from reftune.stages.estimate import Estimate, stage_costs
+from reftune.stages.loop import LOOKS
 from reftune.stages.outline import Outline
-from reftune.stages.plateau import LOOKS
 from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
 

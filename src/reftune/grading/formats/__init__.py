@@ -24,8 +24,3 @@ class Format(Protocol):
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade per completion, in order. Never raises for what a completion says."""
-
-
-def stop_texts(format: Format) -> tuple[str, ...]:
-    """Texts at which completions end; none for a user's format that has no `stop`."""
-    return tuple(getattr(format, "stop", ()))

@@ -49,15 +49,11 @@ def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  graders parse what a model wrote
-        return _error(f"the grader failed: {type(failure).__name__}: {clip(str(failure))}")
+        reason = f"the grader failed: {type(failure).__name__}: {clip(str(failure))}"
+        return Graded.without_answer(Verdict.ERROR, reason)
     if isinstance(verdict, Graded):
         return verdict
     if not isinstance(verdict, bool):
-        return _error(
-            f"the grader returned {type(verdict).__name__}, not a Graded or a truth value"
-        )
+        reason = f"the grader returned {type(verdict).__name__}, not a Graded or a truth value"
+        return Graded.without_answer(Verdict.ERROR, reason)
     return judge(verdict, text.strip().rpartition("\n")[2], str(problem.answer))
-
-
-def _error(reason: str) -> Graded:
-    return Graded(verdict=Verdict.ERROR, value=None, reason=reason)

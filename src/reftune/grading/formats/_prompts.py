@@ -109,6 +109,8 @@ def question_text(problem: Problem) -> str:
 def with_options(question: str, problem: Problem) -> str:
     """A question, the problem's options on a line of their own unless it already holds them."""
     question = question.strip()
+    if not problem.choices:
+        return question
     options = " , ".join(
         f"{letter} ) {choice}"
         for letter, choice in zip(ascii_lowercase, unlettered(problem.choices), strict=False)

@@ -1,9 +1,27 @@
-"""Rationales that are programs."""
+"""Rationales that are programs.
+
+The way from a completion to its programs is pure line work: nothing here parses or runs what a
+model wrote, and only imports that a program does not use are left out of it.
+
+A completion continues `def solution():`, or holds a program of its own. What is tried, in this
+order, the next only if the one before ends in an error:
+
+1. the code as it stands: the last fenced block that defines `solution`, else the text if it does,
+   else the text (or its last fenced block) as the body of `solution`;
+2. the code without prose. Of a program: its imports, definitions and the assignments before
+   `solution`, everything else at the left margin dropped. Of a body: its lines up to the first one
+   at the left margin; a body that stands at the left margin itself ends at its first `return`;
+3. the fenced blocks above it that define no `solution`, and then the code, as a notebook has them.
+
+Of several definitions of `solution` the last counts, as in Python.
+"""
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
@@ -13,12 +31,40 @@ from reftune.errors import DataError
 from reftune.grading.formats._grading import RULES, Grading, graded_by, own_grader
 from reftune.grading.formats._imports import without_unused_imports
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
-from reftune.grading.formats._source import HEADER, Script, body_of, programs_in, scripts_in
 from reftune.grading.paper_rules import grade_value_paper, paper_response
 from reftune.grading.sandbox import Sandbox, SandboxKind
 from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
-from reftune.grading.verdicts import grade_sentence, grade_value, no_answer
+from reftune.grading.verdicts import grade_sentence, grade_value
 from reftune.types import Conversation, Graded, Problem, Verdict
+
+HEADER = "def solution():\n"
+MAX_CHARS = 50_000
+"""How much of a completion is read, in characters."""
+
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+_SOLUTION = re.compile(
+    r"^(?:(?:async[ \t]+)?def[ \t]+solution[ \t]*\(|solution[ \t]*=[ \t]*lambda\b)", re.MULTILINE
+)
+_RETURN = re.compile(r"(?:^|[:;])[ \t]*return\b", re.MULTILINE)
+_DEFINITION = re.compile(
+    r"(?:async +)?def +\w+ *\(|class +\w+ *[(:]|@\w|from +[\w.]+ +import\b"
+    r"|import +[\w.]+(?: +as +\w+)?(?: *, *[\w.]+(?: +as +\w+)?)* *(?:#.*)?$"
+)
+ANSWER_NAMES = ("answer", "final_answer", "ans")
+_SCRIPT = re.compile(
+    rf"^(?:(?P<name>{'|'.join(ANSWER_NAMES)}|result)[ \t]*(?::[^=\n]*)?=(?!=)|print[ \t]*\()",
+    re.MULTILINE,
+)
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A program that is not a function, and where its answer is."""
+
+    source: str
+    call: str
+    """The variable that holds the answer; `None` if the program prints it."""
 
 
 class Program(Prompted):
@@ -109,7 +155,8 @@ class Program(Prompted):
         does."""
         if not results:
             expected = " and neither assigns nor prints an answer" * (self.scripts == "read")
-            return no_answer(f"the text defines no solution() and returns nothing{expected}")
+            reason = f"the text defines no solution() and returns nothing{expected}"
+            return Graded.without_answer(Verdict.NO_ANSWER, reason)
         result = next(
             (result for result in results if result.status is not ExecutionStatus.ERROR), results[0]
         )
@@ -148,7 +195,175 @@ class Program(Prompted):
 
 
 def _failed(result: ExecutionResult) -> Graded:
-    return Graded(verdict=Verdict(result.status.value), value=None, reason=result.reason)
+    return Graded.without_answer(Verdict(result.status.value), result.reason)
+
+
+# --- completions → programs -----------------------------------------------------------------------
+
+
+def programs_in(completion: str) -> tuple[str, ...]:
+    """The programs to try in turn; none if the completion defines no `solution` and returns
+    nothing."""
+    text, blocks = _text_and_blocks(completion)
+    for program in (*reversed(blocks), textwrap.dedent(text) if text[:1].isspace() else text):
+        if _SOLUTION.search(program):
+            return _unique(program, _without_prose(program), _after_helpers(program, blocks))
+    for body in (*reversed(blocks), text):
+        if _RETURN.search(body):
+            body = _indented(body)
+            return _unique(HEADER + body, HEADER + _up_to_margin(body))
+    return ()
+
+
+def scripts_in(completion: str) -> tuple[Script, ...]:
+    """The programs without a `solution` to try in turn: a body of one that returns nothing, or the
+    last fenced block, else the text, that assigns or prints an answer at the left margin."""
+    text, blocks = _text_and_blocks(completion)
+    if any(map(_SOLUTION.search, (*blocks, text))):
+        return ()
+    if not blocks and text[:1].isspace():
+        return tuple(Script(body, "solution()") for body in _unique(HEADER + _indented(text)))
+    found = next((block for block in (*reversed(blocks), text) if _SCRIPT.search(block)), None)
+    if found is None:
+        return ()
+    sources = _unique(found, _after_helpers(found, blocks))
+    return tuple(Script(source, _answer_of(source)) for source in sources)
+
+
+def _after_helpers(program: str, blocks: list[str]) -> str:
+    """A fenced program after the blocks above it that define no `solution` of their own."""
+    above = blocks[: blocks.index(program)] if program in blocks else []
+    return "\n".join([*(block for block in above if not _SOLUTION.search(block)), program])
+
+
+def _answer_of(script: str) -> str:
+    """`answer` before what is printed, and that before a `result`, which may be a step on the
+    way."""
+    names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
+    first = next((name for name in ANSWER_NAMES if name in names), None)
+    return first or ("result" if "result" in names and "print" not in script else "None")
+
+
+def _text_and_blocks(completion: str) -> tuple[str, list[str]]:
+    text = completion[:MAX_CHARS].removeprefix("\ufeff")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text, [textwrap.dedent(block) for block in _FENCED.findall(text)]
+
+
+def _unique(*programs: str) -> tuple[str, ...]:
+    cleaned = [without_unused_imports(program.strip("\n")) for program in programs]
+    return tuple(dict.fromkeys(cleaned))
+
+
+def _without_prose(program: str) -> str:
+    """Only the definitions, imports and assignments; the program itself if its `solution` is inside
+    quotes."""
+    chunks = _chunks(program)
+    last = max(
+        (index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)), default=None
+    )
+    if last is None:
+        return program
+    return "\n".join(
+        chunk
+        for index, chunk in enumerate(chunks)
+        if _DEFINITION.match(chunk.partition("\n")[0])
+        or (index < last and _ASSIGNMENT.match(chunk))
+    )
+
+
+def _chunks(program: str) -> list[str]:
+    """A line at the left margin with the lines that belong to it: indented or blank ones, closing
+    brackets, and what is inside triple quotes."""
+    chunks: list[list[str]] = []
+    in_quotes = False
+    for line in program.split("\n"):
+        if chunks and (in_quotes or not line or line[0] in " \t)]}"):
+            chunks[-1].append(line)
+        else:
+            chunks.append([line])
+        in_quotes ^= (line.count('"""') + line.count("'''")) % 2 == 1
+    return ["\n".join(chunk) for chunk in chunks]
+
+
+# --- bodies ---------------------------------------------------------------------------------------
+
+
+def _indented(body: str) -> str:
+    """A body indented as one, even if its first line has lost its indent or all of it is at the
+    margin."""
+    lines = body.strip("\n").rstrip().split("\n")
+    while lines and not lines[0].strip():
+        del lines[0]
+    lines[0] = " " * _first_indent(lines) + lines[0].lstrip()
+    if _indent(lines[0]) > 0:
+        return "\n".join(lines)
+    if returns := [index for index, line in enumerate(lines) if re.match(r"return\b", line)]:
+        inside, after = lines[: returns[0] + 1], lines[returns[0] + 1 :]
+        return "\n".join([textwrap.indent("\n".join(inside), "    "), *after])
+    return textwrap.indent("\n".join(lines), "    ")
+
+
+def _first_indent(lines: list[str]) -> int:
+    """What the first line's indent should be, judged by the lines below it down to the first at the
+    margin."""
+    first = _indent(lines[0])
+    below = []
+    for line in lines[1:]:
+        if line.strip():
+            if _indent(line) == 0:
+                break
+            below.append(_indent(line))
+    if not below:
+        return first
+    opens = lines[0].rstrip().endswith((":", "(", "[", "{", ",", "\\"))
+    if not opens:
+        return below[0]
+    return min(below) if min(below) < below[0] else first
+
+
+def _indent(line: str) -> int:
+    return len(line.expandtabs(4)) - len(line.expandtabs(4).lstrip())
+
+
+def _up_to_margin(body: str) -> str:
+    lines = body.split("\n")
+    end = next(
+        (index for index, line in enumerate(lines) if line.strip() and not line[0].isspace()),
+        len(lines),
+    )
+    return "\n".join(lines[:end])
+
+
+# --- gold programs --------------------------------------------------------------------------------
+
+
+_GOLD_HEADER = re.compile(
+    r"^def[ \t]+solution[ \t]*\([ \t]*\)[ \t]*(?:->[^:\n]+)?:[ \t]*", re.MULTILINE
+)
+_DOCSTRING = re.compile(
+    r'''\s*[rRuU]?(?:"""(?:[^\\]|\\.)*?"""|\'{3}(?:[^\\]|\\.)*?\'{3}'''
+    r"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')[ \t]*(?:\n|$)""",
+    re.DOTALL,
+)
+
+
+def body_of(program: str) -> str | None:
+    """What a gold program has after `def solution():` and a docstring, indented by four; None if it
+    has no such line.
+
+    What comes before the definition moves into it.
+    """
+    program = program.replace("\r\n", "\n").expandtabs(4)
+    header = _GOLD_HEADER.search(program)
+    if header is None:
+        return None
+    before, body = program[: header.start()].strip("\n"), program[header.end() :]
+    docstring = _DOCSTRING.match(body)
+    if docstring is not None:
+        body = body[docstring.end() :]
+    parts = [part for part in (before, textwrap.dedent(body.strip("\n"))) if part.strip()]
+    return textwrap.indent("\n".join(parts), "    ").rstrip()
 
 
 # --- the paper's rules ----------------------------------------------------------------------------

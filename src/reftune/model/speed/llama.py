@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reftune.model.batch import PackedTokens, Packing
-from reftune.model.recompute import recomputed
+from reftune.model.layers import recomputed
 from reftune.model.speed.attention import attend_in_groups, has_window, unpad
 
 FAMILIES = (

@@ -12,7 +12,8 @@ import numpy as np
 from reftune.results.metrics import PHASES, VERDICTS, VOTING, Metric, Unit
 from reftune.results.records import RunResults, StageResults
 from reftune.results.stats import wilson
-from reftune.results.summary import Group, ScoreTable, display, label_of, num_samples, voting_curves
+from reftune.results.summary import Group, ScoreTable, label_of, num_samples, voting_curves
+from reftune.results.tables import display
 
 MAX_POINTS = 300
 """Points per series; longer ones are averaged in buckets, so that a day's run stays a small

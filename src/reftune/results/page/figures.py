@@ -11,7 +11,8 @@ from markupsafe import Markup
 from reftune.results.metrics import CHARACTER, LEARNING
 from reftune.results.page.charts import dev_chart, method_colours, training_charts, voting_charts
 from reftune.results.page.drawing import LETTER, draw, px, tag
-from reftune.results.summary import ScoreTable, display, read_groups, score_table
+from reftune.results.summary import ScoreTable, read_groups, score_table
+from reftune.results.tables import display
 
 ASSETS = Path(__file__).parent / "assets"
 WIDTH, HEIGHT, TITLE = 680, 320, 30

@@ -10,7 +10,8 @@ from typing import Any
 
 from reftune.results.page.charts import entries, method_colours
 from reftune.results.records import TrainingSample
-from reftune.results.summary import Group, display, label_of
+from reftune.results.summary import Group, label_of
+from reftune.results.tables import display
 from reftune.types import Attempt
 
 MAX_TEXT = 6_000

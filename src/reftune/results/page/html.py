@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from reftune.results.handover import handovers, sentence
 from reftune.results.metrics import CHARACTER, HACKING, LEARNING, MACHINERY, VERDICTS
 from reftune.results.page import charts, gallery
 from reftune.results.page.drawing import draw
@@ -21,19 +20,24 @@ from reftune.results.records import RunResults
 from reftune.results.stats import Comparison, Interval
 from reftune.results.summary import (
     Group,
-    Headline,
     MethodScore,
     ScoreTable,
-    display,
-    headline,
+    handovers,
     leader,
-    p_text,
-    percent,
-    points,
     read_groups,
     score_table,
 )
-from reftune.results.tables import caption, rows
+from reftune.results.tables import (
+    Headline,
+    caption,
+    display,
+    headline,
+    p_text,
+    percent,
+    points,
+    rows,
+    sentence,
+)
 from reftune.storage.files import write_atomically
 
 ASSETS = Path(__file__).parent / "assets"

@@ -1,16 +1,21 @@
-"""Weights that are never trained: a base under adapters, a reference, a model that only answers.
+"""What is done to the layers of a loaded model: frozen weights are kept narrow, dropout is made
+cheap, blocks are recomputed.
 
-They are kept in the compute dtype, or in 4 bits. Autocast would cast them at every use anyway, so
-that the compute dtype changes nothing but the memory. Vectors (norms, biases) stay fp32.
+Weights that are never trained are those of a base under adapters, of a reference, and of a model
+that only answers. They are kept in the compute dtype, or in 4 bits. Autocast would cast them at
+every use anyway, so that the compute dtype changes nothing but the memory. Vectors (norms, biases)
+stay fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reftune.errors import ModelError
 
@@ -148,3 +153,72 @@ def _plain(tensor: Tensor, adapted: Any, dtype: torch.dtype) -> Tensor:
     for adapter in () if adapted is None else adapted.active_adapters:
         value = value + adapted.get_delta_weight(adapter).float()
     return value.to("cpu", dtype)
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+STEPS = 2**16
+"""Probabilities are rounded to multiples of 1 / STEPS, so that a random 64-bit number serves four
+entries."""
+
+
+def use_cheap_dropout(model: nn.Module) -> None:
+    """Replace the dropout layers of `model` in place: their masks cost a seventh of PyTorch's on a
+    CPU."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, Dropout(child.p))
+
+
+class Dropout(nn.Dropout):
+    """As `nn.Dropout`, with the same generator but other draws when training on a CPU; identical
+    anywhere else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p in (0, 1) or input.device.type != "cpu":
+            return super().forward(input)
+        dropped: Tensor = _Dropout.apply(input, self.p)  # type: ignore[no-untyped-call]
+        return dropped
+
+
+class _Dropout(torch.autograd.Function):
+    """Each entry is 0 with probability p, else multiplied by 1 / (1 - p)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, p: float) -> Tensor:
+        ctx.first_kept = round(p * STEPS) - STEPS // 2
+        words = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device="cpu")
+        draws = words.random_(-(2**63), None).view(torch.int16)[: values.numel()]
+        ctx.save_for_backward(draws.view(values.shape))
+        return _drop(values, draws.view(values.shape), ctx.first_kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (draws,) = ctx.saved_tensors
+        return _drop(grads[0], draws, ctx.first_kept), None
+
+
+def _drop(values: Tensor, draws: Tensor, first_kept: int) -> Tensor:
+    kept = torch.empty_like(values)
+    torch.ge(draws, first_kept, out=kept)
+    share = (STEPS // 2 - first_kept) / STEPS
+    return kept.mul_(values).div_(share)
+
+
+# --- recomputing ----------------------------------------------------------------------------------
+
+
+def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward(*args, **kwargs)`, whose activations the backward pass computes again."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def recompute(block: nn.Module) -> None:
+    """Gradient checkpointing (arXiv:1604.06174) of `block` and of its copies: only its input is
+    kept; the backward pass recomputes its activations, to the same bits."""
+    # a partial and no closure: `deepcopy` gives the copy its own block's forward
+    block.forward = partial(recomputed, block.forward)
