@@ -39,16 +39,25 @@ def engine(*stubs):
     return {"kind": "vllm", "server": [stub.address for stub in stubs]}
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("at", ["/v1/completions", "/collective_rpc"])
-def test_a_server_that_dies_in_a_step_costs_a_line_and_no_step(how, at, steady_recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "at", "lora"),
+    [
+        ("ddp", "/v1/completions", None),
+        ("fsdp2", "/v1/completions", {"rank": 2}),
+        ("ddp", "/v1/load_lora_adapter", {"rank": 2}),
+        ("fsdp2", "/collective_rpc", None),
+    ],
+)
+def test_a_server_that_dies_in_a_step_costs_a_line_and_no_step(
+    how, at, lora, steady_recipe, tmp_path
+):
     stages = {**STAGES, "reft": {**STAGES["reft"], "save_every_s": 1000.0}}
-    changes = {"stages": stages, "evaluate": {"samples": 0}}
+    changes = {"stages": stages, "evaluate": {"samples": 0}, "model": {"lora": lora}}
     with stub_vllm(2) as stubs:
         straight = steady_recipe(tmp_path / "straight" / "run", **changes, engine=engine(*stubs))
         assert [end.status for end in ranks.run(straight, how=how)] == [0, 0]
         # the second server, which the first process does not ask, dies in the second step
-        stubs[1].dies_at = at, 1 if at == "/collective_rpc" else SHARE + 1
+        stubs[1].dies_at = at, SHARE + 1 if at == "/v1/completions" else 1
         for stub in stubs:
             stub.asked.clear()
         killed = steady_recipe(tmp_path / "killed" / "run", **changes, engine=engine(*stubs))

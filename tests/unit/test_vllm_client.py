@@ -190,8 +190,11 @@ def test_another_policy_or_a_server_that_was_started_again_is_given_the_base(ser
     for policy, forget, bases in ((first, 0, 1), (second, 0, 2), (second, 1, 3), (second, 0, 3)):
         if forget:
             server.adapters.clear()  # as of a server that was killed and started
+        traffic.clear()
         own.generate(policy, PROMPTS[:1], params())
         assert len(server.requests("/collective_rpc")) == bases
+        size = sum(tensor.nbytes for tensor in server.weights[-1].values())
+        assert size < traffic["sync_bytes"] < size + 10_000  # the base is not counted
 
 
 def test_an_adapter_travels_in_the_compute_dtype(server, make_policy):

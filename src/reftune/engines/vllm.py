@@ -156,8 +156,9 @@ class Vllm(Component):
                 save(policy, folder)
             except (OSError, SafetensorError) as error:
                 raise EngineError(f"engine vllm: {folder}: cannot be written: {error}") from None
-            files = [path for path in folder.rglob("*") if path.is_file()]
-            traffic["sync_bytes"] += sum(path.stat().st_size for path in files)
+            if save is not save_base:  # sent once a start, so that a resumed step would differ
+                files = [path for path in folder.rglob("*") if path.is_file()]
+                traffic["sync_bytes"] += sum(path.stat().st_size for path in files)
             yield folder
 
     # --- colocated ---
