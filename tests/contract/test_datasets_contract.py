@@ -1,5 +1,6 @@
 """What every dataset keeps: splits that do not overlap, unique ids, golds, and a split that only
-the seed changes."""
+the seed changes. A new file in src/reftune/datasets joins by itself; one that reads files brings
+a `sample_row`."""
 
 from __future__ import annotations
 
@@ -16,115 +17,59 @@ import pytest
 from reftune.datasets import Splits
 from reftune.datasets.reading.file_dataset import FileDataset
 from reftune.datasets.reading.splits import question_key
-from reftune.recipe import component_class, known_kinds, load_component
+from reftune.recipe import Component, component_class, known_kinds, load_component
 from reftune.types import Problem
 
-NUM_TRAIN, NUM_TEST = 40, 5
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def gsm8k(folder: Path) -> dict[str, Any]:
-    def row(n: int) -> dict[str, Any]:
-        return {
-            "question": f"What is {n} and 1?",
-            "answer": f"It is <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}",
-        }
-
-    _write(folder / "train.jsonl", [row(n) for n in range(NUM_TRAIN)])
-    _write(folder / "test.jsonl", [row(n + 1000) for n in range(NUM_TEST)])
-    return {"train": str(folder)}
-
-
-def svamp(folder: Path) -> dict[str, Any]:
-    def row(n: int) -> dict[str, Any]:
-        return {
-            "ID": f"s-{n}",
-            "Body": f"Tom has {n} apples.",
-            "Question": "And 1?",
-            "Equation": f"( {n}.0 + 1.0 )",
-            "Answer": n + 1,
-        }
-
-    _write(folder / "train.jsonl", [row(n) for n in range(NUM_TRAIN)])
-    _write(folder / "test.jsonl", [row(n + 1000) for n in range(NUM_TEST)])
-    return {"train": str(folder)}
-
-
-def mathqa(folder: Path) -> dict[str, Any]:
-    def row(n: int) -> dict[str, Any]:
-        options = f"a ) {n} , b ) {n + 1} , c ) none"
-        return {
-            "Problem": f"{n} and 1 ?",
-            "options": options,
-            "correct": "b",
-            "linear_formula": "add(n0,n1)|",
-            "Rationale": "b",
-        }
-
-    _write(folder / "train.jsonl", [row(n) for n in range(200, 200 + NUM_TRAIN)])
-    _write(folder / "test.jsonl", [row(n + 1000) for n in range(NUM_TEST)])
-    return {"train": str(folder)}
-
-
-def jsonl(folder: Path) -> dict[str, Any]:
-    _write(
-        folder / "train.jsonl",
-        [{"question": f"What is {n}?", "answer": n} for n in range(NUM_TRAIN)],
-    )
-    _write(
-        folder / "test.jsonl",
-        [{"question": f"What is {n + 1000}?", "answer": n} for n in range(NUM_TEST)],
-    )
-    return {"train": str(folder)}
-
-
-def mixture(folder: Path) -> dict[str, Any]:
-    _write(folder / "b.jsonl", [{"question": f"And {n}?", "answer": n} for n in range(NUM_TRAIN)])
-    parts = {"a": jsonl(folder), "b": {"train": str(folder / "b.jsonl")}}
-    return {
-        "parts": {
-            name: {"dataset": {"kind": "jsonl", **keys}, "share": 0.5}
-            for name, keys in parts.items()
-        }
-    }
-
-
-FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    make.__name__: make for make in (gsm8k, svamp, mathqa, jsonl, mixture)
-}
-"""Kinds that read data, which only a person can write a sample of: sample files, and the keys that
-name them."""
-SIZES = {"train": NUM_TRAIN, "dev": 5, "test": NUM_TEST}
+KINDS = known_kinds("datasets")
+SIZES = {"train": 40, "dev": 5, "test": 5}
 KEYS = {**SIZES, **{f"{split}_size": size for split, size in SIZES.items()}, "task": "chain_sum"}
+"""Small sizes for a kind that makes its problems up."""
+
+
+def dataset_class(kind: str) -> type[Component]:
+    return component_class(kind, group="datasets")
+
+
+def files_of(kind: type[FileDataset], folder: Path) -> dict[str, Any]:
+    """A training and a test file of the rows that the dataset itself gives."""
+    for split, start in (("train", 200), ("test", 1000)):
+        rows = [kind.sample_row(start + n) for n in range(SIZES[split])]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"train": str(folder)}
 
 
 def keys_of(kind: str, folder: Path) -> dict[str, Any]:
-    """Sample files, or, for a kind that makes its problems up, small sizes."""
-    if kind in FILES:
-        return FILES[kind](folder)
-    fields = component_class(kind, group="datasets").model_fields
-    return {name: value for name, value in KEYS.items() if name in fields}
+    """What a recipe says of a small dataset of this kind."""
+    found = dataset_class(kind)
+    folder = folder / kind
+    folder.mkdir()
+    if issubclass(found, FileDataset):
+        return {"kind": kind, **files_of(found, folder)}
+    if "parts" in found.model_fields:
+        parts = {part: keys_of(part, folder) for part in ("jsonl", "gsm8k")}
+        parts["gsm8k"]["train"] += "/train.jsonl"  # one file has no test split
+        shares = {part: {"dataset": keys, "share": 0.5} for part, keys in parts.items()}
+        return {"kind": kind, "parts": shares}
+    return {"kind": kind, **{key: KEYS[key] for key in KEYS if key in found.model_fields}}
 
 
-def test_a_dataset_that_reads_files_has_a_sample_of_them_here() -> None:
-    reading = [
-        kind
-        for kind in known_kinds("datasets")
-        if issubclass(component_class(kind, group="datasets"), FileDataset)
-    ]
-    assert set(reading) <= set(FILES)
+def test_the_suite_finds_the_datasets_by_their_files() -> None:
+    assert {"gsm8k", "svamp", "mathqa", "jsonl", "mixture", "word_problems"} <= set(KINDS)
 
 
-@pytest.fixture(params=known_kinds("datasets"))
+def test_rows_of_a_dataset_in_files_ask_different_questions() -> None:
+    for kind in filter(lambda kind: issubclass(dataset_class(kind), FileDataset), KINDS):
+        rows = [dataset_class(kind).sample_row(n) for n in (1, 2)]  # type: ignore[attr-defined]
+        assert rows[0].keys() == rows[1].keys() and rows[0] != rows[1], kind
+
+
+@pytest.fixture(params=KINDS)
 def load(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int], Splits]:
     kind: str = request.param
     if kind == "reasoning_gym" and importlib.util.find_spec("reasoning_gym") is None:
         pytest.skip("the extra reasoning-gym is not installed")
     keys = keys_of(kind, tmp_path)
-    return lambda seed: load_component({"kind": kind, **keys}, group="datasets").load(seed=seed)
+    return lambda seed: load_component(keys, group="datasets").load(seed=seed)
 
 
 def everything(splits: Splits) -> list[Problem]:
@@ -133,7 +78,7 @@ def everything(splits: Splits) -> list[Problem]:
 
 def test_no_split_is_empty_and_ids_are_unique(load: Callable[[int], Splits]) -> None:
     splits = load(0)
-    assert splits.train and splits.dev and len(splits.test) == NUM_TEST
+    assert splits.train and splits.dev and len(splits.test) == SIZES["test"]
     ids = [problem.id for problem in everything(splits)]
     assert len(set(ids)) == len(ids)
 

@@ -7,7 +7,7 @@ import builtins
 import keyword
 import re
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from reftune.datasets.reading.authors import PaperDataset
 from reftune.datasets.reading.programs import arithmetic, program
@@ -53,6 +53,11 @@ class Gsm8k(PaperDataset):
             rationale=self._rationale(solution.strip()),
             columns=row.others("question", "answer"),
         )
+
+    @classmethod
+    def sample_row(cls, n: int) -> dict[str, Any]:
+        solution = f"It is <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}"
+        return {"question": f"What is {n} and 1?", "answer": solution}
 
     def _rationale(self, solution: str) -> str | None:
         if self.rationale == "program":

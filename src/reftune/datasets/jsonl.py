@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.conversations import is_conversation, read_conversation
@@ -58,6 +58,10 @@ class Jsonl(FileDataset):
     def problem(self, row: Row) -> Problem:
         """As `problems`, of one row alone. Raises: DataError."""
         return self._problem(row, self._columns([row], is_train=False))
+
+    @classmethod
+    def sample_row(cls, n: int) -> dict[str, Any]:
+        return {"question": f"What is {n}?", "answer": n}
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The columns, as given and recognised. Raises: DataError if training rows lack a given

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from reftune.datasets import Splits
 from reftune.datasets.reading.authors import COLUMNS as AUTHORS_COLUMNS
@@ -146,6 +146,16 @@ class Mathqa(PaperDataset):
             rationale=worked if self.rationale == "nl" else _formula_program(row),
             choices=(),
         )
+
+    @classmethod
+    def sample_row(cls, n: int) -> dict[str, Any]:
+        return {
+            "Problem": f"{n} and 1 ?",
+            "options": f"a ) {n} , b ) {n + 1} , c ) none",
+            "correct": "b",
+            "linear_formula": "add(n0,n1)|",
+            "Rationale": "b",
+        }
 
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:

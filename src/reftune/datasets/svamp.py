@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from reftune.datasets import Splits
 from reftune.datasets.reading.authors import PaperDataset
@@ -52,6 +52,16 @@ class Svamp(PaperDataset):
             rationale=program_of(row.text("Equation")) if self.rationale == "program" else None,
             columns=row.others("ID", "Body", "Question", "Answer"),
         )
+
+    @classmethod
+    def sample_row(cls, n: int) -> dict[str, Any]:
+        return {
+            "ID": f"s-{n}",
+            "Body": f"Tom has {n} apples.",
+            "Question": "And 1?",
+            "Equation": f"( {n}.0 + 1.0 )",
+            "Answer": n + 1,
+        }
 
 
 def program_of(equation: str) -> str | None:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,12 @@ class FileDataset(Component):
     def problem(self, row: Row) -> Problem:
         """The row as a problem. Raises: DataError with file and line for a row that is wrong;
         Unusable for one to leave out."""
+
+    @classmethod
+    def sample_row(cls, n: int) -> dict[str, Any]:
+        """Row `n` of a made-up file, each with another question, with which the contract suite
+        tries a dataset that comes with reftune; one of your own needs none."""
+        raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
         """The rows of a split as problems; those left out are counted by reason."""
