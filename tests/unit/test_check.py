@@ -21,6 +21,7 @@ from reftune.recipe import (
     parse_recipe,
     shipped_recipes,
 )
+from reftune.runs.run import load_splits
 from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
@@ -219,15 +220,36 @@ def test_the_json_report_says_the_same(sound: CheckReport):
     assert len(document["samples"]) == 3
 
 
-def test_rationales_that_contradict_their_gold_are_listed_and_refused():
-    # one of 12 states 9 while its gold is 2: 11/12 = 91.67 % are right, below 99 %
-    def contradict(i: int, problem: Problem) -> Problem:
-        return replace(problem, rationale="1 + 1 = 9 . The answer is 9") if i == 1 else problem
+def test_targets_that_state_another_answer_than_the_gold_are_listed_and_refused():
+    class Slipping(Words):
+        def target(self, problem: Problem) -> str:
+            text = super().target(problem)
+            return text.replace("The answer is 2", "The answer is 9") if "1 + 1" in text else text
 
-    found = finding("gold_rationales", dataset=Sums(kind="sums", edit=contradict))
+    # one of 12 states 9 while its gold is 2: 11/12 = 91.67 % are right, below 99 %
+    found = finding("gold_rationales", format=Slipping(kind="words"))
     assert found.level == "fail"
     assert found.message.startswith("91.67% of 12 gold rationales are graded correct, below 99%")
     assert found.rows == ("sum-1: wrong: '9'",)
+
+
+@pytest.mark.parametrize(
+    ("rationale", "reason"),
+    [
+        ("1 + 1 = 9 . The answer is 9", "rationale_disagrees"),
+        ("def solution():\n    return 9", "program_disagrees"),
+    ],
+)
+def test_rationales_of_ones_own_dataset_that_contradict_their_gold_are_dropped(
+    rationale: str, reason: str
+):
+    def contradict(i: int, problem: Problem) -> Problem:
+        return replace(problem, rationale=rationale) if i == 1 else problem
+
+    splits = load_splits(recipe(dataset=Sums(kind="sums", edit=contradict)))
+    assert "sum-1" not in [problem.id for problem in splits.train]
+    assert len(splits.train) == 11
+    assert splits.counts == {"duplicate": 2, reason: 1}
 
 
 def test_a_waived_check_only_warns():

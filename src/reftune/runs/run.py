@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reftune.datasets import Splits
+from reftune.datasets import FileDataset, Splits
+from reftune.datasets.reading.programs import drop_contradictions
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.adapters import require_scaling, with_adapters
@@ -393,8 +394,13 @@ class Run:
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """The recipe's problems. Raises: DataError."""
+    """The recipe's problems, without training rationales that contradict their gold.
+
+    Raises: DataError if nothing is left to train on, or there is no dev.
+    """
     splits: Splits = recipe.dataset.load(seed=derive_seed(recipe.seed, "data"))
+    if not isinstance(recipe.dataset, FileDataset):  # which drops them itself, by its own rules
+        splits = drop_contradictions(splits)
     if not splits.train:
         dropped = (
             ", ".join(f"{count} {reason}" for reason, count in splits.counts.items())
