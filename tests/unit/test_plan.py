@@ -225,10 +225,11 @@ def test_a_configuration_that_makes_no_model_is_one_line(config, told, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_page_on_scaling_shows_what_the_command_prints(tmp_path, monkeypatch, capsys):
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["scaling.md", "experiments/plan.md"])
+def test_the_pages_on_scaling_show_what_the_command_prints(page, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    shown = re.findall(r"```bash\nreftune (plan .+?)```\n\n```text\n(.+?)```", page, re.S)
+    shown = re.findall(r"```bash\nreftune (plan .+?)```\n\n```text\n(.+?)```", text, re.S)
     assert shown
     for command, output in shown:
         with pytest.raises(SystemExit):

@@ -1,7 +1,7 @@
 """What a recipe would take on given hardware, from the model's configuration alone: memory by part,
 time of a step by phase.
 
-The equations are in docs/scaling.md.
+The equations are in docs/experiments/plan.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a stage takes of each device: bytes by phase, and the largest passes that fit.
 
-`check`, `plan` and the keys that say `auto` all ask here; docs/scaling.md has the equations.
+`check`, `plan` and the keys that say `auto` all ask here; docs/experiments/plan.md has the equations.
 """
 
 from __future__ import annotations

@@ -334,7 +334,7 @@ def plan(
     """Estimate memory and time on GPUs that need not be here.
 
     Reads the model's configuration, no weights and, unless the model is made from scratch, no data.
-    docs/scaling.md has the equations.
+    docs/experiments/plan.md has the equations.
     """
     from dataclasses import asdict
 
