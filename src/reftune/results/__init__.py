@@ -25,7 +25,7 @@ __all__ = [
 
 
 def handover_lines(summary: Mapping[str, Any]) -> list[str]:
-    """For each stage of a run's summary that samples, whether its warm-up was finished."""
+    """For each stage of a run that samples: whether its warm-up was finished."""
     return [sentence(Handover.from_row(row)) for row in summary["handovers"]]
 
 
@@ -49,9 +49,9 @@ def table_command(
     """`reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or, with `json`,
     one JSON document.
 
-    `methods` compares everything on one set of problems; `paper` has the paper's tables, a column
-    per task; `auto` chooses these if runs differ in task or rationale. Votes are over the first `k`
-    samples, None: all. Raises: DataError.
+    `methods` compares everything on one set of problems; `paper` prints the paper's tables, one
+    column per task; `auto` chooses it if runs differ in task or rationale. Votes are over the first
+    `k` samples; None means all. Raises: DataError.
     """
     fmt = "json" if json else fmt
     runs = [read_run(folder) for folder in run_dirs]

@@ -1,5 +1,4 @@
-"""The metrics that the report draws, each with one sentence for somebody who meets it for the first
-time."""
+"""The metrics that the report draws, each with one sentence for a newcomer."""
 
 from __future__ import annotations
 
@@ -19,14 +18,15 @@ class Metric:
     explain: str
     unit: Unit = "number"
     over_passes: bool = False
-    """Whether it is drawn over sequences trained on, as stages of different kinds share no steps.
+    """Whether the horizontal axis counts sequences, because stages of different kinds have
+    different steps.
     """
     floor: float | None = None
-    """The axis goes no lower: early outliers would flatten the rest."""
+    """Lower end of the axis; early outliers would flatten the rest."""
     of_groups: bool = False
-    """Whether it applies only to stages that sample a problem more than once."""
+    """Whether it applies only to stages with several samples per problem."""
     exact: bool = False
-    """Whether it has no noise that a running mean would take away."""
+    """Whether it has no noise for a running mean to smooth."""
 
 
 LEARNING = (
@@ -54,16 +54,14 @@ CHARACTER = (
         key="kl/reference",
         title="Distance from the start (KL)",
         explain=(
-            "How much likelier the model finds its own solutions than the model it started from"
-            " does, in nats a solution."
+            "How much more likely the model finds its own solutions than its starting model does,"
+            " in nats per solution."
         ),
     ),
     Metric(
         key="policy/entropy",
         title="Entropy",
-        explain=(
-            "How undecided the model is about its next token; near 0 it always writes the same."
-        ),
+        explain=("How undecided the model is about its next token; near 0 it repeats itself."),
     ),
     Metric(
         key="response/length",
@@ -73,7 +71,7 @@ CHARACTER = (
     Metric(
         key="response/truncated",
         title="Cut off",
-        explain="Share of solutions that ran into the length limit before they ended.",
+        explain="Share of solutions cut off at the length limit.",
         unit="percent",
     ),
 )
@@ -116,8 +114,8 @@ MACHINERY = (
         key="value/explained_variance",
         title="Explained variance",
         explain=(
-            "How much of the rewards' ups and downs the value head predicts: 1 all, 0 none, below 0"
-            " harm (cut at −1)."
+            "How much of the reward's variation the value head predicts: 1 is all, 0 none, below 0"
+            " worse than none (cut at −1)."
         ),
         floor=-1.0,
     ),
@@ -131,8 +129,8 @@ MACHINERY = (
         key="groups/constant_reward",
         title="Problems without contrast",
         explain=(
-            "Share of problems whose samples all earned the same, so that comparing them teaches"
-            " nothing."
+            "Share of problems whose samples all earned the same reward, so that comparing them"
+            " teaches nothing."
         ),
         unit="percent",
         of_groups=True,
@@ -148,7 +146,7 @@ MACHINERY = (
     Metric(
         key="grad/norm",
         title="Gradient norm",
-        explain="Size of the step the loss asks for, before clipping; spikes signal instability.",
+        explain="Size of the gradient before clipping; spikes signal instability.",
         over_passes=True,
     ),
     Metric(
@@ -193,7 +191,7 @@ VOTING = {
     "rerank": ("Reranking", "The answer that the reward model scores highest among k samples."),
     "pass": (
         "Any right (pass@k)",
-        "Chance that at least one of k samples is right: what a perfect judge could pick.",
+        "Chance that at least one of k samples is right, so that a perfect judge could pick it.",
     ),
 }
 """Decision rule → title and explanation."""

@@ -1,5 +1,5 @@
-"""Runs of several tasks in the layout of the paper's tables: a row a model and method, a column a
-task and kind of rationale, and the paper's numbers beside ours."""
+"""Runs of several tasks in the layout of the paper's tables: a row per model and method, a column
+per task and kind of rationale, and the paper's numbers beside ours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RULES = {"maj": "voting", "rerank": "reranking"}
 Place = tuple[str, str, str]
 """Model, task and rationale, by the paper's names if it has them."""
 Cell = dict[str, Any]
-"""The runs of one place as `--json` prints them."""
+"""The runs in one cell, as `--json` prints them."""
 
 
 @cache
@@ -41,8 +41,8 @@ def published() -> dict[str, Any]:
 
 
 def is_several_tasks(runs: Sequence[RunResults]) -> bool:
-    """Whether runs differ in their task or kind of rationale, so that one table of methods cannot
-    hold them."""
+    """Whether runs differ in task or kind of rationale, so that they do not fit one table of
+    methods."""
     return len({_place(run)[1:] for run in runs}) > 1
 
 
@@ -62,7 +62,7 @@ def _place(run: RunResults) -> Place:
 
 
 def _order(place: Place) -> tuple[Any, ...]:
-    """What the paper names comes first, in its order; the rest by name."""
+    """Sort key: names from the paper first, in its order; the rest by name."""
     model, task, rationale = place
     models, tasks = list(published()["models"].values()), list(published()["tasks"].values())
     return (
@@ -164,8 +164,8 @@ def _size(sizes: Mapping[str, int], split: str, column: str) -> str:
 def _accuracies(
     found: Sequence[Cell], fmt: str, is_shown: Callable[[str], bool], *, title: str
 ) -> str:
-    """A row a model, method and rule, and averages over the tasks of a rationale that has several;
-    empty if no rule is shown."""
+    """A row per model, method and rule, with averages over the tasks of a rationale that has
+    several; empty if no rule is shown."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
     rationales = [of for of in columns.values() if list(columns.values()).count(of) > 1]

@@ -48,7 +48,7 @@ class TrainingSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricRow:
-    """Everything measured at one step of one stage."""
+    """All metrics of one step of one stage."""
 
     step: int
     time: float
@@ -58,14 +58,13 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResults:
-    """One stage, as far as it got, or a snapshot that a stage left behind as a method of its
-    own."""
+    """One stage, finished or not, or a snapshot that a stage saved as a method of its own."""
 
     name: str
     kind: str
     init: str
     num_samples: int
-    """Solutions sampled of one problem in one step."""
+    """Solutions sampled per problem in one step."""
     metrics: tuple[MetricRow, ...]
     """None for a snapshot: they are its stage's."""
     samples: tuple[TrainingSample, ...]
@@ -102,7 +101,7 @@ class RunResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe but for what runs of one recipe may differ in."""
+        """The recipe without the keys in which runs of one recipe may differ."""
         apart = ("name", "seed", "run_dir")
         return {key: value for key, value in self.recipe.items() if key not in apart}
 
@@ -112,7 +111,7 @@ class RunResults:
 
     @property
     def wall_seconds(self) -> float:
-        """All training; a snapshot's seconds are part of its stage's."""
+        """Seconds of all training; a snapshot's are part of its stage's."""
         infos = [stage.info for stage in self.stages.values()]
         return sum(float(i.get("wall_seconds", 0)) for i in infos if not i.get("snapshot_of"))
 
@@ -123,7 +122,7 @@ class RunResults:
 
 
 def read_run(folder: Path | str) -> RunResults:
-    """A run folder, finished or alive.
+    """Load a run folder, finished or running.
 
     Raises: DataError, one line, if the folder is missing, is not a run folder, or holds a damaged
     file.
@@ -166,7 +165,7 @@ def require_finished(run: RunResults) -> None:
 
 
 def same_problems(evals: Mapping[str, tuple[EvalRow, ...]]) -> bool:
-    """Whether all methods answered the same problems, in one order."""
+    """Whether all methods answered the same problems in the same order."""
     return (
         len({tuple((row.id, row.question, row.gold) for row in rows) for rows in evals.values()})
         <= 1
@@ -195,7 +194,7 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _with_snapshots(name: str, spec: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """A stage as (name, its keys), after the methods that it leaves behind on its way."""
+    """A stage as (name, its keys), after the snapshots that it saves."""
     keys = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     return [*((snapshot, keys) for snapshot in keys.get("snapshots") or {}), (name, keys)]
 
@@ -209,7 +208,7 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """Without evaluations still being written: those that are a beginning of the longest one."""
+    """The evaluations that are complete: an unfinished one is a beginning of the longest."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {
@@ -237,7 +236,7 @@ def _object(text: str, *, where: str) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
-    """What `parse` makes of each JSON line; a last line still being written is left out."""
+    """Each JSON line, parsed; a last line that is still being written is left out."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:

@@ -65,7 +65,7 @@ class Comparison:
         return not self.ci95[0] <= 0 <= self.ci95[1]
 
     def turned(self) -> Comparison:
-        """With `a` and `b` exchanged."""
+        """The comparison with `a` and `b` exchanged."""
         low, high = self.ci95
         return replace(
             self,
@@ -86,10 +86,10 @@ def compare(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
-    """`a` against `b`: what each answered right (booleans in the same order of problems)."""
+    """Compare the problems that `a` and `b` answered right (booleans in the same order)."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     assert right_a.shape == right_b.shape and right_a.size, (
-        "paired outcomes have one length, not zero"
+        "paired outcomes have the same length, not zero"
     )
     return Comparison(
         a=a,
@@ -102,7 +102,7 @@ def compare(
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p of the problems that exactly one method solved being split like coin tosses.
+    """Two-sided p that the problems solved by exactly one method are split like coin tosses.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
@@ -138,13 +138,12 @@ def crossed_bootstrap(
     """95 % percentile interval of the mean of `values` (seeds, problems) if every seed answered the
     same problems.
 
-    Seeds and problems are each resampled once a replicate, so a hard problem is hard for all seeds
-    of it. Errs towards wide.
-    Source: Owen (2007), "The pigeonhole bootstrap".
+    Each replicate resamples seeds once and problems once, so a hard problem is hard for all seeds.
+    The interval tends to be too wide. Source: Owen (2007), "The pigeonhole bootstrap".
     """
     matrix = np.asarray(values, dtype=float)
     num_seeds, num_problems = matrix.shape
-    # problems with the same outcomes under every seed are exchangeable: draw how many of each sort,
+    # problems with the same outcomes under every seed are exchangeable: draw how many of each kind,
     # not which
     sorts, counts = np.unique(matrix, axis=1, return_counts=True)
     problems = (
@@ -168,7 +167,7 @@ def hierarchical_bootstrap(
     own problems.
 
     A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
-    five seeds the interval is too narrow, as any bootstrap of so few is.
+    five seeds the interval is too narrow, as with any bootstrap of so few.
     """
     num_seeds = len(values)
     drawn = generator.integers(num_seeds, size=(num_resamples, num_seeds))
@@ -203,7 +202,7 @@ def compare_over_seeds(
     same_problems: bool,
     generator: np.random.Generator,
 ) -> Comparison:
-    """`a` against `b`, one array of booleans per seed each, paired by seed and by problem.
+    """Compare `a` and `b`, one array of booleans per seed each, paired by seed and problem.
 
     `same_problems` says whether all seeds answered the same problems, in one order; it chooses the
     bootstrap.

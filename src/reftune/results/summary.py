@@ -33,12 +33,12 @@ from reftune.types import Graded
 GREEDY = "greedy"
 
 Outcomes = NDArray[np.float64]
-"""One number per problem: 1 solved, 0 not, in between for an expectation."""
+"""One number per problem: 1 if solved, 0 if not, in between for an expectation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Runs of one recipe that differ in the seed only."""
+    """Runs of one recipe that differ only in the seed."""
 
     label: str
     runs: tuple[RunResults, ...]
@@ -74,9 +74,9 @@ class MethodScore:
     group: Group
     method: str
     label: str
-    """Shown to the user; names the group if there are several."""
+    """The name shown to the user, with the group if there are several."""
     outcomes: Mapping[str, Sequence[Outcomes]]
-    """Decision rule → what was solved, an array a seed: `greedy`, and with samples `maj@k`,
+    """Decision rule → solved problems, one array per seed: `greedy`, and with samples `maj@k`,
     `rerank@k`, `pass@k`."""
     scores: Mapping[str, Score]
     """Scores by decision rule."""
@@ -87,7 +87,7 @@ class MethodScore:
 
     @property
     def votes(self) -> dict[str, Score]:
-        """The rules that decide on one of several samples."""
+        """The rules that choose one of several samples."""
         apart = (GREEDY, "pass")
         return {rule: s for rule, s in self.scores.items() if rule.partition("@")[0] not in apart}
 
@@ -97,7 +97,7 @@ class MethodScore:
 
     @property
     def looks(self) -> int | None:
-        """How often dev was looked at to choose the model, one seed."""
+        """How often dev was looked at to choose the model, in one seed."""
         return self.group.runs[0].stages[self.method].info.get("looks")
 
     @property
@@ -113,7 +113,7 @@ class MethodScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreTable:
-    """Everything the tables and the report say of the final evaluation."""
+    """Everything the tables and the report say about the final evaluation."""
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
@@ -124,17 +124,17 @@ class ScoreTable:
 
     @property
     def baseline(self) -> str:
-        """Label of the method that others are measured against."""
+        """Label of the baseline, with which others are compared."""
         return _baseline(self.methods)
 
     @property
     def starts(self) -> set[str]:
-        """Labels of methods that others were trained on from."""
+        """Labels of methods that other methods started from."""
         inits = {(method.group.label, method.init) for method in self.methods}
         return {m.label for m in self.methods if (m.group.label, m.method) in inits}
 
     def between(self, a: str, b: str) -> Comparison | None:
-        """`a` against `b`; None if they were not compared."""
+        """The comparison of `a` with `b`; None if they were not compared."""
         for found in self.comparisons:
             if (found.a, found.b) == (a, b):
                 return found
@@ -150,7 +150,7 @@ class ScoreTable:
 
 
 def summarize(run_dir: Path | str) -> dict[str, Any]:
-    """What `summary.json` holds, with every pair of methods compared.
+    """The content of `summary.json`, with every pair of methods compared.
 
     Raises: DataError if the run has not finished or is damaged.
     """
@@ -179,7 +179,7 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as `summary.json` and `reftune table --json` hold it."""
+    """A comparison as in `summary.json` and `reftune table --json`."""
     result = {
         "a": comparison.a,
         "b": comparison.b,
@@ -210,7 +210,7 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
-    """`group_runs` of runs that can be compared. Raises: DataError."""
+    """As `group_runs`, and check that the runs can be compared. Raises: DataError."""
     for run in runs:
         if not same_problems(run.evals):
             raise DataError(
@@ -236,7 +236,7 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 
 
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
-    """Runs whose recipes differ in name, folder and seed only form a group; order is kept."""
+    """Group runs whose recipes differ only in name, folder and seed; order is kept."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]
@@ -261,8 +261,8 @@ def _share_problems(runs: Sequence[RunResults]) -> bool:
 
 
 def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
-    """Scores and paired comparisons of all methods; votes over the first `k` samples, None: all.
-    `seed` is the bootstrap's.
+    """Scores and paired comparisons of all methods. Votes are over the first `k` samples, or all if
+    None; `seed` seeds the bootstrap.
 
     Raises: DataError if `k` exceeds the samples of a problem.
     """
@@ -291,19 +291,19 @@ def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0)
 
 
 def label_of(groups: Sequence[Group], group: Group, method: str) -> str:
-    """A method's label beside those of all `groups`: with several, `GROUP/METHOD`."""
+    """A method's label; with several `groups`, `GROUP/METHOD`."""
     return f"{group.label}/{method}" if len(groups) > 1 else method
 
 
 def _baseline(methods: Sequence[MethodScore]) -> str:
-    """Plain supervised fine-tuning if it is there, else what comes first."""
+    """Plain supervised fine-tuning if there is one, else the first method."""
     first = methods[0].label if methods else ""
     return next((method.label for method in methods if method.method == "sft"), first)
 
 
 def leader(table: ScoreTable) -> MethodScore | None:
-    """The best method beside the baseline, starting points of others aside; None if there is
-    nothing beside it."""
+    """The best method other than the baseline and the starting points of others; None if there is
+    none."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
     return max(rivals, key=lambda method: method.greedy.value, default=None)
@@ -338,8 +338,8 @@ def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generat
 def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
-    """Later against earlier: methods of one group, one method of two groups, and everything with
-    the baseline."""
+    """The pairs to compare, later with earlier: methods of one group, one method in two groups, and
+    everything with the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         if a.group is b.group or a.method == b.method or baseline in (a.label, b.label):
@@ -364,7 +364,7 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Rule → what it scored on each problem. Votes are over `k` samples, by default all that every
+    """Rule → its score on each problem. Votes are over `k` samples, by default all that every
     problem has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
@@ -376,13 +376,13 @@ def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcome
 
 
 def num_samples(rows: Sequence[EvalRow]) -> int:
-    """Samples that every problem has."""
+    """Number of samples that every problem has."""
     return min(len(row.samples) for row in rows)
 
 
 def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.float64]]:
-    """`maj`, `pass` and, if samples are scored, `rerank`: what each rule gets from k = 1 …
-    `max_k` samples.
+    """Score of each rule with k = 1 … `max_k` samples: `maj`, `pass` and, if samples are scored,
+    `rerank`.
 
     Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
     subsets.
@@ -429,12 +429,12 @@ def _pass_curve(n: int, num_correct: int, max_k: int) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handover:
-    """The point where a stage that samples took over, and how dev had risen until then."""
+    """The start of a sampling stage, and the rise of dev before it."""
 
     stage: str
     init: str
     rise: float
-    """Change in dev accuracy over the four looks before, share of problems."""
+    """Change in dev accuracy over the four looks before, as a share of problems."""
     margin: float
     """Half the width of its paired 95 % interval."""
 
@@ -445,7 +445,7 @@ class Handover:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Handover:
-        """What `to_row` wrote."""
+        """The inverse of `to_row`."""
         return cls(**{key: row[key] for key in ("stage", "init", "rise", "margin")})
 
     def to_row(self) -> dict[str, Any]:
@@ -459,7 +459,8 @@ class Handover:
 
 
 def handovers(run: RunResults) -> list[Handover]:
-    """One for each stage that samples and starts from a supervised method with logged looks."""
+    """The hand-over of each sampling stage that starts from a supervised method with logged
+    looks."""
     return [
         Handover(stage=name, init=stage.init, rise=found[0], margin=found[1])
         for name, stage in run.stages.items()
@@ -468,8 +469,8 @@ def handovers(run: RunResults) -> list[Handover]:
 
 
 def last_rise(run: RunResults, method: str) -> tuple[float, float] | None:
-    """How dev had risen over the last four looks at a supervised method, and the margin; None for
-    other methods, and with fewer looks."""
+    """The rise of dev over the last four looks at a supervised method, and its margin; None for
+    other methods or fewer looks."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
@@ -480,7 +481,7 @@ def last_rise(run: RunResults, method: str) -> tuple[float, float] | None:
 
 
 def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:
-    """The stage whose training made `method`, and the step it was left at."""
+    """The stage that trained `method`, and the step at which it was saved."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None

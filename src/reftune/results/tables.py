@@ -45,7 +45,7 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A method's label as it is shown; a group or a rule in it stays: `run/reft maj@8` → `run: ReFT
+    """A method's label as shown; a group or a rule in it stays: `run/reft maj@8` → `run: ReFT
     maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
@@ -75,11 +75,11 @@ class Headline:
     title: str
     text: str
     chosen: str
-    """What the models were chosen on."""
+    """Which split the models were chosen on."""
 
 
 def headline(table: ScoreTable) -> Headline:
-    """The best method against the baseline, its evidence, and what comes next."""
+    """The best method compared with the baseline, its evidence, and the runner-up."""
     if not table.methods:
         return Headline(
             title="Nothing evaluated yet",
@@ -143,7 +143,7 @@ def _chosen_sentence(table: ScoreTable) -> str:
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
-    """Whether RL or more SFT comes next, by how dev rose over the last looks."""
+    """Whether to go on with RL or with more SFT, by the rise of dev over the last looks."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} looks"
     if rise <= margin:
         return f"dev no longer rises ({points}): RL can take over"
@@ -154,7 +154,7 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
 
 
 def sentence(handover: Handover) -> str:
-    """Whether to train on, in one line of text."""
+    """Whether the warm-up was finished, in one line."""
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four looks"
     if handover.is_ready:
         return f"{handover.init} was finished when {handover.stage} began: dev {rise}"
@@ -205,7 +205,7 @@ def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
 
 
 def caption(table: ScoreTable) -> str:
-    """What the numbers are, in one line."""
+    """What the numbers mean, in one line."""
     n = table.methods[0].greedy.n if table.methods else 0
     seeds = f", mean over {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     interval = "bootstrap over seeds and problems" if table.num_seeds > 1 else "Wilson"
@@ -262,7 +262,7 @@ def grid(head: Row, body: Sequence[Row], fmt: str, *, title: str = "", note: str
 
 
 def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
-    """Head, ruler and body as lines, numbers to the right."""
+    """Head, ruler and body as lines, with numbers on the right."""
     widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
 
     def line(row: Row) -> str:

@@ -1,5 +1,5 @@
-"""Keys of a recipe that say `auto`: the device is this machine's best, the others are chosen once,
-when a run begins, and kept when it resumes."""
+"""Keys set to `auto`: the device is this machine's best; the others are chosen when a run begins
+and kept when it resumes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from reftune.storage.run_folder import RunFolder
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 SIZES = (256, 1024)
-"""Sizes of the square products that choose a dtype: the small one rules out a CPU that emulates
-bf16 without waiting for it, the large one keeps all its cores busy."""
+"""Sizes of the square matrix products that choose a dtype: the small one quickly rules out a CPU
+that emulates bf16, the large one keeps all cores busy."""
 EMULATED = 4.0
-"""Times as slow: bf16 is emulated."""
+"""If bf16 is this many times as slow, it is emulated."""
 Key = tuple[str, str]
-"""A table of the recipe and one of its keys."""
+"""Table and key of a recipe."""
 Values = dict[Key, Any]
 AUTO = "auto"
 DTYPE, TOKENS, ROWS = KEYS = (
@@ -40,13 +40,12 @@ DTYPE, TOKENS, ROWS = KEYS = (
 ROWS_UNFORESEEN = 32
 """Rows decoded at once if no stage states its cost."""
 VOCABULARY = 4096
-"""Words of a model from scratch, about."""
+"""Assumed vocabulary of a model from scratch."""
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """`recipe` with a value for each `auto`: that of its run folder, or what suits this machine.
-
-    All processes take the main one's.
+    """`recipe` with a value for each `auto`: the run folder's, or one for this machine. All
+    processes take the main process's values.
     """
     return (
         _with(recipe, world.from_main(lambda: _choices(recipe))) if _open_keys(recipe) else recipe
@@ -68,7 +67,7 @@ def _choices(recipe: Recipe) -> Values:
 
 
 def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """What the device's memory allows in each stage that states its cost."""
+    """The sizes that the device's memory allows, over all stages that state their cost."""
     if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))
@@ -94,8 +93,8 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether all sizes fit by far, so that nothing need be traced: 400 bytes for each of a
-    block's inputs are more than any block keeps."""
+    """Whether all sizes fit easily, so that tracing is unnecessary: no block keeps more than 400
+    bytes for each of its inputs."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
@@ -116,7 +115,7 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 
 
 def _stored(recipe: Recipe) -> Values:
-    """What the run folder's recipe says of the open keys; nothing if it is not a run's."""
+    """The run folder's values of the `auto` keys; empty if there is no run."""
     try:
         stored = parse_recipe(yaml.safe_load(RunFolder(recipe.folder).recipe.read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):
@@ -144,8 +143,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def total_bytes(device: torch.device) -> float:
-    """Memory of a device in all; of a CPU, this process's share of what its machine or container
-    has."""
+    """Total memory of a device; on a CPU, this process's share of the machine's or container's."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

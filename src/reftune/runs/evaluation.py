@@ -16,8 +16,7 @@ from reftune.storage.files import in_parts
 from reftune.types import Attempt, Completion, Graded, Problem, Verdict
 
 PROBLEMS_AT_ONCE = 250
-"""Problems in a part, answered together; an evaluation that was stopped continues after the last
-whole part."""
+"""Problems answered together; an interrupted evaluation continues after the last whole part."""
 
 
 def evaluate(
@@ -29,11 +28,9 @@ def evaluate(
     method: str,
     path: Path,
 ) -> list[dict[str, Any]]:
-    """Answer `problems` and write `path`; whole parts that are there already are kept. Returns all
-    lines.
-
-    Every sample is a function of the weights, the seed and the problem's position, so stopping
-    changes nothing.
+    """Answer `problems` and write `path`, keeping whole parts that exist already. Returns all
+    lines. Every sample is a function of the weights, the seed and the problem's position, so an
+    interruption changes nothing.
     """
 
     def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:

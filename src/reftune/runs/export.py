@@ -1,5 +1,5 @@
-"""A chosen model as a folder of its own, which says of itself what training did: weights, config,
-generation config, tokenizer and a model card. Or its adapters alone."""
+"""Export a chosen model to a folder that works as the model did in training: weights, config,
+generation config, tokenizer and a model card. Or export its adapters alone."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
-    """How to prompt the model, so that it answers as it was evaluated."""
+    """How to prompt the model so that it answers as in the evaluation."""
 
     name: str
     encoder: Encoder
@@ -124,7 +124,7 @@ class Serving:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Base:
-    """What exported adapters belong to."""
+    """The base model of exported adapters."""
 
     path: str | None
     rank: int
@@ -181,7 +181,7 @@ def _example(recipe: Recipe) -> Problem:
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Make what training did the tokenizer's own default: no BOS before a bare text, and the
+    """Make training's settings the tokenizer's defaults: no BOS before a bare text, and the
     arguments of the chat template, unless a client gives others."""
     if isinstance(prompt, BareText) and bos_of(tokenizer):
         tokenizer.add_bos_token = False  # rewrites its post-processor
@@ -208,8 +208,8 @@ def _literal(value: Any) -> str:
 
 
 def model_card(run_folder: Path, method: str, serving: Serving | None, base: Base | None) -> str:
-    """What the model is, how it was made, how good it is and how to ask it, from the run's own
-    files. `base`: of adapters."""
+    """The model card, from the run's own files: what the model is, how it was made, how good it is
+    and how to prompt it. `base` is the base model of adapters."""
     recipe = (run_folder / "recipe.yaml").read_text(encoding="utf-8")
     stage = json.loads((run_folder / "stages" / method / "stage.json").read_text(encoding="utf-8"))
     table = yaml.safe_load(recipe)
@@ -299,7 +299,7 @@ From this folder:
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
-    """A server and a request; nothing for a quantized base, on which vLLM is not tested."""
+    """A server and a request; empty for a quantized base, with which vLLM is not tested."""
     if base is not None and base.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"
@@ -320,7 +320,7 @@ def _shell(serving: Serving, name: str, base: Base | None) -> str:
 
 
 def request_body(serving: Serving, name: str) -> dict[str, Any]:
-    """What an OpenAI-compatible server is asked, as in the evaluation."""
+    """The request to an OpenAI-compatible server, as in the evaluation."""
     prompt = serving.prompt
     body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": serving.limit}
     if serving.stop:

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
 
 def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
-    """All stages, all evaluations, summary.json and report.html; what is done already is not done
-    again.
+    """Run all stages and evaluations, and write summary.json and report.html; finished parts are
+    not repeated.
 
     Returns: the summary. Raises: ReftuneError; Interrupted with the checkpoint's folder.
     """
@@ -64,7 +64,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 
 
 def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
-    """Only the stages of these kinds; what they start from must be there. Raises: as
+    """Run only the stages of these kinds; what they start from must exist. Raises: as
     `run_recipe`."""
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
@@ -84,7 +84,7 @@ def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) ->
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate finished methods (all that the recipe names if `methods` is empty). Returns: the
+    """Evaluate finished methods; if `methods` is empty, all that the recipe names. Returns: the
     summary."""
     check_stage_graph(recipe)
     methods = methods or methods_to_evaluate(recipe)
@@ -98,10 +98,9 @@ def evaluate_methods(
 
 @contextmanager
 def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
-    """The run folder of a recipe, made or found, locked against a second process.
-
-    Raises: CheckpointError for a folder that is unwritable, in use or not a run's; RecipeError for
-    one of another recipe.
+    """Open or create a recipe's run folder and lock it against a second process. Raises:
+    CheckpointError for a folder that cannot be written, is in use or is not a run folder;
+    RecipeError if it belongs to another recipe.
     """
     folder = RunFolder(recipe.folder)
     check_stage_graph(recipe)
@@ -124,7 +123,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
 
 @contextmanager
 def threads_of(recipe: Recipe) -> Iterator[None]:
-    """The recipe's threads for arithmetic; those before are restored."""
+    """Use the recipe's number of CPU threads, then restore the previous number."""
     before = torch.get_num_threads()
     # setting the number that is set already makes decoding a quarter slower
     if recipe.threads in (None, before):
@@ -146,16 +145,16 @@ class Run:
     folder: RunFolder
     progress: Progress
     loaded: dict[tuple[str, bool], Policy] = field(default_factory=dict)
-    """The policy loaded last, by method and whether it has fresh adapters: at most one, unchanged.
+    """The last loaded policy, unchanged, by method and whether it has fresh adapters; at most one.
     """
 
     def is_trained(self, name: str) -> bool:
-        """Whether stage `name` has left all its models."""
+        """Whether stage `name` has saved all its models."""
         methods = (name, *self.recipe.stages[name].produces)
         return world.from_main(lambda: all(self.folder.stage(m).is_done for m in methods))
 
     def complete(self, *, report: bool = False) -> None:
-        """Every stage and every evaluation that is not done yet, a report after each stage."""
+        """Run every unfinished stage and evaluation, with a report after each stage."""
         names = list(self.recipe.stages)
         for name, following in zip(names, [*names[1:], None], strict=True):
             if not self.is_trained(name):
@@ -165,13 +164,13 @@ class Run:
             init = None if following is None else self.recipe.stages[following].init
             own = _methods_of(name, self.recipe.stages[name])
             left = [method for method in methods_to_evaluate(self.recipe) if method in own]
-            # the model that the next stage starts from comes last, and is handed on
+            # the model that the next stage starts from comes last, and is passed on
             for method in sorted(left, key=lambda method: method == init):
                 self.evaluate(method)
         self.score_samples()
 
     def verify_inputs(self) -> None:
-        """Load the model and encode every problem, so that nothing starts that could not finish.
+        """Load the model and encode every problem, so that a run that cannot finish does not start.
 
         Raises: ModelError; DataError for a prompt that is too long, and if no training row or no
         test problem is left.
@@ -217,18 +216,16 @@ class Run:
         world.wait(f"the end of {name}")
 
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
-        """The base model or a finished method's chosen one.
-
-        If `trained`, it is for training, with adapters if the recipe asks for them; else it must
-        not be changed. Over a base in 4 bits, adapters continue from those of `method`; else they
-        are fresh.
+        """Load the base model or a finished method's model. If `trained`, it is for training, with
+        adapters if the recipe asks for them; if not, it must not be changed. Over a base in 4 bits,
+        adapters continue from those of `method`; else they are fresh.
         """
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (method, trained and is_other)
         if key not in self.loaded:
             self.loaded.clear()  # before the next one takes memory
-            # one that is only read can be trained later, unless the two are made differently
+            # a policy that was only read can be trained later, unless the two are built differently
             self.loaded[key] = self._load_policy(method, trained=trained or not is_other)
         return self.loaded[key]
 
@@ -298,7 +295,7 @@ class Run:
         )
 
     def problems_to_evaluate(self) -> Sequence[Problem]:
-        """Raises: DataError if there are none."""
+        """The problems to evaluate. Raises: DataError if there are none."""
         table = self.recipe.evaluate
         problems: Sequence[Problem] = getattr(self.splits, table.split)[: table.limit]
         if not problems:
@@ -309,8 +306,8 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Answer the test (or dev) problems with a method's chosen model, once; on multiple choice,
-        look for signs of reward hacking in its answers."""
+        """Answer the test (or dev) problems once with a method's model; on multiple choice, look
+        for signs of reward hacking in its answers."""
         table, problems, path = (
             self.recipe.evaluate,
             self.problems_to_evaluate(),
@@ -328,7 +325,7 @@ class Run:
             self.probe_choices(method, problems)
 
     def probe_choices(self, method: str, problems: Sequence[Problem]) -> None:
-        """See `stages.probes.choices`; once."""
+        """Probe for reward hacking, once: see `stages.probes.choices`."""
         path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(problems):
             return
@@ -358,7 +355,7 @@ class Run:
             add_scores(path, problems, classifier)
 
     def load_reranker(self, name: str) -> Classifier:
-        """A reward model by its stage or by its folder in another run."""
+        """A reward model, by its stage or by its folder in another run."""
         if name in self.recipe.stages:
             policy, folder = self.load_policy(name), self.folder.stage(name).path
         else:
@@ -377,7 +374,7 @@ class Run:
             )
 
     def summarize(self) -> dict[str, Any]:
-        """summary.json and report.html, from the files of the run alone."""
+        """Write summary.json and report.html from the files of the run alone."""
         from reftune.results import summarize
 
         summary = world.from_main(lambda: summarize(self.folder.path))
@@ -429,7 +426,7 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
 
 
 def is_model_folder(method: str) -> bool:
-    """Whether a stage's `init` is not a method but a folder with a model or adapters in it."""
+    """Whether a stage's `init` is a folder with a model or adapters instead of a method."""
     return (Path(method) / "config.json").is_file() or is_adapter_folder(Path(method))
 
 
@@ -441,8 +438,8 @@ def stage_folder(recipe: Recipe, method: str) -> StageFolder:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """A stage needs `base` or earlier methods only, nothing is made twice, and the reranker is one.
-    Raises: RecipeError."""
+    """Check that stages start only from `base` or earlier methods, that no method is made twice,
+    and that the reranker is a reward model. Raises: RecipeError."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:
@@ -482,7 +479,7 @@ def methods_to_evaluate(recipe: Recipe) -> list[str]:
 
 
 def _methods_of(name: str, stage: Stage) -> tuple[str, ...]:
-    """The models a stage leaves behind that answer problems."""
+    """The models of a stage that answer problems."""
     return (*stage.produces, name) if stage.is_method else stage.produces
 
 

@@ -1,4 +1,4 @@
-"""A few solutions of a model with their verdicts, to read."""
+"""A few sampled solutions with their verdicts, for reading."""
 
 from __future__ import annotations
 

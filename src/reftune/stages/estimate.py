@@ -1,6 +1,7 @@
-"""What a stage takes of each device: bytes by phase, and the largest passes that fit.
+"""The memory a stage needs on each device, by phase, and the largest passes that fit.
 
-`check`, `plan` and the keys that say `auto` all ask here; docs/experiments/plan.md has the equations.
+`check`, `plan` and keys set to `auto` all use this module; docs/experiments/plan.md has the
+equations.
 """
 
 from __future__ import annotations
@@ -19,24 +20,25 @@ from reftune.stages.stage import Cost
 MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256}
 """Bytes of AdamW's state for a weight, by bits."""
 DRAWING = 5
-"""fp32 tensors of rows × vocabulary that are alive while tokens are drawn."""
+"""Number of fp32 tensors of rows × vocabulary alive while tokens are drawn."""
 USABLE = 0.9
-"""Share of a device that a plan may fill; the rest is left to what is not counted."""
+"""Share of a device that a plan may fill; the rest is for what is not counted."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
-"""Micro-batches that are tried, from large to small; more are no faster."""
+"""Micro-batch sizes to try, from large to small; larger ones are no faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
-"""Rows decoded at once that are tried."""
+"""Numbers of rows decoded at once to try."""
 
 PROMPT = 256
-"""Tokens of a prompt if none are given."""
+"""Default length of a prompt, in tokens."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
-"""One process; several, each with all weights; several, each with a part of them."""
+"""One process; several processes, each with all weights; several, each with a part of the
+weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Sizes of a pass, as in `model.micro_batch_tokens` and `engine.batch_size`."""
+    """Sizes of a pass: `model.micro_batch_tokens` and `engine.batch_size`."""
 
     tokens: int
     rows: int
@@ -44,8 +46,8 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes by purpose on one device: what is held all the time, and what the phases, which take
-    turns, add to it."""
+    """Bytes on one device, by purpose: what is held all the time, and what each phase adds. Phases
+    take turns."""
 
     held: Mapping[str, float]
     phases: Mapping[str, Mapping[str, float]]
@@ -58,12 +60,12 @@ class Memory:
         }
 
     def of(self, phase: str) -> float:
-        """What is held, and what the phase adds."""
+        """What is held all the time plus what the phase adds."""
         return sum(self.held.values()) + sum(self.phases.get(phase, {}).values())
 
     @property
     def busiest(self) -> str:
-        """The phase that takes most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=self.of)
 
     @property
@@ -73,7 +75,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A stage of a recipe at work, on one or several devices of one kind."""
+    """A running stage, on one or several devices of one kind."""
 
     recipe: Recipe
     cost: Cost
@@ -85,9 +87,9 @@ class Estimate:
     device_bytes: float = 0.0
     """Total memory of a device."""
     mean_prompt: float | None = None
-    """Tokens of the average prompt, if that is known."""
+    """Length of the average prompt, if known."""
     problems: int | None = None
-    """Most that are answered in one go, if that is known."""
+    """Most prompts answered in one call, if known."""
 
     @property
     def response(self) -> int:
@@ -100,8 +102,8 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """Sequences of the longest sort in a pass over `tokens` at most, one at least. Shorter ones
-        count as parts of these if they are read without padding."""
+        """Number of longest sequences in a pass of at most `tokens`; at least one. Without padding,
+        shorter sequences count as fractions."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
@@ -109,7 +111,7 @@ class Estimate:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The recipe's, and what fits for those that it leaves to us."""
+        """The recipe's sizes; the largest that fit for those set to `auto`."""
         tokens = self.recipe.model.micro_batch_tokens
         rows = getattr(self.recipe.engine, "batch_size", self.cost.sampled or 1)
         found = self.fitting() if "auto" in (tokens, rows) else Sizes(tokens=0, rows=0)
@@ -120,11 +122,11 @@ class Estimate:
 
     @cached_property
     def memory(self) -> Memory:
-        """Memory of a device, with the sizes that are used."""
+        """Memory of a device at the sizes in use."""
         return self.memory_of(self.sizes)
 
     def memory_of(self, sizes: Sizes) -> Memory:
-        """Memory of a device, with passes of these sizes.
+        """Memory of a device for passes of these sizes.
 
         Source: the tensors that `model`, `stages` and `processes` make.
         """

@@ -1,5 +1,5 @@
-"""The loop that every stage runs its steps in: it resumes, evaluates on dev, keeps the best model
-and saves."""
+"""The loop that runs every stage's steps: it resumes, evaluates on dev, keeps the best model and
+saves checkpoints."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ class Progression:
     best_step: int = -1
     best_accuracy: float = -1.0
     looks: int = 0
-    """Times the dev split was scored."""
+    """How often the dev split was scored."""
     totals: dict[str, float] = field(default_factory=dict)
     """`compute/…` sums since the stage began."""
     ends_at: int | None = None
-    """The last step, once a plateau has fixed it."""
+    """The last step, once a plateau has been found."""
     history: dict[str, Any] = field(default_factory=dict)
     """State of `History`."""
     skipped: int = 0
-    """Steps left out because their numbers were not finite."""
+    """Steps skipped because their loss or gradient was not finite."""
     seconds: float = 0.0
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved a checkpoint; str() is its folder."""
+    """The run was asked to stop and has saved a checkpoint, whose folder is `str(self)`."""
 
 
 @contextmanager
 def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Handle SIGINT, which a shell's background job inherits ignored, and SIGTERM; the handlers
-    before are restored."""
+    """Handle SIGINT and SIGTERM, then restore the previous handlers. SIGINT needs it because a
+    shell's background jobs start with it ignored."""
     try:
         before = {
             number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
@@ -86,7 +86,7 @@ def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 class TrainingTable(Table):
-    """What every training needs: learning rate, looks at dev, checkpoints."""
+    """Keys of every stage that trains: optimizer, checkpoints, looks at dev."""
 
     optimizer: OptimizerTable
     save_every_s: float = Field(300.0, ge=0)
@@ -102,7 +102,7 @@ class Loop:
     """Steps 1 … total: resume, step, log, evaluate on dev, keep the best, save.
 
     `step(n)` must be a function of the weights, the optimizer and `n`: the loop seeds torch for
-    each step, so a resumed run repeats the very same numbers.
+    each step, so a resumed run repeats the same numbers.
     """
 
     def __init__(
@@ -118,9 +118,10 @@ class Loop:
         start: Progression | None = None,
         until_plateau: bool = False,
     ) -> None:
-        """`look` gives `dev/accuracy` and more of what is not a policy; `start` holds what came
-        before step 1. `until_plateau`: a constant rate until dev is flat, then a cooldown over a
-        tenth of the steps so far. The model is distributed over the processes here."""
+        """`look` evaluates a model that is not a policy on dev (`dev/accuracy` and more); `start`
+        holds what was computed before step 1. `until_plateau`: a constant rate until dev is flat,
+        then a cooldown over a tenth of the steps so far. The constructor distributes the model over
+        the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -138,7 +139,7 @@ class Loop:
     def run(
         self, step: Callable[[int], dict[str, float]], *, before: Callable[[], None] | None = None
     ) -> None:
-        """Run all remaining steps and leave the chosen model. `before` runs at step 0 of a fresh
+        """Run all remaining steps and save the chosen model. `before` runs at step 0 of a fresh
         stage.
 
         Raises: Interrupted after SIGINT or SIGTERM, checkpoint saved.
@@ -173,21 +174,21 @@ class Loop:
                         world.wait("the checkpoint")  # a launcher may end all with the first
                         raise Interrupted(str(saved))
             if saved_at < self.state.step:
-                self._save()  # from which a longer stage goes on
+                self._save()  # from which a longer stage continues
         self._finish()
         if self._stop:
             raise Interrupted(str(self.context.folder.path))
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """The first SIGINT or SIGTERM stops after the step in progress, with a checkpoint; a second
-        one stops at once."""
+        """The first SIGINT or SIGTERM saves a checkpoint and stops after the step in progress; a
+        second one stops at once."""
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
         self.context.progress.note("stopping after this step; once more stops at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Metrics of a step; if its engine is gone, a checkpoint of the steps before is saved."""
+        """Metrics of a step. If the engine is gone, the steps before are saved as a checkpoint."""
         # the dropout of one process should not repeat another's
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
@@ -199,7 +200,7 @@ class Loop:
             raise
 
     def _log(self, metrics: dict[str, float]) -> None:
-        """The metrics of a step, with what the stage has computed so far."""
+        """The metrics of a step, with the stage's totals so far."""
         for name in [name for name in metrics if name.startswith("compute/")]:
             self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
         skips = self.table.optimizer.on_nonfinite == "skip"
@@ -208,7 +209,7 @@ class Loop:
         self._record({**metrics, "optim/lr": rate, **self.state.totals, **skipped})
 
     def _record(self, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl, shown to the user too."""
+        """Write a line of metrics.jsonl and show it to the user."""
         where = {"stage": self.context.name, "step": self.state.step, "time": time.time()}
         self.context.metrics.append({**where, **metrics})
         self.context.progress.step(self.state.step, metrics)
@@ -233,11 +234,11 @@ class Loop:
         gradient: Callable[[], dict[str, float]],
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
-        """An optimizer step of step `n` along what `gradient()` adds up; its metrics, or none if
-        numbers are not finite and the recipe allows such a step to be left out. The samples,
+        """Take optimizer step `n` with the gradient that `gradient()` adds up. Returns its metrics,
+        or none if loss or gradient is not finite and the recipe allows skipping; the samples,
         `rows()`, are then saved.
 
-        Raises: NonFiniteError if it does not. Nothing has changed then.
+        Raises: NonFiniteError if skipping is not allowed; nothing has changed then.
         """
         table = self.table.optimizer
         try:
@@ -253,7 +254,7 @@ class Loop:
     def _leave_out(self, reason: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Save the batch of a step whose numbers are not finite and clear its gradient.
 
-        Raises: NonFiniteError if the recipe does not allow the step to be left out.
+        Raises: NonFiniteError if the recipe does not allow skipping the step.
         """
         self.optimizer.zero_grad(set_to_none=True)
         path = self.context.folder.nonfinite(self.state.step)
@@ -277,8 +278,8 @@ class Loop:
     # --- dev ---
 
     def _look(self) -> None:
-        """Accuracy on dev, greedy for a policy; the best model so far is kept. Ties keep the
-        earlier one."""
+        """Measure accuracy on dev (greedy, for a policy) and keep the best model so far; on a tie,
+        the earlier one."""
         look = self.look()
         accuracy = look.metrics["dev/accuracy"]
         self.state.looks += 1
@@ -289,7 +290,7 @@ class Loop:
             replace_folder(self.context.folder.best, self.model.save)
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """How dev has risen lately, as metrics; fixes the last step at a plateau."""
+        """The recent rise of dev, as metrics. At a plateau, also sets the last step."""
         if not look.correct:
             return {}
         history = History(**self.state.history)
@@ -310,7 +311,8 @@ class Loop:
     # --- files ---
 
     def _resume(self) -> bool:
-        """Whether there was a checkpoint; the stage is then as it was, and its files as long."""
+        """Restore the newest checkpoint, if there is one: the stage's state and the length of its
+        files. Returns whether there was one."""
         context = self.context
         found = load_latest(context.folder.checkpoints, note=context.progress.note)
         world.agree(
@@ -340,7 +342,7 @@ class Loop:
         return True
 
     def _save(self) -> Path:
-        """A checkpoint; its folder."""
+        """Save a checkpoint and return its folder."""
         for log in (self.context.metrics, self.samples):
             log.sync()
         sizes = {"metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()}
@@ -353,7 +355,7 @@ class Loop:
         )
 
     def _snapshot(self, method: str) -> None:
-        """Leave the weights as they are now as a method of their own."""
+        """Save the current weights as a method of their own."""
         folder = self.context.folder.run.stage(method)
         accuracy = self.look().metrics["dev/accuracy"]
         self.state.looks += 1
@@ -361,8 +363,8 @@ class Loop:
         self._describe(folder, self.state.step, accuracy, snapshot_of=self.context.name)
 
     def _finish(self) -> None:
-        """Put the model chosen on dev in the stage's folder; `stage.json` comes last and marks the
-        stage as done."""
+        """Save the model chosen on dev in the stage's folder; `stage.json` is written last and
+        marks the stage as done."""
         folder = self.context.folder
         link_files(folder.best, folder.path)
         self._describe(folder, self.state.best_step, self.state.best_accuracy)
@@ -370,8 +372,8 @@ class Loop:
     def _describe(
         self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
     ) -> None:
-        """`stage.json`: what was chosen, on what, and what it cost; a snapshot's cost is part of
-        its stage's."""
+        """Content of `stage.json`: which model was chosen, on which score, at what cost. A
+        snapshot's cost is part of its stage's."""
         document = {
             "stage": folder.path.name,
             "kind": self.context.stage.kind,
@@ -390,7 +392,7 @@ class Loop:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
-    """What was seen on dev."""
+    """The result of one evaluation on dev."""
 
     metrics: dict[str, float]
     """`dev/accuracy` and more."""
@@ -399,8 +401,8 @@ class Look:
 
 
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
-    """`dev/accuracy`, the share of dev answered right by greedy decoding; with `probe_choices` on
-    multiple choice the signs of `probes.choices` too."""
+    """Evaluate greedily on dev: `dev/accuracy` and, with `probe_choices` on multiple choice, the
+    signs of `probes.choices`."""
     problems = context.splits.dev
     solved = context.collector.solve(context.policy, problems)
     correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)
@@ -419,7 +421,7 @@ LOOKS = 4
 """Looks at dev over which a rise is measured; docs/handover.md compares 2 to 5."""
 Z95 = 1.959964
 COOLDOWN = 10
-"""Steps before a cooldown per step of it."""
+"""Steps before the cooldown for each step of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -470,9 +472,8 @@ class History:
         return rise(self.recent[0], self.recent[-1])
 
     def is_flat(self) -> bool:
-        """Whether dev rose at first, beyond chance, and has stopped rising.
-
-        A model that has not begun to learn is flat too, at the bottom; it is not finished.
+        """Whether dev first rose beyond chance and has stopped rising. A model that has not begun
+        to learn is flat too, but not finished.
         """
         latest = self.latest_rise()
         if latest is None or self.first is None or self.recent is None:
@@ -482,5 +483,5 @@ class History:
 
 
 def cooldown_steps(ends_at: int) -> int:
-    """Steps of a cooldown that ends at step `ends_at` and began after ten elevenths of it."""
+    """Length of a cooldown that ends at step `ends_at` and began after ten elevenths of it."""
     return max(1, ends_at // (COOLDOWN + 1))

@@ -42,7 +42,7 @@ class OptimizerTable(Table):
 
 
 class Trained(Protocol):
-    """A module that is trained and kept: a policy, or what a stage makes of one."""
+    """A module that can be trained and saved: a policy, or a classifier made from one."""
 
     @property
     def packs(self) -> bool: ...
@@ -68,14 +68,14 @@ def trainable(model: Trained) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `trainable` took."""
+    """Restore what `trainable` returned."""
     for name, parameter in trainable(model).items():
         assign(parameter, tensors[name])
 
 
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of a model that has been distributed, a value head in a
-    group of its own."""
+    """AdamW over the trainable parameters of a distributed model; a value head has its own
+    group."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]
@@ -122,7 +122,8 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 def optimizer_step(
     model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
-    """Clip, step, clear; the gradient's norm before clipping. `share` is of the peak rates.
+    """Clip the gradient, take a step and clear it. Returns the norm before clipping. `share` is the
+    share of the peak rates.
 
     Raises: NonFiniteError, naming the first parameter concerned, before anything changed.
     """
@@ -148,8 +149,8 @@ def optimizer_step(
 def accumulate_gradient(
     model: Trained, lengths: torch.Tensor, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
-    """Add the gradient of a minibatch of sequences of `lengths` (B,), micro-batch by micro-batch,
-    each process its own share. `loss(rows)` is the part of the loss that those rows add.
+    """Add the gradient of a minibatch of sequences of `lengths` (B,), micro-batch by micro-batch;
+    each process takes its share. `loss(rows)` is those rows' part of the loss.
 
     Returns: `loss/total` and metrics, sums over all rows (`…_max`: the largest). Raises:
     NonFiniteError, naming rows, before the gradient is used.
@@ -180,7 +181,7 @@ def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.T
 
 
 def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None:
-    """What is wrong with `loss`, naming the rows of the step's batch that it is of."""
+    """The error for a non-finite `loss`, naming the rows of the step's batch."""
     if torch.isfinite(loss):
         return None
     concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
@@ -188,5 +189,5 @@ def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all its numbers are, in all processes."""
+    """Whether all numbers are finite, in all processes."""
     return not any(world.any_of(not whole_tensor(tensor).isfinite().all()))

@@ -1,8 +1,6 @@
-"""A model without weights: bytes and operations of its passes, traced with tensors that have no
-storage.
-
-Operations are counted by the formulas of PyTorch's flop counter. Its MemTracker cannot follow
-parameters that are not trained (2.13 hooks their gradient), so live bytes are counted here.
+"""A model without weights, to count the bytes and operations of its passes. Tensors have no
+storage; operations are counted by PyTorch's flop counter. Live bytes are counted here, because
+PyTorch's MemTracker (2.13) fails on parameters that are not trained.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ FP32 = 4
 NF4 = 0.5 + 4 / 64
 """Bytes of a weight in 4 bits, with the scale of its block."""
 FEW, MORE = 2, 4
-"""Sequences that are traced."""
+"""Number of traced sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +49,7 @@ class Update:
     kept: float
     """Bytes that the forward pass leaves for the backward pass."""
     momentary: float
-    """Bytes beside them, at most."""
+    """Most bytes beside them."""
     forward_flops: float
     flops: float
     """Operations of both passes."""
@@ -59,17 +57,17 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefill:
-    """Bytes of reading the prompts of all rows at once."""
+    """Memory for reading the prompts of all rows at once."""
 
     casts: float
-    """Copies of the weights, which sampling keeps from the first token to the last."""
+    """Bytes of copied weights, held while sampling."""
     momentary: float
     cache: float
     """Bytes of the keys and values of the prompts."""
 
 
 class Outline:
-    """A policy without weights: the shape of everything, the content of nothing."""
+    """A policy without weights: only the shapes of its tensors."""
 
     def __init__(self, make: Callable[[], Any], table: ModelTable, *, device: str) -> None:
         """`make` builds the causal LM from its configuration."""
@@ -87,13 +85,13 @@ class Outline:
         self.vocabulary: int = head.shape[0]
         ends = {id(p): p for p in (head, self.model.get_input_embeddings().weight)}
         self.ends = sum(p.numel() for p in ends.values())
-        """Weights of embedding and output head, counted once if they are tied."""
+        """Number of weights in embedding and output head, counted once if tied."""
         self.total = _numel(self.policy.model)
         self.layer = max(map(_numel, transformer_blocks(self.model)), default=self.total)
-        """Weights of the largest transformer block."""
+        """Number of weights in the largest transformer block."""
         self.trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
         self.backbone = _numel(self.model.base_model)
-        """Weights that a value model of its own copies."""
+        """Number of weights that a separate value model copies."""
         if device != "cpu":
             _leave_out_masks(self.model)
 
@@ -106,28 +104,28 @@ class Outline:
         return self._bytes({id(w): NF4 for w in linear if not w.requires_grad})
 
     def _bytes(self, widths: Mapping[int, float]) -> float:
-        """Bytes of all weights; those in `widths` count with these bytes per element instead."""
+        """Bytes of all weights. `widths` gives other bytes per element for some."""
         weights = self.policy.model.parameters()
         return float(sum(p.numel() * widths.get(id(p), p.itemsize) for p in weights))
 
     @cached_property
     def reference(self) -> float:
-        """Bytes of a frozen copy: matrices in the compute dtype; embeddings, which it may round,
-        and vectors as they are."""
+        """Bytes of a frozen copy: matrices in the compute dtype, embeddings and vectors as they
+        are."""
         dtype = self.policy.compute_dtype
         cast = layers.narrowable(self.model, dtype, embeddings="none")
         return self._bytes({id_: float(dtype.itemsize) for id_ in cast})
 
     @cached_property
     def gathered(self) -> float:
-        """Bytes of the whole weights that each process reads with if it holds a part of them: the
-        matrices of the blocks in the compute dtype."""
+        """Bytes of the gathered weights with which a process that holds a part of them decodes and
+        scores: matrices of the blocks in the compute dtype."""
         width = float(self.policy.compute_dtype.itemsize)
         return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
 
     @cached_property
     def gathered_copies(self) -> float:
-        """Bytes of what sampling copies of them."""
+        """Bytes of the weights that sampling copies."""
         with self._as_gathered():
             return self._prefill(1, 1, of_gathered=True).casts
 
@@ -147,11 +145,11 @@ class Outline:
 
     @property
     def cache_bytes(self) -> float:
-        """Bytes of a token's keys and values."""
+        """Bytes of one token's keys and values."""
         return float(self.prefill(prompt=1, rows=1).cache)
 
     def update(self, prompt: int, response: int, batch: float) -> Update:
-        """Cost of a micro-batch of `batch` sequences of these lengths."""
+        """Cost of a micro-batch of `batch` sequences with these lengths."""
         return _of_many(lambda count: self._update(prompt, response, count), batch)
 
     @cache  # noqa: B019  an outline lives no longer than its plan
@@ -181,7 +179,7 @@ class Outline:
         )
 
     def prefill(self, *, prompt: int, rows: int) -> Prefill:
-        """Cost of reading prompts in `rows` rows."""
+        """Cost of reading `rows` prompts at once."""
         return _of_many(lambda count: self._prefill(prompt, count), rows)
 
     @cache  # noqa: B019
@@ -216,7 +214,7 @@ T = TypeVar("T", Update, Prefill)
 
 
 def _of_many(trace: Callable[[int], T], count: float) -> T:
-    """The trace of `count` sequences, extrapolated: each takes the same."""
+    """The trace extrapolated to `count` sequences, each of which costs the same."""
     few, more = trace(FEW), trace(MORE)
     high = asdict(more)
     each = {name: (high[name] - size) / (MORE - FEW) for name, size in asdict(few).items()}
@@ -224,15 +222,14 @@ def _of_many(trace: Callable[[int], T], count: float) -> T:
 
 
 def _leave_out_masks(model: Any) -> None:
-    """Fake tensors cannot be looked into, so masks would be made that a real pass finds
-    needless."""
+    """Skip mask creation: with fake tensors, code cannot see that a mask is unnecessary."""
     if model.config._attn_implementation in ("sdpa", ATTENTION):
         AttentionInterface.register("sdpa_without_masks", ALL_ATTENTION_FUNCTIONS["sdpa"])
         model.set_attn_implementation("sdpa_without_masks")
 
 
 def _move_to_cpu(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Tensors on the meta device become fakes of such on the CPU, in place; ties stay ties."""
+    """Replace meta tensors, in place, by fake CPU tensors; tied weights stay tied."""
     moved: dict[int, Any] = {}
     with mode:
         for m in module.modules():
@@ -268,14 +265,12 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""PyTorch's formulas, and those of what runs on a CPU only."""
+"""PyTorch's formulas, and those of operations that run only on a CPU."""
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made under it that are alive, and the most there were, without the
-    model's own; operations by PyTorch's formulas.
-
-    PyTorch's `FlopCounterMode` would keep every block's tensors alive for the names it prints.
+    """Counts operations, and live and peak bytes of tensors created while it is active, without the
+    model's own. PyTorch's `FlopCounterMode` would keep every block's tensors alive.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -8,22 +8,23 @@ from reftune.types import Rollout
 
 
 class Progress:
-    """What stages report. A view shows some of it; the methods of this class show nothing."""
+    """The events that a stage reports. The methods of this class show nothing; a view overrides
+    some."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """A stage begins, or continues after `done_steps`."""
+        """A stage begins, or resumes after `done_steps`."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Where the stage is, and the numbers known there (`group/name`)."""
+        """The stage's step and its metrics (`group/name`)."""
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """All solutions that a step sampled, one at least."""
+        """All solutions that a step sampled; at least one."""
 
     def note(self, message: str) -> None:
-        """A line that stays."""
+        """A line that stays on the screen."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """The end: no more events follow."""
 
 
 class SilentProgress(Progress):

@@ -38,9 +38,9 @@ WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
 """Initial standard deviation of the new layer's weights, as usual for transformers."""
 SOLUTIONS_AT_ONCE = 8192
-"""Solutions held as tokens at the same time."""
+"""Most solutions held as tokens at the same time."""
 CORRECT = 1
-"""Label of a correct solution; 0 is a wrong one."""
+"""Label of a correct solution; a wrong one has 0."""
 
 
 class RewardModel(Schedule, Sampled):
@@ -60,14 +60,14 @@ class RewardModel(Schedule, Sampled):
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """Cost at most: equal samples count once."""
+        """An upper bound of the cost: equal samples count once."""
         num_solutions = self.samples * num_train
         return self.cost_of_rows(
             num_solutions, sampled_before=num_solutions + self.dev_samples * num_dev
         )
 
     def run(self, context: StageContext) -> None:
-        """Sample, train, and leave the classifier that reranked dev best."""
+        """Sample, train, and save the classifier that reranks dev best."""
         started, folder, splits = time.perf_counter(), context.folder, context.splits
         train = self.draw(context, splits.train, folder.drawn, num=self.samples)
         dev = self.draw(context, splits.dev, folder.drawn_dev, num=self.dev_samples)
@@ -96,7 +96,7 @@ class Solution:
 
 
 def labelled(samples: Samples) -> list[Solution]:
-    """A problem's different solutions; those without an answer are wrong ones."""
+    """A problem's different solutions; those without an answer count as wrong."""
     labels = {
         text: int(g.verdict is Verdict.CORRECT)
         for text, g in zip(samples.texts, samples.graded, strict=True)
@@ -107,7 +107,7 @@ def labelled(samples: Samples) -> list[Solution]:
 
 
 class Judging:
-    """Telling correct solutions from wrong ones, by a classifier."""
+    """The task of telling correct solutions from wrong ones."""
 
     def __init__(
         self, classifier: Classifier, solutions: Sequence[Solution], dev: Sequence[Samples]

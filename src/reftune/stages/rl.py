@@ -1,6 +1,6 @@
 """Reinforcement learning from the model's own solutions.
 
-`Trainer.step` is the whole of it: generate → grade → reward → score → credit → update. It does not
+`Trainer.step` is the whole loop: generate → grade → reward → score → credit → update. It does not
 know which algorithm it runs.
 """
 
@@ -112,12 +112,12 @@ class Rl(TrainingTable, Stage):
         )
 
     def run(self, context: StageContext) -> None:
-        """Train, then leave the model that was best on dev."""
+        """Train, then save the model that was best on dev."""
         Trainer(self, context).run()
 
 
 class Trainer:
-    """An RL stage at work."""
+    """A running RL stage."""
 
     def __init__(self, stage: Rl, context: StageContext) -> None:
         self.stage, self.context, self.policy = stage, context, context.policy
@@ -138,7 +138,7 @@ class Trainer:
         self.loop.run(self.step, before=self.prefit if fits_values else None)
 
     def step(self, n: int) -> dict[str, float]:
-        """One rollout and the updates on it; metrics."""
+        """Draw one rollout, update on it, and return the step's metrics."""
         rollouts, metrics = self.sample(n, "rollout")
         metrics["progress/epoch"] = n * self.stage.prompts / len(self.context.splits.train)
         collector = self.context.collector
@@ -224,8 +224,8 @@ class Trainer:
     # --- update ---
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
-        """`updates` passes over the rollout, in `minibatches` optimizer steps each, fewer if the
-        numbers of one are not finite; metrics, means over the steps.
+        """Make `updates` passes over the rollout, with `minibatches` optimizer steps each; steps
+        that are not finite are skipped. Returns the metrics, averaged over the steps.
 
         Raises: NonFiniteError if the recipe does not allow skipping a step.
         """
@@ -261,9 +261,9 @@ class Trainer:
         return accumulate_gradient(self.policy, batch.tokens.lengths, loss)
 
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
-        """The minibatches of every update of rollout `n`, each with the weights of its own loss."""
+        """The minibatches of all updates on rollout `n`, each with its own loss weights."""
         count = min(self.stage.minibatches, len(batch))
-        if batch.nll_weights is not None:  # shares of the whole rollout; a part holds 1 / count
+        if batch.nll_weights is not None:  # weights of the whole rollout; a part holds 1 / count
             batch = replace(batch, nll_weights=batch.nll_weights * count)
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)
@@ -275,7 +275,7 @@ class Trainer:
     # --- value head ---
 
     def prefit(self) -> None:
-        """Fit the value head to the returns of the policy it starts with (VC-PPO, arXiv:2503.01491,
+        """Fit the value head to the returns of the initial policy (VC-PPO, arXiv:2503.01491,
         §4.1)."""
         rollouts = (self.sample(n, "prefit")[0] for n in range(1, self.stage.value_prefit + 1))
         pairs = (
@@ -300,14 +300,14 @@ class Trainer:
 
 
 SAMPLES_KEPT = 4
-"""Sampled solutions of each step that are written to samples.jsonl, besides the longest and one
-over its time limit."""
+"""Sampled solutions per step in samples.jsonl, besides the longest and one that hit its time
+limit."""
 PROBLEMS_FOLLOWED = 16
-"""Training problems whose solutions are kept whenever they are sampled, to see how they change."""
+"""Training problems whose solutions are always kept, to see how they change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
-    """Tensors of rollouts; `logprobs` are the engine's until the trainer has computed its own."""
+    """The tensors of rollouts. `logprobs` are the engine's until the trainer computes its own."""
     tokens = token_batch(
         [r.prompt_ids for r in rollouts], [r.completion.token_ids for r in rollouts], device=device
     )
@@ -334,11 +334,8 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
 def correct_mismatch(
     batch: RolloutBatch, cap: float | None
 ) -> tuple[RolloutBatch, dict[str, float]]:
-    """The batch, its advantages weighted for what the engine sampled and the policy did not quite
-    say; metrics.
-
-    Scaling an advantage scales the clipped policy loss of its token, and neither values nor their
-    loss.
+    """The batch with advantages multiplied by the importance weights of engine against policy, and
+    metrics. Scaling an advantage scales its token's clipped policy loss, but not the value loss.
     """
     if cap is None:
         return batch, {}
@@ -354,7 +351,7 @@ def correct_mismatch(
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What was sampled: rewards, verdicts, lengths."""
+    """Metrics of the samples: rewards, verdicts, lengths."""
     count = max(1, len(rollouts))
     verdicts = Counter(r.graded.verdict for r in rollouts)
     rewards: dict[str, list[float]] = {}
@@ -375,7 +372,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """A part's mean over the samples that have it."""
+    """The mean of each named part of the reward, over the samples that have it."""
     parts: dict[str, list[float]] = {}
     for rollout in rollouts:
         for name, value in rollout.reward_parts.items():
@@ -384,8 +381,7 @@ def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def value_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """How good the values were that the rollout was credited with; empty for algorithms without
-    returns."""
+    """How well the value head predicted the returns; empty for algorithms without returns."""
     if batch.values is None or batch.returns is None:
         return {}
     mask = batch.response_mask
@@ -396,8 +392,8 @@ def value_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 
 def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
-    """The samples of a batch with the numbers that went into its loss, for finding the wrong
-    one."""
+    """The samples of a batch with every number that went into the loss, to find the cause of a
+    non-finite one."""
     lengths, responses = batch.tokens.lengths.tolist(), batch.tokens.response_lengths.tolist()
     rows: list[dict[str, Any]] = []
     for i, (length, response) in enumerate(zip(lengths, responses, strict=True)):
@@ -413,8 +409,8 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 
 def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
-    """`SAMPLES_KEPT` rollouts of different problems, the followed ones first; then the longest and
-    one over its time limit."""
+    """`SAMPLES_KEPT` rollouts of different problems, followed problems first; then the longest and
+    one that hit its time limit."""
     first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
     places = sorted(
         range(len(rollouts)),
@@ -426,7 +422,7 @@ def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> lis
 
 
 def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:
-    """A rollout for samples.jsonl."""
+    """A rollout as a row of samples.jsonl."""
     completion = rollout.completion
     attempt = Attempt(
         completion=completion.text,

@@ -1,4 +1,4 @@
-"""Generate → grade → reward: problems to rollouts, the only place where the three meet."""
+"""Generate → grade → reward: the only place where problems become rollouts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """Completions of problems in their order, graded, and what they took."""
+    """Graded completions in the order of their problems, and what they cost."""
 
     problems: Sequence[Problem]
     prompts: list[list[int]]
@@ -36,12 +36,12 @@ class Solved:
     generate_s: float
     grade_s: float
     traffic: Mapping[str, int]
-    """What the engine sent, of all processes."""
+    """The engine's requests and bytes, over all processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collector:
-    """What turns problems into graded completions and rollouts."""
+    """Turns problems into graded completions and rollouts."""
 
     engine: Engine
     encoder: Encoder
@@ -51,25 +51,25 @@ class Collector:
     # --- what fits ---
 
     def prompt_limit(self, policy: Policy) -> float:
-        """Most tokens of a prompt; infinite if nothing limits them."""
+        """Most tokens in a prompt; infinite without a limit."""
         room = math.inf if policy.context is None else policy.context - self.lengths.max_new
         return max(0, min(room, self.lengths.max_prompt or math.inf))
 
     def fits(self, prompt: Sequence[int], response: Sequence[int], policy: Policy) -> bool:
-        """Whether a response, a gold one maybe, is within the limits that samples are drawn to."""
+        """Whether a response, sampled or gold, is within the limits of sampling."""
         longest = policy.context or math.inf
         return len(response) <= self.lengths.max_new and len(prompt) + len(response) <= longest
 
     def limits(self, policy: Policy) -> str:
-        """Those of `fits`, in words."""
+        """The limits of `fits`, in words."""
         return (
             f"lengths.max_new={self.lengths.max_new} tokens and the model's context of"
             f" {policy.context}"
         )
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
-        """`splits` without the training questions whose prompt is over the limit, if the recipe
-        drops them."""
+        """`splits` without the training questions whose prompt is too long, if the recipe drops
+        them."""
         if self.lengths.too_long == "refuse":
             return splits
         limit = self.prompt_limit(policy)
@@ -77,7 +77,8 @@ class Collector:
         return replace(splits, train=train)
 
     def prompts(self, problems: Sequence[Problem], policy: Policy) -> list[list[int]]:
-        """Prompt ids. Raises: DataError for the first prompt over the limit, if that is refused."""
+        """Prompt ids. Raises: DataError for the first prompt that is too long, if the recipe
+        refuses those."""
         encoded: dict[str, list[int]] = {}
         limit = self.prompt_limit(policy)
         for problem in problems:
@@ -103,11 +104,9 @@ class Collector:
         top_k: int = 0,
         seed: int = 0,
     ) -> Solved:
-        """One graded completion a problem, greedy unless there is a temperature; repeat a problem
-        for more. Raises: DataError for a prompt over the limit, which is answered by nothing if
-        the recipe drops such prompts.
-
-        Several processes each solve a part, and all get the whole.
+        """One graded completion per problem, greedy unless a temperature is given; repeat a problem
+        for more. Raises: DataError for a prompt that is too long; if the recipe drops such prompts,
+        its completion is empty. Several processes each solve a part, and all get the whole.
         """
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)
@@ -120,7 +119,7 @@ class Collector:
             first_position=own.start,
         )
         fits = [len(prompt) <= limit for prompt in prompts[own]]
-        # one token stands for a prompt that does not fit, so that all others keep their positions
+        # one token stands for a prompt that is too long, so that all others keep their positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
         with world.together(EngineError), sharding.current.whole(policy, policy.compute_dtype):
@@ -147,8 +146,8 @@ class Collector:
         )
 
     def rewarded(self, solved: Solved) -> list[Rollout]:
-        """Rollouts of what was solved; those to which the reward does not apply (None) are left
-        out. Raises: RewardError.
+        """Rollouts of solved problems, without those to which the reward does not apply (None).
+        Raises: RewardError.
 
         The main process computes every reward, so one that compares samples sees them together.
         """
@@ -173,9 +172,8 @@ class Collector:
 def of_all_processes(
     completions: Sequence[Completion], graded: Sequence[Graded]
 ) -> tuple[list[Completion], list[Graded]]:
-    """The completions of all processes in their order, with their grades.
-
-    Tokens and log-probabilities travel as tensors, the rest as JSON in one.
+    """The graded completions of all processes, in order. Tokens and log-probabilities travel as
+    tensors, the rest as JSON in one tensor.
     """
     if world.world_size() == 1:
         return list(completions), list(graded)

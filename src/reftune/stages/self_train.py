@@ -27,13 +27,13 @@ from reftune.storage.files import JsonLines, in_parts
 from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000
-"""About how many samples are drawn between two writes to disk; stopped sampling continues after the
-last whole part."""
+"""Samples drawn between two writes to disk, about; interrupted sampling continues after the last
+whole part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """Graded solutions of one problem, as drawn."""
+    """Graded solutions of one problem, in the order drawn."""
 
     problem: Problem
     texts: tuple[str, ...]
@@ -49,7 +49,7 @@ class Samples:
 
 
 class Sampled(Stage, ABC):
-    """A stage that samples solutions of the training questions once, before its first step."""
+    """A stage that samples solutions of the training questions before its first step."""
 
     sampler: str = "warmup"
     """Method that writes the samples."""
@@ -68,8 +68,8 @@ class Sampled(Stage, ABC):
     def draw(
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
-        """`num` samples of every problem, written to `path`, one line per problem; existing lines
-        are not drawn again.
+        """Draw `num` samples of every problem and write them to `path`, one line per problem;
+        existing lines are not drawn again.
 
         A problem's samples are a function of the sampler's weights, the seed and the problem's
         position.
@@ -96,7 +96,7 @@ class Sampled(Stage, ABC):
 
 
 def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[str, Any]]:
-    """A line a problem."""
+    """One line per problem."""
     samples = [
         Attempt(
             completion=completion.text, graded=replace(graded, reason="", program_s=None)
@@ -112,7 +112,7 @@ def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[st
 
 
 def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
-    """The samples in a line that `_rows` wrote."""
+    """The samples in a line written by `_rows`."""
     attempts = [Attempt.from_row(sample) for sample in row["samples"]]
     return Samples(
         problem=problem,
@@ -150,13 +150,13 @@ class SelfTrain(Sampled):
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """Cost at most: equal samples count once."""
+        """An upper bound of the cost: equal samples count once."""
         return self.sft.cost_of_rows(
             (1 + self.keep) * num_train, sampled_before=self.samples * num_train
         )
 
     def run(self, context: StageContext) -> None:
-        """Sample, join, train, and leave the model that was best on dev."""
+        """Sample, join, train, and save the model that was best on dev."""
         started = time.perf_counter()
         drawn = self.draw(context, context.splits.train, context.folder.drawn, num=self.samples)
         examples = self.examples(drawn, context)
@@ -190,8 +190,8 @@ class SelfTrain(Sampled):
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """The first of each group of texts that differ only in outer white space or, all being right,
-    in how they spell the answer that they close with: "The answer is 1/2", or 0.5."""
+    """The first of each group of texts that differ only in outer white space or, if they are right,
+    in the spelling of the final answer: "The answer is 1/2", or 0.5."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(_less_answer(text).strip(), text)
@@ -199,20 +199,20 @@ def distinct(texts: Sequence[str]) -> list[str]:
 
 
 def _less_answer(text: str) -> str:
-    """A solution in words up to its answer, if the text ends in the line that states it."""
+    """A solution in words without its last line, if that states the answer."""
     reasoning = reasoning_text(text)
     is_last_line = "\n" not in text[len(reasoning) :].strip()
     return reasoning if is_last_line and reasoning.strip() else text
 
 
 def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
-    """The first `keep` different correct solutions, then the gold one unless it is among them."""
+    """The first `keep` different correct solutions, then the gold one unless it is one of them."""
     kept = distinct(correct)[:keep]
     return distinct([*kept, *_listed(gold)])
 
 
 def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
-    """As `join_once`, then the gold solution from the file of gold solutions, once more.
+    """As `join_once`, then the gold solution once more, as in the authors' file of gold solutions.
 
     Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: texts keep their outer white space, which
     programs need.

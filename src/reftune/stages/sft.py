@@ -88,7 +88,7 @@ class Sft(Schedule, Stage):
         return self.cost_of_rows(num_train)
 
     def run(self, context: StageContext) -> None:
-        """Train, then leave the model that was best on dev (and the snapshots)."""
+        """Train, then save the model that was best on dev, and the snapshots."""
         examples = gold_examples(context.splits.train, context.collector, context.policy)
         train_in_epochs(
             self,
@@ -118,7 +118,7 @@ class Example:
 def gold_examples(
     problems: Sequence[Problem], collector: Collector, policy: Policy
 ) -> list[Example]:
-    """The problems' gold rationales; those that do not fit are left out.
+    """The problems' gold rationales, without those that are too long.
 
     Raises: DataError if none is left.
     """
@@ -138,14 +138,14 @@ def gold_examples(
 
 
 class Task(Protocol):
-    """What is learned in epochs over examples."""
+    """A task that is learned in epochs over examples."""
 
     @property
     def model(self) -> Trained: ...
 
     @property
     def look(self) -> Callable[[], Look] | None:
-        """`dev/accuracy` of what is not a policy; None: greedy answers to dev."""
+        """Evaluates a model that is not a policy on dev; None evaluates greedy answers."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -154,11 +154,11 @@ class Task(Protocol):
         """Add the gradient of these examples; metrics. Raises: NonFiniteError before it is used."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-        """The examples in readable form, saved if a step's numbers are not finite."""
+        """The examples in readable form, saved if a step is not finite."""
 
 
 class Imitation:
-    """Writing the targets of examples, by a policy."""
+    """The task of writing the targets of examples."""
 
     look: ClassVar[None] = None
 
@@ -191,7 +191,7 @@ def train_in_epochs(
     start: Progression | None = None,
     until_plateau: bool = False,
 ) -> None:
-    """Optimizer steps on batches of shuffled examples; `start` holds what was spent on making the
+    """Take optimizer steps on batches of shuffled examples. `start` holds the cost of making the
     examples."""
     steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
 

@@ -1,4 +1,4 @@
-"""What a stage is, and what it works with."""
+"""The interface of a stage, and what it works with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StageContext:
     metrics: JsonLines
     progress: Progress
     load: Callable[[str], Policy]
-    """The base model or an earlier method's chosen one, by name, for a second model."""
+    """Loads a second model by name: the base model or an earlier method's."""
 
     def seed(self, *parts: int | str) -> int:
         return derive_seed(self.recipe.seed, self.name, *parts)
@@ -40,20 +40,20 @@ class StageContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """Seconds for one sequence, all devices at work."""
+    """Seconds per sequence, with all devices working."""
 
     generate: float
-    """To sample its response."""
+    """Sampling its response."""
     score: float
-    """To pass over it without a gradient."""
+    """A pass without a gradient."""
     update: float
-    """To pass over it forward and backward."""
+    """A forward and backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What a stage does, in counts. What it takes follows from them: `estimate.Estimate` has the
-    bytes, `phases` and `seconds` the time at a pace, measured or planned."""
+    """What a stage does, in counts. Memory (`estimate.Estimate`) and time (`phases`, `seconds`, at
+    a measured or planned pace) follow from them."""
 
     steps: float
     batch: int
@@ -67,13 +67,13 @@ class Cost:
     sampled_before: int = 0
     """Solutions sampled before the first step."""
     looks: float
-    """Times dev is answered."""
+    """How often dev is answered."""
     prompts: int = 0
-    """Different prompts among the solutions sampled in a step."""
+    """Different prompts in a step."""
     reference: bool = False
-    """Whether the policy as it starts is held beside it."""
+    """Whether the initial policy is held as a reference."""
     value_model: bool = False
-    """Whether a second transformer is trained, for values."""
+    """Whether a second transformer is trained for the values."""
     state_bits: Literal[32, 8] = 32
     """Bits of the optimizer's moments."""
 
@@ -92,17 +92,18 @@ class Cost:
 
 
 class Stage(Component, ABC):
-    """A training: the base class of every stage. `check`, `plan` and the run use only this
-    interface, so your own stage is treated like ours."""
+    """The base class of every stage. `check`, `plan` and the run use only this interface, so your
+    own stage is treated like ours."""
 
     init: str = "base"
     """`base`, a method, the stage folder of another run (`runs/NAME/stages/NAME`) or a folder of
     LoRA adapters, from which this stage starts."""
 
     is_method: ClassVar[bool] = True
-    """Whether its model answers problems, and so is evaluated and can be built on."""
+    """Whether its model answers problems, so that it is evaluated and later stages can start from
+    it."""
     reads_rationales: ClassVar[bool] = False
-    """Whether it cannot train without gold rationales."""
+    """Whether it needs gold rationales."""
     reads_questions: ClassVar[bool] = False
     """Whether it samples solutions of the training questions."""
 
@@ -113,17 +114,17 @@ class Stage(Component, ABC):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Further methods this stage leaves behind, as snapshots."""
+        """Further methods that this stage saves, as snapshots."""
         return ()
 
     def line(self) -> str:
-        """What it does, as a line of the schedule that `check` prints."""
+        """Its line in the schedule that `check` prints."""
         return f"from {self.init}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost | None:
-        """What it costs for these numbers of problems; None if that cannot be predicted."""
+        """Its cost for these numbers of problems; None if it cannot be predicted."""
         return None
 
     @abstractmethod
     def run(self, context: StageContext) -> None:
-        """Train, then leave the chosen model and `stage.json` in `context.folder`."""
+        """Train, then save the chosen model and `stage.json` in `context.folder`."""

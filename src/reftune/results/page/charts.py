@@ -16,7 +16,7 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Points per series; longer ones are averaged in buckets, so that a day's run stays a small
+"""Most points per series; longer series are averaged in buckets, so that a day's run stays a small
 page."""
 
 STEPS, PASSES = "steps", "sequences"
@@ -56,12 +56,12 @@ class Chart:
     zero: bool = True
     """Whether the axis must hold 0."""
     floor: float | None = None
-    """The axis goes no lower."""
+    """Lower end of the axis."""
     exact: bool = False
     """Drawn as it is, without a running mean, however many points there are."""
 
     def json(self) -> dict[str, Any]:
-        """What the page's script needs to read values off."""
+        """What the page's script needs to show values."""
         series = [{"label": s.label, "colour": s.colour, "x": s.x, "y": s.y} for s in self.series]
         return {"x_label": self.x_label, "unit": self.unit, "series": series}
 
@@ -73,8 +73,8 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label → CSS variable. A known method always has its own; in comparisons of several recipes
-    they go in turn."""
+    """Label → CSS variable. A known method always has its own colour; several recipes take colours
+    in turn."""
     if any("/" in label for label in labels):
         return {
             label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
@@ -92,7 +92,7 @@ def method_colours(labels: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A stage of a group of runs, as it is drawn."""
+    """A stage of a group of runs, ready to be drawn."""
 
     group: Group
     method: str
@@ -102,7 +102,7 @@ class Entry:
 
     @property
     def stages(self) -> list[StageResults]:
-        """One a run."""
+        """One per run."""
         return [run.stages[self.method] for run in self.group.runs]
 
 
@@ -121,8 +121,7 @@ def entries(groups: Sequence[Group]) -> list[Entry]:
 
 
 def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Chart]:
-    """A chart for each metric that some stage has measured; several seeds become their mean with a
-    band."""
+    """A chart for each metric that some stage measured; several seeds become a mean with a band."""
     charts = []
     for metric in metrics:
         series = [
@@ -180,7 +179,7 @@ def _aligned(
 
 
 def _clean(values: Sequence[float] | np.ndarray[Any, Any]) -> list[Number]:
-    """Five digits are plenty on a screen; what is not finite is not drawn."""
+    """Five digits suffice on a screen; non-finite values are not drawn."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
 
 
@@ -211,7 +210,7 @@ class _Look:
 
     step: int
     passes: float
-    """Sequences whose gradient was taken until then."""
+    """Sequences trained on until then."""
     accuracy: float
     n: int
 
@@ -223,7 +222,7 @@ class _Look:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """Dev accuracy over gradient sequence passes since the base model, all stages on one axis; None
+    """Dev accuracy by sequences trained on since the base model, all stages on one axis; None
     before the first look."""
     series = [
         _dev_series(entry)
@@ -242,8 +241,7 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
         key="dev/accuracy",
         title="Accuracy on dev problems, by training effort",
         explain=(
-            "Greedy accuracy against sequences passed backward through the model since training"
-            f" began. {band}"
+            f"Greedy accuracy by the number of sequences trained on since training began. {band}"
         ),
         series=drawn,
         x_label=PASSES,
@@ -276,8 +274,8 @@ def _dev_series(entry: Entry) -> Series | None:
 
 
 def _dev_curve(run: RunResults, method: str) -> list[_Look]:
-    """Looks at dev by passes since the base model. The model that the stage started from is its
-    point 0, unless it looked there itself."""
+    """Looks at dev by passes since the base model. The stage's first point is the model it started
+    from."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     if start is not None and stage.metrics and looks and looks[0].step != 0:
@@ -286,7 +284,7 @@ def _dev_curve(run: RunResults, method: str) -> list[_Look]:
 
 
 def _looks(stage: StageResults) -> list[_Look]:
-    """From the metrics; of a snapshot, the one that its `stage.json` holds."""
+    """The looks in the metrics; for a snapshot, the one in its `stage.json`."""
     if stage.metrics or stage.chosen_step is None:
         return [
             _Look(
@@ -318,7 +316,7 @@ def _chosen(run: RunResults, method: str) -> _Look | None:
 
 
 def _passes_before(run: RunResults, method: str) -> float:
-    """Passes that made the model which `method` starts from."""
+    """Passes spent on the model that `method` starts from."""
     init = run.stages[method].init
     if init not in run.stages or init == method:
         return 0.0
@@ -329,7 +327,7 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCompute:
-    """Two methods after as many gradient passes."""
+    """Two methods after equally many gradient passes."""
 
     a: str
     b: str
@@ -360,7 +358,7 @@ def _best_until(series: Series, passes: float) -> float | None:
 
 
 def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Verdict shares over steps, a chart for each stage that samples."""
+    """Verdict shares by step, one chart per sampling stage."""
     layers = [
         (f"verdict/{verdict}", words, f"--verdict-{verdict}") for verdict, words in VERDICTS.items()
     ]
@@ -369,7 +367,7 @@ def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def time_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Seconds per step by phase, a chart for each stage."""
+    """Seconds per step by phase, one chart per stage."""
     layers = [
         (metric, words, f"--phase-{index}") for index, (metric, words) in enumerate(PHASES.items())
     ]
@@ -394,7 +392,7 @@ def _area_charts(
     explain: str,
     unit: Unit,
 ) -> list[Chart]:
-    """A chart a stage of the `layers`: metric, name and colour of each."""
+    """One chart per stage of the `layers`: metric, name and colour of each."""
     charts = []
     for entry in entries(groups):
         found = [(name, colour, _means(entry.stages, key)) for key, name, colour in layers]
@@ -422,7 +420,7 @@ def _area_charts(
 
 
 def voting_charts(table: ScoreTable) -> list[Chart]:
-    """maj@k, rerank@k and pass@k over k, for runs that were evaluated with samples."""
+    """maj@k, rerank@k and pass@k by k, for runs evaluated with samples."""
     curves = {
         method.label: _mean_curves(method.group, method.method)
         for method in table.methods

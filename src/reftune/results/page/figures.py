@@ -17,9 +17,9 @@ from reftune.results.tables import display
 ASSETS = Path(__file__).parent / "assets"
 WIDTH, HEIGHT, TITLE = 680, 320, 30
 ZOOM = 2
-"""Pixels of the PNG for one of the SVG."""
+"""Pixels of the PNG per pixel of the SVG."""
 ROW, BAR = 34, 26
-"""Height of a bar with and without the space below it."""
+"""Height of a bar with and without the gap below it."""
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:

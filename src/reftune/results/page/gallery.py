@@ -1,5 +1,5 @@
-"""Which problems and sampled solutions the report carries, within a budget of bytes, as plain data
-for the page's script."""
+"""The problems and sampled solutions in the report, within a budget of bytes, as plain data for the
+page's script."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from reftune.results.tables import display
 from reftune.types import Attempt
 
 MAX_TEXT = 6_000
-"""Characters of one text; the rest stays in the run folder."""
+"""Most characters of one text; the rest stays in the run folder."""
 PROBLEMS_BYTES = 1_400_000
 SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""Longest and slowest samples of a stage that are there in any case."""
+"""How many of a stage's longest and slowest samples are always included."""
 
 Json = dict[str, Any]
 
@@ -51,8 +51,8 @@ def problems(groups: Sequence[Group]) -> Json:
 
 
 def samples(groups: Sequence[Group]) -> Json:
-    """Solutions sampled in training, as many of one stage as of another, spread evenly over its
-    steps; the longest and slowest are there in any case."""
+    """Solutions sampled in training, equally many per stage, spread evenly over its steps; the
+    longest and slowest are always included."""
     stages = entries(groups)
     pools = [
         (index, run.seed, run.stages[entry.method].samples)
@@ -78,7 +78,7 @@ def samples(groups: Sequence[Group]) -> Json:
 
 
 def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
-    """The first rows that `budget` bytes hold, ordered by their keys."""
+    """The first rows, ordered by their keys, that fit in `budget` bytes."""
     kept = {}
     for key, row in rows:
         budget -= len(json.dumps(row))
@@ -89,8 +89,8 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 
 
 def _order(pool: Sequence[TrainingSample]) -> list[int]:
-    """Places in the order in which they are taken: the longest and slowest, then every 2ⁿ-th with
-    falling n. Wherever it is cut off, what was taken is spread over the whole."""
+    """Indices in the order of inclusion: the longest and slowest, then every 2ⁿ-th with falling n,
+    so that any beginning is spread over the whole."""
     tokens = [sample.attempt.num_tokens or 0 for sample in pool]
     seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
     extreme = {

@@ -56,7 +56,7 @@ def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
 
 
 def render_report(groups: Sequence[Group]) -> str:
-    """The page as text. Everything a model or a data file wrote is escaped: by the template, or in
+    """The page as text. Everything from a model or a data file is escaped: by the template, or in
     JSON by `script_json`."""
     table = score_table(groups)
     dev = charts.dev_chart(groups)
@@ -142,7 +142,7 @@ class _Panel:
 
     @property
     def columns(self) -> int:
-        """Columns at most; chosen so that a row is rarely left with one chart."""
+        """Most columns; chosen so that a row rarely holds a single chart."""
         count = len(self.charts)
         return count if count <= 4 else 4 if count in (7, 8) else 3
 
@@ -189,8 +189,8 @@ def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
 
 
 def _coloured_parts(title: str, table: ScoreTable) -> list[tuple[str, str]]:
-    """The title cut at method names: (text, CSS variable or nothing), so that the headline is the
-    legend."""
+    """The title split at method names into (text, CSS variable or nothing), so that the headline is
+    the legend."""
     colours = charts.method_colours([method.label for method in table.methods])
     by_name = {display(label): colour for label, colour in colours.items()}
     longest_first = sorted(map(re.escape, by_name), key=len, reverse=True)
@@ -254,11 +254,11 @@ def _facts(method: MethodScore) -> list[str]:
 
 
 def _votes(table: ScoreTable) -> str:
-    """What the marks beside the dots are."""
+    """What the marks beside the dots mean."""
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
-        "rerank": "the one that the reward model likes best (square)",
+        "rerank": "the one that the reward model scores highest (square)",
     }
     return ", ".join(text for kind, text in marks.items() if kind in kinds)
 
@@ -288,7 +288,7 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """Which problems the best method and the baseline solved, first seed; None without two
+    """Which problems the best method and the baseline solved, in the first seed; None without two
     methods."""
     best = leader(table)
     if best is None:
@@ -314,7 +314,8 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Recipe keys that the groups do not share, with each group's value; seeds and names aside."""
+    """Recipe keys in which the groups differ, with each group's value, apart from seeds and
+    names."""
     flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(
         key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir")

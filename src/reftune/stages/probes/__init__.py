@@ -1,1 +1,1 @@
-"""Diagnoses of a model that is trained; none of them changes it."""
+"""Diagnoses of a model in training; none of them changes it."""
