@@ -30,7 +30,7 @@ def run(
     recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True
 ) -> dict[str, Any]:
     """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune
-    run`; resumes.
+    run` does; resumes an unfinished run.
 
     If a launcher starts several processes, all must call it.
 
@@ -73,7 +73,7 @@ def grade(
     question: str = "",
 ) -> Graded:
     """Grade a completion as the reward and the evaluation do. `answer` is a number, a text or a
-    letter, or of an `answer_kind` of docs/datasets.md.
+    letter, or has an `answer_kind` of docs/datasets.md.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
@@ -176,7 +176,8 @@ def _policy(model: str | Path | Policy) -> Policy:
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
-    """The recipe of the run that a stage folder belongs to; empty if `model` is no stage folder."""
+    """The recipe of the run that a stage folder belongs to; empty if `model` is not a stage
+    folder."""
     if not isinstance(model, str | Path) or Path(model).parent.name != "stages":
         return {}
     path = Path(model).parents[1] / "recipe.yaml"

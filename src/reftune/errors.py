@@ -1,9 +1,9 @@
-"""Errors in what a user provides: the message says what, where, and what was expected."""
+"""Errors in a user's input: the message says what, where, and what was expected."""
 
 
 class ReftuneError(Exception):
-    """Base of every error that is the user's to mend. The command line prints it in one line and
-    exits with status 2."""
+    """Base of every error that the user can fix. The command line prints it in one line and exits
+    with status 2."""
 
 
 class RecipeError(ReftuneError):
@@ -33,7 +33,7 @@ class EngineError(ReftuneError):
 
 
 class ProcessError(ReftuneError):
-    """One of several processes that train together ended without a word."""
+    """One of several processes that train together ended without an error message."""
 
 
 class NonFiniteError(ReftuneError):

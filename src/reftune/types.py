@@ -35,8 +35,8 @@ class Answer:
     value: Fraction | str
     """A Fraction for a number, a lower-case letter for a choice, else the answer's text."""
     decimals: float | None = field(default=None, compare=False)
-    """Digits after a number's decimal point as the data write it; inf for a fraction, None for
-    those of its value."""
+    """Digits after a number's decimal point, as written in the data; inf for a fraction, None to
+    take those of its value."""
     percent: bool = False
     """A number written with a percent sign."""
     items: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Message:
 
 
 class BareText(str):
-    """A prompt before which no special token belongs, not even the tokenizer's BOS."""
+    """A prompt without any special token before it, not even the tokenizer's BOS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""Gold of problems that state none: what their scorer accepts is right."""
+"""Gold of problems that have none: an answer is right if the scorer accepts it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,10 +90,10 @@ class Problem:
     choices: tuple[str, ...] = ()
     """Option texts of a multiple-choice question, a first; else empty."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """The data's other columns, handed to a user's reward function by name."""
+    """The data's other columns, passed to a user's reward function by name."""
     gold_text: str = ""
-    """The gold as the data spell it, which `reftune check` shows beside what was read; empty if it
-    is not known."""
+    """The gold as spelled in the data, which `reftune check` shows beside its reading; empty if not
+    known."""
     messages: tuple[Message, ...] = ()
     """The turns before the answer, for a chat prompt; empty if the data are not conversations.
     `question` holds the text of those that are not a system message."""
@@ -102,7 +102,7 @@ class Problem:
 
     @property
     def is_multiple_choice(self) -> bool:
-        """Whether it asks for one of several options."""
+        """Whether it is multiple choice."""
         return self.answer.kind == "choice" and len(self.choices) > 1
 
 
@@ -119,7 +119,7 @@ class SamplingParams:
     seed: int = 0
     """Every random number of a request is a function of this seed and the request's position."""
     first_position: int = 0
-    """Position of a call's first request; a part of a larger batch does not begin at 0."""
+    """Position of a call's first request; not 0 for a later part of a larger batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +127,7 @@ class Completion:
     """What a model wrote after a prompt."""
 
     token_ids: tuple[int, ...]
-    """Sampled tokens, up to and with the one that ended the completion."""
+    """Sampled tokens, up to and including the one that ended the completion."""
     text: str
     """Decoded without special tokens and without the stop text that ended it."""
     logprobs: tuple[float, ...]
@@ -146,17 +146,17 @@ class Graded:
     reason: str
     """Why, in one line."""
     program_s: float | None = field(default=None, compare=False)
-    """Time that the completion's program ran; None if it is no program."""
+    """Run time of the completion's program; None if it is not a program."""
 
     @classmethod
     def without_answer(cls, verdict: Verdict, reason: str) -> Graded:
-        """A grade of a completion from which no answer was read."""
+        """The grade of a completion from which no answer was read."""
         return cls(verdict=verdict, value=None, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """A graded completion as every file of a run keeps it."""
+    """A graded completion as every file of a run stores it."""
 
     completion: str
     graded: Graded
@@ -164,14 +164,14 @@ class Attempt:
     num_tokens: int | None = None
     reward: float | None = None
     score: float | None = None
-    """A reward model's."""
+    """The reward model's score."""
 
     @property
     def correct(self) -> bool:
         return self.graded.verdict is Verdict.CORRECT
 
     def to_row(self) -> dict[str, Any]:
-        """JSON; what is None is left out, but for the value."""
+        """The row as JSON, without fields that are None, except the value."""
         seconds = self.graded.program_s
         optional = {
             "reason": self.graded.reason or None,
@@ -217,7 +217,7 @@ class Rollout:
     graded: Graded
     reward: float
     reward_parts: Mapping[str, float] = field(default_factory=dict)
-    """What the reward is the sum of, if the reward function says so."""
+    """Named parts of the reward, if the reward function returns them."""
     source: Literal["policy", "gold"] = "policy"
     """Who wrote the completion: the policy, or the data (its log-probabilities mean nothing then).
     """

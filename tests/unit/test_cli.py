@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -60,7 +61,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         run_stages=lambda recipe, kinds, progress: act("stages", kinds),
         evaluate_methods=lambda recipe, methods, progress: act("evaluate", methods),
     )
-    fake("reftune.stages.loop", Interrupted=Interrupted)
+    fake("reftune.stages.loop", Interrupted=Interrupted, stop_signals=lambda handler: nullcontext())
     fake(
         "reftune.results",
         handover_lines=lambda folder: ["warmup was finished"],

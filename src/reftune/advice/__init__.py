@@ -1,2 +1,2 @@
-"""What can be said before a run starts: whether it would work, how long it takes, what memory it
-needs."""
+"""Advice before a run starts: whether it would work, how long it would take, how much memory it
+would need."""

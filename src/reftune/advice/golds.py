@@ -1,4 +1,4 @@
-"""The kinds of answer found in the data, shown so that the user sees any misreading."""
+"""The kinds of answer found in the data, shown so that the user notices any misreading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GoldKind:
     kind: str
     count: int
     examples: tuple[GoldExample, ...]
-    """At most three; those read as something other than their spelling come first."""
+    """At most three; golds whose reading differs from their spelling come first."""
 
 
 def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:

@@ -1,4 +1,4 @@
-"""How fast this machine trains and samples, from a short measurement; its free memory."""
+"""This machine's speed of training and sampling, from a short measurement, and its free memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from reftune.stages.stage import Pace
 from reftune.types import SamplingParams
 
 WARM_TOKENS = 256
-"""Trained on before the clock starts: a first pass chooses kernels, casts weights and allocates."""
+"""Tokens trained on before the clock starts: a first pass chooses kernels, casts weights and
+allocates."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
-"""Tokens sampled per row before the clock starts, and at least so many while it runs: each takes
-far less than reading a prompt."""
+"""Tokens sampled per row before the clock starts, and at least this many while it runs: each takes
+far less time than reading a prompt."""
 BUDGET_S = 8.0
-"""About how many seconds a timed pass may take; a large model's is then smaller than in
+"""Target length of a timed pass, in seconds; a large model's pass is then smaller than in
 training."""
 STEADY_S = 0.5
 """Shorter passes are repeated for this many seconds."""
@@ -36,9 +37,9 @@ class Speed:
     """Tokens per second on this machine."""
 
     train: float
-    """Prompt and response, forward and backward."""
+    """Tokens of prompt and response, forward and backward."""
     sample: float
-    """Responses, all rows together."""
+    """Tokens of responses, over all rows."""
 
     def pace(self, *, prompt: float, response: float) -> Pace:
         """The pace for sequences of these mean lengths, in tokens."""
@@ -55,8 +56,8 @@ def measure_speed(
     rows: int,
     max_tokens: int,
 ) -> Speed:
-    """Train on `rows` at once, at most `max_tokens` (no optimizer step), and sample as many, both
-    after a warm-up."""
+    """Time training on `rows` (at most `max_tokens`, no optimizer step) and sampling as many rows,
+    both after a warm-up."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(
@@ -74,7 +75,7 @@ def _train_speed(policy: Policy, batch: TokenBatch, max_tokens: int) -> float:
 
 
 def _rows_within(batch: TokenBatch, max_tokens: float) -> TokenBatch:
-    """The first rows whose padded size stays within `max_tokens`, one at least."""
+    """The first rows whose padded size stays within `max_tokens`; at least one."""
     count = max(1, int(max_tokens // int(batch.lengths.max())))
     return batch.rows(torch.arange(min(count, len(batch.lengths))))
 
@@ -89,7 +90,8 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Speed of sampling solutions of `num_tokens`, even if only their beginnings are affordable."""
+    """Speed of sampling solutions of `num_tokens`, even if there is only time to sample their
+    beginnings."""
 
     def sample(length: int) -> int:
         completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))

@@ -1,5 +1,5 @@
-"""What a recipe would take on given hardware, from the model's configuration alone: memory by part,
-time of a step by phase.
+"""The memory and time of a recipe on given hardware, from the model's configuration: memory by
+part, time of a step by phase.
 
 The equations are in docs/experiments/plan.md.
 """
@@ -20,12 +20,12 @@ from reftune.stages.stage import Cost, Pace
 
 GB = 10**9
 NODE = 8
-"""GPUs of a machine that its fast links join."""
+"""GPUs in one machine, joined by fast links."""
 NETWORK = 50 * GB
-"""Bytes per second from a GPU to other machines: one 400 Gbit/s adapter each, as in NVIDIA's DGX
+"""Bytes per second from a GPU to other machines: one 400 Gbit/s adapter per GPU, as in NVIDIA's DGX
 H100."""
 DECODE_EFFICIENCY = 0.5
-"""Share of the roofline that decoding reaches; the benchmark's target."""
+"""Assumed share of the roofline that decoding reaches; the benchmark's target."""
 ARITHMETIC = "arithmetic"
 
 
@@ -39,7 +39,7 @@ class Gpu:
     memory: float
     """Bytes per second."""
     link: float
-    """Bytes per second and direction to GPUs of the same machine."""
+    """Bytes per second, in each direction, to GPUs of the same machine."""
 
 
 GPUS = {
@@ -55,7 +55,7 @@ class Hardware:
 
     gpus: int
     memory: float
-    """Bytes of one GPU."""
+    """Memory of one GPU, in bytes."""
     kind: str
     mfu: float
     """Share of the peak arithmetic that scoring and updating reach."""
@@ -77,16 +77,16 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
-    """A part of a step, or of what is done with a sequence."""
+    """A part of a step."""
 
     seconds: float
     bound: str
-    """What takes the time."""
+    """What limits its speed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """A GPU's memory under one way to share the work out."""
+    """A GPU's memory under one sharding."""
 
     parts: Mapping[str, float]
     """Bytes by purpose."""
@@ -103,7 +103,7 @@ class Step:
     phases: Mapping[str, Phase]
     seconds: float
     bottleneck: str
-    """Its longest phase, and what takes the time there."""
+    """The longest phase, and what limits its speed."""
     steps: float
     stage_seconds: float
     """Seconds of all steps, without looks at dev."""
@@ -111,18 +111,18 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """As `--json` prints it: bytes, seconds, tokens."""
+    """The plan as `--json` prints it: bytes, seconds, tokens."""
 
     recipe: str
     stage: str
-    """The one that needs most memory."""
+    """The stage that needs the most memory."""
     weights: int
     trained: int
     dtype: str
     prompt: int
     response: int
     sizes: Mapping[Sharding, Sizes]
-    """The recipe's, or what fits if it says `auto`."""
+    """The recipe's sizes, or the largest that fit for `auto`."""
     memory: Mapping[Sharding, Share]
     topology: str
     sharding: Sharding | None
@@ -131,7 +131,8 @@ class Plan:
     """Stage → the best division into GPUs that sample and GPUs that train, and the step's seconds.
     """
     steps: Mapping[str, Step]
-    """Under `sharding`, or the one that takes least if none fits."""
+    """Each stage's step under `sharding`, or, if none fits, under the one that needs the least
+    memory."""
     assumed: Mapping[str, Any]
 
 
@@ -149,7 +150,7 @@ def make_plan(
     Raises: RecipeError if no such stage says what it costs; ModelError if the configuration cannot
     be read.
     """
-    if recipe.model.dtype == "auto":  # every GPU of `GPUS` multiplies bf16
+    if recipe.model.dtype == "auto":  # every GPU in `GPUS` multiplies bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})
         recipe = recipe.model_copy(update={"model": table})
     costs = stage_costs(recipe)
@@ -180,7 +181,7 @@ def make_plan(
     planners = {name: {way: planner(cost, way) for way in ways} for name, cost in wanted.items()}
     stage = max(planners, key=lambda name: planners[name]["one"].share.peak)
     memory = {way: made.share for way, made in planners[stage].items()}
-    usable = ways[-2:]  # of several GPUs all are used
+    usable = ways[-2:]  # all GPUs are used
     fits = [way for way in usable if memory[way].fits]
     way = fits[0] if fits else min(usable, key=lambda way: memory[way].peak)
     sampling = {name: planners[name][way] for name, cost in wanted.items() if cost.sampled}
@@ -232,7 +233,7 @@ class Planner:
         return self.hardware.rate(self.estimate.recipe.model.dtype)
 
     def flops(self, *, backward: bool) -> float:
-        """FLOPs of a pass over one sequence, counted in a trace; twice that with a value model."""
+        """FLOPs of a pass over one sequence, counted in a trace; doubled by a value model."""
         made = self.estimate
         update = made.outline.update(made.prompt, made.response, 2)
         models = 2 if made.cost.value_model else 1
@@ -292,8 +293,8 @@ class Planner:
         )
 
     def update(self, gpus: int) -> Phase:
-        """A sequence. Forward and backward passes, blocks computed again included; DDP adds
-        gradients up after them, FSDP2 moves weights beside them."""
+        """Time of updating, per sequence: forward and backward passes, recomputed blocks included.
+        DDP sums gradients after them; FSDP2 moves weights during them."""
         compute_s = self.flops(backward=True) / gpus / self.rate
         told_s = self.communication(gpus) / self.estimate.cost.batch
         bound = ARITHMETIC if compute_s >= told_s else "moving weights and gradients between GPUs"
@@ -313,7 +314,7 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """The halves wait for each other, as samples are drawn of the newest weights."""
+        """The two groups wait for each other, because samples come from the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best

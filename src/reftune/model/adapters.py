@@ -1,5 +1,5 @@
-"""Adapters in PEFT's own format: those of a chosen model, for the base model that a run began with,
-and those that a run begins with."""
+"""Adapters in PEFT's format: export those of a chosen model, and load those that a run starts
+from."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Adapters = Mapping[str, Tensor]
 def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`.
 
-    A stage trains fresh adapters on what the stage before left, merged; so those of all stages from
-    the base on are put side by side (B = [B₁ B₂ …], A = [A₁; A₂; …]), which is their sum. The
-    result is exact up to rounding if the stages were saved in fp32. Raises: CheckpointError.
+    Each stage trains fresh adapters on the merged model of the stage before, so the adapters of all
+    stages are concatenated (B = [B₁ B₂ …], A = [A₁; A₂; …]), which sums them. The result is exact
+    up to rounding if the stages were saved in fp32. Raises: CheckpointError.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -53,7 +53,7 @@ def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder:
 
 
 Scaled = tuple[Adapters, float]
-"""Adapters and what their product is multiplied by, alpha / rank."""
+"""Adapters and their scaling, alpha / rank."""
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
@@ -100,7 +100,8 @@ def read_adapters(folder: Path) -> Scaled:
 
 
 def require_scaling(folder: Path, table: LoraTable | None) -> None:
-    """Raises: ModelError if the adapters to continue from have another alpha / rank."""
+    """Check the scaling. Raises: ModelError if the adapters to continue from have another alpha /
+    rank."""
     _, scaling = read_adapters(folder)
     if table is None or scaling != table.alpha / table.rank:
         raise ModelError(
@@ -109,7 +110,8 @@ def require_scaling(folder: Path, table: LoraTable | None) -> None:
 
 
 def side_by_side(chain: Sequence[Scaled]) -> dict[str, Tensor]:
-    """One set of adapters of scaling 1 for the sum of several; one alone as it is."""
+    """One set of adapters for the sum of several, with scaling 1; a single set is returned as it
+    is."""
     if len(chain) == 1:
         return dict(chain[0][0])
     return {
@@ -125,9 +127,9 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
 
 
 def _chain(stages: Path, method: str, model: Mapping[str, Any]) -> list[Scaled]:
-    """The adapters of the stages from the base, or from the adapters that a run began with, to
-    `method`. Over a base in 4 bits each stage continues with those of the stage before, so that the
-    last ones contain all."""
+    """The adapters of all stages from the base, or from the run's initial adapters, to `method`.
+    Over a base in 4 bits each stage continues the adapters of the stage before, so the last ones
+    contain all."""
     from safetensors.torch import load_file
 
     table = model.get("lora") or {}
@@ -149,5 +151,5 @@ def _chain(stages: Path, method: str, model: Mapping[str, Any]) -> list[Scaled]:
 
 
 def _peft_name(name: str) -> str:
-    """Without the name of the adapter, which PEFT leaves out of its files."""
+    """A tensor's name without the adapter's name, as in PEFT's files."""
     return name.replace(".default.", ".")

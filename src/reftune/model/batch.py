@@ -17,10 +17,10 @@ from torch.nn import functional
 from reftune.processes import world
 
 GROUPS = 4
-"""Groups of sequences of similar length, each padded to its own longest for attention."""
+"""Number of groups of sequences of similar length, each padded to its own longest for attention."""
 MULTIPLE = 64
-"""Packed tokens come in multiples of it: for every new number of them, products are prepared again,
-and memory that was freed does not fit."""
+"""The number of packed tokens is rounded up to a multiple of this: each new number means new kernel
+preparation and new memory blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,17 +110,17 @@ class TokenBatch:
 
 
 class Packing(NamedTuple):
-    """Where T packed tokens go during attention: groups of sequences, each padded to its longest, S
-    slots in all."""
+    """The places of T packed tokens during attention: groups of sequences, each padded to its
+    longest, S slots in all."""
 
     slots: Tensor
-    """(S,) The token in each slot; any token if there is none."""
+    """(S,) The token in each slot; an arbitrary one if the slot is empty."""
     is_token: Tensor
-    """(S,) Whether there is one."""
+    """(S,) Whether the slot holds a token."""
     order: Tensor
     """(T,) The slot of each token."""
     sizes: tuple[tuple[int, int], ...]
-    """Sequences of each group, and their slots."""
+    """Number of sequences in each group, and of slots per sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,22 +183,22 @@ class RolloutBatch:
     correct: Tensor
     """(B,) 1 if the answer was right, else 0."""
     groups: Tensor
-    """(B,) Equal integers for samples of one problem."""
+    """(B,) Samples of one problem have equal integers."""
     sampling_logprobs: Tensor
     """Log-probabilities reported by the engine."""
     logprobs: Tensor
     """Log-probabilities under the policy that sampled, recomputed by the trainer."""
     gold: Tensor | None = None
-    """(B,) True for gold rationales, which the policy did not sample; None: it sampled them all."""
+    """(B,) True for gold rationales, which the policy did not sample; None if it sampled all."""
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
-    """Share of each token in the loss of its minibatch; sums to 1 over the minibatch, or to less if
-    a part is missing."""
+    """Weight of each token in the loss of its minibatch; the weights sum to 1 over the minibatch,
+    or to less if a part is missing."""
     nll_weights: Tensor | None = None
-    """As `weights`, for a second term that raises the likelihood of some samples."""
+    """As `weights`, for a second loss term that raises the likelihood of some samples."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -225,12 +225,10 @@ class RolloutBatch:
 
 
 def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> Iterator[Tensor]:
-    """Indices of sequences in groups of similar length whose size stays within `max_tokens` (one
-    row at least).
-
-    The size is that of the sequences padded to the longest, or `packed`: of their tokens.
+    """Indices of sequences in groups of similar length whose size stays within `max_tokens` (at
+    least one row). The size counts padding to the longest sequence; with `packed`, only tokens.
     """
-    device, lengths = lengths.device, lengths.cpu()  # they are read one by one
+    device, lengths = lengths.device, lengths.cpu()  # iterate over them one by one
     order = torch.argsort(lengths, stable=True)
     start, tokens = 0, 0
     for end in range(1, len(order) + 1):
@@ -245,12 +243,10 @@ def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> 
 def own_micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """The micro-batches of this process, of several that all hold all sequences, each with whether
-    its numbers count.
-
-    Together they hold every sequence once, and each process as many as the others, short and long.
-    Every process gets one at least, with `even` as many as any other: what is missing is the first
-    sequence once more, which does not count.
+    """This process's micro-batches, each with whether it counts. All processes hold all sequences;
+    together their micro-batches cover every sequence once, with equally many short and long ones in
+    each process. Every process gets at least one micro-batch and, with `even`, as many as the
+    others, filled up by repeating the first sequence, which does not count.
     """
     rank, size = world.rank(), world.world_size()
     order = torch.argsort(lengths, stable=True)

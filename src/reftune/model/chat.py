@@ -1,4 +1,4 @@
-"""A tokenizer's own chat template: turns → text, and how it ends what the assistant says."""
+"""A tokenizer's own chat template: turns → text, and how it ends the assistant's turn."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "reftunereply"
-"""Stands for what the assistant says; a word that no template changes and no prompt holds."""
+"""Placeholder for the assistant's words, which no template changes and no prompt contains."""
 OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The turns as the template writes them, up to where the assistant begins.
-
-    Raises: RecipeError if there is no template, or one that refuses or leaves out what it is given.
+    """The turns as the template writes them, up to where the assistant begins. Raises: RecipeError
+    if there is no template, or if it refuses or omits a turn.
     """
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
     for turn in prompt.turns:
@@ -31,11 +30,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
-    """What follows the prompt when the assistant says `said`, up to and with its end of turn.
-
-    That is what the template itself writes there: Mistral's begins with a space, Qwen3's with an
-    empty thought. A template that writes whole conversations and prompts differently, or cuts what
-    was said (a thought, say), gives only what stands around it.
+    """The text after the prompt when the assistant says `said`, including its end of turn, as the
+    template itself writes it: Mistral's begins with a space, Qwen3's with an empty thought. If a
+    template writes conversations and prompts differently, or cuts what was said (a thought, for
+    example), only the text around `said` is taken from it.
     """
     said = said.strip()
     whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
@@ -51,8 +49,8 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
-    """The token that ends what the assistant says, after this prompt or after any; None without a
-    template, or if the template ends it by ordinary text."""
+    """The token that ends the assistant's turn, after this prompt or any; None without a template,
+    or if ordinary text ends the turn."""
     if not tokenizer.chat_template:
         return None
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
@@ -60,7 +58,7 @@ def end_of_turn(
     for conversation in any_prompt if prompt is None else (prompt,):
         try:
             end = _ending(tokenizer, _around(tokenizer, conversation)[1])[1]
-        except RecipeError:  # a template for more than this: of tools, or with a system message
+        except RecipeError:  # a template that needs more: tools, or a system message
             continue
         return None if end is None else int(tokenizer.get_added_vocab()[end])
     return None
@@ -71,16 +69,16 @@ def _answered(prompt: Conversation, said: str) -> tuple[Message, ...]:
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str]:
-    """What the template writes before and after the assistant's words; two empty texts if it leaves
-    them out."""
+    """The text before and after the assistant's words; two empty texts if the template omits
+    these."""
     text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
     before, found, after = text.rpartition(PROBE)
     return (before, after) if found else ("", "")
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
-    """`said` after a prompt that the template writes as `begun`, although in whole conversations
-    `before` comes before the assistant's words; the two are compared after the last thing
+    """`said` as it follows the prompt `begun`, if the template writes `before` ahead of the
+    assistant's words in whole conversations; the two are compared after the last question,
     `asked`."""
     if not asked or asked not in begun or asked not in before:
         return said
@@ -92,8 +90,8 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """`after` up to and with the end of turn, and that token: the first special one, or the first
-    that was added to the vocabulary. Empty and None if there is none."""
+    """`after` up to and including the end of turn, and that token: the first special one, or the
+    first one added to the vocabulary. Empty and None if there is none."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

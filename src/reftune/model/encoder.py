@@ -1,7 +1,7 @@
 """Text ↔ token ids, and where a completion ends.
 
-Prompt and target meet at the same token boundary in every stage. What ends a completion is one rule
-for training, every engine and the export.
+Prompt and target meet at the same token boundary in every stage. Training, every engine and the
+export share one rule for the end of a completion.
 """
 
 from __future__ import annotations
@@ -46,15 +46,14 @@ class Encoder:
         return ids if ids[: len(bos)] == bos else [*bos, *ids]
 
     def target(self, problem: Problem) -> list[int]:
-        """Ids of the gold continuation, the end token last. Raises: DataError if the problem has no
-        rationale."""
+        """Ids of the gold continuation, including the end token. Raises: DataError if the problem
+        has no rationale."""
         return self.continuation(problem, self.format.target(problem))
 
     def continuation(self, problem: Problem, text: str) -> list[int]:
-        """Ids of `text` after the problem's prompt, the end token last.
-
-        Encoded apart from the prompt, as sampling sees it. What a chat template wrote is encoded as
-        a whole, and separately only if the boundary would fall inside a token.
+        """Ids of `text` after the problem's prompt, including the end token. It is encoded
+        separately from the prompt, as sampling sees it; a chat template's text is encoded as a
+        whole unless the boundary would fall inside a token.
         """
         prompt = self.format.prompt(problem)
         before, after = self.text_of(prompt), self.text_after(prompt, text)
@@ -67,7 +66,7 @@ class Encoder:
         return ids if ids[-1:] == [end] else [*ids, end]
 
     def end_of(self, prompt: str | Conversation) -> int:
-        """The token that ends what follows `prompt`: the template's end of turn, else eos."""
+        """The token that ends a completion of `prompt`: the template's end of turn, else eos."""
         turn = end_of_turn(self.tokenizer, prompt) if isinstance(prompt, Conversation) else None
         return int(self.tokenizer.eos_token_id) if turn is None else turn
 
@@ -76,13 +75,13 @@ class Encoder:
         return prompt_text(self.tokenizer, prompt) if isinstance(prompt, Conversation) else prompt
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
-        """What follows a prompt if the model says `text`; in a chat, with its end of turn."""
+        """The text after a prompt if the model says `text`; in a chat, with its end of turn."""
         if isinstance(prompt, Conversation):
             return reply_text(self.tokenizer, prompt, text)
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens but those that it spells."""
+        """Ids of a text, without special tokens except those spelled in it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -96,7 +95,7 @@ class Encoder:
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts before a text of itself; often none."""
+    """The ids that the tokenizer itself puts before a text; often none."""
     text = list(tokenizer.encode("a", add_special_tokens=False))
     marked = list(tokenizer.encode("a"))
     starts = (at for at in range(len(marked)) if marked[at : at + len(text)] == text)
@@ -107,13 +106,13 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""Tokens looked at beyond a stop text's bytes: special ones decode to nothing."""
+"""Extra tokens to look at beyond a stop text's bytes, because special tokens decode to nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRule:
-    """A completion ends with any of these tokens and with the token that completes any of these
+    """A completion ends with any of these tokens or with the token that completes any of these
     texts."""
 
     ids: frozenset[int]
@@ -129,11 +128,12 @@ class StopRule:
         return any(text in recent for text in self.texts)
 
     def length(self, token_ids: Sequence[int], decode: Decode) -> int | None:
-        """Tokens up to and with the first that ends the completion; None if none does."""
+        """Number of tokens up to and including the first that ends the completion; None if none
+        does."""
         end = next((place for place, token in enumerate(token_ids, 1) if token in self.ids), None)
         if not self.texts or self.text_end(decode(token_ids[:end])) is None:
             return end
-        low, high = 1, len(token_ids[:end])  # a stop text once written stays in what is decoded
+        low, high = 1, len(token_ids[:end])  # once written, a stop text stays in the decoded text
         while low < high:
             middle = (low + high) // 2
             if self.text_end(decode(token_ids[:middle])) is None:
@@ -170,5 +170,5 @@ def token_ids_of(value: int | Sequence[int] | None) -> list[int]:
 
 
 def stop_texts(format: Format) -> tuple[str, ...]:
-    """Texts at which completions end; none for a user's format that has no `stop`."""
+    """Texts that end completions; empty for a user's format without `stop`."""
     return tuple(getattr(format, "stop", ()))

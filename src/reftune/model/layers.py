@@ -1,10 +1,9 @@
-"""What is done to the layers of a loaded model: frozen weights are kept narrow, dropout is made
-cheap, blocks are recomputed.
+"""Changes to the layers of a loaded model: frozen weights are kept narrow, dropout is made cheap,
+blocks are recomputed.
 
-Weights that are never trained are those of a base under adapters, of a reference, and of a model
-that only answers. They are kept in the compute dtype, or in 4 bits. Autocast would cast them at
-every use anyway, so that the compute dtype changes nothing but the memory. Vectors (norms, biases)
-stay fp32.
+Weights that are never trained (a base under adapters, a reference, a model that only answers) are
+kept in the compute dtype, or in 4 bits. Autocast would cast them at every use anyway, so the
+compute dtype changes only the memory. Vectors (norms, biases) stay fp32.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from reftune.errors import ModelError
 
 Embeddings = Literal["all", "exact", "none"]
-"""Which are cast: all, those that the dtype holds without rounding, or none. Autocast does not
-round them."""
+"""Which embeddings are cast: all, those that the dtype holds without rounding, or none. Autocast
+does not round them."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
-    """Keep frozen matrices in `dtype`, all else in fp32, in place.
-
-    What embeddings return stays fp32 under autocast, so that hidden states do.
+    """Keep frozen matrices in `dtype`, the rest in fp32, in place. The outputs of embeddings, and
+    so hidden states, stay fp32 under autocast.
     """
     matrices = narrowable(model, dtype, embeddings=embeddings)
     for parameter in model.parameters():
@@ -69,11 +67,10 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
-    """Keep the matrices of the linear layers, all but the output head's, in 4 bits (NF4, blocks of
-    64; QLoRA, arXiv:2305.14314, §3), in place; products are in `dtype`.
-
-    As transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`.
-    Raises: ModelError without bitsandbytes, and for models without such layers.
+    """Keep the matrices of the linear layers, except the output head's, in 4 bits (NF4, blocks of
+    64; QLoRA, arXiv:2305.14314, §3), in place; products are in `dtype`. Equals transformers'
+    `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises: ModelError without
+    bitsandbytes, and for models without such layers.
     """
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
@@ -108,7 +105,7 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
 
 
 def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Parent, name and layer of each, without the output head."""
+    """Parent, name and layer of each linear layer, without the output head."""
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -121,7 +118,7 @@ def plain_state(
     model: Any, dtype: torch.dtype = torch.float32, *, merged: bool = True
 ) -> dict[str, Tensor]:
     """The weights of a model as plain tensors on the CPU, rounded once to `dtype`: adapters
-    `merged` in fp32 or left out, 4 bits dequantized; ties stay ties."""
+    `merged` in fp32 or left out, 4 bits dequantized; tied weights stay tied."""
     from peft.tuners.lora import LoraLayer
 
     layers = {id(m.get_base_layer().weight): m for m in model.modules() if isinstance(m, LoraLayer)}
@@ -173,8 +170,8 @@ def use_cheap_dropout(model: nn.Module) -> None:
 
 
 class Dropout(nn.Dropout):
-    """As `nn.Dropout`, with the same generator but other draws when training on a CPU; identical
-    anywhere else."""
+    """As `nn.Dropout`, with the same generator. On a CPU it draws other masks; elsewhere it is
+    identical."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":
@@ -211,7 +208,7 @@ def _drop(values: Tensor, draws: Tensor, first_kept: int) -> Tensor:
 
 
 def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`forward(*args, **kwargs)`, whose activations the backward pass computes again."""
+    """`forward(*args, **kwargs)`, with activations recomputed in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,9 +1,7 @@
-"""Log-probabilities of response tokens from hidden states, without ever holding the logits of all
-of them.
+"""Log-probabilities of response tokens from hidden states, without holding all logits at once.
 
-Logits are made a tile at a time, some tokens by some of the vocabulary, and made once more in the
-backward pass. So memory does not grow with vocabulary × length, and a processor finds a tile still
-in its cache when it needs it again.
+Logits are computed in tiles, some tokens by a part of the vocabulary, and again in the backward
+pass. So memory does not grow with vocabulary × length, and a tile stays in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 LOGIT_ELEMENTS = 2**21
 """Most logits (tokens × vocabulary) held at once: 8 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Tokens per tile if the vocabulary is large: each further tile adds to the gradient of the whole
-weight again."""
+"""Tokens per tile if the vocabulary is large; every tile adds to the gradient of the whole
+weight."""
 
 
 def token_logprobs(
@@ -28,14 +26,14 @@ def token_logprobs(
     """fp32 log-probability of each token under the tempered softmax of `head(hidden)`, (N,), with
     gradients.
 
-    `hidden` (N, H), `tokens` (N,) ids. The products are in the autocast dtype if autocast is on.
+    `hidden` (N, H), `tokens` (N,) ids. Products are in the autocast dtype if autocast is on.
     """
     if type(head) is nn.Linear:
         logprobs: Tensor = _LinearLogprobs.apply(
             hidden, head.weight, head.bias, tokens, temperature
         )  # type: ignore[no-untyped-call]
         return logprobs
-    rows = _rows_at_once(head)  # such as an output embedding with an adapter
+    rows = _rows_at_once(head)  # for example an output embedding with an adapter
     chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
     return torch.cat(
         [
@@ -75,10 +73,7 @@ def logprobs_and_entropy(
 
 class _LinearLogprobs(torch.autograd.Function):
     """Saves the hidden states and one normaliser per token; the backward pass recomputes the
-    logits.
-
-    It casts for autocast itself, so that the gradient of the weight is summed in fp32 and never
-    leaves it.
+    logits. It does autocast's casts itself, so that the weight's gradient is summed in fp32.
     """
 
     @staticmethod
@@ -101,7 +96,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        """d logprob / d logits = onehot(token) - softmax, over the temperature."""
+        """d logprob / d logits = (onehot(token) - softmax) / temperature."""
         hidden, weight, bias, tokens, normalisers = ctx.saved_tensors
         grad = grads[0] / ctx.temperature
         _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
@@ -145,7 +140,7 @@ def _softmax(
     *,
     means: bool = False,
 ) -> _Softmax:
-    """Gathered tile by tile. Sums are of exponentials over the largest logit so far, and are
+    """Accumulated tile by tile. Exponentials are relative to the largest logit so far, and sums are
     rescaled when a larger one appears."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
@@ -176,7 +171,7 @@ class _Tile(NamedTuple):
     weight: Tensor
     """(C, H) as it went into the product."""
     tokens: Tensor
-    """(n,) column of each row's token; any column if it is not inside."""
+    """(n,) column of each row's token; an arbitrary one if it is outside the tile."""
     is_inside: Tensor
     """(n,)"""
 
@@ -184,8 +179,7 @@ class _Tile(NamedTuple):
 def _tiles(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
 ) -> Iterator[_Tile]:
-    """All logits, a lot of rows after the other, and the vocabulary from left to right within
-    each."""
+    """All tiles of the logits, by groups of rows, and from left to right within each."""
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)
     for first in range(0, max(1, len(hidden)), height):
@@ -214,7 +208,7 @@ def _plain_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature
 
 
 def _cast(values: Tensor) -> Tensor:
-    """What autocast would do to an operand of a product."""
+    """The cast that autocast would apply to an operand of a product."""
     device = values.device.type
     return (
         values.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else values

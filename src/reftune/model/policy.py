@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD = Path("value_head", "model.safetensors")
-"""Inside a model's folder. In a folder of its own: vLLM takes every safetensors file beside the
-weights for weights."""
+"""Path inside a model's folder; a folder of its own, because vLLM loads every safetensors file
+beside the weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
 """Saved beside the merged model: over a base in 4 bits a later stage continues with them, because
 quantizing a merged model would round away what they learned."""
@@ -42,10 +42,8 @@ PEFT_ADAPTERS = "adapter_model.safetensors"
 
 
 class TokenScores(NamedTuple):
-    """What the policy says of the response tokens of a batch; (B, R), fp32, 0 outside the response.
-
-    A tuple: FSDP2 looks for tensors in what a model returns, to gather weights before their
-    gradient.
+    """The policy's scores of the response tokens of a batch: (B, R), fp32, 0 outside the response.
+    It is a tuple because FSDP2 looks for tensors in a model's output.
     """
 
     logprobs: Tensor
@@ -93,21 +91,21 @@ class Policy(nn.Module):
         self.packs = attention.takes_packing(model)
         """Whether whole sequences are read without padding."""
         self.max_tokens = 16384
-        """Read at once, at most; see `model.micro_batch_tokens`."""
+        """Most tokens read at once; see `model.micro_batch_tokens`."""
         self.is_written_out = dtype == torch.float32 and llama.is_written_out(self.model)
         """Whether `speed.llama` may read whole sequences in place of transformers."""
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
-        """Zero at first, so that it cannot start wild; `reset_value_head` draws PyTorch's default,
-        as the paper does."""
+        """Initially zero, so that values do not start at random; `reset_value_head` draws PyTorch's
+        default, as the paper does."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
-        """The value head's own transformer; None: it reads the policy's."""
+        """The value head's own transformer; None if it reads the policy's."""
         self.is_compiled = self.recomputes = False
         self.continues_adapters = False
-        """Whether the adapters were trained before, so that the policy without them is not what it
-        starts as."""
+        """Whether the adapters were trained before, so that the policy without them differs from
+        the initial policy."""
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +122,7 @@ class Policy(nn.Module):
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens, spaces exactly as sampled."""
+        """Text without special tokens, with spaces exactly as sampled."""
         return str(
             self.tokenizer.decode(
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -159,7 +157,7 @@ class Policy(nn.Module):
                 )
 
     def separate_value_model(self) -> None:
-        """Give the value head a transformer of its own, a copy of the policy's as it is now. `save`
+        """Give the value head a transformer of its own, a copy of the policy's current one. `save`
         leaves it out."""
         if self.is_lora:
             raise ModelError(
@@ -170,7 +168,7 @@ class Policy(nn.Module):
             self.compile_blocks()
 
     def recompute_blocks(self) -> None:
-        """Keep only what enters each transformer block for the backward pass; see
+        """Keep only each transformer block's input for the backward pass; see
         `layers.recompute`."""
         self.recomputes = True
         for block in transformer_blocks(self):
@@ -203,8 +201,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode (no dropout), the compute dtype and whole weights, to read only; the mode
-        before is restored."""
+        """Evaluation mode (no dropout), the compute dtype and whole weights, for reading only; the
+        previous mode is restored."""
         training = self.training
         with sharding.current.whole(self, self.compute_dtype), self.arithmetic():
             self.eval()
@@ -215,8 +213,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """As `inference`, with no block compiled: a cache would have each of them compiled by
-        itself."""
+        """As `inference`, without compilation: with a cache, every block would be compiled
+        separately."""
         with self.inference(), torch.compiler.set_stance("force_eager"):
             yield
 
@@ -235,7 +233,7 @@ class Policy(nn.Module):
         return self.read(backbone, self.pack(batch))
 
     def pack(self, batch: TokenBatch) -> PackedTokens:
-        """The batch without padding; in bf16 filled up to a size that products are fast for."""
+        """The batch without padding; in bf16 filled up to a size with fast products."""
         return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
@@ -259,9 +257,8 @@ class Policy(nn.Module):
         return head
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities and values of the response tokens with gradients; without, entropy too.
-
-        Logits are made for response tokens only.
+        """Log-probabilities and values of the response tokens, with gradients; in no-grad mode also
+        entropy. Logits are computed only for response tokens.
         """
         with self.arithmetic():
             hidden = self.hidden_states(batch)
@@ -344,8 +341,8 @@ class Policy(nn.Module):
             )
 
     def make_reference(self) -> Policy | AdapterReference:
-        """The policy as it is now, frozen: with LoRA the same base with a copy of the adapters, or
-        with adapters off if they are fresh; without LoRA a copy in the compute dtype."""
+        """The current policy, frozen: with LoRA the same base with a copy of the adapters, or
+        without adapters if they are fresh; without LoRA a copy in the compute dtype."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -368,7 +365,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def with_adapters(self, adapters: dict[str, Tensor] | None) -> Iterator[None]:
-        """These adapters instead of the policy's own; None: no adapters."""
+        """Use these adapters instead of the policy's own; None uses no adapters."""
         if adapters is None:
             with self.model.disable_adapter():
                 yield
@@ -409,7 +406,7 @@ class Policy(nn.Module):
         _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
 
     def _generation_config(self) -> GenerationConfig:
-        """Greedy, as in evaluation, with every token that ends a completion, the tokenizer's eos
+        """A greedy generation config, as in evaluation, with every end token, the tokenizer's eos
         first."""
         from transformers import GenerationConfig
 
@@ -423,7 +420,7 @@ class Policy(nn.Module):
         )
 
     def load_adapters(self, folder: Path) -> None:
-        """Go on with the adapters that `save` or PEFT wrote. Raises: ModelError."""
+        """Continue with the adapters that `save` or PEFT wrote. Raises: ModelError."""
         path = folder / ADAPTERS if (folder / ADAPTERS).is_file() else folder / PEFT_ADAPTERS
         try:
             saved = {
@@ -437,7 +434,7 @@ class Policy(nn.Module):
         self.continues_adapters = True
 
     def load_value_head(self, folder: Path) -> None:
-        """Read the head that `save` wrote, if there is one."""
+        """Load the head that `save` wrote, if there is one."""
         if (folder / VALUE_HEAD).is_file():
             tensors = load_file(folder / VALUE_HEAD)
             self.value_head.load_state_dict(
@@ -446,7 +443,8 @@ class Policy(nn.Module):
 
 
 class AdapterReference:
-    """What a policy with adapters was: the same base with the adapters of then, or none."""
+    """An earlier state of a policy with adapters: the same base with the adapters of that time, or
+    none."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:
         self._policy, self._adapters = policy, adapters

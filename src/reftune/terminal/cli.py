@@ -1,7 +1,7 @@
 """The command line: reads arguments, calls one function, prints what it returns.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 bad input (one
-line on stderr), 130 interrupted. Whatever is heavy is imported inside the command that needs it, so
+line on stderr), 130 interrupted. Heavy modules are imported inside the command that needs them, so
 that `--help` answers at once.
 """
 
@@ -48,20 +48,20 @@ app = typer.Typer(
 RecipeName = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="A YAML file, or one that comes with reftune, as in demo/demo.yaml."
+        metavar="RECIPE", help="A YAML file, or a recipe of reftune's, such as demo/demo.yaml."
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Recipe keys to change, as in stages.reft.steps=100."
+        metavar="[KEY=VALUE]...", help="Recipe keys to change, such as stages.reft.steps=100."
     ),
 ]
 RunFolders = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="Run folders, as in runs/demo.")
+    list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/demo.")
 ]
 RunFolderPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, as in runs/demo.")
+    Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -83,12 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def say(message: str) -> None:
-    """One line of text."""
+    """Print one line of text."""
     print(" ".join(message.splitlines()), file=sys.stderr)
 
 
 def show(document: Any) -> None:
-    """One JSON document as the result."""
+    """Print the result as one JSON document."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
@@ -142,7 +142,7 @@ _add_stage_command("reward-model", "reward_model", "reward models")
 
 
 def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> None:
-    """All stages and the final evaluation, or only the stages of one kind."""
+    """Run all stages and the final evaluation, or only the stages of one kind."""
     from reftune.model.speed.allocator import keep_freed_memory
     from reftune.runs.run import run_recipe, run_stages
 
@@ -173,7 +173,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 
 @contextmanager
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
-    """Progress that is closed whatever happens; an interruption names the checkpoint to continue
+    """A progress view that is always closed; an interruption names the checkpoint to continue
     from."""
     from reftune.stages.loop import Interrupted, stop_signals
     from reftune.terminal.live import make_progress
@@ -181,7 +181,7 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
 
     progress = tracked(make_progress(quiet=quiet or not is_main()), recipe)
     try:
-        with stop_signals(signal.default_int_handler):  # training steps have handlers of their own
+        with stop_signals(signal.default_int_handler):  # training steps have their own handlers
             yield progress
     except (Interrupted, KeyboardInterrupt) as stop:
         progress.close()
@@ -194,7 +194,7 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last one written in any stage of a run."""
+    """The newest checkpoint in any stage of a run."""
     from reftune.storage.run_folder import RunFolder
 
     return RunFolder(folder).newest_checkpoint()
@@ -215,11 +215,10 @@ def init(
         Literal["nl", "program"] | None, typer.Option("--format", help="How solutions are written.")
     ] = None,
     test: Annotated[
-        str | None,
-        typer.Option(help="Test questions. Default: those beside the data, if it is a folder."),
+        str | None, typer.Option(help="Test questions. Default: the data folder's test split.")
     ] = None,
     question: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Its column, if not recognised.")
+        str | None, typer.Option(metavar="COLUMN", help="Its column, if it is not recognised.")
     ] = None,
     answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
     rationale: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
@@ -264,8 +263,8 @@ def init(
 
 
 def _ask(question: str, default: str | None, *, flag: str) -> str:
-    """An answer from the terminal; the default if there is none. Raises: RecipeError if there
-    is neither."""
+    """Ask on the terminal; an empty answer means the default. Raises: RecipeError without a
+    terminal and without a default."""
     if sys.stdin.isatty():
         return str(typer.prompt(question, default=default, err=True))
     if default is None:
@@ -283,15 +282,14 @@ def check(
     offline: Annotated[
         bool,
         typer.Option(
-            "--offline",
-            help="Only what needs neither weights nor data: recipe, schedule, format, reward.",
+            "--offline", help="Check only recipe, schedule, format and reward: no weights, no data."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find what would spoil a run before it starts.
 
-    Shows what the model will see, and says of each problem what to do about it.
+    Shows what the model will see, and says what to do about each problem.
     """
     from reftune.advice.check import check_offline, check_recipe
 
@@ -310,14 +308,13 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, max=65536, help="How many GPUs.")] = 1,
-    memory: Annotated[float, typer.Option(min=1, help="GB of each.")] = 80,
+    memory: Annotated[float, typer.Option(min=1, help="Memory of each GPU, in GB.")] = 80,
     gpu: Annotated[
         Literal["a100", "h100", "h200"],
-        typer.Option(help="The GPU whose data sheet gives the rates."),
+        typer.Option(help="The kind of GPU; its data sheet gives the rates."),
     ] = "h100",
     mfu: Annotated[
-        float,
-        typer.Option(min=0.01, max=1, help="Share of the GPU's peak arithmetic that is reached."),
+        float, typer.Option(min=0.01, max=1, help="Assumed share of the GPU's peak arithmetic.")
     ] = 0.4,
     prompt: Annotated[
         int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_prompt, else 256.")
@@ -327,11 +324,11 @@ def plan(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Plan only this stage. Default: memory of the one that needs most."),
+        typer.Option(help="Plan only this stage. Default: all, with the largest memory."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory and time on GPUs that need not be here.
+    """Estimate memory and time on other hardware.
 
     Reads the model's configuration, no weights and, unless the model is made from scratch, no data.
     docs/experiments/plan.md has the equations.
@@ -352,8 +349,8 @@ def plan(
 
 @app.command()
 def watch(run_folder: RunFolderPath) -> None:
-    """Follow a run that another process works on, or look back at one that is over. Ctrl-C leaves
-    the run alone."""
+    """Follow a run in another process, or look back at a finished one. Ctrl-C does not stop the
+    run."""
     from reftune.results import table_command
     from reftune.terminal.live import make_progress
     from reftune.terminal.watch import RunClock
@@ -425,11 +422,11 @@ def score(
     overrides: Overrides = None,
     format_kind: Annotated[
         Literal["nl", "program"] | None,
-        typer.Option("--format", help="How completions state their answer."),
+        typer.Option("--format", help="The format of the completions."),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Grade as this recipe does: its format, answer kinds, sandbox, reward."),
+        typer.Option(help="Grade with this recipe's format, answer kinds, sandbox and reward."),
     ] = None,
     grading: Annotated[
         str, typer.Option(help="The grader's rules: robust, paper, or your own file.py:Name.")
@@ -474,7 +471,7 @@ def table(
         ),
     ] = "auto",
     k: Annotated[
-        int | None, typer.Option(min=1, help="Vote and rerank over the first K samples only.")
+        int | None, typer.Option(min=1, help="Vote and rerank over only the first K samples.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -537,8 +534,8 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """`name` as a path, else among the recipes that come with reftune, `.yaml` and `recipes/`
-    optional. Raises: RecipeError."""
+    """Find a recipe: `name` as a path, else among the recipes that come with reftune, with or
+    without `.yaml` and `recipes/`. Raises: RecipeError."""
     from reftune.recipe import shipped_recipes
 
     path = Path(name)

@@ -35,21 +35,22 @@ INSTRUCTIONS: Mapping[str, str] = {
 """The instruction above each question for an instruct model, by kind of format."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
-"""As a model: made from scratch, with the vocabulary of the data."""
+"""Name of a model made from scratch, with the vocabulary of the data."""
 DEFAULT_MAX_NEW = 256
-"""Tokens of a solution if there is no rationale to measure and the model's context allows it."""
+"""Room for a solution, in tokens, if there is no rationale to measure and the model's context
+allows it."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""Longer prompts are dropped rather than given a larger model from scratch."""
+"""Longest context of a model from scratch; longer prompts are dropped."""
 MAX_TOO_LONG = 0.1
 """Share of prompts, and of solutions, that may be too long."""
 SMALL_HIDDEN_SIZE = 256
-"""Weights up to which a model gains nothing from a second thread."""
+"""Number of weights up to which a second thread does not help."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wishes:
-    """What the user answered."""
+    """The user's answers."""
 
     data: str
     """Training questions: a file, a folder with one file per split, or a Hub id."""
@@ -93,7 +94,7 @@ def default_out(data: str) -> Path:
 
 
 def guess_shape(data: str, told: Mapping[str, str] | None = None) -> Shape:
-    """What the training rows are. Raises: DataError if question or answer has no column."""
+    """The shape of the training rows. Raises: DataError if question or answer has no column."""
     return recognise(read_rows(data, "train"), told or {})
 
 
@@ -104,7 +105,7 @@ def guess_format(data: str, columns: Mapping[str, Any]) -> str:
 
 
 def _load(wishes: Wishes) -> Splits:
-    """The data. Raises: DataError, even if only dev is missing."""
+    """Load the data. Raises: DataError, even if only dev is missing."""
     dataset = Jsonl.model_validate(
         {"kind": "jsonl", "train": wishes.data, "test": wishes.test, "columns": wishes.columns}
     )
@@ -117,7 +118,7 @@ def _load(wishes: Wishes) -> Splits:
 
 
 def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
-    """The recipe. Raises: DataError, ModelError."""
+    """Write the recipe. Raises: DataError, ModelError."""
     kind, is_scratch = wishes.format, wishes.model == SCRATCH
     format_: Format = load_component(kind, group="formats")
     learned = [problem for problem in splits.train if problem.rationale is not None]
@@ -197,7 +198,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """What all but the few that may be too long have at most."""
+    """The length that all but the few that may be too long stay within."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

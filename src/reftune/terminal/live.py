@@ -1,5 +1,4 @@
-"""What the user sees during a run: a live view on a terminal, plain lines elsewhere. Always on
-stderr."""
+"""The view of a running run: live on a terminal, plain lines elsewhere. Always on stderr."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ SHOWN = (
     ("response/length", "length", ".0f"),
     ("response/truncated", "truncated", ".0%"),
 )
-"""Metric, label and number format, in the order shown; those that a stage does not log are left
+"""Metric, label and number format, in the order shown; metrics that a stage does not log are left
 out."""
 
 TOKEN_COUNTS = ("compute/train_tokens", "compute/sampled_tokens")
@@ -36,7 +35,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """The live view if stderr is a terminal that can show it, else lines; nothing if `quiet`."""
+    """The live view if stderr is a terminal that can show it, else plain lines; nothing if
+    `quiet`."""
     if quiet:
         return SilentProgress()
     from rich.console import Console
@@ -49,7 +49,7 @@ def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.mon
 
 @dataclass(slots=True)
 class StageView:
-    """What is known of the running stage, and how it reads."""
+    """The state of the running stage, as numbers and as text."""
 
     name: str
     total_steps: int
@@ -61,7 +61,7 @@ class StageView:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase (`generate`, `update`, …), summed since `first_step`."""
     num_tokens: float = 0.0
-    """Trained and sampled in those seconds."""
+    """Tokens trained on and sampled in those seconds."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a step; an evaluation of the same step adds to them."""
@@ -127,13 +127,13 @@ class LineProgress(Progress):
         self._pending = False
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Flush the stage before, begin the next."""
+        """Finish the previous stage, begin the next."""
         self.close()
         self._view = StageView(name, total_steps, done_steps, self._time_s(), done_steps)
         self._last_s = float("-inf")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print when the last line is old enough."""
+        """Print if the last line is old enough."""
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
         self._pending = True
@@ -182,7 +182,7 @@ class RichProgress(Progress):
         self._view.update(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """The first is shown until the next step's; one is enough to look at."""
+        """The first one is shown until the next step."""
         self._sample = rollouts[0]
 
     def note(self, message: str) -> None:
@@ -190,12 +190,12 @@ class RichProgress(Progress):
         self._console.print(printable(message), markup=False, highlight=False)
 
     def close(self) -> None:
-        """Take the live view down, leave the last stage's line."""
+        """Close the live view; the last stage's line stays."""
         self._live.stop()
         self._leave_line()
 
     def render(self) -> RenderableType:
-        """The view as it is now."""
+        """The current view."""
         from rich.console import Group
         from rich.padding import Padding
         from rich.progress_bar import ProgressBar
@@ -222,8 +222,8 @@ class RichProgress(Progress):
 
 
 def sample_panel(rollout: Rollout) -> RenderableType:
-    """A solution with its question, verdict and the reason for it, cut to a screenful. Its markup
-    stays text."""
+    """A solution with its question, verdict and reason, cut to a screenful. Its markup is shown as
+    text."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text

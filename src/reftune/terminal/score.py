@@ -1,4 +1,4 @@
-"""`reftune score`: completions in a file → verdicts. For debugging a reward."""
+"""`reftune score`: completions in a file → verdicts, to debug a reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics in TensorBoard, Weights & Biases or Trackio too, through Accelerate's trackers;
+"""Metrics also in TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers;
 `metrics.jsonl` stays the record."""
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PROJECT = "reftune"
 
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
-    """`progress`, telling the recipe's trackers too. Raises: RecipeError for one that is not
-    installed."""
+    """`progress`, which also logs to the recipe's trackers. Raises: RecipeError for a tracker that
+    is not installed."""
     names = tracker_names(recipe) if is_main() else []
     return TrackedProgress(progress, names, recipe) if names else progress
 
 
 def tracker_names(recipe: Recipe) -> list[TrackerName]:
-    """Those that the recipe names; if it names none, TensorBoard if that is installed. Raises:
+    """The trackers that the recipe names; without any, TensorBoard if it is installed. Raises:
     RecipeError."""
     if recipe.trackers is None:
         return ["tensorboard"] if is_installed("tensorboard") else []
@@ -40,12 +40,12 @@ def tracker_names(recipe: Recipe) -> list[TrackerName]:
 
 
 def is_installed(package: str) -> bool:
-    """Whether it can be imported; it is not."""
+    """Whether it can be imported; this does not import it."""
     return importlib.util.find_spec(package) is not None
 
 
 class TrackedProgress(Progress):
-    """A view that passes everything on and logs metrics as `STAGE/group/name` over the stage's
+    """A view that passes every event on and logs metrics as `STAGE/group/name` by the stage's
     steps."""
 
     def __init__(self, progress: Progress, names: list[TrackerName], recipe: Recipe) -> None:
@@ -61,7 +61,7 @@ class TrackedProgress(Progress):
         self._progress.stage(name, total_steps, done_steps)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log what is finite."""
+        """Log the finite metrics."""
         values = {
             f"{self._stage}/{name}": value
             for name, value in metrics.items()
@@ -71,14 +71,14 @@ class TrackedProgress(Progress):
         def log(tracker: GeneralTracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.log(values, step=step)
-            else:  # those count every call as a step, and want no step twice
+            else:  # those count every call as a step and refuse a step given twice
                 tracker.log({**values, f"{self._stage}/step": step})
 
         self._tell(log)
         self._progress.step(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Log the first of them as a table, if a tracker has tables."""
+        """Log the first solutions as a table, if a tracker has tables."""
         rows = [table_row(step, rollout) for rollout in rollouts[: self._recipe.tracker_rollouts]]
 
         def log(tracker: GeneralTracker) -> None:
@@ -100,8 +100,8 @@ class TrackedProgress(Progress):
         self._trackers = None
 
     def _tell(self, act: Callable[[GeneralTracker], None]) -> None:
-        """A tracker that fails, by a full disk or a lost service, is left out from then on: the run
-        does not depend on it."""
+        """A tracker that fails (a full disk, a lost service) is dropped: the run does not depend on
+        it."""
         for tracker in list(self._trackers or ()):
             try:
                 act(tracker)

@@ -1,5 +1,5 @@
-"""`reftune watch RUN`: the live view of a run in another process, or of one that is over, from the
-run folder's files alone."""
+"""`reftune watch RUN`: the live view of a run in another process, or of a finished one, from the
+files of its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """The time of the last row shown, or now once everything written has been shown."""
+    """The time of the last row shown; the current time once all rows are shown."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0
@@ -33,15 +33,14 @@ class RunClock:
 def watch(
     folder: Path, progress: Progress, clock: RunClock, *, wait: Callable[[float], None] = time.sleep
 ) -> bool:
-    """Tell `progress` what the run has done and does, until no process works on it.
-
-    Returns: whether the run is finished. Raises: DataError if `folder` is no run folder.
+    """Report the run's past and present events to `progress` until no process works on it. Returns:
+    whether the run is finished. Raises: DataError if `folder` is not a run folder.
     """
     stages = _stages(folder)
     metrics, current = Tail(RunFolder(folder).metrics), ""
     samples = {name: Tail(RunFolder(folder).stage(name).samples) for name in stages}
     while True:
-        alive = is_alive(folder)  # asked first, so that what a run wrote before it ended is read
+        alive = is_alive(folder)  # asked first, so that the last lines of a run that ends are read
         for row in metrics.rows():
             clock.row_s = float(row["time"])
             if row["stage"] != current:
@@ -71,20 +70,20 @@ def is_alive(folder: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # never locked, or a folder that came without it
+    except OSError:  # never locked, or copied without its lock
         return False
     return False
 
 
 class Tail:
-    """JSON lines as they come. A file that was cut back, as on resuming, is read from its new
+    """JSON lines as they are written. A file that is cut back, as on resuming, is read from its new
     end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._read = path, 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """Whole lines since the last call."""
+        """The whole lines written since the last call."""
         if not self.path.is_file():
             return []
         self._read = min(self._read, self.path.stat().st_size)
@@ -115,8 +114,8 @@ def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
-    """How many steps the stage will take. One that counts in epochs: from how far the row has come;
-    else the row's own step."""
+    """The stage's number of steps. For a stage that counts in epochs, it is extrapolated from the
+    row; else it is the row's own step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")

@@ -1,4 +1,4 @@
-"""What would spoil a run, found before it starts, each with its remedy."""
+"""Finds what would spoil a run before it starts, each problem with its remedy."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", 
 STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
 """Chat template of the stand-in for a model that is not read."""
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
-"""Checks that say something without the recipe's own model and data."""
+"""Checks that work without the recipe's own model and data."""
 
 
 EXAMPLES = "paper/examples"
 
 
 UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
-"""If one of these fails, the model is not run: it would crash, or crawl."""
+"""If one of these fails, the model is not run: it would crash or be far too slow."""
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
     """Load data and model, run every check, sample a few solutions. Nothing is written.
 
-    Raises: ReftuneError if there is nothing to check: data or a model that cannot be loaded, a
-    stage graph that is wrong.
+    Raises: ReftuneError if there is nothing to check: data or model cannot be loaded, or the stage
+    graph is wrong.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
@@ -67,8 +67,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
 
 
 def check_offline(recipe: Recipe) -> CheckReport:
-    """The checks that take neither weights nor a download. Missing data are replaced by examples of
-    their format that come with reftune, the tokenizer by the words of the training texts.
+    """The checks that need neither weights nor a download. Examples that come with reftune replace
+    missing data, and the words of the training texts replace the tokenizer.
 
     Raises: ReftuneError as `check_recipe`, and if there are no such examples.
     """
@@ -88,7 +88,7 @@ def check_offline(recipe: Recipe) -> CheckReport:
 
 
 def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
-    """The checks of data, format and reward, which need no model of the recipe's."""
+    """The checks of data, format and reward, which do not need the recipe's model."""
     shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)  # type: ignore[call-arg]
     scratch = ModelTable(scratch=shape, dtype="float32")  # type: ignore[call-arg]
     run = Run(

@@ -19,21 +19,21 @@ from reftune.results.stats import wilson
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 
 SMALL_DEV = 100
-"""Dev problems below which the choice of a model is mostly luck: an accuracy of 50 % is then ± 10
+"""With fewer dev problems, the choice of a model is mostly luck: an accuracy of 50 % is then ± 10
 points or worse."""
 
 
 NUM_REWARDED = 64
-"""Rows whose gold solution, a wrong one and an empty text are rewarded, to see whether the reward
-distinguishes them."""
+"""Rows whose gold solution, a wrong one and an empty text are rewarded, to see whether the rewards
+differ."""
 
 
 MAX_FALSE_POSITIVES = 0.05
-"""Share of wrong solutions that may be rewarded before the check fails."""
+"""The check fails if a larger share of wrong solutions is rewarded."""
 
 
 def check_splits(subject: Subject) -> Finding:
-    """Enough problems to train on and to choose by."""
+    """There are enough problems for training and for choosing a model."""
     splits = subject.splits
     dropped = (
         ", ".join(f"{count} {reason}" for reason, count in splits.counts.items() if count)
@@ -53,10 +53,10 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Every gold answer, stated by the shortest solution there is, is graded correct."""
+    """Every gold answer, stated by the shortest possible solution, is graded correct."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
-    if not isinstance(format, Program | Nl):  # a person's own: by the data
+    if not isinstance(format, Program | Nl):  # a user's own format: judged by the data
         is_program = any(DEFINITION.search(row.problem.rationale or "") for row in subject.rows)
     problems = [
         replace(each, rationale=_shortest_program(each.answer) if is_program else str(each.answer))
@@ -78,7 +78,7 @@ def check_gold_rationales(subject: Subject) -> Finding:
 
 
 def check_sandbox(subject: Subject) -> Finding:
-    """How many gold programs need more than the default sandbox's interpreter."""
+    """Counts the gold programs that need more than monty."""
     format = subject.recipe.format
     if not isinstance(format, Program):
         return ok("no programs are run")
@@ -162,7 +162,7 @@ def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def check_reward(subject: Subject) -> Finding:
-    """A gold solution earns more than a wrong one and than nothing."""
+    """A gold solution earns more than a wrong one and more than an empty text."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")
@@ -188,10 +188,9 @@ def check_reward(subject: Subject) -> Finding:
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Gold solutions made wrong earn little (else: a false positive), rewritten ones as much as
-    before (else: a negative).
-
-    "Little" and "much" part halfway between what gold solutions and empty texts earn on average.
+    """Gold solutions made wrong earn little (or are false positives); rewritten ones earn as much
+    as before (or are false negatives). The threshold is halfway between the mean rewards of gold
+    solutions and of empty texts.
     """
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]

@@ -1,4 +1,4 @@
-"""The model on this machine."""
+"""Checks of the model on this machine."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from reftune.types import SamplingParams, Verdict
 NUM_SAMPLED = 32
 """Dev questions that the start model answers."""
 NUM_SHOWN = 3
-"""How many of them are shown."""
+"""How many of their answers are shown."""
 NEEDED_ACCURACY = 0.2
 """Accuracy at temperature 1 below which RL gained little or nothing in our measurements."""
 NUM_TIMED = 512
-"""Rows from which the time is estimated."""
+"""Number of rows from which the time is estimated."""
 
 
 MEASURED_ROWS = 64
-"""Rows trained on and sampled at once to measure the speed, if the recipe does not say."""
+"""Number of rows for measuring the speed, if the recipe does not say."""
 
 
 MAX_SLOWDOWN = 8.0
-"""How many times as long as in the other dtype products may take before the check fails."""
+"""The check fails if products take this many times as long as in the other dtype."""
 
 
 PRODUCT = 1024
-"""Largest size of the weight whose product is timed."""
+"""Largest weight whose product is timed, in rows and columns."""
 
 
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
-"""Nats per token between the engine's log-probabilities and the policy's."""
+"""Largest difference between the engine's log-probabilities and the policy's, in nats per token."""
 
 
 GIB = 2**30
 
 
 def check_memory(subject: Subject) -> Finding:
-    """Training fits in memory, judging by the model's shape."""
+    """Training fits in memory, judged by the model's shape."""
     policy, recipe = subject.policy, subject.recipe
     lengths = [len(ids) for of in subject.fitting.values() for ids in of] or [1]
     model = policy.model.get_base_model() if policy.is_lora else policy.model
@@ -97,7 +97,8 @@ def check_memory(subject: Subject) -> Finding:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Products in the recipe's dtype are not many times slower here than in the other one."""
+    """Products in the recipe's dtype are not many times slower on this machine than in the other
+    dtype."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)
@@ -114,8 +115,8 @@ def check_dtype(subject: Subject) -> Finding:
 
 
 def check_accuracy(subject: Subject) -> Finding:
-    """How many questions the model that RL starts from solves when it samples: greedy answers hide
-    it."""
+    """The share of questions that RL's start model solves by sampling, which greedy answers do not
+    show."""
     problems = subject.splits.dev[:NUM_SAMPLED]
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
@@ -139,19 +140,19 @@ def check_accuracy(subject: Subject) -> Finding:
 
 
 def _rise(subject: Subject) -> tuple[float, float] | None:
-    """How dev last rose under the stage that RL starts from, and the margin; None if its looks are
+    """The last rise of dev in the stage that RL starts from, and its margin; None if its looks are
     not recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)
     try:
         return last_rise(read_run(stage.run.path), stage.path.name)
-    except DataError:  # a model that no run of ours left
+    except DataError:  # a model that was not saved by a run of reftune
         return None
 
 
 def check_logprobs(subject: Subject) -> Finding:
-    """The engine's log-probabilities of its samples are those of the policy."""
+    """The engine's log-probabilities of its samples equal the policy's."""
     prompts = (subject.fitting["dev"] or subject.fitting["train"])[:NUM_SHOWN]
     params = SamplingParams(max_new_tokens=min(32, subject.recipe.lengths.max_new))
     completions = subject.recipe.engine.generate(subject.policy, prompts, params)
@@ -168,7 +169,7 @@ def check_logprobs(subject: Subject) -> Finding:
 
 
 def check_time(subject: Subject) -> Finding:
-    """How long the run will take on this machine, from a short measurement."""
+    """The run's time on this machine, from a short measurement."""
     rows = subject.fitting_rows[:NUM_TIMED]
     if not rows:
         return ok("not known without rationales that fit")
@@ -199,7 +200,8 @@ def check_time(subject: Subject) -> Finding:
 
 
 def num_answers(subject: Subject) -> int:
-    """Answers of the final evaluation: a greedy one per problem and method, and the samples."""
+    """Number of answers in the final evaluation: a greedy one per problem and method, and the
+    samples."""
     table, methods = subject.recipe.evaluate, subject.num_methods
     problems = len(getattr(subject.splits, table.split)[: table.limit])
     sampled = methods if table.sampled is None else len(table.sampled)
@@ -207,6 +209,6 @@ def num_answers(subject: Subject) -> int:
 
 
 def _rows_at_once(recipe: Recipe) -> int:
-    """Rows in the largest step of a stage, and rows that the engine holds."""
+    """Rows in the largest step of a stage, and rows that the engine holds at once."""
     sizes = [cost.batch for cost in stage_costs(recipe).values()]
     return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "rows", MEASURED_ROWS)])

@@ -15,7 +15,7 @@ Level = Literal["ok", "warn", "fail"]
 
 
 MAX_LISTED = 5
-"""Rows named under a finding."""
+"""Most rows named under a finding."""
 
 
 BOUNDARY_TOKENS = 6
@@ -31,11 +31,11 @@ class Finding:
     remedy: str = ""
     """What to do about it; empty if all is well."""
     rows: tuple[str, ...] = ()
-    """Some of the rows concerned, one line each."""
+    """Some of the affected rows, one line each."""
     name: str = ""
-    """Name of the check; `check_recipe` fills it in."""
+    """Name of the check, filled in by `check_recipe`."""
     samples: tuple[dict[str, Any], ...] = ()
-    """Solutions shown apart from the findings."""
+    """Solutions shown after the findings."""
 
 
 def ok(message: str) -> Finding:
@@ -49,7 +49,7 @@ def warn(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
 
 
 def fail(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
-    """The run would be spoilt."""
+    """The run would be worthless."""
     return Finding(level="fail", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
 
 
@@ -76,8 +76,8 @@ class CheckReport:
     """The kinds of answer found, with examples."""
     preview: Preview | None
     method: str
-    """Whose samples are shown: the model RL starts from once it is trained, before that the base
-    model."""
+    """The method whose samples are shown: the model that RL starts from, or the base model if that
+    is not trained yet."""
     samples: tuple[dict[str, Any], ...]
 
     @property

@@ -1,4 +1,4 @@
-"""What is checked: the data as the model sees them."""
+"""The subject of a check: the data as the model sees them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Row:
     target: str
     """What the model should say; see `reply`."""
     reply: str
-    """What follows the prompt, with all that a chat template adds to `target`."""
+    """Everything after the prompt: `target` and what a chat template adds to it."""
     prompt_ids: list[int]
     target_ids: list[int]
 
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is checked."""
+    """Data, model and format to check."""
 
     recipe: Recipe
     splits: Splits
@@ -46,8 +46,8 @@ class Subject:
     prompts: dict[str, dict[str, list[int]]]
     """Split → problem id → prompt ids."""
     method: str
-    """Whose weights `policy` has: the model RL starts from once it is trained, before that the base
-    model."""
+    """The method whose weights `policy` has: the model that RL starts from, or the base model if
+    that is not trained yet."""
     num_methods: int
     """Methods evaluated at the end."""
 
@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def prompt_limit(self) -> float:
-        """Most tokens of a prompt; infinite if nothing limits them."""
+        """Most tokens in a prompt; infinite without a limit."""
         return self.collector.prompt_limit(self.policy)
 
     @property
@@ -74,7 +74,7 @@ class Subject:
 
     @property
     def fitting_rows(self) -> list[Row]:
-        """The rows that are trained on: neither prompt nor target is too long."""
+        """The rows used in training: neither prompt nor target is too long."""
         most = self.recipe.lengths.max_new
         return [
             row

@@ -1,4 +1,4 @@
-"""Prompts and targets as tokens."""
+"""Checks of prompts and targets as tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from reftune.model.encoder import bos_of
 from reftune.types import Conversation
 
 MAX_LONG_TARGETS = 0.1
-"""Share of training rows that may be too long before the check fails."""
+"""The check fails if a larger share of training rows is too long."""
 
 
 def check_boundary(subject: Subject) -> Finding:
-    """Prompt and target, as trained on, decode to the two texts joined."""
+    """The tokens of prompt and target decode to the two texts joined."""
     tokenizer, rows = subject.policy.tokenizer, subject.rows
     bos = bos_of(tokenizer)
     empty = [row.problem.id for row in rows if not row.prompt_ids or len(row.target_ids) < 2]
@@ -52,15 +52,15 @@ def check_boundary(subject: Subject) -> Finding:
 
 
 def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
-    """Whether `decoded` is a row's text, apart from BOS before it and an end token after it."""
+    """Whether `decoded` is a row's text, apart from a BOS before and an end token after it."""
     before, found, after = decoded.partition(row.prompt + row.reply)
     bos, end = (tokenizer.decode(ids) for ids in (bos_of(tokenizer), row.target_ids[-1:]))
     return found != "" and before in ("", bos) and after in ("", end)
 
 
 def check_prompt(subject: Subject) -> Finding:
-    """The prompt is what the model was made for: its chat template if it has one, with a generation
-    prompt; one BOS if its tokenizer adds one."""
+    """The prompt has the form that the model was trained on: its chat template, if there is one,
+    with a generation prompt; and one BOS, if its tokenizer adds one."""
     tokenizer, format_ = subject.policy.tokenizer, subject.encoder.format
     problem = subject.problems[0]
     prompt, bos = format_.prompt(problem), bos_of(tokenizer)

@@ -1,6 +1,5 @@
-"""What exists only for speed. Delete this folder and results stay within rounding, only slower.
-
-Its callers then do without it:
+"""Code that exists only for speed. Without this folder results stay within rounding. To remove it,
+change its callers:
 
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out` and their two `read_packed`: keep the branch of `_predictors` for models

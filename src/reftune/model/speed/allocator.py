@@ -1,5 +1,4 @@
-"""Keeps freed memory in the process, so that a step does not ask the system for the same gigabytes
-again."""
+"""Keeps freed memory in the process, so that a step need not request the same gigabytes again."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ def keep_freed_memory() -> None:
     """Let the allocator keep the memory of freed tensors, of all threads, instead of asking for
     zeroed pages at every step.
 
-    A training step frees and asks again for the same gigabytes. Does nothing if the C library is
-    not glibc.
+    Every training step frees and requests the same gigabytes. Does nothing if the C library is not
+    glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -32,12 +32,12 @@ FAMILIES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""transformers' own classes that take positions from the caller and attend causally to all of a
+"""transformers' classes that take positions from the caller and attend causally to the whole
 sequence, so that they can be read without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """Have a model take `packing`, and attend in fp32 on a CPU."""
+    """Make a model accept `packing`, and attend in fp32 on a CPU."""
     if type(model).__name__ == "CodeGenForCausalLM":
         for module in model.modules():
             if hasattr(module, "_attn"):
@@ -53,8 +53,7 @@ def attend_our_way(model: PreTrainedModel) -> None:
 
 
 def takes_packing(model: PreTrainedModel) -> bool:
-    """Whether `read_packed` may read this model, a causal LM that has been made to attend our
-    way."""
+    """Whether `read_packed` supports this model, a causal LM after `attend_our_way`."""
     kind = type(model)
     return (
         kind.__module__.startswith("transformers.models.")
@@ -65,14 +64,14 @@ def takes_packing(model: PreTrainedModel) -> bool:
 
 
 def has_window(config: Any) -> bool:
-    """Whether some layer sees the latest tokens only."""
+    """Whether some layer has a sliding window."""
     window = getattr(config, "sliding_window", None)
     return window is not None and getattr(config, "use_sliding_window", True)
 
 
 @contextmanager
 def attention_as_before(model: PreTrainedModel) -> Iterator[None]:
-    """Without `attend_our_way`, for code that knows transformers' own attention only."""
+    """Undo `attend_our_way` for a while, for code that only knows transformers' own attention."""
     is_ours = model.config._attn_implementation == ATTENTION
     if is_ours:
         model.set_attn_implementation("sdpa")
@@ -133,7 +132,7 @@ def _attend(
     """`query`, `key` and `value` (B, heads, tokens, D) → (B, tokens, heads, D). With `packing`, B
     is 1 and `mask` is not read.
 
-    One new token against a cache is read as it lies: nothing is cast.
+    One new token against a cache is not cast.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -170,8 +169,8 @@ def _pad(tokens: Tensor, packing: Packing) -> Tensor:
 
 
 class _Pad(torch.autograd.Function):
-    """(T, …) tokens → (S, …) slots. No real token sees what is in the others, so their gradient is
-    0 and not added up."""
+    """(T, …) tokens → (S, …) slots. No real token attends to an empty slot, so its gradient is 0
+    and not summed."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, slots: Tensor, order: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Llama-like transformers written out in few operations, for training and for decoding.
 
-Small models are bound by the number of their operations. Here a norm, rotary positions and the
-gated activation are one operation each, with their gradient in closed form, and padding exists
-only inside attention. Decoding merges query, key and value into one product, gate and up into
-another, from copies of the weights in the compute dtype.
+The number of operations limits the speed of small models. Here a norm, rotary positions and the
+gated activation are one operation each, with a closed-form gradient, and padding exists only inside
+attention. Decoding merges query, key and value into one product, gate and up into another, from
+copies of the weights in the compute dtype.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ FAMILIES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""transformers' own classes that this file writes out."""
+"""transformers' classes that this file writes out."""
 FEW_ROWS = 16
-"""Rows for which the layout is chosen; products of other sizes gain as much."""
+"""Number of rows for which the layout is chosen; products of other sizes gain as much."""
 Product = Callable[[Tensor], Tensor]
 """The product of rows (…, I), in any dtype, with a weight: (…, O), in the weight's dtype."""
 
@@ -59,19 +59,19 @@ def is_written_out(model: Any) -> bool:
 
 
 def query_key_value(attention: Any) -> list[nn.Linear]:
-    """One layer for all three, or one each."""
+    """One layer for all three projections, or one for each."""
     if hasattr(attention, "qkv_proj"):
         return [attention.qkv_proj]
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 def gate_up(mlp: Any) -> list[nn.Linear]:
-    """One layer for both, or one each."""
+    """One layer for both projections, or one for each."""
     return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
 
 
 def num_heads(attention: Any) -> tuple[int, int]:
-    """The numbers of query heads and of key heads; there are as many value heads as key heads."""
+    """The numbers of query heads and key heads; value heads are as many as key heads."""
     config = attention.config
     return config.num_attention_heads, config.num_key_value_heads
 
@@ -233,7 +233,7 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A causal LM to read only, as long as its weights do not change; see `engines.kv`."""
+    """A causal LM for decoding, valid while its weights do not change; see `engines.kv`."""
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
         self.embedding = model.get_input_embeddings().weight.detach()
