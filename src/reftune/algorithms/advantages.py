@@ -73,8 +73,8 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def truncated_importance(
     logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, *, cap: float
 ) -> Tensor:
-    """Weight of each token whose sampler was not quite the policy, (B, R); 1 where the mask is
-    False.
+    """Importance weight of each token, (B, R), if the sampler differs from the policy; 1 where the
+    mask is False.
 
         w = min(π_train / π_sample, cap)
 
@@ -107,7 +107,7 @@ def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Each sample's reward less the mean of the others of its group, (B,); 0 for a group of one.
+    """Each sample's reward minus the mean of the others in its group, (B,); 0 for a group of one.
 
         A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - mean)
 

@@ -37,8 +37,8 @@ class LossTerms:
 
 
 class Algorithm(Component, ABC):
-    """Two hooks to write, `credit` and `loss`, and two to change; the loop that calls them does not
-    know which algorithm it runs."""
+    """Write two hooks, `credit` and `loss`, and override others if needed. The loop that calls them
+    does not know which algorithm it runs."""
 
     needs_values: ClassVar[bool] = False
     """Whether `credit` reads `values`, and the value head is trained."""
@@ -50,7 +50,7 @@ class Algorithm(Component, ABC):
 
     @property
     def min_samples(self) -> int:
-        """Fewest samples per problem from which something can be learned."""
+        """Fewest samples per problem that allow learning."""
         return 1
 
     @property
@@ -64,16 +64,16 @@ class Algorithm(Component, ABC):
         return False
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The rollouts to train on; may drop some or add others (gold rationales, say)."""
+        """The rollouts to train on; may drop some or add others, such as gold rationales."""
         return list(rollouts)
 
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """The whole rollout with what `weights` and `loss` read filled in: advantages, say, and
+        """The whole rollout with the fields that `weights` and `loss` read, such as advantages and
         returns. Pure."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
-        """(B, R) share of each token in the loss of a minibatch. Pure."""
+        """(B, R) weight of each token in the loss of a minibatch. Pure."""
         return token_weights(batch.response_mask, "token")
 
     @abstractmethod
@@ -82,7 +82,7 @@ class Algorithm(Component, ABC):
 
 
 class Clipped(Algorithm, ABC):
-    """An algorithm with advantages and PPO's clipped policy loss; `credit` is left to write."""
+    """An algorithm with advantages and PPO's clipped policy loss; only `credit` is missing."""
 
     kl_coef: float = Field(0.01, ge=0)
     """β, weight of the KL penalty; 0 needs no reference model."""
@@ -118,7 +118,7 @@ class Clipped(Algorithm, ABC):
 
 
 def with_contrast(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts of problems whose samples did not all earn the same."""
+    """The rollouts of problems whose samples did not all earn the same reward."""
     rewards: dict[str, set[float]] = {}
     for rollout in rollouts:
         rewards.setdefault(rollout.problem.id, set()).add(rollout.reward)

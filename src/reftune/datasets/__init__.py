@@ -12,7 +12,7 @@ __all__ = ["Dataset", "FileDataset", "Row", "Splits"]
 
 
 class Dataset(Protocol):
-    """What every dataset offers."""
+    """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
         """Read everything; `seed` draws the dev split. Raises: DataError with file and line."""

@@ -22,9 +22,10 @@ from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""What pandas writes for a missing cell and Excel for a formula that failed."""
+"""How pandas writes a missing cell, and Excel a failed formula."""
 MOST_WORDS = 30
-"""Longest gold read as a text under `auto`: more words are a solution, not an answer."""
+"""Longest gold read as a text under `auto`, in words; a longer text is a solution, not an
+answer."""
 
 
 class Jsonl(FileDataset):
@@ -52,11 +53,11 @@ class Jsonl(FileDataset):
         return [self._problem(row, columns) for row in rows]
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in every dataset in files, rationales read as the golds are."""
+        """As in every dataset from files; rationales are read like the golds."""
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
-        """As `problems`, of one row alone. Raises: DataError."""
+        """As `problems`, for a single row. Raises: DataError."""
         return self._problem(row, self._columns([row], is_train=False))
 
     @classmethod
@@ -64,7 +65,7 @@ class Jsonl(FileDataset):
         return {"question": f"What is {n}?", "answer": n}
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns, as given and recognised. Raises: DataError if training rows lack a given
+        """The columns, given or recognised. Raises: DataError if training rows lack a given
         column."""
         told = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
         for value in told.values() if is_train else ():
@@ -103,7 +104,7 @@ class Jsonl(FileDataset):
         )
 
     def _gold(self, cell: object, options: Options | None) -> tuple[Answer, str]:
-        """The answer that a cell states, and how it is spelled. Raises: DataError."""
+        """The answer in a cell, and its spelling. Raises: DataError."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), str(cell)

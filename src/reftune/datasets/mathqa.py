@@ -52,7 +52,7 @@ MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
 
 
 def stem_key(problem: Problem) -> str:
-    """Without the options: the same question with other options is the same question."""
+    """The question without its options: other options do not make another question."""
     return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
 
 
@@ -71,8 +71,8 @@ class Mathqa(PaperDataset):
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As for all of the paper's datasets; a choice's solution in words states the letter that
-        it ends in."""
+        """As for all of the paper's datasets; a choice's solution in words must end in its
+        letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -81,8 +81,8 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """If the formula misses the gold by more than 1 %, one of the two is wrong: a numeric
-        problem is then left out, and a multiple-choice one has no program. Test stays as it is."""
+        """If the formula is more than 1 % off the gold, one of the two is wrong: a numeric problem
+        is then left out, and a multiple-choice one has no program. Test is not changed."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -119,7 +119,7 @@ class Mathqa(PaperDataset):
         )
 
     def published_problem(self, row: Row) -> Problem:
-        """Raises: Unusable if a numeric gold is asked for and the option is no number."""
+        """Raises: Unusable if a numeric gold is requested and the option is not a number."""
         stem, (options, letter) = repaired(row.text("Problem")), _gold_of(row)
         problem = Problem(
             id=row.id,
@@ -203,7 +203,7 @@ def _is_near_gold(row: Row, value: object) -> bool:
 
 
 def _prose(row: Row) -> str | None:
-    """The Rationale without the quotes that most have around them."""
+    """The Rationale without the surrounding quotes that most have."""
     text = row.optional_text("Rationale")
     return None if text is None else repaired(text.strip('" \n')) or None
 
@@ -237,8 +237,8 @@ def read_options(text: str) -> tuple[str, ...] | None:
 
 
 def option_value(text: str) -> Fraction | None:
-    """The number that all of an option is, as formulas compute them: `3 : 4` is 3/4, `11 a . m .`
-    is 11."""
+    """The number that an option states, as formulas compute it: `3 : 4` is 3/4, `11 a . m .` is
+    11."""
     ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
     if ratio is not None:
         return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
@@ -247,7 +247,7 @@ def option_value(text: str) -> Fraction | None:
 
 
 def option_answer(text: str) -> Answer | None:
-    """The number that all of an option is; None if it states none or more, `3 : 4` for example."""
+    """The number that an option consists of; None if it states none or several, such as `3 : 4`."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)

@@ -17,10 +17,10 @@ from reftune.recipe import Component, unknown_key
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
-"""Distance between the seeds of test, of train and of another `data_seed`. A task's n-th question
-has seed + n."""
+"""Distance between the seeds of test, train and the next `data_seed`. A task's n-th question has
+seed + n."""
 PATIENCE = 20
-"""Questions drawn for each one wanted, before giving up on finding more different ones."""
+"""Give up on finding different questions after this many draws for each one wanted."""
 
 
 class ReasoningGym(Component):

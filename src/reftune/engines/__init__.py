@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 traffic: Counter[str] = Counter()
-"""What engines have sent since the last step, which logs it as `engine/…`."""
+"""What engines have sent since the last step; logged as `engine/…`."""
 
 
 class Engine(Protocol):
-    """What every engine offers."""
+    """The interface of every engine."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
         """One completion per prompt, in order.
 
-        The tokens are a function of the weights, the prompts and `params` only: not of the other
+        The tokens of a prompt depend only on the weights, the prompt and `params`, not on the other
         prompts in the batch.
         """

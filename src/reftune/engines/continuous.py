@@ -2,8 +2,7 @@
 attention.
 
 Differs from the contract in one promise: transformers draws all rows from one generator, so a
-sampled completion depends on the seed and on the whole list of prompts. The same call still gives
-the same tokens.
+sampled completion depends on the whole list of prompts. The same call still gives the same tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Continuous(Component):
             ids = m.add_requests(
                 [list(prompt) for prompt in prompts], max_new_tokens=params.max_new_tokens
             )
-            # with every request known, so that batches do not depend on which thread is quicker
+            # with every request known, so that batches do not depend on the timing of threads
             m.start()
             outputs = _collect(m, len(prompts))
         sampled = [outputs[id_] for id_ in ids]
@@ -90,7 +89,7 @@ def _manager(
     model = _in_compute_dtype(policy)
     if not getattr(
         model, "_supports_attention_backend", False
-    ):  # it would not see the pages, and write nonsense
+    ):  # it would ignore the pages, and write nonsense
         raise EngineError(
             f"engine continuous: {type(model).__name__} has an attention of its own; use engine=kv"
         )

@@ -2,8 +2,8 @@
 training weights.
 
 Rows that finish leave the batch, so one long solution does not hold up the others, and waiting
-prompts take their place. Equal prompts are read once. New keys and values are written into room
-kept for them; the cache is copied only when rows leave or join, or when the room is full.
+prompts take their place. Equal prompts are read once. New keys and values are written into reserved
+space; the cache is copied only when rows leave or join, or when the space is full.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
 
 DROP_SHARE = 1 / 8
-"""Share of the rows that must have finished before they are dropped, which copies the cache of the
-others."""
+"""Share of the rows that must have finished before they are dropped; dropping copies the cache of
+the others."""
 ROOM = 64
 """Tokens by which a full cache grows."""
 BLOCK = 256
-"""Tokens of the vocabulary whose probability is summed as one when a token is drawn."""
+"""Size of the blocks of the vocabulary whose probabilities are summed when a token is drawn."""
 Forward = Callable[[Tensor, Tensor, Any], Tensor]
-"""Tokens (B, S), the mask (B, T) of cache and tokens, the cache, which the tokens are added to →
-logits (B, V), fp32, after the last token."""
+"""Tokens (B, S), the mask (B, T) of cache and tokens, and the cache, to which the tokens are added
+→ fp32 logits (B, V) after the last token."""
 
 
 class Kv(Component):
@@ -107,8 +107,8 @@ class _Request:
 
 
 class _Decoder:
-    """Rows that are being decoded: their cache, left-padded to one length, the logits of each row's
-    next token, and the tokens so far."""
+    """The rows being decoded: their cache, left-padded to one length, the logits of each row's next
+    token, and the tokens so far."""
 
     def __init__(self, policy: Policy, params: SamplingParams, forward: Forward) -> None:
         self.policy, self.params, self.forward = policy, params, forward
@@ -154,8 +154,8 @@ class _Decoder:
         return cache, mask, self.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
-        """One number per token and row, a function of the seed and the row's position only; greedy
-        decoding needs none."""
+        """One random number per token and row, which depends only on the seed and the row's
+        position; greedy decoding needs none."""
         shape = (len(requests), self.params.max_new_tokens)
         if not requests or self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
@@ -165,7 +165,7 @@ class _Decoder:
     def step(self) -> None:
         """Draw one token per row, drop finished rows, and read the new tokens."""
         rows, stop, last = self.rows, self.policy.stop, self.params.max_new_tokens - 1
-        # Rows join at different times: each takes the number of its own step.
+        # Rows join at different times: each uses the number of its own step.
         places = rows.lengths.clamp(max=last)[:, None]
         uniforms = rows.uniforms.gather(1, places).squeeze(1)
         tokens, logprobs = draw_tokens(self.logits, uniforms, self.params)
@@ -189,7 +189,7 @@ class _Decoder:
             self.logits = self.forward(tokens[:, None], self.mask, self.cache)
 
     def _finish(self, done: Tensor) -> None:
-        """Store what was drawn for the rows that are `done` in their requests."""
+        """Store the tokens of the rows that are `done` in their requests."""
         columns = (done, self.rows.lengths[done], self.rows.tokens[done], self.rows.logprobs[done])
         for row, length, tokens, logprobs in zip(*(c.tolist() for c in columns), strict=True):
             request = self.active[row]
@@ -199,7 +199,7 @@ class _Decoder:
         self.active = [self.active[row] for row in rows.tolist()]
         self.mask, self.rows = self.mask[rows], _Rows(*(part[rows] for part in self.rows))
         self.cache.batch_select_indices(rows)
-        # leading columns that only rows now gone needed
+        # leading columns that only finished rows needed
         unused = int((self.mask.sum(0) == 0).int().cumprod(0).sum()) if self.active else 0
         if unused:
             self.mask = self.mask[:, unused:]
@@ -232,17 +232,17 @@ class _Rows(NamedTuple):
 
 
 class _RoomyLayer(DynamicLayer):
-    """A layer's cache whose tensors are views of larger ones, so that a token is written in place
-    instead of appended by copying."""
+    """A layer's cache whose tensors are views of larger ones, so that a token is written in
+    place."""
 
     seen: Tensor | None = None
-    """The keys as last written: when rows were selected or stacked since, they lie elsewhere."""
+    """The keys as last written, to notice that rows were selected or stacked since."""
     room: tuple[Tensor, Tensor]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, S, D); all keys and values so far."""
+        """Append keys and values (B, heads, S, D); returns all so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self.seen is None or self.keys is not self.seen or end > self.room[0].shape[-2]:
@@ -269,7 +269,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tup
     """Tokens (B,) and their log-probabilities (B,) under the distribution they were drawn from.
 
     Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token
-    depends on nothing but its own logits and number. Greedy tokens get the log-probability of the
+    depends only on its own logits and number. Greedy tokens get the log-probability of the
     untempered distribution. `logits` (B, V), fp32.
     """
     if params.temperature == 0:
@@ -283,11 +283,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tup
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token at which the running sum of `weights` (B, V) passes its share of the total,
-    (B,), and the total, (B,).
-
-    Found among blocks of tokens first and then within one, so that only one pass goes over the
-    vocabulary.
+    """The first token (B,) at which the running sum of `weights` (B, V) exceeds its share of the
+    total, and the total (B,). The search goes over blocks of tokens first and then within one, so
+    that it passes over the vocabulary once.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).to(widest(weights.device))
@@ -301,13 +299,13 @@ def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """What sums of probabilities are made in: fp64, which only Apple's GPUs lack."""
+    """The dtype for sums of probabilities: fp64, except on Apple's GPUs, which lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """First column (B,) of non-decreasing rows (B, N) above `threshold` (B,); by rounding none: the
-    last that adds anything."""
+    """First column (B,) of non-decreasing rows (B, N) above `threshold` (B,). If rounding leaves
+    none, the last column that increases."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 
@@ -320,7 +318,7 @@ def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
         scores = scores.masked_fill(scores < kth, -torch.inf)
     if params.top_p < 1:
         ordered, order = scores.softmax(1).sort(dim=1, descending=True)
-        # the token that crosses the bound stays
+        # the token that crosses the bound is kept
         outside = ordered.cumsum(1) - ordered >= params.top_p
         outside = torch.zeros_like(outside).scatter(1, order, outside)
         scores = scores.masked_fill(outside, -torch.inf)

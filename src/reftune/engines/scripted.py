@@ -21,8 +21,7 @@ class Scripted(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion a prompt, in order; its log-probabilities are 0, as a script is certain of
-        its words."""
+        """One completion per prompt, in order; its log-probabilities are 0."""
         positions = range(params.first_position, params.first_position + len(prompts))
         return [
             self._completion(policy, self.texts[i % len(self.texts)], params) for i in positions

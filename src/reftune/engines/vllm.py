@@ -1,9 +1,9 @@
 """vLLM, colocated (in a process that reftune starts) or as servers that you start.
 
-Each call first hands over the policy's weights as they are, through a folder in memory: to a
-colocated engine whole, LoRA merged; to servers whole too, or with LoRA the adapter alone. The
-tokens are drawn by vLLM's kernels, whose log-probabilities differ a little from the trainer's;
-`mismatch_cap` of an RL stage corrects for that.
+Each call first passes on the policy's current weights through a folder in memory: whole, with LoRA
+merged, or, for servers and LoRA, only the adapter. vLLM's kernels draw the tokens, and their
+log-probabilities differ slightly from the trainer's; an RL stage's `mismatch_cap` corrects for
+that.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Vllm(Component):
 
     @property
     def device_share(self) -> float:
-        """Share of the device's memory that it takes for its own weights and cache."""
+        """Share of the device's memory for its own weights and cache."""
         return 0.0 if self.server else self.memory
 
     @property
@@ -74,7 +74,7 @@ class Vllm(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion a prompt, in order; see `reftune.engines.Engine`. Raises: EngineError,
+        """One completion per prompt, in order; see `reftune.engines.Engine`. Raises: EngineError,
         RecipeError."""
         if not any(world.any_of(len(prompts) > 0)):
             return []
@@ -87,7 +87,7 @@ class Vllm(Component):
     def _by_servers(
         self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams
     ) -> list[Sampled]:
-        """All processes must enter; each asks the servers that are its own."""
+        """All processes must call this; each uses its own servers."""
         adapter = self._hand_over(policy)
         own = own_servers(self.servers)
         jobs = requests(prompts, params, self.batch_size)
@@ -102,7 +102,7 @@ class Vllm(Component):
             return [sampled for answer in answers for sampled in answer]
 
     def _hand_over(self, policy: Policy) -> str | None:
-        """Give every server the weights, which the main process writes once; returns the name of
+        """Send the weights, written once by the main process, to every server; returns the name of
         the adapter to request, if there is one.
 
         Raises: EngineError, in all processes.
@@ -118,8 +118,8 @@ class Vllm(Component):
         return world.from_main(lambda: adapter)
 
     def _send_adapter(self, policy: Policy, before: _Served | None) -> str:
-        """Its name, a new one each time, because vLLM caches by name. The base is sent first if
-        servers have another one."""
+        """Send the adapter and return its name, a new one each time because vLLM caches by name.
+        The base is sent first if servers have another one."""
         if not self._have_base(policy, before):
             self._send(policy, save_base, Server.load)
         adapter = self._send(policy, save_adapter, Server.load_adapter)
@@ -140,7 +140,7 @@ class Vllm(Component):
         save: Callable[[Policy, Path], None],
         load: Callable[[Server, Path], None],
     ) -> str:
-        """Save for all servers, load in each; the folder's name."""
+        """Save the weights once, load them in every server; returns the folder's name."""
         with self._folder(policy, save) as folder:
             _of_each(self.servers, lambda server: load(server, folder))
         return folder.name
@@ -156,7 +156,7 @@ class Vllm(Component):
                 save(policy, folder)
             except (OSError, SafetensorError) as error:
                 raise EngineError(f"engine vllm: {folder}: cannot be written: {error}") from None
-            if save is not save_base:  # sent once a start, so that a resumed step would differ
+            if save is not save_base:  # sent once per start, so that a resumed step would differ
                 files = [path for path in folder.rglob("*") if path.is_file()]
                 traffic["sync_bytes"] += sum(path.stat().st_size for path in files)
             yield folder
@@ -179,7 +179,7 @@ class Vllm(Component):
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
     def _started(self, policy: Policy, folder: Path) -> Colocated:
-        """The running engine if it fits, else a new one, which takes seconds to minutes to
+        """The running engine if it fits; else a new one, which takes seconds to minutes to
         start."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if _running and key not in _running:
@@ -190,12 +190,12 @@ class Vllm(Component):
 
 
 _running: dict[Any, Colocated] = {}
-"""The colocated engine of this process: one at most, as each holds its share of the device."""
+"""The colocated engine of this process; at most one, because each holds a share of the device."""
 
 
 @atexit.register
 def stop_engines() -> None:
-    """End the colocated engine and give its memory back."""
+    """Stop the colocated engine and free its memory."""
     while _running:
         _running.popitem()[1].stop()
 
@@ -228,7 +228,7 @@ class Colocated:
                     use_tqdm_on_load=False,
                     worker_extension_cls="reftune.engines._vllm_worker.Repacking",
                 )
-            except Exception as error:  # noqa: BLE001 - whatever vLLM makes of the model or the device
+            except Exception as error:  # noqa: BLE001 - vLLM may fail on a model or device in any way
                 reason = " ".join(str(error).split())[:300]
                 raise EngineError(
                     f"engine vllm: did not start: {reason}; VLLM_LOGGING_LEVEL=INFO shows more"
@@ -255,18 +255,18 @@ class Colocated:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that was started as docs/engines.md says."""
+    """A server, started as docs/engines.md says."""
 
     address: str
 
     def load(self, folder: Path) -> None:
-        """Take the model in `folder`, and forget what was computed with another."""
+        """Load the model in `folder` and clear what was computed with the previous one."""
         arguments = {"weights_path": str(folder)}
         self.post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
         self.post("/reset_prefix_cache", {})
 
     def load_adapter(self, folder: Path) -> None:
-        """Take the LoRA adapter in `folder`, and call it as that."""
+        """Load the LoRA adapter in `folder` under the folder's name."""
         body = {"lora_name": folder.name, "lora_path": str(folder)}
         self.post("/v1/load_lora_adapter", body)
 
@@ -279,7 +279,8 @@ class Server:
         return True
 
     def complete(self, prompts: Sequence[list[int]], body: dict[str, Any]) -> list[Sampled]:
-        """A response a prompt, in order. Prompts that are sampled must be equal; see `requests`."""
+        """One response per prompt, in order. Prompts that are sampled must be equal; see
+        `requests`."""
         asked = (
             {"prompt": prompts[0], "n": len(prompts)}
             if body["temperature"] > 0
@@ -317,7 +318,7 @@ class Server:
 
 
 class NotFoundError(EngineError):
-    """What a server was asked for is not there."""
+    """The server does not offer what was requested."""
 
 
 HINTS = {
@@ -332,7 +333,7 @@ HINTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Served:
-    """What servers have of a policy with LoRA: its base, and one adapter."""
+    """What servers hold of a policy with LoRA: its base and one adapter."""
 
     policy: weakref.ref[Policy]
     adapter: str
@@ -343,14 +344,15 @@ _served: dict[Any, _Served] = {}
 
 
 def own_servers(servers: Sequence[Server]) -> list[Server]:
-    """The servers that this process asks: one, or several if there are more servers than
+    """The servers that this process uses: one, or several if there are more servers than
     processes."""
     return list(servers[world.rank() % len(servers) :: world.world_size()])
 
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
-    """The consecutive prompts that go into one request: greedy any; sampled only equal ones, as
-    vLLM gives all prompts of a request one seed, and its samples of a prompt consecutive ones."""
+    """The consecutive prompts that go into one request. If greedy, any; if sampled, only equal
+    ones, because vLLM has one seed per request and gives the samples of a prompt consecutive
+    seeds."""
     if not prompts:
         return []
     starts = [0]
@@ -376,10 +378,9 @@ def _vllm() -> Any:
 
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
-    """What vLLM is asked for at one position; every field is said, so that no default of a model or
-    server enters.
-
-    Seeds of consecutive positions are consecutive, as vLLM's are of the samples of a prompt.
+    """vLLM's sampling parameters at one position. Every field is set, so that no default of a model
+    or server applies. Seeds of consecutive positions are consecutive, as vLLM's are for the samples
+    of a prompt.
     """
     return {
         "max_tokens": params.max_new_tokens,
@@ -390,7 +391,7 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
         "repetition_penalty": 1.0,
         "seed": derive_seed(params.seed) // 2 + position,
         "logprobs": 0,  # of the sampled token only
-        "ignore_eos": True,  # the model's own idea of it; ours follows
+        "ignore_eos": True,  # the model's own end tokens; ours follow
         "stop_token_ids": sorted(policy.eos_ids),
     }
 

@@ -65,7 +65,7 @@ def read_gold(
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
-    """The gold number that all of a cell says; None if it says more or something else."""
+    """The gold number that a cell consists of; None if it says anything else."""
     number = number_in_gold(raw, reading)
     if number is None:
         return None
@@ -75,7 +75,7 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
-    """The number that all of a cell says; None if it says more or something else. True is not 1."""
+    """The number that a cell consists of; None if it says anything else. True is not 1."""
     if isinstance(raw, bool):
         return None
     if isinstance(raw, int):
@@ -88,7 +88,7 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """What the last marker that announces something says; the cell itself without one.
+    """The answer after the last marker that announces one; the cell itself without a marker.
 
     Raises: DataError for different answers side by side: `\\boxed{3}` or `\\boxed{4}`.
     """
@@ -212,7 +212,7 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
 
 
 def literal(text: str) -> object:
-    """What a text is as a Python or JSON literal; None if it is none."""
+    """A text's value as a Python or JSON literal; None if it is not a literal."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -52,8 +52,8 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{�
 
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade a worked solution by what its last marker announces. One that only mentions the answer
-    ("Note on the answer: …") does not count."""
+    """Grade a worked solution by the answer after its last marker. A marker that only mentions the
+    answer ("Note on the answer: …") does not count."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)
@@ -76,7 +76,7 @@ _NO_VALUE = re.compile(
     r"|ten|eleven|twelve|hundred|thousand)\b|n't\b|∞",
     re.IGNORECASE,
 )
-"""Words that answer in place of a number, or take back the answer before."""
+"""Words that answer instead of a number, or take back the answer before."""
 
 
 def _says_something(statement: Statement, problem: Problem) -> bool:
@@ -91,9 +91,9 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 
 def grade_value(value: Any, problem: Problem) -> Graded:
-    """Grade what a program returned, a float that is not whole by the digits that arithmetic keeps.
-    None, nan and inf do not count as answers; a truth value answers only a yes/no
-    question, a list or date only golds of their kind."""
+    """Grade what a program returned; a float that is not whole, by the digits that arithmetic
+    keeps. None, nan and inf do not count as answers; a truth value answers only a yes/no question,
+    a list or date only golds of that kind."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"
@@ -221,7 +221,7 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line without what is said about the list; all lines if it is one part a line."""
+    """The first line without words about the list; all lines if each holds one part."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""

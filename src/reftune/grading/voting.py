@@ -1,8 +1,8 @@
 """From several graded samples of one problem to one answer: votes, reranking, pass@k. Pure.
 
 Only samples with a value take part; equal values are one candidate; a tie goes to the value seen
-first; no valid value at all is wrong. Values are equal as the grader finds them equal: 0.5, 1/2 and
-50% are one. The paper compares them as spelled.
+first; without any valid value the vote is wrong. The grader decides which values are equal: 0.5,
+1/2 and 50% are one. The paper compares them as spelled.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def majority_curve(
     """The first sample with the most frequent value among the first k samples, for k = 1 … n; None
     if none of them is valid.
 
-    Prefixes are what a person who drew only k samples would have seen; as samples are exchangeable,
-    the mean over problems is an unbiased estimate of maj@k, and its last point is the vote over all
+    A prefix is what drawing only k samples would have given; because samples are exchangeable, the
+    mean over problems is an unbiased estimate of maj@k, and its last point is the vote over all
     samples.
     """
     first: dict[str, Graded] = {}
@@ -91,8 +91,8 @@ def rerank_curve(
     *,
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
-    """The valid sample with the highest score among the first k, the first of equals, for k = 1 …
-    n; a text that occurs again counts once, as it was first."""
+    """The valid sample with the highest score among the first k, for k = 1 … n; the first one on a
+    tie. A repeated text counts once, where it first occurred."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []
@@ -106,7 +106,7 @@ def rerank_curve(
 
 
 def is_correct(winner: Graded | None) -> bool:
-    """Whether a vote's winner answers the problem; no winner does not."""
+    """Whether a vote's winner answers the problem; without a winner, it is wrong."""
     return winner is not None and winner.verdict is Verdict.CORRECT
 
 
@@ -122,7 +122,7 @@ def pass_at_k(n: int, num_correct: int, k: int) -> float:
 
 
 def check_k(k: int, n: int) -> None:
-    """Raises: DataError if k samples are asked of n."""
+    """Raises: DataError if k exceeds n."""
     if not 1 <= k <= n:
         raise DataError(
             f"k = {k}: only {n} samples a problem were drawn; expected 1 to {n} (evaluate.samples"

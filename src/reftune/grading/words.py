@@ -11,7 +11,7 @@ from typing import Literal
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 
 MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""Longest gold, in words and characters, after which an answer may continue."""
+"""Longest gold, in words and characters, that an answer may begin with and go on."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
@@ -24,7 +24,7 @@ _TAKEN_BACK = re.compile(
 )
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
-"""Names alone behind a name may be other answers: "Paris, London"."""
+"""A name followed only by names may be several answers: "Paris, London"."""
 _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b|[.,]|[ t]00:00(?::00)?$")
@@ -39,7 +39,7 @@ def same_words(first: str, second: str) -> bool:
 
 
 def bare_words(text: str) -> str:
-    """The spelling that all texts share that are the same words."""
+    """The common spelling of all texts with the same words."""
     folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     less = _ARTICLE.sub("", " ".join(folded.split()))

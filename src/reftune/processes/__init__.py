@@ -1,1 +1,1 @@
-"""The processes of a run: their ranks, what they share, and what they send each other."""
+"""The processes of a run: their ranks, their shares of the work, and their communication."""

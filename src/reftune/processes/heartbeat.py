@@ -1,7 +1,6 @@
-"""Which process is gone: each reports every second that it is alive, and checks the others.
-
-A collective operation cannot say: it waits for hours, or fails without a name. Heartbeats come
-from a thread, so a process that computes or writes for long is not taken for dead.
+"""Finds the process that is gone: each reports every second that it is alive, and checks the
+others. A collective operation cannot tell: it waits for hours, or fails without a name. Heartbeats
+come from a thread, so a process that computes or writes for long is not taken for dead.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 INTERVAL_S = 1.0
 SOON_S = 4.0
-"""Silence that names the process after something has failed."""
+"""Seconds of silence that identify the dead process after something has failed."""
 SILENCE_S = 45.0
 """Seconds of silence after which a process counts as dead. A library may keep Python's threads
 waiting for seconds."""
@@ -21,11 +20,11 @@ LEFT = b"left"
 
 
 class Heartbeat:
-    """This process's heartbeat, and what it knows of the others."""
+    """This process's heartbeat, and its view of the others."""
 
     def __init__(self, store: Any, rank: int, size: int, lost: Callable[[int], None]) -> None:
-        """`store` is for this alone; `lost(rank)` is called, in a thread, for a process that is
-        silent."""
+        """`store` serves only this purpose; `lost(rank)` is called, in a thread, for a silent
+        process."""
         self._store, self._rank, self._lost = store, rank, lost
         self._others = [other for other in range(size) if other != rank]
         self._heard = {other: (b"", time.monotonic()) for other in self._others}
@@ -33,17 +32,17 @@ class Heartbeat:
         self._store.set(_key(rank), "0")
 
     def start(self) -> None:
-        """After all processes have made theirs."""
+        """Start, after all processes have created their heartbeats."""
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True).start()
 
     def leave(self) -> None:
-        """This process is done: nobody should wait for it."""
+        """This process is done: the others should not wait for it."""
         self.stop()
         self._exchange(LEFT)
 
     def stop(self) -> None:
-        """Neither say nor look any more."""
+        """Stop reporting and checking."""
         self._over.set()
 
     def missing(self) -> int | None:
@@ -63,7 +62,7 @@ class Heartbeat:
             self._exchange(str(count).encode())
 
     def _watch(self) -> None:
-        """Runs in a thread of its own: without its host, a store may keep `_beat` waiting."""
+        """Runs in its own thread, because a store without its host may block `_beat`."""
         while not self._over.wait(INTERVAL_S):
             rank, silent_s = self._most_silent()
             if silent_s > SILENCE_S:
@@ -74,7 +73,7 @@ class Heartbeat:
             self._store.set(_key(self._rank), own)
             beats = self._store.multi_get([_key(other) for other in self._others])
         except RuntimeError:
-            if self._rank != 0:  # the main process has the store; nobody else can be heard
+            if self._rank != 0:  # the main process hosts the store; no other process can be heard
                 self._others = [0]
             return
         now = time.monotonic()
@@ -83,7 +82,7 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """The one heard of least recently, and how long that is ago, in seconds."""
+        """The process heard from least recently, and how many seconds ago."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

@@ -1,5 +1,6 @@
-"""What a launcher (`torchrun`, `accelerate launch`) asks for: how many processes, on which devices,
-and whether weights are split. It says so through the environment, which nothing else reads."""
+"""The request of a launcher (`torchrun`, `accelerate launch`): how many processes, on which
+devices, and whether weights are split. It comes through environment variables, which only this
+module reads."""
 
 from __future__ import annotations
 
@@ -23,18 +24,15 @@ TIMEOUT = timedelta(hours=2)
 a dead one much sooner."""
 
 _store: Any = None
-"""Seen by all processes without their taking part; None before they have joined."""
+"""A store that all processes can read at any time; None before they have joined."""
 
 
 @contextmanager
 def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Join the processes that a launcher started, and leave them at the end; does nothing in a
-    single process.
-
-    An error ends all of them. It leaves this context in the process that was first; the others exit
-    with status 1, silently.
-    Raises: RecipeError for a launcher's setting that is not followed here; ProcessError if another
-    process is gone.
+    single process. An error ends all of them: the first process to fail raises it, the others exit
+    silently with status 1. Raises: RecipeError for a launcher's setting that is not supported;
+    ProcessError if another process is gone.
     """
     global _store
     if _store is not None or not _is_launched(environment):
@@ -69,7 +67,7 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 def first_to_tell() -> bool:
-    """Whether this process is the first of all to end early, and so the one that says why."""
+    """Whether this process is the first to end early, so that it reports why."""
     own = int(os.environ.get("RANK", "0"))
     if _store is None:
         return own == 0  # before they have joined, all meet the same error
@@ -95,10 +93,10 @@ def _told(world: World, missing: int | None) -> str:
 
 
 def _end(world: World, store: Any, missing: int) -> None:
-    """End this process, whose main thread may wait for the `missing` one for hours."""
+    """End this process, whose main thread might otherwise wait hours for the `missing` one."""
     try:
         is_first = _is_first(store, world.rank)
-    except RuntimeError:  # the missing one had the store
+    except RuntimeError:  # the missing one hosted the store
         is_first = world.rank == min({0, 1} - {missing})
     if is_first:
         print(_told(world, missing), file=sys.stderr, flush=True)  # noqa: T201  nobody else can
@@ -158,15 +156,15 @@ REFUSED = {
     ),
     "ACCELERATE_GRADIENT_CLIPPING": "expected none; set optimizer.max_grad_norm in the recipe",
 }
-"""Settings of a launcher that would not be followed, and what to do instead."""
+"""Settings of a launcher that are not supported, and what to do instead."""
 UNASKED = ("false", "none", "auto", "")
-"""Values of a setting with which it asks for nothing."""
+"""Values with which a setting requests nothing."""
 AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
-"""Values with which a setting asks for what happens anyway."""
+"""Values with which a setting requests what happens anyway."""
 
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
-    """What the launcher asks for. Raises: RecipeError for what would not run as asked."""
+    """Read the launcher's request. Raises: RecipeError for a setting that is not supported."""
     for name, told in REFUSED.items():
         value = environment.get(name, "false")
         if value.lower() not in (*UNASKED, AS_WE_DO.get(name)):

@@ -1,6 +1,5 @@
-"""Who holds which weights: every process all of them (DDP), or each a part (FSDP2).
-
-`current` is the one object that knows; nothing else asks which of the two it is.
+"""Sharding of weights: every process holds all (DDP), or each holds a part (FSDP2). Only `current`
+knows which; no other code asks.
 """
 
 from __future__ import annotations
@@ -40,23 +39,21 @@ class Sharding:
             dist.broadcast(parameter.detach(), src=0)
 
     def is_split(self, model: Any) -> bool:
-        """Whether each process holds a part of `model` now. Forward and backward passes then wait
-        for all processes, which must make equally many."""
+        """Whether each process currently holds a part of `model`. Forward and backward passes then
+        wait for all processes, which must run equally many."""
         return False
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Every process holds all weights of `model`, for reading: forward passes need no other
-        process meanwhile. Matrices of transformer blocks may come in `dtype`, to which arithmetic
-        in it would cast them anyway.
-
-        All processes must enter. The children of a split `model` are plain copies; it must not be
-        called itself, only what it holds.
+        """Give every process all weights of `model`, for reading, so that forward passes need no
+        other process. Matrices of transformer blocks may be in `dtype`, to which autocast would
+        cast them anyway. All processes must enter. The children of a split `model` are plain
+        copies; call these, not the model itself.
         """
         yield
 
     def add_up_gradients(self, model: Any) -> None:
-        """Sum over all processes what backward passes have not summed already."""
+        """Sum the gradients that backward passes have not summed over the processes already."""
         if world.world_size() > 1:
             world.add_up(*(p.grad for p in model.parameters() if p.grad is not None))
 
@@ -69,8 +66,7 @@ class Fsdp2(Sharding):
     splits: ClassVar[bool] = True
     reshard_after_forward: bool = True
     replicas: int = 1
-    """Groups of consecutive processes of which each holds the model once, as on a machine of its
-    own."""
+    """Number of groups of consecutive processes that each hold the model once."""
 
     def __str__(self) -> str:
         groups = "" if self.replicas == 1 else f", in each of {self.replicas} groups"
@@ -131,14 +127,14 @@ class Fsdp2(Sharding):
 
 
 current = Sharding()
-"""How this run holds weights."""
+"""This run's sharding."""
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 """Split models → the same modules, which hold whole weights for a while."""
 
 
 @contextmanager
 def held(how: Sharding) -> Iterator[None]:
-    """Weights are held so as long as the block runs."""
+    """Use this sharding while the block runs."""
     global current
     current = how
     try:
@@ -182,13 +178,13 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The tensor that all processes hold a part of; a plain one as it is."""
+    """The whole tensor of which all processes hold a part; a plain one is returned as it is."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors whole, to be saved: split ones on the CPU, and in the main process only."""
+    """All tensors whole, for saving: split ones on the CPU, and only in the main process."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()
@@ -198,8 +194,7 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """The whole `value`, which every process has, split as `like` is; as it is if `like` is
-    plain."""
+    """The whole `value`, held by every process, split like `like`; unchanged if `like` is plain."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
@@ -210,5 +205,5 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Set `parameter` of a model that is trained to the whole `value`, which every process has."""
+    """Set `parameter` of a model in training to the whole `value`, held by every process."""
     parameter.copy_(part_of(value, parameter))

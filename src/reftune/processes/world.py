@@ -1,10 +1,10 @@
-"""Several processes that train one model: their ranks, what each does, and what they send each
-other.
+"""Several processes that train one model: their ranks, their shares of the work, and their
+communication.
 
 Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
 are split by rows and put together again, so that every process then holds the same rollouts,
-advantages and weights; only the main one writes and prints. `launch` starts all this, `sharding`
-says who holds which weights.
+advantages and weights; only the main one writes and prints. `launch` starts them; `sharding` says
+which process holds which weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ E = TypeVar("E", bound=Exception)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """The processes of a run, as one of them sees it."""
+    """The processes of a run, as seen by one of them."""
 
     rank: int = 0
     size: int = 1
@@ -38,7 +38,7 @@ _world = ALONE
 
 @contextmanager
 def inhabited(world: World) -> Iterator[None]:
-    """This process is one of `world`, whose process group has begun."""
+    """Make this process part of `world`, whose process group is initialised."""
     global _world
     _world = world
     try:
@@ -63,13 +63,13 @@ def is_main() -> bool:
 
 
 def own_part(num_items: int) -> slice:
-    """The consecutive items that are this process's, of `num_items` in order; shares differ by at
-    most one."""
+    """This process's consecutive share of `num_items` items in order; shares differ by at most
+    one."""
     return slice(num_items * rank() // world_size(), num_items * (rank() + 1) // world_size())
 
 
 def gather(value: T) -> list[T]:
-    """The value of every process, in their order."""
+    """The values of all processes, by rank."""
     if _world is ALONE:
         return [value]
     import torch.distributed as dist
@@ -80,7 +80,7 @@ def gather(value: T) -> list[T]:
 
 
 def join_tensors(part: Tensor) -> Tensor:
-    """The one-dimensional parts of all processes, which may differ in length, in their order."""
+    """The one-dimensional parts of all processes, by rank; they may differ in length."""
     if _world is ALONE:
         return part
     import torch
@@ -96,7 +96,7 @@ def join_tensors(part: Tensor) -> Tensor:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What the main process makes; `make` is called there only."""
+    """The value that `make` returns in the main process; it is called only there."""
     if _world is ALONE:
         return make()
     import torch.distributed as dist
@@ -107,13 +107,13 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def wait(where: str) -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     agree(where, what="are at different places")
 
 
 def agree(value: T, *, what: str) -> T:
-    """`value`, the same everywhere. Raises: RuntimeError if it is not: a mistake of ours, or
-    machines that differ."""
+    """`value`, if it is the same in all processes. Raises: RuntimeError if not: a bug, or machines
+    that differ."""
     values = gather(value)
     if any(other != values[0] for other in values):
         raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")
@@ -121,12 +121,12 @@ def agree(value: T, *, what: str) -> T:
 
 
 def any_of(*flags: bool) -> list[bool]:
-    """For each flag whether it is up in any process."""
+    """For each flag, whether it is set in any process."""
     return [any(column) for column in zip(*gather(flags), strict=True)]
 
 
 def raise_together(error: E | None) -> None:
-    """Raise in every process if one has an error. Raises: the first one's."""
+    """Raise an error of one process in every process. Raises: the first one's."""
     first = next((found for found in gather(error) if found is not None), None)
     if first is not None:
         raise first
@@ -134,7 +134,7 @@ def raise_together(error: E | None) -> None:
 
 @contextmanager
 def together(kind: type[E]) -> Iterator[None]:
-    """An error of `kind` in one process is raised in all, once each is through the block."""
+    """Raise an error of `kind` from one process in all, once each has finished the block."""
     failed: E | None = None
     try:
         yield
@@ -144,7 +144,7 @@ def together(kind: type[E]) -> Iterator[None]:
 
 
 def add_up(*tensors: Tensor) -> None:
-    """Replace each by its sum over all processes."""
+    """Replace each tensor by its sum over all processes."""
     if _world is ALONE:
         return
     import torch.distributed as dist
@@ -154,7 +154,8 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def shared_folder(path: Path) -> None:
-    """Raises: RecipeError in a process that does not see what the main one wrote at `path`."""
+    """Check that machines share a folder. Raises: RecipeError in a process that does not see what
+    the main one wrote at `path`."""
     wait(f"looking for {path}")
     if not path.exists():
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""What a run is: tables of keys read from YAML, and the plug-ins that a recipe names by `kind`."""
+"""Recipes: tables of keys read from YAML, and the plug-ins that a recipe names by `kind`."""
 
 from reftune.recipe.kinds import (
     Component,

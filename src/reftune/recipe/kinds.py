@@ -22,7 +22,8 @@ from pydantic_core import PydanticCustomError
 
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
-    """What a validator raises: becomes a RecipeError of one line that names the recipe key."""
+    """The error that a validator raises; it becomes a one-line RecipeError that names the recipe
+    key."""
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
@@ -146,7 +147,7 @@ def _user_object(kind: str) -> Any:
     file, _, name = kind.rpartition(":")
     try:
         path = Path(file).expanduser().resolve()
-    except RuntimeError:  # ~ of a user whom the system does not know
+    except RuntimeError:  # ~ of a user unknown to the system
         path = Path(file)
     if not path.is_file():
         path = shipped_recipes() / file
@@ -158,7 +159,7 @@ def _user_object(kind: str) -> Any:
     sys.modules[spec.name] = module  # pydantic looks postponed annotations up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - whatever a user's file does when it is read
+    except Exception as error:  # noqa: BLE001 - a user's file may fail in any way when it is loaded
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise refusal("bad_file", f"{file}: cannot be loaded: {reason}") from None
     if not hasattr(module, name):

@@ -16,9 +16,8 @@ from reftune.recipe.schema import Recipe
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, validate.
 
-    `extends: base.yaml` (or a list) is relative to the file that says it; later files and keys win,
-    mappings merge.
-    Raises: RecipeError, one line, with the key and what was expected.
+    `extends: base.yaml` (or a list) is relative to the file that contains it; later files and keys
+    win, mappings merge. Raises: RecipeError, one line, with the key and what was expected.
     """
     data = read_yaml(Path(path))
     for override in overrides:

@@ -1,4 +1,4 @@
-"""What a run is: the tables of a recipe and their defaults."""
+"""The tables of a recipe and their defaults."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class EvaluateTable(Table):
         return self
 
     def num_samples(self, method: str) -> int:
-        """Samples per problem that are drawn from a method."""
+        """Number of samples per problem from a method."""
         return self.samples if self.sampled is None or method in self.sampled else 0
 
 

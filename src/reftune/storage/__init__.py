@@ -1,1 +1,1 @@
-"""What a run leaves on disk, written whole or not at all."""
+"""The files of a run, written whole or not at all."""

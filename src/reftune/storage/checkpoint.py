@@ -1,4 +1,5 @@
-"""Checkpoints: everything that makes a stage's future, written atomically as safetensors and JSON.
+"""Checkpoints: everything that later steps of a stage depend on, written atomically as safetensors
+and JSON.
 
 A checkpoint is a folder `step-000120` that appears by one rename. Nothing that is loaded can run
 code. Its tensors are whole, so that any number of processes can continue from it; only the main one
@@ -28,13 +29,13 @@ from reftune.storage.files import sync, sync_files, writing
 
 MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
 FILES = (TENSORS, STATE)
-"""What the manifest holds checksums of."""
+"""The files whose checksums are in the manifest."""
 _STEP = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What `load_latest` found."""
+    """A loaded checkpoint."""
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -50,7 +51,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step-…` whole or not at all, then drop all but the newest `keep`.
+    """Write `folder/step-…` whole or not at all, then delete all but the newest `keep`.
 
     Raises: CheckpointError if the disk refuses; older checkpoints stay as they were.
     """
@@ -78,7 +79,7 @@ def save_checkpoint(
     except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    # later ones were passed over as damaged
+    # later ones were skipped as damaged
     newest = [path for number, path in _found(folder) if number <= step][-keep:]
     for _, path in _found(folder):
         if path not in newest:
@@ -87,8 +88,8 @@ def save_checkpoint(
 
 
 def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
-    """The newest checkpoint whose checksums hold, or None. Damaged ones are named through
-    `note(message)` and passed over."""
+    """The newest checkpoint whose checksums match, or None. Damaged ones are reported through
+    `note(message)` and skipped."""
     for step, path in reversed(_found(folder)):
         try:
             return _read(path, step)
@@ -114,8 +115,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """bitsandbytes keeps what is quantized in a dict of its own, with tables that all parameters
-    share and files cannot; it takes the tensors without either."""
+    """bitsandbytes keeps quantized state in a dict with tables shared by all parameters, which
+    files cannot hold; it accepts the tensors without them."""
     nested = [value for value in state.values() if isinstance(value, Mapping)]
     plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
     tensors = {key: value for part in nested for key, value in part.items()}
@@ -125,7 +126,8 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` took, whole tensors even if the parameters are sharded."""
+    """Restore what `optimizer_tensors` returned: whole tensors, even if the parameters are
+    sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     for name, value in tensors.items():
@@ -138,7 +140,7 @@ def load_optimizer_tensors(
 
 
 def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
-    """As the optimizer holds it: a part of a tensor; `step`, a number, as tensor or int."""
+    """The value as the optimizer holds it: a part of a tensor; for `step`, a tensor or int."""
     if value.dim() > 0:
         return part_of(value, parameter)
     return value if value.is_floating_point() else int(value)
@@ -152,7 +154,7 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read(path: Path, step: int) -> Checkpoint:
-    """Raises: CheckpointError if it is torn or damaged."""
+    """Load a checkpoint. Raises: CheckpointError if it is torn or damaged."""
     from safetensors.torch import load_file
 
     try:

@@ -1,4 +1,4 @@
-"""Files that outlast a kill: texts and folders that appear by one rename or not at all, and JSON
+"""Files that survive a kill: texts and folders that appear by one rename or not at all, and JSON
 lines that can be cut back to the moment of a checkpoint. If there are several processes, only the
 main one writes."""
 
@@ -21,7 +21,7 @@ from reftune.types import Problem
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises: CheckpointError, naming `path`, if the disk refuses."""
+    """Raises: CheckpointError, naming `path`, for a disk error."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -43,11 +43,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_folder(folder: Path, fill: Any) -> None:
-    """`fill(partial)` writes a folder that then takes the place of `folder`. Raises:
-    CheckpointError.
-
-    It is called in every process, as weights may have to be gathered; only in the main one it
-    writes.
+    """`fill(partial)` writes a folder that then replaces `folder`. Raises: CheckpointError. It is
+    called in every process, because weights may have to be gathered; only the main one writes.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
@@ -89,7 +86,7 @@ def sync_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlast a power cut. Raises: OSError."""
+    """Wait until a file, or the names in a folder, would survive a power cut. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,7 +111,7 @@ class JsonLines:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
 
     def sync(self) -> None:
-        """Wait until what was appended would outlast a power cut. Raises: CheckpointError."""
+        """Wait until the appended lines would survive a power cut. Raises: CheckpointError."""
         if is_main() and self.path.exists():
             with writing(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -124,19 +121,18 @@ class JsonLines:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def truncate(self, size: int) -> None:
-        """Forget everything after the first `size` bytes. Raises: CheckpointError if the disk
-        refuses."""
+        """Cut the file after `size` bytes. Raises: CheckpointError for a disk error."""
         if is_main() and self.size() > size:
             with writing(self.path), self.path.open("r+b") as file:
                 file.truncate(size)
 
     def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Forget the first line that `first` accepts, everything after it, and a torn last line."""
+        """Cut the file before the first line that `first` accepts; also drop a torn last line."""
         rows = self.rows()
         self.keep(next((i for i, row in enumerate(rows) if first(row)), len(rows)))
 
     def keep(self, count: int) -> None:
-        """Forget everything after the first `count` lines, a torn last line too."""
+        """Cut the file after `count` lines; also drop a torn last line."""
         self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -154,16 +150,12 @@ def in_parts(
     *,
     at_once: int,
 ) -> list[dict[str, Any]]:
-    """Write one line per problem; `answer(start, part)` makes those of `at_once` problems. Existing
-    whole parts are kept.
-
-    Returns: all lines.
+    """Write one line per problem; `answer(start, part)` makes the lines of `at_once` problems.
+    Existing whole parts are kept. Returns: all lines.
     """
     results = JsonLines(path)
     done = len(from_main(results.rows))
-    if done < len(
-        problems
-    ):  # stopped while a part was being written: samples are drawn for whole parts
+    if done < len(problems):  # stopped in the middle of a part: samples are drawn for whole parts
         done -= done % at_once
     results.keep(done)
     for start in range(done, len(problems), at_once):

@@ -1,5 +1,5 @@
-"""Where a run keeps its files, and which run owns them. Every file name in a run folder is written
-here, and only here; the folder is claimed, locked, and refused if it belongs to something else."""
+"""The files of a run, and which run owns them. Every file name in a run folder is defined here, and
+only here; a folder is claimed and locked, or refused if it belongs to something else."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RunFolder:
         return self.path / ".lock"
 
     def stage(self, method: str) -> StageFolder:
-        """Folder of a stage, or of a snapshot that a stage leaves behind."""
+        """Folder of a stage, or of a snapshot that a stage saves."""
         return StageFolder(self.path / "stages" / method)
 
     def evaluation(self, method: str) -> Path:
@@ -72,11 +72,11 @@ class RunFolder:
         return self.path / "eval" / "choices" / f"{method}.jsonl"
 
     def trained(self) -> list[str]:
-        """Methods whose models are there, by name."""
+        """Methods with a saved model, by name."""
         return sorted(path.parent.name for path in self.path.glob("stages/*/stage.json"))
 
     def newest_checkpoint(self) -> Path | None:
-        """The last one written in any stage."""
+        """The newest checkpoint in any stage."""
         found = self.path.glob("stages/*/checkpoints/step-*")
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -135,7 +135,7 @@ BEFORE_CLAIM = frozenset(
     + [path.name for path in (FIRST.environment, FIRST.data)]
     + [f".{path.name}.partial" for path in (FIRST.environment, FIRST.data, FIRST.recipe)]
 )
-"""What a run that was killed before `recipe.yaml` was there may have left."""
+"""Files that a run killed before writing `recipe.yaml` may have left."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 
 
@@ -144,7 +144,7 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
-    """The folder, made this run's and locked."""
+    """Claim the folder for this run and lock it."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
             if refuse_foreign(folder, recipe):
                 write_atomically(folder.environment, json.dumps(environment(), indent=2))
                 write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
-                # last: it makes the folder this run's
+                # last: it claims the folder for this run
                 write_atomically(folder.recipe, dump_recipe(recipe))
             else:
                 for name in lengthened_stages(folder, recipe):
@@ -179,8 +179,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def data_facts(splits: Splits) -> dict[str, Any]:
-    """What `data.json` holds: the sizes of the splits (of train: problems with a rationale), and
-    what was dropped."""
+    """The content of `data.json`: the sizes of the splits (for train also: problems with a
+    rationale), and what was dropped."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -191,9 +191,8 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether the folder is free.
-
-    Raises: RecipeError, CheckpointError if it is neither free nor this recipe's.
+    """Whether the folder is free. Raises: RecipeError, CheckpointError if it belongs to something
+    else.
     """
     if folder.recipe.is_file():
         lengthened_stages(folder, recipe)
@@ -207,7 +206,7 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """The stages that have begun and that `recipe` gives more steps or epochs than they had.
+    """The stages that have begun and that get more steps or epochs from `recipe` than they had.
 
     Raises: RecipeError if the two differ in anything else, or if a stage cannot continue: another
     one began from its model, or there is no checkpoint of its end.
@@ -304,7 +303,7 @@ def environment() -> dict[str, Any]:
 
 
 def command() -> str:
-    """What was typed to start this process."""
+    """The command that started this process."""
     program, *arguments = sys.argv
     is_ours = Path(program).name in ("reftune", "__main__.py")
     return shlex.join([*(["reftune"] if is_ours else ["python", program]), *arguments])

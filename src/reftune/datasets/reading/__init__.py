@@ -1,1 +1,1 @@
-"""What the datasets share: rows of files, splits, and programs derived from annotations."""
+"""Code shared by the datasets: rows of files, splits, and programs made from annotations."""

@@ -1,5 +1,5 @@
-"""What datasets from files or the Hub have in common: where rows are read, how dev is drawn, what
-is dropped and counted."""
+"""The base of datasets from files or the Hub: reading rows, drawing dev, dropping and counting bad
+rows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Unusable(Exception):
 
 
 class FileDataset(Component):
-    """Base of a dataset in files or on the Hub. A dataset of your own says what a row is:
-    `problem`."""
+    """Base of a dataset in files or on the Hub. Your own dataset defines `problem`, which reads a
+    row."""
 
     train: str
     """A file, a folder or a Hub id: [sources](datasets.md#sources)."""
@@ -51,8 +51,8 @@ class FileDataset(Component):
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
-        """Row `n` of a made-up file, each with another question, with which the contract suite
-        tries a dataset that comes with reftune; one of your own needs none."""
+        """Row `n` of a made-up file, with a question of its own, for the contract suite; your own
+        dataset needs none."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:

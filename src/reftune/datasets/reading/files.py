@@ -1,7 +1,5 @@
-"""Local files → records, each with its place.
-
-The standard library reads them, since a table library would lose the line of a row or change `007`,
-`NA` and dates: every cell stays the text that was written.
+"""Local files → records with their place. The standard library reads them, because a table library
+would lose a row's line or change `007`, `NA` and dates: every cell stays the text that was written.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ Records = Iterator[tuple[str, Mapping[str, Any]]]
 Line = tuple[str, Sequence[str | None]]
 """(`file:line`, cells) of each line of a table."""
 DELIMITERS = ",;\t|"
-"""Tried in this order; the one that splits the first line into most columns is taken."""
+"""Delimiters, tried in this order; the one that splits the first line into most columns is used."""
 
 
 def ending(path: PurePath) -> str:
@@ -49,7 +47,7 @@ def read_file(path: Path) -> Records:
 
 
 def type_name(value: object) -> str:
-    """What a value is called in an error message."""
+    """The name of a value's type in an error message."""
     if isinstance(value, bool):
         return "a truth value"
     if isinstance(value, (int, float)):
@@ -196,7 +194,7 @@ def _delimiter(text: str) -> str:
 
 
 def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Line]:
-    csv.field_size_limit(sys.maxsize)  # a long cell is for the length checks to refuse
+    csv.field_size_limit(sys.maxsize)  # the length checks refuse a cell that is too long
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = first
     try:
@@ -289,7 +287,7 @@ def _read_parquet(path: Path) -> Records:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """An error's message, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -22,7 +22,7 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The cell that holds a gold; of a conversation the reply. Raises: DataError."""
+    """The cell that holds a gold; for a conversation, the reply. Raises: DataError."""
     value = row.value(column)
     if not is_conversation(value):
         return value

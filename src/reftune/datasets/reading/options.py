@@ -18,14 +18,14 @@ MOST = len(string.ascii_lowercase)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What can be chosen."""
+    """The options of a question."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] = ()
-    """What the data call each option, in lower case; empty if they do not say."""
+    """The data's label of each option, in lower case; empty if there are none."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """Our letter for the option that the data calls `gold`, or whose position it is if those
+        """The letter of the option that the data calls `gold`, or whose position it is if positions
         count from `positions_from`; None if it is neither."""
         label, places = gold.strip().strip("().").lower(), range(len(self.texts))
         if label in self.labels:

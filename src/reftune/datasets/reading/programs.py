@@ -1,5 +1,4 @@
-"""Programs as rationales: written from a data set's own annotations, and run before anybody learns
-from them."""
+"""Programs as rationales: made from a dataset's own annotations, and run before any training."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.USub, ast.UAdd)
 NODES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
 TIMEOUT_S = 20.0
 LARGEST_WHOLE = 10**15
-"""Floats up to here that are whole are written without `.0`."""
+"""Whole floats up to this size are written without `.0`."""
 
 
 def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:
@@ -81,10 +80,9 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
-    """Train without the rationales that give another answer than their gold: programs that return
-    it (`program_disagrees`), texts that state it (`rationale_disagrees`).
-
-    A program that fails, or a text that states no answer, says nothing about the gold and stays.
+    """Train without the rationales that contradict their gold: programs that return another answer
+    (`program_disagrees`), texts that state one (`rationale_disagrees`). A program that fails, or a
+    text that states no answer, does not contradict the gold and stays.
     """
     programs = [
         problem
@@ -107,14 +105,13 @@ def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
 
 
 def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
-    """Run in the sandbox, with so much time that how busy the machine is does not decide what is
-    trained on."""
+    """Run in the sandbox, with enough time that a busy machine does not change the training set."""
     with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
         return sandbox.run(programs)
 
 
 def _graded_programs(problems: Sequence[Problem]) -> dict[str, Graded]:
-    """Problem id → what its program's value is worth; a program that fails gives no answer."""
+    """Problem id → the grade of its program's value; a program that fails gives no answer."""
     if not problems:
         return {}
     results = run_programs([problem.rationale or "" for problem in problems])

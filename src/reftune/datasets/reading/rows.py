@@ -23,8 +23,7 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "dev": ("dev", "validation", "valid", "val"),
     "test": ("test",),
 }
-"""What a split's file may be called in a folder, first choice first. On the Hub, dev is
-`validation`."""
+"""Names of a split's file in a folder, most likely first. On the Hub, dev is `validation`."""
 MISSING = object()
 
 
@@ -56,7 +55,7 @@ class Row:
         return None if value is None or value == "" else self.text(column)
 
     def number_gold(self, column: str) -> Answer:
-        """The number that all of the column's cell is. Raises: DataError."""
+        """The column's number. Raises: DataError."""
         value = self.value(column)
         answer = number_gold(value)
         if answer is None:
@@ -83,7 +82,7 @@ class Row:
         return None if value is MISSING else value
 
     def _found(self, path: str) -> Any:
-        """A column of that very name, else step by step along the dots."""
+        """A column of exactly that name; else the value reached by following the dots."""
         if path in self.columns:
             return self.columns[path]
         value: Any = self.columns
@@ -99,10 +98,9 @@ def read_rows(
 ) -> list[Row]:
     """All rows of `split` (`train`, `dev` or `test`).
 
-    `source` is a file that `READERS` knows; a folder of such files called after their splits, or as
-    in `names`, which are looked for first; or a Hub id, `owner/name[:config[:split]]`, read at
-    `revision`.
-    Raises: DataError.
+    `source` is a file with an ending in `READERS`; a folder of such files named after their splits,
+    or as in `names`, which take precedence; or a Hub id, `owner/name[:config[:split]]`, read at
+    `revision`. Raises: DataError.
     """
     path = _path(source)
     if path.is_dir():
@@ -139,8 +137,8 @@ def _path(source: str) -> Path:
 
 
 def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Raises: DataError at the first row whose value is of another type than in the rows before;
-    null is of any type."""
+    """Check that types do not change. Raises: DataError at the first row whose value has another
+    type than in the rows before; null fits any type."""
     for column in columns:
         filled = [(row, value) for row in rows if (value := row.get(column)) is not None]
         for row, value in filled:

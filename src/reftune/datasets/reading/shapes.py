@@ -1,4 +1,4 @@
-"""What the columns of people's data are called, and row shapes recognised by them."""
+"""Common column names, and the row shapes recognised by them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "choices": ("choices", "options", "question.choices"),
     "id": ("id", "item_id", "key"),
 }
-"""What a column may be called, most likely name first; compared in lower case."""
+"""Common names of a column, most likely first; compared in lower case."""
 LETTERED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
-"""How columns with an option each are called, with their letter."""
+"""Names of columns that hold one option each, with their letter."""
 
 
 class Columns(Table):
@@ -62,7 +62,7 @@ class Columns(Table):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What rows are, and what their columns mean."""
+    """The shape of rows, and the meaning of their columns."""
 
     name: str
     """Shown to the user: `Alpaca rows`."""

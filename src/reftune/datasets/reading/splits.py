@@ -1,5 +1,5 @@
-"""From problems as read to `Splits`: repeats and contradictions removed, dev drawn, no question of
-dev or test left in train."""
+"""Problems → `Splits`: remove repeats and contradictions, draw dev, and remove questions of dev and
+test from train."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Splits:
     dev: tuple[Problem, ...]
     test: tuple[Problem, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What was dropped and why, for the log: `duplicate`, `program_disagrees`, …"""
+    """How many rows were dropped, by reason: `duplicate`, `program_disagrees`, …"""
 
 
 def question_key(problem: Problem) -> str:
@@ -65,10 +65,9 @@ def draw_splits(
     none of them is kept. `leak`: a train question that dev or test asks, or a dev question that
     test asks, by `key`. Test is never touched.
 
-    Dev, unless given, is the `dev_size` questions that come first when all are sorted by a hash of
-    `seed` and question: neither the order of the rows nor their rationales have a part in it. None:
-    a tenth of them, at most 500.
-    Raises: DataError if `dev_size` leaves nothing to train on.
+    Dev, unless given, is the first `dev_size` questions (None: a tenth of them, at most 500) in the
+    order of a hash of `seed` and question, so row order and rationales do not matter. Raises:
+    DataError if `dev_size` leaves nothing to train on.
     """
     counts: Counter[str] = Counter()
     tested = [(key(problem), problem) for problem in test]
@@ -120,7 +119,7 @@ def _spaced(text: str) -> str:
 def _clean(
     problems: Iterable[Problem], key: Key, several_rationales: bool, counts: Counter[str]
 ) -> list[Asked]:
-    """Without contradictions and duplicates, in order."""
+    """The problems without contradictions and duplicates, in order."""
     problems = list(problems)
     first: dict[str, Problem] = {}
     questions = [question_key(problem) for problem in problems]
@@ -148,7 +147,7 @@ def _clean(
 def _without(
     asked: Sequence[Asked], elsewhere: Iterable[Asked], counts: Counter[str]
 ) -> list[Asked]:
-    """Without the questions that are asked elsewhere."""
+    """The problems without those that other splits ask."""
     taken = {question for question, _ in elsewhere}
     kept = [(question, problem) for question, problem in asked if question not in taken]
     counts["leak"] += len(asked) - len(kept)

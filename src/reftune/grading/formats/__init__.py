@@ -10,7 +10,8 @@ from reftune.types import Conversation, Graded, Problem
 
 
 class Format(Protocol):
-    """What every format offers. Prompt and target meet at one token boundary in every stage."""
+    """The interface of every format. Prompt and target meet at the same token boundary in every
+    stage."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
         """The text that the model continues, after the tokenizer's BOS unless it is a `BareText`;
@@ -23,4 +24,4 @@ class Format(Protocol):
         """
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in order. Never raises for what a completion says."""
+        """One grade per completion, in order. Never raises because of a completion's text."""

@@ -1,4 +1,4 @@
-"""What the formats share: the question as a model reads it, by `style`."""
+"""Code shared by the formats: the question as a model reads it, by `style`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class Prompted(Component):
 
     @property
     def writes_all(self) -> bool:
-        """Whether the whole solution is the model's, because the prompt begins no part of it."""
+        """Whether the model writes the whole solution, because the prompt contains no part of
+        it."""
         return self.style in READ_BY
 
     def framed(self, problem: Problem) -> str | Conversation:
@@ -119,7 +120,7 @@ def with_options(question: str, problem: Problem) -> str:
 
 
 def paper_prompt(problem: Problem, header: str = "") -> BareText:
-    """Source: the authors' code; the header that every prompt of theirs has."""
+    """Source: the authors' code, whose prompts all have this header."""
     return BareText(f"Question:\n{question_text(problem)}\nAnswer reasoning:\n{header}")
 
 

@@ -1,4 +1,4 @@
-"""What monty lacks of Python, recognised by the error that ends a program. Pure."""
+"""The parts of Python that monty lacks, recognised by the error that ends a program. Pure."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from reftune.grading.sandbox.result import (
 )
 
 GRACE_S = 0.25
-"""How long a program over its time limit may take to stop before its worker is killed."""
+"""Seconds that a program over its time limit has to stop before its worker is killed."""
 
 
 # --- monty ----------------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _size_bytes(value: Any, limit: int) -> int:
-    """Memory of a program's value with all that it holds, each object once; counting ends soon
-    after `limit`."""
+    """Memory of a program's value with everything in it, each object counted once; counting ends
+    soon after `limit`."""
     size, waiting, seen = 0, [value], {id(value)}
     while waiting and size <= limit:
         each = waiting.pop()

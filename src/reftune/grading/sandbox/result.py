@@ -1,4 +1,4 @@
-"""What a program may use, how it ended, and what it must not reach for."""
+"""A program's limits, how it ended, and the modules and names that are out of bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 MAX_VALUE_BYTES = 1 << 20
 """Largest value that a program may return."""
 MAX_PRINTED_CHARS = 2000
-"""Kept of what a program prints, from the end."""
+"""How much of a program's output is kept, from its end."""
 
 FORBIDDEN_MODULES = frozenset(
     "_io _posixsubprocess _socket _thread aiohttp asyncore builtins cffi code codeop concurrent"
@@ -44,7 +44,7 @@ class ExecutionStatus(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionResult:
-    """What became of one program."""
+    """The result of one program."""
 
     status: ExecutionStatus
     value: Any = None
@@ -59,7 +59,7 @@ class ExecutionResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SandboxLimits:
-    """What one program may use."""
+    """The limits of one program."""
 
     timeout_s: float = 1.0
     memory_mib: int = 64
@@ -88,7 +88,7 @@ _UNREACHABLE = re.compile(
 
 
 def forbidden_error(text: str) -> bool:
-    """Whether an error message says that the program reached for what the sandbox leaves out on
+    """Whether an error message shows that the program tried to use something the sandbox omits on
     purpose."""
     name = re.match(r"NameError: name '(\w+)' is not defined", text)
     if name is not None:
@@ -100,6 +100,6 @@ def forbidden_error(text: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """The first line of what a program wrote, bounded, and without what could not be printed or
+    """The first line of a program's output, bounded, without characters that cannot be printed or
     would steer a terminal."""
     return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

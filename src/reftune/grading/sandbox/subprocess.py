@@ -64,7 +64,7 @@ SYSTEM_LIBRARIES = (
     "/usr/share/zoneinfo",
     "/etc/ld.so.cache",
 )
-"""What packages need of the system: shared libraries, and time zones for pandas."""
+"""Files that packages need: shared libraries, and time zones for pandas."""
 
 
 class SubprocessBackend:
@@ -185,7 +185,7 @@ class _Forker:
         self._finalizer()
 
     def run(self, source: int, folder: str, timeout_s: float) -> tuple[bytes, int] | None:
-        """What a program wrote, and its exit status; None if it was not run to its end."""
+        """A program's output and exit status; None if it did not run to its end."""
         output, results = os.pipe()
         ours, theirs = socket.socketpair()
         with open(output, "rb", buffering=0), ours:  # noqa: PTH123  a descriptor, not a path
