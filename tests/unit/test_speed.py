@@ -45,16 +45,25 @@ def test_a_bf16_policy_attends_in_fp32_and_nothing_else_does(make_policy, batch,
         )  # the products are in bf16 still
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 products"
+NO_BF16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16 products"
 )
+
+
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gpt2"])
-def test_packed_layers_multiply_as_before_and_are_put_back(make_policy, architecture):
-    model = make_policy(architecture, dtype=torch.bfloat16).model
-    tokens = torch.tensor([[3, 4, 5], [7, 8, 9]])
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), pytest.param(torch.bfloat16, 0.02, marks=NO_BF16)],
+)
+def test_packed_layers_multiply_as_before_and_are_put_back(
+    make_policy, architecture, dtype, tolerance, monkeypatch
+):
+    monkeypatch.setattr(llama, "LARGE", 1)
+    policy = make_policy(architecture, dtype=dtype)
+    model, tokens = policy.model, torch.tensor([[3, 4, 5], [7, 8, 9]])
+    with torch.no_grad(), policy.arithmetic():
         expected = model(input_ids=tokens).logits
-        with llama.packed_linears(model, torch.bfloat16):
+        with llama.packed_linears(model, dtype):
             packed = [module for module in model.modules() if "forward" in vars(module)]
             assert (
                 type(model.get_output_embeddings()) is torch.nn.Linear
@@ -62,11 +71,11 @@ def test_packed_layers_multiply_as_before_and_are_put_back(make_policy, architec
             )
             found = model(input_ids=tokens).logits
         assert found.dtype == expected.dtype
-        assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+        assert_close(found, expected, atol=tolerance * float(expected.abs().max()), rtol=0)
         assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_nothing_is_packed_in_fp32(make_policy):
+def test_small_layers_are_not_packed_in_fp32(make_policy):
     model = make_policy("llama").model
     with llama.packed_linears(model, torch.float32):
         assert not any("forward" in vars(module) for module in model.modules())
