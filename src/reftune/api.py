@@ -16,6 +16,7 @@ from reftune.grading.formats import Format
 from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
+from reftune.storage.run_folder import StageFolder
 from reftune.terminal.score import problem_of
 from reftune.types import Completion, Graded, Problem, Verdict
 
@@ -180,7 +181,7 @@ def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
     folder."""
     if not isinstance(model, str | Path) or Path(model).parent.name != "stages":
         return {}
-    path = Path(model).parents[1] / "recipe.yaml"
+    path = StageFolder(Path(model)).run.recipe
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

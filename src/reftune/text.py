@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """`text` with every character that could steer a terminal replaced by `�`; line breaks and tabs
@@ -15,6 +18,17 @@ def shown(value: object) -> str:
     """A value for an error message: one short line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def brief(error: object) -> str:
+    """What an error says, for a message of ours: one line, at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """`did you mean partial?`; empty if no known name is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def clock(seconds: float) -> str:

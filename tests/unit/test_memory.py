@@ -292,7 +292,9 @@ def test_the_trace_takes_what_real_tensors_take(dtype, lora, checkpointing, outl
     batch = token_batch([[0] * 9] * 4, [[0] * 7] * 4)
     with policy.arithmetic(), _LiveBytes(policy) as live:
         hidden = policy.hidden_states(batch)
-        token_logprobs(policy._head(), hidden, batch.response_tokens()).sum().backward()
+        token_logprobs(
+            policy.base.get_output_embeddings(), hidden, batch.response_tokens()
+        ).sum().backward()
     assert traced.kept + traced.momentary == pytest.approx(live.peak, rel=0.05)
 
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Self
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from reftune.datasets import Splits
 from reftune.datasets.reading.splits import draw_splits
-from reftune.recipe import Component, Table
+from reftune.recipe import Component, Table, refusal
 from reftune.recipe.kinds import component_field
 from reftune.seeds import derive_seed
 from reftune.types import Problem
@@ -36,7 +35,7 @@ class Mixture(Component):
         shares = [part.share for part in self.parts.values()]
         given = [share for share in shares if share is not None]
         if given and (len(given) < len(shares) or abs(sum(given) - 1) > 1e-6):
-            raise PydanticCustomError("shares", "shares: expected one for each part, 1 in sum")
+            raise refusal("shares", "shares: expected one for each part, 1 in sum")
         return self
 
     def load(self, *, seed: int) -> Splits:

@@ -4,7 +4,6 @@ scorer."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from reftune.datasets import Splits
 from reftune.datasets.reading.splits import draw_splits, question_key
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, unknown_key
+from reftune.text import did_you_mean
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
@@ -77,10 +77,9 @@ class ReasoningGym(Component):
                 " 'reftune[reasoning-gym]'"
             ) from None
         if self.task not in DATASETS:
-            near = difflib.get_close_matches(self.task, DATASETS, n=1)
-            hint = [f"did you mean {name}?" for name in near]
-            expected = (hint or ["expected a name of reasoning_gym.factory.DATASETS"])[0]
-            raise RecipeError(f"dataset.task: {self.task}: unknown task; {expected}")
+            listed = "expected a name of reasoning_gym.factory.DATASETS"
+            hint = did_you_mean(self.task, DATASETS) or listed
+            raise RecipeError(f"dataset.task: {self.task}: unknown task; {hint}")
         names = (field.name for field in dataclasses.fields(DATASETS[self.task][1]))
         known = [name for name in names if name not in ("seed", "size")]
         for key in self.config:

@@ -22,11 +22,10 @@ from functools import partial
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from reftune.datasets import Splits
 from reftune.errors import DataError
-from reftune.recipe import Component
+from reftune.recipe import Component, refusal
 from reftune.types import Answer, Problem
 
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
@@ -73,15 +72,11 @@ class WordProblems(Component):
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:
         if not 0 <= self.operations[0] <= self.operations[1] <= 6:
-            raise PydanticCustomError(
-                "operations", "operations: expected [least, most] within 0 and 6"
-            )
+            raise refusal("operations", "operations: expected [least, most] within 0 and 6")
         if not 1 <= self.numbers[0] < self.numbers[1] <= self.max_value:
-            raise PydanticCustomError(
-                "numbers", "numbers: expected [least, largest] within 1 and max_value"
-            )
+            raise refusal("numbers", "numbers: expected [least, largest] within 1 and max_value")
         if self.rationale == "nl" and self.styles > len(_PROSE_STYLES):
-            raise PydanticCustomError("styles", "styles: prose has at most 8")
+            raise refusal("styles", "styles: prose has at most 8")
         return self
 
     def load(self, *, seed: int) -> Splits:

@@ -119,7 +119,7 @@ def _manager(
 def _in_compute_dtype(policy: Policy) -> Any:
     """The policy's model itself in fp32; in other dtypes a copy with cast weights, because its
     threads do not see our autocast."""
-    model = policy.model.get_base_model() if policy.is_lora else policy.model
+    model = policy.base
     if policy.compute_dtype == torch.float32:
         return model
     cast: dict[int, Any] = {

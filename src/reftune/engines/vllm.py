@@ -410,7 +410,7 @@ def _save(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = policy.model.get_base_model() if policy.is_lora else policy.model
+    model = policy.base
     model.save_pretrained(folder, state_dict=state)
 
 

@@ -15,6 +15,8 @@ from reftune.errors import CheckpointError, ModelError
 from reftune.model.policy import ADAPTERS, PEFT_ADAPTERS
 from reftune.model.weights import ADAPTER_CONFIG, SMOLLM2, is_adapter_folder, smollm2_folder
 from reftune.recipe import LoraTable
+from reftune.storage.run_folder import RunFolder
+from reftune.text import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +25,7 @@ Adapters = Mapping[str, Tensor]
 """Adapters by PEFT's names: `….lora_A.weight` (r, inputs) and `….lora_B.weight` (outputs, r)."""
 
 
-def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder: Path) -> None:
+def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`.
 
     Each stage trains fresh adapters on the merged model of the stage before, so the adapters of all
@@ -33,7 +35,7 @@ def export_adapters(stages: Path, method: str, model: Mapping[str, Any], folder:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    chain = _chain(stages, method, model)
+    chain = _chain(run, method, model)
     joined = side_by_side(chain)
     rank = sum(len(_rows_of_a(adapters)) for adapters, _ in chain)
     path = model.get("path")
@@ -79,8 +81,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
             raise ValueError(f"{strange[0]} is in one of the two only")
         merged: PreTrainedModel = adapted.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{folder}: not the adapters of this model: {reason}") from None
+        raise ModelError(f"{folder}: not the adapters of this model: {brief(error)}") from None
     return merged
 
 
@@ -126,7 +127,7 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
     return next(tensor for name, tensor in adapters.items() if ".lora_A." in name)
 
 
-def _chain(stages: Path, method: str, model: Mapping[str, Any]) -> list[Scaled]:
+def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled]:
     """The adapters of all stages from the base, or from the run's initial adapters, to `method`.
     Over a base in 4 bits each stage continues the adapters of the stage before, so the last ones
     contain all."""
@@ -138,14 +139,14 @@ def _chain(stages: Path, method: str, model: Mapping[str, Any]) -> list[Scaled]:
     while method != "base":
         if is_adapter_folder(Path(method)):
             return [read_adapters(Path(method)), *chain]
-        path = stages / method / ADAPTERS
+        path = run.stage(method).path / ADAPTERS
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: not there; --adapter expects a run with model.lora in all its stages"
             )
         tensors = load_file(path)
         chain.insert(0, ({_peft_name(name): t for name, t in tensors.items()}, scaling))
-        stage = json.loads((stages / method / "stage.json").read_text(encoding="utf-8"))
+        stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
         method = "base" if model.get("quantize") is not None else stage["init"]
     return chain
 

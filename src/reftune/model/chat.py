@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from reftune.errors import RecipeError
+from reftune.text import brief
 from reftune.types import Conversation, Message
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _render(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
         )
     except (TemplateError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error)
         if any(turn.role == "system" for turn in turns):
             raise RecipeError(_no_system(f"it says: {reason}")) from None
         raise RecipeError(

@@ -29,11 +29,7 @@ class Encoder:
     format: Format
 
     def __post_init__(self) -> None:
-        if self.tokenizer.eos_token_id is None:
-            raise ModelError(
-                "the tokenizer has no eos token, so a model could never learn to stop; set"
-                " tokenizer.eos_token"
-            )
+        require_eos(self.tokenizer)
 
     def prompt(self, problem: Problem) -> list[int]:
         """Ids of the problem's prompt, after the tokenizer's BOS. Raises: RecipeError if the chat
@@ -85,12 +81,24 @@ class Encoder:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens, spaces exactly as sampled (no clean-up: it would rewrite
-        code)."""
-        return str(
-            self.tokenizer.decode(
-                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+        """As the function `decode`."""
+        return decode(self.tokenizer, token_ids)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Text without special tokens, spaces exactly as sampled (no clean-up: it would rewrite
+    code)."""
+    ids = list(token_ids)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: ModelError for a tokenizer without one."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no eos token, so a model could never learn to stop; set"
+            " tokenizer.eos_token"
         )
 
 
@@ -151,7 +159,8 @@ def stop_rule(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
 ) -> StopRule:
     """All end tokens of the tokenizer, of the model's config and generation config, and of the chat
-    template, if there is one."""
+    template, if there is one. Raises: ModelError for a tokenizer without eos."""
+    require_eos(tokenizer)
     found = {
         *token_ids_of(tokenizer.eos_token_id),
         *token_ids_of(getattr(model.config, "eos_token_id", None)),

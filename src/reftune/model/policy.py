@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from reftune.errors import ModelError
 from reftune.model import layers
 from reftune.model.batch import PackedTokens, TokenBatch, own_micro_batches
-from reftune.model.encoder import stop_rule
+from reftune.model.encoder import decode, stop_rule
 from reftune.model.logprobs import logprobs_and_entropy, token_logprobs
 from reftune.model.speed import attention, llama
 from reftune.processes import sharding, world
 from reftune.processes.sharding import transformer_blocks
 from reftune.recipe import LoraTable
+from reftune.text import brief
 from reftune.types import Completion
 
 if TYPE_CHECKING:
@@ -69,11 +70,6 @@ class Policy(nn.Module):
         kept in `dtype`, or in 4 bits. Texts in `stop` end a completion, besides the end tokens of
         model and tokenizer."""
         super().__init__()
-        if tokenizer.eos_token_id is None:
-            raise ModelError(
-                "the tokenizer has no eos token, so a model could never learn to stop; set"
-                " tokenizer.eos_token"
-            )
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
             layers.quantize(model, dtype)
@@ -122,12 +118,8 @@ class Policy(nn.Module):
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens, with spaces exactly as sampled."""
-        return str(
-            self.tokenizer.decode(
-                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        """As `encoder.decode`."""
+        return decode(self.tokenizer, token_ids)
 
     def completion(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
         """The sampled tokens up to the end; see `StopRule`."""
@@ -163,7 +155,7 @@ class Policy(nn.Module):
             raise ModelError(
                 "a separate value model would be trained whole; expected no model.lora beside it"
             )
-        self.value_backbone = copy.deepcopy(self._backbone())
+        self.value_backbone = copy.deepcopy(self.base.base_model)
         if self.is_compiled:
             self.compile_blocks()
 
@@ -220,7 +212,7 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """(N, H) the last hidden state that predicts each response token, in row-major order."""
-        return self._predictors(self._backbone(), batch)
+        return self._predictors(self.base.base_model, batch)
 
     def _predictors(self, backbone: Any, batch: TokenBatch) -> Tensor:
         """(N, H) the last hidden state that predicts each response token, in row-major order."""
@@ -247,14 +239,10 @@ class Policy(nn.Module):
             states = attention.read_packed(backbone, packed)
         return states[packed.predictors]
 
-    def _backbone(self) -> Any:
-        model = self.model.get_base_model() if self.is_lora else self.model
-        return model.base_model
-
-    def _head(self) -> nn.Module:
-        model = self.model.get_base_model() if self.is_lora else self.model
-        head: nn.Module = model.get_output_embeddings()
-        return head
+    @property
+    def base(self) -> Any:
+        """The causal LM itself, without what peft puts around it."""
+        return self.model.get_base_model() if self.is_lora else self.model
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         """Log-probabilities and values of the response tokens, with gradients; in no-grad mode also
@@ -262,7 +250,12 @@ class Policy(nn.Module):
         """
         with self.arithmetic():
             hidden = self.hidden_states(batch)
-            predicted = (self._head(), hidden, batch.response_tokens(), temperature)
+            predicted = (
+                self.base.get_output_embeddings(),
+                hidden,
+                batch.response_tokens(),
+                temperature,
+            )
             entropy = None
             if torch.is_grad_enabled():
                 logprobs = token_logprobs(*predicted)
@@ -312,7 +305,9 @@ class Policy(nn.Module):
         features = torch.zeros(len(row_of), self.value_head.in_features, device=self.device)
         with self.inference():
             for index, counts in self._micro_batches(batch):
-                found = self._predictors(self.value_backbone or self._backbone(), batch.rows(index))
+                found = self._predictors(
+                    self.value_backbone or self.base.base_model, batch.rows(index)
+                )
                 if counts:
                     places = torch.cat([(row_of == row).nonzero().squeeze(1) for row in index])
                     features[places] = found.float()
@@ -330,8 +325,8 @@ class Policy(nn.Module):
         self.eval()
         with torch.no_grad(), self.arithmetic():
             expected = self.model(input_ids=tokens, use_cache=False).logits
-            found = self._head()(
-                self._backbone()(input_ids=tokens, use_cache=False).last_hidden_state
+            found = self.base.get_output_embeddings()(
+                self.base.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             )
         self.train(training)
         if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
@@ -391,7 +386,7 @@ class Policy(nn.Module):
 
     def _save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.model.get_base_model() if self.is_lora else self.model
+        model = self.base
         own, model.generation_config = model.generation_config, self._generation_config()
         model.save_pretrained(folder, state_dict=layers.plain_state(self.model, self.saved_dtype))
         config = copy.deepcopy(model.config)
@@ -476,4 +471,4 @@ def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             return get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None
+        raise ModelError(f"model.lora.target_modules: {brief(error)}") from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reftune.errors import ModelError
 from reftune.recipe import ModelTable, ScratchTable, shipped_recipes
+from reftune.text import brief
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +108,9 @@ def _loading(path: Path | str | None) -> Iterator[None]:
         SafetensorError,
         StrictDataclassError,
     ) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path}: cannot be loaded as a causal language model: {reason}") from None
+        raise ModelError(
+            f"{path}: cannot be loaded as a causal language model: {brief(error)}"
+        ) from None
 
 
 def is_adapter_folder(folder: Path) -> bool:

@@ -6,7 +6,6 @@ keys.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +18,8 @@ from typing import Annotated, Any, LiteralString
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
+
+from reftune.text import did_you_mean
 
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
@@ -51,8 +52,7 @@ class Component(Table):
 
 def unknown_key(key: object, known: Mapping[str, Any] | Sequence[str]) -> str:
     """`partal: unknown key; did you mean partial?`"""
-    near = difflib.get_close_matches(str(key), list(known), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+    hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
     return f"{key}: unknown key; {hint}"
 
 
@@ -110,12 +110,8 @@ def component_class(kind: str, *, group: str) -> Any:
         return _user_object(kind)
     kinds = known_kinds(group)
     if kind not in kinds:
-        near = difflib.get_close_matches(kind, kinds, n=1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"known: {', '.join(kinds)}, or your own file.py:Name"
-        )
+        listed = f"known: {', '.join(kinds)}, or your own file.py:Name"
+        hint = did_you_mean(kind, kinds) or listed
         raise refusal("unknown_kind", f"{kind}: unknown kind; {hint}")
     module = importlib.import_module(f"{GROUPS[group]}.{kind}")
     classes = _components_of(module)

@@ -12,6 +12,7 @@ from reftune.results.page.html import write_report
 from reftune.results.records import read_run, require_finished
 from reftune.results.summary import Handover, comparable_groups, score_table, summarize
 from reftune.results.tables import choices_table, render_table, sentence
+from reftune.storage.run_folder import RunFolder
 
 __all__ = [
     "choices_table",
@@ -35,7 +36,7 @@ def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None
 
     Raises: DataError.
     """
-    return write_report(run_dirs, out if out is not None else Path(run_dirs[0]) / "report.html")
+    return write_report(run_dirs, out or RunFolder(Path(run_dirs[0])).report)
 
 
 def table_command(

@@ -17,6 +17,8 @@ from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
 from reftune.recipe import Recipe, parse_recipe
 from reftune.runs.run import load_splits
 from reftune.storage.files import replace_folder
+from reftune.storage.run_folder import RunFolder
+from reftune.text import brief
 from reftune.types import BareText, Conversation, Problem
 
 if TYPE_CHECKING:
@@ -31,21 +33,21 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
 
     Raises: CheckpointError if the method is not finished, has no adapters, or `out` exists.
     """
-    stage = run_folder / "stages" / method
-    if not (stage / "stage.json").is_file():
-        done = sorted(path.parent.name for path in run_folder.glob("stages/*/stage.json"))
+    run = RunFolder(run_folder)
+    stage = run.stage(method).path
+    if not run.stage(method).is_done:
         raise CheckpointError(
             f"{stage}: not a finished method (no stage.json); finished here:"
-            f" {', '.join(done) or 'none'}"
+            f" {', '.join(run.trained()) or 'none'}"
         )
     if out.exists():
         raise CheckpointError(f"{out}: exists already; choose a folder that does not")
-    recipe, serving = _recipe_of(run_folder), _serving(run_folder, stage)
+    recipe, serving = _recipe_of(run), _serving(run, stage)
 
     def fill(folder: Path) -> None:
         if adapter:
             folder.mkdir(parents=True, exist_ok=True)
-            export_adapters(run_folder / "stages", method, recipe.get("model") or {}, folder)
+            export_adapters(run, method, recipe.get("model") or {}, folder)
         else:
             ignore = shutil.ignore_patterns(*NOT_PART_OF_THE_MODEL)
             shutil.copytree(stage, folder, ignore=ignore)
@@ -53,7 +55,7 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
             serving.tokenizer.save_pretrained(folder)
             serving.generation.save_pretrained(folder)
         base = Base.read(folder, recipe) if adapter else None
-        card = model_card(run_folder, method, serving, base)
+        card = model_card(run, method, serving, base)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,10 +79,9 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
         )
     # the Hub's errors are OSErrors or ValueErrors, httpx's are neither
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{repository}: cannot be pushed, and stays in {folder}: {reason} (`hf auth login` logs"
-            " in)"
+            f"{repository}: cannot be pushed, and stays in {folder}: {brief(error)}"
+            " (`hf auth login` logs in)"
         ) from None
     return str(address)
 
@@ -145,13 +146,13 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
 
-def _serving(run_folder: Path, stage: Path) -> Serving | None:
+def _serving(run: RunFolder, stage: Path) -> Serving | None:
     """None if the recipe, its data or the tokenizer cannot be read any more: the card then shows no
     prompt, and the files stay as training left them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        recipe = parse_recipe(_recipe_of(run_folder))
+        recipe = parse_recipe(_recipe_of(run))
         tokenizer = AutoTokenizer.from_pretrained(
             stage, trust_remote_code=recipe.model.trust_remote_code
         )
@@ -171,8 +172,8 @@ def _serving(run_folder: Path, stage: Path) -> Serving | None:
     )
 
 
-def _recipe_of(run_folder: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8")))
+def _recipe_of(run: RunFolder) -> dict[str, Any]:
+    return dict(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
 
 
 def _example(recipe: Recipe) -> Problem:
@@ -207,11 +208,11 @@ def _literal(value: Any) -> str:
 # --- the card -------------------------------------------------------------------------------------
 
 
-def model_card(run_folder: Path, method: str, serving: Serving | None, base: Base | None) -> str:
+def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base | None) -> str:
     """The model card, from the run's own files: what the model is, how it was made, how good it is
     and how to prompt it. `base` is the base model of adapters."""
-    recipe = (run_folder / "recipe.yaml").read_text(encoding="utf-8")
-    stage = json.loads((run_folder / "stages" / method / "stage.json").read_text(encoding="utf-8"))
+    recipe = run.recipe.read_text(encoding="utf-8")
+    stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
     table = yaml.safe_load(recipe)
     path = (table.get("model") or {}).get("path") if base is None else base.path
     head = {
@@ -228,7 +229,7 @@ def model_card(run_folder: Path, method: str, serving: Serving | None, base: Bas
 
 Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stage
 `{stage["kind"]}`, started from `{stage["init"]}`, trained on {_data(table)}.
-{_accuracy(run_folder, method)}
+{_accuracy(run, method)}
 The weights are those of step {stage["chosen_step"]}, chosen on {stage["dev_n"]} dev problems
 ({stage["dev_accuracy"]:.1%} right, the best of {stage["looks"]} looks).
 
@@ -259,8 +260,8 @@ def _data(recipe: dict[str, Any]) -> str:
     return f"the generated data `{dataset.get('kind')}`"
 
 
-def _accuracy(run_folder: Path, method: str) -> str:
-    path = run_folder / "summary.json"
+def _accuracy(run: RunFolder, method: str) -> str:
+    path = run.summary
     methods: dict[str, Any] = (
         json.loads(path.read_text(encoding="utf-8"))["methods"] if path.is_file() else {}
     )

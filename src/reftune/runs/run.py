@@ -26,7 +26,7 @@ from reftune.runs.auto import choose_device, settled
 from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
 from reftune.stages.probes.choices import diagnose, write_rows
-from reftune.stages.progress import Progress
+from reftune.stages.progress import Progress, SilentProgress
 from reftune.stages.reward_model import (
     WEIGHTS,
     Classifier,
@@ -119,6 +119,16 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
         if world.world_size() > 1:
             progress.note(launch.describe())
         yield run
+
+
+def unclaimed(recipe: Recipe, splits: Splits | None = None) -> Run:
+    """A run to read from: its folder is not claimed, and nothing is reported."""
+    return Run(
+        recipe=recipe,
+        splits=load_splits(recipe) if splits is None else splits,
+        folder=RunFolder(recipe.folder),
+        progress=SilentProgress(),
+    )
 
 
 @contextmanager

@@ -8,10 +8,8 @@ from typing import Any
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
 from reftune.runs.auto import settled
-from reftune.runs.run import Run, load_splits
-from reftune.stages.progress import SilentProgress
+from reftune.runs.run import unclaimed
 from reftune.stages.rollouts import Collector
-from reftune.storage.run_folder import RunFolder
 from reftune.text import printable
 from reftune.types import Attempt, Problem
 
@@ -25,12 +23,7 @@ def sample_method(
     Raises: RecipeError if the method is not trained yet.
     """
     recipe = settled(recipe)
-    run = Run(
-        recipe=recipe,
-        splits=load_splits(recipe),
-        folder=RunFolder(recipe.folder),
-        progress=SilentProgress(),
-    )
+    run = unclaimed(recipe)
     policy = run.load_policy(method)
     problems: Sequence[Problem] = getattr(run.splits, split)[:num]
     return sample_rows(policy, run.collector(policy), problems, recipe, temperature=temperature)

@@ -41,6 +41,7 @@ from reftune.storage.checkpoint import (
 )
 from reftune.storage.files import JsonLines, link_files, replace_folder, write_atomically
 from reftune.storage.run_folder import StageFolder
+from reftune.text import brief
 from reftune.types import Verdict
 
 
@@ -329,7 +330,7 @@ class Loop:
             load_trainable(self.model, found.tensors)
             load_optimizer_tensors(self.optimizer, found.tensors)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {brief(error)}"
             raise CheckpointError(
                 f"{found.folder}: is of another model or version: {reason}; choose another run_dir"
             ) from None

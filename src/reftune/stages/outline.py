@@ -79,8 +79,7 @@ class Outline:
         if table.gradient_checkpointing:
             self.policy.recompute_blocks()
         _move_to_cpu(self.policy, self.mode)
-        is_lora = self.policy.is_lora
-        self.model = self.policy.model.get_base_model() if is_lora else self.policy.model
+        self.model = self.policy.base
         head = self.model.get_output_embeddings().weight
         self.vocabulary: int = head.shape[0]
         ends = {id(p): p for p in (head, self.model.get_input_embeddings().weight)}

@@ -32,6 +32,7 @@ from reftune.stages.self_train import Sampled, Samples, describe
 from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, StageContext
 from reftune.storage.files import JsonLines, write_atomically
+from reftune.text import brief
 from reftune.types import Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
@@ -222,9 +223,7 @@ def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifie
     try:
         classifier.head.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(
-            f"{folder}: not a reward model: {WEIGHTS}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise ModelError(f"{folder}: not a reward model: {WEIGHTS}: {brief(error)}") from None
     return classifier
 
 

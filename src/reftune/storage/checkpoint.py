@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from reftune.errors import CheckpointError
 from reftune.processes.sharding import part_of
 from reftune.processes.world import is_main
+from reftune.text import brief
 
 if TYPE_CHECKING:
     import torch
@@ -167,10 +168,7 @@ def _read(path: Path, step: int) -> Checkpoint:
         state = dict(json.loads((path / STATE).read_text(encoding="utf-8")))
         return Checkpoint(step=step, tensors=load_file(path / TENSORS), state=state, folder=path)
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
-        reason = (
-            getattr(error, "strerror", None)
-            or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        )
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {brief(error)}"
         raise CheckpointError(f"{path}: torn or damaged: {reason}") from None
 
 

@@ -24,6 +24,7 @@ from reftune.recipe import load_component, parse_recipe
 from reftune.runs.run import scratch_texts
 from reftune.seeds import derive_seed
 from reftune.storage.files import write_atomically
+from reftune.text import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -230,9 +231,7 @@ def _pretrained(kind: Any, model: str, what: str) -> Any:
     try:
         return kind.from_pretrained(smollm2_folder() if model == SMOLLM2 else model)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model}: no {what} can be loaded: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise ModelError(f"{model}: no {what} can be loaded: {brief(error)}") from None
 
 
 def _inline(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,15 @@ from reftune.datasets import Splits
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
 from reftune.runs.auto import settled
-from reftune.runs.run import Run, check_stage_graph, is_model_folder, load_splits, threads_of
-from reftune.stages.progress import SilentProgress
-from reftune.storage.run_folder import RunFolder
+from reftune.runs.run import (
+    Run,
+    check_stage_graph,
+    is_model_folder,
+    load_splits,
+    threads_of,
+    unclaimed,
+)
+from reftune.text import did_you_mean
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", "check_recipe"]
 
@@ -44,12 +49,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
     recipe = settled(recipe)
-    run = Run(
-        recipe=recipe,
-        splits=load_splits(recipe),
-        folder=RunFolder(recipe.folder),
-        progress=SilentProgress(),
-    )
+    run = unclaimed(recipe)
     method = _starting_method(run)
     with threads_of(recipe):
         subject = subject_of(run, run.load_policy(method, trained=True), method)
@@ -91,12 +91,7 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
     """The checks of data, format and reward, which do not need the recipe's model."""
     shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)  # type: ignore[call-arg]
     scratch = ModelTable(scratch=shape, dtype="float32")  # type: ignore[call-arg]
-    run = Run(
-        recipe=recipe.model_copy(update={"model": scratch}),
-        splits=splits,
-        folder=RunFolder(recipe.folder),
-        progress=SilentProgress(),
-    )
+    run = unclaimed(recipe.model_copy(update={"model": scratch}), splits)
     policy = run.load_policy("base")
     arguments = " ".join(getattr(recipe.format, "template_args", ()))
     policy.tokenizer.chat_template = f"{{# {arguments} #}}{STAND_IN_TEMPLATE}"
@@ -156,11 +151,8 @@ def _refuse_unknown_waivers(names: Sequence[str]) -> None:
     known = [*CHECKS, *MODEL_CHECKS]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise RecipeError(
-                f"check.waive: {name}: no such check;"
-                f" {f'did you mean {near[0]}?' if near else ', '.join(known)}"
-            )
+            hint = did_you_mean(name, known) or ", ".join(known)
+            raise RecipeError(f"check.waive: {name}: no such check; {hint}")
 
 
 Check = Callable[[Subject], Finding]

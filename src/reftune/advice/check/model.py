@@ -57,7 +57,7 @@ def check_memory(subject: Subject) -> Finding:
     """Training fits in memory, judged by the model's shape."""
     policy, recipe = subject.policy, subject.recipe
     lengths = [len(ids) for of in subject.fitting.values() for ids in of] or [1]
-    model = policy.model.get_base_model() if policy.is_lora else policy.model
+    model = policy.base
     outline = Outline(
         lambda: type(model)(copy.deepcopy(model.config)), recipe.model, device=policy.device.type
     )

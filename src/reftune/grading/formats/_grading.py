@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
 
 from reftune.grading.verdicts import clip, judge
-from reftune.recipe import component_class
+from reftune.recipe import component_class, refusal
 from reftune.types import Graded, Problem, Verdict
 
 RULES = ("robust", "paper")
@@ -21,15 +20,10 @@ whether it is right."""
 
 def _known(grading: str) -> str:
     if grading not in RULES and ":" not in grading:
-        raise PydanticCustomError(
-            "grading",
-            "{grading}: unknown rules; expected robust, paper or your own grader as file.py:Name",
-            {"grading": grading},
-        )
+        expected = "robust, paper or your own grader as file.py:Name"
+        raise refusal("grading", f"{grading}: unknown rules; expected {expected}")
     if grading not in RULES and not callable(own_grader(grading)):
-        raise PydanticCustomError(
-            "grader", "{grading}: cannot be called; expected a function", {"grading": grading}
-        )
+        raise refusal("grader", f"{grading}: cannot be called; expected a function")
     return grading
 
 

@@ -9,11 +9,10 @@ from string import ascii_lowercase
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from reftune.errors import DataError
 from reftune.grading.options import unlettered
-from reftune.recipe import Component, Table
+from reftune.recipe import Component, Table, refusal
 from reftune.types import BareText, Conversation, Message, Problem
 
 Style = Literal["compact", "paper", "chat", "plain"]
@@ -57,17 +56,12 @@ class Prompted(Component):
         for style, keys in READ_BY.items():
             for key in keys:
                 if style != self.style and getattr(self, key):
-                    raise PydanticCustomError(
-                        "style",
-                        "{key}: not read by style {style}; expected style: {reader}",
-                        {"key": key, "style": self.style, "reader": style},
-                    )
+                    told = f"{key}: not read by style {self.style}; expected style: {style}"
+                    raise refusal("style", told)
         if self.template is not None and self.template.count(SLOT) != 1:
-            raise PydanticCustomError(
-                "template", "template: expected a text with one {slot} in it", {"slot": SLOT}
-            )
+            raise refusal("template", f"template: expected a text with one {SLOT} in it")
         if not all(self.stop):
-            raise PydanticCustomError("stop", "stop: expected texts of at least one character")
+            raise refusal("stop", "stop: expected texts of at least one character")
         return self
 
     @property

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
-from pydantic_core import PydanticCustomError
 
 from reftune.errors import DataError
 from reftune.grading.formats._grading import RULES, Grading, graded_by, own_grader
@@ -35,6 +34,7 @@ from reftune.grading.paper_rules import grade_value_paper, paper_response
 from reftune.grading.sandbox import Sandbox, SandboxKind
 from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
 from reftune.grading.verdicts import grade_sentence, grade_value
+from reftune.recipe import refusal
 from reftune.types import Conversation, Graded, Problem, Verdict
 
 HEADER = "def solution():\n"
@@ -90,9 +90,8 @@ class Program(Prompted):
 
     def model_post_init(self, _: Any) -> None:
         if self.grading == "paper" and self.scripts == "read":
-            raise PydanticCustomError(
-                "scripts", "scripts: read: expected grading: robust; the paper's rules read none"
-            )
+            told = "scripts: read: expected grading: robust; the paper's rules read none"
+            raise refusal("scripts", told)
         limits = SandboxLimits(timeout_s=self.timeout_s, memory_mib=self.memory_mib)
         self._sandbox = Sandbox(
             limits, backend=self.sandbox, allow_unisolated=self.allow_unisolated

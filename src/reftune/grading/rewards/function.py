@@ -24,11 +24,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from pydantic import Field
-from pydantic_core import PydanticCustomError
 
 from reftune.errors import RewardError
 from reftune.grading.rewards import SumOfParts
-from reftune.recipe import Component, component_class
+from reftune.recipe import Component, component_class, refusal
 from reftune.types import Completion, Graded, Problem
 
 
@@ -40,9 +39,7 @@ class FunctionReward(Component):
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:
-            raise PydanticCustomError(
-                "reward_function", "expected your own function as file.py:name"
-            )
+            raise refusal("reward_function", "expected your own function as file.py:name")
         _function(self.kind)
 
     def __call__(
