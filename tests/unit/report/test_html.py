@@ -135,7 +135,7 @@ def test_a_living_run_shows_what_there_is(write_run: WriteRun) -> None:
     page = page_of(write_run(evaluated=["warmup"]))
     assert "Still to come: SFT, ReFT" in page
     assert "This run has not finished" in page
-    assert "The answer is not in yet" in page_of(write_run("other", evaluated=[]))
+    assert "No answer yet" in page_of(write_run("other", evaluated=[]))
 
 
 def test_a_finished_run_does_not_reload(write_run: WriteRun) -> None:
@@ -233,7 +233,7 @@ def test_runs_of_different_recipes_show_what_differs_and_seeds_do_not(write_run:
         r'<th scope="row"><code>(.*?)</code></th><td>(.*?)</td><td>(.*?)</td>', page_of(one, other)
     )
     assert rows == [("evaluate.samples", "0", "3")]
-    assert "What the recipes do not share" not in page_of(one, again)
+    assert "Where the recipes differ" not in page_of(one, again)
 
 
 def test_votes_are_explained_where_any_method_has_them(write_run: WriteRun) -> None:
@@ -241,5 +241,5 @@ def test_votes_are_explained_where_any_method_has_them(write_run: WriteRun) -> N
     rewrite(
         folder / "eval" / "warmup.jsonl", lambda row: row.update(samples=[])
     )  # the first method was not sampled
-    assert "picked from several samples: the majority’s answer (diamond)." in page_of(folder)
+    assert "Chosen from several samples: the majority’s answer (diamond)." in page_of(folder)
     assert "several samples:" not in page_of(write_run("other"))

@@ -52,7 +52,7 @@ function startProblems({ methods, rows, total }) {
     methods.forEach((method, index) => filters.push({ name: `only ${method.label} solves it`, keep: (row) => right(row, index) && solved(row) === 1 }));
     methods.forEach((method, index) => filters.push({ name: `only ${method.label} fails`, keep: (row) => !right(row, index) && solved(row) === methods.length - 1 }));
   }
-  filters.push({ name: "nobody solves it", keep: (row) => solved(row) === 0 });
+  filters.push({ name: "no method solves it", keep: (row) => solved(row) === 0 });
   const kept = filters.map((filter) => ({ ...filter, rows: rows.filter(filter.keep) })).filter((filter) => filter.rows.length);
   kept.forEach((filter, index) => $("problem-filter").append(html("option", { value: index }, `${filter.name} (${filter.rows.length})`)));
   $("problem-filter").value = String(Math.max(0, kept.findIndex((filter) => filter.name === "methods disagree")));
@@ -71,7 +71,7 @@ function startProblems({ methods, rows, total }) {
     $("problem-place").textContent = row ? `${thousands(place + 1)} of ${thousands(found.length)}` : "none";
     $("problem-prev").disabled = !row || place === 0;
     $("problem-next").disabled = !row || place === found.length - 1;
-    $("problem").replaceChildren(...(row ? problemParts(row) : [html("p", { class: "meta" }, "No problem fits.")]));
+    $("problem").replaceChildren(...(row ? problemParts(row) : [html("p", { class: "meta" }, "No problem matches.")]));
   };
   const problemParts = (row) => [
     html("p", { class: "question" }, row.question),
