@@ -8,10 +8,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crash import outcome, run_all
 from reftune.advice.check import check_recipe
 from reftune.errors import ModelError, RecipeError
+from reftune.model.adapters import read_adapters
 from reftune.runs.export import export_model
 from reftune.runs.run import check_stage_graph, open_run
 from reftune.stages.progress import SilentProgress
@@ -92,6 +94,49 @@ def test_adapters_of_a_run_that_began_with_adapters_hold_both(make_recipe, adapt
     with open_run(third, SilentProgress()) as run:
         for name, value in run.load_policy(str(both)).model.state_dict().items():
             assert torch.allclose(expected[name], value, atol=1e-6), name
+
+
+def in_4_bits(**lora):
+    return {"model": {"lora": {"rank": 8, "alpha": 8, **lora}, "quantize": "nf4"}}
+
+
+def test_over_a_base_in_4_bits_the_adapters_of_a_folder_are_trained_on(
+    make_recipe, adapters, tmp_path
+):
+    # both stages' adapters of rank 4 side by side: rank 8, alpha / rank = 1
+    given = load_file(adapters / "adapter_model.safetensors")
+    recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **in_4_bits())
+    with open_run(recipe, SilentProgress()) as run:
+        policy = run.load_policy(str(adapters), trained=True)
+        own = {name.replace(".default", ""): p for name, p in policy._adapters().items()}
+        assert own.keys() == given.keys()
+        assert all(torch.equal(given[name], own[name]) for name in given)
+        run.train("reft")
+        assert not all(torch.equal(given[name], own[name]) for name in given)
+        run.evaluate("reft")
+    steps = JsonLines(recipe.folder / "metrics.jsonl").rows()
+    first = next(row for row in steps if row["step"] == 1)
+    assert first["kl/reference"] == 0  # the reference has the adapters of the folder as well
+    trained = export_model(tmp_path / "second", "reft", tmp_path / "trained", adapter=True)
+    found = load_file(trained / "adapter_model.safetensors")
+    assert {name: t.shape for name, t in found.items()} == {n: t.shape for n, t in given.items()}
+    assert read_adapters(trained)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"alpha": 16}, r"alpha / rank = 1; expected that of model\.lora"),
+        ({"rank": 4, "alpha": 4}, "not the adapters of this recipe: .*size"),
+        ({"target_modules": ["o_proj"]}, "not the adapters of this recipe: .* in one of the two"),
+    ],
+)
+def test_over_a_base_in_4_bits_other_adapters_are_refused(
+    make_recipe, adapters, tmp_path, lora, message
+):
+    recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **in_4_bits(**lora))
+    with open_run(recipe, SilentProgress()) as run, pytest.raises(ModelError, match=message):
+        run.load_policy(str(adapters), trained=True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from reftune.errors import CheckpointError, ModelError
 from reftune.model.policy import ADAPTERS, PEFT_ADAPTERS
 from reftune.model.weights import ADAPTER_CONFIG, SMOLLM2, is_adapter_folder, smollm2_folder
-from reftune.recipe import LoraTable
+from reftune.recipe import ModelTable
 from reftune.storage.run_folder import RunFolder
 from reftune.text import brief
 
@@ -66,13 +66,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
     from peft import PeftModel
 
     adapters, _ = read_adapters(folder)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    trained_on = config.get("base_model_name_or_path")
-    if base and trained_on and Path(base).name != Path(trained_on).name:
-        raise ModelError(
-            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if the two"
-            f" are one model, say so in base_model_name_or_path of its {ADAPTER_CONFIG})"
-        )
+    _require_base(folder, base)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         found = {_peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
@@ -100,13 +94,23 @@ def read_adapters(folder: Path) -> Scaled:
         raise ModelError(f"{folder}: adapters cannot be read: {error}") from None
 
 
-def require_scaling(folder: Path, table: LoraTable | None) -> None:
-    """Check the scaling. Raises: ModelError if the adapters to continue from have another alpha /
-    rank."""
+def require_continuable(folder: Path, table: ModelTable) -> None:
+    """Check base and scaling. Raises: ModelError if the adapters to continue from have others."""
     _, scaling = read_adapters(folder)
-    if table is None or scaling != table.alpha / table.rank:
+    _require_base(folder, table.path)
+    if table.lora is None or scaling != table.lora.alpha / table.lora.rank:
         raise ModelError(
             f"{folder}: its adapters have alpha / rank = {scaling:g}; expected that of model.lora"
+        )
+
+
+def _require_base(folder: Path, base: str | None) -> None:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    trained_on = config.get("base_model_name_or_path")
+    if base and trained_on and Path(base).name != Path(trained_on).name:
+        raise ModelError(
+            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if the two"
+            f" are one model, say so in base_model_name_or_path of its {ADAPTER_CONFIG})"
         )
 
 

@@ -418,12 +418,16 @@ class Policy(nn.Module):
         """Continue with the adapters that `save` or PEFT wrote. Raises: ModelError."""
         path = folder / ADAPTERS if (folder / ADAPTERS).is_file() else folder / PEFT_ADAPTERS
         try:
-            saved = {
-                name.replace(".default.", "."): value for name, value in load_file(path).items()
-            }
+            saved, own = (
+                {name.replace(".default.", "."): value for name, value in tensors.items()}
+                for tensors in (load_file(path), self._adapters())
+            )
+            strange = sorted(saved.keys() ^ own.keys())
+            if strange:
+                raise KeyError(f"{strange[0]} is in one of the two only")
             with torch.no_grad():
-                for name, parameter in self._adapters().items():
-                    parameter.copy_(saved[name.replace(".default.", ".")])
+                for name, parameter in own.items():
+                    parameter.copy_(saved[name])
         except (OSError, KeyError, RuntimeError) as error:
             raise ModelError(f"{path}: not the adapters of this recipe: {error}") from None
         self.continues_adapters = True

@@ -16,7 +16,7 @@ from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.programs import drop_contradictions
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
-from reftune.model.adapters import require_scaling, with_adapters
+from reftune.model.adapters import require_continuable, with_adapters
 from reftune.model.encoder import Encoder, stop_texts
 from reftune.model.policy import Policy
 from reftune.model.weights import is_adapter_folder, load_model, load_pretrained, saved_dtype
@@ -249,7 +249,7 @@ class Run:
             if method != "base":
                 source = stage_folder(self.recipe, method).path
                 if is_adapter_folder(source):
-                    require_scaling(source, table.lora)
+                    require_continuable(source, table)
                 policy.load_adapters(source)
         else:
             as_stored = not trained or table.lora is not None
