@@ -3,7 +3,9 @@ them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -26,6 +28,9 @@ TWO_BY_TWO = {
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
 }
 SHARDINGS = {"ddp": {}, "fsdp2": FSDP2, "2x2": TWO_BY_TWO}
+HANGS_S = 240
+"""Seconds after which processes count as waiting for each other: many times what they take alone on
+two cores. Below the time limit of the tests that use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,34 +43,27 @@ class Ended:
 
 
 def spread(
-    body: Callable[[], object],
-    folder: Path,
-    *,
-    how: str = "ddp",
-    num: int = 2,
-    timeout_s: float = 60,
+    body: Callable[[], object], folder: Path, *, how: str = "ddp", num: int = 2
 ) -> list[Ended]:
-    """`body` in `num` processes that have joined; `folder` takes their output. Fails where one is
-    alive after `timeout_s`."""
+    """`body` in `num` processes that have joined; `folder` takes their output. Fails if one is
+    alive after `HANGS_S`."""
 
     def joined() -> None:
         with processes():
             body()
 
-    return _launch(joined, folder, how, num, timeout_s)
+    return _launch(joined, folder, how, num)
 
 
-def run(recipe: Recipe, *, how: str = "ddp", num: int = 2, timeout_s: float = 60) -> list[Ended]:
+def run(recipe: Recipe, *, how: str = "ddp", num: int = 2) -> list[Ended]:
     """`reftune run RECIPE` in `num` processes."""
     file = recipe.folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_recipe(recipe))
-    return _launch(lambda: main(["run", str(file)]), recipe.folder.parent, how, num, timeout_s)
+    return _launch(lambda: main(["run", str(file)]), recipe.folder.parent, how, num)
 
 
-def _launch(
-    body: Callable[[], object], folder: Path, how: str, num: int, timeout_s: float
-) -> list[Ended]:
+def _launch(body: Callable[[], object], folder: Path, how: str, num: int) -> list[Ended]:
     folder.mkdir(parents=True, exist_ok=True)
     launcher = {
         "WORLD_SIZE": str(num),
@@ -78,7 +76,7 @@ def _launch(
         _fork(body, folder, {**launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(num)
     ]
-    statuses = _wait(children, timeout_s)
+    statuses = _wait(children)
     told = [
         [(folder / f"rank{rank}.{name}").read_text() for name in ("out", "err")]
         for rank in range(num)
@@ -87,10 +85,13 @@ def _launch(
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """One that nobody listens on, below those that the system gives to clients: one of these could
+    be taken before a server is up."""
+    while True:
+        port = secrets.choice(range(10_000, 32_000))
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _fork(body: Callable[[], object], folder: Path, environment: dict[str, str]) -> int:
@@ -121,10 +122,10 @@ def _fork(body: Callable[[], object], folder: Path, environment: dict[str, str])
         os._exit(status)
 
 
-def _wait(children: list[int], timeout_s: float) -> list[int]:
+def _wait(children: list[int]) -> list[int]:
     """Exit statuses. One that died leaves the others to find out by themselves: there is no
     launcher to end them."""
-    deadline, statuses = time.monotonic() + timeout_s, dict.fromkeys(children, 0)
+    deadline, statuses = time.monotonic() + HANGS_S, dict.fromkeys(children, 0)
     alive = list(children)
     while alive and time.monotonic() < deadline:
         for child in list(alive):
@@ -136,5 +137,5 @@ def _wait(children: list[int], timeout_s: float) -> list[int]:
     for child in alive:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert not alive, f"{len(alive)} of {len(children)} processes still wait after {timeout_s} s"
+    assert not alive, f"{len(alive)} of {len(children)} processes still wait after {HANGS_S} s"
     return list(statuses.values())

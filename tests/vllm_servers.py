@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+from ranks import free_port
 
 START_S = 600
 SERVE = "vllm.entrypoints.openai.api_server"
@@ -77,9 +78,3 @@ def start(
             start_new_session=True,
         )
     return RealServer(process=process, port=port, log=log)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -65,7 +65,7 @@ def test_a_job_whose_time_is_over_queues_again_and_repeats_to_the_bit(
     changes = {"stages": STAGES, "evaluate": {"samples": 0}}
     straight = steady_recipe(tmp_path / "straight" / "run", **changes)
     num = tasks * (2 if script == "two-nodes" else 1)
-    assert [end.status for end in ranks.run(straight, how=how, num=num, timeout_s=110)] == [0] * num
+    assert [end.status for end in ranks.run(straight, how=how, num=num)] == [0] * num
     stopped = steady_recipe(tmp_path / "run", **changes)
     first = stopped.folder / "stages" / "reft" / "checkpoints" / "step-000001"
     job = cluster(
@@ -147,7 +147,7 @@ def test_a_machine_that_is_killed_and_started_again_repeats_to_the_bit(
 ):
     changes = {"stages": STAGES, "evaluate": {"samples": 0}}
     straight = steady_recipe(tmp_path / "straight" / "run", **changes)
-    assert [end.status for end in ranks.run(straight, timeout_s=110)] == [0, 0]
+    assert [end.status for end in ranks.run(straight)] == [0, 0]
     killed = steady_recipe(tmp_path / "run", **changes)
     file, first = write(killed), killed.folder / "stages/reft/checkpoints/step-000001"
 

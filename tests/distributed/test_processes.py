@@ -40,7 +40,7 @@ from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 
 SteadyRecipe = Callable[..., Recipe]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 FAILING = Path(__file__).parent / "failing.py"
 SHARDINGS = ["ddp", "fsdp2"]
 
@@ -91,7 +91,7 @@ def test_two_processes_take_the_steps_of_one(how, by_one, by_two):
 @pytest.mark.parametrize("how", ["ddp", "fsdp2", "2x2"])
 def test_four_processes_take_the_steps_of_one(how, by_one, steady_recipe, tmp_path):
     recipe = steady_recipe(tmp_path / "run")
-    ended = ranks.run(recipe, how=how, num=4, timeout_s=110)
+    ended = ranks.run(recipe, how=how, num=4)
     assert [one.status for one in ended] == [0] * 4, ended
     assert ("in each of 2 groups" in ended[0].stderr) == (how == "2x2")
     assert_same_run(recipe.folder, by_one)
@@ -209,7 +209,6 @@ def test_what_fsdp2_cannot_split_is_refused_and_runs_with_whole_weights(
     assert [end.status for end in ended] == [0, 0], ended
 
 
-@pytest.mark.timeout(300)
 def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path, monkeypatch):
     # a compiler for C++ would take minutes here, and is met in tests/parity/test_plain_reference.py
     compiled = torch.nn.Module.compile
@@ -223,9 +222,7 @@ def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path, monkeypatch):
     }
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     run_all(steady_recipe(one, **changes))
-    ended = ranks.run(
-        steady_recipe(two, **changes, model={"compile": True}), how="fsdp2", timeout_s=280
-    )
+    ended = ranks.run(steady_recipe(two, **changes, model={"compile": True}), how="fsdp2")
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(two, one)
 
@@ -237,7 +234,7 @@ def test_every_stage_is_the_same(how, steady_recipe, tmp_path):
         "stages": {name: merge_rate(stage) for name, stage in EVERY_STAGE["stages"].items()},
     }
     run_all(steady_recipe(tmp_path / "one", **changes))
-    ended = ranks.run(steady_recipe(tmp_path / "two" / "run", **changes), how=how, timeout_s=110)
+    ended = ranks.run(steady_recipe(tmp_path / "two" / "run", **changes), how=how)
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(tmp_path / "two" / "run", tmp_path / "one")
 
@@ -523,7 +520,7 @@ def test_launchers_run_what_they_are_asked_for(launcher, how, by_one, steady_rec
         command,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=ranks.HANGS_S,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ended.returncode == 0, ended.stderr

@@ -9,7 +9,7 @@ from compare import assert_same_run
 from crash import run_all
 from stub_vllm import stub_vllm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SHARE = 3
 """Problems in the second half of 5 × 3 samples: requests of the second process a step."""
 STAGES = {"sft": None, "reft": {"init": "base", "steps": 3, "save_every_s": 0, "value_prefit": 0}}
