@@ -151,12 +151,13 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
     ]
 
 
-def measured(command: list[str]) -> dict[str, Any]:
-    """Run a command at the root; its last line, where that is JSON, and its peak memory. Raises
-    CalledProcessError."""
+def measured(command: list[str], **variables: str) -> dict[str, Any]:
+    """Run a command at the root, with `variables` in its environment; its last line, if that is
+    JSON, and its peak memory. Raises CalledProcessError."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        **variables,
     }
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(

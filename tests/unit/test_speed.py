@@ -81,19 +81,23 @@ def test_small_layers_are_not_packed_in_fp32(make_policy):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_the_allocator_takes_every_option():
+@pytest.mark.parametrize(
+    ("variables", "expected"), [({}, [1, 1, 1]), ({"MALLOC_ARENA_MAX": "2"}, [])]
+)
+def test_the_allocator_takes_every_option_unless_the_environment_gives_some(variables, expected):
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         pytest.skip("the C library is not glibc")
     taken = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocator.os, "environ", variables)
         patch.setattr(
             allocator.ctypes,
             "CDLL",
             lambda name: type("C", (), {"mallopt": lambda self, *a: taken.append(mallopt(*a))})(),
         )
         allocator.keep_freed_memory()
-    assert taken == [1, 1, 1]
+    assert taken == expected
 
 
 # --- without the folder ---------------------------------------------------------------------------

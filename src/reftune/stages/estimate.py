@@ -109,6 +109,11 @@ class Estimate:
         share = math.ceil(self.cost.batch / self.devices) * mean
         return max(1.0, min(share, tokens) / self.length)
 
+    def is_one_pass(self, tokens: int) -> bool:
+        """Whether an optimizer step reads all its sequences at once, so that its backward pass
+        meets no gradients of another."""
+        return math.ceil(self.cost.batch / self.devices) * self.length <= tokens
+
     @cached_property
     def sizes(self) -> Sizes:
         """The recipe's sizes; the largest that fit for those set to `auto`."""
@@ -144,10 +149,11 @@ class Estimate:
         held = {name: size / parts for name, size in whole.items()}
         update = outline.update(self.prompt, self.response, self.micro_batch(sizes.tokens))
         models = 2 if cost.value_model else 1
-        training = {
-            "gradients": FP32 * trained / parts,
-            "activations": models * update.kept + update.momentary,
-        }
+        activations = models * update.kept + update.momentary
+        gradients = FP32 * trained / parts
+        if self.is_one_pass(sizes.tokens):  # a layer's activations go as its gradients come
+            gradients = max(0.0, gradients - activations)
+        training = {"gradients": gradients, "activations": activations}
         phases: dict[str, dict[str, float]] = {"update": training}
         own_share = getattr(self.recipe.engine, "device_share", None)
         if own_share is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
@@ -16,8 +17,10 @@ def keep_freed_memory() -> None:
     zeroed pages at every step.
 
     Every training step frees and requests the same gigabytes. Does nothing if the C library is not
-    glibc.
+    glibc, or if the environment tells glibc what to do (`MALLOC_…`).
     """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for option, value in (
