@@ -1,4 +1,4 @@
-"""A dataset of your own: what a row of your files is. Here: three numbers to add.
+"""A dataset of your own: it defines how a row becomes a problem. Here: three numbers to add.
 
 In a recipe: `dataset: {kind: examples/dataset.py:Sums, train: examples/sums}`.
 """

@@ -1,5 +1,5 @@
 """An engine of your own: transformers' `generate`, one prompt at a time. Slow, and short enough to
-see what an engine owes.
+show an engine's contract.
 
 In a recipe: `engine: examples/engine.py:OneByOne`.
 """

@@ -12,7 +12,7 @@ from typing import Any
 def right_and_shown(
     completions: list[str], verdicts: list[str], num_steps: list[int], **everything_else: Any
 ) -> list[float | None]:
-    """1 for a right answer whose steps are all there, 0.5 where some are left out, 0 for a wrong
+    """1 for a right answer whose steps are all there, 0.5 if some are left out, 0 for a wrong
     one.
 
     Called once a batch, by keyword: `prompts`, `completions`, `completion_ids`, the grader's

@@ -21,7 +21,7 @@ def shown(value: object) -> str:
 
 
 def brief(error: object) -> str:
-    """What an error says, for a message of ours: one line, at most 200 characters."""
+    """An error's message as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 

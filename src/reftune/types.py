@@ -124,7 +124,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What a model wrote after a prompt."""
+    """The text that a model wrote after a prompt."""
 
     token_ids: tuple[int, ...]
     """Sampled tokens, up to and including the one that ended the completion."""
@@ -190,7 +190,7 @@ class Attempt:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Attempt:
-        """What `to_row` wrote. Raises: KeyError, ValueError."""
+        """The inverse of `to_row`. Raises: KeyError, ValueError."""
         tokens = row.get("tokens")
         return cls(
             completion=str(row["completion"]),

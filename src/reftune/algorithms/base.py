@@ -1,5 +1,5 @@
-"""What algorithms share: the hooks that the RL loop calls, the clipped policy loss, and losses as
-pure functions of per-token tensors.
+"""Code shared by the algorithms: the hooks that the RL loop calls, the clipped policy loss, and
+losses as pure functions of per-token tensors.
 
 Every loss is a weighted sum over tokens. The weights come from `token_weights`, made once for a
 whole minibatch, so splitting it into micro-batches or over processes leaves the gradient as it was.

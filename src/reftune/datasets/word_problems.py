@@ -218,7 +218,7 @@ class _Teller:
     """Everyone who may appear; those who did are in `holdings`."""
     thing: str
     holdings: dict[str, _Quantity] = field(default_factory=dict)
-    """What each person has so far."""
+    """Each person's current amount."""
     told: list[_Quantity] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     latest: str = ""

@@ -37,7 +37,7 @@ class Continuous(Component):
     """Tokens in one forward pass, prompts included."""
 
     batch_independent: ClassVar[bool] = False
-    """Whether a request's tokens depend on itself alone."""
+    """Whether a request's tokens depend only on itself."""
 
     @property
     def rows(self) -> int:

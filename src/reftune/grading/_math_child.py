@@ -1,4 +1,5 @@
-"""Compares expressions for `mathematics`. Started as a script, imports none of ours.
+"""Compares expressions for `mathematics`. It is started as a script and imports nothing from
+reftune.
 
 Reads one JSON object per line from standard input and writes one to standard output: `{"gold",
 "answer"}` gives `{"equal", "read"}`, the last None if the answer is not an expression, or an
@@ -18,7 +19,7 @@ from typing import Any
 
 MEMORY = 4 << 30
 MAX_S = 60
-"""After which it ends, if whoever keeps the time is gone."""
+"""The process ends itself after this time, in case its parent is gone."""
 
 
 def main() -> None:

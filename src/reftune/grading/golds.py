@@ -106,8 +106,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """What the last marker says, behind what the markers beside it say: those with no more than
-    "or", "and" and signs between them. A result on the way to it is not beside it."""
+    """The answer after the last marker, preceded by the answers of adjacent markers, which are
+    separated only by "or", "and" and signs. An intermediate result is not adjacent."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -252,7 +252,8 @@ _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
 _NOT_WHOLE = re.compile(
     r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}\b)|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
 )
-"""What the reader of completions takes: 3-1/2 may be 5/2, 05/06 a day, 5_8 and 5k a guess."""
+"""Spellings that only the reader of completions accepts: 3-1/2 may be 5/2, 05/06 may be a date, 5_8
+and 5k are guesses."""
 _LETTERS = r"(?-i:[mgshlLJNVWAKCF])"
 _SYMBOLS = (
     r"(?-i:[kmcdn]m|[kmµn]g|ft|in|yd|mi|hr|hrs|min|sec|[mµn]s|mph|kph|kmph|kmh|lbs?|oz|gal|[mdc][lL]"
@@ -347,8 +348,8 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.I
 
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
-    """The letter that a gold is, alone or before its option's text, or that of the one option it
-    spells. Without `choices`, any letter."""
+    """The letter of a gold: the gold itself, the letter before its option's text, or the letter of
+    the one option it spells. Without `choices`, any letter."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:

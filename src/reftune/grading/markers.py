@@ -31,7 +31,7 @@ DEFAULT = Reading()
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a marker announces."""
+    """The text that a marker announces."""
 
     text: str | None
     """None for a box that is never closed: its content is unknown."""
@@ -58,8 +58,9 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """What the markers of a completion announce, the last `MAX_STATEMENTS` in order of appearance:
-    "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
+    """The texts that the markers of a completion announce, the last `MAX_STATEMENTS` in order of
+    appearance: "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
+    `reading.markers`.
 
     Nothing before the last `</think>` counts, nor after an open `<think>`, nor from where run-on
     text begins. A box or tag without content announces nothing.
@@ -89,20 +90,20 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
-    """What the last marker of a completion announces; None without one, or if it is a box that is
-    never closed."""
+    """The text that the last marker of a completion announces; None without a marker, or if it is a
+    box that is never closed."""
     found = statements(completion, reading)
     return found[-1].text if found else None
 
 
 def reasoning_text(completion: str) -> str:
-    """What comes before the first marker: the reasoning that leads to the answer."""
+    """The text before the first marker: the reasoning that leads to the answer."""
     marker = marker_pattern(()).search(completion)
     return completion if marker is None else completion[: marker.start()]
 
 
 def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
-    """Where the part that may answer begins and ends."""
+    """Start and end of the part that may hold the answer."""
     last = deque(_THOUGHT.finditer(completion), maxlen=1)
     start = 0
     if last:
@@ -116,7 +117,7 @@ def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
 
 @lru_cache(maxsize=16)
 def marker_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
-    """What announces an answer: the English phrases, boxes and tags, and `phrases`."""
+    """The pattern of markers: the English phrases, boxes and tags, and `phrases`."""
     own = (re.escape(phrase.strip()) for phrase in phrases if phrase.strip())
     return re.compile("|".join([*_PHRASES, *own]), re.IGNORECASE)
 

@@ -134,8 +134,8 @@ def _verified(gold: str, answer: str) -> Comparison:
 
 
 def _words_in(expression: str) -> bool:
-    """Whether it holds words: three letters or more that are no function and no LaTeX, or common
-    words of two."""
+    """Whether it contains words: three or more letters that are neither a function nor LaTeX, or
+    common two-letter words."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in _FUNCTIONS) for word in words)
@@ -247,7 +247,8 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Comparisons remembered, but for those that failed: samples of one problem repeat each other."""
+"""Number of remembered comparisons, because samples of one problem repeat each other. Failed
+comparisons are not remembered."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

@@ -31,7 +31,7 @@ class Number:
         return spell(self.value) + "%" * self.percent
 
     def hundredth(self) -> Number:
-        """What a percentage is as a plain number."""
+        """A percentage as a plain number."""
         return Number(self.value / 100, self.decimals + 2)
 
 
@@ -74,7 +74,7 @@ def stated_number(line: str) -> Number | None:
 MIN_DECIMALS = 2
 """Numbers may differ in the third decimal, however few decimals they were written with."""
 FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
-"""Significant digits that arithmetic in floats keeps, and from which on a decimal is one's print:
+"""Significant digits that float arithmetic keeps; a decimal with more is taken as a printed float:
 0.8333333333333334 and 0.8333333333333333 are both 5/6."""
 
 
@@ -139,7 +139,7 @@ CURRENCY = (
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
-"""Groups of two are lakhs only if one begins with 0, or behind rupees: "36,36,108" is a list."""
+"""Groups of two are lakhs only if one begins with 0, or after rupees: "36,36,108" is a list."""
 _LAKHS = r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?(?![\d,]*\d)"
 _INTEGER = rf"(?:{_GROUPS}|{_INDIAN}|\d+)"
 DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
@@ -190,7 +190,7 @@ _BASES = dict(
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     """The number written at `start` of a plain line, with sign, currency, magnitude and percent
-    sign, and where it ends. What follows it is for the caller to judge."""
+    sign, and where it ends. The caller judges what follows it."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -212,7 +212,8 @@ def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
 
 
 def leading_number(line: str) -> Number | None:
-    """The number at the start of a plain line that nothing behind it makes part of more."""
+    """The number at the start of a plain line, unless what follows makes it part of something
+    else."""
     lead = _LEAD_IN.match(line)
     assert lead is not None  # it matches the empty text
     bracketed = line.startswith("<", lead.end())
@@ -233,7 +234,7 @@ def leading_number(line: str) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    """What a `_NUMBER` says; None if it is too long, divided by zero or in no base."""
+    """The value of a `_NUMBER`; None if it is too long, divided by zero or in an invalid base."""
     parts = {
         name: text.replace(",", "").replace("_", "")
         for name, text in match.groupdict().items()
@@ -276,7 +277,7 @@ def _size(parts: dict[str, str]) -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Fraction:
-    """0.1(6) = 1/6: the period over as many nines, behind the decimals before it."""
+    """0.1(6) = 1/6: the period divided by as many nines, shifted by the decimals before it."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return tail + Fraction(head) if head.strip(".") else tail
@@ -322,9 +323,9 @@ _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
 
 
 def after_equals(line: str) -> str:
-    """What follows the last `=` of the first sentence. The line itself without one, or if a number
-    comes before an aside that holds it ("18, because 2 + 2 = 4", "12 when n = 3"). Nothing if
-    several unknowns have values ("x = 3 or x = 4"), or only a multiple of one ("2x = 6")."""
+    """The text after the last `=` of the first sentence. The line itself without one, or if a
+    number comes before an aside that holds it ("18, because 2 + 2 = 4", "12 when n = 3"). Nothing
+    if several unknowns have values ("x = 3 or x = 4"), or only a multiple of one ("2x = 6")."""
     condition = _LEADING_CONDITION.match(line)
     if condition is not None:  # "when n = 3, 12"
         line = line[condition.end() :]
@@ -351,7 +352,7 @@ def after_equals(line: str) -> str:
 
 
 def _assigned_values(line: str) -> Iterator[Fraction | None]:
-    """What the unknowns of a list of equations are: "x = 3, y = 4"."""
+    """The values of the unknowns in a list of equations: "x = 3, y = 4"."""
     for clause in _CLAUSES.split(re.split(r"[.!?] ", line, maxsplit=1)[0]):
         assignment = _ASSIGNMENT.fullmatch(clause.rstrip("."))
         if assignment is not None:
@@ -483,7 +484,7 @@ _NOT_ABOUT = re.compile(
 
 def only_number(line: str) -> Number | None:
     """The number of a plain sentence that begins in words and holds no other: "page 12", "each
-    child gets 12 sweets". None behind words that may turn it into another, "at least 12"."""
+    child gets 12 sweets". None after words that may change it, "at least 12"."""
     end = _SENTENCE_END.search(line)
     sentence = (line if end is None else line[: end.start()]).lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)

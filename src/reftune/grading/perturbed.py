@@ -24,7 +24,7 @@ class Perturbed:
     """A changed solution."""
 
     kind: str
-    """What was done to it, in words."""
+    """The change, in words."""
     text: str
 
 

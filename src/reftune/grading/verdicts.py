@@ -1,6 +1,6 @@
 """Texts and values → verdicts. Bounded: any text gives a verdict quickly, none raises.
 
-Pure but for expressions, which a worker process compares.
+Pure, except for expressions, which a worker process compares.
 """
 
 from __future__ import annotations

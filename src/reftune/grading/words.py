@@ -69,7 +69,7 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """What follows the gold in the answer's first line."""
+    """The text after the gold in the answer's first line."""
     first_word = re.match(r"\W*(\w*)", rest)
     assert first_word is not None  # it matches the empty text
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):

@@ -1,4 +1,4 @@
-"""Token batches. This module alone knows which position predicts which token.
+"""Token batches. Only this module knows which position predicts which token.
 
 Letters: B sequences, L longest sequence, R longest response, N response tokens in all
 (docs/algorithms.md).

@@ -46,7 +46,7 @@ class Comparison:
     a: str
     b: str
     difference: float
-    """Accuracy of `a` less accuracy of `b`; over seeds, the mean."""
+    """Accuracy of `a` minus accuracy of `b`; over seeds, the mean."""
     ci95: Interval
     """95 % interval of the difference, by bootstrap over problems, or over seeds and problems."""
     n: int
@@ -59,7 +59,7 @@ class Comparison:
     @property
     def significant(self) -> bool:
         """Whether McNemar's test of one run finds a difference; over seeds, whether the interval
-        leaves out 0."""
+        excludes 0."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]

@@ -1,5 +1,5 @@
 """Export a chosen model to a folder that works as the model did in training: weights, config,
-generation config, tokenizer and a model card. Or export its adapters alone."""
+generation config, tokenizer and a model card. Or export only its adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
     """Write `out`, which loads with plain `from_pretrained` and in vLLM. Adapters are merged
-    already; with `adapter` they are written alone, for the base model.
+    already; with `adapter` only the adapters are written, for the base model.
 
     Raises: CheckpointError if the method is not finished, has no adapters, or `out` exists.
     """
@@ -143,7 +143,7 @@ class Base:
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as `--max-lora-rank`."""
+"""The value for vLLM's `--max-lora-rank`."""
 
 
 def _serving(run: RunFolder, stage: Path) -> Serving | None:

@@ -35,7 +35,7 @@ from reftune.processes.sharding import block_matrices, transformer_blocks
 from reftune.recipe import ModelTable
 
 FP32 = 4
-"""Bytes of a number: trained weights and their gradients are fp32 in every compute dtype."""
+"""Bytes per number: trained weights and their gradients are fp32 in every compute dtype."""
 NF4 = 0.5 + 4 / 64
 """Bytes of a weight in 4 bits, with the scale of its block."""
 FEW, MORE = 2, 4

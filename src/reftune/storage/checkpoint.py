@@ -52,9 +52,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step-…` whole or not at all, then delete all but the newest `keep`.
-
-    Raises: CheckpointError if the disk refuses; older checkpoints stay as they were.
+    """Write `folder/step-…` whole or not at all, then delete all except the newest `keep`. Raises:
+    CheckpointError for a disk error; older checkpoints stay as they were.
     """
     from safetensors.torch import save_file
 

@@ -199,7 +199,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The length that all but the few that may be too long stay within."""
+    """The length that covers all texts except the few that may be too long."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

@@ -69,8 +69,8 @@ EXACT_CONSTANTS: Mapping[str, str] = {"const_pi": "math.pi", "const_0_2778": "(5
 """0.2778 turns km/h into m/s; its rounding would move answers off the options."""
 
 NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+")
-"""What MathQA counts as n0, n1, … of a problem: commas belong to a number, whether they group
-thousands or not."""
+"""The numbers that MathQA counts as n0, n1, … of a problem: a comma belongs to a number, even if it
+does not group thousands."""
 STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
 

@@ -36,7 +36,7 @@ class _Import:
     tokens: Sequence[_Token]
     """Without line breaks and comments."""
     head: str
-    """What comes before the imported names: `import`, or `from … import`."""
+    """The words before the imported names: `import`, or `from … import`."""
     parts: tuple[str, ...]
     """The imported names as they are spelled: `numpy as np`."""
 

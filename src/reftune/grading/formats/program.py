@@ -1,10 +1,10 @@
 """Rationales that are programs.
 
-The way from a completion to its programs is pure line work: nothing here parses or runs what a
-model wrote, and only imports that a program does not use are left out of it.
+Finding the programs in a completion works line by line: nothing here parses or runs a model's code,
+and only unused imports are removed from it.
 
-A completion continues `def solution():`, or holds a program of its own. What is tried, in this
-order, the next only if the one before ends in an error:
+A completion continues `def solution():`, or holds a program of its own. Programs are tried in this
+order, the next one only if the one before ends in an error:
 
 1. the code as it stands: the last fenced block that defines `solution`, else the text if it does,
    else the text (or its last fenced block) as the body of `solution`;
@@ -109,10 +109,9 @@ class Program(Prompted):
     def target(self, problem: Problem) -> str:
         """The gold program without docstring; only its body if the prompt ends in its header.
 
-        In the compact style the line break before it belongs to the target: tokenizers keep it
-        together with the indent, so that prompt and target, tokenised apart, are the tokens of the
-        whole text.
-        Raises: DataError if there is no program.
+        In the compact style the line break before the body belongs to the target: tokenizers join
+        it with the indent, so that prompt and target, tokenised apart, are the tokens of the whole
+        text. Raises: DataError if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -304,8 +303,8 @@ def _indented(body: str) -> str:
 
 
 def _first_indent(lines: list[str]) -> int:
-    """What the first line's indent should be, judged by the lines below it down to the first at the
-    margin."""
+    """The indent that the first line should have, judged by the lines below it down to the first at
+    the margin."""
     first = _indent(lines[0])
     below = []
     for line in lines[1:]:
@@ -348,10 +347,8 @@ _DOCSTRING = re.compile(
 
 
 def body_of(program: str) -> str | None:
-    """What a gold program has after `def solution():` and a docstring, indented by four; None if it
-    has no such line.
-
-    What comes before the definition moves into it.
+    """The part of a gold program after `def solution():` and a docstring, indented by four; None if
+    it has no such line. Code before the definition moves into it.
     """
     program = program.replace("\r\n", "\n").expandtabs(4)
     header = _GOLD_HEADER.search(program)
@@ -374,8 +371,8 @@ def _paper_header(problem: Problem) -> str:
 
 def _paper_source(problem: Problem, completion: str) -> str:
     """The authors' program: the header and the completion up to the first blank line, `sys.exit`
-    turned into `print`, run with `math` as its only global, so that what it defines beside
-    `solution` is not visible inside.
+    turned into `print`, run with `math` as its only global, so that its other definitions are not
+    visible inside `solution`.
 
     Differs: a completion with its own `def solution` gets no header; sympy is not offered.
     """

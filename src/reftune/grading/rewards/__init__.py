@@ -23,7 +23,7 @@ class SumOfParts(float):
 
 
 class Reward(Protocol):
-    """What every reward offers."""
+    """The interface of every reward."""
 
     def __call__(
         self,

@@ -129,7 +129,7 @@ class FunctionReward(Component):
         return number
 
     def _blame(self, samples: Sequence[_Sample], error: BaseException) -> RewardError:
-        """The error with the first sample that causes one alone, else with the batch."""
+        """The error with the first sample that causes one by itself; else the batch's error."""
         for sample in samples if len(samples) > 1 else ():
             try:
                 self._call([sample])
@@ -150,8 +150,8 @@ class _TimeUpError(BaseException):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises: _TimeUpError when the time is up. Has no effect outside the main thread, which alone
-    receives signals."""
+    """Raises: _TimeUpError when the time is up. Has no effect outside the main thread, the only one
+    that receives signals."""
 
     def expire(number: int, frame: Any) -> None:
         raise _TimeUpError
@@ -206,7 +206,7 @@ def _finished(result: Any) -> Any:
 
 
 def _by_sample(parts: Mapping[Any, Any], count: int) -> Any:
-    """Columns of parts as one mapping a sample; as they are if they are no such columns."""
+    """Columns of parts as one mapping per sample; unchanged if they are not such columns."""
     columns = list(parts.values())
     if not columns or not all(isinstance(c, list | tuple) and len(c) == count for c in columns):
         return parts

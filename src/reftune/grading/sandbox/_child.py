@@ -253,8 +253,8 @@ def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
 
 
 def only_call(libc: ctypes.CDLL, table: tuple[int, str] | None) -> bool:
-    """seccomp: every system call but the allowed ones fails with EPERM. False for machines without
-    a table."""
+    """seccomp: every system call that is not allowed fails with EPERM. False for machines without a
+    table."""
     if table is None:
         return False
     architecture, numbers = table[0], [int(number) for number in table[1].split()]
@@ -300,7 +300,7 @@ ALLOWED_CALLS = {
 
 
 def run(source: str) -> str:
-    """What is reported about a program: `P…` if it printed something, and `V…` or `E…`."""
+    """The report on a program: `P…` if it printed something, and `V…` or `E…`."""
     scope: dict[str, Any] = {"__name__": "__main__"}
     printed = Printed()
     sys.stdout = printed
@@ -325,7 +325,7 @@ class Printed:
         return len(text)
 
     def flush(self) -> None:
-        """There is nothing behind it."""
+        """There is no buffer below it."""
 
 
 def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:

@@ -48,7 +48,7 @@ class ExecutionResult:
 
     status: ExecutionStatus
     value: Any = None
-    """What the call returned; None unless the status is OK."""
+    """The returned value; None unless the status is OK."""
     reason: str = ""
     """One line of explanation; empty if the status is OK."""
     printed: str = field(default="", compare=False)

@@ -1,4 +1,5 @@
-"""The sandbox's fallback: each program in a CPython process of its own, for what monty lacks.
+"""The sandbox's fallback: each program in a CPython process of its own, for the parts of Python
+that monty lacks.
 
 A forking process waits with the interpreter started and the slow packages imported, one for each
 combination of packages. Each program is a fork of it, with no site-packages hooks, an environment
@@ -54,8 +55,8 @@ _PACKAGE = re.compile(r"^[ \t]*(?:import|from)[ \t]+(numpy|pandas|scipy|sympy)\b
 INTERPRETER_MIB = 256
 """Address space of the interpreter and its packages, on top of the program's own."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-"""Nothing of ours. Without the first two numpy reserves memory for a thread a core; with the last
-sets of texts have the same order every time."""
+"""The environment of a program. Without the first two variables numpy reserves memory for one
+thread per core; the last fixes the order of sets of texts."""
 SYSTEM_LIBRARIES = (
     "/lib",
     "/lib64",
@@ -213,8 +214,8 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
-    """What the process writes until it ends, its time is up or it has written too much, and its
-    exit status; it is dead afterwards. None if the forking process died."""
+    """The process's output until it ends, its time is up or it has written too much, and its exit
+    status; it is dead afterwards. None if the forking process died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))

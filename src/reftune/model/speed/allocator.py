@@ -8,8 +8,7 @@ import os
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
 LARGEST_KEPT = 32 * 2**20
-"""Bytes; larger blocks go back to the system when they are freed. The largest threshold that glibc
-takes."""
+"""Size in bytes above which freed blocks go back to the system; the largest that glibc accepts."""
 
 
 def keep_freed_memory() -> None:

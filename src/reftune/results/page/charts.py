@@ -1,4 +1,4 @@
-"""What the report draws, as plain data: learning curves, shares, voting curves. No pixels here."""
+"""The report's charts as plain data: learning curves, shares, voting curves. No pixels here."""
 
 from __future__ import annotations
 

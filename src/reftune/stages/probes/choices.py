@@ -271,7 +271,7 @@ def above_chance(rows: Sequence[ChoiceRow]) -> dict[int, tuple[int, float]]:
 
 
 def summary_of(rows: Sequence[ChoiceRow]) -> dict[str, Any]:
-    """What `summary.json` holds of a method's rows."""
+    """The part of `summary.json` about a method's rows."""
     metrics = {name.removeprefix("choices/"): value for name, value in choice_metrics(rows).items()}
     groups = {
         str(count): {"n": n, "above_chance": above}
