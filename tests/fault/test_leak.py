@@ -1,6 +1,6 @@
 """Memory, file handles, threads and worker processes stay flat over many steps.
 
-200 steps in the default tests; 2,000 with `make trust`, or `pytest -m "fault and slow"`.
+100 steps in the default tests; 2,000 with `make trust`, or `pytest -m "fault and slow"`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Watching(SilentProgress):
 
 @pytest.mark.skipif(not (PROCESS / "statm").exists(), reason="reads /proc")
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("steps", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_nothing_grows_over_many_steps(make_recipe, monkeypatch, steps):
     # programs run in a sandbox worker; a checkpoint every tenth of a second, a look at dev every 20
     # steps

@@ -417,6 +417,7 @@ def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monke
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no compiler for C++"
 )
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("step", ["llama"], indirect=True)
 def test_compiled_blocks_change_nothing_and_decoding_does_not_use_them(step):

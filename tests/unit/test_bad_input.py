@@ -21,6 +21,16 @@ stages:
 """
 RL = "stages.reft={kind: rl, init: sft, steps: 1, prompts: 2, optimizer: {learning_rate: 1.0e-3}}"
 FOLDER = ["model.scratch=null", "model.path=./model"]
+ONE_LAYER = json.dumps(
+    {
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+)
 
 
 def row(a: int, **changes: Any) -> str:
@@ -180,7 +190,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     ),
     "model folder without weights": (
         FOLDER,
-        {"model/config.json": '{"model_type": "llama"}'},
+        {"model/config.json": ONE_LAYER},
         r"cannot be loaded as a causal .* model\.safetensors",
     ),
     "model folder with a torn config": (

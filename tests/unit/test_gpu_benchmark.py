@@ -72,6 +72,7 @@ def test_figures_are_ratios_of_the_sections(gpu, setting):
     assert document["unfinished"] == ["step_compiled", "decode_kv", "step_plain", "decode_compile"]
 
 
+@pytest.mark.slow
 def test_a_call_leaves_out_what_is_there_and_an_error_is_the_sections_own(gpu, tmp_path, capsys):
     (tmp_path / "step_reftune.json").write_text('{"step_s": 1.5}')
     sections = ["machine", "step_reftune", "correctness_float32"]
@@ -92,6 +93,7 @@ def test_no_time_leaves_all_unfinished(gpu, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["unfinished"] == list(gpu.SECTIONS)
 
 
+@pytest.mark.slow
 def test_a_whole_step_of_reftune_is_told_by_phase(gpu, setting):
     found = gpu.step_reftune(setting)
     assert found["sampled_tokens_s"] > 0 and found["update_flops"] > 0 and found["peak_bytes"] > 0

@@ -39,6 +39,7 @@ def test_its_recipes_are_sound_and_spend_alike():
     check_stage_graph(load_recipe(ROOT / "recipes/smollm2/headline-tiny.yaml"))
 
 
+@pytest.mark.slow
 def test_a_command_that_takes_too_long_is_asked_to_stop_and_then_made_to(headline):
     asked = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(130)); print(flush=True);"
@@ -52,6 +53,7 @@ def test_a_command_that_takes_too_long_is_asked_to_stop_and_then_made_to(headlin
     assert headline.run_for([sys.executable, "-c", "raise SystemExit(2)"], 60) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_slices_resume_until_the_table_is_there(headline, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(headline, "LEAST_S", 0)
@@ -65,6 +67,7 @@ def test_slices_resume_until_the_table_is_there(headline, tmp_path, capsys, monk
     assert last["seeds"]["0"]["stages"]["reft"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_slice_with_its_status(headline, tmp_path):
     with pytest.raises(SystemExit) as left:
         headline.main(
