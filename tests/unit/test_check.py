@@ -135,7 +135,13 @@ def checked(**changes: Any) -> CheckReport:
 
 
 def finding(name: str, **changes: Any) -> Any:
-    return next(found for found in checked(**changes).findings if found.name == name)
+    """What one check says; the others are not run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for group, checks in (("CHECKS", CHECKS), ("MODEL_CHECKS", MODEL_CHECKS)):
+            alone = {name: checks[name]} if name in checks else {}
+            patch.setattr(f"reftune.advice.check.{group}", alone)
+        (found,) = checked(**changes).findings
+    return found
 
 
 @pytest.fixture(autouse=True)
