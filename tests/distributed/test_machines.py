@@ -175,6 +175,6 @@ def test_a_machine_that_is_killed_and_started_again_repeats_to_the_bit(
         for agent in agents:
             agent.kill()
     told = (tmp_path / "machine0.txt").read_text()
-    assert "process 0 of 2: process 1 ended without a word" in told
+    assert "process 0 of 2: process 1 ended without an error" in told
     assert told.count("reft: resumed at step") == 1
     assert_same_outcome(killed.folder, outcome(straight.folder))

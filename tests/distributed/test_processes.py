@@ -313,7 +313,7 @@ def test_a_killed_process_is_missed_by_the_other(rank, steady_recipe, tmp_path):
         assert (
             ended[0]
             .stderr.splitlines()[-1]
-            .startswith("process 0 of 2: process 1 ended without a word")
+            .startswith("process 0 of 2: process 1 ended without an error")
         )
 
 
@@ -332,7 +332,7 @@ def test_a_dead_process_is_noticed_by_those_that_meet_nobody(killed, tmp_path, m
     assert time.monotonic() - started < 30
     assert [end.status for end in ended] == [-9 if rank == killed else 1 for rank in range(3)]
     told = "".join(end.stderr for end in ended)
-    assert told.count(f"of 3: process {killed} ended without a word") == 1
+    assert told.count(f"of 3: process {killed} ended without an error") == 1
 
 
 def test_a_process_that_is_busy_or_done_is_not_taken_for_dead(tmp_path, monkeypatch):

@@ -361,7 +361,7 @@ def test_reranking_asks_for_a_reward_model_and_for_samples(make_reranked):
     with pytest.raises(RecipeError, match=r"^evaluate\.stages: judge is not a method; known: sft$"):
         check_stage_graph(make_reranked(stages=["judge"]))
     with pytest.raises(
-        RecipeError, match=r"rerank: expected samples > 0, as it is samples that are reranked"
+        RecipeError, match=r"rerank: expected samples > 0, because samples are reranked"
     ):
         make_reranked(samples=0)
 

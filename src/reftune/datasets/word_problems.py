@@ -6,8 +6,8 @@ from scratch.
 
 A story is a list of sentences and, beside it, a graph of quantities: every "has", update and
 relation is a node that points at what it was computed from. The rationale is written from the part
-of the graph that the answer needs, so what a distractor says never enters it. Sentences are short
-and every word and number is meant to be one token.
+of the graph that the answer needs, so distractors never enter it. Sentences are short and every
+word and number is meant to be one token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from reftune.types import Answer, Problem
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
 OBJECTS = ("drums", "geese", "hats", "kites", "pies", "snails")
 FACTORS = range(2, 10)
-"""Factors of "times as many" and prices: larger ones make no sensible story."""
+"""Factors of "times as many" and prices; larger ones do not make sensible stories."""
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
 """Stories tried before giving up on a new question."""
@@ -104,8 +104,8 @@ class WordProblems(Component):
             yield story
 
     def _new_story(self, rng: random.Random, seen: set[str]) -> _Story:
-        """A story no other is like, each number of operations as likely as another. Raises:
-        DataError when they run out."""
+        """A new story, with each number of operations equally likely. Raises: DataError when they
+        run out."""
         num_operations = rng.randint(*self.operations)
         for _ in range(MAX_DRAWS):
             story = self._story(num_operations, rng)

@@ -1,7 +1,7 @@
 """Expressions, equations, intervals, tuples and matrices, compared by math-verify.
 
-That may take for ever on what a model writes, so it runs in worker processes that are killed when
-the time is up. They start on first use, stay warm, and serve one thread each at a time.
+A comparison may take forever on a model's text, so it runs in worker processes that are killed when
+the time is up. They start on first use, stay warm, and each serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression that a text gives, signs as LaTeX: what is between its only math signs, else
-    the text up to an aside, without closing punctuation."""
+    """The expression in a text, with signs as LaTeX: the text between its only math signs, else the
+    text up to an aside, without closing punctuation."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -105,7 +105,7 @@ def same_expression(gold: str, answer: str) -> Comparison:
 
 
 def is_installed() -> bool:
-    """Whether math-verify is there."""
+    """Whether math-verify is installed."""
     return importlib.util.find_spec("math_verify") is not None
 
 
@@ -166,8 +166,8 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> bytes | None:
-        """The line that answers a line: empty if the process died twice, None if the answer was not
-        there in time, and the process was killed for it."""
+        """The reply to a line: empty if the process died twice; None if it did not come in time and
+        the process was killed."""
         for _ in range(2):  # something else may have killed it
             if self._process is None:
                 self._process = _started()
@@ -201,7 +201,7 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 def _exchange(process: subprocess.Popen[bytes], line: bytes, timeout_s: float) -> bytes | None:
-    """The line that answers `line`; empty if the process died, None when the time is up."""
+    """The reply to `line`; empty if the process died, None when the time is up."""
     assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(line)
@@ -233,7 +233,7 @@ def _asked(request: bytes) -> bytes | None:
 
 
 def _forget() -> None:
-    """Have workers of our own: those of a forked process are its parent's."""
+    """Use new workers: a forked process has inherited its parent's."""
     global _IDLE
     _IDLE = queue.LifoQueue()
     for _ in range(NUM_WORKERS):

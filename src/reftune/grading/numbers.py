@@ -66,7 +66,7 @@ def parse_number(text: str) -> Number | None:
 
 
 def stated_number(line: str) -> Number | None:
-    """As `parse_number`, of a plain line."""
+    """As `parse_number`, for a plain line."""
     answer = after_equals(line)
     return leading_number(answer) or only_number(answer)
 
@@ -415,7 +415,7 @@ _ATTACHED_LETTER = re.compile(r"(?:a|[DEGHIOPQRSUXYZ])\b")
 
 
 def _is_part_of_more(rest: str) -> bool:
-    """Whether what follows a number makes it a part of something else. Looks at the kinds of the
+    """Whether the text after a number makes it part of something else. Looks at the kinds of the
     next words and signs."""
     shape = _SHAPE.sub(lambda match: _LETTER_OF[match.lastgroup or "word"], rest[:_LOOKAHEAD_CHARS])
     return (
@@ -457,7 +457,7 @@ _RESTATED = re.compile(
 
 
 def _restates(number: Number, rest: str) -> bool:
-    """Whether what follows a number says it once more in another spelling: "12.5 %, or 1/8"."""
+    """Whether the text after a number repeats it in another spelling: "12.5 %, or 1/8"."""
     found = _RESTATED.match(rest, 0, _LOOKAHEAD_CHARS)
     again = None if found is None else numeral_at(rest, found.end())
     if again is None or _is_part_of_more(rest[again[1] :]):

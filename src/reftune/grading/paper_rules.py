@@ -1,4 +1,4 @@
-"""The grading of the paper's authors, repeated with its oddities."""
+"""The grading of the paper's authors, including its oddities."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 
 
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
-    """The authors' rule for worked solutions: `float()` of what follows the last trigger, or of all
-    if there is none.
-
-    nan and inf are wrong answers. A choice is compared as a string, and so is never missing.
+    """The authors' rule for worked solutions: `float()` of the text after the last trigger, or of
+    the whole text without one. nan and inf are wrong answers. A choice is compared as a string, so
+    it is never missing.
     """
     text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
     return grade_value_paper(text, problem)

@@ -1,5 +1,5 @@
-"""Gold solutions changed so that the answer is certainly wrong, or certainly still right: what a
-reward is tested on."""
+"""Gold solutions changed so that their answer is certainly wrong, or certainly still right, to test
+a reward."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Perturbed:
 
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions that look like the gold one and do not give its answer. None of a text whose answer
-    cannot be found."""
+    """Solutions that look like the gold one but do not give its answer. Empty for a text whose
+    answer cannot be found."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 

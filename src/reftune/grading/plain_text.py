@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 MAX_SEGMENT_CHARS = 2_000
-"""How much of an answer is looked at for a number or a choice."""
+"""How many characters of an answer are searched for a number or a choice."""
 
 _ASCII = str.maketrans(
     {
@@ -147,7 +147,7 @@ def _with_decimal_point(match: re.Match[str]) -> str:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Whether two texts differ in case, spacing, decoration and closing punctuation only."""
+    """Whether two texts differ only in case, spacing, decoration and closing punctuation."""
     return _bare(first) == _bare(second) != ""
 
 

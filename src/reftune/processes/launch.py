@@ -87,7 +87,7 @@ def _is_first(store: Any, own: int) -> bool:
 def _told(world: World, missing: int | None) -> str:
     other = "another one" if missing is None else f"process {missing}"
     return (
-        f"process {world.rank} of {world.size}: {other} ended without a word (killed? out of"
+        f"process {world.rank} of {world.size}: {other} ended without an error (killed? out of"
         " memory? its machine?); the same command continues from the last checkpoint"
     )
 
@@ -143,7 +143,7 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
 
 
 REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "expected FSDP2, which splits the same as ZeRO 3",
+    "ACCELERATE_USE_DEEPSPEED": "expected FSDP2, which splits like ZeRO 3",
     "ACCELERATE_USE_MEGATRON_LM": "expected DDP or FSDP2",
     "FSDP_OFFLOAD_PARAMS": (
         "weights stay where they are trained; expected fsdp_offload_params: false"

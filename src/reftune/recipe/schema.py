@@ -114,9 +114,7 @@ class EvaluateTable(Table):
     @model_validator(mode="after")
     def _samples_to_rerank(self) -> EvaluateTable:
         if self.rerank is not None and self.samples == 0:
-            raise refusal(
-                "rerank", "rerank: expected samples > 0, as it is samples that are reranked"
-            )
+            raise refusal("rerank", "rerank: expected samples > 0, because samples are reranked")
         return self
 
     def num_samples(self, method: str) -> int:

@@ -1,4 +1,4 @@
-"""Rewards: a rollout's problem, completion and grade → a number. One file a reward."""
+"""Rewards: a rollout's problem, completion and grade → a number. One file per reward."""
 
 from __future__ import annotations
 

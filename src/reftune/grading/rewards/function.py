@@ -145,7 +145,7 @@ class FunctionReward(Component):
 
 
 class _TimeUpError(BaseException):
-    """No Exception, which the user's code may catch."""
+    """Not an Exception, because the user's code might catch that."""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Outcome(Component):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One reward a grade, in order."""
+        """One reward per grade, in order."""
         return [self._of(problem, grade) for problem, grade in zip(problems, graded, strict=True)]
 
     def _of(self, problem: Problem, grade: Graded) -> float:
@@ -41,7 +41,7 @@ class Outcome(Component):
         return self.partial if is_partial else self.wrong
 
     def _tells_kind(self, gold: Answer) -> bool:
-        """Whether a wrong answer to this gold was read as one of its kind, not as any words."""
+        """Whether a wrong answer to this gold has its kind, rather than being arbitrary words."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]
