@@ -16,7 +16,14 @@ from typing import Any, Literal
 import regex
 
 from reftune.errors import DataError
-from reftune.grading.markers import DEFAULT, Reading, Statement, marker_pattern, statements
+from reftune.grading.markers import (
+    DEFAULT,
+    SIDE_BY_SIDE,
+    Reading,
+    Statement,
+    marker_pattern,
+    statements,
+)
 from reftune.grading.mathematics import looks_like_math
 from reftune.grading.numbers import CURRENCY, MONTHS, Number, numeral_at, same_number
 from reftune.grading.plain_text import plain, same_text, with_decimal_points
@@ -125,13 +132,17 @@ def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
     if statement.is_closed:
         return said
     said = text[statement.end - len(statement.text or "") : min(end, statement.end)]
+    said = _BULLET.sub("", said)
     first, _, rest = said.strip(" \t\n:*_").partition("\n")
-    has_more = any(map(str.isdigit, rest))
+    has_more = any(map(str.isdigit, rest)) and not first.rstrip(" *_").endswith(".")
     first = first.removesuffix(".").strip(" *_")
     sentence = re.split(r"[.;] ", first, maxsplit=1)[0]
     if number_in_gold(sentence, reading) is not None and not has_more:
         return sentence
     return said.strip() if has_more or text[statement.start] == "#" else first
+
+
+_BULLET = re.compile(r"^[ \t:*_]*\n\s*[-*+•] +")
 
 
 def _is_beside(
@@ -140,14 +151,11 @@ def _is_beside(
     if len(between := text[before.end : after.start]) > MOST_BETWEEN or len(earlier) > MOST_BETWEEN:
         return False
     if before.is_closed:
-        return _GLUE.fullmatch(marker_pattern(reading.markers).sub("", between)) is not None
+        between = marker_pattern(reading.markers).sub("", between)
+        return SIDE_BY_SIDE.fullmatch(between) is not None
     earlier = re.sub(r"\W*(?:\b(?:or|and)\W*)?$", "", earlier)
     numbers = [number_in_gold(each, reading) is not None for each in (earlier, said)]
     return all(numbers) or (not any(numbers) and len(earlier.split()) <= 2)
-
-
-_SIGNS = r"(?:[\s$\\(){}\[\]*.,;:&/]|\\(?:text|mbox|q?quad)\b)*"
-_GLUE = re.compile(rf"{_SIGNS}(?:\b(?:or|and)\b{_SIGNS})?(?:[^\W\d]\w?\s{{0,3}}=)?{_SIGNS}", re.I)
 
 
 def _same(first: str, second: str) -> bool:
@@ -250,7 +258,7 @@ _SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
 _FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
 _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
 _NOT_WHOLE = re.compile(
-    r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}\b)|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
+    r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}(?!\d))|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
 )
 """Spellings that only the reader of completions accepts: 3-1/2 may be 5/2, 05/06 may be a date, 5_8
 and 5k are guesses."""
@@ -268,7 +276,7 @@ _WORDS = (
     r"|knots?|tons?|tonnes?|acres?|hectares?|yrs?|mo|wks?|pt|px|hp|amps?"
 )
 _BASE = rf"(?:{_SYMBOLS}|{_LETTERS}|{_WORDS})(?![^\W\d_])"
-_POWER = r"(?: ?\^ ?\{? ?-?[1-4] ?\}?|[23](?!\d))?"
+_POWER = r"(?: ?\^ ?\{? ?-?[1-4] ?\}?|(?<=[a-z])[23](?!\d))?"
 _KNOWN_UNIT = re.compile(
     rf"(?:(?:square|cubic|sq\.?|cu\.?|fluid|fl\.?|nautical) )?{_BASE}{_POWER}"
     rf"(?: ?(?:/|\bper\b) ?{_BASE}{_POWER})?|N ?[-*]? ?m"
@@ -280,16 +288,16 @@ _NOT_UNITS = frozenset(
     " cubed factorial half halves third thirds quarter quarters fourth fourths fifth fifths sixth"
     " sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths"
     " thousandth thousandths dozen dozens score gross pi tau phi theta alpha beta lambda sqrt log"
-    " ln exp sin cos tan inf infinity nan over under above below remainder rem approx ago bc ad bce"
-    " ce approximately about roughly nearly almost ish fold one two three four five six seven eight"
-    " nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety ones tens"
-    " hundreds thousands millions billions is are was then else if because since for with vs"
-    " versus not true false none null unknown permille bps noon midnight monday tuesday"
-    " wednesday thursday friday"
-    " saturday sunday mon tue tues wed thu thurs fri sat utc gmt est uhr heures past januar februar"
-    " märz mai juni juli oktober dezember janvier février mars avril juin juillet août septembre"
-    " octobre novembre décembre enero febrero marzo abril mayo junio julio agosto septiembre"
-    " octubre noviembre diciembre".split()
+    " ln exp sin cos tan inf infinity nan over under above below remainder rem approx ago bc ad"
+    " bce ce repeating recurring max maximum minimum oclock mil approximately about roughly"
+    " nearly almost ish fold one two three four five six seven eight nine ten eleven twelve"
+    " twenty thirty forty fifty sixty seventy eighty ninety ones tens hundreds thousands millions"
+    " billions is are was then else if because since for with vs versus not true false none null"
+    " unknown permille bps noon midnight monday tuesday wednesday thursday friday saturday sunday"
+    " mon tue tues wed thu thurs fri sat utc gmt est edt pst pdt cet ist uhr heures past januar"
+    " februar märz mai juni juli oktober dezember janvier février mars avril juin juillet août"
+    " septembre octobre novembre décembre enero febrero marzo abril mayo junio julio agosto"
+    " septiembre octubre noviembre diciembre".split()
 )
 """Words that change the value of the number before them, or make it a time."""
 _FRACTION_WORD = re.compile(

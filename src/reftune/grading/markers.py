@@ -72,11 +72,13 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
 
 
 _OR = re.compile(r"(?:\bor|/)[\s$\\(\[]*(?:[^\W\d]\w?\s{0,3}=\s{0,3})?[\s$]*$", re.IGNORECASE)
-_BETWEEN_BOXES = re.compile(
-    r"[\s$\\)\]*}]*(?:\bor\b|\band\b|[,;&/])[\s$\\(\[]*(?:or\b|and\b)?\s*"
-    r"(?:\$?[^\W\d]\w?\s{0,3}=\s{0,3})?[\s$]*",
+_SIGNS = r"(?:[\s$\\(){}\[\]*.,;:&/]|\\(?:text|mbox|q?quad)\b)*"
+_NOUN = r"(?:(?!(?:then|so|thus|hence)\b)[^\W\d_]+(?=\s*(?:,|\b(?:or|and)\b)))?"
+SIDE_BY_SIDE = re.compile(
+    rf"{_SIGNS}{_NOUN}{_SIGNS}(?:\b(?:or|and)\b{_SIGNS})?(?:[^\W\d]\w?\s{{0,3}}=)?{_SIGNS}",
     re.IGNORECASE,
 )
+"""What stands between two boxes that are one answer with two parts."""
 
 
 def is_alternative(completion: str, before: Statement, after: Statement) -> bool:
@@ -85,7 +87,8 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
     if before.text is None or "\n" in completion[before.start : after.start].strip():
         return False
     if before.is_closed and after.is_closed:
-        return _BETWEEN_BOXES.fullmatch(completion, before.end, after.start) is not None
+        between = completion[before.end : after.start]
+        return bool(between.strip()) and SIDE_BY_SIDE.fullmatch(between) is not None
     return _OR.search(completion, before.start, after.start) is not None
 
 
@@ -129,6 +132,8 @@ def _statements(completion: str, end: int, markers: Iterable[re.Match[str]]) -> 
             if _OPENS_BOX.match(completion, begin):
                 content, stop = _box(completion, begin)
                 yield Statement(content, content is not None, start, stop)
+            elif _BARE_BOX.match(completion, begin):
+                yield Statement(completion[begin:end], start=start, end=end)
         elif marker[0].startswith("<"):
             closing = _CLOSING.search(completion, begin)
             stop, behind = (end, end) if closing is None else closing.span()
@@ -138,16 +143,13 @@ def _statements(completion: str, end: int, markers: Iterable[re.Match[str]]) -> 
 
 
 _CLOSING = re.compile("</answer>", re.IGNORECASE)
-_BARE_BOX = re.compile(r" {0,3}(-?\d+(?:\.\d+)?|[A-H](?!\w))")
-_OPENS_BOX = re.compile(rf"\s{{0,9}}\{{|{_BARE_BOX.pattern}")
+_BARE_BOX = re.compile(r" {0,3}(?:-?\d|\\[dt]?frac|[A-H](?!\w))")
+_OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
-    """The content of the braces at `start`, or the number or letter of `\boxed 7`, and where it
-    ends; None if the braces are never closed. A percent sign right after them belongs to it."""
-    bare = _BARE_BOX.match(text, start)
-    if bare is not None:
-        return bare[1], bare.end()
+    """The content of the braces at `start` and where it ends; None if they are never closed. A
+    percent sign right after them belongs to it."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

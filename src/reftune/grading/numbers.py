@@ -135,7 +135,7 @@ def spell(value: Fraction) -> str:
 
 CURRENCY = (
     r"(?:rs ?\.?|(?:inr|usd|eur|gbp|chf|jpy|cny|rmb|aud|cad|nzd|sgd|hkd|krw|rub|brl|mxn|zar|ngn|thb"
-    r"|vnd|idr|php|myr|sek|nok|dkk|pln|czk|huf|ils|aed|sar|egp|pkr|bdt|kes)\b|[$¢£¤¥฿₠-₿])"
+    r"|vnd|idr|php|myr|sek|nok|dkk|pln|czk|huf|ils|aed|sar|egp|pkr|bdt|kes)(?![^\W\d_])|[$¢£¤¥฿₠-₿])"
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
@@ -302,7 +302,8 @@ def _endless(decimal: str) -> Number:
 _EQUALS = re.compile(r"(?<![<>!=])=+>?(?!=)|-+>")
 _ASIDE = re.compile(
     r", |[(:;]|\b(?:because|since|as|where|which|when|if|given|assuming|provided"
-    r"|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){1,3}=))\b",
+    r"|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){1,3}=)"
+    r"|(?:after|once|unless|under|using)(?= [^\W\d] ?=))\b",
     re.IGNORECASE,
 )
 _GOES_ON = re.compile(r" \+ |[-+*/^]$|\b(?:is|are|was|were|of|by)$", re.IGNORECASE)
@@ -320,6 +321,8 @@ _LEADING_CONDITION = re.compile(
 _MULTIPLE = re.compile(r"\W*-?(?!1[a-z])[\d.]*\d ?\*? ?[abckn-rt-z]\W*")
 _CONCLUDES = re.compile(r"\b(?:so|thus|hence|therefore|then)\b|∴", re.IGNORECASE)
 _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")
+_UNKNOWN = re.compile(r" ?[^\W\d]\W*")
+_AND_UNKNOWN = re.compile(r"\b(?:or|and) [^\W\d]{1,3} ?$")
 
 
 def after_equals(line: str) -> str:
@@ -344,8 +347,13 @@ def after_equals(line: str) -> str:
             return before
     if len(set(_assigned_values(line))) > 1 and not _CONCLUDES.search(line):
         return ""
+    other = _AND_UNKNOWN.search(first)
+    if other is not None and leading_number(first[: other.start()]) is not None:
+        return ""  # 3 or x = 4
     if len(equals) == 1 and _MULTIPLE.fullmatch(first):
         return ""
+    if len(equals) == 1 and _UNKNOWN.fullmatch(last) and _ARITHMETIC.fullmatch(first):
+        return first  # 7 = x
     if _ARITHMETIC.fullmatch(last) and leading_number(last) is None:
         return first if leading_number(first) is not None else last  # 7 = 3 + 4
     return line[equals[-1].end() :]
@@ -383,8 +391,10 @@ _SHAPE = re.compile(
     r"|minimum|maximum)|"
     rf"(?P<month>(?-i:{MONTHS}))|"
     r"(?P<operation>(?:less|more|fewer|greater|larger|smaller|higher|lower) than(?= ?\d)"
-    r"|plus|minus|times|multiplied by|divided by|mod|modulo)|(?P<or>or|und|oder)"
-    r"|(?P<to>to|through|and|versus|vs|then|until)|(?P<by>by|choose|over|per)|"
+    r"|plus|minus|times|multiplied by|divided by|mod|modulo)"
+    r"|(?P<or>or|und|oder|maybe|perhaps|possibly|otherwise|unless|although)"
+    r"|(?P<also>(?:could|might|may) be|as well as|also|then)"
+    r"|(?P<to>to|through|and|versus|vs|until)|(?P<by>by|choose|over|per)|"
     rf"(?P<in>in)|(?P<unit>{_UNITS})|(?P<variable>(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])))\b|"
     r"(?P<symbol>[π√∞±‰\\]|\+/-)|(?P<plus>\+)|(?P<operator>[-*/|—])|(?P<order>[<>≤≥≠])"
     r"|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
@@ -393,23 +403,24 @@ _SHAPE = re.compile(
 _LETTER_OF = dict(
     pair.split(":")
     for pair in (
-        "number:9 or:o to:t by:d in:i unit:u variable:x function:π symbol:π bound:b remainder:r"
-        " odds:π month:m operation:+ operator:+ plus:p order:< open:( word:w"
+        "number:9 or:o also:a to:t by:d in:i unit:u variable:x function:π symbol:π bound:b"
+        " remainder:r odds:π month:m operation:+ operator:+ plus:p order:< open:( word:w"
     ).split()
 )
 """Kind of word or sign → its letter in `_CONTINUES`."""
 _CONTINUES = re.compile(
     r"[)\]}'\"]*(?:"
-    # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5;6
-    r"[.,:]9| ?\.{2,3} ?9| ?[:;] ?9| ?9|w_?9|\(9"
+    # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5 (6), 5;6, 5? 6
+    r"[.,:]9| ?\.{2,3} ?9| ?[:;?] ?9| ?9|w_?9|\(9| \(9[.9]*\)"
     # 3 + 4, 2**3, 5 - x, 7+, 3 apples + 4 apples
     r"| ?[+p^]+ ?[(+p]* ?[9xπ]|p|(?: ?[uw]){1,2} ?[+p] ?[(+p]* ?9"
     r"| ?π| ?x| ?<"  # 2π, 5x, 5 < x
-    # 5 or 6, 5 apples or perhaps 6, 5 to 6, 5 apples and 6 oranges
-    r"|(?: ?[uw.,(]){0,3} ?o(?: ?w){0,2} ?[(+p]*9|(?: ?[uw]){0,2} ?t ?[(+p]*9"
-    r"|(?: ?[uw.,(]){0,3} ?b|(?: ?[tuw.,(]){0,4} ?r"  # 7 or more, 7 apples at least; 5 remainder 2
+    # 5 or 6, 5 apples or perhaps 6, 5 to 6, 5 apples and 6 oranges, 5, but it could be 6
+    r"|(?: ?[uw.,;?(]){0,3} ?o(?: ?[ow]){0,2} ?[(+p]*9|(?: ?[uw]){0,2} ?t ?[(+p]*9"
+    r"|(?: ?[tuw,]){0,3} ?a ?[(+p]*9"
+    r"|(?: ?[uw.,(]){0,3} ?b|(?: ?[atuw.,(]){0,4} ?r"  # 7 or more, 7 apples at least; 5 remainder 2
     r"|w?(?: ?w)? ?m| ?i ?9\W*$| ?d ?9"  # 5 March, 5th of March; 1 in 4; 5 by 6
-    r"| ?, ?[(+p]*9[.9+]* ?(?:$|[,.)ot\]])| ?u[., t]*9)"  # 5, 6; 5 feet 6 inches
+    r"| ?, ?[(+p]*9[.9+]* ?(?:$|[,.)ot\]}])| ?u[., t]*9)"  # 5, 6; 5 feet 6 inches
 )
 _ATTACHED_LETTER = re.compile(r"(?:a|[DEGHIOPQRSUXYZ])\b")
 
@@ -431,22 +442,31 @@ _COUNT = (
     r"|forty|fifty|sixty|seventy|eighty|ninety)"
 )
 _NOUN = r"(?: (?!(?:for|by|in|of|because|with|from|at|as|so|since|not|but|or)\b)[^\W\d_]+)?"
+_DOUBT = r"(?:oh|hmm+|oops|wait|no|but|well|actually|sorry)"
 _GOES_ON_IN_WORDS = re.compile(
     # 7 hundred fifty, 7 weeks and two days; 7 years and a half; 3 sixteenths; 12 plus
     rf"{_NOUN} (?:(?:and|plus) )?{_COUNT}(?:[ -](?:hundred|{_COUNT}))?(?: (?:{_UNITS}))?"
     r"(?= ?(?:$|[.,;:!?)]))"
     rf"|{_NOUN} and (?:an? )?(?:half|quarter)\b| plus(?= ?(?:$|[.,]))"
     r"| ?-?(?:elevenths?|twelfths?|[a-z]{3,5}teenths?|[a-z]{3,6}tieths?|(?:mill|bill)ionths?)\b"
-    # 5 if x > 0 and 6 otherwise
+    # n = 3 gives 12; 5 if x > 0 and 6 otherwise
+    r"| (?:gives|yields) (?:us )?[-$(]*\d"
     r"|[^.;]{0,80}\bif\b[^.;]{0,80}\b(?:otherwise|else)\b"
-    # 5? No, 6; 5, no wait, it is 6; 5; alternatively 6
-    r"|[^\w+*/^=-]{1,6}(?:oh,? )?"
-    r"(?:no|wait|sorry|actually|correction|alternatively|or rather|i mean)\b"
-    r"(?:,? (?:no|wait|sorry)\b)*[,.:! ]+"
+    # 5? No, 6; 5, no wait, it is 6; 5; alternatively 6; 5. Hmm, no, 6
+    rf"|(?:[^\w+*/^=-]{{1,6}}| --? )(?:{_DOUBT}[,.!]* ){{0,3}}"
+    r"(?:no|wait|sorry|actually|correction|alternatively|(?:or )?rather|i mean|oops|hmm+|wrong"
+    r"|not quite|scratch that|on second thoughts?)\b(?:,? (?:no|wait|sorry)\b)*[,.:! ]+"
     r"(?:(?:it|that|this)(?: is|'s) |it should be |make (?:it|that) )?[-$(]*\d"
-    # 5 apples; 6 pears; 5 (Tom), 6 (Jane); 5 apples & 6 pears
-    rf"|(?:{_NOUN} ?[;&]| ?\([^()\d]*\) ?[,;&]) ?\d[\d.,]*(?: [^\W\d_]+| ?\([^()]*\))?"
-    r" ?(?:$|[.;,])",
+    # 5? No; 5 is wrong; 5. Wait, that's not right
+    r"| ?\? ?(?:no|nope|wrong)\b(?= ?(?:$|[.,;!]))"
+    rf"|[^\w+*/^=-]{{1,6}}(?:{_DOUBT}[,.!]* ){{0,3}}"
+    r"(?:(?:(?:that|this|it|which) )?(?:is|was|would be|seems|looks)|(?:that|it)'s)"
+    r" (?:not (?:right|correct|true|quite right)|wrong|incorrect|false|a mistake|mistaken)"
+    r"(?= ?(?:$|[.,;:!?)]))"
+    # 5 apples; 6 pears; 5 boys, 6 girls; 5 (Tom), 6 (Jane); 5 for Tom, 6 for Jane
+    rf"|(?:{_NOUN} ?[,;&]| ?\([^()\d]*\) ?[,;&]) ?\d[\d.,]*(?: (?!each\b)[^\W\d_]+| ?\([^()]*\))?"
+    r" ?(?:$|[.;,])"
+    r"| (?P<each>for|in) [^\W\d]+, (?:and )?\d[\d.,]* (?P=each)\b",
     re.IGNORECASE,
 )
 _RESTATED = re.compile(

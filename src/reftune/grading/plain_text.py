@@ -59,14 +59,14 @@ _LATEX = [
         (r"\\!", ""),
         (r"\\[,;:> ]|\\q?quad\b|~", " "),
         (r"\\(?:left|right|displaystyle)\b|\\[()\[\]]", ""),
-        (r"\\(?:times|cdot)\b", "*"),
-        (r"\\div\b", "/"),
-        (r"\\(?:approx|implies|Rightarrow)\b", "="),
+        (r"\\(?:times|cdot)(?![a-zA-Z])", "*"),
+        (r"\\div(?![a-zA-Z])", "/"),
+        (r"\\(?:approx|implies|Rightarrow)(?![a-zA-Z])", "="),
         (r"\\(?:l?dots)\b", "..."),
     ]
 ]
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,40}>|<\|[^<>|]{0,40}\|>")
-_FORMULA = re.compile(r"(?<!\\)\$\$?([^$]{1,400}?)(?<!\\)\$\$?")
+_FORMULA = re.compile(r"(?<!\\)\$\$?((?:[^$]|(?<=\\)\$){1,400}?)(?<!\\)\$\$?")
 _EMPHASIS = re.compile(
     r"(?<![\w)*`$])(?:[*_`]{1,3}(?=[^\s*_`])|\$(?=[^\s$\d.+-]))"
     r"|(?<=[^\s*_`$])[*_`$]{1,3}(?![\w*`$])"
@@ -136,7 +136,7 @@ def with_decimal_points(text: str) -> str:
     and "1 250,75" are 1250.75, and "3,5" is 3.5. A point that cannot group thousands stays a
     decimal point."""
     text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
-    return _DIGITS.sub(_with_decimal_point, text)
+    return _DIGITS.sub(_with_decimal_point, text.replace("{,}", ","))
 
 
 def _with_decimal_point(match: re.Match[str]) -> str:
