@@ -48,7 +48,7 @@ app = typer.Typer(
 RecipeName = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="A YAML file, or a recipe of reftune's, such as demo/demo.yaml."
+        metavar="RECIPE", help="A YAML file, or a shipped recipe such as demo/demo.yaml."
     ),
 ]
 Overrides = Annotated[
