@@ -121,7 +121,8 @@ def run_reftune(
     dtype: Dtype,
     recompute: bool = False,
 ) -> dict[str, Any]:
-    """`repeats` steps after one that is not counted, in which blocks are compiled in bf16."""
+    """`repeats` steps after one that is not counted, in which blocks are compiled in bf16; 0: that
+    one."""
     run = Path(tempfile.mkdtemp(dir=folder)) / "run"
     described = recipe(workload, samples, repeats + 1, run, dtype=dtype, recompute=recompute)
     path = run.with_suffix(".yaml")
@@ -138,16 +139,22 @@ def demo_seconds(folder: Path) -> float:
 
 
 def step_seconds(run: Path) -> list[dict[str, float]]:
-    """Of each step but the first: the whole and its phases, from a run's metrics."""
+    """Of each step but the first: the whole and its phases, from a run's metrics. Of a run of one
+    step: its phases and their sum."""
     rows = [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     rows = [row for row in rows if "time/update_s" in row]
+    phases = [
+        {name: row[f"time/{name}"] for name in ("generate_s", "grade_s", "score_s", "update_s")}
+        for row in rows
+    ]
+    if len(rows) == 1:
+        return [{"step_s": sum(phases[0].values())} | phases[0]]
     return [
-        {"step_s": row["time"] - before["time"]}
-        | {name: row[f"time/{name}"] for name in ("generate_s", "grade_s", "score_s", "update_s")}
-        for before, row in itertools.pairwise(rows)
+        {"step_s": row["time"] - before["time"]} | of_step
+        for (before, row), of_step in zip(itertools.pairwise(rows), phases[1:], strict=True)
     ]
 
 
@@ -339,8 +346,8 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
 
 
 def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
-    """Seconds of a step's phases and its peak memory, by number of samples, in the second step of a
-    run.
+    """Seconds of a step's phases and its peak memory, by number of samples: in the second step of a
+    run if the first one compiles (bf16), otherwise in the first.
 
     Answers are a quarter as long as elsewhere, so that the largest number does not take an hour.
     """
@@ -349,7 +356,8 @@ def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_workload(the_workload(samples, shorter=4), folder / "workload.json")
-            ran = run_reftune(folder / "workload.json", samples, 1, folder, dtype=dtype)
+            later = int(dtype == "bfloat16")
+            ran = run_reftune(folder / "workload.json", samples, later, folder, dtype=dtype)
         found[samples] = {**ran["steps"][0], "peak_gib": ran["peak_kib"] / 2**20}
         per_sample = found[samples]["step_s"] / samples
         print(

@@ -383,13 +383,15 @@ def test_what_stands_in_the_padding_changes_nothing(make_policy, family):
 @pytest.mark.parametrize(
     ("tokens_at_once", "elements"), [(2048, 1), (2048, 300), (1, 1), (3, 20), (3, 10_000)]
 )
+@pytest.mark.parametrize("kept", [0, 60, 2**26])
 def test_log_probabilities_made_in_pieces_change_nothing(
-    step, monkeypatch, tokens_at_once, elements
+    step, monkeypatch, tokens_at_once, elements, kept
 ):
     policy, batch, loss, whole = step
     scores = policy.score(batch.tokens)
     monkeypatch.setattr("reftune.model.logprobs.TOKENS_AT_ONCE", tokens_at_once)
     monkeypatch.setattr("reftune.model.logprobs.LOGIT_ELEMENTS", elements)
+    monkeypatch.setattr("reftune.model.logprobs.LOGITS_KEPT", kept)
     assert accumulate(policy, batch) == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(gradients(policy), whole)
     in_pieces = policy.score(batch.tokens)

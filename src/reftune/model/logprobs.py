@@ -1,12 +1,13 @@
 """Log-probabilities of response tokens from hidden states, without holding all logits at once.
 
 Logits are computed in tiles, some tokens by a part of the vocabulary, and again in the backward
-pass. So memory does not grow with vocabulary × length, and a tile stays in the CPU's cache.
+pass but for the first tiles, which are kept. So memory does not grow with vocabulary × length, and
+a tile stays in the CPU's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_ELEMENTS = 2**21
-"""Most logits (tokens × vocabulary) held at once: 8 MiB in fp32."""
+"""Most logits (tokens × vocabulary) in a tile: 8 MiB in fp32."""
+LOGITS_KEPT = 2**26
+"""Most logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
 """Tokens per tile if the vocabulary is large; every tile adds to the gradient of the whole
 weight."""
@@ -72,8 +75,9 @@ def logprobs_and_entropy(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves the hidden states and one normaliser per token; the backward pass recomputes the
-    logits. It does autocast's casts itself, so that the weight's gradient is summed in fp32.
+    """Saves the hidden states, one normaliser per token and the logits of the first tiles; the
+    backward pass recomputes the others. It does autocast's casts itself, so that the weight's
+    gradient is summed in fp32.
     """
 
     @staticmethod
@@ -87,9 +91,10 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> Tensor:
         ctx.wide, ctx.temperature = hidden.dtype, temperature
         hidden = _cast(hidden)
-        softmax = _softmax(hidden, weight, bias, tokens, temperature)
+        kept: list[Tensor] = []
+        softmax = _softmax(hidden, weight, bias, tokens, temperature, kept=kept)
         normalisers = softmax.log_totals + softmax.largest
-        ctx.save_for_backward(hidden, weight, bias, tokens, normalisers)
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalisers, *kept)
         return softmax.picked - normalisers
 
     @staticmethod
@@ -97,15 +102,16 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         """d logprob / d logits = (onehot(token) - softmax) / temperature."""
-        hidden, weight, bias, tokens, normalisers = ctx.saved_tensors
+        hidden, weight, bias, tokens, normalisers, *kept = ctx.saved_tensors
         grad = grads[0] / ctx.temperature
         _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.zeros(hidden.shape, device=hidden.device)
         grad_weight = torch.empty(weight.shape, device=weight.device) if wants_weight else None
         grad_bias = torch.zeros(bias.shape, device=bias.device) if wants_bias else None
-        for tile in _tiles(hidden, weight, bias, tokens, ctx.temperature):
-            rows, columns, logits = tile.rows, tile.columns, tile.logits
-            logits.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
+        for tile in _tiles(hidden, weight, bias, tokens, ctx.temperature, kept):
+            rows, columns = tile.rows, tile.columns
+            logits = tile.logits - normalisers[rows, None]
+            logits.exp_().mul_(-grad[rows, None])
             logits.scatter_add_(1, tile.tokens[:, None], (grad[rows] * tile.is_inside)[:, None])
             grad_logits = logits.to(hidden.dtype)
             grad_hidden[rows] += grad_logits @ tile.weight
@@ -139,9 +145,10 @@ def _softmax(
     temperature: float,
     *,
     means: bool = False,
+    kept: list[Tensor] | None = None,
 ) -> _Softmax:
     """Accumulated tile by tile. Exponentials are relative to the largest logit so far, and sums are
-    rescaled when a larger one appears."""
+    rescaled when a larger one appears. `kept` receives the logits of the first tiles."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
     for tile in _tiles(hidden, weight, bias, tokens, temperature):
@@ -149,7 +156,11 @@ def _softmax(
         picked[rows] += logits.gather(1, tile.tokens[:, None]).squeeze(1) * tile.is_inside
         larger = largest[rows].maximum(logits.amax(1))
         shift = largest[rows] - larger
-        logits.sub_(larger[:, None])
+        if kept is not None and (len(kept) + 1) * LOGIT_ELEMENTS <= LOGITS_KEPT:
+            kept.append(logits)
+            logits = logits - larger[:, None]
+        else:
+            logits.sub_(larger[:, None])
         exponentials = logits.exp() if means else logits.exp_()
         sums = exponentials.sum(1)
         if means:
@@ -167,7 +178,7 @@ class _Tile(NamedTuple):
     columns: slice
     """C entries of the vocabulary."""
     logits: Tensor
-    """(n, C) tempered, fp32; for the caller to change."""
+    """(n, C) tempered, fp32."""
     weight: Tensor
     """(C, H) as it went into the product."""
     tokens: Tensor
@@ -177,9 +188,16 @@ class _Tile(NamedTuple):
 
 
 def _tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperature: float,
+    kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
-    """All tiles of the logits, by groups of rows, and from left to right within each."""
+    """All tiles of the logits, by groups of rows, and from left to right within each; `kept` has
+    the logits of the first tiles if they were kept."""
+    known = iter(kept)
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)
     for first in range(0, max(1, len(hidden)), height):
@@ -188,11 +206,13 @@ def _tiles(
         for left in range(0, vocabulary, width):
             columns = slice(left, min(left + width, vocabulary))
             part = weight[columns].to(hidden.dtype)
-            logits = (hidden[rows] @ part.T).float()
-            if bias is not None:
-                logits += bias[columns]
-            if temperature != 1:
-                logits /= temperature
+            logits = next(known, None)
+            if logits is None:
+                logits = (hidden[rows] @ part.T).float()
+                if bias is not None:
+                    logits += bias[columns]
+                if temperature != 1:
+                    logits /= temperature
             inside = (tokens[rows] >= columns.start) & (tokens[rows] < columns.stop)
             local = (tokens[rows] - columns.start).clamp(0, columns.stop - columns.start - 1)
             yield _Tile(rows, columns, logits, part, local, inside)
