@@ -77,7 +77,7 @@ def run_seed(task: str, seed: int, overrides: Sequence[str]) -> RunFolder:
 
 
 def read_seed(folder: RunFolder) -> dict[str, Any]:
-    """What a finished run folder says, for the JSON."""
+    """The data of a finished run folder for the JSON."""
     metrics = JsonLines(folder.metrics).rows()
     epochs = sorted(int(path.stem.split("_")[1]) for path in folder.path.glob("eval/reft_*.jsonl"))
     looks = dev_looks(metrics)
@@ -184,7 +184,7 @@ def point_of(epoch: int, handovers: Sequence[Mapping[str, Any]]) -> Point:
 
 
 def gain_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> Comparison:
-    """A method less SFT over the seeds that have both."""
+    """A method minus SFT over the seeds that have both."""
     paired = [handover for handover in handovers if method in handover["right"]]
     rows, control = rows_of(method, paired), rows_of("sft", paired)
     return compare_over_seeds(
@@ -193,7 +193,7 @@ def gain_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> Comparison:
 
 
 def rows_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """Right or wrong by problem, one array a seed that has the method."""
+    """Right or wrong by problem, one array for each seed that has the method."""
     return [digits(h["right"][method]) for h in handovers if method in h["right"]]
 
 
@@ -202,7 +202,7 @@ def digits(text: str) -> np.ndarray:
 
 
 def generator() -> np.random.Generator:
-    """The same resamples on every call, so that the page repeats."""
+    """The same random numbers on every call, so that the page is reproducible."""
     return np.random.default_rng(0)
 
 
