@@ -14,6 +14,7 @@ import torch
 
 from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.programs import drop_contradictions
+from reftune.datasets.word_problems import WordProblems
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.adapters import require_continuable, with_adapters
@@ -406,7 +407,8 @@ def load_splits(recipe: Recipe) -> Splits:
     Raises: DataError if nothing is left to train on, or there is no dev.
     """
     splits: Splits = recipe.dataset.load(seed=derive_seed(recipe.seed, "data"))
-    if not isinstance(recipe.dataset, FileDataset):  # which drops them itself, by its own rules
+    # a file's are dropped by its own rules, and generated ones contradict nothing
+    if not isinstance(recipe.dataset, FileDataset | WordProblems):
         splits = drop_contradictions(splits)
     if not splits.train:
         dropped = (
