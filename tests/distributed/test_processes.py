@@ -216,13 +216,16 @@ def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda block, **how: compiled(block, **as_traced, **how)
     )
+    # tracing takes nearly all the time: one block, one step
     changes = {
-        "stages": {"sft": None, "reft": {"init": "base", "steps": 2}},
+        "stages": {"sft": None, "reft": {"init": "base", "steps": 1, "value_prefit": 0}},
         "evaluate": {"samples": 0},
+        "model": {"scratch": {"layers": 1}},
     }
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     run_all(steady_recipe(one, **changes))
-    ended = ranks.run(steady_recipe(two, **changes, model={"compile": True}), how="fsdp2")
+    changes["model"]["compile"] = True
+    ended = ranks.run(steady_recipe(two, **changes), how="fsdp2")
     assert [end.status for end in ended] == [0, 0], ended
     assert_same_run(two, one)
 
