@@ -250,7 +250,14 @@ def save_model(name: str, folder: Path, make_model: Callable[..., Any]) -> Path:
     return folder / "model"
 
 
-@pytest.mark.parametrize("name", distinct_runs())
+def slow_if_small(name: str) -> Any:
+    """The small models' families are trained in the parity tests, and their stages are those of the
+    large ones."""
+    is_slow = family(name) in ("codegen", "gpt2") or name == "ablation-warmup-length"
+    return pytest.param(name, marks=pytest.mark.slow) if is_slow else name
+
+
+@pytest.mark.parametrize("name", [slow_if_small(name) for name in distinct_runs()])
 def test_two_steps_of_every_stage_run_on_a_random_model_of_the_family(name, tmp_path, make_model):
     recipe = shortened(name, tmp_path, save_model(name, tmp_path, make_model))
     summary = run_recipe(recipe, progress=SilentProgress())
