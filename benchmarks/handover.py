@@ -23,6 +23,7 @@ import numpy as np
 
 import reftune
 from reftune.results.stats import Comparison, compare, compare_over_seeds
+from reftune.stages.loop import NEEDED_ACCURACY
 from reftune.storage.files import JsonLines
 from reftune.storage.run_folder import RunFolder
 
@@ -250,9 +251,10 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
 
 
 def first_stop(looks: Mapping[str, float], patience: int) -> str:
-    """The first epoch at which the last `patience` looks did not rise above the noise."""
+    """The first epoch at which dev is above `NEEDED_ACCURACY` and its last `patience` looks did not
+    rise above the noise."""
     epochs, seen = list(looks), list(looks.values())
-    ends = range(patience + 1, len(seen) + 1)
+    ends = [n for n in range(patience + 1, len(seen) + 1) if max(seen[:n]) >= NEEDED_ACCURACY]
     return next((epochs[n - 1] for n in ends if rise(seen[:n], patience) <= NOISE), "–")
 
 

@@ -45,6 +45,8 @@ def history(*looks: int) -> History:
     ("looks", "flat"),
     [
         ((0, 0, 0, 0, 0, 0), False),  # has not begun
+        ((0, 10, 10, 10, 10, 10, 10), False),  # has hardly begun
+        ((0, 20, 20, 20, 20, 20, 20), True),
         ((0, 20, 40, 60, 80, 99), False),  # rises
         ((0, 40, 60, 60, 61, 61), False),  # rose four looks ago
         ((0, 40, 60, 60, 61, 61, 61), True),

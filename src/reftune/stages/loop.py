@@ -420,6 +420,9 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
 
 LOOKS = 4
 """Looks at dev over which a rise is measured; docs/handover.md compares 2 to 5."""
+NEEDED_ACCURACY = 0.2
+"""Share of questions that RL's start model should solve: with fewer, RL gained little or nothing in
+our measurements (docs/handover.md)."""
 Z95 = 1.959964
 COOLDOWN = 10
 """Steps before the cooldown for each step of it."""
@@ -473,14 +476,16 @@ class History:
         return rise(self.recent[0], self.recent[-1])
 
     def is_flat(self) -> bool:
-        """Whether dev first rose beyond chance and has stopped rising. A model that has not begun
-        to learn is flat too, but not finished.
+        """Whether dev first rose, beyond chance and to `NEEDED_ACCURACY`, and has stopped rising. A
+        model that has hardly begun to learn is flat too, but not finished.
         """
         latest = self.latest_rise()
         if latest is None or self.first is None or self.recent is None:
             return False
-        has_risen = rise(self.first, self.recent[-1]).is_beyond_chance
-        return has_risen and not latest.is_beyond_chance
+        newest = self.recent[-1]
+        is_enough = sum(newest) >= NEEDED_ACCURACY * len(newest)
+        has_risen = rise(self.first, newest).is_beyond_chance
+        return is_enough and has_risen and not latest.is_beyond_chance
 
 
 def cooldown_steps(ends_at: int) -> int:

@@ -51,8 +51,8 @@ class Sft(Schedule, Stage):
     """Method name → epoch after which the weights become that method."""
 
     until: Literal["plateau"] | None = None
-    """`plateau`: end once dev has not risen for four looks, after a cooldown of a tenth of the
-    steps so far. Needs `optimizer.schedule: constant`."""
+    """`plateau`: end once dev is above 20 % and has not risen for four looks, after a cooldown of a
+    tenth of the steps so far. Needs `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True
 

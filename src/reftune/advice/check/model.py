@@ -19,7 +19,7 @@ from reftune.runs.auto import product_rates
 from reftune.runs.run import stage_folder
 from reftune.runs.sample import sample_rows
 from reftune.stages.estimate import Estimate, stage_costs
-from reftune.stages.loop import LOOKS
+from reftune.stages.loop import LOOKS, NEEDED_ACCURACY
 from reftune.stages.outline import Outline
 from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
@@ -28,8 +28,6 @@ NUM_SAMPLED = 32
 """Dev questions that the start model answers."""
 NUM_SHOWN = 3
 """How many of their answers are shown."""
-NEEDED_ACCURACY = 0.2
-"""Accuracy at temperature 1 below which RL gained little or nothing in our measurements."""
 NUM_TIMED = 512
 """Number of rows from which the time is estimated."""
 
