@@ -16,6 +16,7 @@ import torch
 from reftune.engines.vllm import Vllm
 from reftune.model.batch import token_batch
 from reftune.model.logprobs import token_logprobs
+from reftune.processes import world
 from reftune.recipe import LoraTable, ModelTable
 from reftune.runs.auto import total_bytes
 from reftune.stages.estimate import DRAWING, Estimate, Memory
@@ -207,11 +208,11 @@ def test_gradients_of_a_single_pass_come_as_activations_go(outline, make_policy)
             logprobs = policy(batch).logprobs
 
 
-def test_a_container_has_no_more_memory_than_it_may_use(monkeypatch):
+def test_the_processes_of_a_machine_share_its_memory():
     everything = total_bytes(torch.device("cpu"))
     assert 2**28 < everything < 2**45
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert total_bytes(torch.device("cpu")) == everything / 4
+    with world.inhabited(world.World(size=8, local_size=4)):
+        assert total_bytes(torch.device("cpu")) == everything / 4
 
 
 def test_sampling_and_updating_take_turns(outline):

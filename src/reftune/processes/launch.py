@@ -132,7 +132,8 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
     if gpus:
         torch.cuda.set_device(local)
     store, own, size = next(iter(rendezvous("env://")))
-    world, end = World(rank=own, size=size), store.clone()
+    beside = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    world, end = World(rank=own, size=size, local_size=beside), store.clone()
     heartbeat = Heartbeat(store.clone(), own, size, lambda missing: _end(world, end, missing))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(

@@ -1,5 +1,5 @@
-"""Sharding of weights: every process holds all (DDP), or each holds a part (FSDP2). Only `current`
-knows which; no other code asks.
+"""Sharding of weights: every process holds all (DDP), or each holds a part (FSDP2). `current`
+knows which, and all other code asks it.
 """
 
 from __future__ import annotations

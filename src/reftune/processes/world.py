@@ -30,6 +30,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    local_size: int = 1
+    """Processes on this machine."""
 
 
 ALONE = World()
@@ -55,6 +57,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return _world.size
+
+
+def local_size() -> int:
+    """Number of processes on this machine."""
+    return _world.local_size
 
 
 def is_main() -> bool:

@@ -150,7 +150,7 @@ def total_bytes(device: torch.device) -> float:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdecimal():
         size = min(size, float(text))
-    return size / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return size / world.local_size()
 
 
 @cache
