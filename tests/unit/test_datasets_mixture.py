@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from reftune.datasets import Splits
 from reftune.datasets.mixture import Mixture
+from reftune.runs.run import load_splits
 
 
 def part(folder: Path, name: str, numbers: range, tested: range = range(0)) -> dict[str, Any]:
@@ -70,3 +71,21 @@ def test_a_test_question_of_one_part_is_not_trained_on_in_another(tmp_path: Path
 def test_shares_are_given_for_all_and_are_one_in_sum(tmp_path: Path, shares: Any):
     with pytest.raises(ValidationError, match="expected one for each part, 1 in sum"):
         mixture(part(tmp_path, "a", range(9)), part(tmp_path, "b", range(9)), shares)
+
+
+def test_a_part_keeps_rationales_that_are_right_by_its_own_decimal_separator(
+    tmp_path: Path, make_recipe
+):
+    # 1.250 is 1250 with a decimal comma; by a point it would be 1.25 and contradict the gold
+    def row(n: int) -> dict[str, Any]:
+        return {"question": f"{n}?", "answer": "1.250", "rationale": f"{n}. The answer is 1.250"}
+
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(json.dumps(row(n)) for n in range(20)))
+    comma = {"kind": "jsonl", "train": str(path), "dev_size": 2, "decimal": ","}
+    parts = {"a": {"dataset": part(tmp_path, "a", range(100, 120))}, "c": {"dataset": comma}}
+    recipe = make_recipe()
+    dataset = Mixture.model_validate({"kind": "mixture", "parts": parts})
+    splits = load_splits(recipe.model_copy(update={"dataset": dataset}))
+    assert sizes(splits) == {"a": 18, "c": 18}
+    assert splits.counts == {}

@@ -4,9 +4,14 @@ is ruff's to keep. `make house` prints the figures."""
 from __future__ import annotations
 
 import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+OPEN = ("formats", "rewards", "sandbox", "speed", "check")
+"""Folders inside a room whose files the page names too."""
 
 
 @pytest.fixture
@@ -18,6 +23,15 @@ def test_there_are_at_most_20_names_at_the_top_and_each_has_its_place(house) -> 
     names = house.names_at_top()
     assert len(names) <= 20
     assert sorted(house.ROOMS) == names, "a new room needs a place in ROOMS and in docs/design.md"
+
+
+def test_the_page_on_design_names_every_file_of_a_room(house) -> None:
+    page = (Path(__file__).parents[2] / "docs/design.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"[a-z0-9_]+", page.partition("```text")[2].partition("```")[0]))
+    files = (path.relative_to(house.SOURCE).with_suffix("").parts for path in house.python_files())
+    named = [parts for parts in files if len(parts) < 3 or parts[1] in OPEN]
+    missing = {parts[-1] for parts in named if not parts[-1].startswith("_")} - words
+    assert not missing
 
 
 def test_rooms_import_only_from_rooms_above_them(house) -> None:

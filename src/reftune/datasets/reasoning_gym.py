@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from reftune.datasets import Splits
+from reftune.datasets.reading.programs import drop_contradictions
 from reftune.datasets.reading.splits import draw_splits, question_key
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, unknown_key
@@ -44,7 +45,8 @@ class ReasoningGym(Component):
         different questions."""
         test = self._draw("test", self.test_size, without=[])
         rest = self._draw("train", self.train_size + self.dev_size, without=test)
-        return draw_splits(train=rest, dev=None, test=test, dev_size=self.dev_size, seed=seed)
+        splits = draw_splits(train=rest, dev=None, test=test, dev_size=self.dev_size, seed=seed)
+        return drop_contradictions(splits)
 
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
         """The first `count` different questions of the split's seeds."""

@@ -14,7 +14,6 @@ import torch
 
 from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.programs import drop_contradictions
-from reftune.datasets.word_problems import WordProblems
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.adapters import require_continuable, with_adapters
@@ -407,9 +406,9 @@ def load_splits(recipe: Recipe) -> Splits:
     Raises: DataError if nothing is left to train on, or there is no dev.
     """
     splits: Splits = recipe.dataset.load(seed=derive_seed(recipe.seed, "data"))
-    # a file's are dropped by its own rules, and generated ones contradict nothing
-    if not isinstance(recipe.dataset, FileDataset | WordProblems):
-        splits = drop_contradictions(splits)
+    is_ours = type(recipe.dataset).__module__.startswith("reftune.")
+    if not is_ours and not isinstance(recipe.dataset, FileDataset):
+        splits = drop_contradictions(splits)  # all others drop them by rules of their own
     if not splits.train:
         dropped = (
             ", ".join(f"{count} {reason}" for reason, count in splits.counts.items())
