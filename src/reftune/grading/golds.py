@@ -178,7 +178,6 @@ def _refuse_other_types(raw: object) -> None:
 
 
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
-_EDGES = {"[": "]", "(": ")", "{": "}"}
 
 
 def worded_gold(text: str) -> Answer:
@@ -243,12 +242,25 @@ def split_items(text: str) -> tuple[str, ...]:
     """The parts of a list as people write it: in brackets or not, with commas, semicolons, line
     breaks or "and" between them. A comma inside a number is no separator if others have a space."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
-    if text[:1] in _EDGES and text.rstrip(".")[-1:] == _EDGES[text[0]]:
+    if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
-    comma = r",\s+|,$" if re.search(r",\s", text) else ","
-    parts = re.split(rf"\s*(?:{comma}|;|\n+|(?:,\s*)?\band\b)\s*", text)
+    outside = _INNER.sub(lambda match: "x" * len(match[0]), text)
+    comma = ","
+    if re.search(r",\s", outside):
+        comma = r",\s+|,$"
+    elif re.search(r";|\n|\band\b", outside):
+        comma = r",(?!\d{3}(?!\d))"
+    separators = re.finditer(rf"\s*(?:{comma}|;|\n+|(?:,\s*)?\band\b)\s*", outside)
+    edges = [0, *(edge for match in separators for edge in match.span()), len(text)]
+    parts = [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
     cleaned = (re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", part).strip(" \t'\"") for part in parts)
     return tuple(part for part in cleaned if part)
+
+
+_INNER = re.compile(r"\([^()\n]*\)|\[[^\[\]\n]*\]|\{[^{}\n]*\}")
+_BRACKETED = re.compile(
+    r"(?s:\((?:[^()]|\([^()]*\))*\)|\[(?:[^\[\]]|\[[^\[\]]*\])*\]|\{[^{}]*\})\.*"
+)
 
 
 # --- numbers --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from fractions import Fraction
 from math import gcd, inf
 
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, plain
+from reftune.grading.words import DOUBT, IS_WRONG, SORRY
 from reftune.types import Answer
 
 MAX_DIGITS = 1_000
@@ -442,7 +443,6 @@ _COUNT = (
     r"|forty|fifty|sixty|seventy|eighty|ninety)"
 )
 _NOUN = r"(?: (?!(?:for|by|in|of|because|with|from|at|as|so|since|not|but|or)\b)[^\W\d_]+)?"
-_DOUBT = r"(?:oh|hmm+|oops|wait|no|but|well|actually|sorry)"
 _GOES_ON_IN_WORDS = re.compile(
     # 7 hundred fifty, 7 weeks and two days; 7 years and a half; 3 sixteenths; 12 plus
     rf"{_NOUN} (?:(?:and|plus) )?{_COUNT}(?:[ -](?:hundred|{_COUNT}))?(?: (?:{_UNITS}))?"
@@ -453,16 +453,12 @@ _GOES_ON_IN_WORDS = re.compile(
     r"| (?:gives|yields) (?:us )?[-$(]*\d"
     r"|[^.;]{0,80}\bif\b[^.;]{0,80}\b(?:otherwise|else)\b"
     # 5? No, 6; 5, no wait, it is 6; 5; alternatively 6; 5. Hmm, no, 6
-    rf"|(?:[^\w+*/^=-]{{1,6}}| --? )(?:{_DOUBT}[,.!]* ){{0,3}}"
-    r"(?:no|wait|sorry|actually|correction|alternatively|(?:or )?rather|i mean|oops|hmm+|wrong"
-    r"|not quite|scratch that|on second thoughts?)\b(?:,? (?:no|wait|sorry)\b)*[,.:! ]+"
+    rf"|(?:[^\w+*/^=-]{{1,6}}| --? )(?:{DOUBT}[,.!]* ){{0,3}}{SORRY}\b"
+    r"(?:,? (?:no|wait|sorry)\b)*[,.:! ]+"
     r"(?:(?:it|that|this)(?: is|'s) |it should be |make (?:it|that) )?[-$(]*\d"
     # 5? No; 5 is wrong; 5. Wait, that's not right
     r"| ?\? ?(?:no|nope|wrong)\b(?= ?(?:$|[.,;!]))"
-    rf"|[^\w+*/^=-]{{1,6}}(?:{_DOUBT}[,.!]* ){{0,3}}"
-    r"(?:(?:(?:that|this|it|which) )?(?:is|was|would be|seems|looks)|(?:that|it)'s)"
-    r" (?:not (?:right|correct|true|quite right)|wrong|incorrect|false|a mistake|mistaken)"
-    r"(?= ?(?:$|[.,;:!?)]))"
+    rf"|[^\w+*/^=-]{{1,6}}(?:{DOUBT}[,.!]* ){{0,3}}{IS_WRONG}"
     # 5 apples; 6 pears; 5 boys, 6 girls; 5 (Tom), 6 (Jane); 5 for Tom, 6 for Jane
     rf"|(?:{_NOUN} ?[,;&]| ?\([^()\d]*\) ?[,;&]) ?\d[\d.,]*(?: (?!each\b)[^\W\d_]+| ?\([^()]*\))?"
     r" ?(?:$|[.;,])"

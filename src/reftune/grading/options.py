@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from reftune.grading.golds import number_in_gold
 from reftune.grading.numbers import parse_number, same_number, stated_number
 from reftune.grading.plain_text import first_line, same_text
+from reftune.grading.words import SORRY, TAKEN_BACK
 
 _CHOICE = re.compile(
     r"[ *_`\"'(\[{<:=,.-]*(?:(?:the )?(?:correct )?(?:option|choice|letter|answer)\b["
@@ -16,9 +17,9 @@ _CHOICE = re.compile(
     re.IGNORECASE,
 )
 _SECOND_CHOICE = re.compile(
-    r"[)\].]? ?(?:(?:or|and|&) \(?[a-z](?: ?[)\]]| ?$|[.,;])"
-    r"|[/,] ?\(?[a-z] ?\)?(?:$|[.,;]| (?:and|or)\b)|.* or \(?[a-z] ?\)"
-    r"|[?,.;:!-]+ ?(?:no|wait|sorry)\b[,.:! ]+(?:it is )?\(?[a-z](?![^\W_]))",
+    r"[)\].]? ?(?:[/,.;(]? ?(?:(?:or|and|&|maybe|perhaps|possibly) ){1,2}\(?[a-z]"
+    r"(?: ?[)\]]| ?$|[.,;])"
+    r"|[/,] ?\(?[a-z] ?\)?(?:$|[.,;]| (?:and|or)\b)|.* or \(?[a-z] ?\))",
     re.IGNORECASE,
 )
 
@@ -53,10 +54,10 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     """
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     match = _CHOICE.match(line)
-    if match is not None and _SECOND_CHOICE.match(match["rest"]):
-        return None
     if match is not None and _is_choice(match["letter"].lower(), match["rest"], choices):
-        return match["letter"].lower()
+        letter, rest = match["letter"].lower(), match["rest"]
+        is_another = _SECOND_CHOICE.match(rest) or TAKEN_BACK.match(rest)
+        return None if is_another else letter
     return _option_with_value(line, choices)
 
 
@@ -82,15 +83,20 @@ def names_option(line: str, choices: Sequence[str]) -> bool:
 
 def _begins_with(line: str, choice: str) -> bool:
     """Whether a line is an option's text, or continues after it with punctuation or a reason."""
-    head = re.split(r"[,.;:(] |[.!]$| - | because ", line, maxsplit=1)[0]
+    head = re.split(r"[,.;:] | \(|[.!]$| - | because\b", line, maxsplit=1)[0]
     return same_text(line, choice) or same_text(head, choice)
 
 
 def _names_another(line: str, choices: Sequence[str], chosen: int) -> bool:
-    """Whether another option follows the chosen one's text: "Paris, Rome", "Paris? No, Rome"."""
-    parts = re.split(r"[,;:&?!.] ?(?:no\b[, ]*)?| - ", line[:500], flags=re.IGNORECASE)
+    """Whether another option follows the chosen one's text: "Paris, Rome", "Paris? No, Rome",
+    "Paris (C)"."""
+    parts = re.split(
+        rf"[,;:&?!.()] ?(?:(?:{SORRY}|or|maybe|perhaps|possibly)\b[, ]*)*| - ",
+        line[:500],
+        flags=re.I,
+    )
     return not any(same_text(line, choice) for choice in choices) and any(
-        same_text(part, choice)
+        same_text(part, choice) or part.strip().lower() == chr(ord("a") + index)
         for part in parts[1:]
         for index, choice in enumerate(choices)
         if index != chosen

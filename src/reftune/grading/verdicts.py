@@ -38,7 +38,7 @@ from reftune.grading.numbers import (
 )
 from reftune.grading.options import names_option, read_choice
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, plain, with_decimal_points
-from reftune.grading.words import bare_words, states_words
+from reftune.grading.words import TAKEN_BACK, bare_words, states_words
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 
 MAX_VALUE_CHARS = 200
@@ -156,11 +156,16 @@ def _grade_words(text: str, problem: Problem) -> Graded:
 def _grade_expression(text: str, problem: Problem) -> Graded:
     gold = str(problem.answer.value)
     comparison = same_expression(gold, text)
+    if _TAKEN_BACK_LATER.search(text[:MAX_SEGMENT_CHARS]):
+        return no_answer(f"more than one answer in {quote(text)}")
     if comparison.outcome == "unread":
         return no_answer(comparison.reason or f"no expression in {quote(text)}")
     if comparison.outcome in ("timeout", "error"):
         return Graded.without_answer(Verdict(comparison.outcome), clip(comparison.reason))
     return judge(comparison.outcome == "equal", comparison.read, gold)
+
+
+_TAKEN_BACK_LATER = re.compile(rf"[.,;?!]\s(?={TAKEN_BACK.pattern})", re.IGNORECASE)
 
 
 def _grade_pattern(text: str, problem: Problem) -> Graded:

@@ -19,15 +19,29 @@ _ANOTHER = re.compile(
     r"[\s,;:—–-]*(?:or|and|but|however|maybe|perhaps|possibly|alternatively|also|as well as"
     r"|sometimes|it depends)\b"
 )
-_TAKEN_BACK = re.compile(
-    r"\W*(?:oh,? )?(?:no|wait|sorry|correction)\b\s*(?:[,.:;!—–]|(?:wait|no)\b)"
+DOUBT = r"(?:oh|hmm+|oops|wait|no|but|well|actually|sorry)"
+SORRY = (
+    r"(?:no|wait|sorry|actually|correction|alternatively|(?:or )?rather|i mean|oops|hmm+|wrong"
+    r"|not quite|scratch that|on second thoughts?)"
 )
+IS_WRONG = (
+    r"(?:(?:(?:that|this|it|which) )?(?:is|was|would be|seems|looks)|(?:that|it)'s)"
+    r" (?:not (?:right|correct|true|quite right)|wrong|incorrect|false|a mistake|mistaken)"
+    r"(?= ?(?:$|[.,;:!?)]))"
+)
+TAKEN_BACK = re.compile(
+    rf"\W*(?:{DOUBT}[,.!]* ){{0,3}}"
+    rf"(?:{SORRY}\b\s*(?:[,.:;!—–]|(?:wait|no)\b)|(?:i mean|actually|or rather)\b|{IS_WRONG})",
+    re.IGNORECASE,
+)
+"""How an answer is withdrawn: "No, …", "Hmm, …", "That is wrong."."""
+_OR_ELSE = re.compile(r"\W*(?:or|maybe|perhaps|possibly|alternatively)\b")
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
 """A name followed only by names may be several answers: "Paris, London"."""
 _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
-_NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b|[.,]|[ t]00:00(?::00)?$")
+_NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[.,]|[ t]00:00(?::00)?$")
 _DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")
 
 
@@ -74,7 +88,8 @@ def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "uncle
     assert first_word is not None  # it matches the empty text
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):
         return "unclear"
-    if _TAKEN_BACK.match(rest) and first_word[1] != gold.strip().casefold():
+    is_repeated = first_word[1] == gold.strip().casefold()
+    if not is_repeated and (TAKEN_BACK.match(rest) or _OR_ELSE.match(rest)):
         return "unclear"
     if boundary in (".", "!", "because"):
         return "yes"
