@@ -34,8 +34,8 @@ class OnlineSt(Algorithm):
         return self.dropout
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The correct samples, then the gold solution of every problem, right or wrong, that has
-        one."""
+        """The correct samples, then the gold solutions of all problems that have one, solved or
+        not."""
         correct = [rollout for rollout in rollouts if rollout.graded.verdict is Verdict.CORRECT]
         sampled = {rollout.problem.id: rollout for rollout in rollouts}.values()
         gold = [

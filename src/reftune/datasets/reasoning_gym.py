@@ -36,7 +36,7 @@ class ReasoningGym(Component):
     dev_size: int = Field(200, ge=0)
     """Dev questions."""
     test_size: int = Field(500, ge=0)
-    """Test questions, the same for any other sizes."""
+    """Test questions; other sizes do not change them."""
     data_seed: int = Field(0, ge=0, le=20)
     """Another seed gives other questions."""
 
