@@ -34,8 +34,7 @@ One YAML file describes a run. Any key can be set on the command line (`stages.r
 is a name (`engine: kv`), a table (`engine: {kind: kv, refill: 0.5}`) or a class of your own
 (`kind: my_file.py:Name`).
 
-Dots join the keys of nested tables; a key that takes only certain values lists them after its
-default. This page is generated from the code.
+Dots join the keys of nested tables; a key with fixed values lists them after its default.
 """
 Rows = dict[str, str]
 """Key → what its line of a table says: the default and the meaning."""
