@@ -75,7 +75,8 @@ class Kv(Component):
 @contextmanager
 def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
     """How `policy` reads tokens while it decodes: through transformers, or with fewer operations if
-    `model.speed` supports the model. `pack`: reorder weights if that is faster."""
+    `model.speed` supports the model. `pack`: reorder weights and leave out padding if that is
+    faster; fake tensors have no values for it."""
     if llama.is_written_out(policy.model):
         yield llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         return

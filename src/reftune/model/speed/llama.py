@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -246,20 +246,51 @@ class Decoder:
         ]
         self.norm = _Norm(model.model.norm)
         self.head = product([model.get_output_embeddings()], dtype, pack=pack)
+        self.pack = pack
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Tokens (B, S), the mask (B, T) of cache and tokens → fp32 logits (B, V) after the last
         one."""
         with torch.autocast(tokens.device.type, enabled=False):
+            rows, length = tokens.shape
+            positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
+            layout = _Layout(rows, length, self._places(mask[:, -length:]))
+            tokens, positions = layout.pick(tokens.flatten()), layout.pick(positions)
             hidden = functional.embedding(tokens, self.embedding).float()
-            positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -tokens.shape[1] :]
-            cos, sin = (part.unsqueeze(2) for part in self.rotary(hidden, positions))
+            cos, sin = (part[0].unsqueeze(1) for part in self.rotary(hidden, positions[None]))
             bias = torch.zeros((), dtype=self.dtype, device=mask.device).where(
-                _visible(mask, tokens.shape[1]), -torch.inf
+                _visible(mask, length), -torch.inf
             )
             for block in self.blocks:
-                hidden = block(hidden, cos, sin, bias, cache)
-            return self.head(self.norm(hidden[:, -1])).float()
+                hidden = block(hidden, cos, sin, bias, cache, layout)
+            last = layout.lay_out(hidden)[:, -1]
+            return self.head(self.norm(last)).float()
+
+    def _places(self, mask: Tensor) -> Tensor | None:
+        """(N,) flat indices of the tokens in `mask` (B, S), if it may have padding to leave out."""
+        if mask.shape[1] == 1 or not self.pack:
+            return None
+        return mask.flatten().nonzero().squeeze(1)
+
+
+class _Layout(NamedTuple):
+    """How N tokens lie in rows, padded for attention only."""
+
+    rows: int
+    length: int
+    places: Tensor | None
+    """(N,) indices of tokens among all places; None: every place has a token."""
+
+    def pick(self, flat: Tensor) -> Tensor:
+        """(B · S, …) places → (N, …) tokens."""
+        return flat if self.places is None else flat[self.places]
+
+    def lay_out(self, states: Tensor) -> Tensor:
+        """(N, …) tokens → (B, S, …), 0 where there is none."""
+        if self.places is not None:
+            empty = states.new_zeros(self.rows * self.length, *states.shape[1:])
+            states = empty.index_copy_(0, self.places, states)
+        return states.view(self.rows, self.length, *states.shape[1:])
 
 
 class _Block:
@@ -278,27 +309,29 @@ class _Block:
         self.down = product([mlp.down_proj], dtype, pack=pack)
 
     def __call__(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any, layout: _Layout
     ) -> Tensor:
-        hidden = hidden + self.output(
-            self._attend(self.attention_norm(hidden), cos, sin, bias, cache)
-        )
+        """(N, H) → (N, H)."""
+        states = self.attention_norm(hidden)
+        hidden = hidden + self.output(self._attend(states, cos, sin, bias, cache, layout))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
         return hidden + self.down(functional.silu(gate).mul_(up))
 
-    def _attend(self, states: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any) -> Tensor:
-        rows, length, _ = states.shape
-        heads = self.query_key_value(states).view(rows, length, -1, self.head_size)
-        turned, value = heads.split([self.queries + self.keys, self.keys], 2)
+    def _attend(
+        self, states: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any, layout: _Layout
+    ) -> Tensor:
+        heads = self.query_key_value(states).view(len(states), -1, self.head_size)
+        turned, value = heads.split([self.queries + self.keys, self.keys], 1)
         turned = turned.float()
         if self.head_norms is not None:
-            parts = turned.split([self.queries, self.keys], 2)
+            parts = turned.split([self.queries, self.keys], 1)
             turned = torch.cat(
-                [norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 2
+                [norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1
             )
-        turned = _turn(turned, cos, sin).to(self.dtype)
+        turned = layout.lay_out(_turn(turned, cos, sin).to(self.dtype))
         query, key = turned.transpose(1, 2).split([self.queries, self.keys], 1)
-        key, value = cache.update(key, value.transpose(1, 2), self.index)
+        value = layout.lay_out(value).transpose(1, 2)
+        key, value = cache.update(key, value, self.index)
         attended = functional.scaled_dot_product_attention(
             query,
             key,
@@ -307,7 +340,7 @@ class _Block:
             scale=self.scaling,
             enable_gqa=self.queries != self.keys,
         )
-        return attended.transpose(1, 2).flatten(2)
+        return layout.pick(attended.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 class _Norm:
