@@ -50,9 +50,10 @@ CASES: dict[str, dict[str, Any]] = {
             "lora": {"rank": 16},
         }
     },
-    "smollm2": {"model": {"path": "smollm2-135m", "micro_batch_tokens": 1200}},
+    "smollm2": {"model": {"path": "smollm2-135m", "micro_batch_tokens": 1200}, "prompts": 8},
     "smollm2, adapters": {
-        "model": {"path": "smollm2-135m", "micro_batch_tokens": 1200, "lora": {"rank": 16}}
+        "model": {"path": "smollm2-135m", "micro_batch_tokens": 1200, "lora": {"rank": 16}},
+        "prompts": 8,
     },
 }
 NOTHING = {
@@ -64,10 +65,9 @@ RETURNED = 2**20
 """Bytes; smaller blocks stay with glibc when they are freed."""
 
 
-def recipe(
-    case: dict[str, Any], folder: Path, *, prompts: int = 16, max_new: int = 32
-) -> dict[str, Any]:
+def recipe(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Two PPO steps from the base model, which writes until it is cut off."""
+    prompts = case.get("prompts", 16)
     model = {"dtype": "float32", **case["model"], "device": "cpu"}
     if "scratch" in model:
         model["scratch"] = {**model["scratch"], "context": 128, "dropout": 0.0}
@@ -75,10 +75,10 @@ def recipe(
         "name": "plan",
         "run_dir": str(folder / "run"),
         "model": model,
-        "dataset": {"kind": "word_problems", "train": prompts, "dev": prompts, "test": 1},
+        "dataset": {"kind": "word_problems", "train": prompts, "dev": 1, "test": 1},
         "format": {"kind": "program", "style": "compact"},
         "engine": {"kind": "kv", "batch_size": prompts},
-        "lengths": {"max_new": max_new},
+        "lengths": {"max_new": 32},
         "trackers": [],
         "stages": {
             "reft": {
@@ -86,6 +86,7 @@ def recipe(
                 "init": "base",
                 "steps": 2,
                 "prompts": prompts,
+                "updates": 1,
                 "value_model": case.get("value_model", "shared"),
                 "eval_every": 2,
                 "optimizer": {"learning_rate": 1e-6},
@@ -95,9 +96,9 @@ def recipe(
     }
 
 
-def write_recipe(case: dict[str, Any], folder: Path, **sizes: int) -> Path:
+def write_recipe(case: dict[str, Any], folder: Path) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(case, folder, **sizes)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe(case, folder)), encoding="utf-8")
     return path
 
 

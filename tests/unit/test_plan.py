@@ -225,24 +225,23 @@ def test_a_configuration_that_makes_no_model_is_one_line(config, told, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", ["scaling.md", "experiments/plan.md"])
-def test_the_pages_on_scaling_show_what_the_command_prints(page, tmp_path, monkeypatch, capsys):
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+def test_the_page_on_scaling_shows_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     shown = re.findall(r"```bash\nreftune (plan .+?)```\n\n```text\n(.+?)```", text, re.S)
-    assert shown
+    assert len(shown) == 3
     for command, output in shown:
         with pytest.raises(SystemExit):
             main(command.replace("\\\n", " ").split())
         assert capsys.readouterr().out.strip() == output.strip()
 
 
-def test_the_committed_accuracy_is_on_the_page_and_within_its_tolerance_without_adapters():
+def test_the_committed_accuracy_is_on_the_page_and_within_its_tolerance():
     document = json.loads((ROOT / "docs/results/plan_accuracy.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    within = [r["case"] for r in document["rows"] if abs(r["error"]) <= document["tolerance"]]
-    assert within == ["deep", "wide, value model"] and document["tolerance"] == 0.15
+    assert len(document["rows"]) == 5 and document["tolerance"] == 0.15
     for row in document["rows"]:
+        assert abs(row["error"]) <= document["tolerance"]
         assert (
             f"| {row['measured'] / 1e6:,.0f} | {row['predicted'] / 1e6:,.0f} |"
             f" {100 * row['error']:+.1f} % |" in page
