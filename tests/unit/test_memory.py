@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from reftune.advice.measured import available_bytes
 from reftune.engines.vllm import Vllm
 from reftune.model.batch import token_batch
 from reftune.model.logprobs import token_logprobs
@@ -213,6 +214,7 @@ def test_the_processes_of_a_machine_share_its_memory():
     assert 2**28 < everything < 2**45
     with world.inhabited(world.World(size=8, local_size=4)):
         assert total_bytes(torch.device("cpu")) == everything / 4
+        assert 0 < available_bytes(torch.device("cpu")) <= everything / 4
 
 
 def test_sampling_and_updating_take_turns(outline):

@@ -14,6 +14,7 @@ from reftune.algorithms.base import masked_mean
 from reftune.engines import Engine
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
+from reftune.runs.auto import total_bytes
 from reftune.stages.stage import Pace
 from reftune.types import SamplingParams
 
@@ -117,14 +118,11 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Free memory of the device; infinite if it cannot be measured."""
+    """Free memory of the device; on a CPU, no more than a container or the other processes leave
+    to this one."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return math.inf
-    return next(
-        (float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")),
-        math.inf,
-    )
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.is_file() else []
+    free = [float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*free, total_bytes(device)])
