@@ -172,7 +172,7 @@ def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
     baseline."""
     rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))
     names = ["Greedy" if rule == GREEDY else rule for rule in rules]
-    head = ["Method", *names, f"vs {display(table.baseline)}", "Test", "Dev", "Looks"]
+    head = ["Method", *names, f"vs {display(table.baseline)}", "Paired test", "Dev", "Dev evals"]
     body = [
         [
             display(method.label),

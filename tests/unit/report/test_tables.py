@@ -23,9 +23,7 @@ def test_text_columns_line_up(write_run: WriteRun) -> None:
         "pass@2",
         "vs",
         "SFT",
-        "Test",
-        "Dev",
-        "Looks",
+        *("Paired", "test", "Dev", "Dev", "evals"),
     ]
     assert [line.split()[0] for line in lines[2:5]] == ["Warm-up", "SFT", "ReFT"]
     ends = {
