@@ -233,6 +233,39 @@ def test_options_may_have_ten_columns(tmp_path: Path) -> None:
     assert (len(problem.choices), problem.answer.value) == (10, "j")
 
 
+def test_options_in_numbered_columns_are_no_numbers(tmp_path: Path) -> None:
+    row = {"question": "q", "option1": "w", "option2": "x", "option3": "y"}
+    (problem,) = load(tmp_path, {**row, "answer": "2"})
+    assert (problem.choices, problem.answer) == (("w", "x", "y"), Answer(kind="choice", value="b"))
+
+
+def test_a_question_that_holds_its_options_is_recognised(tmp_path: Path) -> None:
+    options = [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]
+    row = {"question": {"stem": "q", "choices": options}, "answerKey": "B"}
+    (problem,) = load(tmp_path, row)
+    assert (problem.question, problem.choices) == ("q", ("x", "y"))
+    assert problem.answer == Answer(kind="choice", value="b")
+
+
+def test_a_named_column_may_be_missing_from_some_rows(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"question": "1 + 1?", "answer": "2"},
+        {"question": "q", "of": ["x", "y"], "answer": "B"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = Jsonl.model_validate(
+        {"kind": "jsonl", "train": str(path), "dev_size": 0, "columns": {"choices": "of"}}
+    )
+    kinds = [problem.answer.kind for problem in dataset.load(seed=0).train]
+    assert kinds == ["number", "choice"]
+
+
+def test_an_id_may_be_a_float(tmp_path: Path) -> None:
+    (problem,) = load(tmp_path, {"id": 7.0, "question": "q", "answer": 1})
+    assert problem.id == "7.0"
+
+
 def test_rationales_are_read_with_the_decimal_separator_of_the_golds(tmp_path: Path) -> None:
     # read as English, 1.250 is another number than the gold 1250
     row = {"question": "q", "answer": "1.250", "rationale": "So it is. The answer is 1.250."}

@@ -70,7 +70,8 @@ class Jsonl(FileDataset):
         told = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
         for value in told.values() if is_train else ():
             for name in [value] if isinstance(value, str) else value or ():
-                rows[0].value(name)
+                if all(row.get(name) is None for row in rows):
+                    rows[0].value(name)
         return recognise(rows, told).columns
 
     def _problem(self, row: Row, columns: Columns) -> Problem:
@@ -162,4 +163,4 @@ def _id(row: Row, column: str | None) -> str:
     value = None if column is None else row.get(column)
     if column is None or value is None:
         return row.id
-    return str(value) if isinstance(value, int) else row.text(column)
+    return str(value) if isinstance(value, int | float) else row.text(column)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import Any
 
 from reftune.datasets.reading.conversations import is_conversation
@@ -33,8 +33,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "item_id", "key"),
 }
 """Common names of a column, most likely first; compared in lower case."""
-LETTERED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
-"""Names of columns that hold one option each, with their letter."""
+LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
+"""Names of columns that hold one option each, with their letter or number."""
 
 
 class Columns(Table):
@@ -111,7 +111,10 @@ class _Found:
         """The likeliest column of a field that is not used already."""
         names = [self.by_lower.get(name, name) for name in NAMES[field]]
         free = [name for name in names if name not in used]
-        filled = [name for name in free if any(row.get(name) is not None for row in self.rows)]
+        unfit = (type(None),) if field == "choices" else (type(None), Mapping)
+        filled = [
+            name for name in free if any(not isinstance(row.get(name), unfit) for row in self.rows)
+        ]
         empty = [name for name in free if name in self.by_lower.values()]
         return next(iter((*filled, *empty)), None)
 
@@ -124,8 +127,8 @@ class _Found:
 
     def choices(self, used: set[str]) -> str | list[str] | None:
         """One column with all options, or one for each."""
-        for pattern in LETTERED:
-            names = map(pattern.format, "abcdefghij")
+        for pattern, labels in product(LABELLED, ("abcdefghij", "123456789")):
+            names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
             if len(columns) >= 2:
                 return columns
