@@ -394,6 +394,9 @@ def scripts() -> Program:
         "def calculate_total():\n    return 2 + 3\n\nanswer = calculate_total()\nprint(answer)",
         "```python\napples = 2\n```\nThen\n```python\nprint('Total:', apples + 3)\n```",
         "result = 4\nprint(f'The answer is {result + 1} apples.')",
+        "def main():\n    print(2 + 3)\nmain()",
+        "if __name__ == '__main__':\n    print(5)",
+        "for i in range(6):\n    print(i)",
         "result = 2 + 3",
         "answer: int = 5\nprint('done in 3 steps')",
     ],
@@ -415,6 +418,8 @@ def test_a_script_is_read_where_the_format_says_so(scripts: Program, completion:
         ("answer = undefined", Verdict.ERROR),
         ("def solution():\n    print(5)\n    return 4", Verdict.WRONG),
         ("print('x' * 100000)", Verdict.NO_ANSWER),
+        ("print('not 5')", Verdict.NO_ANSWER),
+        ("print('at least 5')", Verdict.NO_ANSWER),
     ],
 )
 def test_a_script_answers_once_and_nothing_else_in_it_counts(

@@ -37,7 +37,7 @@ from reftune.grading.numbers import (
     spell,
 )
 from reftune.grading.options import names_option, read_choice
-from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, plain, with_decimal_points
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, with_decimal_points
 from reftune.grading.words import TAKEN_BACK, bare_words, states_words
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 
@@ -47,7 +47,6 @@ PATTERN_S = 0.5
 """Time that an answer may be matched against a pattern."""
 
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
-_ANY_NUMBER = re.compile(r"(?<![\w.])-?[$€£]?\d[\d,]*(?:\.\d+)?%?")
 NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{…}'
 
 
@@ -107,12 +106,7 @@ def grade_value(value: Any, problem: Problem) -> Graded:
 def grade_sentence(text: str, problem: Problem) -> Graded:
     """Grade one line that a program prints: the answer, alone or in a sentence ("Total: 5")."""
     stated = answer_text(text)
-    graded = grade_answer(text if stated is None else stated, problem)
-    if graded.verdict is Verdict.NO_ANSWER and problem.answer.kind == "number":
-        numbers = _ANY_NUMBER.findall(plain(text[:MAX_SEGMENT_CHARS]))
-        if len(numbers) == 1:
-            return grade_answer(numbers[0], problem)
-    return graded
+    return grade_answer(text if stated is None else stated, problem)
 
 
 _NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")

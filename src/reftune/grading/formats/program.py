@@ -52,7 +52,7 @@ _DEFINITION = re.compile(
 )
 ANSWER_NAMES = ("answer", "final_answer", "ans")
 _SCRIPT = re.compile(
-    rf"^(?:(?P<name>{'|'.join(ANSWER_NAMES)}|result)[ \t]*(?::[^=\n]*)?=(?!=)|print[ \t]*\()",
+    rf"^(?:(?P<name>{'|'.join(ANSWER_NAMES)}|result)[ \t]*(?::[^=\n]*)?=(?!=)|[ \t]*print[ \t]*\()",
     re.MULTILINE,
 )
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
@@ -215,7 +215,7 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs without a `solution` to try in turn: a body of one that returns nothing, or the
-    last fenced block, else the text, that assigns or prints an answer at the left margin."""
+    last fenced block, else the text, that prints, or assigns an answer at the left margin."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
