@@ -167,13 +167,14 @@ _LEAD_IN = re.compile(
 _MAGNITUDES = {
     name: power
     for power, names in (
-        *((2, "hundred"), (3, "thousand k"), (5, "lakh"), (6, "million mn m"), (7, "crore")),
+        *((2, "hundred"), (3, "thousand k"), (4, "万"), (5, "lakh"), (6, "million mn m")),
+        *((7, "crore"), (8, "亿 億")),
         *((9, "billion bn b"), (12, "trillion tn t")),
     )
     for name in names.split()
 }
 _MAGNITUDE_WORD = r" ?(hundred|thousand|lakh|million|crore|billion|trillion|mn|bn|tn)s?\b"
-_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i:([MB]))\b", re.IGNORECASE)
+_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i:([MB]))\b| ?([万亿億])", re.IGNORECASE)
 """Without a currency "5m" is a length, and "5 M" is not read."""
 _MONEY_MAGNITUDE = re.compile(
     rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i: ?([MBT])|([mbt]))\b", re.IGNORECASE
@@ -393,9 +394,9 @@ _SHAPE = re.compile(
     rf"(?P<month>(?-i:{MONTHS}))|"
     r"(?P<operation>(?:less|more|fewer|greater|larger|smaller|higher|lower) than(?= ?\d)"
     r"|plus|minus|times|multiplied by|divided by|mod|modulo)"
-    r"|(?P<or>or|und|oder|maybe|perhaps|possibly|otherwise|unless|although)"
+    r"|(?P<or>or|und|oder|ou|maybe|perhaps|possibly|otherwise|unless|although)"
     r"|(?P<also>(?:could|might|may) be|as well as|also|then)"
-    r"|(?P<to>to|through|and|versus|vs|until)|(?P<by>by|choose|over|per)|"
+    r"|(?P<to>to|through|bis|and|et|versus|vs|until)|(?P<by>by|choose|over|per)|"
     rf"(?P<in>in)|(?P<unit>{_UNITS})|(?P<variable>(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])))\b|"
     r"(?P<symbol>[π√∞±‰\\]|\+/-)|(?P<plus>\+)|(?P<operator>[-*/|—])|(?P<order>[<>≤≥≠])"
     r"|(?P<open>[\[({$€£])|(?P<word>[^\W\d_]+)",
@@ -493,6 +494,7 @@ _NOT_ABOUT = re.compile(
     r"|divided|multiplied|log|ln|sin|cos|tan|base|mod|modulo|remainder|negative|absolute|steps?"
     r"|equations?|eq|section|lines?|part|case|example|figure|table|problem|question|exercise"
     r"|theorem|lemma|method"
+    r"|nicht|kein\w*|mindestens|höchstens|zwischen|al menos|entre|au moins|至少|最多|不是"
     rf"|options?|choices?|(?<!total )of(?=\W*$)|(?-i:[b-zB-Z])(?= *$)|(?-i:{MONTHS}))\b|n't\b",
     re.IGNORECASE,
 )
