@@ -29,12 +29,12 @@ GROUPS = {
 HEAD = """\
 # Recipe reference
 
-One YAML file describes a run. Any key can be set on the command line (`stages.reft.steps=100`).
-`extends: other.yaml` starts from another recipe: mappings merge, and `null` removes a key. A *kind*
-is a name (`engine: kv`), a table (`engine: {kind: kv, refill: 0.5}`) or a class of your own
-(`kind: my_file.py:Name`).
+This page lists every key of a recipe, the YAML file that describes a run. Any key can be set on the
+command line (`stages.reft.steps=100`). `extends: other.yaml` starts from another recipe: mappings
+merge, and `null` removes a key. A *kind* is a name (`engine: kv`), a table (`engine: {kind: kv,
+refill: 0.5}`) or your own class (`kind: my_file.py:Name`).
 
-Dots join the keys of nested tables; a key with fixed values lists them after its default.
+Dots separate nested keys. If only certain values are allowed, the default comes first.
 """
 Rows = dict[str, str]
 """Key → what its line of a table says: the default and the meaning."""

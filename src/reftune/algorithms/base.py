@@ -85,13 +85,16 @@ class Clipped(Algorithm, ABC):
     """An algorithm with advantages and PPO's clipped policy loss; only `credit` is missing."""
 
     kl_coef: float = Field(0.01, ge=0)
-    """β, weight of the KL penalty; 0 needs no reference model."""
+    """Weight β of the KL penalty; at 0, no reference model is needed."""
     clip_low: float = Field(0.2, gt=0, lt=1)
+    """Probability ratios are clipped below at 1 − this."""
     clip_high: float = Field(0.2, gt=0)
+    """Probability ratios are clipped above at 1 + this."""
     reduction: Reduction = "sequence"
-    """Mean of the loss over each response, then over responses; or over all tokens."""
+    """`sequence` averages the loss over each response, then over responses; `token`, over all
+    tokens."""
     drop_constant_groups: bool = False
-    """Leave out problems whose samples all earned the same reward."""
+    """Skip problems whose samples all earned the same reward."""
 
     @property
     def needs_reference(self) -> bool:

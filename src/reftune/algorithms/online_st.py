@@ -25,9 +25,9 @@ from reftune.types import Completion, Graded, Rollout, Verdict
 class OnlineSt(Algorithm):
     kind: Literal["online_st"] = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
-    """Cut gold sequences, prompt included, after this many tokens."""
+    """Truncate gold sequences, prompt included, to this many tokens."""
     dropout: bool = False
-    """Keep dropout on in the updates."""
+    """Keep dropout on during updates."""
 
     @property
     def trains_with_dropout(self) -> bool:

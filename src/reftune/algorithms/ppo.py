@@ -18,15 +18,15 @@ from reftune.model.policy import TokenScores
 
 
 class Ppo(Clipped):
-    """The KL penalty is part of the reward. The paper's β: 0.01 for programs, 0.05 for words."""
+    """The KL penalty is part of the reward. The paper's β is 0.01 for programs, 0.05 for words."""
 
     kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount of later rewards."""
+    """Discount of future rewards."""
     lam: float = Field(0.95, ge=0, le=1)
     """λ of the policy's advantages."""
     value_lam: float | None = Field(None, ge=0, le=1)
-    """λ of the value targets. Default: `lam`; 1 gives plain returns (VC-PPO)."""
+    """λ of the value targets; 1 gives plain returns (VC-PPO). Default: `lam`."""
     value_clip: float = Field(0.2, gt=0)
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""

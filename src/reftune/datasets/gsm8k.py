@@ -28,7 +28,7 @@ MAX_NAME_WORDS = 2
 
 
 class Gsm8k(PaperDataset):
-    """GSM8K from the Hub, from OpenAI's jsonl files or from the JSON files of ReFT's authors."""
+    """Reads GSM8K from the Hub, OpenAI's jsonl files, or the ReFT authors' JSON files."""
 
     train: str = "openai/gsm8k:main"
     annotations: Literal["keep", "drop"] = "keep"

@@ -29,18 +29,18 @@ answer."""
 
 
 class Jsonl(FileDataset):
-    """Your own data. Several rows may ask one question, each with its own rationale."""
+    """Reads your own data. Several rows may give the same question with different rationales."""
 
     columns: Columns | None = None
-    """Which column is what; common names are recognised."""
+    """Column names; common ones are recognised anyway."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How [answers](datasets.md#answer-kinds) are compared."""
     positions_from: Literal[0, 1] | None = None
-    """Number of the first option, if golds are positions.
+    """Number of the first option, if gold answers are positions.
     """
 
     decimal: Literal[".", ","] = "."
-    """Decimal separator of the golds."""
+    """Decimal separator of the gold answers."""
 
     several_rationales: ClassVar[bool] = True
 

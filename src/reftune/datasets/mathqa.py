@@ -57,11 +57,11 @@ def stem_key(problem: Problem) -> str:
 
 
 class Mathqa(PaperDataset):
-    """MathQA from the Hub, from its own JSON files, or from those of ReFT's authors."""
+    """Reads MathQA from the Hub, its own JSON files, or the ReFT authors' files."""
 
     train: str = "regisss/math_qa"
     answer: Literal["choice", "numeric"] = "choice"
-    """`choice`: the gold is a letter; `numeric`: no options, the gold is a number."""
+    """With `choice`, gold answers are letters; with `numeric`, numbers, and options are omitted."""
 
     key: ClassVar[Key] = staticmethod(stem_key)
 

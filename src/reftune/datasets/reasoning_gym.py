@@ -28,7 +28,7 @@ class ReasoningGym(Component):
     """A generated task. `data_seed` determines its questions; the run's seed draws dev."""
 
     task: str = "gsm_symbolic"
-    """A task of the package, such as `chain_sum`."""
+    """A reasoning-gym task, such as `chain_sum`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """The task's settings, such as `{min_terms: 2, max_terms: 4}`."""
     train_size: int = Field(1000, gt=0)
@@ -36,9 +36,9 @@ class ReasoningGym(Component):
     dev_size: int = Field(200, ge=0)
     """Dev questions."""
     test_size: int = Field(500, ge=0)
-    """Test questions; other sizes do not change them."""
+    """Test questions, which do not depend on `train_size` or `dev_size`."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Another seed gives other questions."""
+    """Seed for generating the questions."""
 
     def load(self, *, seed: int) -> Splits:
         """Raises: RecipeError for an unknown task or setting; DataError if the task has too few

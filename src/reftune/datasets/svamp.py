@@ -18,8 +18,8 @@ FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
 
 
 class Svamp(PaperDataset):
-    """SVAMP from the Hub, from its authors' SVAMP.json, or from the JSON files of ReFT's
-    authors, which alone have `nl` rationales."""
+    """Reads SVAMP from the Hub, its authors' SVAMP.json, or the ReFT authors' JSON files, the only
+    ones with `nl` rationales."""
 
     train: str = "ChilleD/SVAMP"
 

@@ -43,8 +43,8 @@ ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 
 
 class WordProblems(Component):
-    """Generated word problems. Questions depend on neither `train` nor `styles`: runs that differ
-    in these share dev and test."""
+    """Generated word problems. Questions depend on neither `train` nor `styles`, so runs that
+    differ in these share dev and test."""
 
     train: int = Field(1000, ge=1)
     """Training questions, each with one rationale."""
@@ -53,21 +53,21 @@ class WordProblems(Component):
     test: int = Field(1000, ge=1)
     """Test questions."""
     operations: tuple[int, int] = (0, 2)
-    """Fewest and most operations per answer."""
+    """Minimum and maximum operations per answer."""
     numbers: tuple[int, int] = (2, 30)
     """Smallest and largest number in a question."""
     people: int = Field(3, ge=1, le=5)
-    """Most people in a story."""
+    """Maximum people in a story."""
     distractors: float = Field(0.4, ge=0, le=1)
     """Share of questions with one irrelevant sentence."""
     max_value: int = Field(999, ge=10)
-    """Largest intermediate result and answer; 99 suits `nl` rationales and options."""
+    """Upper limit for answers and intermediate results; use 99 with `nl` or multiple choice."""
     rationale: Literal["program", "nl"] = "program"
-    """How solutions are written."""
+    """Whether solutions are programs or words."""
     styles: int = Field(4, ge=1, le=24)
-    """Ways of writing a rationale (`nl`: at most 8), drawn at random."""
+    """Number of phrasings for rationales, drawn at random (at most 8 for `nl`)."""
     answer: Literal["number", "choice"] = "number"
-    """`choice` adds four options to each question."""
+    """`choice` makes each question multiple choice, with four options."""
 
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:

@@ -32,7 +32,7 @@ POLL_S = 1.0
 class Continuous(Component):
     kind: str = "continuous"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows decoded at once; `auto`: as many as fit the device's memory, at most 256."""
+    """Rows decoded at once; `auto` takes what fits in device memory, up to 256."""
     batch_tokens: int = Field(2048, gt=0)
     """Tokens in one forward pass, prompts included."""
 

@@ -1,4 +1,4 @@
-"""The default engine: cached decoding with plain transformers, in the training process, on the
+"""The default engine decodes with plain transformers and a cache, in the training process, on the
 training weights.
 
 Rows that finish leave the batch, so one long solution does not hold up the others, and waiting
@@ -41,7 +41,7 @@ Forward = Callable[[Tensor, Tensor, Any], Tensor]
 class Kv(Component):
     kind: str = "kv"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows decoded at once; `auto`: as many as fit the device's memory, at most 256."""
+    """Rows decoded at once; `auto` takes what fits in device memory, up to 256."""
     refill: float = Field(0.25, gt=0, le=1)
     """Share of rows that must be free before waiting prompts join."""
 

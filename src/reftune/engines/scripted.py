@@ -1,4 +1,4 @@
-"""The fake engine: completions written in advance, for tests and dry runs."""
+"""The fake engine returns completions written in advance, for tests and dry runs."""
 
 from __future__ import annotations
 

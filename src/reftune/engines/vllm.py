@@ -1,4 +1,4 @@
-"""vLLM, colocated (in a process that reftune starts) or as servers that you start.
+"""Samples with vLLM, colocated (in a process that reftune starts) or on servers that you start.
 
 Each call first passes on the policy's current weights through a folder in memory: whole, with LoRA
 merged, or, for servers and LoRA, only the adapter. vLLM's kernels draw the tokens, and their
@@ -50,16 +50,17 @@ Sampled = tuple[list[int], list[float]]
 class Vllm(Component):
     kind: str = "vllm"
     server: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """[Running servers](engines.md#vllm-as-servers) (`http://host:8000`). Default: colocated."""
+    """URLs of [running servers](engines.md#vllm-as-servers), as in `http://host:8000`. Default:
+    colocated."""
     weights_dir: str | None = None
     """Folder for passing weights to servers, which must see it under the same path. Default: in
     memory."""
     batch_size: int = Field(256, gt=0)
-    """Requests in flight."""
+    """Maximum requests in flight."""
     memory: float = Field(0.3, gt=0, le=1)
-    """Colocated: share of the device's memory."""
+    """vLLM's share of the device's memory, if colocated."""
     eager: bool = False
-    """Colocated: no compilation; starts sooner, runs slower."""
+    """If colocated, skip compilation, to start sooner but run slower."""
 
     @property
     def device_share(self) -> float:

@@ -41,28 +41,25 @@ class ModelTable(Table):
     """Branch, tag or commit on the Hub."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; `auto`: bfloat16 if the device multiplies it
+    """Precision of the forward and backward pass; `auto` is bfloat16 if the device multiplies it
     natively. Trained weights, optimizer and log-probabilities are always fp32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
-    """`auto`: a CUDA GPU if there is one, else the CPU. `mps` and `xpu` are untested."""
+    """`auto` uses a CUDA GPU if there is one, else the CPU. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
-    """With `lora`: keep the base's linear layers in 4 bits; less memory, slower tokens."""
+    """With `lora`, keep the base's linear layers in 4 bits, saving memory but slowing decoding."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Tokens in one forward and backward pass; `auto`: as many as fit the device's memory, at most
-    16,384.
-
-    Changes memory and speed, never the gradient.
-    """
+    """Tokens in one forward and backward pass; `auto` takes what fits in device memory, up to
+    16,384. Changes memory and speed, never the gradient."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: far less memory, about a third more time, the
-    same gradient."""
+    """Recompute activations in the backward pass, which takes far less memory, about a third more
+    time, and keeps the gradient."""
     compile: bool = False
-    """torch.compile for scoring and updates: slow first steps, other rounding; needs a C++
-    compiler."""
+    """Use torch.compile for scoring and updates: first steps are slow, rounding differs, and a C++
+    compiler is needed."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of saved weights, to which a model is rounded before it is evaluated. Default:
-    fp32; with `lora`, the base's."""
+    """Precision of saved weights; a model is rounded to it before evaluation. Default: fp32; with
+    `lora`, the base's."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -82,14 +79,13 @@ class ModelTable(Table):
 
 
 class LengthTable(Table):
-    """Limits in tokens."""
+    """Length limits in tokens."""
 
     max_prompt: int | None = Field(None, gt=0)
     """Longest prompt. Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """What to do with longer prompts. `drop`: leave out training questions; dev and test questions
-    count as unanswered.
-    """
+    """What to do with longer prompts. `drop` omits training questions and counts dev and test
+    questions as unanswered."""
     max_new: int = Field(256, gt=0)
     """Longest sampled solution. Training rows with longer targets are dropped and counted."""
 
@@ -105,11 +101,11 @@ class EvaluateTable(Table):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     rerank: str | None = None
-    """Reward model that scores the samples: a stage, or a stage folder of another run."""
+    """Reward model that scores the samples: a stage, or another run's stage folder."""
     stages: list[str] | None = None
     """Methods to evaluate. Default: all."""
     limit: int | None = Field(None, gt=0)
-    """Evaluate only this many problems, from the first."""
+    """Evaluate only the first `limit` problems."""
 
     @model_validator(mode="after")
     def _samples_to_rerank(self) -> EvaluateTable:
@@ -127,10 +123,10 @@ RATIONALE_FORMATS = ("nl", "program")
 
 
 class CheckTable(Table):
-    """What `reftune check` lets pass."""
+    """What `reftune check` accepts."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
-    """Share of gold rationales that the grader must find correct."""
+    """Share of gold rationales that must be graded correct."""
     waive: list[str] = Field(default_factory=list)
     """Names of checks that only warn."""
 

@@ -93,10 +93,10 @@ class TrainingTable(Table):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """Newest checkpoints to keep, besides the best model on dev."""
+    """Newest checkpoints kept, besides the best model on dev."""
     probe_choices: bool = False
-    """On multiple choice, also look for reward hacking at every look at dev, which then takes three
-    times as long."""
+    """On multiple choice, also check for reward hacking at every dev evaluation, which triples its
+    time."""
 
 
 class Loop:
@@ -435,7 +435,7 @@ class Rise:
     value: float
     """Share of problems."""
     margin: float
-    """Half the width of the 95 % interval of `value`."""
+    """Half the width of the 95% interval of `value`."""
 
     @property
     def is_beyond_chance(self) -> bool:

@@ -26,19 +26,19 @@ class OptimizerTable(Table):
     value_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the value head. Default: `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after its warm-up; linear and cosine reach 0 at the last step."""
+    """Learning rate after its warm-up; linear and cosine reach 0 at the last step."""
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """Applied to matrices, not to biases, norms and the value head."""
+    """Applied to matrices, not biases, norms or the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
-    """Bits of AdamW's two moments. 8 takes a quarter of the memory; small tensors keep 32."""
+    """Bits per value of AdamW's moments. 8 takes a quarter of the memory; small tensors keep 32."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do if a loss or gradient is not finite; it never reaches the weights."""
+    """Response to a non-finite loss or gradient, which never reaches the weights."""
     max_skipped: int = Field(10, gt=0)
-    """Steps that a stage may skip."""
+    """Maximum skipped steps per stage."""
 
 
 class Trained(Protocol):

@@ -1,4 +1,4 @@
-"""The reranker: a classifier that says how likely a written solution is correct.
+"""The reranker: a classifier that estimates how likely a solution is to be correct.
 
 It reads prompt and solution, without eos, and puts two logits (wrong, correct) on the last token's
 hidden state.
@@ -49,9 +49,9 @@ class RewardModel(Schedule, Sampled):
     init: str = "sft"
     """Method that the classifier starts from."""
     samples: int = Field(100, gt=0)
-    """Solutions sampled per training problem; equal texts count once."""
+    """Solutions sampled per training problem; identical ones count once."""
     dev_samples: int = Field(20, gt=0)
-    """Solutions sampled per dev problem, on which models are compared."""
+    """Solutions sampled per dev problem, used to choose the model."""
 
     is_method: ClassVar[bool] = False
 

@@ -40,12 +40,12 @@ from reftune.types import Attempt, Rollout, Verdict
 class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
     init: str = "warmup"
-    """Method that this stage starts from; also the reference of the KL penalty."""
+    """Method that this stage starts from, and the reference of the KL penalty."""
     algorithm: SerializeAsAny[
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
     steps: int = Field(gt=0)
-    """Rollouts: batches of samples, each followed by its updates."""
+    """Rollouts, each a batch of samples followed by its updates."""
     prompts: int = Field(gt=0)
     """Problems per rollout."""
     samples: int = Field(1, gt=0)
@@ -55,19 +55,19 @@ class Rl(TrainingTable, Stage):
     minibatches: int = Field(1, gt=0)
     """Optimizer steps per pass, each on an equal part of the rollout."""
     mask_truncated: bool = False
-    """Leave samples cut off at `lengths.max_new` out of the loss (DAPO, §3.4), but not out of their
+    """Omit samples cut off at `lengths.max_new` from the loss (DAPO, §3.4), but not from their
     problem's baseline."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
-    """Cap of the importance weights π_train / π_sample. Default: no weights; 2 is usual."""
+    """Cap on the importance weights π_train / π_sample; 2 is usual. Default: no weights."""
     value_init: Literal["uniform", "zero"] = "zero"
     """Initial weights of the value head; the authors use `uniform`, ±1/√H."""
     value_model: Literal["shared", "separate"] = "shared"
-    """`separate`: the value head has its own copy of the transformer."""
+    """`separate` gives the value head its own copy of the transformer."""
     value_prefit: int = Field(0, ge=0)
-    """Rollouts to which the value head is fitted before PPO starts; the authors use none."""
+    """Rollouts for fitting the value head before PPO starts; the authors use none."""
     eval_every: int = Field(10, gt=0)
-    """Steps between looks at dev."""
+    """Steps between dev evaluations."""
 
     reads_questions: ClassVar[bool] = True
 

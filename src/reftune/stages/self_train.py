@@ -52,12 +52,12 @@ class Sampled(Stage, ABC):
     """A stage that samples solutions of the training questions before its first step."""
 
     sampler: str = "warmup"
-    """Method that writes the samples."""
+    """Method to sample from."""
     samples: int = Field(100, gt=0)
     """Solutions sampled per training problem."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
-    """0 keeps the whole vocabulary; the authors' code has 50."""
+    """0 keeps the whole vocabulary; the authors' code uses 50."""
 
     reads_questions: ClassVar[bool] = True
 
@@ -136,13 +136,13 @@ def describe(drawn: Sequence[Samples]) -> str:
 class SelfTrain(Sampled):
     kind: Literal["self_train"] = "self_train"
     init: str = "base"
-    """Method that the fine-tuning starts from, or `base`, as in the paper."""
+    """Method that fine-tuning starts from; the paper uses `base`."""
     keep: int = Field(10, gt=0)
-    """Most correct, different samples to keep, in the order they were drawn."""
+    """Maximum distinct correct samples kept, in the order drawn."""
     gold: Literal["once", "paper"] = "once"
-    """`paper`: most gold solutions are two rows, as in the authors' files."""
+    """`paper` uses most gold solutions twice, as the authors' files do."""
     sft: Schedule
-    """Fine-tuning on the kept samples and the gold: the keys of an `sft` stage from `epochs` on."""
+    """Fine-tuning on the kept samples and the gold: an `sft` stage's keys from `epochs` on."""
 
     def line(self) -> str:
         """`3 epochs of 32 from base, learning rate 0.001, on 100 samples a problem by warmup`"""

@@ -32,7 +32,7 @@ class Schedule(TrainingTable):
     batch_size: int = Field(gt=0)
     """Sequences in one optimizer step."""
     eval_every: float = Field(1.0, gt=0)
-    """Epochs between looks at dev."""
+    """Epochs between dev evaluations."""
 
     def cost_of_rows(self, num_rows: int, *, sampled_before: int = 0) -> Cost:
         """Cost of training on `num_rows` rows."""
@@ -51,8 +51,8 @@ class Sft(Schedule, Stage):
     """Method name → epoch after which the weights become that method."""
 
     until: Literal["plateau"] | None = None
-    """`plateau`: end once dev is above 20 % and has not risen for four looks, after a cooldown of a
-    tenth of the steps so far. Needs `optimizer.schedule: constant`."""
+    """`plateau` ends the stage once dev is above 20% and has not risen for four evaluations, after
+    a cooldown of a tenth of the steps so far. Needs `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True
 

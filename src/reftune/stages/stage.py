@@ -96,8 +96,8 @@ class Stage(Component, ABC):
     own stage is treated like ours."""
 
     init: str = "base"
-    """`base`, a method, the stage folder of another run (`runs/NAME/stages/NAME`) or a folder of
-    LoRA adapters, from which this stage starts."""
+    """Where this stage starts: `base`, a method, another run's stage folder
+    (`runs/NAME/stages/NAME`) or a folder of LoRA adapters."""
 
     is_method: ClassVar[bool] = True
     """Whether its model answers problems, so that it is evaluated and later stages can start from

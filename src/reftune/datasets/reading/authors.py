@@ -22,7 +22,7 @@ class PaperDataset(FileDataset):
     """Base of GSM8K, SVAMP and MathQA."""
 
     rationale: Rationale = "program"
-    """`nl`: in words; `program`: made from the data's annotations."""
+    """`nl` is in words; `program` is made from the data's annotations."""
 
     authors_name: ClassVar[str]
     """Prefix of the authors' file names."""

@@ -42,11 +42,12 @@ class Columns(Table):
     All other columns are passed to reward functions by name."""
 
     question: str | list[str] = "question"
-    """The question, or a conversation up to it; several columns are joined, one per line."""
+    """The question, or a conversation up to it. Several columns are joined, one per line."""
     answer: str = "answer"
-    """The gold: a number, a text, an option or its letter, or a worked solution that marks it."""
+    """The gold answer: a number, a text, an option or its letter, or a worked solution that marks
+    it."""
     rationale: str | None = "rationale"
-    """A worked solution or a program; may be the same column as `answer`."""
+    """A worked solution or a program; this may be the `answer` column."""
     id: str | None = "id"
     """Default: file name and row number."""
     choices: str | list[str] | None = "choices"

@@ -36,20 +36,20 @@ class Prompted(Component):
     """Base of the formats that come with reftune: how a question is put to the model."""
 
     style: Style = "compact"
-    """`compact`: the question alone; `paper`: the authors' prompt; `chat`: the tokenizer's chat
-    template; `plain`: your `template`."""
+    """`compact` is the question alone; `paper`, the authors' prompt; `chat`, the tokenizer's chat
+    template; `plain`, your `template`."""
     system: str | None = None
-    """`chat`: the system message, unless the data has one."""
+    """The system message for `chat`, unless the data has one."""
     instruction: str | None = None
-    """`chat`: text above the question, in the user's turn."""
+    """Text above the question in the user's turn, for `chat`."""
     template_args: dict[str, Any] = Field(default_factory=dict)
-    """`chat`: variables of the template, as in `{enable_thinking: false}`."""
+    """Variables of the chat template, as in `{enable_thinking: false}`."""
     template: str | None = None
-    """`plain`: the prompt, with `{question}` in it."""
+    """The prompt for `plain`; it contains `{question}`."""
     examples: list[Shot] = Field(default_factory=list)
-    """`plain`: worked examples before the question."""
+    """Worked examples before the question, for `plain`."""
     stop: list[str] = Field(default_factory=list)
-    """Texts that end a completion, besides the model's end tokens."""
+    """Stop strings, besides the model's end tokens."""
 
     @model_validator(mode="after")
     def _reads_its_keys(self) -> Self:

@@ -25,8 +25,8 @@ class Nl(Prompted):
 
     kind: str = "nl"
     grading: Grading = "robust"
-    """`robust` reads answers as people write them, `paper` by the authors' rules; or your own
-    `file.py:Name`."""
+    """`robust` reads answers as people write them; `paper` follows the authors' rules;
+    `file.py:Name` grades with your own class."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
     """Where run-on text begins; nothing after it is graded."""

@@ -68,21 +68,22 @@ class Script:
 
 
 class Program(Prompted):
-    """A Python function `solution()` that returns the answer. With `paper` and `compact` the prompt
-    ends in its header and the model writes the body; with other styles it writes everything."""
+    """A Python function `solution()` that returns the answer. With the styles `paper` and `compact`
+    the prompt ends in its header; with others, the model writes all of it."""
 
     kind: str = "program"
     grading: Grading = "robust"
-    """`robust` finds the program in the text, `paper` by the authors' rules; or your own
-    `file.py:Name` for what the program returned."""
+    """`robust` finds the program anywhere in the text; `paper` follows the authors' rules;
+    `file.py:Name` grades the returned value with your own class."""
     timeout_s: float = Field(default=1.0, gt=0, le=60)
-    """Seconds a program may run."""
+    """Time limit of a program, in seconds."""
     memory_mib: int = Field(default=64, ge=16)
-    """Memory a program may use, in MiB."""
+    """Memory limit of a program, in MiB."""
     sandbox: SandboxKind = "auto"
-    """What [runs programs](sandbox.md)."""
+    """Which [sandbox](sandbox.md) runs programs."""
     scripts: Literal["refuse", "read"] = "refuse"
-    """`read`: without a `solution()`, take what the program assigns to `answer` or prints last."""
+    """`read`: if there is no `solution()`, use the value assigned to `answer`, or else the last
+    line printed."""
     allow_unisolated: bool = False
     """Run programs even if the system cannot isolate them."""
 

@@ -35,7 +35,7 @@ class FunctionReward(Component):
     """Calls the function that `kind` names, `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds for one call on a whole batch, after which the run stops."""
+    """Time limit for a call on a whole batch, in seconds; exceeding it stops the run."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:

@@ -12,12 +12,12 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Outcome(Component):
-    """1 for a right answer, 0.1 for a wrong one, 0 for none. A program that crashed has no answer.
-    Source: ReFT, §3.1."""
+    """Rewards a correct answer with 1, a wrong one with 0.1 and none with 0. A crashed program has
+    no answer. Source: ReFT, §3.1."""
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
-    """For a right answer."""
+    """For a correct answer."""
     partial: float = Field(default=0.1, allow_inf_nan=False)
     """For a wrong number, expression, or list of these; a wrong text gets `wrong`."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
