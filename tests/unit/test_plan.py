@@ -244,7 +244,7 @@ def test_the_committed_accuracy_is_on_the_page_and_within_its_tolerance():
         assert abs(row["error"]) <= document["tolerance"]
         assert (
             f"| {row['measured'] / 1e6:,.0f} | {row['predicted'] / 1e6:,.0f} |"
-            f" {100 * row['error']:+.1f} % |" in page
+            f" {100 * row['error']:+.1f}% |" in page
         )
 
 
