@@ -1,2 +1,2 @@
-"""Advice before a run starts: whether it would work, how long it would take, how much memory it
-would need."""
+"""Predicts, before a run starts, whether it will work, how long it will take and how much memory it
+will need."""

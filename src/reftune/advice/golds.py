@@ -16,7 +16,7 @@ MOST_CHARS = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldExample:
-    """A gold as the data spell it and as it was read."""
+    """A gold answer as spelled in the data and as read."""
 
     raw: str
     read: str
@@ -24,16 +24,16 @@ class GoldExample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldKind:
-    """The golds of one kind."""
+    """The gold answers of one kind."""
 
     kind: str
     count: int
     examples: tuple[GoldExample, ...]
-    """At most three; golds whose reading differs from their spelling come first."""
+    """At most three; answers whose reading differs from their spelling come first."""
 
 
 def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:
-    """The kinds of all golds, the most frequent first."""
+    """The kinds of all gold answers, the most frequent first."""
     by_kind: dict[str, list[Problem]] = {}
     for problem in (*splits.train, *splits.dev, *splits.test):
         if problem.answer != ANY_ANSWER:

@@ -57,8 +57,8 @@ def measure_speed(
     rows: int,
     max_tokens: int,
 ) -> Speed:
-    """Time training on `rows` (at most `max_tokens`, no optimizer step) and sampling as many rows,
-    both after a warm-up."""
+    """Time training on `rows` sequences (at most `max_tokens` tokens, no optimizer step) and
+    sampling equally many, both after a warm-up."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(
@@ -91,15 +91,15 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Speed of sampling solutions of `num_tokens`, even if there is only time to sample their
-    beginnings."""
+    """Speed of sampling solutions of `num_tokens`, extrapolated if there is only time to sample
+    their beginnings."""
 
     def sample(length: int) -> int:
         completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
         return sum(len(completion.token_ids) for completion in completions)
 
     sample(WARM_NEW_TOKENS)
-    begun_s = _seconds(lambda: sample(WARM_NEW_TOKENS))  # mostly the reading of the prompts
+    begun_s = _seconds(lambda: sample(WARM_NEW_TOKENS))  # mostly for reading the prompts
     length = max(FEWEST_NEW_TOKENS, min(num_tokens, int(BUDGET_S / begun_s * WARM_NEW_TOKENS)))
     started = time.perf_counter()
     num_sampled = sample(length)

@@ -1,5 +1,5 @@
-"""The memory and time of a recipe on given hardware, from the model's configuration: memory by
-part, time of a step by phase.
+"""The memory (by part) and step time (by phase) of a recipe on given hardware, computed from the
+model's configuration.
 
 The equations are in docs/experiments/plan.md.
 """
@@ -31,7 +31,7 @@ ARITHMETIC = "arithmetic"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """Peak rates, from NVIDIA's data sheets, dense, SXM versions."""
+    """Dense peak rates of the SXM versions, from NVIDIA's data sheets."""
 
     bfloat16: float
     """FLOP/s."""
@@ -51,7 +51,7 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """The hardware planned for, and what is assumed about it."""
+    """The hardware planned for, and the assumptions about it."""
 
     gpus: int
     memory: float
@@ -81,7 +81,7 @@ class Phase:
 
     seconds: float
     bound: str
-    """What limits its speed."""
+    """The resource that limits its speed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,15 +98,15 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """A step of a stage that samples."""
+    """A step of a sampling stage."""
 
     phases: Mapping[str, Phase]
     seconds: float
     bottleneck: str
-    """The longest phase, and what limits its speed."""
+    """The longest phase and its `bound`."""
     steps: float
     stage_seconds: float
-    """Seconds of all steps, without looks at dev."""
+    """Seconds of all steps, excluding dev evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +131,7 @@ class Plan:
     """Stage → the best division into GPUs that sample and GPUs that train, and the step's seconds.
     """
     steps: Mapping[str, Step]
-    """Each stage's step under `sharding`, or, if none fits, under the one that needs the least
+    """Each stage's step under `sharding`, or, if none fits, under the sharding that needs the least
     memory."""
     assumed: Mapping[str, Any]
 
@@ -144,11 +144,11 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """The plan of all stages, or `only` one. Tokens of prompts and responses: by default
-    `lengths.max_prompt`, else 256, and `max_new`.
+    """The plan of all stages, or `only` one. `prompt` and `response` are lengths in tokens, by
+    default `lengths.max_prompt` (or 256) and `max_new`.
 
-    Raises: RecipeError if no such stage says what it costs; ModelError if the configuration cannot
-    be read.
+    Raises: RecipeError if no such stage states its cost; ModelError if the configuration cannot be
+    read.
     """
     if recipe.model.dtype == "auto":  # every GPU in `GPUS` multiplies bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})
@@ -214,7 +214,7 @@ def make_plan(
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """A stage on given hardware: memory by part, time by arithmetic and bytes."""
+    """A stage on given hardware, with its memory by part and its time from FLOPs and bytes."""
 
     hardware: Hardware
     estimate: Estimate
@@ -262,8 +262,8 @@ class Planner:
         )
 
     def generate(self, gpus: int) -> Phase:
-        """Time of sampling, per sequence: each GPU reads its prompts once, then draws one token per
-        row at a time."""
+        """Sampling time per sequence. Each GPU reads its prompts once, then draws one token per row
+        at a time."""
         gpu, made, cost = self.hardware.gpu, self.estimate, self.estimate.cost
         outline, total = made.outline, made.outline.total
         rollouts = math.ceil(cost.sampled / gpus)
@@ -293,8 +293,8 @@ class Planner:
         )
 
     def update(self, gpus: int) -> Phase:
-        """Time of updating, per sequence: forward and backward passes, recomputed blocks included.
-        DDP sums gradients after them; FSDP2 moves weights during them."""
+        """Update time per sequence: forward and backward passes, including recomputed blocks. DDP
+        sums gradients after the passes; FSDP2 moves weights during them."""
         compute_s = self.flops(backward=True) / gpus / self.rate
         told_s = self.communication(gpus) / self.estimate.cost.batch
         bound = ARITHMETIC if compute_s >= told_s else "moving weights and gradients between GPUs"
@@ -314,7 +314,8 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """The two groups wait for each other, because samples come from the newest weights."""
+        """The best division into sampling and training GPUs, which wait for each other because
+        samples come from the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best

@@ -1,4 +1,4 @@
-"""Finds what would spoil a run before it starts, each problem with its remedy."""
+"""Finds problems that would spoil a run before it starts, each with its remedy."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
 def check_recipe(recipe: Recipe) -> CheckReport:
     """Load data and model, run every check, sample a few solutions. Nothing is written.
 
-    Raises: ReftuneError if there is nothing to check: data or model cannot be loaded, or the stage
-    graph is wrong.
+    Raises: ReftuneError if the data or the model cannot be loaded, or if the stage graph is wrong.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
@@ -70,7 +69,7 @@ def check_offline(recipe: Recipe) -> CheckReport:
     """The checks that need neither weights nor a download. Examples that come with reftune replace
     missing data, and the words of the training texts replace the tokenizer.
 
-    Raises: ReftuneError as `check_recipe`, and if there are no such examples.
+    Raises: ReftuneError as in `check_recipe`, and if reftune has no examples for the dataset.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
@@ -100,7 +99,7 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
 
 
 def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
-    """The recipe's dataset, or one on examples if its source is not on this machine. Raises:
+    """The recipe's dataset, or reftune's examples if its source is not on this machine. Raises:
     DataError."""
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
@@ -121,13 +120,13 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
 
 
 def _schedule(recipe: Recipe) -> Finding:
-    """What each stage will do, in one line each."""
+    """A one-line plan of each stage."""
     lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
     return replace(ok(f"{len(lines)} stages"), rows=lines)
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """The findings in order; a failed check that the recipe waives only warns."""
+    """The findings in order; a failed check that the recipe waives becomes a warning."""
     findings = [replace(check(subject), name=name) for name, check in checks.items()]
     waive = subject.recipe.check.waive
     return [

@@ -1,4 +1,4 @@
-"""Data, grader and reward."""
+"""Checks of data, grader and reward."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _gold_finding(
 
 
 def check_grader_refuses(subject: Subject) -> Finding:
-    """An empty text, a bare answer and another problem's solution are not correct."""
+    """An empty completion, a bare answer and another problem's solution are not graded correct."""
     problems = [row.problem for row in subject.rows]
     pairs = [
         (a.problem, b.target)
@@ -162,7 +162,7 @@ def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def check_reward(subject: Subject) -> Finding:
-    """A gold solution earns more than a wrong one and more than an empty text."""
+    """A gold solution earns more than a wrong one and more than an empty completion."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")
@@ -188,10 +188,9 @@ def check_reward(subject: Subject) -> Finding:
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Gold solutions made wrong earn little (or are false positives); rewritten ones earn as much
-    as before (or are false negatives). The threshold is halfway between the mean rewards of gold
-    solutions and of empty texts.
-    """
+    """Gold solutions made wrong earn little (else they are false positives), and rewritten ones as
+    much as before (else false negatives). The threshold is halfway between the mean rewards of gold
+    solutions and of empty completions."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
     changed = {
@@ -255,7 +254,8 @@ def check_reward_errors(subject: Subject) -> Finding:
 
 
 def _error_rate(kind: str, count: int, total: int) -> str:
-    """`false positives 3 of 384 (0.8 %, at most 2.3 %)`; the bound is that of the 95 % interval."""
+    """`false positives 3 of 384 (0.8 %, at most 2.3 %)`; the bound is the upper end of the 95%
+    interval."""
     if total == 0:
         return f"no case of a false {kind}"
     return (
@@ -269,7 +269,7 @@ def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """0 if the reward does not apply."""
+    """The reward of each text; 0 if the reward does not apply."""
     graded = subject.encoder.format.grade(problems, texts)
     written = [
         _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)

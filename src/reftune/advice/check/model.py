@@ -95,8 +95,7 @@ def check_memory(subject: Subject) -> Finding:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Products in the recipe's dtype are not many times slower on this machine than in the other
-    dtype."""
+    """Matmuls on this machine are not many times slower in the recipe's dtype than in the other."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)
@@ -113,8 +112,8 @@ def check_dtype(subject: Subject) -> Finding:
 
 
 def check_accuracy(subject: Subject) -> Finding:
-    """The share of questions that RL's start model solves by sampling, which greedy answers do not
-    show."""
+    """The share of questions that RL's initial model solves by sampling; greedy answers do not show
+    it."""
     problems = subject.splits.dev[:NUM_SAMPLED]
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
@@ -138,7 +137,7 @@ def check_accuracy(subject: Subject) -> Finding:
 
 
 def _rise(subject: Subject) -> tuple[float, float] | None:
-    """The last rise of dev in the stage that RL starts from, and its margin; None if its looks are
+    """The last rise in dev accuracy of the stage that RL starts from, and its margin; None if it is
     not recorded."""
     if subject.method == "base":
         return None
@@ -198,7 +197,7 @@ def check_time(subject: Subject) -> Finding:
 
 
 def num_answers(subject: Subject) -> int:
-    """Number of answers in the final evaluation: a greedy one per problem and method, and the
+    """Number of answers in the final evaluation: one greedy answer per problem and method, plus the
     samples."""
     table, methods = subject.recipe.evaluate, subject.num_methods
     problems = len(getattr(subject.splits, table.split)[: table.limit])

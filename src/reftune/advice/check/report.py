@@ -29,7 +29,7 @@ class Finding:
     message: str
     """One line."""
     remedy: str = ""
-    """What to do about it; empty if all is well."""
+    """How to fix the problem; empty if all is well."""
     rows: tuple[str, ...] = ()
     """Some of the affected rows, one line each."""
     name: str = ""
@@ -39,17 +39,17 @@ class Finding:
 
 
 def ok(message: str) -> Finding:
-    """All is well."""
+    """A finding that all is well."""
     return Finding(level="ok", message=message)
 
 
 def warn(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
-    """Worth knowing; the run may continue."""
+    """A finding worth knowing; the run may continue."""
     return Finding(level="warn", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
 
 
 def fail(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
-    """The run would be worthless."""
+    """A finding that would make the run worthless."""
     return Finding(level="fail", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
 
 
@@ -76,8 +76,8 @@ class CheckReport:
     """The kinds of answer found, with examples."""
     preview: Preview | None
     method: str
-    """The method whose samples are shown: the model that RL starts from, or the base model if that
-    is not trained yet."""
+    """The method whose samples are shown: the one that RL starts from if it is trained already,
+    else the base model."""
     samples: tuple[dict[str, Any], ...]
 
     @property

@@ -22,9 +22,9 @@ class Row:
     problem: Problem
     prompt: str
     target: str
-    """What the model should say; see `reply`."""
+    """The text that the model should write; see `reply`."""
     reply: str
-    """Everything after the prompt: `target` and what a chat template adds to it."""
+    """Everything after the prompt: `target` and any text that a chat template adds."""
     prompt_ids: list[int]
     target_ids: list[int]
 
@@ -46,8 +46,8 @@ class Subject:
     prompts: dict[str, dict[str, list[int]]]
     """Split → problem id → prompt ids."""
     method: str
-    """The method whose weights `policy` has: the model that RL starts from, or the base model if
-    that is not trained yet."""
+    """The method whose weights `policy` has: the one that RL starts from if it is trained already,
+    else the base model."""
     num_methods: int
     """Methods evaluated at the end."""
 
@@ -145,7 +145,7 @@ def preview_of(subject: Subject) -> Preview | None:
 
 
 def learns_from_rationales(subject: Subject) -> bool:
-    """Whether a stage does."""
+    """Whether any stage reads rationales."""
     return any(stage.reads_rationales for stage in subject.recipe.stages.values())
 
 

@@ -16,7 +16,7 @@ MAX_LONG_TARGETS = 0.1
 
 
 def check_boundary(subject: Subject) -> Finding:
-    """The tokens of prompt and target decode to the two texts joined."""
+    """The tokens of prompt and target decode to the two strings joined."""
     tokenizer, rows = subject.policy.tokenizer, subject.rows
     bos = bos_of(tokenizer)
     empty = [row.problem.id for row in rows if not row.prompt_ids or len(row.target_ids) < 2]
@@ -59,8 +59,8 @@ def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
 
 
 def check_prompt(subject: Subject) -> Finding:
-    """The prompt has the form that the model was trained on: its chat template, if there is one,
-    with a generation prompt; and one BOS, if its tokenizer adds one."""
+    """The prompt has the form that the model was trained on: the chat template, if any, with a
+    generation prompt, and one BOS if the tokenizer adds it."""
     tokenizer, format_ = subject.policy.tokenizer, subject.encoder.format
     problem = subject.problems[0]
     prompt, bos = format_.prompt(problem), bos_of(tokenizer)
@@ -125,7 +125,7 @@ def check_prompt_length(subject: Subject) -> Finding:
 
 
 def check_target_length(subject: Subject) -> Finding:
-    """Gold rationales with their eos fit in `max_new` tokens; those that do not are left out of
+    """Gold rationales with their eos fit in `max_new` tokens; longer ones are left out of
     training."""
     sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
     limit = subject.recipe.lengths.max_new
