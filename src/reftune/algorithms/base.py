@@ -29,16 +29,16 @@ Reduction = Literal["sequence", "token"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerms:
-    """The part of the loss that a micro-batch adds, and metrics to be summed over micro-batches
-    (`…_max`: maximised)."""
+    """The part of the loss that a micro-batch adds, and metrics, which are summed over
+    micro-batches (`…_max`: maximised)."""
 
     total: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Algorithm(Component, ABC):
-    """Write two hooks, `credit` and `loss`, and override others if needed. The loop that calls them
-    does not know which algorithm it runs."""
+    """Define two hooks, `credit` and `loss`, and override others if needed. The loop that calls
+    them does not know which algorithm it runs."""
 
     needs_values: ClassVar[bool] = False
     """Whether `credit` reads `values`, and the value head is trained."""

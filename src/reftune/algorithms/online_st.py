@@ -2,8 +2,8 @@
 the same problems.
 
 The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold_max_tokens: 300,
-dropout: true`, the authors' code, which cuts long gold rationales short and so never shows the
-model how they end.
+dropout: true`, as in the authors' code, which cuts long gold rationales short, so that the model
+never sees their ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OnlineSt(Algorithm):
         return self.dropout
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The correct samples, then the gold solutions of all problems that have one, solved or
+        """The correct samples, then the gold solution of each problem that has one, solved or
         not."""
         correct = [rollout for rollout in rollouts if rollout.graded.verdict is Verdict.CORRECT]
         sampled = {rollout.problem.id: rollout for rollout in rollouts}.values()
