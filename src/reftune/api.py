@@ -35,8 +35,8 @@ def run(
 
     If a launcher starts several processes, all must call it.
 
-    `overrides` are `key=value` texts, for a file. Returns: the content of `summary.json`. Raises:
-    ReftuneError.
+    `overrides` are `key=value` strings, for a recipe file. Returns: the content of `summary.json`.
+    Raises: ReftuneError.
     """
     with launch.processes():
         return _run(recipe, overrides, quiet=quiet)
@@ -73,14 +73,14 @@ def grade(
     format: FormatSpec = "nl",
     question: str = "",
 ) -> Graded:
-    """Grade a completion as the reward and the evaluation do. `answer` is a number, a text or a
-    letter, or has an `answer_kind` of docs/datasets.md.
+    """Grade a completion as the reward and the evaluation do. `answer` is a number, a text, a
+    letter or, with `answer_kind`, any kind in docs/datasets.md.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
 
-    Raises: DataError for an answer that is none of these; RecipeError for an unknown format. Never
-    for the completion.
+    Raises: DataError for any other answer; RecipeError for an unknown format. The completion never
+    causes an error.
     """
     row = {
         "id": "1",
@@ -111,7 +111,7 @@ class Evaluation:
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the accuracy."""
+        """Wilson's 95% interval of the accuracy."""
         return wilson(self._num_correct, self.n)
 
     @property
@@ -130,8 +130,8 @@ def evaluate(
 
     `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id or a loaded
     `Policy`; `problems` are `Problem`s or mappings with `question`, `answer` and perhaps `id` and
-    `choices`. Format and limit in tokens are those of the run that a stage folder belongs to, else
-    `nl` and 256. Raises: ReftuneError.
+    `choices`. Format and token limit come from the run that a stage folder belongs to, or are `nl`
+    and 256. Raises: ReftuneError.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts
