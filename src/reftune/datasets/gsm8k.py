@@ -37,7 +37,7 @@ class Gsm8k(PaperDataset):
     authors_name: ClassVar[str] = "gsm8k"
 
     def published_problem(self, row: Row) -> Problem:
-        """`answer` is the annotated solution, its last line `#### 72`."""
+        """`answer` is the annotated solution, whose last line looks like `#### 72`."""
         solution, marker, gold_text = row.text("answer").rpartition("####")
         gold = number_gold(gold_text.strip())
         if not marker or gold is None:
@@ -70,7 +70,7 @@ def program_of(solution: str) -> str | None:
     plain arithmetic.
 
     Each step is a variable, named after the words that follow its result. A number that equals an
-    earlier result is replaced by that variable, the latest one if there are several.
+    earlier result is replaced by its variable, the latest if there are several.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}

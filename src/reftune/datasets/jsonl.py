@@ -53,7 +53,7 @@ class Jsonl(FileDataset):
         return [self._problem(row, columns) for row in rows]
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in every dataset from files; rationales are read like the golds."""
+        """As in every dataset from files; rationales are read like the gold answers."""
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:

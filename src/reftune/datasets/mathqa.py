@@ -52,7 +52,7 @@ MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
 
 
 def stem_key(problem: Problem) -> str:
-    """The question without its options: other options do not make another question."""
+    """The question without its options: changing them does not make a new question."""
     return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
 
 
@@ -71,8 +71,8 @@ class Mathqa(PaperDataset):
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As for all of the paper's datasets; a choice's solution in words must end in its
-        letter."""
+        """As for all of the paper's datasets; a multiple-choice solution in words must also end in
+        the letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -81,8 +81,9 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """If the formula is more than 1 % off the gold, one of the two is wrong: a numeric problem
-        is then left out, and a multiple-choice one has no program. Test is not changed."""
+        """If the formula's value is more than 1% off the gold option, one of the two is wrong: a
+        numeric problem is then dropped, and a multiple-choice one kept without a program. Test is
+        not changed."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -159,8 +160,8 @@ class Mathqa(PaperDataset):
 
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
-    """The formula's value, then the letter of the option nearest to it; None without a formula or a
-    number among them."""
+    """The formula's value, then the letter of the option nearest to it; None if there is no formula
+    or no option is a number."""
     steps = _steps(row)
     values = {
         letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)
@@ -185,8 +186,8 @@ def _steps(row: Row) -> list[tuple[str, str]] | None:
 
 
 def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
-    """Whether the value of each row's formula is within 1 % of the gold option; rows of ReFT's
-    authors are taken to be."""
+    """Whether the value of each row's formula is within 1% of the gold option; rows of ReFT's
+    authors are assumed to agree."""
     results = run_programs(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
     return [
         is_authors(row) or _is_near_gold(row, result.value)
@@ -203,7 +204,7 @@ def _is_near_gold(row: Row, value: object) -> bool:
 
 
 def _prose(row: Row) -> str | None:
-    """The Rationale without the surrounding quotes that most have."""
+    """The `Rationale` without the quotation marks that surround most of them."""
     text = row.optional_text("Rationale")
     return None if text is None else repaired(text.strip('" \n')) or None
 
@@ -221,8 +222,8 @@ def _literal(value: Fraction) -> str:
 
 
 def read_options(text: str) -> tuple[str, ...] | None:
-    """`a ) 38 , b ) 27.675 , …`, or a Python list of such pieces, as option texts, a first; None if
-    it is neither."""
+    """The option texts, from a on, in `a ) 38 , b ) 27.675 , …` or a Python list of such pieces;
+    None if `text` is neither."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None

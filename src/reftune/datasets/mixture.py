@@ -71,8 +71,8 @@ class Mixture(Component):
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """As many problems of each part as the shares allow, drawn with `seed`; one part is used
-        up."""
+        """As many problems of each part as the shares allow, drawn with `seed`; at least one part
+        is used up."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

@@ -49,7 +49,7 @@ class ReasoningGym(Component):
         return drop_contradictions(splits)
 
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
-        """The first `count` different questions of the split's seeds."""
+        """The first `count` different questions from the split's seeds."""
         first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
         drawn: dict[str, Problem] = {}
         asked = {question_key(problem) for problem in without}

@@ -42,7 +42,7 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """Body, question and an equation, which is what the program computes."""
+        """The row has a body, a question and an equation, which becomes the program."""
         body = row.text("Body")  # a third of them ends without punctuation
         return Problem(
             id=row.text("ID"),

@@ -5,9 +5,9 @@ from scratch.
     Leo have?
 
 A story is a list of sentences and, beside it, a graph of quantities: every "has", update and
-relation is a node that points at what it was computed from. The rationale is written from the part
-of the graph that the answer needs, so distractors never enter it. Sentences are short and every
-word and number is meant to be one token.
+relation is a node that points to the nodes it was computed from. The rationale is written from the
+part of the graph that the answer needs, so distractors never enter it. Sentences are short and
+every word and number is meant to be one token.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ class WordProblems(Component):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Quantity:
-    """A number of a story. Two quantities are never equal: "3 hats" of the first sentence are not
-    those of the second."""
+    """A number of a story. Two quantities are never equal: the "3 hats" of one sentence are not
+    those of another."""
 
     value: int
     owner: str = ""
@@ -258,7 +258,7 @@ class _Teller:
         )
 
     def distract(self) -> None:
-        """Insert an irrelevant sentence somewhere among those so far."""
+        """Insert an irrelevant sentence somewhere in the story so far."""
         person = self.rng.choice(self.people)
         things = (
             OBJECTS
@@ -356,7 +356,7 @@ class _Spelling:
     """`3 * 12` for `12 * 3`, wherever the order does not matter."""
 
     def formula(self, quantity: _Quantity) -> str:
-        """`(a - 4) * 3`: what a quantity was computed from."""
+        """The expression that a quantity was computed from: `(a - 4) * 3`."""
         if not quantity.symbol:
             return str(quantity.value)
         left, right = (self._operand(operand, quantity) for operand in quantity.operands)
@@ -376,7 +376,8 @@ class _Spelling:
 
 
 def _write_program(story: _Story, style: int) -> str:
-    """Assigns the quantities that the style names, in their order, and returns the answer."""
+    """A program that assigns the quantities that the style names, in order, and returns the
+    answer."""
     naming, swap, ending = _PROGRAM_STYLES[style]
     spelling = _Spelling(names=naming(story), swap=swap)
     assignments = [

@@ -1,5 +1,5 @@
-"""The paper's datasets, which are also read from the JSON files of ReFT's authors: {item_id,
-question, answer_cot, answer_value}, without answer_cot in test files."""
+"""The paper's datasets, which can also be read from the JSON files of ReFT's authors. Rows are
+{item_id, question, answer_cot, answer_value}; test files lack answer_cot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PaperDataset(FileDataset):
 
     @abstractmethod
     def published_problem(self, row: Row) -> Problem:
-        """The problem of a row as the data set itself was published. Raises: as `problem`."""
+        """The problem in a row of the dataset as first published. Raises: as `problem`."""
 
     def problem(self, row: Row) -> Problem:
         """The problem of a row of either kind of file."""
@@ -55,7 +55,7 @@ class PaperDataset(FileDataset):
         }
 
     def trainable(self, splits: Splits) -> Splits:
-        """Programs must give the gold; a text must not state another answer."""
+        """Programs must return the gold answer; a text must not state another answer."""
         if self.rationale == "program":
             return drop_wrong_programs(splits)
         return super().trainable(splits)

@@ -73,7 +73,7 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
 
 
 def _text(content: object) -> str | None:
-    """A turn's text; None if there is none, or anything else in it such as an image."""
+    """A turn's text; None if there is none, or if it contains anything else, such as an image."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         content = "\n".join(map(str, parts)) if None not in parts else None

@@ -21,7 +21,7 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `problem` for a row to leave out; its text is the reason counted."""
+    """Raised by `problem` to leave a row out; rows are counted by the message."""
 
 
 class FileDataset(Component):
@@ -46,13 +46,13 @@ class FileDataset(Component):
 
     @abstractmethod
     def problem(self, row: Row) -> Problem:
-        """The row as a problem. Raises: DataError with file and line for a row that is wrong;
-        Unusable for one to leave out."""
+        """The row as a problem. Raises: DataError with file and line if the row is wrong; Unusable
+        to leave it out."""
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
         """Row `n` of a made-up file, with a question of its own, for the contract suite; your own
-        dataset needs none."""
+        dataset need not have this."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
@@ -67,7 +67,7 @@ class FileDataset(Component):
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without training rows that are unfit to learn from: here, rationales that
-        contradict their gold."""
+        contradict their gold answer."""
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
@@ -75,7 +75,8 @@ class FileDataset(Component):
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """Read, clean, draw dev. Raises: DataError with file and line."""
+        """Read and clean the files, and draw the dev split. Raises: DataError with file and
+        line."""
         dropped, dropped_of_test = Counter[str](), Counter[str]()
         has_test = self.test is not None or not is_single_file(self.train)
         test_rows = self._rows(self.test or self.train, "test") if has_test else []

@@ -1,6 +1,5 @@
 """Local files → records with their place. The standard library reads them, because a table library
-would lose a row's line or change `007`, `NA` and dates: every cell stays the text that was written.
-"""
+would lose line numbers or change `007`, `NA` and dates: every cell stays as written."""
 
 from __future__ import annotations
 
@@ -72,8 +71,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path, *, fallback: str | None = None) -> str:
-    """UTF-8, or UTF-16 with a byte order mark. Bytes that are neither are read as `fallback`.
-    Raises: DataError."""
+    """The text of a UTF-8 file, or UTF-16 with a byte order mark. Other bytes are read as
+    `fallback`. Raises: DataError."""
     data = _read_bytes(path)
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
@@ -96,7 +95,7 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
 
 
 def _read_json(path: Path) -> Records:
-    """A list of objects, an object with one such list in it, or one object a line."""
+    """A list of objects, an object that contains one such list, or one object per line."""
     text = read_text(path)
     try:
         whole = json.loads(text)
@@ -170,8 +169,8 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 
 def _read_csv(path: Path) -> Records:
-    """UTF-8, UTF-16 or, as Excel still writes it, Windows-1252; split by the delimiter found in the
-    first line."""
+    """A table in UTF-8, UTF-16 or Windows-1252 (which Excel still writes), split at the delimiter
+    found in the first line."""
     text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -194,7 +193,7 @@ def _delimiter(text: str) -> str:
 
 
 def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Line]:
-    csv.field_size_limit(sys.maxsize)  # the length checks refuse a cell that is too long
+    csv.field_size_limit(sys.maxsize)  # the length checks reject a cell that is too long
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = first
     try:
@@ -208,7 +207,7 @@ def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Li
 
 
 def _read_xlsx(path: Path) -> Records:
-    """The first sheet, formulas as the values that were saved with them."""
+    """The first sheet, with formulas replaced by their saved values."""
     import openpyxl
     from openpyxl.utils.exceptions import InvalidFileException
 
@@ -240,10 +239,11 @@ def _cell(cell: Any) -> str | None:
 
 
 def _table(path: Path, lines: Iterable[Line]) -> Records:
-    """The first line with a cell names the columns; an empty cell is null, an empty line no row.
+    """The first line with a cell names the columns; empty cells are null, and empty lines are
+    skipped.
 
-    A first column without a name is an index as pandas writes it, and other nameless columns must
-    be empty. Raises: DataError.
+    A nameless first column is taken for a pandas index; other nameless columns must be empty.
+    Raises: DataError.
     """
     header: list[str] | None = None
     for where, cells in lines:

@@ -1,4 +1,4 @@
-"""Cells that hold a gold, alone or at the end of a worked solution or conversation."""
+"""Cells that hold a gold answer, alone or at the end of a worked solution or conversation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The cell that holds a gold; for a conversation, the reply. Raises: DataError."""
+    """The cell that holds a gold answer; for a conversation, the reply. Raises: DataError."""
     value = row.value(column)
     if not is_conversation(value):
         return value

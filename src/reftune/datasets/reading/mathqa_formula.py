@@ -97,7 +97,7 @@ def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | 
 
 
 def _names_of_needed(operands: Sequence[Sequence[str]]) -> dict[int, str]:
-    """Positions of the last step and of what it refers to, in order, with their names."""
+    """Positions of the last step and of the steps it depends on, in order, with their names."""
     needed, open_positions = set(), [len(operands) - 1]
     while open_positions:
         position = open_positions.pop()

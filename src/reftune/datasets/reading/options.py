@@ -25,8 +25,8 @@ class Options:
     """The data's label of each option, in lower case; empty if there are none."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """The letter of the option that the data calls `gold`, or whose position it is if positions
-        count from `positions_from`; None if it is neither."""
+        """The letter of the option labelled `gold`, or at position `gold` counted from
+        `positions_from`; None if there is no such option."""
         label, places = gold.strip().strip("().").lower(), range(len(self.texts))
         if label in self.labels:
             return string.ascii_lowercase[self.labels.index(label)]
@@ -37,8 +37,9 @@ class Options:
 
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
-    """A list of texts, as a list or written as one; `{text: […], label: […]}`, a list of `{text,
-    label}`, or texts by label; or a column for each option, of which the last may be empty.
+    """Read a list of option texts, which may be a string that spells a list; `{text: […], label:
+    […]}`, a list of `{text, label}`, or texts by label; or one column per option, of which the last
+    may be empty.
 
     Raises: DataError.
     """

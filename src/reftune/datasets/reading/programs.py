@@ -67,9 +67,9 @@ class _Renamed(ast.NodeTransformer):
 
 
 def drop_wrong_programs(splits: Splits) -> Splits:
-    """Train without the problems that have no program (`no_program`) or one that does not give the
-    gold answer (`program_disagrees`). Dev keeps such problems, without a rationale: it should be no
-    easier than test."""
+    """Train without the problems that have no program (`no_program`) or one that does not return
+    the gold answer (`program_disagrees`). Dev keeps such problems without a rationale, so that it
+    is no easier than test."""
     graded = _graded_programs([*splits.train, *splits.dev])
     splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
     return drop_untrainable(
@@ -80,10 +80,9 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
-    """Train without the rationales that contradict their gold: programs that return another answer
-    (`program_disagrees`), texts that state one (`rationale_disagrees`). A program that fails, or a
-    text that states no answer, does not contradict the gold and stays.
-    """
+    """Train without the rationales that contradict their gold answer: programs that return another
+    one (`program_disagrees`) and texts that state another one (`rationale_disagrees`). A program
+    that fails, or a text that states no answer, is no contradiction and stays."""
     programs = [
         problem
         for problem in (*splits.train, *splits.dev)
@@ -111,7 +110,7 @@ def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
 
 
 def _graded_programs(problems: Sequence[Problem]) -> dict[str, Graded]:
-    """Problem id → the grade of its program's value; a program that fails gives no answer."""
+    """Problem id → the grade of its program's value; a program that fails has no answer."""
     if not problems:
         return {}
     results = run_programs([problem.rationale or "" for problem in problems])

@@ -38,7 +38,7 @@ class Row:
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
-        """The column's text. Raises: DataError if it is missing, empty or something else."""
+        """The column's text. Raises: DataError if it is missing, empty or not text."""
         value = self.value(column)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{self.where}: {column} is {shown(value)}; expected text")
@@ -137,8 +137,8 @@ def _path(source: str) -> Path:
 
 
 def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Check that types do not change. Raises: DataError at the first row whose value has another
-    type than in the rows before; null fits any type."""
+    """Check that types do not change. Raises: DataError at the first row whose value has a
+    different type from earlier rows; null fits any type."""
     for column in columns:
         filled = [(row, value) for row in rows if (value := row.get(column)) is not None]
         for row, value in filled:

@@ -38,8 +38,8 @@ LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
 
 
 class Columns(Table):
-    """The names of the data's columns; a path such as `reward_model.ground_truth` reaches into one.
-    All other columns are passed to reward functions by name."""
+    """The names of the data's columns, or paths into them such as `reward_model.ground_truth`. All
+    other columns are passed to reward functions by name."""
 
     question: str | list[str] = "question"
     """The question, or a conversation up to it. Several columns are joined, one per line."""
@@ -78,7 +78,7 @@ class Shape:
 def recognise(rows: Sequence[Row], told: Mapping[str, Any]) -> Shape:
     """The shape of `rows`, with the columns that the user named (`told`).
 
-    Raises: DataError if the question or the answer is in none of them.
+    Raises: DataError if no column holds the question or the answer.
     """
     first, found = rows[0], _Found(rows[:NUM_LOOKED_AT])
     columns: dict[str, Any] = dict(told)
@@ -109,7 +109,7 @@ class _Found:
         self.by_lower = {str(name).lower(): str(name) for row in rows for name in row.columns}
 
     def first(self, field: str, used: set[str]) -> str | None:
-        """The likeliest column of a field that is not used already."""
+        """The likeliest column for a field, among those not in `used`."""
         names = [self.by_lower.get(name, name) for name in NAMES[field]]
         free = [name for name in names if name not in used]
         unfit = (type(None),) if field == "choices" else (type(None), Mapping)
@@ -136,7 +136,7 @@ class _Found:
         return self.first("choices", used)
 
     def any_worked(self, column: str) -> bool:
-        """Whether a cell holds a worked solution with its answer."""
+        """Whether any cell holds a worked solution with its answer."""
         cells = [row.get(column) for row in self.rows]
         return any(
             is_conversation(cell) or (isinstance(cell, str) and worked_solution(cell) is not None)

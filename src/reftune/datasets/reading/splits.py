@@ -28,7 +28,7 @@ SILENT = frozenset(".,;:!?'\"`’‘“”…")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """Problems by use. No question is in two of them."""
+    """Problems by use. No question is in two splits."""
 
     train: tuple[Problem, ...]
     dev: tuple[Problem, ...]
@@ -58,12 +58,12 @@ def draw_splits(
     key: Key = question_key,
     several_rationales: bool = False,
 ) -> Splits:
-    """Clean splits, with the counts of what was dropped.
+    """Clean splits, with counts of the dropped rows.
 
-    `duplicate`: same text and gold as an earlier row of its split (with `several_rationales`: and
-    same rationale). `contradiction`: same question and options as another row but another gold;
-    none of them is kept. `leak`: a train question that dev or test asks, or a dev question that
-    test asks, by `key`. Test is never touched.
+    `duplicate`: same text and gold as an earlier row of its split (and, with `several_rationales`,
+    same rationale). `contradiction`: same question and options as another row but a different gold
+    answer; no such row is kept. `leak`: a train question that dev or test asks, or a dev question
+    that test asks, by `key`. Test is never touched.
 
     Dev, unless given, is the first `dev_size` questions (None: a tenth of them, at most 500) in the
     order of a hash of `seed` and question, so row order and rationales do not matter. Raises:
@@ -95,7 +95,7 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
 
 
 def same_gold(a: Answer, b: Answer) -> bool:
-    """Whether two golds agree, numbers and texts as the grader compares them."""
+    """Whether two gold answers agree, with numbers and texts compared as by the grader."""
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         first, second = number_of(a), number_of(b)
         return same_number(first, second) or same_number(second, first)
@@ -155,7 +155,7 @@ def _without(
 
 
 def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
-    """One problem of each of `size` questions."""
+    """One problem for each of `size` questions."""
     by_question: dict[str, Problem] = {}
     for question, problem in asked:
         by_question.setdefault(question, problem)
