@@ -1,4 +1,5 @@
-"""Methods added to vLLM's worker processes. They import this by name; nothing else does."""
+"""Methods added to vLLM's worker processes. The workers import this module by name; nothing else
+does."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """Repack the weights that a CPU multiplies by: a reload forgets an output head that is
-        tied to the embedding.
+        """Repack the weights for a CPU's matmuls: a reload forgets an output head that is tied to
+        the embedding.
 
-        Layers that vLLM packs again by itself hold no weight any more; on a GPU nothing is packed.
+        Layers that vLLM itself repacks no longer hold a weight; on a GPU nothing is packed.
         """
         for module in self.model_runner.get_model().modules():
             if "cpu_linear" in vars(module) and module.weight.numel():

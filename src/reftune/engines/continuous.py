@@ -1,7 +1,7 @@
 """transformers' continuous batching: paged attention without padding, for an accelerator with flash
 attention.
 
-Differs from the contract in one promise: transformers draws all rows from one generator, so a
+One promise of the contract is not kept: transformers draws all rows from one generator, so a
 sampled completion depends on the whole list of prompts. The same call still gives the same tokens.
 """
 
@@ -117,8 +117,8 @@ def _manager(
 
 
 def _in_compute_dtype(policy: Policy) -> Any:
-    """The policy's model itself in fp32; in other dtypes a copy with cast weights, because its
-    threads do not see our autocast."""
+    """In fp32 the policy's own model; in other dtypes a copy with cast weights, because the
+    engine's threads do not see our autocast."""
     model = policy.base
     if policy.compute_dtype == torch.float32:
         return model
@@ -151,6 +151,6 @@ def _collect(manager: Any, count: int) -> dict[str, Any]:
 
 @contextmanager
 def _untouched_generator(device: torch.device) -> Iterator[None]:
-    """transformers seeds and reads the global generators."""
+    """Restore the global generators at the end, because transformers seeds and uses them."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

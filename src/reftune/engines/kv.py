@@ -76,7 +76,7 @@ class Kv(Component):
 def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
     """How `policy` reads tokens while it decodes: through transformers, or with fewer operations if
     `model.speed` supports the model. `pack`: reorder weights and leave out padding if that is
-    faster; fake tensors have no values for it."""
+    faster, which needs real tensors, not fake ones."""
     if llama.is_written_out(policy.model):
         yield llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         return
@@ -305,8 +305,8 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """First column (B,) of non-decreasing rows (B, N) above `threshold` (B,). If rounding leaves
-    none, the last column that increases."""
+    """First column (B,) of non-decreasing rows (B, N) above `threshold` (B,). If rounding leaves no
+    such column, the last one that increases."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 

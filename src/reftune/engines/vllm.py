@@ -1,7 +1,7 @@
 """Samples with vLLM, colocated (in a process that reftune starts) or on servers that you start.
 
-Each call first passes on the policy's current weights through a folder in memory: whole, with LoRA
-merged, or, for servers and LoRA, only the adapter. vLLM's kernels draw the tokens, and their
+Each call first sends the policy's current weights through a folder in memory: all of them with LoRA
+merged or, for servers with LoRA, only the adapter. vLLM's kernels draw the tokens, and their
 log-probabilities differ slightly from the trainer's; an RL stage's `mismatch_cap` corrects for
 that.
 """
@@ -120,7 +120,7 @@ class Vllm(Component):
 
     def _send_adapter(self, policy: Policy, before: _Served | None) -> str:
         """Send the adapter and return its name, a new one each time because vLLM caches by name.
-        The base is sent first if servers have another one."""
+        The base is sent first if servers have another base."""
         if not self._have_base(policy, before):
             self._send(policy, save_base, Server.load)
         adapter = self._send(policy, save_adapter, Server.load_adapter)
@@ -148,7 +148,7 @@ class Vllm(Component):
 
     @contextlib.contextmanager
     def _folder(self, policy: Policy, save: Callable[[Policy, Path], None]) -> Iterator[Path]:
-        """A new folder with weights, as long as the block runs."""
+        """A new folder with weights, deleted when the block ends."""
         parent = self.weights_dir or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         with tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent) as name:
             folder = Path(name)
@@ -157,7 +157,8 @@ class Vllm(Component):
                 save(policy, folder)
             except (OSError, SafetensorError) as error:
                 raise EngineError(f"engine vllm: {folder}: cannot be written: {error}") from None
-            if save is not save_base:  # sent once per start, so that a resumed step would differ
+            # sent once per start, the base would make a resumed step differ
+            if save is not save_base:
                 files = [path for path in folder.rglob("*") if path.is_file()]
                 traffic["sync_bytes"] += sum(path.stat().st_size for path in files)
             yield folder
@@ -256,12 +257,12 @@ class Colocated:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server, started as docs/engines.md says."""
+    """A server, started as docs/engines.md describes."""
 
     address: str
 
     def load(self, folder: Path) -> None:
-        """Load the model in `folder` and clear what was computed with the previous one."""
+        """Load the model in `folder` and clear caches from the previous model."""
         arguments = {"weights_path": str(folder)}
         self.post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
         self.post("/reset_prefix_cache", {})
@@ -272,7 +273,7 @@ class Server:
         self.post("/v1/load_lora_adapter", body)
 
     def unload_adapter(self, name: str) -> bool:
-        """Whether there was such an adapter."""
+        """Unload an adapter; returns whether the server had it."""
         try:
             self.post("/v1/unload_lora_adapter", {"lora_name": name})
         except NotFoundError:
@@ -351,9 +352,9 @@ def own_servers(servers: Sequence[Server]) -> list[Server]:
 
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
-    """The consecutive prompts that go into one request. If greedy, any; if sampled, only equal
-    ones, because vLLM has one seed per request and gives the samples of a prompt consecutive
-    seeds."""
+    """Slices of consecutive prompts, one per request. A greedy request may hold any prompts; a
+    sampled one only equal prompts, because vLLM has one seed per request and gives the samples of a
+    prompt consecutive seeds."""
     if not prompts:
         return []
     starts = [0]
