@@ -1,4 +1,4 @@
-"""Errors in a user's input: the message says what, where, and what was expected."""
+"""Errors in a user's input: the message states the value, its place, and what was expected."""
 
 
 class ReftuneError(Exception):
