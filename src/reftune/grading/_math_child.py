@@ -1,9 +1,9 @@
-"""Compares expressions for `mathematics`. It is started as a script and imports nothing from
+"""Compares expressions for `mathematics`. This file is started as a script and imports nothing from
 reftune.
 
 Reads one JSON object per line from standard input and writes one to standard output: `{"gold",
-"answer"}` gives `{"equal", "read"}`, the last None if the answer is not an expression, or an
-`{"error"}` that says what went wrong. The parent process enforces the time limit by killing it.
+"answer"}` yields `{"equal", "read"}`, where `read` is None if the answer is not an expression, or
+an `{"error"}` with the reason. The parent enforces the time limit by killing this process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Gold answers as data spell them, read strictly: a gold is a number only if all of it is one.
+"""Gold answers as spelled in data, read strictly: one is a number only if all of its text is.
 
-Completions have a lenient reader of their own (`numbers`): it may take "18" from "18, I think".
-Read so, the gold "5 March 2021" would be 5, and training would reward wrong answers.
+Completions have a lenient reader of their own (`numbers`): it may take "18" from "18, I think". By
+that reader the gold answer "5 March 2021" would be 5, and training would reward wrong answers.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any
 def read_gold(
     raw: object, kind: GoldKind = "auto", *, choices: Sequence[str] = (), reading: Reading = DEFAULT
 ) -> Answer:
-    """The gold answer that a cell of the data states; `answer.kind` says what it is.
+    """The gold answer in a cell of the data; `answer.kind` is its kind.
 
     `auto` is a choice if there are `choices`, else a number if all of `raw` is one, else an
     expression, a list in brackets or a text. A text with a marker ("#### 78", "\\boxed{78}", "The
-    answer is 78") is what the marker says.
+    answer is 78") stands for the marked answer.
 
-    Raises: DataError: the value and what was expected. The caller adds where it stands.
+    Raises: DataError with the value and what was expected; the caller adds the place.
     """
     if kind == "regex":
         return _pattern(raw)
@@ -72,7 +72,7 @@ def read_gold(
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
-    """The gold number that a cell consists of; None if it says anything else."""
+    """The gold number that a cell consists of; None if it contains anything else."""
     number = number_in_gold(raw, reading)
     if number is None:
         return None
@@ -82,7 +82,7 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
-    """The number that a cell consists of; None if it says anything else. True is not 1."""
+    """The number that a cell consists of; None if it contains anything else. True is not 1."""
     if isinstance(raw, bool):
         return None
     if isinstance(raw, int):
@@ -95,7 +95,7 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The answer after the last marker that announces one; the cell itself without a marker.
+    """The answer after the last marker that announces one; the cell itself if there is no marker.
 
     Raises: DataError for different answers side by side: `\\boxed{3}` or `\\boxed{4}`.
     """
@@ -114,7 +114,7 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 def _stated(text: str, reading: Reading) -> list[str]:
     """The answer after the last marker, preceded by the answers of adjacent markers, which are
-    separated only by "or", "and" and signs. An intermediate result is not adjacent."""
+    separated only by "or", "and" and symbols. An intermediate result is not adjacent."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -127,7 +127,7 @@ def _stated(text: str, reading: Reading) -> list[str]:
 
 
 def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
-    """The answer in what a marker announces, which ends at the next one."""
+    """The answer in the text that a marker announces, which ends at the next marker."""
     said = (statement.text or "").strip()
     if statement.is_closed:
         return said
@@ -181,8 +181,8 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def worded_gold(text: str) -> Answer:
-    """The kind of a gold that is neither an option nor a number: an expression (`latex`), a list in
-    brackets, of three or of words, else a text."""
+    """The kind of a gold answer that is neither an option nor a number: an expression (`latex`), a
+    bracketed list (three or more items, or two words), or else a text."""
     text = text.strip()
     listed = _LISTED.fullmatch(text)
     parts = split_items(text) if listed is not None else ()
@@ -192,10 +192,11 @@ def worded_gold(text: str) -> Answer:
 
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
-    """A gold of several parts: `any_of` the accepted spellings, a `list` in its order, or a `set`.
+    """A gold answer of several parts: `any_of` the accepted spellings, a `list` in its order, or a
+    `set`.
 
-    `raw` is a list, a list written as text ("[1, 2]"), or parts with commas or semicolons between
-    them, or in a marker each.
+    `raw` is a list, a list written as text ("[1, 2]"), or parts separated by commas or semicolons,
+    or each in its own marker.
     """
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
@@ -240,7 +241,8 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str) -> tuple[str, ...]:
     """The parts of a list as people write it: in brackets or not, with commas, semicolons, line
-    breaks or "and" between them. A comma inside a number is no separator if others have a space."""
+    breaks or "and" between them. A comma in a number does not separate items if other commas have a
+    space after them."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -343,7 +345,7 @@ def _whole_number(text: str) -> Number | None:
 
 
 def _is_unit(rest: str) -> bool:
-    """Whether what follows a number is at most one unit: a known one, or one lower-case word."""
+    """Whether the text after a number is at most one unit: a known one, or one lower-case word."""
     unit = rest.strip()
     if unit[:1] == "(" and unit[-1:] == ")":
         unit = unit[1:-1].strip()
@@ -368,8 +370,8 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.I
 
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
-    """The letter of a gold: the gold itself, the letter before its option's text, or the letter of
-    the one option it spells. Without `choices`, any letter."""
+    """The letter of a gold answer: the answer itself, the letter before its option's text, or the
+    letter of the one option it spells. Without `choices`, any letter."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:

@@ -36,7 +36,7 @@ class Statement:
     text: str | None
     """None for a box that is never closed: its content is unknown."""
     is_closed: bool = False
-    """Whether it is the content of a box or tag rather than what follows a phrase."""
+    """Whether it is the content of a box or tag rather than the text after a phrase."""
     start: int = 0
     """Where its marker begins."""
     end: int = 0

@@ -69,8 +69,8 @@ class Comparison:
 
 
 def looks_like_math(text: str) -> bool:
-    """Whether all of a text is one expression and no plain number: LaTeX commands, an equation, a
-    power, an interval, a tuple, variables. Words are not."""
+    """Whether all of a text is one expression, but not a plain number: LaTeX commands, an equation,
+    a power, an interval, a tuple, variables. Words do not count."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -79,8 +79,8 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression in a text, with signs as LaTeX: the text between its only math signs, else the
-    text up to an aside, without closing punctuation."""
+    """The expression in a text, with symbols as LaTeX: the text between its only math signs, else
+    the text up to an aside, without closing punctuation."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -134,8 +134,8 @@ def _verified(gold: str, answer: str) -> Comparison:
 
 
 def _words_in(expression: str) -> bool:
-    """Whether it contains words: three or more letters that are neither a function nor LaTeX, or
-    common two-letter words."""
+    """Whether an expression contains words: three or more letters that are neither a function nor
+    LaTeX, or common two-letter words."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in _FUNCTIONS) for word in words)
@@ -147,7 +147,7 @@ def _spelling(expression: str) -> str:
 
 
 def _brackets(expression: str) -> str:
-    """The kind of a whole in brackets with several parts: `point`, `set`; empty for all else."""
+    """The kind of a bracketed expression with several parts, `point` or `set`; else empty."""
     text = _spelling(expression).replace("\\{", "{").replace("\\}", "}")
     if not re.search(r"[,;]", text):
         return ""
@@ -166,8 +166,8 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> bytes | None:
-        """The reply to a line: empty if the process died twice; None if it did not come in time and
-        the process was killed."""
+        """The reply to a line: empty if the process died twice; None if the time ran out and the
+        process was killed."""
         for _ in range(2):  # something else may have killed it
             if self._process is None:
                 self._process = _started()

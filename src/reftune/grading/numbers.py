@@ -1,4 +1,4 @@
-"""Texts → numbers: as people write them, compared exactly."""
+"""Text → numbers as people write them, compared exactly."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
-    """Whether `predicted` is `gold` as written: a whole gold exactly, any other one
+    """Whether `predicted` equals `gold` as written: exactly if `gold` is whole, and otherwise if
 
         |p − g| < 10^−d  and  |p − g| ≤ 0.01·|g|,   d = max(2, the fewer decimals of the two),
 
-    in exact arithmetic. A fraction has the other side's decimals; two fractions must be equal. The
-    print of a float is first rounded to 12 significant digits.
+    in exact arithmetic. A fraction has the other side's decimals; two fractions must be equal. A
+    printed float is first rounded to 12 significant digits.
     """
     predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
     gap = abs(predicted.value - gold.value)
@@ -107,8 +107,9 @@ def _without_float_noise(number: Number) -> Number:
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Equal as written, or with a percent sign on one side only: as a hundredth, unless the plain
-    side is a whole number above 1. 0.25 and 25 are 25 %, and 25 is not 2500 %."""
+    """Whether two numbers are equal as written or, if only one has a percent sign, after dividing
+    it by 100, unless the plain side is a whole number above 1: 0.25 and 25 equal 25%, and 25 does
+    not equal 2500%."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:
@@ -291,7 +292,7 @@ _PERIOD = re.compile(
 
 
 def _endless(decimal: str) -> Number:
-    """0.333... is 1/3 and 0.1212... 4/33; one without a period, 3.14159..., is what it shows."""
+    """0.333... is 1/3 and 0.1212... 4/33; without a period, 3.14159... is the digits shown."""
     found = _PERIOD.fullmatch(decimal[:200])
     if found is None:
         return Number(Fraction(decimal), len(decimal.partition(".")[2]))
@@ -328,9 +329,10 @@ _AND_UNKNOWN = re.compile(r"\b(?:or|and) [^\W\d]{1,3} ?$")
 
 
 def after_equals(line: str) -> str:
-    """The text after the last `=` of the first sentence. The line itself without one, or if a
-    number comes before an aside that holds it ("18, because 2 + 2 = 4", "12 when n = 3"). Nothing
-    if several unknowns have values ("x = 3 or x = 4"), or only a multiple of one ("2x = 6")."""
+    """The text after the last `=` of the first sentence. The line itself if there is no `=`, or if
+    a number comes before an aside that contains it ("18, because 2 + 2 = 4", "12 when n = 3").
+    Empty if several unknowns have values ("x = 3 or x = 4"), or if only a multiple of one is given
+    ("2x = 6")."""
     condition = _LEADING_CONDITION.match(line)
     if condition is not None:  # "when n = 3, 12"
         line = line[condition.end() :]
@@ -428,8 +430,8 @@ _ATTACHED_LETTER = re.compile(r"(?:a|[DEGHIOPQRSUXYZ])\b")
 
 
 def _is_part_of_more(rest: str) -> bool:
-    """Whether the text after a number makes it part of something else. Looks at the kinds of the
-    next words and signs."""
+    """Whether the text after a number makes it part of something else. This depends on the kinds of
+    the next words and symbols."""
     shape = _SHAPE.sub(lambda match: _LETTER_OF[match.lastgroup or "word"], rest[:_LOOKAHEAD_CHARS])
     return (
         _CONTINUES.match(shape) is not None
@@ -501,8 +503,8 @@ _NOT_ABOUT = re.compile(
 
 
 def only_number(line: str) -> Number | None:
-    """The number of a plain sentence that begins in words and holds no other: "page 12", "each
-    child gets 12 sweets". None after words that may change it, "at least 12"."""
+    """The number of a plain sentence that begins with words and contains no other number: "page
+    12", "each child gets 12 sweets". None after words that may change it, "at least 12"."""
     end = _SENTENCE_END.search(line)
     sentence = (line if end is None else line[: end.start()]).lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)

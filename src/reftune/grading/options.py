@@ -1,4 +1,4 @@
-"""Texts → the option of a multiple-choice question that they choose."""
+"""Text → the option that it chooses in a multiple-choice question."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
-    """Whether a leading letter is a choice: not a variable ("c = 5"), nor the article in "a 5 %
+    """Whether a leading letter is a choice: not a variable ("c = 5"), nor the article in "a 5%
     rise"."""
     position = ord(letter) - ord("a")
     if choices and position >= len(choices):
@@ -75,7 +75,7 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:
-    """Whether a plain line holds the letter of an option, or begins with an option's text."""
+    """Whether a plain line contains the letter of an option, or begins with an option's text."""
     last = chr(ord("a") + len(choices) - 1) if choices else "z"
     letter = re.search(rf"(?<![^\W_])[a-{last}](?![^\W_])", line, re.IGNORECASE)
     return letter is not None or any(_begins_with(line, choice) for choice in choices)

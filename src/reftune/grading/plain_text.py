@@ -1,4 +1,4 @@
-"""Texts in plain ASCII: without markdown, LaTeX and HTML decoration."""
+"""Text in plain ASCII, without markdown, LaTeX and HTML decoration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts and values → verdicts. Bounded: any text gives a verdict quickly, none raises.
+"""Completions and values → verdicts. Any text gets a verdict in bounded time; none raises.
 
 Pure, except for expressions, which a worker process compares.
 """
@@ -90,9 +90,9 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 
 def grade_value(value: Any, problem: Problem) -> Graded:
-    """Grade what a program returned; a float that is not whole, by the digits that arithmetic
-    keeps. None, nan and inf do not count as answers; a truth value answers only a yes/no question,
-    a list or date only golds of that kind."""
+    """Grade the value that a program returned; a float that is not whole, by the digits that
+    arithmetic keeps. None, nan and inf do not count as answers; a boolean answers only a yes/no
+    question, a list or date only a gold answer of that kind."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"
@@ -185,7 +185,7 @@ def _grade_spellings(text: str, problem: Problem) -> Graded:
 
 
 def _grade_list(text: str, problem: Problem) -> Graded:
-    """Part by part: in order, or of a set in any."""
+    """Graded part by part: a list in order, a set in any order."""
     parts, gold = _parts(problem), str(problem.answer.value)
     said = split_items(_listed_in(text, len(parts)))
     if not said:
@@ -220,7 +220,7 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line without words about the list; all lines if each holds one part."""
+    """The first line, without words about the list; all lines if each holds one part."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
@@ -230,7 +230,7 @@ def _listed_in(text: str, num_parts: int) -> str:
 
 
 def _parts(problem: Problem) -> list[Problem]:
-    """The problem with each part of its gold as the answer."""
+    """One copy of the problem per part of its gold answer, with that part as the answer."""
     return [
         replace(problem, answer=part_answer(item), choices=(), scorer=None)
         for item in problem.answer.items
@@ -249,7 +249,7 @@ def part_answer(item: str) -> Answer:
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """The score of the best of several spellings: scorers expect the bare answer."""
+    """The best score among several spellings, because scorers expect the bare answer."""
     words = text.strip()
     if not words:
         return no_answer("nothing after the marker")
@@ -273,7 +273,7 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
 def judge(right: bool, value: str, gold: str) -> Graded:
     """CORRECT or WRONG, with a reason that quotes both."""
     gold = clip(gold)
-    if len(value) > MAX_VALUE_CHARS:  # the sum tells long values apart that begin alike
+    if len(value) > MAX_VALUE_CHARS:  # a checksum tells apart long values that begin alike
         value = f"{clip(value[:180])}… {zlib.crc32(value.encode('utf-8', 'replace')):08x}"
     value = clip(value)
     verdict, is_gold = (Verdict.CORRECT, "is") if right else (Verdict.WRONG, "is not")
@@ -307,7 +307,7 @@ def no_answer(reason: str) -> Graded:
 
 
 def quote(text: str) -> str:
-    """The start of a text, in quotation marks, for a reason."""
+    """The start of a text, in quotation marks, as shown in a reason."""
     words = clip(text.lstrip()[:80])
     return f'"{words}"' if words else "the empty text"
 
@@ -333,7 +333,7 @@ _EDGES = ("()", "[)", "(]", "{}")
 
 
 def _other_value_text(value: Any, gold: Answer) -> str | None:
-    """A truth value for a yes/no gold, a list or a date for golds that may be one."""
+    """A boolean for a yes/no gold answer, a list or a date for a gold answer that may be one."""
     if gold.kind in ("number", "choice"):
         return None
     if isinstance(value, bool):
@@ -349,7 +349,7 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
 
 
 def describe(value: Any) -> str:
-    """A value that is not an answer, for a reason."""
+    """A value that is not an answer, as quoted in a reason."""
     if isinstance(value, bool | float | None):
         return str(value)
     if isinstance(value, int):

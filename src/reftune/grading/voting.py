@@ -1,8 +1,8 @@
-"""From several graded samples of one problem to one answer: votes, reranking, pass@k. Pure.
+"""One answer from several graded samples of a problem: votes, reranking, pass@k. Pure.
 
-Only samples with a value take part; equal values are one candidate; a tie goes to the value seen
-first; without any valid value the vote is wrong. The grader decides which values are equal: 0.5,
-1/2 and 50% are one. The paper compares them as spelled.
+Only samples with a value vote, and votes for equal values are pooled. A tie goes to the value seen
+first; without any valid value the vote is wrong. The grader decides which values are equal, such as
+0.5, 1/2 and 50%; the paper compares spellings.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def has_letter(graded: Graded) -> bool:
 
 
 def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
-    """Which samples may vote under a format's grading: all with an answer; in the paper's, on
-    choices, those with a letter."""
+    """Which samples may vote under a format's grading: all with an answer or, for choices under the
+    paper's rules, those with a letter."""
     return has_letter if grading == "paper" and is_choice else has_value
 
 
 def same_answer(first: str, second: str) -> bool:
     """Whether two values that the grader read are one answer: equal numbers, or the same words.
 
-    Expressions need no more than that, as their values are spelled by what was parsed.
+    This is enough for expressions, whose values are spelled from their parsed form.
     """
     if first == second:
         return True
@@ -53,7 +53,7 @@ def same_answer(first: str, second: str) -> bool:
 
 
 def equality(grading: str | None) -> Same:
-    """When two values are one answer under a format's grading; in the paper's, as spelled."""
+    """When two values are one answer under a format's grading; the paper's compares spellings."""
     return operator.eq if grading == "paper" else same_answer
 
 
@@ -66,9 +66,8 @@ def majority_curve(
     """The first sample with the most frequent value among the first k samples, for k = 1 … n; None
     if none of them is valid.
 
-    A prefix is what drawing only k samples would have given; because samples are exchangeable, the
-    mean over problems is an unbiased estimate of maj@k, and its last point is the vote over all
-    samples.
+    A prefix equals a draw of only k samples; because samples are exchangeable, the mean over
+    problems is an unbiased estimate of maj@k, and its last point is the vote over all samples.
     """
     first: dict[str, Graded] = {}
     votes: Counter[str] = Counter()
@@ -111,7 +110,7 @@ def is_correct(winner: Graded | None) -> bool:
 
 
 def pass_at_k(n: int, num_correct: int, k: int) -> float:
-    """Unbiased chance that k of the n samples hold a correct one.
+    """Unbiased estimate of the chance that k samples include a correct one, from n samples.
 
         1 − C(n − c, k) / C(n, k)
 

@@ -61,9 +61,9 @@ def bare_words(text: str) -> str:
 
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """Whether an answer is the gold, as a whole, in its first line, or, of a short gold, up to
-    punctuation or a reason ("Yes, they do."). `unclear` if or, and, but or the opposite follows
-    it: "Yes and no"."""
+    """Whether an answer is the gold answer as a whole, in its first line or, if the gold answer is
+    short, up to punctuation or a reason ("Yes, they do."). `unclear` if or, and, but or the
+    opposite follows it: "Yes and no"."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):

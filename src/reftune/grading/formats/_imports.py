@@ -1,4 +1,4 @@
-"""Programs without the imports that they do not use: the only change made to a model's code.
+"""Removes unused imports from programs: the only change made to a model's code.
 
 Nothing here parses or runs a program: it is read token by token, so that no text can harm the
 reader. Whatever cannot be read stays as it is.
@@ -53,7 +53,7 @@ def without_unused_imports(program: str) -> str:
 
     A name is used if it occurs anywhere except after a dot, in an f-string, or in any string of a
     program that evaluates strings. Imports of modules that reach outside stay, so that they are
-    noticed, and so does `import *`.
+    noticed; `import *` stays too.
     """
     if "import" not in program:
         return program
@@ -121,7 +121,7 @@ def _used(tokens: Sequence[_Token]) -> set[str]:
 
 
 def _less_unused(statement: _Import, used: set[str]) -> str | None:
-    """The statement without what is not used; None if it stays as it is."""
+    """The statement without its unused names; None if it stays as it is."""
     kept = [part for part in statement.parts if _bound(part) in used]
     if len(kept) == len(statement.parts) or FORBIDDEN_MODULES.intersection(statement.modules):
         return None
@@ -135,5 +135,5 @@ def _replace(lines: list[str], tokens: Sequence[_Token], replacement: str) -> No
 
 
 def _bound(part: str) -> str:
-    """The name that an imported one gets; of `a.b` it is `a`."""
+    """The name that an import binds; for `a.b` it is `a`."""
     return part.rpartition(" as ")[2] if " as " in part else part.partition(".")[0]

@@ -102,7 +102,7 @@ def question_text(problem: Problem) -> str:
 
 
 def with_options(question: str, problem: Problem) -> str:
-    """A question, the problem's options on a line of their own unless it already holds them."""
+    """A question, followed by a line with the problem's options unless it already contains them."""
     question = question.strip()
     if not problem.choices:
         return question

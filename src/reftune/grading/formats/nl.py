@@ -43,7 +43,7 @@ class Nl(Prompted):
 
     def target(self, problem: Problem) -> str:
         """The gold rationale and a line with the answer that the grading reads, unless a compact
-        rationale ends in one.
+        rationale ends in such a line.
 
         Raises: DataError if there is no rationale, or one that is a program.
         """
@@ -69,7 +69,7 @@ class Nl(Prompted):
         return f"{rationale}\n{phrase} {answer}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in order; expressions are compared side by side."""
+        """One grade per completion, in order; expressions are compared in parallel."""
         if len(completions) != len(problems):
             raise ValueError(f"{len(problems)} problems and {len(completions)} completions")
         if self.grading == "robust" and any(needs_worker(problem.answer) for problem in problems):

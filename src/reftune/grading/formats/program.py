@@ -8,12 +8,12 @@ order, the next one only if the one before ends in an error:
 
 1. the code as it stands: the last fenced block that defines `solution`, else the text if it does,
    else the text (or its last fenced block) as the body of `solution`;
-2. the code without prose. Of a program: its imports, definitions and the assignments before
-   `solution`, everything else at the left margin dropped. Of a body: its lines up to the first one
-   at the left margin; a body that stands at the left margin itself ends at its first `return`;
-3. the fenced blocks above it that define no `solution`, and then the code, as a notebook has them.
+2. the code without prose. A program keeps its imports, its definitions and the assignments before
+   `solution`, and nothing else at the left margin. A body keeps its lines up to the first one at
+   the left margin; a body that itself stands at the left margin ends at its first `return`;
+3. the code after the fenced blocks above it that define no `solution`, as in a notebook.
 
-Of several definitions of `solution` the last counts, as in Python.
+If `solution` is defined several times, the last definition counts, as in Python.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class Program(Prompted):
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """The grade of the first program that ends without an error; of the first error if none
-        does."""
+        """The grade of the first program that ends without an error, or of the first error if all
+        fail."""
         if not results:
             expected = " and neither assigns nor prints an answer" * (self.scripts == "read")
             reason = f"the text defines no solution() and returns nothing{expected}"
@@ -215,8 +215,8 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs without a `solution` to try in turn: a body of one that returns nothing, or the
-    last fenced block, else the text, that prints, or assigns an answer at the left margin."""
+    """The programs without a `solution` to try in turn: a `solution` body that returns nothing, or
+    else the last fenced block (or the text) that prints, or assigns an answer at the left margin."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -236,8 +236,8 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 
 def _answer_of(script: str) -> str:
-    """`answer` before what is printed, and that before a `result`, which may be a step on the
-    way."""
+    """`answer` if it is assigned, else the printed text, else `result`, which may be an
+    intermediate step."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -272,8 +272,8 @@ def _without_prose(program: str) -> str:
 
 
 def _chunks(program: str) -> list[str]:
-    """A line at the left margin with the lines that belong to it: indented or blank ones, closing
-    brackets, and what is inside triple quotes."""
+    """Lines at the left margin, each with the lines that belong to it: indented or blank ones,
+    closing brackets, and what is inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
     for line in program.split("\n"):

@@ -9,7 +9,7 @@ from reftune.types import Completion, Graded, Problem
 
 
 class SumOfParts(float):
-    """A reward and the named parts that it is the sum of."""
+    """A reward and the named parts that add up to it."""
 
     parts: Mapping[str, float]
 

@@ -1,13 +1,13 @@
 """A user's own reward function: `reward: my_reward.py:score`.
 
-The function is called as TRL calls its `reward_funcs`, once a batch, everything by keyword and as
-lists: `prompts` (the questions), `completions` (texts), `completion_ids`, every column of the data
-by its name, and, unless the data has columns of these names, `answer`, `verdicts`, `values` and
-`reasons` (the grader's). It takes those it names, or all of them with `**kwargs`; it may be async.
-It returns one number per completion, or None if it does not apply: that rollout is then left out.
-Instead of a number it may return parts, `{"correct": 1.0, "short": 0.1}`, or for the whole batch
-`{"correct": [1.0, …], "short": [0.1, …]}`: the reward is their sum, and each is a metric of its
-own, `reward_part/NAME`.
+The function is called as TRL calls its `reward_funcs`, once per batch, with lists as keyword
+arguments: `prompts` (the questions), `completions` (strings), `completion_ids`, every column of the
+data by its name, and, unless the data has columns of these names, `answer`, `verdicts`, `values`
+and `reasons` (the grader's). It receives the arguments it names, or all of them with `**kwargs`; it
+may be async. It returns one number per completion, or None to leave that rollout out. Instead of a
+number it may return parts, `{"correct": 1.0, "short": 0.1}`, or for the whole batch `{"correct":
+[1.0, …], "short": [0.1, …]}`: the reward is their sum, and each part is logged as
+`reward_part/NAME`.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""Untrusted programs → values, inside limits on time, memory and recursion.
+"""Untrusted programs → values, within limits on time, memory and recursion.
 
 Two backends behind one interface. `monty` interprets Python in Rust, in worker processes that it
-replaces when they die; there is no file, network, process or environment in it to reach.
-`subprocess` runs CPython with the installed packages, an isolated process for each program. `auto`
-(the default) runs monty, and the subprocess for what monty lacks of Python itself (`gaps.py`);
-packages stay an error there, so that what happens to be installed does not decide a verdict. Where
+replaces when they die; programs get no files, network, processes or environment. `subprocess` runs
+CPython with the installed packages, an isolated process for each program. `auto` (the default) runs
+monty, and the subprocess for features of Python that monty lacks (`gaps.py`); importing a
+third-party package is still an error, so that verdicts do not depend on the packages installed. If
 the system cannot isolate a subprocess, `auto` is monty alone.
 
-What is FORBIDDEN: opening or listing files, reading the environment, asking the system for anything
-else, importing a module whose purpose is to reach outside (`socket`, `subprocess`, `ctypes`, …),
-using what `os` and `sys` have outside the sandbox (`os.system`, `sys.modules`, `sys.exit`),
-`__import__`, `globals`, `input`, `exit`, and dunder attributes that lead from an object to the
-interpreter (`().__class__`). A try/except around the attempt hides neither the call nor the import.
-Importing `os` or `sys` and using what is harmless there (`os.path.join`, `sys.maxsize`) is allowed:
-models write unused imports. A module that is missing but harmless (numpy, sympy) is an ERROR.
+These are FORBIDDEN: opening or listing files, reading the environment, asking the system for
+anything else, importing a module whose purpose is to reach outside (`socket`, `subprocess`,
+`ctypes`, …), using members of `os` and `sys` that reach outside the sandbox (`os.system`,
+`sys.modules`, `sys.exit`), `__import__`, `globals`, `input`, `exit`, and dunder attributes that
+lead from an object to the interpreter (`().__class__`). A try/except around the attempt hides
+neither the call nor the import. Importing `os` or `sys` and using their harmless members
+(`os.path.join`, `sys.maxsize`) is allowed: models write unused imports. A module that is missing
+but harmless (numpy, sympy) is an ERROR.
 
 Clock, random numbers and sleep are fixed, so that a program gives the same value every time.
 """
@@ -61,7 +62,7 @@ class Sandbox:
         workers: int | None = None,
         allow_unisolated: bool = False,
     ) -> None:
-        """`workers`: programs at a time, by default one per core. `allow_unisolated`: let the
+        """`workers`: programs run at a time, by default one per core. `allow_unisolated`: let the
         subprocess backend start even if the system cannot isolate it from the network."""
         self.limits = limits if limits is not None else SandboxLimits()
         self._kind = backend
@@ -70,11 +71,10 @@ class Sandbox:
         self._backend: Backend | None = None
 
     def run(self, programs: Sequence[str], call: str = "solution()") -> list[ExecutionResult]:
-        """Execute each program, then the expression `call` in its scope; one result a program, in
+        """Execute each program, then the expression `call` in its scope; one result per program, in
         order.
 
-        Raises: ReftuneError if the sandbox itself cannot start. What a program does never
-        raises.
+        Raises: ReftuneError if the sandbox itself cannot start. Programs never cause an error.
         """
         if not programs:
             return []

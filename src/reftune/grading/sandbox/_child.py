@@ -1,19 +1,19 @@
 """Runs programs for the subprocess sandbox, each in a process of its own that is forked from this
-one. Started as a script with a prepared environment; imports nothing from reftune.
+one. This file is started as a script with a prepared environment and imports nothing from reftune.
 
-What it forks is warm: the interpreter has started, and the packages that the programs use are
+Forked processes are warm: the interpreter has started, and the packages that the programs use are
 imported. This process only forks, waits and kills; it never reads a program. Its settings are one
 JSON argument. Each message on the socket at descriptor 0 asks for one program and brings three
 descriptors: the program's source, a pipe for its result, and a socket that gets its exit status.
 When the other end of that socket closes, the program is killed.
 
-Lines written to the result: `F…` for each thing the program reached for and was refused, `P…` with
-the end of what it printed, then `V…` with its value or `E…` with its exception; `N…` where the
-program was not started because the system lacks what is named. All but `F` and `N` hold JSON.
+Lines written to the result: `F…` for each access that was refused, `P…` with the end of the
+program's output, then `V…` with its value or `E…` with its exception; `N…` if the program was not
+started because the system lacks the protection it names. All but `F` and `N` hold JSON.
 
-The audit hook only labels and refuses what well-known doors lead to. What holds a determined
-program is the kernel: Landlock (files), seccomp (an allow-list of system calls: no sockets,
-processes, threads, signals or timers), namespaces and limits.
+The audit hook only labels and refuses the well-known ways out. A determined program is held by the
+kernel: Landlock (files), seccomp (an allow-list of system calls: no sockets, processes, threads,
+signals or timers), namespaces and limits.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> int:
-    """The process of one program; it does not return in there."""
+    """Fork the process of one program and return its id; in the new process, never return."""
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -169,7 +169,7 @@ def kill(pid: int) -> None:
 def run_program(
     folder: str, source_file: int, results: int, settings: dict[str, Any], parent: int
 ) -> None:
-    """Shut all doors, then run the program and write what became of it."""
+    """Isolate the process, then run the program and write its report."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
@@ -210,8 +210,8 @@ def keep_only(results: int) -> None:
 
 
 def fence_in(readable: list[str]) -> str:
-    """Give up, for good, the network, other processes and all files but `readable`. Returns what
-    the system cannot do."""
+    """Permanently drop access to the network, other processes and all files except `readable`.
+    Returns the protections that the system lacks."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
@@ -229,8 +229,8 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Landlock: `paths` may be read, nothing else in the file system opened, written, made, renamed
-    or removed."""
+    """Landlock: `paths` may be read; nothing else in the file system may be opened, written, made,
+    renamed or removed."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -253,8 +253,8 @@ def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
 
 
 def only_call(libc: ctypes.CDLL, table: tuple[int, str] | None) -> bool:
-    """seccomp: every system call that is not allowed fails with EPERM. False for machines without a
-    table."""
+    """seccomp: every system call that is not allowed fails with EPERM. False if there is no table
+    for the machine."""
     if table is None:
         return False
     architecture, numbers = table[0], [int(number) for number in table[1].split()]
@@ -339,8 +339,8 @@ def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
 
 
 class Doorman:
-    """Refuses, and reports, what a program reaches for outside itself; its packages may read their
-    own files."""
+    """Refuses and reports a program's attempts to reach outside; its packages may read their own
+    files."""
 
     def __init__(self, results: int, settings: dict[str, Any]) -> None:
         self.results = results

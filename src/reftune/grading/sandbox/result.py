@@ -52,9 +52,9 @@ class ExecutionResult:
     reason: str = ""
     """One line of explanation; empty if the status is OK."""
     printed: str = field(default="", compare=False)
-    """The end of what it printed, if the status is OK."""
+    """The end of the program's output, if the status is OK."""
     seconds: float = field(default=0.0, compare=False)
-    """How long it ran, the start of its session included."""
+    """Run time, including the start of the session."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +100,6 @@ def forbidden_error(text: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """The first line of a program's output, bounded, without characters that cannot be printed or
-    would steer a terminal."""
+    """The first line of a program's output, truncated, with unprintable and terminal-control
+    characters removed."""
     return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

@@ -2,11 +2,12 @@
 that monty lacks.
 
 A forking process waits with the interpreter started and the slow packages imported, one for each
-combination of packages. Each program is a fork of it, with no site-packages hooks, an environment
-of ours, an empty temporary folder as its place, Landlock (only the libraries can be read, nothing
-written), an allow-list of system calls (no sockets, processes, threads, signals), user, network and
-IPC namespaces of its own, limits on memory, processor time and open files, and a session that is
-killed as a whole. docs/sandbox.md lists what that covers and what it does not.
+combination of packages. Each program runs in a fork of it, with no site-packages hooks, an
+environment of our own, an empty temporary folder to work in, Landlock (only the libraries can be
+read, nothing written), an allow-list of system calls (no sockets, processes, threads, signals),
+user, network and IPC namespaces of its own, limits on memory, CPU time and open files, and a
+session that is killed as a whole. docs/sandbox.md lists what these protections cover and what they
+do not.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ SYSTEM_LIBRARIES = (
 
 
 class SubprocessBackend:
-    """One process a program, forked from a warm one. Raises: ReftuneError if the system cannot
+    """One process per program, forked from a warm one. Raises: ReftuneError if the system cannot
     isolate it and `allow_unisolated` is not set."""
 
     def __init__(
         self, limits: SandboxLimits, *, allow_unisolated: bool, packages: bool = True
     ) -> None:
-        """`packages`: programs may import what is installed beside Python."""
+        """`packages`: programs may import packages that do not come with Python."""
         if sys.platform != "linux" and not allow_unisolated:
             raise ReftuneError(
                 "sandbox: the subprocess backend isolates on Linux only; use monty, or set"
@@ -215,7 +216,7 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
     """The process's output until it ends, its time is up or it has written too much, and its exit
-    status; it is dead afterwards. None if the forking process died."""
+    status; the process is dead afterwards. None if the forking process died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
