@@ -216,7 +216,7 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs without a `solution` to try in turn: a `solution` body that returns nothing, or
-    else the last fenced block (or the text) that prints, or assigns an answer at the left margin."""
+    else the last fenced block (or text) that prints, or assigns an answer at the left margin."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
