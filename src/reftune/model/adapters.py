@@ -95,7 +95,8 @@ def read_adapters(folder: Path) -> Scaled:
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
-    """Check base and scaling. Raises: ModelError if the adapters to continue from have others."""
+    """Check base and scaling. Raises: ModelError if the adapters to continue from differ in
+    these."""
     _, scaling = read_adapters(folder)
     _require_base(folder, table.path)
     if table.lora is None or scaling != table.lora.alpha / table.lora.rank:
@@ -132,9 +133,9 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled]:
-    """The adapters of all stages from the base, or from the run's initial adapters, to `method`.
-    Over a base in 4 bits each stage continues the adapters of the stage before, so the last ones
-    contain all."""
+    """The adapters of every stage up to `method`, starting at the base or the run's initial
+    adapters. With a 4-bit base, each stage continues training the previous stage's adapters, so the
+    last set includes all of them."""
     from safetensors.torch import load_file
 
     table = model.get("lora") or {}

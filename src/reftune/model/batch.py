@@ -244,10 +244,9 @@ def own_micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
     """This process's micro-batches, each with whether it counts. All processes hold all sequences;
-    together their micro-batches cover every sequence once, with equally many short and long ones in
-    each process. Every process gets at least one micro-batch and, with `even`, as many as the
-    others, filled up by repeating the first sequence, which does not count.
-    """
+    together their micro-batches cover every sequence once, with equally many short and long
+    sequences in each process. Every process gets at least one micro-batch and, with `even`, as many
+    as the others, filled up by repeating the first sequence, which does not count."""
     rank, size = world.rank(), world.world_size()
     order = torch.argsort(lengths, stable=True)
     batches = []

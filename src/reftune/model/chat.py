@@ -21,8 +21,7 @@ OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The turns as the template writes them, up to where the assistant begins. Raises: RecipeError
-    if there is no template, or if it refuses or omits a turn.
-    """
+    if there is no template, or if it rejects or omits a turn."""
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
@@ -70,8 +69,8 @@ def _answered(prompt: Conversation, said: str) -> tuple[Message, ...]:
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str]:
-    """The text before and after the assistant's words; two empty texts if the template omits
-    these."""
+    """The text before and after the assistant's words; two empty strings if the template omits the
+    words."""
     text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
     before, found, after = text.rpartition(PROBE)
     return (before, after) if found else ("", "")

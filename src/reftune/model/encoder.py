@@ -33,7 +33,7 @@ class Encoder:
 
     def prompt(self, problem: Problem) -> list[int]:
         """Ids of the problem's prompt, after the tokenizer's BOS. Raises: RecipeError if the chat
-        template refuses it."""
+        template rejects it."""
         prompt = self.format.prompt(problem)
         ids = self.encode(self.text_of(prompt))
         if isinstance(prompt, Conversation | BareText):  # a template writes its own BOS
@@ -67,7 +67,7 @@ class Encoder:
         return int(self.tokenizer.eos_token_id) if turn is None else turn
 
     def text_of(self, prompt: str | Conversation) -> str:
-        """A prompt as text. Raises: RecipeError if the chat template refuses it."""
+        """A prompt as text. Raises: RecipeError if the chat template rejects it."""
         return prompt_text(self.tokenizer, prompt) if isinstance(prompt, Conversation) else prompt
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
@@ -77,7 +77,7 @@ class Encoder:
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens except those spelled in it."""
+        """Token ids of a text; no special tokens beyond those spelled out in it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -121,7 +121,7 @@ Decode = Callable[[Sequence[int]], str]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRule:
     """A completion ends with any of these tokens or with the token that completes any of these
-    texts."""
+    strings."""
 
     ids: frozenset[int]
     texts: tuple[str, ...] = ()
@@ -141,7 +141,7 @@ class StopRule:
         end = next((place for place, token in enumerate(token_ids, 1) if token in self.ids), None)
         if not self.texts or self.text_end(decode(token_ids[:end])) is None:
             return end
-        low, high = 1, len(token_ids[:end])  # once written, a stop text stays in the decoded text
+        low, high = 1, len(token_ids[:end])  # once written, a stop string stays in the decoded text
         while low < high:
             middle = (low + high) // 2
             if self.text_end(decode(token_ids[:middle])) is None:
@@ -151,7 +151,7 @@ class StopRule:
         return low
 
     def text_end(self, text: str) -> int | None:
-        """Where the first stop text begins; None if there is none."""
+        """Where the first stop string begins; None if there is none."""
         return min((text.index(stop) for stop in self.texts if stop in text), default=None)
 
 
@@ -179,5 +179,5 @@ def token_ids_of(value: int | Sequence[int] | None) -> list[int]:
 
 
 def stop_texts(format: Format) -> tuple[str, ...]:
-    """Texts that end completions; empty for a user's format without `stop`."""
+    """Strings that end completions; empty for a user's format without `stop`."""
     return tuple(getattr(format, "stop", ()))

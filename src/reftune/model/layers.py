@@ -1,5 +1,5 @@
-"""Changes to the layers of a loaded model: frozen weights are kept narrow, dropout is made cheap,
-blocks are recomputed.
+"""Changes to the layers of a loaded model: narrow dtypes for frozen weights, cheap dropout,
+recomputed blocks.
 
 Weights that are never trained (a base under adapters, a reference, a model that only answers) are
 kept in the compute dtype, or in 4 bits. Autocast would cast them at every use anyway, so the
@@ -68,10 +68,9 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
     """Keep the matrices of the linear layers, except the output head's, in 4 bits (NF4, blocks of
-    64; QLoRA, arXiv:2305.14314, §3), in place; products are in `dtype`. Equals transformers'
+    64; QLoRA, arXiv:2305.14314, §3), in place; matmuls run in `dtype`. Equals transformers'
     `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises: ModelError without
-    bitsandbytes, and for models without such layers.
-    """
+    bitsandbytes, and for models without such layers."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
@@ -161,8 +160,8 @@ entries."""
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
-    """Replace the dropout layers of `model` in place: their masks cost a seventh of PyTorch's on a
-    CPU."""
+    """Replace the dropout layers of `model` in place: on a CPU their masks cost a seventh of
+    PyTorch's."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:

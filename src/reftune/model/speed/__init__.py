@@ -1,5 +1,5 @@
-"""Code that exists only for speed. Without this folder results stay within rounding. To remove it,
-change its callers:
+"""Code that exists only for speed. Removing this folder changes results only by rounding. To remove
+it, change its callers:
 
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out` and their two `read_packed`: keep the branch of `_predictors` for models
@@ -7,7 +7,7 @@ change its callers:
 - `engines/kv.py` calls `llama.is_written_out` and `llama.packed_linears`: keep
   `through_transformers`.
 - `engines/continuous.py` enters `attention.attention_as_before`, which then has nothing to undo.
-- `stages/outline.py` takes `ATTENTION` for transformers' own.
+- `stages/outline.py` treats `ATTENTION` as transformers' own.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`.
 
 Dropout is the exception: which entries it drops depends on how sequences are laid out, so with

@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
     zeroed pages at every step.
 
     Every training step frees and requests the same gigabytes. Does nothing if the C library is not
-    glibc, or if the environment tells glibc what to do (`MALLOC_…`).
+    glibc, or if the environment configures glibc's allocator (`MALLOC_…`).
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

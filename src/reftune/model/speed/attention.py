@@ -1,7 +1,7 @@
 """Sequences read without padding between them by transformers' own models.
 
 Tokens of all sequences follow one another; they are padded only for attention, in groups of similar
-length. In bf16 on a CPU attention is in fp32: its backward pass is slow in bf16.
+length. For bf16 on a CPU, attention runs in fp32, because its backward pass is slow in bf16.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def _attend(
 def _attend_codegen(
     module: Any, original: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None
 ) -> tuple[Tensor, Any]:
-    """CodeGen's own attention, (B, heads, tokens, D) → the same, or with packing in place of the
-    mask as other models attend."""
+    """CodeGen's own attention, (B, heads, tokens, D) → the same; with packing in place of the mask,
+    it attends as other models do."""
     packing = getattr(mask, "packing", None)
     if packing is None:
         attended: tuple[Tensor, Any] = original(query, key, value, mask)

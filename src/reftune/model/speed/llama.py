@@ -39,10 +39,10 @@ Product = Callable[[Tensor], Tensor]
 
 
 def is_written_out(model: Any) -> bool:
-    """Whether this file computes what `model`, a causal LM, does.
+    """Whether this file can run `model`, a causal LM.
 
-    It does not with adapters or quantized layers, sliding windows, another activation than SiLU,
-    or rotary positions on a part of each head.
+    It cannot with adapters or quantized layers, sliding windows, activations other than SiLU, or
+    rotary positions on a part of each head.
     """
     kind, config = type(model), model.config
     if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
@@ -370,9 +370,9 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Products of the linear layers from a read-only copy of their weights in `dtype`, in oneDNN's
     layout.
 
-    A product takes half to two thirds of the time, and the copy 0.1 s for 134 million weights.
-    Leaves alone small layers in fp32, and does nothing off the CPU, or in bf16 if the CPU has no
-    bf16 products.
+    Products then take half to two thirds of the time; the copy takes 0.1 s for 134 million weights.
+    Small layers in fp32 are left alone. Does nothing off the CPU, or in bf16 if the CPU has no bf16
+    products.
     """
     layers = [
         module
@@ -391,8 +391,8 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
     """The outputs of `layers` on the same rows, side by side, by one product in `dtype`.
 
-    `pack`: from a copy of the weights in oneDNN's layout, if that is faster; False: from an
-    ordinary copy then, which takes as much memory.
+    `pack` uses a copy of the weights in oneDNN's layout if that is faster; False uses an ordinary
+    copy in that case, which takes as much memory.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
