@@ -1,7 +1,7 @@
-"""Finds the process that is gone: each reports every second that it is alive, and checks the
-others. A collective operation cannot tell: it waits for hours, or fails without a name. Heartbeats
-come from a thread, so a process that computes or writes for long is not taken for dead.
-"""
+"""Finds the process that is gone: each process reports every second that it is alive, and checks
+the others. A collective operation waits for hours instead, or fails without naming the process.
+Heartbeats come from a thread, so a process that computes or writes for long is not taken for
+dead."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Heartbeat:
             threading.Thread(target=work, daemon=True).start()
 
     def leave(self) -> None:
-        """This process is done: the others should not wait for it."""
+        """Tell the others that this process is done, so that they do not wait for it."""
         self.stop()
         self._exchange(LEFT)
 

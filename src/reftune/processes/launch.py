@@ -73,8 +73,8 @@ def first_to_tell() -> bool:
         return own == 0  # before they have joined, all meet the same error
     try:
         return _is_first(_store, own)
-    # the store went with the main process, which has reported it; had it been killed, the
-    # launcher would say so
+    # the store went with the main process, which has reported the error; had it been killed, the
+    # launcher would report it
     except RuntimeError:
         return False
 

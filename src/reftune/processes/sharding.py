@@ -1,6 +1,5 @@
-"""Sharding of weights: every process holds all (DDP), or each holds a part (FSDP2). `current`
-knows which, and all other code asks it.
-"""
+"""Sharding of weights: every process holds all of them (DDP) or a part (FSDP2). `current` is the
+sharding in use; all other code asks it."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ class Sharding:
         return "weights whole in each (DDP)"
 
     def distribute(self, model: Any) -> None:
-        """Prepare `model` for training by all processes: with the main one's weights, split in
+        """Prepare `model` for training by all processes: with the main process's weights, split in
         place if sharded."""
         if world.world_size() == 1:
             return
@@ -78,8 +77,7 @@ class Fsdp2(Sharding):
             self._split(model)
 
     def _split(self, model: nn.Module) -> None:
-        """Split every parameter; gradients are sums over the processes, as losses are written
-        for."""
+        """Split every parameter; gradients are summed over the processes, as the losses assume."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -94,7 +92,7 @@ class Fsdp2(Sharding):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+                module.set_force_sum_reduction_for_comms(True)  # gloo supports no other
         _twins[model] = twin
 
     def is_split(self, model: Any) -> bool:
@@ -144,7 +142,7 @@ def held(how: Sharding) -> Iterator[None]:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules in `model` that transformers names as not to be split."""
+    """The modules in `model` that transformers lists as not to be split."""
     names = {
         name
         for module in model.modules()
@@ -178,7 +176,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor of which all processes hold a part; a plain one is returned as it is."""
+    """The whole of a tensor split over the processes; a plain tensor is returned as it is."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 

@@ -2,9 +2,9 @@
 communication.
 
 Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
-are split by rows and put together again, so that every process then holds the same rollouts,
-advantages and weights; only the main one writes and prints. `launch` starts them; `sharding` says
-which process holds which weights.
+are split by rows and joined again, so that every process then holds the same rollouts, advantages
+and weights; only the main one writes and prints. `launch` starts them; `sharding` says which
+process holds which weights.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def wait(where: str) -> None:
 
 
 def agree(value: T, *, what: str) -> T:
-    """`value`, if it is the same in all processes. Raises: RuntimeError if not: a bug, or machines
-    that differ."""
+    """`value`, if it is the same in all processes. Raises: RuntimeError if it is not, because of a
+    bug or different machines."""
     values = gather(value)
     if any(other != values[0] for other in values):
         raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")
@@ -133,7 +133,7 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def raise_together(error: E | None) -> None:
-    """Raise an error of one process in every process. Raises: the first one's."""
+    """Raise an error of one process in every process: that of the lowest rank."""
     first = next((found for found in gather(error) if found is not None), None)
     if first is not None:
         raise first
