@@ -29,7 +29,7 @@ def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
 
 
 class Table(BaseModel):
-    """A group of recipe keys. Unknown keys are refused with the nearest known one."""
+    """A group of recipe keys. An unknown key is an error that suggests the nearest known key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -120,7 +120,7 @@ def component_class(kind: str, *, group: str) -> Any:
 
 
 def _components_of(module: ModuleType) -> list[type[Component]]:
-    """The public classes that `module` defines for recipes; base classes are abstract."""
+    """The public component classes that `module` defines; abstract base classes are skipped."""
     return [
         value
         for value in vars(module).values()
