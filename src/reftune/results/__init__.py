@@ -26,7 +26,7 @@ __all__ = [
 
 
 def handover_lines(summary: Mapping[str, Any]) -> list[str]:
-    """For each stage of a run that samples: whether its warm-up was finished."""
+    """For each sampling stage of a run, whether the warm-up before it had finished."""
     return [sentence(Handover.from_row(row)) for row in summary["handovers"]]
 
 
@@ -51,8 +51,8 @@ def table_command(
     one JSON document.
 
     `methods` compares everything on one set of problems; `paper` prints the paper's tables, one
-    column per task; `auto` chooses it if runs differ in task or rationale. Votes are over the first
-    `k` samples; None means all. Raises: DataError.
+    column per task; `auto` chooses `paper` if runs differ in task or rationale. Votes are over the
+    first `k` samples; None means all. Raises: DataError.
     """
     fmt = "json" if json else fmt
     runs = [read_run(folder) for folder in run_dirs]

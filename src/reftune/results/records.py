@@ -1,5 +1,4 @@
-"""A run folder as frozen dataclasses. Reads JSON and YAML only: no model, no plug-in of the recipe
-is loaded."""
+"""A run folder as frozen dataclasses. Reads JSON and YAML only: no model or plug-in is loaded."""
 
 from __future__ import annotations
 
@@ -87,9 +86,9 @@ class RunResults:
     stages: Mapping[str, StageResults]
     """In the order of training; a stage's snapshots before the stage."""
     evals: Mapping[str, tuple[EvalRow, ...]]
-    """Methods evaluated so far, in that order."""
+    """Methods evaluated so far, in the order of training."""
     missing: tuple[str, ...]
-    """Methods that the recipe wants evaluated and that are not yet."""
+    """Methods that the recipe evaluates and that have no results yet."""
 
     @property
     def name(self) -> str:
@@ -208,7 +207,7 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations that are complete: an unfinished one is a beginning of the longest."""
+    """The complete evaluations; an unfinished one has only the first rows of the longest."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {
@@ -254,7 +253,7 @@ def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterat
 
 
 def _read_metrics(path: Path) -> dict[str, dict[int, MetricRow]]:
-    """Stage → step → what was measured. A step that a resumed run repeats counts as it was last."""
+    """Stage → step → metrics. If a resumed run repeats a step, its last row counts."""
     stages: dict[str, dict[int, MetricRow]] = {}
     for stage, row in _read_lines(path, _metric_row):
         steps = stages.setdefault(stage, {})

@@ -22,7 +22,7 @@ Interval = tuple[float, float]
 
 
 def wilson(num_correct: int, n: int) -> Interval:
-    """95 % interval of a share.
+    """95% interval of a share.
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / n
 
@@ -48,13 +48,13 @@ class Comparison:
     difference: float
     """Accuracy of `a` minus accuracy of `b`; over seeds, the mean."""
     ci95: Interval
-    """95 % interval of the difference, by bootstrap over problems, or over seeds and problems."""
+    """95% interval of the difference, by bootstrap over problems, or over seeds and problems."""
     n: int
-    """Problems, a seed."""
+    """Problems per seed."""
     p_mcnemar: float | None = None
     """Two-sided and exact, of one run; not corrected for the number of comparisons."""
     by_seed: tuple[float, ...] = ()
-    """Differences, of several seeds."""
+    """The difference in each seed, if there are several."""
 
     @property
     def significant(self) -> bool:
@@ -123,7 +123,7 @@ def paired_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95 % percentile interval of mean(a) − mean(b) over resampled problems; a problem keeps its
+    """95% percentile interval of mean(a) − mean(b) over resampled problems; a problem keeps its
     pair."""
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     return crossed_bootstrap(differences[None, :], generator=generator, num_resamples=num_resamples)
@@ -135,7 +135,7 @@ def paired_bootstrap(
 def crossed_bootstrap(
     values: ArrayLike, *, generator: np.random.Generator, num_resamples: int = NUM_RESAMPLES
 ) -> Interval:
-    """95 % percentile interval of the mean of `values` (seeds, problems) if every seed answered the
+    """95% percentile interval of the mean of `values` (seeds, problems) if every seed answered the
     same problems.
 
     Each replicate resamples seeds once and problems once, so a hard problem is hard for all seeds.
@@ -163,7 +163,7 @@ def hierarchical_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95 % percentile interval of the mean over seeds if each seed (one array of `values`) has its
+    """95% percentile interval of the mean over seeds if each seed (one array of `values`) has its
     own problems.
 
     A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
@@ -204,7 +204,7 @@ def compare_over_seeds(
 ) -> Comparison:
     """Compare `a` and `b`, one array of booleans per seed each, paired by seed and problem.
 
-    `same_problems` says whether all seeds answered the same problems, in one order; it chooses the
+    `same_problems`, whether all seeds answered the same problems in one order, determines the
     bootstrap.
     """
     pairs = zip(correct_a, correct_b, strict=True)

@@ -97,7 +97,7 @@ class MethodScore:
 
     @property
     def looks(self) -> int | None:
-        """How often dev was looked at to choose the model, in one seed."""
+        """Number of dev evaluations from which the model was chosen, in one seed."""
         return self.group.runs[0].stages[self.method].info.get("looks")
 
     @property
@@ -113,7 +113,7 @@ class MethodScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreTable:
-    """Everything the tables and the report say about the final evaluation."""
+    """Everything that the tables and the report show about the final evaluation."""
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
@@ -124,7 +124,7 @@ class ScoreTable:
 
     @property
     def baseline(self) -> str:
-        """Label of the baseline, with which others are compared."""
+        """Label of the baseline, with which other methods are compared."""
         return _baseline(self.methods)
 
     @property
@@ -302,8 +302,8 @@ def _baseline(methods: Sequence[MethodScore]) -> str:
 
 
 def leader(table: ScoreTable) -> MethodScore | None:
-    """The best method other than the baseline and the starting points of others; None if there is
-    none."""
+    """The best method other than the baseline and the methods that others start from; None if there
+    is none."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
     return max(rivals, key=lambda method: method.greedy.value, default=None)
@@ -429,18 +429,18 @@ def _pass_curve(n: int, num_correct: int, max_k: int) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handover:
-    """The start of a sampling stage, and the rise of dev before it."""
+    """The start of a sampling stage, and the rise in dev accuracy before it."""
 
     stage: str
     init: str
     rise: float
-    """Change in dev accuracy over the four looks before, as a share of problems."""
+    """Change in accuracy over the last four dev evaluations before it, as a share of problems."""
     margin: float
     """Half the width of its paired 95 % interval."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether dev had stopped rising, within its margin."""
+        """Whether dev accuracy had stopped rising, within the margin."""
         return self.rise <= self.margin
 
     @classmethod
@@ -459,8 +459,8 @@ class Handover:
 
 
 def handovers(run: RunResults) -> list[Handover]:
-    """The hand-over of each sampling stage that starts from a supervised method with logged
-    looks."""
+    """The hand-over of each sampling stage that starts from a supervised method with logged dev
+    evaluations."""
     return [
         Handover(stage=name, init=stage.init, rise=found[0], margin=found[1])
         for name, stage in run.stages.items()
@@ -469,8 +469,8 @@ def handovers(run: RunResults) -> list[Handover]:
 
 
 def last_rise(run: RunResults, method: str) -> tuple[float, float] | None:
-    """The rise of dev over the last four looks at a supervised method, and its margin; None for
-    other methods or fewer looks."""
+    """The rise in dev accuracy over a supervised method's last four evaluations, and its margin;
+    None for other methods or fewer evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None

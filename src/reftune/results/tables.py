@@ -143,7 +143,7 @@ def _chosen_sentence(table: ScoreTable) -> str:
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
-    """Whether to go on with RL or with more SFT, by the rise of dev over the last looks."""
+    """Whether to go on with RL or with more SFT, by the recent rise in dev accuracy."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} looks"
     if rise <= margin:
         return f"dev no longer rises ({points}): RL can take over"
@@ -205,7 +205,7 @@ def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
 
 
 def caption(table: ScoreTable) -> str:
-    """What the numbers mean, in one line."""
+    """The meaning of the numbers, in one line."""
     n = table.methods[0].greedy.n if table.methods else 0
     seeds = f", mean over {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     interval = "bootstrap over seeds and problems" if table.num_seeds > 1 else "Wilson"
@@ -224,7 +224,7 @@ def caption(table: ScoreTable) -> str:
 
 
 def render_table(table: ScoreTable, fmt: str) -> str:
-    """The table as `text`, `markdown`, `latex` or `json`, which rounds nothing. Raises: DataError
+    """The table as `text`, `markdown`, `latex` or `json`, which is not rounded. Raises: DataError
     for an unknown format."""
     if fmt != "json":
         return grid(*rows(table), fmt, note=caption(table))
@@ -276,7 +276,8 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
 
 
 def choices_table(summary: Mapping[str, Any]) -> str:
-    """The signs of reward hacking in a run's summary; empty if it has no multiple choice."""
+    """The warning signs of reward hacking in a run's summary; empty if it has no multiple
+    choice."""
     found = {
         name: scores["choices"]
         for name, scores in summary["methods"].items()

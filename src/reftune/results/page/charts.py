@@ -61,7 +61,7 @@ class Chart:
     """Drawn as it is, without a running mean, however many points there are."""
 
     def json(self) -> dict[str, Any]:
-        """What the page's script needs to show values."""
+        """The data with which the page's script shows values."""
         series = [{"label": s.label, "colour": s.colour, "x": s.x, "y": s.y} for s in self.series]
         return {"x_label": self.x_label, "unit": self.unit, "series": series}
 
@@ -206,7 +206,7 @@ def _thinned(series: Series) -> Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Look:
-    """A look at dev."""
+    """A dev evaluation."""
 
     step: int
     passes: float
@@ -223,7 +223,7 @@ class _Look:
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
     """Dev accuracy by sequences trained on since the base model, all stages on one axis; None
-    before the first look."""
+    before the first dev evaluation."""
     series = [
         _dev_series(entry)
         for entry in entries(groups)
@@ -274,8 +274,8 @@ def _dev_series(entry: Entry) -> Series | None:
 
 
 def _dev_curve(run: RunResults, method: str) -> list[_Look]:
-    """Looks at dev by passes since the base model. The stage's first point is the model it started
-    from."""
+    """Dev evaluations by passes since the base model. The stage's first point is the model it
+    started from."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     if start is not None and stage.metrics and looks and looks[0].step != 0:
@@ -284,7 +284,7 @@ def _dev_curve(run: RunResults, method: str) -> list[_Look]:
 
 
 def _looks(stage: StageResults) -> list[_Look]:
-    """The looks in the metrics; for a snapshot, the one in its `stage.json`."""
+    """The dev evaluations in the metrics; for a snapshot, the one in its `stage.json`."""
     if stage.metrics or stage.chosen_step is None:
         return [
             _Look(
@@ -309,7 +309,7 @@ def _looks(stage: StageResults) -> list[_Look]:
 
 
 def _chosen(run: RunResults, method: str) -> _Look | None:
-    """The look at which the model of a method was chosen."""
+    """The dev evaluation at which a method's model was chosen."""
     stage = run.stages.get(method)
     looks = [] if stage is None else _looks(stage)
     return next((look for look in looks if stage and look.step == stage.chosen_step), None)
@@ -337,8 +337,8 @@ class EqualCompute:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracy of `a` and `b` within the passes that both have had; None if one is not
-    drawn."""
+    """The best dev accuracy of `a` and `b` within the passes that both have had; None if either is
+    not drawn."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:
         return None
@@ -392,7 +392,7 @@ def _area_charts(
     explain: str,
     unit: Unit,
 ) -> list[Chart]:
-    """One chart per stage of the `layers`: metric, name and colour of each."""
+    """One chart per stage; each of the `layers` is a metric, a name and a colour."""
     charts = []
     for entry in entries(groups):
         found = [(name, colour, _means(entry.stages, key)) for key, name, colour in layers]

@@ -124,7 +124,7 @@ def _keys(chart: Chart) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plot:
-    """The axes' frame in pixels, and what its edges mean."""
+    """The axes' frame in pixels, and the values at its edges."""
 
     width: int
     height: int

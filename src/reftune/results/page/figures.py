@@ -79,7 +79,7 @@ def _titled(title: str, drawing: Markup, height: int) -> str:
 
 
 def _bars(table: ScoreTable) -> str:
-    """Greedy accuracies; a line through the end of each bar is its 95 % interval."""
+    """Greedy accuracies; a line through the end of each bar is its 95% interval."""
     colours = method_colours([method.label for method in table.methods])
     names = [display(method.label) for method in table.methods]
     left = 14 + LETTER * max(map(len, names))

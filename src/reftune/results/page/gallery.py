@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 
 def problems(groups: Sequence[Group]) -> Json:
-    """The same test problems, side by side: what each method answered, first seed of each group.
+    """Test problems with the answer of each method side by side, in the first seed of each group.
 
     Problems on which methods disagree come first into the budget; all are shown in the order of the
     evaluation.

@@ -44,7 +44,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
-    """Write the page; runs may still be alive. Returns where it is.
+    """Write the page; runs may be unfinished. Returns its path.
 
     Raises: DataError if a run is missing or damaged, or if runs answered different problems;
     CheckpointError.
@@ -254,7 +254,7 @@ def _facts(method: MethodScore) -> list[str]:
 
 
 def _votes(table: ScoreTable) -> str:
-    """What the marks beside the dots mean."""
+    """The meaning of the marks beside the dots."""
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
