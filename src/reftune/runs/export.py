@@ -28,8 +28,8 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
-    """Write `out`, which loads with plain `from_pretrained` and in vLLM. Adapters are merged
-    already; with `adapter` only the adapters are written, for the base model.
+    """Write `out`, which loads with plain `from_pretrained` and in vLLM. Adapters are already
+    merged; `adapter` writes only the adapters, for use with the base model.
 
     Raises: CheckpointError if the method is not finished, has no adapters, or `out` exists.
     """
@@ -64,10 +64,10 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
 
 
 def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
-    """Upload an exported model to `OWNER/NAME` on the Hub, made if it is not there. Returns its
+    """Upload an exported model to `OWNER/NAME` on the Hub, creating it if needed. Returns its
     address.
 
-    Raises: ModelError if the Hub refuses or cannot be reached; the folder stays.
+    Raises: ModelError if the Hub rejects the upload or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
 

@@ -64,7 +64,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 
 
 def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
-    """Run only the stages of these kinds; what they start from must exist. Raises: as
+    """Run only the stages of these kinds; the methods they start from must exist. Raises: as
     `run_recipe`."""
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
@@ -227,9 +227,8 @@ class Run:
 
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
         """Load the base model or a finished method's model. If `trained`, it is for training, with
-        adapters if the recipe asks for them; if not, it must not be changed. Over a base in 4 bits,
-        adapters continue from those of `method`; else they are fresh.
-        """
+        adapters if the recipe asks for them; if not, it must not be changed. With a 4-bit base,
+        adapters continue from those of `method`; else they are fresh."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (method, trained and is_other)
@@ -316,8 +315,8 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Answer the test (or dev) problems once with a method's model; on multiple choice, look
-        for signs of reward hacking in its answers."""
+        """Answer the test (or dev) problems once with a method's model; on multiple choice, also
+        check for signs of reward hacking."""
         table, problems, path = (
             self.recipe.evaluate,
             self.problems_to_evaluate(),
@@ -375,8 +374,8 @@ class Run:
         return load_classifier(policy, Encoder(policy.tokenizer, self.recipe.format), folder)
 
     def check_reranker(self) -> None:
-        """Raises: ModelError if another run's reward model does not read what this run's methods
-        write."""
+        """Raises: ModelError if the reranker is from another run whose tokenizer differs from this
+        run's."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(
@@ -408,7 +407,7 @@ def load_splits(recipe: Recipe) -> Splits:
     splits: Splits = recipe.dataset.load(seed=derive_seed(recipe.seed, "data"))
     is_ours = type(recipe.dataset).__module__.startswith("reftune.")
     if not is_ours and not isinstance(recipe.dataset, FileDataset):
-        splits = drop_contradictions(splits)  # all others drop them by rules of their own
+        splits = drop_contradictions(splits)  # other datasets drop them by their own rules
     if not splits.train:
         dropped = (
             ", ".join(f"{count} {reason}" for reason, count in splits.counts.items())
@@ -424,7 +423,7 @@ def load_splits(recipe: Recipe) -> Splits:
 
 
 def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
-    """The training texts, which give a from-scratch model its vocabulary."""
+    """The training texts, from which a from-scratch model takes its vocabulary."""
     for problem in splits.train:
         prompt = format_.prompt(problem)
         yield from (
