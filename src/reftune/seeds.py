@@ -10,14 +10,14 @@ import numpy as np
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed of `parts`, for instance `derive_seed(recipe.seed, "reft", "rollout",
+    """A 63-bit seed from `parts`, for instance `derive_seed(recipe.seed, "reft", "rollout",
     step)`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(*parts: int | str) -> np.random.Generator:
-    """A numpy generator of `parts`."""
+    """A numpy generator seeded from `parts`."""
     return np.random.Generator(np.random.Philox(derive_seed(*parts)))
 
 
