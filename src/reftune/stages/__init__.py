@@ -1,1 +1,1 @@
-"""Training stages, one file a kind, and what they share."""
+"""Training stages, one file per kind, and their shared code."""

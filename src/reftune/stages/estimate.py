@@ -46,8 +46,8 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on one device, by purpose: what is held all the time, and what each phase adds. Phases
-    take turns."""
+    """Bytes on one device by purpose: those held all the time, and those that each phase adds.
+    Phases take turns."""
 
     held: Mapping[str, float]
     phases: Mapping[str, Mapping[str, float]]
@@ -60,7 +60,7 @@ class Memory:
         }
 
     def of(self, phase: str) -> float:
-        """What is held all the time plus what the phase adds."""
+        """The bytes held all the time plus those that the phase adds."""
         return sum(self.held.values()) + sum(self.phases.get(phase, {}).values())
 
     @property
@@ -151,7 +151,7 @@ class Estimate:
         models = 2 if cost.value_model else 1
         activations = models * update.kept + update.momentary
         gradients = FP32 * trained / parts
-        if self.is_one_pass(sizes.tokens):  # a layer's activations go as its gradients come
+        if self.is_one_pass(sizes.tokens):  # activations are freed as gradients arrive
             gradients = max(0.0, gradients - activations)
         training = {"gradients": gradients, "activations": activations}
         phases: dict[str, dict[str, float]] = {"update": training}

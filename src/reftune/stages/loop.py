@@ -53,7 +53,7 @@ class Progression:
     best_step: int = -1
     best_accuracy: float = -1.0
     looks: int = 0
-    """How often the dev split was scored."""
+    """Number of dev evaluations so far."""
     totals: dict[str, float] = field(default_factory=dict)
     """`compute/…` sums since the stage began."""
     ends_at: int | None = None
@@ -77,7 +77,7 @@ def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
         before = {
             number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
         }
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+    except ValueError:  # not in the main thread: the caller there handles signals
         before = {}
     try:
         yield
@@ -87,7 +87,7 @@ def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 class TrainingTable(Table):
-    """Keys of every stage that trains: optimizer, checkpoints, looks at dev."""
+    """Keys of every stage that trains: optimizer, checkpoints, dev evaluations."""
 
     optimizer: OptimizerTable
     save_every_s: float = Field(300.0, ge=0)
@@ -120,9 +120,9 @@ class Loop:
         until_plateau: bool = False,
     ) -> None:
         """`look` evaluates a model that is not a policy on dev (`dev/accuracy` and more); `start`
-        holds what was computed before step 1. `until_plateau`: a constant rate until dev is flat,
-        then a cooldown over a tenth of the steps so far. The constructor distributes the model over
-        the processes."""
+        is the stage's state before step 1. `until_plateau`: a constant rate until dev accuracy is
+        flat, then a cooldown over a tenth of the steps so far. The constructor distributes the
+        model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -291,7 +291,7 @@ class Loop:
             replace_folder(self.context.folder.best, self.model.save)
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """The recent rise of dev, as metrics. At a plateau, also sets the last step."""
+        """The recent rise in dev accuracy, as metrics. At a plateau, also sets the last step."""
         if not look.correct:
             return {}
         history = History(**self.state.history)
@@ -403,7 +403,7 @@ class Look:
 
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
     """Evaluate greedily on dev: `dev/accuracy` and, with `probe_choices` on multiple choice, the
-    signs of `probes.choices`."""
+    warning signs of `probes.choices`."""
     problems = context.splits.dev
     solved = context.collector.solve(context.policy, problems)
     correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)
@@ -430,7 +430,7 @@ COOLDOWN = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rise:
-    """How accuracy changed between two looks at the same problems."""
+    """The change in accuracy between two evaluations on the same problems."""
 
     value: float
     """Share of problems."""
@@ -459,26 +459,25 @@ def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
 
 @dataclass(slots=True)
 class History:
-    """Which dev problems were solved at the first look and at the last few."""
+    """Which dev problems were solved in the first evaluation and in the last few."""
 
     first: list[bool] | None = None
     recent: list[list[bool]] | None = None
-    """The last `LOOKS` + 1 looks, the newest last."""
+    """The last `LOOKS` + 1 dev evaluations, the newest last."""
 
     def add(self, correct: Sequence[bool]) -> None:
         self.first = self.first or list(correct)
         self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
 
     def latest_rise(self) -> Rise | None:
-        """The rise over the last `LOOKS` looks; None if there are fewer."""
+        """The rise over the last `LOOKS` evaluations; None if there are fewer."""
         if self.recent is None or len(self.recent) <= LOOKS:
             return None
         return rise(self.recent[0], self.recent[-1])
 
     def is_flat(self) -> bool:
-        """Whether dev first rose, beyond chance and to `NEEDED_ACCURACY`, and has stopped rising. A
-        model that has hardly begun to learn is flat too, but not finished.
-        """
+        """Whether dev accuracy first rose, beyond chance and to `NEEDED_ACCURACY`, and has stopped
+        rising. A model that has hardly begun to learn is flat too, but not finished."""
         latest = self.latest_rise()
         if latest is None or self.first is None or self.recent is None:
             return False

@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and the step that refuses numbers that are not finite."""
+"""AdamW, its learning rate, and a step that rejects numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def optimizer_step(
     """Clip the gradient, take a step and clear it. Returns the norm before clipping. `share` is the
     share of the peak rates.
 
-    Raises: NonFiniteError, naming the first parameter concerned, before anything changed.
+    Raises: NonFiniteError, naming the first parameter concerned, before anything changes.
     """
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))

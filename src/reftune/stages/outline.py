@@ -49,7 +49,7 @@ class Update:
     kept: float
     """Bytes that the forward pass leaves for the backward pass."""
     momentary: float
-    """Most bytes beside them."""
+    """Most bytes besides `kept`."""
     forward_flops: float
     flops: float
     """Operations of both passes."""
@@ -204,8 +204,8 @@ class Outline:
 
 
 def outline_of(table: ModelTable, texts: Iterable[str], *, device: str) -> Outline:
-    """The outline of a recipe's model; `texts` give a model from scratch its vocabulary. Raises:
-    ModelError."""
+    """The outline of a recipe's model; a model from scratch takes its vocabulary from `texts`.
+    Raises: ModelError."""
     return Outline(lambda: untrained(table, texts=texts), table, device=device)
 
 
@@ -256,7 +256,7 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
-    return 5 * _attention_flops(*states) // 2  # the scores once more, and a gradient of each factor
+    return 5 * _attention_flops(*states) // 2  # the scores again, and a gradient of each factor
 
 
 FLOPS: Mapping[Any, Callable[..., int]] = {

@@ -1,4 +1,4 @@
-"""What stages report while they run."""
+"""The events that stages report while they run."""
 
 from __future__ import annotations
 

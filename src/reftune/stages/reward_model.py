@@ -170,7 +170,7 @@ class Classifier(nn.Module):
         return logits
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """Prompt and solution as what comes before an end token, so that the state that predicts it
+        """Prompt and solution as the tokens before an end token, so that the state that predicts it
         is the last token's."""
         prompts = {problem.id: self.encoder.prompt(problem) for problem, _ in solutions}
         longest = None if self.policy.context is None else self.policy.context - 1
@@ -183,8 +183,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
-        """Probability that each solution is correct, without dropout; equal texts are read once per
-        problem."""
+        """Probability that each solution is correct, without dropout; equal solutions are read once
+        per problem."""
         keys = [(problem.id, text) for problem, text in solutions]
         once = dict(zip(keys, solutions, strict=True))
         scores: list[float] = []
@@ -217,8 +217,8 @@ class Classifier(nn.Module):
 
 
 def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifier:
-    """The classifier that `Classifier.save` wrote to `folder`; `policy` is the transformer from
-    there. Raises: ModelError."""
+    """The classifier that `Classifier.save` wrote to `folder`; `policy` is the transformer loaded
+    from the same folder. Raises: ModelError."""
     classifier = Classifier(policy, encoder)
     try:
         classifier.head.load_state_dict(load_file(folder / WEIGHTS))
@@ -290,7 +290,7 @@ def is_scored(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str) -> None:
-    """Raises: ModelError if the classifier reads other tokens than the policy writes."""
+    """Raises: ModelError if the tokenizers of classifier and policy differ."""
     own, other = (set(model.tokenizer.get_vocab().items()) for model in (classifier.policy, policy))
     if own != other:
         raise ModelError(

@@ -334,9 +334,8 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
 def correct_mismatch(
     batch: RolloutBatch, cap: float | None
 ) -> tuple[RolloutBatch, dict[str, float]]:
-    """The batch with advantages multiplied by the importance weights of engine against policy, and
-    metrics. Scaling an advantage scales its token's clipped policy loss, but not the value loss.
-    """
+    """The batch with advantages multiplied by the importance weights π_train / π_sample, and
+    metrics. Scaling an advantage scales its token's clipped policy loss, but not the value loss."""
     if cap is None:
         return batch, {}
     if batch.advantages is None:
@@ -409,8 +408,8 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 
 def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
-    """`SAMPLES_KEPT` rollouts of different problems, followed problems first; then the longest and
-    one that hit its time limit."""
+    """`SAMPLES_KEPT` rollouts of different problems, followed problems first; then the longest
+    rollout and one that hit its time limit."""
     first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
     places = sorted(
         range(len(rollouts)),

@@ -27,7 +27,7 @@ from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """Graded completions in the order of their problems, and what they cost."""
+    """Graded completions in the order of their problems, and their cost."""
 
     problems: Sequence[Problem]
     prompts: list[list[int]]
@@ -77,8 +77,8 @@ class Collector:
         return replace(splits, train=train)
 
     def prompts(self, problems: Sequence[Problem], policy: Policy) -> list[list[int]]:
-        """Prompt ids. Raises: DataError for the first prompt that is too long, if the recipe
-        refuses those."""
+        """Prompt ids. Raises: DataError for the first prompt that is too long, if
+        `lengths.too_long` is `refuse`."""
         encoded: dict[str, list[int]] = {}
         limit = self.prompt_limit(policy)
         for problem in problems:
@@ -119,7 +119,7 @@ class Collector:
             first_position=own.start,
         )
         fits = [len(prompt) <= limit for prompt in prompts[own]]
-        # one token stands for a prompt that is too long, so that all others keep their positions
+        # one token stands for a prompt that is too long, so that the others keep their positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
         with world.together(EngineError), sharding.current.whole(policy, policy.compute_dtype):

@@ -1,5 +1,5 @@
-"""Offline self-training: sample solutions of the training problems once, keep correct ones,
-fine-tune on them and the gold.
+"""Offline self-training: sample solutions of the training problems once, keep correct ones, and
+fine-tune on them and the gold solutions.
 
 The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold: paper, top_k: 50`.
 """
@@ -190,8 +190,8 @@ class SelfTrain(Sampled):
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """The first of each group of texts that differ only in outer white space or, if they are right,
-    in the spelling of the final answer: "The answer is 1/2", or 0.5."""
+    """The first of each group of solutions that differ only in outer white space or, if they are
+    right, in the spelling of the final answer: "The answer is 1/2", or 0.5."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(_less_answer(text).strip(), text)
@@ -199,7 +199,7 @@ def distinct(texts: Sequence[str]) -> list[str]:
 
 
 def _less_answer(text: str) -> str:
-    """A solution in words without its last line, if that states the answer."""
+    """A solution in words, without its last line if this states the answer."""
     reasoning = reasoning_text(text)
     is_last_line = "\n" not in text[len(reasoning) :].strip()
     return reasoning if is_last_line and reasoning.strip() else text
@@ -214,8 +214,8 @@ def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
 def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
     """As `join_once`, then the gold solution once more, as in the authors' file of gold solutions.
 
-    Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: texts keep their outer white space, which
-    programs need.
+    Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space,
+    which programs need.
     """
     return [*join_once(correct, gold, keep), *_listed(gold)]
 

@@ -1,4 +1,4 @@
-"""The interface of a stage, and what it works with."""
+"""The interface of a stage, and its context."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reftune.storage.run_folder import StageFolder
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageContext:
-    """What a stage works with."""
+    """The objects that a stage works with."""
 
     name: str
     stage: Stage
@@ -52,8 +52,8 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What a stage does, in counts. Memory (`estimate.Estimate`) and time (`phases`, `seconds`, at
-    a measured or planned pace) follow from them."""
+    """The counts that determine a stage's memory (`estimate.Estimate`) and time (`phases`,
+    `seconds`, at a measured or planned pace)."""
 
     steps: float
     batch: int
@@ -67,7 +67,7 @@ class Cost:
     sampled_before: int = 0
     """Solutions sampled before the first step."""
     looks: float
-    """How often dev is answered."""
+    """Number of dev evaluations."""
     prompts: int = 0
     """Different prompts in a step."""
     reference: bool = False
@@ -86,7 +86,7 @@ class Cost:
         }
 
     def seconds(self, pace: Pace, *, num_dev: int) -> float:
-        """Seconds of the whole stage, looks at dev included."""
+        """Seconds of the whole stage, including dev evaluations."""
         others = self.sampled_before + self.looks * num_dev
         return self.steps * sum(self.phases(pace).values()) + others * pace.generate
 
