@@ -115,8 +115,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """bitsandbytes keeps quantized state in a dict with tables shared by all parameters, which
-    files cannot hold; it accepts the tensors without them."""
+    """bitsandbytes keeps quantized state in a dict with tables shared by all parameters. Files
+    cannot hold the tables, and bitsandbytes loads the tensors without them."""
     nested = [value for value in state.values() if isinstance(value, Mapping)]
     plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
     tensors = {key: value for part in nested for key, value in part.items()}

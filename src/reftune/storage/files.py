@@ -1,6 +1,6 @@
-"""Files that survive a kill: texts and folders that appear by one rename or not at all, and JSON
-lines that can be cut back to the moment of a checkpoint. If there are several processes, only the
-main one writes."""
+"""Files that survive a kill: text files and folders that appear by one rename or not at all, and
+JSON lines that can be cut back to the moment of a checkpoint. If there are several processes, only
+the main one writes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class JsonLines:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Raises: CheckpointError if the disk refuses."""
+        """Raises: CheckpointError for a disk error."""
         if not is_main():
             return
         with writing(self.path):

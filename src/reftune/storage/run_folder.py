@@ -1,5 +1,5 @@
 """The files of a run, and which run owns them. Every file name in a run folder is defined here, and
-only here; a folder is claimed and locked, or refused if it belongs to something else."""
+only here; a folder is claimed and locked, or rejected if it belongs to something else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`runs/NAME`; docs/design.md says what each file holds."""
+    """`runs/NAME`; docs/design.md describes each file."""
 
     path: Path
 
@@ -164,7 +164,7 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
 
 @contextmanager
 def readable_errors(folder: RunFolder) -> Iterator[None]:
-    """Raises: CheckpointError for what the system refuses."""
+    """Raises: CheckpointError for an error of the operating system."""
     path = folder.path
     try:
         yield
