@@ -109,9 +109,9 @@ def _settings(
 
 @app.command()
 def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Watch a small model learn to reason. Minutes on two cores.
+    """Watch a small model learn to reason. Takes a few minutes on two cores.
 
-    Supervised warm-up, then continued supervision against ReFT on the same questions.
+    A supervised warm-up, then SFT and ReFT compared from there on the same questions.
     """
     _run(_load(DEMO, overrides), None, as_json=as_json, quiet=quiet)
 
@@ -227,8 +227,8 @@ def init(
         typer.Option(help="The recipe to write; must not exist. Default: DATA's name.yaml."),
     ] = None,
 ) -> None:
-    """Write a commented recipe for your own data. Asks for what the flags do not say. Prints its
-    path."""
+    """Write a commented recipe for your own data. Asks for anything that the flags do not specify.
+    Prints the recipe's path."""
     from reftune.advice.golds import gold_kinds, golds_text
     from reftune.terminal.init import Wishes, default_out, guess_format, guess_shape, write_recipe
 
@@ -287,9 +287,9 @@ def check(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find what would spoil a run before it starts.
+    """Find problems that would spoil a run before it starts.
 
-    Shows what the model will see, and says what to do about each problem.
+    Shows the model's input, and suggests a remedy for each problem.
     """
     from reftune.advice.check import check_offline, check_recipe
 
@@ -330,8 +330,8 @@ def plan(
 ) -> None:
     """Estimate memory and time on other hardware.
 
-    Reads the model's configuration, no weights and, unless the model is made from scratch, no data.
-    docs/experiments/plan.md has the equations.
+    Reads the model's configuration but no weights, and no data unless the model is made from
+    scratch. docs/experiments/plan.md has the equations.
     """
     from dataclasses import asdict
 
@@ -435,7 +435,7 @@ def score(
         bool, typer.Option("--json", help="Print one JSON object per line.")
     ] = False,
 ) -> None:
-    """Grade completions and say why, to debug a reward."""
+    """Grade completions and give the reasons, to debug a reward."""
     from reftune.terminal.score import score_as_recipe, score_file
     from reftune.text import printable
 
@@ -490,7 +490,7 @@ def report(
         typer.Option(help="A folder for the figures as PNG and SVG; the runs must be finished."),
     ] = None,
 ) -> None:
-    """Write one HTML page of one or more runs. Prints its path, and those of the figures."""
+    """Write one HTML page of one or more runs. Prints the paths of the page and the figures."""
     from reftune.results import report_command, write_figures
 
     print(report_command(runs, out))
@@ -515,8 +515,8 @@ def export(
 ) -> None:
     """Copy a trained model with a model card.
 
-    The folder loads with from_pretrained and in vLLM. Prints its path, with --push the address on
-    the Hub.
+    The folder loads with from_pretrained and in vLLM. Prints its path or, with --push, its address
+    on the Hub.
     """
     from reftune.runs.export import export_model, push_model
 

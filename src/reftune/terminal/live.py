@@ -156,8 +156,8 @@ class LineProgress(Progress):
 
 
 class RichProgress(Progress):
-    """The live view: bar, numbers, time split, the last sampled solution. A line of each finished
-    stage stays."""
+    """The live view: a bar, numbers, the time split and the last sampled solution. Each finished
+    stage leaves a line."""
 
     def __init__(self, console: Console, *, time_s: Callable[[], float] = time.monotonic) -> None:
         from rich.live import Live

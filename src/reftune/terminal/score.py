@@ -62,10 +62,10 @@ def score_lines(
     reading: Reading = DEFAULT,
 ) -> Iterator[dict[str, Any]]:
     """`{"id", "completion", "answer", "choices"?, "answer_kind"?}` per line → `{"id", "verdict",
-    "value", "reward", "reason"}` a line.
+    "value", "reward", "reason"}` per line.
 
     `where` is the file's name; `kind` is the answer kind of lines without one, `reading` how their
-    golds are read. Raises: DataError with file and line, before anything is graded.
+    gold answers are read. Raises: DataError with file and line, before anything is graded.
     """
     rows = [_row(row, place, kind, reading) for place, row in json_lines(where, lines)]
     if not rows:

@@ -1,4 +1,4 @@
-"""Metrics also in TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers;
+"""Also logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers;
 `metrics.jsonl` stays the record."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def tracked(progress: Progress, recipe: Recipe) -> Progress:
 
 
 def tracker_names(recipe: Recipe) -> list[TrackerName]:
-    """The trackers that the recipe names; without any, TensorBoard if it is installed. Raises:
+    """The trackers that the recipe names; if it names none, TensorBoard if installed. Raises:
     RecipeError."""
     if recipe.trackers is None:
         return ["tensorboard"] if is_installed("tensorboard") else []
@@ -72,7 +72,7 @@ class TrackedProgress(Progress):
         def log(tracker: GeneralTracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.log(values, step=step)
-            else:  # those count every call as a step and refuse a step given twice
+            else:  # these count every call as a step and reject a step given twice
                 tracker.log({**values, f"{self._stage}/step": step})
 
         self._tell(log)
@@ -146,7 +146,7 @@ def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # its trackers ask which process they are in
+    PartialState()  # Accelerate's trackers ask which process they are in
     try:
         tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](**_settings(name, recipe))
         tracker.start()

@@ -45,7 +45,7 @@ def watch(
             clock.row_s = float(row["time"])
             if row["stage"] != current:
                 total = _total_steps(stages.get(row["stage"], {}), row)
-                if total == 0:  # a first look at dev, before a step says how many there are
+                if total == 0:  # a first dev evaluation, before any step states the total
                     continue
                 current = row["stage"]
                 progress.stage(current, total, int(row["step"]))
