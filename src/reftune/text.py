@@ -1,4 +1,4 @@
-"""How numbers and texts are shown to the user."""
+"""How numbers and text are shown to the user."""
 
 from __future__ import annotations
 
