@@ -1,4 +1,4 @@
-"""The nouns of reftune. Frozen, plain, without torch."""
+"""The nouns of reftune, as plain frozen classes without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 
 class Verdict(enum.Enum):
-    """How a completion was judged. Never a truth value: compare with a member."""
+    """How a completion was judged. Not a boolean: compare with a member."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -92,11 +92,11 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The data's other columns, passed to a user's reward function by name."""
     gold_text: str = ""
-    """The gold as spelled in the data, which `reftune check` shows beside its reading; empty if not
-    known."""
+    """The gold answer as spelled in the data, which `reftune check` shows beside its reading; empty
+    if not known."""
     messages: tuple[Message, ...] = ()
     """The turns before the answer, for a chat prompt; empty if the data are not conversations.
-    `question` holds the text of those that are not a system message."""
+    `question` holds the text of all of them except the system message."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, answer text → [0, 1], if it has one; else answers are compared."""
 
@@ -129,22 +129,22 @@ class Completion:
     token_ids: tuple[int, ...]
     """Sampled tokens, up to and including the one that ended the completion."""
     text: str
-    """Decoded without special tokens and without the stop text that ended it."""
+    """Decoded without special tokens and without the stop string that ended it."""
     logprobs: tuple[float, ...]
     """Log-probability of each token under the distribution it was drawn from."""
     finish_reason: Literal["eos", "stop", "length"]
-    """An end token, a stop text, or the limit."""
+    """An end token, a stop string, or the limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graded:
-    """A completion's verdict, the value that was read, and why."""
+    """A completion's verdict, the value that was read, and the reason."""
 
     verdict: Verdict
     value: str | None
     """The answer that was read, in canonical spelling; None if there is none."""
     reason: str
-    """Why, in one line."""
+    """The reason in one line."""
     program_s: float | None = field(default=None, compare=False)
     """Run time of the completion's program; None if it is not a program."""
 
