@@ -16,7 +16,7 @@ class Rloo(Clipped):
 
     kind: Literal["rloo"] = "rloo"
     reduction: Reduction = "token"
-    """`token` is as published; with `sequence`, long samples weigh as much as short ones."""
+    """`token` is as published; `sequence` gives long and short samples equal weight."""
 
     @property
     def min_samples(self) -> int:

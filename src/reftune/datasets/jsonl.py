@@ -29,10 +29,10 @@ answer."""
 
 
 class Jsonl(FileDataset):
-    """Reads your own data. Several rows may give the same question with different rationales."""
+    """Reads your own data. Rows may repeat a question with different rationales."""
 
     columns: Columns | None = None
-    """Column names; common ones are recognised anyway."""
+    """Column names, if not common ones."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How [answers](datasets.md#answer-kinds) are compared."""
     positions_from: Literal[0, 1] | None = None

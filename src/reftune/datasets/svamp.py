@@ -18,8 +18,8 @@ FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
 
 
 class Svamp(PaperDataset):
-    """Reads SVAMP from the Hub, its authors' SVAMP.json, or the ReFT authors' JSON files, the only
-    ones with `nl` rationales."""
+    """Reads SVAMP from the Hub, its authors' SVAMP.json, or the ReFT authors' JSON files; only the
+    last have `nl` rationales."""
 
     train: str = "ChilleD/SVAMP"
 

@@ -63,7 +63,7 @@ class WordProblems(Component):
     max_value: int = Field(999, ge=10)
     """Upper limit for answers and intermediate results; use 99 with `nl` or multiple choice."""
     rationale: Literal["program", "nl"] = "program"
-    """Whether solutions are programs or words."""
+    """How solutions are written."""
     styles: int = Field(4, ge=1, le=24)
     """Number of phrasings for rationales, drawn at random (at most 8 for `nl`)."""
     answer: Literal["number", "choice"] = "number"

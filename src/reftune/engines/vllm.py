@@ -53,8 +53,7 @@ class Vllm(Component):
     """URLs of [running servers](engines.md#vllm-as-servers), as in `http://host:8000`. Default:
     colocated."""
     weights_dir: str | None = None
-    """Folder for passing weights to servers, which must see it under the same path. Default: in
-    memory."""
+    """Folder for passing weights to servers; both sides need the same path. Default: in memory."""
     batch_size: int = Field(256, gt=0)
     """Maximum requests in flight."""
     memory: float = Field(0.3, gt=0, le=1)

@@ -44,7 +44,7 @@ class ModelTable(Table):
     """Precision of the forward and backward pass; `auto` is bfloat16 if the device multiplies it
     natively. Trained weights, optimizer and log-probabilities are always fp32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
-    """`auto` uses a CUDA GPU if there is one, else the CPU. `mps` and `xpu` are untested."""
+    """`auto` uses a CUDA GPU or else the CPU. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
     """With `lora`, keep the base's linear layers in 4 bits, saving memory but slowing decoding."""
@@ -55,8 +55,8 @@ class ModelTable(Table):
     """Recompute activations in the backward pass, which takes far less memory, about a third more
     time, and keeps the gradient."""
     compile: bool = False
-    """Use torch.compile for scoring and updates: first steps are slow, rounding differs, and a C++
-    compiler is needed."""
+    """Use torch.compile for scoring and updates. Needs a C++ compiler, slows the first steps and
+    changes rounding."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
     """Precision of saved weights; a model is rounded to it before evaluation. Default: fp32; with
     `lora`, the base's."""

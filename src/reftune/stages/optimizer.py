@@ -33,7 +33,7 @@ class OptimizerTable(Table):
     """Applied to matrices, not biases, norms or the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
-    """Bits per value of AdamW's moments. 8 takes a quarter of the memory; small tensors keep 32."""
+    """Bits of AdamW's moments; 8 quarters their memory, but small tensors keep 32."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Response to a non-finite loss or gradient, which never reaches the weights."""

@@ -1,4 +1,4 @@
-"""The reranker: a classifier that estimates how likely a solution is to be correct.
+"""The reranker, a classifier, estimates how likely a solution is to be correct.
 
 It reads prompt and solution, without eos, and puts two logits (wrong, correct) on the last token's
 hidden state.

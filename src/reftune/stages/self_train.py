@@ -142,7 +142,7 @@ class SelfTrain(Sampled):
     gold: Literal["once", "paper"] = "once"
     """`paper` uses most gold solutions twice, as the authors' files do."""
     sft: Schedule
-    """Fine-tuning on the kept samples and the gold: an `sft` stage's keys from `epochs` on."""
+    """Settings of the fine-tuning: an `sft` stage's keys from `epochs` on."""
 
     def line(self) -> str:
         """`3 epochs of 32 from base, learning rate 0.001, on 100 samples a problem by warmup`"""

@@ -51,8 +51,9 @@ class Sft(Schedule, Stage):
     """Method name → epoch after which the weights become that method."""
 
     until: Literal["plateau"] | None = None
-    """`plateau` ends the stage once dev is above 20% and has not risen for four evaluations, after
-    a cooldown of a tenth of the steps so far. Needs `optimizer.schedule: constant`."""
+    """`plateau` ends the stage once dev accuracy is above 20% and has not risen for four
+    evaluations, after a cooldown of a tenth of the steps so far. Needs
+    `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True
 
