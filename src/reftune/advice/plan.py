@@ -322,7 +322,7 @@ class Planner:
         return {"sampling_gpus": best, "training_gpus": train, "seconds": seconds[best]}
 
 
-# --- what a person sees ---------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 WAYS = {"one": "1 GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
 

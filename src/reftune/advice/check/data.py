@@ -254,7 +254,7 @@ def check_reward_errors(subject: Subject) -> Finding:
 
 
 def _error_rate(kind: str, count: int, total: int) -> str:
-    """`false positives 3 of 384 (0.8 %, at most 2.3 %)`; the bound is the upper end of the 95%
+    """`false positives 3 of 384 (0.8%, at most 2.3%)`; the bound is the upper end of the 95%
     interval."""
     if total == 0:
         return f"no case of a false {kind}"
