@@ -103,7 +103,7 @@ class Mathqa(PaperDataset):
         return problems
 
     def authors_problem(self, row: Row) -> Problem:
-        """For `choice` the options are the question's last line and the gold is a letter."""
+        """For `choice` the options are the question's last line and the gold answer is a letter."""
         question = repaired(row.text("question"))
         if self.answer == "numeric":
             return replace(super().authors_problem(row), question=question)
@@ -120,7 +120,7 @@ class Mathqa(PaperDataset):
         )
 
     def published_problem(self, row: Row) -> Problem:
-        """Raises: Unusable if a numeric gold is requested and the option is not a number."""
+        """Raises: Unusable if a numeric gold answer is requested and the option is not a number."""
         stem, (options, letter) = repaired(row.text("Problem")), _gold_of(row)
         problem = Problem(
             id=row.id,

@@ -41,7 +41,7 @@ def question_key(problem: Problem) -> str:
     """Equal for questions that differ in case, spacing or sentence punctuation only; numbers,
     operators and options count.
 
-    If the gold is a text, the question may be about case and punctuation, so only spacing is
+    If the gold answer is a text, the question may be about case and punctuation, so only spacing is
     ignored.
     """
     text = " ".join([problem.question, *problem.choices])
@@ -60,10 +60,10 @@ def draw_splits(
 ) -> Splits:
     """Clean splits, with counts of the dropped rows.
 
-    `duplicate`: same text and gold as an earlier row of its split (and, with `several_rationales`,
-    same rationale). `contradiction`: same question and options as another row but a different gold
-    answer; no such row is kept. `leak`: a train question that dev or test asks, or a dev question
-    that test asks, by `key`. Test is never touched.
+    `duplicate`: same text and gold answer as an earlier row of its split (and, with
+    `several_rationales`, same rationale). `contradiction`: same question and options as another row
+    but a different gold answer; no such row is kept. `leak`: a train question that dev or test
+    asks, or a dev question that test asks, by `key`. Test is never touched.
 
     Dev, unless given, is the first `dev_size` questions (None: a tenth of them, at most 500) in the
     order of a hash of `seed` and question, so row order and rationales do not matter. Raises:
