@@ -319,7 +319,7 @@ class Server:
 
 
 class NotFoundError(EngineError):
-    """The server does not offer what was requested."""
+    """The server does not have what was requested."""
 
 
 HINTS = {
