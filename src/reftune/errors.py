@@ -24,12 +24,11 @@ class CheckpointError(ReftuneError):
 
 
 class RewardError(ReftuneError):
-    """A reward function that raised or returned something that is not a reward, with the sample
-    that caused it."""
+    """A reward function that raised or did not return a reward, with the sample that caused it."""
 
 
 class EngineError(ReftuneError):
-    """An engine that did not return what was requested."""
+    """An engine that failed to fulfil a request."""
 
 
 class ProcessError(ReftuneError):
