@@ -37,7 +37,8 @@ class Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """A gold number with the decimals it was written with, or those of its value. 1/3 has inf."""
+    """A gold number, with its decimals as written or, if unknown, those of its value; 1/3 has
+    inf."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)
@@ -215,7 +216,7 @@ def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
 
 
 def leading_number(line: str) -> Number | None:
-    """The number at the start of a plain line, unless what follows makes it part of something
+    """The number at the start of a plain line, unless the text after it makes it part of something
     else."""
     lead = _LEAD_IN.match(line)
     assert lead is not None  # it matches the empty text
@@ -299,7 +300,7 @@ def _endless(decimal: str) -> Number:
     return Number(_repeating(found["head"], found["digit"] or found["block"]))
 
 
-# --- what stands around a number ------------------------------------------------------------------
+# --- the text around a number ---------------------------------------------------------------------
 
 
 _EQUALS = re.compile(r"(?<![<>!=])=+>?(?!=)|-+>")

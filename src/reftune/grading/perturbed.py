@@ -29,8 +29,8 @@ class Perturbed:
 
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions that look like the gold one but do not give its answer. Empty for a text whose
-    answer cannot be found."""
+    """Solutions that look like the gold one but state another answer. Empty for a text whose answer
+    cannot be found."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 

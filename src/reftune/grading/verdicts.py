@@ -238,7 +238,7 @@ def _parts(problem: Problem) -> list[Problem]:
 
 
 def needs_worker(gold: Answer) -> bool:
-    """Whether answers to a gold are compared by another process."""
+    """Whether another process compares answers with this gold answer."""
     return "latex" in {gold.kind, *(part_answer(item).kind for item in gold.items)}
 
 

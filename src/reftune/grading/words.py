@@ -62,7 +62,7 @@ def bare_words(text: str) -> str:
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
     """Whether an answer is the gold answer as a whole, in its first line or, if the gold answer is
-    short, up to punctuation or a reason ("Yes, they do."). `unclear` if or, and, but or the
+    short, up to punctuation or a reason ("Yes, they do."). `unclear` if "or", "and", "but" or the
     opposite follows it: "Yes and no"."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
@@ -83,7 +83,7 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """The text after the gold in the answer's first line."""
+    """As `states_words`, judged by the text after the gold answer in the first line."""
     first_word = re.match(r"\W*(\w*)", rest)
     assert first_word is not None  # it matches the empty text
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):

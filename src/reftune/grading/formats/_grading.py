@@ -42,7 +42,7 @@ def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
     """A user's verdict on a text. A grader that fails is an ERROR, so that it is counted."""
     try:
         verdict = grader(text, problem)
-    except Exception as failure:  # noqa: BLE001  graders parse what a model wrote
+    except Exception as failure:  # noqa: BLE001  graders parse a model's text
         reason = f"the grader failed: {type(failure).__name__}: {clip(str(failure))}"
         return Graded.without_answer(Verdict.ERROR, reason)
     if isinstance(verdict, Graded):

@@ -273,7 +273,7 @@ def _without_prose(program: str) -> str:
 
 def _chunks(program: str) -> list[str]:
     """Lines at the left margin, each with the lines that belong to it: indented or blank ones,
-    closing brackets, and what is inside triple quotes."""
+    closing brackets, and text inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
     for line in program.split("\n"):

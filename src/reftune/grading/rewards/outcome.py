@@ -41,7 +41,8 @@ class Outcome(Component):
         return self.partial if is_partial else self.wrong
 
     def _tells_kind(self, gold: Answer) -> bool:
-        """Whether a wrong answer to this gold has its kind, rather than being arbitrary words."""
+        """Whether a wrong answer has the kind of this gold answer, rather than being arbitrary
+        words."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]

@@ -64,7 +64,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     sys.path.extend(settings["paths"])
     for name in settings["preload"]:
-        with contextlib.suppress(Exception):  # the program's own import will say what is wrong
+        with contextlib.suppress(Exception):  # the program's own import will report the error
             importlib.import_module(name)
     gc.collect()
     gc.freeze()
@@ -206,7 +206,7 @@ def keep_only(results: int) -> None:
     os.close(null)
 
 
-# --- what the kernel enforces ---------------------------------------------------------------------
+# --- limits that the kernel enforces --------------------------------------------------------------
 
 
 def fence_in(readable: list[str]) -> str:
@@ -316,7 +316,7 @@ def run(source: str) -> str:
 
 
 class Printed:
-    """A standard output of which only the end is kept."""
+    """A standard output that keeps only its end."""
 
     tail = ""
 
@@ -368,7 +368,7 @@ class Doorman:
             self.refuse(event, args)
 
     def importing(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """`__import__` that notices forbidden modules although they are loaded already."""
+        """`__import__` that notices forbidden modules even if they are already loaded."""
 
         def wrapped(name: str, *args: Any, **kwargs: Any) -> Any:
             if name.partition(".")[0] in self.forbidden and is_program(sys._getframe(1)):

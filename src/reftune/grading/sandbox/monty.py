@@ -139,7 +139,7 @@ def _end_pool(pool: Any, pid: int) -> None:
 
 
 class _Printed:
-    """Keeps the end of what a program prints."""
+    """Keeps the end of a program's output."""
 
     tail = ""
 
@@ -148,7 +148,7 @@ class _Printed:
 
 
 class _Modules(Mapping[str, NoReturn]):
-    """Offers no module, and notes which forbidden ones were asked for."""
+    """Offers no modules, and notes which forbidden ones a program requested."""
 
     def __init__(self, reached: list[str]) -> None:
         self._reached = reached
