@@ -30,11 +30,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
-    """The text after the prompt when the assistant says `said`, including its end of turn, as the
+    """The text after the prompt when the assistant writes `said`, including its end of turn, as the
     template itself writes it: Mistral's begins with a space, Qwen3's with an empty thought. If a
-    template writes conversations and prompts differently, or cuts what was said (a thought, for
-    example), only the text around `said` is taken from it.
-    """
+    template writes conversations and prompts differently, or drops part of `said` (a thought, for
+    example), only the text around `said` is taken from it."""
     said = said.strip()
     whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
     begun = prompt_text(tokenizer, prompt)

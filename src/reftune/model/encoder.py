@@ -71,7 +71,7 @@ class Encoder:
         return prompt_text(self.tokenizer, prompt) if isinstance(prompt, Conversation) else prompt
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
-        """The text after a prompt if the model says `text`; in a chat, with its end of turn."""
+        """The text after a prompt if the model writes `text`; in a chat, with its end of turn."""
         if isinstance(prompt, Conversation):
             return reply_text(self.tokenizer, prompt, text)
         return text

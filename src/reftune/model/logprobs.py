@@ -1,4 +1,4 @@
-"""Log-probabilities of response tokens from hidden states, without holding all logits at once.
+"""Log-probabilities of response tokens from hidden states, never holding all logits at once.
 
 Logits are computed in tiles of some tokens by a part of the vocabulary. The first tiles are kept,
 and the backward pass computes the others again. So memory does not grow with vocabulary × length,
