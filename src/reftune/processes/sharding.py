@@ -162,7 +162,8 @@ def block_matrices(model: nn.Module) -> set[int]:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules whose parameters take no memory; buffers and ties are as in `model`."""
+    """A copy of the modules, with parameters that take no memory; buffers and ties are as in
+    `model`."""
     from torch import nn
 
     hollow = {

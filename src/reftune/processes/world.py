@@ -3,7 +3,7 @@ communication.
 
 Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
 are split by rows and joined again, so that every process then holds the same rollouts, advantages
-and weights; only the main one writes and prints. `launch` starts them; `sharding` says which
+and weights; only the main one writes and prints. `launch` starts them; `sharding` determines which
 process holds which weights.
 """
 
@@ -161,8 +161,8 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def shared_folder(path: Path) -> None:
-    """Check that machines share a folder. Raises: RecipeError in a process that does not see what
-    the main one wrote at `path`."""
+    """Check that machines share a folder. Raises: RecipeError in a process that does not see the
+    main process's file at `path`."""
     wait(f"looking for {path}")
     if not path.exists():
         raise RecipeError(
