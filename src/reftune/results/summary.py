@@ -436,7 +436,7 @@ class Handover:
     rise: float
     """Change in accuracy over the last four dev evaluations before it, as a share of problems."""
     margin: float
-    """Half the width of its paired 95 % interval."""
+    """Half the width of its paired 95% interval."""
 
     @property
     def is_ready(self) -> bool:

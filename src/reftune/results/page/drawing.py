@@ -119,7 +119,7 @@ def _keys(chart: Chart) -> list[tuple[str, str]]:
     return [(s.colour, f"{s.label} {shown(y[-1], chart.unit)}") for s, y in last if any(y)]
 
 
-# --- where things stand ---------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,7 +228,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
-# --- what is drawn --------------------------------------------------------------------------------
+# --- elements -------------------------------------------------------------------------------------
 
 
 def _axes(chart: Chart, plot: _Plot) -> list[Markup]:
