@@ -400,7 +400,7 @@ class Run:
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """The recipe's problems, without training rationales that contradict their gold.
+    """The recipe's problems, without training rationales that contradict the gold answer.
 
     Raises: DataError if nothing is left to train on, or there is no dev.
     """
