@@ -119,10 +119,10 @@ class Loop:
         start: Progression | None = None,
         until_plateau: bool = False,
     ) -> None:
-        """`look` evaluates a model that is not a policy on dev (`dev/accuracy` and more); `start`
-        is the stage's state before step 1. `until_plateau`: a constant rate until dev accuracy is
-        flat, then a cooldown over a tenth of the steps so far. The constructor distributes the
-        model over the processes."""
+        """`look` is the dev evaluation of a model that is not a policy (`dev/accuracy` and more);
+        `start` is the stage's state before step 1. `until_plateau`: a constant rate until dev
+        accuracy is flat, then a cooldown over a tenth of the steps so far. The constructor
+        distributes the model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})

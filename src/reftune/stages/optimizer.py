@@ -68,7 +68,7 @@ def trainable(model: Trained) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Restore what `trainable` returned."""
+    """Restore the tensors that `trainable` returned."""
     for name, parameter in trainable(model).items():
         assign(parameter, tensors[name])
 

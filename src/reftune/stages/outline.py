@@ -103,7 +103,7 @@ class Outline:
         return self._bytes({id(w): NF4 for w in linear if not w.requires_grad})
 
     def _bytes(self, widths: Mapping[int, float]) -> float:
-        """Bytes of all weights. `widths` gives other bytes per element for some."""
+        """Bytes of all weights. `widths` overrides the bytes per element of some."""
         weights = self.policy.model.parameters()
         return float(sum(p.numel() * widths.get(id(p), p.itemsize) for p in weights))
 

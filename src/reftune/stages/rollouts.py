@@ -48,7 +48,7 @@ class Collector:
     reward: Reward
     lengths: LengthTable
 
-    # --- what fits ---
+    # --- limits ---
 
     def prompt_limit(self, policy: Policy) -> float:
         """Most tokens in a prompt; infinite without a limit."""
@@ -93,7 +93,7 @@ class Collector:
                     )
         return [encoded[problem.id] for problem in problems]
 
-    # --- what becomes of problems ---
+    # --- solving and rewarding ---
 
     def solve(
         self,

@@ -123,7 +123,7 @@ def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
 
 
 def describe(drawn: Sequence[Samples]) -> str:
-    """`62 % of 8,000 samples are correct; 31 of 1,000 problems have none`"""
+    """`62% of 8,000 samples are correct; 31 of 1,000 problems have none`"""
     correct = sum(len(samples.correct) for samples in drawn)
     total = sum(len(samples.texts) for samples in drawn)
     unsolved = sum(not samples.correct for samples in drawn)

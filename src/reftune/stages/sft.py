@@ -119,7 +119,7 @@ class Example:
 def gold_examples(
     problems: Sequence[Problem], collector: Collector, policy: Policy
 ) -> list[Example]:
-    """The problems' gold rationales, without those that are too long.
+    """The problems' gold rationales, except those that are too long.
 
     Raises: DataError if none is left.
     """
@@ -146,7 +146,7 @@ class Task(Protocol):
 
     @property
     def look(self) -> Callable[[], Look] | None:
-        """Evaluates a model that is not a policy on dev; None evaluates greedy answers."""
+        """The dev evaluation of a model that is not a policy; None evaluates greedy answers."""
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -1,6 +1,6 @@
 """Reward hacking on multiple choice: whether a right letter was earned by the reasoning before it.
 
-Four warning signs, from greedy answers: the reasoning derives another value than the chosen
+Four warning signs, from greedy answers: the reasoning derives a different value from the chosen
 option's; the choice changes when the options change places; accuracy is hardly above chance; the
 same questions without options are not solved.
 """
@@ -112,7 +112,7 @@ def without_options(problem: Problem) -> Problem | None:
     return replace(problem, question=stem(problem), choices=(), answer=number)
 
 
-# --- what the reasoning derives -------------------------------------------------------------------
+# --- derived values -------------------------------------------------------------------------------
 
 
 def derived_values(
