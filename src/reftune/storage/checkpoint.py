@@ -126,8 +126,8 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` returned: whole tensors, even if the parameters are
-    sharded."""
+    """Restore the state that `optimizer_tensors` returned: whole tensors, even if the parameters
+    are sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     for name, value in tensors.items():

@@ -126,7 +126,7 @@ class StageFolder:
         return self.path / f"nonfinite-{step:06d}.json"
 
 
-# --- whose it is ----------------------------------------------------------------------------------
+# --- ownership ------------------------------------------------------------------------------------
 
 
 FIRST = RunFolder(Path())
@@ -180,7 +180,7 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 def data_facts(splits: Splits) -> dict[str, Any]:
     """The content of `data.json`: the sizes of the splits (for train also: problems with a
-    rationale), and what was dropped."""
+    rationale), and the counts of dropped rows."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
