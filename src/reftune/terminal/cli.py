@@ -1,4 +1,4 @@
-"""The command line: reads arguments, calls one function, prints what it returns.
+"""The command line: reads arguments, calls one function, prints its result.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 bad input (one
 line on stderr), 130 interrupted. Heavy modules are imported inside the command that needs them, so
@@ -272,7 +272,7 @@ def _ask(question: str, default: str | None, *, flag: str) -> str:
     return default
 
 
-# --- looking --------------------------------------------------------------------------------------
+# --- inspecting -----------------------------------------------------------------------------------
 
 
 @app.command()
@@ -349,8 +349,7 @@ def plan(
 
 @app.command()
 def watch(run_folder: RunFolderPath) -> None:
-    """Follow a run in another process, or look back at a finished one. Ctrl-C does not stop the
-    run."""
+    """Follow a run in another process, or replay a finished one. Ctrl-C does not stop the run."""
     from reftune.results import table_command
     from reftune.terminal.live import make_progress
     from reftune.terminal.watch import RunClock
@@ -383,7 +382,7 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a trained model writes, with verdicts."""
+    """Print a trained model's solutions, with verdicts."""
     from reftune.runs.sample import sample_method, solution_text
 
     rows = sample_method(

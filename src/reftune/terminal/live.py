@@ -145,7 +145,7 @@ class LineProgress(Progress):
         print_line(printable(message), self._stream)
 
     def close(self) -> None:
-        """Print what was held back."""
+        """Print the line that was held back."""
         if self._pending:
             self._print_view()
 
