@@ -102,7 +102,7 @@ class Problem:
 
     @property
     def is_multiple_choice(self) -> bool:
-        """Whether it is multiple choice."""
+        """Whether the question is multiple choice."""
         return self.answer.kind == "choice" and len(self.choices) > 1
 
 
