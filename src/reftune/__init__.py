@@ -30,7 +30,7 @@ _HOMES = {
     "Problem": "types",
     "Verdict": "types",
 }
-"""Public name → the module it is in, imported when first asked for: `import reftune` stays fast."""
+"""Public name → its module, which is imported on first use, so that `import reftune` stays fast."""
 
 
 def __getattr__(name: str) -> Any:
