@@ -22,7 +22,7 @@ WARM_TOKENS = 256
 """Tokens trained on before the clock starts: a first pass chooses kernels, casts weights and
 allocates."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
-"""Tokens sampled per row before the clock starts, and at least this many while it runs: each takes
+"""Tokens sampled per row before the clock starts, and the least number while it runs: a token takes
 far less time than reading a prompt."""
 BUDGET_S = 8.0
 """Target length of a timed pass, in seconds; a large model's pass is then smaller than in

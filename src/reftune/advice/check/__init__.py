@@ -28,7 +28,7 @@ __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", 
 
 
 STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
-"""Chat template of the stand-in for a model that is not read."""
+"""Chat template that stands in for that of a model that is not read."""
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
 """Checks that work without the recipe's own model and data."""
 
@@ -179,4 +179,4 @@ CHECKS = _named(
     model.check_dtype,
 )
 MODEL_CHECKS = _named(model.check_accuracy, model.check_logprobs, model.check_time)
-"""Those that run the model; skipped if it would crash."""
+"""Checks that run the model; skipped if it would crash."""

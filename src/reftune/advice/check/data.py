@@ -19,13 +19,13 @@ from reftune.results.stats import wilson
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 
 SMALL_DEV = 100
-"""With fewer dev problems, the choice of a model is mostly luck: an accuracy of 50 % is then ± 10
+"""With fewer dev problems, the choice of a model is mostly luck: an accuracy of 50% is then ± 10
 points or worse."""
 
 
 NUM_REWARDED = 64
-"""Rows whose gold solution, a wrong one and an empty text are rewarded, to see whether the rewards
-differ."""
+"""Rows for which a gold solution, a wrong one and an empty completion are rewarded, to see whether
+the rewards differ."""
 
 
 MAX_FALSE_POSITIVES = 0.05

@@ -25,23 +25,23 @@ from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
 
 NUM_SAMPLED = 32
-"""Dev questions that the start model answers."""
+"""Dev questions that RL's initial model answers."""
 NUM_SHOWN = 3
-"""How many of their answers are shown."""
+"""Number of answers shown."""
 NUM_TIMED = 512
 """Number of rows from which the time is estimated."""
 
 
 MEASURED_ROWS = 64
-"""Number of rows for measuring the speed, if the recipe does not say."""
+"""Number of rows for measuring the speed, if the recipe does not specify it."""
 
 
 MAX_SLOWDOWN = 8.0
-"""The check fails if products take this many times as long as in the other dtype."""
+"""The check fails if matmuls take this many times as long as in the other dtype."""
 
 
 PRODUCT = 1024
-"""Largest weight whose product is timed, in rows and columns."""
+"""Largest weight of a timed matmul, in rows and columns."""
 
 
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
