@@ -12,7 +12,7 @@ from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 
 STD_FLOOR = 1e-4
-"""Added to a group's standard deviation, so that equal rewards divide by something."""
+"""Added to a group's standard deviation, so that equal rewards do not divide by 0."""
 
 
 class Grpo(Clipped):
