@@ -22,9 +22,9 @@ from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""How pandas writes a missing cell, and Excel a failed formula."""
+"""A missing cell as pandas writes it, or a failed formula as Excel does."""
 MOST_WORDS = 30
-"""Longest gold read as a text under `auto`, in words; a longer text is a solution, not an
+"""Longest gold answer read as a text under `auto`, in words; a longer text is a solution, not an
 answer."""
 
 

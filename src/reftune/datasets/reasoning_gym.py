@@ -21,7 +21,7 @@ SEED_RANGE = 100_000_000
 """Distance between the seeds of test, train and the next `data_seed`. A task's n-th question has
 seed + n."""
 PATIENCE = 20
-"""Give up on finding different questions after this many draws for each one wanted."""
+"""Give up on finding different questions after this many draws per question."""
 
 
 class ReasoningGym(Component):

@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.types import Problem
 
 FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
-"""How the worked solutions of ReFT's authors end."""
+"""The end of the worked solutions of ReFT's authors."""
 
 
 class Svamp(PaperDataset):

@@ -62,8 +62,8 @@ OPERATIONS: Mapping[str, str] = {
     "volume_cone": "math.pi * {} ** 2 * {} / 3",
     "volume_sphere": "4 / 3 * math.pi * {} ** 3",
 }
-"""Every operation of the dev and test files, its operands being names or numbers. Another one gives
-no program."""
+"""Every operation of the dev and test files; operands are names or numbers. A formula with any
+other operation gets no program."""
 
 EXACT_CONSTANTS: Mapping[str, str] = {"const_pi": "math.pi", "const_0_2778": "(5 / 18)"}
 """0.2778 turns km/h into m/s; its rounding would move answers off the options."""
