@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 traffic: Counter[str] = Counter()
-"""What engines have sent since the last step; logged as `engine/…`."""
+"""Requests and bytes that engines have sent since the last step; logged as `engine/…`."""
 
 
 class Engine(Protocol):

@@ -28,7 +28,7 @@ from reftune.types import Completion, SamplingParams
 
 DROP_SHARE = 1 / 8
 """Share of the rows that must have finished before they are dropped; dropping copies the cache of
-the others."""
+the remaining rows."""
 ROOM = 64
 """Tokens by which a full cache grows."""
 BLOCK = 256

@@ -329,7 +329,7 @@ HINTS = {
         ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", ", and --enable-lora"),
     )
 }
-"""Path → how to start a server that offers it."""
+"""Path → how to start a server that supports it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
