@@ -318,7 +318,8 @@ _FRACTION_WORD = re.compile(
     r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
 )
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
-"""Letters that may be a product, 2ab, and no word: two, or no vowel; three attached to a number."""
+"""Letters that may be a product, as in 2ab, rather than a word: two, or without a vowel; three
+attached to a number."""
 _MONTH = re.compile(MONTHS, re.IGNORECASE)
 
 

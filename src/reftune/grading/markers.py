@@ -11,7 +11,7 @@ from typing import Literal
 
 MAX_BOX_CHARS = 20_000
 MAX_STATEMENTS = 20
-"""How many of a completion's last markers are read."""
+"""Number of a completion's last markers that are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ SIDE_BY_SIDE = re.compile(
     rf"{_SIGNS}{_NOUN}{_SIGNS}(?:\b(?:or|and)\b{_SIGNS})?(?:[^\W\d]\w?\s{{0,3}}=)?{_SIGNS}",
     re.IGNORECASE,
 )
-"""What stands between two boxes that are one answer with two parts."""
+"""The text between two boxes that are one answer with two parts."""
 
 
 def is_alternative(completion: str, before: Statement, after: Statement) -> bool:

@@ -28,7 +28,7 @@ TIMEOUT_S = 5.0
 NUM_WORKERS = min(4, os.cpu_count() or 1)
 """Worker processes, of 100 MB each."""
 START_S = 120.0
-"""Seconds for a worker's first answer, math-verify's import included."""
+"""Seconds for a worker's first answer, including the import of math-verify."""
 MAX_EXPRESSION_CHARS = 1_000
 
 _FUNCTIONS = frozenset(

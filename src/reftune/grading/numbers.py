@@ -412,7 +412,7 @@ _LETTER_OF = dict(
         " remainder:r odds:π month:m operation:+ operator:+ plus:p order:< open:( word:w"
     ).split()
 )
-"""Kind of word or sign → its letter in `_CONTINUES`."""
+"""Kind of word or symbol → its letter in `_CONTINUES`."""
 _CONTINUES = re.compile(
     r"[)\]}'\"]*(?:"
     # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5 (6), 5;6, 5? 6

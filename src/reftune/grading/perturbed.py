@@ -14,7 +14,7 @@ from reftune.types import Answer, Problem
 MAX_SIZE = 10**6
 """Largest answer that is changed by 1: beyond it, 1 may be within the grader's tolerance."""
 PRINTED = "printed and not returned"
-"""Right for a format that reads scripts."""
+"""This kind is right for a format that reads scripts."""
 _RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
 _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 

@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 MAX_SEGMENT_CHARS = 2_000
-"""How many characters of an answer are searched for a number or a choice."""
+"""Number of characters of an answer that are searched for a number or a choice."""
 
 _ASCII = str.maketrans(
     {

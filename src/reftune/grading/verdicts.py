@@ -291,7 +291,7 @@ _GRADERS: dict[AnswerKind, Callable[[str, Problem], Graded]] = {
     "regex": _grade_pattern,
 }
 _PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
-"""Verdicts, the best first."""
+"""Verdicts, best first."""
 
 
 def _badness(graded: Graded) -> int:

@@ -11,7 +11,7 @@ from typing import Literal
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 
 MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""Longest gold, in words and characters, that an answer may begin with and go on."""
+"""Longest gold answer, in words and characters, that may be followed by more text."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
@@ -34,7 +34,7 @@ TAKEN_BACK = re.compile(
     rf"(?:{SORRY}\b\s*(?:[,.:;!—–]|(?:wait|no)\b)|(?:i mean|actually|or rather)\b|{IS_WRONG})",
     re.IGNORECASE,
 )
-"""How an answer is withdrawn: "No, …", "Hmm, …", "That is wrong."."""
+"""Phrases that withdraw an answer: "No, …", "Hmm, …", "That is wrong."."""
 _OR_ELSE = re.compile(r"\W*(?:or|maybe|perhaps|possibly|alternatively)\b")
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")

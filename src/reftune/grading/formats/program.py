@@ -39,7 +39,7 @@ from reftune.types import Conversation, Graded, Problem, Verdict
 
 HEADER = "def solution():\n"
 MAX_CHARS = 50_000
-"""How much of a completion is read, in characters."""
+"""Longest part of a completion that is read, in characters."""
 
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _SOLUTION = re.compile(

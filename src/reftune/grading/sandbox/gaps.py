@@ -92,4 +92,4 @@ _GAPS: dict[str, str | Callable[[re.Match[str]], str | None]] = {
     r"ValueError: time data .* does not match format": "formats of strptime",
     r"TypeError: object of type '\w+' has no len\(\)": "__len__",
 }
-"""How a program ends → the part that it needed."""
+"""The error that ends a program → the part of Python that it needed."""

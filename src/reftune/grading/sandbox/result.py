@@ -10,7 +10,7 @@ from typing import Any, Protocol
 MAX_VALUE_BYTES = 1 << 20
 """Largest value that a program may return."""
 MAX_PRINTED_CHARS = 2000
-"""How much of a program's output is kept, from its end."""
+"""Number of characters kept from the end of a program's output."""
 
 FORBIDDEN_MODULES = frozenset(
     "_io _posixsubprocess _socket _thread aiohttp asyncore builtins cffi code codeop concurrent"

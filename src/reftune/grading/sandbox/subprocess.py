@@ -57,7 +57,7 @@ INTERPRETER_MIB = 256
 """Address space of the interpreter and its packages, on top of the program's own."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 """The environment of a program. Without the first two variables numpy reserves memory for one
-thread per core; the last fixes the order of sets of texts."""
+thread per core; the last fixes the order of sets of strings."""
 SYSTEM_LIBRARIES = (
     "/lib",
     "/lib64",
