@@ -114,7 +114,7 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""Extra tokens to look at beyond a stop text's bytes, because special tokens decode to nothing."""
+"""Extra tokens to decode beyond a stop string's bytes, because special tokens decode to nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 

@@ -35,11 +35,11 @@ VALUE_HEAD = Path("value_head", "model.safetensors")
 """Path inside a model's folder; a folder of its own, because vLLM loads every safetensors file
 beside the weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
-"""Saved beside the merged model: over a base in 4 bits a later stage continues with them, because
-quantizing a merged model would round away what they learned."""
+"""Saved beside the merged model: with a 4-bit base, a later stage continues with them, because
+quantizing a merged model would round away their changes."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
-"""File name in PEFT's format, whose tensor names leave out the adapter's name."""
+"""File name in PEFT's format, whose tensor names omit the adapter's name."""
 
 
 class TokenScores(NamedTuple):

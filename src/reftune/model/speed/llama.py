@@ -28,12 +28,12 @@ FAMILIES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""transformers' classes that this file writes out."""
+"""transformers' classes that this file can run."""
 FEW_ROWS = 16
 """Number of rows for which the layout is chosen; products of other sizes gain as much."""
 LARGE = 2**18
-"""Numbers in a weight from which on fp32 products of few rows are faster by oneDNN than by MKL,
-which hardly divides them among threads."""
+"""Size of a weight above which oneDNN is faster than MKL for fp32 products of few rows, because MKL
+hardly divides them among threads."""
 Product = Callable[[Tensor], Tensor]
 """The product of rows (…, I), in any dtype, with a weight: (…, O), in the weight's dtype."""
 
