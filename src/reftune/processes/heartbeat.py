@@ -12,7 +12,7 @@ from typing import Any
 
 INTERVAL_S = 1.0
 SOON_S = 4.0
-"""Seconds of silence that identify the dead process after something has failed."""
+"""Seconds of silence that identify the dead process after a failure."""
 SILENCE_S = 45.0
 """Seconds of silence after which a process counts as dead. A library may keep Python's threads
 waiting for seconds."""

@@ -20,8 +20,8 @@ from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another: longer than the main one ever writes. The heartbeat reports
-a dead one much sooner."""
+"""How long a process waits for another: longer than the main process ever writes. The heartbeat
+reports a dead process much sooner."""
 
 _store: Any = None
 """A store that all processes can read at any time; None before they have joined."""
@@ -161,7 +161,7 @@ REFUSED = {
 UNASKED = ("false", "none", "auto", "")
 """Values with which a setting requests nothing."""
 AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
-"""Values with which a setting requests what happens anyway."""
+"""Values with which a setting requests the usual behaviour."""
 
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
