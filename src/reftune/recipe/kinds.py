@@ -67,7 +67,7 @@ GROUPS = {
     "algorithms": "reftune.algorithms",
     "stages": "reftune.stages",
 }
-"""Each kind of plug-in, and the package that holds them, one file each."""
+"""Each group of plug-ins → the package that holds them, one file each."""
 
 
 def known_kinds(group: str) -> list[str]:
