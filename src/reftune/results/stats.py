@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Z_95 = 1.959963984540054
-"""The standard normal's 97.5 % quantile."""
+"""The 97.5% quantile of the standard normal distribution."""
 
 NUM_RESAMPLES = 10_000
 

@@ -21,7 +21,7 @@ SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""How many of a stage's longest and slowest samples are always included."""
+"""Number of a stage's longest and slowest samples that are always included."""
 
 Json = dict[str, Any]
 
