@@ -24,10 +24,10 @@ from reftune.storage.run_folder import RunFolder
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 SIZES = (256, 1024)
-"""Sizes of the square matrix products that choose a dtype: the small one quickly rules out a CPU
-that emulates bf16, the large one keeps all cores busy."""
+"""Sizes of the square matmuls that decide the dtype: the small one quickly rules out a CPU that
+emulates bf16, and the large one keeps all cores busy."""
 EMULATED = 4.0
-"""If bf16 is this many times as slow, it is emulated."""
+"""bf16 counts as emulated if it takes this many times as long."""
 Key = tuple[str, str]
 """Table and key of a recipe."""
 Values = dict[Key, Any]
