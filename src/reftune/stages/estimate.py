@@ -22,7 +22,7 @@ MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256}
 DRAWING = 5
 """Number of fp32 tensors of rows × vocabulary alive while tokens are drawn."""
 USABLE = 0.9
-"""Share of a device that a plan may fill; the rest is for what is not counted."""
+"""Share of a device that a plan may fill; the rest is for memory that is not counted."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
 """Micro-batch sizes to try, from large to small; larger ones are no faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))

@@ -419,10 +419,10 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
 
 
 LOOKS = 4
-"""Looks at dev over which a rise is measured; docs/handover.md compares 2 to 5."""
+"""Dev evaluations over which a rise is measured; docs/handover.md compares 2 to 5."""
 NEEDED_ACCURACY = 0.2
-"""Share of questions that RL's start model should solve: with fewer, RL gained little or nothing in
-our measurements (docs/handover.md)."""
+"""Share of questions that RL's initial model should solve: with fewer, RL gained little or nothing
+in our measurements (docs/handover.md)."""
 Z95 = 1.959964
 COOLDOWN = 10
 """Steps before the cooldown for each step of it."""

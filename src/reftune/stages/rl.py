@@ -300,7 +300,7 @@ class Trainer:
 
 
 SAMPLES_KEPT = 4
-"""Sampled solutions per step in samples.jsonl, besides the longest and one that hit its time
+"""Sampled solutions per step in samples.jsonl, besides the longest and one that reached its time
 limit."""
 PROBLEMS_FOLLOWED = 16
 """Training problems whose solutions are always kept, to see how they change."""

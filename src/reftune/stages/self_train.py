@@ -27,8 +27,8 @@ from reftune.storage.files import JsonLines, in_parts
 from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000
-"""Samples drawn between two writes to disk, about; interrupted sampling continues after the last
-whole part."""
+"""Approximate number of samples drawn between two writes to disk; interrupted sampling continues
+after the last whole part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

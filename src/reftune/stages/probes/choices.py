@@ -36,7 +36,7 @@ _ASSIGNMENT = re.compile(
     r"^[ \t]*(?P<name>[A-Za-z_]\w*)[ \t]*=(?!=)[ \t]*(?P<value>.*)$", re.MULTILINE
 )
 _LOOKS_UP = re.compile(r"[\"'\[{]|\b(?:min|max)\b")
-"""An expression that chooses among options, rather than computes."""
+"""An expression that chooses among options rather than computing."""
 _NUMBER_PROBE = Answer(kind="number", value=Fraction(0))
 
 
