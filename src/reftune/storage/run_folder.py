@@ -135,7 +135,7 @@ BEFORE_CLAIM = frozenset(
     + [path.name for path in (FIRST.environment, FIRST.data)]
     + [f".{path.name}.partial" for path in (FIRST.environment, FIRST.data, FIRST.recipe)]
 )
-"""Files that a run killed before writing `recipe.yaml` may have left."""
+"""Files that may remain from a run killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 
 
