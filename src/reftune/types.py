@@ -75,7 +75,7 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""The gold of problems without one: an answer is right if the scorer accepts it."""
+"""The gold answer of problems that have none: an answer is right if the scorer accepts it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
