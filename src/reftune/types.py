@@ -131,7 +131,8 @@ class Completion:
     text: str
     """Decoded without special tokens and without the stop string that ended it."""
     logprobs: tuple[float, ...]
-    """Log-probability of each token under the distribution it was drawn from."""
+    """Log-probability of each token under the distribution it was drawn from; for greedy tokens, at
+    temperature 1."""
     finish_reason: Literal["eos", "stop", "length"]
     """An end token, a stop string, or the limit."""
 

@@ -1,5 +1,4 @@
-"""The default engine decodes with plain transformers and a cache, in the training process, on the
-training weights.
+"""The default engine decodes with a cache, in the training process, on the training weights.
 
 Rows that finish leave the batch, so one long solution does not hold up the others, and waiting
 prompts take their place. Equal prompts are read once. New keys and values are written into reserved

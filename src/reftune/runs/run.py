@@ -1,5 +1,5 @@
-"""A run: stages in order, then the evaluation of every method, then summary and report; all of it
-resumable."""
+"""A run: its stages in order, each followed by the evaluation of its methods, then summary and
+report; all of it resumable."""
 
 from __future__ import annotations
 

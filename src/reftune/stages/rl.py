@@ -1,7 +1,7 @@
 """Reinforcement learning from the model's own solutions.
 
-`Trainer.step` is the whole loop: generate → grade → reward → score → credit → update. It does not
-know which algorithm it runs.
+`Trainer.step` is one step: generate → grade → reward → score → credit → update. It does not know
+which algorithm it runs. `loop.py` repeats it.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ SAMPLES_KEPT = 4
 """Sampled solutions per step in samples.jsonl, besides the longest and one that reached its time
 limit."""
 PROBLEMS_FOLLOWED = 16
-"""Training problems whose solutions are always kept, to see how they change."""
+"""Training problems whose solutions are kept first, to see how they change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:

@@ -1,4 +1,4 @@
-"""Generate → grade → reward: the only place where problems become rollouts."""
+"""Generate → grade → reward: where problems become rollouts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The files of a run, and which run owns them. Every file name in a run folder is defined here, and
-only here; a folder is claimed and locked, or rejected if it belongs to something else."""
+"""The files of a run, and which run owns them. A model and a checkpoint name the files inside their
+own folders. A run folder is claimed and locked, or rejected if it belongs to something else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`runs/NAME`; docs/design.md describes each file."""
+    """`runs/NAME`; docs/design.md describes the files that people and scripts read."""
 
     path: Path
 

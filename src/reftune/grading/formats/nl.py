@@ -26,7 +26,7 @@ class Nl(Prompted):
     kind: str = "nl"
     grading: Grading = "robust"
     """`robust` reads answers as people write them; `paper` follows the authors' rules;
-    `file.py:Name` grades with your own class."""
+    `file.py:Name` is your own grader."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
     """Where run-on text begins; nothing after it is graded."""

@@ -12,8 +12,8 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Outcome(Component):
-    """Rewards a correct answer with 1, a wrong one with 0.1 and none with 0. A crashed program has
-    no answer. Source: ReFT, §3.1."""
+    """Rewards a correct answer with 1, a wrong number with 0.1 and no answer with 0. A crashed
+    program has no answer. Source: ReFT, §3.1. Differs: a wrong choice or text earns 0."""
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
