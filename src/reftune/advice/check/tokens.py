@@ -139,7 +139,7 @@ def check_target_length(subject: Subject) -> Finding:
 
 
 def check_vocabulary(subject: Subject) -> Finding:
-    """The tokenizer's ids exist in the model, and it knows every word of the data."""
+    """The tokenizer's ids exist in the model, and its vocabulary covers every word of the data."""
     size, unknown = (
         subject.policy.model.get_input_embeddings().weight.shape[0],
         subject.policy.tokenizer.unk_token_id,
