@@ -1,6 +1,6 @@
 """Rows of a data source: a local file, a folder with one file per split, or a Hub dataset.
 
-Every row knows its place (`file:line`), so that errors can name it.
+Every row has its place (`file:line`), so that errors can name it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def read_rows(
 
 
 def is_single_file(source: str) -> bool:
-    """Whether `source` holds one split only. Raises: DataError."""
+    """Whether `source` contains only one split. Raises: DataError."""
     return _path(source).is_file()
 
 

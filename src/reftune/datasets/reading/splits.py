@@ -147,7 +147,7 @@ def _clean(
 def _without(
     asked: Sequence[Asked], elsewhere: Iterable[Asked], counts: Counter[str]
 ) -> list[Asked]:
-    """The problems without those that other splits ask."""
+    """The problems that no other split asks."""
     taken = {question for question, _ in elsewhere}
     kept = [(question, problem) for question, problem in asked if question not in taken]
     counts["leak"] += len(asked) - len(kept)
