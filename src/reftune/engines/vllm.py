@@ -334,7 +334,7 @@ HINTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Served:
-    """What servers hold of a policy with LoRA: its base and one adapter."""
+    """The parts of a LoRA policy that servers hold: its base and one adapter."""
 
     policy: weakref.ref[Policy]
     adapter: str
