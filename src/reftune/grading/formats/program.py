@@ -60,7 +60,7 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A program that is not a function, and where its answer is."""
+    """A program that is not a function, and the place of its answer."""
 
     source: str
     call: str
