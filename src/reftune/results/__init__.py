@@ -32,7 +32,7 @@ def handover_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
     """`reftune report RUN…`: write the page, by default `report.html` in the first run's folder;
-    return where it is.
+    return its path.
 
     Raises: DataError.
     """
