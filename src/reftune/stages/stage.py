@@ -25,7 +25,7 @@ class StageContext:
     stage: Stage
     recipe: Recipe
     policy: Policy
-    """Initialised as the stage asks; trained in place."""
+    """Initialised as the stage requires; trained in place."""
     splits: Splits
     collector: Collector
     folder: StageFolder
