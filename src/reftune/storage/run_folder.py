@@ -83,7 +83,7 @@ class RunFolder:
 
 @dataclass(frozen=True, slots=True)
 class StageFolder:
-    """`stages/NAME`: the chosen model in Hugging Face format, and beside it"""
+    """`stages/NAME`: the chosen model in Hugging Face format, and the files listed here."""
 
     path: Path
 
