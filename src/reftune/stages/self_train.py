@@ -191,7 +191,7 @@ class SelfTrain(Sampled):
 
 def distinct(texts: Sequence[str]) -> list[str]:
     """The first of each group of solutions that differ only in outer white space or, if they are
-    right, in the spelling of the final answer: "The answer is 1/2", or 0.5."""
+    right, in how the final answer is written (such as 1/2 or 0.5)."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(_less_answer(text).strip(), text)

@@ -228,8 +228,8 @@ def train_in_epochs(
 
 
 def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
-    """Add the gradient of the token-mean negative log-likelihood of the responses; its value, in
-    nats per token.
+    """Add the gradient of the token-mean negative log-likelihood of the responses, and return the
+    loss in nats per token.
 
     Raises: NonFiniteError before the gradient is used.
     """
