@@ -386,6 +386,7 @@ def test_a_run_with_8_bit_state_begins_alike_and_stays_near(trainers, other):
     assert saving[1]["policy/entropy"] == pytest.approx(plain[1]["policy/entropy"], abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("savers", list(combinations(SAVERS, 2)), ids=" + ".join)
 def test_any_two_run_together_and_stop_and_go_on_to_the_same_bits(make_recipe, tmp_path, savers):
     model: dict[str, Any] = {"scratch": {"hidden_size": 64}}

@@ -79,7 +79,11 @@ def model(make_policy, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 CASES = [
     *((shape, "numbers", bool(i % 2)) for i, shape in enumerate(SHAPES)),
-    *((shape, spelling, False) for shape in ("plain", "alpaca") for spelling in ("words", "mixed")),
+    *(
+        pytest.param(shape, spelling, False, marks=pytest.mark.slow)
+        for shape in ("plain", "alpaca")
+        for spelling in ("words", "mixed")
+    ),
 ]
 
 

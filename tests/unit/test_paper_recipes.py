@@ -250,10 +250,13 @@ def save_model(name: str, folder: Path, make_model: Callable[..., Any]) -> Path:
     return folder / "model"
 
 
+LONG = ("ablation-warmup-length", "galactica-6.7b-mathqa-mcq-program")
+
+
 def slow_if_small(name: str) -> Any:
     """The small models' families are trained in the parity tests, and their stages are those of the
     large ones."""
-    is_slow = family(name) in ("codegen", "gpt2") or name == "ablation-warmup-length"
+    is_slow = family(name) in ("codegen", "gpt2") or name in LONG
     return pytest.param(name, marks=pytest.mark.slow) if is_slow else name
 
 
