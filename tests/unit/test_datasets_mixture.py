@@ -89,3 +89,27 @@ def test_a_part_keeps_rationales_that_are_right_by_its_own_decimal_separator(
     splits = load_splits(recipe.model_copy(update={"dataset": dataset}))
     assert sizes(splits) == {"a": 18, "c": 18}
     assert splits.counts == {}
+
+
+OWN = """
+from fractions import Fraction
+from reftune.datasets import Splits
+from reftune.recipe import Component
+from reftune.types import Answer, Problem
+
+def problem(n):
+    said = 9 if n == 1 else n  # problem 1 contradicts its gold answer
+    gold = Answer(kind="number", value=Fraction(n))
+    return Problem(id=f"{n}", question=f"{n}?", answer=gold, rationale=f"The answer is {said}")
+
+class Own(Component):
+    def load(self, *, seed):
+        return Splits(train=tuple(map(problem, range(6))), dev=(), test=(), counts={})
+"""
+
+
+def test_a_part_of_ones_own_loses_rationales_that_contradict_their_gold(tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN)
+    splits = mixture(part(tmp_path, "a", range(100, 120)), f"{tmp_path}/own.py:Own").load(seed=0)
+    assert sizes(splits) == {"a": 18, "b": 5}
+    assert splits.counts == {"b: rationale_disagrees": 1}

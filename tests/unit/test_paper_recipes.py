@@ -253,14 +253,14 @@ def save_model(name: str, folder: Path, make_model: Callable[..., Any]) -> Path:
 LONG = ("ablation-warmup-length", "galactica-6.7b-mathqa-mcq-program")
 
 
-def slow_if_small(name: str) -> Any:
-    """The small models' families are trained in the parity tests, and their stages are those of the
-    large ones."""
+def slow_if_long(name: str) -> Any:
+    """The default tests leave out long runs, and small models: their families are trained in the
+    parity tests, and their stages are those of the large ones."""
     is_slow = family(name) in ("codegen", "gpt2") or name in LONG
     return pytest.param(name, marks=pytest.mark.slow) if is_slow else name
 
 
-@pytest.mark.parametrize("name", [slow_if_small(name) for name in distinct_runs()])
+@pytest.mark.parametrize("name", [slow_if_long(name) for name in distinct_runs()])
 def test_two_steps_of_every_stage_run_on_a_random_model_of_the_family(name, tmp_path, make_model):
     recipe = shortened(name, tmp_path, save_model(name, tmp_path, make_model))
     summary = run_recipe(recipe, progress=SilentProgress())

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from reftune.datasets.reading.file_dataset import FileDataset
+from reftune.datasets.reading.programs import drop_contradictions
 from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import Splits
 
-__all__ = ["Dataset", "FileDataset", "Row", "Splits"]
+__all__ = ["Dataset", "FileDataset", "Row", "Splits", "load_dataset"]
 
 
 class Dataset(Protocol):
@@ -16,3 +17,15 @@ class Dataset(Protocol):
 
     def load(self, *, seed: int) -> Splits:
         """Read everything; `seed` draws the dev split. Raises: DataError with file and line."""
+
+
+def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
+    """The splits of a dataset, without training rationales that contradict the gold answer.
+
+    Raises: DataError with file and line.
+    """
+    splits = dataset.load(seed=seed)
+    is_ours = type(dataset).__module__.startswith("reftune.")
+    if is_ours or isinstance(dataset, FileDataset):  # which drop them by their own rules
+        return splits
+    return drop_contradictions(splits)

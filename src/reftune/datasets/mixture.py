@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from reftune.datasets import Splits
+from reftune.datasets import Splits, load_dataset
 from reftune.datasets.reading.splits import draw_splits
 from reftune.recipe import Component, Table, refusal
 from reftune.recipe.kinds import component_field
@@ -40,7 +40,7 @@ class Mixture(Component):
 
     def load(self, *, seed: int) -> Splits:
         """Raises: DataError as the parts do."""
-        parts = {name: part.dataset.load(seed=seed) for name, part in self.parts.items()}
+        parts = {name: load_dataset(part.dataset, seed=seed) for name, part in self.parts.items()}
 
         def named(split: str) -> list[Problem]:
             return [

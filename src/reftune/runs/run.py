@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reftune.datasets import FileDataset, Splits
-from reftune.datasets.reading.programs import drop_contradictions
+from reftune.datasets import Splits, load_dataset
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.adapters import require_continuable, with_adapters
@@ -400,14 +399,8 @@ class Run:
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """The recipe's problems, without training rationales that contradict the gold answer.
-
-    Raises: DataError if nothing is left to train on, or there is no dev.
-    """
-    splits: Splits = recipe.dataset.load(seed=derive_seed(recipe.seed, "data"))
-    is_ours = type(recipe.dataset).__module__.startswith("reftune.")
-    if not is_ours and not isinstance(recipe.dataset, FileDataset):
-        splits = drop_contradictions(splits)  # other datasets drop them by their own rules
+    """The recipe's problems. Raises: DataError if there is nothing to train on, or no dev."""
+    splits = load_dataset(recipe.dataset, seed=derive_seed(recipe.seed, "data"))
     if not splits.train:
         dropped = (
             ", ".join(f"{count} {reason}" for reason, count in splits.counts.items())

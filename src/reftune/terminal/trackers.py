@@ -109,8 +109,7 @@ class TrackedProgress(Progress):
             except Exception as error:  # noqa: BLE001  a service may fail in any way
                 assert self._trackers is not None
                 self._trackers.remove(tracker)
-                told = brief(f"{type(error).__name__}: {error}")
-                self.note(f"{tracker.name}: {told}; the run continues without it")
+                self.note(f"{tracker.name}: {_reason(error)}; the run continues without it")
 
 
 def table_row(step: int, rollout: Rollout) -> dict[str, Any]:
@@ -151,11 +150,14 @@ def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
         tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](**_settings(name, recipe))
         tracker.start()
     except Exception as error:  # noqa: BLE001  a service may refuse in any way: no login, no network
-        told = brief(f"{type(error).__name__}: {error}")
         raise RecipeError(
-            f"trackers: {name} cannot start: {told}; trackers=[] runs without"
+            f"trackers: {name} cannot start: {_reason(error)}; trackers=[] runs without"
         ) from None
     return tracker
+
+
+def _reason(error: Exception) -> str:
+    return brief(f"{type(error).__name__}: {error}")
 
 
 def _settings(name: TrackerName, recipe: Recipe) -> dict[str, Any]:
