@@ -160,7 +160,8 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
 
 def measured(command: list[str], **variables: str) -> dict[str, Any]:
     """Run a command at the root, with `variables` in its environment; its last line, if that is
-    JSON, and its peak memory. Raises CalledProcessError."""
+    JSON, and its peak memory, which is at least that of this process. Raises
+    CalledProcessError."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

@@ -3,7 +3,9 @@ against real runs."""
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -352,15 +354,9 @@ def test_sampling_keeps_casts_of_other_models_too(outline, make_model):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", ["wide, value model", "deep, adapters"])
-def test_the_prediction_is_within_15_percent_of_a_measured_run(case, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.plan_accuracy import TOLERANCE, baseline, compare
-
-    try:
-        row = compare(case, baseline())
-    finally:
-        for name in [
-            name for name in sys.modules if name == "benchmarks" or name.startswith("benchmarks.")
-        ]:
-            del sys.modules[name]
-    assert abs(row["error"]) <= TOLERANCE == 0.15, row
+def test_the_prediction_is_within_15_percent_of_a_measured_run(case):
+    # a process of its own: the peak of a child is at least that of the process that started it
+    command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--only", case]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    document = json.loads(run.stdout.splitlines()[-1])
+    assert abs(document["rows"][0]["error"]) <= document["tolerance"] == 0.15, run.stdout
