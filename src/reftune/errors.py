@@ -7,7 +7,8 @@ class ReftuneError(Exception):
 
 
 class RecipeError(ReftuneError):
-    """A recipe that cannot be run: unknown key, wrong type, a value out of range."""
+    """A recipe that cannot be run because of an unknown key, a wrong type or a value out of
+    range."""
 
 
 class DataError(ReftuneError):
@@ -36,4 +37,4 @@ class ProcessError(ReftuneError):
 
 
 class NonFiniteError(ReftuneError):
-    """A loss or gradient that is not finite. The weights were not touched."""
+    """A loss or gradient that is not finite. The weights are unchanged."""

@@ -22,8 +22,8 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
-    """Positions `start … start + count - 1` of an endless pass over `num_items`, reshuffled every
-    epoch."""
+    """The item indices at positions `start … start + count - 1` of an endless pass over `num_items`
+    items, which are reshuffled every epoch."""
     return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
 
 

@@ -15,7 +15,7 @@ def printable(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value for an error message: one short line."""
+    """The `repr` of a value, cut to 60 characters for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -26,13 +26,13 @@ def brief(error: object) -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """`did you mean partial?`; empty if no known name is near."""
+    """A hint such as `did you mean partial?`; empty if no known name is similar."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"did you mean {near[0]}?" if near else ""
 
 
 def clock(seconds: float) -> str:
-    """`0:31`, `1:02:03`"""
+    """A duration as `0:31` or `1:02:03`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 
 class Verdict(enum.Enum):
-    """How a completion was judged. Not a boolean: compare with a member."""
+    """The judgement on a completion. It has no truth value: compare it with a member."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -35,10 +35,10 @@ class Answer:
     value: Fraction | str
     """A Fraction for a number, a lower-case letter for a choice, else the answer's text."""
     decimals: float | None = field(default=None, compare=False)
-    """Digits after a number's decimal point, as written in the data; inf for a fraction, None to
-    take those of its value."""
+    """Number of digits after a number's decimal point, as written in the data; inf for a fraction.
+    None means as many as the value itself has."""
     percent: bool = False
-    """A number written with a percent sign."""
+    """Whether a number is written with a percent sign."""
     items: tuple[str, ...] = ()
     """The accepted spellings of `any_of`, the parts of a `list` or `set`; else empty."""
 
@@ -67,11 +67,11 @@ class BareText(str):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """A prompt of turns, which the tokenizer's chat template writes out."""
+    """A prompt made of turns, which the tokenizer's chat template renders."""
 
     turns: tuple[Message, ...]
     template_args: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the template."""
+    """Variables passed to the chat template."""
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
@@ -88,17 +88,18 @@ class Problem:
     rationale: str | None = None
     """A worked solution as text, or a program that defines `solution()`."""
     choices: tuple[str, ...] = ()
-    """Option texts of a multiple-choice question, a first; else empty."""
+    """The option texts of a multiple-choice question, in order from a; else empty."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The data's other columns, passed to a user's reward function by name."""
     gold_text: str = ""
-    """The gold answer as spelled in the data, which `reftune check` shows beside its reading; empty
-    if not known."""
+    """The gold answer as spelled in the data, which `reftune check` shows beside the answer read
+    from it; empty if unknown."""
     messages: tuple[Message, ...] = ()
     """The turns before the answer, for a chat prompt; empty if the data are not conversations.
     `question` holds the text of all of them except the system message."""
     scorer: Callable[[str], float] | None = None
-    """The task's own scorer, answer text → [0, 1], if it has one; else answers are compared."""
+    """The task's own scorer, answer text → [0, 1]. If None, answers are compared with the gold
+    answer."""
 
     @property
     def is_multiple_choice(self) -> bool:
@@ -129,23 +130,23 @@ class Completion:
     token_ids: tuple[int, ...]
     """Sampled tokens, up to and including the one that ended the completion."""
     text: str
-    """Decoded without special tokens and without the stop string that ended it."""
+    """The decoded text, without special tokens or the stop string that ended it."""
     logprobs: tuple[float, ...]
     """Log-probability of each token under the distribution it was drawn from; for greedy tokens, at
     temperature 1."""
     finish_reason: Literal["eos", "stop", "length"]
-    """An end token, a stop string, or the limit."""
+    """What ended the completion: an end token, a stop string, or the length limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graded:
-    """A completion's verdict, the value that was read, and the reason."""
+    """A completion's verdict, the answer read from it, and the reason for the verdict."""
 
     verdict: Verdict
     value: str | None
     """The answer that was read, in canonical spelling; None if there is none."""
     reason: str
-    """The reason in one line."""
+    """One line that explains the verdict."""
     program_s: float | None = field(default=None, compare=False)
     """Run time of the completion's program; None if it is not a program."""
 
@@ -172,7 +173,7 @@ class Attempt:
         return self.graded.verdict is Verdict.CORRECT
 
     def to_row(self) -> dict[str, Any]:
-        """The row as JSON, without fields that are None, except the value."""
+        """The attempt as a JSON object. Fields that are None are omitted, except `value`."""
         seconds = self.graded.program_s
         optional = {
             "reason": self.graded.reason or None,
@@ -191,7 +192,8 @@ class Attempt:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Attempt:
-        """The inverse of `to_row`. Raises: KeyError, ValueError."""
+        """The inverse of `to_row`. Raises: KeyError for a missing key, ValueError for an unknown
+        verdict."""
         tokens = row.get("tokens")
         return cls(
             completion=str(row["completion"]),
@@ -220,5 +222,5 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, if the reward function returns them."""
     source: Literal["policy", "gold"] = "policy"
-    """Who wrote the completion: the policy, or the data (its log-probabilities mean nothing then).
+    """Who wrote the completion: the policy, or the data, whose log-probabilities are meaningless.
     """

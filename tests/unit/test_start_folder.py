@@ -228,7 +228,7 @@ def test_a_supervised_stage_is_given_more_epochs_before_the_next_one_began(make_
         run.train("sft")
         assert json.loads(run.folder.stage("sft").info.read_text())["steps"] == 12
         run.train("reft")
-    with pytest.raises(RecipeError, match=r"stages.sft: cannot go on, because reft has begun"):
+    with pytest.raises(RecipeError, match=r"stages.sft: cannot continue, because reft has begun"):
         run_all(make_recipe(stages={"sft": {"epochs": 4}}))
 
 
@@ -241,9 +241,9 @@ def test_fewer_steps_or_another_change_is_another_recipe(make_recipe, change):
         run_all(make_recipe(stages={"reft": change}))
 
 
-def test_a_stage_without_a_checkpoint_of_its_end_cannot_go_on(make_recipe, tmp_path):
+def test_a_stage_without_a_checkpoint_of_its_end_cannot_continue(make_recipe, tmp_path):
     recipe = make_recipe()
     run_all(recipe)
     shutil.rmtree(recipe.folder / "stages/reft/checkpoints/step-000004")
-    with pytest.raises(RecipeError, match=r"without a checkpoint of its end, step 4; .* init: "):
+    with pytest.raises(RecipeError, match=r"without the checkpoint of its end, step 4; .* init: "):
         run_all(make_recipe(stages={"reft": {"steps": 6}}))

@@ -19,7 +19,7 @@ from typing import Any
 
 MEMORY = 4 << 30
 MAX_S = 60
-"""The process ends itself after this time, in case its parent is gone."""
+"""Seconds for one request, after which the process ends itself in case its parent is gone."""
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
-"""Gold answers as spelled in data, read strictly: one is a number only if all of its text is.
-
-Completions have a lenient reader of their own (`numbers`): it may take "18" from "18, I think". By
-that reader the gold answer "5 March 2021" would be 5, and training would reward wrong answers.
+"""Reads gold answers as spelled in data, strictly: a gold answer is a number only if its whole text
+is one. Completions are read leniently by `numbers`, which may take "18" from "18, I think". It
+would read the gold answer "5 March 2021" as 5, and training would reward wrong answers.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
 """Longer texts do not count as numbers."""
 MOST_BETWEEN = 100
-"""Characters between two markers whose answers stand side by side."""
+"""Most characters between two markers whose answers count as side by side."""
 SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
 
 
 def read_gold(
     raw: object, kind: GoldKind = "auto", *, choices: Sequence[str] = (), reading: Reading = DEFAULT
 ) -> Answer:
-    """The gold answer in a cell of the data; `answer.kind` is its kind.
+    """The gold answer in a cell of the data, with its kind.
 
-    `auto` is a choice if there are `choices`, else a number if all of `raw` is one, else an
+    `auto` is a choice if there are `choices`, else a number if the whole of `raw` is one, else an
     expression, a list in brackets or a text. A text with a marker ("#### 78", "\\boxed{78}", "The
     answer is 78") stands for the marked answer.
 
@@ -127,7 +126,7 @@ def _stated(text: str, reading: Reading) -> list[str]:
 
 
 def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
-    """The answer in the text that a marker announces, which ends at the next marker."""
+    """The answer in the text that a marker announces, read at most up to `end`, the next marker."""
     said = (statement.text or "").strip()
     if statement.is_closed:
         return said
@@ -318,8 +317,8 @@ _FRACTION_WORD = re.compile(
     r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
 )
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
-"""Letters that may be a product, as in 2ab, rather than a word: two, or without a vowel; three
-attached to a number."""
+"""Letters that may be a product, as in 2ab, rather than a word: two letters, letters without a
+vowel, or three attached to a number."""
 _MONTH = re.compile(MONTHS, re.IGNORECASE)
 
 
@@ -372,7 +371,7 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.I
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
     """The letter of a gold answer: the answer itself, the letter before its option's text, or the
-    letter of the one option it spells. Without `choices`, any letter."""
+    letter of the one option it spells. Without `choices`, any letter is accepted."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:

@@ -16,7 +16,7 @@ MAX_STATEMENTS = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How the completions of a language or a model are read."""
+    """How to read the completions of a language or a model."""
 
     stop_at: tuple[str, ...] = ("\nQuestion:", "\nQ:", "\nProblem:")
     """Where run-on text begins, in which a model asks itself the next question."""
@@ -36,11 +36,11 @@ class Statement:
     text: str | None
     """None for a box that is never closed: its content is unknown."""
     is_closed: bool = False
-    """Whether it is the content of a box or tag rather than the text after a phrase."""
+    """Whether the text is the content of a box or tag rather than the words after a phrase."""
     start: int = 0
-    """Where its marker begins."""
+    """Where the marker begins."""
     end: int = 0
-    """Where it ends: after a closing brace or tag, or at the end of the text."""
+    """Where the statement ends: after a closing brace or tag, or at the end of the text."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -62,8 +62,8 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     appearance: "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
     `reading.markers`.
 
-    Nothing before the last `</think>` counts, nor after an open `<think>`, nor from where run-on
-    text begins. A box or tag without content announces nothing.
+    Text before the last `</think>`, after an open `<think>`, or from the start of run-on text does
+    not count. A box or tag without content announces nothing.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
@@ -93,8 +93,8 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
-    """The text that the last marker of a completion announces; None without a marker, or if it is a
-    box that is never closed."""
+    """The text that the last marker of a completion announces; None if there is no marker, or if it
+    opens a box that is never closed."""
     found = statements(completion, reading)
     return found[-1].text if found else None
 
@@ -149,7 +149,7 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
     """The content of the braces at `start` and where it ends; None if they are never closed. A
-    percent sign right after them belongs to it."""
+    percent sign right after the braces belongs to the content."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

@@ -1,7 +1,7 @@
 """Expressions, equations, intervals, tuples and matrices, compared by math-verify.
 
-A comparison may take forever on a model's text, so it runs in worker processes that are killed when
-the time is up. They start on first use, stay warm, and each serves one thread at a time.
+A comparison of a model's text may never end, so it runs in a worker process that is killed when the
+time is up. Workers start on first use and stay warm; each serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHILD = Path(__file__).with_name("_math_child.py")
 TIMEOUT_S = 5.0
 """Seconds for one comparison."""
 NUM_WORKERS = min(4, os.cpu_count() or 1)
-"""Worker processes, of 100 MB each."""
+"""Number of worker processes, which take 100 MB each."""
 START_S = 120.0
 """Seconds for a worker's first answer, including the import of math-verify."""
 MAX_EXPRESSION_CHARS = 1_000
@@ -49,7 +49,7 @@ _STRUCTURE = re.compile(
     re.DOTALL,
 )
 _NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
-"""A bound without its variable, and a.m."""
+"""Matches "a.m.", and a bound without its variable ("< 5")."""
 _NAMES = "leq geq neq infty pi pm cup cap in times cdot sqrt".split()
 _SIGNS = {sign: rf"\{name} " for sign, name in zip("≤≥≠∞π±∪∩∈×·√", _NAMES, strict=True)}
 _SIGNS |= {"°": r"^\circ ", "−": "-", "²": "^2", "³": "^3"}
@@ -69,8 +69,8 @@ class Comparison:
 
 
 def looks_like_math(text: str) -> bool:
-    """Whether all of a text is one expression, but not a plain number: LaTeX commands, an equation,
-    a power, an interval, a tuple, variables. Words do not count."""
+    """Whether the whole text is one expression other than a plain number: LaTeX commands, an
+    equation, a power, an interval, a tuple or variables. Words do not count."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -79,8 +79,8 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression in a text, with symbols as LaTeX: the text between its only math signs, else
-    the text up to an aside, without closing punctuation."""
+    """The expression in a text, with symbols as LaTeX: the content of its only math delimiters,
+    else the text up to an aside, without closing punctuation."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -168,7 +168,7 @@ class _Worker:
     def ask(self, request: bytes) -> bytes | None:
         """The reply to a line: empty if the process died twice; None if the time ran out and the
         process was killed."""
-        for _ in range(2):  # something else may have killed it
+        for _ in range(2):  # the first death may have had another cause
             if self._process is None:
                 self._process = _started()
             reply = _exchange(self._process, request, TIMEOUT_S)
@@ -224,7 +224,7 @@ _IDLE: queue.LifoQueue[_Worker] = queue.LifoQueue()
 
 
 def _asked(request: bytes) -> bytes | None:
-    """As `_Worker.ask`, with an idle process."""
+    """The reply of an idle worker, as `_Worker.ask` returns it."""
     worker = _IDLE.get()
     try:
         return worker.ask(request)
@@ -233,7 +233,7 @@ def _asked(request: bytes) -> bytes | None:
 
 
 def _forget() -> None:
-    """Use new workers: a forked process has inherited its parent's."""
+    """Set up new workers, because a forked process inherits those of its parent."""
     global _IDLE
     _IDLE = queue.LifoQueue()
     for _ in range(NUM_WORKERS):
@@ -247,8 +247,8 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Number of remembered comparisons, because samples of one problem repeat each other. Failed
-comparisons are not remembered."""
+"""Most comparisons kept in memory, since samples of one problem often repeat an answer. Failed
+comparisons are not kept."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

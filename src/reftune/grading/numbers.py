@@ -1,4 +1,4 @@
-"""Text → numbers as people write them, compared exactly."""
+"""Reads numbers as people write them, and compares them exactly."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ class Number:
 
     value: Fraction
     decimals: float = inf
-    """Digits after the decimal point as written; inf for a fraction, which has no last one."""
+    """Digits after the decimal point as written; inf for a fraction, which has no last digit."""
     percent: bool = False
-    """Written with a percent sign or word: it may also mean a hundredth of `value`."""
+    """Whether it is written with a percent sign or word, so that it may mean a hundredth of
+    `value`."""
 
     def __str__(self) -> str:
         return spell(self.value) + "%" * self.percent
 
     def hundredth(self) -> Number:
-        """A percentage as a plain number."""
+        """The percentage as a plain number: a hundredth of `value`."""
         return Number(self.value / 100, self.decimals + 2)
 
 
@@ -68,13 +69,13 @@ def parse_number(text: str) -> Number | None:
 
 
 def stated_number(line: str) -> Number | None:
-    """As `parse_number`, for a plain line."""
+    """As `parse_number`, for a line that is already `plain`."""
     answer = after_equals(line)
     return leading_number(answer) or only_number(answer)
 
 
 MIN_DECIMALS = 2
-"""Numbers may differ in the third decimal, however few decimals they were written with."""
+"""Fewest decimals compared: numbers may differ in the third, however few they were written with."""
 FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 """Significant digits that float arithmetic keeps; a decimal with more is taken as a printed float:
 0.8333333333333334 and 0.8333333333333333 are both 5/6."""
@@ -142,7 +143,8 @@ CURRENCY = (
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
-"""Groups of two are lakhs only if one begins with 0, or after rupees: "36,36,108" is a list."""
+"""Groups of two are lakhs only if one begins with 0 or a rupee sign comes first: "36,36,108" is a
+list."""
 _LAKHS = r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?(?![\d,]*\d)"
 _INTEGER = rf"(?:{_GROUPS}|{_INDIAN}|\d+)"
 DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
@@ -194,7 +196,7 @@ _BASES = dict(
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     """The number written at `start` of a plain line, with sign, currency, magnitude and percent
-    sign, and where it ends. The caller judges what follows it."""
+    sign, and where it ends. The caller checks the text after it."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -238,7 +240,8 @@ def leading_number(line: str) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    """The value of a `_NUMBER`; None if it is too long, divided by zero or in an invalid base."""
+    """The number that `_NUMBER` matched; None if it is too long, divided by zero or in an invalid
+    base."""
     parts = {
         name: text.replace(",", "").replace("_", "")
         for name, text in match.groupdict().items()
@@ -293,7 +296,8 @@ _PERIOD = re.compile(
 
 
 def _endless(decimal: str) -> Number:
-    """0.333... is 1/3 and 0.1212... 4/33; without a period, 3.14159... is the digits shown."""
+    """A decimal that ends in dots: 0.333... is 1/3 and 0.1212... is 4/33; if no digits repeat, as
+    in 3.14159..., the value of the digits shown."""
     found = _PERIOD.fullmatch(decimal[:200])
     if found is None:
         return Number(Fraction(decimal), len(decimal.partition(".")[2]))
@@ -477,7 +481,7 @@ _RESTATED = re.compile(
 
 
 def _restates(number: Number, rest: str) -> bool:
-    """Whether the text after a number repeats it in another spelling: "12.5 %, or 1/8"."""
+    """Whether the text after a number repeats it in another spelling: "12.5%, or 1/8"."""
     found = _RESTATED.match(rest, 0, _LOOKAHEAD_CHARS)
     again = None if found is None else numeral_at(rest, found.end())
     if again is None or _is_part_of_more(rest[again[1] :]):

@@ -1,4 +1,4 @@
-"""Text → the option that it chooses in a multiple-choice question."""
+"""Reads the option that a text chooses in a multiple-choice question."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SECOND_CHOICE = re.compile(
 _NEGATED = re.compile(
     r"^[ :]*(?:it is )?(?:neither|not) [^.;]{0,200}?\b(?:but|rather) ", re.IGNORECASE
 )
-"""Rejected options: "neither A nor B but C"."""
+"""Matches rejected options: "neither A nor B but C"."""
 _LETTERED = re.compile(
     r"\s*[(\[]?(?P<letter>[a-z])(?:\s*[)\]]\s*|\s*[.:]\s+|\s+[-–—]\s+)(?P<text>\S.*)", re.I | re.S
 )
@@ -49,8 +49,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     """The letter that `text` chooses among `choices`: by the letter, or by a value or text equal to
     exactly one option.
 
-    Without `choices` any letter will do. None for two letters, and for a letter or value outside
-    the options.
+    Without `choices`, any letter is accepted. None for two letters, and for a letter or value that
+    is not an option.
     """
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     match = _CHOICE.match(line)

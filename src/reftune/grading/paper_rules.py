@@ -15,7 +15,7 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
     """The authors' rule for worked solutions: `float()` of the text after the last trigger, or of
     the whole text if there is none. nan and inf are wrong answers. A choice is compared as a
-    string, so it is never missing."""
+    string, so some answer is always read."""
     text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
     return grade_value_paper(text, problem)
 

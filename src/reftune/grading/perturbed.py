@@ -14,7 +14,7 @@ from reftune.types import Answer, Problem
 MAX_SIZE = 10**6
 """Largest answer that is changed by 1: beyond it, 1 may be within the grader's tolerance."""
 PRINTED = "printed and not returned"
-"""This kind is right for a format that reads scripts."""
+"""The kind of a program that prints its answer. A format that reads scripts may accept it."""
 _RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
 _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 
@@ -24,13 +24,13 @@ class Perturbed:
     """A changed solution."""
 
     kind: str
-    """The change, in words."""
+    """The change in words."""
     text: str
 
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions that look like the gold one but state another answer. Empty for a text whose answer
-    cannot be found."""
+    """Solutions that look like the gold one but state another answer. There are none for a text in
+    which the answer cannot be found."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 
@@ -42,7 +42,7 @@ def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
 
 
 def other_answers(problem: Problem) -> dict[str, str]:
-    """Kind → an answer that is not the gold one; empty if none is certain."""
+    """Kind of change → an answer other than the gold one; empty if none is certainly wrong."""
     gold = problem.answer.value
     if problem.answer.kind == "choice" and len(problem.choices) > 1:
         position = (ord(str(gold)) - ord("a") + 1) % len(problem.choices)
@@ -56,7 +56,7 @@ def other_answers(problem: Problem) -> dict[str, str]:
 
 
 def _number(value: Fraction) -> str:
-    """As `float()` reads it."""
+    """A number in a spelling that `float()` reads."""
     text = str(Answer(kind="number", value=value))
     return repr(float(value)) if "/" in text else text
 
@@ -93,7 +93,7 @@ def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
 
 
 def _parts(target: str) -> tuple[str, str] | None:
-    """The text up to the answer, and the answer."""
+    """The text up to the answer, and the answer; None if it cannot be found."""
     tail = answer_text(target)
     found = _STATED.fullmatch(tail) if tail else None
     if tail is None or found is None or not target.endswith(tail):

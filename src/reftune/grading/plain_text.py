@@ -1,4 +1,4 @@
-"""Text in plain ASCII, without markdown, LaTeX and HTML decoration."""
+"""Turns text into plain ASCII, without markdown, LaTeX and HTML decoration."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ _BULLET = re.compile(r"[-*+•–—] +")
 
 def first_line(text: str) -> str:
     """The first line with a letter or digit, plain and with single spaces; a line that is cut ends
-    in a backslash. A bullet before any but the first line is left out: it is not a minus sign."""
+    in a backslash. A bullet is removed from any line but the text's first, where a dash may be a
+    minus sign."""
     start = text.lstrip()
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)

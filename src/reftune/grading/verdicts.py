@@ -1,4 +1,4 @@
-"""Completions and values → verdicts. Any text gets a verdict in bounded time; none raises.
+"""Grades completions and values. Any text gets a verdict in bounded time, and none causes an error.
 
 Pure, except for expressions, which a worker process compares.
 """
@@ -44,7 +44,7 @@ from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 MAX_VALUE_CHARS = 200
 """Longest `Graded.value`, and longest quotation in a reason."""
 PATTERN_S = 0.5
-"""Time that an answer may be matched against a pattern."""
+"""Seconds for matching an answer against a pattern."""
 
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{…}'
@@ -75,11 +75,11 @@ _NO_VALUE = re.compile(
     r"|ten|eleven|twelve|hundred|thousand)\b|n't\b|∞",
     re.IGNORECASE,
 )
-"""Words that answer instead of a number, or take back the answer before."""
+"""Words that stand in for a number, or withdraw the answer before them."""
 
 
 def _says_something(statement: Statement, problem: Problem) -> bool:
-    """Whether a statement answers, readably or not, and does not only mention the answer."""
+    """Whether a statement gives an answer, readable or not, rather than only mentioning it."""
     is_worded = problem.answer.kind not in ("number", "choice") or problem.scorer is not None
     if statement.text is None or is_worded:
         return statement.text is None or bool(statement.text.strip())
@@ -90,9 +90,9 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 
 def grade_value(value: Any, problem: Problem) -> Graded:
-    """Grade the value that a program returned; a float that is not whole, by the digits that
-    arithmetic keeps. None, nan and inf do not count as answers; a boolean answers only a yes/no
-    question, a list or date only a gold answer of that kind."""
+    """Grade the value that a program returned; a float that is not whole is compared in the digits
+    that float arithmetic keeps. None, nan and inf do not count as answers; a boolean answers only a
+    yes/no question, a list or date only a gold answer of that kind."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"
@@ -113,7 +113,7 @@ _NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
 
 
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade a text that is the answer, with units and prose as people add them."""
+    """Grade a text that is an answer, perhaps with units and prose around it."""
     if reading.decimal == "," and problem.answer.kind in _NUMERIC:
         text = with_decimal_points(text)
     if problem.scorer is not None:
@@ -176,7 +176,7 @@ def _grade_pattern(text: str, problem: Problem) -> Graded:
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
-    """The grade by the accepted spelling that matches; the mildest verdict if none does."""
+    """The grade against the accepted spelling that matches; the best verdict if none does."""
     graded = [grade_answer(text, each) for each in _parts(problem)]
     best = min(graded, key=_badness)
     if best.verdict is Verdict.CORRECT:  # all spellings are one answer
@@ -185,7 +185,7 @@ def _grade_spellings(text: str, problem: Problem) -> Graded:
 
 
 def _grade_list(text: str, problem: Problem) -> Graded:
-    """Graded part by part: a list in order, a set in any order."""
+    """Grade part by part: a list in order, a set in any order."""
     parts, gold = _parts(problem), str(problem.answer.value)
     said = split_items(_listed_in(text, len(parts)))
     if not said:
@@ -238,7 +238,7 @@ def _parts(problem: Problem) -> list[Problem]:
 
 
 def needs_worker(gold: Answer) -> bool:
-    """Whether another process compares answers with this gold answer."""
+    """Whether comparing answers with this gold answer takes another process."""
     return "latex" in {gold.kind, *(part_answer(item).kind for item in gold.items)}
 
 
@@ -249,7 +249,7 @@ def part_answer(item: str) -> Answer:
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """The best score among several spellings, because scorers expect the bare answer."""
+    """Grade by the best score among several spellings, because scorers expect the bare answer."""
     words = text.strip()
     if not words:
         return no_answer("nothing after the marker")
@@ -263,7 +263,7 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
     for candidate in dict.fromkeys(candidates):
         try:
             scores.append(float(scorer(candidate)))
-        except Exception as failure:  # noqa: BLE001  scorers parse what a model wrote, and few expect everything
+        except Exception as failure:  # noqa: BLE001  scorers parse model output, and few handle every text
             error = f"the task's scorer failed: {type(failure).__name__}: {clip(str(failure))}"
     if not scores:
         return Graded.without_answer(Verdict.ERROR, error)
@@ -313,7 +313,7 @@ def quote(text: str) -> str:
 
 
 def clip(text: str) -> str:
-    """One bounded line that can be encoded: a lone surrogate is not printable."""
+    """`text` as one bounded line of printable characters, which can always be encoded."""
     line = " ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS]
     return "".join(char if char.isprintable() else "�" for char in line)
 

@@ -1,4 +1,5 @@
-"""One answer from several graded samples of a problem: votes, reranking, pass@k. Pure.
+"""Chooses one answer from several graded samples of a problem, by voting or reranking, and
+estimates pass@k. Pure.
 
 Only samples with a value vote, and votes for equal values are pooled. A tie goes to the value seen
 first; without any valid value the vote is wrong. The grader decides which values are equal, such as
@@ -53,7 +54,8 @@ def same_answer(first: str, second: str) -> bool:
 
 
 def equality(grading: str | None) -> Same:
-    """When two values are one answer under a format's grading; the paper's compares spellings."""
+    """The test for whether two values are one answer under a format's grading; the paper's compares
+    spellings."""
     return operator.eq if grading == "paper" else same_answer
 
 
@@ -66,8 +68,8 @@ def majority_curve(
     """The first sample with the most frequent value among the first k samples, for k = 1 … n; None
     if none of them is valid.
 
-    A prefix equals a draw of only k samples; because samples are exchangeable, the mean over
-    problems is an unbiased estimate of maj@k, and its last point is the vote over all samples.
+    The first k of n samples are themselves a draw of k samples, so the mean over problems is an
+    unbiased estimate of maj@k. The last point is the vote over all samples.
     """
     first: dict[str, Graded] = {}
     votes: Counter[str] = Counter()
@@ -91,7 +93,7 @@ def rerank_curve(
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
     """The valid sample with the highest score among the first k, for k = 1 … n; the first one on a
-    tie. A repeated text counts once, where it first occurred."""
+    tie. A repeated completion counts once, at its first position."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []
@@ -121,7 +123,7 @@ def pass_at_k(n: int, num_correct: int, k: int) -> float:
 
 
 def check_k(k: int, n: int) -> None:
-    """Raises: DataError if k exceeds n."""
+    """Check that k is at most n. Raises: DataError."""
     if not 1 <= k <= n:
         raise DataError(
             f"k = {k}: only {n} samples a problem were drawn; expected 1 to {n} (evaluate.samples"

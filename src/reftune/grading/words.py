@@ -83,7 +83,7 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """As `states_words`, judged by the text after the gold answer in the first line."""
+    """The result of `states_words`, judged by the text after the gold answer in the first line."""
     first_word = re.match(r"\W*(\w*)", rest)
     assert first_word is not None  # it matches the empty text
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):

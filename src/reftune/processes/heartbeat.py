@@ -1,7 +1,7 @@
-"""Finds the process that is gone: each process reports every second that it is alive, and checks
-the others. A collective operation waits for hours instead, or fails without naming the process.
-Heartbeats come from a thread, so a process that computes or writes for long is not taken for
-dead."""
+"""Detects a dead process: each process reports every second that it is alive, and checks the
+others. Without this, a collective operation would wait for hours, or fail without naming the dead
+process. Heartbeats come from a thread, so a process that computes or writes for a long time still
+counts as alive."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ INTERVAL_S = 1.0
 SOON_S = 4.0
 """Seconds of silence that identify the dead process after a failure."""
 SILENCE_S = 45.0
-"""Seconds of silence after which a process counts as dead. A library may keep Python's threads
-waiting for seconds."""
+"""Seconds of silence after which a process counts as dead: many, because a library may block
+Python's threads for seconds."""
 LEFT = b"left"
 
 
@@ -23,8 +23,8 @@ class Heartbeat:
     """This process's heartbeat, and its view of the others."""
 
     def __init__(self, store: Any, rank: int, size: int, lost: Callable[[int], None]) -> None:
-        """`store` serves only this purpose; `lost(rank)` is called, in a thread, for a silent
-        process."""
+        """`store` is used for heartbeats only; a thread calls `lost(rank)` if a process falls
+        silent."""
         self._store, self._rank, self._lost = store, rank, lost
         self._others = [other for other in range(size) if other != rank]
         self._heard = {other: (b"", time.monotonic()) for other in self._others}
@@ -32,7 +32,7 @@ class Heartbeat:
         self._store.set(_key(rank), "0")
 
     def start(self) -> None:
-        """Start, after all processes have created their heartbeats."""
+        """Start reporting and checking, once all processes have created their heartbeats."""
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True).start()
 
@@ -46,7 +46,7 @@ class Heartbeat:
         self._over.set()
 
     def missing(self) -> int | None:
-        """The process that is silent, after something has failed; None if all are alive."""
+        """The rank of the process that fell silent before a failure; None if all are alive."""
         deadline = time.monotonic() + 2 * SOON_S
         while time.monotonic() < deadline:
             rank, silent_s = self._most_silent()
@@ -62,7 +62,8 @@ class Heartbeat:
             self._exchange(str(count).encode())
 
     def _watch(self) -> None:
-        """Runs in its own thread, because a store without its host may block `_beat`."""
+        """Check the others, in a thread of its own: a store whose host is gone may block
+        `_beat`."""
         while not self._over.wait(INTERVAL_S):
             rank, silent_s = self._most_silent()
             if silent_s > SILENCE_S:

@@ -1,6 +1,6 @@
-"""The request of a launcher (`torchrun`, `accelerate launch`): how many processes, on which
-devices, and whether weights are split. It comes through environment variables, which only this
-module reads."""
+"""Joins the processes of a launcher (`torchrun`, `accelerate launch`). Its environment variables,
+which only this module reads, state the number of processes, their devices, and whether weights are
+split."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another: longer than the main process ever writes. The heartbeat
-reports a dead process much sooner."""
+"""How long a process waits for another: longer than any write of the main process takes. The
+heartbeat reports a dead process much sooner."""
 
 _store: Any = None
 """A store that all processes can read at any time; None before they have joined."""
@@ -29,10 +29,10 @@ _store: Any = None
 
 @contextmanager
 def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Join the processes that a launcher started, and leave them at the end; does nothing in a
-    single process. An error ends all of them: the first process to fail raises it, the others exit
-    silently with status 1. Raises: RecipeError for a launcher's setting that is not supported;
-    ProcessError if another process is gone.
+    """Join the processes that a launcher started, and leave them at the end; do nothing in a single
+    process. An error ends all processes: the first to fail raises it, and the others exit silently
+    with status 1. Raises: RecipeError for a launcher's setting that is not supported; ProcessError
+    if another process is gone.
     """
     global _store
     if _store is not None or not _is_launched(environment):
@@ -70,7 +70,7 @@ def first_to_tell() -> bool:
     """Whether this process is the first to end early, so that it reports why."""
     own = int(os.environ.get("RANK", "0"))
     if _store is None:
-        return own == 0  # before they have joined, all meet the same error
+        return own == 0  # before they join, all meet the same error
     try:
         return _is_first(_store, own)
     # the store went with the main process, which has reported the error; had it been killed, the
@@ -85,10 +85,10 @@ def _is_first(store: Any, own: int) -> bool:
 
 
 def _told(world: World, missing: int | None) -> str:
-    other = "another one" if missing is None else f"process {missing}"
+    other = "another process" if missing is None else f"process {missing}"
     return (
-        f"process {world.rank} of {world.size}: {other} ended without an error (killed? out of"
-        " memory? its machine?); the same command continues from the last checkpoint"
+        f"process {world.rank} of {world.size}: {other} ended without an error message (killed?"
+        " out of memory? machine down?); the same command continues from the last checkpoint"
     )
 
 
@@ -127,7 +127,7 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
     if gpus and local >= gpus:
         raise RecipeError(
             f"launcher: more processes than GPUs on this machine, which has {gpus}; expected at"
-            " most one each"
+            " most one per GPU"
         )
     if gpus:
         torch.cuda.set_device(local)
@@ -146,9 +146,7 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "expected FSDP2, which splits like ZeRO 3",
     "ACCELERATE_USE_MEGATRON_LM": "expected DDP or FSDP2",
-    "FSDP_OFFLOAD_PARAMS": (
-        "weights stay where they are trained; expected fsdp_offload_params: false"
-    ),
+    "FSDP_OFFLOAD_PARAMS": ("offloading is not supported; expected fsdp_offload_params: false"),
     "FSDP_ACTIVATION_CHECKPOINTING": (
         "expected false; set model.gradient_checkpointing in the recipe"
     ),
@@ -157,11 +155,11 @@ REFUSED = {
     ),
     "ACCELERATE_GRADIENT_CLIPPING": "expected none; set optimizer.max_grad_norm in the recipe",
 }
-"""Settings of a launcher that are not supported, and what to do instead."""
+"""Unsupported settings of a launcher, each with the alternative."""
 UNASKED = ("false", "none", "auto", "")
-"""Values with which a setting requests nothing."""
+"""Values that leave a setting off or unset."""
 AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
-"""Values with which a setting requests the usual behaviour."""
+"""Values that request reftune's own behaviour."""
 
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
@@ -173,8 +171,7 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise RecipeError(
-            f"launcher: mixed_precision is {precision}; expected no, as the recipe's model.dtype"
-            " says it"
+            f"launcher: mixed_precision is {precision}; expected no; set model.dtype in the recipe"
         )
     replicas = _wanted_replicas(environment)
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
@@ -187,7 +184,8 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
 
 
 def _wanted_replicas(environment: Mapping[str, str]) -> int:
-    """Groups of processes that each hold the model once, by accelerate's parallelism_config."""
+    """Number of process groups that each hold the model once, from accelerate's
+    parallelism_config."""
     if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return 1
     sizes = {
@@ -206,5 +204,5 @@ def _wanted_replicas(environment: Mapping[str, str]) -> int:
 
 
 def describe() -> str:
-    """`8 processes, weights sharded (FSDP2)`"""
+    """The processes in words, such as `8 processes, weights sharded (FSDP2)`."""
     return f"{world_size()} processes, {sharding.current}"

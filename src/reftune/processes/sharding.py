@@ -1,5 +1,5 @@
-"""Sharding of weights: every process holds all of them (DDP) or a part (FSDP2). `current` is the
-sharding in use; all other code asks it."""
+"""Sharding of weights: every process holds all weights (DDP) or a part of them (FSDP2). `current`
+is the sharding in use, and all other code goes through it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharding:
-    """All weights in every process; gradients are summed once per step."""
+    """Every process holds all weights; gradients are summed once per step."""
 
     splits: ClassVar[bool] = False
     """Whether weights, gradients and optimizer state are split over the processes."""
@@ -28,8 +28,8 @@ class Sharding:
         return "weights whole in each (DDP)"
 
     def distribute(self, model: Any) -> None:
-        """Prepare `model` for training by all processes: with the main process's weights, split in
-        place if sharded."""
+        """Prepare `model` for training by all processes: give each the main process's weights and,
+        if sharded, split them in place."""
         if world.world_size() == 1:
             return
         import torch.distributed as dist
@@ -38,29 +38,29 @@ class Sharding:
             dist.broadcast(parameter.detach(), src=0)
 
     def is_split(self, model: Any) -> bool:
-        """Whether each process currently holds a part of `model`. Forward and backward passes then
-        wait for all processes, which must run equally many."""
+        """Whether each process currently holds only a part of `model`. Every process must then run
+        the same number of forward and backward passes, because each pass waits for all of them."""
         return False
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Give every process all weights of `model`, for reading, so that forward passes need no
-        other process. Matrices of transformer blocks may be in `dtype`, to which autocast would
-        cast them anyway. All processes must enter. The children of a split `model` are plain
-        copies; call these, not the model itself.
+        """Give every process all weights of `model` for reading, so that its forward passes do not
+        involve the other processes. All processes must enter. Matrices of transformer blocks may be
+        in `dtype`, to which autocast would cast them anyway. The children of a split `model` are
+        then plain copies; call these, not the model itself.
         """
         yield
 
     def add_up_gradients(self, model: Any) -> None:
-        """Sum the gradients that backward passes have not summed over the processes already."""
+        """Sum over the processes those gradients that backward passes have not summed yet."""
         if world.world_size() > 1:
             world.add_up(*(p.grad for p in model.parameters() if p.grad is not None))
 
 
 @dataclass(frozen=True)
 class Fsdp2(Sharding):
-    """A part of the weights, gradients and optimizer state in each process, gathered a transformer
-    block at a time."""
+    """Each process holds a part of the weights, gradients and optimizer state; weights are gathered
+    one transformer block at a time."""
 
     splits: ClassVar[bool] = True
     reshard_after_forward: bool = True
@@ -127,12 +127,12 @@ class Fsdp2(Sharding):
 current = Sharding()
 """This run's sharding."""
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Split models → the same modules, which hold whole weights for a while."""
+"""Each split model → its `_twin`, which holds the whole weights inside `whole`."""
 
 
 @contextmanager
 def held(how: Sharding) -> Iterator[None]:
-    """Use this sharding while the block runs."""
+    """Make `how` the current sharding inside the block."""
     global current
     current = how
     try:
@@ -142,7 +142,7 @@ def held(how: Sharding) -> Iterator[None]:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules in `model` that transformers lists as not to be split."""
+    """The transformer blocks of `model`: the modules that transformers marks as not to be split."""
     names = {
         name
         for module in model.modules()
@@ -152,8 +152,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_matrices(model: nn.Module) -> set[int]:
-    """The matrices of linear layers in transformer blocks, by id; heads and embeddings are not
-    among them."""
+    """The ids of the linear layers' matrices in transformer blocks, without heads and
+    embeddings."""
     from torch import nn
 
     blocks = transformer_blocks(model)
@@ -193,7 +193,8 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """The whole `value`, held by every process, split like `like`; unchanged if `like` is plain."""
+    """This process's part of `value`, split like `like`; `value` itself if `like` is plain. Every
+    process holds the whole `value`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
@@ -204,5 +205,5 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Set `parameter` of a model in training to the whole `value`, held by every process."""
+    """Set `parameter`, which may be split, to `value`, which every process holds whole."""
     parameter.copy_(part_of(value, parameter))

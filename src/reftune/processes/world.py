@@ -70,8 +70,8 @@ def is_main() -> bool:
 
 
 def own_part(num_items: int) -> slice:
-    """This process's consecutive share of `num_items` items in order; shares differ by at most
-    one."""
+    """This process's share of `num_items` items: a consecutive range. Shares differ in size by at
+    most one."""
     return slice(num_items * rank() // world_size(), num_items * (rank() + 1) // world_size())
 
 
@@ -87,7 +87,7 @@ def gather(value: T) -> list[T]:
 
 
 def join_tensors(part: Tensor) -> Tensor:
-    """The one-dimensional parts of all processes, by rank; they may differ in length."""
+    """The one-dimensional parts of all processes, joined by rank; parts may differ in length."""
     if _world is ALONE:
         return part
     import torch
@@ -114,13 +114,13 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def wait(where: str) -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have reached this call."""
     agree(where, what="are at different places")
 
 
 def agree(value: T, *, what: str) -> T:
-    """`value`, if it is the same in all processes. Raises: RuntimeError if it is not, because of a
-    bug or different machines."""
+    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError if
+    it differs, because of a bug or differing machines."""
     values = gather(value)
     if any(other != values[0] for other in values):
         raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")
@@ -133,7 +133,7 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def raise_together(error: E | None) -> None:
-    """Raise an error of one process in every process: that of the lowest rank."""
+    """If any process passes an error, raise the one of the lowest rank in every process."""
     first = next((found for found in gather(error) if found is not None), None)
     if first is not None:
         raise first
@@ -161,8 +161,8 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def shared_folder(path: Path) -> None:
-    """Check that machines share a folder. Raises: RecipeError in a process that does not see the
-    main process's file at `path`."""
+    """Check that all machines share a folder. Raises: RecipeError in a process that does not see
+    the main process's file at `path`."""
     wait(f"looking for {path}")
     if not path.exists():
         raise RecipeError(

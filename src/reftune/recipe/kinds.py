@@ -1,7 +1,7 @@
-"""Plug-ins: a recipe names them by `kind`, a file of the matching package (`kind: gsm8k` is
-`reftune/datasets/gsm8k.py`) or `file.py:Name`, a file in the working directory or among the recipes
-that come with reftune. A plug-in is one class derived from `Component`; its fields are its recipe
-keys.
+"""Plug-ins, which a recipe names by `kind`. A kind is a file of the matching package (`kind: gsm8k`
+is `reftune/datasets/gsm8k.py`), or `file.py:Name` for a file in the working directory or among the
+recipes that come with reftune. A plug-in is a class derived from `Component`, and its fields are
+its recipe keys.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Component(Table):
     """Base of every plug-in: a dataset, format, reward, engine, algorithm or stage."""
 
     kind: str
-    """Where the class was found: a module name of its folder, or `file.py:Name`."""
+    """The name by which the class was found: its module's name, or `file.py:Name`."""
 
 
 def unknown_key(key: object, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """`partal: unknown key; did you mean partial?`"""
+    """The message for an unknown key: `partal: unknown key; did you mean partial?`."""
     hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
     return f"{key}: unknown key; {hint}"
 
@@ -71,8 +71,8 @@ GROUPS = {
 
 
 def known_kinds(group: str) -> list[str]:
-    """Kinds that come with reftune for `group`, a key of `GROUPS`: files with one public component
-    in them."""
+    """The kinds that come with reftune for `group`, a key of `GROUPS`: its files with one public
+    component each."""
     folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return [
@@ -152,7 +152,7 @@ def _user_object(kind: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"reftune_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks postponed annotations up there
+    sys.modules[spec.name] = module  # pydantic looks up postponed annotations there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # noqa: BLE001 - a user's file may fail in any way when it is loaded

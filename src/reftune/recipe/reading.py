@@ -1,4 +1,5 @@
-"""Recipe files → `Recipe`: YAML, `extends`, `key=value` overrides, errors in one line."""
+"""Reads recipe files, with `extends` and `key=value` overrides, into a `Recipe`; errors are one
+line."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from reftune.recipe.schema import Recipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, validate.
+    """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, and validate the result.
 
     `extends: base.yaml` (or a list) is relative to the file that contains it; later files and keys
-    win, mappings merge. Raises: RecipeError, one line, with the key and what was expected.
+    win, and mappings merge. Raises: RecipeError, one line, with the key and what was expected.
     """
     data = read_yaml(Path(path))
     for override in overrides:
@@ -26,7 +27,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Raises: RecipeError."""
+    """Validate `data`. Raises: RecipeError, whose message begins with `where`."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -43,7 +44,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file as a dict, its `extends` merged in. Raises: RecipeError."""
+    """A recipe file as a dict, with its `extends` merged in. Raises: RecipeError."""
     try:
         if path.resolve() in _seen:
             raise RecipeError(f"{path}: extends itself")
@@ -54,7 +55,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         OSError,
         ValueError,
         RecursionError,
-    ) as error:  # ValueError: of the 13th month, a number too long, bytes not UTF-8
+    ) as error:  # ValueError: a month 13, too long a number, bytes not UTF-8
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -78,8 +79,8 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins; mappings merge key by key unless their `kind` differs; an explicit null removes
-    a key."""
+    """Merge two tables: `over` wins, mappings merge key by key unless their `kind` differs, and an
+    explicit null removes a key."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

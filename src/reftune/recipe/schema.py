@@ -22,7 +22,7 @@ class LoraTable(Table):
 
 
 class ScratchTable(Table):
-    """A small untrained Llama whose vocabulary is the words of the training texts."""
+    """A small untrained Llama whose vocabulary is the words of the training data."""
 
     hidden_size: int = Field(64, gt=0)
     layers: int = Field(3, gt=0)
@@ -49,17 +49,17 @@ class ModelTable(Table):
     quantize: Literal["nf4"] | None = None
     """With `lora`, keep the base's linear layers in 4 bits, saving memory but slowing decoding."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Tokens in one forward and backward pass; `auto` takes what fits in device memory, up to
-    16,384. Changes memory and speed, never the gradient."""
+    """Tokens in one forward and backward pass; `auto` uses as many as fit in device memory, up to
+    16,384. This changes memory and speed, never the gradient."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, which takes far less memory, about a third more
-    time, and keeps the gradient."""
+    """Recompute activations in the backward pass. This takes far less memory and about a third more
+    time; the gradient is the same."""
     compile: bool = False
-    """Use torch.compile for scoring and updates. Needs a C++ compiler, slows the first steps and
-    changes rounding."""
+    """Use torch.compile for scoring and updates. This needs a C++ compiler, slows the first steps
+    and changes rounding."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of saved weights; a model is rounded to it before evaluation. Default: fp32; with
-    `lora`, the base's."""
+    """Precision of saved weights; a model is rounded to it before evaluation. Default: fp32 or,
+    with `lora`, the base model's."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ class ModelTable(Table):
 
     @property
     def max_tokens(self) -> int:
-        """`micro_batch_tokens` as a number, even outside a run."""
+        """`micro_batch_tokens` as a number; the upper limit if it is still `auto`."""
         return 16384 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
@@ -119,7 +119,7 @@ class EvaluateTable(Table):
 
 
 RATIONALE_FORMATS = ("nl", "program")
-"""Formats whose rationales a dataset writes on request, by `dataset.rationale`."""
+"""Formats for which a dataset can write rationales, chosen by `dataset.rationale`."""
 
 
 class CheckTable(Table):

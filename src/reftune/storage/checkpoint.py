@@ -115,8 +115,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """bitsandbytes keeps quantized state in a dict with tables shared by all parameters. Files
-    cannot hold the tables, and bitsandbytes loads the tensors without them."""
+    """One parameter's state with the tensors of nested dicts moved to the top level. bitsandbytes
+    nests its quantized state, with tables shared by all parameters: safetensors rejects shared
+    tensors, so tables are copied, and bitsandbytes loads the flat state."""
     nested = [value for value in state.values() if isinstance(value, Mapping)]
     plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
     tensors = {key: value for part in nested for key, value in part.items()}
@@ -140,7 +141,8 @@ def load_optimizer_tensors(
 
 
 def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
-    """The value as the optimizer holds it: a part of a tensor; for `step`, a tensor or int."""
+    """A stored value as the optimizer holds it: this process's part of a tensor, or a scalar, which
+    is an int unless it was stored as a float."""
     if value.dim() > 0:
         return part_of(value, parameter)
     return value if value.is_floating_point() else int(value)

@@ -21,7 +21,7 @@ from reftune.types import Problem
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises: CheckpointError, naming `path`, for a disk error."""
+    """Turn a disk error inside the block into a CheckpointError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -43,8 +43,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_folder(folder: Path, fill: Any) -> None:
-    """`fill(partial)` writes a folder that then replaces `folder`. Raises: CheckpointError. It is
-    called in every process, because weights may have to be gathered; only the main one writes.
+    """Replace `folder` by the folder that `fill(partial)` writes. `fill` is called in every
+    process, because weights may have to be gathered, but only the main process writes. Raises:
+    CheckpointError.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
@@ -64,8 +65,8 @@ def replace_folder(folder: Path, fill: Any) -> None:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """Put the files of `source` into `target` too, without a second copy if the disk allows it.
-    Raises: CheckpointError."""
+    """Add the files of `source` to `target`, as hard links if the file system has them, else as
+    copies. Raises: CheckpointError."""
     if not is_main():
         return
     with writing(target):
@@ -75,12 +76,12 @@ def link_files(source: Path, target: Path) -> None:
             link.unlink(missing_ok=True)
             try:
                 link.hardlink_to(path)
-            except OSError:  # a file system without hard links
+            except OSError:  # no hard links on this file system
                 shutil.copyfile(path, link)
 
 
 def sync_files(folder: Path) -> None:
-    """`sync` everything in `folder`."""
+    """Call `sync` on everything in `folder`."""
     for path in folder.rglob("*"):
         sync(path)
 
@@ -102,7 +103,7 @@ class JsonLines:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Raises: CheckpointError for a disk error."""
+        """Append one line. Raises: CheckpointError for a disk error."""
         if not is_main():
             return
         with writing(self.path):
@@ -117,7 +118,7 @@ class JsonLines:
                 os.fsync(file.fileno())
 
     def size(self) -> int:
-        """Bytes."""
+        """Size of the file in bytes."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def truncate(self, size: int) -> None:
@@ -150,8 +151,9 @@ def in_parts(
     *,
     at_once: int,
 ) -> list[dict[str, Any]]:
-    """Write one line per problem; `answer(start, part)` makes the lines of `at_once` problems.
-    Existing whole parts are kept. Returns: all lines.
+    """Write one line per problem to `path`, in parts of `at_once` problems, and return all lines.
+    `answer(start, part)` makes the lines of a part; parts that the file already holds whole are
+    kept.
     """
     results = JsonLines(path)
     done = len(from_main(results.rows))

@@ -1,5 +1,6 @@
-"""The files of a run, and which run owns them. A model and a checkpoint name the files inside their
-own folders. A run folder is claimed and locked, or rejected if it belongs to something else."""
+"""The files of a run, and which run owns them. The modules for models and checkpoints name the
+files inside their folders. A run folder is claimed and locked, or rejected if it belongs to
+something else."""
 
 from __future__ import annotations
 
@@ -93,7 +94,7 @@ class StageFolder:
 
     @property
     def is_done(self) -> bool:
-        """`info` comes last."""
+        """Whether the stage is complete: `info` is written last."""
         return self.info.is_file()
 
     @property
@@ -153,7 +154,7 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
             if refuse_foreign(folder, recipe):
                 write_atomically(folder.environment, json.dumps(environment(), indent=2))
                 write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
-                # last: it claims the folder for this run
+                # written last, because it claims the folder for this run
                 write_atomically(folder.recipe, dump_recipe(recipe))
             else:
                 for name in lengthened_stages(folder, recipe):
@@ -164,7 +165,7 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
 
 @contextmanager
 def readable_errors(folder: RunFolder) -> Iterator[None]:
-    """Raises: CheckpointError for an error of the operating system."""
+    """Turn an operating system error inside the block into a CheckpointError."""
     path = folder.path
     try:
         yield
@@ -179,8 +180,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def data_facts(splits: Splits) -> dict[str, Any]:
-    """The content of `data.json`: the sizes of the splits (for train also: problems with a
-    rationale), and the counts of dropped rows."""
+    """The content of `data.json`: the sizes of the splits (for train, also the number of problems
+    with a rationale), and the counts of dropped rows."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -191,8 +192,8 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether the folder is free. Raises: RecipeError, CheckpointError if it belongs to something
-    else.
+    """Whether no run has claimed the folder yet. Raises: RecipeError if it belongs to another
+    recipe, CheckpointError if it is not a run folder.
     """
     if folder.recipe.is_file():
         lengthened_stages(folder, recipe)
@@ -206,10 +207,10 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """The stages that have begun and that get more steps or epochs from `recipe` than they had.
+    """The stages that have begun and for which `recipe` sets more steps or epochs than before.
 
-    Raises: RecipeError if the two differ in anything else, or if a stage cannot continue: another
-    one began from its model, or there is no checkpoint of its end.
+    Raises: RecipeError if `recipe` differs from the run's in anything else, or if a stage cannot
+    continue because a later stage has begun or the checkpoint of its end is gone.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
     wanted = yaml.safe_load(dump_recipe(recipe))
@@ -233,17 +234,17 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
 
 def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
     stage, names = folder.stage(name), list(recipe.stages)
-    remedy = f"choose another run_dir, and init: {stage.path} to go on from its model"
+    remedy = f"choose another run_dir, and init: {stage.path} to continue from its model"
     for later in names[names.index(name) + 1 :]:
         if folder.stage(later).path.exists():
             raise RecipeError(
-                f"stages.{name}: cannot go on, because {later} has begun after it; {remedy}"
+                f"stages.{name}: cannot continue, because {later} has begun after it; {remedy}"
             )
     if stage.is_done:
         steps = json.loads(stage.info.read_text(encoding="utf-8"))["steps"]
         if not (stage.checkpoints / f"step-{steps:06d}").is_dir():
             raise RecipeError(
-                f"stages.{name}: cannot go on without a checkpoint of its end, step {steps};"
+                f"stages.{name}: cannot continue without the checkpoint of its end, step {steps};"
                 f" {remedy}"
             )
 
@@ -287,7 +288,7 @@ def first_difference(old: Any, new: Any, where: str = "") -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and command, for the record."""
+    """The versions, machine and command of this run, which are stored with it."""
     import torch
 
     return {

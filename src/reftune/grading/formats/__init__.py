@@ -1,5 +1,5 @@
-"""Formats: how a problem is put to the model and how its completion is graded. One file per
-format."""
+"""Formats define how a problem is put to the model and how its completion is graded. Each has its
+own file."""
 
 from __future__ import annotations
 

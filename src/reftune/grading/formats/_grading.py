@@ -39,7 +39,8 @@ def own_grader(grading: str) -> Grader:
 
 
 def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
-    """A user's verdict on a text. A grader that fails is an ERROR, so that it is counted."""
+    """The user's grade of a text. If the grader fails, the verdict is ERROR, so that failures are
+    counted."""
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  graders parse a model's text

@@ -1,7 +1,7 @@
 """Removes unused imports from programs: the only change made to a model's code.
 
-Nothing here parses or runs a program: it is read token by token, so that no text can harm the
-reader. Whatever cannot be read stays as it is.
+Nothing here parses or runs a program: its code is read token by token, so that no text can harm the
+reader. Code that cannot be read stays as it is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Import:
     """A well-formed import statement."""
 
     tokens: Sequence[_Token]
-    """Without line breaks and comments."""
+    """The statement's tokens, without line breaks and comments."""
     head: str
     """The words before the imported names: `import`, or `from … import`."""
     parts: tuple[str, ...]
@@ -42,7 +42,7 @@ class _Import:
 
     @property
     def modules(self) -> list[str]:
-        """The top-level modules that it loads."""
+        """The top-level modules that the statement loads."""
         if self.head == "import":
             return [_WORD.findall(part)[0] for part in self.parts]
         return [_WORD.findall(self.head)[1]]
@@ -51,9 +51,9 @@ class _Import:
 def without_unused_imports(program: str) -> str:
     """`program` with `pass` in place of unused imports.
 
-    A name is used if it occurs anywhere except after a dot, in an f-string, or in any string of a
-    program that evaluates strings. Imports of modules that reach outside stay, so that they are
-    noticed; `import *` stays too.
+    A name counts as used if it occurs in code other than after a dot, in an f-string or, if the
+    program evaluates strings, in any string. Imports of modules that reach outside stay, so that
+    they are noticed; `import *` stays too.
     """
     if "import" not in program:
         return program

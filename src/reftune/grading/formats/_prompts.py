@@ -1,4 +1,4 @@
-"""Code shared by the formats: the question as a model reads it, by `style`."""
+"""The question as a model reads it, depending on `style`; shared by the formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "chat": ("system", "instruction", "template_args"),
     "plain": ("template", "examples"),
 }
-"""Keys that only one style reads."""
+"""Style → the keys that only this style reads."""
 SLOT = "{question}"
 PLAIN = f"{SLOT}\n"
 
@@ -114,12 +114,12 @@ def with_options(question: str, problem: Problem) -> str:
 
 
 def paper_prompt(problem: Problem, header: str = "") -> BareText:
-    """Source: the authors' code, whose prompts all have this header."""
+    """The authors' prompt. Source: their code, whose prompts all have this header."""
     return BareText(f"Question:\n{question_text(problem)}\nAnswer reasoning:\n{header}")
 
 
 def gold_rationale(problem: Problem) -> str:
-    """Raises: DataError if the problem has none."""
+    """The problem's gold rationale. Raises: DataError if it has none."""
     if problem.rationale is None or not problem.rationale.strip():
         raise DataError(f"problem {problem.id}: no rationale to train on")
     return problem.rationale.strip("\n").rstrip()

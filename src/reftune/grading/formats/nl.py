@@ -31,7 +31,7 @@ class Nl(Prompted):
     stop_at: tuple[str, ...] = DEFAULT.stop_at
     """Where run-on text begins; nothing after it is graded."""
     markers: tuple[str, ...] = ()
-    """Phrases before the answer, besides the English ones; targets end with the first."""
+    """Phrases that announce the answer, besides the English ones; targets use the first."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 
@@ -42,8 +42,8 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale and a line with the answer that the grading reads, unless a compact
-        rationale ends in such a line.
+        """The gold rationale and a line that states the answer as the grading reads it, unless a
+        compact rationale already ends in such a line.
 
         Raises: DataError if there is no rationale, or one that is a program.
         """

@@ -236,8 +236,8 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 
 def _answer_of(script: str) -> str:
-    """`answer` if it is assigned, else the printed text, else `result`, which may be an
-    intermediate step."""
+    """The place of the answer: `answer` if it is assigned, else the printed text, else `result`,
+    which may be an intermediate step."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -289,8 +289,8 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """A body indented as one, even if its first line has lost its indent or all of it is at the
-    margin."""
+    """A body with a function's indent, even if its first line has lost it or the whole body is at
+    the margin."""
     lines = body.strip("\n").rstrip().split("\n")
     while lines and not lines[0].strip():
         del lines[0]
@@ -371,8 +371,8 @@ def _paper_header(problem: Problem) -> str:
 
 
 def _paper_source(problem: Problem, completion: str) -> str:
-    """The authors' program: the header and the completion up to the first blank line, `sys.exit`
-    turned into `print`, run with `math` as its only global, so that its other definitions are not
+    """The program that the authors run: the header and the completion up to the first blank line,
+    with `sys.exit` turned into `print`. Its only global is `math`, so its other definitions are not
     visible inside `solution`.
 
     Differs: a completion with its own `def solution` gets no header; sympy is not offered.
@@ -387,7 +387,8 @@ def _paper_source(problem: Problem, completion: str) -> str:
 
 
 def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
-    """A crash is the value "none" if answers are strings, and no value if they are numbers."""
+    """Grade a program by the authors' rules: a crash counts as the value "none" if answers are
+    strings, and as no value if they are numbers."""
     has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
     graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
     return replace(graded, program_s=result.seconds)

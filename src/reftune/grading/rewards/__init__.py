@@ -1,4 +1,4 @@
-"""Rewards: a rollout's problem, completion and grade → a number. One file per reward."""
+"""Rewards turn a rollout's problem, completion and grade into a number. Each has its own file."""
 
 from __future__ import annotations
 

@@ -145,13 +145,13 @@ class FunctionReward(Component):
 
 
 class _TimeUpError(BaseException):
-    """Not an Exception, because the user's code might catch that."""
+    """A call ran out of time. Not an Exception, because the user's code might catch it."""
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises: _TimeUpError when the time is up. Has no effect outside the main thread, the only one
-    that receives signals."""
+    """Raise _TimeUpError inside the block when the time is up. It has no effect outside the main
+    thread, the only one that receives signals."""
 
     def expire(number: int, frame: Any) -> None:
         raise _TimeUpError

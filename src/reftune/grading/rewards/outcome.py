@@ -17,11 +17,11 @@ class Outcome(Component):
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
-    """For a correct answer."""
+    """Reward for a correct answer."""
     partial: float = Field(default=0.1, allow_inf_nan=False)
-    """For a wrong number, expression, or list of these; a wrong text gets `wrong`."""
+    """Reward for a wrong number, expression, or list of these; a wrong text gets `wrong`."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
-    """For anything else."""
+    """Reward for anything else."""
     partial_on_choices: bool = False
     """Give `partial` for a wrong choice too, as the authors' code does."""
 
@@ -41,8 +41,8 @@ class Outcome(Component):
         return self.partial if is_partial else self.wrong
 
     def _tells_kind(self, gold: Answer) -> bool:
-        """Whether a wrong answer has the kind of this gold answer, rather than being arbitrary
-        words."""
+        """Whether a wrong answer to `gold` is at least of its kind, a number or an expression,
+        since arbitrary words earn nothing."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]

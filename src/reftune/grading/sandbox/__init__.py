@@ -1,11 +1,11 @@
-"""Untrusted programs → values, within limits on time, memory and recursion.
+"""Runs untrusted programs and returns their values, within limits on time, memory and recursion.
 
-Two backends behind one interface. `monty` interprets Python in Rust, in worker processes that it
-replaces when they die; programs get no files, network, processes or environment. `subprocess` runs
-CPython with the installed packages, an isolated process for each program. `auto` (the default) runs
-monty, and the subprocess for features of Python that monty lacks (`gaps.py`); importing a
-third-party package is still an error, so that verdicts do not depend on the packages installed. If
-the system cannot isolate a subprocess, `auto` is monty alone.
+There are two backends. `monty` interprets Python in Rust, in worker processes that it replaces when
+they die; programs get no files, network, processes or environment. `subprocess` runs CPython with
+the installed packages, an isolated process for each program. `auto` (the default) runs monty, and
+the subprocess for features of Python that monty lacks (`gaps.py`); importing a third-party package
+is still an error, so that verdicts do not depend on the packages installed. If the system cannot
+isolate a subprocess, `auto` is monty alone.
 
 These are FORBIDDEN: opening or listing files, reading the environment, asking the system for
 anything else, importing a module whose purpose is to reach outside (`socket`, `subprocess`,
@@ -16,7 +16,8 @@ neither the call nor the import. Importing `os` or `sys` and using their harmles
 (`os.path.join`, `sys.maxsize`) is allowed: models write unused imports. A module that is missing
 but harmless (numpy, sympy) is an ERROR.
 
-Clock, random numbers and sleep are fixed, so that a program gives the same value every time.
+Random numbers are seeded and, in monty, the clock stands still and `sleep` takes no time, so that a
+program gives the same value every time.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ MAX_SOURCE_CHARS = 100_000
 
 
 class Sandbox:
-    """Runs programs side by side, each in its own session. Starts on first use; `close` or
-    garbage collection ends it.
+    """Runs programs side by side, each in its own session. The workers start on first use; `close`
+    or garbage collection ends them.
 
     Sandboxes with equal settings are equal; a copy, even in another process, starts its own
     workers.
@@ -62,8 +63,9 @@ class Sandbox:
         workers: int | None = None,
         allow_unisolated: bool = False,
     ) -> None:
-        """`workers`: programs run at a time, by default one per core. `allow_unisolated`: let the
-        subprocess backend start even if the system cannot isolate it from the network."""
+        """`workers` is the number of programs run at a time, by default one per core.
+        `allow_unisolated` lets the subprocess backend start even if the system cannot isolate it
+        from the network."""
         self.limits = limits if limits is not None else SandboxLimits()
         self._kind = backend
         self._workers = workers if workers is not None else _num_cores()
@@ -164,7 +166,7 @@ class _MontyFirst:
             self._subprocess.close()
 
     def _fallback(self) -> Backend | None:
-        """None on a system that cannot isolate a subprocess."""
+        """The subprocess backend; None on a system that cannot isolate a subprocess."""
         with self._starting:
             if self._subprocess is None and self._refused is None:
                 try:

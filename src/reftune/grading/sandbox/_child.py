@@ -2,17 +2,18 @@
 one. This file is started as a script with a prepared environment and imports nothing from reftune.
 
 Forked processes are warm: the interpreter has started, and the packages that the programs use are
-imported. This process only forks, waits and kills; it never reads a program. Its settings are one
-JSON argument. Each message on the socket at descriptor 0 asks for one program and brings three
-descriptors: the program's source, a pipe for its result, and a socket that gets its exit status.
-When the other end of that socket closes, the program is killed.
+imported. This process only forks, waits and kills; it never reads a program. Its settings come as
+one JSON argument. Each message on the socket at descriptor 0 requests one program and carries three
+descriptors: the program's source, a pipe for its result, and a socket for its exit status. When the
+other end of that socket closes, the program is killed.
 
-Lines written to the result: `F…` for each access that was refused, `P…` with the end of the
-program's output, then `V…` with its value or `E…` with its exception; `N…` if the program was not
-started because the system lacks the protection it names. All but `F` and `N` hold JSON.
+The result consists of lines: `F…` for each refused access, `P…` with the end of the program's
+output, then `V…` with its value or `E…` with its exception. A single line `N…` names the
+protections that the system lacks if the program was not started for that reason. All but `F` and
+`N` hold JSON.
 
-The audit hook only labels and refuses the well-known ways out. A determined program is held by the
-kernel: Landlock (files), seccomp (an allow-list of system calls: no sockets, processes, threads,
+The audit hook only labels and refuses the well-known ways out. The kernel confines a determined
+program: Landlock (files), seccomp (an allow-list of system calls: no sockets, processes, threads,
 signals or timers), namespaces and limits.
 """
 
@@ -121,7 +122,7 @@ def is_closed(waiting: socket.socket) -> bool:
 
 
 def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
-    """A message and the descriptors it brings; nothing at the end."""
+    """A message and the descriptors it carries; both are empty once the other side is gone."""
     try:
         message, extra, _, _ = requests.recvmsg(4096, socket.CMSG_SPACE(3 * struct.calcsize("i")))
     except OSError:
@@ -197,7 +198,7 @@ def run_program(
 
 
 def keep_only(results: int) -> None:
-    """Close every descriptor but `results`, which becomes 3; 0, 1 and 2 lead nowhere."""
+    """Close every descriptor but `results`, which becomes 3; 0, 1 and 2 become the null device."""
     os.dup2(results, 3)
     os.closerange(4, max(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
     null = os.open(os.devnull, os.O_RDWR)
@@ -229,8 +230,8 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Landlock: `paths` may be read; nothing else in the file system may be opened, written, made,
-    renamed or removed."""
+    """Let the process read `paths`, and open, write, make, rename or remove nothing else in the
+    file system (Landlock). False if the system lacks it."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -253,8 +254,8 @@ def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
 
 
 def only_call(libc: ctypes.CDLL, table: tuple[int, str] | None) -> bool:
-    """seccomp: every system call that is not allowed fails with EPERM. False if there is no table
-    for the machine."""
+    """Make every system call that is not in `table` fail with EPERM (seccomp). False if the machine
+    has no table."""
     if table is None:
         return False
     architecture, numbers = table[0], [int(number) for number in table[1].split()]
@@ -304,7 +305,7 @@ def run(source: str) -> str:
     scope: dict[str, Any] = {"__name__": "__main__"}
     printed = Printed()
     sys.stdout = printed
-    dumps = json.dumps  # the program may put something else in their places
+    dumps = json.dumps  # the program may replace them
     try:
         *body, call = source.rstrip().split("\n")
         exec(compile("\n".join(body), "<program>", "exec"), scope)
@@ -325,11 +326,12 @@ class Printed:
         return len(text)
 
     def flush(self) -> None:
-        """There is no buffer below it."""
+        """Do nothing, because nothing is buffered."""
 
 
 def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
-    """JSON, or the text of a number or date of another type (Fraction, numpy, sympy, datetime)."""
+    """`value` as JSON; a number or date of another type (Fraction, numpy, sympy, datetime) as its
+    text."""
     try:
         return dumps(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
     except TypeError:
@@ -351,7 +353,7 @@ class Doorman:
         if event == "open":
             path, _, flags = args
             reads = flags & (os.O_WRONLY | os.O_RDWR) == 0
-            # A syntax error looks for its source line in the file of that name.
+            # A SyntaxError looks for its source line in a file of this name.
             refused = (
                 not isinstance(path, int)
                 and path != "<program>"
@@ -368,7 +370,7 @@ class Doorman:
             self.refuse(event, args)
 
     def importing(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """`__import__` that notices forbidden modules even if they are already loaded."""
+        """An `__import__` that notices forbidden modules even if they are already loaded."""
 
         def wrapped(name: str, *args: Any, **kwargs: Any) -> Any:
             if name.partition(".")[0] in self.forbidden and is_program(sys._getframe(1)):

@@ -20,7 +20,7 @@ from reftune.grading.sandbox.result import (
 
 def gap(result: ExecutionResult) -> str | None:
     """The part of Python that monty lacks and the program needed: `yield`, `dict.get as a value`,
-    `the module heapq`; None for every other end.
+    `the module heapq`. None if the program ended in any other way.
 
     Packages that do not come with Python are not counted: whether one is installed must not decide
     a verdict.

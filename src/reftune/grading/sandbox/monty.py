@@ -35,10 +35,8 @@ _inherited: list[Any] = []
 
 
 def refuse_after_fork() -> None:
-    """monty's event loop does not survive a fork: a child that used it would hang, and harm its
-    parent.
-
-    Raises: ReftuneError in a process that was forked after its parent ran a program.
+    """Raise a ReftuneError in a process that was forked after its parent ran a program. monty's
+    event loop does not survive a fork: the child would hang, and harm its parent.
     """
     if _monty_pid is not None and _monty_pid != os.getpid():
         raise ReftuneError(
@@ -81,11 +79,12 @@ class MontyBackend:
         self._finalizer()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Runs twice if the worker dies: something else may have killed it."""
+        """Run a program, and once more if the worker dies, because something else may have killed
+        it."""
         return self._attempt(source) or self._attempt(source) or failure("the worker crashed twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
-        """None if the worker died before the program's time was up."""
+        """The result of one try; None if the worker died before the program's time was up."""
         reached: list[str] = []
 
         def refuse(*, name: str, **_: Any) -> Any:

@@ -64,7 +64,7 @@ class SandboxLimits:
     timeout_s: float = 1.0
     memory_mib: int = 64
     recursion: int = 1000
-    """Nested calls."""
+    """Maximum depth of nested calls."""
 
 
 class Backend(Protocol):

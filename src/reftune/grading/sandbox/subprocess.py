@@ -1,13 +1,11 @@
-"""The sandbox's fallback: each program in a CPython process of its own, for the parts of Python
-that monty lacks.
+"""The sandbox's fallback for the parts of Python that monty lacks: a CPython process per program.
 
 A forking process waits with the interpreter started and the slow packages imported, one for each
-combination of packages. Each program runs in a fork of it, with no site-packages hooks, an
-environment of our own, an empty temporary folder to work in, Landlock (only the libraries can be
-read, nothing written), an allow-list of system calls (no sockets, processes, threads, signals),
-user, network and IPC namespaces of its own, limits on memory, CPU time and open files, and a
-session that is killed as a whole. docs/sandbox.md lists what these protections cover and what they
-do not.
+combination of packages. Each program runs in a fork of it, with no site-packages hooks, a fixed
+environment, an empty temporary folder to work in, Landlock (it can read only the libraries and
+write nothing), an allow-list of system calls (no sockets, processes, threads, signals), user,
+network and IPC namespaces of its own, limits on memory, CPU time and open files, and a session that
+is killed as a whole. docs/sandbox.md lists what these protections cover and what they do not.
 """
 
 from __future__ import annotations
@@ -45,9 +43,9 @@ CHILD = Path(__file__).with_name("_child.py")
 NOT_ISOLATED = 77
 MAX_OUTPUT_BYTES = 1 << 16
 START_S = 5.0
-"""Time a process may take to start and end, on a busy machine."""
+"""Seconds that a process may take to start and end on a busy machine."""
 PRELOAD_S = 120.0
-"""Time an interpreter may take to start and to import the packages."""
+"""Seconds that an interpreter may take to start and import the packages."""
 PRELOADED = tuple(
     "bisect calendar collections copy datetime decimal enum fractions functools heapq itertools"
     " math operator re statistics string typing".split()
@@ -76,7 +74,7 @@ class SubprocessBackend:
     def __init__(
         self, limits: SandboxLimits, *, allow_unisolated: bool, packages: bool = True
     ) -> None:
-        """`packages`: programs may import packages that do not come with Python."""
+        """`packages` lets programs import packages that do not come with Python."""
         if sys.platform != "linux" and not allow_unisolated:
             raise ReftuneError(
                 "sandbox: the subprocess backend isolates on Linux only; use monty, or set"
@@ -117,11 +115,12 @@ class SubprocessBackend:
         self._forkers.clear()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Runs twice if the forking process died: something else may have killed it."""
+        """Run a program, and once more if the forking process dies, because something else may have
+        killed it."""
         return self._attempt(source) or self._attempt(source) or failure("the worker died twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
-        """None if the forking process died before the program's end."""
+        """The result of one try; None if the forking process died before the program's end."""
         forker = self._forker(_packages_of(source))
         with (
             tempfile.TemporaryDirectory(prefix="reftune-") as folder,
@@ -204,7 +203,7 @@ class _Forker:
 
 
 def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) -> None:
-    """The forking process ends when its socket is closed."""
+    """End the forking process by closing its socket."""
     requests.close()
     if os.getpid() == pid:
         try:
@@ -235,7 +234,7 @@ def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[byt
 
 
 def _received(status: socket.socket, timeout_s: float) -> bytes | None:
-    """The exit status; nothing if the other side is gone, None when the time is up."""
+    """The exit status; empty if the other side is gone, None when the time is up."""
     status.settimeout(max(0.01, timeout_s))
     try:
         return status.recv(16)
