@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +26,7 @@ from reftune.results.records import (
     same_problems,
 )
 from reftune.results.stats import Comparison, Interval
+from reftune.stages import NEEDED_ACCURACY
 from reftune.stages.probes import choices
 from reftune.storage.run_folder import RunFolder
 from reftune.types import Graded
@@ -437,47 +438,49 @@ class Handover:
     """Change in accuracy over the last four dev evaluations before it, as a share of problems."""
     margin: float
     """Half the width of its paired 95% interval."""
+    accuracy: float
+    """On dev, at the last of these evaluations."""
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether dev accuracy had stopped rising, within the margin."""
+        return self.rise <= self.margin
 
     @property
     def is_ready(self) -> bool:
-        """Whether dev accuracy had stopped rising, within the margin."""
-        return self.rise <= self.margin
+        """Whether dev accuracy had stopped rising, and not before it reached `NEEDED_ACCURACY`."""
+        return self.is_flat and self.accuracy >= NEEDED_ACCURACY
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Handover:
         """The inverse of `to_row`."""
-        return cls(**{key: row[key] for key in ("stage", "init", "rise", "margin")})
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
 
     def to_row(self) -> dict[str, Any]:
-        return {
-            "stage": self.stage,
-            "init": self.init,
-            "rise": self.rise,
-            "margin": self.margin,
-            "ready": self.is_ready,
-        }
+        return {**asdict(self), "ready": self.is_ready}
 
 
 def handovers(run: RunResults) -> list[Handover]:
     """The hand-over of each sampling stage that starts from a supervised method with logged dev
     evaluations."""
     return [
-        Handover(stage=name, init=stage.init, rise=found[0], margin=found[1])
+        Handover(stage=name, init=stage.init, rise=rise, margin=margin, accuracy=accuracy)
         for name, stage in run.stages.items()
         if _samples(stage) and (found := last_rise(run, stage.init)) is not None
+        for rise, margin, accuracy in [found]
     ]
 
 
-def last_rise(run: RunResults, method: str) -> tuple[float, float] | None:
-    """The rise in dev accuracy over a supervised method's last four evaluations, and its margin;
-    None for other methods or fewer evaluations."""
+def last_rise(run: RunResults, method: str) -> tuple[float, float, float] | None:
+    """The rise in dev accuracy over a supervised method's last four evaluations, its margin, and
+    the accuracy reached; None for other methods or fewer evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
     supervised, step = source
     looks = [row.values for row in supervised.metrics if row.step <= step]
     last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
-    return (last["dev/rise"], last["dev/rise_margin"]) if last else None
+    return (last["dev/rise"], last["dev/rise_margin"], last["dev/accuracy"]) if last else None
 
 
 def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:

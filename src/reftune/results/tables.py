@@ -19,6 +19,7 @@ from reftune.results.summary import (
     comparison_json,
     leader,
 )
+from reftune.stages import NEEDED_ACCURACY
 
 Row = list[str]
 
@@ -158,6 +159,11 @@ def sentence(handover: Handover) -> str:
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four looks"
     if handover.is_ready:
         return f"{handover.init} was finished when {handover.stage} began: dev {rise}"
+    if handover.is_flat:
+        return (
+            f"{handover.init} was flat at {handover.accuracy:.0%} on dev when {handover.stage}"
+            f" began ({rise}): RL needs about {NEEDED_ACCURACY:.0%}"
+        )
     return (
         f"{handover.init} was not finished when {handover.stage} began: dev still rose, {rise};"
         " more SFT may teach more than RL"

@@ -21,6 +21,7 @@ from reftune.errors import CheckpointError, EngineError, NonFiniteError
 from reftune.processes import sharding, world
 from reftune.processes.sharding import whole_tensors
 from reftune.recipe import Table
+from reftune.stages import NEEDED_ACCURACY
 from reftune.stages.optimizer import (
     OptimizerTable,
     Trained,
@@ -420,9 +421,6 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
 
 LOOKS = 4
 """Dev evaluations over which a rise is measured; docs/handover.md compares 2 to 5."""
-NEEDED_ACCURACY = 0.2
-"""Share of questions that RL's initial model should solve: with fewer, RL gained little or nothing
-in our measurements (docs/handover.md)."""
 Z95 = 1.959964
 COOLDOWN = 10
 """Steps before the cooldown for each step of it."""

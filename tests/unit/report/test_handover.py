@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from reftune.results.records import MetricRow, RunResults, StageResults
-from reftune.results.summary import handovers
+from reftune.results.summary import Handover, handovers
 from reftune.results.tables import sentence
 
 
@@ -45,6 +45,10 @@ LOOKS = rows(
     {"dev/accuracy": 0.5, "dev/rise": 0.3, "dev/rise_margin": 0.05},
     {"dev/accuracy": 0.51, "dev/rise": 0.01, "dev/rise_margin": 0.04},
 )
+LOOKS_AT_12_PERCENT = (
+    {"dev/accuracy": 0.11},
+    {"dev/accuracy": 0.12, "dev/rise": 0.01, "dev/rise_margin": 0.04},
+)
 RL = rows({"reward/mean": 0.5})
 
 
@@ -61,6 +65,17 @@ def test_a_stage_that_ended_by_itself_is_judged_at_its_chosen_step() -> None:
     assert found.is_ready and found.to_row()["margin"] == 0.04
     assert sentence(found) == (
         "sft was finished when reft began: dev +1.0 ± 4.0 points over four looks"
+    )
+
+
+def test_a_warm_up_that_is_flat_before_it_can_be_rewarded_was_not_finished() -> None:
+    flat = rows(*LOOKS_AT_12_PERCENT)
+    (found,) = handovers(run(stage("sft", flat, chosen_step=2), stage("reft", RL, init="sft")))
+    assert found.is_flat and not found.is_ready
+    assert Handover.from_row(found.to_row()) == found and found.to_row()["ready"] is False
+    assert sentence(found) == (
+        "sft was flat at 12% on dev when reft began (+1.0 ± 4.0 points over four looks):"
+        " RL needs about 20%"
     )
 
 

@@ -18,8 +18,9 @@ from reftune.results.tables import rise_line
 from reftune.runs.auto import product_rates
 from reftune.runs.run import stage_folder
 from reftune.runs.sample import sample_rows
+from reftune.stages import NEEDED_ACCURACY
 from reftune.stages.estimate import Estimate, stage_costs
-from reftune.stages.loop import LOOKS, NEEDED_ACCURACY
+from reftune.stages.loop import LOOKS
 from reftune.stages.outline import Outline
 from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
@@ -143,9 +144,10 @@ def _rise(subject: Subject) -> tuple[float, float] | None:
         return None
     stage = stage_folder(subject.recipe, subject.method)
     try:
-        return last_rise(read_run(stage.run.path), stage.path.name)
+        found = last_rise(read_run(stage.run.path), stage.path.name)
     except DataError:  # a model that was not saved by a run of reftune
         return None
+    return found and found[:2]
 
 
 def check_logprobs(subject: Subject) -> Finding:
