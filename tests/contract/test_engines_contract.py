@@ -7,7 +7,6 @@ order, length and the shape of a completion are its own.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.util
 from collections import Counter
@@ -34,8 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vllm": {"eager": True},
 }
 SMALL: dict[str, list[dict[str, Any]]] = {
-    "kv": [{"batch_size": 1}, {"batch_size": 3, "refill": 1.0}, {"batch_size": 4, "refill": 0.01}],
-    "continuous": [{"batch_size": 3}, {"batch_size": 2, "batch_tokens": 4}],
+    "kv": [{"batch_size": 1}, {"batch_size": 3, "refill": 1.0}, {"batch_size": 4, "refill": 0.01}]
 }
 """Settings under which requests share batches in another way."""
 
@@ -58,7 +56,7 @@ FAMILIES = [
     "codegen",
     "gptneox",
 ]
-NOT_ON = {"continuous": {"codegen"}, "vllm": set(FAMILIES) - {"llama", "qwen3, tied", "gpt2"}}
+NOT_ON = {"vllm": set(FAMILIES) - {"llama", "qwen3, tied", "gpt2"}}
 """Families that an engine refuses, or, as each takes vLLM a start of its own, that say nothing new.
 """
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
@@ -73,14 +71,6 @@ def make(kind: str, **settings: Any) -> Any:
     if getattr(engine, "needs_gpu", False) and not torch.cuda.is_available():
         pytest.skip(f"engine {kind} needs an accelerator")
     return engine
-
-
-@pytest.fixture(autouse=True, scope="module")
-def what_is_here_is_no_garbage():
-    """transformers collects garbage twice a `continuous` call, which takes longer than the call."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(params=KINDS)
@@ -139,10 +129,6 @@ def without_eos(policy: Policy) -> Policy:
 def skip_missing(engine: Any, family: str) -> None:
     if family in NOT_ON.get(engine.kind, ()):
         pytest.skip(f"{engine.kind}: no {family}")
-
-
-def batch_independent(engine: Any) -> bool:
-    return getattr(engine, "batch_independent", True)
 
 
 # --- every engine ---------------------------------------------------------------------------------
@@ -235,9 +221,7 @@ def test_equal_prompts_are_drawn_apart(sampler, policy):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_request_does_not_depend_on_its_neighbours(request, sampler, policy, temperature):
-    if temperature > 0 and not batch_independent(sampler):
-        request.applymarker(pytest.mark.xfail(reason="the engine says so", raises=AssertionError))
+def test_a_request_does_not_depend_on_its_neighbours(sampler, policy, temperature):
     together = ids(sampler.generate(policy, PROMPTS, params(temperature=temperature)))
     others = [[21], [22] * 15, PROMPTS[2], [3, 9], [9] * 3, [8], [7, 7]]
     among_others = ids(sampler.generate(policy, others, params(temperature=temperature)))
@@ -422,10 +406,9 @@ class Forwards:
     [(kind, settings) for kind, several in SMALL.items() for settings in several],
 )
 def test_how_requests_share_batches_changes_no_token(make_policy, kind, settings, family):
-    policy, engine = make_policy(family), make(kind)
-    drawn = params(temperature=1.0 if batch_independent(engine) else 0.0)
-    together = engine.generate(policy, PROMPTS * 2, drawn)
-    apart = make(kind, **settings).generate(policy, PROMPTS * 2, drawn)
+    policy = make_policy(family)
+    together = make(kind).generate(policy, PROMPTS * 2, params())
+    apart = make(kind, **settings).generate(policy, PROMPTS * 2, params())
     assert ids(apart) == ids(together)
     for one, other in zip(apart, together, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)

@@ -6,7 +6,6 @@ it, change its callers:
   that do not pack, which pads.
 - `engines/kv.py` calls `llama.is_written_out` and `llama.packed_linears`: keep
   `through_transformers`.
-- `engines/continuous.py` enters `attention.attention_as_before`, which then has nothing to undo.
 - `stages/outline.py` treats `ATTENTION` as transformers' own.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`.
 

@@ -6,8 +6,8 @@ length. For bf16 on a CPU, attention runs in fp32, because its backward pass is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,19 +67,6 @@ def has_window(config: Any) -> bool:
     """Whether some layer has a sliding window."""
     window = getattr(config, "sliding_window", None)
     return window is not None and getattr(config, "use_sliding_window", True)
-
-
-@contextmanager
-def attention_as_before(model: PreTrainedModel) -> Iterator[None]:
-    """Undo `attend_our_way` for a while, for code that only knows transformers' own attention."""
-    is_ours = model.config._attn_implementation == ATTENTION
-    if is_ours:
-        model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if is_ours:
-            model.set_attn_implementation(ATTENTION)
 
 
 def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
