@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from reftune.datasets.reading.file_dataset import FileDataset
-from reftune.datasets.reading.programs import drop_contradictions
+from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import Splits
 

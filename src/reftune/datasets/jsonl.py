@@ -12,7 +12,7 @@ from reftune.datasets.reading.conversations import is_conversation, read_convers
 from reftune.datasets.reading.file_dataset import Split
 from reftune.datasets.reading.golds import marked_text, worked_solution
 from reftune.datasets.reading.options import Options, read_options
-from reftune.datasets.reading.programs import drop_contradictions
+from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, refuse_type_changes
 from reftune.datasets.reading.shapes import Columns, recognise
 from reftune.errors import DataError

@@ -15,7 +15,8 @@ from reftune.datasets.reading.authors import COLUMNS as AUTHORS_COLUMNS
 from reftune.datasets.reading.authors import PaperDataset, authors_rationale, is_authors
 from reftune.datasets.reading.file_dataset import Split, Unusable
 from reftune.datasets.reading.mathqa_formula import formula_steps
-from reftune.datasets.reading.programs import program, run_programs
+from reftune.datasets.reading.programs import program
+from reftune.datasets.reading.rationales import run_programs
 from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import Key, drop_untrainable, normalised
 from reftune.errors import DataError

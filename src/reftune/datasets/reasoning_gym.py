@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from reftune.datasets import Splits
-from reftune.datasets.reading.programs import drop_contradictions
+from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.splits import draw_splits, question_key
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, unknown_key

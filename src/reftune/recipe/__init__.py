@@ -10,7 +10,7 @@ from reftune.recipe.kinds import (
     shipped_recipes,
     unknown_key,
 )
-from reftune.recipe.reading import dump_recipe, load_recipe, merge, parse_recipe, read_yaml
+from reftune.recipe.reading import load_recipe, merge, parse_recipe, read_yaml
 from reftune.recipe.schema import (
     CheckTable,
     EvaluateTable,
@@ -20,6 +20,7 @@ from reftune.recipe.schema import (
     Recipe,
     ScratchTable,
     TrackerName,
+    dump_recipe,
 )
 
 __all__ = [

@@ -38,11 +38,6 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {problem}") from None
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file as a dict, with its `extends` merged in. Raises: RecipeError."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, PositiveInt, model_validator
 
 from reftune.recipe.kinds import Table, component_field, refusal
@@ -177,3 +178,8 @@ class Recipe(Table):
     @property
     def folder(self) -> Path:
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

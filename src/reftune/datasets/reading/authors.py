@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from reftune.datasets.reading.file_dataset import FileDataset
-from reftune.datasets.reading.programs import drop_wrong_programs
+from reftune.datasets.reading.rationales import drop_wrong_programs
 from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import Splits
 from reftune.errors import DataError

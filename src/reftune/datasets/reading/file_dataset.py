@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from reftune.datasets.reading.programs import drop_contradictions
+from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, is_single_file, read_rows
 from reftune.datasets.reading.splits import Key, Splits, draw_splits, question_key
 from reftune.recipe import Component

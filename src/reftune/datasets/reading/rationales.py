@@ -1,0 +1,69 @@
+"""Rationales compared with their gold answers, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reftune.datasets.reading.splits import Splits, drop_untrainable
+from reftune.grading.markers import DEFAULT, Reading
+from reftune.grading.sandbox import ExecutionResult, ExecutionStatus, Sandbox, SandboxLimits
+from reftune.grading.verdicts import grade_completion, grade_value
+from reftune.types import Graded, Problem, Verdict
+
+TIMEOUT_S = 20.0
+
+
+def drop_wrong_programs(splits: Splits) -> Splits:
+    """Train without the problems that have no program (`no_program`) or one that does not return
+    the gold answer (`program_disagrees`). Dev keeps such problems without a rationale, so that it
+    is no easier than test."""
+    graded = _graded_programs([*splits.train, *splits.dev])
+    splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
+    return drop_untrainable(
+        splits,
+        "program_disagrees",
+        lambda problem: graded[problem.id].verdict is not Verdict.CORRECT,
+    )
+
+
+def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
+    """Train without the rationales that contradict their gold answer: programs that return another
+    one (`program_disagrees`) and texts that state another one (`rationale_disagrees`). A program
+    that fails, or a text that states no answer, is no contradiction and stays."""
+    programs = [
+        problem
+        for problem in (*splits.train, *splits.dev)
+        if "def solution(" in (problem.rationale or "")
+    ]
+    graded = _graded_programs(programs)
+
+    def states_another(problem: Problem) -> bool:
+        if problem.rationale is None or problem.id in graded:
+            return False
+        return grade_completion(problem.rationale, problem, reading).verdict is Verdict.WRONG
+
+    splits = drop_untrainable(
+        splits,
+        "program_disagrees",
+        lambda problem: problem.id in graded and graded[problem.id].verdict is Verdict.WRONG,
+    )
+    return drop_untrainable(splits, "rationale_disagrees", states_another)
+
+
+def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
+    """Run in the sandbox, with enough time that a busy machine does not change the training set."""
+    with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
+        return sandbox.run(programs)
+
+
+def _graded_programs(problems: Sequence[Problem]) -> dict[str, Graded]:
+    """Problem id → the grade of its program's value; a program that fails has no answer."""
+    if not problems:
+        return {}
+    results = run_programs([problem.rationale or "" for problem in problems])
+    return {
+        problem.id: grade_value(result.value, problem)
+        if result.status is ExecutionStatus.OK
+        else Graded(verdict=Verdict.ERROR, value=None, reason=result.reason)
+        for problem, result in zip(problems, results, strict=True)
+    }
