@@ -2,7 +2,7 @@
 given number of tokens.
 
 The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens
-(docs/performance.md), dealt out in a fixed shuffled order, so that short and long solutions share a
+(docs/scaling.md), dealt out in a fixed shuffled order, so that short and long solutions share a
 batch, as they do in a run.
 """
 
