@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from benchmarks.forced import force_eos
 from benchmarks.workload import read_workload
+from torch import Tensor
 
 from reftune.engines import kv
-from reftune.engines.kv import Forward
+from reftune.engines.kv import Reader
 from reftune.model.policy import Policy
 from reftune.types import Completion, SamplingParams
 
@@ -34,18 +35,18 @@ class ForcedKv(kv.Kv):
 
 class ForcedDecoder(kv._Decoder):
     def __init__(
-        self, policy: Policy, params: SamplingParams, forward: Forward, *, lengths: Sequence[int]
+        self, policy: Policy, params: SamplingParams, reads: Reader, *, lengths: Sequence[int]
     ) -> None:
-        super().__init__(policy, params, forward)
+        super().__init__(policy, params, reads)
         self.lengths = lengths
 
-    def step(self) -> None:
+    def logits(self) -> Tensor:
+        logits = super().logits()
         wanted = [self.lengths[r.position % len(self.lengths)] for r in self.active]
         ends = self.rows.lengths == torch.tensor(wanted) - 1
         own = int(self.policy.tokenizer.eos_token_id)
-        self.logits[:, [id_ for id_ in self.policy.eos_ids if id_ != own]] = -torch.inf
-        force_eos(self.logits, ends, own)
-        super().step()
+        logits[:, [id_ for id_ in self.policy.eos_ids if id_ != own]] = -torch.inf
+        return force_eos(logits, ends, own)
 
 
 def program(row: int, seed: int) -> str:

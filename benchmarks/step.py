@@ -205,10 +205,11 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - started
 
 
-def step_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
-    """Of sampling, of the scores of policy and reference, and of the updates, each of which is
-    three times a forward pass."""
-    return (3 + 3 * UPDATES) * smollm2_flops(lengths, prompts)
+def step_flops(lengths: Sequence[int], prompts: Sequence[int], dtype: Dtype) -> float:
+    """Of sampling, of the scores of the reference and, in bf16, of the policy, which in fp32 come
+    from sampling, and of the updates, each of which is three times a forward pass."""
+    scores = 1 if dtype == "float32" else 2
+    return (1 + scores + 3 * UPDATES) * smollm2_flops(lengths, prompts)
 
 
 def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
@@ -269,7 +270,9 @@ def summary(
     peak, lengths = machine["matmul_flops"], workload.lengths
     updates = 3 * UPDATES * smollm2_flops(lengths, prompts)
     document["update_mfu"] = updates / ours["update_s"] / peak
-    document["step_to_arithmetic"] = ours["step_s"] / (step_flops(lengths, prompts) / peak)
+    document["step_to_arithmetic"] = ours["step_s"] / (
+        step_flops(lengths, prompts, machine["dtype"]) / peak
+    )
     floor = decode_floor(lengths, prompts, peak, machine["bytes_s"], machine["weight_bytes"])
     document["decode_roofline"] = floor / ours["generate_s"]
     document["bookkeeping_share"] = statistics.median(

@@ -136,6 +136,11 @@ class Completion:
     temperature 1."""
     finish_reason: Literal["eos", "stop", "length"]
     """What ended the completion: an end token, a stop string, or the length limit."""
+    values: tuple[float, ...] = ()
+    """The value head's output before each token; empty unless the engine computes it, and
+    `logprobs`, as `Policy.score` would."""
+    entropies: tuple[float, ...] = ()
+    """The entropy in nats of the distribution of each token, if there are `values`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,11 +19,11 @@ import torch
 from torch.testing import assert_close
 
 from reftune.engines import kv
-from reftune.engines.kv import Forward, Kv, forward_pass
+from reftune.engines.kv import Kv, Reader, reader
 from reftune.model.batch import token_batch
 from reftune.model.encoder import StopRule
 from reftune.model.policy import Policy
-from reftune.recipe import known_kinds, load_component
+from reftune.recipe import LoraTable, known_kinds, load_component
 from reftune.types import Completion, SamplingParams
 
 KINDS = known_kinds("engines")
@@ -379,17 +379,17 @@ class Forwards:
         self.lengths: list[int] = []
 
         @contextmanager
-        def counting(policy: Policy) -> Iterator[Forward]:
-            with forward_pass(policy) as forward:
+        def counting(policy: Policy) -> Iterator[Reader]:
+            with reader(policy) as reads:
 
                 def counted(tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
                     self.shapes.append(tuple(tokens.shape))
                     self.lengths.append(mask.shape[1])
-                    return forward(tokens, mask, cache)
+                    return reads.forward(tokens, mask, cache)
 
-                yield counted
+                yield reads._replace(forward=counted)
 
-        monkeypatch.setattr(kv, "forward_pass", counting)
+        monkeypatch.setattr(kv, "reader", counting)
 
     @property
     def prefills(self) -> list[tuple[int, ...]]:
@@ -462,6 +462,74 @@ def test_columns_that_no_row_needs_any_more_are_dropped(policy, monkeypatch):
     completions = Kv().generate(policy, [[3] * 30, [4, 5]], params(seed=seed, max_new_tokens=4))
     assert len(completions[0].token_ids) == 1 < len(completions[1].token_ids)
     assert forwards.lengths[:2] == [30, 3]
+
+
+LORA = LoraTable(rank=4)
+
+
+def own_scores(policy: Policy, completions: list[Completion], prompts: list[list[int]]) -> Any:
+    """The engine's log-probabilities, values and entropies as `Policy.score` lays them out."""
+    batch = token_batch(prompts, ids(completions))
+    columns = zip(*((c.logprobs, c.values, c.entropies) for c in completions), strict=True)
+    return [batch.unflatten(torch.tensor([x for row in column for x in row])) for column in columns]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *[(family, {}) for family in FAMILIES if "window" not in family],
+        ("gpt2", {"lora": LORA}),
+        ("llama", {"lora": LORA}),
+        ("phi3", {"resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+    ],
+)
+def test_the_default_engine_scores_what_it_samples_as_the_policy_does(
+    make_policy, family, changes, temperature
+):
+    # eleven rows a batch: some end early, others are cut off, others join later
+    policy = make_policy(family, **changes)
+    if policy.is_lora:  # fresh adapters change nothing
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    prompts = PROMPTS * 4
+    found = Kv(batch_size=11).generate(policy.train(), prompts, params(temperature=temperature))
+    assert {c.finish_reason for c in found} == {"eos", "length"}
+    assert len({len(c.token_ids) for c in found}) > 3
+    scores = policy.score(token_batch(prompts, ids(found)), temperature=temperature)
+    for ours, expected in zip(own_scores(policy, found, prompts), scores, strict=True):
+        assert_close(ours, expected, atol=2e-5, rtol=0)
+
+
+def test_a_completion_ends_with_all_its_scores(policy):
+    columns = [3, 4, 1, 5], [-0.1, -0.2, -0.3, -0.4], [1.0, 2.0, 3.0, 4.0], [0.5, 0.6, 0.7, 0.8]
+    found = policy.completion(*columns)
+    assert [found.token_ids, found.logprobs, found.values, found.entropies] == [
+        tuple(column[:3]) for column in columns
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "drawn"),
+    [
+        ("llama", {"dtype": torch.bfloat16}, {}),
+        ("mistral, window of 5", {}, {}),
+        ("llama", {}, {"temperature": 0.0}),
+        ("llama", {}, {"top_k": 5}),
+        ("llama", {}, {"top_p": 0.9}),
+    ],
+)
+def test_the_default_engine_gives_no_values_where_the_policy_might_find_others(
+    make_policy, family, changes, drawn
+):
+    completions = Kv().generate(make_policy(family, **changes), PROMPTS, params(**drawn))
+    assert all(c.values == c.entropies == () and c.logprobs for c in completions)
+
+
+def test_a_value_model_of_its_own_is_not_read_by_the_engine(policy):
+    policy.separate_value_model()
+    assert not any(c.values for c in Kv().generate(policy, PROMPTS, params()))
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

@@ -265,11 +265,12 @@ def test_e20_means_are_over_tokens_then_over_samples():
 def test_e21_the_first_update_starts_from_ratios_of_one_and_no_kl(trainer):
     rollouts, _ = trainer.sample(1, "rollout")
     batch, metrics = trainer.score(rollouts)
-    assert metrics["kl/reference"] == 0  # the reference is the initial policy
+    # the reference is the initial policy, whose scores come from decoding
+    assert metrics["kl/reference"] == pytest.approx(0, abs=1e-4)
     batch = trainer.algorithm.credit(batch)
     trainer.policy.eval()
     found = trainer.accumulate(replace(batch, weights=trainer.algorithm.weights(batch)))
-    assert found["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
+    assert found["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
     assert found["policy/clip_fraction"] == 0
     mask = batch.response_mask
     per_sample = [float(a[m].mean()) for a, m in zip(batch.advantages, mask, strict=True)]

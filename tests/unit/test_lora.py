@@ -68,7 +68,7 @@ def test_the_first_step_has_no_kl_and_a_later_one_does(make_trainer):
         {"steps": 3, "value_prefit": 0, "optimizer": {"learning_rate": 0.02}},
         model={"lora": {"rank": 4}},
     )
-    assert trainer.step(1)["kl/reference"] == 0
+    assert abs(trainer.step(1)["kl/reference"]) < 1e-4  # rounding: the engine scored the policy
     assert abs(trainer.step(2)["kl/reference"]) > 1e-4
 
 

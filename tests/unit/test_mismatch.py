@@ -76,6 +76,25 @@ def test_a_step_logs_what_the_correction_did(make_trainer):
     assert metrics["kl/mismatch"] < 1e-4
 
 
+def test_the_engines_own_scores_spare_the_policy_a_pass(trainer, monkeypatch):
+    trainer.policy.reset_value_head(0)
+    rollouts, _ = trainer.sample(1, "rollout")
+    bare = [replace(r, completion=replace(r.completion, values=(), entropies=())) for r in rollouts]
+    passes = []
+    monkeypatch.setattr(
+        trainer.policy, "score", lambda *args, **kw: passes.append(1) or score(*args, **kw)
+    )
+    score = type(trainer.policy).score.__get__(trainer.policy)
+    batch, metrics = trainer.score(rollouts)
+    assert not passes and "kl/mismatch" not in metrics
+    # one completion without values: all are scored again
+    expected, measured = trainer.score([*rollouts[:-1], bare[-1]])
+    assert passes == [1] and measured["kl/mismatch"] < 1e-5
+    for name in ("logprobs", "values", "ref_logprobs"):
+        assert_close(getattr(batch, name), getattr(expected, name), atol=1e-5, rtol=0)
+    assert metrics["policy/entropy"] == pytest.approx(measured["policy/entropy"], abs=1e-5)
+
+
 def test_an_algorithm_without_advantages_refuses_the_cap(make_trainer):
     trainer = make_trainer(
         {"mismatch_cap": 2.0, "algorithm": {"kind": "online_st"}, "value_prefit": 0}

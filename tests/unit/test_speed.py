@@ -149,7 +149,8 @@ def test_without_the_folder_a_run_is_the_same_up_to_rounding(make_recipe, tmp_pa
     (rows, weights), (plain_rows, plain_weights) = runs
     assert len(rows) > 10
     for row, plain in zip(rows, plain_rows, strict=True):
-        assert row.keys() == plain.keys()
+        # without it, no engine scores what it samples
+        assert row.keys() == plain.keys() - {"kl/mismatch"}
         for key, value in row.items():
             assert value == pytest.approx(plain[key], rel=1e-3, abs=1e-4), key
     assert rows != plain_rows, "the folder was not used"

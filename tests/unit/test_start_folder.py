@@ -116,7 +116,7 @@ def test_over_a_base_in_4_bits_the_adapters_of_a_folder_are_trained_on(
         run.evaluate("reft")
     steps = JsonLines(recipe.folder / "metrics.jsonl").rows()
     first = next(row for row in steps if row["step"] == 1)
-    assert first["kl/reference"] == 0  # the reference has the adapters of the folder as well
+    assert abs(first["kl/reference"]) < 1e-4  # the reference has the adapters of the folder as well
     trained = export_model(tmp_path / "second", "reft", tmp_path / "trained", adapter=True)
     found = load_file(trained / "adapter_model.safetensors")
     assert {name: t.shape for name, t in found.items()} == {n: t.shape for n, t in given.items()}

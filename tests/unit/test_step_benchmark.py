@@ -75,12 +75,15 @@ def test_trl_is_compared_with_its_faster_and_its_leaner_setting(step):
     }
     workload = step.Workload("", ["", ""], [5, 7], [1.0, 0.0])
     flops = step.smollm2_flops([5, 7], [3, 4])
-    machine = {"matmul_flops": flops, "bytes_s": 1e12, "weight_bytes": 4}
+    machine = {"matmul_flops": flops, "bytes_s": 1e12, "weight_bytes": 4, "dtype": "float32"}
     document = step.summary(results, workload, [3, 4], machine)
     assert document["ratio_to_trl"] == 24 / 8
     assert document["memory_to_trl"] == 3 / 6
     assert document["ratio_to_plain"] == 20 / 8
     assert document["update_mfu"] == pytest.approx(6 / 4)  # two updates of three passes, 1 s each
+    assert document["step_to_arithmetic"] == pytest.approx(8 / 8)
+    machine["dtype"] = "bfloat16"  # a pass of the policy more
+    document = step.summary(results, workload, [3, 4], machine)
     assert document["step_to_arithmetic"] == pytest.approx(8 / 9)
 
 

@@ -32,9 +32,16 @@ ROOM = 64
 """Tokens by which a full cache grows."""
 BLOCK = 256
 """Size of the blocks of the vocabulary whose probabilities are summed when a token is drawn."""
-Forward = Callable[[Tensor, Tensor, Any], Tensor]
-"""Tokens (B, S), the mask (B, T) of cache and tokens, and the cache, to which the tokens are added
-→ fp32 logits (B, V) after the last token."""
+
+
+class Reader(NamedTuple):
+    """How a policy reads tokens while it decodes."""
+
+    forward: Callable[[Tensor, Tensor, Any], Tensor]
+    """Tokens (B, S), the mask (B, T) of cache and tokens, and the cache, to which the tokens are
+    added → the last hidden states (B, H) of the last tokens."""
+    head: Callable[[Tensor], Tensor]
+    """Those hidden states → fp32 logits (B, V)."""
 
 
 class Kv(Component):
@@ -60,42 +67,42 @@ class Kv(Component):
         ]
         # similar lengths share a batch
         waiting = sorted(requests, key=lambda request: len(request.prompt))
-        with forward_pass(policy) as forward:
-            decoder = _Decoder(policy, params, forward)
+        with reader(policy) as reads:
+            decoder = _Decoder(policy, params, reads)
             while waiting or decoder.active:
                 free = self.rows - len(decoder.active)
                 if waiting and (free >= self.refill * self.rows or not decoder.active):
                     joining, waiting = waiting[-free:], waiting[:-free]
                     decoder.join(joining)
                 decoder.step()
-        return [policy.completion(request.token_ids, request.logprobs) for request in requests]
+        return [policy.completion(request.token_ids, *request.scores) for request in requests]
 
 
 @contextmanager
-def forward_pass(policy: Policy, *, pack: bool = True) -> Iterator[Forward]:
+def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
     """How `policy` reads tokens while it decodes: through transformers, or with fewer operations if
     `model.speed` supports the model. `pack`: reorder weights and leave out padding if that is
     faster, which needs real tensors, not fake ones."""
     if llama.is_written_out(policy.model):
-        yield llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
+        decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
+        yield Reader(decoder, decoder.logits)
         return
 
-    def through_transformers(tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        output = policy.model(
+    def forward(tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        output = policy.base.base_model(
             input_ids=tokens,
             attention_mask=mask,
             # rows are padded on the left
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
 
     packed = llama.packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext()
     with policy.decoding(), packed:
-        yield through_transformers
+        yield Reader(forward, lambda hidden: policy.base.get_output_embeddings()(hidden).float())
 
 
 @dataclass(slots=True)
@@ -103,46 +110,53 @@ class _Request:
     position: int
     prompt: tuple[int, ...]
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    scores: list[list[float]] = field(default_factory=list)
+    """As `_Rows.scores`."""
 
 
 class _Decoder:
-    """The rows being decoded: their cache, left-padded to one length, the logits of each row's next
-    token, and the tokens so far."""
+    """The rows being decoded: their cache, left-padded to one length, and the tokens so far."""
 
-    def __init__(self, policy: Policy, params: SamplingParams, forward: Forward) -> None:
-        self.policy, self.params, self.forward = policy, params, forward
+    def __init__(self, policy: Policy, params: SamplingParams, reads: Reader) -> None:
+        self.policy, self.params, self.reads = policy, params, reads
         self.device = policy.device
+        self.scores_as_trained = (
+            policy.compute_dtype == torch.float32
+            and policy.packs  # families that read the same with and without a cache, as tests show
+            and policy.value_backbone is None
+            and (params.temperature > 0 and params.top_k == 0 and params.top_p == 1)
+        )
+        """Whether `Policy.score` would find the same log-probabilities, values and entropies up to
+        rounding, so that the trainer need not compute them again."""
         self.eos_ids = torch.tensor(sorted(policy.eos_ids), device=self.device)
         self.active: list[_Request] = []
         self.cache: Any = None
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
         """(B, T), 1 where the cache holds a token."""
-        self.logits = torch.zeros(0, 0, device=self.device)
-        """(B, V), fp32"""
-        self.rows = _Rows.start(self._draw_uniforms([]))
+        self.rows: _Rows
 
     def join(self, requests: list[_Request]) -> None:
         """Prefill `requests`, each distinct prompt once, and append them to the batch."""
         distinct = list(dict.fromkeys(request.prompt for request in requests))
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        cache, mask, logits = self._prefill(distinct)
+        cache, mask, hidden = self._prefill(distinct)
         rows = torch.tensor([row_of[r.prompt] for r in requests], device=self.device)
         cache.batch_select_indices(rows)
-        mask, logits = mask[rows], logits[rows]
+        mask = mask[rows]
+        joining = _Rows.start(
+            self._draw_uniforms(requests), hidden[rows], kinds=3 if self.scores_as_trained else 1
+        )
         if self.active:
             length = max(mask.shape[1], self.mask.shape[1])
             _stack(self.cache, cache, length)
             self.mask = torch.cat([_pad_left(self.mask, length), _pad_left(mask, length)])
-            self.logits = torch.cat([self.logits, logits])
+            self.rows = _Rows(*map(torch.cat, zip(self.rows, joining, strict=True)))
         else:
-            self.cache, self.mask, self.logits = cache, mask, logits
+            self.cache, self.mask, self.rows = cache, mask, joining
         self.active = self.active + requests
-        joining = _Rows.start(self._draw_uniforms(requests))
-        self.rows = _Rows(*map(torch.cat, zip(self.rows, joining, strict=True)))
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor]:
-        """The cache of prompts, its mask (B, T), and the logits (B, V) after each."""
+        """The cache of prompts, its mask (B, T), and the last hidden states (B, H) of each."""
         longest = max(len(prompt) for prompt in prompts)
         tokens = torch.tensor(
             [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device
@@ -151,13 +165,13 @@ class _Decoder:
         mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
         # every layer keeps all columns, also one with a sliding window
         cache = Cache(layer_class_to_replicate=_RoomyLayer)
-        return cache, mask, self.forward(tokens, mask, cache)
+        return cache, mask, self.reads.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """One random number per token and row, which depends only on the seed and the row's
         position; greedy decoding needs none."""
         shape = (len(requests), self.params.max_new_tokens)
-        if not requests or self.params.temperature == 0:
+        if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
         draws = [generator(self.params.seed, r.position).random(shape[1]) for r in requests]
         return torch.from_numpy(np.stack(draws)).to(self.device)
@@ -168,10 +182,13 @@ class _Decoder:
         # Rows join at different times: each uses the number of its own step.
         places = rows.lengths.clamp(max=last)[:, None]
         uniforms = rows.uniforms.gather(1, places).squeeze(1)
-        tokens, logprobs = draw_tokens(self.logits, uniforms, self.params)
+        tokens, logprobs, entropies = draw_tokens(self.logits(), uniforms, self.params)
+        scores = logprobs[:, None]
+        if self.scores_as_trained:
+            scores = torch.stack([logprobs, self.policy.values(rows.hidden), entropies], 1)
         places = torch.where(rows.done[:, None], last + 1, places)
         rows.tokens.scatter_(1, places, tokens[:, None])
-        rows.logprobs.scatter_(1, places, logprobs[:, None])
+        rows.scores.scatter_(2, places.expand_as(scores)[..., None], scores[..., None])
         rows.lengths.add_(~rows.done)
         rows.done.logical_or_(torch.isin(tokens, self.eos_ids)).logical_or_(rows.lengths > last)
         if stop.texts:
@@ -186,14 +203,19 @@ class _Decoder:
             tokens = tokens[keep]
         if self.active:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-            self.logits = self.forward(tokens[:, None], self.mask, self.cache)
+            hidden = self.reads.forward(tokens[:, None], self.mask, self.cache)
+            self.rows = self.rows._replace(hidden=hidden)
+
+    def logits(self) -> Tensor:
+        """(B, V) of each row's next token, fp32."""
+        return self.reads.head(self.rows.hidden)
 
     def _finish(self, done: Tensor) -> None:
         """Store the tokens of the rows that are `done` in their requests."""
-        columns = (done, self.rows.lengths[done], self.rows.tokens[done], self.rows.logprobs[done])
-        for row, length, tokens, logprobs in zip(*(c.tolist() for c in columns), strict=True):
+        columns = (done, self.rows.lengths[done], self.rows.tokens[done], self.rows.scores[done])
+        for row, length, tokens, scores in zip(*(c.tolist() for c in columns), strict=True):
             request = self.active[row]
-            request.token_ids, request.logprobs = tokens[:length], logprobs[:length]
+            request.token_ids, request.scores = tokens[:length], [kind[:length] for kind in scores]
 
     def _keep(self, rows: Tensor) -> None:
         self.active = [self.active[row] for row in rows.tolist()]
@@ -213,22 +235,25 @@ class _Rows(NamedTuple):
 
     uniforms: Tensor
     """(B, M), fp64"""
+    hidden: Tensor
+    """(B, H) the last hidden states, which predict the next tokens."""
     tokens: Tensor
     """(B, M + 1) ids; the last column is for rows that are done."""
-    logprobs: Tensor
-    """(B, M + 1)"""
+    scores: Tensor
+    """(B, K, M + 1) log-probabilities, and with K = 3 also values and entropies."""
     lengths: Tensor
     """(B,) tokens so far."""
     done: Tensor
     """(B,) bool"""
 
     @classmethod
-    def start(cls, uniforms: Tensor) -> _Rows:
-        """Before the first token."""
+    def start(cls, uniforms: Tensor, hidden: Tensor, *, kinds: int) -> _Rows:
+        """Before the first token, with `kinds` scores of each."""
         rows, width = uniforms.shape
-        zeros = uniforms.new_zeros(rows, width + 1)
+        tokens = uniforms.new_zeros(rows, width + 1, dtype=torch.long)
+        scores = uniforms.new_zeros(rows, kinds, width + 1, dtype=torch.float32)
         lengths = uniforms.new_zeros(rows, dtype=torch.long)
-        return cls(uniforms, zeros.long(), zeros.float(), lengths, lengths.bool())
+        return cls(uniforms, hidden, tokens, scores, lengths, lengths.bool())
 
 
 class _RoomyLayer(DynamicLayer):
@@ -265,21 +290,34 @@ class _RoomyLayer(DynamicLayer):
             self.room[0][..., :held, :], self.room[1][..., :held, :] = self.keys, self.values
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) and their log-probabilities (B,) under the distribution they were drawn from.
+class Drawn(NamedTuple):
+    """A token for each row, (B,) each."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    """Log-probabilities under the distribution that the tokens were drawn from."""
+    entropies: Tensor
+    """Entropies of these distributions, nats."""
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Drawn:
+    """One token per row.
 
     Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token
     depends only on its own logits and number. Greedy tokens get the log-probability of the
-    untempered distribution. `logits` (B, V), fp32.
+    untempered distribution, and entropy 0. `logits` (B, V), fp32.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)
-        return tokens, largest - logits.logsumexp(1)
+        return Drawn(tokens, largest - logits.logsumexp(1), torch.zeros_like(largest))
     scores = _restrict(logits / params.temperature, params)
-    largest = scores.amax(1, keepdim=True)
-    weights = scores.sub(largest).exp_()
+    scores -= scores.amax(1, keepdim=True)
+    weights = scores.exp()
     tokens, total = _invert(weights, uniforms)
-    return tokens, (scores.gather(1, tokens[:, None]) - largest).squeeze(1) - total.log().float()
+    log_total = total.log().float()
+    logprobs = scores.gather(1, tokens[:, None]).squeeze(1) - log_total
+    means = scores.mul_(weights).nansum(1) / total  # 0 · -∞ counts as 0
+    return Drawn(tokens, logprobs, log_total - means.float())
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

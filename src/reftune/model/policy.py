@@ -121,7 +121,13 @@ class Policy(nn.Module):
         """As `encoder.decode`."""
         return decode(self.tokenizer, token_ids)
 
-    def completion(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
+    def completion(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        values: Sequence[float] = (),
+        entropies: Sequence[float] = (),
+    ) -> Completion:
         """The sampled tokens up to the end; see `StopRule`."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
@@ -133,6 +139,8 @@ class Policy(nn.Module):
             token_ids=tokens,
             text=text[:cut],
             logprobs=tuple(logprobs[:end]),
+            values=tuple(values[:end]),
+            entropies=tuple(entropies[:end]),
             finish_reason=reason if cut is None else "stop",
         )
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reftune.engines.kv import _RoomyLayer, forward_pass
+from reftune.engines.kv import _RoomyLayer, reader
 from reftune.model import layers
 from reftune.model.batch import PackedTokens, token_batch
 from reftune.model.logprobs import token_logprobs
@@ -190,11 +190,11 @@ class Outline:
             self.mode,
             policy.inference(),
             _LiveBytes(policy) as live,
-            forward_pass(policy, pack=False) as forward,
+            reader(policy, pack=False) as reads,
         ):
             past: Any = Cache(layer_class_to_replicate=_RoomyLayer)
             tokens = torch.zeros(rows, prompt, dtype=torch.long)
-            forward(tokens, torch.ones_like(tokens), past)
+            reads.head(reads.forward(tokens, torch.ones_like(tokens), past))
             states = [states for layer in past.layers for states in (layer.keys, layer.values)]
             return Prefill(
                 casts=live.now - sum(tensor.untyped_storage().nbytes() for tensor in states),

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -27,7 +28,7 @@ from reftune.algorithms.advantages import (
 from reftune.algorithms.base import Algorithm, LossTerms, masked_mean
 from reftune.errors import RecipeError
 from reftune.model.batch import RolloutBatch, token_batch
-from reftune.model.policy import AdapterReference, Policy
+from reftune.model.policy import AdapterReference, Policy, TokenScores
 from reftune.model.value_head import fit_value_head
 from reftune.recipe import load_component, refusal
 from reftune.seeds import endless_indices, generator
@@ -203,13 +204,14 @@ class Trainer:
         """Tensors of the rollouts with log-probabilities of policy and reference, and values."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
-        scores = self.policy.score(batch.tokens, temperature=self.stage.temperature)
+        scores = self._policy_scores(rollouts, batch)
         batch = replace(batch, logprobs=scores.logprobs, values=scores.values)
         mask = batch.sampled_mask
         assert scores.entropy is not None
         metrics: dict[str, float] = {}
         if mask.any():
             metrics["policy/entropy"] = float(masked_mean(scores.entropy, mask))
+        if mask.any() and scores.logprobs is not batch.sampling_logprobs:
             metrics["kl/mismatch"] = float(
                 masked_mean((scores.logprobs - batch.sampling_logprobs).abs(), mask)
             )
@@ -220,6 +222,18 @@ class Trainer:
                 ((batch.logprobs - reference.logprobs) * mask).sum(1).mean()
             )
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
+
+    def _policy_scores(self, rollouts: Sequence[Rollout], batch: RolloutBatch) -> TokenScores:
+        """Scores by the policy that sampled: the engine's own if it gives them for every token and
+        `mismatch_cap` does not ask for a comparison, else from a pass over the rollouts."""
+        completions = [r.completion for r in rollouts]
+        if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
+            return self.policy.score(batch.tokens, temperature=self.stage.temperature)
+        values, entropies = (
+            batch.tokens.unflatten(torch.tensor(list(chain(*kind)), device=self.policy.device))
+            for kind in ((c.values for c in completions), (c.entropies for c in completions))
+        )
+        return TokenScores(batch.sampling_logprobs, values, entropies)
 
     # --- update ---
 

@@ -172,28 +172,35 @@ class Collector:
 def of_all_processes(
     completions: Sequence[Completion], graded: Sequence[Graded]
 ) -> tuple[list[Completion], list[Graded]]:
-    """The graded completions of all processes, in order. Tokens and log-probabilities travel as
-    tensors, the rest as JSON in one tensor.
+    """The graded completions of all processes, in order. Tokens and their scores travel as tensors,
+    the rest as JSON in one tensor.
     """
     if world.world_size() == 1:
         return list(completions), list(graded)
     ids = torch.tensor([token for c in completions for token in c.token_ids], dtype=torch.long)
-    logprobs = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.double)
+    scores = torch.tensor(
+        [x for c in completions for x in (*c.logprobs, *c.values, *c.entropies)], dtype=torch.double
+    )
     rows = [
-        (len(c.token_ids), c.text, c.finish_reason, g.verdict.value, g.value, g.reason, g.program_s)
+        (
+            *(len(c.token_ids), len(c.values), c.text, c.finish_reason),
+            *(g.verdict.value, g.value, g.reason, g.program_s),
+        )
         for c, g in zip(completions, graded, strict=True)
     ]
     lines = np.frombuffer("".join(f"{json.dumps(row)}\n" for row in rows).encode(), np.uint8)
-    tokens, numbers = (iter(world.join_tensors(part).tolist()) for part in (ids, logprobs))
+    tokens, numbers = (iter(world.join_tensors(part).tolist()) for part in (ids, scores))
     whole: tuple[list[Completion], list[Graded]] = ([], [])
     joined = world.join_tensors(torch.from_numpy(lines.copy())).numpy().tobytes().decode()
     for line in joined.splitlines():
-        length, text, finish_reason, verdict, value, reason, program_s = json.loads(line)
+        length, valued, text, finish_reason, verdict, value, reason, program_s = json.loads(line)
         whole[0].append(
             Completion(
                 token_ids=tuple(islice(tokens, length)),
                 text=text,
                 logprobs=tuple(islice(numbers, length)),
+                values=tuple(islice(numbers, valued)),
+                entropies=tuple(islice(numbers, valued)),
                 finish_reason=finish_reason,
             )
         )

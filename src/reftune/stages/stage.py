@@ -61,7 +61,7 @@ class Cost:
     updates: int = 1
     """Passes over the batch with a gradient."""
     scored: int = 0
-    """Passes over the batch without one."""
+    """Most passes over the batch without one; fewer if the engine scores what it samples."""
     sampled: int = 0
     """Solutions sampled in a step."""
     sampled_before: int = 0

@@ -4,8 +4,8 @@ it, change its callers:
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out` and their two `read_packed`: keep the branch of `_predictors` for models
   that do not pack, which pads.
-- `engines/kv.py` calls `llama.is_written_out` and `llama.packed_linears`: keep
-  `through_transformers`.
+- `engines/kv.py` calls `llama.is_written_out` and `llama.packed_linears`: keep `forward`, through
+  transformers. Without packing, the trainer scores the engine's samples itself.
 - `stages/outline.py` treats `ATTENTION` as transformers' own.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`.
 

@@ -249,8 +249,8 @@ class Decoder:
         self.pack = pack
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """Tokens (B, S), the mask (B, T) of cache and tokens → fp32 logits (B, V) after the last
-        one."""
+        """Tokens (B, S), the mask (B, T) of cache and tokens → the last hidden states (B, H) of the
+        last ones."""
         with torch.autocast(tokens.device.type, enabled=False):
             rows, length = tokens.shape
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
@@ -263,8 +263,11 @@ class Decoder:
             )
             for block in self.blocks:
                 hidden = block(hidden, cos, sin, bias, cache, layout)
-            last = layout.lay_out(hidden)[:, -1]
-            return self.head(self.norm(last)).float()
+            return self.norm(layout.lay_out(hidden)[:, -1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last hidden states (B, H) → fp32 logits (B, V)."""
+        return self.head(hidden).float()
 
     def _places(self, mask: Tensor) -> Tensor | None:
         """(N,) flat indices of the tokens in `mask` (B, S), if it may have padding to leave out."""
