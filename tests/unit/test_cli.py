@@ -64,7 +64,8 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fake("reftune.stages.loop", Interrupted=Interrupted, stop_signals=lambda handler: nullcontext())
     fake(
         "reftune.results",
-        handover_lines=lambda folder: ["warmup was finished"],
+        read_run=lambda folder: folder,
+        remarks=lambda run: ["warmup was finished"],
         table_command=lambda runs, form, **options: (
             f"a {form} table of {[str(run) for run in runs]}"
         ),

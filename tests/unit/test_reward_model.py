@@ -26,10 +26,10 @@ from reftune.stages.reward_model import (
     Classifier,
     Solution,
     accumulate_loss,
+    dev_metrics,
     labelled,
     load_classifier,
     require_same_tokenizer,
-    rerank_accuracy,
 )
 from reftune.stages.self_train import Samples
 from reftune.types import Answer, Graded, Problem, Verdict
@@ -200,7 +200,12 @@ def test_the_best_sample_with_an_answer_is_taken(classifier, monkeypatch):
         ),
         samples("2", ["b", "a", "a"], {"a": Verdict.CORRECT, "b": Verdict.WRONG}),
     ]
-    assert rerank_accuracy(classifier, drawn) == 0.5
+    # chance: 1/3 and 2/3; gains: 2/3 and -2/3, whose standard deviation is (2/3) √2, over √2
+    assert dev_metrics(classifier, drawn) == pytest.approx(
+        {"dev/accuracy": 0.5, "dev/chance": 0.5, "dev/chance_margin": 1.96 * 2 / 3}, rel=1e-4
+    )
+    one = dev_metrics(classifier, drawn[:1])
+    assert one["dev/accuracy"] - one["dev/chance"] < one["dev/chance_margin"], "one proves nothing"
 
 
 # --- files ----------------------------------------------------------------------------------------

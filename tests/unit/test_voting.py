@@ -49,6 +49,16 @@ def test_a_tie_goes_to_the_value_seen_first() -> None:
     assert winner_value(majority_vote(votes(5, 4, 4, 5))) == "5"
 
 
+def test_votes_count_by_their_weight() -> None:
+    # 4: 0.5 + 0.25; 5: 0.5, then 0.5 + 0.25 as well: 4 was first; a sample without a value counts
+    # for nothing
+    samples, weights = votes(4, 5, None, 4, 5), [0.5, 0.5, 9.0, 0.25, 0.5]
+    found = majority_curve(samples, weights=weights)
+    assert [winner_value(winner) for winner in found] == ["4", "4", "4", "4", "5"]
+    assert majority_curve(samples, weights=[1.0] * 5) == majority_curve(samples)
+    assert majority_curve([], weights=[]) == []
+
+
 def test_no_valid_vote_is_wrong() -> None:
     # reference check E25
     assert majority_vote(votes(None, None)) is None

@@ -8,10 +8,11 @@ first; without any valid value the vote is wrong. The grader decides which value
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -62,24 +63,26 @@ def equality(grading: str | None) -> Same:
 def majority_curve(
     samples: Sequence[Graded],
     *,
+    weights: Sequence[float] | None = None,
     valid: Callable[[Graded], bool] = has_value,
     same: Same = same_answer,
 ) -> list[Graded | None]:
     """The first sample with the most frequent value among the first k samples, for k = 1 … n; None
-    if none of them is valid.
+    if none of them is valid. With `weights`, a reward model's scores, votes count by their weight
+    (DiVeRSe, arXiv:2206.02336).
 
     The first k of n samples are themselves a draw of k samples, so the mean over problems is an
     unbiased estimate of maj@k. The last point is the vote over all samples.
     """
     first: dict[str, Graded] = {}
-    votes: Counter[str] = Counter()
+    votes: dict[str, float] = defaultdict(float)
     curve: list[Graded | None] = []
-    for graded in samples:
+    for graded, weight in zip(samples, weights or itertools.repeat(1, len(samples)), strict=True):
         if valid(graded) and graded.value is not None:
             equal = (known for known in first if same(graded.value, known))
             value = graded.value if graded.value in first else next(equal, graded.value)
             first.setdefault(value, graded)
-            votes[value] += 1
+            votes[value] += weight
         winner = max(first, key=votes.__getitem__, default=None)
         curve.append(None if winner is None else first[winner])
     return curve

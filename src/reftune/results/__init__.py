@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from reftune.results import paper
 from reftune.results.page.figures import write_figures
 from reftune.results.page.html import write_report
 from reftune.results.records import read_run, require_finished
-from reftune.results.summary import Handover, comparable_groups, score_table, summarize
-from reftune.results.tables import choices_table, render_table, sentence
+from reftune.results.summary import comparable_groups, score_table, summarize
+from reftune.results.tables import choices_table, remarks, render_table
 from reftune.storage.run_folder import RunFolder
 
 __all__ = [
     "choices_table",
-    "handover_lines",
+    "read_run",
+    "remarks",
     "report_command",
     "summarize",
     "table_command",
     "write_figures",
     "write_report",
 ]
-
-
-def handover_lines(summary: Mapping[str, Any]) -> list[str]:
-    """For each sampling stage of a run, whether the warm-up before it had finished."""
-    return [sentence(Handover.from_row(row)) for row in summary["handovers"]]
 
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:

@@ -188,6 +188,10 @@ VOTING = {
         "Majority vote",
         "The most frequent answer of k samples; a tie goes to the answer seen first.",
     ),
+    "weighted": (
+        "Weighted vote",
+        "The answer of k samples whose scores by the reward model add up to most.",
+    ),
     "rerank": ("Reranking", "The answer that the reward model scores highest among k samples."),
     "pass": (
         "Any right (pass@k)",

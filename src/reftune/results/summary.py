@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -78,7 +78,7 @@ class MethodScore:
     """The name shown to the user, with the group if there are several."""
     outcomes: Mapping[str, Sequence[Outcomes]]
     """Decision rule → solved problems, one array per seed: `greedy`, and with samples `maj@k`,
-    `rerank@k`, `pass@k`."""
+    `weighted@k`, `rerank@k`, `pass@k`."""
     scores: Mapping[str, Score]
     """Scores by decision rule."""
 
@@ -163,6 +163,7 @@ def summarize(run_dir: Path | str) -> dict[str, Any]:
         "methods": {method.method: _method_json(method) for method in table.methods},
         "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
         "handovers": [found.to_row() for found in handovers(run)],
+        "rerankers": [found.to_row() for found in rerankers(run)],
         "wall_seconds": run.wall_seconds,
     }
 
@@ -383,32 +384,46 @@ def num_samples(rows: Sequence[EvalRow]) -> int:
 
 def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.float64]]:
     """Score of each rule with k = 1 … `max_k` samples: `maj`, `pass` and, if samples are scored,
-    `rerank`.
+    `weighted` and `rerank`.
 
     Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
     subsets.
     Raises: DataError if `max_k` exceeds the samples of a problem.
     """
     voting.check_k(max_k, num_samples(rows))
-    rules = {"maj": _majority_row, "rerank": _rerank_row, "pass": _pass_row}
+    rules = {
+        "maj": _majority_row,
+        "weighted": _weighted_row,
+        "rerank": _rerank_row,
+        "pass": _pass_row,
+    }
     if any(sample.score is None for row in rows for sample in row.samples):
-        del rules["rerank"]
+        del rules["weighted"], rules["rerank"]
     return {rule: np.array([curve(row, max_k) for row in rows]) for rule, curve in rules.items()}
 
 
-def _majority_row(row: EvalRow, max_k: int) -> list[float]:
+def _majority_row(
+    row: EvalRow, max_k: int, *, weights: Sequence[float] | None = None
+) -> list[float]:
     graded = [sample.graded for sample in row.samples[:max_k]]
     same = voting.equality(row.grading)
-    winners = voting.majority_curve(graded, valid=_voters(row), same=same)
+    winners = voting.majority_curve(graded, weights=weights, valid=_voters(row), same=same)
     return [float(voting.is_correct(winner)) for winner in winners]
+
+
+def _weighted_row(row: EvalRow, max_k: int) -> list[float]:
+    return _majority_row(row, max_k, weights=_scores(row, max_k))
 
 
 def _rerank_row(row: EvalRow, max_k: int) -> list[float]:
     graded = [sample.graded for sample in row.samples[:max_k]]
     texts = [sample.completion for sample in row.samples[:max_k]]
-    scores = [sample.score or 0.0 for sample in row.samples[:max_k]]
-    winners = voting.rerank_curve(graded, texts, scores, valid=_voters(row))
+    winners = voting.rerank_curve(graded, texts, _scores(row, max_k), valid=_voters(row))
     return [float(voting.is_correct(winner)) for winner in winners]
+
+
+def _scores(row: EvalRow, max_k: int) -> list[float]:
+    return [sample.score or 0.0 for sample in row.samples[:max_k]]
 
 
 def _voters(row: EvalRow) -> Callable[[Graded], bool]:
@@ -451,11 +466,6 @@ class Handover:
         """Whether dev accuracy had stopped rising, and not before it reached `NEEDED_ACCURACY`."""
         return self.is_flat and self.accuracy >= NEEDED_ACCURACY
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Handover:
-        """The inverse of `to_row`."""
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
-
     def to_row(self) -> dict[str, Any]:
         return {**asdict(self), "ready": self.is_ready}
 
@@ -494,3 +504,45 @@ def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:
 
 def _samples(stage: StageResults) -> bool:
     return any("reward/mean" in row.values for row in stage.metrics)
+
+
+# --- is the reward model better than chance? ------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reranker:
+    """How a reward model chooses among the samples of a dev problem, against a random choice."""
+
+    stage: str
+    num_samples: int
+    """Samples of each problem."""
+    accuracy: float
+    """Share of problems whose highest-scored sample is correct."""
+    chance: float
+    """Share of correct samples: the accuracy of one drawn at random."""
+    margin: float
+    """Half the width of the 95% interval of `accuracy` − `chance`, paired by problem."""
+
+    @property
+    def beats_chance(self) -> bool:
+        """Whether it chooses better than at random, beyond the margin."""
+        return self.accuracy - self.chance > self.margin
+
+    def to_row(self) -> dict[str, Any]:
+        return {**asdict(self), "beats_chance": self.beats_chance}
+
+
+def rerankers(run: RunResults) -> list[Reranker]:
+    """The run's finished reward models, as measured on dev when they were chosen."""
+    return [
+        Reranker(
+            stage=name,
+            num_samples=int(run.recipe["stages"][name]["dev_samples"]),
+            accuracy=row.values["dev/accuracy"],
+            chance=row.values["dev/chance"],
+            margin=row.values["dev/chance_margin"],
+        )
+        for name, stage in run.stages.items()
+        for row in stage.metrics
+        if row.step == stage.chosen_step and "dev/chance" in row.values
+    ]

@@ -9,15 +9,19 @@ from typing import Any
 
 from reftune.errors import DataError
 from reftune.results.metrics import HACKING
+from reftune.results.records import RunResults
 from reftune.results.stats import Comparison
 from reftune.results.summary import (
     GREEDY,
     Handover,
     MethodScore,
+    Reranker,
     Score,
     ScoreTable,
     comparison_json,
+    handovers,
     leader,
+    rerankers,
 )
 from reftune.stages import NEEDED_ACCURACY
 
@@ -154,6 +158,12 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
     )
 
 
+def remarks(run: RunResults) -> list[str]:
+    """For each sampling stage, whether the warm-up before it had finished; for each reward model,
+    whether it chooses better than at random."""
+    return [*map(sentence, handovers(run)), *map(reranker_sentence, rerankers(run))]
+
+
 def sentence(handover: Handover) -> str:
     """Whether the warm-up was finished, in one line."""
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four looks"
@@ -167,6 +177,17 @@ def sentence(handover: Handover) -> str:
     return (
         f"{handover.init} was not finished when {handover.stage} began: dev still rose, {rise};"
         " more SFT may teach more than RL"
+    )
+
+
+def reranker_sentence(found: Reranker) -> str:
+    """Whether a reward model chooses better than at random, in one line."""
+    gain = f"{points(found.accuracy - found.chance)} ± {100 * found.margin:.1f} points"
+    verdict = "better" if found.beats_chance else "no better"
+    advice = "" if found.beats_chance else "; do not rerank with it"
+    return (
+        f"{found.stage}'s choice of {found.num_samples} samples is {verdict} than a random one on"
+        f" dev: {percent(found.accuracy)} against {percent(found.chance)}, {gain}{advice}"
     )
 
 

@@ -7,6 +7,7 @@ hidden state.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +27,14 @@ from reftune.model.batch import TokenBatch, own_micro_batches, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import sharding, world
-from reftune.stages.loop import Look, Progression
+from reftune.stages.loop import Z95, Look, Progression
 from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.self_train import Sampled, Samples, describe
 from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, StageContext
 from reftune.storage.files import JsonLines, write_atomically
 from reftune.text import brief
-from reftune.types import Problem, Verdict
+from reftune.types import Graded, Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
@@ -50,8 +51,8 @@ class RewardModel(Schedule, Sampled):
     """Method that the classifier starts from."""
     samples: int = Field(100, gt=0)
     """Solutions sampled per training problem; identical ones count once."""
-    dev_samples: int = Field(20, gt=0)
-    """Solutions sampled per dev problem, used to choose the model."""
+    dev_samples: int = Field(100, gt=0)
+    """Solutions sampled per dev problem, used to choose the model; as many as it will rerank."""
 
     is_method: ClassVar[bool] = False
 
@@ -122,7 +123,7 @@ class Judging:
         return accumulate_loss(self.model, [self.solutions[i] for i in indices])
 
     def look(self) -> Look:
-        return Look(metrics={"dev/accuracy": rerank_accuracy(self.model, self.dev)})
+        return Look(metrics=dev_metrics(self.model, self.dev))
 
     def show(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         rows = [self.solutions[i] for i in indices]
@@ -252,13 +253,29 @@ def accumulate_loss(classifier: Classifier, solutions: Sequence[Solution]) -> di
 # --- choosing with it -----------------------------------------------------------------------------
 
 
-def rerank_accuracy(classifier: Classifier, drawn: Sequence[Samples]) -> float:
-    """Share of problems whose highest-scored solution is correct."""
+def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
+    """`dev/accuracy`, the share of problems whose highest-scored solution is correct; `dev/chance`,
+    that of a solution drawn at random; and half the width of the 95% interval of their difference,
+    paired by problem.
+    """
+    chosen = [*map(voting.is_correct, winners(classifier, drawn))]
+    chance = [len(samples.correct) / len(samples.texts) for samples in drawn]
+    gains = torch.tensor(chosen, dtype=torch.double) - torch.tensor(chance, dtype=torch.double)
+    margin = Z95 * float(gains.std()) / math.sqrt(len(drawn)) if len(drawn) > 1 else 1.0
+    return {
+        "dev/accuracy": sum(chosen) / len(chosen),
+        "dev/chance": sum(chance) / len(chance),
+        "dev/chance_margin": margin,
+    }
+
+
+def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | None]:
+    """Each problem's highest-scored solution that has an answer."""
     scores = iter(
         classifier.scores([(samples.problem, text) for samples in drawn for text in samples.texts])
     )
     grading = getattr(classifier.encoder.format, "grading", None)
-    winners = [
+    return [
         voting.rerank_curve(
             s.graded,
             s.texts,
@@ -267,7 +284,6 @@ def rerank_accuracy(classifier: Classifier, drawn: Sequence[Samples]) -> float:
         )[-1]
         for s in drawn
     ]
-    return sum(map(voting.is_correct, winners)) / len(winners)
 
 
 def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) -> None:

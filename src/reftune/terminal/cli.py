@@ -156,7 +156,7 @@ def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> Non
 
 
 def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> None:
-    from reftune.results import choices_table, handover_lines, table_command
+    from reftune.results import choices_table, read_run, remarks, table_command
     from reftune.storage.run_folder import RunFolder
 
     if not is_main():
@@ -166,7 +166,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
     else:
         tables = [table_command([recipe.folder], "text"), choices_table(summary)]
         print("\n\n".join(filter(None, tables)))
-        for line in handover_lines(summary):
+        for line in remarks(read_run(recipe.folder)):
             say(line)
     say(f"report: {RunFolder(recipe.folder).report}")
 

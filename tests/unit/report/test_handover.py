@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from reftune.results.records import MetricRow, RunResults, StageResults
-from reftune.results.summary import Handover, handovers
+from reftune.results.summary import handovers
 from reftune.results.tables import sentence
 
 
@@ -72,7 +72,7 @@ def test_a_warm_up_that_is_flat_before_it_can_be_rewarded_was_not_finished() -> 
     flat = rows(*LOOKS_AT_12_PERCENT)
     (found,) = handovers(run(stage("sft", flat, chosen_step=2), stage("reft", RL, init="sft")))
     assert found.is_flat and not found.is_ready
-    assert Handover.from_row(found.to_row()) == found and found.to_row()["ready"] is False
+    assert found.to_row()["ready"] is False
     assert sentence(found) == (
         "sft was flat at 12% on dev when reft began (+1.0 ± 4.0 points over four looks):"
         " RL needs about 20%"

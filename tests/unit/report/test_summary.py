@@ -137,6 +137,19 @@ def test_scored_samples_are_reranked(write_run: WriteRun) -> None:
     assert outcomes(read_run(folder).evals["reft"])["rerank@2"].tolist() == [1, 0]
 
 
+def test_scored_samples_vote_by_their_scores(write_run: WriteRun) -> None:
+    folder = write_run()
+    answer(folder, "reft", [0, 0], [[2, 1, 2], [1, 2, 2]])
+    path = folder / "eval" / "reft.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:  # the majority is wrong twice; the scores outvote it once
+        for sample, score in zip(row["samples"], (0.3, 0.7, 0.2), strict=True):
+            sample["score"] = score
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = outcomes(read_run(folder).evals["reft"])
+    assert [found[f"{rule}@3"].tolist() for rule in ("maj", "weighted")] == [[0, 0], [1, 0]]
+
+
 @pytest.mark.parametrize(("grading", "votes"), [("paper", [1, 1]), ("robust", [0, 0])])
 def test_in_the_papers_grading_only_single_letters_vote_on_choices(
     write_run: WriteRun, grading: str, votes: list[int]

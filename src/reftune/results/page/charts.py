@@ -420,7 +420,7 @@ def _area_charts(
 
 
 def voting_charts(table: ScoreTable) -> list[Chart]:
-    """maj@k, rerank@k and pass@k by k, for runs evaluated with samples."""
+    """maj@k, weighted@k, rerank@k and pass@k by k, for runs evaluated with samples."""
     curves = {
         method.label: _mean_curves(method.group, method.method)
         for method in table.methods

@@ -18,15 +18,7 @@ from reftune.results.page import charts, gallery
 from reftune.results.page.drawing import draw
 from reftune.results.records import RunResults
 from reftune.results.stats import Comparison, Interval
-from reftune.results.summary import (
-    Group,
-    MethodScore,
-    ScoreTable,
-    handovers,
-    leader,
-    read_groups,
-    score_table,
-)
+from reftune.results.summary import Group, MethodScore, ScoreTable, leader, read_groups, score_table
 from reftune.results.tables import (
     Headline,
     caption,
@@ -35,8 +27,8 @@ from reftune.results.tables import (
     p_text,
     percent,
     points,
+    remarks,
     rows,
-    sentence,
 )
 from reftune.storage.files import write_atomically
 
@@ -84,7 +76,7 @@ def render_report(groups: Sequence[Group]) -> str:
         heading=_heading(groups, table),
         title_parts=_coloured_parts(headline(table).title, table),
         kicker=_kicker(groups),
-        handovers=[sentence(found) for run in _runs(groups) for found in handovers(run)],
+        remarks=[line for run in _runs(groups) for line in remarks(run)],
         live=any(run.missing for group in groups for run in group.runs),
         scale=_scale(
             bound
@@ -258,6 +250,7 @@ def _votes(table: ScoreTable) -> str:
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
+        "weighted": "the majority’s answer by the reward model’s scores (circle)",
         "rerank": "the one that the reward model scores highest (square)",
     }
     return ", ".join(text for kind, text in marks.items() if kind in kinds)
