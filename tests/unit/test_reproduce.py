@@ -67,7 +67,7 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
         "| ReFT beats offline self-training | the opposite holds: −4.0 [−7.0, −1.0] | not run |"
         in page
     )
-    assert "Seeds: 5. Commit 1234567." in page
+    assert "This table covers 5 seeds, measured at commit 1234567." in page
     assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page
 
 
@@ -85,7 +85,7 @@ def test_the_ablation_says_what_a_part_earns(reproduce):
         methods="sft reft reft_modern no_prefit",
     )
     text = reproduce.ablation_table(modern)
-    assert "at equal numbers of sampled solutions: holds: +3.0 [+1.0, +5.0]" in reproduce.page(
+    assert "ReFT modern differs from `paper` by +3.0 [+1.0, +5.0]." in reproduce.page(
         {"modern": modern}
     )
     assert "| prefit | +2.0 [+1.0, +3.0] |" in text
