@@ -1,4 +1,4 @@
-"""Datasets: files, Hub ids or generators → problems. One file per dataset."""
+"""Datasets turn files, Hub ids or generators into problems. Each has its own file."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # which drop them by their own rules
+    if is_ours or isinstance(dataset, FileDataset):  # these drop them themselves
         return splits
     return drop_contradictions(splits)

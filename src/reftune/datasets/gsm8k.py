@@ -37,7 +37,8 @@ class Gsm8k(PaperDataset):
     authors_name: ClassVar[str] = "gsm8k"
 
     def published_problem(self, row: Row) -> Problem:
-        """`answer` is the annotated solution, whose last line looks like `#### 72`."""
+        """The problem in a row whose `answer` is the annotated solution, with a last line like
+        `#### 72`."""
         solution, marker, gold_text = row.text("answer").rpartition("####")
         gold = number_gold(gold_text.strip())
         if not marker or gold is None:
@@ -70,7 +71,7 @@ def program_of(solution: str) -> str | None:
     plain arithmetic.
 
     Each step is a variable, named after the words that follow its result. A number that equals an
-    earlier result is replaced by its variable, the latest if there are several.
+    earlier result is replaced by that result's variable, or the latest one of several.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -90,7 +91,8 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """`24 clips in May.` → `clips_may`; `step` if no word follows the number."""
+    """The name of a variable: `24 clips in May.` → `clips_may`; `step` if no word follows the
+    number."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

@@ -1,4 +1,4 @@
-"""Your own questions and answers: files in most common shapes, or any Hub dataset."""
+"""Your own questions and answers, in files of the most common shapes or any Hub dataset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""A missing cell as pandas writes it, or a failed formula as Excel does."""
+"""A missing cell as pandas writes it, or a failed formula as Excel writes it."""
 MOST_WORDS = 30
 """Longest gold answer read as a text under `auto`, in words; a longer text is a solution, not an
 answer."""
@@ -32,7 +32,7 @@ class Jsonl(FileDataset):
     """Reads your own data. Rows may repeat a question with different rationales."""
 
     columns: Columns | None = None
-    """Column names, if not common ones."""
+    """Column names that reftune does not recognise by itself."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How [answers](datasets.md#answer-kinds) are compared."""
     positions_from: Literal[0, 1] | None = None
@@ -45,7 +45,7 @@ class Jsonl(FileDataset):
     several_rationales: ClassVar[bool] = True
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """Raises: DataError with file and line."""
+        """The rows of a split as problems. Raises: DataError with file and line."""
         if not rows:
             return []
         columns = self._columns(rows, is_train=split == "train")
@@ -53,11 +53,11 @@ class Jsonl(FileDataset):
         return [self._problem(row, columns) for row in rows]
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in every dataset from files; rationales are read like the gold answers."""
+        """As for every dataset in files, except that rationales are read like the gold answers."""
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
-        """As `problems`, for a single row. Raises: DataError."""
+        """The problem in a single row. Raises: DataError."""
         return self._problem(row, self._columns([row], is_train=False))
 
     @classmethod

@@ -1,5 +1,5 @@
-"""MathQA: GMAT-like questions with five options and an operation program each (Amini et al. 2019,
-arXiv:1905.13319)."""
+"""MathQA: GMAT-like questions, each with five options and a program of operations (Amini et al.
+2019, arXiv:1905.13319)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from reftune.types import Answer, Problem
 
 LETTERS = "abcde"
 FORMULA_TOLERANCE = Fraction(1, 100)
-"""Relative tolerance: options are rounded, formulas are not."""
+"""Relative tolerance between a formula's value and an option, because options are rounded."""
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
 OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
@@ -53,7 +53,7 @@ MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
 
 
 def stem_key(problem: Problem) -> str:
-    """The question without its options: changing them does not make a new question."""
+    """The question without its options, because other options do not make it a new question."""
     return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
 
 
@@ -68,12 +68,12 @@ class Mathqa(PaperDataset):
 
     @property
     def authors_name(self) -> str:  # type: ignore[override]
-        """The authors have separate files for numeric answers."""
+        """Prefix of the authors' file names; there are separate files for numeric answers."""
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As for all of the paper's datasets; a multiple-choice solution in words must also end in
-        the letter."""
+        """As for all of the paper's datasets, but a multiple-choice solution in words must also end
+        in the letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -82,9 +82,9 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """If the formula's value is more than 1% off the gold option, one of the two is wrong: a
-        numeric problem is then dropped, and a multiple-choice one kept without a program. Test is
-        not changed."""
+        """The rows of a split as problems. If the formula's value is more than 1% off the gold
+        option, one of the two is wrong: a numeric problem is then dropped, and a multiple-choice
+        one kept without a program. Test is not changed."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -104,7 +104,8 @@ class Mathqa(PaperDataset):
         return problems
 
     def authors_problem(self, row: Row) -> Problem:
-        """For `choice` the options are the question's last line and the gold answer is a letter."""
+        """The problem in a row of the authors' files. With `choice`, the options are the question's
+        last line and the gold answer is a letter."""
         question = repaired(row.text("question"))
         if self.answer == "numeric":
             return replace(super().authors_problem(row), question=question)
@@ -121,7 +122,8 @@ class Mathqa(PaperDataset):
         )
 
     def published_problem(self, row: Row) -> Problem:
-        """Raises: Unusable if a numeric gold answer is requested and the option is not a number."""
+        """The problem in a row of the published files. Raises: Unusable if a numeric gold answer is
+        requested and the gold option is not a number."""
         stem, (options, letter) = repaired(row.text("Problem")), _gold_of(row)
         problem = Problem(
             id=row.id,
@@ -161,8 +163,8 @@ class Mathqa(PaperDataset):
 
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
-    """The formula's value, then the letter of the option nearest to it; None if there is no formula
-    or no option is a number."""
+    """A program that computes the formula's value and returns the letter of the nearest option;
+    None if there is no formula or no option is a number."""
     steps = _steps(row)
     values = {
         letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)
@@ -187,7 +189,7 @@ def _steps(row: Row) -> list[tuple[str, str]] | None:
 
 
 def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
-    """Whether the value of each row's formula is within 1% of the gold option; rows of ReFT's
+    """For each row, whether its formula's value is within 1% of the gold option; rows of ReFT's
     authors are assumed to agree."""
     results = run_programs(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
     return [
@@ -291,8 +293,8 @@ def _with_options(stem: str, options: Sequence[str]) -> str:
 
 
 def repaired(text: str) -> str:
-    """Mojibake undone: UTF-8 that was read as cp1252, then lower-cased and spaced out (`ã —` for
-    `×`), some of it twice."""
+    """`text` with mojibake undone: UTF-8 that was read as cp1252, lower-cased and spaced out (`ã —`
+    for `×`), sometimes twice."""
     for _ in range(3):
         text = MOJIBAKE.sub(_decoded, text)
     return text
@@ -314,7 +316,7 @@ def _utf8(characters: str) -> str | None:
 
 
 def _byte(character: str) -> bytes:
-    """The byte in cp1252, or in latin-1 if cp1252 has no such character."""
+    """The character's byte in cp1252, or in latin-1 if cp1252 lacks the character."""
     try:
         return character.encode("cp1252")
     except UnicodeEncodeError:

@@ -39,7 +39,7 @@ class Mixture(Component):
         return self
 
     def load(self, *, seed: int) -> Splits:
-        """Raises: DataError as the parts do."""
+        """Load every part, and mix them. Raises: DataError with file and line."""
         parts = {name: load_dataset(part.dataset, seed=seed) for name, part in self.parts.items()}
 
         def named(split: str) -> list[Problem]:
@@ -71,8 +71,8 @@ class Mixture(Component):
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """As many problems of each part as the shares allow, drawn with `seed`; at least one part
-        is used up."""
+        """The largest training set with the wanted shares, drawn with `seed`: at least one part is
+        used up."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

@@ -1,5 +1,5 @@
-"""Any task of the reasoning-gym package: generated questions, each graded by the task's own
-scorer."""
+"""Any task of the reasoning-gym package, with generated questions that the task's own scorer
+grades."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from reftune.text import did_you_mean
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
-"""Distance between the seeds of test, train and the next `data_seed`. A task's n-th question has
-seed + n."""
+"""Distance between the seeds of test, train and the next `data_seed`. A task's n-th question uses
+the split's seed + n."""
 PATIENCE = 20
-"""Give up on finding different questions after this many draws per question."""
+"""Draws per question after which the search for different questions gives up."""
 
 
 class ReasoningGym(Component):
-    """A generated task. `data_seed` determines its questions; the run's seed draws dev."""
+    """A generated task. `data_seed` determines its questions, and the run's seed draws dev."""
 
     task: str = "gsm_symbolic"
     """A reasoning-gym task, such as `chain_sum`."""
@@ -41,8 +41,8 @@ class ReasoningGym(Component):
     """Seed for generating the questions."""
 
     def load(self, *, seed: int) -> Splits:
-        """Raises: RecipeError for an unknown task or setting; DataError if the task has too few
-        different questions."""
+        """Generate all splits. Raises: RecipeError for an unknown task or setting; DataError if the
+        task has too few different questions."""
         test = self._draw("test", self.test_size, without=[])
         rest = self._draw("train", self.train_size + self.dev_size, without=test)
         splits = draw_splits(train=rest, dev=None, test=test, dev_size=self.dev_size, seed=seed)

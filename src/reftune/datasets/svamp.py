@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.types import Problem
 
 FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
-"""The end of the worked solutions of ReFT's authors."""
+"""The last sentence of the worked solutions of ReFT's authors."""
 
 
 class Svamp(PaperDataset):
@@ -26,7 +26,7 @@ class Svamp(PaperDataset):
     authors_name: ClassVar[str] = "svamp"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As for all of the paper's datasets; an `nl` rationale must also end in its answer."""
+        """As for all of the paper's datasets, but an `nl` rationale must also end in its answer."""
         if self.rationale == "nl":
             if all(problem.rationale is None for problem in splits.train):
                 first = read_rows(self.train, "train", names=self.file_names()["train"])[0]
@@ -42,8 +42,9 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The row has a body, a question and an equation, which becomes the program."""
-        body = row.text("Body")  # a third of them ends without punctuation
+        """The problem in a row with a body, a question and an equation, which becomes the
+        program."""
+        body = row.text("Body")  # a third of the bodies lack a final period
         return Problem(
             id=row.text("ID"),
             question=f"{body}{'' if body[-1] in '.?!,;:' else '.'} {row.text('Question')}",
@@ -65,6 +66,6 @@ class Svamp(PaperDataset):
 
 
 def program_of(equation: str) -> str | None:
-    """`( 76.0 - 25.0 )` as a program; None if it is not plain arithmetic."""
+    """An equation, such as `( 76.0 - 25.0 )`, as a program; None if it is not plain arithmetic."""
     expression = arithmetic(equation, {})
     return None if expression is None else program([("result", expression)])

@@ -4,10 +4,10 @@ from scratch.
     Mia has 12 kites. Leo has 3 times as many kites as Mia. Leo loses 4 kites. How many kites does
     Leo have?
 
-A story is a list of sentences and, beside it, a graph of quantities: every "has", update and
-relation is a node that points to the nodes it was computed from. The rationale is written from the
-part of the graph that the answer needs, so distractors never enter it. Sentences are short and
-every word and number is meant to be one token.
+A story is a list of sentences together with a graph of quantities: every "has", update and relation
+is a node that points to the nodes it was computed from. The rationale is written from the part of
+the graph that the answer needs, so distractors never enter it. Sentences are short, and every word
+and number is meant to be one token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from reftune.types import Answer, Problem
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
 OBJECTS = ("drums", "geese", "hats", "kites", "pies", "snails")
 FACTORS = range(2, 10)
-"""Factors of "times as many" and prices; larger ones do not make sensible stories."""
+"""Factors in "times as many" and in prices; larger ones do not make sensible stories."""
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
 """Stories tried before giving up on a new question."""
@@ -63,7 +63,7 @@ class WordProblems(Component):
     max_value: int = Field(999, ge=10)
     """Upper limit for answers and intermediate results; use 99 with `nl` or multiple choice."""
     rationale: Literal["program", "nl"] = "program"
-    """How solutions are written."""
+    """Whether solutions are programs or text."""
     styles: int = Field(4, ge=1, le=24)
     """Number of phrasings for rationales, drawn at random (at most 8 for `nl`)."""
     answer: Literal["number", "choice"] = "number"
@@ -138,8 +138,8 @@ class WordProblems(Component):
         return str(style), write(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
-        """One random story; None if a result is out of range or the answer does not need everything
-        the story says about its object."""
+        """One random story; None if a result is out of range, or if the answer does not need every
+        fact about the object."""
         asks = ["count"]
         if num_operations >= 1:
             asks += ["coins", "together", "more"] if self.people >= 2 else ["coins"]
@@ -174,13 +174,13 @@ class WordProblems(Component):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Quantity:
-    """A number of a story. Two quantities are never equal: the "3 hats" of one sentence are not
-    those of another."""
+    """A number in a story. Two quantities are never equal: "3 hats" in one sentence are not the "3
+    hats" in another."""
 
     value: int
     owner: str = ""
-    """Who has it; empty for a bare number and for the answer of a question about two people or
-    coins."""
+    """The person who has it; empty for a bare number, and for the answer to a question about two
+    people or coins."""
     symbol: str = ""
     """The operation that computes it; empty for a number stated in the story."""
     operands: tuple[_Quantity, ...] = ()
@@ -215,7 +215,7 @@ class _Teller:
     rng: random.Random
     numbers: tuple[int, int]
     people: list[str]
-    """Everyone who may appear; those who did are in `holdings`."""
+    """Everyone who may appear; `holdings` lists the people who did."""
     thing: str
     holdings: dict[str, _Quantity] = field(default_factory=dict)
     """Each person's current amount."""
@@ -233,7 +233,7 @@ class _Teller:
         self._tell(f"{person} has {number.value} {self.thing}.", _Quantity(number.value, person))
 
     def update(self) -> None:
-        """Someone gains or loses a few; mostly the person mentioned last, as in real stories."""
+        """Let someone gain or lose a few: mostly the person mentioned last, as in real stories."""
         person = self.latest if self.rng.random() < 0.7 else self.rng.choice(list(self.holdings))
         number = self._number()
         symbol, verb = self.rng.choice(
@@ -243,7 +243,7 @@ class _Teller:
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Someone new has more, fewer or times as many as the person mentioned last."""
+        """Give someone new more, fewer or times as many as the person mentioned last has."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()
@@ -351,7 +351,7 @@ class _Spelling:
     """How arithmetic is written down."""
 
     names: Mapping[_Quantity, str] = field(default_factory=dict)
-    """Quantities that have a name are spelled by it, the others written out."""
+    """Quantities that are spelled by a name; all others are written out."""
     swap: bool = False
     """`3 * 12` for `12 * 3`, wherever the order does not matter."""
 

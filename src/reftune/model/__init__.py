@@ -1,1 +1,1 @@
-"""The language model under training: weights, tokens, log-probabilities, value head."""
+"""The language model under training: its weights, tokens, log-probabilities and value head."""

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: export those of a chosen model, and load those that a run starts
+"""Exports a chosen model's adapters in PEFT's format, and loads the adapters that a run starts
 from."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Adapters = Mapping[str, Tensor]
 
 
 def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`.
+    """Write the adapters of `method` as `adapter_model.safetensors` and `adapter_config.json`.
 
     Each stage trains fresh adapters on the merged model of the stage before, so the adapters of all
     stages are concatenated (B = [B₁ B₂ …], A = [A₁; A₂; …]), which sums them. The result is exact
@@ -59,9 +59,9 @@ Scaled = tuple[Adapters, float]
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
-    """The base model with the adapters of a folder merged into its weights.
+    """The base model with a folder's adapters merged into its weights.
 
-    Raises: ModelError if they are not LoRA adapters of `base`, as safetensors.
+    Raises: ModelError if they are not LoRA adapters of `base` in safetensors.
     """
     from peft import PeftModel
 
@@ -95,8 +95,8 @@ def read_adapters(folder: Path) -> Scaled:
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
-    """Check base and scaling. Raises: ModelError if the adapters to continue from differ in
-    these."""
+    """Check that a run can continue a folder's adapters. Raises: ModelError if their base or
+    scaling differs from the run's."""
     _, scaling = read_adapters(folder)
     _require_base(folder, table.path)
     if table.lora is None or scaling != table.lora.alpha / table.lora.rank:
@@ -157,5 +157,5 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled
 
 
 def _peft_name(name: str) -> str:
-    """A tensor's name without the adapter's name, as in PEFT's files."""
+    """A tensor's name as in PEFT's files: without the adapter's name."""
     return name.replace(".default.", ".")

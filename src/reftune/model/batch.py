@@ -19,8 +19,8 @@ from reftune.processes import world
 GROUPS = 4
 """Number of groups of sequences of similar length, each padded to its own longest for attention."""
 MULTIPLE = 64
-"""The number of packed tokens is rounded up to a multiple of this: each new number means new kernel
-preparation and new memory blocks."""
+"""The number of packed tokens is rounded up to a multiple of this, because every new number costs
+kernel preparation and new memory blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class TokenBatch:
     prompt_lengths: Tensor
     """(B,)"""
     response_lengths: Tensor
-    """(B,) The final eos counts."""
+    """(B,) Lengths, including the final eos."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -56,8 +56,8 @@ class TokenBatch:
         return rows, self.prompt_lengths[rows] + steps
 
     def predictor_index(self) -> tuple[Tensor, Tensor]:
-        """Row and column, each (N,), of the position whose output predicts each response token: one
-        to its left."""
+        """Row and column, each (N,), of the position whose output predicts each response token: the
+        position to its left."""
         rows, columns = self.response_index()
         return rows, columns - 1
 
@@ -73,8 +73,8 @@ class TokenBatch:
         )
 
     def filled_up(self) -> TokenBatch:
-        """The batch, with one more sequence without a response if the number of tokens would not be
-        a `MULTIPLE`."""
+        """The batch, plus a sequence without a response if the number of tokens is not a multiple
+        of `MULTIPLE`."""
         missing = -int(self.lengths.sum()) % MULTIPLE
         if not missing:
             return self
@@ -114,13 +114,13 @@ class Packing(NamedTuple):
     longest, S slots in all."""
 
     slots: Tensor
-    """(S,) The token in each slot; an arbitrary one if the slot is empty."""
+    """(S,) The token in each slot; an empty slot repeats an arbitrary token."""
     is_token: Tensor
     """(S,) Whether the slot holds a token."""
     order: Tensor
     """(T,) The slot of each token."""
     sizes: tuple[tuple[int, int], ...]
-    """Number of sequences in each group, and of slots per sequence."""
+    """For each group, the number of sequences and of slots per sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +175,7 @@ def token_batch(
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutBatch:
     """Solutions as tensors. Per-token tensors are (B, R) and 0 outside the response; per-sample
-    ones (B,)."""
+    tensors are (B,)."""
 
     tokens: TokenBatch
     rewards: Tensor
@@ -198,7 +198,7 @@ class RolloutBatch:
     """Weight of each token in the loss of its minibatch; the weights sum to 1 over the minibatch,
     or to less if a part is missing."""
     nll_weights: Tensor | None = None
-    """As `weights`, for a second loss term that raises the likelihood of some samples."""
+    """Weight of each token in a second loss term, which raises the likelihood of some samples."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -225,10 +225,11 @@ class RolloutBatch:
 
 
 def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> Iterator[Tensor]:
-    """Indices of sequences in groups of similar length whose size stays within `max_tokens` (at
-    least one row). The size counts padding to the longest sequence; with `packed`, only tokens.
+    """Indices of the sequences, in groups of similar length and of at most `max_tokens` (but at
+    least one sequence). The size counts padding to the longest sequence or, with `packed`, only
+    tokens.
     """
-    device, lengths = lengths.device, lengths.cpu()  # iterate over them one by one
+    device, lengths = lengths.device, lengths.cpu()  # they are iterated one by one
     order = torch.argsort(lengths, stable=True)
     start, tokens = 0, 0
     for end in range(1, len(order) + 1):
@@ -246,7 +247,7 @@ def own_micro_batches(
     """This process's micro-batches, each with whether it counts. All processes hold all sequences;
     together their micro-batches cover every sequence once, with equally many short and long
     sequences in each process. Every process gets at least one micro-batch and, with `even`, as many
-    as the others, filled up by repeating the first sequence, which does not count."""
+    as the others: the extra ones repeat the first sequence and do not count."""
     rank, size = world.rank(), world.world_size()
     order = torch.argsort(lengths, stable=True)
     batches = []

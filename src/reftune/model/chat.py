@@ -1,4 +1,5 @@
-"""A tokenizer's own chat template: turns → text, and how it ends the assistant's turn."""
+"""Renders conversations with a tokenizer's own chat template, and finds how it ends the assistant's
+turn."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "reftunereply"
-"""Placeholder for the assistant's words, which no template changes and no prompt contains."""
+"""A placeholder for the assistant's words, which no template changes and no prompt contains."""
 OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
@@ -48,8 +49,8 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
-    """The token that ends the assistant's turn, after this prompt or any; None without a template,
-    or if ordinary text ends the turn."""
+    """The token that ends the assistant's turn, after `prompt` or, without one, after any prompt.
+    None if there is no template, or if ordinary text ends the turn."""
     if not tokenizer.chat_template:
         return None
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
@@ -76,8 +77,8 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
-    """`said` as it follows the prompt `begun`, if the template writes `before` ahead of the
-    assistant's words in whole conversations; the two are compared after the last question,
+    """`said` as it follows the prompt `begun`, given that in whole conversations the template
+    writes `before` ahead of the assistant's words. Both are compared after the last question,
     `asked`."""
     if not asked or asked not in begun or asked not in before:
         return said
@@ -89,8 +90,8 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """`after` up to and including the end of turn, and that token: the first special one, or the
-    first one added to the vocabulary. Empty and None if there is none."""
+    """`after` up to and including the token that ends the turn, and this token: the first special
+    token, or the first one added to the vocabulary. Empty and None if there is none."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

@@ -1,4 +1,4 @@
-"""Text ↔ token ids, and where a completion ends.
+"""Converts between text and token ids, and finds where a completion ends.
 
 Prompt and target meet at the same token boundary in every stage. Training, every engine and the
 export share one rule for the end of a completion.
@@ -48,8 +48,8 @@ class Encoder:
 
     def continuation(self, problem: Problem, text: str) -> list[int]:
         """Ids of `text` after the problem's prompt, including the end token. It is encoded
-        separately from the prompt, as sampling sees it; a chat template's text is encoded as a
-        whole unless the boundary would fall inside a token.
+        separately from the prompt, as in sampling; a chat template's text is encoded as a whole
+        unless the boundary would fall inside a token.
         """
         prompt = self.format.prompt(problem)
         before, after = self.text_of(prompt), self.text_after(prompt, text)
@@ -81,20 +81,20 @@ class Encoder:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """As the function `decode`."""
+        """The text of tokens; see the function `decode`."""
         return decode(self.tokenizer, token_ids)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """Text without special tokens, spaces exactly as sampled (no clean-up: it would rewrite
-    code)."""
+    """The text of tokens without the special ones. Spaces stay as sampled, because transformers'
+    clean-up would rewrite code."""
     ids = list(token_ids)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises: ModelError for a tokenizer without one."""
+    """Check that the tokenizer has an eos token. Raises: ModelError."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no eos token, so a model could never learn to stop; set"
@@ -103,7 +103,7 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer itself puts before a text; often none."""
+    """The ids that the tokenizer puts before any text; often none."""
     text = list(tokenizer.encode("a", add_special_tokens=False))
     marked = list(tokenizer.encode("a"))
     starts = (at for at in range(len(marked)) if marked[at : at + len(text)] == text)
@@ -114,14 +114,15 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""Extra tokens to decode beyond a stop string's bytes, because special tokens decode to nothing."""
+"""Tokens to decode beyond the number of a stop string's bytes, because special tokens decode to
+nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRule:
-    """A completion ends with any of these tokens or with the token that completes any of these
-    strings."""
+    """The tokens and strings that end a completion: it ends with the first such token, or with the
+    token that completes such a string."""
 
     ids: frozenset[int]
     texts: tuple[str, ...] = ()
@@ -158,8 +159,9 @@ class StopRule:
 def stop_rule(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
 ) -> StopRule:
-    """All end tokens of the tokenizer, of the model's config and generation config, and of the chat
-    template, if there is one. Raises: ModelError for a tokenizer without eos."""
+    """The rule with `texts` and every end token: those of the tokenizer, of the model's config and
+    generation config, and of the chat template, if there is one. Raises: ModelError for a tokenizer
+    without eos."""
     require_eos(tokenizer)
     found = {
         *token_ids_of(tokenizer.eos_token_id),
@@ -172,12 +174,12 @@ def stop_rule(
 
 
 def token_ids_of(value: int | Sequence[int] | None) -> list[int]:
-    """A config's `eos_token_id`, which may be one, several or none, as a list."""
+    """A config's `eos_token_id`, which may be one id, several or none, as a list."""
     if value is None:
         return []
     return [int(value)] if isinstance(value, int) else [int(id_) for id_ in value]
 
 
 def stop_texts(format: Format) -> tuple[str, ...]:
-    """Strings that end completions; empty for a user's format without `stop`."""
+    """A format's stop strings; empty for a user's format without `stop`."""
     return tuple(getattr(format, "stop", ()))

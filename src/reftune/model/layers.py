@@ -1,9 +1,9 @@
-"""Changes to the layers of a loaded model: narrow dtypes for frozen weights, cheap dropout,
-recomputed blocks.
+"""Changes the layers of a loaded model: narrow dtypes for frozen weights, cheap dropout, recomputed
+blocks.
 
-Weights that are never trained (a base under adapters, a reference, a model that only answers) are
-kept in the compute dtype, or in 4 bits. Autocast would cast them at every use anyway, so the
-compute dtype changes only the memory. Vectors (norms, biases) stay fp32.
+Weights that are never trained (a base under adapters, a reference, an evaluated model) are kept in
+the compute dtype, or in 4 bits. Autocast would cast them at every use anyway, so the compute dtype
+changes only the memory. Vectors (norms, biases) stay fp32.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ does not round them."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
-    """Keep frozen matrices in `dtype`, the rest in fp32, in place. The outputs of embeddings, and
-    so hidden states, stay fp32 under autocast.
+    """Keep frozen matrices in `dtype` and the rest in fp32, in place. Under autocast, the outputs
+    of embeddings, and therefore hidden states, stay fp32.
     """
     matrices = narrowable(model, dtype, embeddings=embeddings)
     for parameter in model.parameters():
@@ -41,7 +41,7 @@ def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> N
 def narrowable(
     model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings
 ) -> dict[int, nn.Parameter]:
-    """The matrices that `narrow` casts if they are frozen, by id."""
+    """Id → matrix, for the matrices that `narrow` casts if they are frozen."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = {}
     for weight in (m.weight for m in model.modules() if _is_matrix(m)):
@@ -98,9 +98,9 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
             weight, quant_type="nf4", compress_statistics=False, module=quantized
         )
         quantized.bias = layer.bias
-        quantized.support_avx512bf16_for_cpu = False  # it would repack weights that are trained on
+        quantized.support_avx512bf16_for_cpu = False  # it would repack weights that training uses
         setattr(parent, name, quantized.to(device))
-    model.is_loaded_in_4bit = True  # peft asks
+    model.is_loaded_in_4bit = True  # peft reads it
 
 
 def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -116,8 +116,9 @@ def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 def plain_state(
     model: Any, dtype: torch.dtype = torch.float32, *, merged: bool = True
 ) -> dict[str, Tensor]:
-    """The weights of a model as plain tensors on the CPU, rounded once to `dtype`: adapters
-    `merged` in fp32 or left out, 4 bits dequantized; tied weights stay tied."""
+    """The weights of a model as plain tensors on the CPU, rounded once to `dtype`. Adapters are
+    merged in fp32 or, without `merged`, left out; 4-bit weights are dequantized; tied weights stay
+    tied."""
     from peft.tuners.lora import LoraLayer
 
     layers = {id(m.get_base_layer().weight): m for m in model.modules() if isinstance(m, LoraLayer)}
@@ -160,8 +161,8 @@ entries."""
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
-    """Replace the dropout layers of `model` in place: on a CPU their masks cost a seventh of
-    PyTorch's."""
+    """Replace the dropout layers of `model` in place, by layers whose masks take a seventh of the
+    time of PyTorch's on a CPU."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -169,7 +170,7 @@ def use_cheap_dropout(model: nn.Module) -> None:
 
 
 class Dropout(nn.Dropout):
-    """As `nn.Dropout`, with the same generator. On a CPU it draws other masks; elsewhere it is
+    """`nn.Dropout` with the same generator. On a CPU it draws other masks; elsewhere it is
     identical."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ class Dropout(nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
-    """Each entry is 0 with probability p, else multiplied by 1 / (1 - p)."""
+    """Sets each entry to 0 with probability p, and else multiplies it by 1 / (1 - p)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, p: float) -> Tensor:
@@ -214,7 +215,7 @@ def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def recompute(block: nn.Module) -> None:
-    """Gradient checkpointing (arXiv:1604.06174) of `block` and of its copies: only its input is
-    kept; the backward pass recomputes its activations, to the same bits."""
+    """Use gradient checkpointing (arXiv:1604.06174) in `block` and its copies: keep only the input,
+    and recompute the activations in the backward pass, bit for bit."""
     # a partial and no closure: `deepcopy` gives the copy its own block's forward
     block.forward = partial(recomputed, block.forward)

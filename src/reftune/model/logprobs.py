@@ -1,8 +1,9 @@
-"""Log-probabilities of response tokens from hidden states, never holding all logits at once.
+"""Computes log-probabilities of response tokens from hidden states, without holding all logits at
+once.
 
-Logits are computed in tiles of some tokens by a part of the vocabulary. The first tiles are kept,
-and the backward pass computes the others again. So memory does not grow with vocabulary × length,
-and a tile stays in the CPU's cache.
+Logits are computed in tiles: a few tokens by a part of the vocabulary. The first tiles are kept,
+and the backward pass recomputes the others. Memory therefore does not grow with vocabulary ×
+length, and a tile stays in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ LOGIT_ELEMENTS = 2**21
 LOGITS_KEPT = 2**26
 """Most logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Tokens per tile if the vocabulary is large; every tile adds to the gradient of the whole
-weight."""
+"""Most tokens per tile if the vocabulary is large: many, because every tile adds to the weight's
+gradient."""
 
 
 def token_logprobs(
@@ -36,7 +37,7 @@ def token_logprobs(
             hidden, head.weight, head.bias, tokens, temperature
         )  # type: ignore[no-untyped-call]
         return logprobs
-    rows = _rows_at_once(head)  # for example an output embedding with an adapter
+    rows = _rows_at_once(head)  # for example, an output embedding with an adapter
     chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
     return torch.cat(
         [
@@ -50,8 +51,8 @@ def token_logprobs(
 def logprobs_and_entropy(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """As `token_logprobs`, without gradients, and the entropy (nats) of the distributions; each
-    (N,)."""
+    """The result of `token_logprobs` without gradients, and the entropy of each distribution in
+    nats; each (N,)."""
     if type(head) is nn.Linear:
         softmax = _softmax(_cast(hidden), head.weight, head.bias, tokens, temperature, means=True)
         return (
@@ -75,9 +76,9 @@ def logprobs_and_entropy(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves the hidden states, one normaliser per token and the logits of the first tiles; the
-    backward pass recomputes the others. It does autocast's casts itself, so that the weight's
-    gradient is summed in fp32.
+    """`token_logprobs` for a linear head. It saves the hidden states, one normaliser per token and
+    the logits of the first tiles, and recomputes the other logits in the backward pass. It does
+    autocast's casts itself, so that the weight's gradient is summed in fp32.
     """
 
     @staticmethod
@@ -134,7 +135,7 @@ class _Softmax(NamedTuple):
     log_totals: Tensor
     """log Σ exp(logit - largest)"""
     means: Tensor
-    """Σ probability · (logit - largest); 0 unless asked for."""
+    """Σ probability · (logit - largest); 0 unless requested."""
 
 
 def _softmax(
@@ -147,8 +148,9 @@ def _softmax(
     means: bool = False,
     kept: list[Tensor] | None = None,
 ) -> _Softmax:
-    """Accumulated tile by tile. Exponentials are relative to the largest logit so far, and sums are
-    rescaled when a larger one appears. `kept` receives the logits of the first tiles."""
+    """The softmax, accumulated tile by tile. Exponentials are relative to the largest logit so far,
+    and sums are rescaled when a larger one appears. `kept` receives the logits of the first
+    tiles."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
     for tile in _tiles(hidden, weight, bias, tokens, temperature):
@@ -174,17 +176,17 @@ def _softmax(
 
 class _Tile(NamedTuple):
     rows: slice
-    """n of the tokens."""
+    """The tile's n tokens."""
     columns: slice
-    """C entries of the vocabulary."""
+    """The tile's C vocabulary entries."""
     logits: Tensor
     """(n, C) tempered, fp32."""
     weight: Tensor
-    """(C, H) as it went into the product."""
+    """(C, H) the weight's rows as used in the product."""
     tokens: Tensor
-    """(n,) column of each row's token; an arbitrary one if it is outside the tile."""
+    """(n,) The column of each row's token; arbitrary if the token is outside the tile."""
     is_inside: Tensor
-    """(n,)"""
+    """(n,) Whether the row's token is in the tile."""
 
 
 def _tiles(
@@ -195,8 +197,8 @@ def _tiles(
     temperature: float,
     kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
-    """All tiles of the logits, by groups of rows, and from left to right within each; `kept` has
-    the logits of the first tiles if they were kept."""
+    """All tiles of the logits, by groups of rows, and from left to right within each group; `kept`
+    holds the logits of the first tiles, if any."""
     known = iter(kept)
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)

@@ -1,5 +1,5 @@
-"""The model under training: a causal LM, its value head, its reference; log-probabilities and
-values of response tokens."""
+"""The model under training: a causal LM with its value head and reference, and the
+log-probabilities and values of response tokens."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD = Path("value_head", "model.safetensors")
-"""Path inside a model's folder; a folder of its own, because vLLM loads every safetensors file
-beside the weights."""
+"""Path inside a model's folder: in a subfolder, because vLLM loads every safetensors file beside
+the weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
-"""Saved beside the merged model: with a 4-bit base, a later stage continues with them, because
-quantizing a merged model would round away their changes."""
+"""Path of the adapters, saved beside the merged model: with a 4-bit base, a later stage continues
+with them, because quantizing a merged model would round away their changes."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
 """File name in PEFT's format, whose tensor names omit the adapter's name."""
@@ -66,9 +66,9 @@ class Policy(nn.Module):
         quantize: Literal["nf4"] | None = None,
         trained: bool = True,
     ) -> None:
-        """Weights that are never trained (all of them if not `trained`, those under `lora`) are
-        kept in `dtype`, or in 4 bits. Strings in `stop` end a completion, as do the end tokens of
-        model and tokenizer."""
+        """Weights that are never trained (the base under `lora`, or all weights if not `trained`)
+        are kept in `dtype`, or in 4 bits. The strings in `stop` end a completion, as do the end
+        tokens of model and tokenizer."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
@@ -81,13 +81,13 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.compute_dtype = dtype
         self.saved_dtype = torch.float32
-        """Dtype of the weights that `save` writes, rounded once."""
+        """Dtype to which `save` rounds the weights."""
         layers.use_cheap_dropout(model)
         attention.attend_our_way(model)
         self.packs = attention.takes_packing(model)
-        """Whether whole sequences are read without padding."""
+        """Whether the model reads whole sequences without padding."""
         self.max_tokens = 16384
-        """Most tokens read at once; see `model.micro_batch_tokens`."""
+        """Most tokens in one pass; see `model.micro_batch_tokens`."""
         self.is_written_out = dtype == torch.float32 and llama.is_written_out(self.model)
         """Whether `speed.llama` may read whole sequences in place of transformers."""
         self.is_lora = lora is not None
@@ -97,7 +97,7 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
-        """The value head's own transformer; None if it reads the policy's."""
+        """The value head's own transformer; None if the value head uses the policy's."""
         self.is_compiled = self.recomputes = False
         self.continues_adapters = False
         """Whether the adapters were trained before, so that the policy without them differs from
@@ -114,11 +114,11 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the model can read, tokens; None if the config does not state it."""
+        """Longest sequence the model can read, in tokens; None if the config does not state it."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """As `encoder.decode`."""
+        """The text of tokens; see `encoder.decode`."""
         return decode(self.tokenizer, token_ids)
 
     def completion(
@@ -128,7 +128,7 @@ class Policy(nn.Module):
         values: Sequence[float] = (),
         entropies: Sequence[float] = (),
     ) -> Completion:
-        """The sampled tokens up to the end; see `StopRule`."""
+        """The completion made of the sampled tokens up to the end, which `StopRule` finds."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
         is_ended = bool(tokens) and tokens[-1] in self.stop.ids
@@ -157,8 +157,8 @@ class Policy(nn.Module):
                 )
 
     def separate_value_model(self) -> None:
-        """Give the value head a transformer of its own, a copy of the policy's current one. `save`
-        leaves it out."""
+        """Give the value head its own copy of the policy's current transformer, which `save` leaves
+        out."""
         if self.is_lora:
             raise ModelError(
                 "a separate value model would be trained whole; expected no model.lora beside it"
@@ -192,7 +192,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Forward passes in the compute dtype; the weights themselves are never cast."""
+        """Run forward passes in the compute dtype; the weights themselves are never cast."""
         if self.compute_dtype == torch.float32:
             yield
         else:
@@ -201,8 +201,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode (no dropout), the compute dtype and whole weights, for reading only; the
-        previous mode is restored."""
+        """Run forward passes for reading only: in evaluation mode (no dropout), in the compute
+        dtype, and with whole weights. The previous mode is restored at the end."""
         training = self.training
         with sharding.current.whole(self, self.compute_dtype), self.arithmetic():
             self.eval()
@@ -233,14 +233,14 @@ class Policy(nn.Module):
         return self.read(backbone, self.pack(batch))
 
     def pack(self, batch: TokenBatch) -> PackedTokens:
-        """The batch without padding; in bf16 filled up to a size with fast products."""
+        """The batch without padding; in bf16, filled up to a size whose products are fast."""
         return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
         """(N, H) the last hidden state that predicts each response token."""
         as_modules = self.is_compiled or sharding.current.is_split(
             self
-        )  # hooks are on their forward
+        )  # both rely on hooks of the modules' forward
         if self.is_written_out and not as_modules:
             states = llama.read_packed(backbone, packed, recompute=self.recomputes)
         else:
@@ -288,7 +288,7 @@ class Policy(nn.Module):
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         """Log-probabilities, values and entropy without gradients and dropout.
 
-        Several processes each score some of the rows, and all get the whole.
+        Several processes each score a part of the rows, and all of them get every score.
         """
         shape = batch.response_mask.shape
         found = [torch.zeros(shape, device=self.device) for _ in TokenScores._fields]
@@ -299,7 +299,7 @@ class Policy(nn.Module):
                     if counts:
                         assert values is not None
                         whole[index, : values.shape[1]] = values
-        world.add_up(*found)  # rows of others are 0
+        world.add_up(*found)  # the rows of other processes are 0
         return TokenScores(*found)
 
     def _micro_batches(self, batch: TokenBatch) -> Iterator[tuple[Tensor, bool]]:
@@ -344,8 +344,8 @@ class Policy(nn.Module):
             )
 
     def make_reference(self) -> Policy | AdapterReference:
-        """The current policy, frozen: with LoRA the same base with a copy of the adapters, or
-        without adapters if they are fresh; without LoRA a copy in the compute dtype."""
+        """The current policy, frozen. With LoRA, it is the same base with a copy of the adapters,
+        or without adapters if they are fresh; without LoRA, it is a copy in the compute dtype."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -383,11 +383,11 @@ class Policy(nn.Module):
                 parameter.data, adapters[name] = adapters[name], parameter.data
 
     def save(self, folder: Path) -> None:
-        """Model (LoRA merged), tokenizer and value head in Hugging Face format; loads with plain
-        `from_pretrained`. Config and generation config hold the end tokens."""
+        """Write the model (LoRA merged), tokenizer and value head in Hugging Face format, to load
+        with plain `from_pretrained`. Config and generation config hold the end tokens."""
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the run has its own
+        logging.disable_progress_bar()  # the run shows its own
         with sharding.current.whole(self):
             if world.is_main():
                 self._save(folder)
@@ -409,8 +409,8 @@ class Policy(nn.Module):
         _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
 
     def _generation_config(self) -> GenerationConfig:
-        """A greedy generation config, as in evaluation, with every end token, the tokenizer's eos
-        first."""
+        """A generation config with greedy decoding, as in evaluation, and every end token, the
+        tokenizer's eos first."""
         from transformers import GenerationConfig
 
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
@@ -450,14 +450,14 @@ class Policy(nn.Module):
 
 
 class AdapterReference:
-    """An earlier state of a policy with adapters: the same base with the adapters it had then, or
+    """An earlier state of a policy with adapters: the same base with its adapters at that time, or
     none."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:
         self._policy, self._adapters = policy, adapters
 
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """As `Policy.score`."""
+        """The scores of the earlier policy; see `Policy.score`."""
         whole = sharding.current.whole(self._policy, self._policy.compute_dtype)
         with whole, self._policy.with_adapters(self._adapters):
             return self._policy.score(batch, temperature=temperature)

@@ -1,4 +1,5 @@
-"""The value head before PPO: ridge regression of returns on hidden states, in closed form."""
+"""Fits the value head before PPO, by ridge regression of returns on hidden states in closed
+form."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
     `rollouts` yields (features (N, H), returns (N,)) pairs, which are accumulated, so memory does
-    not grow with their number. Returns: explained variance of the last rollout by the fit to the
-    others, 0 if there is only one. Raises: NonFiniteError.
+    not grow with their number. Returns: the share of the last rollout's variance that the fit to
+    the others explains; 0 if there is only one rollout. Raises: NonFiniteError.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:

@@ -30,7 +30,7 @@ includes the following indent."""
 def load_model(
     table: ModelTable, *, texts: Iterable[str] = (), seed: int = 0, as_stored: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer, as `load_pretrained`. A from-scratch model gets its
+    """The base model and its tokenizer; see `load_pretrained`. A from-scratch model gets its
     vocabulary from `texts` and its weights from `seed`.
 
     Raises: ModelError.
@@ -131,8 +131,9 @@ def load_pretrained(
     trust_remote_code: bool = False,
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or a Hub id, in fp32, or in the dtype of its
-    files for weights that are not trained. Only safetensors are read. Raises: ModelError."""
+    """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, if `as_stored`, in the
+    dtype of its files, for weights that are not trained. Only safetensors are read. Raises:
+    ModelError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -250,7 +251,7 @@ def make_scratch(
         original_max_position_embeddings=table.context,
         resid_pdrop=table.dropout,
         embd_pdrop=table.dropout,
-        attention_dropout=0.0,  # it would disable the fused attention kernel
+        attention_dropout=0.0,  # dropout there would disable the fused attention kernel
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -263,8 +264,8 @@ def make_scratch(
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token per word or whole number in `texts`, in order of first appearance; everything else
-    is `<unk>`."""
+    """A tokenizer with one token per word or whole number in `texts`, in order of first appearance;
+    everything else is `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast

@@ -25,7 +25,7 @@ class PaperDataset(FileDataset):
     """`nl` is in words; `program` is made from the data's annotations."""
 
     authors_name: ClassVar[str]
-    """Prefix of the authors' file names."""
+    """The prefix of the authors' file names."""
 
     @abstractmethod
     def published_problem(self, row: Row) -> Problem:
@@ -47,7 +47,7 @@ class PaperDataset(FileDataset):
         )
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """The authors' files, by rationale."""
+        """The names of the authors' files, which depend on `rationale`."""
         ending = "nl" if self.rationale == "nl" else "python_sdp"
         return {
             "train": [f"{self.authors_name}_{ending}.json"],
@@ -55,19 +55,20 @@ class PaperDataset(FileDataset):
         }
 
     def trainable(self, splits: Splits) -> Splits:
-        """Programs must return the gold answer; a text must not state another answer."""
+        """`splits` with training rationales that fit: a program must return the gold answer, and a
+        text must not state another one."""
         if self.rationale == "program":
             return drop_wrong_programs(splits)
         return super().trainable(splits)
 
 
 def is_authors(row: Row) -> bool:
-    """Whether `row` is of the authors' files."""
+    """Whether `row` comes from the authors' files."""
     return "answer_value" in row.columns
 
 
 def authors_rationale(row: Row, kind: Rationale) -> str | None:
-    """`answer_cot`, None if there is none. Raises: DataError if it is the other kind of
+    """The row's `answer_cot`; None if there is none. Raises: DataError if it is the other kind of
     rationale."""
     text = row.optional_text("answer_cot")
     if text is None or ("def solution" in text) == (kind == "program"):

@@ -1,5 +1,5 @@
-"""The base of datasets from files or the Hub: reading rows, drawing dev, dropping and counting bad
-rows."""
+"""The base of datasets in files or on the Hub, which reads rows, draws dev, and drops and counts
+bad rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FileDataset(Component):
     key: ClassVar[Key] = staticmethod(question_key)
     """Problems with equal keys ask the same question."""
     several_rationales: ClassVar[bool] = False
-    """Whether rows that ask the same question may each bring a rationale."""
+    """Whether several rows may ask the same question, each with its own rationale."""
 
     @abstractmethod
     def problem(self, row: Row) -> Problem:
@@ -51,8 +51,8 @@ class FileDataset(Component):
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
-        """Row `n` of a made-up file, with a question of its own, for the contract suite; your own
-        dataset need not have this."""
+        """Row `n` of a made-up file, for the contract suite; every row asks a different question.
+        Your own dataset need not define this."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
@@ -66,12 +66,12 @@ class FileDataset(Component):
         return found
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without training rows that are unfit to learn from: here, rationales that
-        contradict their gold answer."""
+        """`splits` without training rows that are unfit to learn from: in this class, rows whose
+        rationale contradicts the gold answer."""
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """Split → file names that are looked for before the usual ones."""
+        """Split → file names that are tried before the usual ones."""
         return {}
 
     def load(self, *, seed: int) -> Splits:

@@ -1,5 +1,6 @@
-"""Local files → records with their place. The standard library reads them, because a table library
-would lose line numbers or change `007`, `NA` and dates: every cell stays as written."""
+"""Reads local files into records that know their line. The standard library reads tables, because a
+table library would lose line numbers or change `007`, `NA` and dates: every cell stays as
+written."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ DELIMITERS = ",;\t|"
 
 
 def ending(path: PurePath) -> str:
-    """`.csv` of `Data.CSV.gz`: in lower case, without the ending of a compressed file."""
+    """The ending of a file name in lower case, ignoring compression: `.csv` for `Data.CSV.gz`."""
     return PurePath(path.name.lower().removesuffix(".gz")).suffix
 
 
@@ -122,7 +123,7 @@ def _read_jsonl(path: Path) -> Records:
 
 
 def _is_table(value: object) -> bool:
-    """A list of objects that are not the turns of one conversation."""
+    """Whether a value is a list of objects other than the turns of one conversation."""
     return isinstance(value, list) and any(
         isinstance(item, dict) and not {"role", "from"} & set(item) for item in value
     )
@@ -177,7 +178,7 @@ def _read_csv(path: Path) -> Records:
         raise DataError(
             f"{path}:{line}: holds a NUL; expected UTF-8, or UTF-16 with its first mark"
         )
-    if "\n" not in text:  # lines of an old Mac
+    if "\n" not in text:  # line ends of an old Mac
         text = text.replace("\r", "\n")
     told = re.match(r"sep=(.)\r?\n", text)  # Excel reads and writes such a line
     body = text if told is None else text[told.end() :]
@@ -280,7 +281,7 @@ def _read_parquet(path: Path) -> Records:
         OSError,
         ValueError,
         OverflowError,
-    ) as error:  # of a text that is not UTF-8, a date too far
+    ) as error:  # for text that is not UTF-8, or a date out of range
         raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}: row {number}", record

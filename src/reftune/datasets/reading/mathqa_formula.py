@@ -66,10 +66,10 @@ OPERATIONS: Mapping[str, str] = {
 other operation gets no program."""
 
 EXACT_CONSTANTS: Mapping[str, str] = {"const_pi": "math.pi", "const_0_2778": "(5 / 18)"}
-"""0.2778 turns km/h into m/s; its rounding would move answers off the options."""
+"""Constants that MathQA rounds: with 0.2778 for km/h to m/s, answers would miss their options."""
 
 NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+")
-"""The numbers that MathQA counts as n0, n1, … of a problem: a comma belongs to a number, even if it
+"""The numbers that MathQA counts as a problem's n0, n1, …; a comma belongs to a number even if it
 does not group thousands."""
 STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
@@ -129,7 +129,7 @@ def _value(
 
 
 def _literal(number: str) -> str:
-    """`007` → `7`, `.5` → `0.5`, `100.0` → `100`."""
+    """A number as a Python literal: `007` → `7`, `.5` → `0.5`, `100.0` → `100`."""
     whole, _, fraction = number.partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
     return f"{whole}.{fraction}" if fraction else whole

@@ -22,7 +22,7 @@ class Options:
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] = ()
-    """The data's label of each option, in lower case; empty if there are none."""
+    """The data's label for each option, in lower case; empty if the options have no labels."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
         """The letter of the option labelled `gold`, or at position `gold` counted from

@@ -26,8 +26,8 @@ def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> s
 
 
 def arithmetic(text: str, names: Mapping[float, str]) -> str | None:
-    """`text` as a Python expression, a name in place of every constant in `names`; None if it is
-    not plain arithmetic.
+    """`text` as a Python expression, with a name in place of every constant in `names`; None if it
+    is not plain arithmetic.
 
     `48/2` → `48 / 2`; `( 4.0 - 3.0 )` → `4 - 3`; with {24: "clips"}: `48+24` → `48 + clips`.
     """

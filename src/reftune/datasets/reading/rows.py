@@ -1,6 +1,6 @@
 """Rows of a data source: a local file, a folder with one file per split, or a Hub dataset.
 
-Every row has its place (`file:line`), so that errors can name it.
+Every row knows its place (`file:line`), so that errors can name it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Row:
     where: str
     """`file:line`, or the source and the row's number if there are no lines."""
     id: str
-    """`FILE-NUMBER`, for data without ids of its own."""
+    """`FILE-NUMBER`, for data without ids."""
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
@@ -55,7 +55,7 @@ class Row:
         return None if value is None or value == "" else self.text(column)
 
     def number_gold(self, column: str) -> Answer:
-        """The column's number. Raises: DataError."""
+        """The gold number in a column. Raises: DataError."""
         value = self.value(column)
         answer = number_gold(value)
         if answer is None:
@@ -67,7 +67,7 @@ class Row:
         return {name: value for name, value in self.columns.items() if name not in used}
 
     def value(self, column: str) -> Any:
-        """Raises: DataError if the row has no such column."""
+        """The column's value. Raises: DataError if the row has no such column."""
         value = self._found(column)
         if value is MISSING:
             raise DataError(
@@ -82,7 +82,8 @@ class Row:
         return None if value is MISSING else value
 
     def _found(self, path: str) -> Any:
-        """A column of exactly that name; else the value reached by following the dots."""
+        """The column with exactly this name; else the value reached by following the path's
+        dots."""
         if path in self.columns:
             return self.columns[path]
         value: Any = self.columns

@@ -1,4 +1,4 @@
-"""Common column names, and the row shapes recognised by them."""
+"""Common column names, and the row shapes that are recognised by them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "choices": ("choices", "options", "question.choices"),
     "id": ("id", "item_id", "key"),
 }
-"""Common names of a column, most likely first; compared in lower case."""
+"""Field → common names of its column, most likely first; compared in lower case."""
 LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
-"""Names of columns that hold one option each, with their letter or number."""
+"""Names of columns that hold one option each; `{}` is the option's letter or number."""
 
 
 class Columns(Table):
@@ -51,11 +51,11 @@ class Columns(Table):
     id: str | None = "id"
     """Default: file name and row number."""
     choices: str | list[str] | None = "choices"
-    """The options: a list, texts by label, or one column for each."""
+    """The options: a list, texts by label, or one column per option."""
 
     @property
     def names(self) -> list[str]:
-        """All columns that are used, each once."""
+        """All columns in use, each once."""
         values = [value for value in self.model_dump().values() if value is not None]
         flat = [name for value in values for name in ([value] if isinstance(value, str) else value)]
         return list(dict.fromkeys(flat))
@@ -102,7 +102,7 @@ def recognise(rows: Sequence[Row], told: Mapping[str, Any]) -> Shape:
 
 
 class _Found:
-    """The columns of a few rows, by their names in lower case."""
+    """The columns of a few rows, by lower-case name."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -120,14 +120,15 @@ class _Found:
         return next(iter((*filled, *empty)), None)
 
     def question(self) -> str | list[str] | None:
-        """Alpaca's rows have an instruction, and some also an input."""
+        """The question's column, or columns: Alpaca's rows have an instruction, and some also an
+        input."""
         instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
         if instruction is not None and not {"question", "prompt"} & set(self.by_lower):
             return [instruction, context] if context is not None else instruction
         return self.first("question", set())
 
     def choices(self, used: set[str]) -> str | list[str] | None:
-        """One column with all options, or one for each."""
+        """One column with all options, or one column per option."""
         for pattern, labels in product(LABELLED, ("abcdefghij", "123456789")):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]

@@ -1,5 +1,5 @@
-"""Problems → `Splits`: remove repeats and contradictions, draw dev, and remove questions of dev and
-test from train."""
+"""Makes splits from problems: removes repeats and contradictions, draws dev, and removes questions
+of dev and test from train."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Splits:
 
 
 def question_key(problem: Problem) -> str:
-    """Equal for questions that differ in case, spacing or sentence punctuation only; numbers,
-    operators and options count.
+    """A key that is equal for questions that differ only in case, spacing or sentence punctuation;
+    numbers, operators and options count.
 
     If the gold answer is a text, the question may be about case and punctuation, so only spacing is
     ignored.
@@ -85,8 +85,8 @@ def draw_splits(
 
 
 def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], bool]) -> Splits:
-    """Train without the problems whose rationale is `unusable`, counted as `reason`; dev keeps them
-    without a rationale."""
+    """Remove the training problems whose rationale is `unusable`, and count them as `reason`; dev
+    keeps such problems without a rationale."""
     train = tuple(problem for problem in splits.train if not unusable(problem))
     dev = tuple(replace(p, rationale=None) if unusable(p) else p for p in splits.dev)
     dropped = len(splits.train) - len(train)
@@ -104,8 +104,8 @@ def same_gold(a: Answer, b: Answer) -> bool:
 
 
 def normalised(text: str) -> str:
-    """Lower-case words, numbers without thousands commas, and symbols, with single spaces between
-    them."""
+    """A text as lower-case words, numbers without thousands commas, and symbols, separated by
+    single spaces."""
     found = TOKEN.findall(text.casefold())
     tokens = [token.replace(",", "") for token in found if token not in SILENT]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)
@@ -172,7 +172,7 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
 
 
 def _with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
-    """A repeated id gets `-2`, `-3`, … from its second use on."""
+    """The splits with unique ids: a repeated id gets `-2`, `-3`, … from its second use on."""
     taken = {problem.id for split in splits for problem in split}
     seen: Counter[str] = Counter()
 

@@ -9,7 +9,7 @@ it, change its callers:
 - `stages/outline.py` treats `ATTENTION` as transformers' own.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`.
 
-Dropout is the exception: which entries it drops depends on how sequences are laid out, so with
-dropout a run without this folder draws other, equally likely masks. `tests/unit/test_speed.py`
-trains with and without the folder and compares.
+Dropout is the exception: the entries it drops depend on the layout of the sequences, so without
+this folder a run with dropout draws other, equally likely masks. `tests/unit/test_speed.py` trains
+with and without the folder and compares.
 """

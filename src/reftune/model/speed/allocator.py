@@ -6,17 +6,17 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""From glibc's malloc.h."""
+"""Constants of glibc's malloc.h."""
 LARGEST_KEPT = 32 * 2**20
 """Size in bytes above which freed blocks go back to the system; the largest that glibc accepts."""
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep the memory of freed tensors, of all threads, instead of asking for
-    zeroed pages at every step.
+    """Let the allocator keep the memory that any thread frees, instead of requesting zeroed pages
+    again at every step.
 
-    Every training step frees and requests the same gigabytes. Does nothing if the C library is not
-    glibc, or if the environment configures glibc's allocator (`MALLOC_…`).
+    Every training step frees and requests the same gigabytes. Nothing changes if the C library is
+    not glibc, or if the environment configures glibc's allocator (`MALLOC_…`).
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

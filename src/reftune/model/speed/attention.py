@@ -1,7 +1,8 @@
-"""Sequences read without padding between them by transformers' own models.
+"""Lets transformers' own models read sequences without padding between them.
 
-Tokens of all sequences follow one another; they are padded only for attention, in groups of similar
-length. For bf16 on a CPU, attention runs in fp32, because its backward pass is slow in bf16.
+The tokens of all sequences follow one another; they are padded only for attention, in groups of
+similar length. For bf16 on a CPU, attention runs in fp32, because its backward pass is slow in
+bf16.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def has_window(config: Any) -> bool:
 
 def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
     """(T, H) last hidden states; `backbone` is the transformer without its output embedding."""
-    # A mask of four dimensions is handed on as it is; nothing reads it.
+    # transformers passes on a four-dimensional mask as it is; nothing reads it.
     mask: Any = torch.empty(1, 1, 1, 1, device=packed.tokens.device)
-    mask.packing = packed.packing  # CodeGen passes on no other argument
+    mask.packing = packed.packing  # CodeGen passes on no other argument than the mask
     hidden: Tensor = backbone(
         input_ids=packed.tokens[None],
         position_ids=packed.positions[None],
@@ -116,10 +117,10 @@ def _attend(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`query`, `key` and `value` (B, heads, tokens, D) → (B, tokens, heads, D). With `packing`, B
-    is 1 and `mask` is not read.
+    """Attention of `query`, `key` and `value` (B, heads, tokens, D) → (B, tokens, heads, D). With
+    `packing`, B is 1 and `mask` is not read.
 
-    One new token against a cache is not cast.
+    On a CPU it runs in fp32, unless one new token attends to a cache.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -138,8 +139,8 @@ def _attend(
 def _attend_codegen(
     module: Any, original: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None
 ) -> tuple[Tensor, Any]:
-    """CodeGen's own attention, (B, heads, tokens, D) → the same; with packing in place of the mask,
-    it attends as other models do."""
+    """CodeGen's own attention, from (B, heads, tokens, D) to the same shape. With packing in place
+    of the mask, it attends as other models do."""
     packing = getattr(mask, "packing", None)
     if packing is None:
         attended: tuple[Tensor, Any] = original(query, key, value, mask)
@@ -156,8 +157,8 @@ def _pad(tokens: Tensor, packing: Packing) -> Tensor:
 
 
 class _Pad(torch.autograd.Function):
-    """(T, …) tokens → (S, …) slots. No real token attends to an empty slot, so its gradient is 0
-    and not summed."""
+    """(T, …) tokens → (S, …) slots. No real token attends to an empty slot, so the slot's gradient
+    is 0 and is not summed."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, slots: Tensor, order: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Llama-like transformers written out in few operations, for training and for decoding.
+"""Runs Llama-like transformers in few operations, for training and for decoding.
 
 The number of operations limits the speed of small models. Here a norm, rotary positions and the
 gated activation are one operation each, with a closed-form gradient, and padding exists only inside
@@ -30,12 +30,13 @@ FAMILIES = (
 )
 """transformers' classes that this file can run."""
 FEW_ROWS = 16
-"""Number of rows for which the layout is chosen; products of other sizes gain as much."""
+"""Number of rows for which a weight's layout is chosen; products with other numbers of rows gain as
+much."""
 LARGE = 2**18
 """Size of a weight above which oneDNN is faster than MKL for fp32 products of few rows, because MKL
 hardly divides them among threads."""
 Product = Callable[[Tensor], Tensor]
-"""The product of rows (…, I), in any dtype, with a weight: (…, O), in the weight's dtype."""
+"""The product with a weight: rows (…, I) in any dtype → (…, O) in the weight's dtype."""
 
 
 def is_written_out(model: Any) -> bool:
@@ -62,14 +63,14 @@ def is_written_out(model: Any) -> bool:
 
 
 def query_key_value(attention: Any) -> list[nn.Linear]:
-    """One layer for all three projections, or one for each."""
+    """The layers of the three projections: one for all of them, or one for each."""
     if hasattr(attention, "qkv_proj"):
         return [attention.qkv_proj]
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 def gate_up(mlp: Any) -> list[nn.Linear]:
-    """One layer for both projections, or one for each."""
+    """The layers of the two projections: one for both, or one for each."""
     return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
 
 
@@ -84,7 +85,7 @@ def num_heads(attention: Any) -> tuple[int, int]:
 
 def read_packed(backbone: Any, packed: PackedTokens, *, recompute: bool = False) -> Tensor:
     """(T, H) last hidden states of packed tokens; `backbone` is the transformer without its output
-    embedding. `recompute`: keep only each block's input for the backward pass."""
+    embedding. `recompute` keeps only each block's input for the backward pass."""
     hidden: Tensor = backbone.embed_tokens(packed.tokens)
     cos, sin = (part[0, :, None] for part in backbone.rotary_emb(hidden, packed.positions[None]))
     read = partial(recomputed, _read_block) if recompute else _read_block
@@ -104,7 +105,7 @@ def _read_block(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor, packing: P
 
 
 def _dropped(block: nn.Module, name: str, states: Tensor) -> Tensor:
-    """Through the block's dropout, in families that have one."""
+    """`states` after the block's dropout, in families that have one."""
     dropout = getattr(block, name, None)
     dropped: Tensor = states if dropout is None else dropout(states)
     return dropped
@@ -164,7 +165,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """silu(gate) · up of gate and up (T, I) each, or side by side (T, 2 I)."""
+    """silu(gate) · up, for gate and up of (T, I) each, or side by side in (T, 2 I)."""
 
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ class _GatedSilu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        parts = ctx.saved_tensors  # once: recomputed tensors are handed out a single time
+        parts = ctx.saved_tensors  # read only once: recomputed tensors are handed out a single time
         gate, up = _halves(parts)
         results = tuple(torch.empty_like(part) for part in parts)
         grad_gate, grad_up = _halves(results)
@@ -192,8 +193,8 @@ def _halves(parts: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class _TurnAndPad(torch.autograd.Function):
-    """Queries, keys and values (T, heads · D), in one part or three → (S, heads, D) slots: the
-    first `turned` heads with their rotary positions."""
+    """Queries, keys and values (T, heads · D), in one part or three → (S, heads, D) slots, with
+    rotary positions in the first `turned` heads."""
 
     @staticmethod
     def forward(
@@ -223,7 +224,7 @@ class _TurnAndPad(torch.autograd.Function):
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions of `states` (…, heads, D), by cosine and sine (…, 1, D) of the angles."""
+    """`states` (…, heads, D) with rotary positions, from the angles' cosine and sine (…, 1, D)."""
     half = cos.shape[-1] // 2
     left, right = states.split(half, -1)
     turned = states * cos
@@ -236,7 +237,7 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A causal LM for decoding, valid while its weights do not change; see `engines.kv`."""
+    """A causal LM for decoding, valid as long as its weights do not change; see `engines.kv`."""
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
         self.embedding = model.get_input_embeddings().weight.detach()
@@ -270,19 +271,20 @@ class Decoder:
         return self.head(hidden).float()
 
     def _places(self, mask: Tensor) -> Tensor | None:
-        """(N,) flat indices of the tokens in `mask` (B, S), if it may have padding to leave out."""
+        """(N,) flat indices of the tokens in `mask` (B, S); None if there is no padding to leave
+        out."""
         if mask.shape[1] == 1 or not self.pack:
             return None
         return mask.flatten().nonzero().squeeze(1)
 
 
 class _Layout(NamedTuple):
-    """How N tokens lie in rows, padded for attention only."""
+    """The layout of N tokens in rows, which are padded for attention only."""
 
     rows: int
     length: int
     places: Tensor | None
-    """(N,) indices of tokens among all places; None: every place has a token."""
+    """(N,) indices of the tokens among all places; None if every place has a token."""
 
     def pick(self, flat: Tensor) -> Tensor:
         """(B · S, …) places → (N, …) tokens."""
@@ -314,7 +316,7 @@ class _Block:
     def __call__(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any, layout: _Layout
     ) -> Tensor:
-        """(N, H) → (N, H)."""
+        """The block's output, (N, H) → (N, H)."""
         states = self.attention_norm(hidden)
         hidden = hidden + self.output(self._attend(states, cos, sin, bias, cache, layout))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
@@ -356,7 +358,7 @@ class _Norm:
 
 def _visible(mask: Tensor, length: int) -> Tensor:
     """(B, 1, S, T), True where a token attends to another; padding attends to itself, because a
-    softmax over nothing is not a number."""
+    softmax over nothing is NaN."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible
@@ -370,12 +372,12 @@ def _visible(mask: Tensor, length: int) -> Tensor:
 
 @contextmanager
 def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Products of the linear layers from a read-only copy of their weights in `dtype`, in oneDNN's
-    layout.
+    """Inside the block, compute linear layers from a read-only copy of their weights in `dtype`, in
+    oneDNN's layout.
 
-    Products then take half to two thirds of the time; the copy takes 0.1 s for 134 million weights.
-    Small layers in fp32 are left alone. Does nothing off the CPU, or in bf16 if the CPU has no bf16
-    products.
+    Their products then take half to two thirds of the time; the copy takes 0.1 s for 134 million
+    weights. Small layers in fp32 stay as they are, and so do all layers on other devices, or in
+    bf16 on a CPU without bf16 products.
     """
     layers = [
         module
@@ -392,16 +394,17 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
-    """The outputs of `layers` on the same rows, side by side, by one product in `dtype`.
+    """A single product in `dtype` that gives the outputs of `layers` on the same rows, side by
+    side.
 
-    `pack` uses a copy of the weights in oneDNN's layout if that is faster; False uses an ordinary
-    copy in that case, which takes as much memory.
+    With `pack`, it uses a copy of the weights in oneDNN's layout if that is faster; without, an
+    ordinary copy in that case, which takes as much memory.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
     if not _can_be_packed(weight, dtype):
         return partial(_plain_product, weight=weight, bias=bias)
-    if not pack:  # the memory of a packed copy
+    if not pack:  # as much memory as a packed copy
         return partial(_plain_product, weight=weight.clone(), bias=bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
     return partial(_packed_product, weight=packed, bias=bias)
