@@ -1,2 +1,2 @@
-"""Algorithms: which rollouts to train on, how they earn credit, and the loss. One file per
-algorithm."""
+"""Algorithms choose the rollouts to train on, give them credit, and define the loss. Each has its
+own file."""

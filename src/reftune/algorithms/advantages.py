@@ -1,5 +1,5 @@
-"""Credit: rewards and values → advantages and returns. Pure tensors; every mask is True on response
-tokens."""
+"""Turns rewards and values into advantages and returns. Only tensors, no state; every mask is True
+on response tokens."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Tensor:
-    """Reward of each response token: the KL penalty everywhere, the task's reward on the last
-    token.
+    """Reward of each response token: the KL penalty on every token, plus the task's reward on the
+    last.
 
         r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
 
-    Shapes: rewards (B,), the rest (B, R); 0 where the mask is False.
-    Source: ReFT (arXiv:2401.08967), §3.1. Differs: none.
+    Shapes: rewards (B,), all others (B, R); 0 where the mask is False. Source: ReFT
+    (arXiv:2401.08967), §3.1. Differs: none.
     """
     last = response_mask.sum(1) - 1
     per_token = torch.zeros_like(logprobs)
@@ -58,11 +58,12 @@ def gae(
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over all True entries; 0 elsewhere.
+    """`values` scaled to zero mean and unit variance over all True entries; 0 elsewhere.
 
         (x - mean) / sqrt(unbiased variance + 1e-8)
 
-    Shapes: any, equal. Source: ReFT's code, whitening over the whole rollout. Differs: none.
+    Both tensors have the same shape. Source: ReFT's code, which whitens over the whole rollout.
+    Differs: none.
     """
     count = mask.sum()
     mean = (values * mask).sum() / count.clamp(min=1)
@@ -100,7 +101,8 @@ def group_sizes(groups: Tensor) -> Tensor:
 
 
 def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Unbiased standard deviation of each sample's group, (B,); 0 for a group of one."""
+    """Unbiased standard deviation of the rewards in each sample's group, (B,); 0 for a group of
+    one."""
     squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
     sizes = group_sizes(groups)
     return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()

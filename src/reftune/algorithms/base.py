@@ -1,8 +1,9 @@
 """Code shared by the algorithms: the hooks that the RL loop calls, the clipped policy loss, and
 losses as pure functions of per-token tensors.
 
-Every loss is a weighted sum over tokens. The weights come from `token_weights`, made once for a
-whole minibatch, so splitting it into micro-batches or over processes leaves the gradient as it was.
+Every loss is a weighted sum over tokens. The weights come from `token_weights`, once for a whole
+minibatch, so splitting the minibatch into micro-batches or over processes does not change the
+gradient.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ Reduction = Literal["sequence", "token"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerms:
-    """The part of the loss that a micro-batch adds, and metrics, which are summed over
-    micro-batches (`…_max`: maximised)."""
+    """A micro-batch's part of the loss, and metrics, which are summed over micro-batches (for
+    `…_max`, the largest is taken)."""
 
     total: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Algorithm(Component, ABC):
-    """Define two hooks, `credit` and `loss`, and override others if needed. The loop that calls
-    them does not know which algorithm it runs."""
+    """The base class of algorithms. A subclass defines the hooks `credit` and `loss`, and overrides
+    others if needed. The loop that calls them does not know which algorithm it runs."""
 
     needs_values: ClassVar[bool] = False
     """Whether `credit` reads `values`, and the value head is trained."""
@@ -55,7 +56,7 @@ class Algorithm(Component, ABC):
 
     @property
     def discount(self) -> float:
-        """γ of the returns that the value head is fitted to before training."""
+        """The discount γ of the returns to which the value head is fitted before training."""
         return 1.0
 
     @property
@@ -64,12 +65,12 @@ class Algorithm(Component, ABC):
         return False
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The rollouts to train on; may drop some or add others, such as gold rationales."""
+        """The rollouts to train on: it may drop some, or add others such as gold rationales."""
         return list(rollouts)
 
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """The whole rollout with the fields that `weights` and `loss` read, such as advantages and
+        """The whole rollout, plus the fields that `weights` and `loss` read, such as advantages and
         returns. Pure."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
@@ -82,7 +83,7 @@ class Algorithm(Component, ABC):
 
 
 class Clipped(Algorithm, ABC):
-    """An algorithm with advantages and PPO's clipped policy loss; only `credit` is missing."""
+    """An algorithm with advantages and PPO's clipped policy loss; subclasses define `credit`."""
 
     kl_coef: float = Field(0.01, ge=0)
     """Weight β of the KL penalty; at 0, no reference model is needed."""
@@ -192,7 +193,7 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 def policy_metrics(
     logprobs: Tensor, old_logprobs: Tensor, *, clip_low: float, clip_high: float, weights: Tensor
 ) -> dict[str, Tensor]:
-    """How far the policy has moved from the one that sampled: weighted means, except
+    """Metrics of how far the policy has moved from the one that sampled: weighted means, except
     `policy/ratio_max`."""
     log_ratio = (logprobs - old_logprobs).detach().clamp(-20, 20)
     ratio = log_ratio.exp()

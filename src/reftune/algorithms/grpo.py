@@ -1,5 +1,5 @@
-"""Group-relative policy optimization: the samples of one problem are each other's baseline; no
-value head."""
+"""Group-relative policy optimization: the samples of one problem are each other's baseline, without
+a value head."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Grpo(Clipped):
 
             A = (r - mean of the group) / (standard deviation of the group + 1e-4)
 
-        or the numerator alone. Source: GRPO (arXiv:2402.03300), §4.1.2. Differs: the floor, and the
-        deviation is unbiased.
+        or, with `scale: none`, only the numerator. Source: GRPO (arXiv:2402.03300), §4.1.2.
+        Differs: the floor of 1e-4, and the standard deviation is unbiased.
         """
         advantages = batch.rewards - group_means(batch.rewards, batch.groups)
         if self.scale == "std":
@@ -42,7 +42,7 @@ class Grpo(Clipped):
         return replace(batch, advantages=advantages[:, None] * batch.response_mask)
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """clipped policy loss + kl_coef · KL to the reference"""
+        """The clipped policy loss plus `kl_coef` times the KL divergence from the reference."""
         policy = super().loss(scores, batch)
         if batch.ref_logprobs is None:
             return policy

@@ -1,8 +1,8 @@
-"""Online self-training: supervised steps on the model's own correct solutions and the gold ones of
-the same problems.
+"""Online self-training takes supervised steps on the model's own correct solutions and on the gold
+solutions of the same problems.
 
 The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold_max_tokens: 300,
-dropout: true`, as in the authors' code, which cuts long gold rationales short, so that the model
+dropout: true`, as in the authors' code, which truncates long gold rationales, so that the model
 never sees their ends.
 """
 
@@ -58,8 +58,8 @@ class OnlineSt(Algorithm):
         )
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """½ cross-entropy of the correct samples + ½ of the gold solutions; a part without tokens
-        adds nothing.
+        """½ cross-entropy of the correct samples + ½ cross-entropy of the gold solutions; a part
+        without tokens adds nothing.
 
         Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: none.
         """

@@ -18,7 +18,8 @@ from reftune.model.policy import TokenScores
 
 
 class Ppo(Clipped):
-    """The KL penalty is part of the reward. The paper's β is 0.01 for programs, 0.05 for words."""
+    """The KL penalty is part of the reward. The paper's β is 0.01 for programs and 0.05 for
+    words."""
 
     kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
@@ -54,7 +55,7 @@ class Ppo(Clipped):
         )
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """policy + value_coef · value (+ positive_nll_coef · NLL of correct samples)."""
+        """policy loss + value_coef · value loss + positive_nll_coef · NLL of correct samples."""
         assert batch.values is not None and batch.returns is not None
         assert batch.weights is not None
         policy = super().loss(scores, batch)

@@ -1,4 +1,4 @@
-"""Engines: prompts → completions. One file per engine."""
+"""Engines turn prompts into completions. Each has its own file."""
 
 from __future__ import annotations
 

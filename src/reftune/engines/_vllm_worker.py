@@ -1,5 +1,4 @@
-"""Methods added to vLLM's worker processes. The workers import this module by name; nothing else
-does."""
+"""Methods added to vLLM's worker processes. Only the workers import this module, by name."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """Repack the weights for a CPU's matmuls: a reload forgets an output head that is tied to
-        the embedding.
+        """Repack the weights for a CPU's matmuls, because a reload skips an output head that is
+        tied to the embedding.
 
         Layers that vLLM itself repacks no longer hold a weight; on a GPU nothing is packed.
         """

@@ -1,8 +1,8 @@
-"""The default engine decodes with a cache, in the training process, on the training weights.
+"""The default engine decodes with a cache, in the training process and with its weights.
 
-Rows that finish leave the batch, so one long solution does not hold up the others, and waiting
-prompts take their place. Equal prompts are read once. New keys and values are written into reserved
-space; the cache is copied only when rows leave or join, or when the space is full.
+Finished rows leave the batch, so one long solution does not hold up the others, and waiting prompts
+take their place. Equal prompts are read once. New keys and values are written into reserved space;
+the cache is copied only when rows leave or join, or when the space is full.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class Reader(NamedTuple):
     """How a policy reads tokens while it decodes."""
 
     forward: Callable[[Tensor, Tensor, Any], Tensor]
-    """Tokens (B, S), the mask (B, T) of cache and tokens, and the cache, to which the tokens are
-    added → the last hidden states (B, H) of the last tokens."""
+    """New tokens (B, S), the mask (B, T) of cache and tokens, and the cache, which grows by the
+    tokens → hidden states (B, H) of the last tokens."""
     head: Callable[[Tensor], Tensor]
-    """Those hidden states → fp32 logits (B, V)."""
+    """Hidden states (B, H) → fp32 logits (B, V)."""
 
 
 class Kv(Component):
     kind: str = "kv"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows decoded at once; `auto` takes what fits in device memory, up to 256."""
+    """Rows decoded at once; `auto` uses as many as fit in device memory, up to 256."""
     refill: float = Field(0.25, gt=0, le=1)
     """Share of rows that must be free before waiting prompts join."""
 
     @property
     def rows(self) -> int:
-        """Rows decoded at once, as a number even outside a run."""
+        """Rows decoded at once; a default number if it is still `auto`."""
         return 128 if self.batch_size == "auto" else self.batch_size
 
     @torch.no_grad()
@@ -80,9 +80,9 @@ class Kv(Component):
 
 @contextmanager
 def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
-    """How `policy` reads tokens while it decodes: through transformers, or with fewer operations if
-    `model.speed` supports the model. `pack`: reorder weights and leave out padding if that is
-    faster, which needs real tensors, not fake ones."""
+    """The reader of `policy`: through transformers, or with fewer operations if `model.speed`
+    supports the model. `pack` reorders weights and leaves out padding if that is faster; it needs
+    real tensors, not fake ones."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         yield Reader(decoder, decoder.logits)
@@ -111,11 +111,12 @@ class _Request:
     prompt: tuple[int, ...]
     token_ids: list[int] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
-    """As `_Rows.scores`."""
+    """The row's part of `_Rows.scores`."""
 
 
 class _Decoder:
-    """The rows being decoded: their cache, left-padded to one length, and the tokens so far."""
+    """The rows being decoded: their cache, left-padded to one length, and the tokens drawn so
+    far."""
 
     def __init__(self, policy: Policy, params: SamplingParams, reads: Reader) -> None:
         self.policy, self.params, self.reads = policy, params, reads
@@ -163,7 +164,7 @@ class _Decoder:
         )
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
-        # every layer keeps all columns, also one with a sliding window
+        # every layer keeps all columns, even one with a sliding window
         cache = Cache(layer_class_to_replicate=_RoomyLayer)
         return cache, mask, self.reads.forward(tokens, mask, cache)
 
@@ -242,9 +243,9 @@ class _Rows(NamedTuple):
     scores: Tensor
     """(B, K, M + 1) log-probabilities, and with K = 3 also values and entropies."""
     lengths: Tensor
-    """(B,) tokens so far."""
+    """(B,) Number of tokens so far."""
     done: Tensor
-    """(B,) bool"""
+    """(B,) Whether the row has finished."""
 
     @classmethod
     def start(cls, uniforms: Tensor, hidden: Tensor, *, kinds: int) -> _Rows:
@@ -261,13 +262,13 @@ class _RoomyLayer(DynamicLayer):
     place."""
 
     seen: Tensor | None = None
-    """The keys as last written, to notice that rows were selected or stacked since."""
+    """The keys as last written, which reveal whether rows were selected or stacked since."""
     room: tuple[Tensor, Tensor]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, heads, S, D); returns all so far."""
+        """Append keys and values (B, heads, S, D), and return all so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self.seen is None or self.keys is not self.seen or end > self.room[0].shape[-2]:
@@ -321,9 +322,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Dra
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token (B,) at which the running sum of `weights` (B, V) exceeds its share of the
-    total, and the total (B,). The search goes over blocks of tokens first and then within one, so
-    that it passes over the vocabulary once.
+    """The first token (B,) at which the running sum of `weights` (B, V) exceeds the share
+    `uniforms` (B,) of the total, and the total (B,). The search goes over blocks of tokens and then
+    within one block, so that it passes over the vocabulary once.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).to(widest(weights.device))
@@ -342,15 +343,15 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """First column (B,) of non-decreasing rows (B, N) above `threshold` (B,). If rounding leaves no
-    such column, the last one that increases."""
+    """First column (B,) at which non-decreasing rows (B, N) exceed `threshold` (B,); if rounding
+    leaves no such column, the last one at which they increase."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
-    """-inf outside the `top_k` likeliest tokens and outside the smallest set that holds `top_p` of
-    the probability."""
+    """The scores with -inf outside the `top_k` likeliest tokens and outside the smallest set of
+    tokens that holds `top_p` of the probability."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)

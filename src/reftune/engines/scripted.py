@@ -1,4 +1,4 @@
-"""The fake engine returns completions written in advance, for tests and dry runs."""
+"""The fake engine, for tests and dry runs, returns completions written in advance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Scripted(Component):
     kind: str = "scripted"
     device_share: ClassVar[float] = 0.0
     texts: list[str] = Field(min_length=1)
-    """Completions for the prompts of each call, in turn."""
+    """Completions, which the prompts of each call get in turn."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams

@@ -1,9 +1,8 @@
 """Samples with vLLM, colocated (in a process that reftune starts) or on servers that you start.
 
-Each call first sends the policy's current weights through a folder in memory: all of them with LoRA
-merged or, for servers with LoRA, only the adapter. vLLM's kernels draw the tokens, and their
-log-probabilities differ slightly from the trainer's; an RL stage's `mismatch_cap` corrects for
-that.
+Each call first sends the policy's current weights through a folder in memory: all weights with LoRA
+merged or, for servers with LoRA, only the adapter. The log-probabilities of vLLM's kernels differ
+slightly from the trainer's; an RL stage's `mismatch_cap` corrects for the difference.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from reftune.types import Completion, SamplingParams
 
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_S = 3600.0
-"""Longest wait for one answer of a server."""
+"""Longest wait for a server's answer."""
 
 T = TypeVar("T")
 Sampled = tuple[list[int], list[float]]
@@ -63,7 +62,7 @@ class Vllm(Component):
 
     @property
     def device_share(self) -> float:
-        """Share of the device's memory for its own weights and cache."""
+        """Share of the device's memory for vLLM's own weights and cache."""
         return 0.0 if self.server else self.memory
 
     @property
@@ -87,7 +86,7 @@ class Vllm(Component):
     def _by_servers(
         self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams
     ) -> list[Sampled]:
-        """All processes must call this; each uses its own servers."""
+        """Sample with servers. All processes must call this; each uses its own servers."""
         adapter = self._hand_over(policy)
         own = own_servers(self.servers)
         jobs = requests(prompts, params, self.batch_size)
@@ -102,7 +101,7 @@ class Vllm(Component):
             return [sampled for answer in answers for sampled in answer]
 
     def _hand_over(self, policy: Policy) -> str | None:
-        """Send the weights, written once by the main process, to every server; returns the name of
+        """Send the weights, written once by the main process, to every server. Returns the name of
         the adapter to request, if there is one.
 
         Raises: EngineError, in all processes.
@@ -127,8 +126,8 @@ class Vllm(Component):
         return adapter
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
-        """Whether all servers hold the base of `policy`; the adapter `before` is dropped. A server
-        without that adapter was restarted, and has lost the base too."""
+        """Whether all servers hold the base of `policy`. The adapter `before` is unloaded on the
+        way: a server that lacks it was restarted, and has lost the base too."""
         if before is None or before.policy() is not policy:
             return False
         name = before.adapter
@@ -140,7 +139,7 @@ class Vllm(Component):
         save: Callable[[Policy, Path], None],
         load: Callable[[Server, Path], None],
     ) -> str:
-        """Save the weights once, load them in every server; returns the folder's name."""
+        """Save the weights once, load them in every server, and return the folder's name."""
         with self._folder(policy, save) as folder:
             _of_each(self.servers, lambda server: load(server, folder))
         return folder.name
@@ -156,7 +155,7 @@ class Vllm(Component):
                 save(policy, folder)
             except (OSError, SafetensorError) as error:
                 raise EngineError(f"engine vllm: {folder}: cannot be written: {error}") from None
-            # sent once per start, the base would make a resumed step differ
+            # if the base were sent once per start, a resumed step would differ
             if save is not save_base:
                 files = [path for path in folder.rglob("*") if path.is_file()]
                 traffic["sync_bytes"] += sum(path.stat().st_size for path in files)
@@ -180,7 +179,7 @@ class Vllm(Component):
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
     def _started(self, policy: Policy, folder: Path) -> Colocated:
-        """The running engine if it fits; else a new one, which takes seconds to minutes to
+        """The running engine if its settings fit, else a new one, which takes seconds to minutes to
         start."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if _running and key not in _running:
@@ -202,8 +201,8 @@ def stop_engines() -> None:
 
 
 class Colocated:
-    """An engine in a process of its own, so that it shares no generator, thread pool or process
-    group with the trainer."""
+    """vLLM in a process of its own, so that it shares no generator, thread pool or process group
+    with the trainer."""
 
     def __init__(self, settings: Vllm, policy: Policy, folder: Path) -> None:
         quiet = {
@@ -256,7 +255,7 @@ class Colocated:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server, started as docs/engines.md describes."""
+    """A vLLM server, started as docs/engines.md describes."""
 
     address: str
 
@@ -272,7 +271,7 @@ class Server:
         self.post("/v1/load_lora_adapter", body)
 
     def unload_adapter(self, name: str) -> bool:
-        """Unload an adapter; returns whether the server had it."""
+        """Unload an adapter, and return whether the server had it."""
         try:
             self.post("/v1/unload_lora_adapter", {"lora_name": name})
         except NotFoundError:
@@ -280,7 +279,7 @@ class Server:
         return True
 
     def complete(self, prompts: Sequence[list[int]], body: dict[str, Any]) -> list[Sampled]:
-        """One response per prompt, in order. Prompts that are sampled must be equal; see
+        """One response per prompt, in order. For sampling, all prompts must be equal; see
         `requests`."""
         asked = (
             {"prompt": prompts[0], "n": len(prompts)}
@@ -329,7 +328,7 @@ HINTS = {
         ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", ", and --enable-lora"),
     )
 }
-"""Path → how to start a server that supports it."""
+"""Path → hint on how to start a server that supports it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -341,7 +340,7 @@ class _Served:
 
 
 _served: dict[Any, _Served] = {}
-"""Servers by the recipe's `engine.server`; in the main process only."""
+"""The recipe's `engine.server` → the policy that its servers hold; in the main process only."""
 
 
 def own_servers(servers: Sequence[Server]) -> list[Server]:
@@ -351,9 +350,9 @@ def own_servers(servers: Sequence[Server]) -> list[Server]:
 
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
-    """Slices of consecutive prompts, one per request. A greedy request may hold any prompts; a
-    sampled one only equal prompts, because vLLM has one seed per request and gives the samples of a
-    prompt consecutive seeds."""
+    """Slices of consecutive prompts, one per request. A greedy request may hold any prompts. A
+    sampled request holds only equal prompts, because vLLM has one seed per request and gives the
+    samples of a prompt consecutive seeds."""
     if not prompts:
         return []
     starts = [0]
@@ -380,8 +379,8 @@ def _vllm() -> Any:
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
     """vLLM's sampling parameters at one position. Every field is set, so that no default of a model
-    or server applies. Seeds of consecutive positions are consecutive, as vLLM's are for the samples
-    of a prompt.
+    or server applies. Seeds of consecutive positions are consecutive, as in vLLM for the samples of
+    a prompt.
     """
     return {
         "max_tokens": params.max_new_tokens,
@@ -398,12 +397,12 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
 
 
 def save_whole(policy: Policy, folder: Path) -> None:
-    """The policy in its compute dtype, LoRA merged in fp32, as `from_pretrained` reads it."""
+    """Save the policy in its compute dtype, with LoRA merged in fp32, for `from_pretrained`."""
     _save(policy, plain_state(policy.model, policy.compute_dtype), folder)
 
 
 def save_base(policy: Policy, folder: Path) -> None:
-    """As `save_whole`, without the adapter."""
+    """Save the policy as `save_whole` does, but without the adapter."""
     _save(policy, plain_state(policy.model, policy.compute_dtype, merged=False), folder)
 
 
@@ -417,7 +416,7 @@ def _save(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> None:
 
 @torch.no_grad()
 def save_adapter(policy: Policy, folder: Path) -> None:
-    """The LoRA adapter in the compute dtype, as PEFT keeps it."""
+    """Save the LoRA adapter in the compute dtype and in PEFT's format."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Run folders → tables, figures and one HTML page."""
+"""Turns run folders into tables, figures and one HTML page."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
-    """`reftune report RUN…`: write the page, by default `report.html` in the first run's folder;
-    return its path.
+    """Run `reftune report RUN…`: write the page, by default to `report.html` in the first run's
+    folder, and return its path.
 
     Raises: DataError.
     """
@@ -43,8 +43,8 @@ def table_command(
     layout: Literal["auto", "methods", "paper"] = "auto",
     k: int | None = None,
 ) -> str:
-    """`reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or, with `json`,
-    one JSON document.
+    """The output of `reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or,
+    with `json`, one JSON document.
 
     `methods` compares everything on one set of problems; `paper` prints the paper's tables, one
     column per task; `auto` chooses `paper` if runs differ in task or rationale. Votes are over the

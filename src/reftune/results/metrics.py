@@ -1,4 +1,4 @@
-"""The metrics that the report draws, each with one sentence for a newcomer."""
+"""The metrics that the report draws, each with a sentence for newcomers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Metric:
     """One metric over training."""
 
     key: str
-    """Its name in `metrics.jsonl`."""
+    """The metric's name in `metrics.jsonl`."""
     title: str
     explain: str
     unit: Unit = "number"
@@ -22,11 +22,11 @@ class Metric:
     different steps.
     """
     floor: float | None = None
-    """Lower end of the axis; early outliers would flatten the rest."""
+    """Lower end of the axis, if early outliers would flatten the rest."""
     of_groups: bool = False
-    """Whether it applies only to stages with several samples per problem."""
+    """Whether the metric applies only to stages with several samples per problem."""
     exact: bool = False
-    """Whether it has no noise for a running mean to smooth."""
+    """Whether the metric has no noise that a running mean should smooth."""
 
 
 LEARNING = (

@@ -1,5 +1,5 @@
-"""Runs of several tasks in the layout of the paper's tables: a row per model and method, a column
-per task and kind of rationale, and the paper's numbers beside ours."""
+"""Prints runs of several tasks in the layout of the paper's tables: a row per model and method, a
+column per task and kind of rationale, and the paper's numbers beside ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from reftune.storage.run_folder import RunFolder
 RULES = {"maj": "voting", "rerank": "reranking"}
 
 Place = tuple[str, str, str]
-"""Model, task and rationale, by the paper's names if it has them."""
+"""Model, task and rationale, under the paper's names if they are in the paper."""
 Cell = dict[str, Any]
 """The runs in one cell, as `--json` prints them."""
 
@@ -62,7 +62,7 @@ def _place(run: RunResults) -> Place:
 
 
 def _order(place: Place) -> tuple[Any, ...]:
-    """Sort key: names from the paper first, in its order; the rest by name."""
+    """A sort key: names from the paper first, in the paper's order, then the rest by name."""
     model, task, rationale = place
     models, tasks = list(published()["models"].values()), list(published()["tasks"].values())
     return (
@@ -107,7 +107,7 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
-    """A score, with the paper's in percent if model, task, rationale and test questions are the
+    """A score, beside the paper's in percent if model, task, rationale and test questions are the
     same."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"

@@ -1,4 +1,5 @@
-"""A run folder as frozen dataclasses. Reads JSON and YAML only: no model or plug-in is loaded."""
+"""Reads a run folder into frozen dataclasses. It reads only JSON and YAML, and loads no model or
+plug-in."""
 
 from __future__ import annotations
 
@@ -63,9 +64,9 @@ class StageResults:
     kind: str
     init: str
     num_samples: int
-    """Solutions sampled per problem in one step."""
+    """Number of solutions sampled per problem in one step."""
     metrics: tuple[MetricRow, ...]
-    """None for a snapshot: they are its stage's."""
+    """Empty for a snapshot, whose metrics belong to its stage."""
     samples: tuple[TrainingSample, ...]
     info: Mapping[str, Any]
     """`stage.json`; empty until the stage is done."""
@@ -84,9 +85,9 @@ class RunResults:
     recipe_text: str
     env: Mapping[str, Any]
     stages: Mapping[str, StageResults]
-    """In the order of training; a stage's snapshots before the stage."""
+    """Stages in the order of training; a stage's snapshots come before the stage."""
     evals: Mapping[str, tuple[EvalRow, ...]]
-    """Methods evaluated so far, in the order of training."""
+    """Evaluations of the methods evaluated so far, in the order of training."""
     missing: tuple[str, ...]
     """Methods that the recipe evaluates and that have no results yet."""
 
@@ -110,13 +111,13 @@ class RunResults:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of all training; a snapshot's are part of its stage's."""
+        """Seconds of all training. A snapshot's seconds are part of its stage's."""
         infos = [stage.info for stage in self.stages.values()]
         return sum(float(i.get("wall_seconds", 0)) for i in infos if not i.get("snapshot_of"))
 
     @property
     def split(self) -> str:
-        """Which problems the final evaluation used."""
+        """The split that the final evaluation used."""
         return str((self.recipe.get("evaluate") or {}).get("split", "test"))
 
 
@@ -155,7 +156,7 @@ def read_run(folder: Path | str) -> RunResults:
 
 
 def require_finished(run: RunResults) -> None:
-    """Raises: DataError if a method of the run was not evaluated."""
+    """Check that every method was evaluated. Raises: DataError if one was not."""
     if run.missing:
         raise DataError(
             f"{run.folder}: the run has not finished: no evaluation of {', '.join(run.missing)}; "
@@ -207,7 +208,8 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The complete evaluations; an unfinished one has only the first rows of the longest."""
+    """The complete evaluations. An unfinished evaluation has only the first rows of the longest
+    one."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {

@@ -26,7 +26,7 @@ def wilson(num_correct: int, n: int) -> Interval:
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / n
 
-    Source: Wilson (1927); Newcombe (1998), method 3. (0, 1) if n is 0: nothing was seen.
+    Source: Wilson (1927); Newcombe (1998), method 3. (0, 1) if n is 0.
     """
     if n == 0:
         return 0.0, 1.0
@@ -41,7 +41,7 @@ def wilson(num_correct: int, n: int) -> Interval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two methods on the same problems, in one run or over several seeds."""
+    """A comparison of two methods on the same problems, in one run or over several seeds."""
 
     a: str
     b: str
@@ -52,14 +52,14 @@ class Comparison:
     n: int
     """Problems per seed."""
     p_mcnemar: float | None = None
-    """Two-sided and exact, of one run; not corrected for the number of comparisons."""
+    """Two-sided exact p-value, for one run; not corrected for the number of comparisons."""
     by_seed: tuple[float, ...] = ()
     """The difference in each seed, if there are several."""
 
     @property
     def significant(self) -> bool:
-        """Whether McNemar's test of one run finds a difference; over seeds, whether the interval
-        excludes 0."""
+        """Whether the difference is significant: by McNemar's test in one run, by an interval that
+        excludes 0 over seeds."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]
@@ -86,7 +86,8 @@ def compare(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
-    """Compare the problems that `a` and `b` answered right (booleans in the same order)."""
+    """Compare methods `a` and `b` by the problems that each answered right, booleans in the same
+    order."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     assert right_a.shape == right_b.shape and right_a.size, (
         "paired outcomes have the same length, not zero"
@@ -102,7 +103,8 @@ def compare(
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p that the problems solved by exactly one method are split like coin tosses.
+    """Two-sided p-value of the hypothesis that problems solved by exactly one method are split like
+    coin tosses.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
@@ -123,8 +125,8 @@ def paired_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95% percentile interval of mean(a) − mean(b) over resampled problems; a problem keeps its
-    pair."""
+    """95% percentile interval of mean(a) − mean(b) over resampled problems, which keep their
+    pairs."""
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     return crossed_bootstrap(differences[None, :], generator=generator, num_resamples=num_resamples)
 
@@ -143,8 +145,8 @@ def crossed_bootstrap(
     """
     matrix = np.asarray(values, dtype=float)
     num_seeds, num_problems = matrix.shape
-    # problems with the same outcomes under every seed are exchangeable: draw how many of each kind,
-    # not which
+    # problems with the same outcomes under every seed are exchangeable: only the number of each
+    # kind # is drawn
     sorts, counts = np.unique(matrix, axis=1, return_counts=True)
     problems = (
         generator.multinomial(num_problems, counts / num_problems, size=num_resamples)
@@ -167,7 +169,7 @@ def hierarchical_bootstrap(
     own problems.
 
     A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
-    five seeds the interval is too narrow, as with any bootstrap of so few.
+    five seeds the interval is too narrow, as for any bootstrap of so few values.
     """
     num_seeds = len(values)
     drawn = generator.integers(num_seeds, size=(num_resamples, num_seeds))
@@ -202,10 +204,9 @@ def compare_over_seeds(
     same_problems: bool,
     generator: np.random.Generator,
 ) -> Comparison:
-    """Compare `a` and `b`, one array of booleans per seed each, paired by seed and problem.
-
-    `same_problems`, whether all seeds answered the same problems in one order, determines the
-    bootstrap.
+    """Compare `a` and `b`, paired by seed and problem; each has one array of booleans per seed. The
+    bootstrap depends on `same_problems`: whether all seeds answered the same problems in the same
+    order.
     """
     pairs = zip(correct_a, correct_b, strict=True)
     differences = [

@@ -1,5 +1,5 @@
-"""Run folders → scores, comparisons, and whether a warm-up was finished when RL began. Every number
-is a function of `eval/*.jsonl`, `stage.json` and `metrics.jsonl`."""
+"""Computes scores and comparisons of runs, and whether a warm-up was finished when RL began. Every
+number is a function of `eval/*.jsonl`, `stage.json` and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A share of problems."""
+    """A share of problems, with its interval."""
 
     value: float
     ci95: Interval
@@ -75,10 +75,10 @@ class MethodScore:
     group: Group
     method: str
     label: str
-    """The name shown to the user, with the group if there are several."""
+    """The name shown to the user, which includes the group if there are several."""
     outcomes: Mapping[str, Sequence[Outcomes]]
-    """Decision rule → solved problems, one array per seed: `greedy`, and with samples `maj@k`,
-    `weighted@k`, `rerank@k`, `pass@k`."""
+    """Decision rule → solved problems, one array per seed. The rules are `greedy` and, with
+    samples, `maj@k`, `weighted@k`, `rerank@k` and `pass@k`."""
     scores: Mapping[str, Score]
     """Scores by decision rule."""
 
@@ -106,7 +106,7 @@ class MethodScore:
         return self.mean("dev_accuracy")
 
     def mean(self, key: str) -> float | None:
-        """Mean over seeds of a number in `stage.json`; None if no run has it."""
+        """The mean over seeds of a number in `stage.json`; None if no run has it."""
         infos = [run.stages[self.method].info for run in self.group.runs]
         values = [info[key] for info in infos if info.get(key) is not None]
         return float(np.mean(values)) if values else None
@@ -118,14 +118,14 @@ class ScoreTable:
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
-    """Comparisons of greedy answers and of votes; each names methods by label, votes as `LABEL
+    """Comparisons of greedy answers and of votes. Each names methods by label, and votes as `LABEL
     maj@k`."""
     num_seeds: int
     split: str
 
     @property
     def baseline(self) -> str:
-        """Label of the baseline, with which other methods are compared."""
+        """Label of the baseline, with which the other methods are compared."""
         return _baseline(self.methods)
 
     @property
@@ -181,7 +181,7 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as in `summary.json` and `reftune table --json`."""
+    """A comparison as it stands in `summary.json` and `reftune table --json`."""
     result = {
         "a": comparison.a,
         "b": comparison.b,
@@ -212,7 +212,8 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
-    """As `group_runs`, and check that the runs can be compared. Raises: DataError."""
+    """The groups of `group_runs`, after checking that the runs can be compared. Raises:
+    DataError."""
     for run in runs:
         if not same_problems(run.evals):
             raise DataError(
@@ -238,7 +239,7 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 
 
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
-    """Group runs whose recipes differ only in name, folder and seed; order is kept."""
+    """The runs in groups whose recipes differ only in name, folder and seed, in the given order."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]
@@ -298,7 +299,7 @@ def label_of(groups: Sequence[Group], group: Group, method: str) -> str:
 
 
 def _baseline(methods: Sequence[MethodScore]) -> str:
-    """Plain supervised fine-tuning if there is one, else the first method."""
+    """The label of plain supervised fine-tuning if a run has it, else of the first method."""
     first = methods[0].label if methods else ""
     return next((method.label for method in methods if method.method == "sft"), first)
 
@@ -340,8 +341,8 @@ def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generat
 def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
-    """The pairs to compare, later with earlier: methods of one group, one method in two groups, and
-    everything with the baseline."""
+    """The comparisons, of later methods with earlier ones: methods of one group, one method in two
+    groups, and every method with the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         if a.group is b.group or a.method == b.method or baseline in (a.label, b.label):
@@ -366,8 +367,8 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Rule → its score on each problem. Votes are over `k` samples, by default all that every
-    problem has."""
+    """Rule → score of each problem. Votes are over `k` samples, by default as many as every problem
+    has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
     if drawn:
@@ -383,7 +384,7 @@ def num_samples(rows: Sequence[EvalRow]) -> int:
 
 
 def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.float64]]:
-    """Score of each rule with k = 1 … `max_k` samples: `maj`, `pass` and, if samples are scored,
+    """Rule → scores with k = 1 … `max_k` samples: `maj`, `pass` and, if samples are scored,
     `weighted` and `rerank`.
 
     Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
@@ -435,7 +436,7 @@ def _pass_row(row: EvalRow, max_k: int) -> list[float]:
     return _pass_curve(len(row.samples), sum(sample.correct for sample in row.samples), max_k)
 
 
-@cache  # few distinct counts, exact arithmetic on large integers
+@cache  # the counts repeat, and exact arithmetic on large integers is slow
 def _pass_curve(n: int, num_correct: int, max_k: int) -> list[float]:
     return [voting.pass_at_k(n, num_correct, k) for k in range(1, max_k + 1)]
 
@@ -450,11 +451,12 @@ class Handover:
     stage: str
     init: str
     rise: float
-    """Change in accuracy over the last four dev evaluations before it, as a share of problems."""
+    """Change in accuracy over the last four dev evaluations before the stage, as a share of
+    problems."""
     margin: float
-    """Half the width of its paired 95% interval."""
+    """Half the width of the rise's paired 95% interval."""
     accuracy: float
-    """On dev, at the last of these evaluations."""
+    """Dev accuracy at the last of these evaluations."""
 
     @property
     def is_flat(self) -> bool:
@@ -482,8 +484,8 @@ def handovers(run: RunResults) -> list[Handover]:
 
 
 def last_rise(run: RunResults, method: str) -> tuple[float, float, float] | None:
-    """The rise in dev accuracy over a supervised method's last four evaluations, its margin, and
-    the accuracy reached; None for other methods or fewer evaluations."""
+    """The rise in dev accuracy over a supervised method's last four evaluations, the rise's margin,
+    and the accuracy reached; None for other methods, or with fewer evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None

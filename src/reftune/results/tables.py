@@ -50,8 +50,8 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A method's label as shown; a group or a rule in it stays: `run/reft maj@8` → `run: ReFT
-    maj@8`."""
+    """A method's label as shown to the reader, with its group and rule: `run/reft maj@8` → `run:
+    ReFT maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
@@ -64,7 +64,7 @@ def percent(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """Signed percentage points, with a true minus."""
+    """A difference in signed percentage points, with a true minus."""
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
@@ -80,11 +80,11 @@ class Headline:
     title: str
     text: str
     chosen: str
-    """Which split the models were chosen on."""
+    """A sentence on the split and the number of evaluations by which models were chosen."""
 
 
 def headline(table: ScoreTable) -> Headline:
-    """The best method compared with the baseline, its evidence, and the runner-up."""
+    """The best method compared with the baseline, the evidence, and the runner-up."""
     if not table.methods:
         return Headline(
             title="Nothing evaluated yet",
@@ -148,7 +148,8 @@ def _chosen_sentence(table: ScoreTable) -> str:
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
-    """Whether to go on with RL or with more SFT, by the recent rise in dev accuracy."""
+    """A line on whether to continue with RL or with more SFT, given the recent rise in dev
+    accuracy."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} looks"
     if rise <= margin:
         return f"dev no longer rises ({points}): RL can take over"
@@ -165,7 +166,7 @@ def remarks(run: RunResults) -> list[str]:
 
 
 def sentence(handover: Handover) -> str:
-    """Whether the warm-up was finished, in one line."""
+    """A line on whether the warm-up was finished."""
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four looks"
     if handover.is_ready:
         return f"{handover.init} was finished when {handover.stage} began: dev {rise}"

@@ -18,11 +18,11 @@ from reftune.stages.outline import FP32, Outline
 from reftune.stages.stage import Cost
 
 MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256}
-"""Bytes of AdamW's state for a weight, by bits."""
+"""`state_bits` → bytes of AdamW's state per weight."""
 DRAWING = 5
-"""Number of fp32 tensors of rows × vocabulary alive while tokens are drawn."""
+"""Number of fp32 tensors of rows × vocabulary that are alive while tokens are drawn."""
 USABLE = 0.9
-"""Share of a device that a plan may fill; the rest is for memory that is not counted."""
+"""Share of a device's memory that a plan may fill; the rest is for memory that is not counted."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
 """Micro-batch sizes to try, from large to small; larger ones are no faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
@@ -32,8 +32,8 @@ PROMPT = 256
 """Default length of a prompt, in tokens."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
-"""One process; several processes, each with all weights; several, each with a part of the
-weights."""
+"""`one` is a single process. With `ddp`, each of several processes holds all weights; with `fsdp2`,
+each holds a part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +46,8 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on one device by purpose: those held all the time, and those that each phase adds.
-    Phases take turns."""
+    """Bytes on one device by purpose: those held all the time, and those added by each phase, of
+    which one runs at a time."""
 
     held: Mapping[str, float]
     phases: Mapping[str, Mapping[str, float]]
@@ -75,13 +75,13 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A running stage, on one or several devices of one kind."""
+    """The memory of a running stage, on one or several devices of one kind."""
 
     recipe: Recipe
     cost: Cost
     outline: Outline
     prompt: int
-    """Tokens of the longest prompt."""
+    """Length of the longest prompt, in tokens."""
     sharding: Sharding = "one"
     devices: int = 1
     device_bytes: float = 0.0
@@ -89,29 +89,29 @@ class Estimate:
     mean_prompt: float | None = None
     """Length of the average prompt, if known."""
     problems: int | None = None
-    """Most prompts answered in one call, if known."""
+    """Most problems answered in one call, if known."""
 
     @property
     def response(self) -> int:
-        """Tokens of the longest response."""
+        """Length of the longest response, in tokens."""
         return self.recipe.lengths.max_new
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence."""
+        """Length of the longest sequence, in tokens."""
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """Number of longest sequences in a pass of at most `tokens`; at least one. Without padding,
-        shorter sequences count as fractions."""
+        """The size of a pass of at most `tokens`, in sequences of the greatest length; at least 1,
+        and not always whole."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
         return max(1.0, min(share, tokens) / self.length)
 
     def is_one_pass(self, tokens: int) -> bool:
-        """Whether an optimizer step reads all its sequences at once, so that its backward pass
-        meets no gradients of another."""
+        """Whether an optimizer step reads all its sequences in one pass, so that no gradients exist
+        before its backward pass."""
         return math.ceil(self.cost.batch / self.devices) * self.length <= tokens
 
     @cached_property
@@ -162,7 +162,7 @@ class Estimate:
             held["engine's copy"] = own_share * self.device_bytes
         if is_split:
             training["gathered"] = float(FP32 * (2 * outline.ends + 3 * outline.layer))
-            if cost.scored:  # of a value model, all but the output head
+            if cost.scored:  # plus a value model without the output head
                 shared = FP32 * (outline.total - outline.backbone)
                 twice = outline.gathered - shared if cost.value_model else 0.0
                 phases["score"] = {"gathered to score": outline.gathered + twice}
@@ -188,8 +188,8 @@ class Estimate:
         }
 
     def fitting(self) -> Sizes:
-        """The largest sizes whose phases stay within the usable part of a device; the smallest if
-        none do."""
+        """The largest sizes whose phases fit into the usable part of a device's memory; the
+        smallest if none do."""
         room = USABLE * self.device_bytes
 
         def fits(phase: str, sizes: Sizes) -> bool:
@@ -202,7 +202,7 @@ class Estimate:
 
 
 def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:
-    """Costs by stage; stages that cannot predict theirs are left out."""
+    """Stage → cost; stages that cannot predict their cost are left out."""
     costs = {
         name: stage.cost(num_train=num_train, num_dev=num_dev)
         for name, stage in recipe.stages.items()

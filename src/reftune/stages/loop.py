@@ -1,5 +1,5 @@
-"""The loop that runs every stage's steps: it resumes, evaluates on dev, keeps the best model and
-saves checkpoints."""
+"""The loop that runs the steps of every stage: it resumes, evaluates on dev, keeps the best model
+and saves checkpoints."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Progression:
     totals: dict[str, float] = field(default_factory=dict)
     """`compute/…` sums since the stage began."""
     ends_at: int | None = None
-    """The last step, once a plateau has been found."""
+    """The last step, once a plateau has been found; None before."""
     history: dict[str, Any] = field(default_factory=dict)
     """State of `History`."""
     skipped: int = 0
@@ -72,8 +72,8 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM, then restore the previous handlers. SIGINT needs it because a
-    shell's background jobs start with it ignored."""
+    """Handle SIGINT and SIGTERM, then restore the previous handlers. Without a handler, a shell's
+    background jobs ignore SIGINT."""
     try:
         before = {
             number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
@@ -88,20 +88,20 @@ def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 class TrainingTable(Table):
-    """Keys of every stage that trains: optimizer, checkpoints, dev evaluations."""
+    """The keys of every stage that trains: optimizer, checkpoints, dev evaluations."""
 
     optimizer: OptimizerTable
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """Newest checkpoints kept, besides the best model on dev."""
+    """Number of checkpoints kept, the newest ones, besides the best model on dev."""
     probe_choices: bool = False
     """On multiple choice, also check for reward hacking at every dev evaluation, which triples its
     time."""
 
 
 class Loop:
-    """Steps 1 … total: resume, step, log, evaluate on dev, keep the best, save.
+    """Runs steps 1 … total: resumes, steps, logs, evaluates on dev, keeps the best model, saves.
 
     `step(n)` must be a function of the weights, the optimizer and `n`: the loop seeds torch for
     each step, so a resumed run repeats the same numbers.
@@ -121,9 +121,9 @@ class Loop:
         until_plateau: bool = False,
     ) -> None:
         """`look` is the dev evaluation of a model that is not a policy (`dev/accuracy` and more);
-        `start` is the stage's state before step 1. `until_plateau`: a constant rate until dev
-        accuracy is flat, then a cooldown over a tenth of the steps so far. The constructor
-        distributes the model over the processes."""
+        `start` is the stage's state before step 1. With `until_plateau`, the learning rate is
+        constant until dev accuracy is flat, then cools down over a tenth of the steps so far. The
+        constructor distributes the model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -168,7 +168,7 @@ class Loop:
                 self.state.seconds = time.perf_counter() - started
                 is_old = time.perf_counter() - last_save >= self.table.save_every_s
                 stop, due = world.any_of(self._stop, world.is_main() and is_old)
-                self._stop = self._stop or stop  # a signal may have come meanwhile
+                self._stop = self._stop or stop  # a signal may have come in the meantime
                 if stop or due:
                     saved, last_save = self._save(), time.perf_counter()
                     saved_at = self.state.step
@@ -176,22 +176,23 @@ class Loop:
                         world.wait("the checkpoint")  # a launcher may end all with the first
                         raise Interrupted(str(saved))
             if saved_at < self.state.step:
-                self._save()  # from which a longer stage continues
+                self._save()  # a longer stage continues from it
         self._finish()
         if self._stop:
             raise Interrupted(str(self.context.folder.path))
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """The first SIGINT or SIGTERM saves a checkpoint and stops after the step in progress; a
-        second one stops at once."""
+        """Stop after the step in progress, with a checkpoint, at the first SIGINT or SIGTERM; stop
+        at once at the second."""
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
         self.context.progress.note("stopping after this step; once more stops at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Metrics of a step. If the engine is gone, the steps before are saved as a checkpoint."""
-        # the dropout of one process should not repeat another's
+        """Take a step and return its metrics. If the engine is gone, save the steps before as a
+        checkpoint."""
+        # one process's dropout should not repeat another's
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
         try:
@@ -202,7 +203,7 @@ class Loop:
             raise
 
     def _log(self, metrics: dict[str, float]) -> None:
-        """The metrics of a step, with the stage's totals so far."""
+        """Record the metrics of a step, with the stage's totals so far."""
         for name in [name for name in metrics if name.startswith("compute/")]:
             self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
         skips = self.table.optimizer.on_nonfinite == "skip"
@@ -236,11 +237,10 @@ class Loop:
         gradient: Callable[[], dict[str, float]],
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
-        """Take optimizer step `n` with the gradient that `gradient()` adds up. Returns its metrics,
-        or none if loss or gradient is not finite and the recipe allows skipping; the samples,
-        `rows()`, are then saved.
-
-        Raises: NonFiniteError if skipping is not allowed; nothing has changed then.
+        """Take optimizer step `n` with the gradient that `gradient()` adds up, and return its
+        metrics. If loss or gradient is not finite and the recipe allows skipping, save the samples,
+        `rows()`, and return no metrics. Raises: NonFiniteError, with nothing changed, if skipping
+        is not allowed.
         """
         table = self.table.optimizer
         try:
@@ -254,7 +254,7 @@ class Loop:
         return {**metrics, "grad/norm": norm}
 
     def _leave_out(self, reason: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Save the batch of a step whose numbers are not finite and clear its gradient.
+        """Save the batch of a step whose loss or gradient is not finite, and clear the gradient.
 
         Raises: NonFiniteError if the recipe does not allow skipping the step.
         """
@@ -281,7 +281,7 @@ class Loop:
 
     def _look(self) -> None:
         """Measure accuracy on dev (greedy, for a policy) and keep the best model so far; on a tie,
-        the earlier one."""
+        the earlier model."""
         look = self.look()
         accuracy = look.metrics["dev/accuracy"]
         self.state.looks += 1
@@ -292,7 +292,8 @@ class Loop:
             replace_folder(self.context.folder.best, self.model.save)
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """The recent rise in dev accuracy, as metrics. At a plateau, also sets the last step."""
+        """The recent rise in dev accuracy as metrics. At a plateau, this also sets the last
+        step."""
         if not look.correct:
             return {}
         history = History(**self.state.history)
@@ -357,7 +358,7 @@ class Loop:
         )
 
     def _snapshot(self, method: str) -> None:
-        """Save the current weights as a method of their own."""
+        """Save the current weights as the method `method`."""
         folder = self.context.folder.run.stage(method)
         accuracy = self.look().metrics["dev/accuracy"]
         self.state.looks += 1
@@ -374,8 +375,8 @@ class Loop:
     def _describe(
         self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
     ) -> None:
-        """Content of `stage.json`: which model was chosen, on which score, at what cost. A
-        snapshot's cost is part of its stage's."""
+        """Write `stage.json`: the model chosen, its score on dev, and the cost. A snapshot's cost
+        is part of its stage's cost."""
         document = {
             "stage": folder.path.name,
             "kind": self.context.stage.kind,
@@ -399,7 +400,7 @@ class Look:
     metrics: dict[str, float]
     """`dev/accuracy` and more."""
     correct: tuple[bool, ...] = ()
-    """Verdicts by problem; empty for a model that is not a policy."""
+    """Whether each problem was solved; empty for a model that is not a policy."""
 
 
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
@@ -423,15 +424,15 @@ LOOKS = 4
 """Dev evaluations over which a rise is measured; docs/handover.md compares 2 to 5."""
 Z95 = 1.959964
 COOLDOWN = 10
-"""Steps before the cooldown for each step of it."""
+"""Steps before the cooldown per step of the cooldown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rise:
-    """The change in accuracy between two evaluations on the same problems."""
+    """The change in accuracy between two evaluations of the same problems."""
 
     value: float
-    """Share of problems."""
+    """The change as a share of problems."""
     margin: float
     """Half the width of the 95% interval of `value`."""
 
@@ -475,7 +476,7 @@ class History:
 
     def is_flat(self) -> bool:
         """Whether dev accuracy first rose, beyond chance and to `NEEDED_ACCURACY`, and has stopped
-        rising. A model that has hardly begun to learn is flat too, but not finished."""
+        rising. Accuracy is also flat before a model begins to learn, which does not count."""
         latest = self.latest_rise()
         if latest is None or self.first is None or self.recent is None:
             return False

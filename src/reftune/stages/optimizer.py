@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and a step that rejects numbers that are not finite."""
+"""AdamW, its learning rate, and an optimizer step that rejects non-finite numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OptimizerTable(Table):
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """Applied to matrices, not biases, norms or the value head."""
+    """Weight decay of matrices; biases, norms and the value head have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
     """Bits of AdamW's moments; 8 quarters their memory, but small tensors keep 32."""
@@ -75,7 +75,7 @@ def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters of a distributed model; a value head has its own
-    group."""
+    parameter group."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]
@@ -122,10 +122,10 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 def optimizer_step(
     model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
-    """Clip the gradient, take a step and clear it. Returns the norm before clipping. `share` is the
-    share of the peak rates.
+    """Clip the gradient, take a step, clear the gradient, and return its norm before clipping.
+    `share` is the share of the peak learning rates.
 
-    Raises: NonFiniteError, naming the first parameter concerned, before anything changes.
+    Raises: NonFiniteError, naming the first such parameter, before anything changes.
     """
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
@@ -149,10 +149,10 @@ def optimizer_step(
 def accumulate_gradient(
     model: Trained, lengths: torch.Tensor, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
-    """Add the gradient of a minibatch of sequences of `lengths` (B,), micro-batch by micro-batch;
-    each process takes its share. `loss(rows)` is those rows' part of the loss.
+    """Add the gradient of a minibatch of sequences with `lengths` (B,), micro-batch by micro-batch;
+    each process takes its share. `loss(rows)` is the part of the loss that these rows contribute.
 
-    Returns: `loss/total` and metrics, sums over all rows (`…_max`: the largest). Raises:
+    Returns: `loss/total` and metrics, summed over all rows (for `…_max`, the largest). Raises:
     NonFiniteError, naming rows, before the gradient is used.
     """
     totals: dict[str, float] = {}
@@ -181,7 +181,8 @@ def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.T
 
 
 def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None:
-    """The error for a non-finite `loss`, naming the rows of the step's batch."""
+    """The error for a non-finite `loss`, which names the rows of the step's batch; None if it is
+    finite."""
     if torch.isfinite(loss):
         return None
     concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
@@ -189,5 +190,5 @@ def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite, in all processes."""
+    """Whether all numbers are finite in all processes."""
     return not any(world.any_of(not whole_tensor(tensor).isfinite().all()))

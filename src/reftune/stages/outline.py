@@ -1,6 +1,6 @@
-"""A model without weights, to count the bytes and operations of its passes. Tensors have no
-storage; operations are counted by PyTorch's flop counter. Live bytes are counted here, because
-PyTorch's MemTracker (2.13) fails on parameters that are not trained.
+"""A model without weights, whose tensors have no storage, to count the bytes and operations of its
+passes. Operations are counted by the formulas of PyTorch's flop counter. Live bytes are counted
+here, because PyTorch's MemTracker (2.13) fails on parameters that are not trained.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FP32 = 4
 NF4 = 0.5 + 4 / 64
 """Bytes of a weight in 4 bits, with the scale of its block."""
 FEW, MORE = 2, 4
-"""Number of traced sequences."""
+"""Numbers of sequences in the two traces from which larger batches are extrapolated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Update:
     kept: float
     """Bytes that the forward pass leaves for the backward pass."""
     momentary: float
-    """Most bytes besides `kept`."""
+    """Most bytes in use at any time besides `kept`."""
     forward_flops: float
     flops: float
     """Operations of both passes."""
@@ -57,7 +57,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefill:
-    """Memory for reading the prompts of all rows at once."""
+    """The memory for reading the prompts of all rows at once."""
 
     casts: float
     """Bytes of copied weights, held while sampling."""
@@ -103,7 +103,7 @@ class Outline:
         return self._bytes({id(w): NF4 for w in linear if not w.requires_grad})
 
     def _bytes(self, widths: Mapping[int, float]) -> float:
-        """Bytes of all weights. `widths` overrides the bytes per element of some."""
+        """Bytes of all weights; `widths` maps the ids of some to other bytes per element."""
         weights = self.policy.model.parameters()
         return float(sum(p.numel() * widths.get(id(p), p.itemsize) for p in weights))
 
@@ -148,7 +148,7 @@ class Outline:
         return float(self.prefill(prompt=1, rows=1).cache)
 
     def update(self, prompt: int, response: int, batch: float) -> Update:
-        """Cost of a micro-batch of `batch` sequences with these lengths."""
+        """The cost of a micro-batch of `batch` sequences with these lengths."""
         return _of_many(lambda count: self._update(prompt, response, count), batch)
 
     @cache  # noqa: B019  an outline lives no longer than its plan
@@ -178,13 +178,13 @@ class Outline:
         )
 
     def prefill(self, *, prompt: int, rows: int) -> Prefill:
-        """Cost of reading `rows` prompts at once."""
+        """The memory for reading `rows` prompts at once."""
         return _of_many(lambda count: self._prefill(prompt, count), rows)
 
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """`of_gathered` distinguishes cached results."""
+        """The result of `prefill`; `of_gathered` only distinguishes cached results."""
         policy = self.policy
         with (
             self.mode,
@@ -204,7 +204,7 @@ class Outline:
 
 
 def outline_of(table: ModelTable, texts: Iterable[str], *, device: str) -> Outline:
-    """The outline of a recipe's model; a model from scratch takes its vocabulary from `texts`.
+    """The outline of a recipe's model; a from-scratch model gets its vocabulary from `texts`.
     Raises: ModelError."""
     return Outline(lambda: untrained(table, texts=texts), table, device=device)
 
@@ -213,7 +213,7 @@ T = TypeVar("T", Update, Prefill)
 
 
 def _of_many(trace: Callable[[int], T], count: float) -> T:
-    """The trace extrapolated to `count` sequences, each of which costs the same."""
+    """The trace extrapolated to `count` sequences, given that every sequence costs the same."""
     few, more = trace(FEW), trace(MORE)
     high = asdict(more)
     each = {name: (high[name] - size) / (MORE - FEW) for name, size in asdict(few).items()}
@@ -221,7 +221,7 @@ def _of_many(trace: Callable[[int], T], count: float) -> T:
 
 
 def _leave_out_masks(model: Any) -> None:
-    """Skip mask creation: with fake tensors, code cannot see that a mask is unnecessary."""
+    """Skip mask creation, because with fake tensors code cannot see that a mask is unnecessary."""
     if model.config._attn_implementation in ("sdpa", ATTENTION):
         AttentionInterface.register("sdpa_without_masks", ALL_ATTENTION_FUNCTIONS["sdpa"])
         model.set_attn_implementation("sdpa_without_masks")
@@ -256,7 +256,7 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
-    return 5 * _attention_flops(*states) // 2  # the scores again, and a gradient of each factor
+    return 5 * _attention_flops(*states) // 2  # the scores again, and the gradient of each factor
 
 
 FLOPS: Mapping[Any, Callable[..., int]] = {
@@ -264,12 +264,12 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""PyTorch's formulas, and those of operations that run only on a CPU."""
+"""PyTorch's formulas, and formulas of operations that run only on a CPU."""
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts operations, and live and peak bytes of tensors created while it is active, without the
-    model's own. PyTorch's `FlopCounterMode` would keep every block's tensors alive.
+    """Counts operations, and the live and peak bytes of tensors created while it is active, without
+    the model's own tensors. PyTorch's `FlopCounterMode` would keep every block's tensors alive.
     """
 
     def __init__(self, model: nn.Module) -> None:

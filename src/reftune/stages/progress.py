@@ -9,22 +9,22 @@ from reftune.types import Rollout
 
 class Progress:
     """The events that a stage reports. The methods of this class show nothing; a view overrides
-    some."""
+    them."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """A stage begins, or resumes after `done_steps`."""
+        """A stage begins, or resumes after `done_steps` steps."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The stage's step and its metrics (`group/name`)."""
+        """A step is done, with these metrics (`group/name`)."""
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """All solutions that a step sampled; at least one."""
+        """A step has sampled these solutions, at least one."""
 
     def note(self, message: str) -> None:
-        """A line that stays on the screen."""
+        """A message for the user, which stays on the screen."""
 
     def close(self) -> None:
-        """The end: no more events follow."""
+        """No more events follow."""
 
 
 class SilentProgress(Progress):

@@ -1,4 +1,4 @@
-"""The reranker, a classifier, estimates how likely a solution is to be correct.
+"""The reranker: a classifier that estimates how likely a solution is to be correct.
 
 It reads prompt and solution, without eos, and puts two logits (wrong, correct) on the last token's
 hidden state.
@@ -38,11 +38,11 @@ from reftune.types import Graded, Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
-"""Initial standard deviation of the new layer's weights, as usual for transformers."""
+"""Initial standard deviation of the new layer's weights, the usual value for transformers."""
 SOLUTIONS_AT_ONCE = 8192
 """Most solutions held as tokens at the same time."""
 CORRECT = 1
-"""Label of a correct solution; a wrong one has 0."""
+"""Label of a correct solution; a wrong solution has label 0."""
 
 
 class RewardModel(Schedule, Sampled):
@@ -50,9 +50,9 @@ class RewardModel(Schedule, Sampled):
     init: str = "sft"
     """Method that the classifier starts from."""
     samples: int = Field(100, gt=0)
-    """Solutions sampled per training problem; identical ones count once."""
+    """Solutions sampled per training problem; identical solutions count once."""
     dev_samples: int = Field(100, gt=0)
-    """Solutions sampled per dev problem, used to choose the model; as many as it will rerank."""
+    """Solutions sampled per dev problem to choose the model; ideally as many as it will rerank."""
 
     is_method: ClassVar[bool] = False
 
@@ -69,7 +69,7 @@ class RewardModel(Schedule, Sampled):
         )
 
     def run(self, context: StageContext) -> None:
-        """Sample, train, and save the classifier that reranks dev best."""
+        """Sample, train, and save the classifier that was best at reranking dev."""
         started, folder, splits = time.perf_counter(), context.folder, context.splits
         train = self.draw(context, splits.train, folder.drawn, num=self.samples)
         dev = self.draw(context, splits.dev, folder.drawn_dev, num=self.dev_samples)
@@ -90,7 +90,7 @@ class RewardModel(Schedule, Sampled):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
-    """A written solution and whether it is correct."""
+    """A problem's solution as text, and whether it is correct."""
 
     problem: Problem
     text: str
@@ -151,12 +151,12 @@ class Classifier(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """As for the policy."""
+        """The value of the policy; see `Policy`."""
         return self.policy.packs
 
     @property
     def max_tokens(self) -> int:
-        """As for the policy."""
+        """The value of the policy; see `Policy`."""
         return self.policy.max_tokens
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -164,15 +164,15 @@ class Classifier(nn.Module):
         return self.logits(batch)
 
     def logits(self, batch: TokenBatch) -> Tensor:
-        """As `forward`, for a model whose weights are whole."""
+        """The result of `forward`, for a model whose weights are whole."""
         with self.policy.arithmetic():
             hidden = self.policy.hidden_states(batch)
         logits: Tensor = self.head(hidden.float())
         return logits
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """Prompt and solution as the tokens before an end token, so that the state that predicts it
-        is the last token's."""
+        """A batch in which each response is one end token after prompt and solution, so that its
+        predicting state is the solution's last one."""
         prompts = {problem.id: self.encoder.prompt(problem) for problem, _ in solutions}
         longest = None if self.policy.context is None else self.policy.context - 1
         written = [self.encoder.continuation(problem, text) for problem, text in solutions]
@@ -196,7 +196,7 @@ class Classifier(nn.Module):
         return [score_of[key] for key in keys]
 
     def _probabilities(self, batch: TokenBatch) -> Tensor:
-        """(B,)"""
+        """(B,) Probability that each solution is correct."""
         scores = torch.zeros(len(batch), device=self.policy.device)
         whole = sharding.current.whole(self, self.policy.compute_dtype)
         with whole, self.policy.inference():
@@ -209,8 +209,8 @@ class Classifier(nn.Module):
         return scores
 
     def save(self, folder: Path) -> None:
-        """The transformer in Hugging Face format (LoRA merged), its tokenizer, and the layer beside
-        it."""
+        """Write the transformer in Hugging Face format (LoRA merged), its tokenizer, and the layer
+        beside it."""
         with sharding.current.whole(self):
             self.policy.save(folder)
             if world.is_main():
@@ -229,9 +229,8 @@ def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifie
 
 
 def accumulate_loss(classifier: Classifier, solutions: Sequence[Solution]) -> dict[str, float]:
-    """Add the gradient of the mean cross-entropy of the labels; metrics.
-
-    Raises: NonFiniteError before the gradient is used.
+    """Add the gradient of the mean cross-entropy of the labels, and return metrics. Raises:
+    NonFiniteError before the gradient is used.
     """
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
@@ -301,12 +300,12 @@ def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) 
 
 
 def is_scored(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every sample of an evaluation has its score."""
+    """Whether every sample of an evaluation has a score."""
     return all("score" in sample for row in rows for sample in row.get("samples", ()))
 
 
 def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str) -> None:
-    """Raises: ModelError if the tokenizers of classifier and policy differ."""
+    """Check that classifier and policy share a tokenizer. Raises: ModelError if not."""
     own, other = (set(model.tokenizer.get_vocab().items()) for model in (classifier.policy, policy))
     if own != other:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Reinforcement learning from the model's own solutions.
+"""Reinforcement learning on the model's own solutions.
 
 `Trainer.step` is one step: generate → grade → reward → score → credit → update. It does not know
 which algorithm it runs. `loop.py` repeats it.
@@ -46,7 +46,7 @@ class Rl(TrainingTable, Stage):
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
     steps: int = Field(gt=0)
-    """Rollouts, each a batch of samples followed by its updates."""
+    """Number of rollouts, each a batch of samples followed by its updates."""
     prompts: int = Field(gt=0)
     """Problems per rollout."""
     samples: int = Field(1, gt=0)
@@ -167,7 +167,8 @@ class Trainer:
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
-        """Rollout number `n` for `purpose`, a function of the weights, `n` and the seed."""
+        """Rollout number `n` for `purpose`, and its metrics: a function of the weights, `n` and the
+        seed."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
             len(train),
@@ -201,7 +202,8 @@ class Trainer:
     # --- score ---
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
-        """Tensors of the rollouts with log-probabilities of policy and reference, and values."""
+        """The rollouts as tensors, with log-probabilities of policy and reference and with values;
+        and metrics."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
         scores = self._policy_scores(rollouts, batch)
@@ -238,8 +240,8 @@ class Trainer:
     # --- update ---
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
-        """Make `updates` passes over the rollout, with `minibatches` optimizer steps each; steps
-        that are not finite are skipped. Returns the metrics, averaged over the steps.
+        """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
+        return the metrics, averaged over the steps. Steps that are not finite are skipped.
 
         Raises: NonFiniteError if the recipe does not allow skipping a step.
         """
@@ -265,7 +267,8 @@ class Trainer:
         }
 
     def accumulate(self, batch: RolloutBatch) -> dict[str, float]:
-        """Add the gradient of a minibatch; metrics. Raises: NonFiniteError before it is used."""
+        """Add the gradient of a minibatch, and return metrics. Raises: NonFiniteError before the
+        gradient is used."""
 
         def loss(index: Tensor) -> LossTerms:
             rows = batch.rows(index)
@@ -277,7 +280,7 @@ class Trainer:
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
         """The minibatches of all updates on rollout `n`, each with its own loss weights."""
         count = min(self.stage.minibatches, len(batch))
-        if batch.nll_weights is not None:  # weights of the whole rollout; a part holds 1 / count
+        if batch.nll_weights is not None:  # their sum is 1 over the whole rollout
             batch = replace(batch, nll_weights=batch.nll_weights * count)
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)
@@ -303,8 +306,8 @@ class Trainer:
         )
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, H) and the discounted reward to come (N,); the policy is still its own
-        reference, so KL is 0."""
+        """Hidden states (N, H) and discounted returns (N,). The policy still equals its reference,
+        so the KL penalty is 0."""
         mask = batch.response_mask
         rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
         _, returns = gae(
@@ -314,10 +317,10 @@ class Trainer:
 
 
 SAMPLES_KEPT = 4
-"""Sampled solutions per step in samples.jsonl, besides the longest and one that reached its time
-limit."""
+"""Number of sampled solutions per step in samples.jsonl, besides the longest one and one whose
+program reached its time limit."""
 PROBLEMS_FOLLOWED = 16
-"""Training problems whose solutions are kept first, to see how they change."""
+"""Number of training problems whose solutions are kept first, to show how they change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
@@ -394,7 +397,8 @@ def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def value_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """How well the value head predicted the returns; empty for algorithms without returns."""
+    """Metrics of how well the value head predicted the returns; empty for algorithms without
+    returns."""
     if batch.values is None or batch.returns is None:
         return {}
     mask = batch.response_mask
@@ -406,7 +410,7 @@ def value_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
     """The samples of a batch with every number that went into the loss, to find the cause of a
-    non-finite one."""
+    non-finite loss."""
     lengths, responses = batch.tokens.lengths.tolist(), batch.tokens.response_lengths.tolist()
     rows: list[dict[str, Any]] = []
     for i, (length, response) in enumerate(zip(lengths, responses, strict=True)):
@@ -423,7 +427,7 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
     """`SAMPLES_KEPT` rollouts of different problems, followed problems first; then the longest
-    rollout and one that hit its time limit."""
+    rollout, and one whose program reached its time limit."""
     first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
     places = sorted(
         range(len(rollouts)),

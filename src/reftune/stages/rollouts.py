@@ -1,4 +1,4 @@
-"""Generate → grade → reward: where problems become rollouts."""
+"""Turns problems into rollouts: generates, grades, rewards."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Collector:
     # --- limits ---
 
     def prompt_limit(self, policy: Policy) -> float:
-        """Most tokens in a prompt; infinite without a limit."""
+        """Most tokens in a prompt; infinite if there is no limit."""
         room = math.inf if policy.context is None else policy.context - self.lengths.max_new
         return max(0, min(room, self.lengths.max_prompt or math.inf))
 
     def fits(self, prompt: Sequence[int], response: Sequence[int], policy: Policy) -> bool:
-        """Whether a response, sampled or gold, is within the limits of sampling."""
+        """Whether a prompt and a response, sampled or gold, are within the limits of sampling."""
         longest = policy.context or math.inf
         return len(response) <= self.lengths.max_new and len(prompt) + len(response) <= longest
 
@@ -68,8 +68,8 @@ class Collector:
         )
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
-        """`splits` without the training questions whose prompt is too long, if the recipe drops
-        them."""
+        """`splits` without the training questions whose prompts are too long, if the recipe drops
+        such questions."""
         if self.lengths.too_long == "refuse":
             return splits
         limit = self.prompt_limit(policy)
@@ -77,7 +77,7 @@ class Collector:
         return replace(splits, train=train)
 
     def prompts(self, problems: Sequence[Problem], policy: Policy) -> list[list[int]]:
-        """Prompt ids. Raises: DataError for the first prompt that is too long, if
+        """The prompts as token ids. Raises: DataError for the first prompt that is too long, if
         `lengths.too_long` is `refuse`."""
         encoded: dict[str, list[int]] = {}
         limit = self.prompt_limit(policy)
@@ -105,8 +105,9 @@ class Collector:
         seed: int = 0,
     ) -> Solved:
         """One graded completion per problem, greedy unless a temperature is given; repeat a problem
-        for more. Raises: DataError for a prompt that is too long; if the recipe drops such prompts,
-        its completion is empty. Several processes each solve a part, and all get the whole.
+        to get several. Several processes each solve a part, and all get every completion. Raises:
+        DataError for a prompt that is too long; if the recipe drops such prompts, the completion is
+        empty instead.
         """
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)
@@ -119,7 +120,7 @@ class Collector:
             first_position=own.start,
         )
         fits = [len(prompt) <= limit for prompt in prompts[own]]
-        # one token stands for a prompt that is too long, so that the others keep their positions
+        # one token stands in for a prompt that is too long, to keep the other prompts' positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
         with world.together(EngineError), sharding.current.whole(policy, policy.compute_dtype):
@@ -149,7 +150,8 @@ class Collector:
         """Rollouts of solved problems, without those to which the reward does not apply (None).
         Raises: RewardError.
 
-        The main process computes every reward, so one that compares samples sees them together.
+        The main process computes every reward, so a reward function that compares samples sees all
+        of them.
         """
         columns = (solved.problems, solved.completions, solved.graded)
         rewards = world.from_main(partial(self.reward, *columns))
@@ -213,7 +215,8 @@ def of_all_processes(
 def _require_whole(
     completions: Sequence[Completion] | None, problems: Sequence[Problem], engine: str
 ) -> None:
-    """Raises: EngineError if a completion is missing, is empty or lacks log-probabilities."""
+    """Check the engine's completions. Raises: EngineError if one is missing, is empty or lacks
+    log-probabilities."""
     found = 0 if completions is None else len(completions)
     if completions is None or found != len(problems):
         raise EngineError(

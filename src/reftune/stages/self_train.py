@@ -1,5 +1,5 @@
-"""Offline self-training: sample solutions of the training problems once, keep correct ones, and
-fine-tune on them and the gold solutions.
+"""Offline self-training samples solutions of the training problems once, keeps correct ones, and
+fine-tunes on these and the gold solutions.
 
 The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold: paper, top_k: 50`.
 """
@@ -28,19 +28,19 @@ from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000
 """Approximate number of samples drawn between two writes to disk; interrupted sampling continues
-after the last whole part."""
+after the last write."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """Graded solutions of one problem, in the order drawn."""
+    """The graded solutions of one problem, in the order drawn."""
 
     problem: Problem
     texts: tuple[str, ...]
     graded: tuple[Graded, ...]
-    """Without reasons."""
+    """The grades, without reasons."""
     num_tokens: int
-    """Tokens of all samples together."""
+    """Total number of tokens in all samples."""
 
     @property
     def correct(self) -> list[str]:
@@ -68,8 +68,8 @@ class Sampled(Stage, ABC):
     def draw(
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
-        """Draw `num` samples of every problem and write them to `path`, one line per problem;
-        existing lines are not drawn again.
+        """Draw `num` samples of every problem and write them to `path`, one line per problem.
+        Problems with an existing line are not sampled again.
 
         A problem's samples are a function of the sampler's weights, the seed and the problem's
         position.
@@ -96,7 +96,7 @@ class Sampled(Stage, ABC):
 
 
 def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[str, Any]]:
-    """One line per problem."""
+    """One row per problem, to be written as a line."""
     samples = [
         Attempt(
             completion=completion.text, graded=replace(graded, reason="", program_s=None)
@@ -123,7 +123,7 @@ def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
 
 
 def describe(drawn: Sequence[Samples]) -> str:
-    """`62% of 8,000 samples are correct; 31 of 1,000 problems have none`"""
+    """The samples in words: `62% of 8,000 samples are correct; 31 of 1,000 problems have none`."""
     correct = sum(len(samples.correct) for samples in drawn)
     total = sum(len(samples.texts) for samples in drawn)
     unsolved = sum(not samples.correct for samples in drawn)
@@ -140,9 +140,10 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum distinct correct samples kept, in the order drawn."""
     gold: Literal["once", "paper"] = "once"
-    """`paper` uses most gold solutions twice, as the authors' files do."""
+    """`once` uses each gold solution once; `paper` uses most of them twice, as the authors' files
+    do."""
     sft: Schedule
-    """Settings of the fine-tuning: an `sft` stage's keys from `epochs` on."""
+    """Settings of the fine-tuning: the keys of an `sft` stage from `epochs` on."""
 
     def line(self) -> str:
         """`3 epochs of 32 from base, learning rate 0.001, on 100 samples a problem by warmup`"""
@@ -150,7 +151,7 @@ class SelfTrain(Sampled):
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """An upper bound of the cost: equal samples count once."""
+        """An upper bound on the cost, since equal samples are used only once."""
         return self.sft.cost_of_rows(
             (1 + self.keep) * num_train, sampled_before=self.samples * num_train
         )
@@ -199,20 +200,22 @@ def distinct(texts: Sequence[str]) -> list[str]:
 
 
 def _less_answer(text: str) -> str:
-    """A solution in words, without its last line if this states the answer."""
+    """A solution in words, without its last line if that line states the answer."""
     reasoning = reasoning_text(text)
     is_last_line = "\n" not in text[len(reasoning) :].strip()
     return reasoning if is_last_line and reasoning.strip() else text
 
 
 def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
-    """The first `keep` different correct solutions, then the gold one unless it is one of them."""
+    """The first `keep` different correct solutions, then the gold solution unless it is among
+    them."""
     kept = distinct(correct)[:keep]
     return distinct([*kept, *_listed(gold)])
 
 
 def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
-    """As `join_once`, then the gold solution once more, as in the authors' file of gold solutions.
+    """The result of `join_once`, then the gold solution again, as in the authors' file of gold
+    solutions.
 
     Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space,
     which programs need.
@@ -225,5 +228,5 @@ def _listed(gold: str | None) -> list[str]:
 
 
 def gold_text(problem: Problem, encoder: Encoder) -> str | None:
-    """The gold continuation, if there is one."""
+    """The gold continuation; None if there is none."""
     return None if problem.rationale is None else encoder.format.target(problem)

@@ -26,7 +26,7 @@ from reftune.types import Problem
 
 
 class Schedule(TrainingTable):
-    """Length and pace of supervised training."""
+    """The length and pace of supervised training."""
 
     epochs: float = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -52,8 +52,8 @@ class Sft(Schedule, Stage):
 
     until: Literal["plateau"] | None = None
     """`plateau` ends the stage once dev accuracy is above 20% and has not risen for four
-    evaluations, after a cooldown of a tenth of the steps so far. Needs
-    `optimizer.schedule: constant`."""
+    evaluations, after a cooldown of a tenth of the steps so far. This needs `optimizer.schedule:
+    constant`."""
 
     reads_rationales: ClassVar[bool] = True
 
@@ -101,7 +101,7 @@ class Sft(Schedule, Stage):
 
 
 def schedule_line(schedule: Schedule, init: str) -> str:
-    """`3 epochs of 32 from base, learning rate 0.001`"""
+    """A schedule in words: `3 epochs of 32 from base, learning rate 0.001`."""
     rate = schedule.optimizer.learning_rate
     return (
         f"{schedule.epochs:g} epochs of {schedule.batch_size} from {init}, learning rate {rate:g}"
@@ -110,7 +110,7 @@ def schedule_line(schedule: Schedule, init: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and the continuation to learn, eos included."""
+    """A prompt and the continuation to learn, including the eos, as token ids."""
 
     prompt: list[int]
     target: list[int]
@@ -139,23 +139,24 @@ def gold_examples(
 
 
 class Task(Protocol):
-    """A task that is learned in epochs over examples."""
+    """The interface of a task that is learned in epochs over examples."""
 
     @property
     def model(self) -> Trained: ...
 
     @property
     def look(self) -> Callable[[], Look] | None:
-        """The dev evaluation of a model that is not a policy; None evaluates greedy answers."""
+        """The dev evaluation of a model that is not a policy; None to evaluate greedy answers."""
 
     def __len__(self) -> int:
         """Number of examples."""
 
     def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        """Add the gradient of these examples; metrics. Raises: NonFiniteError before it is used."""
+        """Add the gradient of these examples, and return metrics. Raises: NonFiniteError before the
+        gradient is used."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-        """The examples in readable form, saved if a step is not finite."""
+        """The examples in readable form, to be saved if a step is not finite."""
 
 
 class Imitation:

@@ -25,14 +25,14 @@ class StageContext:
     stage: Stage
     recipe: Recipe
     policy: Policy
-    """Initialised as the stage requires; trained in place."""
+    """The model to train in place, initialised as the stage requires."""
     splits: Splits
     collector: Collector
     folder: StageFolder
     metrics: JsonLines
     progress: Progress
     load: Callable[[str], Policy]
-    """Loads a second model by name: the base model or an earlier method's."""
+    """Loads a second model by name: `base`, or an earlier method."""
 
     def seed(self, *parts: int | str) -> int:
         return derive_seed(self.recipe.seed, self.name, *parts)
@@ -40,14 +40,14 @@ class StageContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """Seconds per sequence, with all devices working."""
+    """Seconds per sequence, with all devices at work."""
 
     generate: float
-    """Sampling its response."""
+    """Time to sample the response."""
     score: float
-    """A pass without a gradient."""
+    """Time of a pass without a gradient."""
     update: float
-    """A forward and backward pass."""
+    """Time of a forward and backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ class Cost:
     updates: int = 1
     """Passes over the batch with a gradient."""
     scored: int = 0
-    """Most passes over the batch without one; fewer if the engine scores what it samples."""
+    """Most passes over the batch without a gradient; fewer if the engine scores its own samples."""
     sampled: int = 0
     """Solutions sampled in a step."""
     sampled_before: int = 0
@@ -71,7 +71,7 @@ class Cost:
     prompts: int = 0
     """Different prompts in a step."""
     reference: bool = False
-    """Whether the initial policy is held as a reference."""
+    """Whether the initial policy is kept as a reference."""
     value_model: bool = False
     """Whether a second transformer is trained for the values."""
     state_bits: Literal[32, 8] = 32
@@ -92,20 +92,20 @@ class Cost:
 
 
 class Stage(Component, ABC):
-    """The base class of every stage. `check`, `plan` and the run use only this interface, so your
-    own stage is treated like ours."""
+    """The base class of every stage. `check`, `plan` and runs use only this interface, so they
+    treat your own stage like the others."""
 
     init: str = "base"
-    """Where this stage starts: `base`, a method, another run's stage folder
+    """The model that this stage starts from: `base`, a method, another run's stage folder
     (`runs/NAME/stages/NAME`) or a folder of LoRA adapters."""
 
     is_method: ClassVar[bool] = True
-    """Whether its model answers problems, so that it is evaluated and later stages can start from
-    it."""
+    """Whether the stage's model answers problems, so that it is evaluated and later stages can
+    start from it."""
     reads_rationales: ClassVar[bool] = False
-    """Whether it needs gold rationales."""
+    """Whether the stage needs gold rationales."""
     reads_questions: ClassVar[bool] = False
-    """Whether it samples solutions of the training questions."""
+    """Whether the stage samples solutions of the training questions."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -118,11 +118,11 @@ class Stage(Component, ABC):
         return ()
 
     def line(self) -> str:
-        """Its line in the schedule that `check` prints."""
+        """The stage's line in the schedule that `check` prints."""
         return f"from {self.init}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost | None:
-        """Its cost for these numbers of problems; None if it cannot be predicted."""
+        """The stage's cost for these numbers of problems; None if it cannot be predicted."""
         return None
 
     @abstractmethod

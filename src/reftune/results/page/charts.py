@@ -1,4 +1,4 @@
-"""The report's charts as plain data: learning curves, shares, voting curves. No pixels here."""
+"""The report's charts as plain data, without pixels: learning curves, shares, voting curves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Most points per series; longer series are averaged in buckets, so that a day's run stays a small
-page."""
+"""Most points per series; longer series are averaged in buckets, so that even the page of a day's
+run stays small."""
 
 STEPS, PASSES = "steps", "sequences"
 """Names of the horizontal axes."""
@@ -27,11 +27,11 @@ Number = float | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One line, or one layer of an area."""
+    """One line, or one layer of an area chart."""
 
     label: str
     colour: str
-    """Name of a CSS variable."""
+    """The name of a CSS variable."""
     x: list[float]
     y: list[Number]
     low: list[Number] | None = None
@@ -47,21 +47,21 @@ class Chart:
     key: str
     title: str
     explain: str
-    """One sentence for a student."""
+    """One sentence that explains the chart to a student."""
     series: tuple[Series, ...]
     kind: Literal["line", "area"] = "line"
     x_label: str = STEPS
     unit: Unit = "number"
     log_x: bool = False
     zero: bool = True
-    """Whether the axis must hold 0."""
+    """Whether the vertical axis must include 0."""
     floor: float | None = None
     """Lower end of the axis."""
     exact: bool = False
-    """Drawn as it is, without a running mean, however many points there are."""
+    """Whether to draw every point without a running mean, however many there are."""
 
     def json(self) -> dict[str, Any]:
-        """The data with which the page's script shows values."""
+        """The data that the page's script needs to show values."""
         series = [{"label": s.label, "colour": s.colour, "x": s.x, "y": s.y} for s in self.series]
         return {"x_label": self.x_label, "unit": self.unit, "series": series}
 
@@ -73,8 +73,8 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label → CSS variable. A known method always has its own colour; several recipes take colours
-    in turn."""
+    """Label → CSS variable. A known method always has its own colour; with several recipes, colours
+    are taken in turn."""
     if any("/" in label for label in labels):
         return {
             label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
@@ -97,12 +97,12 @@ class Entry:
     group: Group
     method: str
     name: str
-    """Shown to the reader; names the group if there are several."""
+    """The name shown to the reader, which includes the group if there are several."""
     colour: str
 
     @property
     def stages(self) -> list[StageResults]:
-        """One per run."""
+        """The stage in each run."""
         return [run.stages[self.method] for run in self.group.runs]
 
 
@@ -168,7 +168,7 @@ def _passes_at(run: RunResults, method: str, steps: Sequence[float]) -> list[flo
 def _aligned(
     stages: Sequence[StageResults], metric: str
 ) -> tuple[list[float], np.ndarray[Any, Any]]:
-    """Steps at which every run measured `metric`, and its values (runs, steps)."""
+    """The steps at which every run measured `metric`, and the metric's values (runs, steps)."""
     by_run = [
         {row.step: row.values[metric] for row in stage.metrics if metric in row.values}
         for stage in stages
@@ -179,7 +179,8 @@ def _aligned(
 
 
 def _clean(values: Sequence[float] | np.ndarray[Any, Any]) -> list[Number]:
-    """Five digits suffice on a screen; non-finite values are not drawn."""
+    """The values rounded to five digits, which suffice on a screen; None for non-finite values,
+    which are not drawn."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
 
 
@@ -210,7 +211,7 @@ class _Look:
 
     step: int
     passes: float
-    """Sequences trained on until then."""
+    """Number of sequences trained on before the evaluation."""
     accuracy: float
     n: int
 
@@ -227,7 +228,7 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
     series = [
         _dev_series(entry)
         for entry in entries(groups)
-        if entry.stages[0].kind != "reward_model"  # its dev accuracy is a reranker's
+        if entry.stages[0].kind != "reward_model"  # its dev accuracy is that of a reranker
     ]
     drawn = tuple(found for found in series if found is not None)
     if not drawn:
@@ -274,8 +275,8 @@ def _dev_series(entry: Entry) -> Series | None:
 
 
 def _dev_curve(run: RunResults, method: str) -> list[_Look]:
-    """Dev evaluations by passes since the base model. The stage's first point is the model it
-    started from."""
+    """Dev evaluations by passes since the base model. The first point is the evaluation of the
+    model that the stage started from."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     if start is not None and stage.metrics and looks and looks[0].step != 0:
@@ -316,7 +317,7 @@ def _chosen(run: RunResults, method: str) -> _Look | None:
 
 
 def _passes_before(run: RunResults, method: str) -> float:
-    """Passes spent on the model that `method` starts from."""
+    """Gradient passes spent on the model that `method` starts from."""
     init = run.stages[method].init
     if init not in run.stages or init == method:
         return 0.0
@@ -327,7 +328,7 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCompute:
-    """Two methods after equally many gradient passes."""
+    """A comparison of two methods after equally many gradient passes."""
 
     a: str
     b: str
@@ -358,7 +359,7 @@ def _best_until(series: Series, passes: float) -> float | None:
 
 
 def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Verdict shares by step, one chart per sampling stage."""
+    """Charts of the shares of verdicts by step, one chart per sampling stage."""
     layers = [
         (f"verdict/{verdict}", words, f"--verdict-{verdict}") for verdict, words in VERDICTS.items()
     ]
@@ -367,7 +368,7 @@ def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def time_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Seconds per step by phase, one chart per stage."""
+    """Charts of the seconds per step by phase, one chart per stage."""
     layers = [
         (metric, words, f"--phase-{index}") for index, (metric, words) in enumerate(PHASES.items())
     ]
@@ -420,7 +421,7 @@ def _area_charts(
 
 
 def voting_charts(table: ScoreTable) -> list[Chart]:
-    """maj@k, weighted@k, rerank@k and pass@k by k, for runs evaluated with samples."""
+    """Charts of maj@k, weighted@k, rerank@k and pass@k by k, for runs evaluated with samples."""
     curves = {
         method.label: _mean_curves(method.group, method.method)
         for method in table.methods

@@ -1,4 +1,4 @@
-"""Charts as SVG, for the page and for papers. Widths of letters are estimated."""
+"""Draws charts as SVG, for the page and for papers. Widths of letters are estimated."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from reftune.results.metrics import Unit
 from reftune.results.page.charts import Chart, Number, Series
 
 LETTER, BOLD_LETTER = 6.6, 7.2
-"""Width of a letter at an axis, and in the name of a line, in pixels."""
+"""Width in pixels of a letter at an axis, and of a letter in the name of a line."""
 MANY_POINTS = 40
-"""With more points, a line is drawn pale, with its running mean on top."""
+"""A line with more points is drawn pale, with its running mean on top."""
 NAME_HEIGHT = 15
 LOG_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -31,7 +31,7 @@ class Drawing:
 
     svg: Markup
     keys: tuple[tuple[str, str], ...]
-    """Colour and name of each series, unless the lines are labelled."""
+    """Colour and name of each series; empty if the lines carry labels."""
 
 
 def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Drawing:
@@ -75,7 +75,7 @@ def tag(name: str, *children: str, **attributes: object) -> Markup:
 
 
 def shown(value: Number, unit: Unit) -> str:
-    """A value as shown on the page: `62.4 %`, `0.25 s`, `2·10⁻⁷`."""
+    """A value as shown on the page: `62.4%`, `0.25 s`, `2·10⁻⁷`."""
     if value is None:
         return "–"
     if unit == "percent":
@@ -153,7 +153,7 @@ class _Plot:
 
 
 def _values(numbers: Sequence[Number] | None) -> Values:
-    """Values, with NaN for gaps."""
+    """The numbers as an array, with NaN for gaps."""
     return np.array([math.nan if y is None else y for y in numbers or ()], dtype=float)
 
 
@@ -190,7 +190,7 @@ def _lay_out(chart: Chart, width: int, height: int, is_hero: bool) -> _Plot:
 
 
 def _range(chart: Chart) -> tuple[float, float]:
-    """Least and largest value of the vertical axis."""
+    """The lower and upper end of the vertical axis."""
     if chart.kind == "area":
         low, high = 0.0, float(_stacked(chart)[-1].max())
     else:
@@ -212,8 +212,8 @@ def _range(chart: Chart) -> tuple[float, float]:
 
 
 def _without_spikes(ys: Values) -> float:
-    """The upper end of the axis. A single spike, which would flatten the rest, leaves the frame at
-    the top."""
+    """The upper end of the axis, below a single spike that would flatten the rest: such a spike
+    leaves the frame at the top."""
     usual, highest = float(np.quantile(ys, 0.98, method="lower")), float(ys.max())
     return 1.5 * usual if len(ys) > MANY_POINTS and 0 < 4 * usual < highest else highest
 
@@ -244,7 +244,7 @@ def _axes(chart: Chart, plot: _Plot) -> list[Markup]:
     texts = [_step_text(tick, is_short=plot.width <= 560) for tick in ticks]
     places = [float(plot.x(tick)) for tick in ticks]
     texts[-1:] = [f"{text} {chart.x_label}" for text in texts[-1:]]
-    free = math.inf  # placed from the right; labels that would collide are left out
+    free = math.inf  # labels are placed from the right, and those that would collide are left out
     for x, text in reversed(list(zip(places, texts, strict=True))):
         size = LETTER * len(text)
         left = min(x - size / 2, plot.width - size)
@@ -259,12 +259,12 @@ def _step_text(value: float, *, is_short: bool) -> str:
 
 
 def px(value: float) -> str:
-    """A length, rounded to a tenth of a pixel."""
+    """A length as text, rounded to a tenth of a pixel."""
     return f"{value:.1f}".removesuffix(".0")
 
 
 def _path(xs: Values, ys: Values) -> str:
-    """A path that breaks at gaps."""
+    """An SVG path that breaks at gaps."""
     drawn, pen = "", "M"
     for x, y in zip(xs, ys, strict=True):
         drawn, pen = (drawn, "M") if math.isnan(y) else (f"{drawn}{pen}{x:.1f} {y:.1f}", "L")
@@ -278,7 +278,7 @@ def _band(plot: _Plot, xs: Sequence[float], low: Values, high: Values) -> str:
 
 
 def _stacked(chart: Chart) -> Values:
-    """The upper edge of each layer, shape (series, points)."""
+    """The upper edge of each layer (series, points)."""
     return np.cumsum([np.nan_to_num(_values(series.y)) for series in chart.series], axis=0)
 
 
@@ -341,7 +341,7 @@ def _chosen(series: Series, plot: _Plot) -> Markup:
 
 @dataclass(slots=True)
 class _Name:
-    """The name of a line, at its end."""
+    """The name of a line, written at its end."""
 
     series: Series
     left: float
@@ -368,7 +368,7 @@ def _ends_late(series: Series, last_x: float) -> bool:
 
 
 def _written(names: Sequence[_Name], plot: _Plot) -> list[Markup]:
-    """Heights of the names, moved apart: first down, then up from the bottom."""
+    """The names as text, moved apart: first down, then up from the bottom."""
     names = sorted(names, key=lambda name: name.y)
     for index, name in enumerate(names):
         above = [other.y + NAME_HEIGHT for other in names[:index] if other.overlaps(name)]

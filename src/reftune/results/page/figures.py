@@ -1,4 +1,4 @@
-"""The page's main charts as SVG and PNG, for papers and slides."""
+"""Writes the page's main charts as SVG and PNG files, for papers and slides."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ ROW, BAR = 34, 26
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
-    """`accuracy` (bars with intervals) and one figure per curve (`dev_accuracy`, `reward_mean`,
-    `maj@k`, …), each as .png and .svg.
-
-    Returns: the files.
+    """Write `accuracy` (bars with intervals) and one figure per curve (`dev_accuracy`,
+    `reward_mean`, `maj@k`, …), each as .png and .svg, and return the files.
 
     Raises: DataError if a run is missing, damaged or unfinished, or if runs answered different
     problems.
@@ -58,7 +56,7 @@ def _save(stem: Path, svg: str) -> list[Path]:
 
 
 def _titled(title: str, drawing: Markup, height: int) -> str:
-    """A file of its own: the light page's colours and rules, a title above the drawing."""
+    """A complete SVG file: a title above the drawing, with the light page's colours and rules."""
     css = (ASSETS / "page.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", css.partition("data-theme")[0]))
     rules = "\n".join(re.findall(r"^\.chart (?:text|\.).*$", css, re.MULTILINE)).replace(
@@ -79,7 +77,8 @@ def _titled(title: str, drawing: Markup, height: int) -> str:
 
 
 def _bars(table: ScoreTable) -> str:
-    """Greedy accuracies; a line through the end of each bar is its 95% interval."""
+    """A bar chart of greedy accuracies; the line through the end of each bar is its 95%
+    interval."""
     colours = method_colours([method.label for method in table.methods])
     names = [display(method.label) for method in table.methods]
     left = 14 + LETTER * max(map(len, names))

@@ -1,5 +1,5 @@
-"""The problems and sampled solutions in the report, within a budget of bytes, as plain data for the
-page's script."""
+"""Chooses the problems and sampled solutions in the report, within a budget of bytes, as plain data
+for the page's script."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Json = dict[str, Any]
 def problems(groups: Sequence[Group]) -> Json:
     """Test problems with the answer of each method side by side, in the first seed of each group.
 
-    Problems on which methods disagree come first into the budget; all are shown in the order of the
-    evaluation.
+    Problems on which methods disagree are chosen first; all chosen ones are shown in the order of
+    the evaluation.
     """
     pairs = [(group, name) for group in groups for name in group.methods]
     names = [label_of(groups, group, name) for group, name in pairs]
@@ -89,8 +89,8 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 
 
 def _order(pool: Sequence[TrainingSample]) -> list[int]:
-    """Indices in the order of inclusion: the longest and slowest, then every 2ⁿ-th with falling n,
-    so that any beginning is spread over the whole."""
+    """Indices in the order of inclusion: the longest and slowest samples, then every 2ⁿ-th with
+    falling n, so that the first few always spread over the whole stage."""
     tokens = [sample.attempt.num_tokens or 0 for sample in pool]
     seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
     extreme = {

@@ -1,4 +1,4 @@
-"""One self-contained page about one or several runs."""
+"""Writes one self-contained page about one or several runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
-    """Write the page; runs may be unfinished. Returns its path.
+    """Write the page, and return its path. Runs may be unfinished.
 
     Raises: DataError if a run is missing or damaged, or if runs answered different problems;
     CheckpointError.
@@ -105,8 +105,8 @@ def render_report(groups: Sequence[Group]) -> str:
 
 
 def script_json(value: Any) -> Markup:
-    """JSON that is safe inside a script element: no `<`, `>` or `&` is left, so no `</script>` and
-    no `<!--`."""
+    """JSON that is safe inside a script element: it contains no `<`, `>` or `&`, and therefore no
+    `</script>` and no `<!--`."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -134,7 +134,7 @@ class _Panel:
 
     @property
     def columns(self) -> int:
-        """Most columns; chosen so that a row rarely holds a single chart."""
+        """The largest number of columns, chosen so that a row rarely holds a single chart."""
         count = len(self.charts)
         return count if count <= 4 else 4 if count in (7, 8) else 3
 
@@ -220,7 +220,7 @@ class _Scale:
 
 
 def _scale(bounds: Iterable[float]) -> _Scale:
-    """An axis of round ticks around `bounds` (shares or differences of them)."""
+    """An axis with round ticks around `bounds`, which are shares or differences of shares."""
     known = [*bounds] or [0.0, 1.0]
     spread = max(known) - min(known)
     step = next((step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if spread / step <= 7), 0.25)
@@ -257,7 +257,8 @@ def _votes(table: ScoreTable) -> str:
 
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
-    """Greedy differences from the baseline and from the best method, with a scale that holds 0."""
+    """Differences in greedy accuracy from the baseline and from the best method, on a scale that
+    includes 0."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
     of_baseline = [found for found in greedy if table.baseline in (found.a, found.b)]
@@ -281,8 +282,8 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """Which problems the best method and the baseline solved, in the first seed; None without two
-    methods."""
+    """The problems that the best method and the baseline solved in the first seed; None if there
+    are not two methods."""
     best = leader(table)
     if best is None:
         return None
@@ -307,8 +308,8 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Recipe keys in which the groups differ, with each group's value, apart from seeds and
-    names."""
+    """The recipe keys in which the groups differ, except seeds and names, with each group's
+    value."""
     flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(
         key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir")
@@ -321,7 +322,7 @@ def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """`stages.reft.steps` → `40`, for every leaf."""
+    """The dotted key and the value of every leaf: `stages.reft.steps` and `40`."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
@@ -340,7 +341,7 @@ def _count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`4 min 12 s`; the two largest units."""
+    """A duration in its two largest units, such as `4 min 12 s`."""
     if seconds is None:
         return "–"
     whole, units = round(seconds), ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
