@@ -31,7 +31,7 @@ def run(
     recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True
 ) -> dict[str, Any]:
     """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune
-    run` does; resumes an unfinished run.
+    run` does. An unfinished run is resumed.
 
     If a launcher starts several processes, all must call it.
 
@@ -130,8 +130,8 @@ def evaluate(
 
     `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id or a loaded
     `Policy`; `problems` are `Problem`s or mappings with `question`, `answer` and perhaps `id` and
-    `choices`. Format and token limit come from the run that a stage folder belongs to, or are `nl`
-    and 256. Raises: ReftuneError.
+    `choices`. By default, format and token limit are those of the run that a stage folder belongs
+    to, or else `nl` and 256. Raises: ReftuneError.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts

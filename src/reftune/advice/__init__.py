@@ -1,2 +1,2 @@
-"""Predicts, before a run starts, whether it will work, how long it will take and how much memory it
-will need."""
+"""Predicts whether a run will work, how long it will take and how much memory it will need, before
+it starts."""

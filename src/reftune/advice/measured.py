@@ -1,4 +1,4 @@
-"""This machine's speed of training and sampling, from a short measurement, and its free memory."""
+"""Measures this machine's speed of training and sampling, and its free memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ WARM_TOKENS = 256
 """Tokens trained on before the clock starts: a first pass chooses kernels, casts weights and
 allocates."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
-"""Tokens sampled per row before the clock starts, and the least number while it runs: a token takes
-far less time than reading a prompt."""
+"""Tokens sampled per row before the clock starts, and the smallest number while it runs. A token
+takes far less time than reading a prompt."""
 BUDGET_S = 8.0
-"""Target length of a timed pass, in seconds; a large model's pass is then smaller than in
+"""Target length of a timed pass, in seconds. A large model's pass may therefore be smaller than in
 training."""
 STEADY_S = 0.5
 """Shorter passes are repeated for this many seconds."""
@@ -38,9 +38,9 @@ class Speed:
     """Tokens per second on this machine."""
 
     train: float
-    """Tokens of prompt and response, forward and backward."""
+    """Tokens of prompts and responses per second, in forward and backward passes."""
     sample: float
-    """Tokens of responses, over all rows."""
+    """Tokens of responses per second, over all rows."""
 
     def pace(self, *, prompt: float, response: float) -> Pace:
         """The pace for sequences of these mean lengths, in tokens."""
@@ -58,7 +58,7 @@ def measure_speed(
     max_tokens: int,
 ) -> Speed:
     """Time training on `rows` sequences (at most `max_tokens` tokens, no optimizer step) and
-    sampling equally many, both after a warm-up."""
+    sampling as many, both after a warm-up."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(
@@ -91,15 +91,15 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Speed of sampling solutions of `num_tokens`, extrapolated if there is only time to sample
-    their beginnings."""
+    """Speed of sampling solutions of `num_tokens` tokens, extrapolated if there is only time to
+    sample their beginnings."""
 
     def sample(length: int) -> int:
         completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
         return sum(len(completion.token_ids) for completion in completions)
 
     sample(WARM_NEW_TOKENS)
-    begun_s = _seconds(lambda: sample(WARM_NEW_TOKENS))  # mostly for reading the prompts
+    begun_s = _seconds(lambda: sample(WARM_NEW_TOKENS))  # mostly the time to read the prompts
     length = max(FEWEST_NEW_TOKENS, min(num_tokens, int(BUDGET_S / begun_s * WARM_NEW_TOKENS)))
     started = time.perf_counter()
     num_sampled = sample(length)
@@ -118,8 +118,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Free memory of the device; on a CPU, no more than a container or the other processes leave
-    to this one."""
+    """Free memory of the device; on a CPU, at most what a container or the other processes leave to
+    this process."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

@@ -1,5 +1,5 @@
-"""The memory (by part) and step time (by phase) of a recipe on given hardware, computed from the
-model's configuration.
+"""Computes a recipe's memory (by part) and step time (by phase) on given hardware, from the model's
+configuration.
 
 The equations are in docs/experiments/plan.md.
 """
@@ -25,7 +25,7 @@ NETWORK = 50 * GB
 """Bytes per second from a GPU to other machines: one 400 Gbit/s adapter per GPU, as in NVIDIA's DGX
 H100."""
 DECODE_EFFICIENCY = 0.5
-"""Assumed share of the roofline that decoding reaches; the benchmark's target."""
+"""Share of the roofline that decoding is assumed to reach: the benchmark's target."""
 ARITHMETIC = "arithmetic"
 
 
@@ -39,7 +39,7 @@ class Gpu:
     memory: float
     """Bytes per second."""
     link: float
-    """Bytes per second, in each direction, to GPUs of the same machine."""
+    """Bytes per second, in each direction, to other GPUs of the same machine."""
 
 
 GPUS = {
@@ -58,7 +58,7 @@ class Hardware:
     """Memory of one GPU, in bytes."""
     kind: str
     mfu: float
-    """Share of the peak arithmetic that scoring and updating reach."""
+    """Share of the peak arithmetic that scoring and updating are assumed to reach."""
 
     @property
     def gpu(self) -> Gpu:
@@ -81,7 +81,7 @@ class Phase:
 
     seconds: float
     bound: str
-    """The resource that limits its speed."""
+    """The resource that limits the phase's speed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ class Step:
     phases: Mapping[str, Phase]
     seconds: float
     bottleneck: str
-    """The longest phase and its `bound`."""
+    """The longest phase, and its `bound`."""
     steps: float
     stage_seconds: float
     """Seconds of all steps, excluding dev evaluations."""
@@ -131,8 +131,8 @@ class Plan:
     """Stage → the best division into GPUs that sample and GPUs that train, and the step's seconds.
     """
     steps: Mapping[str, Step]
-    """Each stage's step under `sharding`, or, if none fits, under the sharding that needs the least
-    memory."""
+    """Each sampling stage's step under `sharding` or, if no sharding fits, under the one that needs
+    the least memory."""
     assumed: Mapping[str, Any]
 
 
@@ -144,8 +144,8 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """The plan of all stages, or `only` one. `prompt` and `response` are lengths in tokens, by
-    default `lengths.max_prompt` (or 256) and `max_new`.
+    """The plan of all stages, or of the stage `only`. `prompt` and `response` are lengths in
+    tokens, by default `lengths.max_prompt` (or 256) and `max_new`.
 
     Raises: RecipeError if no such stage states its cost; ModelError if the configuration cannot be
     read.
@@ -181,7 +181,7 @@ def make_plan(
     planners = {name: {way: planner(cost, way) for way in ways} for name, cost in wanted.items()}
     stage = max(planners, key=lambda name: planners[name]["one"].share.peak)
     memory = {way: made.share for way, made in planners[stage].items()}
-    usable = ways[-2:]  # all GPUs are used
+    usable = ways[-2:]  # the shardings that use all GPUs
     fits = [way for way in usable if memory[way].fits]
     way = fits[0] if fits else min(usable, key=lambda way: memory[way].peak)
     sampling = {name: planners[name][way] for name, cost in wanted.items() if cost.sampled}
@@ -240,7 +240,8 @@ class Planner:
         return models * (update.flops if backward else update.forward_flops) / 2
 
     def step(self, *, samplers: int | None = None) -> Step:
-        """If `samplers` is given, that many GPUs only sample and the others only train."""
+        """The time of a step. With `samplers`, so many GPUs only sample and the others only
+        train."""
         trainers = self.hardware.gpus - (samplers or 0)
         generate, update = self.generate(samplers or self.hardware.gpus), self.update(trainers)
         pace = Pace(
@@ -314,7 +315,7 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """The best division into sampling and training GPUs, which wait for each other because
+        """The best division into sampling GPUs and training GPUs, which wait for each other because
         samples come from the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)

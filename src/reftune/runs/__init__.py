@@ -1,1 +1,1 @@
-"""A whole run: stages in order, evaluation, summary, export."""
+"""Runs as a whole: stages in order, evaluation, summary, export."""

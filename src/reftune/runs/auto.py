@@ -1,5 +1,5 @@
-"""Keys set to `auto`: the device is this machine's best; the others are chosen when a run begins
-and kept when it resumes."""
+"""Chooses the values of keys set to `auto`. The device is this machine's best; the other values are
+chosen when a run begins and kept when it resumes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SIZES = (256, 1024)
 """Sizes of the square matmuls that decide the dtype: the small one quickly rules out a CPU that
 emulates bf16, and the large one keeps all cores busy."""
 EMULATED = 4.0
-"""bf16 counts as emulated if it takes this many times as long."""
+"""bf16 counts as emulated if a matmul takes this many times as long as in fp32."""
 Key = tuple[str, str]
-"""Table and key of a recipe."""
+"""A table of the recipe, and a key in it."""
 Values = dict[Key, Any]
 AUTO = "auto"
 DTYPE, TOKENS, ROWS = KEYS = (
@@ -40,12 +40,12 @@ DTYPE, TOKENS, ROWS = KEYS = (
 ROWS_UNFORESEEN = 32
 """Rows decoded at once if no stage states its cost."""
 VOCABULARY = 4096
-"""Assumed vocabulary of a model from scratch."""
+"""Assumed vocabulary size of a from-scratch model."""
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """`recipe` with a value for each `auto`: the run folder's, or one for this machine. All
-    processes take the main process's values.
+    """`recipe` with a value in place of each `auto`: the run folder's, or a value for this machine.
+    All processes take the main process's values.
     """
     return (
         _with(recipe, world.from_main(lambda: _choices(recipe))) if _open_keys(recipe) else recipe
@@ -67,7 +67,7 @@ def _choices(recipe: Recipe) -> Values:
 
 
 def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """The sizes that the device's memory allows, over all stages that state their cost."""
+    """The largest sizes that fit in the device's memory in every stage that states its cost."""
     if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))
@@ -93,8 +93,8 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether all sizes fit easily, so that tracing is unnecessary: no block keeps more than 400
-    bytes for each of its inputs."""
+    """Whether even the largest sizes fit easily, so that tracing is unnecessary, given that no
+    block keeps more than 400 bytes per input."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
@@ -143,7 +143,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def total_bytes(device: torch.device) -> float:
-    """Total memory of a device; on a CPU, this process's share of the machine's or container's."""
+    """Total memory of a device; on a CPU, this process's share of the machine's or container's
+    memory."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -182,7 +183,7 @@ def _rate(
     rows, inner, columns = shape
     left = torch.ones(rows, inner, device=device, dtype=dtype)
     right = torch.ones(columns, inner, device=device, dtype=dtype)
-    torch.nn.functional.linear(left[:1], right)  # chooses kernels
+    torch.nn.functional.linear(left[:1], right)  # the first call chooses kernels
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         started = time.perf_counter()

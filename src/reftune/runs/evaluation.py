@@ -1,5 +1,5 @@
-"""Evaluation of a chosen model: a greedy answer and n samples per problem, graded once, one JSON
-line per problem."""
+"""Evaluates a chosen model: a greedy answer and n samples per problem are graded and stored, one
+JSON line per problem."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from reftune.storage.files import in_parts
 from reftune.types import Attempt, Completion, Graded, Problem, Verdict
 
 PROBLEMS_AT_ONCE = 250
-"""Problems answered together; an interrupted evaluation continues after the last whole part."""
+"""Number of problems answered together; an interrupted evaluation continues after the last whole
+part."""
 
 
 def evaluate(
@@ -28,9 +29,9 @@ def evaluate(
     method: str,
     path: Path,
 ) -> list[dict[str, Any]]:
-    """Answer `problems` and write `path`, keeping whole parts that exist already. Returns all
-    lines. Every sample is a function of the weights, the seed and the problem's position, so an
-    interruption changes nothing.
+    """Answer `problems`, write the answers to `path`, and return all lines. Whole parts that exist
+    already are kept. Every sample is a function of the weights, the seed and the problem's
+    position, so an interruption changes nothing.
     """
 
     def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
@@ -88,13 +89,13 @@ def _answer(
 
 
 def _attempt(completion: Completion, graded: Graded) -> Attempt:
-    timeless = replace(graded, program_s=None)  # so that a repeated evaluation is the same file
+    timeless = replace(graded, program_s=None)  # so that a repeated evaluation gives the same file
     return Attempt(
         completion=completion.text, graded=timeless, finish_reason=completion.finish_reason
     )
 
 
 def accuracy(rows: Sequence[dict[str, Any]]) -> float:
-    """Share of greedy answers that are right."""
+    """The share of greedy answers that are right."""
     verdicts: list[str] = [row["greedy"]["verdict"] for row in rows]
     return verdicts.count(Verdict.CORRECT.value) / len(verdicts)

@@ -1,5 +1,5 @@
-"""Export a chosen model to a folder that works as the model did in training: weights, config,
-generation config, tokenizer and a model card. Or export only its adapters."""
+"""Exports a chosen model, or only its adapters, to a folder that works as the model did in
+training: weights, config, generation config, tokenizer and a model card."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
-    """Write `out`, which loads with plain `from_pretrained` and in vLLM. Adapters are already
-    merged; `adapter` writes only the adapters, for use with the base model.
+    """Write the model to `out`, which loads with plain `from_pretrained` and in vLLM, and return
+    `out`. Adapters are already merged; with `adapter`, only the adapters are written, for use with
+    the base model.
 
     Raises: CheckpointError if the method is not finished, has no adapters, or `out` exists.
     """
@@ -64,8 +65,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
 
 
 def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
-    """Upload an exported model to `OWNER/NAME` on the Hub, creating it if needed. Returns its
-    address.
+    """Upload an exported model to the Hub repository `OWNER/NAME`, which is created if needed, and
+    return its address.
 
     Raises: ModelError if the Hub rejects the upload or cannot be reached; the folder stays.
     """
@@ -77,7 +78,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
         api.upload_folder(
             folder_path=folder, repo_id=repository, commit_message="Exported by reftune"
         )
-    # the Hub's errors are OSErrors or ValueErrors, httpx's are neither
+    # the Hub's errors are OSErrors or ValueErrors; httpx's are neither
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{repository}: cannot be pushed, and stays in {folder}: {brief(error)}"
@@ -91,7 +92,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
-    """How to prompt the model so that it answers as in the evaluation."""
+    """The settings with which a client prompts the model as the evaluation did."""
 
     name: str
     encoder: Encoder
@@ -143,12 +144,12 @@ class Base:
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The value for vLLM's `--max-lora-rank`."""
+"""The values that vLLM's `--max-lora-rank` accepts."""
 
 
 def _serving(run: RunFolder, stage: Path) -> Serving | None:
-    """None if the recipe, its data or the tokenizer cannot be read any more: the card then shows no
-    prompt, and the files stay as training left them."""
+    """The settings of a stage's model. None if the recipe, its data or the tokenizer can no longer
+    be read: the card then shows no prompt, and the files stay as training left them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
@@ -185,7 +186,7 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
     """Make training's settings the tokenizer's defaults: no BOS before a bare text, and the
     arguments of the chat template, unless a client gives others."""
     if isinstance(prompt, BareText) and bos_of(tokenizer):
-        tokenizer.add_bos_token = False  # rewrites its post-processor
+        tokenizer.add_bos_token = False  # this rewrites the post-processor
     if isinstance(prompt, Conversation):
         defaults = "".join(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}"
@@ -201,7 +202,7 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
 
 
 def _literal(value: Any) -> str:
-    """A value of a recipe as Jinja writes it."""
+    """A recipe's value as a Jinja literal."""
     return "none" if value is None else json.dumps(value)
 
 
@@ -209,8 +210,8 @@ def _literal(value: Any) -> str:
 
 
 def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base | None) -> str:
-    """The model card, from the run's own files: what the model is, how it was made, how good it is
-    and how to prompt it. `base` is the base model of adapters."""
+    """The model card, written from the run's files: it describes the model, its training, its
+    accuracy and its prompt. `base` is the base model of adapters."""
     recipe = run.recipe.read_text(encoding="utf-8")
     stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
     table = yaml.safe_load(recipe)
@@ -300,7 +301,8 @@ From this folder:
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
-    """A server and a request; empty for a quantized base, with which vLLM is not tested."""
+    """Shell commands for a server and a request; empty for a quantized base, with which vLLM is not
+    tested."""
     if base is not None and base.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"
@@ -344,14 +346,14 @@ def _python(serving: Serving, base: Base | None) -> str:
     options = ", return_full_text=False"
     if not (serving.adds_special_tokens or isinstance(prompt, Conversation)):
         options += ", add_special_tokens=False"
-    if serving.stop:  # a generation config that had them would fail without a tokenizer
+    if serving.stop:  # a generation config with stop strings would fail without a tokenizer
         options += f", stop_strings={serving.stop!r}, tokenizer=generate.tokenizer"
     names, lines, load = ["pipeline"], [], ""
     if base is not None and base.is_quantized:
         names.append("BitsAndBytesConfig")
         lines.append('bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
         load = ', model_kwargs={"quantization_config": bits}'
-    if base is not None:  # a pipeline of adapters takes tokenizer and generation config of the base
+    if base is not None:  # a pipeline of adapters uses the base's tokenizer and generation config
         names.append("GenerationConfig")
         load = f', tokenizer="."{load}'
     lines.append(f'generate = pipeline("text-generation", "."{load})')

@@ -1,5 +1,5 @@
-"""A run: its stages in order, each followed by the evaluation of its methods, then summary and
-report; all of it resumable."""
+"""A run trains its stages in order, evaluates the methods of each, and writes summary and report.
+All of this can be resumed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 
 
 def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
-    """Run only the stages of these kinds; the methods they start from must exist. Raises: as
+    """Run only the stages of these kinds. The methods that they start from must exist. Raises: see
     `run_recipe`."""
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
@@ -83,8 +83,8 @@ def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) ->
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate finished methods; if `methods` is empty, all that the recipe names. Returns: the
-    summary."""
+    """Evaluate finished `methods`, or all methods that the recipe evaluates if it is empty, and
+    return the summary."""
     check_stage_graph(recipe)
     methods = methods or methods_to_evaluate(recipe)
     _require_trained(recipe, methods)
@@ -97,7 +97,7 @@ def evaluate_methods(
 
 @contextmanager
 def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
-    """Open or create a recipe's run folder and lock it against a second process. Raises:
+    """Open or create a recipe's run folder, and lock it against a second process. Raises:
     CheckpointError for a folder that cannot be written, is in use or is not a run folder;
     RecipeError if it belongs to another recipe.
     """
@@ -121,7 +121,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
 
 
 def unclaimed(recipe: Recipe, splits: Splits | None = None) -> Run:
-    """A run to read from: its folder is not claimed, and nothing is reported."""
+    """A run for reading only: its folder is not claimed, and nothing is reported."""
     return Run(
         recipe=recipe,
         splits=load_splits(recipe) if splits is None else splits,
@@ -134,7 +134,7 @@ def unclaimed(recipe: Recipe, splits: Splits | None = None) -> Run:
 def threads_of(recipe: Recipe) -> Iterator[None]:
     """Use the recipe's number of CPU threads, then restore the previous number."""
     before = torch.get_num_threads()
-    # setting the number that is set already makes decoding a quarter slower
+    # setting the same number again makes decoding a quarter slower
     if recipe.threads in (None, before):
         yield
         return
@@ -154,7 +154,8 @@ class Run:
     folder: RunFolder
     progress: Progress
     loaded: dict[tuple[str, bool], Policy] = field(default_factory=dict)
-    """The last loaded policy, unchanged, by method and whether it has fresh adapters; at most one.
+    """The last loaded policy, unchanged: at most one, by method and by whether it was built for
+    training with adapters or checkpointing.
     """
 
     def is_trained(self, name: str) -> bool:
@@ -173,7 +174,7 @@ class Run:
             init = None if following is None else self.recipe.stages[following].init
             own = _methods_of(name, self.recipe.stages[name])
             left = [method for method in methods_to_evaluate(self.recipe) if method in own]
-            # the model that the next stage starts from comes last, and is passed on
+            # the model that the next stage starts from comes last, so that it stays loaded
             for method in sorted(left, key=lambda method: method == init):
                 self.evaluate(method)
         self.score_samples()
@@ -197,8 +198,8 @@ class Run:
             gold_examples(train, collector, policy)
 
     def train(self, name: str) -> None:
-        """Run stage `name` unless it is done. Raises: RecipeError if the method it starts from
-        is not there yet."""
+        """Run stage `name` unless it is done. Raises: RecipeError if the method it starts from is
+        not trained yet."""
         if self.is_trained(name):
             return
         stage = self.recipe.stages[name]
@@ -225,14 +226,14 @@ class Run:
         world.wait(f"the end of {name}")
 
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
-        """Load the base model or a finished method's model. If `trained`, it is for training, with
-        adapters if the recipe asks for them; if not, it must not be changed. With a 4-bit base,
-        adapters continue from those of `method`; else they are fresh."""
+        """Load the base model or a finished method's model. If `trained`, the model may be trained
+        and has adapters if the recipe sets them; if not, it must not be changed. With a 4-bit base,
+        training continues the adapters of `method`; else adapters are fresh."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (method, trained and is_other)
         if key not in self.loaded:
-            self.loaded.clear()  # before the next one takes memory
+            self.loaded.clear()  # before the next policy takes memory
             # a policy that was only read can be trained later, unless the two are built differently
             self.loaded[key] = self._load_policy(method, trained=trained or not is_other)
         return self.loaded[key]
@@ -314,8 +315,8 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Answer the test (or dev) problems once with a method's model; on multiple choice, also
-        check for signs of reward hacking."""
+        """Answer the test (or dev) problems with a method's model; on multiple choice, also check
+        for signs of reward hacking."""
         table, problems, path = (
             self.recipe.evaluate,
             self.problems_to_evaluate(),
@@ -333,7 +334,7 @@ class Run:
             self.probe_choices(method, problems)
 
     def probe_choices(self, method: str, problems: Sequence[Problem]) -> None:
-        """Probe for reward hacking, once: see `stages.probes.choices`."""
+        """Check a method for reward hacking, unless that is done; see `stages.probes.choices`."""
         path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(problems):
             return
@@ -373,8 +374,8 @@ class Run:
         return load_classifier(policy, Encoder(policy.tokenizer, self.recipe.format), folder)
 
     def check_reranker(self) -> None:
-        """Raises: ModelError if the reranker is from another run whose tokenizer differs from this
-        run's."""
+        """Check the reranker's tokenizer. Raises: ModelError if the reranker comes from another run
+        whose tokenizer differs from this run's."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(
@@ -382,7 +383,7 @@ class Run:
             )
 
     def summarize(self) -> dict[str, Any]:
-        """Write summary.json and report.html from the files of the run alone."""
+        """Write summary.json and report.html, reading only the run's files."""
         from reftune.results import summarize
 
         summary = world.from_main(lambda: summarize(self.folder.path))
@@ -391,7 +392,7 @@ class Run:
         return summary
 
     def report(self) -> None:
-        """Write report.html of the run so far."""
+        """Write report.html for the run so far."""
         from reftune.results import write_report
 
         if world.is_main():
@@ -441,8 +442,8 @@ def stage_folder(recipe: Recipe, method: str) -> StageFolder:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Check that stages start only from `base` or earlier methods, that no method is made twice,
-    and that the reranker is a reward model. Raises: RecipeError."""
+    """Check that stages start only from `base` or earlier methods, that no two stages save the same
+    method, and that the reranker is a reward model. Raises: RecipeError."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:
@@ -473,7 +474,8 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 
 def methods_to_evaluate(recipe: Recipe) -> list[str]:
-    """In the order of training; a stage's snapshots before the stage."""
+    """The methods to evaluate in the order of training; a stage's snapshots come before the
+    stage."""
     methods = [
         method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)
     ]

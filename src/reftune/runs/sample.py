@@ -1,4 +1,4 @@
-"""A few sampled solutions with their verdicts, for reading."""
+"""Samples a few solutions and their verdicts, for reading."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from reftune.types import Attempt, Problem
 def sample_method(
     recipe: Recipe, method: str, *, split: str, num: int, temperature: float
 ) -> list[dict[str, Any]]:
-    """Solutions of the first `num` problems of a split by a finished method of the recipe's run, or
-    by `base`.
+    """Solutions of a split's first `num` problems by `base`, or by a finished method of the
+    recipe's run.
 
     Raises: RecipeError if the method is not trained yet.
     """
@@ -37,7 +37,8 @@ def sample_rows(
     *,
     temperature: float,
 ) -> list[dict[str, Any]]:
-    """One row per problem: question, gold, completion, verdict and the reason for it."""
+    """One row per problem: question, gold answer, completion, verdict and the reason for the
+    verdict."""
     solved = collector.solve(policy, problems, temperature=temperature, seed=recipe.seed)
     return [
         {

@@ -1,1 +1,1 @@
-"""Everything that a user types and sees."""
+"""The commands that a user types and the output that a user sees."""

@@ -1,8 +1,8 @@
-"""The command line: reads arguments, calls one function, prints its result.
+"""The command line. Each command reads its arguments, calls one function and prints the result.
 
-Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 bad input (one
-line on stderr), 130 interrupted. Heavy modules are imported inside the command that needs them, so
-that `--help` answers at once.
+Results go to stdout, everything else to stderr. The exit status is 0 for done, 1 for failed, 2 for
+bad input (one line on stderr), 130 for interrupted. Heavy modules are imported inside the command
+that needs them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def say(message: str) -> None:
 
 
 def show(document: Any) -> None:
-    """Print the result as one JSON document."""
+    """Print a result as one JSON document."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
@@ -109,9 +109,9 @@ def _settings(
 
 @app.command()
 def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Watch a small model learn to reason. Takes a few minutes on two cores.
+    """Watch a small model learn to reason, which takes a few minutes on two cores.
 
-    A supervised warm-up, then SFT and ReFT compared from there on the same questions.
+    After a supervised warm-up, SFT and ReFT continue on the same questions and are compared.
     """
     _run(_load(DEMO, overrides), None, as_json=as_json, quiet=quiet)
 
@@ -120,7 +120,7 @@ def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = Fa
 def run(
     recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """Run all stages of a recipe. Continues where an earlier run stopped."""
+    """Run all stages of a recipe, continuing where an earlier run stopped."""
     _run(_load(recipe, overrides), None, as_json=as_json, quiet=quiet)
 
 
@@ -173,8 +173,8 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 
 @contextmanager
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
-    """A progress view that is always closed; an interruption names the checkpoint to continue
-    from."""
+    """A progress view that is closed in any case. After an interruption, a message names the
+    checkpoint to continue from."""
     from reftune.stages.loop import Interrupted, stop_signals
     from reftune.terminal.live import make_progress
     from reftune.terminal.trackers import tracked
@@ -220,15 +220,15 @@ def init(
     question: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Its column, if it is not recognised.")
     ] = None,
-    answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
-    rationale: Annotated[str | None, typer.Option(metavar="COLUMN", help="Likewise.")] = None,
+    answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its column.")] = None,
+    rationale: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its column.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The recipe to write; must not exist. Default: DATA's name.yaml."),
     ] = None,
 ) -> None:
-    """Write a commented recipe for your own data. Asks for anything that the flags do not specify.
-    Prints the recipe's path."""
+    """Write a commented recipe for your own data. It asks for anything that the flags do not
+    specify, and prints the recipe's path."""
     from reftune.advice.golds import gold_kinds, golds_text
     from reftune.terminal.init import Wishes, default_out, guess_format, guess_shape, write_recipe
 
@@ -263,8 +263,8 @@ def init(
 
 
 def _ask(question: str, default: str | None, *, flag: str) -> str:
-    """Ask on the terminal; an empty answer means the default. Raises: RecipeError without a
-    terminal and without a default."""
+    """Ask on the terminal; an empty answer means the default. Raises: RecipeError if there is
+    neither a terminal nor a default."""
     if sys.stdin.isatty():
         return str(typer.prompt(question, default=default, err=True))
     if default is None:
@@ -307,7 +307,7 @@ def check(
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, max=65536, help="How many GPUs.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="Number of GPUs.")] = 1,
     memory: Annotated[float, typer.Option(min=1, help="Memory of each GPU, in GB.")] = 80,
     gpu: Annotated[
         Literal["a100", "h100", "h200"],
@@ -317,20 +317,20 @@ def plan(
         float, typer.Option(min=0.01, max=1, help="Assumed share of the GPU's peak arithmetic.")
     ] = 0.4,
     prompt: Annotated[
-        int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_prompt, else 256.")
+        int | None,
+        typer.Option(min=1, help="Prompt tokens. Default: lengths.max_prompt, else 256."),
     ] = None,
     response: Annotated[
-        int | None, typer.Option(min=1, help="Tokens. Default: lengths.max_new.")
+        int | None, typer.Option(min=1, help="Response tokens. Default: lengths.max_new.")
     ] = None,
     stage: Annotated[
-        str | None,
-        typer.Option(help="Plan only this stage. Default: all, with the largest memory."),
+        str | None, typer.Option(help="Plan only this stage. Default: all, for the largest memory.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory and time on other hardware.
 
-    Reads the model's configuration but no weights, and no data unless the model is made from
+    It reads the model's configuration but no weights, and no data unless the model is made from
     scratch. docs/experiments/plan.md has the equations.
     """
     from dataclasses import asdict
@@ -377,8 +377,8 @@ def sample(
     recipe: RecipeName,
     overrides: Overrides = None,
     method: Method = "reft",
-    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Whose problems.")] = "dev",
-    num: Annotated[int, typer.Option(min=1, help="How many problems.")] = 4,
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which problems.")] = "dev",
+    num: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 4,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
@@ -399,7 +399,7 @@ def evaluate(
     recipe: RecipeName,
     overrides: Overrides = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Evaluate only this one; may be repeated.")
+        list[str] | None, typer.Option(help="Evaluate only this method; may be repeated.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -458,14 +458,14 @@ def score(
 def table(
     runs: RunFolders,
     form: Annotated[
-        Literal["text", "markdown", "latex"], typer.Option("--format", help="How to print it.")
+        Literal["text", "markdown", "latex"], typer.Option("--format", help="The output format.")
     ] = "text",
     layout: Annotated[
         Literal["auto", "methods", "paper"],
         typer.Option(
             help=(
-                "methods: all on the same problems; paper: the paper's tables, one column"
-                " per task; auto: whichever suits the runs."
+                "methods: one table of methods on the same problems; paper: the paper's tables,"
+                " one column per task; auto: whichever suits the runs."
             )
         ),
     ] = "auto",
@@ -489,7 +489,8 @@ def report(
         typer.Option(help="A folder for the figures as PNG and SVG; the runs must be finished."),
     ] = None,
 ) -> None:
-    """Write one HTML page of one or more runs. Prints the paths of the page and the figures."""
+    """Write one HTML page about one or more runs, and print the paths of the page and the
+    figures."""
     from reftune.results import report_command, write_figures
 
     print(report_command(runs, out))
@@ -503,19 +504,22 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
     method: Method = "reft",
     push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hub too.")
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the model to the Hub.")
     ] = None,
     public: Annotated[
         bool, typer.Option("--public", help="Make the Hub repository public.")
     ] = False,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Only the LoRA adapters, for the base model.")
+        bool,
+        typer.Option(
+            "--adapter", help="Export only the LoRA adapters, for use with the base model."
+        ),
     ] = False,
 ) -> None:
     """Copy a trained model with a model card.
 
-    The folder loads with from_pretrained and in vLLM. Prints its path or, with --push, its address
-    on the Hub.
+    The folder loads with from_pretrained and in vLLM. The command prints its path or, with --push,
+    its address on the Hub.
     """
     from reftune.runs.export import export_model, push_model
 
@@ -547,7 +551,7 @@ def find_recipe(name: str) -> Path:
             return candidate
     recipes = [
         file for file in shipped.glob("*/*.yaml") if file.parent.name != "accelerate"
-    ]  # those are for a launcher
+    ]  # accelerate's configurations are for a launcher
     near = difflib.get_close_matches(
         inside, [str(file.relative_to(shipped)) for file in recipes], cutoff=0
     )

@@ -1,4 +1,4 @@
-"""`reftune init`: a data file → a commented recipe that passes `reftune check`."""
+"""`reftune init` writes a commented recipe for a data file, which passes `reftune check`."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ INSTRUCTIONS: Mapping[str, str] = {
     "nl": 'Think step by step. End with "The answer is" and the answer.',
     "program": "Write a Python function solution() that returns the answer.",
 }
-"""The instruction above each question for an instruct model, by kind of format."""
+"""Kind of format → the instruction above each question for an instruct model."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
-"""Name of a model made from scratch, with the vocabulary of the data."""
+"""Stands for a from-scratch model with the vocabulary of the data."""
 DEFAULT_MAX_NEW = 256
-"""Room for a solution, in tokens, if there is no rationale to measure and the model's context
-allows it."""
+"""Tokens for a solution, if there is no rationale to measure and the model's context allows so
+many."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""Longest context of a model from scratch; longer prompts are dropped."""
+"""Most tokens in a prompt, and in a solution, of a from-scratch model, unless more than
+`MAX_TOO_LONG` of them are longer."""
 MAX_TOO_LONG = 0.1
 """Share of prompts, and of solutions, that may be too long."""
 SMALL_HIDDEN_SIZE = 256
-"""Number of weights up to which a second thread does not help."""
+"""Hidden size up to which a second thread does not help."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,8 @@ class Wishes:
 
 
 def write_recipe(wishes: Wishes, out: Path) -> Splits:
-    """Read the data and the tokenizer, write `out`. Returns: the data as the recipe reads them.
+    """Read the data and the tokenizer, and write the recipe to `out`. Returns: the data as the
+    recipe reads it.
 
     Raises: RecipeError if `out` exists; DataError, ModelError if the recipe could not run.
     """
@@ -85,12 +87,13 @@ def write_recipe(wishes: Wishes, out: Path) -> Splits:
 
 
 def slug(text: str) -> str:
-    """`text` as the name of a recipe."""
+    """`text` turned into the name of a recipe."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "mine"
 
 
 def default_out(data: str) -> Path:
-    """`data/mine.csv`, `data/mine` or `owner/mine:config` → `mine.yaml`."""
+    """The default path of the recipe: `mine.yaml` for `data/mine.csv`, `data/mine` or
+    `owner/mine:config`."""
     return Path(f"{slug(Path(data.partition(':')[0]).stem)}.yaml")
 
 
@@ -161,7 +164,7 @@ class _Lengths:
 
     max_new: int
     context: int
-    """Context of a model from scratch."""
+    """Context of a from-scratch model."""
     drops: bool
     """Whether some prompts are too long."""
 
@@ -169,7 +172,7 @@ class _Lengths:
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
 ) -> _Lengths:
-    """Room for prompts and solutions in `context`, so that nearly all fit.
+    """Lengths of prompts and solutions within `context`, such that nearly all fit.
 
     Raises: ModelError if too few do.
     """
@@ -199,7 +202,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The length that covers all texts except the few that may be too long."""
+    """The length that all texts stay within, except the share that may be too long."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

@@ -1,4 +1,4 @@
-"""The view of a running run: live on a terminal, plain lines elsewhere. Always on stderr."""
+"""Shows a run in progress on stderr: live on a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = (
     ("response/length", "length", ".0f"),
     ("response/truncated", "truncated", ".0%"),
 )
-"""Metric, label and number format, in the order shown; metrics that a stage does not log are left
+"""Metric, label and number format, in the order shown. Metrics that a stage does not log are left
 out."""
 
 TOKEN_COUNTS = ("compute/train_tokens", "compute/sampled_tokens")
@@ -77,12 +77,12 @@ class StageView:
                 if name.startswith("time/"):
                     phase = name.removeprefix("time/").removesuffix("_s")
                     sums[phase] = sums.get(phase, 0.0) + metrics[name]
-            self.phase_seconds = sums  # not changed in place: the live view reads in another thread
+            self.phase_seconds = sums  # a new object, for the live view's thread
         self.step = step
         self.numbers.update(metrics)
 
     def position(self, now_s: float) -> str:
-        """`40/150  0:31, 1:02 left`"""
+        """The stage's position and time: `40/150 0:31, 1:02 left`."""
         elapsed_s = now_s - self.started_s
         done, left = self.step - self.first_step, self.total_steps - self.step
         eta = f", {clock(elapsed_s / done * left)} left" if done > 0 and left > 0 else ""
@@ -93,7 +93,7 @@ class StageView:
         return "  ".join([self.name, self.position(now_s), *self.facts()])
 
     def facts(self) -> list[str]:
-        """`reward 0.62`, `correct 61%`, …, `1,234 tok/s`"""
+        """The latest numbers: `reward 0.62`, `correct 61%`, …, `1,234 tok/s`."""
         facts = [
             f"{label} {self.numbers[name]:{style}}"
             for name, label, style in SHOWN
@@ -103,7 +103,7 @@ class StageView:
         return [*facts, f"{self.num_tokens / seconds:,.0f} tok/s"] if seconds > 0 else facts
 
     def split(self) -> list[str]:
-        """Where the time goes: `update 71%`, `generate 22%`, …"""
+        """The share of each phase in the time: `update 71%`, `generate 22%`, …"""
         seconds = sum(self.phase_seconds.values())
         if seconds == 0 or len(self.phase_seconds) < 2:
             return []
@@ -127,7 +127,7 @@ class LineProgress(Progress):
         self._pending = False
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Finish the previous stage, begin the next."""
+        """Finish the previous stage, and begin the next."""
         self.close()
         self._view = StageView(name, total_steps, done_steps, self._time_s(), done_steps)
         self._last_s = float("-inf")
@@ -170,19 +170,19 @@ class RichProgress(Progress):
         )
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Print a line for the previous stage, begin the next."""
+        """Print a line for the previous stage, and begin the next."""
         self._leave_line()
         self._view = StageView(name, total_steps, done_steps, self._time_s(), done_steps)
         self._sample = None
         self._live.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shown at the next refresh."""
+        """Show the step at the next refresh."""
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """The first one is shown until the next step."""
+        """Show the first solution until the next step."""
         self._sample = rollouts[0]
 
     def note(self, message: str) -> None:
@@ -202,7 +202,7 @@ class RichProgress(Progress):
         from rich.table import Table
         from rich.text import Text
 
-        view, last_sample = self._view, self._sample  # another thread may end the stage meanwhile
+        view, last_sample = self._view, self._sample  # another thread may end the stage
         if view is None:
             return Text("")
         head = Table.grid(padding=(0, 2))

@@ -1,4 +1,4 @@
-"""`reftune score`: completions in a file → verdicts, to debug a reward."""
+"""`reftune score` grades the completions in a file, to debug a reward."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def score_file(
     file: Path, kind: Literal["nl", "program"], *, grading: str = "robust"
 ) -> Iterator[dict[str, Any]]:
     """Grade a file of completions with the format `kind`; see `score_lines`. Raises: DataError,
-    before the first result; RecipeError if the grading is not known."""
+    before the first result; RecipeError if the grading is unknown."""
     try:
         format = Nl(grading=grading) if kind == "nl" else Program(grading=grading)
     except ValidationError as error:
@@ -64,8 +64,9 @@ def score_lines(
     """`{"id", "completion", "answer", "choices"?, "answer_kind"?}` per line → `{"id", "verdict",
     "value", "reward", "reason"}` per line.
 
-    `where` is the file's name; `kind` is the answer kind of lines without one, `reading` how their
-    gold answers are read. Raises: DataError with file and line, before anything is graded.
+    `where` is the file's name, `kind` is the answer kind of lines that state none, and `reading`
+    defines how gold answers are read. Raises: DataError with file and line, before anything is
+    graded.
     """
     rows = [_row(row, place, kind, reading) for place, row in json_lines(where, lines)]
     if not rows:
@@ -135,8 +136,9 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 def _answer(
     value: Any, choices: tuple[str, ...], where: str, kind: str, reading: Reading
 ) -> Answer:
-    """The gold answer of the given kind; `auto`: a letter with choices or alone, else a
-    number if all of it is one, else an expression, a list or a text."""
+    """The gold answer of the given kind. With `auto` it is a letter if there are choices or if it
+    is a single letter, else a number if the whole value is one, else an expression, a list or a
+    text."""
     if kind not in get_args(GoldKind):
         known = ", ".join(get_args(GoldKind))
         raise DataError(f"{where}: answer_kind: {str(kind)[:80]!r}; expected one of {known}")

@@ -1,5 +1,5 @@
-"""Also logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers;
-`metrics.jsonl` stays the record."""
+"""Logs metrics to TensorBoard, Weights & Biases or Trackio too, through Accelerate's trackers;
+`metrics.jsonl` remains the record."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tracked(progress: Progress, recipe: Recipe) -> Progress:
 
 
 def tracker_names(recipe: Recipe) -> list[TrackerName]:
-    """The trackers that the recipe names; if it names none, TensorBoard if installed. Raises:
+    """The trackers that the recipe names or, by default, TensorBoard if it is installed. Raises:
     RecipeError."""
     if recipe.trackers is None:
         return ["tensorboard"] if is_installed("tensorboard") else []
@@ -41,7 +41,7 @@ def tracker_names(recipe: Recipe) -> list[TrackerName]:
 
 
 def is_installed(package: str) -> bool:
-    """Whether it can be imported; this does not import it."""
+    """Whether a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -55,7 +55,7 @@ class TrackedProgress(Progress):
         self._stage = ""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """The first stage opens the trackers: the run folder is ours by then."""
+        """Open the trackers at the first stage, when the run folder is already claimed."""
         if self._trackers is None:
             self._trackers = [_open(tracker, self._recipe) for tracker in self._names]
         self._stage = name
@@ -72,7 +72,7 @@ class TrackedProgress(Progress):
         def log(tracker: GeneralTracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.log(values, step=step)
-            else:  # these count every call as a step and reject a step given twice
+            else:  # the others count every call as a step and reject a repeated step
                 tracker.log({**values, f"{self._stage}/step": step})
 
         self._tell(log)
@@ -101,8 +101,8 @@ class TrackedProgress(Progress):
         self._trackers = None
 
     def _tell(self, act: Callable[[GeneralTracker], None]) -> None:
-        """A tracker that fails (a full disk, a lost service) is dropped: the run does not depend on
-        it."""
+        """Call `act` with every tracker. A tracker that fails (a full disk, a lost service) is
+        dropped, because the run does not depend on it."""
         for tracker in list(self._trackers or ()):
             try:
                 act(tracker)
@@ -128,7 +128,7 @@ def table_row(step: int, rollout: Rollout) -> dict[str, Any]:
 
 
 def _table(tracker: str, columns: list[str], rows: list[list[Any]]) -> Any:
-    """None for a tracker without tables."""
+    """The rows as a tracker's table; None for a tracker without tables."""
     if tracker == "wandb":
         import wandb  # type: ignore[import-not-found,unused-ignore]
 

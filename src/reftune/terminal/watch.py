@@ -1,5 +1,5 @@
-"""`reftune watch RUN`: the live view of a run in another process, or of a finished one, from the
-files of its folder."""
+"""`reftune watch RUN` shows the live view of a run in another process, or of a finished run, from
+the files of its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """The time of the last row shown; the current time once all rows are shown."""
+    """A clock that shows the time of the last row shown, and the current time once all rows are
+    shown."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0
@@ -33,19 +34,19 @@ class RunClock:
 def watch(
     folder: Path, progress: Progress, clock: RunClock, *, wait: Callable[[float], None] = time.sleep
 ) -> bool:
-    """Report the run's past and present events to `progress` until no process works on it. Returns:
-    whether the run is finished. Raises: DataError if `folder` is not a run folder.
+    """Report the run's past and present events to `progress` until no process works on the run.
+    Returns: whether the run is finished. Raises: DataError if `folder` is not a run folder.
     """
     stages = _stages(folder)
     metrics, current = Tail(RunFolder(folder).metrics), ""
     samples = {name: Tail(RunFolder(folder).stage(name).samples) for name in stages}
     while True:
-        alive = is_alive(folder)  # asked first, so that the last lines of a run that ends are read
+        alive = is_alive(folder)  # checked first, to read an ended run to its last line
         for row in metrics.rows():
             clock.row_s = float(row["time"])
             if row["stage"] != current:
                 total = _total_steps(stages.get(row["stage"], {}), row)
-                if total == 0:  # a first dev evaluation, before any step states the total
+                if total == 0:  # a first dev evaluation: no step has stated the total yet
                     continue
                 current = row["stage"]
                 progress.stage(current, total, int(row["step"]))
@@ -76,8 +77,8 @@ def is_alive(folder: Path) -> bool:
 
 
 class Tail:
-    """JSON lines as they are written. A file that is cut back, as on resuming, is read from its new
-    end."""
+    """Reads JSON lines as they are written. A file that is cut back, as on resuming, is read from
+    its new end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._read = path, 0
@@ -98,7 +99,7 @@ def _objects(text: bytes) -> Iterator[dict[str, Any]]:
     for line in text.split(b"\n"):
         try:
             yield json.loads(line)
-        except ValueError:  # read in the middle of a line, after a cut
+        except ValueError:  # after a cut, reading may begin in the middle of a line
             continue
 
 
@@ -114,8 +115,8 @@ def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
-    """The stage's number of steps. For a stage that counts in epochs, it is extrapolated from the
-    row; else it is the row's own step."""
+    """The stage's number of steps: as the recipe sets it or, for a stage that counts in epochs,
+    extrapolated from the row; else the row's own step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")

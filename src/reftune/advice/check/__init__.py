@@ -28,7 +28,7 @@ __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", 
 
 
 STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
-"""Chat template that stands in for that of a model that is not read."""
+"""Stands in for the chat template of a model that is not read."""
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
 """Checks that work without the recipe's own model and data."""
 
@@ -41,7 +41,7 @@ UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
-    """Load data and model, run every check, sample a few solutions. Nothing is written.
+    """Load data and model, run every check, and sample a few solutions. Nothing is written.
 
     Raises: ReftuneError if the data or the model cannot be loaded, or if the stage graph is wrong.
     """
@@ -66,8 +66,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
 
 
 def check_offline(recipe: Recipe) -> CheckReport:
-    """The checks that need neither weights nor a download. Examples that come with reftune replace
-    missing data, and the words of the training texts replace the tokenizer.
+    """Run the checks that need neither weights nor a download. Examples that come with reftune
+    replace missing data, and a vocabulary of the training data's words replaces the tokenizer.
 
     Raises: ReftuneError as in `check_recipe`, and if reftune has no examples for the dataset.
     """

@@ -19,21 +19,21 @@ from reftune.results.stats import wilson
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 
 SMALL_DEV = 100
-"""With fewer dev problems, the choice of a model is mostly luck: an accuracy of 50% is then ± 10
-points or worse."""
+"""With fewer dev problems, the choice of a model is mostly luck: at 50% accuracy, the interval is
+then ± 10 points or wider."""
 
 
 NUM_REWARDED = 64
-"""Rows for which a gold solution, a wrong one and an empty completion are rewarded, to see whether
-the rewards differ."""
+"""Number of rows for which a gold solution, a wrong solution and an empty completion are rewarded,
+to see whether the rewards differ."""
 
 
 MAX_FALSE_POSITIVES = 0.05
-"""The check fails if a larger share of wrong solutions is rewarded."""
+"""Largest share of wrong solutions that may be rewarded before the check fails."""
 
 
 def check_splits(subject: Subject) -> Finding:
-    """There are enough problems for training and for choosing a model."""
+    """Check that there are enough problems for training and for choosing a model."""
     splits = subject.splits
     dropped = (
         ", ".join(f"{count} {reason}" for reason, count in splits.counts.items() if count)
@@ -53,10 +53,10 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Every gold answer, stated by the shortest possible solution, is graded correct."""
+    """Check that every gold answer, stated by the shortest possible solution, is graded correct."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
-    if not isinstance(format, Program | Nl):  # a user's own format: judged by the data
+    if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
         is_program = any(DEFINITION.search(row.problem.rationale or "") for row in subject.rows)
     problems = [
         replace(each, rationale=_shortest_program(each.answer) if is_program else str(each.answer))
@@ -72,13 +72,14 @@ def check_gold_answers(subject: Subject) -> Finding:
 
 
 def check_gold_rationales(subject: Subject) -> Finding:
-    """Gold rationales, encoded and decoded as a model would write them, are graded correct."""
+    """Check that gold rationales, encoded and decoded as a model would write them, are graded
+    correct."""
     texts = [subject.encoder.decode(row.target_ids) for row in subject.rows]
     return _gold_finding(subject, "gold rationales", [row.problem for row in subject.rows], texts)
 
 
 def check_sandbox(subject: Subject) -> Finding:
-    """Counts the gold programs that need more than monty."""
+    """Count the gold programs that need more than monty."""
     format = subject.recipe.format
     if not isinstance(format, Program):
         return ok("no programs are run")
@@ -128,7 +129,8 @@ def _gold_finding(
 
 
 def check_grader_refuses(subject: Subject) -> Finding:
-    """An empty completion, a bare answer and another problem's solution are not graded correct."""
+    """Check that an empty completion, a bare answer and another problem's solution are not graded
+    correct."""
     problems = [row.problem for row in subject.rows]
     pairs = [
         (a.problem, b.target)
@@ -162,7 +164,8 @@ def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def check_reward(subject: Subject) -> Finding:
-    """A gold solution earns more than a wrong one and more than an empty completion."""
+    """Check that a gold solution earns more than a wrong solution and more than an empty
+    completion."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")
@@ -188,9 +191,9 @@ def check_reward(subject: Subject) -> Finding:
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Gold solutions made wrong earn little (else they are false positives), and rewritten ones as
-    much as before (else false negatives). The threshold is halfway between the mean rewards of gold
-    solutions and of empty completions."""
+    """Check that gold solutions made wrong earn little (the others are false positives), and that
+    rewritten gold solutions earn as much as before (the others are false negatives). The threshold
+    is halfway between the mean rewards of gold solutions and of empty completions."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
     changed = {
@@ -254,8 +257,8 @@ def check_reward_errors(subject: Subject) -> Finding:
 
 
 def _error_rate(kind: str, count: int, total: int) -> str:
-    """`false positives 3 of 384 (0.8%, at most 2.3%)`; the bound is the upper end of the 95%
-    interval."""
+    """An error rate in words: `false positives 3 of 384 (0.8%, at most 2.3%)`. The bound is the
+    upper end of the 95% interval."""
     if total == 0:
         return f"no case of a false {kind}"
     return (

@@ -38,7 +38,7 @@ MEASURED_ROWS = 64
 
 
 MAX_SLOWDOWN = 8.0
-"""The check fails if matmuls take this many times as long as in the other dtype."""
+"""The check fails if matmuls in the recipe's dtype take this many times as long as in the other."""
 
 
 PRODUCT = 1024
@@ -53,7 +53,7 @@ GIB = 2**30
 
 
 def check_memory(subject: Subject) -> Finding:
-    """Training fits in memory, judged by the model's shape."""
+    """Check that training fits in memory, judged by the model's shape."""
     policy, recipe = subject.policy, subject.recipe
     lengths = [len(ids) for of in subject.fitting.values() for ids in of] or [1]
     model = policy.base
@@ -96,7 +96,8 @@ def check_memory(subject: Subject) -> Finding:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Matmuls on this machine are not many times slower in the recipe's dtype than in the other."""
+    """Check that matmuls on this machine are not many times slower in the recipe's dtype than in
+    the other."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)
@@ -113,8 +114,8 @@ def check_dtype(subject: Subject) -> Finding:
 
 
 def check_accuracy(subject: Subject) -> Finding:
-    """The share of questions that RL's initial model solves by sampling; greedy answers do not show
-    it."""
+    """Check how many questions RL's initial model solves by sampling, which greedy answers do not
+    show."""
     problems = subject.splits.dev[:NUM_SAMPLED]
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
@@ -138,8 +139,8 @@ def check_accuracy(subject: Subject) -> Finding:
 
 
 def _rise(subject: Subject) -> tuple[float, float] | None:
-    """The last rise in dev accuracy of the stage that RL starts from, and its margin; None if it is
-    not recorded."""
+    """The last rise in dev accuracy of the stage that RL starts from, and the rise's margin; None
+    if it is not recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)
@@ -151,7 +152,7 @@ def _rise(subject: Subject) -> tuple[float, float] | None:
 
 
 def check_logprobs(subject: Subject) -> Finding:
-    """The engine's log-probabilities of its samples equal the policy's."""
+    """Check that the engine's log-probabilities of its samples equal the policy's."""
     prompts = (subject.fitting["dev"] or subject.fitting["train"])[:NUM_SHOWN]
     params = SamplingParams(max_new_tokens=min(32, subject.recipe.lengths.max_new))
     completions = subject.recipe.engine.generate(subject.policy, prompts, params)
@@ -168,7 +169,7 @@ def check_logprobs(subject: Subject) -> Finding:
 
 
 def check_time(subject: Subject) -> Finding:
-    """The run's time on this machine, from a short measurement."""
+    """Estimate the run's time on this machine, from a short measurement."""
     rows = subject.fitting_rows[:NUM_TIMED]
     if not rows:
         return ok("not known without rationales that fit")
@@ -208,6 +209,6 @@ def num_answers(subject: Subject) -> int:
 
 
 def _rows_at_once(recipe: Recipe) -> int:
-    """Rows in the largest step of a stage, and rows that the engine holds at once."""
+    """Rows in the largest step of any stage, and rows that the engine decodes at once."""
     sizes = [cost.batch for cost in stage_costs(recipe).values()]
     return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "rows", MEASURED_ROWS)])

@@ -27,9 +27,9 @@ class Finding:
 
     level: Level
     message: str
-    """One line."""
+    """The result in one line."""
     remedy: str = ""
-    """How to fix the problem; empty if all is well."""
+    """How to fix the problem; empty if there is none."""
     rows: tuple[str, ...] = ()
     """Some of the affected rows, one line each."""
     name: str = ""
@@ -39,17 +39,17 @@ class Finding:
 
 
 def ok(message: str) -> Finding:
-    """A finding that all is well."""
+    """A finding without a problem."""
     return Finding(level="ok", message=message)
 
 
 def warn(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
-    """A finding worth knowing; the run may continue."""
+    """A finding about a problem in spite of which the run may start."""
     return Finding(level="warn", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
 
 
 def fail(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
-    """A finding that would make the run worthless."""
+    """A finding about a problem that would make the run worthless."""
     return Finding(level="fail", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
 
 
@@ -76,8 +76,8 @@ class CheckReport:
     """The kinds of answer found, with examples."""
     preview: Preview | None
     method: str
-    """The method whose samples are shown: the one that RL starts from if it is trained already,
-    else the base model."""
+    """The method whose samples are shown: the method that RL starts from if it is trained already,
+    else `base`."""
     samples: tuple[dict[str, Any], ...]
 
     @property
@@ -85,7 +85,7 @@ class CheckReport:
         return [finding for finding in self.findings if finding.level == "fail"]
 
     def to_json(self) -> str:
-        """One JSON document."""
+        """The report as one JSON document."""
         document = {**asdict(self), "ok": not self.failed}
         for finding in document["findings"]:
             del finding["samples"]

@@ -1,4 +1,4 @@
-"""The subject of a check: the data as the model sees them."""
+"""The subject of a check: the data as the model sees it."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Subject:
     prompts: dict[str, dict[str, list[int]]]
     """Split → problem id → prompt ids."""
     method: str
-    """The method whose weights `policy` has: the one that RL starts from if it is trained already,
-    else the base model."""
+    """The method whose weights `policy` has: the method that RL starts from if it is trained
+    already, else `base`."""
     num_methods: int
-    """Methods evaluated at the end."""
+    """Number of methods in the final evaluation."""
 
     @property
     def encoder(self) -> Encoder:
@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def prompt_limit(self) -> float:
-        """Most tokens in a prompt; infinite without a limit."""
+        """Most tokens in a prompt; infinite if there is no limit."""
         return self.collector.prompt_limit(self.policy)
 
     @property
@@ -84,7 +84,7 @@ class Subject:
 
 
 def subject_of(run: Run, policy: Policy, method: str = "base") -> Subject:
-    """A run's data, as `policy` sees them."""
+    """A run's data as `policy` sees it."""
     collector = run.collector(policy)
     encoder = collector.encoder
     splits = {"train": run.splits.train, "dev": run.splits.dev, "test": run.splits.test}
@@ -150,7 +150,7 @@ def learns_from_rationales(subject: Subject) -> bool:
 
 
 def share(part: Sized, whole: Sized) -> str:
-    """`2.5%`"""
+    """A share as `2.5%`."""
     return f"{len(part) / len(whole):.1%}"
 
 
@@ -160,7 +160,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def spread(sizes: Iterable[int]) -> str:
-    """`12 to 96 (median 31)`"""
+    """The range and median of sizes: `12 to 96 (median 31)`."""
     ordered = sorted(sizes)
     return (
         f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})" if ordered else "no"

@@ -12,11 +12,11 @@ from reftune.model.encoder import bos_of
 from reftune.types import Conversation
 
 MAX_LONG_TARGETS = 0.1
-"""The check fails if a larger share of training rows is too long."""
+"""Largest share of training rows that may be too long before the check fails."""
 
 
 def check_boundary(subject: Subject) -> Finding:
-    """The tokens of prompt and target decode to the two strings joined."""
+    """Check that the tokens of prompt and target decode to the two strings joined."""
     tokenizer, rows = subject.policy.tokenizer, subject.rows
     bos = bos_of(tokenizer)
     empty = [row.problem.id for row in rows if not row.prompt_ids or len(row.target_ids) < 2]
@@ -59,8 +59,8 @@ def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
 
 
 def check_prompt(subject: Subject) -> Finding:
-    """The prompt has the form that the model was trained on: the chat template, if any, with a
-    generation prompt, and one BOS if the tokenizer adds it."""
+    """Check that the prompt has the form that the model was trained on: the chat template, if any,
+    with a generation prompt, and one BOS if the tokenizer adds it."""
     tokenizer, format_ = subject.policy.tokenizer, subject.encoder.format
     problem = subject.problems[0]
     prompt, bos = format_.prompt(problem), bos_of(tokenizer)
@@ -94,7 +94,7 @@ def check_prompt(subject: Subject) -> Finding:
 
 
 def check_prompt_length(subject: Subject) -> Finding:
-    """Every prompt fits, with `max_new` tokens after it."""
+    """Check that every prompt fits, with `max_new` tokens after it."""
     limit, prompts = subject.prompt_limit, subject.prompts
     sizes = {split: {id_: len(ids) for id_, ids in of.items()} for split, of in prompts.items()}
     long = {
@@ -125,8 +125,8 @@ def check_prompt_length(subject: Subject) -> Finding:
 
 
 def check_target_length(subject: Subject) -> Finding:
-    """Gold rationales with their eos fit in `max_new` tokens; longer ones are left out of
-    training."""
+    """Check that gold rationales with their eos fit in `max_new` tokens; longer ones are left out
+    of training."""
     sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
     limit = subject.recipe.lengths.max_new
     message = f"targets have {spread(sizes.values())} tokens with eos, at most {limit} fit"
@@ -139,7 +139,8 @@ def check_target_length(subject: Subject) -> Finding:
 
 
 def check_vocabulary(subject: Subject) -> Finding:
-    """The tokenizer's ids exist in the model, and its vocabulary covers every word of the data."""
+    """Check that the tokenizer's ids exist in the model, and that its vocabulary covers every word
+    of the data."""
     size, unknown = (
         subject.policy.model.get_input_embeddings().weight.shape[0],
         subject.policy.tokenizer.unk_token_id,
@@ -173,7 +174,8 @@ def check_vocabulary(subject: Subject) -> Finding:
 
 
 def check_eos(subject: Subject) -> Finding:
-    """Every target ends where sampling stops, and not before; the model can write its end token."""
+    """Check that every target ends where sampling stops, and not before, and that the model can
+    write the end token."""
     tokenizer, stop = subject.policy.tokenizer, subject.policy.stop
     end = subject.encoder.end_of(subject.encoder.format.prompt(subject.problems[0]))
     stops = ", ".join(
