@@ -66,7 +66,7 @@ def right(recipe: Recipe, method: str) -> Outcomes:
 
 
 def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
-    """Shares of each method and what ReFT changed, each a mean over seeds with its 95 % interval
+    """Shares of each method and what ReFT changed, each a mean over seeds with its 95% interval
     over seeds and problems."""
     document: dict[str, Any] = {}
     for sign in of_seeds["reft"][0]:

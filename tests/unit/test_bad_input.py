@@ -93,7 +93,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
         {},
         (
             r"recipe\.yaml: dataset\.rationale: program rationales, but format\.kind is nl;"
-            r" expected the same of both"
+            r" expected the same for both"
         ),
     ),
     "rationales of the other kind, reversed": (
@@ -101,7 +101,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
         {},
         (
             r"recipe\.yaml: dataset\.rationale: nl rationales, but format\.kind is program;"
-            r" expected the same of both"
+            r" expected the same for both"
         ),
     ),
     "words for a program": (
@@ -141,7 +141,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "row without answer": (
         [],
         {"train.jsonl": rows('{"question": "Why?"}')},
-        r"train\.jsonl:4: no column 'answer'; expected one among question",
+        r"train\.jsonl:4: no column 'answer'; expected one of question",
     ),
     "row that is a list": (
         [],
@@ -258,7 +258,7 @@ LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
         ["dataset.test=null"],
         {},
         r"evaluate\.split: the dataset has no test problems; expected some, or evaluate\.split=dev",
-        r"splits: .* 0 test; .*; give test problems, or set evaluate\.split=dev",
+        r"splits: .* 0 test; .*; add test problems, or set evaluate\.split=dev",
     ),
 }
 """Refused by `run` at the first of them, by `check` with all of them."""
@@ -378,7 +378,7 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
         ),
         (
             ["demo", "dataset.operations=[3, 1]"],
-            r"dataset: operations: expected \[least, most\] within 0 and 6",
+            r"dataset: operations: expected \[minimum, maximum\] from 0 to 6",
         ),
         (["run", "nope.yaml"], r"nope\.yaml: no such recipe; nearest"),
         (["table", "runs/nope"], r"runs/nope: no such run folder"),

@@ -262,15 +262,15 @@ def refused(tokenizer, format_, asked=None) -> str:
 def test_what_a_template_does_not_take_is_refused_in_one_line():
     gemma, qwen = (make_tokenizer(FAMILIES[name]) for name in ("gemma", "qwen2.5"))
     assert refused(gemma, chat({}, system="Hm")) == (
-        "format.system: the tokenizer's chat template takes no system message (it says: System role"
-        " not supported); expected format.instruction instead"
+        "format.system: the tokenizer's chat template accepts no system message (it says: System"
+        " role not supported); expected format.instruction instead"
     )
     twice = (Message(role="user", content="a"), Message(role="user", content="b"))
     said = refused(gemma, chat({}), problem(messages=twice))
-    assert "refuses the turns user, user: Conversation roles must alternate" in said
+    assert "rejects the turns user, user: Conversation roles must alternate" in said
     silent = copy.deepcopy(qwen)
     silent.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    assert "(it leaves the system message out)" in refused(silent, chat({}, system="Hm"))
+    assert "(it omits the system message)" in refused(silent, chat({}, system="Hm"))
     thinking = make_tokenizer(FAMILIES["qwen3, thinking"])
     assert refused(thinking, chat({"enable_thinkng": False})) == (
         "format.template_args.enable_thinkng: the tokenizer's chat template reads no such variable"
@@ -319,12 +319,15 @@ def test_a_program_is_written_whole_by_a_model_that_is_asked_for_it(style):
             "template: not read by style chat; expected style: plain",
         ),
         ({"examples": [{"question": "a", "solution": "b"}]}, "examples: not read by style compact"),
-        ({"style": "plain", "template": "Q:"}, r"template: expected a text with one \{question\}"),
+        (
+            {"style": "plain", "template": "Q:"},
+            r"template: expected text that contains \{question\}",
+        ),
         (
             {"style": "plain", "examples": [{"question": "a"}]},
             r"examples\.0\.solution: field required",
         ),
-        ({"stop": [""]}, "stop: expected texts of at least one character"),
+        ({"stop": [""]}, "stop: expected strings of at least one character"),
     ],
 )
 @pytest.mark.parametrize("kind", ["nl", "program"])

@@ -211,7 +211,7 @@ def test_the_start_model_is_sampled_and_a_weak_one_is_reported():
     stages = {"reft": {**rl, "optimizer": {"learning_rate": 1e-3}}}
     found = finding("accuracy", dataset=Sums(num_dev=40), stages=stages)
     assert found.message.startswith("at temperature 1 the start model solves 0 of 32 dev questions")
-    assert found.level == "warn", "0 of 32 is below 20 % with 95 % certainty: at most 11 %"
+    assert found.level == "warn", "0 of 32 is below 20% with 95% certainty: at most 11%"
     warmed = finding("accuracy", dataset=Sums(num_dev=40))
     assert warmed.level == "ok"
     assert warmed.message.endswith("a warm-up comes first")
@@ -232,7 +232,7 @@ def test_targets_that_state_another_answer_than_the_gold_are_listed_and_refused(
             text = super().target(problem)
             return text.replace("The answer is 2", "The answer is 9") if "1 + 1" in text else text
 
-    # one of 12 states 9 while its gold is 2: 11/12 = 91.67 % are right, below 99 %
+    # one of 12 states 9 while its gold is 2: 11/12 = 91.67% are right, below 99%
     found = finding("gold_rationales", format=Slipping(kind="words"))
     assert found.level == "fail"
     assert found.message.startswith("91.67% of 12 gold rationales are graded correct, below 99%")
@@ -509,7 +509,7 @@ def named(report: CheckReport, name: str) -> Any:
 
 def test_raw_text_to_a_tokenizer_with_a_template_is_a_warning(tmp_path):
     prompt = named(report_on(tmp_path, "qwen2.5"), "prompt")
-    assert prompt.level == "warn" and "the model is given raw text" in prompt.message
+    assert prompt.level == "warn" and "the model gets raw text" in prompt.message
 
 
 def test_the_report_holds_the_exact_ids_of_a_chat_prompt_and_target(tmp_path):

@@ -155,7 +155,7 @@ def test_a_folder_holds_such_files_too(tmp_path: Path) -> None:
 def test_a_path_leads_into_a_column_and_a_column_of_that_name_comes_first() -> None:
     row = Row(where="f:1", id="", columns={"a": {"b": {"c": 5}}, "a.b": 6})
     assert (row.value("a.b.c"), row.value("a.b"), row.get("a.x.c")) == (5, 6, None)
-    with pytest.raises(DataError, match=r"f:1: no column 'a.x'; expected one among a, a.b"):
+    with pytest.raises(DataError, match=r"f:1: no column 'a.x'; expected one of a, a.b"):
         row.value("a.x")
 
 
@@ -167,7 +167,7 @@ def test_a_table_with_the_line_ends_of_an_old_mac_is_read(tmp_path: Path) -> Non
 
 
 def test_utf_16_without_its_mark_is_refused_with_the_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"bare.csv:1: holds a NUL; expected UTF-8"):
+    with pytest.raises(DataError, match=r"bare.csv:1: contains a NUL; expected UTF-8"):
         read(tmp_path / "bare.csv", "question,answer\n1 + 1?,2\n".encode("utf-16-le"))
 
 

@@ -166,7 +166,7 @@ def test_a_missing_gold_is_refused_with_its_line(tmp_path: Path, answer: object)
 def test_a_mapped_column_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"data.jsonl:1: no column 'why'; expected one among question, answer, rationale",
+        match=r"data.jsonl:1: no column 'why'; expected one of question, answer, rationale",
     ):
         load(tmp_path, SUM, columns={"rationale": "why"})
 

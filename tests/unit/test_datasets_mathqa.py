@@ -146,10 +146,10 @@ def test_numeric_rows_need_a_number_that_the_formula_confirms(tmp_path: Path) ->
     rows = [
         ROW,
         row(1, correct="e"),  # none of these
-        row(2, correct="b"),  # 31 is 3 % off 32
+        row(2, correct="b"),  # 31 is 3% off 32
         row(
             3, options="a ) 1 , b ) 2 , c ) 32.3 , d ) 4 , e ) 5"
-        ),  # within 1 %, off by more than the grader's 0.01
+        ),  # within 1%, off by more than the grader's 0.01
     ]
     splits = load(tmp_path, *rows, answer="numeric")
     assert len(splits.train) == 1
@@ -334,7 +334,7 @@ def test_a_formula_that_cannot_be_read_gives_no_program(formula: str) -> None:
     [
         (
             {"options": "30 or 31"},
-            r"data.json:1: options '30 or 31' cannot be read; expected them like 'a \) 38",
+            r"data.json:1: options '30 or 31' cannot be read; expected a form like 'a \) 38",
         ),
         ({"correct": "f"}, "data.json:1: correct is 'f'; expected a letter from a to e"),
         ({"Problem": ""}, "data.json:1: Problem is ''; expected text"),

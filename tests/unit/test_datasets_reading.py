@@ -147,7 +147,7 @@ def test_a_folder_may_hold_parquet_shards(tmp_path: Path) -> None:
         ("a.json", "[]", "no rows in the train split; expected at least one"),
         ("a.json", '{\n "data": []\n}', ":1: not valid JSON"),
         ("a.csv", "q,a\n1,2\n1,2,3\n", ":3: 3 fields; expected 2 as in the first line"),
-        ("a.csv", "q,q\n1,2\n", ":1: columns ['q', 'q']; expected names, each once"),
+        ("a.csv", "q,q\n1,2\n", ":1: columns ['q', 'q']; expected unique names"),
         ("a.csv", 'q,a\n"1"x,2\n', ":2: not valid CSV ("),
         ("a.csv", "q,a\n", "no rows in the train split; expected at least one"),
         ("a.parquet", "PAR", ": not a readable parquet file ("),
@@ -266,7 +266,7 @@ def test_what_is_no_number_is_refused(value: object) -> None:
         row(a=value).number_gold("a")
 
 
-@pytest.mark.parametrize("value", [None, "", "  \n", 3, ["a"], "half a character \ud800"])
+@pytest.mark.parametrize("value", [None, "", "  \n", 3, ["a"], "half a surrogate pair \ud800"])
 def test_what_is_no_text_is_refused(value: object) -> None:
     with pytest.raises(DataError, match=r"data.jsonl:7: q is .*; expected text"):
         row(q=value).text("q")
@@ -274,7 +274,7 @@ def test_what_is_no_text_is_refused(value: object) -> None:
 
 def test_a_missing_column_is_named_with_those_there_are() -> None:
     with pytest.raises(
-        DataError, match=r"data.jsonl:7: no column 'q'; expected one among question, answer"
+        DataError, match=r"data.jsonl:7: no column 'q'; expected one of question, answer"
     ):
         row(question="a", answer=1).text("q")
 

@@ -81,7 +81,7 @@ def test_a_task_with_too_few_questions_is_refused() -> None:
         (
             "chain_sum",
             {"min_terms": 9, "max_terms": 2},
-            r"dataset.config: chain_sum refuses .*: max_terms must be >= min_terms",
+            r"dataset.config: chain_sum rejects .*: max_terms must be >= min_terms",
         ),
     ],
 )

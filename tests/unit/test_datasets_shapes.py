@@ -166,13 +166,13 @@ def test_a_position_counts_from_what_the_recipe_says(
         ({"messages": [USER]}, "messages ends before the assistant's turn"),
         (
             {"messages": [{"role": "tool", "content": "5"}, REPLY]},
-            "a turn of 'tool'; expected system",
+            "a turn of role 'tool'; expected system",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
             "a turn of user without text",
         ),
-        ({"messages": [SYSTEM, REPLY]}, "messages asks nothing"),
+        ({"messages": [SYSTEM, REPLY]}, "messages has no question"),
         (
             {"question": "q", "answer": ["13"]},
             r"answer is \['13'\], a list; expected .* answer_kind: any_of",

@@ -55,8 +55,8 @@ def test_the_model_is_copied_without_what_training_left(run_folder: Path, tmp_pa
 
 def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: Path):
     card = (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
-    assert "Greedy accuracy 50.0% of 100 problems (95 % interval 40.0% to 60.0%)." in card
-    assert "step 40, chosen on 8 dev problems\n(62.5% right, the best of 3 looks)" in card
+    assert "Greedy accuracy 50.0% of 100 problems (95% interval 40.0% to 60.0%)." in card
+    assert "step 40, chosen on 8 dev problems\n(62.5% right, the best of 3 dev evaluations)" in card
     assert "name: tiny\nseed: 7" in card
     assert "trained on `mine.csv` (`jsonl`)" in card
 
@@ -132,7 +132,7 @@ def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(
     out = export_model(run_folder, "reft", tmp_path / "model")
     with pytest.raises(
         ModelError,
-        match=r"^me/mine: cannot be pushed, and stays in .*model: 401 Unauthorized \(`hf auth",
+        match=r"^me/mine: cannot be pushed: 401 Unauthorized; the model stays in .*model \(`hf ",
     ):
         push_model(out, "me/mine")
     assert (out / "model.safetensors").exists()

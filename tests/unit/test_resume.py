@@ -309,7 +309,7 @@ def test_the_checkpoint_of_another_model_is_refused_in_one_line(make_recipe):
     (other.folder / "recipe.yaml").write_text(dump_recipe(other))
     with pytest.raises(
         CheckpointError,
-        match=r"step-000003: is of another model or version: RuntimeError: .*; choose another",
+        match=r"step-000003: belongs to another model or version: RuntimeError: .*; choose another",
     ):
         run_all(other)
 

@@ -105,7 +105,7 @@ def test_hierarchical_bootstrap_sees_the_spread_between_seeds() -> None:
     low, high = stats.hierarchical_bootstrap(
         [np.zeros(9), np.zeros(9), np.ones(9), np.ones(9)], generator=generator()
     )
-    assert (low, high) == (0.0, 1.0)  # 4 equal draws have chance 2/16 > 5 %
+    assert (low, high) == (0.0, 1.0)  # 4 equal draws have chance 2/16 > 5%
     assert stats.hierarchical_bootstrap(
         [np.full(9, 0.3)] * 4, generator=generator()
     ) == pytest.approx((0.3, 0.3))

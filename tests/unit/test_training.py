@@ -324,7 +324,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(make_recipe):
         run.train("sft")
     assert str(stop.value).endswith("step-000003")
     assert max(progress.seen) == 3
-    assert progress.notes == ["stopping after this step; once more stops at once"]
+    assert progress.notes == ["stopping after this step; interrupt again to stop at once"]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -548,7 +548,7 @@ def test_a_stage_that_starts_from_no_earlier_method_is_refused(make_recipe):
 def test_a_method_that_is_made_twice_is_refused(make_recipe):
     recipe = make_recipe(stages={"sft": {"snapshots": {"sft": 1}}, "reft": {"init": "sft"}})
     with (
-        pytest.raises(RecipeError, match="method sft is made twice"),
+        pytest.raises(RecipeError, match="two stages save the method sft"),
         open_run(recipe, SilentProgress()),
     ):
         pass

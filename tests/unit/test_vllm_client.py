@@ -274,7 +274,7 @@ def test_a_server_that_takes_no_adapters_is_told_how_to_start(server, make_polic
 
 def test_a_server_that_answers_too_little_is_one_line(server, make_policy, monkeypatch):
     monkeypatch.setattr(server, "answer", lambda path, body: (200, {"choices": []}))
-    with pytest.raises(EngineError, match="answered 0 completions for 1 prompts"):
+    with pytest.raises(EngineError, match="returned 0 completions for 1 prompts"):
         engine(server).generate(make_policy(), PROMPTS, params())
 
 
@@ -289,7 +289,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(server, make_policy, monkey
 
 def test_a_colocated_engine_is_refused_in_several_processes(make_policy, monkeypatch):
     monkeypatch.setattr("reftune.processes.world.world_size", lambda: 2)
-    with pytest.raises(RecipeError, match="serves one training process; expected"):
+    with pytest.raises(RecipeError, match="serves only one training process; expected"):
         Vllm()._colocated(make_policy(), PROMPTS, params())
 
 

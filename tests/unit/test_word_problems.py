@@ -316,7 +316,7 @@ def test_few_short_tokens_are_enough():
         ({"numbers": [30, 2]}, "numbers: expected"),
         ({"numbers": [2, 30], "max_value": 20}, "numbers: expected"),
         ({"styles": 25}, "styles"),
-        ({"styles": 9, "rationale": "nl"}, "styles: prose has at most 8"),
+        ({"styles": 9, "rationale": "nl"}, "styles: expected at most 8 for rationale: nl"),
         ({"trian": 10}, "did you mean train?"),
     ],
 )

@@ -157,7 +157,7 @@ def make_plan(
     wanted = {name: cost for name, cost in costs.items() if only in (None, name)}
     if not wanted:
         where = "" if only is None else f" in {only}"
-        expected = f"one of {', '.join(costs)}" if costs else "a stage that says what it costs"
+        expected = f"one of {', '.join(costs)}" if costs else "a stage that states its cost"
         raise RecipeError(f"{recipe.name}: nothing to plan for{where}; expected {expected}")
     if response is not None:
         lengths = recipe.lengths.model_copy(update={"max_new": response})
@@ -370,7 +370,7 @@ def _memory_text(plan: Plan) -> str:
 
 
 def _step_text(plan: Plan, name: str, step: Step) -> str:
-    way = "fits nowhere; as it would be with room" if plan.sharding is None else WAYS[plan.sharding]
+    way = "fits nowhere; computed as if it did" if plan.sharding is None else WAYS[plan.sharding]
     rows = [(phase, f"{found.seconds:.3g} s", found.bound) for phase, found in step.phases.items()]
     rows.append(("all", f"{step.seconds:.3g} s", f"bottleneck: {step.bottleneck}"))
     if name in plan.split:
@@ -378,6 +378,6 @@ def _step_text(plan: Plan, name: str, step: Step) -> str:
         who = f"{found['sampling_gpus']} sample and {found['training_gpus']} train"
         rows.append(("split", f"{found['seconds']:.3g} s", f"of the GPUs {who}, in turn"))
     hours = f"{step.stage_seconds / 3600:,.1f} h"
-    rows.append(("stage", hours, f"{step.steps:,.0f} steps, without looks at dev"))
+    rows.append(("stage", hours, f"{step.steps:,.0f} steps, without dev evaluations"))
     lines = [f"  {label:<10}{time:>11}   {told}" for label, time, told in rows]
     return "\n".join([f"a step of {name} ({way}, {plan.topology})", *lines])

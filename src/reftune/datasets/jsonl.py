@@ -120,14 +120,14 @@ class Jsonl(FileDataset):
         answer = read_gold(stated, kind, reading=reading)
         if kind == "auto" and _MISSING.fullmatch(str(answer)):
             raise DataError(
-                f"{shown(cell)}; expected an answer (if it is: dataset.answer_kind=text)"
+                f"{shown(cell)}; expected an answer (if it is one, set dataset.answer_kind=text)"
             )
         is_long = len(str(answer).split()) > MOST_WORDS
         if kind == "auto" and answer.kind in ("text", "latex") and is_long:
             raise DataError(
                 f"{shown(cell)}; expected an answer, or a solution that marks it: #### 72,"
-                " \\boxed{72} or 'The answer is 72' (if this is the answer:"
-                " dataset.answer_kind=text)"
+                " \\boxed{72} or 'The answer is 72' (if this is the answer,"
+                " set dataset.answer_kind=text)"
             )
         return answer, str(stated)
 
@@ -141,7 +141,7 @@ def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ..
         return row.text(column), ()
     conversation = read_conversation(row.value(column), row.where)
     if not conversation.question:
-        raise DataError(f"{row.where}: {column} asks nothing; expected a turn of the user")
+        raise DataError(f"{row.where}: {column} has no question; expected a turn of the user")
     return conversation.question, conversation.before
 
 

@@ -266,7 +266,7 @@ def _options(row: Row, text: str) -> tuple[str, ...]:
     options = read_options(text)
     if options is None:
         raise DataError(
-            f"{row.where}: options {shown(text)} cannot be read; expected them like 'a ) 38 , b )"
+            f"{row.where}: options {shown(text)} cannot be read; expected a form like 'a ) 38 , b )"
             " 27 , c ) 30'"
         )
     return options

@@ -35,7 +35,7 @@ class Mixture(Component):
         shares = [part.share for part in self.parts.values()]
         given = [share for share in shares if share is not None]
         if given and (len(given) < len(shares) or abs(sum(given) - 1) > 1e-6):
-            raise refusal("shares", "shares: expected one for each part, 1 in sum")
+            raise refusal("shares", "shares: expected one for each part, with a sum of 1")
         return self
 
     def load(self, *, seed: int) -> Splits:

@@ -91,7 +91,7 @@ class ReasoningGym(Component):
             return reasoning_gym.create_dataset(self.task, **self.config, seed=seed, size=size)
         except (AssertionError, TypeError, ValueError) as error:
             raise RecipeError(
-                f"dataset.config: {self.task} refuses {self.config}:"
+                f"dataset.config: {self.task} rejects {self.config}:"
                 f" {error or type(error).__name__}"
             ) from None
 

@@ -72,11 +72,11 @@ class WordProblems(Component):
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:
         if not 0 <= self.operations[0] <= self.operations[1] <= 6:
-            raise refusal("operations", "operations: expected [least, most] within 0 and 6")
+            raise refusal("operations", "operations: expected [minimum, maximum] from 0 to 6")
         if not 1 <= self.numbers[0] < self.numbers[1] <= self.max_value:
-            raise refusal("numbers", "numbers: expected [least, largest] within 1 and max_value")
+            raise refusal("numbers", "numbers: expected [smallest, largest] from 1 to max_value")
         if self.rationale == "nl" and self.styles > len(_PROSE_STYLES):
-            raise refusal("styles", "styles: prose has at most 8")
+            raise refusal("styles", "styles: expected at most 8 for rationale: nl")
         return self
 
     def load(self, *, seed: int) -> Splits:

@@ -168,8 +168,8 @@ class Vllm(Component):
     ) -> list[Sampled]:
         if world.world_size() > 1:
             raise RecipeError(
-                "engine vllm: colocated, it serves one training process; expected engine.server, or"
-                " engine=kv"
+                "engine vllm: a colocated engine serves only one training process; expected"
+                " engine.server, or engine=kv"
             )
         with self._folder(policy, save_whole) as folder:
             engine = self._started(policy, folder)
@@ -290,7 +290,7 @@ class Server:
         choices = sorted(json.loads(answer)["choices"], key=lambda choice: choice["index"])
         if len(choices) != len(prompts):
             raise EngineError(
-                f"engine vllm: {self.address} answered {len(choices)} completions for"
+                f"engine vllm: {self.address} returned {len(choices)} completions for"
                 f" {len(prompts)} prompts"
             )
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]

@@ -61,8 +61,8 @@ def read_gold(
         return number
     if kind == "number":
         raise DataError(
-            f"{shown(raw)}; expected a number and nothing else but a currency or one unit, or"
-            " another answer_kind"
+            f"{shown(raw)}; expected only a number, with at most a currency or one unit, or another"
+            " answer_kind"
         )
     text = str(stated)
     if kind != "auto":
@@ -107,7 +107,7 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
             f"{shown(raw)}, which marks {marked}; expected one answer, or answer_kind: {SEVERAL}"
         )
     if not said and statements(raw, reading):
-        raise DataError(f"{shown(raw)}, which marks no answer; expected one behind its marker")
+        raise DataError(f"{shown(raw)}, which marks no answer; expected one after the marker")
     return said[-1] if said else raw.strip()
 
 

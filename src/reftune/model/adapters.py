@@ -72,7 +72,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
         found = {_peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
         strange = sorted(set(adapters) ^ found)
         if strange:
-            raise ValueError(f"{strange[0]} is in one of the two only")
+            raise ValueError(f"{strange[0]} is in only one of the two")
         merged: PreTrainedModel = adapted.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: not the adapters of this model: {brief(error)}") from None
@@ -101,7 +101,7 @@ def require_continuable(folder: Path, table: ModelTable) -> None:
     _require_base(folder, table.path)
     if table.lora is None or scaling != table.lora.alpha / table.lora.rank:
         raise ModelError(
-            f"{folder}: its adapters have alpha / rank = {scaling:g}; expected that of model.lora"
+            f"{folder}: its adapters have alpha / rank = {scaling:g}; expected model.lora's value"
         )
 
 
@@ -110,8 +110,8 @@ def _require_base(folder: Path, base: str | None) -> None:
     trained_on = config.get("base_model_name_or_path")
     if base and trained_on and Path(base).name != Path(trained_on).name:
         raise ModelError(
-            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if the two"
-            f" are one model, say so in base_model_name_or_path of its {ADAPTER_CONFIG})"
+            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both"
+            f" are the same model, set base_model_name_or_path in its {ADAPTER_CONFIG})"
         )
 
 
@@ -147,7 +147,7 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled
         path = run.stage(method).path / ADAPTERS
         if not path.is_file():
             raise CheckpointError(
-                f"{path}: not there; --adapter expects a run with model.lora in all its stages"
+                f"{path}: missing; --adapter expects a run with model.lora in all stages"
             )
         tensors = load_file(path)
         chain.insert(0, ({_peft_name(name): t for name, t in tensors.items()}, scaling))

@@ -26,7 +26,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
-            raise RecipeError(_no_system("it leaves the system message out"))
+            raise RecipeError(_no_system("it omits the system message"))
     return text
 
 
@@ -110,7 +110,7 @@ def _render(
 ) -> str:
     if not tokenizer.chat_template:
         raise RecipeError(
-            "format.style: chat: the tokenizer has no chat template; expected an instruct model's,"
+            "format.style: chat: the tokenizer has no chat template; expected an instruct model"
             " or style: plain"
         )
     for name in template_args:
@@ -128,7 +128,7 @@ def _render(
         if any(turn.role == "system" for turn in turns):
             raise RecipeError(_no_system(f"it says: {reason}")) from None
         raise RecipeError(
-            f"format.style: chat: the tokenizer's chat template refuses the turns"
+            f"format.style: chat: the tokenizer's chat template rejects the turns"
             f" {', '.join(turn.role for turn in turns)}: {reason}"
         ) from None
     return str(text)
@@ -136,6 +136,6 @@ def _render(
 
 def _no_system(reason: str) -> str:
     return (
-        f"format.system: the tokenizer's chat template takes no system message ({reason}); expected"
-        " format.instruction instead"
+        f"format.system: the tokenizer's chat template accepts no system message ({reason});"
+        " expected format.instruction instead"
     )

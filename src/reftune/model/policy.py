@@ -161,7 +161,7 @@ class Policy(nn.Module):
         out."""
         if self.is_lora:
             raise ModelError(
-                "a separate value model would be trained whole; expected no model.lora beside it"
+                "a separate value model is trained in full; expected a recipe without model.lora"
             )
         self.value_backbone = copy.deepcopy(self.base.base_model)
         if self.is_compiled:
@@ -432,7 +432,7 @@ class Policy(nn.Module):
             )
             strange = sorted(saved.keys() ^ own.keys())
             if strange:
-                raise KeyError(f"{strange[0]} is in one of the two only")
+                raise KeyError(f"{strange[0]} is in only one of the two")
             with torch.no_grad():
                 for name, parameter in own.items():
                     parameter.copy_(saved[name])

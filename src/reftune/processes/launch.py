@@ -198,7 +198,7 @@ def _wanted_replicas(environment: Mapping[str, str]) -> int:
         asked = ", ".join(f"{axis.lower()}_size {size}" for axis, size in sizes.items())
         raise RecipeError(
             f"launcher: parallelism_config is {asked}; expected dp_shard_size above 1,"
-            " dp_replicate_size times that as many as processes, and 1 for all others"
+            " dp_replicate_size × dp_shard_size processes, and 1 for all others"
         )
     return replicas
 

@@ -34,7 +34,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         try:
             problem = _first_problem(error)
         except UnicodeEncodeError as half:
-            problem = f"{half.object!r} holds half a character; expected Unicode"[:300]
+            problem = f"{half.object!r} contains half a surrogate pair; expected Unicode"[:300]
         raise RecipeError(f"{where}: {problem}") from None
 
 

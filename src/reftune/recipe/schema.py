@@ -171,7 +171,7 @@ class Recipe(Table):
             raise refusal(
                 "rationale_kind",
                 f"dataset.rationale: {written} rationales, but format.kind is {read}; expected the"
-                " same of both",
+                " same for both",
             )
         return self
 

@@ -33,10 +33,7 @@ LEARNING = (
     Metric(
         key="reward/mean",
         title="Reward",
-        explain=(
-            "What a sampled solution earned on average while the model explored; right answers earn"
-            " most."
-        ),
+        explain="Mean reward of the solutions sampled in training; right answers earn most.",
     ),
     Metric(
         key="reward/correct",
@@ -61,7 +58,7 @@ CHARACTER = (
     Metric(
         key="policy/entropy",
         title="Entropy",
-        explain=("How undecided the model is about its next token; near 0 it repeats itself."),
+        explain=("How undecided the model is about its next token; near 0, it repeats itself."),
     ),
     Metric(
         key="response/length",
@@ -81,7 +78,7 @@ HACKING = (
         key="choices/other_option",
         title="Right letter, other value",
         explain=(
-            "Right letters whose own reasoning arrives at another option: luck or a shortcut was"
+            "Right letters after reasoning that arrives at another option: luck or a shortcut was"
             " rewarded."
         ),
         unit="percent",
@@ -96,15 +93,15 @@ HACKING = (
         key="choices/agreement",
         title="Same option when moved",
         explain=(
-            "Answers that follow their option to another place; a model that knows only the place"
-            " does not."
+            "Answers that follow their option to another place; a model that only knows places does"
+            " not change its letter."
         ),
         unit="percent",
     ),
     Metric(
         key="choices/numeric_accuracy",
         title="Solved without options",
-        explain="The same questions with nothing to choose from: what the reasoning alone can do.",
+        explain="The same questions without options, so that only reasoning helps.",
         unit="percent",
     ),
 )

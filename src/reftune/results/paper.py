@@ -92,7 +92,7 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
         first, second = groups[0].runs[0].folder, groups[1].runs[0].folder
         raise DataError(
             f"{first} and {second}: two recipes for {', '.join(place)}; expected runs that differ"
-            " in the seed only"
+            " only in the seed"
         )
     table = score_table(comparable_groups(runs), k=k)
     return {
@@ -215,7 +215,7 @@ def _note(found: Sequence[Cell]) -> str:
         if scores[GREEDY]["significant_against_baseline"] is None
     )
     return (
-        f"Percent of test problems, ± half of the 95 % interval, seeds: {seeds}. {NOT_SIGNIFICANT}:"
+        f"Percent of test problems, ± half of the 95% interval; seeds: {seeds}. {NOT_SIGNIFICANT}:"
         f" not significantly different from {display(baseline)} on the same problems. In brackets:"
-        " the paper's number where model, task, rationale and test questions are the same."
+        " the paper's number if model, task, rationale and test questions are the same."
     )

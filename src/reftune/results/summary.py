@@ -218,7 +218,7 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
         if not same_problems(run.evals):
             raise DataError(
                 f"{run.folder}: its methods were evaluated on different problems; expected the same"
-                " in one order"
+                " problems in the same order"
             )
     groups = group_runs(runs)
     if len(groups) == 1:
@@ -227,13 +227,13 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     for other in others:
         if not _share_problems([first, other]):
             raise DataError(
-                f"{first.folder} and {other.folder}: evaluated on different problems; expected runs"
-                " over the same ones in one order"
+                f"{first.folder} and {other.folder}: evaluated on different problems; expected the"
+                " same problems in the same order"
             )
     if len({len(group.runs) for group in groups}) > 1:
         counts = ", ".join(f"{group.label} {len(group.runs)}" for group in groups)
         raise DataError(
-            f"runs to compare have different numbers of seeds ({counts}); expected as many of each"
+            f"runs to compare have different numbers of seeds ({counts}); expected the same"
         )
     return groups
 

@@ -59,8 +59,8 @@ def display(label: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as `62.4 %`."""
-    return f"{100 * share:.1f} %"
+    """A share as `62.4%`."""
+    return f"{100 * share:.1f}%"
 
 
 def points(difference: float) -> str:
@@ -124,7 +124,7 @@ def _solves(method: MethodScore, table: ScoreTable) -> str:
 def _evidence(against: Comparison) -> str:
     (low, high), p = against.ci95, against.p_mcnemar
     test = "" if p is None else f"; exact McNemar {p_text(p)}"
-    return f" (95 % interval of the difference {points(low)} to {points(high)} points{test})"
+    return f" (95% interval of the difference {points(low)} to {points(high)} points{test})"
 
 
 def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
@@ -144,18 +144,18 @@ def _chosen_sentence(table: ScoreTable) -> str:
         return ""
     apart = f"; {table.split} problems played no part in it"
     scored = apart if table.split != "dev" else ", and scored on dev again, which flatters them"
-    return f"Models were chosen on dev accuracy (looks taken: {', '.join(looks)}){scored}."
+    return f"Models were chosen on dev accuracy (dev evaluations: {', '.join(looks)}){scored}."
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
     """A line on whether to continue with RL or with more SFT, given the recent rise in dev
     accuracy."""
-    points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} looks"
+    points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} evaluations"
     if rise <= margin:
         return f"dev no longer rises ({points}): RL can take over"
     return (
-        f"dev still rises {100 * rise / num_looks:.1f} points a look ({points}): SFT will teach"
-        " more than RL"
+        f"dev still rises {100 * rise / num_looks:.1f} points per evaluation ({points}): SFT will"
+        " teach more than RL"
     )
 
 
@@ -167,7 +167,7 @@ def remarks(run: RunResults) -> list[str]:
 
 def sentence(handover: Handover) -> str:
     """A line on whether the warm-up was finished."""
-    rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four looks"
+    rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four evaluations"
     if handover.is_ready:
         return f"{handover.init} was finished when {handover.stage} began: dev {rise}"
     if handover.is_flat:
@@ -243,7 +243,7 @@ def caption(table: ScoreTable) -> str:
         else "exact McNemar p ≥ 0.05, not corrected for several comparisons"
     )
     return (
-        f"Accuracy in percent on {n:,} {table.split} problems{seeds}, 95 % interval ({interval}); "
+        f"Accuracy in percent on {n:,} {table.split} problems{seeds}, 95% interval ({interval}); "
         f"differences paired by problem, bootstrap; {NOT_SIGNIFICANT}: {test}."
     )
 

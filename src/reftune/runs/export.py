@@ -81,7 +81,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     # the Hub's errors are OSErrors or ValueErrors; httpx's are neither
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"{repository}: cannot be pushed, and stays in {folder}: {brief(error)}"
+            f"{repository}: cannot be pushed: {brief(error)}; the model stays in {folder}"
             " (`hf auth login` logs in)"
         ) from None
     return str(address)
@@ -232,7 +232,7 @@ Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stag
 `{stage["kind"]}`, started from `{stage["init"]}`, trained on {_data(table)}.
 {_accuracy(run, method)}
 The weights are those of step {stage["chosen_step"]}, chosen on {stage["dev_n"]} dev problems
-({stage["dev_accuracy"]:.1%} right, the best of {stage["looks"]} looks).
+({stage["dev_accuracy"]:.1%} right, the best of {stage["looks"]} dev evaluations).
 
 The model was trained on one prompt format and one kind of question, and graded by its final answers
 only. Its reasoning was not checked, and programs that it writes are untrusted: run them in a
@@ -271,7 +271,7 @@ def _accuracy(run: RunFolder, method: str) -> str:
     score = methods[method]
     low, high = score["ci95"]
     return (
-        f"Greedy accuracy {score['accuracy']:.1%} of {score['n']} problems (95 % interval"
+        f"Greedy accuracy {score['accuracy']:.1%} of {score['n']} problems (95% interval"
         f" {low:.1%} to {high:.1%})."
     )
 

@@ -455,7 +455,7 @@ def check_stage_graph(recipe: Recipe) -> None:
                 )
         for method in (*stage.produces, name):
             if method in made:
-                raise RecipeError(f"stages.{name}: method {method} is made twice")
+                raise RecipeError(f"stages.{name}: two stages save the method {method}")
             made.add(method)
         known += _methods_of(name, stage)
     for key in ("stages", "sampled"):

@@ -187,7 +187,7 @@ class Loop:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
-        self.context.progress.note("stopping after this step; once more stops at once")
+        self.context.progress.note("stopping after this step; interrupt again to stop at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
         """Take a step and return its metrics. If the engine is gone, save the steps before as a
@@ -303,7 +303,7 @@ class Loop:
         if self.until_plateau and self.state.ends_at is None and history.is_flat():
             self.state.ends_at = min(self.total_steps, step + max(1, step // COOLDOWN))
             self.context.progress.note(
-                f"{self.context.name}: dev no longer rises; cooling down until step"
+                f"{self.context.name}: dev accuracy no longer rises; cooling down until step"
                 f" {self.state.ends_at}"
             )
         latest = history.latest_rise()
@@ -334,7 +334,8 @@ class Loop:
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {brief(error)}"
             raise CheckpointError(
-                f"{found.folder}: is of another model or version: {reason}; choose another run_dir"
+                f"{found.folder}: belongs to another model or version: {reason}; choose another"
+                " run_dir"
             ) from None
         context.metrics.truncate(metrics_bytes)
         self.samples.truncate(samples_bytes)

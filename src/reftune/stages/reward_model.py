@@ -309,7 +309,7 @@ def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str
     own, other = (set(model.tokenizer.get_vocab().items()) for model in (classifier.policy, policy))
     if own != other:
         raise ModelError(
-            f"{where}: was trained with another tokenizer: {len(own):,} tokens, this run's model"
-            f" has {len(other):,}, and {len(own & other):,} are the same; expected a reward model"
+            f"{where}: was trained with another tokenizer: it has {len(own):,} tokens, this run's"
+            f" model {len(other):,}, and {len(own & other):,} are the same; expected a reward model"
             " that started from the same base model"
         )

@@ -441,7 +441,9 @@ def score(
     if (format_kind is None) == (recipe is None):
         raise RecipeError("score: expected either --format nl|program or --recipe RECIPE")
     if recipe is None and overrides:
-        raise RecipeError(f"score: {overrides[0]}: expected --recipe, whose keys it sets")
+        raise RecipeError(
+            f"score: {overrides[0]}: expected --recipe too, because it sets a recipe key"
+        )
     for row in (
         score_as_recipe(file, _load(recipe, overrides))
         if recipe is not None

@@ -79,7 +79,7 @@ def write_recipe(wishes: Wishes, out: Path) -> Splits:
     for finding in check_texts(recipe, splits):
         if finding.level == "fail":
             raise DataError(
-                f"{wishes.data}: `reftune check` would refuse the recipe: {finding.name}:"
+                f"{wishes.data}: `reftune check` would reject the recipe: {finding.name}:"
                 f" {finding.message}; {finding.remedy}"
             )
     write_atomically(out, text)
@@ -195,7 +195,7 @@ def _lengths(
     room = 10**9 if context is None else context - max_new
     if _most(prompts) > room:
         raise ModelError(
-            f"the model's context of {context} tokens is too short for these data: a solution takes"
+            f"the model's context of {context} tokens is too short for this data: a solution takes"
             f" {max_new}, and a tenth of the prompts take more than {max(0, room)}"
         )
     return _Lengths(max_new=max_new, context=context or 0, drops=prompts[-1] > room)
@@ -214,7 +214,7 @@ def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
     if model == SCRATCH:
         if not texts:
             raise DataError(
-                "a model made from scratch learns from rationales, and the data have none; say"
+                "a model made from scratch learns from rationales, and the data has none; set"
                 " --model"
             )
         return word_tokenizer(texts)

@@ -147,7 +147,7 @@ def _answer(
         kind = "choice"
     try:
         if isinstance(value, bool):
-            raise DataError("a truth value")
+            raise DataError("a boolean")
         return read_gold(value, cast("GoldKind", kind), choices=choices, reading=reading)
     except DataError as error:
         choice = f"the letter or value of one of {len(choices)} choices"

@@ -151,7 +151,7 @@ def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
         tracker.start()
     except Exception as error:  # noqa: BLE001  a service may refuse in any way: no login, no network
         raise RecipeError(
-            f"trackers: {name} cannot start: {_reason(error)}; trackers=[] runs without"
+            f"trackers: {name} cannot start: {_reason(error)}; trackers=[] runs without any"
         ) from None
     return tracker
 

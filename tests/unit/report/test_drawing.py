@@ -53,7 +53,7 @@ def test_ticks_are_round_numbers(low: float, high: float, count: int, ticks: lis
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [
-        (0.624, "percent", "62.4 %"),
+        (0.624, "percent", "62.4%"),
         (1234.5, "number", "1,234"),
         (-0.0316, "number", "−0.0316"),
         (0.12345, "number", "0.123"),

@@ -64,7 +64,7 @@ def test_a_stage_that_ended_by_itself_is_judged_at_its_chosen_step() -> None:
     (found,) = handovers(run(stage("sft", LOOKS, chosen_step=3), stage("reft", RL, init="sft")))
     assert found.is_ready and found.to_row()["margin"] == 0.04
     assert sentence(found) == (
-        "sft was finished when reft began: dev +1.0 ± 4.0 points over four looks"
+        "sft was finished when reft began: dev +1.0 ± 4.0 points over four evaluations"
     )
 
 
@@ -74,7 +74,7 @@ def test_a_warm_up_that_is_flat_before_it_can_be_rewarded_was_not_finished() -> 
     assert found.is_flat and not found.is_ready
     assert found.to_row()["ready"] is False
     assert sentence(found) == (
-        "sft was flat at 12% on dev when reft began (+1.0 ± 4.0 points over four looks):"
+        "sft was flat at 12% on dev when reft began (+1.0 ± 4.0 points over four evaluations):"
         " RL needs about 20%"
     )
 

@@ -43,7 +43,7 @@ def test_the_answer_is_in_the_page_without_any_script(write_run: WriteRun) -> No
     body = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     for text in (
         "ReFT",
-        "95 % interval",
+        "95% interval",
         "maj@3",
         "were chosen on dev accuracy",
         "reftune demo",

@@ -144,7 +144,7 @@ def test_two_recipes_for_one_place_are_refused(write_task: WriteRun) -> None:
     with pytest.raises(
         DataError,
         match=(
-            "two recipes for CodeLLAMA-7B, GSM8K, P-CoT; expected runs that differ in the seed only"
+            "two recipes for CodeLLAMA-7B, GSM8K, P-CoT; expected runs that differ only in the seed"
         ),
     ):
         table_command(folders, layout="paper")

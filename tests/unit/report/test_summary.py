@@ -286,7 +286,7 @@ def test_a_starting_point_is_no_rival(write_run: WriteRun) -> None:
 def test_a_run_of_one_method_still_has_a_headline(write_run: WriteRun) -> None:
     folder = write_run(methods=("warmup",))
     answer(folder, "warmup", [1, 0, 0, 0])
-    assert headline_of(folder) == "Warm-up solves 25.0 %"
+    assert headline_of(folder) == "Warm-up solves 25.0%"
 
 
 def test_labels_read_as_a_person_writes_them() -> None:

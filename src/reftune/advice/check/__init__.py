@@ -115,7 +115,7 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
         update={"train": str(folder), "dev": None, "test": None, "dev_size": 2}
     )
     return examples, ok(
-        f"{source} is not here; checked on examples of its format that come with reftune"
+        f"{source} is not here; the check used examples of its format that come with reftune"
     )
 
 

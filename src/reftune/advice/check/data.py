@@ -46,7 +46,7 @@ def check_splits(subject: Subject) -> Finding:
     if not subject.rows and learns_from_rationales(subject):
         return fail(message, "supervised stages need rationales")
     if not splits.test and subject.recipe.evaluate.split == "test":
-        return fail(message, "give test problems, or set evaluate.split=dev")
+        return fail(message, "add test problems, or set evaluate.split=dev")
     if len(splits.dev) < SMALL_DEV:
         return warn(message, f"models are chosen on dev: give it {SMALL_DEV} problems or more")
     return ok(message)
@@ -98,7 +98,7 @@ def check_sandbox(subject: Subject) -> Finding:
         f" sandbox: {listed}"
     )
     if format.sandbox == "subprocess" or (format.sandbox == "auto" and not packages):
-        return ok(f"{message}; format.sandbox={format.sandbox} gives it to them")
+        return ok(f"{message}; format.sandbox={format.sandbox} provides it")
     return warn(message, f"set format.sandbox={'subprocess' if packages else 'auto'}")
 
 

@@ -106,9 +106,9 @@ def check_dtype(subject: Subject) -> Finding:
     slowdown = rates[other] / rates[chosen]
     message = ", ".join(f"{name} {rate / 1e9:,.1f} GFLOP/s" for name, rate in rates.items())
     if slowdown <= MAX_SLOWDOWN:
-        return ok(f"{chosen}; products here: {message}")
+        return ok(f"{chosen}; matmuls here: {message}")
     return fail(
-        f"products in {chosen} take {slowdown:,.0f} times as long as in {other} here: {message}",
+        f"matmuls in {chosen} take {slowdown:,.0f} times as long as in {other} here: {message}",
         f"model.dtype={other}, or auto, which chooses it here",
     )
 
@@ -122,7 +122,7 @@ def check_accuracy(subject: Subject) -> Finding:
     low, high = wilson(correct, len(rows))
     message = (
         f"at temperature 1 the start model solves {correct} of {len(rows)} dev questions"
-        f" ({correct / len(rows):.0%}, 95 % interval {low:.0%} to {high:.0%}); RL needs about"
+        f" ({correct / len(rows):.0%}, 95% interval {low:.0%} to {high:.0%}); RL needs about"
         f" {NEEDED_ACCURACY:.0%} to have something to reward"
     )
     rise = _rise(subject)
@@ -132,7 +132,7 @@ def check_accuracy(subject: Subject) -> Finding:
     if high < NEEDED_ACCURACY and not is_trained_first:
         finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
     elif rise is not None and rise[0] > rise[1]:
-        finding = warn(message, "train the warm-up further: until=plateau ends it by itself")
+        finding = warn(message, "train the warm-up further: until=plateau ends it automatically")
     else:
         finding = ok(f"{message}; a warm-up comes first" if is_trained_first else message)
     return replace(finding, samples=tuple(rows[:NUM_SHOWN]))
@@ -172,7 +172,7 @@ def check_time(subject: Subject) -> Finding:
     """Estimate the run's time on this machine, from a short measurement."""
     rows = subject.fitting_rows[:NUM_TIMED]
     if not rows:
-        return ok("not known without rationales that fit")
+        return ok("unknown, because no rationale fits")
     prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
     speed = measure_speed(
         subject.policy,

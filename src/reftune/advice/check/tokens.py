@@ -68,22 +68,22 @@ def check_prompt(subject: Subject) -> Finding:
     is_chat = isinstance(prompt, Conversation)
     if tokenizer.chat_template and not is_chat:
         return warn(
-            "the tokenizer has a chat template, and the model is given raw text",
-            "format.style=chat, if this is an instruct model",
+            "the tokenizer has a chat template, but the model gets raw text",
+            "set format.style=chat if this is an instruct model",
         )
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        return warn("prompts begin with two BOS tokens", "take it out of the template or the data")
+        return warn("prompts begin with two BOS tokens", "take one out of the template or the data")
     if ids[: len(bos)] != bos:
         writer = "the chat template" if is_chat else "this format"
         return warn(
-            f"the tokenizer begins a text with {tokenizer.decode(bos)!r}, and {writer} does not",
-            "none, if the model was trained like this; styles compact and plain begin with it",
+            f"the tokenizer begins a text with {tokenizer.decode(bos)!r}, but {writer} does not",
+            "nothing, if the model was trained like this; styles compact and plain begin with it",
         )
     opening = subject.encoder.text_after(prompt, PROBE).partition(PROBE)[0] if is_chat else ""
     if set(subject.encoder.encode(opening)) & set(tokenizer.all_special_ids):
         return warn(
             f"the chat template has no generation prompt: the model must write {opening!r} itself",
-            "use a template that reads add_generation_prompt, unless the model was trained without",
+            "use a template that reads add_generation_prompt, unless the model was trained so",
         )
     if is_chat and "strftime_now" in tokenizer.get_chat_template():
         return warn(
@@ -112,8 +112,8 @@ def check_prompt_length(subject: Subject) -> Finding:
     if subject.recipe.lengths.too_long == "drop" and len(long["train"]) < len(sizes["train"]):
         return warn(
             f"{len(long['train'])} of {len(sizes['train'])} training prompts are too long and left"
-            f" out, {len(long['dev'])} of dev and {len(long['test'])} of test count as not"
-            f" answered: {message}",
+            f" out, {len(long['dev'])} of dev and {len(long['test'])} of test count as"
+            f" unanswered: {message}",
             "raise lengths.max_prompt or lower lengths.max_new",
             rows,
         )
@@ -154,7 +154,7 @@ def check_vocabulary(subject: Subject) -> Finding:
     unwritable = [row.problem.id for row in subject.rows if unknown in row.target_ids]
     if unwritable:
         return fail(
-            f"{len(unwritable)} targets hold words unknown to the tokenizer",
+            f"{len(unwritable)} targets contain words unknown to the tokenizer",
             "the model could not write them",
             unwritable,
         )
@@ -166,7 +166,7 @@ def check_vocabulary(subject: Subject) -> Finding:
     unread = [name for name, ids in prompts.items() if unknown in ids]
     if unread:
         return warn(
-            f"{len(unread)} prompts hold words unknown to the tokenizer",
+            f"{len(unread)} prompts contain words unknown to the tokenizer",
             "the model cannot tell them apart",
             unread,
         )
@@ -184,7 +184,7 @@ def check_eos(subject: Subject) -> Finding:
     )
     if end not in stop.ids:
         return fail(
-            f"targets end in {tokenizer.decode([end])!r} (id {end}), sampling stops at {stops}",
+            f"targets end in {tokenizer.decode([end])!r} (id {end}), but sampling stops at {stops}",
             "use one tokenizer for both",
         )
     bad = [
@@ -194,7 +194,7 @@ def check_eos(subject: Subject) -> Finding:
     ]
     if bad:
         return fail(
-            f"{len(bad)} targets hold one of {stops} before their end",
+            f"{len(bad)} targets contain one of {stops} before their end",
             "take it out of the data, or out of format.stop",
             bad,
         )

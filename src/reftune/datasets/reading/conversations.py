@@ -66,7 +66,7 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     content = _text(turn.get("content", turn.get("value")))
     if role is None:
         raise DataError(
-            f"{where}: a turn of {shown(speaker)}; expected {', '.join(ROLES)} (tools are not"
+            f"{where}: a turn of role {shown(speaker)}; expected {', '.join(ROLES)} (tools are not"
             " supported)"
         )
     if content is None:

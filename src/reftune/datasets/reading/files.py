@@ -176,7 +176,7 @@ def _read_csv(path: Path) -> Records:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
-            f"{path}:{line}: holds a NUL; expected UTF-8, or UTF-16 with its first mark"
+            f"{path}:{line}: contains a NUL; expected UTF-8, or UTF-16 with a byte order mark"
         )
     if "\n" not in text:  # line ends of an old Mac
         text = text.replace("\r", "\n")
@@ -203,7 +203,7 @@ def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Li
             line = first + reader.line_num
     except csv.Error as error:
         raise DataError(
-            f"{path}:{line}: not valid CSV ({error}); expected rows as the first line names them"
+            f"{path}:{line}: not valid CSV ({error}); expected the columns of the first line"
         ) from None
 
 
@@ -254,7 +254,7 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
             header = [(cell or "").strip() for cell in cells]
             named = [name for name in header if name]
             if len(set(named)) < len(named):
-                raise DataError(f"{where}: columns {header}; expected names, each once")
+                raise DataError(f"{where}: columns {header}; expected unique names")
             continue
         if len(cells) < len(header) or any(cells[len(header) :]):
             raise DataError(

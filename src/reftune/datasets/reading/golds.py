@@ -31,6 +31,6 @@ def marked_text(row: Row, column: str) -> Any:
     if reply is None:
         raise DataError(
             f"{row.where}: {column} ends before the assistant's turn; expected its answer, or the"
-            " gold in another column (dataset.columns.answer)"
+            " gold answer in another column (dataset.columns.answer)"
         )
     return reply

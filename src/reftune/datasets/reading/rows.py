@@ -44,8 +44,8 @@ class Row:
             raise DataError(f"{self.where}: {column} is {shown(value)}; expected text")
         if any("\ud800" <= char <= "\udfff" for char in value):
             raise DataError(
-                f"{self.where}: {column} is {shown(value)}, which holds half a character; expected"
-                " text"
+                f"{self.where}: {column} is {shown(value)}, which contains half a surrogate pair;"
+                " expected text"
             )
         return value.strip()
 
@@ -71,7 +71,7 @@ class Row:
         value = self._found(column)
         if value is MISSING:
             raise DataError(
-                f"{self.where}: no column {column!r}; expected one among"
+                f"{self.where}: no column {column!r}; expected one of"
                 f" {', '.join(map(str, self.columns))}"
             )
         return value

@@ -163,8 +163,8 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
         size = min(LARGEST_DEFAULT_DEV, max(len(by_question) // 10, len(by_question) > 1))
     if size and size >= len(by_question):
         raise DataError(
-            f"dev_size {size}: only {len(by_question)} training questions are left; expected fewer"
-            " for dev"
+            f"dev_size {size}: only {len(by_question)} training questions are left; expected a"
+            " smaller dev_size"
         )
     in_order = sorted(by_question, key=lambda question: derive_seed(seed, "dev", question))
     chosen = set(in_order[:size])

@@ -59,9 +59,9 @@ class Prompted(Component):
                     told = f"{key}: not read by style {self.style}; expected style: {style}"
                     raise refusal("style", told)
         if self.template is not None and self.template.count(SLOT) != 1:
-            raise refusal("template", f"template: expected a text with one {SLOT} in it")
+            raise refusal("template", f"template: expected text that contains {SLOT} once")
         if not all(self.stop):
-            raise refusal("stop", "stop: expected texts of at least one character")
+            raise refusal("stop", "stop: expected strings of at least one character")
         return self
 
     @property

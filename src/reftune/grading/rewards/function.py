@@ -100,7 +100,7 @@ class FunctionReward(Component):
         ]
         if missing:
             raise RewardError(
-                f"reward {self.kind}: takes {missing[0]}, which is not among"
+                f"reward {self.kind}: has the argument {missing[0]}, which is not among"
                 f" {', '.join(sorted(offered))}"
             )
         return {name: column for name, column in offered.items() if name in named}

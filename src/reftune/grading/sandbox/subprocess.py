@@ -261,7 +261,7 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
             return ExecutionResult(status=ExecutionStatus.OK, value=content, printed=printed)
         return _ended(_status(str(content)), str(content))
     if returncode == NOT_ISOLATED:
-        return failure(f"the system lacks {last[:200]} (allow_unisolated would do without)")
+        return failure(f"the system lacks {last[:200]} (allow_unisolated runs without it)")
     if returncode in (-signal.SIGALRM, -signal.SIGKILL, -signal.SIGXCPU):
         return _ended(ExecutionStatus.TIMEOUT, "it was killed when its time was up")
     return failure(f"the process ended with status {returncode}")

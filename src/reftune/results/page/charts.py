@@ -236,7 +236,7 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
     band = (
         "The band spans the lowest and highest seed."
         if any(len(group.runs) > 1 for group in groups)
-        else "The band is the 95 % interval of each point."
+        else "The band is the 95% interval of each point."
     )
     return Chart(
         key="dev/accuracy",

@@ -79,7 +79,7 @@ def shown(value: Number, unit: Unit) -> str:
     if value is None:
         return "–"
     if unit == "percent":
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}%"
     if unit == "seconds":
         return "<0.001 s" if 0 < value < 0.001 else f"{_plain(value)} s"
     return _plain(value)

@@ -96,7 +96,7 @@ def _bars(table: ScoreTable) -> str:
             tag("line", class_="cross", x1=px(low), x2=px(high), y1=middle, y2=middle),
             tag(
                 "text",
-                f"{100 * score.value:.1f} %",
+                f"{100 * score.value:.1f}%",
                 class_="name",
                 x=px(high + 8),
                 y=middle + 4,
@@ -106,6 +106,6 @@ def _bars(table: ScoreTable) -> str:
     seeds = f", mean of {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     title = (
         f"Greedy accuracy on {table.methods[0].greedy.n:,} {table.split} problems{seeds}; lines:"
-        " 95 % interval"
+        " 95% intervals"
     )
     return _titled(title, Markup("").join(drawn), ROW * len(names))

@@ -238,7 +238,7 @@ def _facts(method: MethodScore) -> list[str]:
     seconds = method.mean("wall_seconds")
     facts = [
         None if dev is None else f"dev {percent(dev)}",
-        None if method.looks is None else f"{method.looks} looks",
+        None if method.looks is None else f"{method.looks} dev evaluations",
         None if passes is None else f"{_count(passes)} sequences",
         None if seconds is None else duration(seconds),
     ]
@@ -251,7 +251,7 @@ def _votes(table: ScoreTable) -> str:
     marks = {
         "maj": "the majority’s answer (diamond)",
         "weighted": "the majority’s answer by the reward model’s scores (circle)",
-        "rerank": "the one that the reward model scores highest (square)",
+        "rerank": "the answer that the reward model scores highest (square)",
     }
     return ", ".join(text for kind, text in marks.items() if kind in kinds)
 

@@ -31,7 +31,7 @@ function powerOfTen(value) {
 }
 function show(value, unit) {
   if (value === null || value === undefined) return "–";
-  if (unit === "percent") return (100 * value).toFixed(1) + " %";
+  if (unit === "percent") return (100 * value).toFixed(1) + "%";
   if (unit === "seconds") return value > 0 && value < 0.001 ? "<0.001 s" : plain(value) + " s";
   return plain(value);
 }

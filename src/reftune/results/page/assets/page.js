@@ -161,7 +161,7 @@ function startSamples({ methods, rows, total }) {
   }
   function token(piece, logprob) {
     if (logprob === null) return piece;
-    const doubt = Math.min(1, -logprob / 3); // full shade below 5 %
+    const doubt = Math.min(1, -logprob / 3); // full shade below 5%
     if (piece === "") piece = END;
     const indent = piece.trim() ? piece.match(/^\s*/)[0] : "";
     return [indent, html("span", { class: "token", style: `background: rgba(var(--shade), ${(0.6 * doubt).toFixed(2)})`,
@@ -170,7 +170,7 @@ function startSamples({ methods, rows, total }) {
   function surest(row) {
     if (!row.logprobs || !row.logprobs.length) return "";
     const index = row.logprobs.indexOf(least(row));
-    return index < 0 ? "" : html("span", {}, `least sure of “${row.pieces[index].trim() || END}” (${(100 * Math.exp(row.logprobs[index])).toFixed(0)} %)`);
+    return index < 0 ? "" : html("span", {}, `least sure of “${row.pieces[index].trim() || END}” (${(100 * Math.exp(row.logprobs[index])).toFixed(0)}%)`);
   }
   for (const id of ["sample-method", "sample-order", "sample-shade"]) $(id).addEventListener("change", search);
   for (const id of ["sample-from", "sample-to", "sample-search"]) $(id).addEventListener("input", search);
