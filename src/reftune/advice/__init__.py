@@ -1,2 +1,2 @@
-"""Predicts whether a run will work, how long it will take and how much memory it will need, before
-it starts."""
+"""Predicts, before a run, whether it will work, how long it will take and how much memory it
+needs."""

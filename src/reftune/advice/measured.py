@@ -118,8 +118,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Free memory of the device; on a CPU, at most what a container or the other processes leave to
-    this process."""
+    """Free memory of the device; on a CPU, within the limits of a container and of other
+    processes."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

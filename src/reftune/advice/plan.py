@@ -131,8 +131,7 @@ class Plan:
     """Stage → the best division into GPUs that sample and GPUs that train, and the step's seconds.
     """
     steps: Mapping[str, Step]
-    """Each sampling stage's step under `sharding` or, if no sharding fits, under the one that needs
-    the least memory."""
+    """Each sampling stage's step under `sharding` or, if none fits, with the least memory."""
     assumed: Mapping[str, Any]
 
 
@@ -240,8 +239,7 @@ class Planner:
         return models * (update.flops if backward else update.forward_flops) / 2
 
     def step(self, *, samplers: int | None = None) -> Step:
-        """The time of a step. With `samplers`, so many GPUs only sample and the others only
-        train."""
+        """The time of a step. With `samplers`, as many GPUs only sample; the others only train."""
         trainers = self.hardware.gpus - (samplers or 0)
         generate, update = self.generate(samplers or self.hardware.gpus), self.update(trainers)
         pace = Pace(

@@ -1,2 +1,1 @@
-"""Algorithms choose the rollouts to train on, give them credit, and define the loss. Each has its
-own file."""
+"""Algorithms choose the rollouts to train on, give credit, and define the loss. Each has a file."""

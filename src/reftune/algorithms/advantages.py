@@ -1,5 +1,4 @@
-"""Turns rewards and values into advantages and returns. Only tensors, no state; every mask is True
-on response tokens."""
+"""Turns rewards and values into advantages and returns. Every mask is True on response tokens."""
 
 from __future__ import annotations
 
@@ -101,8 +100,7 @@ def group_sizes(groups: Tensor) -> Tensor:
 
 
 def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Unbiased standard deviation of the rewards in each sample's group, (B,); 0 for a group of
-    one."""
+    """Unbiased standard deviation of each sample's group of rewards, (B,); 0 for a group of one."""
     squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
     sizes = group_sizes(groups)
     return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()

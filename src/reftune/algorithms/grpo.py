@@ -1,5 +1,4 @@
-"""Group-relative policy optimization: the samples of one problem are each other's baseline, without
-a value head."""
+"""Group-relative policy optimization: a problem's samples are each other's baseline."""
 
 from __future__ import annotations
 

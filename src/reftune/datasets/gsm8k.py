@@ -37,8 +37,7 @@ class Gsm8k(PaperDataset):
     authors_name: ClassVar[str] = "gsm8k"
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row whose `answer` is the annotated solution, with a last line like
-        `#### 72`."""
+        """The problem in a row whose `answer` is an annotated solution that ends like `#### 72`."""
         solution, marker, gold_text = row.text("answer").rpartition("####")
         gold = number_gold(gold_text.strip())
         if not marker or gold is None:
@@ -91,8 +90,7 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """The name of a variable: `24 clips in May.` → `clips_may`; `step` if no word follows the
-    number."""
+    """A variable's name: `24 clips in May.` → `clips_may`; `step` if no word follows the number."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

@@ -72,8 +72,8 @@ class Mathqa(PaperDataset):
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As for all of the paper's datasets, but a multiple-choice solution in words must also end
-        in the letter."""
+        """As for the paper's other datasets, but multiple-choice text must also end in the
+        letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)

@@ -71,8 +71,8 @@ class Mixture(Component):
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """The largest training set with the wanted shares, drawn with `seed`: at least one part is
-        used up."""
+        """The largest training set with the wanted shares, drawn with `seed`; it uses up one
+        part."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

@@ -1,4 +1,4 @@
-"""Any task of the reasoning-gym package, with generated questions that the task's own scorer
+"""Any task of the reasoning-gym package: generated questions, which the task's own scorer
 grades."""
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from reftune.text import did_you_mean
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
-"""Distance between the seeds of test, train and the next `data_seed`. A task's n-th question uses
-the split's seed + n."""
+"""Distance between the seeds of test, train and the next `data_seed`. The n-th question of a task
+uses seed + n."""
 PATIENCE = 20
 """Draws per question after which the search for different questions gives up."""
 

@@ -42,8 +42,7 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row with a body, a question and an equation, which becomes the
-        program."""
+        """The problem in a row of body, question and equation, which becomes the program."""
         body = row.text("Body")  # a third of the bodies lack a final period
         return Problem(
             id=row.text("ID"),

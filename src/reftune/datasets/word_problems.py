@@ -138,8 +138,8 @@ class WordProblems(Component):
         return str(style), write(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
-        """One random story; None if a result is out of range, or if the answer does not need every
-        fact about the object."""
+        """One random story; None if a result is out of range or a fact about the object is not
+        needed."""
         asks = ["count"]
         if num_operations >= 1:
             asks += ["coins", "together", "more"] if self.people >= 2 else ["coins"]
@@ -174,13 +174,11 @@ class WordProblems(Component):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Quantity:
-    """A number in a story. Two quantities are never equal: "3 hats" in one sentence are not the "3
-    hats" in another."""
+    """A number in a story. Two quantities are never equal, even if both are "3 hats"."""
 
     value: int
     owner: str = ""
-    """The person who has it; empty for a bare number, and for the answer to a question about two
-    people or coins."""
+    """The person who has it; empty for a bare number, and for answers about two people or coins."""
     symbol: str = ""
     """The operation that computes it; empty for a number stated in the story."""
     operands: tuple[_Quantity, ...] = ()

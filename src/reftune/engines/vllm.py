@@ -201,8 +201,8 @@ def stop_engines() -> None:
 
 
 class Colocated:
-    """vLLM in a process of its own, so that it shares no generator, thread pool or process group
-    with the trainer."""
+    """vLLM in its own process, which shares no generator, threads or process group with the
+    trainer."""
 
     def __init__(self, settings: Vllm, policy: Policy, folder: Path) -> None:
         quiet = {

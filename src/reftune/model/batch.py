@@ -56,8 +56,8 @@ class TokenBatch:
         return rows, self.prompt_lengths[rows] + steps
 
     def predictor_index(self) -> tuple[Tensor, Tensor]:
-        """Row and column, each (N,), of the position whose output predicts each response token: the
-        position to its left."""
+        """Row and column, each (N,), of each response token's predictor: the position to its
+        left."""
         rows, columns = self.response_index()
         return rows, columns - 1
 
@@ -73,8 +73,8 @@ class TokenBatch:
         )
 
     def filled_up(self) -> TokenBatch:
-        """The batch, plus a sequence without a response if the number of tokens is not a multiple
-        of `MULTIPLE`."""
+        """The batch, plus a sequence without response if its tokens are not a multiple of
+        `MULTIPLE`."""
         missing = -int(self.lengths.sum()) % MULTIPLE
         if not missing:
             return self

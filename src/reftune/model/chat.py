@@ -1,5 +1,4 @@
-"""Renders conversations with a tokenizer's own chat template, and finds how it ends the assistant's
-turn."""
+"""Renders conversations with a tokenizer's chat template, and finds how it ends a reply."""
 
 from __future__ import annotations
 

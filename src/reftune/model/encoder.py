@@ -114,8 +114,7 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""Tokens to decode beyond the number of a stop string's bytes, because special tokens decode to
-nothing."""
+"""Tokens to decode beyond a stop string's number of bytes: special tokens decode to nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -160,8 +159,7 @@ def stop_rule(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
 ) -> StopRule:
     """The rule with `texts` and every end token: those of the tokenizer, of the model's config and
-    generation config, and of the chat template, if there is one. Raises: ModelError for a tokenizer
-    without eos."""
+    generation config, and of the chat template, if there is one. Raises: ModelError without eos."""
     require_eos(tokenizer)
     found = {
         *token_ids_of(tokenizer.eos_token_id),

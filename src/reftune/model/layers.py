@@ -117,8 +117,7 @@ def plain_state(
     model: Any, dtype: torch.dtype = torch.float32, *, merged: bool = True
 ) -> dict[str, Tensor]:
     """The weights of a model as plain tensors on the CPU, rounded once to `dtype`. Adapters are
-    merged in fp32 or, without `merged`, left out; 4-bit weights are dequantized; tied weights stay
-    tied."""
+    merged in fp32 or, without `merged`, left out; 4-bit weights are dequantized; ties stay."""
     from peft.tuners.lora import LoraLayer
 
     layers = {id(m.get_base_layer().weight): m for m in model.modules() if isinstance(m, LoraLayer)}

@@ -20,7 +20,7 @@ LOGIT_ELEMENTS = 2**21
 LOGITS_KEPT = 2**26
 """Most logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Most tokens per tile if the vocabulary is large: many, because every tile adds to the weight's
+"""Most tokens per tile if the vocabulary is large: each tile adds to the whole weight's
 gradient."""
 
 
@@ -51,8 +51,7 @@ def token_logprobs(
 def logprobs_and_entropy(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The result of `token_logprobs` without gradients, and the entropy of each distribution in
-    nats; each (N,)."""
+    """`token_logprobs` without gradients, and each distribution's entropy in nats; both (N,)."""
     if type(head) is nn.Linear:
         softmax = _softmax(_cast(hidden), head.weight, head.bias, tokens, temperature, means=True)
         return (
@@ -149,8 +148,7 @@ def _softmax(
     kept: list[Tensor] | None = None,
 ) -> _Softmax:
     """The softmax, accumulated tile by tile. Exponentials are relative to the largest logit so far,
-    and sums are rescaled when a larger one appears. `kept` receives the logits of the first
-    tiles."""
+    and sums are rescaled when a larger one appears. `kept` receives the first tiles' logits."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
     for tile in _tiles(hidden, weight, bias, tokens, temperature):

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD = Path("value_head", "model.safetensors")
-"""Path inside a model's folder: in a subfolder, because vLLM loads every safetensors file beside
-the weights."""
+"""Path in a model's folder: a subfolder, because vLLM loads all safetensors files beside the
+weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
 """Path of the adapters, saved beside the merged model: with a 4-bit base, a later stage continues
 with them, because quantizing a merged model would round away their changes."""
@@ -157,8 +157,7 @@ class Policy(nn.Module):
                 )
 
     def separate_value_model(self) -> None:
-        """Give the value head its own copy of the policy's current transformer, which `save` leaves
-        out."""
+        """Give the value head its own copy of the policy's transformer, which `save` leaves out."""
         if self.is_lora:
             raise ModelError(
                 "a separate value model is trained in full; expected a recipe without model.lora"
@@ -409,8 +408,8 @@ class Policy(nn.Module):
         _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
 
     def _generation_config(self) -> GenerationConfig:
-        """A generation config with greedy decoding, as in evaluation, and every end token, the
-        tokenizer's eos first."""
+        """A greedy generation config, as in evaluation, with all end tokens, the tokenizer's eos
+        first."""
         from transformers import GenerationConfig
 
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id

@@ -1,5 +1,4 @@
-"""Fits the value head before PPO, by ridge regression of returns on hidden states in closed
-form."""
+"""Fits the value head before PPO: closed-form ridge regression of returns on hidden states."""
 
 from __future__ import annotations
 

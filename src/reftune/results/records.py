@@ -1,5 +1,4 @@
-"""Reads a run folder into frozen dataclasses. It reads only JSON and YAML, and loads no model or
-plug-in."""
+"""Reads a run folder into frozen dataclasses: only JSON and YAML, without a model or plug-in."""
 
 from __future__ import annotations
 
@@ -208,8 +207,7 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The complete evaluations. An unfinished evaluation has only the first rows of the longest
-    one."""
+    """The complete evaluations; an unfinished one has only the first rows of the longest."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {

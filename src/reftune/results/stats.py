@@ -58,8 +58,7 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the difference is significant: by McNemar's test in one run, by an interval that
-        excludes 0 over seeds."""
+        """Whether McNemar's test (one run) or an interval without 0 (seeds) shows a difference."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]
@@ -86,8 +85,8 @@ def compare(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
-    """Compare methods `a` and `b` by the problems that each answered right, booleans in the same
-    order."""
+    """Compare methods `a` and `b` by the problems that each answered right (booleans, in one
+    order)."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     assert right_a.shape == right_b.shape and right_a.size, (
         "paired outcomes have the same length, not zero"
@@ -125,8 +124,7 @@ def paired_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95% percentile interval of mean(a) − mean(b) over resampled problems, which keep their
-    pairs."""
+    """95% percentile interval of mean(a) − mean(b) over resampled problems, with pairs kept."""
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     return crossed_bootstrap(differences[None, :], generator=generator, num_resamples=num_resamples)
 

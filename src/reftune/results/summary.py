@@ -212,8 +212,7 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
-    """The groups of `group_runs`, after checking that the runs can be compared. Raises:
-    DataError."""
+    """The groups of `group_runs`, checked to be comparable. Raises: DataError."""
     for run in runs:
         if not same_problems(run.evals):
             raise DataError(
@@ -367,7 +366,7 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Rule → score of each problem. Votes are over `k` samples, by default as many as every problem
+    """Rule → score of each problem. Votes are over `k` samples, by default all that every problem
     has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
@@ -451,8 +450,7 @@ class Handover:
     stage: str
     init: str
     rise: float
-    """Change in accuracy over the last four dev evaluations before the stage, as a share of
-    problems."""
+    """Change in accuracy over the four dev evaluations before the stage, as a share of problems."""
     margin: float
     """Half the width of the rise's paired 95% interval."""
     accuracy: float

@@ -50,8 +50,7 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A method's label as shown to the reader, with its group and rule: `run/reft maj@8` → `run:
-    ReFT maj@8`."""
+    """A method's label as shown, with group and rule: `run/reft maj@8` → `run: ReFT maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
@@ -148,8 +147,7 @@ def _chosen_sentence(table: ScoreTable) -> str:
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
-    """A line on whether to continue with RL or with more SFT, given the recent rise in dev
-    accuracy."""
+    """A line on whether RL or more SFT should follow, given the recent rise in dev accuracy."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} evaluations"
     if rise <= margin:
         return f"dev no longer rises ({points}): RL can take over"

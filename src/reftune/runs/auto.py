@@ -143,8 +143,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def total_bytes(device: torch.device) -> float:
-    """Total memory of a device; on a CPU, this process's share of the machine's or container's
-    memory."""
+    """Total memory of a device; on a CPU, this process's share of the machine or container."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,5 +1,4 @@
-"""Evaluates a chosen model: a greedy answer and n samples per problem are graded and stored, one
-JSON line per problem."""
+"""Evaluates a chosen model: grades and stores a greedy answer and n samples per problem."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ from reftune.storage.files import in_parts
 from reftune.types import Attempt, Completion, Graded, Problem, Verdict
 
 PROBLEMS_AT_ONCE = 250
-"""Number of problems answered together; an interrupted evaluation continues after the last whole
-part."""
+"""Problems answered together; an interrupted evaluation continues after the last whole part."""
 
 
 def evaluate(

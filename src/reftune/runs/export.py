@@ -301,8 +301,7 @@ From this folder:
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
-    """Shell commands for a server and a request; empty for a quantized base, with which vLLM is not
-    tested."""
+    """Shell commands for a server and a request; empty for a quantized base, untested in vLLM."""
     if base is not None and base.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"

@@ -83,8 +83,8 @@ def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) ->
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate finished `methods`, or all methods that the recipe evaluates if it is empty, and
-    return the summary."""
+    """Evaluate finished `methods` (if empty, all that the recipe evaluates). Returns: the
+    summary."""
     check_stage_graph(recipe)
     methods = methods or methods_to_evaluate(recipe)
     _require_trained(recipe, methods)
@@ -198,8 +198,8 @@ class Run:
             gold_examples(train, collector, policy)
 
     def train(self, name: str) -> None:
-        """Run stage `name` unless it is done. Raises: RecipeError if the method it starts from is
-        not trained yet."""
+        """Run stage `name` unless it is done. Raises: RecipeError if its `init` is not trained
+        yet."""
         if self.is_trained(name):
             return
         stage = self.recipe.stages[name]
@@ -474,8 +474,7 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 
 def methods_to_evaluate(recipe: Recipe) -> list[str]:
-    """The methods to evaluate in the order of training; a stage's snapshots come before the
-    stage."""
+    """The methods to evaluate, in the order of training; snapshots come before their stage."""
     methods = [
         method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)
     ]

@@ -37,8 +37,7 @@ def sample_rows(
     *,
     temperature: float,
 ) -> list[dict[str, Any]]:
-    """One row per problem: question, gold answer, completion, verdict and the reason for the
-    verdict."""
+    """One row per problem: question, gold answer, completion, verdict and its reason."""
     solved = collector.solve(policy, problems, temperature=temperature, seed=recipe.seed)
     return [
         {

@@ -32,8 +32,7 @@ PROMPT = 256
 """Default length of a prompt, in tokens."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
-"""`one` is a single process. With `ddp`, each of several processes holds all weights; with `fsdp2`,
-each holds a part."""
+"""`one` process; or several, each with all weights (`ddp`) or with a part of them (`fsdp2`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +101,8 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """The size of a pass of at most `tokens`, in sequences of the greatest length; at least 1,
-        and not always whole."""
+        """The size of a pass of at most `tokens`, in sequences of the greatest length; at least
+        1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
@@ -188,8 +187,8 @@ class Estimate:
         }
 
     def fitting(self) -> Sizes:
-        """The largest sizes whose phases fit into the usable part of a device's memory; the
-        smallest if none do."""
+        """The largest sizes whose phases fit into a device's usable memory; the smallest if none
+        do."""
         room = USABLE * self.device_bytes
 
         def fits(phase: str, sizes: Sizes) -> bool:

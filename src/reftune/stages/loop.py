@@ -1,5 +1,5 @@
-"""The loop that runs the steps of every stage: it resumes, evaluates on dev, keeps the best model
-and saves checkpoints."""
+"""The loop of every stage: it resumes, takes steps, evaluates on dev, keeps the best model and
+saves."""
 
 from __future__ import annotations
 
@@ -182,16 +182,15 @@ class Loop:
             raise Interrupted(str(self.context.folder.path))
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """Stop after the step in progress, with a checkpoint, at the first SIGINT or SIGTERM; stop
-        at once at the second."""
+        """Stop after the step in progress, with a checkpoint; stop at once at the second signal."""
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
         self.context.progress.note("stopping after this step; interrupt again to stop at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Take a step and return its metrics. If the engine is gone, save the steps before as a
-        checkpoint."""
+        """Take a step and return its metrics; if the engine is gone, save a checkpoint before
+        it."""
         # one process's dropout should not repeat another's
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
@@ -292,8 +291,7 @@ class Loop:
             replace_folder(self.context.folder.best, self.model.save)
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """The recent rise in dev accuracy as metrics. At a plateau, this also sets the last
-        step."""
+        """The recent rise in dev accuracy as metrics. A plateau also sets the last step."""
         if not look.correct:
             return {}
         history = History(**self.state.history)

@@ -181,8 +181,7 @@ def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.T
 
 
 def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None:
-    """The error for a non-finite `loss`, which names the rows of the step's batch; None if it is
-    finite."""
+    """The error for a non-finite `loss`, which names rows of the batch; None if it is finite."""
     if torch.isfinite(loss):
         return None
     concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")

@@ -209,8 +209,8 @@ class Classifier(nn.Module):
         return scores
 
     def save(self, folder: Path) -> None:
-        """Write the transformer in Hugging Face format (LoRA merged), its tokenizer, and the layer
-        beside it."""
+        """Write the transformer in Hugging Face format (LoRA merged), the tokenizer and the
+        layer."""
         with sharding.current.whole(self):
             self.policy.save(folder)
             if world.is_main():

@@ -167,7 +167,7 @@ class Trainer:
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
-        """Rollout number `n` for `purpose`, and its metrics: a function of the weights, `n` and the
+        """Rollout `n` for `purpose`, and its metrics: a function of the weights, `n` and the
         seed."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
@@ -202,8 +202,8 @@ class Trainer:
     # --- score ---
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
-        """The rollouts as tensors, with log-probabilities of policy and reference and with values;
-        and metrics."""
+        """The rollouts as tensors, with values and the policy's and reference's
+        log-probabilities."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
         scores = self._policy_scores(rollouts, batch)
@@ -267,8 +267,8 @@ class Trainer:
         }
 
     def accumulate(self, batch: RolloutBatch) -> dict[str, float]:
-        """Add the gradient of a minibatch, and return metrics. Raises: NonFiniteError before the
-        gradient is used."""
+        """Add a minibatch's gradient, and return metrics. Raises: NonFiniteError before it is
+        used."""
 
         def loss(index: Tensor) -> LossTerms:
             rows = batch.rows(index)
@@ -306,8 +306,8 @@ class Trainer:
         )
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, H) and discounted returns (N,). The policy still equals its reference,
-        so the KL penalty is 0."""
+        """Hidden states (N, H) and discounted returns (N,). KL is 0: the policy is still its
+        reference."""
         mask = batch.response_mask
         rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
         _, returns = gae(
@@ -397,8 +397,7 @@ def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def value_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Metrics of how well the value head predicted the returns; empty for algorithms without
-    returns."""
+    """How well the value head predicted the returns, as metrics; empty without returns."""
     if batch.values is None or batch.returns is None:
         return {}
     mask = batch.response_mask

@@ -68,8 +68,7 @@ class Collector:
         )
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
-        """`splits` without the training questions whose prompts are too long, if the recipe drops
-        such questions."""
+        """`splits` without training questions of too long a prompt, if the recipe drops them."""
         if self.lengths.too_long == "refuse":
             return splits
         limit = self.prompt_limit(policy)
@@ -215,8 +214,7 @@ def of_all_processes(
 def _require_whole(
     completions: Sequence[Completion] | None, problems: Sequence[Problem], engine: str
 ) -> None:
-    """Check the engine's completions. Raises: EngineError if one is missing, is empty or lacks
-    log-probabilities."""
+    """Raise an EngineError if a completion is missing, is empty or lacks log-probabilities."""
     found = 0 if completions is None else len(completions)
     if completions is None or found != len(problems):
         raise EngineError(

@@ -140,8 +140,7 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum distinct correct samples kept, in the order drawn."""
     gold: Literal["once", "paper"] = "once"
-    """`once` uses each gold solution once; `paper` uses most of them twice, as the authors' files
-    do."""
+    """`paper` uses most gold solutions twice, as the authors' files do."""
     sft: Schedule
     """Settings of the fine-tuning: the keys of an `sft` stage from `epochs` on."""
 
@@ -207,8 +206,7 @@ def _less_answer(text: str) -> str:
 
 
 def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
-    """The first `keep` different correct solutions, then the gold solution unless it is among
-    them."""
+    """The first `keep` different correct solutions, then the gold one unless it is among them."""
     kept = distinct(correct)[:keep]
     return distinct([*kept, *_listed(gold)])
 

@@ -52,7 +52,7 @@ class Sft(Schedule, Stage):
 
     until: Literal["plateau"] | None = None
     """`plateau` ends the stage once dev accuracy is above 20% and has not risen for four
-    evaluations, after a cooldown of a tenth of the steps so far. This needs `optimizer.schedule:
+    evaluations, after a cooldown of a tenth of the steps so far. Needs `optimizer.schedule:
     constant`."""
 
     reads_rationales: ClassVar[bool] = True
@@ -152,8 +152,8 @@ class Task(Protocol):
         """Number of examples."""
 
     def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        """Add the gradient of these examples, and return metrics. Raises: NonFiniteError before the
-        gradient is used."""
+        """Add these examples' gradient, and return metrics. Raises: NonFiniteError before it is
+        used."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         """The examples in readable form, to be saved if a step is not finite."""

@@ -491,8 +491,7 @@ def report(
         typer.Option(help="A folder for the figures as PNG and SVG; the runs must be finished."),
     ] = None,
 ) -> None:
-    """Write one HTML page about one or more runs, and print the paths of the page and the
-    figures."""
+    """Write one HTML page about one or more runs, and print the paths of page and figures."""
     from reftune.results import report_command, write_figures
 
     print(report_command(runs, out))

@@ -38,8 +38,7 @@ TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
 """Stands for a from-scratch model with the vocabulary of the data."""
 DEFAULT_MAX_NEW = 256
-"""Tokens for a solution, if there is no rationale to measure and the model's context allows so
-many."""
+"""Tokens for a solution if there is no rationale to measure, and if the model's context allows."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
 """Most tokens in a prompt, and in a solution, of a from-scratch model, unless more than
@@ -92,7 +91,7 @@ def slug(text: str) -> str:
 
 
 def default_out(data: str) -> Path:
-    """The default path of the recipe: `mine.yaml` for `data/mine.csv`, `data/mine` or
+    """The recipe's default path: `mine.yaml` for `data/mine.csv`, `data/mine` or
     `owner/mine:config`."""
     return Path(f"{slug(Path(data.partition(':')[0]).stem)}.yaml")
 

@@ -136,9 +136,8 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 def _answer(
     value: Any, choices: tuple[str, ...], where: str, kind: str, reading: Reading
 ) -> Answer:
-    """The gold answer of the given kind. With `auto` it is a letter if there are choices or if it
-    is a single letter, else a number if the whole value is one, else an expression, a list or a
-    text."""
+    """The gold answer of the given kind. With `auto`, a letter with choices or alone, else a number
+    if the whole value is one, else an expression, a list or a text."""
     if kind not in get_args(GoldKind):
         known = ", ".join(get_args(GoldKind))
         raise DataError(f"{where}: answer_kind: {str(kind)[:80]!r}; expected one of {known}")

@@ -21,8 +21,7 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """A clock that shows the time of the last row shown, and the current time once all rows are
-    shown."""
+    """The time of the last row shown, or the current time once all rows are shown."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0
@@ -77,8 +76,8 @@ def is_alive(folder: Path) -> bool:
 
 
 class Tail:
-    """Reads JSON lines as they are written. A file that is cut back, as on resuming, is read from
-    its new end."""
+    """Reads JSON lines as they are written. A file cut back on resuming is read from its new
+    end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._read = path, 0

@@ -72,8 +72,7 @@ def check_gold_answers(subject: Subject) -> Finding:
 
 
 def check_gold_rationales(subject: Subject) -> Finding:
-    """Check that gold rationales, encoded and decoded as a model would write them, are graded
-    correct."""
+    """Check that gold rationales, encoded and decoded as if a model wrote them, are correct."""
     texts = [subject.encoder.decode(row.target_ids) for row in subject.rows]
     return _gold_finding(subject, "gold rationales", [row.problem for row in subject.rows], texts)
 
@@ -129,7 +128,7 @@ def _gold_finding(
 
 
 def check_grader_refuses(subject: Subject) -> Finding:
-    """Check that an empty completion, a bare answer and another problem's solution are not graded
+    """Check that an empty completion, a bare answer and another problem's solution are not
     correct."""
     problems = [row.problem for row in subject.rows]
     pairs = [
@@ -164,8 +163,7 @@ def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def check_reward(subject: Subject) -> Finding:
-    """Check that a gold solution earns more than a wrong solution and more than an empty
-    completion."""
+    """Check that a gold solution earns more than a wrong solution or an empty completion."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")

@@ -96,8 +96,7 @@ def check_memory(subject: Subject) -> Finding:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Check that matmuls on this machine are not many times slower in the recipe's dtype than in
-    the other."""
+    """Check that matmuls here are not many times slower in the recipe's dtype than in the other."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)
@@ -114,8 +113,7 @@ def check_dtype(subject: Subject) -> Finding:
 
 
 def check_accuracy(subject: Subject) -> Finding:
-    """Check how many questions RL's initial model solves by sampling, which greedy answers do not
-    show."""
+    """Check how many questions RL's initial model solves by sampling, not greedily."""
     problems = subject.splits.dev[:NUM_SAMPLED]
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
@@ -139,8 +137,8 @@ def check_accuracy(subject: Subject) -> Finding:
 
 
 def _rise(subject: Subject) -> tuple[float, float] | None:
-    """The last rise in dev accuracy of the stage that RL starts from, and the rise's margin; None
-    if it is not recorded."""
+    """The last rise in dev accuracy of the stage before RL, and its margin; None if not
+    recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)

@@ -125,8 +125,7 @@ def check_prompt_length(subject: Subject) -> Finding:
 
 
 def check_target_length(subject: Subject) -> Finding:
-    """Check that gold rationales with their eos fit in `max_new` tokens; longer ones are left out
-    of training."""
+    """Check that gold rationales with eos fit in `max_new` tokens; training omits longer ones."""
     sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
     limit = subject.recipe.lengths.max_new
     message = f"targets have {spread(sizes.values())} tokens with eos, at most {limit} fit"
@@ -139,8 +138,8 @@ def check_target_length(subject: Subject) -> Finding:
 
 
 def check_vocabulary(subject: Subject) -> Finding:
-    """Check that the tokenizer's ids exist in the model, and that its vocabulary covers every word
-    of the data."""
+    """Check that the tokenizer's ids exist in the model, and that it knows every word of the
+    data."""
     size, unknown = (
         subject.policy.model.get_input_embeddings().weight.shape[0],
         subject.policy.tokenizer.unk_token_id,
@@ -174,8 +173,8 @@ def check_vocabulary(subject: Subject) -> Finding:
 
 
 def check_eos(subject: Subject) -> Finding:
-    """Check that every target ends where sampling stops, and not before, and that the model can
-    write the end token."""
+    """Check that every target ends where sampling stops, with an end token that the model can
+    write."""
     tokenizer, stop = subject.policy.tokenizer, subject.policy.stop
     end = subject.encoder.end_of(subject.encoder.format.prompt(subject.problems[0]))
     stops = ", ".join(

@@ -1,4 +1,4 @@
-"""Reads conversations in rows: OpenAI's `{role, content}` turns and ShareGPT's `{from, value}`
+"""Reads conversations in rows, with OpenAI's `{role, content}` or ShareGPT's `{from, value}`
 turns."""
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def is_conversation(value: object) -> bool:
 
 
 def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> Conversation:
-    """Read the turns of a row. Raises: DataError for a turn that is not text or has an unknown
-    role."""
+    """Read a row's turns. Raises: DataError for a turn that is not text or has an unknown role."""
     turns = tuple(_message(turn, where) for turn in value)
     is_answered = turns[-1].role == "assistant"
     return Conversation(

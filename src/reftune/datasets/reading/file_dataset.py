@@ -1,5 +1,4 @@
-"""The base of datasets in files or on the Hub, which reads rows, draws dev, and drops and counts
-bad rows."""
+"""The base of datasets in files or on the Hub: it reads rows, draws dev, and counts bad rows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Reads local files into records that know their line. The standard library reads tables, because a
-table library would lose line numbers or change `007`, `NA` and dates: every cell stays as
-written."""
+table library would lose line numbers or change `007`, `NA` and dates: cells stay as written."""
 
 from __future__ import annotations
 

@@ -82,8 +82,7 @@ class Row:
         return None if value is MISSING else value
 
     def _found(self, path: str) -> Any:
-        """The column with exactly this name; else the value reached by following the path's
-        dots."""
+        """The column with exactly this name; else the value that the dotted path leads to."""
         if path in self.columns:
             return self.columns[path]
         value: Any = self.columns

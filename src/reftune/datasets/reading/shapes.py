@@ -120,8 +120,7 @@ class _Found:
         return next(iter((*filled, *empty)), None)
 
     def question(self) -> str | list[str] | None:
-        """The question's column, or columns: Alpaca's rows have an instruction, and some also an
-        input."""
+        """The question's columns: Alpaca's rows have an instruction, and some also an input."""
         instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
         if instruction is not None and not {"question", "prompt"} & set(self.by_lower):
             return [instruction, context] if context is not None else instruction

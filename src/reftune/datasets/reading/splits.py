@@ -104,8 +104,8 @@ def same_gold(a: Answer, b: Answer) -> bool:
 
 
 def normalised(text: str) -> str:
-    """A text as lower-case words, numbers without thousands commas, and symbols, separated by
-    single spaces."""
+    """A text as lower-case words, numbers without thousands commas, and symbols, one space
+    apart."""
     found = TOKEN.findall(text.casefold())
     tokens = [token.replace(",", "") for token in found if token not in SILENT]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)

@@ -157,8 +157,7 @@ def _pad(tokens: Tensor, packing: Packing) -> Tensor:
 
 
 class _Pad(torch.autograd.Function):
-    """(T, …) tokens → (S, …) slots. No real token attends to an empty slot, so the slot's gradient
-    is 0 and is not summed."""
+    """(T, …) tokens → (S, …) slots. No token attends to an empty slot, which gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, slots: Tensor, order: Tensor) -> Tensor:

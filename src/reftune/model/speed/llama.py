@@ -30,8 +30,7 @@ FAMILIES = (
 )
 """transformers' classes that this file can run."""
 FEW_ROWS = 16
-"""Number of rows for which a weight's layout is chosen; products with other numbers of rows gain as
-much."""
+"""Number of rows for which a weight's layout is chosen; other numbers of rows gain as much."""
 LARGE = 2**18
 """Size of a weight above which oneDNN is faster than MKL for fp32 products of few rows, because MKL
 hardly divides them among threads."""
@@ -271,8 +270,7 @@ class Decoder:
         return self.head(hidden).float()
 
     def _places(self, mask: Tensor) -> Tensor | None:
-        """(N,) flat indices of the tokens in `mask` (B, S); None if there is no padding to leave
-        out."""
+        """(N,) flat indices of the tokens in `mask` (B, S); None if there is no padding."""
         if mask.shape[1] == 1 or not self.pack:
             return None
         return mask.flatten().nonzero().squeeze(1)

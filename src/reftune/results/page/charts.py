@@ -16,8 +16,7 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Most points per series; longer series are averaged in buckets, so that even the page of a day's
-run stays small."""
+"""Most points per series; longer series are averaged in buckets, to keep the page small."""
 
 STEPS, PASSES = "steps", "sequences"
 """Names of the horizontal axes."""
@@ -73,8 +72,7 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label → CSS variable. A known method always has its own colour; with several recipes, colours
-    are taken in turn."""
+    """Label → CSS variable. Known methods have fixed colours; several recipes take them in turn."""
     if any("/" in label for label in labels):
         return {
             label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
@@ -179,8 +177,8 @@ def _aligned(
 
 
 def _clean(values: Sequence[float] | np.ndarray[Any, Any]) -> list[Number]:
-    """The values rounded to five digits, which suffice on a screen; None for non-finite values,
-    which are not drawn."""
+    """The values rounded to five digits for the screen; None for non-finite ones, which are not
+    drawn."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
 
 

@@ -77,8 +77,7 @@ def _titled(title: str, drawing: Markup, height: int) -> str:
 
 
 def _bars(table: ScoreTable) -> str:
-    """A bar chart of greedy accuracies; the line through the end of each bar is its 95%
-    interval."""
+    """A bar chart of greedy accuracies; the line through a bar's end is its 95% interval."""
     colours = method_colours([method.label for method in table.methods])
     names = [display(method.label) for method in table.methods]
     left = 14 + LETTER * max(map(len, names))

@@ -1,5 +1,4 @@
-"""Chooses the problems and sampled solutions in the report, within a budget of bytes, as plain data
-for the page's script."""
+"""Chooses the problems and sampled solutions in the report, within a budget of bytes."""
 
 from __future__ import annotations
 

@@ -257,8 +257,7 @@ def _votes(table: ScoreTable) -> str:
 
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
-    """Differences in greedy accuracy from the baseline and from the best method, on a scale that
-    includes 0."""
+    """Differences in greedy accuracy from baseline and best method, on a scale that includes 0."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
     of_baseline = [found for found in greedy if table.baseline in (found.a, found.b)]
@@ -282,8 +281,8 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """The problems that the best method and the baseline solved in the first seed; None if there
-    are not two methods."""
+    """Counts of problems that best method and baseline solved in the first seed; None for one
+    method."""
     best = leader(table)
     if best is None:
         return None
@@ -308,8 +307,7 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """The recipe keys in which the groups differ, except seeds and names, with each group's
-    value."""
+    """The recipe keys, except seeds and names, in which groups differ, with each group's value."""
     flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(
         key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir")

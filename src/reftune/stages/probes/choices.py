@@ -133,8 +133,8 @@ def derived_values(
 
 
 def _returning_derived(program: str) -> str:
-    """The program, changed so that its last `return` returns the last computed value; empty if
-    there is no such value."""
+    """The program with its last `return` returning the last computed value; empty if there is
+    none."""
     ends = list(_RETURN.finditer(program))
     if not ends:
         return ""
@@ -169,8 +169,8 @@ def diagnose(
     completions: Sequence[str],
     graded: Sequence[Graded],
 ) -> list[ChoiceRow]:
-    """One row per problem. Each question is asked twice more, greedily: with moved options, and
-    without options."""
+    """One row per problem. Each question is asked twice more: with moved options, and without
+    any."""
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
