@@ -1,4 +1,5 @@
-"""Answers of given lengths, for the contestants that sample with transformers' `generate`."""
+"""Forces answers of given lengths, for the contestants that sample with transformers'
+`generate`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from transformers import LogitsProcessor
 
 
 class ForcedLengths(LogitsProcessor):
-    """Forbids eos until a row's last token, which must be eos."""
+    """Forbids eos before a row's last token, and forces it there."""
 
     def __init__(self, lengths: Sequence[int], prompt_length: int, eos_id: int) -> None:
         self.last = torch.tensor(lengths) - 1
@@ -21,8 +22,8 @@ class ForcedLengths(LogitsProcessor):
 
 
 def force_eos(scores: Tensor, ends: Tensor, eos_id: int) -> Tensor:
-    """`scores` (B, V) in which the rows that end (B,) can only draw eos and the others never do.
-    Changed in place."""
+    """`scores` (B, V), changed in place so that the rows in `ends` (B,) can only draw eos and all
+    others never do."""
     ends = ends.to(scores.device)
     scores[ends] = -torch.inf
     scores[:, eos_id] = torch.where(ends, 0.0, -torch.inf)

@@ -1,5 +1,5 @@
-"""How often the grader calls the data's own gold right: rationales as published, programs derived
-from annotations, and the targets that training makes of them.
+"""Measures how often the grader accepts the data's own gold: rationales as published, programs
+derived from annotations, and the targets made for training.
 
     python benchmarks/gold_grading.py --data DIR
 
@@ -42,7 +42,7 @@ Where the grader and the data disagree:
 - **SVAMP, programs.** Two give an unrounded value of a rounded gold: 8.99955 for 9 and 0.16665 for
   0.165. The loader leaves them out (`program_disagrees`).
 - **SVAMP, equations.** One equation does not give the answer beside it. The loader leaves it out.
-- **MathQA, numbers, program.** 18 programs that the tolerance of 0.01 and 1 % used to accept are
+- **MathQA, numbers, program.** 18 programs that the tolerance of 0.01 and 1% used to accept are
   left out: they give 9.00125 for 9 or 5 for 1680/337.
 - **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. By the grader's
   rule that is no marker, and is meant not to be: a stray letter must earn nothing. Training appends
@@ -63,7 +63,7 @@ class Group:
     format: Format
     problems: Sequence[Problem]
     texts: Sequence[str | None]
-    """None: the data give none."""
+    """The texts; None where the data has none."""
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def published_groups(data: Path) -> Iterator[Group]:
-    """Every row as it stands in the files."""
+    """Every row, as it stands in the files."""
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (data / f"gsm8k/{split}.jsonl").open(encoding="utf-8")]
         problems = [

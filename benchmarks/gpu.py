@@ -1,13 +1,13 @@
-"""What one GPU makes of a ReFT step: right against the CPU, fast by phase, beside TRL's GRPO where
-that is installed.
+"""Measures a ReFT step on one GPU: its correctness against the CPU, its speed by phase, and TRL's
+GRPO beside it if TRL is installed.
 
     python -m benchmarks.gpu --folder F [--model FOLDER] [--minutes 9]
     python -m benchmarks.gpu --folder F --device cpu --tiny
 
-Sections run one after the other, each in a process of its own, and leave F/SECTION.json; a call
-leaves out those that are there, so that what did not fit into its minutes is done by the next.
-FOLDER holds SmolLM2-135M or another causal LM in Hugging Face format; without it a model of that
-shape is made from scratch. Nothing is fetched. The last line is one JSON document.
+Sections run one after the other, each in its own process, and write F/SECTION.json. A call skips
+the sections that are already there, so the next call does those that did not fit into its minutes.
+FOLDER holds SmolLM2-135M or another causal LM in Hugging Face format; by default, a model of that
+shape is made from scratch. Nothing is downloaded. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ BOUNDS = {
     "float32": {"logprobs_max": 1e-3, "loss": 1e-4, "gradient": 1e-3, "sampling_mean": 1e-4},
     "bfloat16": {"logprobs_mean": 0.05, "loss": 0.05, "gradient": 0.1, "sampling_mean": 0.05},
 }
-"""Largest differences from fp32 on the CPU: nats, nats, share of the gradient's norm; and between
-sampler and scorer, nats."""
+"""Dtype → largest differences from fp32 on the CPU (in nats, in nats, as a share of the gradient's
+norm), and between sampler and scorer (in nats)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What is measured, where, and how much of it."""
+    """The model, device and amount of work to measure."""
 
     folder: str
     model: str
@@ -64,10 +64,10 @@ class Setting:
     samples: int
     repeats: int
     rows: int
-    """Decoded at once where ways to decode are compared."""
+    """Rows decoded at once when ways to decode are compared."""
     new_tokens: int
     matrix: int
-    """Rows of the square product whose rate is the machine's peak."""
+    """Rows of the square matmul whose rate counts as the machine's peak."""
     micro_batch_tokens: int
 
 
@@ -91,12 +91,12 @@ SCRATCH = {
     False: ScratchTable(hidden_size=576, layers=30, heads=9, context=512, dropout=0.0),
     True: ScratchTable(hidden_size=32, layers=2, heads=2, context=512, dropout=0.0),
 }
-"""By whether it is tiny; the first has SmolLM2-135M's layers, and a vocabulary of the prompts'
-words only."""
+"""Whether the setting is tiny → model. The large one has SmolLM2-135M's layers, but a vocabulary of
+only the prompts' words."""
 
 
 def scratch_model(folder: Path, *, tiny: bool) -> Path:
-    """Random weights in Hugging Face format."""
+    """Save a model with random weights in Hugging Face format."""
     if not (folder / "config.json").is_file():
         model, tokenizer = make_scratch(SCRATCH[tiny], prompt_texts(200), seed=0)
         model.save_pretrained(folder)
@@ -110,7 +110,7 @@ def wait(device: str) -> None:
 
 
 def seconds(work: Callable[[], Any], device: str, *, repeats: int = 5) -> float:
-    """Median of the calls after the first."""
+    """Median seconds of the calls after the first."""
     taken = []
     for _ in range(repeats + 1):
         wait(device)
@@ -125,7 +125,8 @@ def seconds(work: Callable[[], Any], device: str, *, repeats: int = 5) -> float:
 
 
 def machine(setting: Setting) -> dict[str, Any]:
-    """The ceilings: bf16 products, and bytes read and written by a copy."""
+    """The machine's ceilings: FLOP/s of bf16 matmuls, and bytes per second read and written by a
+    copy."""
     size, device = setting.matrix, setting.device
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(size * size // 4, 16, device=device)
@@ -139,8 +140,8 @@ def machine(setting: Setting) -> dict[str, Any]:
 
 
 def correctness(setting: Setting, dtype: str) -> dict[str, Any]:
-    """Log-probabilities, loss and gradient against fp32 on the CPU; log-probabilities of samples
-    against recomputed ones."""
+    """Compare log-probabilities, loss and gradient with fp32 on the CPU, and log-probabilities of
+    samples with recomputed ones."""
     expected = scores_of(load_policy(setting, "cpu", "float32"), "cpu")
     policy = load_policy(setting, setting.device, dtype)
     found = scores_of(policy, setting.device)
@@ -216,7 +217,7 @@ def sampling_difference(policy: Policy, setting: Setting) -> Tensor:
 
 
 def step_reftune(setting: Setting, *, compiled: bool = False) -> dict[str, Any]:
-    """A whole step of `reftune rl`, bf16, by phase."""
+    """Time a whole step of `reftune rl` in bf16, by phase."""
     workload, path = the_workload(setting)
     folder = Path(setting.folder) / ("run_compiled" if compiled else "run")
     steps = setting.repeats + 2
@@ -239,7 +240,7 @@ def step_reftune(setting: Setting, *, compiled: bool = False) -> dict[str, Any]:
 
 
 def work_of(setting: Setting, workload: Workload, medians: dict[str, float]) -> dict[str, float]:
-    """Tokens a second and FLOP/s by phase."""
+    """Tokens per second and FLOP/s by phase."""
     model, tokenizer = load_pretrained(setting.model)
     head = model.get_output_embeddings().weight
     ends = {id(p): p.numel() for p in (head, model.get_input_embeddings().weight)}
@@ -262,7 +263,7 @@ def work_of(setting: Setting, workload: Workload, medians: dict[str, float]) -> 
 
 
 def step_plain(setting: Setting) -> dict[str, Any]:
-    """The authors' step in plain transformers, bf16."""
+    """Time the authors' step in plain transformers, in bf16."""
     _, path = the_workload(setting)
     command = [
         sys.executable,
@@ -276,7 +277,7 @@ def step_plain(setting: Setting) -> dict[str, Any]:
 
 
 def step_trl(setting: Setting) -> dict[str, Any]:
-    """TRL's GRPO on the same work."""
+    """Time TRL's GRPO on the same work."""
     if importlib.util.find_spec("trl") is None:
         return {"missing": "trl is not installed"}
     _, path = the_workload(setting)
@@ -305,7 +306,8 @@ def the_workload(setting: Setting) -> tuple[Workload, Path]:
 
 
 def run_watched(command: list[str], device: str, stdout: Any = subprocess.DEVNULL) -> int:
-    """Peak memory, bytes, of a command: of the GPU, else resident. Raises: CalledProcessError."""
+    """Run a command and return its peak memory in bytes: of the GPU, else resident. Raises:
+    CalledProcessError."""
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=stdout) as process:
         with gpu_peak(device) as peak:
             _, status, usage = os.wait4(process.pid, 0)
@@ -316,14 +318,14 @@ def run_watched(command: list[str], device: str, stdout: Any = subprocess.DEVNUL
 
 
 def environment() -> dict[str, str]:
-    """Of processes that find this folder too, and fetch nothing."""
+    """The environment of processes that can import this folder and download nothing."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 @contextmanager
 def gpu_peak(device: str) -> Iterator[list[int]]:
-    """Most bytes of the GPU that others have taken meanwhile, looked at 50 times a second."""
+    """The most GPU bytes that other processes take inside the block, sampled 50 times a second."""
     most, over = [0], threading.Event()
 
     def watch() -> None:
@@ -344,8 +346,8 @@ def gpu_peak(device: str) -> Iterator[list[int]]:
 
 
 def decoding(setting: Setting, way: str) -> dict[str, Any]:
-    """Greedy tokens a second of equally long rows: the kv engine, and a cache of fixed size as it
-    is, compiled, as a graph."""
+    """Greedy tokens per second for rows of equal length, by one `way` to decode: the kv engine, or
+    a cache of fixed size, plain, compiled or as a graph."""
     if way == "graph" and setting.device != "cuda":
         return {"missing": "CUDA graphs need a GPU"}
     policy = load_policy(setting, setting.device, "bfloat16")
@@ -372,8 +374,8 @@ def rows_of_one_length(policy: Policy, rows: int) -> list[list[int]]:
 
 
 class FixedDecoder:
-    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token is the same
-    work in the same memory."""
+    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token takes the
+    same work in the same memory."""
 
     def __init__(self, policy: Policy, prompt: Tensor, new_tokens: int, way: str) -> None:
         self.model: Any = copy.deepcopy(policy.model).to(torch.bfloat16).eval()
@@ -392,7 +394,7 @@ class FixedDecoder:
 
     @torch.no_grad()
     def next(self) -> None:
-        """Read a token a row, write the likeliest next one in its place."""
+        """Read one token per row, and write the likeliest next token in its place."""
         output = self.model(
             input_ids=self.tokens,
             position_ids=self.position,
@@ -426,7 +428,7 @@ class FixedDecoder:
         self.step = self.graph.replay
 
     def decode(self) -> Tensor:
-        """(rows, new tokens)"""
+        """The new tokens, (rows, tokens)."""
         self.start()
         drawn = [self.tokens.clone()]
         for _ in range(self.new_tokens - 1):
@@ -450,12 +452,13 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "step_plain": step_plain,
     "decode_compile": lambda setting: decoding(setting, "compile"),
 }
-"""In order of worth, should the time not be enough."""
+"""The sections, the most valuable first in case the time runs out."""
 UNFINISHED = {"missing": "the time was over"}
 
 
 def run_section(name: str, setting: Setting, left_s: float) -> dict[str, Any]:
-    """In a process of its own: an error, or a GPU without memory, is the section's alone."""
+    """Run a section in its own process, so that an error, or a lack of GPU memory, affects no other
+    section."""
     path = Path(setting.folder) / f"{name}.json"
     command = [
         sys.executable,
@@ -486,13 +489,13 @@ def run_section(name: str, setting: Setting, left_s: float) -> dict[str, Any]:
 def write_section(name: str, setting: Setting) -> None:
     try:
         found = SECTIONS[name](setting)
-    except Exception:  # noqa: BLE001 - whatever a GPU may answer is a result
+    except Exception:  # noqa: BLE001 - any error of a GPU is a result
         found = {"error": traceback.format_exc()[-2000:]}
     (Path(setting.folder) / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def document(results: dict[str, dict[str, Any]], setting: Setting) -> dict[str, Any]:
-    """All sections, and the figures that compare them."""
+    """The results of all sections, and the figures that compare them."""
     ours, peak = results.get("step_reftune", {}), results.get("machine", {}).get("matmul_flops")
     figures: dict[str, Any] = {}
     for key, name in (("ratio_to_trl", "step_trl"), ("ratio_to_plain_bf16", "step_plain")):

@@ -1,10 +1,10 @@
-"""Reward hacking on planted multiple choice, and the same questions with numbers to state, over
-seeds: runs, JSON, a table.
+"""Measures reward hacking on planted multiple choice, and on the same questions with numeric
+answers, over seeds.
 
     python -m benchmarks.hacking 0 1 2 [-- KEY=VALUE …]     # goes on where it was stopped
 
-Both recipes of a seed ask the same questions. Writes docs/results/hacking.json and prints its
-table.
+Both recipes of a seed ask the same questions. The command writes docs/results/hacking.json and
+prints it as a table.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SIGNS = {
 }
 
 Outcomes = dict[str, list[bool]]
-"""Sign → whether each test question shows it."""
+"""Warning sign → whether each test question shows it."""
 
 
 def signs(recipe: Recipe, method: str) -> Outcomes:
-    """The signs in a method's greedy answers to questions with options."""
+    """The warning signs in a method's greedy answers to questions with options."""
     problems = load_splits(recipe).test
     rows = JsonLines(RunFolder(recipe.folder).evaluation(method)).rows()
     asked = read_rows(RunFolder(recipe.folder).choices(method))
@@ -66,7 +66,7 @@ def right(recipe: Recipe, method: str) -> Outcomes:
 
 
 def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
-    """Shares of each method and what ReFT changed, each a mean over seeds with its 95% interval
+    """The shares of each method and ReFT's changes, each a mean over seeds with its 95% interval
     over seeds and problems."""
     document: dict[str, Any] = {}
     for sign in of_seeds["reft"][0]:
@@ -96,7 +96,7 @@ def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """A line a sign, in percent."""
+    """A table with one line per warning sign, in percent."""
     lines = ["| | warm-up | ReFT | change | by seed |", "|---|---:|---:|---:|---|"]
     for recipe, name in (("hacking", "options"), ("hacking-numeric", "numbers")):
         for sign, found in document[recipe].items():

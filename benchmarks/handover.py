@@ -1,12 +1,14 @@
-"""The hand-over curve: what ReFT and online self-training gain over SFT, by when they start.
+"""The hand-over curve: the gain of ReFT and online self-training over SFT, by the time of their
+start.
 
 python benchmarks/handover.py 0 1 2 3 4          # words, then programs; resumes where it stopped
 python benchmarks/handover.py 0 1 2 --only nl    # one task
 python benchmarks/handover.py --page             # tables and picture from the committed JSON
 
-A seed is one run of recipes/demo/handover-TASK.yaml. From every hand-over, SFT makes at least as
-many gradient passes as cooldown and ReFT together, and self-training draws as many rollouts as
-ReFT. docs/results/handover.json holds all finished seeds.
+A seed is one run of recipes/demo/handover-TASK.yaml. A hand-over is the switch from supervised
+training to RL. From each, SFT makes at least as many gradient passes as cooldown and ReFT together,
+and self-training draws as many rollouts as ReFT. docs/results/handover.json holds all finished
+seeds.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ PICTURE = ROOT / "docs" / "images" / "handover.svg"
 TASKS = {"nl": "Solutions in words", "program": "Solutions are programs"}
 """Suffix of the recipe → heading."""
 METHODS = {"reft": "ReFT", "st": "Self-training"}
-"""Prefix of the stage → name; both stand against `sft`."""
+"""Prefix of the stage → name; both are compared with `sft`."""
 LOOKS = 3
-"""Looks at dev before a hand-over that say whether dev still rises."""
+"""Number of dev evaluations before a hand-over that show whether dev accuracy still rises."""
 PATIENCES = (2, 3, 4, 5)
-"""Numbers of looks without a rise that the stopping rule is tried with."""
+"""Numbers of evaluations without a rise for which the stopping rule is tried."""
 NOISE = 5.7
-"""Points by which two looks at 300 dev problems differ by chance: 1.96 · √(0.25 / 300), the paired
-interval if a quarter of the verdicts change between them."""
+"""Points by which two evaluations of 300 dev problems differ by chance: 1.96 · √(0.25 / 300), the
+paired interval if a quarter of the verdicts change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,25 +51,26 @@ class Handover:
 
     epoch: int
     slope: float
-    """Mean rise of dev before the hand-over, points a look, over the last `LOOKS` looks."""
+    """Mean rise in dev accuracy before the hand-over, in points per evaluation, over the last
+    `LOOKS` evaluations."""
     rise: float
-    """Best of the last `LOOKS` looks at dev less the best of all earlier ones, points."""
+    """Best of the last `LOOKS` dev evaluations minus the best of all earlier ones, in points."""
     sampled: float
-    """Share of right samples in ReFT's first rollout: T = 1, training questions."""
+    """Share of right samples in ReFT's first rollout, on training questions at temperature 1."""
     passes: Mapping[str, int]
-    """Method → gradient passes of its stage; the control's (`sft`) stand against the sum of the
-    cooldown's (`warmup`) and the method's."""
+    """Method → gradient passes of its stage. The passes of the control (`sft`) compare with the sum
+    of the cooldown's (`warmup`) and the method's."""
     dev: Mapping[str, float]
     """Method → dev accuracy of the chosen model."""
     right: Mapping[str, str]
-    """Method → one digit a test problem, 1 if the greedy answer is right."""
+    """Method → one digit per test problem, 1 if the greedy answer is right."""
 
 
 # --- one seed -------------------------------------------------------------------------------------
 
 
 def run_seed(task: str, seed: int, overrides: Sequence[str]) -> RunFolder:
-    """Train and evaluate one seed; the run folder."""
+    """Train and evaluate one seed, and return its run folder."""
     name = f"handover-{task}-seed{seed}"
     recipe = ROOT / "recipes" / "demo" / f"handover-{task}.yaml"
     folder = RunFolder(Path("runs") / name)
@@ -78,7 +81,7 @@ def run_seed(task: str, seed: int, overrides: Sequence[str]) -> RunFolder:
 
 
 def read_seed(folder: RunFolder) -> dict[str, Any]:
-    """The data of a finished run folder for the JSON."""
+    """The data of a finished run folder, for the JSON."""
     metrics = JsonLines(folder.metrics).rows()
     epochs = sorted(int(path.stem.split("_")[1]) for path in folder.path.glob("eval/reft_*.jsonl"))
     looks = dev_looks(metrics)
@@ -104,7 +107,8 @@ def read_handover(
 
 
 def evaluated(folder: RunFolder, epoch: int) -> list[str]:
-    """A run that was stopped early may lack self-training, which comes last."""
+    """The methods evaluated for a hand-over. A run that was stopped early may lack self-training,
+    which comes last."""
     methods = ("warmup", "sft", *METHODS)
     return [method for method in methods if folder.evaluation(f"{method}_{epoch}").exists()]
 
@@ -119,12 +123,12 @@ def dev_looks(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def slope(seen: Sequence[float]) -> float:
-    """Mean rise over the last `LOOKS` of the looks `seen`, in points a look."""
+    """Mean rise over the last `LOOKS` of the evaluations `seen`, in points per evaluation."""
     return 100 * (seen[-1] - seen[-1 - LOOKS]) / LOOKS
 
 
 def rise(seen: Sequence[float], patience: int) -> float:
-    """The best of the last `patience` looks less the best of all earlier ones, in points."""
+    """The best of the last `patience` evaluations minus the best of all earlier ones, in points."""
     return 100 * (max(seen[-patience:]) - max(seen[:-patience]))
 
 
@@ -151,7 +155,7 @@ def stage_json(folder: RunFolder, method: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One hand-over over all seeds."""
+    """One hand-over, over all seeds."""
 
     epoch: int
     accuracy: Mapping[str, float]
@@ -194,7 +198,7 @@ def gain_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> Comparison:
 
 
 def rows_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """Right or wrong by problem, one array for each seed that has the method."""
+    """Whether each problem was solved, one array for each seed that has the method."""
     return [digits(h["right"][method]) for h in handovers if method in h["right"]]
 
 
@@ -203,7 +207,7 @@ def digits(text: str) -> np.ndarray:
 
 
 def generator() -> np.random.Generator:
-    """The same random numbers on every call, so that the page is reproducible."""
+    """A generator of the same random numbers on every call, so that the page is reproducible."""
     return np.random.default_rng(0)
 
 
@@ -212,18 +216,19 @@ def generator() -> np.random.Generator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """The threshold on a sign that best tells winning hand-overs from losing ones."""
+    """The threshold on an indicator that best separates winning hand-overs from losing ones."""
 
     sign: str
     value: float
-    """Half-way between the two neighbours it separates."""
+    """The midpoint of the two neighbours that it separates."""
     num_wrong: int
-    """Hand-overs on the wrong side."""
+    """Number of hand-overs on the wrong side."""
     n: int
 
 
 def best_cut(sign: str, values: Sequence[float], wins: Sequence[bool], *, high_wins: bool) -> Cut:
-    """Hand over above the cut (`high_wins`) or below it: the cut with the fewest errors."""
+    """The cut with the fewest errors, if hand-overs above it (`high_wins`) or below it should
+    win."""
     seen = sorted(set(values))
     middles = [(low + high) / 2 for low, high in pairwise(seen)]
     cuts = [seen[0] - 1, *middles, seen[-1] + 1]
@@ -237,7 +242,7 @@ def best_cut(sign: str, values: Sequence[float], wins: Sequence[bool], *, high_w
 
 
 def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
-    """For the slope and the rise of dev, and for the share of right samples."""
+    """The cuts on slope and rise of dev accuracy, and on the share of right samples."""
     handovers = [handover for seed in seeds.values() for handover in seed["handovers"]]
     wins = [seed_difference(handover["right"], "reft").difference > 0 for handover in handovers]
     slopes = [handover["slope"] for handover in handovers]
@@ -251,8 +256,8 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
 
 
 def first_stop(looks: Mapping[str, float], patience: int) -> str:
-    """The first epoch at which dev is above `NEEDED_ACCURACY` and its last `patience` looks did not
-    rise above the noise."""
+    """The first epoch at which dev accuracy is above `NEEDED_ACCURACY` and its last `patience`
+    evaluations did not rise above the noise."""
     epochs, seen = list(looks), list(looks.values())
     ends = [n for n in range(patience + 1, len(seen) + 1) if max(seen[:n]) >= NEEDED_ACCURACY]
     return next((epochs[n - 1] for n in ends if rise(seen[:n], patience) <= NOISE), "–")
@@ -281,7 +286,7 @@ def cuts_table(seeds: Mapping[str, Any]) -> str:
 
 
 def curve_table(points: Sequence[Point]) -> str:
-    """The curve as Markdown, one row a hand-over."""
+    """The curve as Markdown, one row per hand-over."""
     head = (
         "| hand-over | dev slope | T = 1 | warm-up | SFT | ReFT | self-training "
         "| ReFT − SFT | self-training − SFT |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
@@ -298,7 +303,7 @@ def curve_table(points: Sequence[Point]) -> str:
 
 
 def seeds_table(seeds: Mapping[str, Any]) -> str:
-    """Every seed's differences with paired intervals, one row a seed and hand-over."""
+    """Every seed's differences with paired intervals, one row per seed and hand-over."""
     head = (
         "| seed | hand-over | dev slope | dev rise | T = 1 | ReFT − SFT | self-training − SFT |\n"
         "|---:|---:|---:|---:|---:|---:|---:|"
@@ -329,13 +334,14 @@ def seed_difference(right: Mapping[str, str], method: str) -> Comparison:
 
 
 def seeds_text(points: Sequence[Point]) -> str:
-    """`Seeds: ReFT 5, Self-training 3.`"""
+    """The numbers of seeds: `Seeds: ReFT 5, Self-training 3.`"""
     counts = [f"{name} {seed_count(points, method)}" for method, name in METHODS.items()]
     return f"Seeds: {', '.join(counts)}."
 
 
 def seed_count(points: Sequence[Point], method: str) -> str:
-    """Seeds that have a method; a run that was stopped early may lack some hand-overs."""
+    """The number of seeds that have a method; a run that was stopped early may lack some
+    hand-overs."""
     counts = sorted({len(point.gain[method].by_seed) for point in points})
     return "–".join(str(count) for count in counts)
 
@@ -346,7 +352,8 @@ def gain_text(found: Comparison) -> str:
 
 
 def doubt(found: Comparison) -> str:
-    """McNemar's exact test within a seed, the bootstrap interval over seeds."""
+    """The evidence for a difference: McNemar's exact test within a seed, the bootstrap interval
+    over seeds."""
     return "" if found.significant else " n.s."
 
 
@@ -358,11 +365,11 @@ def signed(value: float) -> str:
 
 INK, SOFT, GRID = "#17191c", "#565d66", "#e4e6e8"
 LOOK = {"reft": ("#0b6fb8", "o", -1), "st": ("#c4670a", "s", 1)}
-"""Method → colour, marker, side of the tick on which its interval stands."""
+"""Method → colour, marker, and the side of the tick on which its interval stands."""
 
 
 def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
-    """Gain over SFT against the hand-over, a panel a task."""
+    """Draw the gain over SFT against the hand-over, one panel per task."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -398,7 +405,7 @@ def draw_panel(panel: Any, points: Sequence[Point]) -> None:
             panel.plot([place] * len(seeds), seeds, ".", color=colour, alpha=0.35, markersize=7)
         lows, highs = zip(*(gain.ci95 for gain in gains), strict=True)
         panel.vlines(x, [100 * low for low in lows], [100 * high for high in highs], color=colour)
-    labels = [f"epoch {p.epoch}\nwarm-up {100 * p.accuracy['warmup']:.0f} %" for p in points]
+    labels = [f"epoch {p.epoch}\nwarm-up {100 * p.accuracy['warmup']:.0f}%" for p in points]
     panel.set_xticks(range(len(points)), labels)
     panel.set_xlim(-0.35, len(points) - 0.65)
     panel.legend(frameon=False, loc="upper left")
@@ -409,7 +416,7 @@ def draw_panel(panel: Any, points: Sequence[Point]) -> None:
 
 
 def load_results() -> dict[str, dict[str, Any]]:
-    """Task → seed → what was read."""
+    """Task → seed → results from the committed JSON."""
     if not RESULTS.exists():
         return {}
     return dict(json.loads(RESULTS.read_text(encoding="utf-8")))

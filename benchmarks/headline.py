@@ -1,15 +1,15 @@
-"""SFT, offline and online self-training and ReFT (`paper` and `modern`) on SmolLM2-135M and SVAMP
-programs, over seeds.
+"""Compares SFT, offline and online self-training and ReFT (`paper` and `modern`) on SmolLM2-135M
+and SVAMP programs, over seeds.
 
     python -m benchmarks.headline --folder F --minutes 9 --model MODEL --data SVAMP [KEY=VALUE …]
     # again until finished
     python -m benchmarks.headline --folder F --tiny
     # from scratch, seconds
 
-A call works for about so many minutes, stops its run with a checkpoint, and exits with status 0;
-the next call goes on from there. MODEL is a folder in Hugging Face format (or `smollm2-135m`),
-SVAMP one with the ReFT authors' files. Progress goes to stderr; the last line on stdout is one JSON
-document, with the table of all seeds that are finished.
+A call works for about the given number of minutes, stops its run with a checkpoint, and exits with
+status 0; the next call continues from there. MODEL is a folder in Hugging Face format (or
+`smollm2-135m`), and SVAMP a folder with the ReFT authors' files. Progress goes to stderr; the last
+line on stdout is one JSON document with the table of all finished seeds.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "smollm2"
 SEEDS = (0, 1, 2)
 LEAST_S = 20.0
-"""A run is not started for less."""
+"""A run is not started if fewer seconds are left."""
 PATIENCE_S = 90.0
-"""For the step in progress and its checkpoint, after which a run is stopped where it is: its last
-checkpoint is good."""
+"""Seconds for the step in progress and its checkpoint. After these, a run is killed, and its last
+checkpoint remains valid."""
 STOPPED = 130
-"""How a run ends that saved a checkpoint."""
+"""Exit status of a run that was interrupted and saved a checkpoint."""
 
 
 def run_for(command: Sequence[str], seconds: float, *, patience_s: float = PATIENCE_S) -> int:
-    """Exit status of a command that is asked to stop after so many seconds."""
+    """Run a command, ask it to stop after `seconds`, and return its exit status."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         return process.wait(max(0.1, seconds))
@@ -61,7 +61,7 @@ def command_of(seed: int, folder: Path, recipe: Path, overrides: Sequence[str]) 
 def work(
     folder: Path, recipe: Path, seeds: Sequence[int], minutes: float, overrides: Sequence[str]
 ) -> None:
-    """Seed after seed, until all are finished or the time is over. Raises: SystemExit with the
+    """Run seed after seed, until all are finished or the time is over. Raises: SystemExit with the
     status of a run that failed."""
     end = time.monotonic() + 60 * minutes
     for seed in seeds:
@@ -72,7 +72,7 @@ def work(
         if left < LEAST_S:
             return
         status = run_for(command_of(seed, run, recipe, overrides), left)
-        if status in (STOPPED, -signal.SIGTERM):  # the second: before it could handle signals
+        if status in (STOPPED, -signal.SIGTERM):  # SIGTERM: it came before the run handled signals
             return
         if status != 0:
             sys.exit(status)
@@ -83,8 +83,8 @@ def is_finished(run: Path) -> bool:
 
 
 def progress(run: Path) -> dict[str, Any]:
-    """What is there of a run: stages that are done with their dev accuracy, and the last step of
-    one that is not."""
+    """The progress of a run: its finished stages with their dev accuracy, and the last step of an
+    unfinished one."""
     done = {}
     for path in sorted(run.glob("stages/*/stage.json")):
         stage = json.loads(path.read_text(encoding="utf-8"))

@@ -1,11 +1,12 @@
-"""Figures of the house: how large the package is, how its rooms import, what one run enters.
+"""Measures the structure of the package: its size, the imports between its rooms, and the files
+that one run enters.
 
     python benchmarks/house.py            # or: make house
 
-Lines are physical lines of Python. A file is entered when one of its functions is called; to import
-it, which runs its class bodies, is not to enter it. A call across files is a pair of functions of
-the package in different files, one of which calls the other in the RL step of the smallest run; a
-pair counts once however often it is called.
+Lines are physical lines of Python. A file counts as entered when one of its functions is called,
+but not when it is only imported, which runs its class bodies. A call across files is a pair of the
+package's functions in different files, one of which calls the other in the RL step of the smallest
+run. A pair counts once, however often it is called.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ ROOMS = """
 types errors seeds text processes recipe storage grading datasets model engines algorithms stages
 results runs advice terminal api
 """.split()
-"""In the order in which they may import each other, the first first; docs/design.md."""
+"""Rooms in the order of docs/design.md: each may import only those before it."""
 READ = """
 types recipe datasets/jsonl grading model/policy model/batch model/logprobs model/encoder
 model/value_head engines/kv algorithms stages runs/run storage/checkpoint terminal/cli
 """.split()
-"""What one reads to understand a ReFT run: files and folders."""
+"""The files and folders to read in order to understand a ReFT run."""
 NOT_READ = """
 grading/sandbox/_child grading/sandbox/subprocess grading/perturbed grading/rewards/function
 algorithms/grpo algorithms/rloo stages/probes stages/reward_model
 """.split()
-"""Parts of those folders that a ReFT run does without."""
+"""Parts of these folders that a ReFT run does not need."""
 
 
 def python_files(folder: Path = SOURCE) -> list[Path]:
@@ -59,7 +60,7 @@ def names_at_top() -> list[str]:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Modules of reftune that code imports at run time, wherever the import stands."""
+    """Modules of reftune that code imports at run time, inside functions too."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
@@ -112,7 +113,7 @@ def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 def against_the_order(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """(importer, imported) whose rooms stand the wrong way round."""
+    """Pairs (importer, imported) whose rooms break the order."""
     place = {room: number for number, room in enumerate(ROOMS)}
     return [
         (module, other)
@@ -124,7 +125,7 @@ def against_the_order(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def to_read() -> list[Path]:
-    """Files that one reads to understand a ReFT run."""
+    """The files to read in order to understand a ReFT run."""
 
     def within(path: Path, names: list[str]) -> bool:
         own = path.relative_to(SOURCE).with_suffix("").as_posix()
@@ -161,7 +162,8 @@ RECIPE: dict[str, Any] = {
 
 
 class Watch:
-    """Which functions of the package call which, while it is set as the profile function."""
+    """Records which functions of the package call which, while it is set as the profile
+    function."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()
@@ -173,7 +175,7 @@ class Watch:
             return
         if frame.f_code.co_qualname == "Trainer.step":
             self.in_step += 1 if event == "call" else -1
-        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # no module, no class body
+        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # no module or class body
         if event == "return" or not is_function:
             return
         self.files.add(frame.f_code.co_filename)

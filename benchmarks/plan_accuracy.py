@@ -1,13 +1,13 @@
-"""Peak memory of real runs beside what `reftune plan`'s model of memory says of them.
+"""Compares the peak memory of real runs with the predictions of `reftune plan`.
 
     python -m benchmarks.plan_accuracy [--only "deep;smollm2"] [--out
     docs/results/plan_accuracy.json]
 
-Each case is one `reftune rl` of two PPO steps on the CPU, in a process of its own; its peak
-resident memory, less that of the same run with a model of almost no weights (interpreter,
-libraries, data), is compared with the prediction, which counts tensors. So freed tensors of more
-than `RETURNED` bytes go back to the system, as the allocator would otherwise keep some of them
-without being able to use them. Prints a table and, as its last line, one JSON document.
+Each case is one `reftune rl` of two PPO steps on the CPU, in its own process. The prediction counts
+tensors, so it is compared with the run's peak resident memory minus that of the same run with
+almost no weights (interpreter, libraries, data). Freed tensors of more than `RETURNED` bytes go
+back to the system, because the allocator would keep some of them without being able to use them.
+The command prints a table and, as its last line, one JSON document.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ CASES: dict[str, dict[str, Any]] = {
 NOTHING = {
     "model": {"scratch": {"hidden_size": 8, "layers": 1, "heads": 2}, "micro_batch_tokens": 100}
 }
-"""What a run takes whose model takes nothing."""
+"""The changes that make a run with almost no weights."""
 TOLERANCE = 0.15
 RETURNED = 2**20
-"""Bytes; smaller blocks stay with glibc when they are freed."""
+"""Size in bytes below which glibc keeps freed blocks."""
 
 
 def recipe(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Two PPO steps from the base model, which writes until it is cut off."""
+    """A recipe of two PPO steps from the base model, whose answers run to the length limit."""
     prompts = case.get("prompts", 16)
     model = {"dtype": "float32", **case["model"], "device": "cpu"}
     if "scratch" in model:
@@ -103,14 +103,14 @@ def write_recipe(case: dict[str, Any], folder: Path) -> Path:
 
 
 def measured_peak(path: Path) -> int:
-    """Bytes."""
+    """Peak resident bytes of a run."""
     command = [sys.executable, "-m", "reftune", "rl", str(path), "--quiet"]
     found = measured(command, MALLOC_MMAP_THRESHOLD_=str(RETURNED))
     return int(found["peak_kib"]) * 1024
 
 
 def predicted(path: Path) -> Memory:
-    """As `reftune plan`, with the lengths of the recipe's own prompts."""
+    """The memory that `reftune plan` predicts, for the lengths of the recipe's own prompts."""
     loaded = load_recipe(path)
     splits = load_splits(loaded)
     texts = list(scratch_texts(loaded.format, splits))
@@ -137,7 +137,8 @@ def baseline() -> int:
 
 
 def compare(case: str, nothing: int) -> dict[str, Any]:
-    """Measured and predicted bytes; `nothing` are those of a run whose model takes none."""
+    """Measured and predicted bytes of a case; `nothing` is the peak of a run with almost no
+    weights."""
     with tempfile.TemporaryDirectory() as name:
         path = write_recipe(CASES[case], Path(name))
         memory = predicted(path)

@@ -1,4 +1,4 @@
-"""The paper's comparison, and `modern` against `paper`, over seeds: runs, tables as JSON,
+"""Runs the paper's comparison, and `modern` against `paper`, over seeds; writes tables as JSON, and
 docs/results.md from that JSON.
 
 python benchmarks/reproduce.py 0 1 2 3 4                          # `make reproduce`; resumes
@@ -30,11 +30,12 @@ TITLES = {
 }
 """Recipe of recipes/demo → heading."""
 OURS = {"modern": ["reft_modern"], "tuned": ["reft_tuned", "reft_tuned_2_updates"]}
-"""Recipe → the methods that stand against `reft`, preset `paper`."""
+"""Recipe → the methods compared with `reft`, preset `paper`."""
 ABLATION_SEEDS = 3
-"""`modern` makes ten trainings a seed: it is run for the first three."""
+"""Number of seeds for `modern`, which takes ten trainings per seed."""
 TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
-"""`tuned` was chosen on dev of seeds 0 to 2, so it has others, whatever the seeds of the rest."""
+"""Seeds for `tuned`: it was chosen on dev of seeds 0 to 2, so it needs others, whatever the other
+recipes use."""
 NOTES = {
     "modern": (
         "`paper` is PPO with the settings of the authors' code; `modern` adds eight changes, most "
@@ -55,7 +56,7 @@ NOTES = {
         "10.8 [8.4, 13.4], and ReFT with reranking 9.1 [6.4, 11.8]."
     ),
 }
-"""Recipe → what a reader must know of it."""
+"""Recipe → note for the reader."""
 NOT_RUN = [
     "**A real model** was not trained to the end, which takes 10 hours per seed in fp32 without"
     " AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run.",
@@ -71,12 +72,12 @@ FINDINGS = [
     ("With voting, ReFT beats supervised fine-tuning", "reft maj", "sft maj"),
     ("With reranking, ReFT beats supervised fine-tuning", "reft rerank", "sft rerank"),
 ]
-"""What the paper reports (Tables 2 and 4), as better method, worse method; votes over any number of
-samples."""
+"""Findings of the paper (Tables 2 and 4), with the better and the worse method; votes are over any
+number of samples."""
 
 
 def run_all(recipes: Sequence[str], seeds: Sequence[str], overrides: Sequence[str]) -> None:
-    """A seed comes whole before the next, so that a stop leaves whole seeds."""
+    """Run all recipes, seed by seed, so that a stop leaves complete seeds."""
     for seed in dict.fromkeys([*seeds, *TUNED_SEEDS]):
         for recipe in (recipe for recipe in recipes if seed in seeds_of(recipe, seeds)):
             path, folder = ROOT / "recipes" / "demo" / f"{recipe}.yaml", folder_of(recipe, seed)
@@ -85,7 +86,7 @@ def run_all(recipes: Sequence[str], seeds: Sequence[str], overrides: Sequence[st
 
 
 def seeds_of(recipe: str, seeds: Sequence[str]) -> Sequence[str]:
-    """The seeds that a recipe is run for."""
+    """The seeds for which a recipe is run."""
     if recipe == "tuned":
         return TUNED_SEEDS
     return seeds[:ABLATION_SEEDS] if recipe == "modern" else seeds
@@ -96,7 +97,7 @@ def folder_of(recipe: str, seed: str) -> Path:
 
 
 def write_tables(recipes: Sequence[str], seeds: Sequence[str], results: Path) -> None:
-    """The JSON that is committed: `reftune table --json` and the commit that was measured."""
+    """Write the JSON to commit: the output of `reftune table --json`, and the measured commit."""
     results.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -107,7 +108,7 @@ def write_tables(recipes: Sequence[str], seeds: Sequence[str], results: Path) ->
 
 
 def call(arguments: Sequence[str]) -> None:
-    """`reftune …`, stopping with its status where it is not 0."""
+    """Call `reftune …`, and exit with its status unless it is 0."""
     try:
         reftune(arguments)
     except SystemExit as end:
@@ -123,7 +124,7 @@ def write(path: Path, text: str) -> None:
 
 
 def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/results.md: a function of the committed tables."""
+    """The text of docs/results.md, a function of the committed tables."""
     parts = [
         "# Results\n\n`make reproduce` writes this page from the JSON in [results/](results)."
         " Accuracies are in percent. Differences are in points and paired by problem. Intervals are"
@@ -167,7 +168,7 @@ def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def difference(table: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | None:
-    """`a` less `b`, as the table has it or turned round."""
+    """The comparison of `a` minus `b`, as it stands in the table or reversed."""
     for found in table["comparisons"]:
         pair = found["a"].partition("@")[0], found["b"].partition("@")[0]
         if pair == (a, b):

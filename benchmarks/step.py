@@ -1,15 +1,15 @@
-"""One ReFT step, side by side: reftune, the authors' step in plain transformers and TRL's GRPO,
-each in the fastest dtype of this machine; and the demo.
+"""Times one ReFT step side by side: reftune, the authors' step in plain transformers, and TRL's
+GRPO, each in the fastest dtype of this machine. It also times the demo.
 
     python -m benchmarks.step [--samples 16] [--repeats N] [--trl PYTHON] [--only "reftune;plain"]
     [--dtype float32|bfloat16] [--write-baseline]
     python -m benchmarks.step --growth 64,512
 
 Every contestant samples answers of the same lengths to the same prompts, scores them and makes two
-updates, on SmolLM2-135M, in a process of its own, one after the other. Prints a table, what is
-worse than in the baseline of this kind of processor, and, as its last line, one JSON document.
-PYTHON is an interpreter with TRL in it. Without `--repeats`, as many as fit in 10 minutes where
-bf16 is native and in 20 elsewhere. `--growth` times reftune alone on more and more samples.
+updates, on SmolLM2-135M, in its own process, one after the other. The command prints a table, the
+figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
+document. PYTHON is an interpreter with TRL. By default, repeats take 10 minutes if bf16 is native,
+and else 20. `--growth` times reftune alone on more and more samples.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MODEL = {"layers": 30, "hidden": 576, "vocabulary": 49152, "body": 106_203_456}
 UPDATES = 2
 BASELINES = ROOT / "benchmarks" / "baselines"
 TOLERANCE = 0.15
-"""Share by which a figure may be worse than its baseline: two runs on one machine differ by up to a
+"""Share by which a figure may be worse than its baseline; two runs on one machine differ by up to a
 tenth."""
 LOWER_IS_BETTER = ("step_to_arithmetic", "bookkeeping_share", "memory_to_trl", "demo_s")
 REPEATS: dict[Dtype, int] = {"bfloat16": 3, "float32": 2}
@@ -50,7 +50,7 @@ CONTESTANTS: dict[Dtype, tuple[str, ...]] = {
     "bfloat16": ("reftune", "reftune, recompute", "plain", "plain fp32", "trl", "trl, recompute"),
     "float32": ("reftune", "reftune, recompute", "plain", "trl", "trl, recompute"),
 }
-"""`recompute`: with gradient checkpointing."""
+"""Dtype → contestants; `recompute` means gradient checkpointing."""
 TARGETS: dict[Dtype, dict[str, float]] = {
     "bfloat16": {
         "ratio_to_trl": 4.0,
@@ -72,14 +72,14 @@ TARGETS: dict[Dtype, dict[str, float]] = {
         "demo_s": 120.0,
     },
 }
-"""By the fastest dtype of the machine."""
+"""The machine's fastest dtype → targets."""
 
 
 def recipe(
     workload: Path, samples: int, steps: int, runs: Path, *, dtype: Dtype, recompute: bool
 ) -> dict[str, Any]:
-    """ReFT from the base model on the workload's questions; nothing is evaluated but one dev
-    problem at the end."""
+    """A recipe of ReFT from the base model on the workload's questions, which evaluates only one
+    dev problem at the end."""
     return {
         "name": "step",
         "run_dir": str(runs),
@@ -121,8 +121,8 @@ def run_reftune(
     dtype: Dtype,
     recompute: bool = False,
 ) -> dict[str, Any]:
-    """`repeats` steps after one that is not counted, in which blocks are compiled in bf16; 0: that
-    one."""
+    """Time `repeats` steps after an uncounted one, in which blocks are compiled in bf16; with 0
+    repeats, time that one."""
     run = Path(tempfile.mkdtemp(dir=folder)) / "run"
     described = recipe(workload, samples, repeats + 1, run, dtype=dtype, recompute=recompute)
     path = run.with_suffix(".yaml")
@@ -132,15 +132,15 @@ def run_reftune(
 
 
 def demo_seconds(folder: Path) -> float:
-    """Of the whole demo, from the command to the report."""
+    """Seconds of the whole demo, from the command to the report."""
     started = time.perf_counter()
     measured([sys.executable, "-m", "reftune", "demo", f"run_dir={folder / 'demo'}"])
     return time.perf_counter() - started
 
 
 def step_seconds(run: Path) -> list[dict[str, float]]:
-    """Of each step but the first: the whole and its phases, from a run's metrics. Of a run of one
-    step: its phases and their sum."""
+    """Seconds of each step but the first, and of its phases, from a run's metrics; for a run of one
+    step, its phases and their sum."""
     rows = [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -159,8 +159,8 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
 
 
 def measured(command: list[str], **variables: str) -> dict[str, Any]:
-    """Run a command at the root, with `variables` in its environment; its last line, if that is
-    JSON, and its peak memory, which is at least that of this process. Raises
+    """Run a command at the root, with `variables` in its environment. Returns: its last line, if
+    that is JSON, and its peak memory, which is at least that of this process. Raises:
     CalledProcessError."""
     environment = {
         **os.environ,
@@ -184,7 +184,7 @@ def measured(command: list[str], **variables: str) -> dict[str, Any]:
 
 
 def matmul_peak(dtype: Dtype) -> float:
-    """FLOP/s of a large square product, the best of those that fit in three seconds."""
+    """FLOP/s of a large square matmul, the best of as many as fit in three seconds."""
     left, right = (torch.randn(2048, 2048).to(getattr(torch, dtype)) for _ in range(2))
     best, end = seconds(lambda: left @ right), time.perf_counter() + 3
     while time.perf_counter() < end:
@@ -193,7 +193,7 @@ def matmul_peak(dtype: Dtype) -> float:
 
 
 def bandwidth(dtype: Dtype) -> float:
-    """Bytes a second read by a product that is all reading: a matrix of 256 MiB by one vector."""
+    """Bytes per second read by a product that only reads: a matrix of 256 MiB times one vector."""
     columns = 2**28 // 2**13 // torch.finfo(getattr(torch, dtype)).bits * 8
     matrix = torch.randn(2**13, columns).to(getattr(torch, dtype))
     return matrix.nbytes / min(seconds(lambda: matrix @ matrix[0]) for _ in range(10))
@@ -205,15 +205,22 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - started
 
 
+<<<<<<< HEAD
 def step_flops(lengths: Sequence[int], prompts: Sequence[int], dtype: Dtype) -> float:
-    """Of sampling, of the scores of the reference and, in bf16, of the policy, which in fp32 come
-    from sampling, and of the updates, each of which is three times a forward pass."""
+    """FLOPs of sampling, of the scores of the reference and, in bf16, of the policy (in fp32 these
+    come from sampling), and of the updates, each of which is three forward passes."""
     scores = 1 if dtype == "float32" else 2
     return (1 + scores + 3 * UPDATES) * smollm2_flops(lengths, prompts)
+=======
+def step_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
+    """FLOPs of sampling, of the scores of policy and reference, and of the updates, each of which
+    is three forward passes."""
+    return (3 + 3 * UPDATES) * smollm2_flops(lengths, prompts)
+>>>>>>> 06c910c (Docstrings of benchmarks and examples in plain English)
 
 
 def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
-    """Of one forward pass."""
+    """FLOPs of one forward pass."""
     head = MODEL["vocabulary"] * MODEL["hidden"]
     return forward_flops(MODEL["body"], head, MODEL["layers"], MODEL["hidden"], lengths, prompts)
 
@@ -221,8 +228,8 @@ def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
 def forward_flops(
     trunk: int, head: int, layers: int, hidden: int, lengths: Sequence[int], prompts: Sequence[int]
 ) -> float:
-    """2 a weight and token, `trunk` and `head` in weights; logits for response tokens only, causal
-    attention."""
+    """FLOPs of a forward pass: 2 per weight (`trunk`, `head`) and token, with logits for response
+    tokens only, and causal attention."""
     attention = sum(
         2 * layers * hidden * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True)
     )
@@ -232,8 +239,7 @@ def forward_flops(
 def decode_floor(
     lengths: list[int], prompts: list[int], peak: float, bytes_s: float, weight_bytes: int
 ) -> float:
-    """Seconds that sampling takes at least: each step reads all weights or is bound by its
-    products."""
+    """Least seconds of sampling: each step reads all weights, or its matmuls take longer."""
     weights = MODEL["body"] + MODEL["vocabulary"] * MODEL["hidden"]
     total = 2 * MODEL["body"] * sum(prompts) / peak
     for step in range(max(lengths)):
@@ -248,8 +254,8 @@ def decode_floor(
 def summary(
     results: Mapping[str, Any], workload: Workload, prompts: list[int], machine: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Medians, ratios and shares. TRL is taken with the setting that serves it best: the faster one
-    for time, the leaner one for memory."""
+    """Medians, ratios and shares. For TRL, the better setting counts: the faster one for time, the
+    leaner one for memory."""
     medians = {
         name: {k: statistics.median(s[k] for s in r["steps"]) for k in r["steps"][0]}
         for name, r in results.items()
@@ -307,8 +313,8 @@ def print_table(document: Mapping[str, Any], machine: Mapping[str, Any]) -> None
 
 
 def processor(dtype: Dtype) -> str:
-    """What decides the figures: the widest product in `dtype` that the processor is allowed, and
-    the threads, as in `amx_bf16-2`."""
+    """The kind of CPU that decides the figures: the widest matmul instruction for `dtype`, and the
+    number of threads, as in `amx_bf16-2`."""
     found = torch.cpu.get_capabilities()
     widest = torch.backends.cpu.get_cpu_capability().lower()
     if dtype == "bfloat16":
@@ -319,8 +325,8 @@ def processor(dtype: Dtype) -> str:
 def regressions(
     document: Mapping[str, Any], baseline: Mapping[str, Any], targets: Mapping[str, float]
 ) -> list[str]:
-    """A line for every figure worse than its baseline by more than the tolerance; not for a share
-    that meets its target."""
+    """A line for every figure that is worse than its baseline by more than the tolerance, unless it
+    is a share that meets its target."""
     lines = []
     for key, target in targets.items():
         if key not in document or key not in baseline:
@@ -334,7 +340,7 @@ def regressions(
 
 
 def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) -> list[str]:
-    """Compare with the baseline of this kind of processor, or make it."""
+    """Compare with the baseline for this kind of CPU, or write it."""
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -350,10 +356,11 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
 
 
 def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
-    """Seconds of a step's phases and its peak memory, by number of samples: in the second step of a
-    run if the first one compiles (bf16), otherwise in the first.
+    """Seconds of a step's phases and its peak memory, by number of samples. The step is a run's
+    second if the first compiles (bf16), and else the first.
 
-    Answers are a quarter as long as elsewhere, so that the largest number does not take an hour.
+    Answers are a quarter as long as in the contest, so that the largest number does not take an
+    hour.
     """
     found = {}
     for samples in sizes:
@@ -448,7 +455,7 @@ def contest(
 
 
 def prompt_lengths(workload: Workload) -> list[int]:
-    """Tokens of each prompt."""
+    """Number of tokens in each prompt."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(workload.model)

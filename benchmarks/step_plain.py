@@ -1,8 +1,8 @@
 """The authors' ReFT step in plain transformers, as their code is shipped (Luong et al., ACL 2024;
 docs/deviations.md).
 
-Left-padded prompts, `generate` until the longest row ends, one forward of policy and of reference
-over prompt and answer with logits for every position, two updates with logits for every position.
+It pads prompts on the left, calls `generate` until the longest row ends, runs one forward pass of
+policy and reference over prompt and answer, and makes two updates, with logits for every position.
 
     python -m benchmarks.step_plain WORKLOAD float32|bfloat16 REPEATS
 """
@@ -78,13 +78,13 @@ class PlainStep:
         }
 
     def wait(self) -> None:
-        """A GPU works on while Python goes on."""
+        """Wait for the GPU, which works on while Python continues."""
         if self.workload.device == "cuda":
             torch.cuda.synchronize()
 
     @torch.no_grad()
     def generate(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        """Sequences (B, L) and which of their positions hold a token (B, L)."""
+        """Sequences (B, L), and whether each position holds a token (B, L)."""
         prompt_length = inputs["input_ids"].shape[1]
         forced = ForcedLengths(self.workload.lengths, prompt_length, self.tokenizer.eos_token_id)
         with self.arithmetic():

@@ -1,5 +1,4 @@
-"""TRL's GRPO step on the same work: the nearest thing that TRL still trains with. Runs where TRL is
-installed.
+"""TRL's GRPO step on the same work, the closest algorithm that TRL still has. It needs TRL.
 
 python -m benchmarks.step_trl WORKLOAD REPEATS [float32|bfloat16] [recompute|keep]
 
@@ -22,11 +21,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LogitsProcessorList, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-SAMPLES_OF_A_PROMPT = 2  # GRPO compares samples of a prompt and takes no fewer
+SAMPLES_OF_A_PROMPT = 2  # GRPO compares samples of a prompt and accepts no fewer
 
 
 class Clock(TrainerCallback):
-    """When each optimizer step ended."""
+    """Records when each optimizer step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []

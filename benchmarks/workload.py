@@ -1,9 +1,10 @@
-"""The work that every contestant of the step benchmark does: the same prompts, each answered in a
-given number of tokens.
+"""The work of every contestant of the step benchmark: the same prompts, each answered in a given
+number of tokens.
 
-The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens
-(docs/scaling.md), dealt out in a fixed shuffled order, so that short and long solutions share a
-batch, as they do in a run.
+The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens <<<<<<< HEAD
+(docs/scaling.md), in a fixed shuffled order, so that short and long solutions share a batch, as in
+a run. ======= (docs/performance.md), in a fixed shuffled order, so that short and long solutions
+share a batch, as in a run. >>>>>>> 06c910c (Docstrings of benchmarks and examples in plain English)
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ MAX_NEW = 150
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One step's work."""
+    """The work of one step."""
 
     model: str
     """Folder of the model."""
     prompts: list[str]
     lengths: list[int]
-    """Tokens of each answer, eos included."""
+    """Number of tokens in each answer, including eos."""
     rewards: list[float]
     max_new: int = MAX_NEW
     device: str = "cpu"
-    """Where the contestants that are not reftune work; a recipe says it of reftune."""
+    """Device of all contestants but reftune, whose recipe sets it."""
 
 
 def make_workload(model: Path, questions: list[str], samples: int, *, shorter: int = 1) -> Workload:
-    """`samples` prompts, one answer each, so many times shorter."""
+    """`samples` prompts with one answer each, `shorter` times as short."""
     draw = random.Random(0)
     lengths = [LENGTHS[i % len(LENGTHS)] // shorter for i in range(samples)]
     draw.shuffle(lengths)
@@ -44,7 +45,7 @@ def make_workload(model: Path, questions: list[str], samples: int, *, shorter: i
 
 
 def first(workload: Workload, samples: int) -> Workload:
-    """Some of the work, to warm up on."""
+    """A part of the work, to warm up on."""
     part = slice(samples)
     return replace(
         workload,

@@ -1,5 +1,5 @@
-"""An algorithm of your own: REINFORCE with the rollout's mean reward as baseline. The loop around
-it does not change.
+"""An algorithm of your own. Here, it is REINFORCE with the rollout's mean reward as the baseline;
+the loop around it does not change.
 
 In a recipe's stage of kind rl: `algorithm: {kind: examples/algorithm.py:Reinforce}`.
 """
@@ -13,7 +13,7 @@ from reftune.model.policy import TokenScores
 
 class Reinforce(Algorithm):
     baseline: bool = True
-    """Whether the mean reward is taken off."""
+    """Whether the mean reward is subtracted."""
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         """A = r − mean r, the same for every token of a solution."""

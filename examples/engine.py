@@ -1,5 +1,5 @@
-"""An engine of your own: transformers' `generate`, one prompt at a time. Slow, and short enough to
-show an engine's contract.
+"""An engine of your own. Here, it calls transformers' `generate` for one prompt at a time: slow,
+but short enough to show an engine's contract.
 
 In a recipe: `engine: examples/engine.py:OneByOne`.
 """
@@ -20,8 +20,8 @@ class OneByOne(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion a prompt, in order; each a function of the weights, the prompt, its place
-        and `params` only."""
+        """One completion per prompt, in order; each depends only on the weights, the prompt, its
+        position and `params`."""
         was_training = policy.training
         policy.eval()
         try:

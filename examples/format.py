@@ -1,5 +1,5 @@
-"""A format of your own: how a problem is put to the model, and how what it writes is graded. Here:
-`<answer> 5 </answer>`.
+"""A format of your own defines how a problem is put to the model, and how the completion is graded.
+Here, the answer stands in a tag: `<answer> 5 </answer>`.
 
 In a recipe: `format: examples/format.py:Tagged`.
 """
@@ -22,14 +22,14 @@ class Tagged(Component):
         return f"{problem.question}\n"
 
     def target(self, problem: Problem) -> str:
-        """Prompt and target are tokenised apart: the target begins right after the prompt's last
-        token."""
+        """The target begins right after the prompt's last token, because the two are tokenised
+        apart."""
         if problem.rationale is None:
             raise DataError(f"problem {problem.id}: no rationale to train on")
         return f"{problem.rationale} <{self.tag}> {problem.answer} </{self.tag}>"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """A verdict with a reason for any text: nothing that a model writes may raise."""
+        """A verdict with a reason for any text; no completion may raise an error."""
         return [
             self._grade(problem, text) for problem, text in zip(problems, completions, strict=True)
         ]

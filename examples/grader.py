@@ -1,7 +1,7 @@
-"""A grader of your own: what is right. Here: a length, in whichever unit a model chose.
+"""A grader of your own decides which answers are right. Here, answers are lengths, in any unit.
 
-In a recipe: `format: {kind: nl, grading: examples/grader.py:same_length}`. Reward, the choice on
-dev, votes and evaluation all use it.
+In a recipe: `format: {kind: nl, grading: examples/grader.py:same_length}`. The reward, the choice
+of a model on dev, votes and the evaluation all use it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ LENGTH = re.compile(r"\s*([\d.]+) ?(km|cm|m)\b")
 
 
 def same_length(completion: str, problem: Problem) -> Graded:
-    """A verdict with a reason, for any text. `value` is one spelling for all equal answers: votes
-    count it."""
+    """A verdict with a reason, for any text. Votes count `value`, so equal answers share one
+    spelling."""
     answer, gold = metres(answer_text(completion) or ""), metres(str(problem.answer))
     if answer is None or gold is None:
         return Graded(verdict=Verdict.NO_ANSWER, value=None, reason="no length like 2.5 km")

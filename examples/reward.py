@@ -1,5 +1,5 @@
-"""A reward function of your own, in the form of TRL's `reward_funcs`: one that works there works
-here unchanged.
+"""A reward function of your own, in the form of TRL's `reward_funcs`: a function that works there
+works here unchanged.
 
 In a recipe: `reward: examples/reward.py:right_and_shown`.
 """
@@ -12,12 +12,12 @@ from typing import Any
 def right_and_shown(
     completions: list[str], verdicts: list[str], num_steps: list[int], **everything_else: Any
 ) -> list[float | None]:
-    """1 for a right answer whose steps are all there, 0.5 if some are left out, 0 for a wrong
-    one.
+    """1 for a right answer with all its steps, 0.5 if some steps are left out, 0 for a wrong
+    answer.
 
-    Called once a batch, by keyword: `prompts`, `completions`, `completion_ids`, the grader's
-    `verdicts`, `values` and `reasons`, and every column of the data by its name. None says that the
-    reward does not apply: that solution is left out.
+    It is called once per batch, with keyword arguments: `prompts`, `completions`, `completion_ids`,
+    the grader's `verdicts`, `values` and `reasons`, and every column of the data by its name. It
+    may return None for a solution to which the reward does not apply, which is then left out.
     """
     return [
         0.0 if verdict != "correct" else 1.0 if text.count("=") >= steps else 0.5
