@@ -171,7 +171,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "all of train is asked in test": (
         [],
         {"train.jsonl": rows(), "test.jsonl": rows()},
-        r"dev_size 2: only 0 training questions are left; expected fewer",
+        r"dev_size 2: only 0 training questions are left; expected a smaller",
     ),
     "no dev": (
         ["dataset.dev_size=0"],

@@ -144,7 +144,7 @@ def test_every_row_has_a_kind_of_its_own(tmp_path: Path) -> None:
         Answer(kind="choice", value="b"),
     ]
     with pytest.raises(
-        DataError, match=r"data.jsonl:2: answer is 'Paris'; expected a number and nothing else"
+        DataError, match=r"data.jsonl:2: answer is 'Paris'; expected a number, with at most"
     ):
         load(tmp_path, *rows, answer_kind="number")
 

@@ -61,7 +61,7 @@ def read_gold(
         return number
     if kind == "number":
         raise DataError(
-            f"{shown(raw)}; expected only a number, with at most a currency or one unit, or another"
+            f"{shown(raw)}; expected a number, with at most a currency or one unit, or another"
             " answer_kind"
         )
     text = str(stated)
