@@ -1,7 +1,7 @@
-"""Chat templates of the shape of well-known families, and a tiny tokenizer and model for each.
+"""Chat templates in the shape of well-known families, and a tiny tokenizer and model for each.
 
-The templates are written for these tests: token names, order, spaces and refusals are those of the
-families, tools and images are left out.
+The templates are written for these tests: token names, order, spaces and errors are those of the
+families; tools and images are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Words as Llama-3 and Qwen split them, shortened: line breaks stay together."""
+"""A shortened pattern of the words that Llama-3 and Qwen split; line breaks stay together."""
 MAX_NEW = 24
 OPTIMIZER = {"learning_rate": 3e-3}
 CORPUS = [
@@ -32,7 +32,7 @@ CORPUS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is peculiar to a family's tokenizer and generation config."""
+    """The peculiarities of a family's tokenizer and generation config."""
 
     template: str
     special: tuple[str, ...]
@@ -41,7 +41,7 @@ class Family:
     """All tokens at which its generation config stops."""
     end_of_turn: str
     bos: str | None = None
-    """Added by the tokenizer, and written by the template."""
+    """The BOS token, which both the tokenizer and the template write."""
     takes_system: bool = True
     plain: tuple[str, ...] = ()
     """Added tokens that are not special, as Qwen3's `<think>`."""
@@ -179,7 +179,8 @@ FAMILIES = {
 
 
 def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    """Bytes, some merges of them (also of line breaks), and the family's own tokens."""
+    """A tokenizer of bytes, some merges of bytes (and of line breaks), and the family's own
+    tokens."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -231,8 +232,8 @@ def save_model(
     config_eos: int | None = None,
     heads: int = 2,
 ) -> Path:
-    """A tiny random instruct model of a family as a folder; `config_eos` is a config that lags
-    behind its tokenizer."""
+    """Save a tiny random instruct model of a family. With `config_eos`, its config lags behind the
+    tokenizer."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""Whether two runs are the same but for rounding."""
+"""Checks that two runs are the same up to rounding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from reftune.storage.files import JsonLines
 
 WEIGHT_ATOL = 1e-4
-"""Of weights that move by 3e-3 a step, where Adam makes much of the rounding of a gradient near 0.
+"""Tolerance for weights that move by 3e-3 a step, because Adam magnifies the rounding of a gradient
+near 0.
 """
 GRADIENT_ATOL = 2e-6
-"""Of their running means, near 0.01."""
+"""Tolerance for the gradients' running means, which are near 0.01."""
 
 
 def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
-    """Texts and whole numbers equal, other numbers close; clocks are left out."""
+    """Check that texts and whole numbers are equal and other numbers close; clock times are left
+    out."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name, value in expected.items():
@@ -41,8 +43,8 @@ def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
 
 
 def assert_same_run(found: Path, expected: Path, *, but: Collection[str] = ()) -> None:
-    """Every metric of every step `but` some, weights and optimizer of every checkpoint, every
-    answer."""
+    """Compare every metric of every step (`but` some), weights and optimizer of every checkpoint,
+    and every answer."""
     for file in sorted(expected.rglob("*.safetensors")):
         tensors, others = load_file(file), load_file(found / file.relative_to(expected))
         assert tensors.keys() == others.keys()

@@ -1,4 +1,4 @@
-"""A user's own recipe components, as the tests need them."""
+"""A user's own recipe components for the tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Tossed(Component):
-    """Bodies of programs to learn; whether a completion is right is a toss of its and the
-    question's bytes. Nothing is run."""
+    """Bodies of programs to learn. The bytes of question and completion decide, like a coin toss,
+    whether it is right. Nothing is run."""
 
     def prompt(self, problem: Problem) -> str:
         return f"{problem.question}\ndef solution():\n"
@@ -33,7 +33,7 @@ class Tossed(Component):
 
 
 class SayGold(Tossed):
-    """A completion is right where it starts with the gold answer."""
+    """A completion is right if it starts with the gold answer."""
 
     def prompt(self, problem: Problem) -> str:
         return f"{problem.question}\n"
@@ -83,8 +83,8 @@ class ByVerdict(Component):
 
 
 class ByQuestion(Component):
-    """1 for questions that begin in the first half of the alphabet, whatever was answered: a value
-    head can know it."""
+    """1 for questions that begin in the first half of the alphabet, whatever the answer, so that a
+    value head can predict it."""
 
     def __call__(
         self,

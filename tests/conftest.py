@@ -1,5 +1,5 @@
 """Tiny models and recipes that the tests of the training core share. Heavy imports wait until a
-test asks."""
+test needs them."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
-    """A tiny model of a family with random weights, sharp enough to have opinions, without
-    dropout."""
+    """A tiny model of a family without dropout, with random weights large enough for confident
+    predictions."""
     import torch
     import transformers
 

@@ -1,9 +1,9 @@
-"""Runs in forked children that are killed, or whose disk fails, at chosen operations; what the kill
-and fault suites share.
+"""Runs recipes in forked children that are killed, or whose disk fails, at chosen operations;
+shared by the kill and fault suites.
 
-A child is forked from the warm test process, as a fresh interpreter would spend its time on
-imports. It counts its own file-system operations below the run folder through Python's audit
-events, which come before the operation, and so can die, tear a file or be refused at exactly the
+A child is forked from the warm test process, because a fresh interpreter would spend its time on
+imports. It counts its file-system operations below the run folder through Python's audit events.
+These come before the operation, so the child can die, tear a file or get an error at exactly the
 n-th.
 """
 
@@ -31,7 +31,7 @@ from reftune.storage.files import JsonLines
 from reftune.terminal.cli import main
 
 TRACKERS = ("tensorboard",)
-"""Folders of trackers, which keep a file for each process and are no result."""
+"""Folders of trackers, which keep a file for each process and do not count as results."""
 WRITES = {
     "open",
     "os.rename",
@@ -75,19 +75,19 @@ EVERY_STAGE: dict[str, Any] = {
         },
     },
 }
-"""Beside the warm-up, SFT and PPO of `make_recipe`: both self-trainings and a reward model that
-reranks."""
+"""Changes that add both self-trainings and a reranking reward model to the warm-up, SFT and PPO of
+`make_recipe`."""
 
 
 def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
-    """Every stage and every evaluation that is not done yet, without the report."""
+    """Run every stage and evaluation that is not done yet, without the report."""
     with open_run(recipe, progress or SilentProgress()) as run:
         run.complete()
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, without clocks: weights and answers by the byte, numbers by their
-    value."""
+    """Everything that a run leaves, without clock times: weights and answers byte by byte, numbers
+    by value."""
 
     def timeless(row: dict[str, Any]) -> dict[str, Any]:
         clocks = [
@@ -122,7 +122,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def assert_same_outcome(folder: Path, straight: dict[str, Any]) -> None:
-    """Name what differs before showing it."""
+    """Check that outcomes are equal; a failure first names the files that differ."""
     found = outcome(folder)
     files = set(found["files"]) ^ set(straight["files"])
     assert not files, f"in one of the two only: {sorted(files)}"
@@ -140,14 +140,14 @@ class Life:
     """How one child ended."""
 
     status: int | None
-    """Exit status; None: killed."""
+    """Exit status; None if it was killed."""
     stderr: str
     operations: int
-    """On files below the run folder; 0 where it was killed."""
+    """Number of operations on files below the run folder; 0 if it was killed."""
 
 
 Act = Callable[[str, str, bool], None]
-"""What happens at an operation: its event, its path, whether a file is opened to be appended to."""
+"""Called at an operation with its event, its path, and whether a file is opened for appending."""
 
 
 def live(
@@ -158,8 +158,8 @@ def live(
     kill_after_s: float | None = None,
     prepare: Callable[[], None] = lambda: None,
 ) -> Life:
-    """`reftune run RECIPE` in a child; `act` is called at operation `at` and all later ones,
-    SIGKILL after `kill_after_s`."""
+    """Run `reftune run RECIPE` in a child. `act` is called at operation `at` and all later ones;
+    SIGKILL comes after `kill_after_s`."""
     file, report = recipe.folder.with_suffix(".yaml"), recipe.folder.with_suffix(".life")
     file.write_text(dump_recipe(recipe))
     report.unlink(missing_ok=True)
@@ -184,7 +184,7 @@ def live(
 
 
 def _command(file: Path, prepare: Callable[[], None]) -> tuple[int, str]:
-    """Exit status and what was told on stderr, a traceback too."""
+    """The exit status, and the text on stderr, including a traceback."""
     told = io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -231,7 +231,7 @@ def _watch(folder: Path, operations: list[int], at: int | None, act: Act | None)
     serialize = safe.serialize_file
 
     def serialize_file(tensors: Any, filename: Any, *rest: Any, **more: Any) -> None:
-        hook("serialize_file", (os.fspath(filename),))  # Rust writes it: no audit event
+        hook("serialize_file", (os.fspath(filename),))  # Rust writes it, without an audit event
         serialize(tensors, filename, *rest, **more)
 
     safe.serialize_file = serialize_file
@@ -243,12 +243,12 @@ def _is_below(path: Any, folder: Path) -> bool:
 
 
 def die(event: str, path: str, appends: bool) -> None:
-    """SIGKILL before the operation."""
+    """Send SIGKILL before the operation."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tear(event: str, path: str, appends: bool) -> None:
-    """Where a file is written, leave the beginning of something in it; then SIGKILL."""
+    """If a file is written, leave the beginning of some content in it; then send SIGKILL."""
     if event in {"open", "serialize_file"}:
         flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if appends else os.O_TRUNC)
         descriptor = os.open(path, flags)
@@ -257,7 +257,7 @@ def tear(event: str, path: str, appends: bool) -> None:
 
 
 def refuse(number: int) -> Act:
-    """The disk refuses this operation, and all later ones, with an error number."""
+    """An act that fails this operation, and all later ones, with an error number."""
 
     def act(event: str, path: str, appends: bool) -> None:
         is_removal = event in {"os.remove", "os.rmdir"}
@@ -270,7 +270,7 @@ def refuse(number: int) -> Act:
 
 
 def signalled(number: int) -> Act:
-    """The process gets a signal, once."""
+    """An act that sends the process a signal, once."""
     sent: list[int] = []
 
     def act(event: str, path: str, appends: bool) -> None:

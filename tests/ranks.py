@@ -1,5 +1,5 @@
-"""Several processes on one machine, forked from the warm test process, as a launcher would start
-them."""
+"""Starts several processes on one machine as a launcher would, but forked from the warm test
+process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reftune.recipe import Recipe, dump_recipe
 from reftune.terminal.cli import main
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What `accelerate launch` says for FSDP2."""
+"""The environment that `accelerate launch` sets for FSDP2."""
 TWO_BY_TWO = {
     **FSDP2,
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
@@ -29,8 +29,8 @@ TWO_BY_TWO = {
 }
 SHARDINGS = {"ddp": {}, "fsdp2": FSDP2, "2x2": TWO_BY_TWO}
 HANGS_S = 240
-"""Seconds after which processes count as waiting for each other: many times what they take alone on
-two cores. Below the time limit of the tests that use it."""
+"""Seconds after which processes count as waiting for each other: many times their time alone on two
+cores, and below the time limit of the tests that use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Ended:
 def spread(
     body: Callable[[], object], folder: Path, *, how: str = "ddp", num: int = 2
 ) -> list[Ended]:
-    """`body` in `num` processes that have joined; `folder` takes their output. Fails if one is
-    alive after `HANGS_S`."""
+    """Run `body` in `num` joined processes, whose output goes to `folder`. Fails if one is alive
+    after `HANGS_S`."""
 
     def joined() -> None:
         with processes():
@@ -56,7 +56,7 @@ def spread(
 
 
 def run(recipe: Recipe, *, how: str = "ddp", num: int = 2) -> list[Ended]:
-    """`reftune run RECIPE` in `num` processes."""
+    """Run `reftune run RECIPE` in `num` processes."""
     file = recipe.folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_recipe(recipe))
@@ -85,8 +85,8 @@ def _launch(body: Callable[[], object], folder: Path, how: str, num: int) -> lis
 
 
 def free_port() -> int:
-    """One that nobody listens on, below those that the system gives to clients: one of these could
-    be taken before a server is up."""
+    """A port without a listener, below those that the system gives to clients, which could be taken
+    before a server is up."""
     while True:
         port = secrets.choice(range(10_000, 32_000))
         with socket.socket() as free, contextlib.suppress(OSError):
@@ -123,8 +123,8 @@ def _fork(body: Callable[[], object], folder: Path, environment: dict[str, str])
 
 
 def _wait(children: list[int]) -> list[int]:
-    """Exit statuses. One that died leaves the others to find out by themselves: there is no
-    launcher to end them."""
+    """The exit statuses. No launcher ends the others if one dies: they must notice it
+    themselves."""
     deadline, statuses = time.monotonic() + HANGS_S, dict.fromkeys(children, 0)
     alive = list(children)
     while alive and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""A server that speaks as vLLM's does, and draws tokens from the seed alone."""
+"""A server with vLLM's protocol, which draws tokens from the seed alone."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from torch import Tensor
 
 
 class StubVllm(ThreadingHTTPServer):
-    """A sample is 1 to 3 tokens and the eos, whatever the weights; it keeps what it was asked."""
+    """Returns samples of 1 to 3 tokens and the eos, whatever the weights, and records the
+    requests."""
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.weights: list[dict[str, Tensor]] = []
-        """What it was given, in order."""
+        """The weights received, in order."""
         self.folders: list[Path] = []
         self.adapters: set[str] = set()
         self.status = 200
-        """Of every answer."""
+        """HTTP status of every answer."""
         self.dies_at: tuple[str, int] | None = None
-        """After so many requests for a path it is dead."""
+        """A path, and the number of requests for it after which the server is dead."""
 
     @property
     def address(self) -> str:
@@ -43,7 +44,7 @@ class StubVllm(ThreadingHTTPServer):
         self.weights.append(load_file(file))
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Status and JSON or text, as vLLM 0.32 gives them."""
+        """Status and JSON or text, in the form of vLLM 0.32."""
         if path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             self.take(Path(body["kwargs"]["weights_path"]))
@@ -65,7 +66,7 @@ class StubVllm(ThreadingHTTPServer):
 
 
 def choices(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of all prompts all samples, each with a seed of its own."""
+    """All samples of all prompts, each with its own seed."""
     prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
     num = body.get("n", 1)
     assert num == 1 or body["temperature"] > 0, "vLLM refuses several greedy samples"
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def stub_vllm(number: int = 1) -> Iterator[list[StubVllm]]:
-    """So many servers, as long as the block runs."""
+    """A number of servers, which run inside the block."""
     stubs = [StubVllm() for _ in range(number)]
     threads = [threading.Thread(target=stub.serve_forever) for stub in stubs]
     for thread in threads:

@@ -1,9 +1,9 @@
-"""`make trust`: the suites that keep the promises of docs/reliability.md and docs/sandbox.md,
-whole, as one table.
+"""`make trust` runs the suites behind the promises of docs/reliability.md and docs/sandbox.md in
+full, and prints one table.
 
-A test counts as one case unless it says `record_property("tried", number)`, and
-`record_property("lost", number)` where some of them were lost. Status 1 where anything was lost or
-nothing was tried.
+A test counts as one case unless it calls `record_property("tried", number)`, and
+`record_property("lost", number)` if some cases were lost. The status is 1 if any case was lost or
+none was tried.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ NO_TESTS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Count:
-    """What became of a suite's cases."""
+    """The results of a suite's cases."""
 
     suite: str
     tried: int
     survived: int
     lost: int
     skipped: int
-    """Tests that this system cannot run; their cases are not among the tried."""
+    """Tests that this system cannot run; their cases do not count as tried."""
     seconds: float
 
 
@@ -58,7 +58,7 @@ def run(suite: str, *, short: bool, limit_s: float) -> Count:
             "-o",
             "junit_family=xunit1",
             "tests",
-        ]  # the newer family has no place for what tests say of themselves
+        ]  # the newer family has no place for the tests' properties
         try:
             status = subprocess.run(
                 command, cwd=ROOT, stdout=sys.stderr, timeout=limit_s, check=False
@@ -80,8 +80,8 @@ def run(suite: str, *, short: bool, limit_s: float) -> Count:
 
 
 def count(suite: str, report: Path, *, seconds: float, broke: bool = False) -> Count:
-    """Add up a JUnit report. `broke`: pytest itself ended in an error, which is one more case
-    lost."""
+    """Add up a JUnit report. With `broke`, pytest itself ended in an error, which counts as one
+    more lost case."""
     tried = lost = skipped = 0
     for case in ElementTree.parse(report).iter("testcase"):
         said = {each.get("name"): int(each.get("value", "0")) for each in case.iter("property")}
@@ -98,7 +98,7 @@ def count(suite: str, report: Path, *, seconds: float, broke: bool = False) -> C
 
 
 def table(counts: Sequence[Count]) -> str:
-    """Markdown, a line a suite."""
+    """A Markdown table, one line per suite."""
     lines = [
         "| suite | tried | survived | lost | skipped tests | seconds |",
         "|---|---|---|---|---|---|",

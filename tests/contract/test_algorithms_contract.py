@@ -1,4 +1,4 @@
-"""What every algorithm promises. A new file in src/reftune/algorithms joins by itself."""
+"""The contract of every algorithm. A new file in src/reftune/algorithms joins automatically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ each_algorithm = pytest.mark.parametrize("kind", KINDS)
 
 
 def trained_batch(trainer: Any) -> RolloutBatch:
-    """A rollout of the trainer's own, credited and weighted."""
+    """A rollout of the trainer, credited and weighted."""
     rollouts, _ = trainer.sample(1, "rollout")
     selected = trainer.algorithm.select(rollouts, trainer.context.collector.encoder)
     batch, _ = trainer.score(selected)
@@ -91,7 +91,7 @@ def test_the_order_of_the_samples_does_not_matter(kind: str, trainer_of) -> None
 
 @each_algorithm
 def test_the_algorithm_says_which_scores_it_needs(kind: str, trainer_of) -> None:
-    """What it says it does without may be missing."""
+    """Scores that an algorithm claims not to need may be missing."""
     trainer = trainer_of(kind)
     rollouts, _ = trainer.sample(1, "rollout")
     selected = trainer.algorithm.select(rollouts, trainer.context.collector.encoder)

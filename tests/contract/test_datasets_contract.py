@@ -1,6 +1,6 @@
-"""What every dataset keeps: splits that do not overlap, unique ids, golds, and a split that only
-the seed changes. A new file in src/reftune/datasets joins by itself; one that reads files brings
-a `sample_row`."""
+"""The contract of every dataset: splits that do not overlap, unique ids, gold answers, and a split
+that only the seed changes. A new file in src/reftune/datasets joins automatically; a dataset that
+reads files defines `sample_row`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reftune.types import Problem
 KINDS = known_kinds("datasets")
 SIZES = {"train": 40, "dev": 5, "test": 5}
 KEYS = {**SIZES, **{f"{split}_size": size for split, size in SIZES.items()}, "task": "chain_sum"}
-"""Small sizes for a kind that makes its problems up."""
+"""Small sizes for a kind that generates its problems."""
 
 
 def dataset_class(kind: str) -> type[Component]:
@@ -31,7 +31,7 @@ def dataset_class(kind: str) -> type[Component]:
 
 
 def files_of(kind: type[FileDataset], folder: Path) -> dict[str, Any]:
-    """A training and a test file of the rows that the dataset itself gives."""
+    """A training and a test file of the dataset's own sample rows."""
     for split, start in (("train", 200), ("test", 1000)):
         rows = [kind.sample_row(start + n) for n in range(SIZES[split])]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -39,7 +39,7 @@ def files_of(kind: type[FileDataset], folder: Path) -> dict[str, Any]:
 
 
 def keys_of(kind: str, folder: Path) -> dict[str, Any]:
-    """What a recipe says of a small dataset of this kind."""
+    """The recipe keys of a small dataset of this kind."""
     found = dataset_class(kind)
     folder = folder / kind
     folder.mkdir()

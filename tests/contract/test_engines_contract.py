@@ -1,8 +1,8 @@
-"""What every engine promises, on every engine that can run here; then what the engines in our own
-process promise besides.
+"""The contract of every engine, for every engine that can run here, and further promises of the
+engines in our own process.
 
-A new file in src/reftune/engines joins by itself. `scripted` draws nothing, so of the promises only
-order, length and the shape of a completion are its own.
+A new file in src/reftune/engines joins automatically. `scripted` draws nothing, so only order,
+length and the shape of a completion are tested for it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SMALL: dict[str, list[dict[str, Any]]] = {
     "kv": [{"batch_size": 1}, {"batch_size": 3, "refill": 1.0}, {"batch_size": 4, "refill": 0.01}]
 }
-"""Settings under which requests share batches in another way."""
+"""Settings under which requests share batches in different ways."""
 
 PROMPTS = [
     [3, 4, 5, 6, 7, 8, 9, 10, 11],
@@ -57,13 +57,14 @@ FAMILIES = [
     "gptneox",
 ]
 NOT_ON = {"vllm": set(FAMILIES) - {"llama", "qwen3, tied", "gpt2"}}
-"""Families that an engine refuses, or, as each takes vLLM a start of its own, that say nothing new.
+"""Families that an engine rejects or, because each needs its own start of vLLM, that test nothing
+new.
 """
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
 
 
 def make(kind: str, **settings: Any) -> Any:
-    """The engine, or a skip where what it needs is not installed."""
+    """The engine, or a skip if its package is not installed."""
     if kind == "vllm":
         pytest.importorskip("vllm")
     importlib.import_module(f"reftune.engines.{kind}")
@@ -85,8 +86,8 @@ def sampler(request) -> Any:
 
 @pytest.fixture
 def make_policy(make_policy) -> Callable[..., Policy]:
-    """As everywhere; where vLLM is installed with heads of 32, the smallest that its kernels
-    take."""
+    """As in all tests, except that with vLLM heads have size 32, the smallest that its kernels
+    accept."""
     if importlib.util.find_spec("vllm") is None:
         return make_policy
 
@@ -110,7 +111,7 @@ def ids(completions: list[Completion]) -> list[tuple[int, ...]]:
 
 
 def with_eos(policy: Policy, logit: float) -> Policy:
-    """The policy, its logit of the eos changed to a number: a large one ends soon."""
+    """The policy with its eos logit set to a number: a large one ends answers soon."""
     with torch.no_grad():
         weight = policy.model.lm_head.weight
         weight[1] = 0
@@ -121,7 +122,7 @@ def with_eos(policy: Policy, logit: float) -> Policy:
 
 
 def without_eos(policy: Policy) -> Policy:
-    """The policy, to which no token is the end."""
+    """The policy without an end token."""
     policy.stop = StopRule(ids=frozenset())
     return policy
 
@@ -249,7 +250,7 @@ def test_completions_are_in_the_order_of_the_prompts(sampler, policy):
 def test_sampling_log_probabilities_are_those_the_policy_computes(
     sampler, make_policy, family, temperature
 ):
-    # of absolute positions (gpt2, opt) too, where padding would shift them
+    # also for absolute positions (gpt2, opt), which padding would shift
     skip_missing(sampler, family)
     policy = make_policy(family)
     completions = sampler.generate(policy, PROMPTS, params(temperature=temperature))
@@ -294,7 +295,7 @@ def test_greedy_log_probabilities_are_of_the_untempered_distribution(sampler, po
 
 
 CHI_SQUARE_999 = {32: 62.49, 31: 61.10, 4: 18.47}
-"""The values that a chi-square variable of so many degrees of freedom exceeds once in 1000."""
+"""Degrees of freedom → the value that a chi-square variable exceeds once in 1000."""
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -316,7 +317,7 @@ def test_tokens_follow_the_distribution(sampler, make_policy, temperature):
 
 
 def test_later_tokens_follow_the_distribution_given_the_earlier_ones(sampler, make_policy):
-    # draws of successive tokens must not be linked: of the sequences that begin alike, the next
+    # draws of successive tokens must be independent: among sequences that begin alike, the next
     # token has its own distribution
     policy = without_eos(make_policy("llama", sharpness=1.5))
     drawn = ids(sampler.generate(policy, [PROMPTS[0]] * 2000, params(max_new_tokens=2)))
@@ -371,7 +372,7 @@ def test_top_p_keeps_the_smallest_set_that_holds_p_and_renormalises(sampler, mak
 
 
 class Forwards:
-    """Rows and columns of every forward pass of the default engine, and the length of the rows so
+    """Records rows and columns of every forward pass of the default engine, and the rows' length so
     far."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +429,7 @@ def test_finished_rows_leave_the_batch(make_policy, monkeypatch):
     forwards = Forwards(monkeypatch)
     completions = Kv().generate(policy, [[i, i] for i in range(3, 30)], params(max_new_tokens=40))
     lengths = sorted(len(c.token_ids) for c in completions)
-    assert lengths[-1] > 2 * lengths[len(lengths) // 2]  # there is a straggler
+    assert lengths[-1] > 2 * lengths[len(lengths) // 2]  # one row is much longer
     # every token but a row's first costs one row of one pass, and the last one is not read; an
     # eighth may be done rows
     live = sum(lengths) - len(lengths)

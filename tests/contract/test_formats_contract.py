@@ -1,4 +1,4 @@
-"""What every format promises, in every style and grading."""
+"""The contract of every format, in every style and grading."""
 
 from __future__ import annotations
 

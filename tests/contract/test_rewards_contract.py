@@ -1,4 +1,5 @@
-"""What every reward promises. Each file of `grading/rewards` is found and tested by itself."""
+"""The contract of every reward. Each file of `grading/rewards` is found and tested
+automatically."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def function(folder: Path) -> dict[str, Any]:
 
 
 SPECS: dict[str, Callable[[Path], dict[str, Any]]] = {"function": function}
-"""Kind → how to name it in a recipe; a kind that is not here needs no keys."""
+"""Kind → its spec in a recipe; a kind that is not listed needs no keys."""
 
 
 @pytest.fixture(params=known_kinds("rewards"))
@@ -37,7 +38,7 @@ def reward(request: pytest.FixtureRequest, tmp_path: Path) -> Reward:
 
 
 def answers() -> list[Answer]:
-    """One gold of each kind that needs no further package."""
+    """One gold answer of each kind that needs no further package."""
     told = [
         read_gold(["Accra", "Akkra"], "any_of"),
         read_gold([1, 2, 3], "list"),
@@ -53,7 +54,7 @@ def answers() -> list[Answer]:
 
 
 def samples() -> tuple[list[Problem], list[Completion], list[Graded]]:
-    """A right answer, a wrong one and none for each kind of gold."""
+    """A right answer, a wrong answer and no answer for each kind of gold answer."""
     problems, texts = [], []
     for index, answer in enumerate(answers()):
         choices = ("4", "5", "6") if answer.kind == "choice" else ()

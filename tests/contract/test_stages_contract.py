@@ -1,5 +1,5 @@
-"""What every stage promises. A new file in src/reftune/stages joins by itself: its smallest table
-of keys is made from its fields."""
+"""The contract of every stage. A new file in src/reftune/stages joins automatically: its smallest
+table of keys is made from its fields."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ KNOWN: dict[str, Any] = {
     "batch_size": 8,
     "learning_rate": 0.01,
 }
-"""Keys by name, in whatever stage; other required ones are 2."""
+"""Values of keys by name, in any stage; all other required keys are 2."""
 
 
 def smallest(table: type[Table]) -> dict[str, Any]:
-    """The smallest table: `KNOWN` keys, and what is required."""
+    """The smallest table: `KNOWN` keys, and those that are required."""
     keys: dict[str, Any] = {}
     for name, field in table.model_fields.items():
         if name in KNOWN:

@@ -1,4 +1,4 @@
-"""A recipe whose steps do not depend on how many processes take them, and its run by one."""
+"""A recipe whose steps do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def steady_recipe(make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
-    """As `make_recipe`, but without dropout, whose draws depend on the batch; steps are small,
-    micro-batches several."""
+    """As `make_recipe`, but without dropout, whose draws depend on the batch, and with small steps
+    of several micro-batches."""
     optimizer = {"learning_rate": 0.003}
     steady = {
         "model": {"scratch": {"layers": 2, "dropout": 0.0}, "micro_batch_tokens": 300},

@@ -18,7 +18,7 @@ class Failing(Tossed):
     rank: int = 1
     how: Literal["raises", "bug", "killed"] = "raises"
     at: int = 2
-    """Which grading of the process."""
+    """The number of the process's grading call that fails."""
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         global _graded

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""SLURM's commands and `vllm serve`, for a machine that has neither: they start real processes.
+"""SLURM's commands and `vllm serve` for a machine that has neither; they start real processes.
 
-Called by the name of a link to this file. FAKE_SLURM is a folder for what the commands tell each
-other; FAKE_TERM a file whose appearance ends the job's time, once.
+Each is called by the name of a link to this file. FAKE_SLURM is a folder through which the commands
+communicate; FAKE_TERM is a file whose appearance ends the job's time, once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HOSTS = ("127.0.0.1", "localhost")
 
 
 def sbatch(arguments: list[str]) -> int:
-    """Run the script at once, and again if it is queued again."""
+    """Run the script at once, and again each time it is requeued."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task"):
         parser.add_argument(f"--{name}", type=int)
@@ -59,7 +59,7 @@ def sbatch(arguments: list[str]) -> int:
 
 
 def srun(arguments: list[str]) -> int:
-    """The highest status of the tasks; TERM is handed on to them."""
+    """Run the tasks, pass TERM on to them, and return their highest status."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--nodes", type=int, default=int(os.environ["SLURM_NNODES"]))
     parser.add_argument("--ntasks", type=int, default=int(os.environ["SLURM_NTASKS"]))
@@ -93,7 +93,7 @@ def scontrol(arguments: list[str]) -> int:
 
 
 def vllm(arguments: list[str]) -> int:
-    """A stub."""
+    """Run a stub of `vllm serve`."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from stub_vllm import StubVllm
 

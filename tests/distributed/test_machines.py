@@ -1,5 +1,5 @@
-"""Jobs on clusters: the sbatch files with SLURM's commands faked and real processes, and two
-torchrun agents in networks of their own as two machines."""
+"""Jobs on clusters: the sbatch files, with fake SLURM commands and real processes, and two torchrun
+agents in separate networks as two machines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(recipe):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A function that submits a job and returns it, ended."""
+    """A function that submits a job and returns it once it has ended."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("sbatch", "srun", "scontrol", "vllm"):
@@ -107,8 +107,8 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 @pytest.fixture
 def machines():
-    """Commands that run something in one of two networks, which reach each other and nothing
-    else."""
+    """Command prefixes that run a program in one of two networks, which reach each other and
+    nothing else."""
     names = [f"reftune{os.getpid()}{letter}" for letter in "ab"]
     if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
         pytest.skip("networks of their own are not permitted here (ip netns add)")
@@ -136,7 +136,7 @@ def machines():
 
 
 def kill_all(machine):
-    """As if it were switched off."""
+    """Kill a machine's processes, as if it were switched off."""
     found = subprocess.run(["ip", "netns", "pids", machine], capture_output=True, text=True)
     for pid in map(int, found.stdout.split()):
         os.kill(pid, signal.SIGKILL)

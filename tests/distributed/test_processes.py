@@ -1,5 +1,5 @@
-"""Two processes train as one does: the same losses, gradients, answers and checkpoints; no waiting
-forever, no word twice."""
+"""Two processes train as one does, with the same losses, gradients, answers and checkpoints; they
+never wait forever, and report nothing twice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def kept() -> dict[str, Path]:
 
 @pytest.fixture
 def by_one(kept: dict[str, Path], steady_recipe: SteadyRecipe, tmp_path: Path) -> Path:
-    """The folder of a run by one process, made once."""
+    """The folder of the run by one process, made once."""
     if "one" not in kept:
         run_all(steady_recipe(tmp_path / "one"))
         kept["one"] = tmp_path / "one"
@@ -136,7 +136,7 @@ def test_a_checkpoint_goes_on_at_another_world_size(
 
 
 def rewind(folder: Path, stage: str, step: int) -> None:
-    """As if the run had been killed right after it saved `step` of a stage."""
+    """Leave a run as if it had been killed right after it saved `step` of a stage."""
     for path in folder.glob(f"stages/{stage}/checkpoints/step-*"):
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
@@ -159,7 +159,7 @@ def rewind(folder: Path, stage: str, step: int) -> None:
     ids=["lora", "blocks computed again", "value model", "value head fitted"],
 )
 def test_adapters_a_value_model_and_a_fitted_head_are_sharded_too(changes, steady_recipe, tmp_path):
-    # the reference of a LoRA policy is its whole copy with the adapter off
+    # the reference of a LoRA policy is a whole copy with the adapter off
     one, two = tmp_path / "one", tmp_path / "two" / "run"
     changes = {**changes, "evaluate": {"samples": 0}}
     stages = {
@@ -210,7 +210,7 @@ def test_what_fsdp2_cannot_split_is_refused_and_runs_with_whole_weights(
 
 
 def test_compiled_blocks_are_sharded_too(steady_recipe, tmp_path, monkeypatch):
-    # a compiler for C++ would take minutes here, and is met in tests/parity/test_plain_reference.py
+    # a C++ compiler would take minutes here; tests/parity/test_plain_reference.py uses one
     compiled = torch.nn.Module.compile
     as_traced = {"backend": "aot_eager"}
     monkeypatch.setattr(
@@ -243,7 +243,7 @@ def test_every_stage_is_the_same(how, steady_recipe, tmp_path):
 
 
 def merge_rate(stage: dict[str, Any]) -> dict[str, Any]:
-    """The stage with a learning rate at which rounding does not grow."""
+    """The stage at a learning rate that does not amplify rounding."""
     if "sft" in stage:
         return {**stage, "sft": merge_rate(stage["sft"])}
     return {**stage, "optimizer": {"learning_rate": 0.003}}
@@ -312,9 +312,7 @@ def test_a_killed_process_is_missed_by_the_other(rank, steady_recipe, tmp_path):
     )
     assert ended[rank].status == -9 and ended[1 - rank].status == 1
     assert "Traceback" not in ended[1 - rank].stderr
-    if (
-        rank == 1
-    ):  # what a process knows of the others lies with the main one; of that the launcher tells
+    if rank == 1:  # only the main process knows of the others; the launcher reports its death
         assert (
             ended[0]
             .stderr.splitlines()[-1]
@@ -330,7 +328,7 @@ def test_a_dead_process_is_noticed_by_those_that_meet_nobody(killed, tmp_path, m
         world.wait("here")
         if world.rank() == killed:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(50)  # as in an operation that waits for the killed one
+        time.sleep(50)  # as in an operation that waits for the killed process
 
     started = time.monotonic()
     ended = ranks.spread(body, tmp_path, num=3)

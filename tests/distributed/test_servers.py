@@ -1,4 +1,4 @@
-"""Several processes that sample by vLLM servers, which are stubs here."""
+"""Several processes sample from vLLM servers, which are stubs here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stub_vllm import stub_vllm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SHARE = 3
-"""Problems in the second half of 5 × 3 samples: requests of the second process a step."""
+"""Requests of the second process per step: the problems in its half of 5 × 3 samples."""
 STAGES = {"sft": None, "reft": {"init": "base", "steps": 3, "save_every_s": 0, "value_prefit": 0}}
 
 

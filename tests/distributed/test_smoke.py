@@ -1,4 +1,4 @@
-"""One step of two processes is that of one. The slow tests beside this file say much more."""
+"""One step of two processes equals that of one. The slow tests beside this file check much more."""
 
 from __future__ import annotations
 

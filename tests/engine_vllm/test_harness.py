@@ -1,7 +1,7 @@
-"""lm-evaluation-harness, by the command and the task file of docs/instruct.md, writes what was
-evaluated.
+"""lm-evaluation-harness, with the command and task file of docs/instruct.md, gives the evaluated
+answers.
 
-Run by `make test-vllm`, whose environment has the harness.
+`make test-vllm`, whose environment has the harness, runs this file.
 """
 
 import csv
@@ -38,7 +38,7 @@ CASES = [
 
 
 def documented() -> tuple[dict, list[str]]:
-    """The task file and the command's words."""
+    """The documented task file, and the command's words."""
     page = PAGE.read_text()
     task = re.search(r"```yaml\n(task: .*?)```", page, re.DOTALL)
     command = re.search(r"```bash\n(lm_eval .*?)```", page, re.DOTALL)

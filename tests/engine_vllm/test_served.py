@@ -1,5 +1,5 @@
-"""vLLM serves what was evaluated: the commands that an export's card prints, and its request for
-each test problem.
+"""vLLM serves the evaluated model, by the commands on an export's card and its request for each
+test problem.
 
 Run by `make test-vllm`.
 """
@@ -24,7 +24,7 @@ from vllm_servers import start
 pytest.importorskip("vllm")
 
 TIE = 1e-3
-"""Between the two best logits, where rounding may choose the other."""
+"""Difference between the two best logits at which rounding may choose either."""
 NO_THOUGHT = {"style": "chat", "template_args": {"enable_thinking": False}}
 ADAPTERS = {"lora": {"rank": 4}}
 CASES = [
@@ -51,7 +51,8 @@ def text_of(choice) -> str:
 
 
 def spelled(text: str) -> str:
-    """Without the halves of characters that a random model writes, which servers show variously."""
+    """`text` without the partial characters that a random model writes, which servers show
+    differently."""
     return "".join(character for character in text if character.isascii())
 
 
@@ -61,7 +62,7 @@ def test_a_server_writes_what_was_evaluated(
 ):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    save_model(name, tmp_path / "base", heads=1)  # of 32, the smallest that its kernels take
+    save_model(name, tmp_path / "base", heads=1)  # of size 32, the smallest that its kernels accept
     run = run_of(tmp_path, name, format_keys=format_keys, **model_keys)
     stage = run / "stages" / "reft"
     out = export_model(run, "reft", tmp_path / "model", adapter=bool(model_keys))
@@ -102,10 +103,10 @@ def test_a_server_writes_what_was_evaluated(
 
 
 def gap_at_first_difference(model, prompt, found, expected) -> float:
-    """Between the two best logits where two answers part."""
+    """Difference between the two best logits at the token where two answers diverge."""
     pairs = enumerate(zip(found, expected, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), None)
-    if same is None:  # one ends where the other goes on
+    if same is None:  # one answer ends where the other continues
         return float("inf")
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *expected[:same]]])).logits[0, -1]

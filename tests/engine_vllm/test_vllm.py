@@ -1,4 +1,5 @@
-"""vLLM for real: what the contract suite does not ask of every engine. Run by `make test-vllm`."""
+"""The real vLLM engine, beyond the contract suite of all engines. `make test-vllm` runs this
+file."""
 
 import itertools
 import json
@@ -35,7 +36,7 @@ def move(policy, seed):
 
 
 def mismatch(engine, policy, seed=3):
-    """Largest difference between the engine's log-probabilities and the policy's, nats; and the
+    """Largest difference between the engine's log-probabilities and the policy's in nats, and the
     tokens."""
     completions = engine.generate(policy, PROMPTS, SamplingParams(max_new_tokens=12, seed=seed))
     batch = token_batch(PROMPTS, [completion.token_ids for completion in completions])
@@ -91,7 +92,7 @@ def test_reinforcement_learning_samples_from_the_policy_of_each_step(make_traine
 
 @pytest.fixture(scope="module")
 def exported(make_policy, tmp_path_factory):
-    """A policy, and the folder that `reftune export` makes of a run that chose it."""
+    """A policy, and the folder to which `reftune export` writes it."""
     run, policy = (
         tmp_path_factory.mktemp("served") / "run",
         make_policy("llama", seed=9, **ONE_HEAD),
@@ -112,7 +113,7 @@ def exported(make_policy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def servers(exported, tmp_path_factory):
-    """Addresses of two `vllm serve` on an exported model."""
+    """Addresses of two `vllm serve` processes with an exported model."""
     folder = tmp_path_factory.mktemp("log")
     command = f"vllm serve {exported[1]} {TRAINING}"
     started = [start(command, folder / f"server{number}.txt") for number in (0, 1)]
@@ -149,7 +150,7 @@ def test_servers_sample_from_the_weights_they_are_given(make_policy, servers, lo
         difference, tokens = mismatch(engine, policy)
         assert difference < 2e-5
         assert mismatch(engine, policy)[1] == tokens  # the same call, the same tokens
-        assert mismatch(Vllm(server=servers[1]), policy)[1] == tokens  # and the same server or not
+        assert mismatch(Vllm(server=servers[1]), policy)[1] == tokens  # and on either server
         drawn.append(tuple(tokens))
         move(policy, update)
     assert len(set(drawn)) == 3
@@ -221,7 +222,7 @@ def test_a_server_killed_in_a_step_costs_nothing_but_a_line(
         ):
             train(tmp_path / "killed", addresses)
         kept = [path.name for path in (tmp_path / "killed/stages/reft/checkpoints").glob("step-*")]
-        assert any(name != "step-000000" for name in kept)  # what was done before it died is kept
+        assert any(name != "step-000000" for name in kept)  # the steps before its death are kept
         started[1] = start(command, tmp_path / "again.txt", port=victim.port)
         started[1].wait_until_healthy()
         assert_same_outcome(train(tmp_path / "killed", addresses), straight)

@@ -1,5 +1,5 @@
-"""A disk that refuses, and signals that stop: a clear line, the last checkpoint whole, and the same
-bits afterwards.
+"""A failing disk or a stop signal gives a clear line, keeps the last checkpoint whole, and the
+resumed run ends with the same bits.
 
 The short form is in the default tests; the long one runs with `make trust`, or `pytest -m "fault
 and slow"`.
@@ -31,12 +31,13 @@ pytestmark = [
 MakeRecipe = Callable[..., Recipe]
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-"""Disk full, quota, read-only file system, no permission, broken disk."""
+"""Disk full, quota exceeded, read-only file system, no permission, broken disk."""
 
 
 @pytest.fixture
 def make_recipe(make_recipe: MakeRecipe) -> MakeRecipe:
-    """Without trackers: a run goes on without one that is refused (tests/unit/test_trackers.py)."""
+    """As in all tests, but without trackers: a run continues without one that fails
+    (tests/unit/test_trackers.py)."""
     return partial(make_recipe, trackers=[])
 
 
@@ -47,7 +48,7 @@ def kept() -> dict[str, Any]:
 
 @pytest.fixture
 def straight(kept: dict[str, Any], make_recipe: MakeRecipe, tmp_path: Path) -> dict[str, Any]:
-    """The run that nothing happened to: its outcome and the number of its operations on files."""
+    """An undisturbed run: its outcome and its number of operations on files."""
     if not kept:
         recipe = make_recipe(run_dir=str(tmp_path / "straight"))
         life = live(recipe)
@@ -121,7 +122,7 @@ def test_a_disk_that_fills_up_inside_a_write_loses_nothing(straight, make_recipe
 
 
 def in_the_background() -> None:
-    """As a shell starts `reftune run … &`: SIGINT is ignored until somebody takes it."""
+    """Ignore SIGINT, as a shell does when it starts `reftune run … &`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -158,7 +159,7 @@ def test_a_signal_stops_the_run_with_the_checkpoint_named(straight, make_recipe,
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_anywhere_loses_nothing(straight, make_recipe, tmp_path, record_property, number):
-    # evaluation, near the end, has no handler of its own; nor has the time before the first step
+    # neither the evaluation, near the end, nor the time before the first step has its own handler
     rng, operations = random.Random(number), straight["operations"]
     places = rng.sample(range(operations // 10, operations * 9 // 10), 6)
     record_property("tried", len(places))

@@ -24,7 +24,7 @@ PROCESS = Path("/proc/self")
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What this process holds."""
+    """The resources that this process holds."""
 
     resident_mib: float
     handles: int
@@ -51,7 +51,8 @@ def children() -> set[str]:
 
 
 class Watching(SilentProgress):
-    """Notes what is held after each step. Workers that other tests left behind are not counted."""
+    """Records the resources after each step. Workers that other tests left behind are not
+    counted."""
 
     def __init__(self) -> None:
         self.seen: list[Used] = []
@@ -65,8 +66,8 @@ class Watching(SilentProgress):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("steps", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_nothing_grows_over_many_steps(make_recipe, monkeypatch, steps):
-    # programs run in a sandbox worker; a checkpoint every tenth of a second, a look at dev every 20
-    # steps
+    # programs run in a sandbox worker; a checkpoint every tenth of a second, a dev evaluation every
+    # 20 steps
     monkeypatch.setattr(
         "reftune.grading.sandbox._num_cores", lambda: 1
     )  # a second worker would start when it is first needed

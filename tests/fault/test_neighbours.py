@@ -1,5 +1,5 @@
-"""A reward, an engine or data may be wrong in any way: each has a defined outcome, and the run goes
-on once it is mended."""
+"""Any fault in a reward, an engine or data has a defined outcome, and the run continues once the
+fault is fixed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REWARDS = {
 
 
 def reward_file(folder: Path, body: str) -> Path:
-    """A reward function that does `body` from its third call on."""
+    """A reward function that runs `body` from its third call on."""
     lines = [
         "calls = []",
         "def score(completions, **_):",
@@ -103,7 +103,7 @@ ENGINES = {
 
 
 def engine_file(folder: Path, returned: str) -> Path:
-    """The default engine, whose answers become `returned` where it samples."""
+    """The default engine, whose sampled answers become `returned`."""
     (folder / "engine.py").write_text(
         "import dataclasses\nfrom reftune.engines.kv import Kv\n\n\nclass Broken(Kv):\n"
         "    def generate(self, policy, prompts, params):\n"

@@ -1,5 +1,4 @@
-"""A number that is not finite stops or skips the step before the optimizer, in every stage that
-trains."""
+"""A non-finite number stops or skips the step before the optimizer, in every training stage."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ STAGES = {"sft": "sft", "reft": "reft", "judge": "reward_model"}
 
 
 def poison(patch: pytest.MonkeyPatch, stage: str, steps: set[int]) -> None:
-    """Make every gradient of some steps of a stage not a number."""
+    """Make every gradient NaN in some steps of a stage."""
     from reftune.stages import loop
 
     now: list[Any] = [None]
@@ -139,7 +138,7 @@ def test_more_steps_than_may_be_left_out_stop_the_run_also_after_a_resume(make_r
             NonFiniteError, match=r"sft step 4: .*; 1 steps were skipped before, as many as"
         ):
             train(recipe, "sft")
-    poison(monkeypatch, "sft", {6})  # it resumes from step 3, where one was left out
+    poison(monkeypatch, "sft", {6})  # it resumes from step 3, after a skipped step
     with pytest.raises(NonFiniteError, match=r"sft step 6: .*; 1 steps were skipped before"):
         train(recipe, "sft")
 

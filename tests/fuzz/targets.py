@@ -1,8 +1,8 @@
-"""What is fuzzed: functions from bytes to nothing that raise where a promise is broken.
+"""The fuzzed functions, which accept bytes and raise if a promise is broken.
 
-A promise is: no exception but the project's own, and no CORRECT for a wrong answer. As a script,
-with the name of a target and libFuzzer's options, it looks for such bytes guided by coverage (needs
-the extra `fuzz`).
+The promises are: no exception but the project's own, and no CORRECT for a wrong answer. As a
+script, with the name of a target and libFuzzer's options, this file searches for bytes that break
+one, guided by coverage (it needs the extra `fuzz`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ GOLDS = (
     [Answer(kind="choice", value=letter) for letter in "abcd"],
     [Answer(kind="text", value=text) for text in ("red", "blue", "green apples")],
 )
-"""Of each list at most one can be the answer: no two are equal within the tolerance, as percent or
-as letter and option."""
+"""Lists of golds of which at most one can be the answer: no two are equal within the tolerance, as
+percentages or as letter and option."""
 PAPER = (grade_completion_paper, grade_value_paper)
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -73,7 +73,7 @@ def grader(data: bytes) -> None:
 
 
 def _text(data: bytes) -> str:
-    """UTF-8, half characters too; bytes that are neither stand for themselves."""
+    """Bytes as text: UTF-8, with lone surrogates; other bytes stand for themselves."""
     try:
         return data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
@@ -110,8 +110,8 @@ def dataset(data: bytes) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """A checkpoint with one of its files replaced: the first byte says which, and whether the
-    checksums are made to fit."""
+    """A checkpoint with one of its files replaced: the first byte chooses the file, and whether the
+    checksums are adapted."""
     choice = data[0] if data else 0
     with _folder() as folder:
         newest = save_checkpoint(

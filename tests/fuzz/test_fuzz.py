@@ -1,4 +1,4 @@
-"""Mutations of real inputs, by Hypothesis here and guided by coverage in `make trust`; found cases
+"""Mutates real inputs, with Hypothesis here and guided by coverage in `make trust`; cases found
 stay as files in found/."""
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FOUND = sorted((HERE / "found").glob("*/*"))
 HANG_S = 10
-"""No input may take longer, on a machine that has other things to do."""
+"""Most seconds for an input on a busy machine."""
 FUZZING_S = 60
-"""Of each target, guided by coverage."""
+"""Seconds for each target, guided by coverage."""
 
 MOST = {"grader": 300, "dataset": 200, "recipe": 60, "checkpoint": 100}
 QUICK = settings(deadline=HANG_S * 1000, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -102,7 +102,8 @@ def _parquet() -> bytes:
 
 @st.composite
 def mutated(draw: st.DrawFn, start: list[bytes]) -> bytes:
-    """A seed with a few stretches cut, doubled, overwritten, or taken from another seed."""
+    """A seed with a few stretches that are cut, doubled, overwritten, or taken from another
+    seed."""
     data = draw(st.sampled_from(start))
     for _ in range(draw(st.integers(0, 4))):
         first, second = sorted((draw(st.integers(0, len(data))), draw(st.integers(0, len(data)))))

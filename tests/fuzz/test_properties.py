@@ -35,7 +35,7 @@ TOLERANCE = 1e-9
 
 
 def padded(rows: list[list[float]], width: int) -> torch.Tensor:
-    """Rows on the left; what stands in the padding must not matter."""
+    """Rows padded on the right with numbers that must not matter."""
     return torch.tensor([row + [1e3] * (width - len(row)) for row in rows], dtype=torch.float64)
 
 
@@ -45,7 +45,7 @@ def lengths_mask(lengths: list[int], width: int) -> torch.Tensor:
 
 @st.composite
 def responses(draw: st.DrawFn, channels: int) -> tuple[list[list[list[float]]], int]:
-    """Channels of rows of numbers, a row a response, and the padded width."""
+    """Channels of rows of numbers, one row per response, and the padded width."""
     lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=4))
     width = max(1, max(lengths) + draw(st.integers(0, 2)))
     rows = [

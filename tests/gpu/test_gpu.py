@@ -1,4 +1,4 @@
-"""On a GPU a step is that of the CPU, within float tolerance; skipped where there is none."""
+"""On a GPU, a step equals that of the CPU within float tolerance; skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from reftune.types import SamplingParams
 
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # asked for by deterministic products, before the first of them
+)  # deterministic matmuls need it, before the first of them
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,8 +150,8 @@ class StopAtOnce(SilentProgress):
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_samples(make_policy: MakePolicy):
-    # rows are scored and trained a micro-batch at a time: what grows is only the batch of ids and
-    # numbers itself
+    # rows are scored and trained one micro-batch at a time: only the batch of ids and numbers
+    # itself grows
     policy = make_policy().to("cuda")
     policy.max_tokens = 64
 
@@ -163,5 +163,5 @@ def test_peak_memory_does_not_grow_with_the_number_of_samples(make_policy: MakeP
         accumulate_nll(policy, batch)
         return torch.cuda.max_memory_allocated() - before
 
-    peak(4)  # libraries take their workspaces at first use
+    peak(4)  # libraries allocate workspaces at first use
     assert peak(64) < 1.2 * peak(4)

@@ -1,5 +1,5 @@
-"""Hostile programs, a corpus of them in readable files, against both sandboxes: nothing gets out,
-nobody else is harmed."""
+"""A corpus of hostile programs in readable files runs against both sandboxes: none escapes, and
+none harms another program."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ GROUPS = {
 TIMEOUT_S = {"monty": 0.5, "subprocess": 1.0}
 MEMORY_MIB = 64
 WORKER_MIB = {"monty": MEMORY_MIB + 64, "subprocess": MEMORY_MIB + INTERPRETER_MIB}
-"""What a worker may hold: the program's memory and its own."""
+"""Most memory of a worker: the program's and its own."""
 LATE_S = 6.0
-"""How late a program may end on a machine that has other things to do."""
+"""Seconds by which a program may end late on a busy machine."""
 DOORMAN_OFF = (
     "import sys\nsys.modules['__main__'].Doorman.__call__ = lambda self, event, args: None\n"
 )
@@ -61,7 +61,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def program_format(backend: Backend, grading: Literal["robust", "paper"] = "robust") -> Program:
-    """The format that grades programs in the sandbox; skips the test where the system cannot run
+    """The format that grades programs in the sandbox; skips the test if the system cannot run
     it."""
     format = Program(
         timeout_s=TIMEOUT_S[backend], memory_mib=MEMORY_MIB, sandbox=backend, grading=grading
@@ -74,7 +74,7 @@ def program_format(backend: Backend, grading: Literal["robust", "paper"] = "robu
 
 
 def harm(world: World, before: object, attack: Attack, graded: Graded) -> list[str]:
-    """What the attack achieved."""
+    """The damage that the attack achieved."""
     found = []
     if graded.verdict is Verdict.CORRECT:
         found.append("it returned the secret")
@@ -109,7 +109,7 @@ def grade_among_neighbours(
 def survive(
     format: Program, world: World, chosen: Sequence[Attack], record: Record, *, prelude: str = ""
 ) -> None:
-    """Grade the attacks as one batch and hold them to the limits of all together."""
+    """Grade the attacks as one batch, and check the limits that hold for the whole batch."""
     before, started = world.state(), time.monotonic()
     grades, disturbed = grade_among_neighbours(format, world, chosen, prelude=prelude)
     seconds = time.monotonic() - started
@@ -155,7 +155,7 @@ def test_without_its_audit_hook_the_kernel_holds_a_sample(
 
 
 class PeakMemory:
-    """The most that any one child process of this one held, MiB, as seen every 10 ms."""
+    """The largest memory of any child process in MiB, sampled every 10 ms."""
 
     def __init__(self) -> None:
         self.mib = 0.0
@@ -253,13 +253,13 @@ NEEDS_MORE = {
     "network: a socket pair",
     "network: netlink lists the machine's interfaces",
 }
-"""Attacks that look where there is no secret on this machine, or whose success does not show."""
+"""Attacks that search places without a secret on this machine, or whose success is invisible."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["files", "environment", "network", "introspection"])
 def test_the_attacks_work_where_there_is_no_sandbox(group: str, tmp_path: Path) -> None:
-    # else the corpus would prove nothing
+    # otherwise the corpus would prove nothing
     harmless = []
     for number, attack in enumerate(each for each in attacks(group) if str(each) not in NEEDS_MORE):
         with world_in(tmp_path / str(number)) as world:

@@ -1,8 +1,8 @@
-"""What hostile programs attack: a secret in a file, in the environment and behind a socket, a
+"""The targets of hostile programs: a secret in a file, in the environment and behind a socket, a
 folder, and honest neighbours.
 
-A program gets out if it returns the secret, which is the gold answer, so that its verdict is
-CORRECT; if it changes anything in the folder or leaves something elsewhere; or if it reaches a
+A program escapes if it returns the secret, which is the gold answer, so that its verdict is
+CORRECT; if it changes anything in the folder or leaves anything elsewhere; or if it reaches a
 socket.
 """
 
@@ -41,7 +41,7 @@ class Attack:
 
 
 def attacks(*groups: str) -> list[Attack]:
-    """The programs of `groups`, of all without any."""
+    """The programs of `groups`, or of all groups if none is named."""
     found = []
     for path in sorted(CORPUS.glob("*.py")):
         if not groups or path.stem in groups:
@@ -61,19 +61,18 @@ HONEST = {
     Verdict.NO_ANSWER: "def solution():\n    return None",
     Verdict.ERROR: "def solution():\n    return left_behind + apples",
 }
-"""Honest programs with their verdicts, which depend on built-ins and modules being what they are.
-"""
+"""Verdict → an honest program that gets it, if no built-in or module has been changed."""
 
 
 def neighbour(number: int) -> tuple[str, Verdict]:
-    """An honest program unlike all others, so that none is run once for two, and its verdict."""
+    """A unique honest program, so that none runs once for two problems, and its verdict."""
     verdict, source = list(HONEST.items())[number % len(HONEST)]
     return f"{source}\n# {number}", verdict
 
 
 @dataclass(kw_only=True)
 class World:
-    """The secret's places, and what happened to them."""
+    """The places of the secret, and a record of the accesses to them."""
 
     root: Path
     port: int = 0
@@ -94,7 +93,7 @@ class World:
 
     @property
     def address(self) -> str:
-        """Of the abstract socket, which is named for the whole machine."""
+        """Address of the abstract socket, whose name is valid on the whole machine."""
         return f"reftune-secret-{os.getpid()}"
 
     @property
@@ -114,7 +113,8 @@ class World:
         return "".join(f"{name} = {value!r}\n" for name, value in names.items()) + attack.source
 
     def state(self) -> list[tuple[str, int, int, str]]:
-        """Everything in the folders: name, mode, time, content; and what was left elsewhere."""
+        """Everything in the folders, as name, mode, time and content, and everything left
+        elsewhere."""
         inside = sorted(path for path in self.root.rglob("*"))
         found = [
             (
@@ -128,7 +128,7 @@ class World:
         return found + [(str(path), 0, 0, "") for path in LEFT_BEHIND if path.exists()]
 
     def serve(self) -> None:
-        """Give the secret to whoever connects: over TCP, UDP or an abstract socket."""
+        """Give the secret to any client over TCP, UDP or an abstract socket."""
         tcp = socket.create_server(("127.0.0.1", 0))
         self.port = tcp.getsockname()[1]
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -160,7 +160,7 @@ class World:
 
 @contextlib.contextmanager
 def world_in(root: Path) -> Iterator[World]:
-    """A world of its own, with the secret in the environment too."""
+    """A separate world, with the secret in the environment too."""
     world = World(root=root)
     world.serve()
     os.environ["REFTUNE_SECRET"] = str(GOLD)

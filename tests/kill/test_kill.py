@@ -1,10 +1,10 @@
-"""A run that is killed anywhere, any number of times, and started again with the same command ends
-with the same bits.
+"""A run that is killed anywhere, any number of times, and restarted with the same command ends with
+the same bits.
 
-Every stage, sampling and evaluation is in the run: SFT with its warm-up, both self-trainings, PPO,
-a reward model, reranking, summary and report. Kills come at a random operation on a file, inside
-the writing of one (which is left torn), and by the clock. The short form is in the default tests;
-the long one runs with `make trust`, or `pytest -m "kill and slow"`.
+The run has every stage, sampling and evaluation: SFT with its warm-up, both self-trainings, PPO, a
+reward model, reranking, summary and report. Kills come at a random operation on a file, in the
+middle of a write (which leaves a torn file), and by the clock. The short form is in the default
+tests; the long one runs with `make trust`, or `pytest -m "kill and slow"`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MakeRecipe = Callable[..., Recipe]
 
 @dataclass(frozen=True, slots=True)
 class Straight:
-    """The run that nobody killed."""
+    """A run that was not killed."""
 
     outcome: dict[str, Any]
     operations: int
@@ -40,7 +40,7 @@ class Straight:
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling and evaluation in several parts, so that there is something between them."""
+    """Sample and evaluate in several parts, so that a kill can come between them."""
     monkeypatch.setattr("reftune.runs.evaluation.PROBLEMS_AT_ONCE", 4)
     monkeypatch.setattr("reftune.stages.self_train.SAMPLES_AT_ONCE", 24)
 
@@ -72,8 +72,8 @@ def straight(
 
 
 def random_life(recipe: Recipe, straight: Straight, rng: random.Random, share: float) -> bool:
-    """Whether the run came to its end before it was killed, within a share of the whole run's
-    operations or seconds."""
+    """Start the run and kill it at random, within a share of a whole run's operations or seconds.
+    Returns: whether it ended first."""
     how = rng.choice((die, tear, None))
     if how is None:
         life = live(recipe, kill_after_s=rng.uniform(0, straight.seconds * share))
@@ -86,7 +86,7 @@ def random_life(recipe: Recipe, straight: Straight, rng: random.Random, share: f
 def killed_until_it_ends(
     recipe: Recipe, straight: Straight, rng: random.Random, share: float
 ) -> int:
-    """Kills that the run took before it ended with the outcome of the straight one."""
+    """The number of kills before the run ended, with the outcome of the straight run."""
     kills = 0
     while not random_life(recipe, straight, rng, share):
         kills += 1
@@ -109,7 +109,7 @@ def test_the_run_that_is_compared_with_has_every_stage(straight: Straight):
         "summary.json",
         "stages/judge/classifier.safetensors",
     } <= set(straight.outcome)
-    # a stage whose best look was its first left the weights that it started from
+    # a stage whose first dev evaluation was the best saved the weights that it started from
     moved = {
         name
         for name in stages

@@ -1,7 +1,7 @@
-"""A tiny model must learn, on three seeds: PPO its reward, SFT its examples, the value head what
-can be foreseen.
+"""A tiny model must learn on three seeds: PPO its reward, SFT its examples, and the value head the
+predictable returns.
 
-The task: a question of one word has an answer of one word. Margins are stated in each test and hold
+In the task, a one-word question has a one-word answer. Each test states its margin, which holds
 with room on every seed.
 """
 
@@ -25,8 +25,8 @@ COMPONENTS = Path(__file__).parent.parent / "components.py"
 
 @pytest.fixture
 def colours(make_recipe, tmp_path) -> Any:
-    """A recipe of one stage on the colours task: two answers to eight questions for PPO, four for
-    SFT."""
+    """A recipe of one stage on the colours task: two answers to each of eight questions for PPO,
+    four for SFT."""
 
     def make(
         seed: int, stage: dict[str, Any], *, name: str = "it", num_answers: int = 2, **changes: Any
@@ -52,7 +52,7 @@ def colours(make_recipe, tmp_path) -> Any:
 
 @pytest.fixture
 def by_question() -> dict[str, str]:
-    """A reward that the question alone decides."""
+    """A reward that depends only on the question."""
     return {"kind": f"{COMPONENTS}:ByQuestion"}
 
 
@@ -85,7 +85,7 @@ def test_ppo_learns_to_say_what_is_paid(colours, seed):
 
 
 def test_ppo_does_not_learn_answers_that_are_not_paid(colours, by_question):
-    # the pay depends on the question alone, so right answers stay as rare as they were: 1 of about
+    # the reward depends only on the question, so right answers stay as rare as before: 1 of about
     # 12
     rows = trained(colours(0, {**PPO, "steps": 15, "eval_every": 15}, reward=by_question))
     assert mean(values(rows, "reward/correct")[-5:]) < 0.3
@@ -109,8 +109,8 @@ def test_sft_learns_its_examples(colours, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_prefitted_value_head_explains_a_reward_that_can_be_foreseen(colours, by_question, seed):
-    # the question alone decides the pay, so nearly all its variance can be explained; unfitted, the
-    # head says 0
+    # the question alone decides the reward, so nearly all of its variance can be explained; an
+    # unfitted head predicts 0
     explained = {}
     for prefit in (0, 4):
         stage = {**PPO, "steps": 1, "prompts": 64, "value_prefit": prefit}

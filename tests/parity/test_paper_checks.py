@@ -1,5 +1,5 @@
-"""The reference checks E1 (its token part), E10–E21 and E22 on the training core: rules of the
-authors' code, by hand.
+"""The reference checks E1 (its token part), E10–E21 and E22 on the training core: the rules of the
+authors' code, computed by hand.
 
 A response is the masked part of their sequences: their mask entry t stands for the prediction of
 token t + 1, so a prompt of 3 tokens and an eos at index 5 is a response of 3 tokens, predicted from
@@ -32,7 +32,7 @@ AUTHORS = {"gamma": 1.0, "lam": 0.95}
 
 
 def sampled(prompt: int, *responses: int) -> TokenBatch:
-    """Prompts of `prompt` tokens, responses of so many."""
+    """Prompts of `prompt` tokens, with responses of the given lengths."""
     return token_batch([[5] * prompt] * len(responses), [[6] * length for length in responses])
 
 
@@ -46,7 +46,7 @@ def credit(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token rewards, advantages before whitening, returns."""
+    """Per-token rewards, advantages before whitening, and returns."""
     mask = batch.response_mask
     old = torch.zeros(mask.shape)
     reference = None if log_ratios is None else old - torch.tensor(log_ratios)
@@ -76,8 +76,7 @@ def test_e1_prompt_and_target_are_tokenised_apart_and_one_eos_ends_the_target():
     prompt, target = encoder.prompt(PROBLEM), encoder.target(PROBLEM)
     assert [tokenizer.decode([t]) for t in prompt] == ["def", " solution", "():", "\n"]
     assert [tokenizer.decode([t]) for t in target] == [" ", " ", " ", " return ", "3", "<eos>"]
-    # as one text the line break would have taken the indent along: another boundary than sampling
-    # sees
+    # as one text, the line break would merge with the indent: not the boundary that sampling sees
     joined = tokenizer.encode("def solution():\n    return 3")
     assert joined != prompt + target[:-1]
     assert prompt.count(tokenizer.eos_token_id) == 0 and target.count(tokenizer.eos_token_id) == 1

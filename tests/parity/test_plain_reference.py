@@ -1,7 +1,7 @@
-"""The PPO step and the supervised loss against a plain, slow implementation: one sequence at a
-time, full logits, Python loops.
+"""Compares the PPO step and the supervised loss with a plain, slow implementation: one sequence at
+a time, full logits, Python loops.
 
-Nothing below the line "plain" uses our code but the policy's own weights.
+Below the line "plain", only the policy's weights come from our code.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def plain_credit(
 
 
 def plain_loss(policy: Policy, samples, old, values, advantages, returns) -> Tensor:
-    """policy + 5 · value, each a mean over tokens, then over samples."""
+    """policy loss + 5 · value loss, each a mean over tokens, then over samples."""
     policy_means, value_means = [], []
     for i, (prompt, response) in enumerate(samples):
         logprobs, new_values = plain_tokens(policy, prompt, response)
@@ -164,7 +164,7 @@ def credited(policy: Policy, reference: Policy, samples) -> RolloutBatch:
 
 
 def accumulate(policy: Policy, batch: RolloutBatch, *, max_tokens: int = 10_000) -> float:
-    """Our loss, its gradient left in the policy."""
+    """Our loss; its gradient stays in the policy."""
     policy.zero_grad()
     total = 0.0
     for index in micro_batches(batch.tokens.lengths, max_tokens=max_tokens):
@@ -180,8 +180,8 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Within fp32 rounding, measured against the largest entry of each tensor, and never by a
-    gradient that is missing."""
+    """Check that gradients agree within fp32 rounding, relative to the largest entry of each
+    tensor, and that none is missing."""
     assert set(found) == set(expected)
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, gradient in expected.items():
@@ -196,8 +196,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 def moved(policy: Policy) -> Policy:
-    """A copy whose every weight is a little off, so that ratios, clipping and KL are all at
-    work."""
+    """A copy with every weight changed a little, so that ratios, clipping and KL all matter."""
     other = copy.deepcopy(policy)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -238,7 +237,7 @@ def test_a_ppo_step_is_the_plain_one(make_policy, family):
 
 
 def test_the_comparison_has_clipped_and_free_tokens_in_both_losses(make_policy):
-    # otherwise the test above would show less than it says
+    # otherwise the test above would show less than it claims
     old_policy = make_policy("llama")
     policy, reference = moved(old_policy), moved(make_policy("llama", seed=1))
     batch = credited(old_policy, reference, some_samples())
@@ -276,8 +275,8 @@ def test_two_updates_leave_the_weights_of_two_plain_ones(make_policy):
     for (name, found), expected, before in zip(
         ours.named_parameters(), plain.parameters(), start.parameters(), strict=True
     ):
-        # Adam divides by a gradient's size, so an entry near 0 may go either way: compare movement
-        # on the whole
+        # Adam divides by a gradient's size, so an entry near 0 may go either way: compare the
+        # overall movement
         difference = float((found - expected).norm()) / float((expected - before).norm())
         assert difference < 0.02, name
 
@@ -287,7 +286,8 @@ def test_two_updates_leave_the_weights_of_two_plain_ones(make_policy):
 
 @pytest.fixture
 def step(make_policy, request):
-    """A policy in mid-step, its batch, and the loss and gradients of the whole batch at once."""
+    """A policy in mid-step, its batch, and the loss and gradients of the whole batch in one
+    pass."""
     family = getattr(request, "param", "phi3")
     old_policy = make_policy(family)
     policy, reference = moved(old_policy), make_policy(family, seed=1)
@@ -400,8 +400,8 @@ def test_log_probabilities_made_in_pieces_change_nothing(
 
 
 def test_pieces_under_bfloat16_have_the_gradient_of_the_whole(make_policy, monkeypatch):
-    # pieces are computed again in the backward pass: under the same arithmetic, or the gradient
-    # would be another
+    # pieces are recomputed in the backward pass, which needs the same arithmetic for the same
+    # gradient
     policy = make_policy("phi3", dtype=torch.bfloat16)
     tokens = token_batch_of(some_samples())
     found = []

@@ -144,7 +144,7 @@ def crossed_bootstrap(
     matrix = np.asarray(values, dtype=float)
     num_seeds, num_problems = matrix.shape
     # problems with the same outcomes under every seed are exchangeable: only the number of each
-    # kind # is drawn
+    # kind is drawn
     sorts, counts = np.unique(matrix, axis=1, return_counts=True)
     problems = (
         generator.multinomial(num_problems, counts / num_problems, size=num_resamples)
