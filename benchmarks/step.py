@@ -205,18 +205,11 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - started
 
 
-<<<<<<< HEAD
 def step_flops(lengths: Sequence[int], prompts: Sequence[int], dtype: Dtype) -> float:
     """FLOPs of sampling, of the scores of the reference and, in bf16, of the policy (in fp32 these
     come from sampling), and of the updates, each of which is three forward passes."""
     scores = 1 if dtype == "float32" else 2
     return (1 + scores + 3 * UPDATES) * smollm2_flops(lengths, prompts)
-=======
-def step_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
-    """FLOPs of sampling, of the scores of policy and reference, and of the updates, each of which
-    is three forward passes."""
-    return (3 + 3 * UPDATES) * smollm2_flops(lengths, prompts)
->>>>>>> 06c910c (Docstrings of benchmarks and examples in plain English)
 
 
 def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:

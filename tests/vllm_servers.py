@@ -16,7 +16,7 @@ from ranks import free_port
 
 START_S = 600
 SERVE = "vllm.entrypoints.openai.api_server"
-"""What `vllm serve` runs; the CPU build has no such command."""
+"""The module that `vllm serve` runs; the CPU build has no such command."""
 VARIABLES = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -47,7 +47,7 @@ class RealServer:
         raise AssertionError(self.log.read_text()[-3000:])
 
     def kill(self) -> None:
-        """As a machine that is lost: the engine's process dies with the server's."""
+        """Kill the server as if its machine were lost: the engine's process dies too."""
         os.killpg(self.process.pid, 9)
         self.process.wait(60)
 
@@ -63,7 +63,7 @@ class RealServer:
 def start(
     command: str, log: Path, *, folder: Path | None = None, port: int | None = None
 ) -> RealServer:
-    """`vllm serve …` in a folder, on a free port unless one is given."""
+    """Start `vllm serve …` in a folder, on a free port unless one is given."""
     port = free_port() if port is None else port
     program, serve, model, *options = shlex.split(command)
     assert (program, serve) == ("vllm", "serve")

@@ -1,4 +1,4 @@
-"""What several unit tests share."""
+"""Fixtures that several unit tests share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a module of benchmarks/, which is no part of the package; forgotten after the
+    """Imports a module of benchmarks/, which is not part of the package, for the duration of a
     test."""
     monkeypatch.syspath_prepend(str(ROOT))
     yield lambda name: import_module(f"benchmarks.{name}")

@@ -1,4 +1,4 @@
-"""Algorithms against hand numbers: what they select, the credit they give, the loss."""
+"""Algorithms against numbers computed by hand: their selection, credit and loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 def batch(
     rewards: list[float], groups: list[int], *, lengths: list[int] | None = None
 ) -> RolloutBatch:
-    """Samples with prompts of one token; the policy that sampled and the reference gave every token
+    """Samples with one-token prompts; both sampling policy and reference gave every token
     log-probability -1."""
     tokens = token_batch(
         [[5]] * len(rewards), [[6] * length for length in lengths or [1] * len(rewards)]
@@ -55,8 +55,8 @@ def loss_of(
     logprobs: Tensor,
     rows: list[int] | None = None,
 ) -> float:
-    """The loss where the policy now gives the tokens `logprobs` and values of 0, of all samples or
-    those at `rows`."""
+    """The loss of all samples, or those at `rows`, if the policy now gives the tokens `logprobs`
+    and values of 0."""
     whole = replace(whole, weights=algorithm.weights(whole))
     index = torch.arange(len(whole)) if rows is None else torch.tensor(rows)
     part = whole.rows(index)
@@ -134,7 +134,7 @@ def test_grpo_adds_the_kl_to_the_loss():
 
 
 def test_grpo_stops_at_its_clip_bounds():
-    # ratio 1.5: A = ½ is paid up to 1.3 only, A = -½ pays in full
+    # ratio 1.5: A = ½ counts up to 1.3 only, A = -½ counts in full
     sampled = Grpo(scale="none").credit(batch([1.0, 0.0], [0, 0]))
     now = sampled.logprobs + math.log(1.5)
     assert loss_of(Grpo(clip_high=0.3), sampled, now) == pytest.approx((-0.5 * 1.3 + 0.5 * 1.5) / 2)
@@ -179,7 +179,7 @@ def test_the_first_step_of_rloo_is_reinforce():
 
 
 class Spelled:
-    """Prompt and target as they stand in the problem."""
+    """Uses prompt and target as they stand in the problem."""
 
     def prompt(self, problem: Problem) -> str:
         return problem.question
@@ -250,7 +250,7 @@ def test_a_problem_without_a_rationale_gives_its_samples_only(encoder):
 
 
 def test_the_preset_paper_cuts_gold_and_loses_its_end(encoder):
-    # 3 prompt tokens, and a gold of "wa", " ", "wb", eos or so
+    # 3 prompt tokens, and a gold solution such as "wa", " ", "wb", eos
     [whole] = OnlineSt().select([rollout("a", 0.0, rationale="wa 1 2")], encoder)
     [cut] = OnlineSt(gold_max_tokens=5, dropout=True).select(
         [rollout("a", 0.0, rationale="wa 1 2")], encoder
@@ -266,8 +266,8 @@ def test_the_preset_paper_cuts_gold_and_loses_its_end(encoder):
 
 
 def self_training_batch(encoder: Encoder, *samples: tuple[float, int]) -> RolloutBatch:
-    """Samples of so much reward and so many tokens of different problems; each gold is 2 tokens,
-    eos included."""
+    """Samples of different problems, each with a reward and a number of tokens; each gold solution
+    is 2 tokens, including eos."""
     sampled = [rollout(str(i), reward, tokens=tokens) for i, (reward, tokens) in enumerate(samples)]
     return rollout_batch(OnlineSt().select(sampled, encoder), device=torch.device("cpu"))
 

@@ -1,4 +1,5 @@
-"""Answers that are not one number: of each kind right ones, wrong ones, and some that seem so."""
+"""Answers other than single numbers: for each kind, right answers, wrong ones, and misleading
+ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader of answers and its verdicts. Numbers E… are those of the parity checks in
+"""The reader of answers and its verdicts. Numbers E… refer to the parity checks in
 docs/deviations.md."""
 
 from __future__ import annotations

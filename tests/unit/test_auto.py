@@ -1,4 +1,5 @@
-"""Keys that say `auto`: chosen when a run begins, written into its recipe, kept when it goes on."""
+"""Keys set to `auto` are chosen when a run begins, written into its recipe, and kept when it
+resumes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with the product rates given, in any unit, by dtype; and the products timed."""
+    """A machine with given matmul rates by dtype, in any unit, and the matmuls that were timed."""
     timed: list[int] = []
 
     def make(float32: float, bfloat16: float) -> list[int]:

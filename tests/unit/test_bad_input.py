@@ -1,5 +1,5 @@
-"""Bad input through the real command line: exit status 2, one line on stderr that says what, where
-and what was expected, and nothing left behind."""
+"""Bad input through the real command line: exit status 2, one line on stderr with the value, its
+place and what was expected, and nothing left behind."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def row(a: int, **changes: Any) -> str:
 
 
 def rows(*last: str) -> str:
-    """Three good rows, then these."""
+    """Three good rows, then the given ones."""
     return "\n".join([row(1), row(2), row(3), *last])
 
 
@@ -49,7 +49,7 @@ UNSOLVED = "\n".join(json.dumps({"question": f"What is {a} ?", "answer": str(a)}
 PROGRAM = "def solution():\n    return 5"
 
 ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
-    # overrides, files, what stderr says
+    # overrides, files, text on stderr
     "unknown key": (
         ["lengths.max_nw=3"],
         {},
@@ -214,10 +214,10 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
         r"stages\.sft\.init: nope is not an earlier method; known",
     ),
 }
-"""Refused by `run` and by `check` in the same words."""
+"""Cases that `run` and `check` reject in the same words."""
 
 LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
-    # overrides, files, what `run` says, what `check` says
+    # overrides, files, text of `run`, text of `check`
     "prompt longer than the context": (
         ["model.scratch.context=18"],
         {},
@@ -261,7 +261,7 @@ LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
         r"splits: .* 0 test; .*; add test problems, or set evaluate\.split=dev",
     ),
 }
-"""Refused by `run` at the first of them, by `check` with all of them."""
+"""Cases that `run` rejects at the first row concerned, and `check` with all of them."""
 
 FOLDERS: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "file in the way": (
@@ -314,7 +314,7 @@ def write(files: dict[str, Any]) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What stderr says of a command that exits with 2 and leaves nothing behind."""
+    """The text on stderr of a command that exits with 2 and leaves nothing behind."""
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -1,4 +1,4 @@
-"""Token batches: who predicts whom, padding, and pieces of a batch."""
+"""Token batches: which position predicts which token, padding, and parts of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The boundary between prompt and target is the chat template's own, to the token; BOS stands once;
+"""The boundary between prompt and target is exactly the chat template's; BOS occurs once;
 completions end where the template ends a turn."""
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def smollm2_tokenizer():
 
 @pytest.fixture(params=[*FAMILIES, "smollm2"], scope="module")
 def case(request):
-    """A tokenizer, the template's arguments, the token that ends a turn, and whether it takes a
-    system message."""
+    """A tokenizer, the template's arguments, the token that ends a turn, and whether the template
+    accepts a system message."""
     if request.param == "smollm2":
         return smollm2_tokenizer(), {}, "<|im_end|>", True
     family = FAMILIES[request.param]
@@ -56,7 +56,7 @@ def chat(args, **keys) -> Nl:
 
 
 def as_template(tokenizer, turns, args, **options) -> list[int]:
-    """Ids as the template itself makes them."""
+    """The ids that the template itself makes."""
     turns = [{"role": role, "content": content} for role, content in turns]
     return list(tokenizer.apply_chat_template(turns, **options, **args)["input_ids"])
 
@@ -85,7 +85,7 @@ def test_prompt_and_target_are_the_tokens_of_the_whole_conversation(case):
         whole = as_template(tokenizer, [*turns, ("assistant", SAID)], args)
         assert [*prompt, *target] == whole[: len(prompt) + len(target)]
         assert tokenizer.decode(target[-1:]) == end
-        # nothing that was said is left behind the end of turn
+        # no text is left after the end of turn
         assert SAID not in tokenizer.decode(whole[len(prompt) + len(target) :])
         assert SAID in tokenizer.decode(target)
 
@@ -223,7 +223,7 @@ def test_an_end_of_turn_that_is_no_special_token_ends_a_turn():
     tokenizer = templated(LOOP.replace("<|im_end|>", "</think>"), "qwen3, thinking")
     assert tokenizer.decode([end_of_turn(tokenizer)]) == "</think>"
     assert written(tokenizer)[1].endswith(f"{SAID}</think>")
-    # a special one behind it comes first
+    # a special token after it takes precedence
     tokenizer.chat_template = LOOP.replace("<|im_end|>", "</think><|im_end|>")
     assert tokenizer.decode([end_of_turn(tokenizer)]) == "<|im_end|>"
 
@@ -355,8 +355,8 @@ def test_a_completion_ends_at_the_first_end_token_or_stop_text():
     assert rule.length([1, 2, 3], decode) is None
     assert rule.length([1, 0, 0], decode) == 2
     assert rule.length([1, 4, 5, 1, 0], decode) == 3  # a\nQ
-    assert rule.length([3, 3, 4, 5], decode) == 2  # the first of two texts
-    assert rule.length([0, 4, 5], decode) == 1  # a stop text after the end does not count
+    assert rule.length([3, 3, 4, 5], decode) == 2  # the first of two strings
+    assert rule.length([0, 4, 5], decode) == 1  # a stop string after the end does not count
     assert rule.text_end("ab\nQ") == 2
 
 

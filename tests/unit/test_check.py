@@ -1,4 +1,4 @@
-"""Each check finds the trap it is for, on a handful of problems and a model made from scratch."""
+"""Each check finds its trap, on a few problems and a from-scratch model."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Sums(Component):
     num_train: int = 12
     num_dev: int = 3
     edit: Any = None
-    """Changes problem number i of train."""
+    """A function that changes problem number i of train."""
 
     def load(self, *, seed: int) -> Splits:
         train = tuple(self._edited(i, addition(i)) for i in range(self.num_train))
@@ -135,7 +135,7 @@ def checked(**changes: Any) -> CheckReport:
 
 
 def finding(name: str, **changes: Any) -> Any:
-    """What one check says; the others are not run."""
+    """The finding of one check; the others are not run."""
     with pytest.MonkeyPatch.context() as patch:
         for group, checks in (("CHECKS", CHECKS), ("MODEL_CHECKS", MODEL_CHECKS)):
             alone = {name: checks[name]} if name in checks else {}
@@ -146,7 +146,7 @@ def finding(name: str, **changes: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def product_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What `check` measures of this machine's products, at once."""
+    """The matmul rates that `check` measures on this machine, without measuring."""
     rates = {"float32": 1e11, "bfloat16": 1e11}
     monkeypatch.setattr(
         "reftune.advice.check.model.product_rates", lambda *args, **kwargs: dict(rates)
@@ -156,7 +156,7 @@ def product_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
-    """Models this small only wait for a second one."""
+    """Use one thread: models this small gain nothing from a second."""
     import torch
 
     torch.set_num_threads(1)
@@ -168,8 +168,8 @@ def sound() -> CheckReport:
 
 
 def test_a_sound_recipe_passes_every_check(sound: CheckReport):
-    # three dev problems are too few to choose by, and the one-line grader reads few spellings: that
-    # is all there is to say
+    # only two findings: three dev problems are too few to choose a model, and the one-line grader
+    # reads few spellings
     levels = {found.name: found.level for found in sound.findings if found.level != "ok"}
     assert levels == {"splits": "warn", "reward_errors": "warn"}
     assert [found.name for found in sound.findings] == [*CHECKS, *MODEL_CHECKS]
@@ -281,7 +281,7 @@ def test_an_unknown_waiver_is_refused_with_the_nearest_name():
 
 
 def test_a_grader_that_pays_a_bare_answer_is_reported():
-    # twelve golds stated without any reasoning are accepted, since no marker is asked for; an empty
+    # twelve golds stated without any reasoning are accepted, since no marker is required; an empty
     # text is not
     found = finding("grader_refuses", format=Words(kind="words", marker_needed=False))
     assert found.level == "warn"
@@ -424,7 +424,7 @@ def test_every_finding_is_one_line(sound: CheckReport):
 
 
 class PaysTheWord(Component):
-    """A reward that anything with the word "answer" satisfies."""
+    """Rewards every text that contains the word "answer"."""
 
     kind: str = "word"
 
@@ -438,7 +438,7 @@ class PaysTheWord(Component):
 
 
 def test_a_reward_is_tested_on_gold_solutions_made_wrong_and_rewritten():
-    # Words reads no spelling but its own: 12 rows × full stop, bold, currency, unit, decimal
+    # Words reads only its own spelling: 12 rows × full stop, bold, currency, unit, decimal
     found = finding("reward_errors")
     assert found.level == "warn"
     assert "false positives 0 of" in found.message and "false negatives 60 of 60" in found.message
@@ -480,7 +480,7 @@ def test_a_dtype_a_few_times_slower_is_left_to_the_user(product_rates):
 
 
 def report_on(tmp_path, name: str, **format_keys) -> CheckReport:
-    """Of a run on a family's model; a handful of questions in words."""
+    """The report on a run of a family's model with a few questions in words."""
     from chat_families import save_model
 
     content = {
@@ -553,7 +553,7 @@ def test_a_template_without_a_generation_prompt_is_a_warning(tmp_path):
         prompt = named(report_on(tmp_path / "1", "qwen2.5", style="chat"), "prompt")
     assert prompt.level == "warn"
     assert "the model must write '<|im_start|>assistant\\n' itself" in prompt.message
-    # Mistral's has none either, but writes nothing there
+    # Mistral's template has none either, but writes nothing there
     assert named(report_on(tmp_path / "2", "mistral", style="chat"), "prompt").level == "ok"
 
 

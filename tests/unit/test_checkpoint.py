@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and the newest sound one is found."""
+"""Checkpoints are written whole or not at all, and the newest sound one is found."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def names(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow past 8 KiB: writing more fails as on a full disk."""
+    """Let no file grow past 8 KiB: writing more fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_makes_no_sense_is_named_also_where_its_checksums_hold
 
 
 def sign(path: Path) -> None:
-    """A manifest with the checksums of what is there."""
+    """Write a manifest with the checksums of the present files."""
     manifest = {
         name: hashlib.sha256((path / name).read_bytes()).hexdigest()
         for name in ("state.json", "tensors.safetensors")
@@ -342,5 +342,5 @@ def test_nothing_that_is_loaded_can_run_code():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                node.value = ""  # modules that the sandbox forbids are named in texts
+                node.value = ""  # strings may name modules that the sandbox forbids
         assert PICKLE.search(ast.unparse(tree)) is None, path

@@ -1,4 +1,4 @@
-"""The signs of reward hacking, on questions and answers that a reader can follow."""
+"""The warning signs of reward hacking, on questions and answers that a reader can follow."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Exit statuses, one-line errors and what goes where. The run itself is a fake, so nothing heavy is
-imported."""
+"""Exit statuses, one-line errors, and stdout against stderr. The run itself is a fake, so nothing
+heavy is imported."""
 
 import json
 import os
@@ -31,12 +31,12 @@ PLUGIN = "from reftune.recipe import Component\nclass Part(Component):\n    init
 
 
 class Interrupted(Exception):
-    """Stands in for the trainer's."""
+    """Stands in for the trainer's exception."""
 
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A working directory with a recipe, a fake `reftune.runs.run`, and what it was asked."""
+    """A working directory with a recipe, a fake `reftune.runs.run`, and the calls to it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     (tmp_path / "mine.py").write_text(PLUGIN)
@@ -248,8 +248,8 @@ def test_help_starts_without_the_heavy_imports():
 
 
 def test_help_answers_at_once():
-    # 0.25 s measured, 0.5 s promised; processor time, since a busy machine makes everything late.
-    # The best of three
+    # 0.25 s measured, 0.5 s promised: CPU time, since a busy machine delays everything; the best of
+    # three
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "reftune", "--help"], capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""Files as people have them: Excel's tables, packed files, other endings, lists inside objects."""
+"""Files as they occur: Excel's tables, compressed files, other endings, lists inside objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = [
 
 
 def table(rows: Sequence[dict[str, str]], delimiter: str, extra: str = "") -> str:
-    """With every cell quoted, as Excel quotes those that need it."""
+    """A table with every cell quoted, as Excel quotes cells that need it."""
     lines = [delimiter.join(rows[0]) + extra]
     for row in rows:
         cells = ['"' + cell.replace('"', '""') + '"' for cell in row.values()]
@@ -74,7 +74,7 @@ def test_a_first_column_without_a_name_is_an_index(tmp_path: Path) -> None:
 
 
 def test_a_value_in_another_column_without_a_name_is_refused(tmp_path: Path) -> None:
-    # the comma in the question was not quoted, so the gold moved one column on
+    # the comma in the question was not quoted, so the gold answer moved one column to the right
     with pytest.raises(DataError, match=r"data.csv:2: '7' is in a column without a name"):
         read(tmp_path / "data.csv", "question,answer,\nAnn has 3, how many?,7\n")
     with pytest.raises(DataError, match=r"data.csv:2: 3 fields; expected 2"):

@@ -154,7 +154,7 @@ def test_numeric_rows_need_a_number_that_the_formula_confirms(tmp_path: Path) ->
     splits = load(tmp_path, *rows, answer="numeric")
     assert len(splits.train) == 1
     assert splits.counts == {"no_number": 1, "formula_disagrees": 1, "program_disagrees": 1}
-    # as nl, the third is fine: the gold is confirmed, and no program has to hit it
+    # as nl, the third is fine: its gold answer is confirmed, and no program has to return it
     assert len(load(tmp_path, *rows, answer="numeric", rationale="nl").train) == 2
 
 

@@ -1,4 +1,4 @@
-"""Rows of files, folders and the Hub, and what is said about the ones that cannot be read."""
+"""Rows of files, folders and the Hub, and the errors for rows that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The published files, where they are at hand: set REFTUNE_DATA to a folder with gsm8k/, svamp/ and
-mathqa/."""
+"""The published files, if present: set REFTUNE_DATA to a folder with gsm8k/, svamp/ and mathqa/."""
 
 from __future__ import annotations
 
@@ -101,8 +100,8 @@ def test_mathqa_formulas_confirm_more_than_half_of_the_golds() -> None:
 
 
 def test_train_questions_that_a_test_file_asks_in_another_spelling_are_found() -> None:
-    # no question is in both word for word; nine of MathQA differ in a comma, a final mark or the
-    # options only
+    # no question is in both word for word; nine of MathQA differ only in a comma, a final mark or
+    # the options
     sources = [
         ("gsm8k", "gsm8k", None, 0),
         ("svamp", "svamp", None, 0),

@@ -1,4 +1,4 @@
-"""Rows as the field's tools write them: recognised, read, and refused if they say no answer."""
+"""Rows as other tools write them are recognised, read, and rejected if they state no answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPTIONS = ["12", "13", "14"]
 LABELLED = {"text": OPTIONS, "label": ["A", "B", "C"]}
 
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    # name → a row, what is read of it
+    # name → a row, and the values read from it
     "Alpaca rows": (
         {"instruction": "Add.", "input": "3 + 10", "output": "So 13. The answer is 13."},
         {"question": "Add.\n3 + 10", "rationale": "So 13. The answer is 13."},
@@ -313,7 +313,8 @@ USER_AND_REPLY = [
     {"role": "assistant", "content": "It is B.\n#### B"},
 ]
 ROWS_OF: dict[str, tuple[str, dict[str, Any]]] = {
-    # first word in the manual's table → an ending, and a row with A for a number and B for the next
+    # first word of a row in the manual's table → an ending, and a row with A for a number and B for
+    # the next
     "plain": ("csv", {"Question": "A + 1?", "Answer": "B", "Solution": "So it is B."}),
     "Alpaca": ("json", {"instruction": "Sum up.", "input": "A + 1", "output": "So B. #### B"}),
     "GSM8K": ("jsonl", {"question": "A + 1?", "answer": "So it is B.\n#### B"}),
@@ -344,7 +345,7 @@ def manual_columns() -> dict[str, Any]:
 
 
 def write_rows(path: Path, row: dict[str, Any], count: int = 12) -> str:
-    """The row `count` times with other numbers, in a file of the kind that its ending says."""
+    """Write the row `count` times with different numbers, to a file in the format of its ending."""
 
     def numbered(value: object, n: int) -> Any:
         return json.loads(json.dumps(value).replace("A", str(n)).replace("B", str(n + 1)))

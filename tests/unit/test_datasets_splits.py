@@ -1,4 +1,4 @@
-"""Cleaning, drawing dev, leaks."""
+"""Cleaning, drawing dev, and leaks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Mistakes about devices, found without a GPU: whatever does not say where it is made is made where
-nothing can use it."""
+"""Finds device mistakes without a GPU: a tensor made without a device lands on one where nothing
+can use it."""
 
 from __future__ import annotations
 

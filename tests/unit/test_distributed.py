@@ -1,4 +1,4 @@
-"""What a launcher may ask for, and how rows are shared out."""
+"""The settings that a launcher may request, and the division of rows among processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from reftune.recipe import shipped_recipes
 from reftune.runs.auto import choose_device
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-"""What `accelerate launch` says for ZeRO."""
+"""The environment that `accelerate launch` sets for ZeRO."""
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def grid(replicas, shards):
-    """What `accelerate launch` says for groups of processes."""
+    """The environment that `accelerate launch` sets for groups of processes."""
     sizes = {"DP_REPLICATE": replicas, "DP_SHARD": shards, "TP": 1, "CP": 1, "SP": 1}
     told = {f"PARALLELISM_CONFIG_{axis}_SIZE": str(size) for axis, size in sizes.items()}
     return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **told}
@@ -149,7 +149,7 @@ CONFIGS = shipped_recipes() / "accelerate"
 def test_shipped_launch_configurations_ask_for_what_they_are_named(
     name, how, machines, processes_each
 ):
-    # what accelerate makes of the file is what our processes would read
+    # our processes read the environment that accelerate makes from the file
     file = str(CONFIGS / f"{name}.yaml")
     command = ["--config_file", file, "--main_process_ip", "node0", "-m", "reftune"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
@@ -167,7 +167,7 @@ def test_the_shipped_configuration_of_one_gpu_starts_one_process():
 
 
 class FakeStore(dict):
-    """torch's, for one process."""
+    """A store like torch's, for one process."""
 
     def set(self, key, value):
         if self.get("gone"):
@@ -180,7 +180,7 @@ class FakeStore(dict):
 
 @pytest.fixture
 def hearts(monkeypatch):
-    """Three heartbeats at many times the pace, their store, and whom each lost."""
+    """Three fast heartbeats, their store, and the processes that each has lost."""
     for name, seconds in {"INTERVAL_S": 0.02, "SOON_S": 0.5, "SILENCE_S": 1.0}.items():
         monkeypatch.setattr(heartbeat, name, seconds)
     store, lost = FakeStore(), [[], [], []]
@@ -193,7 +193,7 @@ def hearts(monkeypatch):
 
 
 def eventually(is_so):
-    """Whether it is within ten seconds."""
+    """Whether `is_so` becomes true within ten seconds."""
     deadline = time.monotonic() + 10
     while not is_so() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -203,7 +203,7 @@ def eventually(is_so):
 def test_a_silent_process_is_named_by_the_others(hearts):
     made, _, lost = hearts
     assert made[0].missing() is None and lost == [[], [], []]
-    made[1].stop()  # as if killed: it does not say that it leaves
+    made[1].stop()  # as if killed: it does not announce its end
     assert eventually(lambda: made[0].missing() == 1) and made[2].missing() == 1
     assert eventually(lambda: lost[0] and lost[2]) and {*lost[0], *lost[2]} == {1}
 

@@ -1,9 +1,10 @@
 """Every code block of the documentation runs.
 
-`python` is executed, one namespace a page; of `bash`, `reftune` lines are executed here and all
-else by a shell; `yaml` is a recipe or a part of one; `text` is output. An HTML comment above a
-block changes that: `<!-- instead: COMMAND -->` runs something smaller, `<!-- skip: REASON -->`
-nothing, `<!-- file: NAME -->` writes the block to a file.
+`python` blocks are executed, with one namespace per page. In `bash` blocks, `reftune` lines are
+executed here and all others by a shell. A `yaml` block is a recipe or a part of one, and a `text`
+block is output. An HTML comment above a block changes this: `<!-- instead: COMMAND -->` runs
+something smaller, `<!-- skip: REASON -->` runs nothing, and `<!-- file: NAME -->` writes the block
+to a file.
 """
 
 import os
@@ -86,7 +87,7 @@ def run(commands: str) -> None:
 
 
 def read_recipe(text: str) -> None:
-    """A part is put into a whole recipe first."""
+    """Validate a recipe; a part is put into a whole recipe first."""
     part = yaml.safe_load(text)
     whole = (
         part

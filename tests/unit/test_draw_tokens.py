@@ -1,4 +1,4 @@
-"""Tokens drawn block by block are those of the inverse cumulative distribution."""
+"""Tokens drawn block by block equal those of the inverse cumulative distribution."""
 
 import math
 

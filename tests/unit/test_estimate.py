@@ -1,4 +1,4 @@
-"""Time estimates, redone by hand."""
+"""Time estimates, recomputed by hand."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from reftune.stages.stage import Cost, Stage
 SPLITS: Any = SimpleNamespace(train=range(100), dev=range(20), test=range(50))
 PACE = Speed(train=400, sample=100).pace(prompt=30, response=10)
 LOOK_S = 2.0
-"""20 dev problems of 10 tokens at 100 tokens/s."""
+"""Seconds of a dev evaluation: 20 problems of 10 tokens at 100 tokens/s."""
 
 
 def recipe(**stages: Any) -> Any:
@@ -50,15 +50,15 @@ class Foretold(Mine):
 
 
 def test_supervised_seconds_are_tokens_at_the_measured_speed_and_looks():
-    # 4 epochs of 100 rows of 40 tokens at 400 tokens/s are 40 s; a look every 2 epochs is two looks
-    # of 2 s
+    # 4 epochs of 100 rows of 40 tokens at 400 tokens/s are 40 s; a dev evaluation every 2 epochs
+    # makes two of 2 s
     assert seconds(sft=SFT) == {"sft": pytest.approx(40 + 2 * LOOK_S)}
 
 
 def test_rl_seconds_are_sampling_scoring_and_updates():
     # a step: 10 samples of 10 tokens at 100 tokens/s are 1 s; 10 sequences of 40 tokens are 1 s a
     # pass, with 2 updates and a third of a pass each for policy and reference: 2.667 s. 8 steps, 3
-    # pre-fit rollouts, 2 looks
+    # pre-fit rollouts, 2 dev evaluations
     expected = 8 * (1 + 2 + 2 / 3) + 3 * 1 + 2 * LOOK_S
     assert seconds(reft=RL) == {"reft": pytest.approx(expected)}
 
@@ -91,7 +91,7 @@ def test_evaluation_counts_methods_problems_and_samples():
 
 
 class Clock:
-    """Time that passes only where a test says so; the first call of all is cold."""
+    """A clock that only a test moves; the very first call is cold."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -103,7 +103,7 @@ class Clock:
 
 
 class TimedEngine:
-    """Reads the prompts in a second, writes a token a row in a tenth."""
+    """Reads the prompts in a second, and writes one token per row in a tenth of a second."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -123,7 +123,7 @@ class TimedEngine:
             100,
             11,
             # more than the budget of 8 s: 13 tokens are timed (1.2 s for 2 of them), and the rest
-            # is told from these
+            # is extrapolated
         ),
     ],
 )

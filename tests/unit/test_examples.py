@@ -1,4 +1,4 @@
-"""The files of examples/: each plug-in does what it says, and a recipe uses all of them at once."""
+"""The files of examples/: each plug-in works as documented, and one recipe uses all of them."""
 
 import json
 from dataclasses import replace
@@ -147,7 +147,7 @@ def test_the_engine_says_what_the_policy_says_and_repeats_itself(make_policy):
 
 
 def test_a_recipe_runs_with_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(ROOT)  # the recipe names the files from there
+    monkeypatch.chdir(ROOT)  # the recipe's paths are relative to it
     smaller = [
         "model.scratch.hidden_size=16",
         "model.scratch.layers=1",

@@ -1,4 +1,4 @@
-"""An exported model is a folder of its own with a card; a run that is not ready is refused."""
+"""An exported model is a separate folder with a card; an unfinished run is rejected."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from reftune.runs.export import export_model, push_model
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A finished stage of a run, its weights a few bytes."""
+    """A finished stage of a run, whose weights are a few bytes."""
     run = tmp_path / "runs" / "tiny"
     stage = run / "stages" / "reft"
     (stage / "checkpoints" / "step-000004").mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path,
 
 
 class Hub:
-    """Stands in for the Hub: keeps what it was asked."""
+    """Stands in for the Hub, and records the requests."""
 
     asked: ClassVar[list[tuple]] = []
     refuses: Exception | None = None

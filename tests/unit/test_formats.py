@@ -1,4 +1,4 @@
-"""Prompts, targets and grades of the two formats. Numbers E… are those of the parity checks in
+"""Prompts, targets and grades of the two formats. Numbers E… refer to the parity checks in
 docs/deviations.md."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The written-out forward pass of Llama-like models against transformers' own."""
+"""Our forward pass of Llama-like models against transformers' own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LATER = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
 
 
 def prompts() -> tuple[Tensor, Tensor]:
-    """Padded on the left, and where there is no padding."""
+    """Prompts padded on the left, and the mask of real tokens."""
     longest = max(map(len, ROWS))
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ROWS])
     return torch.tensor([[0] * (longest - len(row)) + row for row in ROWS]), mask

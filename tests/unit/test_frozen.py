@@ -1,5 +1,5 @@
-"""What saves memory changes nothing else: a base in the compute dtype, in 4 bits, blocks that are
-computed again, optimizer state in 8 bits; each alone and in pairs."""
+"""Memory savers change nothing else: a base in the compute dtype or in 4 bits, recomputed blocks,
+optimizer state in 8 bits; each alone and in pairs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BF16 = torch.bfloat16
 
 
 def rounded(model: Any) -> Any:
-    """As a checkpoint in bf16 would be read into fp32."""
+    """The model with weights as read from a bf16 checkpoint into fp32."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(BF16).float())
@@ -38,7 +38,7 @@ def rounded(model: Any) -> Any:
 
 
 def moved(policy: Policy) -> Policy:
-    """With adapters that do something."""
+    """The policy with adapters that have an effect."""
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -207,7 +207,8 @@ def test_4_bits_take_a_third_of_bf16_and_are_decoded_in_place(make_model, tokeni
         sum(p.nbytes for name, p in policy.named_parameters() if "base_layer" in name)
         for policy in (wide, narrow)
     ]
-    # 4 bits of a weight beside 16, and the scale of every 64, 4 bytes, which is no parameter
+    # 4 bits per weight instead of 16, and 4 bytes of scale per 64 weights, which are not a
+    # parameter
     assert held[1] == held[0] / 4
     before = {n: p.detach().clone() for n, p in narrow.named_parameters()}
     (completion,) = Kv().generate(narrow, [[3, 4, 5]], SamplingParams(max_new_tokens=8, seed=1))
@@ -346,7 +347,7 @@ SAVERS: dict[str, dict[str, Any]] = {
 
 
 def metrics_of(make_trainer: Any, *savers: str) -> list[dict[str, float]]:
-    """Of two PPO steps."""
+    """The metrics of two PPO steps."""
     model: dict[str, Any] = {"scratch": {"hidden_size": 64}}
     optimizer: dict[str, Any] = {"learning_rate": 1e-3}
     for saver in savers:

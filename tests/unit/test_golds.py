@@ -1,4 +1,4 @@
-"""Golds as data spell them, with what a person reads in them. To add one, add a line to
+"""Gold answers as spelled in data, with a person's reading of them. To add one, add a line to
 gold_table.jsonl."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from reftune.types import Answer
 TABLE = Path(__file__).with_name("gold_table.jsonl")
 ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
 CASES = Path(os.environ.get("REFTUNE_CASES", ""), "golds.jsonl")
-"""Set REFTUNE_CASES to a folder with golds of public sets."""
+"""Gold answers of public datasets, in the folder that REFTUNE_CASES names."""
 
 
 def expected(row: dict[str, str]) -> Answer:
@@ -35,7 +35,8 @@ def expected(row: dict[str, str]) -> Answer:
 
 
 def agrees(read: Answer, row: dict[str, str]) -> bool:
-    """What is no number may be an expression or a list (test_answer_kinds.py)."""
+    """Whether a reading agrees with a row. A non-number may be an expression or a list
+    (test_answer_kinds.py)."""
     if row["kind"] == "number":
         return read == expected(row)
     value = row["value"].strip("[]") if read.kind == "list" else row["value"]

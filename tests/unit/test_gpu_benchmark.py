@@ -1,5 +1,5 @@
-"""benchmarks/gpu.py: every section on the CPU, little of each, and that a call goes on where the
-last one stopped."""
+"""benchmarks/gpu.py runs a little of every section on the CPU, and a call continues where the last
+one stopped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_fixed_cache_decodes_the_same_tokens_as_the_engine(gpu, setting):
     policy.stop = gpu.StopRule(ids=frozenset())
     with torch.no_grad():
         for matrix in (parameter for parameter in policy.parameters() if parameter.dim() > 1):
-            matrix.mul_(20)  # so that it minds where a token stands
+            matrix.mul_(20)  # so that positions matter
     asked = gpu.rows_of_one_length(policy, 3)
     params = gpu.SamplingParams(max_new_tokens=8, temperature=0)
     expected = [list(c.token_ids) for c in gpu.Kv(kind="kv").generate(policy, asked, params)]

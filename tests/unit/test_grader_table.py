@@ -1,4 +1,4 @@
-"""Completions of every kind with the verdicts that a person gave them. To add one, add a line to
+"""Completions of every kind, with a person's verdicts. To add one, add a line to
 grader_table.jsonl."""
 
 from __future__ import annotations

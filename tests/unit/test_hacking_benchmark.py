@@ -1,5 +1,5 @@
-"""benchmarks/hacking.py: shares and changes are means over seeds, and the signs are read from a
-run's own files."""
+"""benchmarks/hacking.py: shares and changes are means over seeds, and warning signs are read from a
+run's files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crash import run_all
 
 
 def outcomes(*shares: tuple[int, int]) -> list[dict[str, list[bool]]]:
-    """A seed a share: so many of so many."""
+    """Outcomes with one share per seed, given as (count, total)."""
     return [{"answers_c": [i < count for i in range(of)]} for count, of in shares]
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/headline.py: slices that stop, go on and end in a table."""
+"""benchmarks/headline.py works in slices that stop, continue and end in a table."""
 
 from __future__ import annotations
 

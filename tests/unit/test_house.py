@@ -1,5 +1,5 @@
-"""The package keeps its shape: few names at the top, imports in one direction, no cycle. Its width
-is ruff's to keep. `make house` prints the figures."""
+"""The package keeps its shape: few names at the top, imports in one direction, no cycle. Ruff
+checks its width. `make house` prints the figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 OPEN = ("formats", "rewards", "sandbox", "speed", "check")
-"""Folders inside a room whose files the page names too."""
+"""Folders inside a room whose files the design page names too."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_no_modules_import_each_other(house) -> None:
 
 
 def test_cycles_are_found(house) -> None:
-    # b → c → d → b is one; a leads into it, and e stands alone
+    # b → c → d → b is a cycle; a leads into it, and e stands alone
     graph = {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}, "e": set()}
     assert house.cycles(graph) == [{"b", "c", "d"}]
 

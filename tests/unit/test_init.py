@@ -1,4 +1,4 @@
-"""`reftune init`: from a file of questions to a recipe that `reftune check` lets pass."""
+"""`reftune init` turns a file of questions into a recipe that passes `reftune check`."""
 
 import csv
 import json

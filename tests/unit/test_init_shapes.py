@@ -1,4 +1,4 @@
-"""`reftune init` never writes a recipe that `reftune check` refuses, whatever rows look like."""
+"""`reftune init` never writes a recipe that fails `reftune check`, whatever the rows are like."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON lines that can be cut back."""
+"""JSON lines files, which can be cut back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: the reference is the model without them, and what is saved is a plain model."""
+"""Adapters: the reference is the model without them, and the saved model is a plain one."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_saved_model_is_merged_and_plain(make_policy, tmp_path, family):
     policy = with_trained_adapters(make_policy(family, lora=LORA))
     before = logprobs(policy)
     policy.save(tmp_path)
-    assert torch.equal(logprobs(policy), before) and policy.is_lora  # saving is only looking
+    assert torch.equal(logprobs(policy), before) and policy.is_lora  # saving changes nothing
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = torch.tensor([[3, 4, 5, 7, 8, 9]])
     with torch.no_grad():
@@ -116,9 +116,7 @@ def test_training_with_adapters_is_repeatable_and_goes_on_to_the_same_bits(make_
         if stop:
             with pytest.raises(KeyboardInterrupt), open_run(recipe, Stopping()) as run:
                 run.train("reft")
-        torch.manual_seed(
-            len(found)
-        )  # adapters must not take their start from whatever came before
+        torch.manual_seed(len(found))  # initial adapters must not depend on earlier random numbers
         with open_run(recipe, SilentProgress()) as run:
             run.train("reft")
         rows = JsonLines(recipe.folder / "metrics.jsonl").rows()

@@ -1,4 +1,4 @@
-"""Losses against hand numbers."""
+"""Losses against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASK = torch.tensor([[True, False, False], [True, True, True]])
 
 
 def ratios(*values: float) -> torch.Tensor:
-    """Log-probabilities whose ratio to old ones of 0 is as given."""
+    """Log-probabilities with the given ratios to old log-probabilities of 0."""
     return torch.tensor([values]).log()
 
 
@@ -60,7 +60,8 @@ def test_masked_mean_divides_by_the_true_entries():
 
 
 def test_policy_terms_are_clipped_where_the_step_would_go_too_far():
-    # A > 0: the gain stops at ratio 1 + ε; A < 0: it stops at 1 - ε; the other way it goes on
+    # A > 0: the gain stops at ratio 1 + ε; A < 0: it stops at 1 - ε; in the other direction it
+    # continues
     terms = ppo_policy_terms(
         ratios(2.0, 0.25, 2.0, 0.25),
         torch.zeros(1, 4),

@@ -1,4 +1,4 @@
-"""What training takes in memory: parts redone by hand, the trace against real tensors, the whole
+"""The memory of training: parts recomputed by hand, the trace against real tensors, the whole
 against real runs."""
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_held_parts_are_the_weights_times_their_copies(outline):
     for cost in (SFT, rl(reference=False)):
         assert memory_of(made, cost).held["reference"] == 0
     eighth = memory_of(made, replace(SFT, state_bits=8)).held["optimizer"]
-    # a byte a moment, and 4 for the scale of every 256
+    # one byte per moment, and 4 for the scale of every 256
     assert eighth == (2 + 8 / 256) * made.trained
 
 
@@ -109,7 +109,7 @@ def test_what_is_never_trained_is_counted_as_it_is_held(outline, make_model):
     made = outline(lora=LoraTable(rank=4), dtype="bfloat16")
     adapters = made.trained - 33
     assert made.weights == 2 * (inner + ends) + 4 * (vectors + adapters)
-    # of a model that is trained the reference's embeddings stay fp32: bf16 would round them
+    # the reference of a trained model keeps fp32 embeddings, which bf16 would round
     assert outline(dtype="bfloat16").reference == 2 * (inner + ends / 2) + 4 * (ends / 2 + vectors)
     quantized = outline(lora=LoraTable(rank=4), dtype="bfloat16", quantize="nf4")
     assert quantized.weights == (0.5 + 4 / 64) * inner + 2 * ends + 4 * (vectors + adapters)
@@ -143,11 +143,11 @@ def test_checkpointing_keeps_what_enters_a_block(make_model):
         return made.update(9, 7, batch)
 
     plain, saving = (update(64, gradient_checkpointing=flag) for flag in (False, True))
-    # 8 inputs of 64 · 16 tokens of 32 numbers, and what one block takes for a moment
+    # 8 inputs of 64 · 16 tokens of 32 numbers, and one block's temporary tensors
     kept = 8 * 64 * 16 * 32 * 4
     assert kept <= saving.kept and saving.kept + saving.momentary < plain.kept / 2
     assert saving.forward_flops == plain.forward_flops
-    # three passes' worth of products, and one more for what is computed again
+    # three passes' worth of products, and one more for the recomputation
     assert plain.flops / plain.forward_flops == pytest.approx(3, rel=0.05)
     assert saving.flops / saving.forward_flops == pytest.approx(4, rel=0.05)
 
@@ -234,7 +234,7 @@ def test_a_value_model_of_its_own_is_held_trained_and_passed_through(outline):
     assert separate.held["weights"] - shared.held["weights"] == 4 * backbone
     assert separate.held["optimizer"] - shared.held["optimizer"] == 8 * backbone
     assert separate.parts["gradients"] - shared.parts["gradients"] == 4 * backbone
-    # each keeps its own for the backward pass, which needs no more for a moment
+    # each keeps its own tensors for the backward pass, which needs no more temporary ones
     kept = made.update(9, 7, 3).kept
     assert separate.parts["activations"] - shared.parts["activations"] == kept > 0
 
@@ -254,7 +254,7 @@ def test_ddp_holds_all_and_fsdp2_a_part_but_whole_weights_to_sample_with(outline
     assert fsdp2.held == {name: size / 4 for name, size in one.held.items()}
     assert fsdp2.parts["gradients"] == one.parts["gradients"] / 4
     assert fsdp2.phases["save"]["gathered to save"] == 4 * made.total
-    # at the start weights and reference are whole; what is held then counts as part of them
+    # at the start weights and reference are whole; the parts held later count as part of them
     assert sum(fsdp2.held.values()) + fsdp2.phases["start"]["loading"] == pytest.approx(
         2 * 4 * made.total
     )
@@ -276,7 +276,7 @@ def test_split_weights_are_gathered_in_the_compute_dtype_and_merged_to_sample(
     cast_head = 2 * made.ends / 2 if dtype == "bfloat16" else 0
     copies = width * merged + cast_head
     assert phases["generate"]["engine's copy"] == pytest.approx(whole + copies, rel=0.01)
-    # and nothing of it stays: the outline is as it was
+    # nothing of it stays: the outline is unchanged
     assert made.weights == 4 * made.total and made.trained == made.total + 33
 
 

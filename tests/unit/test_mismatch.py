@@ -1,4 +1,4 @@
-"""Truncated importance sampling: samples of an engine that is not quite the policy."""
+"""Truncated importance sampling, for an engine that differs slightly from the policy."""
 
 from dataclasses import replace
 

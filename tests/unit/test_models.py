@@ -1,4 +1,4 @@
-"""Where weights come from, and what happens where they do not."""
+"""Loading weights from every source, and the errors if they cannot be loaded."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(
         monkeypatch.setattr(f"reftune.runs.run.{name}", counting(getattr(run_module, name)))
     recipe = make_recipe(evaluate={"samples": 0, "stages": None}, **changes)
     run_module.run_recipe(recipe, progress=SilentProgress())
-    # SFT from the base model leaves warmup and sft; PPO starts from warmup, which is handed on, and
-    # the probes of choices ask the model that was evaluated
+    # SFT from the base model leaves warmup and sft; PPO starts from warmup, which stays loaded, and
+    # the probes of choices use the evaluated model
     assert (recipe.folder / "eval" / "choices" / "reft.jsonl").exists() == bool(changes)
     assert read == ["base", "sft", "warmup", "reft"]

@@ -1,5 +1,5 @@
-"""The keys of `format: nl` for other languages and for models that run on, and the cases that show
-who needs them."""
+"""The keys of `format: nl` for other languages and for models with run-on text, and the cases that
+need them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reftune.terminal.score import score_lines
 from reftune.types import Answer, Problem, Verdict
 
 CASES = Path(os.environ.get("REFTUNE_CASES", ""), "nl.jsonl")
-"""Set REFTUNE_CASES to a folder with completions that people brought."""
+"""Completions from users, in the folder that REFTUNE_CASES names."""
 
 
 def number(value: str, rationale: str | None = None) -> Problem:
@@ -44,7 +44,7 @@ def test_a_phrase_of_ones_own_is_a_marker(phrase: str, completion: str) -> None:
     own = Nl(markers=(phrase,))
     assert verdict(own, completion, "7") is Verdict.CORRECT
     assert verdict(own, completion, "8") is Verdict.WRONG
-    assert verdict(own, "The answer is 7", "7") is Verdict.CORRECT  # English still is one
+    assert verdict(own, "The answer is 7", "7") is Verdict.CORRECT  # English is still read
 
 
 def test_an_empty_phrase_is_no_marker() -> None:
@@ -105,9 +105,9 @@ OTHER_WISHES: dict[str, dict[str, Any]] = {
     "n-zh-colon": {"markers": ("答案：",)},
     "n-de": {"markers": ("Die Antwort ist",)},
 }
-"""Cases that the default decides differently, and the key that reads them."""
+"""Cases that the default grades differently → the key that reads them."""
 NOT_READ = {"n-half": "numbers in words", "n-dollars-cents-ok": "compound quantities"}
-"""Cases that stay as docs/grading.md says."""
+"""Cases that are not read, as docs/grading.md states → the reason."""
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="REFTUNE_CASES names no folder with nl.jsonl")

@@ -1,5 +1,5 @@
-"""recipes/paper: the settings of the authors' code, the offline check of each recipe, and two steps
-of every stage."""
+"""recipes/paper has the settings of the authors' code; each recipe passes the offline check, and
+every stage runs two steps."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def family(name: str) -> str:
 
 
 def stage_set(name: str) -> tuple[Any, ...]:
-    """What tells apart the code that two recipes run."""
+    """The settings that determine the code that a recipe runs."""
     stages = load(name).stages.values()
     return tuple(
         (s.kind, getattr(getattr(s, "algorithm", None), "kind", ""), getattr(s, "value_model", ""))
@@ -190,7 +190,7 @@ def stage_set(name: str) -> tuple[Any, ...]:
 
 
 def distinct_runs() -> list[str]:
-    """A recipe for each pair of family and stages; families meet different tasks."""
+    """One recipe for each pair of family and stages, with different tasks for the families."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name in NAMES:
         groups.setdefault((family(name), stage_set(name)), []).append(name)
@@ -254,8 +254,8 @@ LONG = ("ablation-warmup-length", "galactica-6.7b-mathqa-mcq-program")
 
 
 def slow_if_long(name: str) -> Any:
-    """The default tests leave out long runs, and small models: their families are trained in the
-    parity tests, and their stages are those of the large ones."""
+    """Mark long runs as slow, and small models: the parity tests train their families, and their
+    stages are those of the large ones."""
     is_slow = family(name) in ("codegen", "gpt2") or name in LONG
     return pytest.param(name, marks=pytest.mark.slow) if is_slow else name
 

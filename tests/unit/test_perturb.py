@@ -1,4 +1,4 @@
-"""Changed gold solutions: what must be wrong is wrong to the robust grader, what must be right is
+"""The robust grader rejects gold solutions changed to be wrong, and accepts those changed to stay
 right."""
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_a_change_that_might_not_matter_is_not_made(gold, kinds):
     assert not found & {
         "another sign",
         "ten times",
-    }  # 0 is its own negative; 10^9 is too large to be put off
+    }  # 0 is its own negative; 10^9 is too large to be changed by 1
 
 
 def test_a_text_without_an_answer_gives_nothing():

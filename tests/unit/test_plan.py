@@ -1,4 +1,4 @@
-"""`reftune plan`: the cost model redone by hand, what it prints, and what it says of bad input."""
+"""`reftune plan`: the cost model recomputed by hand, its output, and its errors for bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reftune.terminal.cli import main
 ROOT = Path(__file__).parents[2]
 GPU = GPUS["h100"]
 FORWARD, FLOPS = 1.6e8, 5e8
-"""Operations of a sequence: forward, and forward and backward."""
+"""Operations per sequence of a forward pass, and of a forward and backward pass."""
 OUTLINE: Any = SimpleNamespace(
     total=1_000_000,
     trained=900_000,
@@ -63,7 +63,7 @@ def planner(
 
 
 def rl(**changes: Any) -> Cost:
-    """8 prompts, 4 samples each, scored by policy and reference, 2 updates."""
+    """The cost of 8 prompts with 4 samples each, scored by policy and reference, and 2 updates."""
     cost = Cost(steps=1, batch=32, updates=2, scored=2, sampled=32, prompts=8, looks=1)
     return replace(cost, **changes)
 

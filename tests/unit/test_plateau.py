@@ -1,4 +1,4 @@
-"""When a warm-up is finished."""
+"""The rule for when a warm-up is finished."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def history(*looks: int) -> History:
         ((0, 10, 10, 10, 10, 10, 10), False),  # has hardly begun
         ((0, 20, 20, 20, 20, 20, 20), True),
         ((0, 20, 40, 60, 80, 99), False),  # rises
-        ((0, 40, 60, 60, 61, 61), False),  # rose four looks ago
+        ((0, 40, 60, 60, 61, 61), False),  # rose four evaluations ago
         ((0, 40, 60, 60, 61, 61, 61), True),
         ((0, 70, 65, 72, 70, 71), True),
-        ((0, 80, 80), False),  # too few looks
+        ((0, 80, 80), False),  # too few evaluations
     ],
 )
 def test_dev_is_flat_once_it_has_risen_and_stopped(looks, flat):
@@ -60,7 +60,7 @@ def test_dev_is_flat_once_it_has_risen_and_stopped(looks, flat):
 
 @pytest.fixture
 def flat_from_look(monkeypatch):
-    """Dev accuracy rises until a look, then stays."""
+    """Makes dev accuracy rise until a given evaluation, and then stay."""
 
     def look(number: int) -> None:
         state = {"looks": 0}

@@ -1,5 +1,4 @@
-"""The policy: scores, modes, reference, files. That the scores are right is for tests/parity to
-show."""
+"""The policy: scores, modes, reference, files. tests/parity shows that the scores are right."""
 
 from __future__ import annotations
 
@@ -178,7 +177,7 @@ def test_a_saved_policy_comes_back_with_its_value_head(make_policy, batch, tmp_p
     policy.save(tmp_path / "model")
     assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == [
         "model.safetensors"
-    ]  # vLLM takes them all
+    ]  # vLLM loads all of them
     loaded = Policy(*load_pretrained(tmp_path / "model"))
     loaded.load_value_head(tmp_path / "model")
     expected, found = policy.score(batch), loaded.score(batch)

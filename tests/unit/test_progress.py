@@ -1,4 +1,4 @@
-"""What the three progress views write, read back from a string."""
+"""The output of the three progress views, read back from a string."""
 
 from io import StringIO
 
@@ -12,7 +12,7 @@ from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """A clock that only a test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""What the project's files say of each other is true."""
+"""The project's files agree with each other."""
 
 import re
 import tomllib
@@ -18,7 +18,7 @@ METRIC = re.compile(
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """Extra (or `core`) → what it asks for."""
+    """Extra (or `core`) → its requirements."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {"core": project["dependencies"], **project["optional-dependencies"]}
     return {name: [Requirement(line) for line in lines] for name, lines in groups.items()}

@@ -1,4 +1,4 @@
-"""Recipes are read, merged, overridden and refused. The plug-ins are a user's own file, so nothing
+"""Recipes are read, merged, overridden and rejected. The plug-ins are a user's own file, so nothing
 heavy is imported."""
 
 from pathlib import Path

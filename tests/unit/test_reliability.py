@@ -1,4 +1,4 @@
-"""docs/reliability.md promises only what a test keeps."""
+"""A test keeps every promise of docs/reliability.md."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""benchmarks/reproduce.py: the page is a function of the tables, and says of each finding whether
-it holds."""
+"""benchmarks/reproduce.py: the page is a function of the tables, and states whether each finding
+holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reftune.runs.run import check_stage_graph
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo"
 SAMPLED = {"comparison": 11_776, "comparison-nl": 5_632, "modern": 11_264, "tuned": 11_264}
-"""Solutions that every RL stage samples, those that fit the value head among them."""
+"""Recipe → solutions that every RL stage samples, including those that fit the value head."""
 
 
 @pytest.fixture(scope="module")

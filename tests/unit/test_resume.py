@@ -1,5 +1,5 @@
-"""A run that was stopped, killed or damaged and started again ends with the bits of one that was
-not."""
+"""A run that was stopped, killed or damaged, and restarted, ends with the same bits as an
+undisturbed run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Stopping(Noting):
 
 @pytest.fixture(scope="module")
 def kept() -> dict[str, Any]:
-    """The outcome of the run that nobody stopped, made once."""
+    """The outcome of the undisturbed run, made once."""
     return {}
 
 
@@ -66,7 +66,7 @@ def straight(kept: dict[str, Any], make_recipe: MakeRecipe, tmp_path: Path) -> d
 
 
 def test_the_run_that_is_compared_with_has_everything(straight):
-    # otherwise the tests below would show less than they say
+    # otherwise the tests below would show less than they claim
     assert {
         "stages/warmup/model.safetensors",
         "stages/sft/model.safetensors",
@@ -175,7 +175,7 @@ def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(
 
 
 def run_in_child(recipe: Recipe) -> int:
-    """A process of its own that runs the recipe; forked, as a fresh interpreter would spend its
+    """Run the recipe in a process of its own, forked because a fresh interpreter would spend its
     time on imports."""
     child = os.fork()
     if child == 0:
@@ -289,7 +289,7 @@ def test_a_run_has_the_threads_of_its_recipe_and_leaves_them_as_they_were(make_r
 
 @pytest.mark.parametrize("wanted", ["unsaid", "as they are"])
 def test_threads_that_are_right_already_are_not_set_again(make_recipe, monkeypatch, wanted):
-    # setting their number, also to what it is, makes decoding a quarter slower
+    # setting the number of threads, even to the same, makes decoding a quarter slower
     recipe = make_recipe(threads=None if wanted == "unsaid" else torch.get_num_threads())
     monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail(f"set to {number}"))
     with open_run(recipe, SilentProgress()):

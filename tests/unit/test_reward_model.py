@@ -1,5 +1,5 @@
-"""The reranker: what it reads, that it learns, what is chosen with it, the stage, scores in
-evaluation files."""
+"""The reranker: its input, its learning, its choices, the stage, and the scores in evaluation
+files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WORDS = [f"w{letter}" for letter in "abcdefghijklmnopqrst"]
 
 
 class Spelled:
-    """The prompt as it stands in the problem."""
+    """Uses the prompt as it stands in the problem."""
 
     def prompt(self, problem: Problem) -> str:
         return problem.question
@@ -101,7 +101,7 @@ def samples(id: str, texts: list[str], verdicts: dict[str, Verdict]) -> Samples:
 
 
 def planted(count: int, *, seed: int) -> list[Solution]:
-    """Solutions of six words that are correct where `wa` is among the first five."""
+    """Solutions of six words that are correct if `wa` is among the first five."""
     rng = random.Random(seed)
     found = []
     for i in range(count):

@@ -1,4 +1,4 @@
-"""What a rollout is paid."""
+"""The rewards of rollouts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def graded(verdict: Verdict, value: str | None = None) -> Graded:
 
 
 def paid(reward: Reward, *problems: Problem) -> list[float | None]:
-    """Rewards of one completion a problem, "text ID", all graded WRONG."""
+    """Rewards of one completion per problem, "text ID", all graded WRONG."""
     completions = [completion(f"text {each.id}") for each in problems]
     return reward(problems, completions, [graded(Verdict.WRONG, "4")] * len(problems))
 

@@ -1,5 +1,4 @@
-"""Programs in the sandbox: values, limits, refusals, and that none of it reaches the next
-program."""
+"""Programs in the sandbox: values, limits, refusals, and isolation from the next program."""
 
 from __future__ import annotations
 
@@ -113,8 +112,7 @@ def test_hostile_programs_end_within_their_limits(source: str, status: Execution
 
 
 def test_a_power_that_passes_the_clock_late_is_stopped() -> None:
-    # which limit it meets first, time, memory or the length of a number, depends on the machine's
-    # speed
+    # the machine's speed decides which limit it meets first: time, memory or the length of a number
     with Sandbox(SandboxLimits(timeout_s=0.3, memory_mib=16), workers=1) as sandbox:
         results = sandbox.run([returned("10 ** 10000000"), returned("5")])
     assert results[0].status is not OK
@@ -330,7 +328,7 @@ def workers_of(parent: int) -> list[int]:
         pytest.skip("the system does not list its processes in /proc")
     found = []
     for stat in processes.glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it may end while we look
+        with contextlib.suppress(OSError):  # it may end meanwhile
             name, _, rest = stat.read_text().partition(") ")
             state, ppid = rest.split()[:2]
             if "(monty" in name and state != "Z" and int(ppid) == parent:
@@ -532,7 +530,7 @@ LACKING = {
 def test_what_monty_lacks_is_named_and_runs_in_the_subprocess(
     sandbox: Sandbox, auto: Sandbox, name: str
 ) -> None:
-    # each also stands in docs/sandbox.md: a new monty that can do it should be said there
+    # docs/sandbox.md lists each too, and should change when a new monty supports one
     assert gap(sandbox.run([LACKING[name]])[0]) == name.strip("'")
     assert auto.run([LACKING[name]])[0].value == 5
 
@@ -576,7 +574,7 @@ def test_where_nothing_can_be_isolated_auto_is_monty_and_says_so(
 
 
 def child_without(tmp_path: Path, changes: dict[str, str]) -> Path:
-    """The sandbox's child on a system that lacks something."""
+    """The sandbox's child process on a system that lacks a protection."""
     source = sandbox_subprocess.CHILD.read_text(encoding="utf-8")
     for there, gone in changes.items():
         assert there in source

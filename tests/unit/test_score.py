@@ -1,4 +1,4 @@
-"""Files of completions → lines of verdicts."""
+"""Files of completions become lines of verdicts."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def test_a_seed_is_a_function_of_its_parts():
 
 
 def test_seeds_stay_what_they_were():
-    # another value here would make every published run unrepeatable
+    # another value would make every published run unrepeatable
     assert derive_seed(0, "reft", "rollout", 1) == 1965966637374111712
     assert int(generator(0, "x").integers(1000)) == 920
 

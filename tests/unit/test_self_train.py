@@ -1,5 +1,4 @@
-"""Offline self-training: joining samples and gold, sampling that goes on where it stopped, the
-stage."""
+"""Offline self-training: joining samples and gold solutions, resumed sampling, and the stage."""
 
 from __future__ import annotations
 
@@ -85,7 +84,7 @@ def make_stage_recipe(make_recipe: Callable[..., Recipe]) -> Callable[..., Recip
 def context(
     make_stage_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> StageContext:
-    """What the stage is given, before it has done anything."""
+    """The stage's context, before its first step."""
     contexts: list[StageContext] = []
     recipe = make_stage_recipe()
     with monkeypatch.context() as patch, open_run(recipe, SilentProgress()) as run:
@@ -98,14 +97,14 @@ def test_solutions_that_spell_one_answer_in_two_ways_are_one() -> None:
     half = "Half of one."
     texts = [f"{half}\nThe answer is 1/2", f"{half} The answer is 0.5.", "Two.\nThe answer is 1/2"]
     assert distinct(texts) == [texts[0], texts[2]]
-    # nothing but the answer, and a program, are compared as a whole
+    # a solution of only the answer, and a program, are compared as a whole
     assert len(distinct(["The answer is 1/2", "The answer is 0.5"])) == 2
     programs = [f"x = 1\n# the answer is below\nreturn {n}" for n in (1, 2)]
     assert distinct(programs) == programs
 
 
 def draw(context: StageContext, problems: Sequence[Problem], path: Path) -> list[Samples]:
-    """Two samples of each by the base model."""
+    """Two samples of each problem by the base model."""
     stage = context.stage
     assert isinstance(stage, SelfTrain)
     return stage.draw(context, problems, path, num=2)

@@ -1,5 +1,5 @@
-"""The served model is the trained one: on a tiny model of each family, SFT → ReFT → export, and
-plain transformers writes what was evaluated, token for token."""
+"""The served model is the trained one: after SFT, ReFT and export of a tiny model of each family,
+plain transformers writes the evaluated answers token for token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ids_of(run: Path, method: str = "reft") -> list[tuple[int, ...]]:
 
 
 def asked(run: Path, tokenizer) -> list[tuple[list[int], str | list[dict[str, str]]]]:
-    """Prompt ids as in training, and what a client hands over."""
+    """Prompt ids as in training, and the prompt that a client sends."""
     recipe = parse_recipe(yaml.safe_load((run / "recipe.yaml").read_text()))
     encoder, prompts = Encoder(tokenizer, recipe.format), []
     for problem in load_splits(recipe).test:
@@ -58,14 +58,15 @@ def load(folder: Path):
 
 
 def encoded(tokenizer, told) -> list[int]:
-    """As a client that knows nothing of reftune."""
+    """The ids that a client encodes without knowing reftune."""
     if isinstance(told, str):
         return tokenizer(str(told))["input_ids"]
     return tokenizer.apply_chat_template(told, add_generation_prompt=True)["input_ids"]
 
 
 def generated(model, tokenizer, ids: list[int], stop: list[str] | None = None) -> tuple[int, ...]:
-    """By the export's own generation config, and stop texts, which a client must know."""
+    """Tokens generated with the export's generation config, and with stop strings, which a client
+    must know."""
     out = model.generate(torch.tensor([ids]), tokenizer=tokenizer, stop_strings=stop or None)
     return tuple(out[0, len(ids) :].tolist())
 
@@ -136,8 +137,8 @@ def test_the_card_s_python_call_works_and_its_request_is_the_prompt(
 
 
 def test_an_export_stops_where_training_did_whatever_the_base_s_config_says(tmp_path):
-    # the config's eos is <|endoftext|>, the tokenizer's <|im_end|>, and the generation config knows
-    # of neither: it samples with a repetition penalty
+    # the config's eos is <|endoftext|>, the tokenizer's <|im_end|>, and the generation config has
+    # neither: it samples with a repetition penalty
     base = save_model("qwen2.5", tmp_path / "base", config_eos=0)
     path = base / "generation_config.json"
     path.write_text(json.dumps({"repetition_penalty": 2.0, "do_sample": True, "eos_token_id": [1]}))
@@ -179,7 +180,7 @@ def test_full_training_of_a_bf16_base_is_kept_in_fp32(tmp_path):
 
 
 def printed_by_the_card(out: Path, monkeypatch, capsys) -> str:
-    """What its Python call prints, run in the folder."""
+    """The output of the card's Python code, run in the folder."""
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(out)
     capsys.readouterr()
@@ -221,7 +222,7 @@ def test_adapters_alone_write_on_their_base_what_was_evaluated(
     told = asked(run, tokenizer)
     assert [encoded(tokenizer, text) for _, text in told] == [ids for ids, _ in told]
     assert [generated(model, tokenizer, ids) for ids, _ in told] == ids_of(run, method)
-    with torch.no_grad():  # and the adapters do something
+    with torch.no_grad():  # so that the adapters have an effect
         ids = torch.tensor([told[0][0]])
         adapted = model(ids).logits
         with model.disable_adapter():

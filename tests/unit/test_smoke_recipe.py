@@ -1,5 +1,5 @@
-"""recipes/demo/smoke.yaml, made smaller still: every stage, every method, votes and reranking, and
-the files they leave."""
+"""An even smaller recipes/demo/smoke.yaml: every stage, every method, votes and reranking, and
+their files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALLER = [
         for method in RL
         for key in ("steps=1", "prompts=4", "eval_every=1")
     ),
-    # so few samples may all earn the same
+    # so few samples may all earn the same reward
     "stages.reft_modern.algorithm.drop_constant_groups=false",
     "stages.reward_model.samples=3",
     "stages.reward_model.dev_samples=2",
@@ -154,7 +154,7 @@ def test_every_stage_logs_its_metrics(finished):
     expected = {
         "sft": {"loss/sft"},
         "offline_st": {"loss/sft", "compute/sampled_tokens"},
-        # without a correct sample online self-training has no sampled token to measure
+        # without a correct sample, online self-training has no sampled token to measure
         "online_st": (sampled - {"policy/entropy"} | {"policy/gold_nll", "policy/positive_nll"}),
         "reft": sampled | clipped | values | {"kl/reference"},
         "reft_modern": sampled | clipped | values | {"kl/reference", "policy/positive_nll"},

@@ -42,7 +42,7 @@ def test_a_bf16_policy_attends_in_fp32_and_nothing_else_does(make_policy, batch,
     with policy.arithmetic():
         assert (
             policy.model(input_ids=batch.tokens).logits.dtype == torch.bfloat16
-        )  # the products are in bf16 still
+        )  # the products are still in bf16
 
 
 NO_BF16 = pytest.mark.skipif(
@@ -109,7 +109,7 @@ CALM = {"optimizer": {"learning_rate": 0.003}}
 
 
 def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do as if the folder were deleted, in the way that its docstring says."""
+    """Act as if the folder were deleted, in the way that its docstring describes."""
 
     def deleted(*args: object, **options: object) -> None:
         raise AssertionError("the folder was to be switched off")
@@ -127,7 +127,7 @@ def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Metrics of a whole run, and the weights that it chose last."""
+    """The metrics of a whole run, and its last chosen weights."""
     with open_run(recipe, SilentProgress()) as run:
         for name in recipe.stages:
             run.train(name)

@@ -1,5 +1,5 @@
-"""A new run may start from a stage folder of an earlier one or from adapters, and a stage may be
-given more steps."""
+"""A new run may start from an earlier run's stage folder or from adapters, and a stage may get more
+steps."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 12}}}
 
 @pytest.fixture
 def adapters(make_recipe, tmp_path):
-    """Those of two stages, the second on top of the first, in PEFT's format."""
+    """The adapters of two stages, the second on top of the first, in PEFT's format."""
     with open_run(make_recipe(**LORA, run_dir=str(tmp_path / "first")), SilentProgress()) as run:
         run.train("sft")
         run.train("reft")
@@ -116,7 +116,7 @@ def test_over_a_base_in_4_bits_the_adapters_of_a_folder_are_trained_on(
         run.evaluate("reft")
     steps = JsonLines(recipe.folder / "metrics.jsonl").rows()
     first = next(row for row in steps if row["step"] == 1)
-    assert abs(first["kl/reference"]) < 1e-4  # the reference has the adapters of the folder as well
+    assert abs(first["kl/reference"]) < 1e-4  # the reference also has the folder's adapters
     trained = export_model(tmp_path / "second", "reft", tmp_path / "trained", adapter=True)
     found = load_file(trained / "adapter_model.safetensors")
     assert {name: t.shape for name, t in found.items()} == {n: t.shape for n, t in given.items()}
@@ -190,7 +190,7 @@ def test_check_says_whether_the_stage_that_rl_starts_from_was_finished(
         step = json.loads(run.folder.stage("sft").info.read_text())["chosen_step"]
         look = {"dev/rise": rise, "dev/rise_margin": 0.06}
         JsonLines(run.folder.metrics).append({"stage": "sft", "step": step, "time": 0, **look})
-    monkeypatch.chdir(tmp_path)  # a relative folder names the stage as well
+    monkeypatch.chdir(tmp_path)  # a relative path names the stage too
     second = first if is_own else start(make_recipe, "first/stages/sft", run_dir="second")
     (found,) = (each for each in check_recipe(second).findings if each.name == "accuracy")
     assert "RL needs about 20%" in found.message
@@ -203,7 +203,7 @@ def test_check_says_whether_the_stage_that_rl_starts_from_was_finished(
 def test_a_finished_stage_with_more_steps_goes_on_to_the_bits_of_a_longer_one(
     make_recipe, tmp_path
 ):
-    # the rate is constant and dev is looked at after steps 2, 4, 6 in both
+    # both have a constant rate and dev evaluations after steps 2, 4, 6
     short = {"run_dir": str(tmp_path / "run"), "stages": {"reft": {"save_every_s": 1000}}}
     run_all(make_recipe(**short))
     longer = make_recipe(**{**short, "stages": {"reft": {"save_every_s": 1000, "steps": 6}}})

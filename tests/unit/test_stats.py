@@ -89,7 +89,8 @@ def test_a_bootstrap_is_a_function_of_its_generator() -> None:
 
 
 def test_crossed_bootstrap_is_wider_where_problems_are_shared() -> None:
-    # four seeds with the same outcomes tell no more than one: the interval must not shrink by √4
+    # four seeds with the same outcomes carry no more information than one: the interval must not
+    # shrink by √4
     row = np.repeat([1.0, 0.0], [50, 50])
     one = stats.crossed_bootstrap(row[None], generator=generator())
     four = stats.crossed_bootstrap(np.tile(row, (4, 1)), generator=generator())
@@ -136,8 +137,8 @@ def test_seed_comparison_averages_paired_differences() -> None:
 
 
 def test_seed_comparison_knows_whether_problems_are_shared() -> None:
-    # four seeds with one pattern of wins and losses: shared problems say as much as one seed, own
-    # ones four times as much
+    # four seeds with one pattern of wins and losses: shared problems carry as much information as
+    # one seed, separate ones four times as much
     a, b = [np.repeat([1, 0, 1], [30, 20, 50])] * 4, [np.repeat([0, 1, 1], [30, 20, 50])] * 4
     widths = []
     for same_problems in (True, False):

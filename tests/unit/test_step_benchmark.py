@@ -1,4 +1,4 @@
-"""The step benchmark's arithmetic; that it runs is shown by `make bench`."""
+"""The step benchmark's arithmetic; `make bench` shows that it runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_floor_of_decoding_counts_the_rows_that_are_left(step):
     # without bandwidth limits a step costs its rows' products: 2 rows, then 1
     floor = step.decode_floor([1, 2], [0, 0], peak=1.0, bytes_s=float("inf"), weight_bytes=2)
     assert floor == 2 * weights * (2 + 1)
-    # with products for nothing every step reads the weights once
+    # with free products, every step reads the weights once
     assert (
         step.decode_floor([1, 2], [0, 0], peak=float("inf"), bytes_s=1.0, weight_bytes=2)
         == 2 * weights * 2

@@ -1,4 +1,4 @@
-"""One prompt that is too long: the run is refused, or goes on without it."""
+"""With one prompt that is too long, the run is rejected or continues without it."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ class Notes(SilentProgress):
 
 @pytest.fixture
 def tables(tmp_path: Path):
-    """Train, dev and test, each with one question that is too long."""
+    """Train, dev and test files, each with one question that is too long."""
     for split, first in (("train", 0), ("dev", 20), ("test", 40)):
         with (tmp_path / f"{split}.csv").open("w", newline="") as file:
             writer = csv.writer(file)

@@ -1,4 +1,4 @@
-"""Metrics in other people's tools, offline. A tool that is not installed is skipped."""
+"""Metrics in other tools, offline. A tool that is not installed is skipped."""
 
 import math
 import sys

@@ -1,5 +1,5 @@
-"""What training stages share: learning rate, optimizer, the step that refuses non-finite numbers,
-the loop, examples."""
+"""The parts that training stages share: learning rate, optimizer, the step that rejects non-finite
+numbers, the loop, examples."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_step_tells_the_norm_before_clipping_and_clears_the_gradient(make_poli
     norm = optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
     assert norm == pytest.approx(2 * math.sqrt(count), rel=1e-5)
     assert all(p.grad is None for p in policy.parameters())
-    # Adam's first moment shows what it was given: .1 · 2 / norm
+    # Adam's first moment shows its gradient: .1 · 2 / norm
     moment = optimizer.state[policy.value_head.weight]["exp_avg"]
     assert_close(moment, torch.full_like(moment, 0.1 * 2 / norm))
 
@@ -184,7 +184,7 @@ def problem(i: int, rationale: str | None) -> Problem:
 
 
 class Spelled:
-    """Prompt and target as they stand in the problem."""
+    """Uses prompt and target as they stand in the problem."""
 
     def prompt(self, problem: Problem) -> str:
         return " ".join(problem.question)
@@ -229,7 +229,7 @@ def test_a_snapshot_that_the_run_never_passes_is_refused():
 
 @dataclasses.dataclass
 class FakeEngine:
-    """Says one word to every prompt but the last `missing`."""
+    """Answers every prompt but the last `missing` with one word."""
 
     missing: int = 0
 
@@ -354,7 +354,7 @@ def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equal
     with open_run(recipe, Watching()) as run:
         run.train("sft")
     document = json.loads((recipe.folder / "stages" / "sft" / "stage.json").read_text())
-    # 24 examples, 6 a step, 4 steps an epoch, one look an epoch
+    # 24 examples, 6 per step, 4 steps per epoch, one dev evaluation per epoch
     assert (document["chosen_step"], document["dev_accuracy"], document["looks"]) == (8, 0.5, 4)
     rows = [row for row in rows_of(recipe) if "dev/accuracy" in row]
     assert [row["step"] for row in rows] == [4, 8, 12, 16]
@@ -365,7 +365,7 @@ def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equal
             recipe.folder / "stages" / "sft" / "checkpoints" / "best" / "model.safetensors"
         ).read_bytes()
     )
-    assert chosen == seen[12] != seen[8]  # seen[n] is the best model before look n
+    assert chosen == seen[12] != seen[8]  # seen[n] is the best model before evaluation n
 
 
 def run_weights(recipe) -> bytes | None:

@@ -1,4 +1,4 @@
-"""The table of `make trust` counts what the suites say."""
+"""The table of `make trust` counts the suites' results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def report(tmp_path: Path) -> Path:
 
 
 def test_cases_are_what_a_test_says_and_else_one(report: Path) -> None:
-    # tried 200 + 50 + three tests of one case each; lost 3 + 1 + 1; the skipped test tried nothing
+    # tried 200 + 50 + three tests of one case each; lost 3 + 1 + 1; the skipped test counts for
+    # none
     counted = trust.count("hostile", report, seconds=2.0)
     assert (counted.tried, counted.survived, counted.lost, counted.skipped) == (253, 248, 5, 1)
     assert trust.table([counted]).splitlines()[-1] == "| hostile | 253 | 248 | 5 | 1 | 2 |"

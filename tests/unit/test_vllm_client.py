@@ -1,5 +1,4 @@
-"""The vLLM engine against a server of our own making: what it asks for, and what it says when
-something is wrong.
+"""The vLLM engine against a fake server: its requests, and its errors.
 
 The real engine is tested by `make test-vllm`.
 """
@@ -42,7 +41,7 @@ def sampled(completions):
 
 
 def expected(policy, prompts, params, first=0):
-    """What the stub answers to a request of each prompt alone."""
+    """The stub's answers to separate requests for each prompt."""
     found = []
     for position, prompt in enumerate(prompts, first):
         (choice,) = choices({"prompt": prompt, **request(policy, params, position)})
@@ -139,7 +138,7 @@ def test_each_call_hands_over_the_weights_as_they_are_before_it_samples(server, 
         given = server.weights[-1]
         assert torch.equal(given["lm_head.weight"], policy.model.lm_head.weight)
         size = sum(tensor.nbytes for tensor in given.values())
-        assert size < traffic["sync_bytes"] < size + 20_000  # the config beside it
+        assert size < traffic["sync_bytes"] < size + 20_000  # plus the config
     assert [path for path, _ in server.asked] == [
         "/collective_rpc",
         "/reset_prefix_cache",
@@ -181,7 +180,7 @@ def test_with_lora_the_base_goes_once_and_then_the_adapter_alone(
         "/v1/completions",
     ]
     names = [body["lora_name"] for body in server.requests("/v1/load_lora_adapter")]
-    assert len(set(names)) == 2  # what vLLM caches goes by the name
+    assert len(set(names)) == 2  # vLLM caches by name
     assert [body["model"] for body in server.requests("/v1/completions")] == names
 
 
@@ -189,7 +188,7 @@ def test_another_policy_or_a_server_that_was_started_again_is_given_the_base(ser
     first, second, own = (*(make_policy(lora=LoraTable(rank=2)) for _ in range(2)), engine(server))
     for policy, forget, bases in ((first, 0, 1), (second, 0, 2), (second, 1, 3), (second, 0, 3)):
         if forget:
-            server.adapters.clear()  # as of a server that was killed and started
+            server.adapters.clear()  # as on a server that was killed and restarted
         traffic.clear()
         own.generate(policy, PROMPTS[:1], params())
         assert len(server.requests("/collective_rpc")) == bases
@@ -314,6 +313,6 @@ def test_a_server_that_dies_in_a_step_costs_nothing_but_a_line(server, make_reci
     ):
         run(tmp_path / "killed")
     (checkpoint, *_) = sorted((tmp_path / "killed/stages/reft/checkpoints").glob("step-*"))[::-1]
-    assert checkpoint.name != "step-000000"  # what was done before it died is kept
+    assert checkpoint.name != "step-000000"  # the steps before its death are kept
     server.dies_at = None
     assert_same_outcome(run(tmp_path / "killed"), straight)

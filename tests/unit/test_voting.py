@@ -114,7 +114,7 @@ def test_rerank_takes_the_first_of_equal_scores() -> None:
 
 
 def test_rerank_scores_a_repeated_text_once() -> None:
-    # the second "x" must not lift it over "y"
+    # the second "x" must not raise it above "y"
     assert winner_value(rerank(votes(4, 5, 4), ["x", "y", "x"], [0.1, 0.5, 0.9])) == "5"
 
 

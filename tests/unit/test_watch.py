@@ -15,7 +15,7 @@ RECIPE = "name: x\nstages:\n  sft: {kind: sft, epochs: 4}\n  reft: {kind: rl, st
 
 
 class Told:
-    """A view that keeps what it was told."""
+    """A view that records its events."""
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
@@ -49,8 +49,8 @@ def sft(step: int, **more: float) -> dict:
 
 
 def test_a_finished_run_is_told_from_its_files(run: Path):
-    # epochs: 4 and a row at step 5 = epoch 1 say that there are 20 steps; the look at step 0 tells
-    # no total
+    # epochs: 4 and a row at step 5 = epoch 1 imply 20 steps; the dev evaluation at step 0 states no
+    # total
     first = {"stage": "sft", "step": 0, "time": 99.0, "dev/accuracy": 0.0}
     write(
         run / "metrics.jsonl",

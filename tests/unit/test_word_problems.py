@@ -37,8 +37,8 @@ def run(program: str) -> int:
 
 
 def read(question: str) -> int:
-    """Solves a question from its words alone, by other means than the generator's graph: plain
-    running totals."""
+    """Solve a question from its words alone with running totals, independently of the generator's
+    graph."""
     holdings: dict[tuple[str, str], int] = {}
     coins = 0
     has = re.compile(r"(\w+) has (\d+) (\w+)\.")
@@ -92,7 +92,7 @@ def test_a_reader_of_the_words_and_the_program_both_reach_the_gold_answer(
 
 def test_a_seed_draws_the_same_words_for_good():
     # results are quoted by seed: a change of the draw makes every published number stale, and must
-    # be meant
+    # be intended
     problem = word_problems().load(seed=0).test[4]
     assert (
         problem.question

@@ -1,4 +1,4 @@
-"""A run folder as a trainer would leave it, made up: plausible curves, samples and evaluations in
+"""A fake run folder as a trainer would leave it, with plausible curves, samples and evaluations, in
 milliseconds."""
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def write_fake_run(
     evaluated: Iterable[str] | None = None,
     problem_seed: int = 0,
 ) -> Path:
-    """`evaluated` (default: all) are the methods whose evaluation is there; problems depend on
-    `problem_seed` only."""
+    """Write a fake run folder. `evaluated` (default: all) are the methods with an evaluation;
+    problems depend only on `problem_seed`."""
     methods = list(methods)
     rng = np.random.default_rng(seed + 1)
     problems = [
@@ -314,7 +314,7 @@ def _training_samples(
     problems: list[dict[str, Any]], steps: int, rng: np.random.Generator
 ) -> Iterable[dict[str, Any]]:
     for step in range(1, steps + 1):
-        for index in {0, 1, int(rng.integers(len(problems)))}:  # two problems come again every step
+        for index in {0, 1, int(rng.integers(len(problems)))}:  # two problems recur in every step
             problem = problems[index % len(problems)]
             attempt = _attempt(problem, 1.5 * step / steps, rng)
             tokens = [*re.findall(r"\s*\S+", attempt["completion"]), "<eos>"]

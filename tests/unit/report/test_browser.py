@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, filters, and says nothing on the console. Skipped where no
+"""The page in a real browser: it draws, filters, and leaves the console empty. Skipped if no
 Chromium is found."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ const isDrawn = () => all("[data-chart]").every((figure) => figure.querySelector
 })(40);
 </script>"""
 STARTS = 5
-"""Of the browser, at most. Its clock is virtual: on a busy machine it may end before the page is
+"""Most starts of the browser. Its clock is virtual: on a busy machine it may end before the page is
 drawn."""
 
 
@@ -70,8 +70,8 @@ def browser() -> str:
 
 
 def run_in(page: Path, script: str, profile: Path) -> dict[str, Any]:
-    """Open the page, run `script` in it once it has drawn, and return what it put into `out`, and
-    all faults."""
+    """Open the page, run `script` in it once it has drawn, and return the values that it put into
+    `out`, and all faults."""
     text = page.read_text(encoding="utf-8").replace("<head>", f"<head>{LISTEN}", 1)
     driven = page.with_name("driven.html")
     driven.write_text(text.replace("</body>", f"{REPORT % script}</body>"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is drawn, before it is drawn."""
+"""The data of the charts, before they are drawn."""
 
 from __future__ import annotations
 
@@ -69,11 +69,12 @@ def test_a_stage_is_drawn_from_where_it_started(write_run: WriteRun) -> None:
     warmup, sft, reft = chart.series
     assert warmup.x == [100, 200, 300]
     assert warmup.mark == 1
-    # sft starts at the chosen warm-up model: 200 passes, .4, and looks 50 and 100 passes later
+    # sft starts at the chosen warm-up model: 200 passes, .4; dev evaluations 50 and 100 passes
+    # later
     assert sft.x == [200, 250, 300]
     assert sft.y == [0.4, 0.5, 0.45]
     assert sft.mark == 1
-    # reft looked at step 0 itself
+    # reft has its own dev evaluation at step 0
     assert reft.x == [200, 280]
     assert reft.mark == 1
     assert sft.low is not None
@@ -150,7 +151,7 @@ def test_equal_compute_stops_at_what_both_have_had(write_run: WriteRun) -> None:
     assert chart is not None
     found = equal_compute(chart, "ReFT", "SFT")
     assert found is not None
-    # 20 passes is what both have had; the .9 of reft came later
+    # both have had 20 passes; the .9 of reft came later
     assert (found.best_a, found.best_b) == (0.4, 0.3)
     assert equal_compute(chart, "ReFT", "nobody") is None
 

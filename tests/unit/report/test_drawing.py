@@ -1,4 +1,4 @@
-"""The drawn charts: where marks stand, what text says."""
+"""The drawn charts: positions of marks, and texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page holds everything, and nothing that a model wrote can act in it."""
+"""The page is complete, and no text of a model can act in it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_answer_is_in_the_page_without_any_script(write_run: WriteRun) -> No
 def test_the_curves_are_in_the_page_without_any_script(write_run: WriteRun) -> None:
     page = page_of(write_run(num_samples=3))
     drawn = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawn) == 1 + len(data_of(page)["charts"])  # the first is there at two sizes
+    assert len(drawn) == 1 + len(data_of(page)["charts"])  # the first is drawn at two sizes
     assert all('class="line"' in svg or 'class="layer"' in svg for svg in drawn)
     assert "Accuracy on dev problems, by training effort. Warm-up from" in drawn[0]
 

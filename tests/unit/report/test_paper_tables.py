@@ -1,5 +1,5 @@
-"""The paper's layout: a column a task, a row a model and method, its numbers beside ours where they
-are of one experiment."""
+"""The paper's layout: one column per task, one row per model and method, and its numbers beside
+ours if the experiment is the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders are read whole, or refused in one line."""
+"""Run folders are read whole, or rejected in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores and comparisons from files whose counts a reader can redo."""
+"""Scores and comparisons from files whose counts a reader can recompute."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ WriteRun = Callable[..., Path]
 def answer(
     folder: Path, method: str, right: Sequence[int], samples: Sequence[Sequence[object]] = ()
 ) -> None:
-    """Write an evaluation: problem i is solved where right[i]; samples are values, of which 1 is
-    the right one."""
+    """Write an evaluation: problem i is solved if right[i]; samples are values, of which 1 is
+    right."""
     rows = []
     for index, solved in enumerate(right):
         drawn = [_attempt(value, value == 1) for value in samples[index]] if samples else []
@@ -160,7 +160,7 @@ def test_in_the_papers_grading_only_single_letters_vote_on_choices(
         yaml.safe_dump({**recipe, "format": {"kind": "program", "grading": grading}})
     )
     # two crashes, which the authors' rules call the answer "none", against one right letter;
-    # reranking likes a crash best
+    # reranking prefers a crash
     samples = [
         {**_attempt(value, value == "c"), "score": score}
         for value, score in [("none", 0.9), ("none", 0.5), ("c", 0.1)]

@@ -1,4 +1,4 @@
-"""One table in four spellings."""
+"""One table in four formats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_text_columns_line_up(write_run: WriteRun) -> None:
     assert [line.split()[0] for line in lines[2:5]] == ["Warm-up", "SFT", "ReFT"]
     ends = {
         line.rindex("]", 0, line.index("]") + 1) for line in lines[2:5]
-    }  # the first interval closes in one column
+    }  # the first interval ends in one column
     assert len(ends) == 1
 
 
