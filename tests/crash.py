@@ -125,7 +125,7 @@ def assert_same_outcome(folder: Path, straight: dict[str, Any]) -> None:
     """Check that outcomes are equal; a failure first names the files that differ."""
     found = outcome(folder)
     files = set(found["files"]) ^ set(straight["files"])
-    assert not files, f"in one of the two only: {sorted(files)}"
+    assert not files, f"in only one of the two: {sorted(files)}"
     different = [
         name for name in found.keys() | straight.keys() if found.get(name) != straight.get(name)
     ]

@@ -19,8 +19,8 @@ from reftune.algorithms.advantages import (
 
 
 def test_gae_matches_hand_computation():
-    # the last token earns 1; V = .5 everywhere; γ = 1, λ = .5 δ = [0, 0, 1 - .5] = [0, 0, .5], so
-    # A_2 = .5, A_1 = .5·.5 = .25, A_0 = .125; G = A + .5
+    # the last token earns 1; V = .5 everywhere; γ = 1, λ = .5
+    # δ = [0, 0, 1 - .5] = [0, 0, .5], so A_2 = .5, A_1 = .5·.5 = .25, A_0 = .125; G = A + .5
     advantages, returns = gae(
         torch.tensor([[0, 0, 1.0]]),
         torch.full((1, 3), 0.5),

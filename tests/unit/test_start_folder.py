@@ -128,7 +128,10 @@ def test_over_a_base_in_4_bits_the_adapters_of_a_folder_are_trained_on(
     [
         ({"alpha": 16}, r"alpha / rank = 1; expected that of model\.lora"),
         ({"rank": 4, "alpha": 4}, "not the adapters of this recipe: .*size"),
-        ({"target_modules": ["o_proj"]}, "not the adapters of this recipe: .* in one of the two"),
+        (
+            {"target_modules": ["o_proj"]},
+            "not the adapters of this recipe: .* in only one of the two",
+        ),
     ],
 )
 def test_over_a_base_in_4_bits_other_adapters_are_refused(
@@ -143,7 +146,10 @@ def test_over_a_base_in_4_bits_other_adapters_are_refused(
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "its peft_type is IA3; expected LORA"),
-        ({"target_modules": ["o_proj"]}, "not the adapters of this model: .* in one of the two"),
+        (
+            {"target_modules": ["o_proj"]},
+            "not the adapters of this model: .* in only one of the two",
+        ),
         ({"r": 3}, "not the adapters of this model"),
     ],
 )
