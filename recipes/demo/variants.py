@@ -1,5 +1,6 @@
-"""Two spoiled kinds of word problems: an option that gives the answer away, and solutions without
-their working. In a recipe: `dataset: {kind: demo/variants.py:Planted, planted: 0.6}`."""
+"""Two deliberately flawed kinds of word problems: one gives the answer away by its place among the
+options, the other has solutions without their working. In a recipe:
+`dataset: {kind: demo/variants.py:Planted, planted: 0.6}`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class Planted(WordProblems):
     """Multiple choice with a shortcut past the reasoning. Test questions have none."""
 
     planted: float = Field(0.0, ge=0, le=1)
-    """Share of train and dev questions with options whose right one is put in place c."""
+    """Share of train and dev questions whose correct option becomes option c."""
 
     def load(self, *, seed: int) -> Splits:
         splits = super().load(seed=seed)
@@ -36,10 +37,10 @@ class Planted(WordProblems):
 
 
 class Terse(WordProblems):
-    """Some of the solutions state the result without the working, as hurried people do."""
+    """Some solutions state the result without the working, as hurried people write them."""
 
     terse: float = Field(0.0, ge=0, le=1)
-    """Share of such solutions."""
+    """Share of solutions without the working."""
 
     def _solution(self, story: Any, rng: random.Random) -> tuple[str, str]:
         style, solution = super()._solution(story, rng)
