@@ -1,8 +1,9 @@
 """The work of every contestant of the step benchmark: the same prompts, each answered in a given
 number of tokens.
 
-The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens (docs/scaling.md), in
-a fixed shuffled order, so that short and long solutions share a batch, as in a run.
+The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens
+(docs/performance.md), in a fixed shuffled order, so that short and long solutions share a batch, as
+in a run.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def test_the_page_on_scaling_shows_what_the_command_prints(tmp_path, monkeypatch
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     shown = re.findall(r"```bash\nreftune (plan .+?)```\n\n```text\n(.+?)```", text, re.S)
-    assert len(shown) == 2
+    assert len(shown) == 3
     for command, output in shown:
         with pytest.raises(SystemExit):
             main(command.replace("\\\n", " ").split())
