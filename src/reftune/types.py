@@ -95,8 +95,8 @@ class Problem:
     """The gold answer as spelled in the data, which `reftune check` shows beside the answer read
     from it; empty if unknown."""
     messages: tuple[Message, ...] = ()
-    """The turns before the answer, for a chat prompt; empty if the data are not conversations.
-    `question` holds the text of all of them except the system message."""
+    """The turns before the answer, for a chat prompt; empty if the data has no conversations.
+    `question` holds the text of all turns except the system message."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, answer text → [0, 1]. If None, answers are compared with the gold
     answer."""
@@ -113,7 +113,7 @@ class SamplingParams:
 
     max_new_tokens: int
     temperature: float = 1.0
-    """0 is greedy decoding."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_k: int = 0
     """0 keeps the whole vocabulary."""
     top_p: float = 1.0
@@ -138,9 +138,9 @@ class Completion:
     """What ended the completion: an end token, a stop string, or the length limit."""
     values: tuple[float, ...] = ()
     """The value head's output before each token; empty unless the engine computes it, and
-    `logprobs`, as `Policy.score` would."""
+    `logprobs`, as `Policy.score` does."""
     entropies: tuple[float, ...] = ()
-    """The entropy in nats of the distribution of each token, if there are `values`."""
+    """The entropy of each token's distribution in nats, if there are `values`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,5 +227,6 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, if the reward function returns them."""
     source: Literal["policy", "gold"] = "policy"
-    """Who wrote the completion: the policy, or the data, whose log-probabilities are meaningless.
+    """Where the completion comes from: the policy, or the gold data, for which log-probabilities
+    are meaningless.
     """

@@ -123,7 +123,7 @@ class _Decoder:
         self.device = policy.device
         self.scores_as_trained = (
             policy.compute_dtype == torch.float32
-            and policy.packs  # families that read the same with and without a cache, as tests show
+            and policy.packs  # families that read alike with and without a cache, as tests show
             and policy.value_backbone is None
             and (params.temperature > 0 and params.top_k == 0 and params.top_p == 1)
         )
@@ -157,7 +157,7 @@ class _Decoder:
         self.active = self.active + requests
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor]:
-        """The cache of prompts, its mask (B, T), and the last hidden states (B, H) of each."""
+        """The cache of the prompts, its mask (B, T), and each prompt's last hidden state (B, H)."""
         longest = max(len(prompt) for prompt in prompts)
         tokens = torch.tensor(
             [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device
@@ -208,7 +208,7 @@ class _Decoder:
             self.rows = self.rows._replace(hidden=hidden)
 
     def logits(self) -> Tensor:
-        """(B, V) of each row's next token, fp32."""
+        """Logits (B, V) of each row's next token, fp32."""
         return self.reads.head(self.rows.hidden)
 
     def _finish(self, done: Tensor) -> None:
@@ -235,13 +235,13 @@ class _Rows(NamedTuple):
     """The tokens drawn for each of B rows, at most M."""
 
     uniforms: Tensor
-    """(B, M), fp64"""
+    """(B, M), fp64: one random number per token."""
     hidden: Tensor
     """(B, H) the last hidden states, which predict the next tokens."""
     tokens: Tensor
-    """(B, M + 1) ids; the last column is for rows that are done."""
+    """(B, M + 1) ids; finished rows write to the last column."""
     scores: Tensor
-    """(B, K, M + 1) log-probabilities, and with K = 3 also values and entropies."""
+    """(B, K, M + 1) log-probabilities and, if K = 3, values and entropies."""
     lengths: Tensor
     """(B,) Number of tokens so far."""
     done: Tensor
@@ -249,7 +249,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def start(cls, uniforms: Tensor, hidden: Tensor, *, kinds: int) -> _Rows:
-        """Before the first token, with `kinds` scores of each."""
+        """Rows before their first token, with `kinds` scores for each token."""
         rows, width = uniforms.shape
         tokens = uniforms.new_zeros(rows, width + 1, dtype=torch.long)
         scores = uniforms.new_zeros(rows, kinds, width + 1, dtype=torch.float32)
@@ -292,17 +292,17 @@ class _RoomyLayer(DynamicLayer):
 
 
 class Drawn(NamedTuple):
-    """A token for each row, (B,) each."""
+    """One drawn token per row. All tensors are (B,)."""
 
     tokens: Tensor
     logprobs: Tensor
     """Log-probabilities under the distribution that the tokens were drawn from."""
     entropies: Tensor
-    """Entropies of these distributions, nats."""
+    """Entropies of these distributions, in nats."""
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Drawn:
-    """One token per row.
+    """Draw one token per row.
 
     Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token
     depends only on its own logits and number. Greedy tokens get the log-probability of the

@@ -511,21 +511,22 @@ def _samples(stage: StageResults) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reranker:
-    """How a reward model chooses among the samples of a dev problem, against a random choice."""
+    """A reward model's choices among the samples of each dev problem, compared with a random
+    choice."""
 
     stage: str
     num_samples: int
-    """Samples of each problem."""
+    """Number of samples per problem."""
     accuracy: float
     """Share of problems whose highest-scored sample is correct."""
     chance: float
-    """Share of correct samples: the accuracy of one drawn at random."""
+    """Share of correct samples: the expected accuracy of a random choice."""
     margin: float
     """Half the width of the 95% interval of `accuracy` − `chance`, paired by problem."""
 
     @property
     def beats_chance(self) -> bool:
-        """Whether it chooses better than at random, beyond the margin."""
+        """Whether the reward model chooses better than at random, beyond the margin."""
         return self.accuracy - self.chance > self.margin
 
     def to_row(self) -> dict[str, Any]:
@@ -533,7 +534,7 @@ class Reranker:
 
 
 def rerankers(run: RunResults) -> list[Reranker]:
-    """The run's finished reward models, as measured on dev when they were chosen."""
+    """The run's finished reward models, as measured on dev at their chosen step."""
     return [
         Reranker(
             stage=name,

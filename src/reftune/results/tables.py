@@ -158,8 +158,8 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
 
 
 def remarks(run: RunResults) -> list[str]:
-    """For each sampling stage, whether the warm-up before it had finished; for each reward model,
-    whether it chooses better than at random."""
+    """Sentences on whether the warm-up before each sampling stage had finished, and on whether each
+    reward model chooses better than at random."""
     return [*map(sentence, handovers(run)), *map(reranker_sentence, rerankers(run))]
 
 
@@ -180,7 +180,7 @@ def sentence(handover: Handover) -> str:
 
 
 def reranker_sentence(found: Reranker) -> str:
-    """Whether a reward model chooses better than at random, in one line."""
+    """A line on whether a reward model chooses better than at random."""
     gain = f"{points(found.accuracy - found.chance)} ± {100 * found.margin:.1f} points"
     verdict = "better" if found.beats_chance else "no better"
     advice = "" if found.beats_chance else "; do not rerank with it"

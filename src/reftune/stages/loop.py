@@ -1,5 +1,4 @@
-"""The loop of every stage: it resumes, takes steps, evaluates on dev, keeps the best model and
-saves."""
+"""The loop of every stage: resume, take steps, evaluate on dev, keep the best model, save."""
 
 from __future__ import annotations
 
@@ -189,8 +188,7 @@ class Loop:
         self.context.progress.note("stopping after this step; interrupt again to stop at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Take a step and return its metrics; if the engine is gone, save a checkpoint before
-        it."""
+        """Take a step and return its metrics. If the engine is gone, save the earlier steps."""
         # one process's dropout should not repeat another's
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
@@ -357,7 +355,7 @@ class Loop:
         )
 
     def _snapshot(self, method: str) -> None:
-        """Save the current weights as the method `method`."""
+        """Save the current weights as `method`."""
         folder = self.context.folder.run.stage(method)
         accuracy = self.look().metrics["dev/accuracy"]
         self.state.looks += 1

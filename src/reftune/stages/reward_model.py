@@ -57,12 +57,13 @@ class RewardModel(Schedule, Sampled):
     is_method: ClassVar[bool] = False
 
     def line(self) -> str:
-        """`3 epochs of 64 from sft, learning rate 0.001, on 100 samples a problem by warmup`"""
+        """The stage in words: `3 epochs of 64 from sft, learning rate 0.001, on 100 samples a
+        problem by warmup`"""
         sampled = f"{self.samples} samples a problem by {self.sampler}"
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """An upper bound of the cost: equal samples count once."""
+        """An upper bound on the cost, since equal samples are used only once."""
         num_solutions = self.samples * num_train
         return self.cost_of_rows(
             num_solutions, sampled_before=num_solutions + self.dev_samples * num_dev
@@ -171,8 +172,8 @@ class Classifier(nn.Module):
         return logits
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """A batch in which each response is one end token after prompt and solution, so that its
-        predicting state is the solution's last one."""
+        """A batch whose prompts are prompt and solution, and whose responses are one end token
+        each: the state that predicts it is that of the solution's last token."""
         prompts = {problem.id: self.encoder.prompt(problem) for problem, _ in solutions}
         longest = None if self.policy.context is None else self.policy.context - 1
         written = [self.encoder.continuation(problem, text) for problem, text in solutions]
@@ -254,8 +255,8 @@ def accumulate_loss(classifier: Classifier, solutions: Sequence[Solution]) -> di
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
     """`dev/accuracy`, the share of problems whose highest-scored solution is correct; `dev/chance`,
-    that of a solution drawn at random; and half the width of the 95% interval of their difference,
-    paired by problem.
+    the same for a solution drawn at random; and half the width of the 95% interval of their
+    difference, paired by problem.
     """
     chosen = [*map(voting.is_correct, winners(classifier, drawn))]
     chance = [len(samples.correct) / len(samples.texts) for samples in drawn]
@@ -269,7 +270,7 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
 
 
 def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | None]:
-    """Each problem's highest-scored solution that has an answer."""
+    """Each problem's highest-scored solution with an answer; None if no solution has one."""
     scores = iter(
         classifier.scores([(samples.problem, text) for samples in drawn for text in samples.texts])
     )

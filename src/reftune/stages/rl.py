@@ -89,7 +89,8 @@ class Rl(TrainingTable, Stage):
         return self
 
     def line(self) -> str:
-        """`69000 rollouts of 32 × 1 samples from warmup by ppo, 2 updates each, …`"""
+        """The stage in words: `69000 rollouts of 32 × 1 samples from warmup by ppo, 2 updates each,
+        …`"""
         return (
             f"{self.steps} rollouts of {self.prompts} × {self.samples} samples from {self.init} by"
             f" {self.algorithm.kind}, {self.updates} updates each, learning rate"
@@ -226,8 +227,8 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, rollouts: Sequence[Rollout], batch: RolloutBatch) -> TokenScores:
-        """Scores by the policy that sampled: the engine's own if it gives them for every token and
-        `mismatch_cap` does not ask for a comparison, else from a pass over the rollouts."""
+        """Scores by the sampling policy: those of the engine, if it scores every token and
+        `mismatch_cap` needs no comparison, else those of a pass over the rollouts."""
         completions = [r.completion for r in rollouts]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)

@@ -145,7 +145,8 @@ class SelfTrain(Sampled):
     """Settings of the fine-tuning: the keys of an `sft` stage from `epochs` on."""
 
     def line(self) -> str:
-        """`3 epochs of 32 from base, learning rate 0.001, on 100 samples a problem by warmup`"""
+        """The stage in words: `3 epochs of 32 from base, learning rate 0.001, on 100 samples a
+        problem by warmup`"""
         sampled = f"{self.samples} samples a problem by {self.sampler}"
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 

@@ -81,7 +81,7 @@ class Sft(Schedule, Stage):
         return tuple(self.snapshots)
 
     def line(self) -> str:
-        """`67 epochs of 32 from base, warmup after 32, learning rate 0.002`"""
+        """The stage in words: `67 epochs of 32 from base, warmup after 32, learning rate 0.002`"""
         kept = "".join(f", {method} after {epoch:g}" for method, epoch in self.snapshots.items())
         return f"{schedule_line(self, self.init)}{kept}"
 

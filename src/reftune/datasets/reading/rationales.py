@@ -1,4 +1,4 @@
-"""Rationales compared with their gold answers, before any training."""
+"""Compares rationales with their gold answers, before any training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMEOUT_S = 20.0
 
 
 def drop_wrong_programs(splits: Splits) -> Splits:
-    """Train without the problems that have no program (`no_program`) or one that does not return
+    """Remove training problems without a program (`no_program`), or whose program does not return
     the gold answer (`program_disagrees`). Dev keeps such problems without a rationale, so that it
     is no easier than test."""
     graded = _graded_programs([*splits.train, *splits.dev])
@@ -27,9 +27,9 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
-    """Train without the rationales that contradict their gold answer: programs that return another
-    one (`program_disagrees`) and texts that state another one (`rationale_disagrees`). A program
-    that fails, or a text that states no answer, is no contradiction and stays."""
+    """Remove training rationales that contradict their gold answer: programs that return another
+    answer (`program_disagrees`) and texts that state another (`rationale_disagrees`). A program
+    that fails, or a text without an answer, does not contradict the gold answer and stays."""
     programs = [
         problem
         for problem in (*splits.train, *splits.dev)
@@ -51,7 +51,8 @@ def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
 
 
 def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
-    """Run in the sandbox, with enough time that a busy machine does not change the training set."""
+    """Run programs in the sandbox, with so much time that a busy machine does not change the
+    training set."""
     with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
         return sandbox.run(programs)
 
