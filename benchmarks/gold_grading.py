@@ -35,22 +35,21 @@ NOTES = """\
 Where the grader and the data disagree:
 
 - **GSM8K, derived programs.** The calculator annotations skip steps that the prose makes, or the
-  last one is not the answer; a program made of them gives another number, or there is none. The
+  last one is not the answer; a program made from them gives another number, or there is none. The
   loader leaves both out (`program_disagrees`, `no_program`).
 - **SVAMP, rationales.** Three round: gold 8.9333333333 against "<9>" trucks, 0.165 against
   "<0.17>", 69.4 against "<69.32%>". The loader leaves them out (`rationale_disagrees`).
-- **SVAMP, programs.** Two give an unrounded value of a rounded gold: 8.99955 for 9 and 0.16665 for
-  0.165. The loader leaves them out (`program_disagrees`).
+- **SVAMP, programs.** Two give the unrounded value of a rounded gold answer: 8.99955 for 9 and
+  0.16665 for 0.165. The loader leaves them out (`program_disagrees`).
 - **SVAMP, equations.** One equation does not give the answer beside it. The loader leaves it out.
 - **MathQA, numbers, program.** 18 programs that the tolerance of 0.01 and 1% used to accept are
   left out: they give 9.00125 for 9 or 5 for 1680/337.
-- **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. By the grader's
-  rule that is no marker, and is meant not to be: a stray letter must earn nothing. Training appends
-  "The answer is c" where the rationale does not end in a marker. The few others are forum posts
+- **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. For the
+  grader, none of these is a marker, because a stray letter must earn nothing. Training appends
+  "The answer is c" if the rationale does not end in a marker. The few others are forum posts
   ("should be d not c"); the wrong ones contradict the gold letter.
-- **MathQA, options.** An option is read as itself by its letter always, and by its text wherever no
-  other option of the question says the same or begins with another letter ("c . 14" as the text of
-  e).
+- **MathQA, options.** An option's letter always counts, and so does its text, unless another option
+  has the same text or the text begins with another letter ("c . 14" as the text of e).
 - **GSM8K, program, paper.** A question that ends in a quotation mark breaks the docstring that the
   authors' prompt puts it in. The robust grading does not run the docstring."""
 

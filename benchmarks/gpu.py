@@ -537,7 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--model", type=Path, help="folder of a causal LM; default: one made from scratch"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="little of everything")
+    parser.add_argument("--tiny", action="store_true", help="run a little of every section")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument(
         "--only",

@@ -1,7 +1,7 @@
 """Measures reward hacking on planted multiple choice, and on the same questions with numeric
 answers, over seeds.
 
-    python -m benchmarks.hacking 0 1 2 [-- KEY=VALUE …]     # goes on where it was stopped
+    python -m benchmarks.hacking 0 1 2 [-- KEY=VALUE …]     # resumes where it was stopped
 
 Both recipes of a seed ask the same questions. The command writes docs/results/hacking.json and
 prints it as a table.

@@ -1,5 +1,4 @@
-"""The hand-over curve: the gain of ReFT and online self-training over SFT, by the time of their
-start.
+"""The hand-over curve: the gain of ReFT and online self-training over SFT, by their start.
 
 python benchmarks/handover.py 0 1 2 3 4          # words, then programs; resumes where it stopped
 python benchmarks/handover.py 0 1 2 --only nl    # one task
@@ -383,7 +382,7 @@ def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
         for panel, (task, points) in zip(panels, curves.items(), strict=True):
             draw_panel(panel, points)
             panel.set_title(TASKS[task], fontsize=11, loc="left")
-        panels[0].set_ylabel("test accuracy less SFT's, points", color=SOFT)
+        panels[0].set_ylabel("test accuracy minus SFT's, points", color=SOFT)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
 
@@ -447,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("seeds", type=int, nargs="*")
     parser.add_argument("--only", choices=TASKS, help="one task")
-    parser.add_argument("--page", action="store_true", help="run nothing")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
     options = parser.parse_args(arguments)
     if not options.page:

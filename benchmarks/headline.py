@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="where the runs are kept")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of this call, about")
+    parser.add_argument("--minutes", type=float, default=9.0, help="about how long this call works")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--model", help="folder in Hugging Face format")
     parser.add_argument("--data", type=Path, help="folder with the ReFT authors' SVAMP files")

@@ -1,9 +1,8 @@
-"""Runs the paper's comparison, and `modern` against `paper`, over seeds; writes tables as JSON, and
-docs/results.md from that JSON.
+"""Runs the paper's comparison, and `modern` against `paper`, over seeds, and writes the page.
 
 python benchmarks/reproduce.py 0 1 2 3 4                          # `make reproduce`; resumes
 python benchmarks/reproduce.py 0 1 2 3 4 --only comparison-nl     # one recipe; the rest stays
-python benchmarks/reproduce.py --page                             # only write the page again
+python benchmarks/reproduce.py --page                             # only write docs/results.md again
 """
 
 from __future__ import annotations
@@ -253,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("seeds", nargs="*")
     parser.add_argument("--only", choices=TITLES, help="one recipe")
-    parser.add_argument("--page", action="store_true", help="run nothing")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
     options = parser.parse_args(arguments)
     if not options.page:

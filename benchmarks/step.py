@@ -389,11 +389,11 @@ def main() -> None:
     parser.add_argument(
         "--only", help="contestants and demo, as in `reftune;plain`; those with TRL need --trl"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="other than the fastest")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the fastest")
     parser.add_argument(
         "--write-baseline",
         action="store_true",
-        help="make this run the baseline of its kind of processor",
+        help="make this run the baseline for its kind of CPU",
     )
     parser.add_argument("--growth", help="numbers of samples, as in 16,64,512")
     arguments = parser.parse_args()

@@ -55,7 +55,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"messages": [SYSTEM, USER, REPLY]},
         {"rationale": REPLY["content"], "messages": TURNS},
     ),
-    "chat messages with a gold beside them": (
+    "chat messages with a gold column": (
         {"messages": [SYSTEM, USER], "answer": 13},
         {"messages": TURNS},
     ),

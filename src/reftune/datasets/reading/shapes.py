@@ -155,7 +155,7 @@ def _name(row: Row, columns: Mapping[str, Any]) -> str:
             return "verl rows"
         if answer == question:
             return "chat messages" if "role" in turns[0] else "ShareGPT conversations"
-        return "TRL rows" if question == "prompt" else "chat messages with a gold beside them"
+        return "TRL rows" if question == "prompt" else "chat messages with a gold column"
     if answer == "answer_value":
         return "rows of ReFT's authors"
     if isinstance(text, str) and "####" in text:
