@@ -55,7 +55,7 @@ def test_latex_escapes_what_latex_reads(write_run: WriteRun) -> None:
     (folder / "eval" / "reft.jsonl").rename(folder / "eval" / "50%_off&.jsonl")
     text = table_command([folder], "latex")
     assert r"50\% off\& & " in text
-    assert r"95 \% interval" in text
+    assert r"95\% interval" in text
     assert text.count(r"\\") == 4
 
 
