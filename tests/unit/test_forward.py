@@ -44,14 +44,14 @@ def by_transformers(model: Any, steps: list[Tensor], mask: Tensor) -> list[Tenso
 
 
 def written_out(model: Any, steps: list[Tensor], mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    forward, cache, found = (
+    decoder, cache, found = (
         Decoder(model, dtype, pack=True),
         Cache(layer_class_to_replicate=_RoomyLayer),
         [],
     )
     for tokens in steps:
         mask = mask if not found else torch.cat([mask, torch.ones_like(tokens)], 1)
-        found.append(forward(tokens, mask, cache))
+        found.append(decoder.logits(decoder(tokens, mask, cache)))
     return found
 
 
