@@ -109,7 +109,7 @@ def _settings(
 
 @app.command()
 def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Watch a small model learn to reason, which takes a few minutes on two cores.
+    """Watch a small model learn to reason. It takes a few minutes on two cores.
 
     After a supervised warm-up, SFT and ReFT continue on the same questions and are compared.
     """
@@ -120,7 +120,7 @@ def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = Fa
 def run(
     recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """Run all stages of a recipe, continuing where an earlier run stopped."""
+    """Run all stages of a recipe. A run that was stopped continues from its last checkpoint."""
     _run(_load(recipe, overrides), None, as_json=as_json, quiet=quiet)
 
 
@@ -289,7 +289,7 @@ def check(
 ) -> None:
     """Find problems that would spoil a run before it starts.
 
-    Shows the model's input, and suggests a remedy for each problem.
+    It shows the model's input, and suggests a remedy for each problem.
     """
     from reftune.advice.check import check_offline, check_recipe
 
@@ -491,7 +491,7 @@ def report(
         typer.Option(help="A folder for the figures as PNG and SVG; the runs must be finished."),
     ] = None,
 ) -> None:
-    """Write one HTML page about one or more runs, and print the paths of page and figures."""
+    """Write an HTML page about one or more runs. Its path and those of figures are printed."""
     from reftune.results import report_command, write_figures
 
     print(report_command(runs, out))
