@@ -540,7 +540,7 @@ def test_bos_that_is_doubled_or_missing_is_a_warning(tmp_path):
         patch.setitem(FAMILIES, "gemma", replace(FAMILIES["gemma"], template=silent))
         missing = named(report_on(tmp_path / "3", "gemma", style="chat"), "prompt")
         assert missing.level == "warn"
-        assert "begins a text with '<bos>', and the chat template does not" in missing.message
+        assert "begins a text with '<bos>', but the chat template does not" in missing.message
 
 
 def test_a_template_without_a_generation_prompt_is_a_warning(tmp_path):

@@ -77,7 +77,7 @@ def check_prompt(subject: Subject) -> Finding:
         writer = "the chat template" if is_chat else "this format"
         return warn(
             f"the tokenizer begins a text with {tokenizer.decode(bos)!r}, but {writer} does not",
-            "nothing, if the model was trained like this; styles compact and plain begin with it",
+            "nothing to fix if the model was trained so; styles compact and plain begin with it",
         )
     opening = subject.encoder.text_after(prompt, PROBE).partition(PROBE)[0] if is_chat else ""
     if set(subject.encoder.encode(opening)) & set(tokenizer.all_special_ids):
