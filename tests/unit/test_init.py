@@ -141,7 +141,7 @@ def test_test_questions_are_scored_where_there_are_some_and_dev_where_not(here: 
         (["--data", "odd.csv", "--question", "fo"], "odd.csv:2: no column 'fo'"),
         (
             ["--data", "bare.csv", "--model", "scratch"],
-            "learns from rationales, and the data has none; say --model",
+            "learns from rationales, and the data has none; set --model",
         ),
         (["--data", "bare.csv", "--model", "./nowhere"], "./nowhere: no tokenizer can be loaded"),
         (
