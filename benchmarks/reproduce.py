@@ -65,8 +65,8 @@ NOTES = {
 NOT_RUN = [
     "**A real model** was not trained to the end, which takes 10 hours per seed in fp32 without"
     " AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run.",
-    "**Two later ideas** are not built: RL from prefixes of the gold solution, and a better critic"
-    " for long solutions.",
+    "**RL from prefixes of the gold solution** and **a better critic for long solutions** were not"
+    " run, because neither is built.",
 ]
 FINDINGS = [
     ("ReFT beats supervised fine-tuning", "reft", "sft"),
