@@ -136,7 +136,7 @@ def test_test_questions_are_scored_where_there_are_some_and_dev_where_not(here: 
         (["--data", "none.csv"], "none.csv: no such file or folder"),
         (
             ["--data", "odd.csv"],
-            "odd.csv:2: no column for the question among foo, answer; say --question COLUMN",
+            "odd.csv:2: no column for the question among foo, answer; set --question COLUMN",
         ),
         (["--data", "odd.csv", "--question", "fo"], "odd.csv:2: no column 'fo'"),
         (

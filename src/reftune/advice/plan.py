@@ -239,7 +239,8 @@ class Planner:
         return models * (update.flops if backward else update.forward_flops) / 2
 
     def step(self, *, samplers: int | None = None) -> Step:
-        """The time of a step. With `samplers`, as many GPUs only sample; the others only train."""
+        """The step's time. With `samplers`, that many GPUs only sample, and the others only
+        train."""
         trainers = self.hardware.gpus - (samplers or 0)
         generate, update = self.generate(samplers or self.hardware.gpus), self.update(trainers)
         pace = Pace(

@@ -184,7 +184,7 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 
         L = ½ max((V - G)², (clip(V, V_old ± ε) - G)²)
 
-    Source: ReFT (arXiv:2401.08967), §3.1 as its code has it. Differs: none.
+    Source: ReFT (arXiv:2401.08967), §3.1, as in its code. Differs: none.
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)

@@ -104,8 +104,8 @@ class WordProblems(Component):
             yield story
 
     def _new_story(self, rng: random.Random, seen: set[str]) -> _Story:
-        """A new story, with each number of operations equally likely. Raises: DataError when they
-        run out."""
+        """A new story, with each number of operations equally likely. Raises: DataError when
+        stories run out."""
         num_operations = rng.randint(*self.operations)
         for _ in range(MAX_DRAWS):
             story = self._story(num_operations, rng)

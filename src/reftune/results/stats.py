@@ -1,4 +1,4 @@
-"""Intervals and paired tests. Pure; every random number comes from a generator argument."""
+"""Intervals and paired tests, as pure functions: random numbers come from a generator argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`reftune init` writes a commented recipe for a data file, which passes `reftune check`."""
+"""`reftune init` writes a commented recipe for a data file; the recipe passes `reftune check`."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ EXAMPLES = "paper/examples"
 
 
 UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
-"""If one of these fails, the model is not run: it would crash or be far too slow."""
+"""If one of these checks fails, the model is not run, as it would crash or be far too slow."""
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:

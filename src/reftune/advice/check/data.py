@@ -72,7 +72,7 @@ def check_gold_answers(subject: Subject) -> Finding:
 
 
 def check_gold_rationales(subject: Subject) -> Finding:
-    """Check that gold rationales, encoded and decoded as if a model wrote them, are correct."""
+    """Check that gold rationales, encoded to tokens and decoded again, are graded correct."""
     texts = [subject.encoder.decode(row.target_ids) for row in subject.rows]
     return _gold_finding(subject, "gold rationales", [row.problem for row in subject.rows], texts)
 
@@ -128,8 +128,7 @@ def _gold_finding(
 
 
 def check_grader_refuses(subject: Subject) -> Finding:
-    """Check that an empty completion, a bare answer and another problem's solution are not
-    correct."""
+    """Check that no empty completion, bare answer or other problem's solution is graded correct."""
     problems = [row.problem for row in subject.rows]
     pairs = [
         (a.problem, b.target)

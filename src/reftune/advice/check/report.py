@@ -44,7 +44,7 @@ def ok(message: str) -> Finding:
 
 
 def warn(message: str, remedy: str, rows: Sequence[str] = ()) -> Finding:
-    """A finding about a problem in spite of which the run may start."""
+    """A finding about a problem that does not prevent the run."""
     return Finding(level="warn", message=message, remedy=remedy, rows=tuple(rows[:MAX_LISTED]))
 
 

@@ -169,6 +169,6 @@ def _name(row: Row, columns: Mapping[str, Any]) -> str:
 
 def _nowhere(row: Row, field: str, found: _Found) -> DataError:
     return DataError(
-        f"{row.where}: no column for the {field} among {', '.join(found.by_lower.values())}; say"
+        f"{row.where}: no column for the {field} among {', '.join(found.by_lower.values())}; set"
         f" --{field} COLUMN, or dataset.columns.{field} in a recipe"
     )

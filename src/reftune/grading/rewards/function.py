@@ -129,7 +129,7 @@ class FunctionReward(Component):
         return number
 
     def _blame(self, samples: Sequence[_Sample], error: BaseException) -> RewardError:
-        """The error with the first sample that causes one by itself; else the batch's error."""
+        """The error of the first sample that fails by itself, else the batch's error."""
         for sample in samples if len(samples) > 1 else ():
             try:
                 self._call([sample])

@@ -249,8 +249,8 @@ class Decoder:
         self.pack = pack
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """Tokens (B, S), the mask (B, T) of cache and tokens → the last hidden states (B, H) of the
-        last ones."""
+        """New tokens (B, S), the mask (B, T) of cache and tokens → the last tokens' hidden states
+        (B, H)."""
         with torch.autocast(tokens.device.type, enabled=False):
             rows, length = tokens.shape
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
