@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reftune.errors import RecipeError
 from reftune.recipe import Recipe
 from reftune.runs.run import load_splits, scratch_texts
-from reftune.stages.estimate import PROMPT, Estimate, Sharding, Sizes, stage_costs
+from reftune.stages.estimate import Estimate, Sharding, Sizes, estimates, stage_costs
 from reftune.stages.outline import FP32, outline_of
-from reftune.stages.stage import Cost, Pace
+from reftune.stages.stage import Pace
 
 GB = 10**9
 NODE = 8
@@ -153,7 +153,7 @@ def make_plan(
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})
         recipe = recipe.model_copy(update={"model": table})
     costs = stage_costs(recipe)
-    wanted = {name: cost for name, cost in costs.items() if only in (None, name)}
+    wanted = [name for name in costs if only in (None, name)]
     if not wanted:
         where = "" if only is None else f" in {only}"
         expected = f"one of {', '.join(costs)}" if costs else "a stage that states its cost"
@@ -164,26 +164,21 @@ def make_plan(
     texts = scratch_texts(recipe.format, load_splits(recipe)) if recipe.model.scratch else ()
     outline = outline_of(recipe.model, texts, device="cuda")
 
-    def planner(cost: Cost, way: Sharding) -> Planner:
-        estimate = Estimate(
-            recipe=recipe,
-            cost=cost,
-            outline=outline,
-            prompt=prompt or recipe.lengths.max_prompt or PROMPT,
-            sharding=way,
-            devices=1 if way == "one" else hardware.gpus,
-            device_bytes=hardware.memory,
-        )
+    made = estimates(recipe, outline, prompt=prompt)
+
+    def planner(name: str, way: Sharding) -> Planner:
+        devices = 1 if way == "one" else hardware.gpus
+        estimate = replace(made[name], sharding=way, devices=devices, device_bytes=hardware.memory)
         return Planner(hardware=hardware, estimate=estimate)
 
     ways: Sequence[Sharding] = ("one",) if hardware.gpus == 1 else ("one", "ddp", "fsdp2")
-    planners = {name: {way: planner(cost, way) for way in ways} for name, cost in wanted.items()}
+    planners = {name: {way: planner(name, way) for way in ways} for name in wanted}
     stage = max(planners, key=lambda name: planners[name]["one"].share.peak)
-    memory = {way: made.share for way, made in planners[stage].items()}
+    memory = {way: planned.share for way, planned in planners[stage].items()}
     usable = ways[-2:]  # the shardings that use all GPUs
     fits = [way for way in usable if memory[way].fits]
     way = fits[0] if fits else min(usable, key=lambda way: memory[way].peak)
-    sampling = {name: planners[name][way] for name, cost in wanted.items() if cost.sampled}
+    sampling = {name: planners[name][way] for name in wanted if costs[name].sampled}
     return Plan(
         recipe=recipe.name,
         stage=stage,
@@ -192,12 +187,12 @@ def make_plan(
         dtype=recipe.model.dtype,
         prompt=planners[stage][way].estimate.prompt,
         response=recipe.lengths.max_new,
-        sizes={way: made.estimate.sizes for way, made in planners[stage].items()},
+        sizes={way: planned.estimate.sizes for way, planned in planners[stage].items()},
         memory=memory,
         topology="split" if getattr(recipe.engine, "server", None) else "colocated",
         sharding=way if fits else None,
-        split={name: made.best_split() for name, made in sampling.items() if hardware.gpus > 1},
-        steps={name: made.step() for name, made in sampling.items()},
+        split={name: of.best_split() for name, of in sampling.items() if hardware.gpus > 1},
+        steps={name: of.step() for name, of in sampling.items()},
         assumed={
             "gpus": hardware.gpus,
             "gpu": hardware.kind,

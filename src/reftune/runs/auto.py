@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,9 @@ import yaml
 from reftune.errors import RecipeError
 from reftune.processes import sharding, world
 from reftune.recipe import Recipe, ScratchTable, parse_recipe
-from reftune.stages.estimate import PROMPT, Estimate, Sharding, Sizes, stage_costs
 from reftune.stages.estimate import ROWS as LARGEST_ROWS
 from reftune.stages.estimate import TOKENS as LARGEST_TOKENS
+from reftune.stages.estimate import Sizes, estimates
 from reftune.stages.outline import outline_of
 from reftune.storage.run_folder import RunFolder
 
@@ -72,19 +73,14 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))
     outline = outline_of(recipe.model, texts, device=device.type)
-    size = world.world_size()
-    way: Sharding = "fsdp2" if sharding.current.splits else "ddp"
     found = [
-        Estimate(
-            recipe=recipe,
-            cost=cost,
-            outline=outline,
-            prompt=recipe.lengths.max_prompt or PROMPT,
-            sharding=way if size > 1 else "one",
-            devices=size,
+        replace(
+            made,
+            sharding="fsdp2" if sharding.current.splits else "ddp",
+            devices=world.world_size(),
             device_bytes=total_bytes(device),
         ).fitting()
-        for cost in stage_costs(recipe).values()
+        for made in estimates(recipe, outline).values()
     ]
     return Sizes(
         tokens=min([sizes.tokens for sizes in found], default=recipe.model.max_tokens),

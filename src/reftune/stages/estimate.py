@@ -27,9 +27,8 @@ TOKENS = tuple(2**n for n in range(14, 8, -1))
 """Micro-batch sizes to try, from large to small; larger ones are no faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
 """Numbers of rows decoded at once to try."""
-
 PROMPT = 256
-"""Default length of a prompt, in tokens."""
+"""Length of a prompt, in tokens, if the recipe states no limit."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
 """`one` process; or several, each with all weights (`ddp`) or with a part of them (`fsdp2`)."""
@@ -198,6 +197,18 @@ class Estimate:
         tokens = (t for t in TOKENS if fits("update", Sizes(tokens=t, rows=one)))
         rows = (r for r in ROWS if fits("generate", Sizes(tokens=few, rows=r)))
         return Sizes(tokens=next(tokens, few), rows=next(rows, one))
+
+
+def estimates(
+    recipe: Recipe, outline: Outline, *, prompt: int | None = None
+) -> dict[str, Estimate]:
+    """Estimates by stage, in one process on one device; stages that cannot predict their cost are
+    left out. `prompt` is by default `lengths.max_prompt`."""
+    prompt = prompt or recipe.lengths.max_prompt or PROMPT
+    return {
+        name: Estimate(recipe=recipe, cost=cost, outline=outline, prompt=prompt)
+        for name, cost in stage_costs(recipe).items()
+    }
 
 
 def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:

@@ -19,7 +19,7 @@ from reftune.runs.auto import product_rates
 from reftune.runs.run import stage_folder
 from reftune.runs.sample import sample_rows
 from reftune.stages import NEEDED_ACCURACY
-from reftune.stages.estimate import Estimate, stage_costs
+from reftune.stages.estimate import estimates, stage_costs
 from reftune.stages.loop import LOOKS
 from reftune.stages.outline import Outline
 from reftune.text import clock
@@ -64,15 +64,8 @@ def check_memory(subject: Subject) -> Finding:
         len(getattr(subject.splits, recipe.evaluate.split)), *map(len, subject.prompts.values())
     )
     planned = [
-        Estimate(
-            recipe=recipe,
-            cost=cost,
-            outline=outline,
-            prompt=max(lengths),
-            mean_prompt=mean(lengths),
-            problems=problems,
-        ).memory
-        for cost in stage_costs(recipe).values()
+        replace(made, mean_prompt=mean(lengths), problems=problems).memory
+        for made in estimates(recipe, outline, prompt=max(lengths)).values()
     ]
     if not planned:
         return ok("unknown for stages that do not state their cost")
