@@ -83,10 +83,8 @@ class WordProblems(Component):
         """Problems drawn with `seed`. Raises: DataError if the settings do not allow so many
         different questions."""
         stories = self._different_stories(random.Random(f"stories {seed}"))
-        styles, options = (
-            random.Random(f"options and styles {seed}"),
-            random.Random(f"options {seed}"),
-        )
+        styles = random.Random(f"options and styles {seed}")
+        options = random.Random(f"options {seed}")
 
         def draw(split: str, size: int) -> tuple[Problem, ...]:
             return tuple(

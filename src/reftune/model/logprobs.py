@@ -58,10 +58,8 @@ def logprobs_and_entropy(
             softmax.picked - softmax.largest - softmax.log_totals,
             softmax.log_totals - softmax.means,
         )
-    logprobs, entropy = (
-        hidden.new_empty(len(hidden), dtype=torch.float32),
-        hidden.new_empty(len(hidden), dtype=torch.float32),
-    )
+    logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+    entropy = torch.empty_like(logprobs)
     rows = _rows_at_once(head)
     for start in range(0, len(hidden), rows):
         chunk = slice(start, start + rows)

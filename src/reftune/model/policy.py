@@ -237,9 +237,8 @@ class Policy(nn.Module):
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
         """(N, H) the last hidden state that predicts each response token."""
-        as_modules = self.is_compiled or sharding.current.is_split(
-            self
-        )  # both rely on hooks of the modules' forward
+        # both rely on hooks of the modules' forward
+        as_modules = self.is_compiled or sharding.current.is_split(self)
         if self.is_written_out and not as_modules:
             states = llama.read_packed(backbone, packed, recompute=self.recomputes)
         else:

@@ -188,9 +188,8 @@ def smollm2_folder() -> Path:
     quantized = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    del (
-        quantized.config.quantization_config
-    )  # the weights are plain fp32 now, and only a plain model can be saved
+    # the weights are plain fp32 now, and only a plain model can be saved
+    del quantized.config.quantization_config
     model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -273,14 +273,10 @@ def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0)
             run.evals[name] for group in groups for name in group.methods for run in group.runs
         ]
         voting.check_k(k, max(map(num_samples, evals), default=0))
-    shared, generator = (
-        all(_share_problems(group.runs) for group in groups),
-        np.random.default_rng(seed),
-    )
+    shared = all(_share_problems(group.runs) for group in groups)
+    generator = np.random.default_rng(seed)
     methods = tuple(
-        _method_score(
-            group, name, f"{group.label}/{name}" if len(groups) > 1 else name, k, shared, generator
-        )
+        _method_score(group, name, label_of(groups, group, name), k, shared, generator)
         for group in groups
         for name in group.methods
     )

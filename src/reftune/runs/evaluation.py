@@ -33,10 +33,8 @@ def evaluate(
     """
 
     def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
-        seed, num_samples = (
-            derive_seed(recipe.seed, method, "evaluate", start),
-            recipe.evaluate.num_samples(method),
-        )
+        seed = derive_seed(recipe.seed, method, "evaluate", start)
+        num_samples = recipe.evaluate.num_samples(method)
         return _answer(policy, part, collector, recipe, num_samples=num_samples, seed=seed)
 
     return in_parts(problems, path, answer, at_once=PROBLEMS_AT_ONCE)

@@ -243,17 +243,17 @@ class Run:
         if method != "base":
             _require_trained(self.recipe, [method])
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
-        if trained and table.quantize is not None:
-            policy = self._policy(*self._load("base", as_stored=True), trained=True)
-            if method != "base":
-                source = stage_folder(self.recipe, method).path
-                if is_adapter_folder(source):
-                    require_continuable(source, table)
-                policy.load_adapters(source)
-        else:
-            as_stored = not trained or table.lora is not None
-            policy = self._policy(*self._load(method, as_stored=as_stored), trained=trained)
-        policy.load_value_head(stage_folder(self.recipe, method).path)
+        folder = stage_folder(self.recipe, method).path
+        continues = trained and table.quantize is not None
+        loaded = self._load(
+            "base" if continues else method, as_stored=not trained or table.lora is not None
+        )
+        policy = self._policy(*loaded, trained=trained)
+        if continues and method != "base":
+            if is_adapter_folder(folder):
+                require_continuable(folder, table)
+            policy.load_adapters(folder)
+        policy.load_value_head(folder)
         policy.verify_head()
         if trained and table.gradient_checkpointing:
             policy.recompute_blocks()
@@ -317,18 +317,15 @@ class Run:
     def evaluate(self, method: str) -> None:
         """Answer the test (or dev) problems with a method's model; on multiple choice, also check
         for signs of reward hacking."""
-        table, problems, path = (
-            self.recipe.evaluate,
-            self.problems_to_evaluate(),
-            self.folder.evaluation(method),
-        )
+        problems, path = self.problems_to_evaluate(), self.folder.evaluation(method)
         if len(world.from_main(JsonLines(path).rows)) < len(problems):
             policy = self.load_policy(method)
             rows = evaluate(
                 policy, problems, self.collector(policy), self.recipe, method=method, path=path
             )
+            split = self.recipe.evaluate.split
             self.progress.note(
-                f"{method}: {accuracy(rows):.1%} of {len(rows)} {table.split} problems right"
+                f"{method}: {accuracy(rows):.1%} of {len(rows)} {split} problems right"
             )
         if all(problem.is_multiple_choice for problem in problems):
             self.probe_choices(method, problems)

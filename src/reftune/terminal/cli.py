@@ -550,9 +550,8 @@ def find_recipe(name: str) -> Path:
     for candidate in (shipped / inside, shipped / f"{inside}.yaml"):
         if candidate.is_file():
             return candidate
-    recipes = [
-        file for file in shipped.glob("*/*.yaml") if file.parent.name != "accelerate"
-    ]  # accelerate's configurations are for a launcher
+    # accelerate's configurations are for a launcher
+    recipes = [file for file in shipped.glob("*/*.yaml") if file.parent.name != "accelerate"]
     near = difflib.get_close_matches(
         inside, [str(file.relative_to(shipped)) for file in recipes], cutoff=0
     )

@@ -209,10 +209,8 @@ def check_reward_errors(subject: Subject) -> Finding:
     if not any(changed.values()):
         return ok("there is no gold solution that can be changed with certainty")
     try:
-        gold, nothing = (
-            _mean_reward(subject, problems, golds),
-            _mean_reward(subject, problems, [""] * len(rows)),
-        )
+        gold = _mean_reward(subject, problems, golds)
+        nothing = _mean_reward(subject, problems, [""] * len(rows))
         paid = {
             kind: _rewards(subject, [p for p, _ in cases], [x.text for _, x in cases])
             for kind, cases in changed.items()

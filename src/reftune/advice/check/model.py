@@ -70,16 +70,13 @@ def check_memory(subject: Subject) -> Finding:
     if not planned:
         return ok("unknown for stages that do not state their cost")
     memory = max(planned, key=lambda memory: memory.peak)
-    parts, need, free = (
-        memory.parts,
-        memory.peak,
-        available_bytes(policy.device) + memory.held["weights"],
-    )
+    parts = memory.parts
+    free = available_bytes(policy.device) + memory.held["weights"]
     message = (
-        f"about {need / GIB:.1f} GiB of {free / GIB:.1f} free, most of it"
-        f" {max(parts, key=lambda name: parts[name])}"
+        f"about {memory.peak / GIB:.1f} GiB of {free / GIB:.1f} free, most of it"
+        f" {max(parts, key=parts.__getitem__)}"
     )
-    if need <= free:
+    if memory.peak <= free:
         return ok(message)
     return fail(
         message,

@@ -140,10 +140,8 @@ def check_target_length(subject: Subject) -> Finding:
 def check_vocabulary(subject: Subject) -> Finding:
     """Check that the tokenizer's ids exist in the model, and that it knows every word of the
     data."""
-    size, unknown = (
-        subject.policy.model.get_input_embeddings().weight.shape[0],
-        subject.policy.tokenizer.unk_token_id,
-    )
+    size = subject.policy.model.get_input_embeddings().weight.shape[0]
+    unknown = subject.policy.tokenizer.unk_token_id
     outside = [row.problem.id for row in subject.rows if max(row.ids) >= size]
     if outside:
         remedy = "use the tokenizer that belongs to the model"

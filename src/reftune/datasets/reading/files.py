@@ -275,12 +275,8 @@ def _read_parquet(path: Path) -> Records:
 
     try:
         records = parquet.read_table(path).to_pylist()
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # for text that is not UTF-8, or a date out of range
+    # ValueError: text that is not UTF-8; OverflowError: a date out of range
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}: row {number}", record

@@ -160,9 +160,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
     handler = signal.signal(signal.SIGALRM, expire)
-    rest = signal.setitimer(
-        signal.ITIMER_REAL, seconds, 1.0
-    )  # once more a second later: the first may have been swallowed
+    # once more a second later: the first may have been swallowed
+    rest = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
