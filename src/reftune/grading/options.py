@@ -22,8 +22,6 @@ _SECOND_CHOICE = re.compile(
     r"|[/,] ?\(?[a-z] ?\)?(?:$|[.,;]| (?:and|or)\b)|.* or \(?[a-z] ?\))",
     re.IGNORECASE,
 )
-
-
 _NEGATED = re.compile(
     r"^[ :]*(?:it is )?(?:neither|not) [^.;]{0,200}?\b(?:but|rather) ", re.IGNORECASE
 )

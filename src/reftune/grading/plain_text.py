@@ -72,8 +72,6 @@ _EMPHASIS = re.compile(
     r"|(?<=[^\s*_`$])[*_`$]{1,3}(?![\w*`$])"
 )
 _DOLLARS = re.compile(r"\b[a-z]{1,2} ?\$(?= ?[\d.])", re.IGNORECASE)
-
-
 _BULLET = re.compile(r"[-*+•–—] +")
 
 

@@ -138,8 +138,6 @@ BEFORE_CLAIM = frozenset(
 )
 """Files that may remain from a run killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
-
-
 CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 
 

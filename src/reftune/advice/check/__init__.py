@@ -31,11 +31,7 @@ STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
 """Stands in for the chat template of a model that is not read."""
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
 """Checks that work without the recipe's own model and data."""
-
-
 EXAMPLES = "paper/examples"
-
-
 UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
 """If one of these checks fails, the model is not run, as it would crash or be far too slow."""
 

@@ -21,13 +21,9 @@ from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 SMALL_DEV = 100
 """With fewer dev problems, the choice of a model is mostly luck: at 50% accuracy, the interval is
 then ± 10 points or wider."""
-
-
 NUM_REWARDED = 64
 """Number of rows for which a gold solution, a wrong solution and an empty completion are rewarded,
 to see whether the rewards differ."""
-
-
 MAX_FALSE_POSITIVES = 0.05
 """Largest share of wrong solutions that may be rewarded before the check fails."""
 

@@ -31,24 +31,14 @@ NUM_SHOWN = 3
 """Number of answers shown."""
 NUM_TIMED = 512
 """Number of rows from which the time is estimated."""
-
-
 MEASURED_ROWS = 64
 """Number of rows for measuring the speed, if the recipe does not specify it."""
-
-
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take this many times as long as in the other."""
-
-
 PRODUCT = 1024
 """Largest weight of a timed matmul, in rows and columns."""
-
-
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
 """Largest difference between the engine's log-probabilities and the policy's, in nats per token."""
-
-
 GIB = 2**30
 
 

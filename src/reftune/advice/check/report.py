@@ -16,8 +16,6 @@ Level = Literal["ok", "warn", "fail"]
 
 MAX_LISTED = 5
 """Most rows named under a finding."""
-
-
 BOUNDARY_TOKENS = 6
 
 
