@@ -53,7 +53,7 @@ class Jsonl(FileDataset):
         return [self._problem(row, columns) for row in rows]
 
     def trainable(self, splits: Splits) -> Splits:
-        """As for every dataset in files, except that rationales are read like the gold answers."""
+        """`splits` without unfit training rows; rationales are read like the gold answers."""
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:

@@ -72,7 +72,7 @@ class Mathqa(PaperDataset):
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As for the paper's other datasets, but multiple-choice text must also end in the
+        """As in `PaperDataset`, but multiple-choice rationales in words must also end in the
         letter."""
         if self.rationale == "program":
             return super().trainable(splits)

@@ -26,7 +26,7 @@ class Svamp(PaperDataset):
     authors_name: ClassVar[str] = "svamp"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As for all of the paper's datasets, but an `nl` rationale must also end in its answer."""
+        """As in `PaperDataset`, but an `nl` rationale must also end in its answer."""
         if self.rationale == "nl":
             if all(problem.rationale is None for problem in splits.train):
                 first = read_rows(self.train, "train", names=self.file_names()["train"])[0]

@@ -385,22 +385,22 @@ def _write_program(story: _Story, style: int) -> str:
 
 
 def _people(story: _Story) -> dict[_Quantity, str]:
-    """`ben = 12`, `ben = ben - 4`, `ann = ben * 3`, `return ann`"""
+    """People as names: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`, `return ann`."""
     return {quantity: quantity.owner.lower() for quantity in story.quantities}
 
 
 def _steps(story: _Story, letters: str) -> dict[_Quantity, str]:
-    """`a = 12`, `b = a - 4`, `c = b * 3`, `return c`"""
+    """Letters for all quantities: `a = 12`, `b = a - 4`, `c = b * 3`, `return c`."""
     return dict(zip(story.quantities, letters, strict=False))
 
 
 def _nothing(story: _Story) -> dict[_Quantity, str]:
-    """`return (12 - 4) * 3`"""
+    """No names: `return (12 - 4) * 3`."""
     return {}
 
 
 def _told_numbers(story: _Story, letters: str) -> dict[_Quantity, str]:
-    """`a = 12`, `b = 4`, `c = 3`, `return (a - b) * c`"""
+    """Letters for stated numbers: `a = 12`, `b = 4`, `c = 3`, `return (a - b) * c`."""
     sources = [
         source
         for quantity in (*story.quantities, story.answer)

@@ -19,7 +19,7 @@ class Reading:
     """How to read the completions of a language or a model."""
 
     stop_at: tuple[str, ...] = ("\nQuestion:", "\nQ:", "\nProblem:")
-    """Where run-on text begins, in which a model asks itself the next question."""
+    """Strings that begin run-on text, in which a model asks itself the next question."""
     markers: tuple[str, ...] = ()
     """Phrases that announce an answer, besides the English ones."""
     decimal: Literal[".", ","] = "."

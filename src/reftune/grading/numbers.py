@@ -75,7 +75,7 @@ def stated_number(line: str) -> Number | None:
 
 
 MIN_DECIMALS = 2
-"""Fewest decimals compared: numbers may differ in the third, however few they were written with."""
+"""The fewest decimals compared, even for numbers that are written with fewer."""
 FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 """Significant digits that float arithmetic keeps; a decimal with more is taken as a printed float:
 0.8333333333333334 and 0.8333333333333333 are both 5/6."""

@@ -244,10 +244,10 @@ def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> 
 def own_micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """This process's micro-batches, each with whether it counts. All processes hold all sequences;
-    together their micro-batches cover every sequence once, with equally many short and long
-    sequences in each process. Every process gets at least one micro-batch and, with `even`, as many
-    as the others: the extra ones repeat the first sequence and do not count."""
+    """This process's micro-batches, and whether each of them counts. All processes hold all
+    sequences; together their micro-batches cover every sequence once, with equally many short and
+    long sequences in each process. Every process gets at least one micro-batch and, with `even`, as
+    many as the others: the extra ones repeat the first sequence and do not count."""
     rank, size = world.rank(), world.world_size()
     order = torch.argsort(lengths, stable=True)
     batches = []

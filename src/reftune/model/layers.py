@@ -68,7 +68,7 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
     """Keep the matrices of the linear layers, except the output head's, in 4 bits (NF4, blocks of
-    64; QLoRA, arXiv:2305.14314, §3), in place; matmuls run in `dtype`. Equals transformers'
+    64; QLoRA, arXiv:2305.14314, §3), in place; matmuls run in `dtype`. This equals transformers'
     `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises: ModelError without
     bitsandbytes, and for models without such layers."""
     try:

@@ -88,8 +88,8 @@ def save_checkpoint(
 
 
 def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
-    """The newest checkpoint whose checksums match, or None. Damaged ones are reported through
-    `note(message)` and skipped."""
+    """The newest checkpoint whose checksums match, or None. Damaged checkpoints are reported
+    through `note(message)` and skipped."""
     for step, path in reversed(_found(folder)):
         try:
             return _read(path, step)

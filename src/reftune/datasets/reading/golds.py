@@ -13,7 +13,7 @@ from reftune.grading.markers import reasoning_text, statements
 
 def worked_solution(text: str) -> str | None:
     """The solution in a text that marks its answer by `####`, "The answer is …" or a box; None if
-    there is only the answer, or no mark. `####` is not part of the solution; the other marks
+    there is only the answer, or no marker. `####` is not part of the solution; the other markers
     are."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():

@@ -29,7 +29,7 @@ class Nl(Prompted):
     `file.py:Name` is your own grader."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
-    """Where run-on text begins; nothing after it is graded."""
+    """Strings that begin run-on text; nothing after them is graded."""
     markers: tuple[str, ...] = ()
     """Phrases that announce the answer, besides the English ones; targets use the first."""
     decimal: Literal[".", ","] = "."

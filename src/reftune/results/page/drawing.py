@@ -64,7 +64,8 @@ def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Dra
 
 
 def tag(name: str, *children: str, **attributes: object) -> Markup:
-    """An SVG element; text is escaped, `text_anchor` becomes `text-anchor`, `class_` `class`."""
+    """An SVG element. Text is escaped; `text_anchor` stands for `text-anchor`, `class_` for
+    `class`."""
     written = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value)
         for key, value in attributes.items()
