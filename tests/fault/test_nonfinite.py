@@ -18,7 +18,7 @@ from reftune.recipe import Recipe
 from reftune.runs.run import open_run
 from reftune.stages.loop import Loop
 from reftune.stages.progress import SilentProgress
-from reftune.stages.reward_model import Classifier
+from reftune.stages.reward_model import Classifier, Judged
 from reftune.storage.files import JsonLines
 
 pytestmark = pytest.mark.fault
@@ -176,9 +176,7 @@ def test_a_reward_model_whose_loss_is_not_finite_saves_what_it_read(make_recipe,
     train(recipe, "sft")
     forward = Classifier.forward
     monkeypatch.setattr(
-        Classifier,
-        "forward",
-        lambda self, batch: forward(self, batch) * (math.nan if self.training else 1),
+        Classifier, "forward", lambda self, batch: Judged(forward(self, batch).logits * math.nan)
     )
     with pytest.raises(NonFiniteError, match="judge step 1: loss is nan in rows 0"):
         train(recipe, "judge")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from reftune.errors import ModelError, RecipeError
@@ -63,13 +64,39 @@ def problem(id: str, question: str = "wa wb") -> Problem:
 
 def test_the_logits_are_those_of_the_last_token_without_eos(classifier, encoder):
     solutions = [(problem("1"), "wc wd we"), (problem("2", "wb"), "wf")]
-    found = classifier(classifier.solution_batch(solutions))
+    found = classifier(classifier.solution_batch(solutions)).logits
     for row, (asked, text) in enumerate(solutions):
         tokens = [*encoder.prompt(asked), *encoder.encode(text)]
         hidden = classifier.policy.model.model(input_ids=torch.tensor([tokens])).last_hidden_state[
             0, -1
         ]
         assert_close(found[row], classifier.head.weight @ hidden, atol=1e-5, rtol=1e-4)
+
+
+def test_the_likelihood_enters_the_logit_of_correct_alone(classifier):
+    solutions = [(problem("1"), "wc wd we"), (problem("2", "wb"), "wf")]
+    batch = classifier.solution_batch(solutions)
+    plain = classifier(batch).logits
+    classifier.likelihood = torch.nn.Linear(1, 1)
+    classifier.likelihood.weight.data.fill_(0.5)
+    classifier.likelihood.bias.data.fill_(2.0)
+    # eos is part of a solution: the policy's own log-probabilities of all its tokens
+    total = classifier.policy.score(batch).logprobs.sum(1)
+    expected = plain + torch.stack([torch.zeros(2), 0.5 * total + 2], 1)
+    assert_close(classifier(batch).logits, expected, atol=1e-5, rtol=1e-4)
+    assert classifier.scores(solutions) == pytest.approx(expected.softmax(1)[:, 1].tolist())
+
+
+def test_the_likelihood_is_standardized_over_the_solutions_at_first(classifier):
+    rows = planted(40, seed=0)
+    batch = classifier.solution_batch([(s.problem, s.text) for s in rows])
+    before = classifier(batch).logits
+    classifier.add_likelihood(rows)
+    evidence = (classifier(batch).logits - before).detach()
+    assert_close(evidence[:, 0], torch.zeros(40))
+    total = classifier.policy.score(batch).logprobs.sum(1)
+    # never steeper than the likelihood itself: a policy that finds all alike is no evidence
+    assert_close(evidence[:, 1], (total - total.mean()) / total.std(correction=0).clamp(min=1))
 
 
 def test_what_does_not_fit_the_context_is_cut_at_its_end(classifier, encoder):
@@ -138,12 +165,42 @@ def test_the_gradient_is_that_of_the_mean_however_it_is_split(classifier):
         gradients.append(classifier.head.weight.grad.clone())
     assert_close(gradients[0], gradients[1])
     # mean of -log softmax of the labels
-    logits = classifier(classifier.solution_batch([(s.problem, s.text) for s in rows]))
+    logits = classifier(classifier.solution_batch([(s.problem, s.text) for s in rows])).logits
     expected = -logits.log_softmax(1)[torch.arange(5), [0, 1, 0, 1, 0]].mean()
     assert metrics["loss/total"] == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["reward_model/accuracy"] == pytest.approx(
         float((logits.argmax(1) == torch.tensor([0, 1, 0, 1, 0])).float().mean())
     )
+
+
+def test_only_correct_solutions_are_imitated(classifier):
+    rows = [
+        Solution(problem=problem(str(i)), text=" ".join(WORDS[: 1 + 3 * i]), label=i % 2)
+        for i in range(5)
+    ]
+    classifier.add_likelihood(rows)
+    plain = accumulate_loss(classifier, rows, lm_coef=0.0)
+    classifier.zero_grad()
+    gradients = []
+    for max_tokens in (10_000, 1):
+        classifier.zero_grad()
+        classifier.policy.max_tokens = max_tokens
+        found = accumulate_loss(classifier, rows, lm_coef=0.3)
+        gradients.append(classifier.likelihood.weight.grad.clone())
+    assert_close(gradients[0], gradients[1])
+    # rows 1 and 3 are correct: the mean over their 5 + 11 tokens, eos included
+    correct = classifier.solution_batch([(s.problem, s.text) for s in rows if s.label])
+    nll = -classifier.policy.score(correct).logprobs.sum() / 16
+    assert found["reward_model/nll"] == pytest.approx(nll.item(), rel=1e-5)
+    assert found["loss/total"] == pytest.approx(plain["loss/total"] + 0.3 * nll.item(), rel=1e-5)
+
+
+def test_without_a_correct_solution_nothing_is_imitated(classifier):
+    rows = [Solution(problem=problem("1"), text=word, label=0) for word in WORDS[:3]]
+    classifier.add_likelihood(rows)
+    found = accumulate_loss(classifier, rows, lm_coef=0.3)
+    assert found["reward_model/nll"] == 0
+    assert found["loss/total"] == accumulate_loss(classifier, rows)["loss/total"]
 
 
 def test_the_value_head_is_not_trained(classifier):
@@ -175,7 +232,7 @@ def test_scores_are_probabilities_and_equal_texts_are_read_once(classifier, monk
     scores = classifier.scores(solutions)
     assert read == [2, 1]
     assert scores[0] == scores[2] != scores[3]
-    logits = classifier(batch_of(solutions))
+    logits = classifier(batch_of(solutions)).logits
     assert scores == pytest.approx(logits.softmax(1)[:, 1].tolist(), abs=1e-6)
 
 
@@ -211,10 +268,13 @@ def test_the_best_sample_with_an_answer_is_taken(classifier, monkeypatch):
 # --- files ----------------------------------------------------------------------------------------
 
 
-def test_a_saved_classifier_gives_the_same_scores(classifier, encoder, tmp_path):
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_a_saved_classifier_gives_the_same_scores(classifier, encoder, tmp_path, likelihood: bool):
     from reftune.model.weights import load_pretrained
 
     solutions = [(problem("1"), "wc wd"), (problem("1"), "we")]
+    if likelihood:
+        classifier.add_likelihood(planted(8, seed=0))
     classifier.save(tmp_path)
     loaded = load_classifier(Policy(*load_pretrained(tmp_path)), encoder, tmp_path)
     expected = classifier.scores(solutions)
@@ -233,7 +293,7 @@ def test_a_reranker_of_another_tokenizer_is_refused_in_one_line(
     require_same_tokenizer(classifier, make_policy(seed=1), where="")
     other = Policy(make_model("llama"), word_tokenizer(["wb wa"]))
     with pytest.raises(
-        ModelError, match=r"^evaluate\.rerank: rm: was trained with another tokenizer: \d+ tokens"
+        ModelError, match=r"^evaluate\.rerank: rm: was trained with another tokenizer: it has \d+"
     ) as caught:
         require_same_tokenizer(classifier, other, where="evaluate.rerank: rm")
     assert len(str(caught.value).splitlines()) == 1
@@ -290,6 +350,9 @@ def test_a_run_with_a_reward_model_scores_every_sample_once(make_reranked):
     )
     assert len({score for row in scores for score in row}) > 1
     folder = recipe.folder / "stages" / "judge"
+    assert {"weight", "likelihood.weight", "likelihood.bias"} == set(
+        load_file(folder / "classifier.safetensors")
+    )
     document = json.loads((folder / "stage.json").read_text())
     assert (document["kind"], document["init"], document["dev_n"]) == (
         "reward_model",

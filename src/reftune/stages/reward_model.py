@@ -1,7 +1,15 @@
 """The reranker: a classifier that estimates how likely a solution is to be correct.
 
 It reads prompt and solution, without eos, and puts two logits (wrong, correct) on the last token's
-hidden state.
+hidden state. The classifier remains a language model: the solution's log-likelihood enters the
+logit of `correct`, and a language-modelling loss on correct solutions keeps it meaningful.
+
+    logit of correct = w · h_last + a log π(solution | prompt) + b
+
+Without the likelihood, the best of many samples is often a mistake that the classifier overrates,
+and most such mistakes are unlikely solutions. Source: the language-modelling loss is that of Cobbe
+et al. (arXiv:2110.14168); the log-likelihood as a score is that of implicit reward models
+(arXiv:2412.01981). Differs: without their reference model.
 """
 
 from __future__ import annotations
@@ -12,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -25,6 +33,7 @@ from reftune.errors import ModelError
 from reftune.grading import voting
 from reftune.model.batch import TokenBatch, own_micro_batches, token_batch
 from reftune.model.encoder import Encoder
+from reftune.model.logprobs import token_logprobs
 from reftune.model.policy import Policy
 from reftune.processes import sharding, world
 from reftune.stages.loop import Z95, Look, Progression
@@ -41,12 +50,18 @@ INITIAL_STD = 0.02
 """Initial standard deviation of the new layer's weights, the usual value for transformers."""
 SOLUTIONS_AT_ONCE = 8192
 """Most solutions held as tokens at the same time."""
+LIKELIHOOD = "likelihood"
+STANDARDIZED = 256
+"""Solutions over which log-likelihoods are standardized."""
 CORRECT = 1
 """Label of a correct solution; a wrong solution has label 0."""
 
 
 class RewardModel(Schedule, Sampled):
     kind: Literal["reward_model"] = "reward_model"
+    lm_coef: float = Field(0.3, ge=0)
+    """Weight of the language-modelling loss on correct solutions; 0 also removes the likelihood
+    from the score, which leaves the paper's classifier."""
     init: str = "sft"
     """Method that the classifier starts from."""
     samples: int = Field(100, gt=0)
@@ -86,7 +101,10 @@ class RewardModel(Schedule, Sampled):
         classifier = Classifier(
             context.policy, context.collector.encoder, seed=context.seed("classifier")
         )
-        train_in_epochs(self, context, Judging(classifier, solutions, dev), start=start)
+        if self.lm_coef > 0:
+            classifier.add_likelihood(solutions)
+        task = Judging(classifier, solutions, dev, lm_coef=self.lm_coef)
+        train_in_epochs(self, context, task, start=start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,15 +131,22 @@ class Judging:
     """The task of telling correct solutions from wrong ones."""
 
     def __init__(
-        self, classifier: Classifier, solutions: Sequence[Solution], dev: Sequence[Samples]
+        self,
+        classifier: Classifier,
+        solutions: Sequence[Solution],
+        dev: Sequence[Samples],
+        *,
+        lm_coef: float,
     ) -> None:
         self.model, self.solutions, self.dev = classifier, solutions, dev
+        self.lm_coef = lm_coef
 
     def __len__(self) -> int:
         return len(self.solutions)
 
     def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        return accumulate_loss(self.model, [self.solutions[i] for i in indices])
+        rows = [self.solutions[i] for i in indices]
+        return accumulate_loss(self.model, rows, lm_coef=self.lm_coef)
 
     def look(self) -> Look:
         return Look(metrics=dev_metrics(self.model, self.dev))
@@ -134,8 +159,21 @@ class Judging:
 # --- the classifier -------------------------------------------------------------------------------
 
 
+class Judged(NamedTuple):
+    """What the classifier says of a batch. It is a tuple because FSDP2 looks for tensors in a
+    model's output."""
+
+    logits: Tensor
+    """(B, 2) in fp32: wrong, correct."""
+    logprobs: Tensor | None = None
+    """(B, R) log-probabilities of the response tokens; None if they play no part."""
+
+
 class Classifier(nn.Module):
     """A policy's transformer under a linear layer with two outputs and no bias."""
+
+    likelihood: nn.Linear | None
+    """From a solution's log-likelihood to its part of the logit of `correct`."""
 
     def __init__(self, policy: Policy, encoder: Encoder, *, seed: int = 0) -> None:
         super().__init__()
@@ -149,6 +187,19 @@ class Classifier(nn.Module):
             )
             self.head.weight.copy_(draws)
         self.head.to(policy.device)
+        self.likelihood = None
+
+    @torch.no_grad()
+    def add_likelihood(self, solutions: Sequence[Solution]) -> None:
+        """Let the score depend on the log-likelihood, at first standardized over `solutions` (or
+        some of them, evenly spaced)."""
+        some = solutions[:: max(1, len(solutions) // STANDARDIZED)]
+        batch = self.solution_batch([(s.problem, s.text) for s in some])
+        found = self.policy.score(batch).logprobs.sum(1)
+        self.likelihood = nn.Linear(1, 1).to(self.policy.device)
+        scale = 1 / found.std(correction=0).clamp(min=1)
+        self.likelihood.weight.fill_(scale)
+        self.likelihood.bias.fill_(-scale * found.mean())
 
     @property
     def packs(self) -> bool:
@@ -160,28 +211,34 @@ class Classifier(nn.Module):
         """The value of the policy; see `Policy`."""
         return self.policy.max_tokens
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """(B, 2) logits in fp32; see `solution_batch`."""
-        return self.logits(batch)
+    def forward(self, batch: TokenBatch) -> Judged:
+        """Judge the solutions of a `solution_batch`."""
+        return self.judge(batch)
 
-    def logits(self, batch: TokenBatch) -> Tensor:
+    def judge(self, batch: TokenBatch) -> Judged:
         """The result of `forward`, for a model whose weights are whole."""
         with self.policy.arithmetic():
             hidden = self.policy.hidden_states(batch)
-        logits: Tensor = self.head(hidden.float())
-        return logits
+            if self.likelihood is not None:
+                output = self.policy.base.get_output_embeddings()
+                logprobs = batch.unflatten(token_logprobs(output, hidden, batch.response_tokens()))
+        last = batch.response_lengths.cumsum(0) - 1
+        logits: Tensor = self.head(hidden[last].float())
+        if self.likelihood is None:
+            return Judged(logits)
+        evidence = self.likelihood(logprobs.sum(1, keepdim=True))
+        return Judged(logits + nn.functional.pad(evidence, (CORRECT, 0)), logprobs)
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """A batch whose prompts are prompt and solution, and whose responses are one end token
-        each: the state that predicts it is that of the solution's last token."""
-        prompts = {problem.id: self.encoder.prompt(problem) for problem, _ in solutions}
+        """Prompts and solutions; the state that predicts a solution's end token is its last
+        token's. What does not fit the context is cut at the solution's end."""
         longest = None if self.policy.context is None else self.policy.context - 1
+        prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
+        before = [prompts[problem.id] for problem, _ in solutions]
         written = [self.encoder.continuation(problem, text) for problem, text in solutions]
-        read = [
-            [*prompts[problem.id], *ids[:-1]][:longest]
-            for (problem, _), ids in zip(solutions, written, strict=True)
-        ]
-        return token_batch(read, [ids[-1:] for ids in written], device=self.policy.device)
+        room = [None if longest is None else longest - len(prompt) for prompt in before]
+        after = [[*ids[:-1][:most], ids[-1]] for ids, most in zip(written, room, strict=True)]
+        return token_batch(before, after, device=self.policy.device)
 
     @torch.no_grad()
     def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
@@ -205,17 +262,26 @@ class Classifier(nn.Module):
                 batch.lengths, max_tokens=self.max_tokens, packed=self.packs
             ):
                 if counts:
-                    scores[index] = self.logits(batch.rows(index)).softmax(1)[:, CORRECT]
+                    scores[index] = self.judge(batch.rows(index)).logits.softmax(1)[:, CORRECT]
         world.add_up(scores)
         return scores
 
     def save(self, folder: Path) -> None:
         """Write the transformer in Hugging Face format (LoRA merged), the tokenizer and the
-        layer."""
+        layers."""
         with sharding.current.whole(self):
             self.policy.save(folder)
             if world.is_main():
-                save_file({"weight": self.head.weight.detach().contiguous()}, folder / WEIGHTS)
+                layers = {
+                    name: value.detach().contiguous() for name, value in self.layers().items()
+                }
+                save_file(layers, folder / WEIGHTS)
+
+    def layers(self) -> dict[str, Tensor]:
+        """The weights beside the transformer, by their names in the file."""
+        if self.likelihood is None:
+            return {"weight": self.head.weight}
+        return {"weight": self.head.weight, **dict(self.likelihood.named_parameters(LIKELIHOOD))}
 
 
 def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifier:
@@ -223,29 +289,43 @@ def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifie
     from the same folder. Raises: ModelError."""
     classifier = Classifier(policy, encoder)
     try:
-        classifier.head.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        found = load_file(folder / WEIGHTS)
+        if len(found) > 1:
+            classifier.likelihood = nn.Linear(1, 1).to(policy.device)
+        with torch.no_grad():
+            for name, weight in classifier.layers().items():
+                weight.copy_(found[name])
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: not a reward model: {WEIGHTS}: {brief(error)}") from None
     return classifier
 
 
-def accumulate_loss(classifier: Classifier, solutions: Sequence[Solution]) -> dict[str, float]:
-    """Add the gradient of the mean cross-entropy of the labels, and return metrics. Raises:
-    NonFiniteError before the gradient is used.
+def accumulate_loss(
+    classifier: Classifier, solutions: Sequence[Solution], *, lm_coef: float = 0.0
+) -> dict[str, float]:
+    """Add the gradient of the mean cross-entropy of the labels and, times `lm_coef`, of the
+    negative log-likelihood of the correct solutions' tokens, and return metrics.
+
+    Raises: NonFiniteError before the gradient is used.
     """
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
+    num_tokens = (labels * batch.response_lengths).sum().clamp(min=1)
 
     def loss(rows: Tensor) -> LossTerms:
-        logits = classifier(batch.rows(rows))
-        total = nn.functional.cross_entropy(logits, labels[rows], reduction="sum") / len(solutions)
-        right = (logits.argmax(1) == labels[rows]).sum()
-        return LossTerms(total=total, metrics={"right": right})
+        judged, own = classifier(batch.rows(rows)), labels[rows]
+        total = nn.functional.cross_entropy(judged.logits, own, reduction="sum") / len(solutions)
+        metrics = {"right": (judged.logits.argmax(1) == own).sum()}
+        if judged.logprobs is not None:
+            nll = -(judged.logprobs * own[:, None]).sum() / num_tokens
+            total = total + lm_coef * nll
+            metrics["reward_model/nll"] = nll.detach()
+        return LossTerms(total=total, metrics=metrics)
 
     found = accumulate_gradient(classifier, batch.lengths, loss)
     return {
-        "loss/total": found["loss/total"],
-        "reward_model/accuracy": found["right"] / len(solutions),
+        "reward_model/accuracy": found.pop("right") / len(solutions),
+        **found,
         "compute/train_tokens": int(batch.lengths.sum()) - len(solutions),
     }
 
