@@ -27,7 +27,7 @@ from reftune.algorithms.advantages import (
 )
 from reftune.algorithms.base import Algorithm, LossTerms, masked_mean
 from reftune.errors import RecipeError
-from reftune.model.batch import RolloutBatch, token_batch
+from reftune.model.batch import RolloutBatch, TokenBatch, token_batch
 from reftune.model.policy import AdapterReference, Policy, TokenScores
 from reftune.model.value_head import fit_value_head
 from reftune.recipe import load_component, refusal
@@ -232,10 +232,8 @@ class Trainer:
         completions = [r.completion for r in rollouts]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
-        values, entropies = (
-            batch.tokens.unflatten(torch.tensor(list(chain(*kind)), device=self.policy.device))
-            for kind in ((c.values for c in completions), (c.entropies for c in completions))
-        )
+        values = per_token(batch.tokens, [c.values for c in completions])
+        entropies = per_token(batch.tokens, [c.entropies for c in completions])
         return TokenScores(batch.sampling_logprobs, values, entropies)
 
     # --- update ---
@@ -329,13 +327,10 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
     tokens = token_batch(
         [r.prompt_ids for r in rollouts], [r.completion.token_ids for r in rollouts], device=device
     )
-    sampled = torch.tensor(
-        [logprob for r in rollouts for logprob in r.completion.logprobs], device=device
-    )
     group_of = {
         id_: group for group, id_ in enumerate(dict.fromkeys(r.problem.id for r in rollouts))
     }
-    logprobs = tokens.unflatten(sampled)
+    logprobs = per_token(tokens, [r.completion.logprobs for r in rollouts])
     return RolloutBatch(
         tokens=tokens,
         rewards=torch.tensor([r.reward for r in rollouts], device=device),
@@ -347,6 +342,11 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
         sampling_logprobs=logprobs,
         logprobs=logprobs,
     )
+
+
+def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
+    """A number for each response token, given by sequence: (B, R), 0 outside the response."""
+    return tokens.unflatten(torch.tensor(list(chain(*numbers)), device=tokens.tokens.device))
 
 
 def correct_mismatch(
