@@ -92,7 +92,7 @@ house: setup
 
 docs: setup
 	$(BIN)/python docs/_recipe_reference.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .

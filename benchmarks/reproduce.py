@@ -131,7 +131,7 @@ def write(path: Path, text: str) -> None:
 def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of docs/results.md, a function of the committed tables."""
     parts = [
-        "# Results\n\n`make reproduce` writes this page from the JSON in [results/](results)."
+        "# Results\n\n`make reproduce` writes this page from the JSON in `docs/results/`."
         " Accuracies are in percent. Differences are in points and paired by problem. Intervals are"
         " 95% over seeds and problems; n.s. means not significant. Models are chosen on dev and"
         " scored on test once. `recipes/demo` has the settings: "
