@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reftune.results.metrics import Unit
@@ -145,6 +145,8 @@ def test_a_label_cannot_leave_its_text() -> None:
 numbers = st.none() | st.floats(-1e30, 1e30, allow_nan=False)
 
 
+@example(lines=[[5e-324]], kind="line", floor=None, is_hero=False)
+@example(lines=[[0.0, 5e-324]], kind="area", floor=None, is_hero=True)
 @given(
     lines=st.lists(st.lists(numbers, min_size=1, max_size=60), min_size=1, max_size=4),
     kind=st.sampled_from(["line", "area"]),

@@ -17,6 +17,8 @@ from reftune.results.page.charts import Chart, Number, Series
 
 LETTER, BOLD_LETTER = 6.6, 7.2
 """Width in pixels of a letter at an axis, and of a letter in the name of a line."""
+SMALLEST_RANGE = 1e-300
+"""Ends of an axis that are closer count as equal, because dividing their distance would give 0."""
 MANY_POINTS = 40
 """A line with more points is drawn pale, with its running mean on top."""
 NAME_HEIGHT = 15
@@ -205,8 +207,8 @@ def _range(chart: Chart) -> tuple[float, float]:
         low = max(low, chart.floor)
     if chart.zero:
         low, high = min(0.0, low), max(0.0, high)
-    if high == low:
-        high = low + (abs(low) or 1)
+    if high - low < SMALLEST_RANGE:
+        high = low + (abs(low) if abs(low) >= SMALLEST_RANGE else 1)
     if (not chart.zero or low < 0) and low != chart.floor:
         low -= 0.05 * (high - low)
     return low, high
