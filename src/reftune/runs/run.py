@@ -318,7 +318,8 @@ class Run:
         """Answer the test (or dev) problems with a method's model; on multiple choice, also check
         for signs of reward hacking."""
         problems, path = self.problems_to_evaluate(), self.folder.evaluation(method)
-        if len(world.from_main(JsonLines(path).rows)) < len(problems):
+        rows = world.from_main(JsonLines(path).rows)
+        if len(rows) < len(problems):
             policy = self.load_policy(method)
             rows = evaluate(
                 policy, problems, self.collector(policy), self.recipe, method=method, path=path
@@ -328,15 +329,16 @@ class Run:
                 f"{method}: {accuracy(rows):.1%} of {len(rows)} {split} problems right"
             )
         if all(problem.is_multiple_choice for problem in problems):
-            self.probe_choices(method, problems)
+            self.probe_choices(method, problems, [Attempt.from_row(row["greedy"]) for row in rows])
 
-    def probe_choices(self, method: str, problems: Sequence[Problem]) -> None:
-        """Check a method for reward hacking, unless that is done; see `stages.probes.choices`."""
+    def probe_choices(
+        self, method: str, problems: Sequence[Problem], answers: Sequence[Attempt]
+    ) -> None:
+        """Check a method's greedy answers for reward hacking, unless that is done; see
+        `stages.probes.choices`."""
         path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(problems):
             return
-        rows = world.from_main(JsonLines(self.folder.evaluation(method)).rows)
-        answers = [Attempt.from_row(row["greedy"]) for row in rows]
         policy = self.load_policy(method)
         found = diagnose(
             policy,
