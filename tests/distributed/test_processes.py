@@ -380,7 +380,7 @@ def test_a_step_that_is_refused_in_one_process_is_in_both_and_leaves_no_trace(
             return LossTerms(total=(policy(batch.rows(rows)).logprobs * weights[rows]).sum())
 
         with pytest.raises(NonFiniteError, match=r"^loss is nan in rows 0, 2"):
-            accumulate_gradient(policy, batch.lengths, loss)
+            accumulate_gradient(policy, batch, loss)
         optimizer.zero_grad()
         first = step(policy, optimizer)
         accumulate_nll(policy, batch)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reftune.model.batch import RolloutBatch, TokenBatch, micro_batches, token_batch
+from reftune.model.batch import (
+    RolloutBatch,
+    TokenBatch,
+    micro_batches,
+    own_micro_batches,
+    token_batch,
+)
 
 PROMPTS = [[5, 6, 7], [8]]
 RESPONSES = [[9, 1], [2, 3, 4, 1]]
@@ -107,9 +113,9 @@ def test_every_packed_token_has_a_slot_beside_its_own_sequence(count):
     packed = token_batch(
         [tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]
     ).packed()
-    slots, is_token, order, sizes = packed.packing
+    slots, is_token, order, sizes, repeats = packed.packing
     assert slots[order].tolist() == list(range(sum(lengths)))
-    assert is_token.sum() == sum(lengths) and is_token[order].all()
+    assert is_token.sum() == sum(lengths) and is_token[order].all() and not repeats
     assert sum(rows for rows, _ in sizes) == count and sum(
         rows * length for rows, length in sizes
     ) == len(slots)
@@ -124,6 +130,34 @@ def test_every_packed_token_has_a_slot_beside_its_own_sequence(count):
             assert real.tolist() == sorted(real.tolist(), reverse=True), "padding is on the right"
             assert packed.positions[row[real]].tolist() == list(range(int(real.sum())))
     assert sorted(found) == sequences
+
+
+def test_a_prompt_that_several_sequences_have_is_packed_once():
+    batch = token_batch([[3, 4], [6], [3, 4], [3], [3, 4]], [[7, 1], [8, 1], [9], [7, 1], [5, 1]])
+    packed = batch.packed()
+    assert packed.tokens.tolist() == [3, 4, 7, 1, 6, 8, 1, 9, 3, 7, 1, 5, 1]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 2, 0, 1, 2, 2, 3]
+    assert packed.predictors.tolist() == [1, 2, 4, 5, 1, 8, 9, 1, 11]
+    slots, is_read, order, ((rows, length),), repeats = packed.packing
+    seen = packed.tokens[slots].view(rows, length).tolist()
+    # by rising length: rows 1, 2, 3, 0, 4
+    assert [row[:3] for row in seen[3:]] == [[3, 4, 7], [3, 4, 5]]
+    assert is_read.sum() == 13 and slots[order].tolist() == list(range(13))
+    # the second and the third sequence with the prompt 3 4, tokens 0 and 1
+    assert [tokens.tolist() for tokens in repeats[::2]] == [[0, 1], [0, 1]]
+    for tokens, further in zip(repeats[::2], repeats[1::2], strict=True):
+        assert slots[further].equal(tokens) and not is_read[further].any()
+
+
+def test_packed_micro_batches_keep_samples_of_a_prompt_together():
+    prompts = [[2], [3, 3], [2], [3, 3], [4]]
+    batch = token_batch(prompts, [[5], [5] * 6, [5] * 4, [5], [5, 5]])
+    lengths = batch.lengths.tolist()
+    assert lengths == [2, 8, 5, 3, 3]
+    batches = own_micro_batches(batch, max_tokens=10, packed=True)
+    assert [index.tolist() for index, _ in batches] == [[4, 0, 2], [1], [3]]
+    padded = own_micro_batches(batch, max_tokens=10)
+    assert [index.tolist() for index, _ in padded] == [[0, 3, 4], [2], [1]]
 
 
 @pytest.mark.parametrize("longest", [5, 80])

@@ -11,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from reftune.errors import RecipeError
-from reftune.model.batch import micro_batches, own_micro_batches
+from reftune.model.batch import TokenBatch, micro_batches, own_micro_batches, token_batch
 from reftune.processes import heartbeat, world
 from reftune.processes.launch import processes, wanted_sharding
 from reftune.processes.sharding import Fsdp2, Sharding
@@ -93,17 +93,21 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 
 def share_of(
-    rank: int, size: int, lengths: torch.Tensor, **settings: Any
+    rank: int, size: int, lengths: list[int], **settings: Any
 ) -> list[tuple[torch.Tensor, bool]]:
     """The micro-batches of one of `size` processes."""
     with world.inhabited(world.World(rank=rank, size=size)):
-        return list(own_micro_batches(lengths, **settings))
+        return list(own_micro_batches(sequences(lengths), **settings))
+
+
+def sequences(lengths: list[int]) -> TokenBatch:
+    return token_batch([[1]] * len(lengths), [[2] * (length - 1) for length in lengths])
 
 
 @pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_processes_share_every_row_once(world_size, even):
-    lengths = torch.tensor([5, 3, 8, 1, 9, 2, 7])
+    lengths = [5, 3, 8, 2, 9, 4, 7]
     shares = [
         share_of(rank, world_size, lengths, max_tokens=9, even=even) for rank in range(world_size)
     ]
@@ -117,19 +121,21 @@ def test_processes_share_every_row_once(world_size, even):
 
 
 def test_a_process_alone_has_the_micro_batches_in_their_order():
-    lengths = torch.tensor([5, 3, 8, 1, 9, 3, 7])
-    found = [index.tolist() for index, _ in own_micro_batches(lengths, max_tokens=10)]
-    assert found == [index.tolist() for index in micro_batches(lengths, max_tokens=10)]
+    lengths = [5, 3, 8, 2, 9, 3, 7]
+    found = [index.tolist() for index, _ in own_micro_batches(sequences(lengths), max_tokens=10)]
+    assert found == [
+        index.tolist() for index in micro_batches(torch.tensor(lengths), max_tokens=10)
+    ]
 
 
 def test_shares_are_alike_in_length():
-    # sorted: 1 2 3 4 | 5 6 7 8 dealt in turns gives 1 3 5 7 and 2 4 6 8, not the short ones to one
+    # sorted: 2 3 4 5 | 6 7 8 9 dealt in turns gives 2 4 6 8 and 3 5 7 9, not the short ones to one
     # process
-    lengths = torch.tensor([8, 7, 6, 5, 4, 3, 2, 1])
+    lengths = [9, 8, 7, 6, 5, 4, 3, 2]
     shares = [share_of(rank, 2, lengths, max_tokens=99) for rank in (0, 1)]
-    assert [sorted(lengths[share[0][0]].tolist()) for share in shares] == [
-        [1, 3, 5, 7],
+    assert [sorted(lengths[row] for row in share[0][0].tolist()) for share in shares] == [
         [2, 4, 6, 8],
+        [3, 5, 7, 9],
     ]
 
 

@@ -201,7 +201,7 @@ def test_gradients_of_a_single_pass_come_as_activations_go(outline, make_policy)
     assert two["gradients"] == 4 * made.trained
     assert sum(one.values()) == max(4 * made.trained, one["activations"])
     policy = make_policy()
-    batch = token_batch([[0] * 9] * 8, [[0] * 7] * 8)
+    batch = token_batch([[i] * 9 for i in range(8)], [[0] * 7] * 8)
     with _LiveBytes(policy) as live:
         logprobs = policy(batch).logprobs
         for expected in (one, two):
@@ -311,7 +311,7 @@ def test_the_trace_takes_what_real_tensors_take(dtype, lora, checkpointing, outl
         policy.recompute_blocks()
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    batch = token_batch([[0] * 9] * 4, [[0] * 7] * 4)
+    batch = token_batch([[i] * 9 for i in range(4)], [[0] * 7] * 4)
     with policy.arithmetic(), _LiveBytes(policy) as live:
         hidden = policy.hidden_states(batch)
         token_logprobs(

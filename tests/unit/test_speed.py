@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from reftune.model.batch import token_batch
+from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
 from reftune.model.speed import allocator, attention, llama
 from reftune.recipe import Recipe
@@ -98,6 +98,32 @@ def test_the_allocator_takes_every_option_unless_the_environment_gives_some(vari
         )
         allocator.keep_freed_memory()
     assert taken == expected
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3, tied", "gpt2", "opt", "codegen"])
+def test_a_prompt_read_once_for_several_samples_gets_the_gradient_of_all(
+    make_policy, family, recompute, monkeypatch
+):
+    long, short = [3, 4, 5, 6, 7], [8, 9]
+    prompts = [long, short, long, [4], long, short, *([i, i + 1] for i in range(4))]
+    responses = [[10 + i] * (1 + 5 * i % 4) + [1] for i in range(len(prompts))]
+    batch = token_batch(prompts, responses)
+    weights = torch.linspace(-1, 2, batch.response_mask.numel()).view(batch.response_mask.shape)
+    found = []
+    for is_shared in (True, False):
+        if not is_shared:
+            monkeypatch.setattr(TokenBatch, "owners", lambda self: torch.arange(len(self)))
+        assert (len(batch.packed().tokens) < int(batch.lengths.sum())) == is_shared
+        policy = make_policy(family)
+        if recompute:
+            policy.recompute_blocks()
+        scores = policy(batch)
+        ((scores.logprobs + scores.values) * weights).sum().backward()
+        gradients = {name: p.grad for name, p in policy.named_parameters()}
+        found.append((scores.logprobs, scores.values, policy.score(batch).entropy, gradients))
+    for shared, alone in zip(found[0], found[1], strict=True):
+        assert_close(shared, alone, atol=1e-4, rtol=1e-4)
 
 
 # --- without the folder ---------------------------------------------------------------------------

@@ -72,10 +72,26 @@ class TokenBatch:
             mask, values
         )
 
+    def owners(self) -> Tensor:
+        """(B,) The first sequence with the same prompt, for each sequence."""
+        firsts: dict[tuple[int, ...], int] = {}
+        rows = zip(self.tokens.tolist(), self.prompt_lengths.tolist(), strict=True)
+        return torch.tensor(
+            [firsts.setdefault(tuple(row[:length]), i) for i, (row, length) in enumerate(rows)],
+            device=self.tokens.device,
+        )
+
+    def _is_read(self, owners: Tensor) -> Tensor:
+        """(B, L), True on the tokens to read: all but the prompts that another sequence owns."""
+        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_owner = owners == torch.arange(len(owners), device=owners.device)
+        starts = self.prompt_lengths * ~is_owner
+        return (steps >= starts[:, None]) & (steps < self.lengths[:, None])
+
     def filled_up(self) -> TokenBatch:
-        """The batch, plus a sequence without response if its tokens are not a multiple of
-        `MULTIPLE`."""
-        missing = -int(self.lengths.sum()) % MULTIPLE
+        """The batch, with one more sequence without a response if the number of packed tokens would
+        not be a `MULTIPLE`."""
+        missing = -int(self._is_read(self.owners()).sum()) % MULTIPLE
         if not missing:
             return self
         width = max(missing, self.tokens.shape[1])
@@ -86,17 +102,17 @@ class TokenBatch:
         )
 
     def packed(self) -> PackedTokens:
-        """The sequences one after the other, without padding."""
-        lengths = self.lengths
+        """The sequences one after the other, without padding; a prompt that several have, once."""
+        owners = self.owners()
+        is_read = self._is_read(owners)
+        places = is_read.flatten().cumsum(0).view_as(is_read) - 1
+        places = places.where(is_read, places[owners])  # prompts of others; padding is not read
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        is_token = steps < lengths[:, None]
-        starts = lengths.cumsum(0) - lengths
-        rows, columns = self.predictor_index()
         return PackedTokens(
-            tokens=self.tokens[is_token],
-            positions=steps.expand_as(is_token)[is_token],
-            predictors=starts[rows] + columns,
-            packing=_packing(lengths, starts, is_token),
+            tokens=self.tokens[is_read],
+            positions=steps.expand_as(is_read)[is_read],
+            predictors=places[self.predictor_index()],
+            packing=_packing(self.lengths, owners, places, is_read),
         )
 
     def rows(self, index: Tensor) -> TokenBatch:
@@ -114,13 +130,16 @@ class Packing(NamedTuple):
     longest, S slots in all."""
 
     slots: Tensor
-    """(S,) The token in each slot; an empty slot repeats an arbitrary token."""
-    is_token: Tensor
-    """(S,) Whether the slot holds a token."""
+    """(S,) The token in each slot; an arbitrary one if the slot is empty."""
+    is_read: Tensor
+    """(S,) Whether the slot's output is its token's: one slot for each token."""
     order: Tensor
-    """(T,) The slot of each token."""
+    """(T,) The slot whose output is read, for each token."""
     sizes: tuple[tuple[int, int], ...]
-    """For each group, the number of sequences and of slots per sequence."""
+    """Number of sequences in each group, and of slots per sequence."""
+    repeats: tuple[Tensor, ...]
+    """Tokens and their further slots, in turn: of the second sequence with the same prompt, of the
+    third, …"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,19 +155,28 @@ class PackedTokens:
     packing: Packing
 
 
-def _packing(lengths: Tensor, starts: Tensor, is_token: Tensor) -> Packing:
-    first_slots, slots, filled, sizes, start = torch.empty_like(lengths), [], [], [], 0
-    steps = torch.arange(is_token.shape[1], device=lengths.device)
+def _packing(lengths: Tensor, owners: Tensor, places: Tensor, is_read: Tensor) -> Packing:
+    """`places` (B, L) has the index of each token among the packed ones."""
+    first_slots, slots, chosen, sizes, start = torch.empty_like(lengths), [], [], [], 0
+    steps = torch.arange(is_read.shape[1], device=lengths.device)
+    is_token = steps < lengths[:, None]
     groups = lengths.argsort(stable=True).tensor_split(GROUPS if len(lengths) >= 2 * GROUPS else 1)
     for rows in groups:
         longest = int(lengths[rows].max())
-        filled.append(is_token[rows, :longest].flatten())
-        slots.append((starts[rows, None] + steps[:longest]).flatten() * filled[-1])
+        chosen.append(is_read[rows, :longest].flatten())
+        slots.append((places[rows, :longest] * is_token[rows, :longest]).flatten())
         first_slots[rows] = start + torch.arange(len(rows), device=lengths.device) * longest
         sizes.append((len(rows), longest))
         start += len(rows) * longest
-    order = (first_slots[:, None] + steps)[is_token]
-    return Packing(torch.cat(slots), torch.cat(filled), order, tuple(sizes))
+    slot_of = first_slots[:, None] + steps
+    turns = (owners[:, None] == owners).tril(-1).sum(1)  # earlier sequences with the same prompt
+    repeats: list[Tensor] = []
+    for turn in range(1, int(turns.max()) + 1):
+        repeated = is_token & ~is_read & (turns == turn)[:, None]
+        repeats += [places[repeated], slot_of[repeated]]
+    return Packing(
+        torch.cat(slots), torch.cat(chosen), slot_of[is_read], tuple(sizes), tuple(repeats)
+    )
 
 
 def token_batch(
@@ -229,32 +257,47 @@ def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> 
     least one sequence). The size counts padding to the longest sequence or, with `packed`, only
     tokens.
     """
-    device, lengths = lengths.device, lengths.cpu()  # they are iterated one by one
     order = torch.argsort(lengths, stable=True)
+    for part in _consecutive(lengths[order].tolist(), max_tokens=max_tokens, packed=packed):
+        yield order[part]
+
+
+def _consecutive(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> Iterator[slice]:
+    """Consecutive parts within the size of `micro_batches`; padded ones need rising lengths."""
     start, tokens = 0, 0
-    for end in range(1, len(order) + 1):
-        tokens += int(lengths[order[end - 1]])
-        one_more = int(lengths[order[end]]) if end < len(order) else 0
+    for end in range(1, len(lengths) + 1):
+        tokens += lengths[end - 1]
+        one_more = lengths[end] if end < len(lengths) else 0
         size = tokens + one_more if packed else (end - start + 1) * one_more
-        if end == len(order) or size > max_tokens:
-            yield order[start:end].to(device)
+        if end == len(lengths) or size > max_tokens:
+            yield slice(start, end)
             start, tokens = end, 0
 
 
 def own_micro_batches(
-    lengths: Tensor, *, max_tokens: int, packed: bool = False, even: bool = False
+    batch: TokenBatch, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
     """This process's micro-batches, and whether each of them counts. All processes hold all
     sequences; together their micro-batches cover every sequence once, with equally many short and
-    long sequences in each process. Every process gets at least one micro-batch and, with `even`, as
-    many as the others: the extra ones repeat the first sequence and do not count."""
+    long sequences in each process. `packed` ones keep sequences with the same prompt together.
+    Every process gets at least one micro-batch and, with `even`, as many as the others: the extra
+    ones repeat the first sequence and do not count."""
     rank, size = world.rank(), world.world_size()
-    order = torch.argsort(lengths, stable=True)
+    lengths = batch.lengths
+    order = _by_prompt(lengths, batch.owners()) if packed else torch.argsort(lengths, stable=True)
     batches = []
     for first in range(size) if even else [rank]:
         share = order[first::size]
-        parts = micro_batches(lengths[share], max_tokens=max_tokens, packed=packed)
-        batches.append([share[index] for index in parts])
+        parts = _consecutive(lengths[share].tolist(), max_tokens=max_tokens, packed=packed)
+        batches.append([share[part] for part in parts])
     own, most = batches[rank if even else 0], max(1, *map(len, batches))
     yield from ((index, True) for index in own)
     yield from ((order[:1] * 0, False) for _ in range(most - len(own)))
+
+
+def _by_prompt(lengths: Tensor, owners: Tensor) -> Tensor:
+    """The order of rising length, but for sequences with the same prompt, which follow one another
+    at the length of their longest."""
+    longest = torch.zeros_like(lengths).scatter_reduce(0, owners, lengths, "amax")[owners]
+    order = torch.argsort(owners, stable=True)
+    return order[torch.argsort(longest[order], stable=True)]

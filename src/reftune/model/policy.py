@@ -301,7 +301,7 @@ class Policy(nn.Module):
         return TokenScores(*found)
 
     def _micro_batches(self, batch: TokenBatch) -> Iterator[tuple[Tensor, bool]]:
-        return own_micro_batches(batch.lengths, max_tokens=self.max_tokens, packed=self.packs)
+        return own_micro_batches(batch, max_tokens=self.max_tokens, packed=self.packs)
 
     @torch.no_grad()
     def features(self, batch: TokenBatch) -> Tensor:

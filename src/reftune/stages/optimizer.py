@@ -13,7 +13,7 @@ from torch import nn
 
 from reftune.algorithms.base import LossTerms
 from reftune.errors import NonFiniteError, RecipeError
-from reftune.model.batch import own_micro_batches
+from reftune.model.batch import TokenBatch, own_micro_batches
 from reftune.processes import sharding, world
 from reftune.processes.sharding import assign, whole_tensor
 from reftune.recipe import Table
@@ -147,10 +147,10 @@ def optimizer_step(
 
 
 def accumulate_gradient(
-    model: Trained, lengths: torch.Tensor, loss: Callable[[torch.Tensor], LossTerms]
+    model: Trained, batch: TokenBatch, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
-    """Add the gradient of a minibatch of sequences with `lengths` (B,), micro-batch by micro-batch;
-    each process takes its share. `loss(rows)` is the part of the loss that these rows contribute.
+    """Add the gradient of a minibatch, micro-batch by micro-batch; each process takes its share.
+    `loss(rows)` is the part of the loss that these rows contribute.
 
     Returns: `loss/total` and metrics, summed over all rows (for `…_max`, the largest). Raises:
     NonFiniteError, naming rows, before the gradient is used.
@@ -159,7 +159,7 @@ def accumulate_gradient(
     failed: NonFiniteError | None = None
     even = sharding.current.is_split(model)
     for rows, counts in own_micro_batches(
-        lengths, max_tokens=model.max_tokens, packed=model.packs, even=even
+        batch, max_tokens=model.max_tokens, packed=model.packs, even=even
     ):
         terms = loss(rows)
         if counts:

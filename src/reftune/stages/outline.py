@@ -154,7 +154,8 @@ class Outline:
     @cache  # noqa: B019  an outline lives no longer than its plan
     def _update(self, prompt: int, response: int, batch: int) -> Update:
         policy, backbone = self.policy, self.model.base_model
-        real = token_batch([[0] * prompt] * batch, [[0] * response] * batch)
+        # equal prompts would be read once
+        real = token_batch([[row] * prompt for row in range(batch)], [[0] * response] * batch)
         is_packed = policy.packs and (self.device == "cpu" or policy.is_written_out)
         parts = tree_map_only(Tensor, self.mode.from_tensor, asdict(real.packed()))
         with self.mode, policy.arithmetic():

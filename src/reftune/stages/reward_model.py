@@ -259,7 +259,7 @@ class Classifier(nn.Module):
         whole = sharding.current.whole(self, self.policy.compute_dtype)
         with whole, self.policy.inference():
             for index, counts in own_micro_batches(
-                batch.lengths, max_tokens=self.max_tokens, packed=self.packs
+                batch, max_tokens=self.max_tokens, packed=self.packs
             ):
                 if counts:
                     scores[index] = self.judge(batch.rows(index)).logits.softmax(1)[:, CORRECT]
@@ -322,7 +322,7 @@ def accumulate_loss(
             metrics["reward_model/nll"] = nll.detach()
         return LossTerms(total=total, metrics=metrics)
 
-    found = accumulate_gradient(classifier, batch.lengths, loss)
+    found = accumulate_gradient(classifier, batch, loss)
     return {
         "reward_model/accuracy": found.pop("right") / len(solutions),
         **found,

@@ -274,7 +274,7 @@ class Trainer:
             scores = self.policy(rows.tokens, temperature=self.stage.temperature)
             return self.algorithm.loss(scores, rows)
 
-        return accumulate_gradient(self.policy, batch.tokens.lengths, loss)
+        return accumulate_gradient(self.policy, batch.tokens, loss)
 
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
         """The minibatches of all updates on rollout `n`, each with its own loss weights."""

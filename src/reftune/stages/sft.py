@@ -240,4 +240,4 @@ def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
         logprobs = policy(batch.rows(rows)).logprobs
         return LossTerms(total=-(logprobs * weights[rows, : logprobs.shape[1]]).sum())
 
-    return accumulate_gradient(policy, batch.lengths, loss)["loss/total"]
+    return accumulate_gradient(policy, batch, loss)["loss/total"]

@@ -1,8 +1,8 @@
 """Lets transformers' own models read sequences without padding between them.
 
-The tokens of all sequences follow one another; they are padded only for attention, in groups of
-similar length. For bf16 on a CPU, attention runs in fp32, because its backward pass is slow in
-bf16.
+The tokens of all sequences follow one another, a prompt that several have only once; they are
+padded, and that prompt repeated, only for attention, in groups of similar length. For bf16 on a
+CPU, attention runs in fp32, because its backward pass is slow in bf16.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def attend_in_groups(
 
 def unpad(padded: Tensor, packing: Packing) -> Tensor:
     """(S, …) slots → (T, …) tokens."""
-    tokens: Tensor = _Unpad.apply(padded, packing.slots, packing.is_token, packing.order)  # type: ignore[no-untyped-call]
+    tokens: Tensor = _Unpad.apply(padded, packing.slots, packing.is_read, packing.order)  # type: ignore[no-untyped-call]
     return tokens
 
 
@@ -152,34 +152,44 @@ def _attend_codegen(
 
 
 def _pad(tokens: Tensor, packing: Packing) -> Tensor:
-    padded: Tensor = _Pad.apply(tokens, packing.slots, packing.order)  # type: ignore[no-untyped-call]
+    padded: Tensor = _Pad.apply(tokens, packing.slots, packing.order, *packing.repeats)  # type: ignore[no-untyped-call]
     return padded
 
 
+def sum_slots(slots: Tensor, order: Tensor, repeats: Sequence[Tensor]) -> Tensor:
+    """(S, …) gradients of slots → (T, …) gradients of the tokens in them; an empty slot's is 0, as
+    no token attends to it."""
+    total = slots.index_select(0, order)
+    for tokens, further in zip(repeats[::2], repeats[1::2], strict=True):
+        more = total.index_select(0, tokens) + slots.index_select(0, further)
+        total.index_copy_(0, tokens, more)
+    return total
+
+
 class _Pad(torch.autograd.Function):
-    """(T, …) tokens → (S, …) slots. No token attends to an empty slot, which gets no gradient."""
+    """(T, …) tokens → (S, …) slots."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, slots: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
+    def forward(ctx: Any, tokens: Tensor, slots: Tensor, order: Tensor, *repeats: Tensor) -> Tensor:
+        ctx.save_for_backward(order, *repeats)
         return tokens.index_select(0, slots)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grads[0].index_select(0, order), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        order, *repeats = ctx.saved_tensors
+        return sum_slots(grads[0], order, repeats), None, None, *[None for _ in repeats]
 
 
 class _Unpad(torch.autograd.Function):
-    """(S, …) slots → (T, …) tokens. A slot without a token gets no gradient."""
+    """(S, …) slots → (T, …) tokens. A slot that is not read gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, slots: Tensor, is_token: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(slots, is_token)
+    def forward(ctx: Any, padded: Tensor, slots: Tensor, is_read: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(slots, is_read)
         return padded.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        slots, is_token = ctx.saved_tensors
+        slots, is_read = ctx.saved_tensors
         grad = grads[0].index_select(0, slots)
-        return grad.mul_(is_token.view(-1, *[1] * (grad.dim() - 1))), None, None, None
+        return grad.mul_(is_read.view(-1, *[1] * (grad.dim() - 1))), None, None, None

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from reftune.model.batch import PackedTokens, Packing
 from reftune.model.layers import recomputed
-from reftune.model.speed.attention import attend_in_groups, has_window, unpad
+from reftune.model.speed.attention import attend_in_groups, has_window, sum_slots, unpad
 
 FAMILIES = (
     "LlamaForCausalLM",
@@ -125,7 +125,7 @@ def _attention(
         for place, norm, heads in ((0, attention.q_norm, queries), (1, attention.k_norm, keys)):
             parts[place] = _norm(parts[place].unflatten(1, (heads, -1)), norm).flatten(1)
     padded = _TurnAndPad.apply(  # type: ignore[no-untyped-call]
-        cos, sin, packing.slots, packing.order, queries + keys, *parts
+        cos, sin, packing, queries + keys, *parts
     )
     attended = attend_in_groups(
         attention,
@@ -197,29 +197,23 @@ class _TurnAndPad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        cos: Tensor,
-        sin: Tensor,
-        slots: Tensor,
-        order: Tensor,
-        turned: int,
-        *parts: Tensor,
+        ctx: Any, cos: Tensor, sin: Tensor, packing: Packing, turned: int, *parts: Tensor
     ) -> Tensor:
         size = cos.shape[-1]
-        ctx.save_for_backward(cos, sin, order)
-        ctx.turned, ctx.widths = turned, [part.shape[1] for part in parts]
+        ctx.save_for_backward(cos, sin)
+        ctx.packing, ctx.turned, ctx.widths = packing, turned, [part.shape[1] for part in parts]
         states = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         heads = states.view(len(states), -1, size)
         heads = torch.cat([_turn(heads[:, :turned], cos, sin), heads[:, turned:]], 1)
-        return heads.index_select(0, slots)
+        return heads.index_select(0, packing.slots)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, order = ctx.saved_tensors
-        grad = grads[0].index_select(0, order)
+        cos, sin = ctx.saved_tensors
+        grad = sum_slots(grads[0], ctx.packing.order, ctx.packing.repeats)
         turned = grad[:, : ctx.turned]
         turned.copy_(_turn(turned, cos, -sin))
-        return (None, None, None, None, None, *grad.flatten(1).split(ctx.widths, 1))
+        return (None, None, None, None, *grad.flatten(1).split(ctx.widths, 1))
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
