@@ -1,8 +1,9 @@
-"""Errors in a user's input: the message states the value, its place, and what was expected."""
+"""Errors that a user can fix. The message states the value, where it was found, and what was
+expected."""
 
 
 class ReftuneError(Exception):
-    """Base of every error that the user can fix. The command line prints it in one line and exits
+    """Base of every error that the user can fix. The command line prints it on one line and exits
     with status 2."""
 
 
@@ -12,8 +13,8 @@ class RecipeError(ReftuneError):
 
 
 class DataError(ReftuneError):
-    """Data that cannot be read or trained on. The message starts with `file:line` if there
-    is one."""
+    """Data that cannot be read or trained on. The message starts with `file:line` if these are
+    known."""
 
 
 class ModelError(ReftuneError):
@@ -21,11 +22,12 @@ class ModelError(ReftuneError):
 
 
 class CheckpointError(ReftuneError):
-    """A run folder or checkpoint that is damaged, foreign or unwritable."""
+    """A run folder or checkpoint that is damaged, unwritable or not made by reftune."""
 
 
 class RewardError(ReftuneError):
-    """A reward function that raised or did not return a reward, with the sample that caused it."""
+    """A reward function that raised an error or did not return a reward. The message names the
+    sample or batch."""
 
 
 class EngineError(ReftuneError):

@@ -1,4 +1,4 @@
-"""The nouns of reftune, as plain frozen classes without torch."""
+"""The data types of reftune: plain frozen classes that do not need torch."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ class Answer:
 
     kind: AnswerKind
     value: Fraction | str
-    """A Fraction for a number, a lower-case letter for a choice, else the answer's text."""
+    """A Fraction for a number, a lower-case letter for a choice, the answer's text for any other
+    kind."""
     decimals: float | None = field(default=None, compare=False)
     """Number of digits after a number's decimal point, as written in the data; inf for a fraction.
-    None means as many as the value itself has."""
+    If None, the digits that the value needs are counted."""
     percent: bool = False
     """Whether a number is written with a percent sign."""
     items: tuple[str, ...] = ()
-    """The accepted spellings of `any_of`, the parts of a `list` or `set`; else empty."""
+    """For `any_of`, the accepted spellings; for `list` and `set`, the parts; empty for other
+    kinds."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
@@ -62,7 +64,7 @@ class Message:
 
 
 class BareText(str):
-    """A prompt without any special token before it, not even the tokenizer's BOS."""
+    """A prompt that gets no special token before it, not even the tokenizer's BOS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,8 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""The gold answer of problems that have none: an answer is right if the scorer accepts it."""
+"""Stands for the gold answer of problems without one, whose scorer decides which answers are
+right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,18 +91,20 @@ class Problem:
     rationale: str | None = None
     """A worked solution as text, or a program that defines `solution()`."""
     choices: tuple[str, ...] = ()
-    """The option texts of a multiple-choice question, in order from a; else empty."""
+    """The option texts of a multiple-choice question, beginning with option a; empty for other
+    questions."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """The data's other columns, passed to a user's reward function by name."""
+    """Columns of the data that reftune does not use, passed to a user's reward function as keyword
+    arguments."""
     gold_text: str = ""
     """The gold answer as spelled in the data, which `reftune check` shows beside the answer read
     from it; empty if unknown."""
     messages: tuple[Message, ...] = ()
     """The turns before the answer, for a chat prompt; empty if the data has no conversations.
-    `question` holds the text of all turns except the system message."""
+    `question` holds the text of these turns without the system message."""
     scorer: Callable[[str], float] | None = None
-    """The task's own scorer, answer text → [0, 1]. If None, answers are compared with the gold
-    answer."""
+    """The task's own scorer: an answer's text → a score from 0 to 1. If None, answers are compared
+    with the gold answer."""
 
     @property
     def is_multiple_choice(self) -> bool:
@@ -115,12 +120,12 @@ class SamplingParams:
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy decoding."""
     top_k: int = 0
-    """0 keeps the whole vocabulary."""
+    """Number of likeliest tokens to sample from; 0 means the whole vocabulary."""
     top_p: float = 1.0
     seed: int = 0
     """Every random number of a request is a function of this seed and the request's position."""
     first_position: int = 0
-    """Position of a call's first request; not 0 for a later part of a larger batch."""
+    """Position of a call's first request; above 0 if the call is a later part of a larger batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,15 +137,15 @@ class Completion:
     text: str
     """The decoded text, without special tokens or the stop string that ended it."""
     logprobs: tuple[float, ...]
-    """Log-probability of each token under the distribution it was drawn from; for greedy tokens, at
-    temperature 1."""
+    """Log-probability of each token under the distribution it was drawn from; for greedy decoding,
+    under the distribution at temperature 1."""
     finish_reason: Literal["eos", "stop", "length"]
     """What ended the completion: an end token, a stop string, or the length limit."""
     values: tuple[float, ...] = ()
-    """The value head's output before each token; empty unless the engine computes it, and
-    `logprobs`, as `Policy.score` does."""
+    """The value head's output before each token. Empty unless the engine computes both these values
+    and `logprobs` as `Policy.score` does."""
     entropies: tuple[float, ...] = ()
-    """The entropy of each token's distribution in nats, if there are `values`."""
+    """The entropy of each token's distribution, in nats; empty if `values` is empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,11 +154,11 @@ class Graded:
 
     verdict: Verdict
     value: str | None
-    """The answer that was read, in canonical spelling; None if there is none."""
+    """The answer that was read, in canonical spelling; None if no answer was read."""
     reason: str
     """One line that explains the verdict."""
     program_s: float | None = field(default=None, compare=False)
-    """Run time of the completion's program; None if it is not a program."""
+    """Total run time of the completion's programs, in seconds; None if none was run."""
 
     @classmethod
     def without_answer(cls, verdict: Verdict, reason: str) -> Graded:
@@ -217,7 +222,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One solution of one problem, graded and rewarded."""
+    """One solution to one problem, graded and rewarded."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]

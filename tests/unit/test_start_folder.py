@@ -231,7 +231,9 @@ def test_a_supervised_stage_is_given_more_epochs_before_the_next_one_began(make_
         run.train("sft")
         assert json.loads(run.folder.stage("sft").info.read_text())["steps"] == 12
         run.train("reft")
-    with pytest.raises(RecipeError, match=r"stages.sft: cannot continue, because reft has begun"):
+    with pytest.raises(
+        RecipeError, match=r"stages.sft: cannot continue, because the later stage reft has begun"
+    ):
         run_all(make_recipe(stages={"sft": {"epochs": 4}}))
 
 
@@ -248,5 +250,5 @@ def test_a_stage_without_a_checkpoint_of_its_end_cannot_continue(make_recipe, tm
     recipe = make_recipe()
     run_all(recipe)
     shutil.rmtree(recipe.folder / "stages/reft/checkpoints/step-000004")
-    with pytest.raises(RecipeError, match=r"without the checkpoint of its end, step 4; .* init: "):
+    with pytest.raises(RecipeError, match=r"without its final checkpoint, step 4; .* init: "):
         run_all(make_recipe(stages={"reft": {"steps": 6}}))

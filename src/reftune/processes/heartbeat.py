@@ -1,4 +1,4 @@
-"""Detects a dead process: each process reports every second that it is alive, and checks the
+"""Detects a dead process: every second, each process reports that it is alive and checks the
 others. Without this, a collective operation would wait for hours, or fail without naming the dead
 process. Heartbeats come from a thread, so a process that computes or writes for a long time still
 counts as alive."""
@@ -12,10 +12,10 @@ from typing import Any
 
 INTERVAL_S = 1.0
 SOON_S = 4.0
-"""Seconds of silence that identify the dead process after a failure."""
+"""After a failure, seconds of silence that identify the dead process."""
 SILENCE_S = 45.0
-"""Seconds of silence after which a process counts as dead: many, because a library may block
-Python's threads for seconds."""
+"""Without a failure, seconds of silence after which a process counts as dead. The limit is high
+because a library may block Python's threads for seconds."""
 LEFT = b"left"
 
 
@@ -32,7 +32,8 @@ class Heartbeat:
         self._store.set(_key(rank), "0")
 
     def start(self) -> None:
-        """Start reporting and checking, once all processes have created their heartbeats."""
+        """Start reporting and checking. Call this after all processes have created their
+        heartbeats."""
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True).start()
 

@@ -1,6 +1,6 @@
-"""Joins the processes of a launcher (`torchrun`, `accelerate launch`). Its environment variables,
-which only this module reads, state the number of processes, their devices, and whether weights are
-split."""
+"""Joins the processes that a launcher (`torchrun`, `accelerate launch`) started. The launcher's
+environment variables, which only this module reads, state the number of processes, their devices,
+and whether weights are split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another: longer than any write of the main process takes. The
+"""How long a process waits for another: longer than the main process takes for any write. The
 heartbeat reports a dead process much sooner."""
 
 _store: Any = None
@@ -29,11 +29,10 @@ _store: Any = None
 
 @contextmanager
 def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Join the processes that a launcher started, and leave them at the end; do nothing in a single
-    process. An error ends all processes: the first to fail raises it, and the others exit silently
-    with status 1. Raises: RecipeError for a launcher's setting that is not supported; ProcessError
-    if another process is gone.
-    """
+    """Join the processes that a launcher started, and leave them at the end; do nothing if there is
+    only one process. An error ends all processes: the first process to fail raises it, and the
+    others exit silently with status 1. Raises: RecipeError for a launcher setting that is not
+    supported; ProcessError if another process is gone."""
     global _store
     if _store is not None or not _is_launched(environment):
         yield
@@ -67,14 +66,14 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 def first_to_tell() -> bool:
-    """Whether this process is the first to end early, so that it reports why."""
+    """Whether this process is the first to end early and should therefore report why."""
     own = int(os.environ.get("RANK", "0"))
     if _store is None:
         return own == 0  # before they join, all meet the same error
     try:
         return _is_first(_store, own)
-    # the store went with the main process, which has reported the error; had it been killed, the
-    # launcher would report it
+    # the store ended with the main process, which has reported its error; if that process was
+    # killed, the launcher reports it
     except RuntimeError:
         return False
 
@@ -155,7 +154,7 @@ REFUSED = {
     ),
     "ACCELERATE_GRADIENT_CLIPPING": "expected none; set optimizer.max_grad_norm in the recipe",
 }
-"""Unsupported settings of a launcher, each with the alternative."""
+"""Unsupported launcher settings, each with what to use instead."""
 UNASKED = ("false", "none", "auto", "")
 """Values that leave a setting off or unset."""
 AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
@@ -184,7 +183,7 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
 
 
 def _wanted_replicas(environment: Mapping[str, str]) -> int:
-    """Number of process groups that each hold the model once, from accelerate's
+    """Number of process groups that each hold one copy of the model, from accelerate's
     parallelism_config."""
     if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return 1

@@ -28,8 +28,8 @@ class Sharding:
         return "weights whole in each (DDP)"
 
     def distribute(self, model: Any) -> None:
-        """Prepare `model` for training by all processes: give each the main process's weights and,
-        if sharded, split them in place."""
+        """Prepare `model` for training by all processes: copy the main process's weights to each
+        and, for FSDP2, split them in place."""
         if world.world_size() == 1:
             return
         import torch.distributed as dist
@@ -39,20 +39,21 @@ class Sharding:
 
     def is_split(self, model: Any) -> bool:
         """Whether each process currently holds only a part of `model`. Every process must then run
-        the same number of forward and backward passes, because each pass waits for all of them."""
+        the same number of forward and backward passes, because each pass waits for all
+        processes."""
         return False
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Give every process all weights of `model` for reading, so that its forward passes do not
-        involve the other processes. All processes must enter. Matrices of transformer blocks may be
-        in `dtype`, to which autocast would cast them anyway. The children of a split `model` are
-        then plain copies; call these, not the model itself.
+        involve the other processes. All processes must enter the block. Inside it, matrices of
+        transformer blocks may be in `dtype`, to which autocast would cast them anyway, and the
+        children of a split `model` are plain copies: call the children, not the model itself.
         """
         yield
 
     def add_up_gradients(self, model: Any) -> None:
-        """Sum over the processes those gradients that backward passes have not summed yet."""
+        """Sum the gradients over the processes, unless the backward passes have already done so."""
         if world.world_size() > 1:
             world.add_up(*(p.grad for p in model.parameters() if p.grad is not None))
 
@@ -65,7 +66,7 @@ class Fsdp2(Sharding):
     splits: ClassVar[bool] = True
     reshard_after_forward: bool = True
     replicas: int = 1
-    """Number of groups of consecutive processes that each hold the model once."""
+    """Number of groups of consecutive processes that each hold one copy of the model."""
 
     def __str__(self) -> str:
         groups = "" if self.replicas == 1 else f", in each of {self.replicas} groups"
@@ -152,7 +153,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_matrices(model: nn.Module) -> set[int]:
-    """The ids of the linear layers' matrices in transformer blocks, without heads and
+    """The `id` of each linear layer's matrix in the transformer blocks, without heads and
     embeddings."""
     from torch import nn
 
@@ -162,8 +163,8 @@ def block_matrices(model: nn.Module) -> set[int]:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules, with parameters that take no memory; buffers and ties are as in
-    `model`."""
+    """A copy of the modules, with parameters that take no memory; buffers and tied weights are as
+    in `model`."""
     from torch import nn
 
     hollow = {
@@ -183,7 +184,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors whole, for saving: split ones on the CPU, and only in the main process."""
+    """The whole tensors, for saving: only the main process gets them, with those that were split on
+    the CPU."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()

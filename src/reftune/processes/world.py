@@ -40,7 +40,7 @@ _world = ALONE
 
 @contextmanager
 def inhabited(world: World) -> Iterator[None]:
-    """Make this process part of `world`, whose process group is initialised."""
+    """Make this process part of `world`, whose process group must already be initialised."""
     global _world
     _world = world
     try:
@@ -50,7 +50,7 @@ def inhabited(world: World) -> Iterator[None]:
 
 
 def rank() -> int:
-    """0 in the main process."""
+    """This process's rank; 0 in the main process."""
     return _world.rank
 
 
@@ -103,7 +103,7 @@ def join_tensors(part: Tensor) -> Tensor:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """The value that `make` returns in the main process; it is called only there."""
+    """The value that `make` returns in the main process, the only one that calls it."""
     if _world is ALONE:
         return make()
     import torch.distributed as dist
@@ -133,7 +133,7 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def raise_together(error: E | None) -> None:
-    """If any process passes an error, raise the one of the lowest rank in every process."""
+    """If any process passes an error, every process raises the one from the lowest rank."""
     first = next((found for found in gather(error) if found is not None), None)
     if first is not None:
         raise first
@@ -141,7 +141,8 @@ def raise_together(error: E | None) -> None:
 
 @contextmanager
 def together(kind: type[E]) -> Iterator[None]:
-    """Raise an error of `kind` from one process in all, once each has finished the block."""
+    """If a process raises an error of `kind` in the block, raise it in all, once each has left the
+    block."""
     failed: E | None = None
     try:
         yield

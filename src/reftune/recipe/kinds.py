@@ -1,8 +1,7 @@
-"""Plug-ins, which a recipe names by `kind`. A kind is a file of the matching package (`kind: gsm8k`
-is `reftune/datasets/gsm8k.py`), or `file.py:Name` for a file in the working directory or among the
-recipes that come with reftune. A plug-in is a class derived from `Component`, and its fields are
-its recipe keys.
-"""
+"""Plug-ins, which a recipe names by `kind`. A kind names a file in the matching package
+(`kind: gsm8k` is `reftune/datasets/gsm8k.py`), or `file.py:Name` for a file in the working
+directory or among the recipes that come with reftune. A plug-in is a class derived from
+`Component`, and its fields are its recipe keys."""
 
 from __future__ import annotations
 
@@ -67,12 +66,12 @@ GROUPS = {
     "algorithms": "reftune.algorithms",
     "stages": "reftune.stages",
 }
-"""Each group of plug-ins → the package that holds them, one file each."""
+"""Each group of plug-ins → the package that holds them, one plug-in per file."""
 
 
 def known_kinds(group: str) -> list[str]:
-    """The kinds that come with reftune for `group`, a key of `GROUPS`: its files with one public
-    component each."""
+    """The kinds of `group`, a key of `GROUPS`, that come with reftune: the files of its package
+    that define a public component."""
     folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return [

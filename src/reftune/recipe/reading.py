@@ -1,5 +1,5 @@
-"""Reads recipe files, with `extends` and `key=value` overrides, into a `Recipe`; errors are one
-line."""
+"""Reads recipe files, with `extends` and `key=value` overrides, into a `Recipe`; an error message
+is one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, and validate the result.
 
     `extends: base.yaml` (or a list) is relative to the file that contains it; later files and keys
-    win, and mappings merge. Raises: RecipeError, one line, with the key and what was expected.
+    win, and mappings merge. Raises: RecipeError, with the key and what was expected in one line.
     """
     data = read_yaml(Path(path))
     for override in overrides:
@@ -46,7 +46,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
-    # ValueError: a month 13, too long a number, bytes not UTF-8
+    # ValueError: a date with month 13, a number that is too long, bytes that are not UTF-8
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

