@@ -219,7 +219,7 @@ def test_a_snapshot_that_the_run_never_passes_is_refused():
     assert Sft(**settings, snapshots={"warmup": 2}).produces == ("warmup",)
     for epoch in (0, -1, 2.5):
         with pytest.raises(
-            ValueError, match=r"snapshots\.warmup: expected an epoch within 0 and epochs=2"
+            ValueError, match=r"snapshots\.warmup: expected an epoch above 0 and up to epochs=2"
         ):
             Sft(**settings, snapshots={"warmup": epoch})
 

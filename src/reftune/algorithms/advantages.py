@@ -19,7 +19,7 @@ def token_rewards(
 
         r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
 
-    Shapes: rewards (B,), all others (B, R); 0 where the mask is False. Source: ReFT
+    Shapes: rewards (B,), all others (B, R); the result is 0 where the mask is False. Source: ReFT
     (arXiv:2401.08967), §3.1. Differs: none.
     """
     last = response_mask.sum(1) - 1
@@ -73,8 +73,8 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def truncated_importance(
     logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, *, cap: float
 ) -> Tensor:
-    """Importance weight of each token, (B, R), if the sampler differs from the policy; 1 where the
-    mask is False.
+    """Importance weight of each token, (B, R), to correct for a sampler that differs from the
+    policy; 1 where the mask is False.
 
         w = min(π_train / π_sample, cap)
 

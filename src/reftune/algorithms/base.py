@@ -30,8 +30,8 @@ Reduction = Literal["sequence", "token"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerms:
-    """A micro-batch's part of the loss, and metrics, which are summed over micro-batches (for
-    `…_max`, the largest is taken)."""
+    """A micro-batch's part of the loss, and its metrics. Both are summed over micro-batches, except
+    that metrics named `…_max` take the largest value."""
 
     total: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Algorithm(Component, ABC):
     others if needed. The loop that calls them does not know which algorithm it runs."""
 
     needs_values: ClassVar[bool] = False
-    """Whether `credit` reads `values`, and the value head is trained."""
+    """Whether the value head is trained and `credit` reads its `values`."""
 
     @property
     def needs_reference(self) -> bool:
@@ -65,7 +65,7 @@ class Algorithm(Component, ABC):
         return False
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The rollouts to train on: it may drop some, or add others such as gold rationales."""
+        """The rollouts to train on. A subclass may drop some or add others, such as gold ones."""
         return list(rollouts)
 
     @abstractmethod
@@ -92,8 +92,8 @@ class Clipped(Algorithm, ABC):
     clip_high: float = Field(0.2, gt=0)
     """Probability ratios are clipped above at 1 + this."""
     reduction: Reduction = "sequence"
-    """`sequence` averages the loss over each response, then over responses; `token`, over all
-    tokens."""
+    """`sequence` averages the loss over each response, then over responses; `token` averages it
+    over all tokens."""
     drop_constant_groups: bool = False
     """Skip problems whose samples all earned the same reward."""
 

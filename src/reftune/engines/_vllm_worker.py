@@ -11,8 +11,8 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """Repack the weights for a CPU's matmuls, because a reload skips an output head that is
-        tied to the embedding.
+        """Repack the weights for a CPU's matmuls, because a reload does not repack an output head
+        that is tied to the embedding.
 
         Layers that vLLM itself repacks no longer hold a weight; on a GPU nothing is packed.
         """

@@ -26,12 +26,12 @@ from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
 
 DROP_SHARE = 1 / 8
-"""Share of the rows that must have finished before they are dropped; dropping copies the cache of
-the remaining rows."""
+"""Share of the rows that must have finished before finished rows are dropped; dropping copies the
+cache of the remaining rows."""
 ROOM = 64
 """Tokens by which a full cache grows."""
 BLOCK = 256
-"""Size of the blocks of the vocabulary whose probabilities are summed when a token is drawn."""
+"""Tokens per block of the vocabulary; drawing a token first sums the probabilities by block."""
 
 
 class Reader(NamedTuple):
@@ -39,7 +39,7 @@ class Reader(NamedTuple):
 
     forward: Callable[[Tensor, Tensor, Any], Tensor]
     """New tokens (B, S), the mask (B, T) of cache and tokens, and the cache, which grows by the
-    tokens → hidden states (B, H) of the last tokens."""
+    tokens → hidden states (B, H) of each row's last token."""
     head: Callable[[Tensor], Tensor]
     """Hidden states (B, H) → fp32 logits (B, V)."""
 
@@ -53,7 +53,7 @@ class Kv(Component):
 
     @property
     def rows(self) -> int:
-        """Rows decoded at once; a default number if it is still `auto`."""
+        """Rows decoded at once; a default number if `batch_size` is still `auto`."""
         return 128 if self.batch_size == "auto" else self.batch_size
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class _Decoder:
         self.device = policy.device
         self.scores_as_trained = (
             policy.compute_dtype == torch.float32
-            and policy.packs  # families that read alike with and without a cache, as tests show
+            and policy.packs  # families with the same scores with and without a cache
             and policy.value_backbone is None
             and (params.temperature > 0 and params.top_k == 0 and params.top_p == 1)
         )
@@ -169,8 +169,8 @@ class _Decoder:
         return cache, mask, self.reads.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
-        """One random number per token and row, which depends only on the seed and the row's
-        position; greedy decoding needs none."""
+        """One random number per row and token. A row's numbers depend only on the seed and the
+        row's position; greedy decoding needs none."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
@@ -232,7 +232,7 @@ class _Decoder:
 
 
 class _Rows(NamedTuple):
-    """The tokens drawn for each of B rows, at most M."""
+    """The tokens drawn for each of B rows, at most M per row."""
 
     uniforms: Tensor
     """(B, M), fp64: one random number per token."""
@@ -249,7 +249,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def start(cls, uniforms: Tensor, hidden: Tensor, *, kinds: int) -> _Rows:
-        """Rows before their first token, with `kinds` scores for each token."""
+        """Rows before their first token, with room for `kinds` scores per token."""
         rows, width = uniforms.shape
         tokens = uniforms.new_zeros(rows, width + 1, dtype=torch.long)
         scores = uniforms.new_zeros(rows, kinds, width + 1, dtype=torch.float32)
@@ -262,13 +262,13 @@ class _RoomyLayer(DynamicLayer):
     place."""
 
     seen: Tensor | None = None
-    """The keys as last written, which reveal whether rows were selected or stacked since."""
+    """The keys as last written, which reveal whether rows were selected or stacked since then."""
     room: tuple[Tensor, Tensor]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, heads, S, D), and return all so far."""
+        """Append keys and values (B, heads, S, D), and return all of them so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self.seen is None or self.keys is not self.seen or end > self.room[0].shape[-2]:
@@ -306,7 +306,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Dra
 
     Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token
     depends only on its own logits and number. Greedy tokens get the log-probability of the
-    untempered distribution, and entropy 0. `logits` (B, V), fp32.
+    untempered distribution, and entropy 0. `logits` are (B, V) in fp32.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)

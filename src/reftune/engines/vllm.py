@@ -52,7 +52,7 @@ class Vllm(Component):
     """URLs of [running servers](engines.md#vllm-as-servers), as in `http://host:8000`. Default:
     colocated."""
     weights_dir: str | None = None
-    """Folder for passing weights to servers; both sides need the same path. Default: in memory."""
+    """Folder for passing weights to servers, which see it at the same path. Default: in memory."""
     batch_size: int = Field(256, gt=0)
     """Maximum requests in flight."""
     memory: float = Field(0.3, gt=0, le=1)
@@ -118,7 +118,7 @@ class Vllm(Component):
 
     def _send_adapter(self, policy: Policy, before: _Served | None) -> str:
         """Send the adapter and return its name, a new one each time because vLLM caches by name.
-        The base is sent first if servers have another base."""
+        The base is sent first if a server does not have it."""
         if not self._have_base(policy, before):
             self._send(policy, save_base, Server.load)
         adapter = self._send(policy, save_adapter, Server.load_adapter)
@@ -126,8 +126,8 @@ class Vllm(Component):
         return adapter
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
-        """Whether all servers hold the base of `policy`. The adapter `before` is unloaded on the
-        way: a server that lacks it was restarted, and has lost the base too."""
+        """Whether all servers hold the base of `policy`. To find out, this unloads the adapter of
+        `before`: a server that lacks it was restarted, and has lost the base too."""
         if before is None or before.policy() is not policy:
             return False
         name = before.adapter
@@ -155,7 +155,7 @@ class Vllm(Component):
                 save(policy, folder)
             except (OSError, SafetensorError) as error:
                 raise EngineError(f"engine vllm: {folder}: cannot be written: {error}") from None
-            # if the base were sent once per start, a resumed step would differ
+            # a resumed run sends the base again; counting it would change the step's metrics
             if save is not save_base:
                 files = [path for path in folder.rglob("*") if path.is_file()]
                 traffic["sync_bytes"] += sum(path.stat().st_size for path in files)

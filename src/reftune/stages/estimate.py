@@ -109,12 +109,12 @@ class Estimate:
 
     def is_one_pass(self, tokens: int) -> bool:
         """Whether an optimizer step reads all its sequences in one pass, so that no gradients exist
-        before its backward pass."""
+        before the backward pass."""
         return math.ceil(self.cost.batch / self.devices) * self.length <= tokens
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The recipe's sizes; the largest that fit for those set to `auto`."""
+        """The recipe's sizes, with the largest that fit in place of `auto`."""
         tokens = self.recipe.model.micro_batch_tokens
         rows = getattr(self.recipe.engine, "batch_size", self.cost.sampled or 1)
         found = self.fitting() if "auto" in (tokens, rows) else Sizes(tokens=0, rows=0)

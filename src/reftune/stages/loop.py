@@ -143,7 +143,7 @@ class Loop:
         """Run all remaining steps and save the chosen model. `before` runs at step 0 of a fresh
         stage.
 
-        Raises: Interrupted after SIGINT or SIGTERM, checkpoint saved.
+        Raises: Interrupted after SIGINT or SIGTERM, once a checkpoint is saved.
         """
         resumed = self._resume()
         self.context.progress.stage(self.context.name, self.total_steps, self.state.step)
@@ -172,7 +172,7 @@ class Loop:
                     saved, last_save = self._save(), time.perf_counter()
                     saved_at = self.state.step
                     if stop and self.state.step < self.last_step:
-                        world.wait("the checkpoint")  # a launcher may end all with the first
+                        world.wait("the checkpoint")  # when one process ends, launchers end all
                         raise Interrupted(str(saved))
             if saved_at < self.state.step:
                 self._save()  # a longer stage continues from it
@@ -188,13 +188,13 @@ class Loop:
         self.context.progress.note("stopping after this step; interrupt again to stop at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Take a step and return its metrics. If the engine is gone, save the earlier steps."""
+        """Take a step and return its metrics. If the engine fails, first save the earlier steps."""
         # one process's dropout should not repeat another's
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
         try:
             return step(self.state.step)
-        except EngineError:  # samples come before updates, and every process sees it
+        except EngineError:  # weights have not changed, and every process sees the error
             self.state.step -= 1
             self._save()
             raise
@@ -271,7 +271,7 @@ class Loop:
             )
         self.state.skipped += 1
         self.context.progress.note(
-            f"{message}; skipped, {skipped + 1} of at most {table.max_skipped}"
+            f"{message}; step skipped, {skipped + 1} of at most {table.max_skipped}"
         )
 
     # --- dev ---
@@ -310,8 +310,8 @@ class Loop:
     # --- files ---
 
     def _resume(self) -> bool:
-        """Restore the newest checkpoint, if there is one: the stage's state and the length of its
-        files. Returns whether there was one."""
+        """Restore the stage's state from its newest checkpoint, and cut its logs to their length at
+        that step. Returns whether there was a checkpoint."""
         context = self.context
         found = load_latest(context.folder.checkpoints, note=context.progress.note)
         world.agree(
@@ -421,7 +421,7 @@ LOOKS = 4
 """Dev evaluations over which a rise is measured; docs/handover.md compares 2 to 5."""
 Z95 = 1.959964
 COOLDOWN = 10
-"""Steps before the cooldown per step of the cooldown."""
+"""Number of steps before the cooldown, divided by the number in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -466,13 +466,14 @@ class History:
         self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
 
     def latest_rise(self) -> Rise | None:
-        """The rise over the last `LOOKS` evaluations; None if there are fewer."""
+        """The rise over the last `LOOKS` evaluations, from the one before them; None if there is no
+        such evaluation."""
         if self.recent is None or len(self.recent) <= LOOKS:
             return None
         return rise(self.recent[0], self.recent[-1])
 
     def is_flat(self) -> bool:
-        """Whether dev accuracy first rose, beyond chance and to `NEEDED_ACCURACY`, and has stopped
+        """Whether dev accuracy has risen beyond chance, reached `NEEDED_ACCURACY`, and stopped
         rising. Accuracy is also flat before a model begins to learn, which does not count."""
         latest = self.latest_rise()
         if latest is None or self.first is None or self.recent is None:
@@ -484,5 +485,5 @@ class History:
 
 
 def cooldown_steps(ends_at: int) -> int:
-    """Length of a cooldown that ends at step `ends_at` and began after ten elevenths of it."""
+    """Length of a cooldown that ends at step `ends_at`: the last eleventh of the steps."""
     return max(1, ends_at // (COOLDOWN + 1))

@@ -125,7 +125,8 @@ def optimizer_step(
     """Clip the gradient, take a step, clear the gradient, and return its norm before clipping.
     `share` is the share of the peak learning rates.
 
-    Raises: NonFiniteError, naming the first such parameter, before anything changes.
+    Raises: NonFiniteError, before any weight changes, naming the first parameter whose gradient is
+    not finite.
     """
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
@@ -152,8 +153,8 @@ def accumulate_gradient(
     """Add the gradient of a minibatch, micro-batch by micro-batch; each process takes its share.
     `loss(rows)` is the part of the loss that these rows contribute.
 
-    Returns: `loss/total` and metrics, summed over all rows (for `…_max`, the largest). Raises:
-    NonFiniteError, naming rows, before the gradient is used.
+    Returns: `loss/total` and metrics, summed over all rows (for `…_max`, the largest value).
+    Raises: NonFiniteError, naming rows, before the gradient is used.
     """
     totals: dict[str, float] = {}
     failed: NonFiniteError | None = None

@@ -37,7 +37,7 @@ from reftune.recipe import ModelTable
 FP32 = 4
 """Bytes per number: trained weights and their gradients are fp32 in every compute dtype."""
 NF4 = 0.5 + 4 / 64
-"""Bytes of a weight in 4 bits, with the scale of its block."""
+"""Bytes of a 4-bit weight, including its share of the block's scale."""
 FEW, MORE = 2, 4
 """Numbers of sequences in the two traces from which larger batches are extrapolated."""
 
@@ -103,7 +103,7 @@ class Outline:
         return self._bytes({id(w): NF4 for w in linear if not w.requires_grad})
 
     def _bytes(self, widths: Mapping[int, float]) -> float:
-        """Bytes of all weights; `widths` maps the ids of some to other bytes per element."""
+        """Bytes of all weights; `widths` (id → bytes per element) overrides their own."""
         weights = self.policy.model.parameters()
         return float(sum(p.numel() * widths.get(id(p), p.itemsize) for p in weights))
 
@@ -117,14 +117,14 @@ class Outline:
 
     @cached_property
     def gathered(self) -> float:
-        """Bytes of the gathered weights with which a process that holds a part of them decodes and
-        scores: matrices of the blocks in the compute dtype."""
+        """Bytes of the weights once a process that holds only a part of them has gathered them to
+        decode and score: matrices of the blocks are in the compute dtype."""
         width = float(self.policy.compute_dtype.itemsize)
         return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
 
     @cached_property
     def gathered_copies(self) -> float:
-        """Bytes of the weights that sampling copies."""
+        """Bytes of the copies that sampling makes of gathered weights."""
         with self._as_gathered():
             return self._prefill(1, 1, of_gathered=True).casts
 
@@ -185,7 +185,7 @@ class Outline:
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """The result of `prefill`; `of_gathered` only distinguishes cached results."""
+        """The result of `prefill`; `of_gathered` only keeps cached results apart."""
         policy = self.policy
         with (
             self.mode,
@@ -269,8 +269,8 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts operations, and the live and peak bytes of tensors created while it is active, without
-    the model's own tensors. PyTorch's `FlopCounterMode` would keep every block's tensors alive.
+    """Counts operations, and the live and peak bytes of tensors created while it is active,
+    excluding the model's own. PyTorch's `FlopCounterMode` would keep every block's tensors alive.
     """
 
     def __init__(self, model: nn.Module) -> None:

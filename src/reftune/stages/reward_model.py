@@ -9,7 +9,7 @@ logit of `correct`, and a language-modelling loss on correct solutions keeps it 
 Without the likelihood, the best of many samples is often a mistake that the classifier overrates,
 and most such mistakes are unlikely solutions. Source: the language-modelling loss is that of Cobbe
 et al. (arXiv:2110.14168); the log-likelihood as a score is that of implicit reward models
-(arXiv:2412.01981). Differs: without their reference model.
+(arXiv:2412.01981). Differs: no reference model.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SOLUTIONS_AT_ONCE = 8192
 """Most solutions held as tokens at the same time."""
 LIKELIHOOD = "likelihood"
 STANDARDIZED = 256
-"""Solutions over which log-likelihoods are standardized."""
+"""Approximate number of solutions over which log-likelihoods are standardized."""
 CORRECT = 1
 """Label of a correct solution; a wrong solution has label 0."""
 
@@ -72,9 +72,9 @@ class RewardModel(Schedule, Sampled):
     is_method: ClassVar[bool] = False
 
     def line(self) -> str:
-        """The stage in words: `3 epochs of 64 from sft, learning rate 0.001, on 100 samples a
+        """The stage in words: `3 epochs of 64 from sft, learning rate 0.001, on 100 samples per
         problem by warmup`"""
-        sampled = f"{self.samples} samples a problem by {self.sampler}"
+        sampled = f"{self.samples} samples per problem by {self.sampler}"
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
@@ -160,20 +160,20 @@ class Judging:
 
 
 class Judged(NamedTuple):
-    """What the classifier says of a batch. It is a tuple because FSDP2 looks for tensors in a
+    """The classifier's output for a batch. It is a tuple because FSDP2 looks for tensors in a
     model's output."""
 
     logits: Tensor
     """(B, 2) in fp32: wrong, correct."""
     logprobs: Tensor | None = None
-    """(B, R) log-probabilities of the response tokens; None if they play no part."""
+    """(B, R) log-probabilities of the response tokens; None if the score does not use them."""
 
 
 class Classifier(nn.Module):
     """A policy's transformer under a linear layer with two outputs and no bias."""
 
     likelihood: nn.Linear | None
-    """From a solution's log-likelihood to its part of the logit of `correct`."""
+    """Maps a solution's log-likelihood to its part of the logit of `correct`; None if unused."""
 
     def __init__(self, policy: Policy, encoder: Encoder, *, seed: int = 0) -> None:
         super().__init__()
@@ -203,12 +203,12 @@ class Classifier(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """The value of the policy; see `Policy`."""
+        """The same as the policy's; see `Policy`."""
         return self.policy.packs
 
     @property
     def max_tokens(self) -> int:
-        """The value of the policy; see `Policy`."""
+        """The same as the policy's; see `Policy`."""
         return self.policy.max_tokens
 
     def forward(self, batch: TokenBatch) -> Judged:
@@ -230,8 +230,8 @@ class Classifier(nn.Module):
         return Judged(logits + nn.functional.pad(evidence, (CORRECT, 0)), logprobs)
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """Prompts and solutions; the state that predicts a solution's end token is its last
-        token's. What does not fit the context is cut at the solution's end."""
+        """Prompts and solutions, cut short where they exceed the context. The state that predicts
+        a solution's end token is the state of the solution's last token."""
         longest = None if self.policy.context is None else self.policy.context - 1
         prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
         before = [prompts[problem.id] for problem, _ in solutions]
@@ -278,7 +278,7 @@ class Classifier(nn.Module):
                 save_file(layers, folder / WEIGHTS)
 
     def layers(self) -> dict[str, Tensor]:
-        """The weights beside the transformer, by their names in the file."""
+        """The weights other than the transformer's, by their names in the file."""
         if self.likelihood is None:
             return {"weight": self.head.weight}
         return {"weight": self.head.weight, **dict(self.likelihood.named_parameters(LIKELIHOOD))}

@@ -41,7 +41,7 @@ from reftune.types import Attempt, Rollout, Verdict
 class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
     init: str = "warmup"
-    """Method that this stage starts from, and the reference of the KL penalty."""
+    """Method that this stage starts from; its model is also the reference of the KL penalty."""
     algorithm: SerializeAsAny[
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
@@ -168,8 +168,8 @@ class Trainer:
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
-        """Rollout `n` for `purpose`, and its metrics: a function of the weights, `n` and the
-        seed."""
+        """Rollout `n` for `purpose`, and its metrics. Both depend only on the weights, `n`,
+        `purpose` and the seed."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
             len(train),
@@ -227,8 +227,8 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, rollouts: Sequence[Rollout], batch: RolloutBatch) -> TokenScores:
-        """Scores by the sampling policy: those of the engine, if it scores every token and
-        `mismatch_cap` needs no comparison, else those of a pass over the rollouts."""
+        """Scores by the sampling policy: the engine's if it scores every token and `mismatch_cap`
+        is unset; in all other cases, those of a pass over the rollouts."""
         completions = [r.completion for r in rollouts]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
@@ -240,7 +240,8 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return the metrics, averaged over the steps. Steps that are not finite are skipped.
+        return the metrics, averaged over the steps. Steps whose loss or gradient
+        is not finite are skipped.
 
         Raises: NonFiniteError if the recipe does not allow skipping a step.
         """
@@ -301,7 +302,7 @@ class Trainer:
         fitted = fit_value_head(self.policy.value_head, pairs)
         self.context.progress.note(
             f"{self.context.name}: value head pre-fitted on {self.stage.value_prefit} rollouts; "
-            f"explains {fitted:.0%} of the variance of the last one"
+            f"it explains {fitted:.0%} of the variance of the returns in the last one"
         )
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -319,7 +320,7 @@ SAMPLES_KEPT = 4
 """Number of sampled solutions per step in samples.jsonl, besides the longest one and one whose
 program reached its time limit."""
 PROBLEMS_FOLLOWED = 16
-"""Number of training problems whose solutions are kept first, to show how they change."""
+"""Number of training problems whose solutions are preferred, to show how they change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
@@ -345,7 +346,7 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
 
 
 def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
-    """A number for each response token, given by sequence: (B, R), 0 outside the response."""
+    """`numbers`, one per response token of each sequence, as (B, R); 0 outside the response."""
     return tokens.unflatten(torch.tensor(list(chain(*numbers)), device=tokens.tokens.device))
 
 

@@ -68,7 +68,7 @@ class Collector:
         )
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
-        """`splits` without training questions of too long a prompt, if the recipe drops them."""
+        """`splits` without training questions with too long a prompt, if the recipe drops these."""
         if self.lengths.too_long == "refuse":
             return splits
         limit = self.prompt_limit(policy)
@@ -104,9 +104,9 @@ class Collector:
         seed: int = 0,
     ) -> Solved:
         """One graded completion per problem, greedy unless a temperature is given; repeat a problem
-        to get several. Several processes each solve a part, and all get every completion. Raises:
-        DataError for a prompt that is too long; if the recipe drops such prompts, the completion is
-        empty instead.
+        to get several. Each of several processes solves a part, and all get every completion.
+        Raises: DataError for a prompt that is too long; if the recipe drops such prompts, the
+        completion is empty instead.
         """
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)

@@ -1,5 +1,5 @@
-"""Offline self-training samples solutions of the training problems once, keeps correct ones, and
-fine-tunes on these and the gold solutions.
+"""Offline self-training samples solutions of the training problems once, keeps some of the
+correct ones, and fine-tunes on these and the gold solutions.
 
 The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold: paper, top_k: 50`.
 """
@@ -142,12 +142,13 @@ class SelfTrain(Sampled):
     gold: Literal["once", "paper"] = "once"
     """`paper` uses most gold solutions twice, as the authors' files do."""
     sft: Schedule
-    """Settings of the fine-tuning: the keys of an `sft` stage from `epochs` on."""
+    """Settings of the fine-tuning: the keys of an `sft` stage except `init`, `snapshots` and
+    `until`."""
 
     def line(self) -> str:
-        """The stage in words: `3 epochs of 32 from base, learning rate 0.001, on 100 samples a
+        """The stage in words: `3 epochs of 32 from base, learning rate 0.001, on 100 samples per
         problem by warmup`"""
-        sampled = f"{self.samples} samples a problem by {self.sampler}"
+        sampled = f"{self.samples} samples per problem by {self.sampler}"
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:

@@ -48,12 +48,12 @@ class Schedule(TrainingTable):
 class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
-    """Method name → epoch after which the weights become that method."""
+    """Method name → epoch after which the weights are saved as that method."""
 
     until: Literal["plateau"] | None = None
-    """`plateau` ends the stage once dev accuracy is above 20% and has not risen for four
-    evaluations, after a cooldown of a tenth of the steps so far. Needs `optimizer.schedule:
-    constant`."""
+    """With `plateau`, once dev accuracy has reached 20% and has not risen for four evaluations, the
+    learning rate falls to 0 over a tenth as many further steps, and the stage ends. Needs
+    `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True
 
@@ -63,7 +63,7 @@ class Sft(Schedule, Stage):
             if not 0 < epoch <= self.epochs:
                 raise refusal(
                     "snapshot",
-                    f"snapshots.{method}: expected an epoch within 0 and epochs={self.epochs}",
+                    f"snapshots.{method}: expected an epoch above 0 and up to epochs={self.epochs}",
                 )
         return self
 

@@ -100,7 +100,7 @@ class Stage(Component, ABC):
     (`runs/NAME/stages/NAME`) or a folder of LoRA adapters."""
 
     is_method: ClassVar[bool] = True
-    """Whether its model answers problems: it is evaluated, and later stages can start from it."""
+    """Whether its model answers problems, so it is evaluated and later stages can start from it."""
     reads_rationales: ClassVar[bool] = False
     """Whether the stage needs gold rationales."""
     reads_questions: ClassVar[bool] = False
