@@ -19,7 +19,7 @@ from typing import Any
 
 MEMORY = 4 << 30
 MAX_S = 60
-"""Seconds for one request, after which the process ends itself in case its parent is gone."""
+"""Seconds allowed for one request. The process then ends itself, in case its parent is gone."""
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def compared(gold: str, answer: str) -> dict[str, Any]:
 
     expected, read = parsed(gold), parsed(answer)
     if not expected:
-        return {"error": f"math-verify cannot read the gold {gold[:100]}"}
+        return {"error": f"math-verify cannot read the gold answer {gold[:100]}"}
     if not read:
         return {"equal": False, "read": None}
     equal = verify(expected, read, timeout_seconds=None, raise_on_error=True)

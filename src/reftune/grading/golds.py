@@ -1,7 +1,6 @@
 """Reads gold answers as spelled in data, strictly: a gold answer is a number only if its whole text
-is one. Completions are read leniently by `numbers`, which may take "18" from "18, I think". It
-would read the gold answer "5 March 2021" as 5, and training would reward wrong answers.
-"""
+is one. `numbers` reads completions leniently and may take "18" from "18, I think"; it would read
+the gold answer "5 March 2021" as 5, and training would reward wrong answers."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
 """Longer texts do not count as numbers."""
 MOST_BETWEEN = 100
-"""Most characters between two markers whose answers count as side by side."""
+"""Maximum number of characters between two markers whose answers count as side by side."""
 SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
 
 
@@ -42,9 +41,9 @@ def read_gold(
 ) -> Answer:
     """The gold answer in a cell of the data, with its kind.
 
-    `auto` is a choice if there are `choices`, else a number if the whole of `raw` is one, else an
-    expression, a list in brackets or a text. A text with a marker ("#### 78", "\\boxed{78}", "The
-    answer is 78") stands for the marked answer.
+    Under `auto`, the answer is a choice if there are `choices`; if not, a number if the whole of
+    `raw` is one; failing both, an expression, a list in brackets or a text. A text with a marker
+    ("#### 78", "\\boxed{78}", "The answer is 78") stands for the marked answer.
 
     Raises: DataError with the value and what was expected; the caller adds the place.
     """
@@ -81,7 +80,8 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
-    """The number that a cell consists of; None if it contains anything else. True is not 1."""
+    """The number that a cell consists of; None if it contains anything else. True does not count as
+    1."""
     if isinstance(raw, bool):
         return None
     if isinstance(raw, int):
@@ -96,7 +96,8 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
     """The answer after the last marker that announces one; the cell itself if there is no marker.
 
-    Raises: DataError for different answers side by side: `\\boxed{3}` or `\\boxed{4}`.
+    Raises: DataError for different answers side by side, `\\boxed{3}` or `\\boxed{4}`, and for
+    markers without an answer.
     """
     if not isinstance(raw, str):
         return raw
@@ -112,8 +113,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The answer after the last marker, preceded by the answers of adjacent markers, which are
-    separated only by "or", "and" and symbols. An intermediate result is not adjacent."""
+    """The answer after the last marker, preceded by the answers of the markers adjacent to it, with
+    only "or", "and" or symbols between them. An intermediate result is not adjacent."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -180,8 +181,8 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def worded_gold(text: str) -> Answer:
-    """The kind of a gold answer that is neither an option nor a number: an expression (`latex`), a
-    bracketed list (three or more items, or two words), or else a text."""
+    """The answer in a gold text that is neither an option nor a number: an expression (`latex`), a
+    bracketed list (of three or more items, or of two words) or, failing both, a text."""
     text = text.strip()
     listed = _LISTED.fullmatch(text)
     parts = split_items(text) if listed is not None else ()
@@ -191,11 +192,11 @@ def worded_gold(text: str) -> Answer:
 
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
-    """A gold answer of several parts: `any_of` the accepted spellings, a `list` in its order, or a
+    """A gold answer of several parts: the accepted spellings (`any_of`), an ordered `list` or a
     `set`.
 
-    `raw` is a list, a list written as text ("[1, 2]"), or parts separated by commas or semicolons,
-    or each in its own marker.
+    `raw` is a list, a list written as text ("[1, 2]"), or a text with one marker per part. The text
+    of a `list` or `set` may also separate its parts with commas or semicolons.
     """
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
@@ -239,9 +240,9 @@ def _pattern(raw: object) -> Answer:
 
 
 def split_items(text: str) -> tuple[str, ...]:
-    """The parts of a list as people write it: in brackets or not, with commas, semicolons, line
-    breaks or "and" between them. A comma in a number does not separate items if other commas have a
-    space after them."""
+    """The parts of a list as people write it: with or without brackets, and with commas,
+    semicolons, line breaks or "and" between the parts. If one comma is followed by a space, only
+    such commas separate parts."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -273,8 +274,8 @@ _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
 _NOT_WHOLE = re.compile(
     r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}(?!\d))|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
 )
-"""Spellings that only the reader of completions accepts: 3-1/2 may be 5/2, 05/06 may be a date, 5_8
-and 5k are guesses."""
+"""Spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2, 05/06 may
+be a date, and reading 5_8 or 5k would be a guess."""
 _LETTERS = r"(?-i:[mgshlLJNVWAKCF])"
 _SYMBOLS = (
     r"(?-i:[kmcdn]m|[kmµn]g|ft|in|yd|mi|hr|hrs|min|sec|[mµn]s|mph|kph|kmph|kmh|lbs?|oz|gal|[mdc][lL]"
@@ -312,13 +313,13 @@ _NOT_UNITS = frozenset(
     " septembre octobre novembre décembre enero febrero marzo abril mayo junio julio agosto"
     " septiembre octubre noviembre diciembre".split()
 )
-"""Words that change the value of the number before them, or make it a time."""
+"""Words that, after a number, change its value or make it a time."""
 _FRACTION_WORD = re.compile(
     r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
 )
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
-"""Letters that may be a product, as in 2ab, rather than a word: two letters, letters without a
-vowel, or three attached to a number."""
+"""Letters that may be a product, as in 2ab, rather than a word: any two letters, letters without a
+vowel, or three letters attached to a number."""
 _MONTH = re.compile(MONTHS, re.IGNORECASE)
 
 
@@ -370,8 +371,9 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.I
 
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
-    """The letter of a gold answer: the answer itself, the letter before its option's text, or the
-    letter of the one option it spells. Without `choices`, any letter is accepted."""
+    """The letter of the option that a gold answer names: by the letter, by the letter and the
+    option's text, or by a text that fits exactly one option. Without `choices`, any letter is
+    accepted."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 MAX_BOX_CHARS = 20_000
 MAX_STATEMENTS = 20
-"""Number of a completion's last markers that are read."""
+"""Number of markers that are read, counted from the end of a completion."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class Reading:
     markers: tuple[str, ...] = ()
     """Phrases that announce an answer, besides the English ones."""
     decimal: Literal[".", ","] = "."
-    """The decimal separator; the other one groups thousands."""
+    """The decimal separator; the other character groups thousands."""
 
 
 DEFAULT = Reading()
@@ -36,11 +36,13 @@ class Statement:
     text: str | None
     """None for a box that is never closed: its content is unknown."""
     is_closed: bool = False
-    """Whether the text is the content of a box or tag rather than the words after a phrase."""
+    """Whether the text is the content of a closed box or tag, rather than the words after a
+    phrase."""
     start: int = 0
-    """Where the marker begins."""
+    """Index where the marker begins."""
     end: int = 0
-    """Where the statement ends: after a closing brace or tag, or at the end of the text."""
+    """Index where the statement ends: after the closing brace or tag or, if there is none, at the
+    end of the text."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -58,12 +60,12 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """The texts that the markers of a completion announce, the last `MAX_STATEMENTS` in order of
-    appearance: "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
-    `reading.markers`.
+    """The last `MAX_STATEMENTS` texts that markers announce in a completion, in order of
+    appearance. The markers are "the answer is", "answer:", "####", `\\boxed{…}`,
+    `<answer>…</answer>` and `reading.markers`.
 
-    Text before the last `</think>`, after an open `<think>`, or from the start of run-on text does
-    not count. A box or tag without content announces nothing.
+    Text before the last `</think>`, after an unclosed `<think>`, or after the start of run-on text
+    does not count. A box or tag without content announces nothing.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
@@ -78,12 +80,12 @@ SIDE_BY_SIDE = re.compile(
     rf"{_SIGNS}{_NOUN}{_SIGNS}(?:\b(?:or|and)\b{_SIGNS})?(?:[^\W\d]\w?\s{{0,3}}=)?{_SIGNS}",
     re.IGNORECASE,
 )
-"""The text between two boxes that are one answer with two parts."""
+"""Matches the text between two boxes that are parts of one answer."""
 
 
 def is_alternative(completion: str, before: Statement, after: Statement) -> bool:
-    """Whether two statements in a row are one answer with two parts: `\\boxed{3}` or `\\boxed{4}`,
-    "the answer is 3 or the answer is 4"."""
+    """Whether two statements in a row are parts of one answer: `\\boxed{3}` or `\\boxed{4}`, "the
+    answer is 3 or the answer is 4"."""
     if before.text is None or "\n" in completion[before.start : after.start].strip():
         return False
     if before.is_closed and after.is_closed:
@@ -93,8 +95,8 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
-    """The text that the last marker of a completion announces; None if there is no marker, or if it
-    opens a box that is never closed."""
+    """The text that the last marker of a completion announces; None if there is no marker, or if
+    the last one opens a box that is never closed."""
     found = statements(completion, reading)
     return found[-1].text if found else None
 
@@ -148,8 +150,8 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
-    """The content of the braces at `start` and where it ends; None if they are never closed. A
-    percent sign right after the braces belongs to the content."""
+    """The content of the braces at `start`, and the index after them. The content is None if the
+    braces are never closed; it includes a percent sign right after them."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

@@ -1,7 +1,7 @@
 """Expressions, equations, intervals, tuples and matrices, compared by math-verify.
 
 A comparison of a model's text may never end, so it runs in a worker process that is killed when the
-time is up. Workers start on first use and stay warm; each serves one thread at a time.
+time is up. Workers start on first use and keep running; each serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from reftune.errors import ReftuneError
 
 CHILD = Path(__file__).with_name("_math_child.py")
 TIMEOUT_S = 5.0
-"""Seconds for one comparison."""
+"""Seconds allowed for one comparison."""
 NUM_WORKERS = min(4, os.cpu_count() or 1)
 """Number of worker processes, which take 100 MB each."""
 START_S = 120.0
-"""Seconds for a worker's first answer, including the import of math-verify."""
+"""Seconds allowed for a worker's first answer, including the import of math-verify."""
 MAX_EXPRESSION_CHARS = 1_000
 
 _FUNCTIONS = frozenset(
@@ -64,13 +64,13 @@ class Comparison:
     outcome: Literal["equal", "different", "unread", "timeout", "error"]
     """`unread`: the answer is not an expression."""
     read: str = ""
-    """The answer in a spelling that equal expressions mostly share."""
+    """The answer in a spelling that equal expressions usually share."""
     reason: str = ""
 
 
 def looks_like_math(text: str) -> bool:
     """Whether the whole text is one expression other than a plain number: LaTeX commands, an
-    equation, a power, an interval, a tuple or variables. Words do not count."""
+    equation, a power, an interval, a tuple or variables. A text with words is not an expression."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -79,8 +79,8 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression in a text, with symbols as LaTeX: the content of its only math delimiters,
-    else the text up to an aside, without closing punctuation."""
+    """The expression in a text, with symbols as LaTeX: the content of its math delimiters if there
+    is one pair, otherwise the text up to an aside. Closing punctuation is removed."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -90,12 +90,13 @@ def expression_in(text: str) -> str:
 
 
 def same_expression(gold: str, answer: str) -> Comparison:
-    """Whether an answer is the gold expression. Raises: ReftuneError if math-verify is missing."""
+    """The comparison of an answer with the gold expression. Raises: ReftuneError if math-verify is
+    missing."""
     expected, given = expression_in(gold), expression_in(answer)
     if not given or len(given) > MAX_EXPRESSION_CHARS or _words_in(given):
         return Comparison("unread")
     if _OTHER.search(_TEXT.sub("", given)) and not _OTHER.search(_TEXT.sub(" ", expected)):
-        return Comparison("unread", reason="it gives two")
+        return Comparison("unread", reason="it gives two answers")
     if _spelling(expected) == _spelling(given):
         return Comparison("equal", _spelling(given))
     brackets = {_brackets(expected), _brackets(given)}
@@ -147,7 +148,8 @@ def _spelling(expression: str) -> str:
 
 
 def _brackets(expression: str) -> str:
-    """The kind of a bracketed expression with several parts, `point` or `set`; else empty."""
+    """The kind of a bracketed expression with several parts, `point` or `set`; empty for any other
+    expression."""
     text = _spelling(expression).replace("\\{", "{").replace("\\}", "}")
     if not re.search(r"[,;]", text):
         return ""
@@ -166,9 +168,9 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> bytes | None:
-        """The reply to a line: empty if the process died twice; None if the time ran out and the
+        """The reply to `request`; empty if the process died twice, None if the time ran out and the
         process was killed."""
-        for _ in range(2):  # the first death may have had another cause
+        for _ in range(2):  # the request may not have caused the first death
             if self._process is None:
                 self._process = _started()
             reply = _exchange(self._process, request, TIMEOUT_S)
@@ -247,8 +249,8 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Most comparisons kept in memory, since samples of one problem often repeat an answer. Failed
-comparisons are not kept."""
+"""Maximum number of comparisons kept in memory: samples of one problem often repeat an answer.
+Failed comparisons are not kept."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

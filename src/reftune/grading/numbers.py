@@ -38,15 +38,16 @@ class Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """A gold number, with its decimals as written or, if unknown, those of its value; 1/3 has
-    inf."""
+    """A gold number, with the decimals that are written or, if these are unknown, those that its
+    value needs (inf for 1/3)."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)
 
 
 def num_decimals(value: Fraction) -> float:
-    """Digits after the decimal point that spell `value`; inf if none do."""
+    """Number of digits after the decimal point that spell `value` exactly; inf if no number
+    does."""
     rest, count = value.denominator, 0
     while rest > 1 and count < MAX_EXPONENT + MAX_DIGITS:
         shared = gcd(rest, 10)
@@ -77,8 +78,8 @@ def stated_number(line: str) -> Number | None:
 MIN_DECIMALS = 2
 """The fewest decimals compared, even for numbers that are written with fewer."""
 FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
-"""Significant digits that float arithmetic keeps; a decimal with more is taken as a printed float:
-0.8333333333333334 and 0.8333333333333333 are both 5/6."""
+"""Significant digits that float arithmetic keeps, and the number of digits from which a decimal is
+taken as a printed float: 0.8333333333333334 and 0.8333333333333333 are both 5/6."""
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
@@ -109,9 +110,9 @@ def _without_float_noise(number: Number) -> Number:
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Whether two numbers are equal as written or, if only one has a percent sign, after dividing
-    it by 100, unless the plain side is a whole number above 1: 0.25 and 25 equal 25%, and 25 does
-    not equal 2500%."""
+    """Whether two numbers are equal as written. If only one has a percent sign, that one may also
+    be divided by 100, unless the other is a whole number above 1: 0.25 and 25 equal 25%, but 25
+    does not equal 2500%."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:
@@ -143,8 +144,8 @@ CURRENCY = (
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
-"""Groups of two are lakhs only if one begins with 0 or a rupee sign comes first: "36,36,108" is a
-list."""
+"""Groups of two digits are read as lakhs only if one begins with 0 or a rupee sign comes first:
+"36,36,108" is a list."""
 _LAKHS = r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?(?![\d,]*\d)"
 _INTEGER = rf"(?:{_GROUPS}|{_INDIAN}|\d+)"
 DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
@@ -179,7 +180,7 @@ _MAGNITUDES = {
 }
 _MAGNITUDE_WORD = r" ?(hundred|thousand|lakh|million|crore|billion|trillion|mn|bn|tn)s?\b"
 _MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i:([MB]))\b| ?([万亿億])", re.IGNORECASE)
-"""Without a currency "5m" is a length, and "5 M" is not read."""
+"""Without a currency, "5m" is a length and "5 M" is not read."""
 _MONEY_MAGNITUDE = re.compile(
     rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i: ?([MBT])|([mbt]))\b", re.IGNORECASE
 )
@@ -195,8 +196,8 @@ _BASES = dict(
 
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
-    """The number written at `start` of a plain line, with sign, currency, magnitude and percent
-    sign, and where it ends. The caller checks the text after it."""
+    """The number at index `start` of a plain line, including its sign, currency, magnitude and
+    percent sign, and the index after it. The caller checks the text that follows."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -240,7 +241,7 @@ def leading_number(line: str) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    """The number that `_NUMBER` matched; None if it is too long, divided by zero or in an invalid
+    """The number that `_NUMBER` matched; None if it is too long, divides by zero or has an invalid
     base."""
     parts = {
         name: text.replace(",", "").replace("_", "")
@@ -335,9 +336,9 @@ _AND_UNKNOWN = re.compile(r"\b(?:or|and) [^\W\d]{1,3} ?$")
 
 def after_equals(line: str) -> str:
     """The text after the last `=` of the first sentence. The line itself if there is no `=`, or if
-    a number comes before an aside that contains it ("18, because 2 + 2 = 4", "12 when n = 3").
-    Empty if several unknowns have values ("x = 3 or x = 4"), or if only a multiple of one is given
-    ("2x = 6")."""
+    a number comes before an aside that contains the `=` ("18, because 2 + 2 = 4", "12 when n = 3").
+    Empty if there are different values ("x = 3 or x = 4"), or if only a multiple of an unknown is
+    given ("2x = 6")."""
     condition = _LEADING_CONDITION.match(line)
     if condition is not None:  # "when n = 3, 12"
         line = line[condition.end() :]
@@ -509,7 +510,8 @@ _NOT_ABOUT = re.compile(
 
 def only_number(line: str) -> Number | None:
     """The number of a plain sentence that begins with words and contains no other number: "page
-    12", "each child gets 12 sweets". None after words that may change it, "at least 12"."""
+    12", "each child gets 12 sweets". None if the words before it may change its meaning, as in "at
+    least 12"."""
     end = _SENTENCE_END.search(line)
     sentence = (line if end is None else line[: end.start()]).lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)

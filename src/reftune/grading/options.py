@@ -44,8 +44,8 @@ def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter that `text` chooses among `choices`: by the letter, or by a value or text equal to
-    exactly one option.
+    """The letter that `text` chooses among `choices`: stated as a letter, or as a value or text
+    equal to exactly one option.
 
     Without `choices`, any letter is accepted. None for two letters, and for a letter or value that
     is not an option.

@@ -21,8 +21,8 @@ def grade_completion_paper(completion: str, problem: Problem) -> Graded:
 
 
 def grade_value_paper(value: Any, problem: Problem) -> Graded:
-    """The authors' rule for a program's value: `float(value)` within 0.01, or `str(value)` against
-    the gold letter."""
+    """The authors' rule for a program's value: `float(value)` must be within 0.01 of a gold number,
+    or `str(value)` must be the gold letter."""
     gold = problem.answer
     if gold.kind != "number":
         return _grade_string_paper(value, str(gold.value))

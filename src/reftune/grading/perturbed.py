@@ -12,9 +12,11 @@ from reftune.grading.markers import answer_text, reasoning_text
 from reftune.types import Answer, Problem
 
 MAX_SIZE = 10**6
-"""Largest answer that is changed by 1: beyond it, 1 may be within the grader's tolerance."""
+"""Numbers of this size or larger are not changed, because a change by 1 may be within the grader's
+tolerance."""
 PRINTED = "printed and not returned"
-"""The kind of a program that prints its answer. A format that reads scripts may accept it."""
+"""The kind of change by which a program prints its answer. A format that reads scripts may accept
+it."""
 _RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
 _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 
@@ -93,7 +95,7 @@ def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
 
 
 def _parts(target: str) -> tuple[str, str] | None:
-    """The text up to the answer, and the answer; None if it cannot be found."""
+    """The text up to the answer, and the answer; None if there is no answer to be found."""
     tail = answer_text(target)
     found = _STATED.fullmatch(tail) if tail else None
     if tail is None or found is None or not target.endswith(tail):

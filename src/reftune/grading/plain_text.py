@@ -76,9 +76,9 @@ _BULLET = re.compile(r"[-*+•–—] +")
 
 
 def first_line(text: str) -> str:
-    """The first line with a letter or digit, plain and with single spaces; a line that is cut ends
-    in a backslash. A bullet is removed from any line but the text's first, where a dash may be a
-    minus sign."""
+    """The first line with a letter or digit, plain and with single spaces; a line that is cut for
+    its length ends in a backslash. A bullet is removed from any line but the text's first, where a
+    dash may be a minus sign."""
     start = text.lstrip()
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)

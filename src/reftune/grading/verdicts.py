@@ -1,4 +1,5 @@
-"""Grades completions and values. Any text gets a verdict in bounded time, and none causes an error.
+"""Grades completions and values. Every text gets a verdict in bounded time, and no text causes an
+error.
 
 Pure, except for expressions, which a worker process compares.
 """
@@ -44,7 +45,7 @@ from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 MAX_VALUE_CHARS = 200
 """Longest `Graded.value`, and longest quotation in a reason."""
 PATTERN_S = 0.5
-"""Seconds for matching an answer against a pattern."""
+"""Seconds allowed for matching an answer against a pattern."""
 
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{…}'
@@ -79,7 +80,7 @@ _NO_VALUE = re.compile(
 
 
 def _says_something(statement: Statement, problem: Problem) -> bool:
-    """Whether a statement gives an answer, readable or not, rather than only mentioning it."""
+    """Whether a statement gives an answer, readable or not, rather than only mentioning one."""
     is_worded = problem.answer.kind not in ("number", "choice") or problem.scorer is not None
     if statement.text is None or is_worded:
         return statement.text is None or bool(statement.text.strip())
@@ -90,9 +91,10 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 
 def grade_value(value: Any, problem: Problem) -> Graded:
-    """Grade the value that a program returned; a float that is not whole is compared in the digits
-    that float arithmetic keeps. None, nan and inf do not count as answers; a boolean answers only a
-    yes/no question, a list or date only a gold answer of that kind."""
+    """Grade the value that a program returned; a float that is not whole is rounded to the digits
+    that float arithmetic keeps. None, nan and inf do not count as answers. A boolean counts only if
+    the gold answer is yes or no; a list or date, only if the gold answer is neither a number nor a
+    choice."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"
@@ -176,7 +178,8 @@ def _grade_pattern(text: str, problem: Problem) -> Graded:
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
-    """The grade against the accepted spelling that matches; the best verdict if none does."""
+    """The grade against the accepted spelling that matches or, if none does, the best of the
+    grades."""
     graded = [grade_answer(text, each) for each in _parts(problem)]
     best = min(graded, key=_badness)
     if best.verdict is Verdict.CORRECT:  # all spellings are one answer
@@ -220,7 +223,8 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line, without words about the list; all lines if each holds one part."""
+    """The first line, without the words after the list; the whole text if its lines hold one part
+    each."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
@@ -244,7 +248,8 @@ def needs_worker(gold: Answer) -> bool:
 
 @lru_cache(maxsize=10_000)
 def part_answer(item: str) -> Answer:
-    """A part of a list, or one spelling: a number, an expression or a text."""
+    """The answer in one part of a list or in one accepted spelling: a number, an expression or a
+    text."""
     return number_gold(item) or worded_gold(item)
 
 
@@ -302,7 +307,7 @@ _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+
 
 
 def no_answer(reason: str) -> Graded:
-    """The verdict on a completion from which no answer can be read."""
+    """The grade of a completion from which no answer can be read."""
     return Graded.without_answer(Verdict.NO_ANSWER, reason)
 
 
@@ -333,7 +338,8 @@ _EDGES = ("()", "[)", "(]", "{}")
 
 
 def _other_value_text(value: Any, gold: Answer) -> str | None:
-    """A boolean for a yes/no gold answer, a list or a date for a gold answer that may be one."""
+    """The text of a boolean if the gold answer is yes or no, and of a list or date if the gold
+    answer may be one; None for any other value."""
     if gold.kind in ("number", "choice"):
         return None
     if isinstance(value, bool):

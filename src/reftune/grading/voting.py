@@ -2,8 +2,8 @@
 estimates pass@k. Pure.
 
 Only samples with a value vote, and votes for equal values are pooled. A tie goes to the value seen
-first; without any valid value the vote is wrong. The grader decides which values are equal, such as
-0.5, 1/2 and 50%; the paper compares spellings.
+first; without any valid value the vote is wrong. The grader decides which values are equal, for
+example 0.5, 1/2 and 50%; the paper's rules compare spellings.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def same_answer(first: str, second: str) -> bool:
 
 
 def equality(grading: str | None) -> Same:
-    """The test for whether two values are one answer under a format's grading; the paper's compares
-    spellings."""
+    """The test for whether two values are one answer under a format's grading; the paper's rules
+    compare spellings."""
     return operator.eq if grading == "paper" else same_answer
 
 
@@ -67,9 +67,9 @@ def majority_curve(
     valid: Callable[[Graded], bool] = has_value,
     same: Same = same_answer,
 ) -> list[Graded | None]:
-    """The first sample with the most frequent value among the first k samples, for k = 1 … n; None
-    if none of them is valid. With `weights`, a reward model's scores, votes count by their weight
-    (DiVeRSe, arXiv:2206.02336).
+    """For k = 1 … n, the first sample with the most frequent value among the first k samples; None
+    if none of these is valid. With `weights` (a reward model's scores), each vote counts by its
+    sample's weight (DiVeRSe, arXiv:2206.02336).
 
     The first k of n samples are themselves a draw of k samples, so the mean over problems is an
     unbiased estimate of maj@k. The last point is the vote over all samples.
@@ -95,8 +95,9 @@ def rerank_curve(
     *,
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
-    """The valid sample with the highest score among the first k, for k = 1 … n; the first one on a
-    tie. A repeated completion counts once, at its first position."""
+    """For k = 1 … n, the valid sample with the highest score among the first k samples, or the
+    first of these on a tie; None if no sample is valid. A repeated completion counts once, at its
+    first position."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []
@@ -110,12 +111,13 @@ def rerank_curve(
 
 
 def is_correct(winner: Graded | None) -> bool:
-    """Whether a vote's winner answers the problem; without a winner, it is wrong."""
+    """Whether a vote's winner is correct; False without a winner."""
     return winner is not None and winner.verdict is Verdict.CORRECT
 
 
 def pass_at_k(n: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that k samples include a correct one, from n samples.
+    """Unbiased estimate, from n samples of which c are correct, of the chance that k samples
+    include a correct one.
 
         1 − C(n − c, k) / C(n, k)
 

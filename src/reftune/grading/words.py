@@ -1,4 +1,5 @@
-"""Answers in words: when two of them are the same, and when an answer begins with the gold."""
+"""Answers in words: when two of them are the same, and when an answer begins with the gold
+answer."""
 
 from __future__ import annotations
 
@@ -61,9 +62,9 @@ def bare_words(text: str) -> str:
 
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """Whether an answer is the gold answer as a whole, in its first line or, if the gold answer is
-    short, up to punctuation or a reason ("Yes, they do."). `unclear` if "or", "and", "but" or the
-    opposite follows it: "Yes and no"."""
+    """Whether the gold answer is the whole text, its first line or, if the gold answer is short,
+    the text up to punctuation or a reason ("Yes, they do."). `unclear` if "or", "and", "but" or the
+    opposite follows the gold answer: "Yes and no"."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):

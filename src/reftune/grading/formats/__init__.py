@@ -1,4 +1,4 @@
-"""Formats define how a problem is put to the model and how its completion is graded. Each has its
+"""Formats define how a problem is put to the model and how the completion is graded. Each has its
 own file."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ class Format(Protocol):
     stage."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The text that the model continues, after the tokenizer's BOS unless it is a `BareText`;
-        or the conversation that it answers."""
+        """The text that the model continues, or the conversation that it answers. The tokenizer's
+        BOS is put before a text, unless the text is a `BareText`."""
 
     def target(self, problem: Problem) -> str:
         """The gold continuation: the text right after the prompt, or the assistant's turn.

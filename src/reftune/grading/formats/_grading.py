@@ -14,8 +14,8 @@ from reftune.types import Graded, Problem, Verdict
 
 RULES = ("robust", "paper")
 Grader = Callable[[str, Problem], object]
-"""A user's own grader: (completion or its program's value, problem) → a `Graded`, or whether it is
-right."""
+"""A user's own grader: (a completion or its program's value, the problem) → a `Graded`, or a bool
+that tells whether the answer is right."""
 
 
 def _known(grading: str) -> str:

@@ -51,9 +51,9 @@ class _Import:
 def without_unused_imports(program: str) -> str:
     """`program` with `pass` in place of unused imports.
 
-    A name counts as used if it occurs in code other than after a dot, in an f-string or, if the
-    program evaluates strings, in any string. Imports of modules that reach outside stay, so that
-    they are noticed; `import *` stays too.
+    A name counts as used if it occurs in code (except after a dot), in an f-string or, if the
+    program evaluates strings, in any string. Imports of forbidden modules stay, so that the sandbox
+    notices them; `import *` stays too.
     """
     if "import" not in program:
         return program

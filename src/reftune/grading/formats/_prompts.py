@@ -39,7 +39,7 @@ class Prompted(Component):
     """`compact` is the question alone; `paper`, the authors' prompt; `chat`, the tokenizer's chat
     template; `plain`, your `template`."""
     system: str | None = None
-    """The system message for `chat`, unless the data has one."""
+    """The system message for `chat`; a system message in the data replaces it."""
     instruction: str | None = None
     """Text above the question in the user's turn, for `chat`."""
     template_args: dict[str, Any] = Field(default_factory=dict)
@@ -102,7 +102,8 @@ def question_text(problem: Problem) -> str:
 
 
 def with_options(question: str, problem: Problem) -> str:
-    """A question, followed by a line with the problem's options unless it already contains them."""
+    """A question, followed by a line with the problem's options unless the question already
+    contains them."""
     question = question.strip()
     if not problem.choices:
         return question

@@ -36,16 +36,18 @@ class Nl(Prompted):
     """Decimal separator of the model's answers."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The question, in the style's frame."""
+        """The prompt in the chosen `style`."""
         if self.writes_all:
             return self.framed(problem)
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale and a line that states the answer as the grading reads it, unless a
-        compact rationale already ends in such a line.
+        """The gold rationale, followed by a line that states the answer as the grading reads it.
+        Except in the paper's style or grading, the line is left out if the rationale already ends
+        in one.
 
-        Raises: DataError if there is no rationale, or one that is a program.
+        Raises: DataError if there is no rationale, if it is a program, or if its last line does not
+        state an answer of kind `regex`.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):

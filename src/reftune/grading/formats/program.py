@@ -6,12 +6,13 @@ and only unused imports are removed from it.
 A completion continues `def solution():`, or holds a program of its own. Programs are tried in this
 order, the next one only if the one before ends in an error:
 
-1. the code as it stands: the last fenced block that defines `solution`, else the text if it does,
-   else the text (or its last fenced block) as the body of `solution`;
+1. the code as it stands: the last fenced block that defines `solution`, or the whole text if only
+   that does; failing both, the last fenced block with a `return`, or else the whole text, as the
+   body of `solution`;
 2. the code without prose. A program keeps its imports, its definitions and the assignments before
    `solution`, and nothing else at the left margin. A body keeps its lines up to the first one at
    the left margin; a body that itself stands at the left margin ends at its first `return`;
-3. the code after the fenced blocks above it that define no `solution`, as in a notebook.
+3. the code, preceded by those fenced blocks above it that define no `solution`, as in a notebook.
 
 If `solution` is defined several times, the last definition counts, as in Python.
 """
@@ -60,16 +61,18 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A program that is not a function, and the place of its answer."""
+    """A program, and the expression that holds its answer."""
 
     source: str
     call: str
-    """The variable that holds the answer; `None` if the program prints it."""
+    """The expression, such as `solution()` or a variable; `None` if the program prints its
+    answer."""
 
 
 class Program(Prompted):
-    """A Python function `solution()` that returns the answer. With the styles `paper` and `compact`
-    the prompt ends in its header; with others, the model writes all of it."""
+    """A Python function `solution()` that returns the answer. With the styles `paper` and
+    `compact`, the prompt ends in the function's header; with the other styles, the model writes the
+    whole function."""
 
     kind: str = "program"
     grading: Grading = "robust"
@@ -99,8 +102,8 @@ class Program(Prompted):
         )
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The question in the style's frame; then, unless the model writes it, the function's
-        header, under which the authors repeat the question as a docstring."""
+        """The prompt in the chosen `style`. It ends in the function's header, unless the model
+        writes that itself; in the `paper` style, the question follows as a docstring."""
         if self.writes_all:
             return self.framed(problem)
         if self.style == "paper":
@@ -111,8 +114,8 @@ class Program(Prompted):
         """The gold program without docstring; only its body if the prompt ends in its header.
 
         In the compact style the line break before the body belongs to the target: tokenizers join
-        it with the indent, so that prompt and target, tokenised apart, are the tokens of the whole
-        text. Raises: DataError if there is no program.
+        it with the indent, so only in this way do prompt and target, tokenised apart, give the
+        tokens of the whole text. Raises: DataError if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -153,7 +156,7 @@ class Program(Prompted):
         """The grade of the first program that ends without an error, or of the first error if all
         fail."""
         if not results:
-            expected = " and neither assigns nor prints an answer" * (self.scripts == "read")
+            expected = ", nor does it assign or print an answer" * (self.scripts == "read")
             reason = f"the text defines no solution() and returns nothing{expected}"
             return Graded.without_answer(Verdict.NO_ANSWER, reason)
         result = next(
@@ -215,8 +218,9 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs without a `solution` to try in turn: a `solution` body that returns nothing, or
-    else the last fenced block (or text) that prints, or assigns an answer at the left margin."""
+    """The programs to try in turn if the completion defines no `solution`: an indented text without
+    fenced blocks, as the body of `solution`; otherwise the last fenced block, or else the text,
+    that prints something or assigns an answer at the left margin."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -230,14 +234,15 @@ def scripts_in(completion: str) -> tuple[Script, ...]:
 
 
 def _after_helpers(program: str, blocks: list[str]) -> str:
-    """A fenced program after the blocks above it that define no `solution` of their own."""
+    """A fenced program, preceded by those blocks above it that define no `solution`."""
     above = blocks[: blocks.index(program)] if program in blocks else []
     return "\n".join([*(block for block in above if not _SOLUTION.search(block)), program])
 
 
 def _answer_of(script: str) -> str:
-    """The place of the answer: `answer` if it is assigned, else the printed text, else `result`,
-    which may be an intermediate step."""
+    """The expression that holds the answer: one of `ANSWER_NAMES` if it is assigned; if not, `None`
+    for the printed text, if there is any; failing both, `result`, which may be an intermediate
+    step."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -348,9 +353,8 @@ _DOCSTRING = re.compile(
 
 
 def body_of(program: str) -> str | None:
-    """The part of a gold program after `def solution():` and a docstring, indented by four; None if
-    it has no such line. Code before the definition moves into it.
-    """
+    """The body of a gold program's `solution` without its docstring, indented by four; None if the
+    program defines no `solution`. Code before the definition moves into the body."""
     program = program.replace("\r\n", "\n").expandtabs(4)
     header = _GOLD_HEADER.search(program)
     if header is None:
@@ -372,8 +376,8 @@ def _paper_header(problem: Problem) -> str:
 
 def _paper_source(problem: Problem, completion: str) -> str:
     """The program that the authors run: the header and the completion up to the first blank line,
-    with `sys.exit` turned into `print`. Its only global is `math`, so its other definitions are not
-    visible inside `solution`.
+    with `sys.exit` turned into `print`. The program's only global is `math`, so its other
+    definitions are not visible inside `solution`.
 
     Differs: a completion with its own `def solution` gets no header; sympy is not offered.
     """

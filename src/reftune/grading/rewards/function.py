@@ -2,12 +2,12 @@
 
 The function is called as TRL calls its `reward_funcs`, once per batch, with lists as keyword
 arguments: `prompts` (the questions), `completions` (strings), `completion_ids`, every column of the
-data by its name, and, unless the data has columns of these names, `answer`, `verdicts`, `values`
-and `reasons` (the grader's). It receives the arguments it names, or all of them with `**kwargs`; it
-may be async. It returns one number per completion, or None to leave that rollout out. Instead of a
-number it may return parts, `{"correct": 1.0, "short": 0.1}`, or for the whole batch `{"correct":
-[1.0, …], "short": [0.1, …]}`: the reward is their sum, and each part is logged as
-`reward_part/NAME`.
+data by its name, and, unless the data has columns of these names, `answer` (the gold answers) and
+the grader's `verdicts`, `values` and `reasons`. It receives the arguments it names, or all of them
+with `**kwargs`; it may be async. It returns one number per completion, or None to leave that
+rollout out. Instead of a number it may return parts, `{"correct": 1.0, "short": 0.1}`, or for the
+whole batch `{"correct": [1.0, …], "short": [0.1, …]}`: the reward is their sum, and each part is
+logged as `reward_part/NAME`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from reftune.types import Completion, Graded, Problem
 
 
 class FunctionReward(Component):
-    """Calls the function that `kind` names, `file.py:name`."""
+    """Calls the function that `kind` names as `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
     """Time limit for a call on a whole batch, in seconds; exceeding it stops the run."""
@@ -129,7 +129,7 @@ class FunctionReward(Component):
         return number
 
     def _blame(self, samples: Sequence[_Sample], error: BaseException) -> RewardError:
-        """The error of the first sample that fails by itself, else the batch's error."""
+        """The error of the first sample that fails by itself, or the batch's error if none does."""
         for sample in samples if len(samples) > 1 else ():
             try:
                 self._call([sample])

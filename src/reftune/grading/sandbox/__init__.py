@@ -2,9 +2,9 @@
 
 There are two backends. `monty` interprets Python in Rust, in worker processes that it replaces when
 they die; programs get no files, network, processes or environment. `subprocess` runs CPython with
-the installed packages, an isolated process for each program. `auto` (the default) runs monty, and
-the subprocess for features of Python that monty lacks (`gaps.py`); importing a third-party package
-is still an error, so that verdicts do not depend on the packages installed. If the system cannot
+the installed packages, in an isolated process per program. `auto` (the default) runs monty, and the
+subprocess for features of Python that monty lacks (`gaps.py`); importing a third-party package is
+still an error, so that verdicts do not depend on the packages installed. If the system cannot
 isolate a subprocess, `auto` is monty alone.
 
 These are FORBIDDEN: opening or listing files, reading the environment, asking the system for
@@ -49,7 +49,7 @@ MAX_SOURCE_CHARS = 100_000
 
 
 class Sandbox:
-    """Runs programs side by side, each in its own session. The workers start on first use; `close`
+    """Runs programs in parallel, each in its own session. The workers start on first use; `close`
     or garbage collection ends them.
 
     Sandboxes with equal settings are equal; a copy, even in another process, starts its own
@@ -76,7 +76,8 @@ class Sandbox:
         """Execute each program, then the expression `call` in its scope; one result per program, in
         order.
 
-        Raises: ReftuneError if the sandbox itself cannot start. Programs never cause an error.
+        Raises: ReftuneError if the sandbox itself cannot start. A failing program never raises an
+        error.
         """
         if not programs:
             return []

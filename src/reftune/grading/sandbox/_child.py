@@ -3,14 +3,14 @@ one. This file is started as a script with a prepared environment and imports no
 
 Forked processes are warm: the interpreter has started, and the packages that the programs use are
 imported. This process only forks, waits and kills; it never reads a program. Its settings come as
-one JSON argument. Each message on the socket at descriptor 0 requests one program and carries three
-descriptors: the program's source, a pipe for its result, and a socket for its exit status. When the
-other end of that socket closes, the program is killed.
+one JSON argument. Each message on the socket at descriptor 0 asks for one program to be run and
+carries three descriptors: the program's source, a pipe for its result, and a socket for its exit
+status. When the other end of that socket closes, the program is killed.
 
 The result consists of lines: `F…` for each refused access, `P…` with the end of the program's
-output, then `V…` with its value or `E…` with its exception. A single line `N…` names the
-protections that the system lacks if the program was not started for that reason. All but `F` and
-`N` hold JSON.
+output, then `V…` with its value or `E…` with its exception. If the program is not started, because
+the system lacks protections, the only line is `N…`, which names them. All but `F` and `N` hold
+JSON.
 
 The audit hook only labels and refuses the well-known ways out. The kernel confines a determined
 program: Landlock (files), seccomp (an allow-list of system calls: no sockets, processes, threads,
@@ -142,7 +142,7 @@ def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> in
 
 
 def tell_ended(running: dict[int, tuple[int, socket.socket]], ready: select.poll) -> None:
-    """Send the status of each process that has ended, and forget it."""
+    """Send the status of each process that has ended, and forget the process."""
     for descriptor, (pid, waiting) in list(running.items()):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -227,7 +227,7 @@ def fence_in(readable: list[str]) -> str:
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
     """Let the process read `paths`, and open, write, make, rename or remove nothing else in the
-    file system (Landlock). False if the system lacks it."""
+    file system (Landlock). False if the system lacks Landlock."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -280,7 +280,8 @@ ALLOWED_CALLS = {
             " 271 309 318 332 334 439"
         ),
     ),
-    # The same; open, stat, lstat, poll, access, select, readlink and time do not exist there.
+    # The same without open, stat, lstat, poll, access, select, readlink and time, which do not
+    # exist on this machine.
     "aarch64": (
         0xC00000B7,
         (
@@ -301,7 +302,7 @@ def run(source: str) -> str:
     scope: dict[str, Any] = {"__name__": "__main__"}
     printed = Printed()
     sys.stdout = printed
-    dumps = json.dumps  # the program may replace them
+    dumps = json.dumps  # the program may replace the module's
     try:
         *body, call = source.rstrip().split("\n")
         exec(compile("\n".join(body), "<program>", "exec"), scope)

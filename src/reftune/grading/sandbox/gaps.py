@@ -35,7 +35,8 @@ def gap(result: ExecutionResult) -> str | None:
 
 
 def missing_package(result: ExecutionResult) -> str | None:
-    """The package that a program needed and that does not come with Python."""
+    """The package that a program needed and that does not come with Python; None if there is
+    none."""
     match = re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", result.reason)
     if match is None or _comes_with_python(match[1]):
         return None

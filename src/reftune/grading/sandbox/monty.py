@@ -24,7 +24,8 @@ from reftune.grading.sandbox.result import (
 )
 
 GRACE_S = 0.25
-"""Seconds that a program over its time limit has to stop before its worker is killed."""
+"""Seconds from a program's time limit until its worker is killed, if the program has not
+stopped."""
 
 
 # --- monty ----------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ class _Printed:
 
 
 class _Modules(Mapping[str, NoReturn]):
-    """Offers no modules, and notes which forbidden ones a program requested."""
+    """Offers no modules, and records which forbidden ones a program requested."""
 
     def __init__(self, reached: list[str]) -> None:
         self._reached = reached
@@ -165,7 +166,7 @@ class _Modules(Mapping[str, NoReturn]):
 
 
 def _first_line(error: BaseException) -> str:
-    """`Type: message`."""
+    """An error as one line, `Type: message`."""
     return one_line(str(error)) or type(error).__name__
 
 

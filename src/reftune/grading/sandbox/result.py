@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MAX_VALUE_BYTES = 1 << 20
-"""Largest value that a program may return."""
+"""Largest value that a program may return, in bytes."""
 MAX_PRINTED_CHARS = 2000
 """Number of characters kept from the end of a program's output."""
 
@@ -101,5 +101,5 @@ def forbidden_error(text: str) -> bool:
 
 def one_line(text: str) -> str:
     """The first line of a program's output, truncated, with unprintable and terminal-control
-    characters removed."""
+    characters replaced by `�`."""
     return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

@@ -1,7 +1,7 @@
 """The sandbox's fallback for the parts of Python that monty lacks: a CPython process per program.
 
-A forking process waits with the interpreter started and the slow packages imported, one for each
-combination of packages. Each program runs in a fork of it, with no site-packages hooks, a fixed
+For each combination of slow packages, a forking process waits with the interpreter started and
+these packages imported. Each program runs in a fork of it, with no site-packages hooks, a fixed
 environment, an empty temporary folder to work in, Landlock (it can read only the libraries and
 write nothing), an allow-list of system calls (no sockets, processes, threads, signals), user,
 network and IPC namespaces of its own, limits on memory, CPU time and open files, and a session that
@@ -186,7 +186,7 @@ class _Forker:
         self._finalizer()
 
     def run(self, source: int, folder: str, timeout_s: float) -> tuple[bytes, int] | None:
-        """A program's output and exit status; None if it did not run to its end."""
+        """A program's output and exit status; None if the forking process died."""
         output, results = os.pipe()
         ours, theirs = socket.socketpair()
         with open(output, "rb", buffering=0), ours:  # noqa: PTH123  a descriptor, not a path
@@ -227,7 +227,7 @@ def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[byt
             break
         written += chunk
     if code is None:
-        status.shutdown(socket.SHUT_WR)  # asks for its death
+        status.shutdown(socket.SHUT_WR)  # asks for the program to be killed
         _received(status, START_S)
         return written, -signal.SIGKILL
     return (written, int(code)) if code else None
