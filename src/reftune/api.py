@@ -35,8 +35,8 @@ def run(
 
     If a launcher starts several processes, all must call it.
 
-    `overrides` are `key=value` strings, for a recipe file. Returns: the content of `summary.json`.
-    Raises: ReftuneError.
+    `overrides` are `key=value` strings, allowed only with a recipe file. Returns: the content of
+    `summary.json`. Raises: ReftuneError.
     """
     with launch.processes():
         return _run(recipe, overrides, quiet=quiet)
@@ -130,8 +130,8 @@ def evaluate(
 
     `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id or a loaded
     `Policy`; `problems` are `Problem`s or mappings with `question`, `answer` and perhaps `id` and
-    `choices`. By default, format and token limit are those of the run that a stage folder belongs
-    to, or else `nl` and 256. Raises: ReftuneError.
+    `choices`. If `model` is a stage folder, `format` and `max_new` default to those of its run;
+    if not, to `nl` and 256. Raises: ReftuneError.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts

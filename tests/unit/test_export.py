@@ -55,7 +55,7 @@ def test_the_model_is_copied_without_what_training_left(run_folder: Path, tmp_pa
 
 def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: Path):
     card = (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
-    assert "Greedy accuracy 50.0% of 100 problems (95% interval 40.0% to 60.0%)." in card
+    assert "Its greedy accuracy on 100 problems is 50.0% (95% interval 40.0% to 60.0%)." in card
     assert "step 40, chosen on 8 dev problems\n(62.5% right, the best of 3 dev evaluations)" in card
     assert "name: tiny\nseed: 7" in card
     assert "trained on `mine.csv` (`jsonl`)" in card

@@ -18,8 +18,8 @@ class Metric:
     explain: str
     unit: Unit = "number"
     over_passes: bool = False
-    """Whether the horizontal axis counts sequences, because stages of different kinds have
-    different steps.
+    """Whether the horizontal axis counts sequences trained on, because the steps of stages of
+    different kinds differ in size.
     """
     floor: float | None = None
     """Lower end of the axis, if early outliers would flatten the rest."""
@@ -78,30 +78,30 @@ HACKING = (
         key="choices/other_option",
         title="Right letter, other value",
         explain=(
-            "Right letters after reasoning that arrives at another option: luck or a shortcut was"
-            " rewarded."
+            "Share of right letters whose reasoning arrives at another option: luck or a shortcut"
+            " was rewarded."
         ),
         unit="percent",
     ),
     Metric(
         key="choices/no_option",
         title="Right letter, no option's value",
-        explain="Right letters whose reasoning arrives at no option, or nowhere.",
+        explain="Share of right letters whose reasoning arrives at no option or at no value.",
         unit="percent",
     ),
     Metric(
         key="choices/agreement",
         title="Same option when moved",
         explain=(
-            "Answers that follow their option to another place; a model that only knows places does"
-            " not change its letter."
+            "Share of answers that follow their option to another place; a model that only knows"
+            " places does not change its letter."
         ),
         unit="percent",
     ),
     Metric(
         key="choices/numeric_accuracy",
         title="Solved without options",
-        explain="The same questions without options, so that only reasoning helps.",
+        explain="Accuracy on the same questions without options, where only reasoning helps.",
         unit="percent",
     ),
 )
@@ -187,7 +187,7 @@ VOTING = {
     ),
     "weighted": (
         "Weighted vote",
-        "The answer of k samples whose scores by the reward model add up to most.",
+        "The answer whose samples, among k, have the highest total score by the reward model.",
     ),
     "rerank": ("Reranking", "The answer that the reward model scores highest among k samples."),
     "pass": (

@@ -215,7 +215,8 @@ def _note(found: Sequence[Cell]) -> str:
         if scores[GREEDY]["significant_against_baseline"] is None
     )
     return (
-        f"Percent of test problems, ± half of the 95% interval; seeds: {seeds}. {NOT_SIGNIFICANT}:"
-        f" not significantly different from {display(baseline)} on the same problems. In brackets:"
-        " the paper's number if model, task, rationale and test questions are the same."
+        f"Percent of test problems, ± half the width of the 95% interval; seeds: {seeds}."
+        f" {NOT_SIGNIFICANT}: not significantly different from {display(baseline)} on the same"
+        " problems. In brackets: the paper's number if model, task, rationale and test questions"
+        " are the same."
     )

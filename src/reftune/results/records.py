@@ -57,7 +57,7 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResults:
-    """One stage, finished or not, or a snapshot that a stage saved as a method of its own."""
+    """One stage, finished or not, or a stage's snapshot, which is reported as a separate method."""
 
     name: str
     kind: str

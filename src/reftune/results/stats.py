@@ -58,7 +58,7 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether McNemar's test (one run) or an interval without 0 (seeds) shows a difference."""
+        """Whether the two differ by McNemar's test (one run) or by the interval (several seeds)."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]

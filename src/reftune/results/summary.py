@@ -201,8 +201,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
     """The runs, grouped by recipe apart from the seed.
 
-    Raises: DataError if a run is missing, damaged or unfinished (if `finished`), or if runs
-    answered different problems.
+    Raises: DataError if a run is missing, damaged or (unless `finished` is False) unfinished, or if
+    runs answered different problems.
     """
     runs = [read_run(folder) for folder in run_dirs]
     if finished:
@@ -362,8 +362,8 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Rule → score of each problem. Votes are over `k` samples, by default all that every problem
-    has."""
+    """Rule → score of each problem. Votes are over `k` samples, by default as many as every
+    problem has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
     if drawn:
@@ -459,7 +459,7 @@ class Handover:
 
     @property
     def is_ready(self) -> bool:
-        """Whether dev accuracy had stopped rising, and not before it reached `NEEDED_ACCURACY`."""
+        """Whether dev accuracy had stopped rising, at `NEEDED_ACCURACY` or above."""
         return self.is_flat and self.accuracy >= NEEDED_ACCURACY
 
     def to_row(self) -> dict[str, Any]:
@@ -479,7 +479,7 @@ def handovers(run: RunResults) -> list[Handover]:
 
 def last_rise(run: RunResults, method: str) -> tuple[float, float, float] | None:
     """The rise in dev accuracy over a supervised method's last four evaluations, the rise's margin,
-    and the accuracy reached; None for other methods, or with fewer evaluations."""
+    and the accuracy reached; None for other methods, or if there were too few evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None

@@ -141,7 +141,7 @@ def _chosen_sentence(table: ScoreTable) -> str:
     looks = [f"{display(m.label)} {m.looks}" for m in table.methods if m.looks is not None]
     if not looks:
         return ""
-    apart = f"; {table.split} problems played no part in it"
+    apart = f"; {table.split} problems played no part in this choice"
     scored = apart if table.split != "dev" else ", and scored on dev again, which flatters them"
     return f"Models were chosen on dev accuracy (dev evaluations: {', '.join(looks)}){scored}."
 
@@ -150,10 +150,10 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
     """A line on whether RL or more SFT should follow, given the recent rise in dev accuracy."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} evaluations"
     if rise <= margin:
-        return f"dev no longer rises ({points}): RL can take over"
+        return f"dev accuracy no longer rises ({points}): RL can take over"
     return (
-        f"dev still rises {100 * rise / num_looks:.1f} points per evaluation ({points}): SFT will"
-        " teach more than RL"
+        f"dev accuracy still rises {100 * rise / num_looks:.1f} points per evaluation ({points}):"
+        " SFT will teach more than RL"
     )
 
 
@@ -167,15 +167,15 @@ def sentence(handover: Handover) -> str:
     """A line on whether the warm-up was finished."""
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four evaluations"
     if handover.is_ready:
-        return f"{handover.init} was finished when {handover.stage} began: dev {rise}"
+        return f"{handover.init} was finished when {handover.stage} began: dev accuracy {rise}"
     if handover.is_flat:
         return (
             f"{handover.init} was flat at {handover.accuracy:.0%} on dev when {handover.stage}"
             f" began ({rise}): RL needs about {NEEDED_ACCURACY:.0%}"
         )
     return (
-        f"{handover.init} was not finished when {handover.stage} began: dev still rose, {rise};"
-        " more SFT may teach more than RL"
+        f"{handover.init} was not finished when {handover.stage} began: dev accuracy still"
+        f" rose, {rise}; more SFT may teach more than RL"
     )
 
 
@@ -185,8 +185,8 @@ def reranker_sentence(found: Reranker) -> str:
     verdict = "better" if found.beats_chance else "no better"
     advice = "" if found.beats_chance else "; do not rerank with it"
     return (
-        f"{found.stage}'s choice of {found.num_samples} samples is {verdict} than a random one on"
-        f" dev: {percent(found.accuracy)} against {percent(found.chance)}, {gain}{advice}"
+        f"{found.stage}'s choice among {found.num_samples} samples is {verdict} than a random one"
+        f" on dev: {percent(found.accuracy)} against {percent(found.chance)}, {gain}{advice}"
     )
 
 
@@ -236,7 +236,7 @@ def caption(table: ScoreTable) -> str:
     seeds = f", mean over {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     interval = "bootstrap over seeds and problems" if table.num_seeds > 1 else "Wilson"
     test = (
-        "its interval holds 0"
+        "the interval contains 0"
         if table.num_seeds > 1
         else "exact McNemar p ≥ 0.05, not corrected for several comparisons"
     )

@@ -90,7 +90,7 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
     """Whether even the largest sizes fit easily, so that tracing is unnecessary, given that no
-    block keeps more than 400 bytes per input."""
+    block keeps more than 400 bytes per token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
@@ -167,7 +167,7 @@ def fastest_dtype(device: torch.device) -> Dtype:
 def product_rates(
     device: torch.device, shape: tuple[int, int, int], *, seconds: float
 ) -> dict[str, float]:
-    """FLOP/s of (M, K) × (K, N) products in each dtype, the best of about `seconds` each;
+    """Best FLOP/s of (M, K) × (K, N) products, repeated for about `seconds` in each dtype;
     `shape` is (M, K, N)."""
     return {dtype: _rate(device, getattr(torch, dtype), shape, seconds) for dtype in DTYPES}
 

@@ -28,11 +28,12 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
-    """Write the model to `out`, which loads with plain `from_pretrained` and in vLLM, and return
-    `out`. Adapters are already merged; with `adapter`, only the adapters are written, for use with
-    the base model.
+    """Write the model to the folder `out`, and return it. The folder loads with plain
+    `from_pretrained` and in vLLM. Adapters are already merged; with `adapter`, only the adapters
+    are written, for use with the base model.
 
-    Raises: CheckpointError if the method is not finished, has no adapters, or `out` exists.
+    Raises: CheckpointError if the method is not finished, if `out` exists or, with `adapter`, if
+    the method has no adapters.
     """
     run = RunFolder(run_folder)
     stage = run.stage(method).path
@@ -119,7 +120,7 @@ class Serving:
 
     @property
     def adds_special_tokens(self) -> bool:
-        """Whether a client that encodes the prompt's text by default gets the prompt's ids."""
+        """Whether the tokenizer, by default, encodes the prompt's text as the prompt's ids."""
         ids = self.encoder.prompt(self.problem)
         return ids == list(self.tokenizer.encode(self.encoder.text_of(self.prompt)))
 
@@ -271,7 +272,7 @@ def _accuracy(run: RunFolder, method: str) -> str:
     score = methods[method]
     low, high = score["ci95"]
     return (
-        f"Greedy accuracy {score['accuracy']:.1%} of {score['n']} problems (95% interval"
+        f"Its greedy accuracy on {score['n']} problems is {score['accuracy']:.1%} (95% interval"
         f" {low:.1%} to {high:.1%})."
     )
 
@@ -290,7 +291,7 @@ One exact prompt{bos}:
 
 {_fenced(text, "text")}
 
-A completion ends at {", ".join(stops)}. It was at most {serving.limit} tokens long in training.
+A completion ends at {" or ".join(stops)}. It was at most {serving.limit} tokens long in training.
 The weights were evaluated {evaluated}, in {serving.dtype}.
 
 From this folder:

@@ -154,8 +154,8 @@ class Run:
     folder: RunFolder
     progress: Progress
     loaded: dict[tuple[str, bool], Policy] = field(default_factory=dict)
-    """The last loaded policy, unchanged: at most one, by method and by whether it was built for
-    training with adapters or checkpointing.
+    """The last loaded policy, unless training has changed it. The key is the method, and whether
+    the policy was built for training with adapters or gradient checkpointing.
     """
 
     def is_trained(self, name: str) -> bool:
@@ -228,7 +228,7 @@ class Run:
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
         """Load the base model or a finished method's model. If `trained`, the model may be trained
         and has adapters if the recipe sets them; if not, it must not be changed. With a 4-bit base,
-        training continues the adapters of `method`; else adapters are fresh."""
+        training continues the adapters of `method`; with any other base, adapters are new."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (method, trained and is_other)
@@ -399,7 +399,7 @@ class Run:
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """The recipe's problems. Raises: DataError if there is nothing to train on, or no dev."""
+    """The recipe's problems. Raises: DataError if there is no training row or no dev problem."""
     splits = load_dataset(recipe.dataset, seed=derive_seed(recipe.seed, "data"))
     if not splits.train:
         dropped = (

@@ -15,7 +15,7 @@ from reftune.results.summary import rerankers
 from reftune.results.tables import remarks
 
 BAD = (
-    "judge's choice of 100 samples is no better than a random one on dev: 48.4% against 62.2%,"
+    "judge's choice among 100 samples is no better than a random one on dev: 48.4% against 62.2%,"
     " −13.8 ± 4.1 points; do not rerank with it"
 )
 

@@ -72,7 +72,7 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label → CSS variable. Known methods have fixed colours; several recipes take them in turn."""
+    """Label → CSS variable. Known methods have fixed colours, unless there are several recipes."""
     if any("/" in label for label in labels):
         return {
             label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
@@ -221,7 +221,7 @@ class _Look:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """Dev accuracy by sequences trained on since the base model, all stages on one axis; None
+    """Dev accuracy by sequences trained on since the base model, for all stages; None
     before the first dev evaluation."""
     series = [
         _dev_series(entry)

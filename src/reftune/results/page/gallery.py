@@ -88,8 +88,8 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 
 
 def _order(pool: Sequence[TrainingSample]) -> list[int]:
-    """Indices in the order of inclusion: the longest and slowest samples, then every 2ⁿ-th with
-    falling n, so that the first few always spread over the whole stage."""
+    """Indices in the order of inclusion: the longest and slowest samples, then every 2ⁿ-th one
+    with decreasing n, so that the first few always spread over the whole stage."""
     tokens = [sample.attempt.num_tokens or 0 for sample in pool]
     seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
     extreme = {

@@ -250,14 +250,14 @@ def _votes(table: ScoreTable) -> str:
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
-        "weighted": "the majority’s answer by the reward model’s scores (circle)",
+        "weighted": "the majority’s answer weighted by the reward model’s scores (circle)",
         "rerank": "the answer that the reward model scores highest (square)",
     }
     return ", ".join(text for kind, text in marks.items() if kind in kinds)
 
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
-    """Differences in greedy accuracy from baseline and best method, on a scale that includes 0."""
+    """Differences in greedy accuracy from baseline and from best method; the scale includes 0."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
     of_baseline = [found for found in greedy if table.baseline in (found.a, found.b)]
@@ -281,8 +281,8 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """Counts of problems that best method and baseline solved in the first seed; None for one
-    method."""
+    """Numbers of problems that both, only the best method, only the baseline and neither solved in
+    the first seed; None if there is only one method."""
     best = leader(table)
     if best is None:
         return None
