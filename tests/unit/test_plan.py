@@ -239,7 +239,7 @@ def test_the_page_on_scaling_shows_what_the_command_prints(tmp_path, monkeypatch
 def test_the_committed_accuracy_is_on_the_page_and_within_its_tolerance():
     document = json.loads((ROOT / "docs/results/plan_accuracy.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert len(document["rows"]) == 5 and document["tolerance"] == 0.15
+    assert len(document["rows"]) >= 5 and document["tolerance"] == 0.15
     for row in document["rows"]:
         assert abs(row["error"]) <= document["tolerance"]
         assert (
