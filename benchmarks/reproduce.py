@@ -38,11 +38,11 @@ TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
 recipes use."""
 NOTES = {
     "comparison": (
-        "Reranking is by the paper's classifier, trained on 20 samples of each question by the "
-        "warm-up. It ignores how likely a solution is. On the demo's models its choice improves up "
-        "to 8 samples; then each further sample is another chance for an unlikely mistake that it "
-        "overrates. The recipe has a better reward model now, not yet run over these seeds: see "
-        "[Reranking](experiments/reranking.md)."
+        "The reward model here is the paper's classifier, trained on 20 samples of each question "
+        "from the warm-up. It ignores how likely a solution is. On the demo's models, its choice "
+        "improves up to 8 samples; beyond that, each further sample may be an unlikely mistake "
+        "that it overrates. The recipe now has a better reward model, which was not yet run over "
+        "these seeds ([Reranking](experiments/reranking.md))."
     ),
     "modern": (
         "*ReFT* is PPO with the settings of the authors' code, which is preset `paper`. *ReFT "
@@ -75,9 +75,10 @@ NOTES = {
 NOT_RUN = [
     "**A real model** was not trained to the end, which takes 10 hours per seed in fp32 without"
     " AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run.",
-    "**Reranking with the likelihood** was measured on dev of two tuning seeds only: there it beats"
-    " greedy decoding for SFT on both and for ReFT on one ([Reranking](experiments/reranking.md))."
-    " Five seeds on test (`reranking.yaml`) were not run, for lack of time.",
+    "**Reranking with the likelihood** was measured only on the dev sets of two tuning seeds. There"
+    " it beats greedy decoding on both seeds for SFT and on one for ReFT"
+    " ([Reranking](experiments/reranking.md)). Five seeds on test (`reranking.yaml`) were not run,"
+    " for lack of time.",
     "**RL from prefixes of the gold solution** and **a better critic for long solutions** were not"
     " run, because neither is built.",
 ]
