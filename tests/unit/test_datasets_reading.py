@@ -113,7 +113,7 @@ def test_a_folder_may_hold_parquet_shards(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"q": 1}\n{"q": \n',
-            ":2: not valid JSON (Expecting value); expected one object a line",
+            ":2: not valid JSON (Expecting value); expected one object per line",
         ),
         ("a.jsonl", '{"q": 1}\n[1]\n', ":2: [1] is a list; expected an object with named columns"),
         ("a.jsonl", "", "no rows in the train split; expected at least one"),

@@ -76,7 +76,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"id": "x", "question": "3 + 10?", "choices": LABELLED, "answerKey": "B"},
         {"answer": Answer(kind="choice", value="b"), "choices": tuple(OPTIONS)},
     ),
-    "rows with an option a column": (
+    "rows with one column per option": (
         {"question": "3 + 10?", "A": "12", "B": "13", "C": "14", "answer": "B"},
         {"answer": Answer(kind="choice", value="b"), "choices": tuple(OPTIONS)},
     ),

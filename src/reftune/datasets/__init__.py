@@ -26,6 +26,6 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # these drop them themselves
+    if is_ours or isinstance(dataset, FileDataset):  # they drop these rationales themselves
         return splits
     return drop_contradictions(splits)

@@ -32,7 +32,7 @@ class Gsm8k(PaperDataset):
 
     train: str = "openai/gsm8k:main"
     annotations: Literal["keep", "drop"] = "keep"
-    """Whether `nl` rationales keep `<<48/2=24>>`."""
+    """Whether `nl` rationales keep annotations like `<<48/2=24>>`."""
 
     authors_name: ClassVar[str] = "gsm8k"
 
@@ -66,11 +66,12 @@ class Gsm8k(PaperDataset):
 
 
 def program_of(solution: str) -> str | None:
-    """The annotated steps of a solution as a program; None if they compute nothing or one is not
-    plain arithmetic.
+    """The annotated steps of a solution as a program; None if the steps compute nothing, or if one
+    of them is not plain arithmetic.
 
     Each step is a variable, named after the words that follow its result. A number that equals an
-    earlier result is replaced by that result's variable, or the latest one of several.
+    earlier result is replaced by that result's variable or, if several results are equal, by the
+    latest variable.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}

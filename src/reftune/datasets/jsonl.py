@@ -36,8 +36,7 @@ class Jsonl(FileDataset):
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How [answers](datasets.md#answer-kinds) are compared."""
     positions_from: Literal[0, 1] | None = None
-    """Number of the first option, if gold answers are positions.
-    """
+    """Number of the first option, if gold answers are positions."""
 
     decimal: Literal[".", ","] = "."
     """Decimal separator of the gold answers."""
@@ -53,7 +52,8 @@ class Jsonl(FileDataset):
         return [self._problem(row, columns) for row in rows]
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without unfit training rows; rationales are read like the gold answers."""
+        """`splits` without unfit training rows. Numbers in rationales have the gold answers'
+        decimal separator."""
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:

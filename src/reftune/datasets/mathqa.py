@@ -62,7 +62,8 @@ class Mathqa(PaperDataset):
 
     train: str = "regisss/math_qa"
     answer: Literal["choice", "numeric"] = "choice"
-    """With `choice`, gold answers are letters; with `numeric`, numbers, and options are omitted."""
+    """With `choice`, gold answers are letters; with `numeric`, they are numbers, and the options
+    are omitted."""
 
     key: ClassVar[Key] = staticmethod(stem_key)
 
@@ -72,8 +73,8 @@ class Mathqa(PaperDataset):
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in `PaperDataset`, but multiple-choice rationales in words must also end in the
-        letter."""
+        """As in `PaperDataset`, except for `nl` rationales: problems without one are removed, and a
+        multiple-choice rationale is wrong only if it ends in another letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -225,8 +226,8 @@ def _literal(value: Fraction) -> str:
 
 
 def read_options(text: str) -> tuple[str, ...] | None:
-    """The option texts, from a on, in `a ) 38 , b ) 27.675 , …` or a Python list of such pieces;
-    None if `text` is neither."""
+    """The option texts, beginning with option a, in `a ) 38 , b ) 27.675 , …` or in a Python list
+    of such pieces; None if `text` is neither."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None

@@ -21,7 +21,7 @@ class Part(Table):
 
     dataset: component_field("datasets")  # type: ignore[valid-type]
     share: float | None = Field(None, gt=0, le=1)
-    """Share of the training questions. Default: all questions are used."""
+    """Share of the training questions. If no part has a share, all questions are used."""
 
 
 class Mixture(Component):

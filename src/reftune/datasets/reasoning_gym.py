@@ -18,8 +18,8 @@ from reftune.text import did_you_mean
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
-"""Distance between the seeds of test, train and the next `data_seed`. The n-th question of a task
-uses seed + n."""
+"""Number of seeds for each of test and train under one `data_seed`. Question n of a split uses the
+split's first seed + n."""
 PATIENCE = 20
 """Draws per question after which the search for different questions gives up."""
 
@@ -49,7 +49,8 @@ class ReasoningGym(Component):
         return drop_contradictions(splits)
 
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
-        """The first `count` different questions from the split's seeds."""
+        """The first `count` different questions from the split's seeds that are not in
+        `without`."""
         first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
         drawn: dict[str, Problem] = {}
         asked = {question_key(problem) for problem in without}

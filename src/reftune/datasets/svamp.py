@@ -26,7 +26,7 @@ class Svamp(PaperDataset):
     authors_name: ClassVar[str] = "svamp"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in `PaperDataset`, but an `nl` rationale must also end in its answer."""
+        """As in `PaperDataset`, but an `nl` rationale must also end by stating its answer."""
         if self.rationale == "nl":
             if all(problem.rationale is None for problem in splits.train):
                 first = read_rows(self.train, "train", names=self.file_names()["train"])[0]
@@ -42,7 +42,7 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of body, question and equation, which becomes the program."""
+        """The problem in a row of body, question and equation; the equation becomes the program."""
         body = row.text("Body")  # a third of the bodies lack a final period
         return Problem(
             id=row.text("ID"),

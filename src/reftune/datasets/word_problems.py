@@ -53,11 +53,11 @@ class WordProblems(Component):
     test: int = Field(1000, ge=1)
     """Test questions."""
     operations: tuple[int, int] = (0, 2)
-    """Minimum and maximum operations per answer."""
+    """Minimum and maximum number of operations per answer."""
     numbers: tuple[int, int] = (2, 30)
     """Smallest and largest number in a question."""
     people: int = Field(3, ge=1, le=5)
-    """Maximum people in a story."""
+    """Maximum number of people in a story."""
     distractors: float = Field(0.4, ge=0, le=1)
     """Share of questions with one irrelevant sentence."""
     max_value: int = Field(999, ge=10)
@@ -239,7 +239,8 @@ class _Teller:
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Give someone new more, fewer or times as many as the person mentioned last has."""
+        """Give a new person more or fewer than the person mentioned last has, or several times as
+        many."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()

@@ -17,7 +17,8 @@ from torch.nn import functional
 from reftune.processes import world
 
 GROUPS = 4
-"""Number of groups of sequences of similar length, each padded to its own longest for attention."""
+"""For attention, sequences form this many groups of similar length, each padded to its longest
+sequence."""
 MULTIPLE = 64
 """The number of packed tokens is rounded up to a multiple of this, because every new number costs
 kernel preparation and new memory blocks."""
@@ -73,7 +74,7 @@ class TokenBatch:
         )
 
     def owners(self) -> Tensor:
-        """(B,) The first sequence with the same prompt, for each sequence."""
+        """(B,) For each sequence, the index of the first sequence with the same prompt."""
         firsts: dict[tuple[int, ...], int] = {}
         rows = zip(self.tokens.tolist(), self.prompt_lengths.tolist(), strict=True)
         return torch.tensor(
@@ -89,8 +90,8 @@ class TokenBatch:
         return (steps >= starts[:, None]) & (steps < self.lengths[:, None])
 
     def filled_up(self) -> TokenBatch:
-        """The batch, with one more sequence without a response if the number of packed tokens would
-        not be a `MULTIPLE`."""
+        """The batch, with one more sequence (without a response) if the number of packed tokens
+        would not be a multiple of `MULTIPLE`."""
         missing = -int(self._is_read(self.owners()).sum()) % MULTIPLE
         if not missing:
             return self
@@ -102,7 +103,8 @@ class TokenBatch:
         )
 
     def packed(self) -> PackedTokens:
-        """The sequences one after the other, without padding; a prompt that several have, once."""
+        """The sequences one after the other, without padding; a prompt that several share appears
+        once."""
         owners = self.owners()
         is_read = self._is_read(owners)
         places = is_read.flatten().cumsum(0).view_as(is_read) - 1
@@ -116,7 +118,7 @@ class TokenBatch:
         )
 
     def rows(self, index: Tensor) -> TokenBatch:
-        """The sequences at `index`, trimmed to their own longest."""
+        """The sequences at `index`, trimmed to the longest of them."""
         lengths = self.lengths[index]
         return TokenBatch(
             tokens=self.tokens[index, : int(lengths.max())],
@@ -127,19 +129,20 @@ class TokenBatch:
 
 class Packing(NamedTuple):
     """The places of T packed tokens during attention: groups of sequences, each padded to its
-    longest, S slots in all."""
+    longest sequence, S slots in all."""
 
     slots: Tensor
     """(S,) The token in each slot; an arbitrary one if the slot is empty."""
     is_read: Tensor
-    """(S,) Whether the slot's output is its token's: one slot for each token."""
+    """(S,) Whether the slot's output is read as its token's, which is true of one slot per
+    token."""
     order: Tensor
-    """(T,) The slot whose output is read, for each token."""
+    """(T,) For each token, the slot whose output is read."""
     sizes: tuple[tuple[int, int], ...]
-    """Number of sequences in each group, and of slots per sequence."""
+    """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
-    """Tokens and their further slots, in turn: of the second sequence with the same prompt, of the
-    third, …"""
+    """Prompt tokens, and their slots in the second sequence with the same prompt; then the same two
+    tensors for the third sequence, …"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,16 +150,17 @@ class PackedTokens:
     """A `TokenBatch` without padding: T tokens, of which N predict a response token."""
 
     tokens: Tensor
-    """(T,) ids."""
+    """(T,) Token ids."""
     positions: Tensor
     """(T,) Place of each token in its sequence."""
     predictors: Tensor
-    """(N,) The tokens whose output predicts each response token, in row-major order."""
+    """(N,) For each response token, in row-major order, the token whose output predicts it."""
     packing: Packing
 
 
 def _packing(lengths: Tensor, owners: Tensor, places: Tensor, is_read: Tensor) -> Packing:
-    """`places` (B, L) has the index of each token among the packed ones."""
+    """The packing of sequences; `places` (B, L) gives each token's index among the packed
+    tokens."""
     first_slots, slots, chosen, sizes, start = torch.empty_like(lengths), [], [], [], 0
     steps = torch.arange(is_read.shape[1], device=lengths.device)
     is_token = steps < lengths[:, None]
@@ -224,7 +228,7 @@ class RolloutBatch:
     returns: Tensor | None = None
     weights: Tensor | None = None
     """Weight of each token in the loss of its minibatch; the weights sum to 1 over the minibatch,
-    or to less if a part is missing."""
+    or to ½ if sampled and gold solutions have half each and one kind is absent."""
     nll_weights: Tensor | None = None
     """Weight of each token in a second loss term, which raises the likelihood of some samples."""
 
@@ -241,7 +245,7 @@ class RolloutBatch:
         return self.response_mask if self.gold is None else self.response_mask & ~self.gold[:, None]
 
     def rows(self, index: Tensor) -> RolloutBatch:
-        """The samples at `index`, trimmed to their own longest response."""
+        """The samples at `index`, trimmed to the longest response among them."""
         tokens = self.tokens.rows(index)
         longest = int(tokens.response_lengths.max())
         changed: dict[str, object] = {"tokens": tokens}
@@ -254,16 +258,16 @@ class RolloutBatch:
 
 def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> Iterator[Tensor]:
     """Indices of the sequences, in groups of similar length and of at most `max_tokens` (but at
-    least one sequence). The size counts padding to the longest sequence or, with `packed`, only
-    tokens.
-    """
+    least one sequence). The size of a group includes padding to its longest sequence, unless
+    `packed`."""
     order = torch.argsort(lengths, stable=True)
     for part in _consecutive(lengths[order].tolist(), max_tokens=max_tokens, packed=packed):
         yield order[part]
 
 
 def _consecutive(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> Iterator[slice]:
-    """Consecutive parts within the size of `micro_batches`; padded ones need rising lengths."""
+    """Consecutive parts within the size limit of `micro_batches`; unless `packed`, `lengths` must
+    not fall."""
     start, tokens = 0, 0
     for end in range(1, len(lengths) + 1):
         tokens += lengths[end - 1]
@@ -279,9 +283,9 @@ def own_micro_batches(
 ) -> Iterator[tuple[Tensor, bool]]:
     """This process's micro-batches, and whether each of them counts. All processes hold all
     sequences; together their micro-batches cover every sequence once, with equally many short and
-    long sequences in each process. `packed` ones keep sequences with the same prompt together.
-    Every process gets at least one micro-batch and, with `even`, as many as the others: the extra
-    ones repeat the first sequence and do not count."""
+    long sequences in each process. If `packed`, a process's sequences with the same prompt follow
+    one another. Every process gets at least one micro-batch and, with `even`, as many as the
+    others: the extra ones repeat the first sequence and do not count."""
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths
     order = _by_prompt(lengths, batch.owners()) if packed else torch.argsort(lengths, stable=True)
@@ -296,8 +300,8 @@ def own_micro_batches(
 
 
 def _by_prompt(lengths: Tensor, owners: Tensor) -> Tensor:
-    """The order of rising length, but for sequences with the same prompt, which follow one another
-    at the length of their longest."""
+    """The indices of the sequences by rising length, except that sequences with the same prompt
+    follow one another, placed by the longest of them."""
     longest = torch.zeros_like(lengths).scatter_reduce(0, owners, lengths, "amax")[owners]
     order = torch.argsort(owners, stable=True)
     return order[torch.argsort(longest[order], stable=True)]

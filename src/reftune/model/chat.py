@@ -30,10 +30,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
-    """The text after the prompt when the assistant writes `said`, including its end of turn, as the
-    template itself writes it: Mistral's begins with a space, Qwen3's with an empty thought. If a
-    template writes conversations and prompts differently, or drops part of `said` (a thought, for
-    example), only the text around `said` is taken from it."""
+    """The text after the prompt when the assistant writes `said`, including the end of the turn, as
+    the template itself writes it: Mistral's replies begin with a space, Qwen3's with an empty
+    thought. If a template writes conversations and prompts differently, or drops part of `said` (a
+    thought, for example), only the text around `said` is taken from the template."""
     said = said.strip()
     whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
     begun = prompt_text(tokenizer, prompt)
@@ -77,8 +77,8 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said` as it follows the prompt `begun`, given that in whole conversations the template
-    writes `before` ahead of the assistant's words. Both are compared after the last question,
-    `asked`."""
+    writes `before` ahead of the assistant's words. `begun` and `before` are compared after the last
+    question, `asked`."""
     if not asked or asked not in begun or asked not in before:
         return said
     ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
@@ -90,7 +90,7 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
     """`after` up to and including the token that ends the turn, and this token: the first special
-    token, or the first one added to the vocabulary. Empty and None if there is none."""
+    token, or the first one added to the vocabulary. Empty and None if there is no such token."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

@@ -32,8 +32,8 @@ class Encoder:
         require_eos(self.tokenizer)
 
     def prompt(self, problem: Problem) -> list[int]:
-        """Ids of the problem's prompt, after the tokenizer's BOS. Raises: RecipeError if the chat
-        template rejects it."""
+        """Ids of the problem's prompt, including the tokenizer's leading BOS, if any. Raises:
+        RecipeError if the chat template rejects it."""
         prompt = self.format.prompt(problem)
         ids = self.encode(self.text_of(prompt))
         if isinstance(prompt, Conversation | BareText):  # a template writes its own BOS
@@ -48,9 +48,8 @@ class Encoder:
 
     def continuation(self, problem: Problem, text: str) -> list[int]:
         """Ids of `text` after the problem's prompt, including the end token. It is encoded
-        separately from the prompt, as in sampling; a chat template's text is encoded as a whole
-        unless the boundary would fall inside a token.
-        """
+        separately from the prompt, as in sampling; in a chat, prompt and text are encoded as a
+        whole, unless a token would cross the boundary."""
         prompt = self.format.prompt(problem)
         before, after = self.text_of(prompt), self.text_after(prompt, text)
         ids, end = self.encode(after), self.end_of(prompt)
@@ -62,7 +61,8 @@ class Encoder:
         return ids if ids[-1:] == [end] else [*ids, end]
 
     def end_of(self, prompt: str | Conversation) -> int:
-        """The token that ends a completion of `prompt`: the template's end of turn, else eos."""
+        """The token that ends a completion of `prompt`: in a chat, the template's end of turn, if
+        it has one; otherwise eos."""
         turn = end_of_turn(self.tokenizer, prompt) if isinstance(prompt, Conversation) else None
         return int(self.tokenizer.eos_token_id) if turn is None else turn
 
@@ -114,7 +114,8 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""Tokens to decode beyond a stop string's number of bytes: special tokens decode to nothing."""
+"""Number of tokens to decode beyond a stop string's length in bytes, because special tokens decode
+to nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -151,15 +152,16 @@ class StopRule:
         return low
 
     def text_end(self, text: str) -> int | None:
-        """Where the first stop string begins; None if there is none."""
+        """Index where the first stop string begins; None if there is none."""
         return min((text.index(stop) for stop in self.texts if stop in text), default=None)
 
 
 def stop_rule(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
 ) -> StopRule:
-    """The rule with `texts` and every end token: those of the tokenizer, of the model's config and
-    generation config, and of the chat template, if there is one. Raises: ModelError without eos."""
+    """The rule with the stop strings `texts` and every end token: those of the tokenizer, of the
+    model's config and generation config, and of the chat template, if there is one. Raises:
+    ModelError without eos."""
     require_eos(tokenizer)
     found = {
         *token_ids_of(tokenizer.eos_token_id),

@@ -20,7 +20,7 @@ from reftune.errors import ModelError
 
 Embeddings = Literal["all", "exact", "none"]
 """Which embeddings are cast: all, those that the dtype holds without rounding, or none. Autocast
-does not round them."""
+does not round embeddings."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
@@ -117,7 +117,8 @@ def plain_state(
     model: Any, dtype: torch.dtype = torch.float32, *, merged: bool = True
 ) -> dict[str, Tensor]:
     """The weights of a model as plain tensors on the CPU, rounded once to `dtype`. Adapters are
-    merged in fp32 or, without `merged`, left out; 4-bit weights are dequantized; ties stay."""
+    merged in fp32 or, if not `merged`, left out; 4-bit weights are dequantized; tied weights stay
+    tied."""
     from peft.tuners.lora import LoraLayer
 
     layers = {id(m.get_base_layer().weight): m for m in model.modules() if isinstance(m, LoraLayer)}
@@ -160,8 +161,8 @@ entries."""
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
-    """Replace the dropout layers of `model` in place, by layers whose masks take a seventh of the
-    time of PyTorch's on a CPU."""
+    """Replace the dropout layers of `model`, in place, with layers whose masks take a seventh of
+    the time of PyTorch's on a CPU."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -169,7 +170,7 @@ def use_cheap_dropout(model: nn.Module) -> None:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` with the same generator. On a CPU it draws other masks; elsewhere it is
+    """`nn.Dropout` with the same generator. On a CPU it draws different masks; elsewhere it is
     identical."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ class Dropout(nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
-    """Sets each entry to 0 with probability p, and else multiplies it by 1 / (1 - p)."""
+    """Sets each entry to 0 with probability p, and otherwise multiplies it by 1 / (1 - p)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, p: float) -> Tensor:

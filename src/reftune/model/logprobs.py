@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_ELEMENTS = 2**21
-"""Most logits (tokens × vocabulary) in a tile: 8 MiB in fp32."""
+"""Maximum number of logits (tokens × vocabulary) in a tile: 8 MiB in fp32."""
 LOGITS_KEPT = 2**26
-"""Most logits kept for the backward pass: 256 MiB in fp32."""
+"""Maximum number of logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Most tokens per tile if the vocabulary is large: each tile adds to the whole weight's
-gradient."""
+"""Number of tokens per tile if the vocabulary is large. Each group of this many tokens adds to the
+whole weight's gradient once."""
 
 
 def token_logprobs(
@@ -124,7 +124,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Softmax(NamedTuple):
-    """The softmax of each row's tempered logits, (N,) fp32 each."""
+    """The softmax of each row's tempered logits, as tensors of shape (N,) in fp32."""
 
     picked: Tensor
     """The token's logit."""
@@ -194,7 +194,7 @@ def _tiles(
     kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
     """All tiles of the logits, by groups of rows, and from left to right within each group; `kept`
-    holds the logits of the first tiles, if any."""
+    holds the logits of the first tiles, if these were kept."""
     known = iter(kept)
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)

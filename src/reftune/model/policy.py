@@ -67,8 +67,8 @@ class Policy(nn.Module):
         trained: bool = True,
     ) -> None:
         """Weights that are never trained (the base under `lora`, or all weights if not `trained`)
-        are kept in `dtype`, or in 4 bits. The strings in `stop` end a completion, as do the end
-        tokens of model and tokenizer."""
+        are kept in `dtype` or, with `quantize`, in 4 bits. A completion ends at a string in `stop`
+        or at an end token of the model or the tokenizer."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
@@ -85,15 +85,15 @@ class Policy(nn.Module):
         layers.use_cheap_dropout(model)
         attention.attend_our_way(model)
         self.packs = attention.takes_packing(model)
-        """Whether the model reads whole sequences without padding."""
+        """Whether the model reads whole sequences without padding between them."""
         self.max_tokens = 16384
-        """Most tokens in one pass; see `model.micro_batch_tokens`."""
+        """Maximum number of tokens in one pass; see `model.micro_batch_tokens`."""
         self.is_written_out = dtype == torch.float32 and llama.is_written_out(self.model)
         """Whether `speed.llama` may read whole sequences in place of transformers."""
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         """Initially zero, so that values do not start at random; `reset_value_head` draws PyTorch's
-        default, as the paper does."""
+        default weights, as the paper does."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
@@ -114,7 +114,8 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the model can read, in tokens; None if the config does not state it."""
+        """Longest sequence that the model can read, in tokens; None if the config does not state
+        it."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -145,7 +146,8 @@ class Policy(nn.Module):
         )
 
     def reset_value_head(self, seed: int) -> None:
-        """Draw the head's weights uniformly from ±1/√H, as `nn.Linear` and TRL's value head do."""
+        """Draw the value head's weights uniformly from ±1/√H, as `nn.Linear` and TRL's value head
+        do."""
         bound = self.value_head.in_features**-0.5
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -175,7 +177,7 @@ class Policy(nn.Module):
 
     def compile_blocks(self) -> None:
         """Fuse the small operations of every transformer block, for passes over whole sequences.
-        Copies are not compiled.
+        Copies of the blocks are not compiled.
 
         Raises: ModelError if there is no C++ compiler.
         """
@@ -237,7 +239,7 @@ class Policy(nn.Module):
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
         """(N, H) the last hidden state that predicts each response token."""
-        # both rely on hooks of the modules' forward
+        # compiled and split modules rely on hooks of their forward methods
         as_modules = self.is_compiled or sharding.current.is_split(self)
         if self.is_written_out and not as_modules:
             states = llama.read_packed(backbone, packed, recompute=self.recomputes)
@@ -251,9 +253,8 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.is_lora else self.model
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities and values of the response tokens, with gradients; in no-grad mode also
-        entropy. Logits are computed only for response tokens.
-        """
+        """Log-probabilities and values of the response tokens, with gradients; in no-grad mode,
+        also their entropy. Logits are computed only for response tokens."""
         with self.arithmetic():
             hidden = self.hidden_states(batch)
             predicted = (
@@ -284,7 +285,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities, values and entropy without gradients and dropout.
+        """Log-probabilities, values and entropy, without gradients or dropout.
 
         Several processes each score a part of the rows, and all of them get every score.
         """
@@ -321,8 +322,8 @@ class Policy(nn.Module):
         return features
 
     def verify_head(self) -> None:
-        """Reject a model whose logits are not its output embedding applied to its last hidden state
-        (soft-capped, scaled).
+        """Reject a model whose logits are not simply its output embedding applied to its last
+        hidden state, for example because they are soft-capped or scaled.
 
         Raises: ModelError.
         """
@@ -342,8 +343,9 @@ class Policy(nn.Module):
             )
 
     def make_reference(self) -> Policy | AdapterReference:
-        """The current policy, frozen. With LoRA, it is the same base with a copy of the adapters,
-        or without adapters if they are fresh; without LoRA, it is a copy in the compute dtype."""
+        """The current policy, frozen. With LoRA, it is the same base with a copy of the adapters
+        or, if these are untrained, without adapters; without LoRA, it is a copy in the compute
+        dtype."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -381,11 +383,12 @@ class Policy(nn.Module):
                 parameter.data, adapters[name] = adapters[name], parameter.data
 
     def save(self, folder: Path) -> None:
-        """Write the model (LoRA merged), tokenizer and value head in Hugging Face format, to load
-        with plain `from_pretrained`. Config and generation config hold the end tokens."""
+        """Write the model (LoRA merged), tokenizer and value head in Hugging Face format; plain
+        `from_pretrained` loads the model. The config and the generation config hold the end
+        tokens."""
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the run shows its own
+        logging.disable_progress_bar()  # the run shows its own progress bar
         with sharding.current.whole(self):
             if world.is_main():
                 self._save(folder)
@@ -477,7 +480,7 @@ def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
         target_modules=table.target_modules,
     )
     try:
-        with warnings.catch_warnings():  # it uses a name that transformers will remove
+        with warnings.catch_warnings():  # peft uses a name that transformers will remove
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             return get_peft_model(model, config)
     except ValueError as error:

@@ -23,8 +23,8 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
     `rollouts` yields (features (N, H), returns (N,)) pairs, which are accumulated, so memory does
-    not grow with their number. Returns: the share of the last rollout's variance that the fit to
-    the others explains; 0 if there is only one rollout. Raises: NonFiniteError.
+    not grow with their number. Returns: the share of the variance of the last rollout's returns
+    that the fit to the others explains; 0 if there is only one rollout. Raises: NonFiniteError.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:

@@ -131,8 +131,9 @@ def load_pretrained(
     trust_remote_code: bool = False,
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, if `as_stored`, in its
-    files' dtype, for weights that are not trained. Reads only safetensors. Raises: ModelError."""
+    """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, if `as_stored` (for
+    weights that are not trained), in the dtype of the files. Reads only safetensors. Raises:
+    ModelError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

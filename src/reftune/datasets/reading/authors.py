@@ -1,5 +1,5 @@
-"""The paper's datasets, which can also be read from the JSON files of ReFT's authors. Rows are
-{item_id, question, answer_cot, answer_value}; test files lack answer_cot."""
+"""The paper's datasets, which can also be read from the JSON files of ReFT's authors. Rows of these
+files are {item_id, question, answer_cot, answer_value}; test files lack answer_cot."""
 
 from __future__ import annotations
 

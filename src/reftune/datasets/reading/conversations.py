@@ -28,10 +28,9 @@ class Conversation:
     """The turns of a row, split before the model's answer."""
 
     before: tuple[Message, ...]
-    """Everything before the last turn of the assistant, or everything if the assistant is not last.
-    """
+    """All turns but the last if the last is the assistant's; otherwise all turns."""
     reply: str | None
-    """The assistant's last turn; None if it has not answered yet."""
+    """The last turn if it is the assistant's; otherwise None."""
 
     @property
     def question(self) -> str:
@@ -74,7 +73,8 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
 
 
 def _text(content: object) -> str | None:
-    """A turn's text; None if there is none, or if it contains anything else, such as an image."""
+    """A turn's text; None if the turn has no text, or if it contains anything else, such as an
+    image."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         content = "\n".join(map(str, parts)) if None not in parts else None

@@ -20,7 +20,7 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `problem` to leave a row out; rows are counted by the message."""
+    """Raised by `problem` to leave a row out. The rows left out are counted by message."""
 
 
 class FileDataset(Component):
@@ -28,11 +28,11 @@ class FileDataset(Component):
     row."""
 
     train: str
-    """A file, a folder or a Hub id: [sources](datasets.md#sources)."""
+    """A file, a folder or a Hub id; see [sources](datasets.md#sources)."""
     test: str | None = None
-    """Default: the test split beside `train`."""
+    """Source of the test split. Default: `train`, unless that is a single file."""
     dev: str | None = None
-    """Default: drawn from train."""
+    """Source of the dev split. Default: drawn from train."""
     dev_size: int | None = Field(None, ge=0)
     """Questions to draw for dev. Default: a tenth of train, at most 500."""
     revision: str | None = None

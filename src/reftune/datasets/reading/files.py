@@ -1,5 +1,6 @@
-"""Reads local files into records that know their line. The standard library reads tables, because a
-table library would lose line numbers or change `007`, `NA` and dates: cells stay as written."""
+"""Reads local files into records that know their line. Tables are read with the standard library,
+so that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
+dates."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def ending(path: PurePath) -> str:
 
 
 def read_file(path: Path) -> Records:
-    """The records of a file, read by its ending. Raises: DataError, with the line if it has one."""
+    """The records of a file, read by its ending. Raises: DataError, with the line if it is
+    known."""
     reader = READERS.get(ending(path))
     if reader is None:
         raise DataError(
@@ -152,7 +154,7 @@ def json_lines(name: object, lines: Iterable[str]) -> Records:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{where}: not valid JSON ({_reason(error)}); expected one object a line"
+                f"{where}: not valid JSON ({_reason(error)}); expected one object per line"
             ) from None
         yield where, _mapping(value, where)
 

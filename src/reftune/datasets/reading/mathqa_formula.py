@@ -62,8 +62,8 @@ OPERATIONS: Mapping[str, str] = {
     "volume_cone": "math.pi * {} ** 2 * {} / 3",
     "volume_sphere": "4 / 3 * math.pi * {} ** 3",
 }
-"""Every operation of the dev and test files; operands are names or numbers. A formula with any
-other operation gets no program."""
+"""Every operation that occurs in the dev and test files; operands are names or numbers. A formula
+with any other operation gets no program."""
 
 EXACT_CONSTANTS: Mapping[str, str] = {"const_pi": "math.pi", "const_0_2778": "(5 / 18)"}
 """Constants that MathQA rounds: with 0.2778 for km/h to m/s, answers would miss their options."""
@@ -75,8 +75,8 @@ STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
 
 def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | None:
-    """(name, expression) of each step that the last one needs; None if the formula cannot be
-    read."""
+    """(name, expression) of the last step and of each step that it needs, in order; None if the
+    formula cannot be read."""
     numbers = [number.replace(",", "") for number in NUMBER.findall(problem)]
     parsed = [STEP.fullmatch(text) for text in linear_formula.strip().strip("|").split("|")]
     templates = [OPERATIONS.get(match["operation"]) if match else None for match in parsed]

@@ -37,9 +37,9 @@ class Options:
 
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
-    """Read a list of option texts, which may be a string that spells a list; `{text: […], label:
-    […]}`, a list of `{text, label}`, or texts by label; or one column per option, of which the last
-    may be empty.
+    """The options in one column or several. One column holds a list of option texts,
+    `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, or a
+    string that spells one of these. Several columns hold one option each; empty ones are skipped.
 
     Raises: DataError.
     """

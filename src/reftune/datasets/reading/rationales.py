@@ -14,9 +14,9 @@ TIMEOUT_S = 20.0
 
 
 def drop_wrong_programs(splits: Splits) -> Splits:
-    """Remove training problems without a program (`no_program`), or whose program does not return
-    the gold answer (`program_disagrees`). Dev keeps such problems without a rationale, so that it
-    is no easier than test."""
+    """Remove training problems that have no program (`no_program`) or whose program does not return
+    the gold answer (`program_disagrees`). Dev keeps such problems, but not their rationales, so
+    that dev is no easier than test."""
     graded = _graded_programs([*splits.train, *splits.dev])
     splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
     return drop_untrainable(
@@ -51,8 +51,8 @@ def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
 
 
 def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
-    """Run programs in the sandbox, with so much time that a busy machine does not change the
-    training set."""
+    """Run programs in the sandbox, with a time limit so long that a busy machine does not change
+    the training set."""
     with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
         return sandbox.run(programs)
 

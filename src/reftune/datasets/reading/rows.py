@@ -32,7 +32,7 @@ class Row:
     """One record of a data source. A column may be a path: `reward_model.ground_truth`."""
 
     where: str
-    """`file:line`, or the source and the row's number if there are no lines."""
+    """`file:line`, or the source and the row's number if the source has no lines."""
     id: str
     """`FILE-NUMBER`, for data without ids."""
     columns: Mapping[str, Any]
@@ -82,7 +82,8 @@ class Row:
         return None if value is MISSING else value
 
     def _found(self, path: str) -> Any:
-        """The column with exactly this name; else the value that the dotted path leads to."""
+        """The column with exactly this name or, if there is none, the value that the dotted path
+        leads to."""
         if path in self.columns:
             return self.columns[path]
         value: Any = self.columns
@@ -137,8 +138,8 @@ def _path(source: str) -> Path:
 
 
 def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Check that types do not change. Raises: DataError at the first row whose value has a
-    different type from earlier rows; null fits any type."""
+    """Check that types do not change. Raises: DataError at the first row whose value differs in
+    type from those of earlier rows; null fits any type."""
     for column in columns:
         filled = [(row, value) for row in rows if (value := row.get(column)) is not None]
         for row, value in filled:

@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.recipe import Table
 
 NUM_LOOKED_AT = 20
-"""Rows from which a file's columns are recognised."""
+"""Number of rows that are read to recognise a file's columns."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "question": (
         *("question", "prompt", "problem", "query", "context_messages", "messages"),
@@ -39,17 +39,17 @@ LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
 
 class Columns(Table):
     """The names of the data's columns, or paths into them such as `reward_model.ground_truth`. All
-    other columns are passed to reward functions by name."""
+    other columns are passed to reward functions as keyword arguments."""
 
     question: str | list[str] = "question"
-    """The question, or a conversation up to it. Several columns are joined, one per line."""
+    """The question, or the conversation; the texts of several columns are joined by line breaks."""
     answer: str = "answer"
     """The gold answer: a number, a text, an option or its letter, or a worked solution that marks
-    it."""
+    its answer."""
     rationale: str | None = "rationale"
     """A worked solution or a program; this may be the `answer` column."""
     id: str | None = "id"
-    """Default: file name and row number."""
+    """The problem's id. Default: file name and row number."""
     choices: str | list[str] | None = "choices"
     """The options: a list, texts by label, or one column per option."""
 
@@ -164,7 +164,9 @@ def _name(row: Row, columns: Mapping[str, Any]) -> str:
         return "MATH rows"
     if str(answer).lower() == "answerkey":
         return "ARC rows"
-    return "rows with an option a column" if isinstance(columns["choices"], list) else "plain rows"
+    return (
+        "rows with one column per option" if isinstance(columns["choices"], list) else "plain rows"
+    )
 
 
 def _nowhere(row: Row, field: str, found: _Found) -> DataError:

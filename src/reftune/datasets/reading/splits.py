@@ -1,5 +1,5 @@
-"""Makes splits from problems: removes repeats and contradictions, draws dev, and removes questions
-of dev and test from train."""
+"""Makes splits from problems: removes repeats and contradictions, draws dev, and removes dev and
+test questions from train."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def draw_splits(
 
     `duplicate`: same text and gold answer as an earlier row of its split (and, with
     `several_rationales`, same rationale). `contradiction`: same question and options as another row
-    but a different gold answer; no such row is kept. `leak`: a train question that dev or test
-    asks, or a dev question that test asks, by `key`. Test is never touched.
+    but a different gold answer; no such row is kept. `leak`: by `key`, a train question that dev or
+    test also asks, or a dev question that test also asks. Test is never touched.
 
-    Dev, unless given, is the first `dev_size` questions (None: a tenth of them, at most 500) in the
-    order of a hash of `seed` and question, so row order and rationales do not matter. Raises:
+    Unless given, dev is the first `dev_size` questions (if None, a tenth of them, at most 500) in
+    the order of a hash of `seed` and question, so row order and rationales do not matter. Raises:
     DataError if `dev_size` leaves nothing to train on.
     """
     counts: Counter[str] = Counter()
@@ -85,8 +85,8 @@ def draw_splits(
 
 
 def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], bool]) -> Splits:
-    """Remove the training problems whose rationale is `unusable`, and count them as `reason`; dev
-    keeps such problems without a rationale."""
+    """Remove the training problems whose rationale is `unusable`, and count them as `reason`. Dev
+    keeps such problems, but not their rationales."""
     train = tuple(problem for problem in splits.train if not unusable(problem))
     dev = tuple(replace(p, rationale=None) if unusable(p) else p for p in splits.dev)
     dropped = len(splits.train) - len(train)

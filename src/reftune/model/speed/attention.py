@@ -1,8 +1,8 @@
 """Lets transformers' own models read sequences without padding between them.
 
-The tokens of all sequences follow one another, a prompt that several have only once; they are
-padded, and that prompt repeated, only for attention, in groups of similar length. For bf16 on a
-CPU, attention runs in fp32, because its backward pass is slow in bf16.
+The tokens of all sequences follow one another, and a prompt that several sequences share appears
+once. Only for attention are sequences padded, in groups of similar length, and shared prompts
+repeated. For bf16 on a CPU, attention runs in fp32, because its backward pass is slow in bf16.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def _attend(
 def _attend_codegen(
     module: Any, original: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None
 ) -> tuple[Tensor, Any]:
-    """CodeGen's own attention, from (B, heads, tokens, D) to the same shape. With packing in place
-    of the mask, it attends as other models do."""
+    """CodeGen's own attention, from (B, heads, tokens, D) to the same shape. If packing takes the
+    place of the mask, it attends as other models do."""
     packing = getattr(mask, "packing", None)
     if packing is None:
         attended: tuple[Tensor, Any] = original(query, key, value, mask)
@@ -157,8 +157,8 @@ def _pad(tokens: Tensor, packing: Packing) -> Tensor:
 
 
 def sum_slots(slots: Tensor, order: Tensor, repeats: Sequence[Tensor]) -> Tensor:
-    """(S, …) gradients of slots → (T, …) gradients of the tokens in them; an empty slot's is 0, as
-    no token attends to it."""
+    """(S, …) gradients of slots → (T, …) gradients of the tokens in them; an empty slot's gradient
+    is 0, because no token attends to it."""
     total = slots.index_select(0, order)
     for tokens, further in zip(repeats[::2], repeats[1::2], strict=True):
         more = total.index_select(0, tokens) + slots.index_select(0, further)

@@ -32,8 +32,8 @@ FAMILIES = (
 FEW_ROWS = 16
 """Number of rows for which a weight's layout is chosen; other numbers of rows gain as much."""
 LARGE = 2**18
-"""Size of a weight above which oneDNN is faster than MKL for fp32 products of few rows, because MKL
-hardly divides them among threads."""
+"""Number of elements of a weight above which oneDNN is faster than MKL for fp32 products of few
+rows, because MKL hardly divides them among threads."""
 Product = Callable[[Tensor], Tensor]
 """The product with a weight: rows (…, I) in any dtype → (…, O) in the weight's dtype."""
 
@@ -368,8 +368,8 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     oneDNN's layout.
 
     Their products then take half to two thirds of the time; the copy takes 0.1 s for 134 million
-    weights. Small layers in fp32 stay as they are, and so do all layers on other devices, or in
-    bf16 on a CPU without bf16 products.
+    weights. These stay as they are: small layers in fp32, all layers in bf16 on a CPU without bf16
+    products, and all layers on devices other than the CPU.
     """
     layers = [
         module
@@ -389,8 +389,8 @@ def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = Tru
     """A single product in `dtype` that gives the outputs of `layers` on the same rows, side by
     side.
 
-    With `pack`, it uses a copy of the weights in oneDNN's layout if that is faster; without, an
-    ordinary copy in that case, which takes as much memory.
+    If a copy of the weights in oneDNN's layout is faster, the product uses one with `pack`; without
+    `pack`, it then uses an ordinary copy, which takes as much memory.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
