@@ -210,7 +210,9 @@ def test_the_start_model_is_sampled_and_a_weak_one_is_reported():
     rl = {"kind": "rl", "init": "base", "steps": 1, "prompts": 2, "samples": 2}
     stages = {"reft": {**rl, "optimizer": {"learning_rate": 1e-3}}}
     found = finding("accuracy", dataset=Sums(num_dev=40), stages=stages)
-    assert found.message.startswith("at temperature 1 the start model solves 0 of 32 dev questions")
+    assert found.message.startswith(
+        "at temperature 1 the initial model solves 0 of 32 dev questions"
+    )
     assert found.level == "warn", "0 of 32 is below 20% with 95% certainty: at most 11%"
     warmed = finding("accuracy", dataset=Sums(num_dev=40))
     assert warmed.level == "ok"

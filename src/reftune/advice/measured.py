@@ -20,7 +20,7 @@ from reftune.types import SamplingParams
 
 WARM_TOKENS = 256
 """Tokens trained on before the clock starts: a first pass chooses kernels, casts weights and
-allocates."""
+allocates memory."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
 """Tokens sampled per row before the clock starts, and the smallest number while it runs. A token
 takes far less time than reading a prompt."""

@@ -131,7 +131,8 @@ class Plan:
     """Stage → the best division into GPUs that sample and GPUs that train, and the step's seconds.
     """
     steps: Mapping[str, Step]
-    """Each sampling stage's step under `sharding` or, if none fits, with the least memory."""
+    """Each sampling stage's step under `sharding`; if that is None, under the sharding that needs
+    the least memory."""
     assumed: Mapping[str, Any]
 
 
@@ -144,7 +145,7 @@ def make_plan(
     only: str | None = None,
 ) -> Plan:
     """The plan of all stages, or of the stage `only`. `prompt` and `response` are lengths in
-    tokens, by default `lengths.max_prompt` (or 256) and `max_new`.
+    tokens, by default `lengths.max_prompt` (256 if that is not set) and `lengths.max_new`.
 
     Raises: RecipeError if no such stage states its cost; ModelError if the configuration cannot be
     read.
@@ -227,7 +228,7 @@ class Planner:
         return self.hardware.rate(self.estimate.recipe.model.dtype)
 
     def flops(self, *, backward: bool) -> float:
-        """FLOPs of a pass over one sequence, counted in a trace; doubled by a value model."""
+        """FLOPs of a pass over one sequence, counted in a trace; a value model doubles them."""
         made = self.estimate
         update = made.outline.update(made.prompt, made.response, 2)
         models = 2 if made.cost.value_model else 1
@@ -298,8 +299,8 @@ class Planner:
         return Phase(seconds=seconds, bound=bound)
 
     def communication(self, gpus: int) -> float:
-        """Seconds of one pass over the batch. DDP sums gradients once; FSDP2 gathers weights twice
-        and scatters gradients each micro-batch."""
+        """Seconds spent moving data in one pass over the batch. DDP sums gradients once; FSDP2, for
+        each micro-batch, gathers weights twice and scatters gradients once."""
         made, share = self.estimate, (gpus - 1) / gpus
         gradients = FP32 * made.outline.trained
         if made.sharding != "fsdp2":
@@ -326,8 +327,8 @@ def plan_text(plan: Plan) -> str:
     """The plan as text."""
     known = plan.assumed
     head = (
-        f"{plan.recipe}: {plan.weights:,} weights, {plan.trained:,} trained with the value head,"
-        f" {plan.dtype}; {known['gpus']} × {known['gpu'].upper()} with"
+        f"{plan.recipe}: {plan.weights:,} weights, {plan.trained:,} trained including the value"
+        f" head, {plan.dtype}; {known['gpus']} × {known['gpu'].upper()} with"
         f" {known['memory_bytes'] / GB:g} GB"
     )
     foot = (
@@ -355,7 +356,7 @@ def _memory_text(plan: Plan) -> str:
         ]
         for way, share in plan.memory.items()
     ]
-    labels = [f"GB a GPU, stage {plan.stage}", *names, "micro-batch, tokens"]
+    labels = [f"GB per GPU, stage {plan.stage}", *names, "micro-batch, tokens"]
     labels += ["decoded at once, rows", "peak", "reached in", "fits"]
     return "\n".join(
         f"{label:<24}" + "".join(f"{cell:>12}" for cell in cells)
@@ -369,8 +370,8 @@ def _step_text(plan: Plan, name: str, step: Step) -> str:
     rows.append(("all", f"{step.seconds:.3g} s", f"bottleneck: {step.bottleneck}"))
     if name in plan.split:
         found = plan.split[name]
-        who = f"{found['sampling_gpus']} sample and {found['training_gpus']} train"
-        rows.append(("split", f"{found['seconds']:.3g} s", f"of the GPUs {who}, in turn"))
+        who = f"{found['sampling_gpus']} GPUs sample and {found['training_gpus']} train"
+        rows.append(("split", f"{found['seconds']:.3g} s", f"{who}, in turn"))
     hours = f"{step.stage_seconds / 3600:,.1f} h"
     rows.append(("stage", hours, f"{step.steps:,.0f} steps, without dev evaluations"))
     lines = [f"  {label:<10}{time:>11}   {told}" for label, time, told in rows]

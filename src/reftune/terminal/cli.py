@@ -218,10 +218,14 @@ def init(
         str | None, typer.Option(help="Test questions. Default: the data folder's test split.")
     ] = None,
     question: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Its column, if it is not recognised.")
+        str | None, typer.Option(metavar="COLUMN", help="The question's column, if not recognised.")
     ] = None,
-    answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its column.")] = None,
-    rationale: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its column.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The answer's column.")
+    ] = None,
+    rationale: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The rationale's column.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The recipe to write; must not exist. Default: DATA's name.yaml."),
@@ -318,13 +322,14 @@ def plan(
     ] = 0.4,
     prompt: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompt tokens. Default: lengths.max_prompt, else 256."),
+        typer.Option(min=1, help="Prompt tokens. Default: lengths.max_prompt, or 256 if unset."),
     ] = None,
     response: Annotated[
         int | None, typer.Option(min=1, help="Response tokens. Default: lengths.max_new.")
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Plan only this stage. Default: all, for the largest memory.")
+        str | None,
+        typer.Option(help="Plan only this stage. Default: all, with memory for the largest."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -491,7 +496,7 @@ def report(
         typer.Option(help="A folder for the figures as PNG and SVG; the runs must be finished."),
     ] = None,
 ) -> None:
-    """Write an HTML page about one or more runs. Its path and those of figures are printed."""
+    """Write an HTML page about one or more runs. Prints the paths of the page and figures."""
     from reftune.results import report_command, write_figures
 
     print(report_command(runs, out))

@@ -38,7 +38,7 @@ TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
 """Stands for a from-scratch model with the vocabulary of the data."""
 DEFAULT_MAX_NEW = 256
-"""Tokens for a solution if there is no rationale to measure, and if the model's context allows."""
+"""Token limit of a solution if there is no rationale to measure and the context allows it."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
 """Most tokens in a prompt, and in a solution, of a from-scratch model, unless more than
@@ -171,9 +171,9 @@ class _Lengths:
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
 ) -> _Lengths:
-    """Lengths of prompts and solutions within `context`, such that nearly all fit.
+    """Limits that nearly all prompts and solutions keep to, within `context` tokens in all.
 
-    Raises: ModelError if too few do.
+    Raises: ModelError if too many prompts exceed them.
     """
     prompts = sorted(
         len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)

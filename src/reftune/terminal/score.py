@@ -110,7 +110,7 @@ def _row(row: Mapping[str, Any], where: str, kind: str, reading: Reading) -> _Ro
 
 def problem_of(row: Mapping[str, Any], where: str, reading: Reading = DEFAULT) -> Problem:
     """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`. Raises: DataError
-    that begins with `where`."""
+    whose message begins with `where`."""
     if row.get("answer") is None:
         raise DataError(f"{where}: answer is missing; expected a number, a text or a letter")
     choices = _choices(row.get("choices"), where)
@@ -136,8 +136,9 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 def _answer(
     value: Any, choices: tuple[str, ...], where: str, kind: str, reading: Reading
 ) -> Answer:
-    """The gold answer of the given kind. With `auto`, a letter with choices or alone, else a number
-    if the whole value is one, else an expression, a list or a text."""
+    """The gold answer of the given kind. `auto` is `choice` if there are choices or the value is a
+    single letter; if not, it is a number if the whole value is one, and else an expression, a list
+    or a text."""
     if kind not in get_args(GoldKind):
         known = ", ".join(get_args(GoldKind))
         raise DataError(f"{where}: answer_kind: {str(kind)[:80]!r}; expected one of {known}")

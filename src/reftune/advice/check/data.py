@@ -132,7 +132,7 @@ def check_grader_refuses(subject: Subject) -> Finding:
         if a.problem.answer != b.problem.answer
     ]
     accepted = {
-        "an empty text": _num_correct(subject, problems, [""] * len(problems)),
+        "an empty completion": _num_correct(subject, problems, [""] * len(problems)),
         "the bare answer": _num_correct(
             subject, problems, [str(problem.answer) for problem in problems]
         ),
@@ -142,12 +142,12 @@ def check_grader_refuses(subject: Subject) -> Finding:
     }
     found = [f"{what} ({count})" for what, count in accepted.items() if count]
     if not found:
-        return ok(f"none of {', '.join(accepted)} is graded correct")
-    message = f"of {len(problems)} graded correct though nothing was solved: {', '.join(found)}"
+        return ok("no empty completion, bare answer or other problem's solution is graded correct")
+    message = f"graded correct, of {len(problems)}, with nothing solved: {', '.join(found)}"
     remedy = (
-        "a model may learn to write just that; prefer grading=robust, and rows whose answers differ"
+        "a model may learn to write just that; use grading=robust, and rows whose answers differ"
     )
-    return fail(message, remedy) if accepted["an empty text"] else warn(message, remedy)
+    return fail(message, remedy) if accepted["an empty completion"] else warn(message, remedy)
 
 
 def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> int:
@@ -165,7 +165,7 @@ def check_reward(subject: Subject) -> Finding:
     texts = {
         "a gold solution": [row.target for row in rows],
         "another problem's": [row.target for row in (*rows[1:], rows[0])],
-        "an empty text": [""] * len(rows),
+        "an empty completion": [""] * len(rows),
     }
     try:
         paid = {
@@ -184,9 +184,9 @@ def check_reward(subject: Subject) -> Finding:
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Check that gold solutions made wrong earn little (the others are false positives), and that
-    rewritten gold solutions earn as much as before (the others are false negatives). The threshold
-    is halfway between the mean rewards of gold solutions and of empty completions."""
+    """Check that wrong variants of gold solutions earn little (any that earn much are false
+    positives), and that right variants earn much (any that earn little are false negatives). The
+    threshold is halfway between the mean rewards of gold solutions and of empty completions."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
     changed = {
@@ -203,7 +203,7 @@ def check_reward_errors(subject: Subject) -> Finding:
         ],
     }
     if not any(changed.values()):
-        return ok("there is no gold solution that can be changed with certainty")
+        return ok("no gold solution has a variant that is certainly right or certainly wrong")
     try:
         gold = _mean_reward(subject, problems, golds)
         nothing = _mean_reward(subject, problems, [""] * len(rows))
@@ -214,7 +214,7 @@ def check_reward_errors(subject: Subject) -> Finding:
     except RewardError as error:
         return fail(str(error), "fix the reward function")
     if gold <= nothing:
-        return ok("not measured: gold solutions earn no more than empty texts")
+        return ok("not measured: gold solutions earn no more than empty completions")
     much = (gold + nothing) / 2
     errors = {
         kind: Counter(
@@ -241,7 +241,7 @@ def check_reward_errors(subject: Subject) -> Finding:
         return warn(
             message,
             "wrong answers that earn a reward, or right ones that earn none; grading=robust reads"
-            " most",
+            " most spellings",
             listed,
         )
     return ok(message)

@@ -32,9 +32,11 @@ NUM_SHOWN = 3
 NUM_TIMED = 512
 """Number of rows from which the time is estimated."""
 MEASURED_ROWS = 64
-"""Number of rows for measuring the speed, if the recipe does not specify it."""
+"""Rows for measuring the speed if no stage states its cost; at most these if the engine
+sets no limit."""
 MAX_SLOWDOWN = 8.0
-"""The check fails if matmuls in the recipe's dtype take this many times as long as in the other."""
+"""The check fails if matmuls in the recipe's dtype take this many times as long as in the other
+dtype."""
 PRODUCT = 1024
 """Largest weight of a timed matmul, in rows and columns."""
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
@@ -76,7 +78,8 @@ def check_memory(subject: Subject) -> Finding:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Check that matmuls here are not many times slower in the recipe's dtype than in the other."""
+    """Check that matmuls here are not many times slower in the recipe's dtype than in the
+    other dtype."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)
@@ -99,7 +102,7 @@ def check_accuracy(subject: Subject) -> Finding:
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
     low, high = wilson(correct, len(rows))
     message = (
-        f"at temperature 1 the start model solves {correct} of {len(rows)} dev questions"
+        f"at temperature 1 the initial model solves {correct} of {len(rows)} dev questions"
         f" ({correct / len(rows):.0%}, 95% interval {low:.0%} to {high:.0%}); RL needs about"
         f" {NEEDED_ACCURACY:.0%} to have something to reward"
     )
@@ -140,7 +143,7 @@ def check_logprobs(subject: Subject) -> Finding:
     scored = subject.policy.score(batch).logprobs[batch.response_mask]
     sampled = [logprob for completion in completions for logprob in completion.logprobs]
     mismatch = mean([abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True)])
-    message = f"the engine's differ from the policy's by {mismatch:.2g} nats a token"
+    message = f"the engine's differ from the policy's by {mismatch:.2g} nats per token"
     if mismatch <= MAX_MISMATCH[subject.recipe.model.dtype]:
         return ok(message)
     return fail(message, "the engine does not sample from the policy; use engine=kv")
@@ -187,6 +190,6 @@ def num_answers(subject: Subject) -> int:
 
 
 def _rows_at_once(recipe: Recipe) -> int:
-    """Rows in the largest step of any stage, and rows that the engine decodes at once."""
+    """Rows in the largest step of any stage, or in the engine's batch if that is smaller."""
     sizes = [cost.batch for cost in stage_costs(recipe).values()]
     return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "rows", MEASURED_ROWS)])

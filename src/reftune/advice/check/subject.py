@@ -30,7 +30,7 @@ class Row:
 
     @property
     def ids(self) -> list[int]:
-        """The target's ids, with the end token."""
+        """Ids of prompt and target, including the end token."""
         return [*self.prompt_ids, *self.target_ids]
 
 
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def fitting(self) -> dict[str, list[list[int]]]:
-        """Split → prompt ids that are not too long."""
+        """Split → ids of each prompt that is not too long."""
         return {
             split: [ids for ids in prompts.values() if len(ids) <= self.prompt_limit]
             for split, prompts in self.prompts.items()

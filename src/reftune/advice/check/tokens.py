@@ -90,7 +90,8 @@ def check_prompt(subject: Subject) -> Finding:
             "the chat template may write today's date, so prompts change from day to day",
             "if the prompt below holds a date, fix it in format.template_args",
         )
-    return ok(f"{'the chat template' if is_chat else 'raw text'}, {len(bos)} tokens for BOS")
+    source = "the chat template" if is_chat else "raw text"
+    return ok(f"{source}, {'with a' if bos else 'without'} BOS")
 
 
 def check_prompt_length(subject: Subject) -> Finding:
@@ -138,8 +139,7 @@ def check_target_length(subject: Subject) -> Finding:
 
 
 def check_vocabulary(subject: Subject) -> Finding:
-    """Check that the tokenizer's ids exist in the model, and that it knows every word of the
-    data."""
+    """Check that the model has every id in the data, and that the tokenizer knows every word."""
     size = subject.policy.model.get_input_embeddings().weight.shape[0]
     unknown = subject.policy.tokenizer.unk_token_id
     outside = [row.problem.id for row in subject.rows if max(row.ids) >= size]
