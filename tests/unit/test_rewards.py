@@ -259,7 +259,7 @@ def test_a_name_that_is_not_offered_is_refused_with_those_that_are(tmp_path: Pat
     )
     with pytest.raises(
         RewardError,
-        match="takes difficulty, which is not among answer, completion_ids, completions",
+        match="has the argument difficulty, which is not among answer, completion_ids, completions",
     ):
         paid(reward, problem("a"))
 
