@@ -256,25 +256,24 @@ class RolloutBatch:
         return replace(self, **changed)  # type: ignore[arg-type]
 
 
-def micro_batches(lengths: Tensor, *, max_tokens: int, packed: bool = False) -> Iterator[Tensor]:
-    """Indices of the sequences, in groups of similar length and of at most `max_tokens` (but at
-    least one sequence). The size of a group includes padding to its longest sequence, unless
-    `packed`."""
-    order = torch.argsort(lengths, stable=True)
-    for part in _consecutive(lengths[order].tolist(), max_tokens=max_tokens, packed=packed):
-        yield order[part]
+def micro_batches(
+    lengths: Tensor, *, max_tokens: int, packed: bool = False, order: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Indices of the sequences, in groups of at most `max_tokens` (but at least one sequence). The
+    size of a group includes padding to its longest sequence, unless `packed`.
 
-
-def _consecutive(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> Iterator[slice]:
-    """Consecutive parts within the size limit of `micro_batches`; unless `packed`, `lengths` must
-    not fall."""
+    The groups follow `order`, which may leave sequences out; by default, all sequences come in
+    order of length. Unless `packed`, lengths must not fall along it.
+    """
+    order = torch.argsort(lengths, stable=True) if order is None else order
+    ordered = lengths[order].tolist()
     start, tokens = 0, 0
-    for end in range(1, len(lengths) + 1):
-        tokens += lengths[end - 1]
-        one_more = lengths[end] if end < len(lengths) else 0
+    for end in range(1, len(ordered) + 1):
+        tokens += ordered[end - 1]
+        one_more = ordered[end] if end < len(ordered) else 0
         size = tokens + one_more if packed else (end - start + 1) * one_more
-        if end == len(lengths) or size > max_tokens:
-            yield slice(start, end)
+        if end == len(ordered) or size > max_tokens:
+            yield order[start:end]
             start, tokens = end, 0
 
 
@@ -289,11 +288,10 @@ def own_micro_batches(
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths
     order = _by_prompt(lengths, batch.owners()) if packed else torch.argsort(lengths, stable=True)
-    batches = []
-    for first in range(size) if even else [rank]:
-        share = order[first::size]
-        parts = _consecutive(lengths[share].tolist(), max_tokens=max_tokens, packed=packed)
-        batches.append([share[part] for part in parts])
+    batches = [
+        [*micro_batches(lengths, max_tokens=max_tokens, packed=packed, order=order[first::size])]
+        for first in (range(size) if even else [rank])
+    ]
     own, most = batches[rank if even else 0], max(1, *map(len, batches))
     yield from ((index, True) for index in own)
     yield from ((order[:1] * 0, False) for _ in range(most - len(own)))
