@@ -183,7 +183,9 @@ class _Decoder:
         # Rows join at different times: each uses the number of its own step.
         places = rows.lengths.clamp(max=last)[:, None]
         uniforms = rows.uniforms.gather(1, places).squeeze(1)
-        tokens, logprobs, entropies = draw_tokens(self.logits(), uniforms, self.params)
+        tokens, logprobs, entropies = draw_tokens(
+            self.logits(), uniforms, self.params, with_entropy=self.scores_as_trained
+        )
         scores = logprobs[:, None]
         if self.scores_as_trained:
             scores = torch.stack([logprobs, self.policy.values(rows.hidden), entropies], 1)
@@ -301,12 +303,15 @@ class Drawn(NamedTuple):
     """Entropies of these distributions, in nats."""
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Drawn:
+def draw_tokens(
+    logits: Tensor, uniforms: Tensor, params: SamplingParams, *, with_entropy: bool = True
+) -> Drawn:
     """Draw one token per row.
 
     Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token
     depends only on its own logits and number. Greedy tokens get the log-probability of the
-    untempered distribution, and entropy 0. `logits` are (B, V) in fp32.
+    untempered distribution, and entropy 0. Without `with_entropy`, which takes a pass over the
+    vocabulary, the entropies are NaN. `logits` are (B, V) in fp32.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)
@@ -317,6 +322,8 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Dra
     tokens, total = _invert(weights, uniforms)
     log_total = total.log().float()
     logprobs = scores.gather(1, tokens[:, None]).squeeze(1) - log_total
+    if not with_entropy:
+        return Drawn(tokens, logprobs, torch.full_like(logprobs, torch.nan))
     means = scores.mul_(weights).nansum(1) / total  # 0 · -∞ counts as 0
     return Drawn(tokens, logprobs, log_total - means.float())
 
