@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -470,23 +470,33 @@ def handovers(run: RunResults) -> list[Handover]:
     """The hand-over of each sampling stage that starts from a supervised method with logged dev
     evaluations."""
     return [
-        Handover(stage=name, init=stage.init, rise=rise, margin=margin, accuracy=accuracy)
+        Handover(stage=name, init=stage.init, **found._asdict())
         for name, stage in run.stages.items()
         if _samples(stage) and (found := last_rise(run, stage.init)) is not None
-        for rise, margin, accuracy in [found]
     ]
 
 
-def last_rise(run: RunResults, method: str) -> tuple[float, float, float] | None:
-    """The rise in dev accuracy over a supervised method's last four evaluations, the rise's margin,
-    and the accuracy reached; None for other methods, or if there were too few evaluations."""
+class LastRise(NamedTuple):
+    """The rise in dev accuracy over the last four evaluations, its margin, and the accuracy
+    reached."""
+
+    rise: float
+    margin: float
+    accuracy: float
+
+
+def last_rise(run: RunResults, method: str) -> LastRise | None:
+    """The last rise of a supervised method; None for other methods, or if there were too few
+    evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
     supervised, step = source
     looks = [row.values for row in supervised.metrics if row.step <= step]
     last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
-    return (last["dev/rise"], last["dev/rise_margin"], last["dev/accuracy"]) if last else None
+    if not last:
+        return None
+    return LastRise(last["dev/rise"], last["dev/rise_margin"], last["dev/accuracy"])
 
 
 def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:

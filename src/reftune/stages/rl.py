@@ -240,8 +240,8 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return the metrics, averaged over the steps. Steps whose loss or gradient
-        is not finite are skipped.
+        return the metrics, averaged over the steps. Steps whose loss or gradient is not
+        finite are skipped.
 
         Raises: NonFiniteError if the recipe does not allow skipping a step.
         """

@@ -13,7 +13,7 @@ from reftune.model.batch import token_batch
 from reftune.recipe import Recipe
 from reftune.results.records import read_run
 from reftune.results.stats import wilson
-from reftune.results.summary import last_rise
+from reftune.results.summary import LastRise, last_rise
 from reftune.results.tables import rise_line
 from reftune.runs.auto import product_rates
 from reftune.runs.run import stage_folder
@@ -106,30 +106,28 @@ def check_accuracy(subject: Subject) -> Finding:
         f" ({correct / len(rows):.0%}, 95% interval {low:.0%} to {high:.0%}); RL needs about"
         f" {NEEDED_ACCURACY:.0%} to have something to reward"
     )
-    rise = _rise(subject)
-    if rise is not None:
-        message += f"; {rise_line(*rise, LOOKS)}"
+    last = _last_rise(subject)
+    if last is not None:
+        message += f"; {rise_line(last.rise, last.margin, LOOKS)}"
     is_trained_first = subject.method == "base" and learns_from_rationales(subject)
     if high < NEEDED_ACCURACY and not is_trained_first:
         finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
-    elif rise is not None and rise[0] > rise[1]:
+    elif last is not None and last.rise > last.margin:
         finding = warn(message, "train the warm-up further: until=plateau ends it automatically")
     else:
         finding = ok(f"{message}; a warm-up comes first" if is_trained_first else message)
     return replace(finding, samples=tuple(rows[:NUM_SHOWN]))
 
 
-def _rise(subject: Subject) -> tuple[float, float] | None:
-    """The last rise in dev accuracy of the stage before RL, and its margin; None if not
-    recorded."""
+def _last_rise(subject: Subject) -> LastRise | None:
+    """The last rise in dev accuracy of the stage before RL; None if not recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)
     try:
-        found = last_rise(read_run(stage.run.path), stage.path.name)
+        return last_rise(read_run(stage.run.path), stage.path.name)
     except DataError:  # a model that was not saved by a run of reftune
         return None
-    return found and found[:2]
 
 
 def check_logprobs(subject: Subject) -> Finding:
