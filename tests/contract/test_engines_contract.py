@@ -491,9 +491,10 @@ def test_the_default_engine_scores_what_it_samples_as_the_policy_does(
     # eleven rows a batch: some end early, others are cut off, others join later
     policy = make_policy(family, **changes)
     if policy.is_lora:  # fresh adapters change nothing
+        draw = torch.Generator().manual_seed(0)
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
+                torch.nn.init.normal_(parameter, std=0.1, generator=draw)
     prompts = PROMPTS * 4
     found = Kv(batch_size=11).generate(policy.train(), prompts, params(temperature=temperature))
     assert {c.finish_reason for c in found} == {"eos", "length"}
