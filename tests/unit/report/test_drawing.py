@@ -69,6 +69,13 @@ def test_values_read_as_a_person_writes_them(value: Number, unit: Unit, text: st
     assert shown(value, unit) == text
 
 
+def test_the_highest_tick_names_the_unit() -> None:
+    for unit, text in (("percent", "100%"), ("seconds", "1 s"), ("number", "1")):
+        drawn = draw(chart(line([0.0, 1.0]), unit=unit, zero=True), 320, 185).svg
+        texts = [element.text for element in elements(drawn, "text")]
+        assert text in texts and not any(" %" in (found or "") for found in texts)
+
+
 def test_a_gap_lifts_the_pen() -> None:
     (path,) = elements(draw(chart(line([1, None, 3, 2])), 320, 185).svg, "path", "line")
     assert path.attrib["d"].count("M") == 2

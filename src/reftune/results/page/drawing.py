@@ -101,7 +101,7 @@ def _plain(value: float) -> str:
 
 def _tick_text(tick: float, unit: Unit, is_last: bool) -> str:
     if unit == "percent":
-        return _plain(round(100 * tick, 2)) + " %" * is_last
+        return _plain(round(100 * tick, 2)) + "%" * is_last
     return _plain(tick) + " s" * (unit == "seconds" and is_last)
 
 
