@@ -194,7 +194,7 @@ def test_a_frozen_base_in_bf16_is_sharded_too(how, steady_recipe, tmp_path):
     ("changes", "told"),
     [
         ({"model": {"lora": {"rank": 2}, "quantize": "nf4"}}, "model.quantize: FSDP2"),
-        ({"stages": {"reft": {"optimizer": {"state_bits": 8}}}}, "optimizer.state_bits: 8 runs"),
+        ({"stages": {"reft": {"optimizer": {"state_bits": 8}}}}, "optimizer.state_bits: 8 needs"),
     ],
 )
 def test_what_fsdp2_cannot_split_is_refused_and_runs_with_whole_weights(
