@@ -38,64 +38,59 @@ TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
 recipes use."""
 NOTES = {
     "comparison": (
-        "The reward model here is the paper's classifier, trained on 20 samples of each question "
-        "from the warm-up. It ignores how likely a solution is. On the demo's models, its choice "
-        "improves up to 8 samples; beyond that, each further sample may be an unlikely mistake "
-        "that it overrates. [Reranking by likelihood and "
-        "classifier](#reranking-by-likelihood-and-classifier) repairs this."
+        "The reward model in this table is the paper's classifier, trained on 20 samples of each "
+        "question from the warm-up. Beyond 8 samples its choice gets worse, because it overrates "
+        "some unlikely mistakes. The recipe now trains [another "
+        "one](#reranking-by-likelihood-and-classifier)."
     ),
     "reranking": (
-        "The reward model's score adds the solution's log-likelihood, and language modelling "
-        "stands beside its loss. It learns from 100 samples by SFT of each of the demo's 600 "
-        "training questions and ranks the samples of both methods, on 300 test problems. For SFT,"
-        " reranking beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 [2.4, "
-        "10.1]. For ReFT, neither differs: +0.5 [−2.3, +3.5] and −0.2 [−3.1, +2.7]. A vote "
-        "weighted by the scores (*weighted*) beats an unweighted one by 3.5 points [1.0, 6.9] for"
-        " SFT and by 0.7 [−0.7, +2.5] for ReFT. [Reranking](experiments/reranking.md) has the "
-        "search and what a reward model needs: wrong solutions to learn from."
+        "The score of this reward model includes the solution's log-likelihood, and its loss "
+        "includes language modelling. It learns from 100 samples by SFT of each of the demo's 600 "
+        "training questions. It then ranks the samples of both methods on 300 test problems. In "
+        "*weighted*, each sample's vote counts by its score.\n\n"
+        "For SFT, reranking beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
+        "[2.4, 10.1]; weighting improves the vote by 3.5 [1.0, 6.9]. For ReFT, none of the three "
+        "differences is significant: +0.5 [−2.3, +3.5], −0.2 [−3.1, +2.7] and +0.7 [−0.7, +2.5]. "
+        "[Reranking](experiments/reranking.md) shows why a reward model needs wrong solutions to "
+        "learn from."
     ),
     "modern": (
-        "*ReFT* is PPO with the settings of the authors' code, which is preset `paper`. *ReFT "
-        "modern* adds eight changes, most of them from later papers. Both sample equally many "
+        "*ReFT* is PPO with preset `paper`, the settings of the authors' code. *ReFT modern* makes "
+        "eight changes, most of them from later papers; the [last "
+        "table](#what-each-part-of-modern-contributes) measures each. Both sample equally many "
         "solutions."
     ),
     "tuned": (
         "*ReFT* is preset `paper`. *ReFT tuned* takes smaller rollouts, fits the value head before "
-        "PPO starts, gives it less weight in the loss, and updates four times per rollout. All "
-        "ReFT methods sample equally many solutions."
+        "PPO starts, gives it less weight in the loss, and passes four times over each rollout "
+        "instead of twice. These settings were chosen on other seeds. All three ReFT methods sample"
+        " equally many solutions."
     ),
     "comparison-nl": (
-        "SFT, ReFT and online self-training share a finished warm-up of 20 epochs over 3,000 "
-        "questions. From there, SFT takes 11,240 gradient passes, ReFT 11,192 and online "
-        "self-training 11,200 to 11,600; for the latter two, these include a supervised cooldown. "
-        "Offline self-training starts from the base model, as in the paper, and takes 54,000 "
-        "passes, a quarter fewer than the warm-up and SFT together. Voting adds 7.3 points to SFT "
-        "but none to ReFT, probably because its samples vary less. [When to hand "
-        "over](handover.md) repeats SFT, ReFT and online self-training with different random "
-        "draws: there, ReFT gained 5.7 points [4.2, 7.3] over SFT and 2.3 [1.0, 3.5] over online "
-        "self-training. Reranking was not run from this warm-up, for lack of time.\n\n"
-        "From an unfinished warm-up on 600 questions, which reached 43.4% on test, no finding "
-        "held (five seeds, commit 226cdca). Compared with SFT, which reached 55.2%, ReFT was 9.2 "
-        "points [6.9, 11.6] worse, offline self-training 11.7 [8.5, 15.0] and online "
-        "self-training 3.7 [1.2, 6.3]. With voting for both, ReFT was 10.8 points [8.4, 13.4] "
-        "worse than SFT; with reranking for both, 9.1 [6.4, 11.8]."
+        "All methods except offline self-training start from one finished warm-up of 20 epochs over"
+        " 3,000 questions. SFT then takes 11,240 gradient passes; ReFT takes 11,192 and online "
+        "self-training 11,200 to 11,600, each including a supervised cooldown. Offline "
+        "self-training starts from the base model, as in the paper, and takes 54,000 passes, a "
+        "quarter fewer than the warm-up and SFT together. Voting adds 7.3 points to SFT but none to"
+        " ReFT, probably because ReFT's samples vary less. From an [unfinished "
+        "warm-up](experiments/handover.md#first-attempts), none of the findings held."
     ),
 }
 """Recipe → note for the reader."""
 NOT_RUN = [
-    "**A real model** was not trained to the end, which takes 10 hours per seed in fp32 without"
-    " AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run.",
+    "**A real model** was not trained to the end, because that takes 10 hours per seed in fp32"
+    " without AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run.",
     "**RL from prefixes of the gold solution** and **a better critic for long solutions** were not"
     " run, because neither is built.",
 ]
 FINDINGS = [
-    ("ReFT beats supervised fine-tuning", "reft", "sft"),
+    ("ReFT beats supervised fine-tuning (SFT)", "reft", "sft"),
     ("ReFT beats offline self-training", "reft", "offline_st"),
     ("ReFT beats online self-training", "reft", "online_st"),
-    ("Offline self-training beats supervised fine-tuning", "offline_st", "sft"),
-    ("Online self-training beats supervised fine-tuning", "online_st", "sft"),
-    ("With voting, ReFT beats supervised fine-tuning", "reft maj", "sft maj"),
-    ("With reranking, ReFT beats supervised fine-tuning", "reft rerank", "sft rerank"),
+    ("Offline self-training beats SFT", "offline_st", "sft"),
+    ("Online self-training beats SFT", "online_st", "sft"),
+    ("With voting, ReFT beats SFT", "reft maj", "sft maj"),
+    ("With reranking, ReFT beats SFT", "reft rerank", "sft rerank"),
 ]
 """Findings of the paper (Tables 2 and 4), with the better and the worse method; votes are over any
 number of samples."""
@@ -152,11 +147,11 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of docs/results.md, a function of the committed tables."""
     parts = [
         "# Results\n\n`make reproduce` writes this page from the JSON in `docs/results/`."
-        " Accuracies are in percent. Differences are in points and paired by problem. Intervals are"
-        " 95% over seeds and problems; n.s. means not significant. Models are chosen on dev and"
-        " scored on test once. `recipes/demo` has the settings: "
+        " The settings are in `recipes/demo`: "
         + ", ".join(f"`{recipe}.yaml`" for recipe in TITLES)
-        + ".",
+        + ". Accuracies are in percent. Differences are in points, paired by problem. Intervals are"
+        " 95% over seeds and problems; n.s. means not significant. Models are chosen on dev and"
+        " scored on test once.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
         "\n".join(f"- {line}" for line in NOT_RUN),
     ]
@@ -185,7 +180,9 @@ def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
     if "reranking" in tables:
         ours = judged(difference(tables["reranking"], "reft rerank", "sft rerank"))
         not_run = " | not run" * (len(recipes) - 1)
-        lines.append(f"| With reranking by likelihood and classifier, it does | {ours}{not_run} |")
+        lines.append(
+            f"| With reranking by likelihood and classifier, ReFT beats SFT | {ours}{not_run} |"
+        )
     head = (
         "| the paper's finding | " + " | ".join(TITLES[recipe].lower() for recipe in recipes) + " |"
     )

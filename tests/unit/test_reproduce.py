@@ -60,8 +60,8 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
         }
     )
     assert (
-        "| ReFT beats supervised fine-tuning | holds: +10.0 [+5.0, +15.0] | undecided: +1.0 [−2.0,"
-        " +4.0] |" in page
+        "| ReFT beats supervised fine-tuning (SFT) | holds: +10.0 [+5.0, +15.0] | undecided: +1.0"
+        " [−2.0, +4.0] |" in page
     )
     assert (
         "| ReFT beats offline self-training | the opposite holds: −4.0 [−7.0, −1.0] | not run |"
