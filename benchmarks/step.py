@@ -1,15 +1,16 @@
-"""Times one ReFT step side by side: reftune, the authors' step in plain transformers, and TRL's
-GRPO, each in the fastest dtype of this machine. It also times the demo.
+"""Times one step of reftune, of a plain rewrite of the ReFT authors' code (step_plain.py) and of
+TRL's GRPO (step_trl.py), by default in this machine's fastest dtype. It also times the demo.
 
     python -m benchmarks.step [--samples 16] [--repeats N] [--trl PYTHON] [--only "reftune;plain"]
     [--dtype float32|bfloat16] [--write-baseline]
     python -m benchmarks.step --growth 64,512
 
-Every contestant samples answers of the same lengths to the same prompts, scores them and makes two
-updates, on SmolLM2-135M, in its own process, one after the other. The command prints a table, the
+Every contestant samples answers of the same lengths with SmolLM2-135M, scores them and makes two
+updates. TRL answers half of the prompts twice, because GRPO compares answers to one prompt. The
+contestants run one after the other, each in its own process. The command prints a table, the
 figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
-document. PYTHON is an interpreter with TRL. By default, repeats take 10 minutes if bf16 is native,
-and else 20. `--growth` times reftune alone on more and more samples.
+document. PYTHON is an interpreter with TRL. With the default repeats, the command takes 10 minutes
+if bf16 is native and 20 if not. `--growth` times only reftune, on the given numbers of samples.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ TARGETS: dict[Dtype, dict[str, float]] = {
 def recipe(
     workload: Path, samples: int, steps: int, runs: Path, *, dtype: Dtype, recompute: bool
 ) -> dict[str, Any]:
-    """A recipe of ReFT from the base model on the workload's questions, which evaluates only one
-    dev problem at the end."""
+    """A recipe of ReFT from the base model on the workload's questions. Dev and test have one
+    problem each."""
     return {
         "name": "step",
         "run_dir": str(runs),
@@ -206,8 +207,8 @@ def seconds(work: Any) -> float:
 
 
 def step_flops(lengths: Sequence[int], prompts: Sequence[int], dtype: Dtype) -> float:
-    """FLOPs of sampling, of the scores of the reference and, in bf16, of the policy (in fp32 these
-    come from sampling), and of the updates, each of which is three forward passes."""
+    """FLOPs of sampling, scoring and updates of three forward passes each. In fp32, only the
+    reference scores, because the policy's scores come from sampling; in bf16, both do."""
     scores = 1 if dtype == "float32" else 2
     return (1 + scores + 3 * UPDATES) * smollm2_flops(lengths, prompts)
 
@@ -232,7 +233,7 @@ def forward_flops(
 def decode_floor(
     lengths: list[int], prompts: list[int], peak: float, bytes_s: float, weight_bytes: int
 ) -> float:
-    """Least seconds of sampling: each step reads all weights, or its matmuls take longer."""
+    """Least seconds of sampling: a step reads all weights, unless its matmuls take longer."""
     weights = MODEL["body"] + MODEL["vocabulary"] * MODEL["hidden"]
     total = 2 * MODEL["body"] * sum(prompts) / peak
     for step in range(max(lengths)):
@@ -318,8 +319,8 @@ def processor(dtype: Dtype) -> str:
 def regressions(
     document: Mapping[str, Any], baseline: Mapping[str, Any], targets: Mapping[str, float]
 ) -> list[str]:
-    """A line for every figure that is worse than its baseline by more than the tolerance, unless it
-    is a share that meets its target."""
+    """A line for every figure that is worse than its baseline by more than the tolerance. If
+    lower is better, a figure that meets its target counts as no worse."""
     lines = []
     for key, target in targets.items():
         if key not in document or key not in baseline:
@@ -349,8 +350,8 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
 
 
 def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
-    """Seconds of a step's phases and its peak memory, by number of samples. The step is a run's
-    second if the first compiles (bf16), and else the first.
+    """Seconds of a step's phases and its peak memory, by number of samples. In bf16, the second
+    step is timed, because the first compiles; in fp32, the first.
 
     Answers are a quarter as long as in the contest, so that the largest number does not take an
     hour.

@@ -1,8 +1,9 @@
-"""The authors' ReFT step in plain transformers, as their code is shipped (Luong et al., ACL 2024;
-docs/deviations.md).
+"""A ReFT step in plain transformers, rewritten from the code of Luong et al. (ACL 2024); see
+docs/deviations.md.
 
-It pads prompts on the left, calls `generate` until the longest row ends, runs one forward pass of
-policy and reference over prompt and answer, and makes two updates, with logits for every position.
+It pads prompts on the left, calls `generate` until the longest row ends, runs one forward pass each
+of policy and reference over prompt and answer, and makes two updates. Logits are computed for every
+position.
 
     python -m benchmarks.step_plain WORKLOAD float32|bfloat16 REPEATS
 """
@@ -78,7 +79,7 @@ class PlainStep:
         }
 
     def wait(self) -> None:
-        """Wait for the GPU, which works on while Python continues."""
+        """Wait for the GPU, which Python does not wait for."""
         if self.workload.device == "cuda":
             torch.cuda.synchronize()
 

@@ -1,9 +1,9 @@
-"""TRL's GRPO step on the same work, the closest algorithm that TRL still has. It needs TRL.
+"""Times a step of TRL's GRPO, the closest algorithm that TRL still has. It needs TRL.
 
 python -m benchmarks.step_trl WORKLOAD REPEATS [float32|bfloat16] [recompute|keep]
 
-`recompute` is TRL's default, gradient checkpointing; `keep` keeps all activations for the backward
-pass.
+It samples answers of the workload's lengths, two to each prompt in the first half of its prompts.
+`recompute` is TRL's default, gradient checkpointing; `keep` keeps all activations.
 """
 
 from __future__ import annotations

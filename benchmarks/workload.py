@@ -1,9 +1,8 @@
-"""The work of every contestant of the step benchmark: the same prompts, each answered in a given
-number of tokens.
+"""The work of the contestants of the step benchmark: prompts, and answers of given lengths.
 
-The lengths are the 16 quantiles of SVAMP's compact programs in SmolLM2 tokens
-(docs/performance.md), in a fixed shuffled order, so that short and long solutions share a batch, as
-in a run.
+The lengths are 16 quantiles of the lengths of SVAMP's compact programs in SmolLM2 tokens
+(docs/performance.md). They are shuffled in a fixed way, so that short and long solutions share a
+batch, as in a run.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Workload:
 
 
 def make_workload(model: Path, questions: list[str], samples: int, *, shorter: int = 1) -> Workload:
-    """`samples` prompts with one answer each, `shorter` times as short."""
+    """`samples` prompts with one answer each, whose usual length is divided by `shorter`."""
     draw = random.Random(0)
     lengths = [LENGTHS[i % len(LENGTHS)] // shorter for i in range(samples)]
     draw.shuffle(lengths)

@@ -14,8 +14,8 @@ from reftune.types import Answer, Problem
 
 
 class Sums(FileDataset):
-    """Reads columns a, b and c. The base class reads files of any kind, draws dev, and drops and
-    counts duplicates."""
+    """Reads columns a, b and c. The base class reads the files, draws dev, and drops and counts
+    duplicates."""
 
     def problem(self, row: Row) -> Problem:
         """The row as a problem. Errors name file and line, as `number_gold` does:

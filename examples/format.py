@@ -22,8 +22,7 @@ class Tagged(Component):
         return f"{problem.question}\n"
 
     def target(self, problem: Problem) -> str:
-        """The target begins right after the prompt's last token, because the two are tokenised
-        apart."""
+        """The target begins right after the prompt's last token; the two are tokenised apart."""
         if problem.rationale is None:
             raise DataError(f"problem {problem.id}: no rationale to train on")
         return f"{problem.rationale} <{self.tag}> {problem.answer} </{self.tag}>"

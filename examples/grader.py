@@ -16,8 +16,8 @@ LENGTH = re.compile(r"\s*([\d.]+) ?(km|cm|m)\b")
 
 
 def same_length(completion: str, problem: Problem) -> Graded:
-    """A verdict with a reason, for any text. Votes count `value`, so equal answers share one
-    spelling."""
+    """A verdict with a reason, for any text. Votes count `value`, so equal answers must have
+    one spelling."""
     answer, gold = metres(answer_text(completion) or ""), metres(str(problem.answer))
     if answer is None or gold is None:
         return Graded(verdict=Verdict.NO_ANSWER, value=None, reason="no length like 2.5 km")
@@ -27,6 +27,6 @@ def same_length(completion: str, problem: Problem) -> Graded:
 
 
 def metres(text: str) -> float | None:
-    """The length at the start of a text."""
+    """The length at the start of `text`."""
     found = LENGTH.match(text)
     return None if found is None else float(found[1]) * METRES[found[2]]

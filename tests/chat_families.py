@@ -44,7 +44,7 @@ class Family:
     """The BOS token, which both the tokenizer and the template write."""
     takes_system: bool = True
     plain: tuple[str, ...] = ()
-    """Added tokens that are not special, as Qwen3's `<think>`."""
+    """Added tokens that are not special, such as Qwen3's `<think>`."""
     template_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -232,8 +232,8 @@ def save_model(
     config_eos: int | None = None,
     heads: int = 2,
 ) -> Path:
-    """Save a tiny random instruct model of a family. With `config_eos`, its config lags behind the
-    tokenizer."""
+    """Save a tiny random instruct model of a family. `config_eos` is the eos in its config, by
+    default the tokenizer's."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 

@@ -43,8 +43,8 @@ def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
 
 
 def assert_same_run(found: Path, expected: Path, *, but: Collection[str] = ()) -> None:
-    """Compare every metric of every step (`but` some), weights and optimizer of every checkpoint,
-    and every answer."""
+    """Compare two runs: all metrics except `but`, weights and optimizer of the checkpoints, and
+    answers."""
     for file in sorted(expected.rglob("*.safetensors")):
         tensors, others = load_file(file), load_file(found / file.relative_to(expected))
         assert tensors.keys() == others.keys()

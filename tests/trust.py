@@ -1,8 +1,8 @@
 """`make trust` runs the suites behind the promises of docs/reliability.md and docs/sandbox.md in
 full, and prints one table.
 
-A test counts as one case unless it calls `record_property("tried", number)`, and
-`record_property("lost", number)` if some cases were lost. The status is 1 if any case was lost or
+A test counts as one case. A test of many cases calls `record_property("tried", number)` and, if
+some were lost, `record_property("lost", number)`. The status is 1 if any case was lost or
 none was tried.
 """
 

@@ -31,9 +31,8 @@ def run(
     recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True
 ) -> dict[str, Any]:
     """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune
-    run` does. An unfinished run is resumed.
-
-    If a launcher starts several processes, all must call it.
+    run` does. An unfinished run is resumed. If a launcher starts several processes, all must call
+    this function.
 
     `overrides` are `key=value` strings, allowed only with a recipe file. Returns: the content of
     `summary.json`. Raises: ReftuneError.
@@ -73,8 +72,8 @@ def grade(
     format: FormatSpec = "nl",
     question: str = "",
 ) -> Graded:
-    """Grade a completion as the reward and the evaluation do. `answer` is a number, a text, a
-    letter or, with `answer_kind`, any kind in docs/datasets.md.
+    """Grade a completion as the reward and the evaluation do. `answer` is a number, text or
+    a letter, or any kind in docs/datasets.md that `answer_kind` names.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>

@@ -57,8 +57,8 @@ FAMILIES = [
     "gptneox",
 ]
 NOT_ON = {"vllm": set(FAMILIES) - {"llama", "qwen3, tied", "gpt2"}}
-"""Families that an engine rejects or, because each needs its own start of vLLM, that test nothing
-new.
+"""Families that an engine rejects, or that test nothing new and would each need their own start of
+vLLM.
 """
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
 

@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_refused_before_the_run_folder_is_made(
     write(files)
     assert re.search(of_run, refused(capsys, "run", "recipe.yaml", *overrides))
     assert re.search(
-        f"^check: refused: .*{of_check}", refused(capsys, "check", "recipe.yaml", *overrides)
+        f"^check failed: .*{of_check}", refused(capsys, "check", "recipe.yaml", *overrides)
     )
 
 

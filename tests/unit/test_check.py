@@ -412,7 +412,7 @@ def test_the_command_exits_with_2_where_a_check_fails(
     failed = replace(sound.findings[0], level="fail", message="0 train", remedy="give some")
     reports = [sound, replace(sound, findings=(failed, *sound.findings[1:]))]
     monkeypatch.setattr("reftune.advice.check.check_recipe", lambda recipe: reports.pop())
-    for status, err in ((2, "check: refused: splits: 0 train; give some\n"), (0, "")):
+    for status, err in ((2, "check failed: splits: 0 train; give some\n"), (0, "")):
         with pytest.raises(SystemExit) as caught:
             main(["check", "tiny.yaml", "--json"])
         assert caught.value.code == status
@@ -542,7 +542,7 @@ def test_bos_that_is_doubled_or_missing_is_a_warning(tmp_path):
         patch.setitem(FAMILIES, "gemma", replace(FAMILIES["gemma"], template=silent))
         missing = named(report_on(tmp_path / "3", "gemma", style="chat"), "prompt")
         assert missing.level == "warn"
-        assert "begins a text with '<bos>', but the chat template does not" in missing.message
+        assert "adds '<bos>' at the start, but the chat template does not" in missing.message
 
 
 def test_a_template_without_a_generation_prompt_is_a_warning(tmp_path):

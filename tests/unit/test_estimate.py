@@ -65,20 +65,20 @@ def test_rl_seconds_are_sampling_scoring_and_updates():
 
 def test_self_training_counts_sampling_and_at_most_all_kept_rows():
     # 6 samples of 100 problems of 10 tokens: 60 s; 1 epoch of (1 + 4)·100 rows of 40 tokens: 50 s;
-    # one look
+    # one dev evaluation
     stage = SelfTrain(samples=6, keep=4, sft={**SCHEDULE, "epochs": 1, "eval_every": 1})
     assert seconds(st=stage) == {"st": pytest.approx(60 + 50 + LOOK_S)}
 
 
 def test_a_reward_model_counts_its_samples_of_train_and_dev():
     # 6 samples of 100 problems and 2 of 20 dev problems, of 10 tokens: 64 s; an epoch of 600 rows
-    # of 40 tokens: 60 s; one look
+    # of 40 tokens: 60 s; one evaluation
     stage = RewardModel(samples=6, dev_samples=2, **{**SCHEDULE, "epochs": 1, "eval_every": 1})
     assert seconds(judge=stage) == {"judge": pytest.approx(64 + 60 + LOOK_S)}
 
 
 def test_a_users_own_stage_is_timed_by_its_own_cost_and_left_out_without_one():
-    # 100 rows of 40 tokens at 400 tokens/s, one look
+    # 100 rows of 40 tokens at 400 tokens/s, one dev evaluation
     assert seconds(mine=Mine(), told=Foretold()) == {"told": pytest.approx(10 + LOOK_S)}
 
 

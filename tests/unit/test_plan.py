@@ -190,7 +190,7 @@ def test_what_fits_nowhere_is_said_so(make_recipe):
         (["demo/nothing-like-it.yaml"], "no such recipe"),
         (
             ["demo/smoke.yaml", "--stage", "rtfe"],
-            "nothing to plan for in rtfe; expected one of sft, offline_st",
+            "nothing to plan in stage rtfe; expected one of sft, offline_st",
         ),
     ],
 )

@@ -86,10 +86,10 @@ UNTIL = {
 
 
 def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_look):
-    # 24 rows in batches of 8: 3 steps an epoch and look. Look k solves k of 10 problems, and 10
-    # from look 10 on: 3 more in four looks, at look 11, are beyond chance, .3 > 1.96 √(3 − .9) / 10
-    # = .284; at look 12 2 more are not, .2 < .248. So dev is flat at step 36, and the cooldown is a
-    # tenth of it: 3 steps
+    # 24 rows in batches of 8: an epoch has 3 steps and 1 dev evaluation. Evaluation k solves k of
+    # 10 problems, and 10 from k = 10 on. At k = 11, 3 more in four evaluations beat chance: .3 >
+    # 1.96 √(3 − .9) / 10 = .284. At k = 12, 2 more are not: .2 < .248. So dev is flat at step 36,
+    # and the cooldown is a tenth of it: 3 steps
     flat_from_look(10)
     recipe = make_recipe(stages={"sft": UNTIL, "reft": None})
     with open_run(recipe, SilentProgress()) as run:

@@ -101,22 +101,22 @@ def test_more_lines_than_a_batch_keep_their_order(tmp_path: Path) -> None:
         ({"id": 1, "completion": "x"}, "2: answer is missing"),
         ({"id": 1, "answer": 5}, "2: completion is missing"),
         ({"completion": "x", "answer": 5}, "2: id is missing"),
-        ({"id": 1, "completion": 5, "answer": 5}, "2: completion: expected a text, got int"),
+        ({"id": 1, "completion": 5, "answer": 5}, "2: completion: expected a string, got int"),
         (
             {"id": 1, "completion": "x", "answer": True},
-            "2: answer: expected a number, a text or a letter, got 'True'",
+            "2: answer: expected a number, text or a letter, got 'True'",
         ),
         (
             {"id": 1, "completion": "x", "answer": [5]},
-            "2: answer: expected a number, a text or a letter",
+            "2: answer: expected a number, text or a letter",
         ),
         (
             {"id": 1, "completion": "x", "answer": float("nan")},
-            "2: answer: expected a number, a text or a letter",
+            "2: answer: expected a number, text or a letter",
         ),
         (
             {"id": 1, "completion": "x", "answer": " "},
-            "2: answer: expected a number, a text or a letter",
+            "2: answer: expected a number, text or a letter",
         ),
         (
             {"id": 1, "completion": "x", "answer": "c", "choices": ["1", "2"]},

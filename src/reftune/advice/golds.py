@@ -1,4 +1,4 @@
-"""The kinds of answer found in the data, shown so that the user notices any misreading."""
+"""The kinds of answer found in the data, shown so that the user can notice a misreading."""
 
 from __future__ import annotations
 

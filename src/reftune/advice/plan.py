@@ -1,8 +1,5 @@
-"""Computes a recipe's memory (by part) and step time (by phase) on given hardware, from the model's
-configuration.
-
-The equations are in docs/experiments/plan.md.
-"""
+"""Estimates a recipe's memory by part and step time by phase on given hardware, from the model's
+configuration. docs/experiments/plan.md has the equations."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ NETWORK = 50 * GB
 """Bytes per second from a GPU to other machines: one 400 Gbit/s adapter per GPU, as in NVIDIA's DGX
 H100."""
 DECODE_EFFICIENCY = 0.5
-"""Share of the roofline that decoding is assumed to reach: the benchmark's target."""
+"""Share of the roofline that decoding is assumed to reach: the target in benchmarks/step.py."""
 ARITHMETIC = "arithmetic"
 
 
@@ -70,7 +67,7 @@ class Hardware:
         return self.gpu.link if self.gpus <= NODE else NETWORK
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s that one GPU reaches."""
+        """FLOP/s that one GPU is assumed to reach."""
         peak: float = getattr(self.gpu, dtype)
         return peak * self.mfu
 
@@ -122,7 +119,7 @@ class Plan:
     prompt: int
     response: int
     sizes: Mapping[Sharding, Sizes]
-    """The recipe's sizes, or the largest that fit for `auto`."""
+    """The recipe's sizes; for `auto`, the largest that fit."""
     memory: Mapping[Sharding, Share]
     topology: str
     sharding: Sharding | None
@@ -156,9 +153,9 @@ def make_plan(
     costs = stage_costs(recipe)
     wanted = [name for name in costs if only in (None, name)]
     if not wanted:
-        where = "" if only is None else f" in {only}"
+        where = "" if only is None else f" in stage {only}"
         expected = f"one of {', '.join(costs)}" if costs else "a stage that states its cost"
-        raise RecipeError(f"{recipe.name}: nothing to plan for{where}; expected {expected}")
+        raise RecipeError(f"{recipe.name}: nothing to plan{where}; expected {expected}")
     if response is not None:
         lengths = recipe.lengths.model_copy(update={"max_new": response})
         recipe = recipe.model_copy(update={"lengths": lengths})
@@ -209,7 +206,7 @@ def make_plan(
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """A stage on given hardware, with its memory by part and its time from FLOPs and bytes."""
+    """Estimates the memory and the step time of a stage on given hardware."""
 
     hardware: Hardware
     estimate: Estimate
@@ -224,7 +221,7 @@ class Planner:
 
     @property
     def rate(self) -> float:
-        """FLOP/s that one GPU reaches."""
+        """FLOP/s that one GPU is assumed to reach."""
         return self.hardware.rate(self.estimate.recipe.model.dtype)
 
     def flops(self, *, backward: bool) -> float:
@@ -258,8 +255,8 @@ class Planner:
         )
 
     def generate(self, gpus: int) -> Phase:
-        """Sampling time per sequence. Each GPU reads its prompts once, then draws one token per row
-        at a time."""
+        """Sampling time per sequence. In each step, a GPU reads its prompts, then draws one token
+        per row at a time."""
         gpu, made, cost = self.hardware.gpu, self.estimate, self.estimate.cost
         outline, total = made.outline, made.outline.total
         rollouts = math.ceil(cost.sampled / gpus)
@@ -290,7 +287,7 @@ class Planner:
 
     def update(self, gpus: int) -> Phase:
         """Update time per sequence: forward and backward passes, including recomputed blocks. DDP
-        sums gradients after the passes; FSDP2 moves weights during them."""
+        sums gradients after the passes; FSDP2 moves weights and gradients during them."""
         compute_s = self.flops(backward=True) / gpus / self.rate
         told_s = self.communication(gpus) / self.estimate.cost.batch
         bound = ARITHMETIC if compute_s >= told_s else "moving weights and gradients between GPUs"

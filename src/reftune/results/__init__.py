@@ -27,11 +27,8 @@ __all__ = [
 
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
-    """Run `reftune report RUN…`: write the page, by default to `report.html` in the first run's
-    folder, and return its path.
-
-    Raises: DataError.
-    """
+    """Write the page of `reftune report RUN…`, by default as `report.html` in the first run's
+    folder. Returns: its path. Raises: DataError, CheckpointError."""
     return write_report(run_dirs, out or RunFolder(Path(run_dirs[0])).report)
 
 
@@ -43,12 +40,12 @@ def table_command(
     layout: Literal["auto", "methods", "paper"] = "auto",
     k: int | None = None,
 ) -> str:
-    """The output of `reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or,
-    with `json`, one JSON document.
+    """The output of `reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or
+    `json`; `json=True` overrides `fmt`.
 
-    `methods` compares everything on one set of problems; `paper` prints the paper's tables, one
-    column per task; `auto` chooses `paper` if runs differ in task or rationale. Votes are over the
-    first `k` samples; None means all. Raises: DataError.
+    The layout `methods` compares all methods on one set of problems; `paper` has the paper's
+    tables, which the layout `auto` chooses if runs differ in task or kind of rationale. Votes are
+    over the first `k` samples; None means all. Raises: DataError.
     """
     fmt = "json" if json else fmt
     runs = [read_run(folder) for folder in run_dirs]

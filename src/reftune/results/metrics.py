@@ -18,29 +18,28 @@ class Metric:
     explain: str
     unit: Unit = "number"
     over_passes: bool = False
-    """Whether the horizontal axis counts sequences trained on, because the steps of stages of
-    different kinds differ in size.
-    """
+    """Whether the horizontal axis counts sequences trained on instead of steps, whose size differs
+    between kinds of stage."""
     floor: float | None = None
-    """Lower end of the axis, if early outliers would flatten the rest."""
+    """The axis ends here if values go lower, so that early outliers do not flatten the rest."""
     of_groups: bool = False
     """Whether the metric applies only to stages with several samples per problem."""
     exact: bool = False
-    """Whether the metric has no noise that a running mean should smooth."""
+    """Whether the metric is drawn without a running mean, because it has no noise."""
 
 
 LEARNING = (
     Metric(
         key="reward/mean",
         title="Reward",
-        explain="Mean reward of the solutions sampled in training; right answers earn most.",
+        explain="Mean reward of the solutions sampled in training.",
     ),
     Metric(
         key="reward/correct",
         title="Right while exploring",
         explain=(
-            "Share of sampled (not greedy) solutions that were right: what reinforcement learning"
-            " improves."
+            "Share of right answers among the solutions sampled in training; reinforcement learning"
+            " should raise it."
         ),
         unit="percent",
     ),
@@ -51,19 +50,19 @@ CHARACTER = (
         key="kl/reference",
         title="Distance from the start (KL)",
         explain=(
-            "How much more likely the model finds its own solutions than its starting model does,"
-            " in nats per solution."
+            "How much more probable the model's own solutions are to it than to the model that it"
+            " started from, in nats per solution."
         ),
     ),
     Metric(
         key="policy/entropy",
         title="Entropy",
-        explain=("How undecided the model is about its next token; near 0, it repeats itself."),
+        explain="How undecided the model is about its next token; near 0, all samples are alike.",
     ),
     Metric(
         key="response/length",
         title="Response length",
-        explain="Tokens in a sampled solution; sudden jumps mean trouble.",
+        explain="Mean number of tokens in a sampled solution; sudden jumps mean trouble.",
     ),
     Metric(
         key="response/truncated",
@@ -93,8 +92,8 @@ HACKING = (
         key="choices/agreement",
         title="Same option when moved",
         explain=(
-            "Share of answers that follow their option to another place; a model that only knows"
-            " places does not change its letter."
+            "When options change places, the share of answers that follow their option; a model"
+            " that only knows places keeps its letter."
         ),
         unit="percent",
     ),
@@ -111,8 +110,8 @@ MACHINERY = (
         key="value/explained_variance",
         title="Explained variance",
         explain=(
-            "How much of the reward's variation the value head predicts: 1 is all, 0 none, below 0"
-            " worse than none (cut at −1)."
+            "How well the value head predicts the reward: 1 is perfect, 0 no better than a"
+            " constant, and below 0 worse. The axis ends at −1."
         ),
         floor=-1.0,
     ),
@@ -149,14 +148,14 @@ MACHINERY = (
     Metric(
         key="optim/lr",
         title="Learning rate",
-        explain="How large a step the optimizer takes along the gradient.",
+        explain="How large the optimizer's steps are.",
         over_passes=True,
         exact=True,
     ),
     Metric(
         key="loss/sft",
         title="Supervised loss",
-        explain="How surprised the model is by the solutions it is shown, per token.",
+        explain="How surprised the model is by the solutions it is shown, in nats per token.",
         over_passes=True,
     ),
 )
@@ -187,9 +186,9 @@ VOTING = {
     ),
     "weighted": (
         "Weighted vote",
-        "The answer whose samples, among k, have the highest total score by the reward model.",
+        "Each of k samples votes for its answer, weighted by its score from the reward model.",
     ),
-    "rerank": ("Reranking", "The answer that the reward model scores highest among k samples."),
+    "rerank": ("Reranking", "Answer of the sample, among k, with the highest reward-model score."),
     "pass": (
         "Any right (pass@k)",
         "Chance that at least one of k samples is right, so that a perfect judge could pick it.",

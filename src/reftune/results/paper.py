@@ -1,5 +1,5 @@
-"""Prints runs of several tasks in the layout of the paper's tables: a row per model and method, a
-column per task and kind of rationale, and the paper's numbers beside ours."""
+"""Lays out runs of several tasks as the paper's tables do: a row per model and method, and a column
+per task and kind of rationale, with the paper's numbers in brackets."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
     """The runs by model, task and rationale; votes are over the first `k` samples.
 
     Raises: DataError if `k` exceeds the samples of a problem, or if two recipes would fill one
-    place.
+    cell.
     """
     places: dict[Place, list[RunResults]] = {}
     for run in runs:
@@ -107,8 +107,8 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
-    """A score, beside the paper's in percent if model, task, rationale and test questions are the
-    same."""
+    """A score as JSON. `paper` is the paper's score in percent if model, task, rationale and number
+    of test questions are the same, and None if not."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)
@@ -164,8 +164,8 @@ def _size(sizes: Mapping[str, int], split: str, column: str) -> str:
 def _accuracies(
     found: Sequence[Cell], fmt: str, is_shown: Callable[[str], bool], *, title: str
 ) -> str:
-    """A row per model, method and rule, with averages over the tasks of a rationale that has
-    several; empty if no rule is shown."""
+    """A row per model, method and shown rule, with an average for each kind of rationale that has
+    several tasks; empty if no rule is shown."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
     rationales = [of for of in columns.values() if list(columns.values()).count(of) > 1]
@@ -215,7 +215,7 @@ def _note(found: Sequence[Cell]) -> str:
         if scores[GREEDY]["significant_against_baseline"] is None
     )
     return (
-        f"Percent of test problems, ± half the width of the 95% interval; seeds: {seeds}."
+        f"Percent of test problems, ± half the width of the 95% interval; number of seeds: {seeds}."
         f" {NOT_SIGNIFICANT}: not significantly different from {display(baseline)} on the same"
         " problems. In brackets: the paper's number if model, task, rationale and test questions"
         " are the same."

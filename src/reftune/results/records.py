@@ -1,4 +1,4 @@
-"""Reads a run folder into frozen dataclasses: only JSON and YAML, without a model or plug-in."""
+"""Reads the JSON and YAML of a run folder into frozen dataclasses. It loads no model or plug-in."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class RunResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without the keys in which runs of one recipe may differ."""
+        """The recipe without name, seed and folder, in which runs of one recipe may differ."""
         apart = ("name", "seed", "run_dir")
         return {key: value for key, value in self.recipe.items() if key not in apart}
 
@@ -207,7 +207,7 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The complete evaluations; an unfinished one has only the first rows of the longest."""
+    """The complete evaluations. An unfinished one holds only the first rows of the longest."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {
@@ -235,7 +235,7 @@ def _object(text: str, *, where: str) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
-    """Each JSON line, parsed; a last line that is still being written is left out."""
+    """Each JSON line, parsed, except a last line that is still being written."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -253,7 +253,7 @@ def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterat
 
 
 def _read_metrics(path: Path) -> dict[str, dict[int, MetricRow]]:
-    """Stage → step → metrics. If a resumed run repeats a step, its last row counts."""
+    """Stage → step → metrics. Rows of one step are merged, and a metric's last value counts."""
     stages: dict[str, dict[int, MetricRow]] = {}
     for stage, row in _read_lines(path, _metric_row):
         steps = stages.setdefault(stage, {})

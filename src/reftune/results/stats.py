@@ -48,7 +48,7 @@ class Comparison:
     difference: float
     """Accuracy of `a` minus accuracy of `b`; over seeds, the mean."""
     ci95: Interval
-    """95% interval of the difference, by bootstrap over problems, or over seeds and problems."""
+    """95% bootstrap interval of the difference, over problems and, if there are several, seeds."""
     n: int
     """Problems per seed."""
     p_mcnemar: float | None = None
@@ -58,7 +58,7 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the two differ by McNemar's test (one run) or by the interval (several seeds)."""
+        """Whether they differ significantly: by McNemar's test in one run, by `ci95` over seeds."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]
@@ -85,7 +85,7 @@ def compare(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
-    """Compare methods `a` and `b` by the problems that each answered right (booleans, in one
+    """Compare methods `a` and `b` by whether each problem was answered right (booleans, in the same
     order)."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     assert right_a.shape == right_b.shape and right_a.size, (

@@ -1,5 +1,5 @@
-"""Computes scores and comparisons of runs, and whether a warm-up was finished when RL began. Every
-number is a function of `eval/*.jsonl`, `stage.json` and `metrics.jsonl`."""
+"""Computes scores and comparisons of runs, and whether a warm-up was finished when RL began, from
+the files of the run folders alone."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ class MethodScore:
     group: Group
     method: str
     label: str
-    """The name shown to the user, which includes the group if there are several."""
+    """The name shown to the user; it includes the group if there are several groups."""
     outcomes: Mapping[str, Sequence[Outcomes]]
-    """Decision rule → solved problems, one array per seed. The rules are `greedy` and, with
-    samples, `maj@k`, `weighted@k`, `rerank@k` and `pass@k`."""
+    """Decision rule → solved problems, one array per seed. The rules are `greedy`; with samples,
+    `maj@k` and `pass@k`; and with scored samples, `weighted@k` and `rerank@k`."""
     scores: Mapping[str, Score]
     """Scores by decision rule."""
 
@@ -98,7 +98,7 @@ class MethodScore:
 
     @property
     def looks(self) -> int | None:
-        """Number of dev evaluations from which the model was chosen, in one seed."""
+        """Number of dev evaluations from which the model was chosen, in the first seed."""
         return self.group.runs[0].stages[self.method].info.get("looks")
 
     @property
@@ -125,7 +125,7 @@ class ScoreTable:
 
     @property
     def baseline(self) -> str:
-        """Label of the baseline, with which the other methods are compared."""
+        """Label of the method with which the others are compared."""
         return _baseline(self.methods)
 
     @property
@@ -201,8 +201,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
     """The runs, grouped by recipe apart from the seed.
 
-    Raises: DataError if a run is missing, damaged or (unless `finished` is False) unfinished, or if
-    runs answered different problems.
+    Raises: DataError if a run is missing or damaged, if it is unfinished and `finished` is True, or
+    if the groups are not comparable.
     """
     runs = [read_run(folder) for folder in run_dirs]
     if finished:
@@ -212,7 +212,8 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
-    """The groups of `group_runs`, checked to be comparable. Raises: DataError."""
+    """The groups of `group_runs`. Raises: DataError unless all answered the same problems and have
+    equally many seeds."""
     for run in runs:
         if not same_problems(run.evals):
             raise DataError(
@@ -294,14 +295,14 @@ def label_of(groups: Sequence[Group], group: Group, method: str) -> str:
 
 
 def _baseline(methods: Sequence[MethodScore]) -> str:
-    """The label of plain supervised fine-tuning if a run has it, else of the first method."""
+    """The label of the first method called `sft`; if there is none, of the first method."""
     first = methods[0].label if methods else ""
     return next((method.label for method in methods if method.method == "sft"), first)
 
 
 def leader(table: ScoreTable) -> MethodScore | None:
-    """The best method other than the baseline and the methods that others start from; None if there
-    is none."""
+    """The best method by greedy accuracy other than the baseline; None if there is none. Methods
+    that others start from count only if no other method is left."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
     return max(rivals, key=lambda method: method.greedy.value, default=None)
@@ -336,8 +337,8 @@ def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generat
 def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
-    """The comparisons, of later methods with earlier ones: methods of one group, one method in two
-    groups, and every method with the baseline."""
+    """Comparisons of a later with an earlier method: of two in one group, of one method in two
+    groups, and of each method with the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         if a.group is b.group or a.method == b.method or baseline in (a.label, b.label):

@@ -1,4 +1,4 @@
-"""The final evaluation in words, and as a table: text, Markdown, LaTeX or JSON."""
+"""The final evaluation in words, and as a table in text, Markdown, LaTeX or JSON."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _chosen_sentence(table: ScoreTable) -> str:
         return ""
     apart = f"; {table.split} problems played no part in this choice"
     scored = apart if table.split != "dev" else ", and scored on dev again, which flatters them"
-    return f"Models were chosen on dev accuracy (dev evaluations: {', '.join(looks)}){scored}."
+    return f"Models were chosen by dev accuracy (dev evaluations: {', '.join(looks)}){scored}."
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
@@ -250,8 +250,8 @@ def caption(table: ScoreTable) -> str:
 
 
 def render_table(table: ScoreTable, fmt: str) -> str:
-    """The table as `text`, `markdown`, `latex` or `json`, which is not rounded. Raises: DataError
-    for an unknown format."""
+    """The table as `text`, `markdown`, `latex` or, without rounding, `json`. Raises: DataError for
+    an unknown format."""
     if fmt != "json":
         return grid(*rows(table), fmt, note=caption(table))
     methods = {
@@ -288,7 +288,7 @@ def grid(head: Row, body: Sequence[Row], fmt: str, *, title: str = "", note: str
 
 
 def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
-    """Head, ruler and body as lines, with numbers on the right."""
+    """Head, ruler and body as lines; all columns but the first are aligned on the right."""
     widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
 
     def line(row: Row) -> str:

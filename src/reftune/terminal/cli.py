@@ -138,7 +138,7 @@ def _add_stage_command(name: str, kind: str, what: str) -> None:
 _add_stage_command("sft", "sft", "supervised stages")
 _add_stage_command("rl", "rl", "reinforcement learning stages")
 _add_stage_command("self-train", "self_train", "self-training stages")
-_add_stage_command("reward-model", "reward_model", "reward models")
+_add_stage_command("reward-model", "reward_model", "reward model stages")
 
 
 def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> None:
@@ -209,13 +209,13 @@ def init(
         str | None, typer.Option(help="Training questions: a file, a folder or a Hub id.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A Hub id, a folder, smollm2-135m, or scratch.")
+        str | None, typer.Option(help="A Hub id, a folder, smollm2-135m, or scratch (a new one).")
     ] = None,
     form: Annotated[
         Literal["nl", "program"] | None, typer.Option("--format", help="How solutions are written.")
     ] = None,
     test: Annotated[
-        str | None, typer.Option(help="Test questions. Default: the data folder's test split.")
+        str | None, typer.Option(help="Test questions. Default: DATA's test split, if any.")
     ] = None,
     question: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The question's column, if not recognised.")
@@ -227,8 +227,7 @@ def init(
         str | None, typer.Option(metavar="COLUMN", help="The rationale's column.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="The recipe to write; must not exist. Default: DATA's name.yaml."),
+        Path | None, typer.Option(help="The new recipe's path. Default: DATA's name, with .yaml.")
     ] = None,
 ) -> None:
     """Write a commented recipe for your own data. It asks for anything that the flags do not
@@ -286,14 +285,14 @@ def check(
     offline: Annotated[
         bool,
         typer.Option(
-            "--offline", help="Check only recipe, schedule, format and reward: no weights, no data."
+            "--offline", help="Check only recipe, schedule, format and reward; download nothing."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find problems that would spoil a run before it starts.
+    """Before a run, find problems that would spoil it.
 
-    It shows the model's input, and suggests a remedy for each problem.
+    The command shows the model's input, and suggests a remedy for each problem.
     """
     from reftune.advice.check import check_offline, check_recipe
 
@@ -301,7 +300,7 @@ def check(
     print(report.to_json() if as_json else report.to_text())
     if report.failed:
         say(
-            "check: refused: "
+            "check failed: "
             + "; ".join(f"{found.name}: {found.message}; {found.remedy}" for found in report.failed)
         )
         raise typer.Exit(BAD_INPUT)
@@ -335,7 +334,7 @@ def plan(
 ) -> None:
     """Estimate memory and time on other hardware.
 
-    It reads the model's configuration but no weights, and no data unless the model is made from
+    It reads the model's configuration but no weights. It reads data only if the model is made from
     scratch. docs/experiments/plan.md has the equations.
     """
     from dataclasses import asdict
@@ -496,7 +495,7 @@ def report(
         typer.Option(help="A folder for the figures as PNG and SVG; the runs must be finished."),
     ] = None,
 ) -> None:
-    """Write an HTML page about one or more runs. Prints the paths of the page and figures."""
+    """Write an HTML page about one or more runs, and print the paths of all files written."""
     from reftune.results import report_command, write_figures
 
     print(report_command(runs, out))
@@ -543,8 +542,8 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """Find a recipe: `name` as a path, else among the recipes that come with reftune, with or
-    without `.yaml` and `recipes/`. Raises: RecipeError."""
+    """The file `name` or, if there is none, the recipe of that name that comes with reftune; such a
+    name may begin with `recipes/` and omit `.yaml`. Raises: RecipeError."""
     from reftune.recipe import shipped_recipes
 
     path = Path(name)

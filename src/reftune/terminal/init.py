@@ -1,4 +1,5 @@
-"""`reftune init` writes a commented recipe for a data file; the recipe passes `reftune check`."""
+"""`reftune init` writes a commented recipe for a user's data, and tests it with checks of `reftune
+check`."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ DEFAULT_MAX_NEW = 256
 """Token limit of a solution if there is no rationale to measure and the context allows it."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""Most tokens in a prompt, and in a solution, of a from-scratch model, unless more than
-`MAX_TOO_LONG` of them are longer."""
+"""Longest prompt, and longest solution, of a from-scratch model, in tokens. The limit is higher if
+too many (`MAX_TOO_LONG`) would exceed it."""
 MAX_TOO_LONG = 0.1
 """Share of prompts, and of solutions, that may be too long."""
 SMALL_HIDDEN_SIZE = 256
@@ -108,7 +109,7 @@ def guess_format(data: str, columns: Mapping[str, Any]) -> str:
 
 
 def _load(wishes: Wishes) -> Splits:
-    """Load the data. Raises: DataError, even if only dev is missing."""
+    """Load the data. Raises: DataError, also if no question is left for dev."""
     dataset = Jsonl.model_validate(
         {"kind": "jsonl", "train": wishes.data, "test": wishes.test, "columns": wishes.columns}
     )
@@ -121,7 +122,7 @@ def _load(wishes: Wishes) -> Splits:
 
 
 def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
-    """Write the recipe. Raises: DataError, ModelError."""
+    """The recipe's text. Raises: DataError, ModelError."""
     kind, is_scratch = wishes.format, wishes.model == SCRATCH
     format_: Format = load_component(kind, group="formats")
     learned = [problem for problem in splits.train if problem.rationale is not None]
@@ -201,7 +202,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The length that all texts stay within, except the share that may be too long."""
+    """The largest size, apart from the share that may be too long."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

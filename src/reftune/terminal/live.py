@@ -64,7 +64,7 @@ class StageView:
     """Tokens trained on and sampled in those seconds."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a step; an evaluation of the same step adds to them."""
+        """Take in the metrics of a step; an evaluation of the same step adds to them."""
         grown = [
             metrics[name] - self.numbers[name]
             for name in TOKEN_COUNTS
@@ -82,7 +82,7 @@ class StageView:
         self.numbers.update(metrics)
 
     def position(self, now_s: float) -> str:
-        """The stage's position and time: `40/150 0:31, 1:02 left`."""
+        """The stage's position and time: `40/150  0:31, 1:02 left`."""
         elapsed_s = now_s - self.started_s
         done, left = self.step - self.first_step, self.total_steps - self.step
         eta = f", {clock(elapsed_s / done * left)} left" if done > 0 and left > 0 else ""

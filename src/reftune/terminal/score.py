@@ -102,7 +102,7 @@ def _row(row: Mapping[str, Any], where: str, kind: str, reading: Reading) -> _Ro
         raise DataError(f"{where}: {missing[0]} is missing; expected id, completion and answer")
     if not isinstance(row["completion"], str):
         raise DataError(
-            f"{where}: completion: expected a text, got {type(row['completion']).__name__}"
+            f"{where}: completion: expected a string, got {type(row['completion']).__name__}"
         )
     problem = problem_of({"answer_kind": kind, **row}, where, reading)
     return row["id"], problem, row["completion"]
@@ -112,7 +112,7 @@ def problem_of(row: Mapping[str, Any], where: str, reading: Reading = DEFAULT) -
     """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`. Raises: DataError
     whose message begins with `where`."""
     if row.get("answer") is None:
-        raise DataError(f"{where}: answer is missing; expected a number, a text or a letter")
+        raise DataError(f"{where}: answer is missing; expected a number, text or a letter")
     choices = _choices(row.get("choices"), where)
     return Problem(
         id=str(row["id"]),
@@ -136,9 +136,9 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 def _answer(
     value: Any, choices: tuple[str, ...], where: str, kind: str, reading: Reading
 ) -> Answer:
-    """The gold answer of the given kind. `auto` is `choice` if there are choices or the value is a
-    single letter; if not, it is a number if the whole value is one, and else an expression, a list
-    or a text."""
+    """The gold answer of the given kind. `auto` means `choice` if there are choices or the value is
+    a single letter. If not, a value that is a number as a whole is read as one, and any other as an
+    expression, a list or text."""
     if kind not in get_args(GoldKind):
         known = ", ".join(get_args(GoldKind))
         raise DataError(f"{where}: answer_kind: {str(kind)[:80]!r}; expected one of {known}")
@@ -151,7 +151,7 @@ def _answer(
         return read_gold(value, cast("GoldKind", kind), choices=choices, reading=reading)
     except DataError as error:
         choice = f"the letter or value of one of {len(choices)} choices"
-        expected = choice if kind == "choice" else "a number, a text or a letter"
+        expected = choice if kind == "choice" else "a number, text or a letter"
         raise DataError(
             f"{where}: answer: expected {expected}, got {str(value)[:80]!r}: {error}"
         ) from None

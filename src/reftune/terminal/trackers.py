@@ -1,4 +1,4 @@
-"""Logs metrics to TensorBoard, Weights & Biases or Trackio too, through Accelerate's trackers;
+"""Also logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers;
 `metrics.jsonl` remains the record."""
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
     try:
         tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](**_settings(name, recipe))
         tracker.start()
-    except Exception as error:  # noqa: BLE001  a service may refuse in any way: no login, no network
+    except Exception as error:  # noqa: BLE001  a service may fail in any way: no login, no network
         raise RecipeError(
             f"trackers: {name} cannot start: {_reason(error)}; trackers=[] runs without any"
         ) from None

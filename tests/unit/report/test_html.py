@@ -45,7 +45,7 @@ def test_the_answer_is_in_the_page_without_any_script(write_run: WriteRun) -> No
         "ReFT",
         "95% interval",
         "maj@3",
-        "were chosen on dev accuracy",
+        "were chosen by dev accuracy",
         "reftune demo",
         "word_problems",
         "2.13.0",

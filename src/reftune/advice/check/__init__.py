@@ -1,4 +1,4 @@
-"""Finds problems that would spoil a run before it starts, each with its remedy."""
+"""Finds problems that would spoil a run, before it starts, and suggests a remedy for each."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _refuse_unknown_waivers(names: Sequence[str]) -> None:
     known = [*CHECKS, *MODEL_CHECKS]
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known) or ", ".join(known)
+            hint = did_you_mean(name, known) or f"expected one of {', '.join(known)}"
             raise RecipeError(f"check.waive: {name}: no such check; {hint}")
 
 
@@ -175,4 +175,4 @@ CHECKS = _named(
     model.check_dtype,
 )
 MODEL_CHECKS = _named(model.check_accuracy, model.check_logprobs, model.check_time)
-"""Checks that run the model; skipped if it would crash."""
+"""Checks that run the model; skipped if a check in `UNSAFE` fails."""

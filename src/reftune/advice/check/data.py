@@ -19,8 +19,8 @@ from reftune.results.stats import wilson
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 
 SMALL_DEV = 100
-"""With fewer dev problems, the choice of a model is mostly luck: at 50% accuracy, the interval is
-then ± 10 points or wider."""
+"""With fewer dev problems, the choice of a model is mostly luck: at 50% accuracy, the 95% interval
+is then ± 10 points or wider."""
 NUM_REWARDED = 64
 """Number of rows for which a gold solution, a wrong solution and an empty completion are rewarded,
 to see whether the rewards differ."""
@@ -49,7 +49,7 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Check that every gold answer, stated by the shortest possible solution, is graded correct."""
+    """Check that gold answers, each stated by the shortest solution, are graded correct."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
@@ -86,7 +86,7 @@ def check_sandbox(subject: Subject) -> Finding:
     gaps = Counter(filter(None, map(gap, results)))
     packages = Counter(filter(None, map(missing_package, results)))
     if not gaps and not packages:
-        return ok(f"monty runs all of {len(sources)} gold programs")
+        return ok(f"monty runs all {len(sources)} gold programs")
     listed = ", ".join(f"{name} ({count})" for name, count in (gaps + packages).most_common())
     message = (
         f"{gaps.total() + packages.total()} of {len(sources)} gold programs need the subprocess"
@@ -143,7 +143,7 @@ def check_grader_refuses(subject: Subject) -> Finding:
     found = [f"{what} ({count})" for what, count in accepted.items() if count]
     if not found:
         return ok("no empty completion, bare answer or other problem's solution is graded correct")
-    message = f"graded correct, of {len(problems)}, with nothing solved: {', '.join(found)}"
+    message = f"{len(problems)} problems; graded correct with nothing solved: {', '.join(found)}"
     remedy = (
         "a model may learn to write just that; use grading=robust, and rows whose answers differ"
     )

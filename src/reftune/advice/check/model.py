@@ -30,17 +30,17 @@ NUM_SAMPLED = 32
 NUM_SHOWN = 3
 """Number of answers shown."""
 NUM_TIMED = 512
-"""Number of rows from which the time is estimated."""
+"""Most rows used to estimate the time."""
 MEASURED_ROWS = 64
-"""Rows for measuring the speed if no stage states its cost; at most these if the engine
-sets no limit."""
+"""Rows for measuring the speed if no stage states its cost, and most rows if the engine sets no
+limit."""
 MAX_SLOWDOWN = 8.0
-"""The check fails if matmuls in the recipe's dtype take this many times as long as in the other
-dtype."""
+"""The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
+other dtype."""
 PRODUCT = 1024
-"""Largest weight of a timed matmul, in rows and columns."""
+"""Most rows, and most columns, of the weight in a timed matmul."""
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
-"""Largest difference between the engine's log-probabilities and the policy's, in nats per token."""
+"""Dtype → most nats per token by which engine and policy may differ, on average."""
 GIB = 2**30
 
 
@@ -96,7 +96,7 @@ def check_dtype(subject: Subject) -> Finding:
 
 
 def check_accuracy(subject: Subject) -> Finding:
-    """Check how many questions RL's initial model solves by sampling, not greedily."""
+    """Check how many questions RL's initial model solves if it samples at temperature 1."""
     problems = subject.splits.dev[:NUM_SAMPLED]
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
@@ -131,7 +131,7 @@ def _last_rise(subject: Subject) -> LastRise | None:
 
 
 def check_logprobs(subject: Subject) -> Finding:
-    """Check that the engine's log-probabilities of its samples equal the policy's."""
+    """Check that the engine's log-probabilities of its samples are close to the policy's."""
     prompts = (subject.fitting["dev"] or subject.fitting["train"])[:NUM_SHOWN]
     params = SamplingParams(max_new_tokens=min(32, subject.recipe.lengths.max_new))
     completions = subject.recipe.engine.generate(subject.policy, prompts, params)

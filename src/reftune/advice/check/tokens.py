@@ -44,7 +44,7 @@ def check_boundary(subject: Subject) -> Finding:
         for row, ids in zip(rows, wholes, strict=True)
         if row.ids[: len(ids)] != ids and row.ids[len(bos) : len(bos) + len(ids)] != ids
     ]
-    note = f"; {share(moved, rows)} would split differently if encoded as one text" if moved else ""
+    note = f"; {share(moved, rows)} would split differently if encoded jointly" if moved else ""
     message = f"prompt and target meet at the same token in every stage{note}"
     if moved and not learns_from_rationales(subject):
         return warn(message, "no supervised stage teaches the model this split")
@@ -72,18 +72,18 @@ def check_prompt(subject: Subject) -> Finding:
             "set format.style=chat if this is an instruct model",
         )
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        return warn("prompts begin with two BOS tokens", "take one out of the template or the data")
+        return warn("prompts begin with two BOS tokens", "remove one from the template or the data")
     if ids[: len(bos)] != bos:
         writer = "the chat template" if is_chat else "this format"
         return warn(
-            f"the tokenizer begins a text with {tokenizer.decode(bos)!r}, but {writer} does not",
-            "nothing to fix if the model was trained so; styles compact and plain begin with it",
+            f"the tokenizer adds {tokenizer.decode(bos)!r} at the start, but {writer} does not",
+            "ignore this if the model was trained without it; styles compact and plain add it",
         )
     opening = subject.encoder.text_after(prompt, PROBE).partition(PROBE)[0] if is_chat else ""
     if set(subject.encoder.encode(opening)) & set(tokenizer.all_special_ids):
         return warn(
             f"the chat template has no generation prompt: the model must write {opening!r} itself",
-            "use a template that reads add_generation_prompt, unless the model was trained so",
+            "use a template that reads add_generation_prompt, unless the model was trained without",
         )
     if is_chat and "strftime_now" in tokenizer.get_chat_template():
         return warn(
@@ -105,7 +105,7 @@ def check_prompt_length(subject: Subject) -> Finding:
     rows = [line for lines in long.values() for line in lines]
     every = [size for of in sizes.values() for size in of.values()]
     message = (
-        f"prompts have {spread(every)} tokens,"
+        f"prompts have {spread(every)} tokens;"
         f" {'any number fits' if limit == math.inf else f'at most {limit} fit'}"
     )
     if not rows:
@@ -129,7 +129,7 @@ def check_target_length(subject: Subject) -> Finding:
     """Check that gold rationales with eos fit in `max_new` tokens; training omits longer ones."""
     sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
     limit = subject.recipe.lengths.max_new
-    message = f"targets have {spread(sizes.values())} tokens with eos, at most {limit} fit"
+    message = f"targets have {spread(sizes.values())} tokens with eos; at most {limit} fit"
     long = [f"{id_}: {size} tokens" for id_, size in sizes.items() if size > limit]
     if not long:
         return ok(message)
@@ -139,7 +139,7 @@ def check_target_length(subject: Subject) -> Finding:
 
 
 def check_vocabulary(subject: Subject) -> Finding:
-    """Check that the model has every id in the data, and that the tokenizer knows every word."""
+    """Check that the model has an embedding for each id, and that the tokenizer knows each word."""
     size = subject.policy.model.get_input_embeddings().weight.shape[0]
     unknown = subject.policy.tokenizer.unk_token_id
     outside = [row.problem.id for row in subject.rows if max(row.ids) >= size]
@@ -192,7 +192,7 @@ def check_eos(subject: Subject) -> Finding:
     if bad:
         return fail(
             f"{len(bad)} targets contain one of {stops} before their end",
-            "take it out of the data, or out of format.stop",
+            "remove it from the data, or from format.stop",
             bad,
         )
     ordinary = [id_ for id_ in stop.ids if id_ not in tokenizer.all_special_ids]

@@ -1,4 +1,4 @@
-"""The report's charts as plain data, without pixels: learning curves, shares, voting curves."""
+"""The report's charts as plain data, without pixels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """One panel."""
+    """A chart's lines or areas, its axes and its words."""
 
     key: str
     title: str
@@ -55,7 +55,7 @@ class Chart:
     zero: bool = True
     """Whether the vertical axis must include 0."""
     floor: float | None = None
-    """Lower end of the axis."""
+    """The axis ends here if values go lower."""
     exact: bool = False
     """Whether to draw every point without a running mean, however many there are."""
 
@@ -95,7 +95,7 @@ class Entry:
     group: Group
     method: str
     name: str
-    """The name shown to the reader, which includes the group if there are several."""
+    """The name shown to the reader; it includes the group if there are several groups."""
     colour: str
 
     @property
@@ -119,7 +119,8 @@ def entries(groups: Sequence[Group]) -> list[Entry]:
 
 
 def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Chart]:
-    """A chart for each metric that some stage measured; several seeds become a mean with a band."""
+    """A chart for each metric that some stage measured. Several seeds are drawn as their mean, with
+    a band from the lowest to the highest."""
     charts = []
     for metric in metrics:
         series = [
@@ -177,8 +178,7 @@ def _aligned(
 
 
 def _clean(values: Sequence[float] | np.ndarray[Any, Any]) -> list[Number]:
-    """The values rounded to five digits for the screen; None for non-finite ones, which are not
-    drawn."""
+    """The values rounded to five digits; None for non-finite ones, which are not drawn."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
 
 
@@ -221,18 +221,18 @@ class _Look:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """Dev accuracy by sequences trained on since the base model, for all stages; None
-    before the first dev evaluation."""
+    """Dev accuracy of every stage but reward models, by sequences trained on since the base model;
+    None before the first dev evaluation."""
     series = [
         _dev_series(entry)
         for entry in entries(groups)
-        if entry.stages[0].kind != "reward_model"  # its dev accuracy is that of a reranker
+        if entry.stages[0].kind != "reward_model"  # its dev accuracy is a reranker's
     ]
     drawn = tuple(found for found in series if found is not None)
     if not drawn:
         return None
     band = (
-        "The band spans the lowest and highest seed."
+        "The band runs from the lowest to the highest seed."
         if any(len(group.runs) > 1 for group in groups)
         else "The band is the 95% interval of each point."
     )
@@ -240,7 +240,7 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
         key="dev/accuracy",
         title="Accuracy on dev problems, by training effort",
         explain=(
-            f"Greedy accuracy by the number of sequences trained on since training began. {band}"
+            f"Greedy accuracy by the number of sequences trained on since the base model. {band}"
         ),
         series=drawn,
         x_label=PASSES,
@@ -273,8 +273,8 @@ def _dev_series(entry: Entry) -> Series | None:
 
 
 def _dev_curve(run: RunResults, method: str) -> list[_Look]:
-    """Dev evaluations by passes since the base model. The first point is the evaluation of the
-    model that the stage started from."""
+    """Dev evaluations by passes since the base model. If the model that the stage started from was
+    evaluated, its evaluation comes first."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     if start is not None and stage.metrics and looks and looks[0].step != 0:
@@ -336,8 +336,8 @@ class EqualCompute:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracy of `a` and `b` within the passes that both have had; None if either is
-    not drawn."""
+    """The best dev accuracies of `a` and `b` within as many passes as both have had; None if either
+    is not drawn."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:
         return None
@@ -366,13 +366,13 @@ def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def time_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Charts of the seconds per step by phase, one chart per stage."""
+    """Charts of the seconds per step by phase, one chart per stage with several phases."""
     layers = [
         (metric, words, f"--phase-{index}") for index, (metric, words) in enumerate(PHASES.items())
     ]
     explain = (
-        "Seconds each step took: writing solutions, grading them, scoring their tokens, updating"
-        " weights."
+        "Seconds of each step spent on sampling solutions, grading them, scoring their tokens and"
+        " updating weights."
     )
     return _area_charts(groups, layers, title="Time", explain=explain, unit="seconds")
 
@@ -419,7 +419,7 @@ def _area_charts(
 
 
 def voting_charts(table: ScoreTable) -> list[Chart]:
-    """Charts of maj@k, weighted@k, rerank@k and pass@k by k, for runs evaluated with samples."""
+    """Charts of maj@k, weighted@k, rerank@k and pass@k by k, of methods with several samples."""
     curves = {
         method.label: _mean_curves(method.group, method.method)
         for method in table.methods

@@ -18,9 +18,9 @@ from reftune.results.page.charts import Chart, Number, Series
 LETTER, BOLD_LETTER = 6.6, 7.2
 """Width in pixels of a letter at an axis, and of a letter in the name of a line."""
 SMALLEST_RANGE = 1e-300
-"""Ends of an axis that are closer count as equal, because dividing their distance would give 0."""
+"""Axis ends closer than this count as equal, because dividing their distance would give 0."""
 MANY_POINTS = 40
-"""A line with more points is drawn pale, with its running mean on top."""
+"""With more points, a noisy line is drawn pale under its running mean."""
 NAME_HEIGHT = 15
 LOG_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -33,7 +33,7 @@ class Drawing:
 
     svg: Markup
     keys: tuple[tuple[str, str], ...]
-    """Colour and name of each series; empty if the lines carry labels."""
+    """Colours and names for a legend; empty if the chart needs none."""
 
 
 def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Drawing:
@@ -66,7 +66,7 @@ def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Dra
 
 
 def tag(name: str, *children: str, **attributes: object) -> Markup:
-    """An SVG element. Text is escaped; `text_anchor` stands for `text-anchor`, `class_` for
+    """An SVG element with escaped text. Write `text_anchor` for `text-anchor`, `class_` for
     `class`."""
     written = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value)
@@ -112,7 +112,7 @@ def _described(chart: Chart) -> str:
         for label, y in known
         if y
     ]
-    return f"{chart.title}. {'; '.join(parts)}. Arrow keys read values."
+    return f"{chart.title}. {'; '.join(parts)}. The arrow keys read values."
 
 
 def _keys(chart: Chart) -> list[tuple[str, str]]:
@@ -215,8 +215,7 @@ def _range(chart: Chart) -> tuple[float, float]:
 
 
 def _without_spikes(ys: Values) -> float:
-    """The upper end of the axis, below a single spike that would flatten the rest: such a spike
-    leaves the frame at the top."""
+    """The upper end of the axis. Rare spikes that would flatten the rest leave the frame."""
     usual, highest = float(np.quantile(ys, 0.98, method="lower")), float(ys.max())
     return 1.5 * usual if len(ys) > MANY_POINTS and 0 < 4 * usual < highest else highest
 
@@ -359,7 +358,7 @@ class _Name:
 
 
 def _name(series: Series, x: float, y: float, plot: _Plot) -> _Name:
-    """Position of a name: beside the end of its line, or before it if other lines begin there."""
+    """The name of a line: to the right of the line's end or, if the line ends early, above it."""
     size = BOLD_LETTER * len(series.label)
     if not plot.is_hero or _ends_late(series, plot.last_x):
         return _Name(series, x + 8, y + 4)

@@ -24,10 +24,9 @@ ROW, BAR = 34, 26
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
     """Write `accuracy` (bars with intervals) and one figure per curve (`dev_accuracy`,
-    `reward_mean`, `maj@k`, …), each as .png and .svg, and return the files.
+    `reward_mean`, `maj@k`, …), each as .png and .svg. Returns: the paths.
 
-    Raises: DataError if a run is missing, damaged or unfinished, or if runs answered different
-    problems.
+    Raises: DataError if a run is missing, damaged or unfinished, or if runs are not comparable.
     """
     groups = read_groups(run_dirs)
     table, dev = score_table(groups), dev_chart(groups)
@@ -56,7 +55,7 @@ def _save(stem: Path, svg: str) -> list[Path]:
 
 
 def _titled(title: str, drawing: Markup, height: int) -> str:
-    """A complete SVG file: a title above the drawing, with the light page's colours and rules."""
+    """A complete SVG file: a title above the drawing, in the light page's colours and styles."""
     css = (ASSETS / "page.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", css.partition("data-theme")[0]))
     rules = "\n".join(re.findall(r"^\.chart (?:text|\.).*$", css, re.MULTILINE)).replace(
@@ -104,7 +103,7 @@ def _bars(table: ScoreTable) -> str:
         ]
     seeds = f", mean of {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     title = (
-        f"Greedy accuracy on {table.methods[0].greedy.n:,} {table.split} problems{seeds}; lines:"
+        f"Greedy accuracy on {table.methods[0].greedy.n:,} {table.split} problems{seeds}, with"
         " 95% intervals"
     )
     return _titled(title, Markup("").join(drawn), ROW * len(names))

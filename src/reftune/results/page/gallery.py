@@ -14,22 +14,21 @@ from reftune.results.tables import display
 from reftune.types import Attempt
 
 MAX_TEXT = 6_000
-"""Most characters of one text; the rest stays in the run folder."""
+"""Longest string in the page, in characters; the rest is in the run folder."""
 PROBLEMS_BYTES = 1_400_000
 SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""Number of a stage's longest and slowest samples that are always included."""
+"""Number of longest samples, and of slowest samples, that each stage includes first."""
 
 Json = dict[str, Any]
 
 
 def problems(groups: Sequence[Group]) -> Json:
-    """Test problems with the answer of each method side by side, in the first seed of each group.
+    """Problems of the final evaluation, with each method's answer in the first seed of its group.
 
-    Problems on which methods disagree are chosen first; all chosen ones are shown in the order of
-    the evaluation.
+    Problems on which methods disagree are chosen first. The page keeps the evaluation's order.
     """
     pairs = [(group, name) for group in groups for name in group.methods]
     names = [label_of(groups, group, name) for group, name in pairs]
@@ -50,8 +49,8 @@ def problems(groups: Sequence[Group]) -> Json:
 
 
 def samples(groups: Sequence[Group]) -> Json:
-    """Solutions sampled in training, equally many per stage, spread evenly over its steps; the
-    longest and slowest are always included."""
+    """Solutions sampled in training. Stages take turns to include one: first their longest and
+    slowest, then others spread evenly over their steps."""
     stages = entries(groups)
     pools = [
         (index, run.seed, run.stages[entry.method].samples)
@@ -77,7 +76,7 @@ def samples(groups: Sequence[Group]) -> Json:
 
 
 def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
-    """The first rows, ordered by their keys, that fit in `budget` bytes."""
+    """The first `rows` that fit in `budget` bytes, sorted by their keys."""
     kept = {}
     for key, row in rows:
         budget -= len(json.dumps(row))
@@ -89,7 +88,7 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 
 def _order(pool: Sequence[TrainingSample]) -> list[int]:
     """Indices in the order of inclusion: the longest and slowest samples, then every 2ⁿ-th one
-    with decreasing n, so that the first few always spread over the whole stage."""
+    with decreasing n, so that even the first few are spread over the whole stage."""
     tokens = [sample.attempt.num_tokens or 0 for sample in pool]
     seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
     extreme = {

@@ -36,10 +36,10 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
-    """Write the page, and return its path. Runs may be unfinished.
+    """Write the page. Runs may be unfinished. Returns: its path.
 
-    Raises: DataError if a run is missing or damaged, or if runs answered different problems;
-    CheckpointError.
+    Raises: DataError if a run is missing or damaged, or if runs are not comparable; CheckpointError
+    if the page cannot be written.
     """
     out = Path(out_path)
     page = render_report(read_groups(run_dirs, finished=False))
@@ -48,8 +48,8 @@ def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
 
 
 def render_report(groups: Sequence[Group]) -> str:
-    """The page as text. Everything from a model or a data file is escaped: by the template, or in
-    JSON by `script_json`."""
+    """The page's HTML. Whatever comes from a model or a data file is escaped: in JSON by
+    `script_json`, elsewhere by the template."""
     table = score_table(groups)
     dev = charts.dev_chart(groups)
     environment = Environment(
@@ -181,8 +181,8 @@ def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
 
 
 def _coloured_parts(title: str, table: ScoreTable) -> list[tuple[str, str]]:
-    """The title split at method names into (text, CSS variable or nothing), so that the headline is
-    the legend."""
+    """The title as pairs of text and CSS variable, which is empty unless the text is a method's
+    name."""
     colours = charts.method_colours([method.label for method in table.methods])
     by_name = {display(label): colour for label, colour in colours.items()}
     longest_first = sorted(map(re.escape, by_name), key=len, reverse=True)
@@ -246,18 +246,19 @@ def _facts(method: MethodScore) -> list[str]:
 
 
 def _votes(table: ScoreTable) -> str:
-    """The meaning of the marks beside the dots."""
+    """The meaning of the marks below the dots."""
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
-        "weighted": "the majority’s answer weighted by the reward model’s scores (circle)",
+        "weighted": "the winner of a vote weighted by the reward model’s scores (circle)",
         "rerank": "the answer that the reward model scores highest (square)",
     }
     return ", ".join(text for kind, text in marks.items() if kind in kinds)
 
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
-    """Differences in greedy accuracy from baseline and from best method; the scale includes 0."""
+    """Differences in greedy accuracy from the baseline and from the best method, on a scale that
+    includes 0; None if there are none."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
     of_baseline = [found for found in greedy if table.baseline in (found.a, found.b)]
@@ -281,8 +282,8 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """Numbers of problems that both, only the best method, only the baseline and neither solved in
-    the first seed; None if there is only one method."""
+    """Numbers of problems solved in the first seed by both the best method and the baseline, only
+    by the best method, only by the baseline, and by neither; None if there is one method."""
     best = leader(table)
     if best is None:
         return None
@@ -307,7 +308,8 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """The recipe keys, except seeds and names, in which groups differ, with each group's value."""
+    """The recipe keys in which groups differ, with each group's value; without name, seed and
+    run_dir."""
     flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(
         key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir")
@@ -339,7 +341,7 @@ def _count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A duration in its two largest units, such as `4 min 12 s`."""
+    """A duration such as `4 min 12 s` or `9.5 s`."""
     if seconds is None:
         return "–"
     whole, units = round(seconds), ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))

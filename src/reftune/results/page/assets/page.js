@@ -56,7 +56,7 @@ function startProblems({ methods, rows, total }) {
   const kept = filters.map((filter) => ({ ...filter, rows: rows.filter(filter.keep) })).filter((filter) => filter.rows.length);
   kept.forEach((filter, index) => $("problem-filter").append(html("option", { value: index }, `${filter.name} (${filter.rows.length})`)));
   $("problem-filter").value = String(Math.max(0, kept.findIndex((filter) => filter.name === "methods disagree")));
-  $("problems-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} are in this page, disagreements first; all are in eval/.` : "";
+  $("problems-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} are on this page, preferably those on which methods disagree; all are in eval/.` : "";
 
   let found = [], place = 0;
   const search = () => {
@@ -103,7 +103,7 @@ function startSamples({ methods, rows, total }) {
     slow: (one, other) => (other.program_s || 0) - (one.program_s || 0),
     unsure: (one, other) => least(one) - least(other),
   };
-  $("sample-slow").hidden = !rows.some((row) => row.program_s); // words do not run
+  $("sample-slow").hidden = !rows.some((row) => row.program_s); // solutions in words do not run
   const used = [...new Set(rows.map((row) => row.method))];
   $("sample-method").append(html("option", { value: "" }, "all"), ...used.map((index) => html("option", { value: index }, methods[index].label)));
   for (const verdict of Object.keys(data.verdicts)) {
@@ -111,7 +111,7 @@ function startSamples({ methods, rows, total }) {
     if (count) $("sample-verdicts").append(html("button", { type: "button", "aria-pressed": "false", "data-verdict": verdict, onclick: toggle },
       chip(verdict), html("span", {}, thousands(count))));
   }
-  $("samples-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} kept samples are in this page; all are in stages/*/samples.jsonl.` : "";
+  $("samples-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} kept samples are on this page; all are in stages/*/samples.jsonl.` : "";
 
   function toggle(event) {
     const { verdict } = event.currentTarget.dataset, isOn = !state.verdicts.has(verdict);
