@@ -200,14 +200,14 @@ def watched_run() -> Watch:
     """The smallest run, watched."""
     from reftune.recipe import parse_recipe
     from reftune.runs.run import run_recipe
-    from reftune.stages.progress import SilentProgress
+    from reftune.stages.progress import Progress
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         recipe = parse_recipe({**RECIPE, "run_dir": f"{folder}/run"})
         sys.setprofile(watch)
         try:
-            run_recipe(recipe, progress=SilentProgress())
+            run_recipe(recipe, progress=Progress())
         finally:
             sys.setprofile(None)
     return watch

@@ -305,9 +305,9 @@ def run_of(tmp_path: Path, name: str, *, format_keys: dict[str, Any], **model: A
         },
     }
     from reftune.runs.run import run_recipe
-    from reftune.stages.progress import SilentProgress
+    from reftune.stages.progress import Progress
 
     if not (tmp_path / "base").exists():
         save_model(name, tmp_path / "base")
-    run_recipe(parse_recipe(content), progress=SilentProgress())
+    run_recipe(parse_recipe(content), progress=Progress())
     return tmp_path / "run"

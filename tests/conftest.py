@@ -216,13 +216,13 @@ def make_trainer(
 ) -> Callable[..., Trainer]:
     """The trainer of an RL stage that starts from the base model, before its first step."""
     from reftune.runs.run import open_run
-    from reftune.stages.progress import SilentProgress
+    from reftune.stages.progress import Progress
     from reftune.stages.rl import Rl, Trainer
 
     def make(stage: dict[str, Any] | None = None, **changes: Any) -> Trainer:
         contexts: list[Any] = []
         recipe = make_recipe(stages={"reft": {"init": "base", **(stage or {})}}, **changes)
-        with monkeypatch.context() as patch, open_run(recipe, SilentProgress()) as run:
+        with monkeypatch.context() as patch, open_run(recipe, Progress()) as run:
             patch.setattr(Rl, "run", lambda self, context: contexts.append(context))
             run.train("reft")
         return Trainer(recipe.stages["reft"], contexts[0])

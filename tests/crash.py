@@ -26,7 +26,7 @@ from typing import Any
 import reftune.results.page.html  # noqa: F401  imported once here and not in every child
 from reftune.recipe import Recipe, dump_recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress, SilentProgress
+from reftune.stages.progress import Progress
 from reftune.storage.files import JsonLines
 from reftune.terminal.cli import main
 
@@ -81,7 +81,7 @@ EVERY_STAGE: dict[str, Any] = {
 
 def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
     """Run every stage and evaluation that is not done yet, without the report."""
-    with open_run(recipe, progress or SilentProgress()) as run:
+    with open_run(recipe, progress or Progress()) as run:
         run.complete()
 
 

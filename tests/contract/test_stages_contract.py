@@ -10,7 +10,7 @@ import pytest
 
 from reftune.recipe import Table, component_class, known_kinds
 from reftune.runs.run import methods_to_evaluate, open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.stages.stage import Cost, Stage
 from reftune.storage.files import JsonLines
 
@@ -60,7 +60,7 @@ def test_the_suite_finds_the_stages_by_their_files() -> None:
 @each_stage
 def test_a_stage_leaves_a_model_and_what_it_cost(kind: str, recipe_of) -> None:
     recipe = recipe_of(kind)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
         run.train("tried")
         folder = run.folder.stage("tried")
@@ -79,7 +79,7 @@ def test_a_stage_leaves_a_model_and_what_it_cost(kind: str, recipe_of) -> None:
 @each_stage
 def test_a_stage_that_is_done_is_not_trained_again(kind: str, recipe_of) -> None:
     recipe = recipe_of(kind)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
         run.train("tried")
         before = run.folder.metrics.read_bytes()

@@ -16,7 +16,7 @@ from reftune.model.batch import token_batch
 from reftune.recipe import LoraTable
 from reftune.runs.export import export_model
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.types import SamplingParams
 from vllm_servers import TRAINING, start
 
@@ -191,12 +191,12 @@ def test_a_server_killed_in_a_step_costs_nothing_but_a_line(
             engine={"kind": "vllm", "server": addresses},
             stages=stages,
         )
-        with open_run(recipe, SilentProgress()) as run:
+        with open_run(recipe, Progress()) as run:
             run.train("reft")
         return folder
 
     with open_run(
-        make_recipe(run_dir=str(tmp_path / "base"), model={"scratch": shape}), SilentProgress()
+        make_recipe(run_dir=str(tmp_path / "base"), model={"scratch": shape}), Progress()
     ) as run:
         run.load_policy("base").save(tmp_path / "model")
     command = f"vllm serve {tmp_path / 'model'} {TRAINING}"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 pytestmark = pytest.mark.fault
 
@@ -50,7 +50,7 @@ def children() -> set[str]:
     }
 
 
-class Watching(SilentProgress):
+class Watching(Progress):
     """Records the resources after each step. Workers that other tests left behind are not
     counted."""
 

@@ -12,7 +12,7 @@ from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import DataError, EngineError, ReftuneError, RewardError
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 pytestmark = pytest.mark.fault
 
@@ -58,7 +58,7 @@ def test_a_bad_reward_stops_the_run_with_one_line(make_recipe, tmp_path, name):
         reward={"kind": f"{file}:score", "timeout_s": 0.5},
         stages={"reft": {"init": "base", "value_prefit": 0}},
     )
-    with open_run(recipe, SilentProgress()) as run, pytest.raises(RewardError) as error:
+    with open_run(recipe, Progress()) as run, pytest.raises(RewardError) as error:
         run.train("reft")
     assert (
         expected in str(error.value)
@@ -81,7 +81,7 @@ def test_a_tensor_of_rewards_is_as_good_as_a_list(make_recipe, tmp_path):
             reward={"kind": f"{file}:score"},
             stages={"reft": {"init": "base"}},
         )
-        with open_run(recipe, SilentProgress()) as run:
+        with open_run(recipe, Progress()) as run:
             run.train("reft")
         folders.append(recipe.folder)
     assert_same_outcome(folders[1], outcome(folders[0]))
@@ -120,7 +120,7 @@ def test_a_bad_engine_stops_the_run_with_one_line(make_recipe, tmp_path, name):
         engine={"kind": f"{engine_file(tmp_path, returned)}:Broken"},
         stages={"reft": {"init": "base"}},
     )
-    with open_run(recipe, SilentProgress()) as run, pytest.raises(EngineError) as error:
+    with open_run(recipe, Progress()) as run, pytest.raises(EngineError) as error:
         run.train("reft")
     assert (
         str(error.value).startswith("engine Broken: ")
@@ -145,7 +145,7 @@ def test_a_row_that_changes_type_mid_file_is_refused_before_anything_is_written(
         pytest.raises(
             DataError, match=r"rows\.jsonl:3: answer is \[4\], a list; expected a number"
         ),
-        open_run(recipe, SilentProgress()),
+        open_run(recipe, Progress()),
     ):
         pass
     assert not recipe.folder.exists()

@@ -17,7 +17,7 @@ from reftune.model.value_head import fit_value_head
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
 from reftune.stages.loop import Loop
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.stages.reward_model import Classifier, Judged
 from reftune.storage.files import JsonLines
 
@@ -52,7 +52,7 @@ def poison(patch: pytest.MonkeyPatch, stage: str, steps: set[int]) -> None:
 
 
 def train(recipe: Recipe, *stages: str) -> None:
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         for stage in stages:
             run.train(stage)
 

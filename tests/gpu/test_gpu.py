@@ -19,7 +19,7 @@ from reftune.model.policy import Policy
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
 from reftune.stages.loop import Interrupted
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.stages.rl import Trainer
 from reftune.stages.sft import accumulate_nll
 from reftune.types import SamplingParams
@@ -133,7 +133,7 @@ def test_every_stage_runs_and_resumes_on_the_gpu(
         for stage in recipe.stages:
             with pytest.raises(Interrupted), open_run(recipe, StopAtOnce()) as run:
                 run.train(stage)
-            with open_run(recipe, SilentProgress()) as run:
+            with open_run(recipe, Progress()) as run:
                 run.train(stage)
         run_all(recipe)
     finally:
@@ -141,7 +141,7 @@ def test_every_stage_runs_and_resumes_on_the_gpu(
     assert_same_outcome(tmp_path / "stopped", outcome(tmp_path / "straight"))
 
 
-class StopAtOnce(SilentProgress):
+class StopAtOnce(Progress):
     """Asks the loop to stop in its first step, as SIGTERM does."""
 
     def step(self, step: int, metrics: Any) -> None:

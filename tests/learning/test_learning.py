@@ -14,7 +14,7 @@ import pytest
 
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.storage.files import JsonLines
 
 SEEDS = [0, 1, 2]
@@ -57,7 +57,7 @@ def by_question() -> dict[str, str]:
 
 
 def trained(recipe: Recipe) -> list[dict[str, Any]]:
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("it")
     return JsonLines(recipe.folder / "metrics.jsonl").rows()
 

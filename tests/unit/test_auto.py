@@ -13,7 +13,7 @@ from reftune.recipe import ModelTable
 from reftune.runs import auto
 from reftune.runs.auto import fastest_dtype, product_rates
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 CPU = torch.device("cpu")
 
@@ -79,29 +79,29 @@ def test_a_run_writes_the_dtype_it_chose_and_keeps_it_on_another_machine(make_re
     assert ModelTable(path="x").dtype == "auto", "the default"
     recipe = make_recipe(model={"dtype": "auto"}, stages={"reft": None})
     machine(100, 800)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         assert run.load_policy("base").compute_dtype == torch.bfloat16
     assert stored(recipe)["model"]["dtype"] == "bfloat16"
     machine(800, 100)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         assert run.load_policy("base").compute_dtype == torch.bfloat16
     assert stored(recipe)["model"]["dtype"] == "bfloat16"
     fresh = make_recipe(
         model={"dtype": "auto"}, stages={"reft": None}, run_dir=f"{recipe.folder}-other"
     )
-    with open_run(fresh, SilentProgress()) as run:
+    with open_run(fresh, Progress()) as run:
         assert run.load_policy("base").compute_dtype == torch.float32
 
 
 def test_a_dtype_that_is_said_must_be_the_one_the_run_has(make_recipe, machine):
     machine(100, 800)
-    with open_run(make_recipe(model={"dtype": "auto"}), SilentProgress()):
+    with open_run(make_recipe(model={"dtype": "auto"}), Progress()):
         pass
-    with open_run(make_recipe(model={"dtype": "bfloat16"}), SilentProgress()):
+    with open_run(make_recipe(model={"dtype": "bfloat16"}), Progress()):
         pass
     with (
         pytest.raises(RecipeError, match=r"model\.dtype was 'bfloat16', now 'float32'"),
-        open_run(make_recipe(model={"dtype": "float32"}), SilentProgress()),
+        open_run(make_recipe(model={"dtype": "float32"}), Progress()),
     ):
         pass
 
@@ -119,16 +119,16 @@ def test_a_run_writes_the_sizes_it_chose_and_keeps_them_when_the_memory_is_anoth
     assert ModelTable(path="x").micro_batch_tokens == Kv().batch_size == "auto", "the defaults"
     recipe = make_recipe(**auto_sizes)
     monkeypatch.setattr(auto, "total_bytes", lambda device: 1e12)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         assert run.recipe.model.max_tokens == 16384 and run.recipe.engine.rows == 256
     found = stored(recipe)
     assert found["model"]["micro_batch_tokens"] == 16384 and found["engine"]["batch_size"] == 256
     monkeypatch.setattr(auto, "total_bytes", lambda device: 1e3)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         assert run.recipe.model.max_tokens == 16384
     assert stored(recipe) == found
     other = make_recipe(**auto_sizes, run_dir=f"{recipe.folder}-other")
-    with open_run(other, SilentProgress()) as run:
+    with open_run(other, Progress()) as run:
         assert (run.recipe.model.max_tokens, run.recipe.engine.rows) == (512, 1)
 
 

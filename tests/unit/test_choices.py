@@ -27,7 +27,7 @@ from reftune.stages.probes.choices import (
     without_options,
     write_rows,
 )
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.types import Answer, Completion, Graded, Problem
 
 RHOMBUS = Problem(
@@ -228,7 +228,7 @@ def test_a_run_on_multiple_choice_logs_and_prints_the_signs(make_recipe, monkeyp
         evaluate={"samples": 0},
         stages={"sft": {"probe_choices": True}},
     )
-    summary = run_recipe(recipe, progress=SilentProgress())
+    summary = run_recipe(recipe, progress=Progress())
     logged = [
         json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()
     ]
@@ -248,9 +248,9 @@ def test_a_run_on_multiple_choice_logs_and_prints_the_signs(make_recipe, monkeyp
     monkeypatch.setattr(
         "reftune.runs.run.diagnose", lambda *arguments, **options: pytest.fail("asked again")
     )
-    assert run_recipe(recipe, progress=SilentProgress()) == summary
+    assert run_recipe(recipe, progress=Progress()) == summary
 
 
 def test_a_run_on_numbers_has_no_such_signs(make_recipe):
-    summary = run_recipe(make_recipe(), progress=SilentProgress())
+    summary = run_recipe(make_recipe(), progress=Progress())
     assert choices_table(summary) == ""

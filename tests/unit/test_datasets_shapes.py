@@ -21,7 +21,7 @@ from reftune.datasets.reading.shapes import recognise
 from reftune.errors import DataError
 from reftune.recipe import parse_recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.types import Answer, Message, Problem
 
 Rows = Sequence[dict[str, Any]]
@@ -410,6 +410,6 @@ def test_the_four_lines_of_the_manual_train_on_each_shape(tmp_path: Path, name: 
             "stages": {"stage": sft if is_worked else rl},
         }
     )
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("stage")
         assert run.is_trained("stage")

@@ -14,7 +14,7 @@ from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import TokenScores
 from reftune.recipe import load_component, load_recipe
 from reftune.runs.run import run_recipe
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.types import Answer, Completion, Graded, Problem, SamplingParams, Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +161,7 @@ def test_a_recipe_runs_with_all_of_them(tmp_path: Path, monkeypatch: pytest.Monk
         "stages.reft.eval_every=1",
     ]
     recipe = load_recipe(EXAMPLES / "own.yaml", [*smaller, f"run_dir={tmp_path / 'own'}"])
-    summary = run_recipe(recipe, progress=SilentProgress())
+    summary = run_recipe(recipe, progress=Progress())
     assert summary["methods"]["reft"]["n"] == 3
     rows = [
         json.loads(line)

@@ -19,7 +19,7 @@ from reftune.model.policy import Policy
 from reftune.recipe import LoraTable, ModelTable, parse_recipe
 from reftune.runs.run import open_run
 from reftune.stages.optimizer import OptimizerTable, make_optimizer
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 
@@ -221,7 +221,7 @@ def test_4_bits_take_a_third_of_bf16_and_are_decoded_in_place(make_model, tokeni
 def test_what_was_learned_over_4_bits_is_saved_whole_and_gone_on_with(make_recipe, tmp_path):
     changes: dict[str, Any] = {"model": {"lora": {"rank": 4}, "quantize": "nf4"}}
     recipe = make_recipe(stages={"reft": {"steps": 2}}, **changes)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
         answering, going_on = run.load_policy("warmup"), run.load_policy("warmup", trained=True)
         batch = token_batch([[3, 4, 5]], [[7, 8, 1]])
@@ -412,7 +412,7 @@ def test_any_two_run_together_and_stop_and_go_on_to_the_same_bits(make_recipe, t
         if name == "stopped":
             with pytest.raises(KeyboardInterrupt), open_run(recipe, Stopping()) as run:
                 run.train("reft")
-        with open_run(recipe, SilentProgress()) as run:
+        with open_run(recipe, Progress()) as run:
             run.train("reft")
         rows = JsonLines(recipe.folder / "metrics.jsonl").rows()
         numbers = [{k: v for k, v in row.items() if not k.startswith("time")} for row in rows]
@@ -421,7 +421,7 @@ def test_any_two_run_together_and_stop_and_go_on_to_the_same_bits(make_recipe, t
     assert found[0] == found[1]
 
 
-class Stopping(SilentProgress):
+class Stopping(Progress):
     def step(self, step: int, metrics: Any) -> None:
         if step == 2 and "reward/mean" in metrics:
             raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from reftune.model.policy import Policy
 from reftune.recipe import LoraTable
 from reftune.runs.run import open_run
 from reftune.stages.optimizer import trainable
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 
@@ -99,7 +99,7 @@ def test_an_engine_samples_with_the_adapters_on(make_policy):
     )
 
 
-class Stopping(SilentProgress):
+class Stopping(Progress):
     def step(self, step, metrics):
         if step == 3 and "reward/mean" in metrics:
             raise KeyboardInterrupt
@@ -117,7 +117,7 @@ def test_training_with_adapters_is_repeatable_and_goes_on_to_the_same_bits(make_
             with pytest.raises(KeyboardInterrupt), open_run(recipe, Stopping()) as run:
                 run.train("reft")
         torch.manual_seed(len(found))  # initial adapters must not depend on earlier random numbers
-        with open_run(recipe, SilentProgress()) as run:
+        with open_run(recipe, Progress()) as run:
             run.train("reft")
         rows = JsonLines(recipe.folder / "metrics.jsonl").rows()
         numbers = [

@@ -15,7 +15,7 @@ from reftune.errors import ModelError
 from reftune.model.weights import load_model, load_pretrained, make_scratch, word_tokenizer
 from reftune.recipe import ModelTable, Recipe, ScratchTable
 from reftune.runs import run as run_module
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 TEXT = (
     "Ann has 12 kites. How many?\ndef solution():\n    ann_kites = 12 * 3\n    return ann_kites"
@@ -247,7 +247,7 @@ def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_s
     from transformers import PreTrainedTokenizerFast
 
     from reftune.runs.run import load_splits, run_recipe, scratch_texts
-    from reftune.stages.progress import SilentProgress
+    from reftune.stages.progress import Progress
 
     recipe = make_recipe()
     model, plain = load_model(recipe.model, texts=scratch_texts(recipe.format, load_splits(recipe)))
@@ -272,7 +272,7 @@ def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_s
     recipe = make_recipe(
         model={"scratch": None, "path": str(tmp_path / "model")}, stages={"sft": {"epochs": 30}}
     )
-    run_recipe(recipe, progress=SilentProgress())
+    run_recipe(recipe, progress=Progress())
     rows = [
         json.loads(line) for line in (recipe.folder / "eval" / "sft.jsonl").read_text().splitlines()
     ]
@@ -310,7 +310,7 @@ def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(
     for name in ("load_model", "load_pretrained"):
         monkeypatch.setattr(f"reftune.runs.run.{name}", counting(getattr(run_module, name)))
     recipe = make_recipe(evaluate={"samples": 0, "stages": None}, **changes)
-    run_module.run_recipe(recipe, progress=SilentProgress())
+    run_module.run_recipe(recipe, progress=Progress())
     # SFT from the base model leaves warmup and sft; PPO starts from warmup, which stays loaded, and
     # the probes of choices use the evaluated model
     assert (recipe.folder / "eval" / "choices" / "reft.jsonl").exists() == bool(changes)

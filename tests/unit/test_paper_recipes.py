@@ -13,7 +13,7 @@ import pytest
 from reftune.advice.check import check_offline
 from reftune.recipe import Recipe, load_recipe
 from reftune.runs.run import load_splits, run_recipe, scratch_texts
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
 NAMES = sorted(path.stem for path in PAPER.glob("*.yaml") if path.stem != "published")
@@ -263,7 +263,7 @@ def slow_if_long(name: str) -> Any:
 @pytest.mark.parametrize("name", [slow_if_long(name) for name in distinct_runs()])
 def test_two_steps_of_every_stage_run_on_a_random_model_of_the_family(name, tmp_path, make_model):
     recipe = shortened(name, tmp_path, save_model(name, tmp_path, make_model))
-    summary = run_recipe(recipe, progress=SilentProgress())
+    summary = run_recipe(recipe, progress=Progress())
     for stage in recipe.stages:
         assert (
             json.loads((recipe.folder / "stages" / stage / "stage.json").read_text())["steps"] >= 2

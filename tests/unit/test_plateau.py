@@ -11,7 +11,7 @@ from reftune.errors import RecipeError
 from reftune.runs.run import open_run
 from reftune.stages import loop as loop_module
 from reftune.stages.loop import History, Look, rise
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.storage.files import JsonLines
 
 
@@ -92,7 +92,7 @@ def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_loo
     # and the cooldown is a tenth of it: 3 steps
     flat_from_look(10)
     recipe = make_recipe(stages={"sft": UNTIL, "reft": None})
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
         info = json.loads(run.folder.stage("sft").info.read_text())
         rows = JsonLines(run.folder.metrics).rows()
@@ -108,7 +108,7 @@ def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_loo
 def test_a_stage_that_never_flattens_runs_all_its_epochs(make_recipe, flat_from_look):
     flat_from_look(1000)
     recipe = make_recipe(stages={"sft": {**UNTIL, "epochs": 4}, "reft": None})
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
         assert json.loads(run.folder.stage("sft").info.read_text())["steps"] == 12
 

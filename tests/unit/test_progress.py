@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.terminal.live import LineProgress, RichProgress, StageView, make_progress
 from reftune.text import clock, printable
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
@@ -136,13 +136,13 @@ def test_a_completion_cannot_steer_the_terminal():
 def test_a_note_is_kept_in_every_view_but_the_silent_one(capsys: pytest.CaptureFixture[str]):
     LineProgress().note("resumed at step 3")
     assert capsys.readouterr().err == "resumed at step 3\n"
-    SilentProgress().note("resumed at step 3")
+    Progress().note("resumed at step 3")
     assert capsys.readouterr() == ("", "")
 
 
 def test_without_a_terminal_there_are_lines_and_nothing_when_quiet():
     assert isinstance(make_progress(), LineProgress)
-    assert isinstance(make_progress(quiet=True), SilentProgress)
+    assert isinstance(make_progress(quiet=True), Progress)
 
 
 def test_clock_reads_as_minutes_or_hours():

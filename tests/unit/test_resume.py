@@ -22,12 +22,12 @@ from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import CheckpointError, RecipeError
 from reftune.recipe import Recipe, dump_recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 MakeRecipe = Callable[..., Recipe]
 
 
-class Noting(SilentProgress):
+class Noting(Progress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -87,7 +87,7 @@ def test_the_run_that_is_compared_with_has_everything(straight):
 
 def test_another_seed_is_another_run(straight, make_recipe):
     recipe = make_recipe(seed=1)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
     assert (
         outcome(recipe.folder)["stages/sft/model.safetensors"]
@@ -157,7 +157,7 @@ def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(
     path = recipe.folder / "eval" / "sft.jsonl"
     original = path.read_bytes()
     try:
-        with open_run(recipe, SilentProgress()) as run:
+        with open_run(recipe, Progress()) as run:
             if "in parts of 4" not in kept:
                 path.unlink()
                 run.evaluate("sft")
@@ -232,26 +232,26 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(straigh
 def test_a_second_process_on_a_run_folder_is_refused(make_recipe):
     recipe = make_recipe()
     with (
-        open_run(recipe, SilentProgress()),
+        open_run(recipe, Progress()),
         pytest.raises(CheckpointError) as error,
-        open_run(recipe, SilentProgress()),
+        open_run(recipe, Progress()),
     ):
         pass
     assert str(error.value) == f"{recipe.folder}: another process is using this run folder"
-    with open_run(recipe, SilentProgress()):  # and free again
+    with open_run(recipe, Progress()):  # and free again
         pass
 
 
 def test_the_lock_is_released_when_a_run_fails(make_recipe):
     recipe = make_recipe()
-    with pytest.raises(KeyboardInterrupt), open_run(recipe, SilentProgress()):
+    with pytest.raises(KeyboardInterrupt), open_run(recipe, Progress()):
         raise KeyboardInterrupt
-    with open_run(recipe, SilentProgress()):
+    with open_run(recipe, Progress()):
         pass
 
 
 def refused(recipe: Recipe, error_class: type[Exception]) -> str:
-    with pytest.raises(error_class) as error, open_run(recipe, SilentProgress()):
+    with pytest.raises(error_class) as error, open_run(recipe, Progress()):
         pass
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -274,14 +274,14 @@ def test_a_run_killed_before_its_recipe_was_written_starts_again(make_recipe, le
     recipe.folder.mkdir()
     for name in left:
         (recipe.folder / name).write_text("{")
-    with open_run(recipe, SilentProgress()):
+    with open_run(recipe, Progress()):
         pass
     assert (recipe.folder / "env.json").read_text().startswith('{\n  "reftune": ')
 
 
 def test_a_run_has_the_threads_of_its_recipe_and_leaves_them_as_they_were(make_recipe):
     before = torch.get_num_threads()
-    with open_run(make_recipe(threads=before + 1), SilentProgress()) as run:
+    with open_run(make_recipe(threads=before + 1), Progress()) as run:
         assert torch.get_num_threads() == before + 1
         assert json.loads((run.folder.environment).read_text())["threads"] == before + 1
     assert torch.get_num_threads() == before
@@ -292,7 +292,7 @@ def test_threads_that_are_right_already_are_not_set_again(make_recipe, monkeypat
     # setting the number of threads, even to the same, makes decoding a quarter slower
     recipe = make_recipe(threads=None if wanted == "unsaid" else torch.get_num_threads())
     monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail(f"set to {number}"))
-    with open_run(recipe, SilentProgress()):
+    with open_run(recipe, Progress()):
         pass
 
 
@@ -316,7 +316,7 @@ def test_the_checkpoint_of_another_model_is_refused_in_one_line(make_recipe):
 
 def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_recipe):
     recipe = make_recipe()
-    with open_run(recipe, SilentProgress()):
+    with open_run(recipe, Progress()):
         pass
     message = refused(make_recipe(stages={"reft": {"steps": 5}}), RecipeError)
     assert (
@@ -329,14 +329,14 @@ def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_
 
 def test_a_run_from_before_a_recipe_key_existed_goes_on_where_the_key_has_its_default(make_recipe):
     recipe = make_recipe()
-    with open_run(recipe, SilentProgress()):
+    with open_run(recipe, Progress()):
         pass
     path = recipe.folder / "recipe.yaml"
     stored = yaml.safe_load(path.read_text())
     assert stored["stages"]["reft"].pop("mismatch_cap", "") is None
     assert stored["engine"].pop("refill") == 0.25
     path.write_text(yaml.safe_dump(stored))
-    with open_run(recipe, SilentProgress()):
+    with open_run(recipe, Progress()):
         pass
     message = refused(
         make_recipe(engine={"kind": "kv", "batch_size": 20, "refill": 0.5}), RecipeError
@@ -346,10 +346,10 @@ def test_a_run_from_before_a_recipe_key_existed_goes_on_where_the_key_has_its_de
 
 def test_a_run_folder_may_be_moved(make_recipe, tmp_path):
     recipe = make_recipe()
-    with open_run(recipe, SilentProgress()):
+    with open_run(recipe, Progress()):
         pass
     recipe.folder.rename(tmp_path / "moved")
-    with open_run(make_recipe(run_dir=str(tmp_path / "moved")), SilentProgress()):
+    with open_run(make_recipe(run_dir=str(tmp_path / "moved")), Progress()):
         pass
 
 
@@ -382,13 +382,13 @@ def test_a_place_that_cannot_be_written_is_told(make_recipe, monkeypatch, number
 
 
 def test_errors_of_the_run_itself_are_not_taken_for_those_of_its_folder(make_recipe):
-    with pytest.raises(PermissionError, match="secret"), open_run(make_recipe(), SilentProgress()):
+    with pytest.raises(PermissionError, match="secret"), open_run(make_recipe(), Progress()):
         raise PermissionError(errno.EACCES, "secret")
 
 
 def test_a_stage_whose_start_is_not_trained_yet_is_refused(make_recipe):
     with (
-        open_run(make_recipe(), SilentProgress()) as run,
+        open_run(make_recipe(), Progress()) as run,
         pytest.raises(RecipeError, match="method warmup is not trained yet"),
     ):
         run.train("reft")

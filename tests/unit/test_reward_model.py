@@ -22,7 +22,7 @@ from reftune.recipe import Recipe
 from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
 from reftune.stages import reward_model
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.stages.reward_model import (
     Classifier,
     Solution,
@@ -331,7 +331,7 @@ def make_reranked(make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
 
 def test_a_run_with_a_reward_model_scores_every_sample_once(make_reranked):
     recipe = make_reranked()
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
         run.train("judge")
         assert methods_to_evaluate(recipe) == ["sft"], "a reward model answers no problems"
@@ -384,7 +384,7 @@ def names(folder: Path) -> set[str]:
 
 def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
     recipe = make_reranked()
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
         run.train("judge")
         run.evaluate("sft")
@@ -412,7 +412,7 @@ def test_another_runs_reward_model_is_found_by_its_folder_and_its_tokenizer_chec
     )
     with (
         pytest.raises(ModelError, match="was trained with another tokenizer"),
-        open_run(recipe, SilentProgress()),
+        open_run(recipe, Progress()),
     ):
         pass
     assert not recipe.folder.exists(), "refused before anything was written"

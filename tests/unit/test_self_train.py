@@ -14,7 +14,7 @@ from reftune.errors import DataError, RecipeError
 from reftune.recipe import Recipe
 from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
 from reftune.stages import self_train
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.stages.self_train import (
     Samples,
     SelfTrain,
@@ -87,7 +87,7 @@ def context(
     """The stage's context, before its first step."""
     contexts: list[StageContext] = []
     recipe = make_stage_recipe()
-    with monkeypatch.context() as patch, open_run(recipe, SilentProgress()) as run:
+    with monkeypatch.context() as patch, open_run(recipe, Progress()) as run:
         patch.setattr(SelfTrain, "run", lambda self, context: contexts.append(context))
         run.train("offline_st")
     return contexts[0]
@@ -188,7 +188,7 @@ def test_rows_beyond_the_limits_are_left_out_and_none_at_all_is_refused(context:
 
 def test_the_stage_leaves_a_model_and_what_it_cost(make_stage_recipe: Callable[..., Recipe]):
     recipe = make_stage_recipe(keep=1, gold="paper")
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("offline_st")
         run.load_policy("offline_st")
         assert methods_to_evaluate(recipe) == ["offline_st"]

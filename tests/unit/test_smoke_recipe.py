@@ -11,7 +11,7 @@ import pytest
 
 from reftune.recipe import Recipe, load_recipe
 from reftune.runs.run import run_recipe
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "demo" / "smoke.yaml"
 RL = ("online_st", "reft", "reft_modern", "grpo", "dr_grpo", "rloo")
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("smoke") / "run"
     recipe = load_recipe(SMOKE, [*SMALLER, f"run_dir={folder}"])
-    return recipe, run_recipe(recipe, progress=SilentProgress())
+    return recipe, run_recipe(recipe, progress=Progress())
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ def test_answers_and_samples_of_every_method_are_kept(finished, method):
 def test_a_finished_run_is_not_done_again(finished):
     recipe, summary = finished
     before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*.safetensors")}
-    assert run_recipe(recipe, progress=SilentProgress()) == summary
+    assert run_recipe(recipe, progress=Progress()) == summary
     assert {
         path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*.safetensors")
     } == before

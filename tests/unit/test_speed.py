@@ -16,7 +16,7 @@ from reftune.model.policy import Policy
 from reftune.model.speed import allocator, attention, llama
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """The metrics of a whole run, and its last chosen weights."""
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         for name in recipe.stages:
             run.train(name)
     rows = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]

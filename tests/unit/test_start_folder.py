@@ -16,13 +16,13 @@ from reftune.errors import ModelError, RecipeError
 from reftune.model.adapters import read_adapters
 from reftune.runs.export import export_model
 from reftune.runs.run import check_stage_graph, open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.storage.files import JsonLines
 
 
 def test_a_stage_starts_from_the_folder_of_an_earlier_run_value_head_and_all(make_recipe, tmp_path):
     first = make_recipe(run_dir=str(tmp_path / "first"))
-    with open_run(first, SilentProgress()) as run:
+    with open_run(first, Progress()) as run:
         run.train("sft")
         run.train("reft")
         left = run.load_policy("reft")
@@ -32,7 +32,7 @@ def test_a_stage_starts_from_the_folder_of_an_earlier_run_value_head_and_all(mak
         stages={"sft": None, "reft": {"init": str(source), "value_prefit": 0}},
         evaluate={"stages": ["reft"]},
     )
-    with open_run(second, SilentProgress()) as run:
+    with open_run(second, Progress()) as run:
         start = run.load_policy(str(source))
         for (name, value), (_, other) in zip(
             start.named_parameters(), left.named_parameters(), strict=True
@@ -58,7 +58,7 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 12}}}
 @pytest.fixture
 def adapters(make_recipe, tmp_path):
     """The adapters of two stages, the second on top of the first, in PEFT's format."""
-    with open_run(make_recipe(**LORA, run_dir=str(tmp_path / "first")), SilentProgress()) as run:
+    with open_run(make_recipe(**LORA, run_dir=str(tmp_path / "first")), Progress()) as run:
         run.train("sft")
         run.train("reft")
     return export_model(tmp_path / "first", "reft", tmp_path / "adapters", adapter=True)
@@ -70,11 +70,11 @@ def start(make_recipe, init, **changes):
 
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["all weights", "LoRA"])
 def test_a_stage_starts_from_a_folder_of_adapters(make_recipe, adapters, tmp_path, changes):
-    with open_run(make_recipe(**LORA, run_dir=str(tmp_path / "first")), SilentProgress()) as run:
+    with open_run(make_recipe(**LORA, run_dir=str(tmp_path / "first")), Progress()) as run:
         expected = run.load_policy("reft").model.state_dict()
         base = run.load_policy("base").model.state_dict()
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **changes)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         found = run.load_policy(str(adapters)).model.state_dict()
         assert any(not torch.equal(found[name], base[name]) for name in base)
         for name, value in expected.items():
@@ -85,13 +85,13 @@ def test_a_stage_starts_from_a_folder_of_adapters(make_recipe, adapters, tmp_pat
 
 def test_adapters_of_a_run_that_began_with_adapters_hold_both(make_recipe, adapters, tmp_path):
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **LORA)
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("reft")
         expected = run.load_policy("reft").model.state_dict()
     both = export_model(tmp_path / "second", "reft", tmp_path / "both", adapter=True)
     assert json.loads((both / "adapter_config.json").read_text())["r"] == 3 * 4
     third = start(make_recipe, both, run_dir=str(tmp_path / "third"))
-    with open_run(third, SilentProgress()) as run:
+    with open_run(third, Progress()) as run:
         for name, value in run.load_policy(str(both)).model.state_dict().items():
             assert torch.allclose(expected[name], value, atol=1e-6), name
 
@@ -106,7 +106,7 @@ def test_over_a_base_in_4_bits_the_adapters_of_a_folder_are_trained_on(
     # both stages' adapters of rank 4 side by side: rank 8, alpha / rank = 1
     given = load_file(adapters / "adapter_model.safetensors")
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **in_4_bits())
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         policy = run.load_policy(str(adapters), trained=True)
         own = {name.replace(".default", ""): p for name, p in policy._adapters().items()}
         assert own.keys() == given.keys()
@@ -138,7 +138,7 @@ def test_over_a_base_in_4_bits_other_adapters_are_refused(
     make_recipe, adapters, tmp_path, lora, message
 ):
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **in_4_bits(**lora))
-    with open_run(recipe, SilentProgress()) as run, pytest.raises(ModelError, match=message):
+    with open_run(recipe, Progress()) as run, pytest.raises(ModelError, match=message):
         run.load_policy(str(adapters), trained=True)
 
 
@@ -158,7 +158,7 @@ def test_adapters_of_another_model_are_refused(make_recipe, adapters, tmp_path, 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"))
     with (
-        open_run(recipe, SilentProgress()) as run,
+        open_run(recipe, Progress()) as run,
         pytest.raises(ModelError, match=f"adapters: .*{message}"),
     ):
         run.load_policy(str(adapters))
@@ -191,7 +191,7 @@ def test_check_says_whether_the_stage_that_rl_starts_from_was_finished(
     make_recipe, tmp_path, monkeypatch, rise, line, is_own
 ):
     first = make_recipe(run_dir=str(tmp_path / "first"), stages={"reft": {"init": "sft"}})
-    with open_run(first, SilentProgress()) as run:
+    with open_run(first, Progress()) as run:
         run.train("sft")
         step = json.loads(run.folder.stage("sft").info.read_text())["chosen_step"]
         look = {"dev/rise": rise, "dev/rise_margin": 0.06}
@@ -224,9 +224,9 @@ def test_a_finished_stage_with_more_steps_goes_on_to_the_bits_of_a_longer_one(
 
 
 def test_a_supervised_stage_is_given_more_epochs_before_the_next_one_began(make_recipe, tmp_path):
-    with open_run(make_recipe(), SilentProgress()) as run:
+    with open_run(make_recipe(), Progress()) as run:
         run.train("sft")
-    with open_run(make_recipe(stages={"sft": {"epochs": 3}}), SilentProgress()) as run:
+    with open_run(make_recipe(stages={"sft": {"epochs": 3}}), Progress()) as run:
         assert not run.is_trained("sft")
         run.train("sft")
         assert json.loads(run.folder.stage("sft").info.read_text())["steps"] == 12

@@ -9,12 +9,12 @@ import pytest
 from reftune.advice.check import check_recipe
 from reftune.errors import DataError
 from reftune.runs.run import run_recipe
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 
 LONG = "The weather was fine. " * 40
 
 
-class Notes(SilentProgress):
+class Notes(Progress):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -47,7 +47,7 @@ def tiny(make_recipe, tables, **lengths):
 def test_it_is_refused_by_default_with_the_key_that_drops_it(make_recipe, tables):
     recipe = tiny(make_recipe, tables)
     with pytest.raises(DataError, match=r"problem dev-3: prompt of .*lengths.too_long=drop"):
-        run_recipe(recipe, progress=SilentProgress())
+        run_recipe(recipe, progress=Progress())
     (found,) = (f for f in check_recipe(recipe).findings if f.name == "prompt_length")
     assert found.level == "fail"
     assert "too_long=drop" in found.remedy

@@ -10,7 +10,7 @@ import pytest
 
 from reftune.errors import RecipeError
 from reftune.recipe import parse_recipe
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.terminal import trackers
 from reftune.terminal.trackers import TrackedProgress, tracked, tracker_names
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
@@ -26,7 +26,7 @@ def recipe(make_recipe):
 
 
 def log_two_stages(recipe) -> None:
-    progress = tracked(SilentProgress(), recipe)
+    progress = tracked(Progress(), recipe)
     for stage in ("sft", "reft"):
         progress.stage(stage, 2)
         for step in (1, 2):
@@ -87,9 +87,9 @@ def test_the_recipe_says_which_and_a_missing_one_is_refused(
     with pytest.raises(
         RecipeError, match=r"^trackers: wandb is not installed; pip install 'reftune\[tracking\]'$"
     ):
-        tracked(SilentProgress(), recipe(trackers=["wandb"]))
+        tracked(Progress(), recipe(trackers=["wandb"]))
     monkeypatch.setattr(trackers, "is_installed", lambda package: False)
-    silent = SilentProgress()
+    silent = Progress()
     assert tracked(silent, recipe()) is silent
 
 
@@ -101,7 +101,7 @@ def test_a_tracker_that_cannot_start_is_one_line(recipe, monkeypatch: pytest.Mon
     monkeypatch.setitem(
         __import__("accelerate.tracking").tracking.LOGGER_TYPE_TO_CLASS, "wandb", Broken
     )
-    progress = TrackedProgress(SilentProgress(), ["wandb"], recipe())
+    progress = TrackedProgress(Progress(), ["wandb"], recipe())
     with pytest.raises(
         RecipeError,
         match=r"^trackers: wandb cannot start: ConnectionError: no network; trackers=\[\] runs",
@@ -139,7 +139,7 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(
                 raise OSError(28, "No space left on device", "events")
 
     monkeypatch.setattr(trackers, "_open", lambda name, recipe: Failing())
-    progress = SilentProgress()
+    progress = Progress()
     monkeypatch.setattr(progress, "note", notes.append)
     watched = TrackedProgress(progress, ["tensorboard"], recipe())
     watched.stage("sft", 2)
@@ -187,7 +187,7 @@ def test_sampled_solutions_are_a_table_where_a_tracker_has_tables(recipe, monkey
     stand_in.Table = Table
     monkeypatch.setitem(sys.modules, name, stand_in)
     monkeypatch.setattr(trackers, "_open", lambda name, recipe: Tracker())
-    watched = TrackedProgress(SilentProgress(), [name], recipe(tracker_rollouts=3))
+    watched = TrackedProgress(Progress(), [name], recipe(tracker_rollouts=3))
     watched.stage("reft", 2)
     watched.rollouts(2, some_rollouts(5))
     watched.rollouts(3, [])
@@ -203,6 +203,6 @@ def test_sampled_solutions_are_a_table_where_a_tracker_has_tables(recipe, monkey
 
 def test_no_table_is_logged_if_the_recipe_wants_none(recipe, monkeypatch):
     monkeypatch.setattr(trackers, "_table", lambda *arguments: pytest.fail("a table"))
-    watched = TrackedProgress(SilentProgress(), [], recipe(tracker_rollouts=0))
+    watched = TrackedProgress(Progress(), [], recipe(tracker_rollouts=0))
     watched.stage("reft", 1)
     watched.rollouts(1, some_rollouts(2))

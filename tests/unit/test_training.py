@@ -30,7 +30,7 @@ from reftune.stages.optimizer import (
     rate,
     trainable,
 )
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.stages.rl import rollout_batch
 from reftune.stages.rollouts import Collector
 from reftune.stages.sft import Sft, accumulate_nll, gold_examples
@@ -302,7 +302,7 @@ def test_a_dropped_prompt_leaves_the_other_samples_as_they_are(make_policy, toke
 # --- the loop -------------------------------------------------------------------------------------
 
 
-class Signalling(SilentProgress):
+class Signalling(Progress):
     """Sends this process a signal when a step is reported."""
 
     def __init__(self, at: int) -> None:
@@ -346,7 +346,7 @@ def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equal
     recipe = make_recipe(stages={"sft": {"epochs": 4, "snapshots": None}, "reft": None})
     seen = {}
 
-    class Watching(SilentProgress):
+    class Watching(Progress):
         def step(self, step, metrics):
             if "dev/accuracy" in metrics:
                 seen[step] = run_weights(recipe)
@@ -380,7 +380,7 @@ def rows_of(recipe) -> list[dict]:
 def test_a_snapshot_is_the_model_of_that_very_step(make_recipe):
     # the snapshot at epoch ¾ of 2 is step 3 of 8: it has the weights of the same run stopped there
     recipe = make_recipe()
-    with open_run(recipe, SilentProgress()) as run:
+    with open_run(recipe, Progress()) as run:
         run.train("sft")
         warmup = run.load_policy("warmup")
     assert (
@@ -540,7 +540,7 @@ def test_a_stage_that_starts_from_no_earlier_method_is_refused(make_recipe):
             RecipeError,
             match=r"stages\.reft\.init: wramup is not an earlier method; known here: base, warmup",
         ),
-        open_run(recipe, SilentProgress()),
+        open_run(recipe, Progress()),
     ):
         pass
 
@@ -549,6 +549,6 @@ def test_a_method_that_is_made_twice_is_refused(make_recipe):
     recipe = make_recipe(stages={"sft": {"snapshots": {"sft": 1}}, "reft": {"init": "sft"}})
     with (
         pytest.raises(RecipeError, match="two stages save the method sft"),
-        open_run(recipe, SilentProgress()),
+        open_run(recipe, Progress()),
     ):
         pass

@@ -17,7 +17,7 @@ from reftune.errors import EngineError, RecipeError
 from reftune.processes.world import World, inhabited
 from reftune.recipe import LoraTable
 from reftune.runs.run import open_run
-from reftune.stages.progress import SilentProgress
+from reftune.stages.progress import Progress
 from reftune.types import SamplingParams
 from stub_vllm import StubVllm, choices, stub_vllm
 
@@ -300,7 +300,7 @@ def test_a_list_of_no_servers_is_refused(make_recipe):
 def test_a_server_that_dies_in_a_step_costs_nothing_but_a_line(server, make_recipe, tmp_path):
     def run(folder):
         changes = {"engine": {"kind": "vllm", "server": server.address}, "run_dir": str(folder)}
-        with open_run(make_recipe(stages=STAGES, **changes), SilentProgress()) as run:
+        with open_run(make_recipe(stages=STAGES, **changes), Progress()) as run:
             run.train("reft")
         return folder
 

@@ -371,5 +371,5 @@ def _step_text(plan: Plan, name: str, step: Step) -> str:
         rows.append(("split", f"{found['seconds']:.3g} s", f"{who}, in turn"))
     hours = f"{step.stage_seconds / 3600:,.1f} h"
     rows.append(("stage", hours, f"{step.steps:,.0f} steps, without dev evaluations"))
-    lines = [f"  {label:<10}{time:>11}   {told}" for label, time, told in rows]
+    lines = [f"  {label:<10}{time:>11}   {note}" for label, time, note in rows]
     return "\n".join([f"a step of {name} ({way}, {plan.topology})", *lines])

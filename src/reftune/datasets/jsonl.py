@@ -67,12 +67,12 @@ class Jsonl(FileDataset):
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The columns, given or recognised. Raises: DataError if training rows lack a given
         column."""
-        told = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
-        for value in told.values() if is_train else ():
+        named = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
+        for value in named.values() if is_train else ():
             for name in [value] if isinstance(value, str) else value or ():
                 if all(row.get(name) is None for row in rows):
                     rows[0].value(name)
-        return recognise(rows, told).columns
+        return recognise(rows, named).columns
 
     def _problem(self, row: Row, columns: Columns) -> Problem:
         question, messages = _question(row, columns.question)

@@ -306,10 +306,11 @@ class Server:
                 return bytes(answer.read())
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode(errors="replace").split())[:200]
-            told = f"engine vllm: {url} answered {error.code}: {reason}"
+            message = f"engine vllm: {url} answered {error.code}: {reason}"
             if error.code == 404:
-                raise NotFoundError(f"{told}; {HINTS.get(path, 'is it a vLLM server?')}") from None
-            raise EngineError(told) from None
+                hint = HINTS.get(path, "is it a vLLM server?")
+                raise NotFoundError(f"{message}; {hint}") from None
+            raise EngineError(message) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise EngineError(
                 f"engine vllm: no answer from {url}: {error}; the same command continues from the"

@@ -118,12 +118,12 @@ def _stated(text: str, reading: Reading) -> list[str]:
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
-    told = [(each, _said(each, text, end, reading)) for each, end in pairs]
-    told = [(each, said) for each, said in told if re.search(r"\w", said)]
-    first = len(told) - 1
-    while first > 0 and _is_beside(text, *told[first - 1], *told[first], reading):
+    answers = [(each, _said(each, text, end, reading)) for each, end in pairs]
+    answers = [(each, said) for each, said in answers if re.search(r"\w", said)]
+    first = len(answers) - 1
+    while first > 0 and _is_beside(text, *answers[first - 1], *answers[first], reading):
         first -= 1
-    return [said for _, said in told[max(0, first) :]]
+    return [said for _, said in answers[max(0, first) :]]
 
 
 def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:

@@ -121,13 +121,13 @@ def _verified(gold: str, answer: str) -> Comparison:
     reply = _asked(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
     if reply is None:
         return Comparison("timeout", reason=f"comparing took more than {TIMEOUT_S:g} s")
-    told = json.loads(reply or b'{"error": "the worker died twice"}')
-    if "error" in told:
-        return Comparison("error", reason=str(told["error"]))
-    if told["read"] is None:
+    result = json.loads(reply or b'{"error": "the worker died twice"}')
+    if "error" in result:
+        return Comparison("error", reason=str(result["error"]))
+    if result["read"] is None:
         comparison = Comparison("unread")
     else:
-        comparison = Comparison("equal" if told["equal"] else "different", str(told["read"]))
+        comparison = Comparison("equal" if result["equal"] else "different", str(result["read"]))
     if len(_KNOWN) >= MAX_KNOWN:
         _KNOWN.clear()
     _KNOWN[gold, answer] = comparison

@@ -57,7 +57,7 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
             isinstance(error, dist.DistError) or "by peer" in str(error)
         )
         if heartbeat is not None and is_loss:
-            raise ProcessError(_told(world, heartbeat.missing())) from None
+            raise ProcessError(_ended_without_error(world, heartbeat.missing())) from None
         raise
     finally:
         if heartbeat is not None:
@@ -79,11 +79,11 @@ def first_to_tell() -> bool:
 
 
 def _is_first(store: Any, own: int) -> bool:
-    told: bytes = store.compare_set("reftune/ended", "", str(own))
-    return told.decode() == str(own)
+    winner: bytes = store.compare_set("reftune/ended", "", str(own))
+    return winner.decode() == str(own)
 
 
-def _told(world: World, missing: int | None) -> str:
+def _ended_without_error(world: World, missing: int | None) -> str:
     other = "another process" if missing is None else f"process {missing}"
     return (
         f"process {world.rank} of {world.size}: {other} ended without an error message (killed?"
@@ -98,7 +98,7 @@ def _end(world: World, store: Any, missing: int) -> None:
     except RuntimeError:  # the missing one hosted the store
         is_first = world.rank == min({0, 1} - {missing})
     if is_first:
-        print(_told(world, missing), file=sys.stderr, flush=True)  # noqa: T201  nobody else can
+        print(_ended_without_error(world, missing), file=sys.stderr, flush=True)  # noqa: T201  nobody else can
     os._exit(1)
 
 
@@ -163,10 +163,10 @@ AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
     """Read the launcher's request. Raises: RecipeError for a setting that is not supported."""
-    for name, told in REFUSED.items():
+    for name, remedy in REFUSED.items():
         value = environment.get(name, "false")
         if value.lower() not in (*UNASKED, AS_WE_DO.get(name)):
-            raise RecipeError(f"launcher: {name} is {value}: {told}")
+            raise RecipeError(f"launcher: {name} is {value}: {remedy}")
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise RecipeError(

@@ -25,7 +25,7 @@ from reftune.runs.auto import choose_device, settled
 from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
 from reftune.stages.probes.choices import diagnose, write_rows
-from reftune.stages.progress import Progress, SilentProgress
+from reftune.stages.progress import Progress
 from reftune.stages.reward_model import (
     WEIGHTS,
     Classifier,
@@ -126,7 +126,7 @@ def unclaimed(recipe: Recipe, splits: Splits | None = None) -> Run:
         recipe=recipe,
         splits=load_splits(recipe) if splits is None else splits,
         folder=RunFolder(recipe.folder),
-        progress=SilentProgress(),
+        progress=Progress(),
     )
 
 

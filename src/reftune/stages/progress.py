@@ -25,7 +25,3 @@ class Progress:
 
     def close(self) -> None:
         """No more events follow."""
-
-
-class SilentProgress(Progress):
-    """Shows nothing."""

@@ -237,9 +237,9 @@ def init(
 
     if data is None:
         data = _ask("Training questions (a file, a folder or a Hub id)", None, flag="--data")
-    told = {"question": question, "answer": answer, "rationale": rationale}
+    named = {"question": question, "answer": answer, "rationale": rationale}
     shape = guess_shape(
-        data, {field: column for field, column in told.items() if column is not None}
+        data, {field: column for field, column in named.items() if column is not None}
     )
     columns = shape.named
     spelled = {

@@ -97,9 +97,9 @@ def default_out(data: str) -> Path:
     return Path(f"{slug(Path(data.partition(':')[0]).stem)}.yaml")
 
 
-def guess_shape(data: str, told: Mapping[str, str] | None = None) -> Shape:
+def guess_shape(data: str, named: Mapping[str, str] | None = None) -> Shape:
     """The shape of the training rows. Raises: DataError if question or answer has no column."""
-    return recognise(read_rows(data, "train"), told or {})
+    return recognise(read_rows(data, "train"), named or {})
 
 
 def guess_format(data: str, columns: Mapping[str, Any]) -> str:
@@ -138,7 +138,7 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["yaml"] = _inline
-    told = {field: column for field, column in wishes.columns.items() if field != column}
+    renamed = {field: column for field, column in wishes.columns.items() if field != column}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name,
         file=f"{name}.yaml",
@@ -148,7 +148,7 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
         or getattr(config, "hidden_size", SMALL_HIDDEN_SIZE + 1) <= SMALL_HIDDEN_SIZE,
         train=wishes.data,
         test=wishes.test,
-        columns=told,
+        columns=renamed,
         splits=splits,
         format=kind,
         instruction=instruction,

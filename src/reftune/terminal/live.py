@@ -12,7 +12,7 @@ from reftune.types import Rollout, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-from reftune.stages.progress import Progress, SilentProgress
+from reftune.stages.progress import Progress
 from reftune.text import clock, printable
 
 SHOWN = (
@@ -38,7 +38,7 @@ def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.mon
     """The live view if stderr is a terminal that can show it, else plain lines; nothing if
     `quiet`."""
     if quiet:
-        return SilentProgress()
+        return Progress()
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -83,14 +83,14 @@ def _scored(rows: Sequence[_Row], format: Format, reward: Reward) -> Iterator[di
         completions = [
             Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos") for text in texts
         ]
-        for key, grade, paid in zip(
+        for key, grade, earned in zip(
             keys, grades, reward(problems, completions, grades), strict=True
         ):
             yield {
                 "id": key,
                 "verdict": grade.verdict.value,
                 "value": grade.value,
-                "reward": paid,
+                "reward": earned,
                 "reason": grade.reason,
             }
 

@@ -168,14 +168,14 @@ def check_reward(subject: Subject) -> Finding:
         "an empty completion": [""] * len(rows),
     }
     try:
-        paid = {
+        by_text = {
             what: _mean_reward(subject, [row.problem for row in rows], written)
             for what, written in texts.items()
         }
     except RewardError as error:
         return fail(str(error), "fix the reward function")
-    gold, *others = paid.values()
-    message = ", ".join(f"{what} earns {reward:.3g}" for what, reward in paid.items())
+    gold, *others = by_text.values()
+    message = ", ".join(f"{what} earns {reward:.3g}" for what, reward in by_text.items())
     return (
         ok(message)
         if gold > max(others)
@@ -207,7 +207,7 @@ def check_reward_errors(subject: Subject) -> Finding:
     try:
         gold = _mean_reward(subject, problems, golds)
         nothing = _mean_reward(subject, problems, [""] * len(rows))
-        paid = {
+        earned = {
             kind: _rewards(subject, [p for p, _ in cases], [x.text for _, x in cases])
             for kind, cases in changed.items()
         }
@@ -222,7 +222,7 @@ def check_reward_errors(subject: Subject) -> Finding:
             for (_, x), reward in zip(changed[kind], rewards, strict=True)
             if (reward > much) == (kind == "positive")
         )
-        for kind, rewards in paid.items()
+        for kind, rewards in earned.items()
     }
     message = ", ".join(
         _error_rate(kind, errors[kind].total(), len(changed[kind])) for kind in errors

@@ -181,10 +181,10 @@ def _read_csv(path: Path) -> Records:
         )
     if "\n" not in text:  # line ends of an old Mac
         text = text.replace("\r", "\n")
-    told = re.match(r"sep=(.)\r?\n", text)  # Excel reads and writes such a line
-    body = text if told is None else text[told.end() :]
-    delimiter = _delimiter(body) if told is None else told[1]
-    return _table(path, _csv_lines(path, body, delimiter, 1 if told is None else 2))
+    separator = re.match(r"sep=(.)\r?\n", text)  # Excel reads and writes such a line
+    body = text if separator is None else text[separator.end() :]
+    delimiter = _delimiter(body) if separator is None else separator[1]
+    return _table(path, _csv_lines(path, body, delimiter, 1 if separator is None else 2))
 
 
 def _delimiter(text: str) -> str:

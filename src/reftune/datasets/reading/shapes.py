@@ -75,13 +75,13 @@ class Shape:
         return {field: column for field, column in self.columns.model_dump().items() if column}
 
 
-def recognise(rows: Sequence[Row], told: Mapping[str, Any]) -> Shape:
-    """The shape of `rows`, with the columns that the user named (`told`).
+def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
+    """The shape of `rows`, with the columns that the user named (`named`).
 
     Raises: DataError if no column holds the question or the answer.
     """
     first, found = rows[0], _Found(rows[:NUM_LOOKED_AT])
-    columns: dict[str, Any] = dict(told)
+    columns: dict[str, Any] = dict(named)
     columns.setdefault("question", found.question())
     if columns["question"] is None:
         raise _nowhere(first, "question", found)

@@ -56,8 +56,8 @@ class Prompted(Component):
         for style, keys in READ_BY.items():
             for key in keys:
                 if style != self.style and getattr(self, key):
-                    told = f"{key}: not read by style {self.style}; expected style: {style}"
-                    raise refusal("style", told)
+                    message = f"{key}: not read by style {self.style}; expected style: {style}"
+                    raise refusal("style", message)
         if self.template is not None and self.template.count(SLOT) != 1:
             raise refusal("template", f"template: expected text that contains {SLOT} once")
         if not all(self.stop):

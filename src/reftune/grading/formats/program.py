@@ -94,8 +94,8 @@ class Program(Prompted):
 
     def model_post_init(self, _: Any) -> None:
         if self.grading == "paper" and self.scripts == "read":
-            told = "scripts: read: expected grading: robust; the paper's rules read none"
-            raise refusal("scripts", told)
+            message = "scripts: read: expected grading: robust; the paper's rules read none"
+            raise refusal("scripts", message)
         limits = SandboxLimits(timeout_s=self.timeout_s, memory_mib=self.memory_mib)
         self._sandbox = Sandbox(
             limits, backend=self.sandbox, allow_unisolated=self.allow_unisolated
