@@ -360,7 +360,7 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
     [
         (
             ["rl", "recipe.yaml", RL],
-            r"runs/tiny/stages/sft: method sft is not trained yet; `reftune run` trains all",
+            r"runs/tiny/stages/sft: method sft is not trained yet; `reftune run` trains it",
         ),
         (
             ["eval", "recipe.yaml", "--method", "sft"],

@@ -262,8 +262,8 @@ def refused(tokenizer, format_, asked=None) -> str:
 def test_what_a_template_does_not_take_is_refused_in_one_line():
     gemma, qwen = (make_tokenizer(FAMILIES[name]) for name in ("gemma", "qwen2.5"))
     assert refused(gemma, chat({}, system="Hm")) == (
-        "format.system: the tokenizer's chat template accepts no system message (it says: System"
-        " role not supported); expected format.instruction instead"
+        "format.system: the tokenizer's chat template accepts no system message (it reports:"
+        " System role not supported); expected format.instruction instead"
     )
     twice = (Message(role="user", content="a"), Message(role="user", content="b"))
     said = refused(gemma, chat({}), problem(messages=twice))
@@ -273,7 +273,7 @@ def test_what_a_template_does_not_take_is_refused_in_one_line():
     assert "(it omits the system message)" in refused(silent, chat({}, system="Hm"))
     thinking = make_tokenizer(FAMILIES["qwen3, thinking"])
     assert refused(thinking, chat({"enable_thinkng": False})) == (
-        "format.template_args.enable_thinkng: the tokenizer's chat template reads no such variable"
+        "format.template_args.enable_thinkng: the chat template has no such variable to set"
     )
     bare = copy.deepcopy(qwen)
     bare.chat_template = None

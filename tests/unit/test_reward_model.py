@@ -293,7 +293,7 @@ def test_a_reranker_of_another_tokenizer_is_refused_in_one_line(
     require_same_tokenizer(classifier, make_policy(seed=1), where="")
     other = Policy(make_model("llama"), word_tokenizer(["wb wa"]))
     with pytest.raises(
-        ModelError, match=r"^evaluate\.rerank: rm: was trained with another tokenizer: it has \d+"
+        ModelError, match=r"^evaluate\.rerank: rm: was trained with another tokenizer, of \d+"
     ) as caught:
         require_same_tokenizer(classifier, other, where="evaluate.rerank: rm")
     assert len(str(caught.value).splitlines()) == 1

@@ -142,7 +142,7 @@ def test_a_gradient_that_is_not_finite_never_steps(make_policy, poison):
     with_gradients(policy)
     policy.value_head.weight.grad[0, 3] = poison
     with pytest.raises(
-        NonFiniteError, match=r"^gradient norm is (nan|inf), first in value_head\.weight$"
+        NonFiniteError, match=r"^gradient norm is (nan|inf): the gradient of value_head\.weight is"
     ):
         optimizer_step(policy, optimizer, share=1.0, max_grad_norm=1.0)
     after = {**policy.state_dict(), **flat(optimizer)}

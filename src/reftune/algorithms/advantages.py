@@ -1,4 +1,4 @@
-"""Turns rewards and values into advantages and returns. Every mask is True on response tokens."""
+"""Turns rewards and values into advantages and returns. Masks select response tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Tensor:
-    """Reward of each response token: the KL penalty on every token, plus the task's reward on the
-    last.
+    """Reward of each response token: its negative KL penalty and, on the last, the task's reward.
 
         r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
 
@@ -41,7 +40,7 @@ def gae(
     V is 0 after the last sampled token, whether it is eos or the length limit; both results are 0
     where the mask is False. Shapes (B, R).
     Source: PPO (arXiv:1707.06347), §5; ReFT (arXiv:2401.08967), §3.1. Differs: γ and λ are named as
-    in the authors' code; the paper's text swaps the two symbols.
+    in ReFT's code; the text of its paper swaps the two symbols.
     """
     values = values * response_mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -100,7 +99,8 @@ def group_sizes(groups: Tensor) -> Tensor:
 
 
 def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Unbiased standard deviation of each sample's group of rewards, (B,); 0 for a group of one."""
+    """Standard deviation of each sample's group of rewards, (B,); the variance divides by the size
+    of the group minus 1, and a group of one gets 0."""
     squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
     sizes = group_sizes(groups)
     return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()
@@ -118,8 +118,8 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain; 1 is perfect, below 0 is worse than a
-    constant.
+    """Share of the returns' variance that the values explain: 1 if they are perfect, below 0 if
+    they are worse than a constant.
 
         1 - Var(G - V) / Var(G)
 

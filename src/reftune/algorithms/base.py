@@ -136,7 +136,7 @@ def token_weights(response_mask: Tensor, reduction: Reduction) -> Tensor:
     """Weights (B, R) that sum to 1 and turn a weighted sum into the named mean; 0 where the mask is
     False.
 
-    `sequence`: mean over each response, then over responses (the paper's code). `token`: mean over
+    `sequence`: mean over each response, then over responses, as in ReFT's code. `token`: mean over
     all tokens.
     """
     mask = response_mask.float()

@@ -33,7 +33,7 @@ class Grpo(Clipped):
             A = (r - mean of the group) / (standard deviation of the group + 1e-4)
 
         or, with `scale: none`, only the numerator. Source: GRPO (arXiv:2402.03300), §4.1.2.
-        Differs: the floor of 1e-4, and the standard deviation is unbiased.
+        Differs: 1e-4 is added, and the variance divides by the size of the group minus 1.
         """
         advantages = batch.rewards - group_means(batch.rewards, batch.groups)
         if self.scale == "std":

@@ -1,9 +1,8 @@
 """Online self-training takes supervised steps on the model's own correct solutions and on the gold
 solutions of the same problems.
 
-The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold_max_tokens: 300,
-dropout: true`, as in the authors' code, which truncates long gold rationales, so that the model
-never sees their ends.
+ReFT's code corresponds to `gold_max_tokens: 300` and `dropout: true`. It truncates long gold
+rationales, so that the model never sees their ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Proximal policy optimization with a value head: ReFT's own algorithm.
 
-The defaults are the authors' code (preset `paper`); docs/deviations.md lists where paper and code
-disagree.
+The defaults are those of ReFT's code; docs/deviations.md lists where paper and code disagree.
 """
 
 from __future__ import annotations

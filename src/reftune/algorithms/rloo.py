@@ -1,5 +1,5 @@
 """REINFORCE leave-one-out: a sample's baseline is the mean reward of the problem's other samples,
-so no value head is needed. Clipping makes a second update on the same samples safe."""
+so no value head is needed. Clipping allows a second update on the same samples."""
 
 from __future__ import annotations
 

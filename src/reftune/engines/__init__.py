@@ -1,4 +1,4 @@
-"""Engines turn prompts into completions. Each has its own file."""
+"""Engines turn prompts into completions. Each engine has its own file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 traffic: Counter[str] = Counter()
-"""Requests and bytes that engines have sent since the last step; logged as `engine/…`."""
+"""Requests and bytes that an engine has sent in its latest call; logged as `engine/…`."""
 
 
 class Engine(Protocol):
@@ -24,6 +24,6 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """One completion per prompt, in order.
 
-        The tokens of a prompt depend only on the weights, the prompt and `params`, not on the other
-        prompts in the batch.
+        A completion depends only on the weights, its prompt, its position and `params`, not on the
+        other prompts.
         """

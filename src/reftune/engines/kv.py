@@ -1,8 +1,8 @@
-"""The default engine decodes with a cache, in the training process and with its weights.
+"""The default engine decodes in the training process, with a cache and the policy's weights.
 
 Finished rows leave the batch, so one long solution does not hold up the others, and waiting prompts
-take their place. Equal prompts are read once. New keys and values are written into reserved space;
-the cache is copied only when rows leave or join, or when the space is full.
+take their place. Equal prompts that join together are read once. New keys and values are written
+into reserved space; the cache is copied only when rows leave or join, or when the space is full.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Kv(Component):
 @contextmanager
 def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
     """The reader of `policy`: through transformers, or with fewer operations if `model.speed`
-    supports the model. `pack` reorders weights and leaves out padding if that is faster; it needs
-    real tensors, not fake ones."""
+    supports the model. `pack` allows reordering weights and leaving out padding for speed, which
+    needs real tensors, not fake ones."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         yield Reader(decoder, decoder.logits)
@@ -178,7 +178,7 @@ class _Decoder:
         return torch.from_numpy(np.stack(draws)).to(self.device)
 
     def step(self) -> None:
-        """Draw one token per row, drop finished rows, and read the new tokens."""
+        """Draw one token per row, drop finished rows if they are many, and read the new tokens."""
         rows, stop, last = self.rows, self.policy.stop, self.params.max_new_tokens - 1
         # Rows join at different times: each uses the number of its own step.
         places = rows.lengths.clamp(max=last)[:, None]
@@ -214,7 +214,7 @@ class _Decoder:
         return self.reads.head(self.rows.hidden)
 
     def _finish(self, done: Tensor) -> None:
-        """Store the tokens of the rows that are `done` in their requests."""
+        """Store the tokens and scores of the rows that are `done` in their requests."""
         columns = (done, self.rows.lengths[done], self.rows.tokens[done], self.rows.scores[done])
         for row, length, tokens, scores in zip(*(c.tolist() for c in columns), strict=True):
             request = self.active[row]
@@ -311,7 +311,7 @@ def draw_tokens(
     Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token
     depends only on its own logits and number. Greedy tokens get the log-probability of the
     untempered distribution, and entropy 0. Without `with_entropy`, which takes a pass over the
-    vocabulary, the entropies are NaN. `logits` are (B, V) in fp32.
+    vocabulary, the entropies of sampled tokens are NaN. `logits` are (B, V) in fp32.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)

@@ -1,8 +1,9 @@
 """Samples with vLLM, colocated (in a process that reftune starts) or on servers that you start.
 
-Each call first sends the policy's current weights through a folder in memory: all weights with LoRA
-merged or, for servers with LoRA, only the adapter. The log-probabilities of vLLM's kernels differ
-slightly from the trainer's; an RL stage's `mismatch_cap` corrects for the difference.
+Each call first sends the policy's current weights through a folder, by default in memory. With
+LoRA, servers that hold the base get only the adapter; a colocated engine gets merged weights. The
+log-probabilities of vLLM's kernels differ slightly from the trainer's; an RL stage's `mismatch_cap`
+corrects for the difference.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Vllm(Component):
     def _by_servers(
         self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams
     ) -> list[Sampled]:
-        """Sample with servers. All processes must call this; each uses its own servers."""
+        """Sample with this process's servers. All processes must call this."""
         adapter = self._hand_over(policy)
         own = own_servers(self.servers)
         jobs = requests(prompts, params, self.batch_size)
@@ -127,7 +128,7 @@ class Vllm(Component):
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
         """Whether all servers hold the base of `policy`. To find out, this unloads the adapter of
-        `before`: a server that lacks it was restarted, and has lost the base too."""
+        `before`: a server without this adapter was restarted, so it has lost the base too."""
         if before is None or before.policy() is not policy:
             return False
         name = before.adapter
@@ -179,8 +180,8 @@ class Vllm(Component):
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
     def _started(self, policy: Policy, folder: Path) -> Colocated:
-        """The running engine if its settings fit, else a new one, which takes seconds to minutes to
-        start."""
+        """The running engine if its settings fit; if not, a new one, which takes seconds to minutes
+        to start."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if _running and key not in _running:
             stop_engines()
@@ -351,9 +352,9 @@ def own_servers(servers: Sequence[Server]) -> list[Server]:
 
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
-    """Slices of consecutive prompts, one per request. A greedy request may hold any prompts. A
-    sampled request holds only equal prompts, because vLLM has one seed per request and gives the
-    samples of a prompt consecutive seeds."""
+    """Slices of up to `at_most` consecutive prompts, one slice per request. A greedy request may
+    hold any prompts. A sampled request holds only equal prompts, because vLLM has one seed per
+    request and gives the samples of a prompt consecutive seeds."""
     if not prompts:
         return []
     starts = [0]
@@ -379,10 +380,9 @@ def _vllm() -> Any:
 
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
-    """vLLM's sampling parameters at one position. Every field is set, so that no default of a model
-    or server applies. Seeds of consecutive positions are consecutive, as in vLLM for the samples of
-    a prompt.
-    """
+    """vLLM's sampling parameters at one position, including every field that a model's generation
+    config could change. Seeds of consecutive positions are consecutive, as in vLLM for the samples
+    of a prompt."""
     return {
         "max_tokens": params.max_new_tokens,
         "temperature": params.temperature,

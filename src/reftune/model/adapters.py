@@ -1,5 +1,4 @@
-"""Exports a chosen model's adapters in PEFT's format, and loads the adapters that a run starts
-from."""
+"""Exports a method's adapters in PEFT's format, and loads adapters from a folder."""
 
 from __future__ import annotations
 
@@ -22,15 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Adapters = Mapping[str, Tensor]
-"""Adapters by PEFT's names: `….lora_A.weight` (r, inputs) and `….lora_B.weight` (outputs, r)."""
+"""Tensors by PEFT's names: `….lora_A.weight` (r, inputs) and `….lora_B.weight` (outputs, r)."""
 
 
 def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
     """Write the adapters of `method` as `adapter_model.safetensors` and `adapter_config.json`.
 
-    Each stage trains fresh adapters on the merged model of the stage before, so the adapters of all
-    stages are concatenated (B = [B₁ B₂ …], A = [A₁; A₂; …]), which sums them. The result is exact
-    up to rounding if the stages were saved in fp32. Raises: CheckpointError.
+    Unless the base is in 4 bits, each stage trains new adapters on the merged model it starts from.
+    Concatenating the adapters of all these stages (B = [B₁ B₂ …], A = [A₁; A₂; …]) sums their
+    products. If the stages were saved in fp32, the sum is exact up to rounding. Raises:
+    CheckpointError.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -55,7 +55,7 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
 
 
 Scaled = tuple[Adapters, float]
-"""Adapters and their scaling, alpha / rank."""
+"""Adapters, and their scaling: alpha / rank or, for rsLoRA, alpha / √rank."""
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
@@ -72,7 +72,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
         found = {_peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
         strange = sorted(set(adapters) ^ found)
         if strange:
-            raise ValueError(f"{strange[0]} is in only one of the two")
+            raise ValueError(f"{strange[0]} is only in the file or only in the model")
         merged: PreTrainedModel = adapted.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: not the adapters of this model: {brief(error)}") from None
@@ -87,7 +87,7 @@ def read_adapters(folder: Path) -> Scaled:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
-            raise ValueError(f"its peft_type is {config.get('peft_type')}; expected LORA")
+            raise ValueError(f"peft_type is {config.get('peft_type')}; expected LORA")
         rank = config["r"] ** (0.5 if config.get("use_rslora") else 1)
         return load_file(folder / PEFT_ADAPTERS), config["lora_alpha"] / rank
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
@@ -116,8 +116,8 @@ def _require_base(folder: Path, base: str | None) -> None:
 
 
 def side_by_side(chain: Sequence[Scaled]) -> dict[str, Tensor]:
-    """One set of adapters for the sum of several, with scaling 1; a single set is returned as it
-    is."""
+    """One set of adapters, with scaling 1, for the sum of several; a single set keeps its own
+    scaling."""
     if len(chain) == 1:
         return dict(chain[0][0])
     return {
@@ -133,9 +133,9 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled]:
-    """The adapters of every stage up to `method`, starting at the base or the run's initial
-    adapters. With a 4-bit base, each stage continues training the previous stage's adapters, so the
-    last set includes all of them."""
+    """The sets of adapters that add up to `method`, the oldest first: the initial one, if any, then
+    one per stage. With a 4-bit base, stages continue each other's set, so the last one is enough.
+    """
     from safetensors.torch import load_file
 
     table = model.get("lora") or {}
@@ -146,9 +146,7 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled
             return [read_adapters(Path(method)), *chain]
         path = run.stage(method).path / ADAPTERS
         if not path.is_file():
-            raise CheckpointError(
-                f"{path}: missing; --adapter expects a run with model.lora in all stages"
-            )
+            raise CheckpointError(f"{path}: missing; --adapter expects a run with model.lora")
         tensors = load_file(path)
         chain.insert(0, ({_peft_name(name): t for name, t in tensors.items()}, scaling))
         stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
@@ -157,5 +155,5 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled
 
 
 def _peft_name(name: str) -> str:
-    """A tensor's name as in PEFT's files: without the adapter's name."""
+    """A tensor's name in PEFT's files, which omit the adapter's name."""
     return name.replace(".default.", ".")

@@ -1,7 +1,6 @@
-"""Token batches. Only this module knows which position predicts which token.
+"""Token batches, and which position predicts which token.
 
-Letters: B sequences, L longest sequence, R longest response, N response tokens in all
-(docs/algorithms.md).
+docs/algorithms.md explains the letters of shapes: B, L, R, N and T.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from torch.nn import functional
 from reftune.processes import world
 
 GROUPS = 4
-"""For attention, sequences form this many groups of similar length, each padded to its longest
-sequence."""
+"""Number of groups, by length, in which sequences are padded for attention. If there are fewer than
+twice as many sequences, they form a single group."""
 MULTIPLE = 64
-"""The number of packed tokens is rounded up to a multiple of this, because every new number costs
-kernel preparation and new memory blocks."""
+"""`filled_up` rounds the number of packed tokens up to a multiple of this, because each new number
+costs kernel preparation and new memory blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +33,7 @@ class TokenBatch:
     prompt_lengths: Tensor
     """(B,)"""
     response_lengths: Tensor
-    """(B,) Lengths, including the final eos."""
+    """(B,) Lengths, including the end token, if there is one."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -83,15 +82,15 @@ class TokenBatch:
         )
 
     def _is_read(self, owners: Tensor) -> Tensor:
-        """(B, L), True on the tokens to read: all but the prompts that another sequence owns."""
+        """(B, L), True on the tokens to read: all but padding and other sequences' prompts."""
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         is_owner = owners == torch.arange(len(owners), device=owners.device)
         starts = self.prompt_lengths * ~is_owner
         return (steps >= starts[:, None]) & (steps < self.lengths[:, None])
 
     def filled_up(self) -> TokenBatch:
-        """The batch, with one more sequence (without a response) if the number of packed tokens
-        would not be a multiple of `MULTIPLE`."""
+        """The batch, if needed with one more sequence, which has no response and makes the number
+        of packed tokens a multiple of `MULTIPLE`."""
         missing = -int(self._is_read(self.owners()).sum()) % MULTIPLE
         if not missing:
             return self
@@ -103,12 +102,12 @@ class TokenBatch:
         )
 
     def packed(self) -> PackedTokens:
-        """The sequences one after the other, without padding; a prompt that several share appears
-        once."""
+        """The sequences one after the other, without padding. A prompt that several sequences share
+        appears once."""
         owners = self.owners()
         is_read = self._is_read(owners)
         places = is_read.flatten().cumsum(0).view_as(is_read) - 1
-        places = places.where(is_read, places[owners])  # prompts of others; padding is not read
+        places = places.where(is_read, places[owners])  # shared prompts; nothing reads padding
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return PackedTokens(
             tokens=self.tokens[is_read],
@@ -134,8 +133,7 @@ class Packing(NamedTuple):
     slots: Tensor
     """(S,) The token in each slot; an arbitrary one if the slot is empty."""
     is_read: Tensor
-    """(S,) Whether the slot's output is read as its token's, which is true of one slot per
-    token."""
+    """(S,) Whether the slot's output is read as its token's; True for one slot per token."""
     order: Tensor
     """(T,) For each token, the slot whose output is read."""
     sizes: tuple[tuple[int, int], ...]
@@ -189,9 +187,9 @@ def token_batch(
     *,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """Pad prompt + response on the right. Padding repeats id 0, which no real token can see."""
+    """The batch of these prompts and responses. Padding has id 0, and no token attends to it."""
     assert all(prompts), (
-        "a prompt must hold at least one token: it predicts the first response token"
+        "a prompt must hold at least one token: its last one predicts the first response token"
     )
     sequences = [
         torch.tensor([*prompt, *response], device="cpu")
@@ -219,18 +217,17 @@ class RolloutBatch:
     sampling_logprobs: Tensor
     """Log-probabilities reported by the engine."""
     logprobs: Tensor
-    """Log-probabilities under the policy that sampled, recomputed by the trainer."""
+    """Log-probabilities under the policy that sampled, in the trainer's arithmetic."""
     gold: Tensor | None = None
-    """(B,) True for gold rationales, which the policy did not sample; None if it sampled all."""
+    """(B,) True for gold rationales, which the policy did not sample; None if there are none."""
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
-    """Weight of each token in the loss of its minibatch; the weights sum to 1 over the minibatch,
-    or to ½ if sampled and gold solutions have half each and one kind is absent."""
+    """Weight of each token in the loss of its minibatch; see `Algorithm.weights`."""
     nll_weights: Tensor | None = None
-    """Weight of each token in a second loss term, which raises the likelihood of some samples."""
+    """Weight of each token in a second loss term, to raise the likelihood of correct samples."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -259,11 +256,11 @@ class RolloutBatch:
 def micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, order: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Indices of the sequences, in groups of at most `max_tokens` (but at least one sequence). The
-    size of a group includes padding to its longest sequence, unless `packed`.
+    """Indices of the sequences, in groups of at most `max_tokens` tokens; a longer sequence forms a
+    group of its own. Unless `packed`, padding to a group's longest sequence counts too.
 
     The groups follow `order`, which may leave sequences out; by default, all sequences come in
-    order of length. Unless `packed`, lengths must not fall along it.
+    order of length. Unless `packed`, lengths must not decrease along `order`.
     """
     order = torch.argsort(lengths, stable=True) if order is None else order
     ordered = lengths[order].tolist()
@@ -280,11 +277,9 @@ def micro_batches(
 def own_micro_batches(
     batch: TokenBatch, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """This process's micro-batches, and whether each of them counts. All processes hold all
-    sequences; together their micro-batches cover every sequence once, with equally many short and
-    long sequences in each process. If `packed`, a process's sequences with the same prompt follow
-    one another. Every process gets at least one micro-batch and, with `even`, as many as the
-    others: the extra ones repeat the first sequence and do not count."""
+    """This process's micro-batches, as indices, and whether each of them counts. Those that count
+    cover every sequence once over all processes. Each process gets at least one micro-batch and,
+    with `even`, as many as any other; extra ones repeat the first sequence and do not count."""
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths
     order = _by_prompt(lengths, batch.owners()) if packed else torch.argsort(lengths, stable=True)

@@ -1,4 +1,5 @@
-"""Renders conversations with a tokenizer's chat template, and finds how it ends a reply."""
+"""Renders conversations with a tokenizer's chat template, and finds how the template ends a
+reply."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "reftunereply"
-"""A placeholder for the assistant's words, which no template changes and no prompt contains."""
+"""A placeholder for the assistant's words. No template changes it, and no prompt contains it."""
 OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The turns as the template writes them, up to where the assistant begins. Raises: RecipeError
-    if there is no template, or if it rejects or omits a turn."""
+    if there is no template, or if it rejects the turns or omits the system message."""
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
@@ -30,10 +31,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
-    """The text after the prompt when the assistant writes `said`, including the end of the turn, as
-    the template itself writes it: Mistral's replies begin with a space, Qwen3's with an empty
-    thought. If a template writes conversations and prompts differently, or drops part of `said` (a
-    thought, for example), only the text around `said` is taken from the template."""
+    """The text after the prompt if the assistant writes `said`, through the end of the turn, as the
+    template writes it. Mistral's puts a space before a reply, Qwen3's an empty `<think>` block.
+    If the whole conversation does not begin with the prompt's text, or lacks a part of `said` (such
+    as a thought), `said` is kept and only the text around it comes from the template."""
     said = said.strip()
     whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
     begun = prompt_text(tokenizer, prompt)
@@ -48,7 +49,7 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
-    """The token that ends the assistant's turn, after `prompt` or, without one, after any prompt.
+    """The token that ends the assistant's turn after `prompt`, by default after a short question.
     None if there is no template, or if ordinary text ends the turn."""
     if not tokenizer.chat_template:
         return None
@@ -76,9 +77,8 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
-    """`said` as it follows the prompt `begun`, given that in whole conversations the template
-    writes `before` ahead of the assistant's words. `begun` and `before` are compared after the last
-    question, `asked`."""
+    """`said` as it continues the prompt `begun`. `before` is the text ahead of the reply in a whole
+    conversation; it is compared with `begun` only after the last question, `asked`."""
     if not asked or asked not in begun or asked not in before:
         return said
     ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
@@ -89,8 +89,8 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """`after` up to and including the token that ends the turn, and this token: the first special
-    token, or the first one added to the vocabulary. Empty and None if there is no such token."""
+    """`after` through the token that ends the turn, and that token: the first special token or, if
+    there is none, the first added token. An empty string and None if there is neither."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}
@@ -115,7 +115,7 @@ def _render(
     for name in template_args:
         if name in OURS or name not in tokenizer.get_chat_template():
             raise RecipeError(
-                f"format.template_args.{name}: the tokenizer's chat template reads no such variable"
+                f"format.template_args.{name}: the chat template has no such variable to set"
             )
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
@@ -125,7 +125,7 @@ def _render(
     except (TemplateError, TypeError, ValueError) as error:
         reason = brief(error)
         if any(turn.role == "system" for turn in turns):
-            raise RecipeError(_no_system(f"it says: {reason}")) from None
+            raise RecipeError(_no_system(f"it reports: {reason}")) from None
         raise RecipeError(
             f"format.style: chat: the tokenizer's chat template rejects the turns"
             f" {', '.join(turn.role for turn in turns)}: {reason}"

@@ -36,7 +36,7 @@ class Encoder:
         RecipeError if the chat template rejects it."""
         prompt = self.format.prompt(problem)
         ids = self.encode(self.text_of(prompt))
-        if isinstance(prompt, Conversation | BareText):  # a template writes its own BOS
+        if isinstance(prompt, Conversation | BareText):  # it needs no BOS, or has its own
             return ids
         bos = bos_of(self.tokenizer)
         return ids if ids[: len(bos)] == bos else [*bos, *ids]
@@ -47,9 +47,9 @@ class Encoder:
         return self.continuation(problem, self.format.target(problem))
 
     def continuation(self, problem: Problem, text: str) -> list[int]:
-        """Ids of `text` after the problem's prompt, including the end token. It is encoded
-        separately from the prompt, as in sampling; in a chat, prompt and text are encoded as a
-        whole, unless a token would cross the boundary."""
+        """Ids of `text` after the problem's prompt, including the end token. In a chat, prompt and
+        text are encoded together if no token crosses the boundary. In all other cases, they are
+        encoded separately, as in sampling."""
         prompt = self.format.prompt(problem)
         before, after = self.text_of(prompt), self.text_after(prompt, text)
         ids, end = self.encode(after), self.end_of(prompt)
@@ -71,22 +71,21 @@ class Encoder:
         return prompt_text(self.tokenizer, prompt) if isinstance(prompt, Conversation) else prompt
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
-        """The text after a prompt if the model writes `text`; in a chat, with its end of turn."""
+        """The text after a prompt if the model writes `text`, through a chat's end of turn."""
         if isinstance(prompt, Conversation):
             return reply_text(self.tokenizer, prompt, text)
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no special tokens beyond those spelled out in it."""
+        """Token ids of `text`, without special tokens except those spelled out in it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens; see the function `decode`."""
         return decode(self.tokenizer, token_ids)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of tokens without the special ones. Spaces stay as sampled, because transformers'
+    """The text of tokens, without special ones. Spaces stay as sampled, because transformers'
     clean-up would rewrite code."""
     ids = list(token_ids)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -121,8 +120,8 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRule:
-    """The tokens and strings that end a completion: it ends with the first such token, or with the
-    token that completes such a string."""
+    """The tokens and strings that end a completion: at the first such token or, if that is earlier,
+    at the token that completes such a string."""
 
     ids: frozenset[int]
     texts: tuple[str, ...] = ()

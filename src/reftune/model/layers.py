@@ -1,9 +1,9 @@
-"""Changes the layers of a loaded model: narrow dtypes for frozen weights, cheap dropout, recomputed
-blocks.
+"""Changes the layers of a loaded model: narrow dtypes for frozen weights, cheap dropout, and
+recomputed blocks.
 
-Weights that are never trained (a base under adapters, a reference, an evaluated model) are kept in
-the compute dtype, or in 4 bits. Autocast would cast them at every use anyway, so the compute dtype
-changes only the memory. Vectors (norms, biases) stay fp32.
+Matrices that are never trained (in a base under adapters, a reference or an evaluated model) are
+kept in the compute dtype or in 4 bits. Autocast would cast those of linear layers at every use
+anyway. Vectors (norms, biases) stay fp32.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
     """Keep the matrices of the linear layers, except the output head's, in 4 bits (NF4, blocks of
-    64; QLoRA, arXiv:2305.14314, §3), in place; matmuls run in `dtype`. This equals transformers'
-    `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises: ModelError without
-    bitsandbytes, and for models without such layers."""
+    64; QLoRA, arXiv:2305.14314, §3), in place; matmuls run in `dtype`. The weights are those of
+    transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises:
+    ModelError without bitsandbytes, and for models without such layers."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
@@ -156,7 +156,7 @@ def _plain(tensor: Tensor, adapted: Any, dtype: torch.dtype) -> Tensor:
 
 
 STEPS = 2**16
-"""Probabilities are rounded to multiples of 1 / STEPS, so that a random 64-bit number serves four
+"""Probabilities are rounded to multiples of 1 / STEPS, so that one random 64-bit number serves four
 entries."""
 
 
@@ -217,5 +217,5 @@ def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def recompute(block: nn.Module) -> None:
     """Use gradient checkpointing (arXiv:1604.06174) in `block` and its copies: keep only the input,
     and recompute the activations in the backward pass, bit for bit."""
-    # a partial and no closure: `deepcopy` gives the copy its own block's forward
+    # a partial, not a closure, so that `deepcopy` gives the copy its own block's forward
     block.forward = partial(recomputed, block.forward)

@@ -1,8 +1,8 @@
 """Computes log-probabilities of response tokens from hidden states, without holding all logits at
 once.
 
-Logits are computed in tiles: a few tokens by a part of the vocabulary. The first tiles are kept,
-and the backward pass recomputes the others. Memory therefore does not grow with vocabulary ×
+Logits are computed in tiles, each for some tokens and a part of the vocabulary. The first tiles are
+kept, and the backward pass recomputes the others. Memory therefore does not grow with vocabulary ×
 length, and a tile stays in the CPU's cache.
 """
 
@@ -20,8 +20,8 @@ LOGIT_ELEMENTS = 2**21
 LOGITS_KEPT = 2**26
 """Maximum number of logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Number of tokens per tile if the vocabulary is large. Each group of this many tokens adds to the
-whole weight's gradient once."""
+"""Number of tokens per tile, or more for a small vocabulary. Each group of tokens adds to the whole
+weight's gradient once."""
 
 
 def token_logprobs(
@@ -178,7 +178,7 @@ class _Tile(NamedTuple):
     logits: Tensor
     """(n, C) tempered, fp32."""
     weight: Tensor
-    """(C, H) the weight's rows as used in the product."""
+    """(C, H) the weight's rows, in the dtype of the product."""
     tokens: Tensor
     """(n,) The column of each row's token; arbitrary if the token is outside the tile."""
     is_inside: Tensor
@@ -193,8 +193,8 @@ def _tiles(
     temperature: float,
     kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
-    """All tiles of the logits, by groups of rows, and from left to right within each group; `kept`
-    holds the logits of the first tiles, if these were kept."""
+    """All tiles of the logits, by groups of rows, and from left to right within each group. `kept`
+    holds the logits of the first tiles, which are not computed again."""
     known = iter(kept)
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD = Path("value_head", "model.safetensors")
-"""Path in a model's folder: a subfolder, because vLLM loads all safetensors files beside the
+"""Path in a model's folder: in a subfolder, because vLLM loads every safetensors file next to the
 weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
-"""Path of the adapters, saved beside the merged model: with a 4-bit base, a later stage continues
-with them, because quantizing a merged model would round away their changes."""
+"""Path of the adapters in the merged model's folder. With a 4-bit base, a later stage continues the
+adapters, because quantizing the merged model would round their changes away."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
 """File name in PEFT's format, whose tensor names omit the adapter's name."""
@@ -66,9 +66,9 @@ class Policy(nn.Module):
         quantize: Literal["nf4"] | None = None,
         trained: bool = True,
     ) -> None:
-        """Weights that are never trained (the base under `lora`, or all weights if not `trained`)
-        are kept in `dtype` or, with `quantize`, in 4 bits. A completion ends at a string in `stop`
-        or at an end token of the model or the tokenizer."""
+        """Matrices that are never trained (the base's under `lora`, or all if not `trained`) are
+        kept in `dtype`; `quantize` keeps those of linear layers in 4 bits. A completion ends at a
+        string in `stop` or at an end token of the model or the tokenizer."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
@@ -93,7 +93,7 @@ class Policy(nn.Module):
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         """Initially zero, so that values do not start at random; `reset_value_head` draws PyTorch's
-        default weights, as the paper does."""
+        default weights, as ReFT's code does."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
@@ -119,7 +119,6 @@ class Policy(nn.Module):
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens; see `encoder.decode`."""
         return decode(self.tokenizer, token_ids)
 
     def completion(
@@ -129,7 +128,7 @@ class Policy(nn.Module):
         values: Sequence[float] = (),
         entropies: Sequence[float] = (),
     ) -> Completion:
-        """The completion made of the sampled tokens up to the end, which `StopRule` finds."""
+        """The completion that the sampled tokens form, up to the end that `StopRule` finds."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
         is_ended = bool(tokens) and tokens[-1] in self.stop.ids
@@ -162,7 +161,7 @@ class Policy(nn.Module):
         """Give the value head its own copy of the policy's transformer, which `save` leaves out."""
         if self.is_lora:
             raise ModelError(
-                "a separate value model is trained in full; expected a recipe without model.lora"
+                "value_model: separate is trained in full; expected a recipe without model.lora"
             )
         self.value_backbone = copy.deepcopy(self.base.base_model)
         if self.is_compiled:
@@ -214,8 +213,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """As `inference`, without compilation: with a cache, every block would be compiled
-        separately."""
+        """Like `inference`, but without compilation, because with a cache every block would be
+        compiled separately."""
         with self.inference(), torch.compiler.set_stance("force_eager"):
             yield
 
@@ -224,7 +223,6 @@ class Policy(nn.Module):
         return self._predictors(self.base.base_model, batch)
 
     def _predictors(self, backbone: Any, batch: TokenBatch) -> Tensor:
-        """(N, H) the last hidden state that predicts each response token, in row-major order."""
         hidden: Tensor
         if not self.packs:
             hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state[
@@ -234,7 +232,7 @@ class Policy(nn.Module):
         return self.read(backbone, self.pack(batch))
 
     def pack(self, batch: TokenBatch) -> PackedTokens:
-        """The batch without padding; in bf16, filled up to a size whose products are fast."""
+        """The batch without padding, in bf16 filled up to a multiple of `MULTIPLE` tokens."""
         return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
@@ -253,8 +251,8 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.is_lora else self.model
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities and values of the response tokens, with gradients; in no-grad mode,
-        also their entropy. Logits are computed only for response tokens."""
+        """Log-probabilities and values of the response tokens and, in no-grad mode, entropies.
+        Logits are computed only for response tokens."""
         with self.arithmetic():
             hidden = self.hidden_states(batch)
             predicted = (
@@ -338,14 +336,13 @@ class Policy(nn.Module):
         self.train(training)
         if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
             raise ModelError(
-                f"{type(self.model).__name__}: its logits are more than output embedding × last"
-                " hidden state; unsupported"
+                f"{type(self.model).__name__}: its logits are not its output embedding × last"
+                " hidden state; such models are not supported"
             )
 
     def make_reference(self) -> Policy | AdapterReference:
-        """The current policy, frozen. With LoRA, it is the same base with a copy of the adapters
-        or, if these are untrained, without adapters; without LoRA, it is a copy in the compute
-        dtype."""
+        """The current policy, frozen: without LoRA, a copy whose matrices are in the compute dtype;
+        with LoRA, the same base with a copy of the adapters, or without them if they are new."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -383,9 +380,8 @@ class Policy(nn.Module):
                 parameter.data, adapters[name] = adapters[name], parameter.data
 
     def save(self, folder: Path) -> None:
-        """Write the model (LoRA merged), tokenizer and value head in Hugging Face format; plain
-        `from_pretrained` loads the model. The config and the generation config hold the end
-        tokens."""
+        """Write model (LoRA merged) and tokenizer for plain `from_pretrained`, the value head and,
+        with LoRA, the adapters. The config and the generation config hold the end tokens."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run shows its own progress bar
@@ -410,8 +406,7 @@ class Policy(nn.Module):
         _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
 
     def _generation_config(self) -> GenerationConfig:
-        """A greedy generation config, as in evaluation, with all end tokens, the tokenizer's eos
-        first."""
+        """A greedy generation config that lists all end tokens, the tokenizer's eos first."""
         from transformers import GenerationConfig
 
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
@@ -433,7 +428,7 @@ class Policy(nn.Module):
             )
             strange = sorted(saved.keys() ^ own.keys())
             if strange:
-                raise KeyError(f"{strange[0]} is in only one of the two")
+                raise KeyError(f"{strange[0]} is only in the file or only in the model")
             with torch.no_grad():
                 for name, parameter in own.items():
                     parameter.copy_(saved[name])
@@ -452,7 +447,7 @@ class Policy(nn.Module):
 
 class AdapterReference:
     """An earlier state of a policy with adapters: the same base with its adapters at that time, or
-    none."""
+    without any."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:
         self._policy, self._adapters = policy, adapters

@@ -1,4 +1,4 @@
-"""Fits the value head before PPO: closed-form ridge regression of returns on hidden states."""
+"""Fits the value head before PPO, by closed-form ridge regression of returns on hidden states."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @torch.no_grad()
 def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Set `head` to the ridge solution on all rollouts; the penalty is the one that explains the
-    last rollout best.
+    """Set `head` to the ridge solution on all rollouts, with the penalty whose fit to the earlier
+    rollouts explains the last one best.
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
     `rollouts` yields (features (N, H), returns (N,)) pairs, which are accumulated, so memory does
     not grow with their number. Returns: the share of the variance of the last rollout's returns
-    that the fit to the others explains; 0 if there is only one rollout. Raises: NonFiniteError.
+    that the fit to the earlier ones explains; 0 if there is only one. Raises: NonFiniteError.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:

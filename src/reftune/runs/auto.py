@@ -45,9 +45,8 @@ VOCABULARY = 4096
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """`recipe` with a value in place of each `auto`: the run folder's, or a value for this machine.
-    All processes take the main process's values.
-    """
+    """`recipe` with a value in place of `auto` for each of `KEYS`: the run folder's value or, in a
+    new run, one for this machine. All processes take the main process's values."""
     return (
         _with(recipe, world.from_main(lambda: _choices(recipe))) if _open_keys(recipe) else recipe
     )
@@ -151,7 +150,8 @@ def total_bytes(device: torch.device) -> float:
 
 @cache
 def fastest_dtype(device: torch.device) -> Dtype:
-    """bfloat16 if the device multiplies it natively and at least as fast as fp32, else float32."""
+    """bfloat16 on a GPU that supports it natively, and on any other device that multiplies it at
+    least as fast as fp32; otherwise float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"

@@ -28,9 +28,9 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
-    """Write the model to the folder `out`, and return it. The folder loads with plain
-    `from_pretrained` and in vLLM. Adapters are already merged; with `adapter`, only the adapters
-    are written, for use with the base model.
+    """Write the model to the folder `out`, and return the folder. It holds the whole model, with
+    adapters merged, for plain `from_pretrained` and vLLM; with `adapter`, only the adapters, for
+    use with the base model.
 
     Raises: CheckpointError if the method is not finished, if `out` exists or, with `adapter`, if
     the method has no adapters.
@@ -184,8 +184,8 @@ def _example(recipe: Recipe) -> Problem:
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Make training's settings the tokenizer's defaults: no BOS before a bare text, and the
-    arguments of the chat template, unless a client gives others."""
+    """Make training's settings the tokenizer's defaults: no BOS before a `BareText`, and the
+    recipe's arguments of the chat template, which a client can override."""
     if isinstance(prompt, BareText) and bos_of(tokenizer):
         tokenizer.add_bos_token = False  # this rewrites the post-processor
     if isinstance(prompt, Conversation):
@@ -217,6 +217,8 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
     stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
     table = yaml.safe_load(recipe)
     path = (table.get("model") or {}).get("path") if base is None else base.path
+    chosen = f", chosen as the best of {stage['looks']} dev evaluations"
+    choice = "" if stage.get("snapshot_of") else chosen
     head = {
         "library_name": "transformers" if base is None else "peft",
         "pipeline_tag": "text-generation",
@@ -232,8 +234,8 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
 Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stage
 `{stage["kind"]}`, started from `{stage["init"]}`, trained on {_data(table)}.
 {_accuracy(run, method)}
-The weights are those of step {stage["chosen_step"]}, chosen on {stage["dev_n"]} dev problems
-({stage["dev_accuracy"]:.1%} right, the best of {stage["looks"]} dev evaluations).
+The weights are those of step {stage["chosen_step"]}{choice}. They solve
+{stage["dev_accuracy"]:.1%} of {stage["dev_n"]} dev problems.
 
 The model was trained on one prompt format and one kind of question, and graded by its final answers
 only. Its reasoning was not checked, and programs that it writes are untrusted: run them in a
@@ -281,7 +283,7 @@ def _usage(serving: Serving, method: str, base: Base | None) -> str:
     text = serving.encoder.text_of(serving.prompt)
     ends = token_ids_of(serving.generation.eos_token_id)
     stops = [f"`{serving.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
-    stops += [f"the text {text!r}, which is not part of the answer" for text in serving.stop]
+    stops += [f"the string {text!r}, which is not part of the answer" for text in serving.stop]
     bos = "" if serving.adds_special_tokens else ", with no special token before it"
     evaluated = "as they are here" if base is None else "merged into the base"
     return f"""
@@ -302,7 +304,7 @@ From this folder:
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
-    """Shell commands for a server and a request; empty for a quantized base, untested in vLLM."""
+    """Shell commands for a server and a request; empty for a base in 4 bits, which is untested."""
     if base is not None and base.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"

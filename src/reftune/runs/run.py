@@ -63,8 +63,8 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 
 
 def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
-    """Run only the stages of these kinds. The methods that they start from must exist. Raises: see
-    `run_recipe`."""
+    """Run only the stages of these kinds. The other methods that they read must be trained. Raises:
+    see `run_recipe`."""
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
     if not names:
@@ -147,7 +147,7 @@ def threads_of(recipe: Recipe) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """An open run folder."""
+    """A recipe, its problems and its run folder."""
 
     recipe: Recipe
     splits: Splits
@@ -155,8 +155,7 @@ class Run:
     progress: Progress
     loaded: dict[tuple[str, bool], Policy] = field(default_factory=dict)
     """The last loaded policy, unless training has changed it. The key is the method, and whether
-    the policy was built for training with adapters or gradient checkpointing.
-    """
+    the policy was built for training with adapters or gradient checkpointing."""
 
     def is_trained(self, name: str) -> bool:
         """Whether stage `name` has saved all its models."""
@@ -164,7 +163,7 @@ class Run:
         return world.from_main(lambda: all(self.folder.stage(m).is_done for m in methods))
 
     def complete(self, *, report: bool = False) -> None:
-        """Run every unfinished stage and evaluation, with a report after each stage."""
+        """Run every unfinished stage and evaluation. `report` adds a report after each stage."""
         names = list(self.recipe.stages)
         for name, following in zip(names, [*names[1:], None], strict=True):
             if not self.is_trained(name):
@@ -180,10 +179,10 @@ class Run:
         self.score_samples()
 
     def verify_inputs(self) -> None:
-        """Load the model and encode every problem, so that a run that cannot finish does not start.
+        """Load the model and encode the problems, so that a run that cannot finish does not start.
 
-        Raises: ModelError; DataError for a prompt that is too long, and if no training row or no
-        test problem is left.
+        Raises: ModelError; DataError for a prompt that is too long, unless the recipe drops such
+        prompts, and if no training row or no problem to evaluate is left.
         """
         policy = self.load_policy("base", trained=True)
         collector, stages = self.collector(policy), self.recipe.stages.values()
@@ -304,7 +303,7 @@ class Run:
         )
 
     def problems_to_evaluate(self) -> Sequence[Problem]:
-        """The problems to evaluate. Raises: DataError if there are none."""
+        """The first problems of the split to evaluate. Raises: DataError if there are none."""
         table = self.recipe.evaluate
         problems: Sequence[Problem] = getattr(self.splits, table.split)[: table.limit]
         if not problems:
@@ -315,8 +314,8 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Answer the test (or dev) problems with a method's model; on multiple choice, also check
-        for signs of reward hacking."""
+        """Answer the problems to evaluate with a method's model; on multiple choice, also check for
+        warning signs of reward hacking."""
         problems, path = self.problems_to_evaluate(), self.folder.evaluation(method)
         rows = world.from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
@@ -350,7 +349,7 @@ class Run:
         write_rows(path, found)
 
     def score_samples(self) -> None:
-        """Give every sample of every evaluation the score of the recipe's reward model."""
+        """If the recipe reranks, score the samples of its evaluations with the reward model."""
         name = self.recipe.evaluate.rerank
         if name is None:
             return
@@ -416,7 +415,7 @@ def load_splits(recipe: Recipe) -> Splits:
 
 
 def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
-    """The training texts, from which a from-scratch model takes its vocabulary."""
+    """Training prompts and gold solutions, from which a from-scratch model takes its vocabulary."""
     for problem in splits.train:
         prompt = format_.prompt(problem)
         yield from (
@@ -441,8 +440,8 @@ def stage_folder(recipe: Recipe, method: str) -> StageFolder:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Check that stages start only from `base` or earlier methods, that no two stages save the same
-    method, and that the reranker is a reward model. Raises: RecipeError."""
+    """Check that stages read only `base`, earlier methods or model folders, that no two save the
+    same method, and that `evaluate` names methods and a reward model. Raises: RecipeError."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:
@@ -482,7 +481,7 @@ def methods_to_evaluate(recipe: Recipe) -> list[str]:
 
 
 def _methods_of(name: str, stage: Stage) -> tuple[str, ...]:
-    """The models of a stage that answer problems."""
+    """The methods that a stage trains: its snapshots and, unless it is a reward model, itself."""
     return (*stage.produces, name) if stage.is_method else stage.produces
 
 
@@ -491,5 +490,5 @@ def _require_trained(recipe: Recipe, methods: Collection[str]) -> None:
         folder = RunFolder(recipe.folder).stage(method)
         if not (folder.is_done or is_model_folder(method)):
             raise RecipeError(
-                f"{folder.path}: method {method} is not trained yet; `reftune run` trains all"
+                f"{folder.path}: method {method} is not trained yet; `reftune run` trains it"
             )

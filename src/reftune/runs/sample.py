@@ -1,4 +1,4 @@
-"""Samples a few solutions and their verdicts, for reading."""
+"""Samples and grades a few solutions, for reading."""
 
 from __future__ import annotations
 

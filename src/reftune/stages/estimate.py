@@ -26,9 +26,9 @@ USABLE = 0.9
 TOKENS = tuple(2**n for n in range(14, 8, -1))
 """Micro-batch sizes to try, from large to small; larger ones are no faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
-"""Numbers of rows decoded at once to try."""
+"""Numbers of rows to decode at once, to try from large to small."""
 PROMPT = 256
-"""Length of a prompt, in tokens, if the recipe states no limit."""
+"""Assumed length of the longest prompt, in tokens, if the recipe states no limit."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
 """`one` process; or several, each with all weights (`ddp`) or with a part of them (`fsdp2`)."""
@@ -44,8 +44,8 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on one device by purpose: those held all the time, and those added by each phase, of
-    which one runs at a time."""
+    """Bytes on one device by purpose: those held all the time, and those that each phase adds. Only
+    one phase runs at a time."""
 
     held: Mapping[str, float]
     phases: Mapping[str, Mapping[str, float]]
@@ -73,7 +73,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The memory of a running stage, on one or several devices of one kind."""
+    """The memory of a running stage on each of its devices, which are all of one kind."""
 
     recipe: Recipe
     cost: Cost
@@ -100,8 +100,7 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """The size of a pass of at most `tokens`, in sequences of the greatest length; at least
-        1."""
+        """The size of a pass of at most `tokens`, in sequences of `length` tokens; at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
@@ -129,10 +128,7 @@ class Estimate:
         return self.memory_of(self.sizes)
 
     def memory_of(self, sizes: Sizes) -> Memory:
-        """Memory of a device for passes of these sizes.
-
-        Source: the tensors that `model`, `stages` and `processes` make.
-        """
+        """Memory of a device for passes of these sizes."""
         outline, cost = self.outline, self.cost
         is_split = self.sharding == "fsdp2"
         parts = self.devices if is_split else 1
@@ -203,7 +199,7 @@ def estimates(
     recipe: Recipe, outline: Outline, *, prompt: int | None = None
 ) -> dict[str, Estimate]:
     """Estimates by stage, in one process on one device; stages that cannot predict their cost are
-    left out. `prompt` is by default `lengths.max_prompt`."""
+    left out. `prompt` is the longest prompt's length, by default the recipe's limit or `PROMPT`."""
     prompt = prompt or recipe.lengths.max_prompt or PROMPT
     return {
         name: Estimate(recipe=recipe, cost=cost, outline=outline, prompt=prompt)

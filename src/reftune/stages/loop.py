@@ -71,8 +71,8 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM, then restore the previous handlers. Without a handler, a shell's
-    background jobs ignore SIGINT."""
+    """Handle SIGINT and SIGTERM inside the block, then restore the previous handlers. Without a
+    handler, a shell's background jobs ignore SIGINT."""
     try:
         before = {
             number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
@@ -87,7 +87,7 @@ def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 class TrainingTable(Table):
-    """The keys of every stage that trains: optimizer, checkpoints, dev evaluations."""
+    """The keys of every stage that trains: optimizer, checkpoints and dev evaluations."""
 
     optimizer: OptimizerTable
     save_every_s: float = Field(300.0, ge=0)
@@ -100,10 +100,10 @@ class TrainingTable(Table):
 
 
 class Loop:
-    """Runs steps 1 … total: resumes, steps, logs, evaluates on dev, keeps the best model, saves.
+    """Runs steps 1 to `total_steps` of a stage.
 
-    `step(n)` must be a function of the weights, the optimizer and `n`: the loop seeds torch for
-    each step, so a resumed run repeats the same numbers.
+    `step(n)`, the function that takes a step, may depend only on the weights, the optimizer and
+    `n`. The loop seeds torch before each step, so a resumed run repeats the same numbers.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class Loop:
         until_plateau: bool = False,
     ) -> None:
         """`look` is the dev evaluation of a model that is not a policy (`dev/accuracy` and more);
-        `start` is the stage's state before step 1. With `until_plateau`, the learning rate is
-        constant until dev accuracy is flat, then cools down over a tenth of the steps so far. The
-        constructor distributes the model over the processes."""
+        `start` is the stage's state before step 1. With `until_plateau`, once dev accuracy is flat,
+        the learning rate falls to 0 over a tenth as many further steps, the cooldown, and the stage
+        ends. The constructor distributes the model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -234,11 +234,10 @@ class Loop:
         gradient: Callable[[], dict[str, float]],
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
-        """Take optimizer step `n` with the gradient that `gradient()` adds up, and return its
-        metrics. If loss or gradient is not finite and the recipe allows skipping, save the samples,
-        `rows()`, and return no metrics. Raises: NonFiniteError, with nothing changed, if skipping
-        is not allowed.
-        """
+        """Take an optimizer step, in step `n`, with the gradient that `gradient()` adds up, and
+        return its metrics. If loss or gradient is not finite, save the samples, `rows()`, leave the
+        weights unchanged, and return no metrics. Raises: NonFiniteError in that case if the recipe
+        does not allow skipping the step."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -260,7 +259,7 @@ class Loop:
         unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
         document = {"where": reason, "weights_not_finite": unsound, "rows": list(rows)}
         write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False))
-        before = f" ({unsound[0]} was not finite before it)" if unsound else ""
+        before = f" ({unsound[0]} was already not finite)" if unsound else ""
         message = f"{reason}{before}; the weights were not changed; look at the samples in {path}"
         table, skipped = self.table.optimizer, self.state.skipped
         if table.on_nonfinite == "stop":
@@ -289,7 +288,7 @@ class Loop:
             replace_folder(self.context.folder.best, self.model.save)
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """The recent rise in dev accuracy as metrics. A plateau also sets the last step."""
+        """The recent rise in dev accuracy as metrics. A plateau may set the last step."""
         if not look.correct:
             return {}
         history = History(**self.state.history)
@@ -418,7 +417,7 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
 
 
 LOOKS = 4
-"""Dev evaluations over which a rise is measured; docs/handover.md compares 2 to 5."""
+"""Dev evaluations over which a rise is measured; docs/handover.md compares 4 with 2."""
 Z95 = 1.959964
 COOLDOWN = 10
 """Number of steps before the cooldown, divided by the number in it."""

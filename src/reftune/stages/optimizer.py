@@ -60,7 +60,7 @@ class Trained(Protocol):
 
 
 def trainable(model: Trained) -> dict[str, torch.Tensor]:
-    """The parameters that training changes, by name."""
+    """`policy.NAME` → parameter, for the parameters that training changes."""
     return {
         f"policy.{name}": value for name, value in model.named_parameters() if value.requires_grad
     }
@@ -74,8 +74,8 @@ def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of a distributed model; a value head has its own
-    parameter group."""
+    """AdamW over the trainable parameters of a model that is already distributed. Matrices, vectors
+    and the value head each form a parameter group."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]
@@ -122,21 +122,18 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 def optimizer_step(
     model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
-    """Clip the gradient, take a step, clear the gradient, and return its norm before clipping.
-    `share` is the share of the peak learning rates.
-
-    Raises: NonFiniteError, before any weight changes, naming the first parameter whose gradient is
-    not finite.
-    """
+    """Clip the gradient, take a step, clear the gradient, and return the norm before clipping.
+    `share` is the share of the peak learning rates. Raises: NonFiniteError, before any weight
+    changes."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
     if not torch.isfinite(norm):
         first = next(
-            (name for name, gradient in gradients.items() if not is_finite(gradient)),
-            "their sum of squares",
+            (f"the gradient of {name}" for name, g in gradients.items() if not is_finite(g)),
+            "the sum of squares",
         )
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"gradient norm is {float(norm)}, first in {first}")
+        raise NonFiniteError(f"gradient norm is {float(norm)}: {first} is not finite")
     kept = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients.values():
         gradient.mul_(kept)
@@ -153,8 +150,8 @@ def accumulate_gradient(
     """Add the gradient of a minibatch, micro-batch by micro-batch; each process takes its share.
     `loss(rows)` is the part of the loss that these rows contribute.
 
-    Returns: `loss/total` and metrics, summed over all rows (for `…_max`, the largest value).
-    Raises: NonFiniteError, naming rows, before the gradient is used.
+    Returns: `loss/total` and metrics, combined over all rows as `LossTerms` describes. Raises:
+    NonFiniteError before the gradient is used.
     """
     totals: dict[str, float] = {}
     failed: NonFiniteError | None = None
@@ -182,7 +179,7 @@ def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.T
 
 
 def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None:
-    """The error for a non-finite `loss`, which names rows of the batch; None if it is finite."""
+    """The error that names the `rows` of a non-finite `loss`; None if the loss is finite."""
     if torch.isfinite(loss):
         return None
     concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
@@ -190,5 +187,5 @@ def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite in all processes."""
+    """Whether all numbers of a tensor are finite, in all processes."""
     return not any(world.any_of(not whole_tensor(tensor).isfinite().all()))

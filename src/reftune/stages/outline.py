@@ -117,8 +117,8 @@ class Outline:
 
     @cached_property
     def gathered(self) -> float:
-        """Bytes of the weights once a process that holds only a part of them has gathered them to
-        decode and score: matrices of the blocks are in the compute dtype."""
+        """Bytes of the whole weights that FSDP2 gathers to decode and score: the blocks' matrices
+        in the compute dtype, all others as they are."""
         width = float(self.policy.compute_dtype.itemsize)
         return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
 
@@ -265,7 +265,7 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""PyTorch's formulas, and formulas of operations that run only on a CPU."""
+"""PyTorch's formulas, and our own for attention on a CPU."""
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -1,8 +1,9 @@
 """The reranker: a classifier that estimates how likely a solution is to be correct.
 
-It reads prompt and solution, without eos, and puts two logits (wrong, correct) on the last token's
-hidden state. The classifier remains a language model: the solution's log-likelihood enters the
-logit of `correct`, and a language-modelling loss on correct solutions keeps it meaningful.
+It reads prompt and solution, without eos, and maps the last token's hidden state to two logits
+(wrong, correct). Unless `lm_coef` is 0, it remains a language model: the solution's log-likelihood
+enters the logit of `correct`, and a language-modelling loss on correct solutions keeps this
+likelihood meaningful.
 
     logit of correct = w · h_last + a log π(solution | prompt) + b
 
@@ -191,8 +192,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def add_likelihood(self, solutions: Sequence[Solution]) -> None:
-        """Let the score depend on the log-likelihood, at first standardized over `solutions` (or
-        some of them, evenly spaced)."""
+        """Let the score depend on the log-likelihood, at first standardized over about
+        `STANDARDIZED` of the `solutions`."""
         some = solutions[:: max(1, len(solutions) // STANDARDIZED)]
         batch = self.solution_batch([(s.problem, s.text) for s in some])
         found = self.policy.score(batch).logprobs.sum(1)
@@ -203,12 +204,10 @@ class Classifier(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """The same as the policy's; see `Policy`."""
         return self.policy.packs
 
     @property
     def max_tokens(self) -> int:
-        """The same as the policy's; see `Policy`."""
         return self.policy.max_tokens
 
     def forward(self, batch: TokenBatch) -> Judged:
@@ -230,8 +229,8 @@ class Classifier(nn.Module):
         return Judged(logits + nn.functional.pad(evidence, (CORRECT, 0)), logprobs)
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """Prompts and solutions, cut short where they exceed the context. The state that predicts
-        a solution's end token is the state of the solution's last token."""
+        """A batch of prompts and solutions, truncated to the context. The state that predicts a
+        solution's end token is the state of the solution's last token."""
         longest = None if self.policy.context is None else self.policy.context - 1
         prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
         before = [prompts[problem.id] for problem, _ in solutions]
@@ -268,7 +267,7 @@ class Classifier(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the transformer in Hugging Face format (LoRA merged), the tokenizer and the
-        layers."""
+        classifier's own layers."""
         with sharding.current.whole(self):
             self.policy.save(folder)
             if world.is_main():
@@ -303,11 +302,9 @@ def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifie
 def accumulate_loss(
     classifier: Classifier, solutions: Sequence[Solution], *, lm_coef: float = 0.0
 ) -> dict[str, float]:
-    """Add the gradient of the mean cross-entropy of the labels and, times `lm_coef`, of the
-    negative log-likelihood of the correct solutions' tokens, and return metrics.
-
-    Raises: NonFiniteError before the gradient is used.
-    """
+    """Add the gradient of the labels' mean cross-entropy, plus `lm_coef` times the mean negative
+    log-likelihood of the correct solutions' tokens. Returns: metrics. Raises: NonFiniteError before
+    the gradient is used."""
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
     num_tokens = (labels * batch.response_lengths).sum().clamp(min=1)
@@ -335,8 +332,8 @@ def accumulate_loss(
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
     """`dev/accuracy`, the share of problems whose highest-scored solution is correct; `dev/chance`,
-    the same for a solution drawn at random; and half the width of the 95% interval of their
-    difference, paired by problem.
+    the same for a solution drawn at random; and `dev/chance_margin`, half the width of the 95%
+    interval of their difference, paired by problem.
     """
     chosen = [*map(voting.is_correct, winners(classifier, drawn))]
     chance = [len(samples.correct) / len(samples.texts) for samples in drawn]
@@ -390,7 +387,7 @@ def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str
     own, other = (set(model.tokenizer.get_vocab().items()) for model in (classifier.policy, policy))
     if own != other:
         raise ModelError(
-            f"{where}: was trained with another tokenizer: it has {len(own):,} tokens, this run's"
-            f" model {len(other):,}, and {len(own & other):,} are the same; expected a reward model"
-            " that started from the same base model"
+            f"{where}: was trained with another tokenizer, of {len(own):,} tokens; this run's has"
+            f" {len(other):,}, and {len(own & other):,} are in both; expected a reward model that"
+            " started from the same base model"
         )

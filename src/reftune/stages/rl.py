@@ -168,7 +168,7 @@ class Trainer:
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
-        """Rollout `n` for `purpose`, and its metrics. Both depend only on the weights, `n`,
+        """Rollout `n` for `purpose`, and its metrics. The samples depend only on the weights, `n`,
         `purpose` and the seed."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
@@ -240,8 +240,7 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return the metrics, averaged over the steps. Steps whose loss or gradient is not
-        finite are skipped.
+        return metrics. A step whose loss or gradient is not finite ends the update.
 
         Raises: NonFiniteError if the recipe does not allow skipping a step.
         """
@@ -267,8 +266,8 @@ class Trainer:
         }
 
     def accumulate(self, batch: RolloutBatch) -> dict[str, float]:
-        """Add a minibatch's gradient, and return metrics. Raises: NonFiniteError before it is
-        used."""
+        """Add a minibatch's gradient, and return metrics. Raises: NonFiniteError before the
+        gradient is used."""
 
         def loss(index: Tensor) -> LossTerms:
             rows = batch.rows(index)
@@ -306,8 +305,8 @@ class Trainer:
         )
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, H) and discounted returns (N,). KL is 0: the policy is still its
-        reference."""
+        """Hidden states (N, H) and discounted returns (N,). There is no KL penalty, because the
+        policy still equals its reference."""
         mask = batch.response_mask
         rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
         _, returns = gae(
@@ -369,7 +368,7 @@ def correct_mismatch(
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Metrics of the samples: rewards, verdicts, lengths."""
+    """Metrics of the samples: rewards, verdicts and lengths."""
     count = max(1, len(rollouts))
     verdicts = Counter(r.graded.verdict for r in rollouts)
     rewards: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Turns problems into rollouts: generates, grades, rewards."""
+"""Turns problems into rollouts: samples solutions, grades them and rewards them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Collector:
     # --- limits ---
 
     def prompt_limit(self, policy: Policy) -> float:
-        """Most tokens in a prompt; infinite if there is no limit."""
+        """Maximum number of tokens in a prompt; infinite if there is no limit."""
         room = math.inf if policy.context is None else policy.context - self.lengths.max_new
         return max(0, min(room, self.lengths.max_prompt or math.inf))
 
@@ -68,7 +68,8 @@ class Collector:
         )
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
-        """`splits` without training questions with too long a prompt, if the recipe drops these."""
+        """`splits` without the training questions whose prompts are too long, if the recipe drops
+        them."""
         if self.lengths.too_long == "refuse":
             return splits
         limit = self.prompt_limit(policy)
@@ -105,8 +106,8 @@ class Collector:
     ) -> Solved:
         """One graded completion per problem, greedy unless a temperature is given; repeat a problem
         to get several. Each of several processes solves a part, and all get every completion.
-        Raises: DataError for a prompt that is too long; if the recipe drops such prompts, the
-        completion is empty instead.
+        Raises: EngineError; DataError for a prompt that is too long, unless the recipe drops such
+        prompts, whose completions are then empty.
         """
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)
@@ -146,8 +147,7 @@ class Collector:
         )
 
     def rewarded(self, solved: Solved) -> list[Rollout]:
-        """Rollouts of solved problems, without those to which the reward does not apply (None).
-        Raises: RewardError.
+        """Rollouts of solved problems, without those whose reward is None. Raises: RewardError.
 
         The main process computes every reward, so a reward function that compares samples sees all
         of them.
@@ -225,7 +225,7 @@ def _require_whole(
         if tokens == 0 or tokens != logprobs:
             raise EngineError(
                 f"engine {engine}: problem {problem.id}: {tokens} tokens with {logprobs}"
-                " log-probabilities; expected at least one token, the eos, and as many"
+                " log-probabilities; expected at least one token (the eos) and as many"
                 " log-probabilities"
             )
 

@@ -1,7 +1,7 @@
 """Offline self-training samples solutions of the training problems once, keeps some of the
 correct ones, and fine-tunes on these and the gold solutions.
 
-The defaults are the fair baseline (preset `fixed`). Preset `paper` is `gold: paper, top_k: 50`.
+ReFT's code corresponds to `gold: paper` and `top_k: 50`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from reftune.storage.files import JsonLines, in_parts
 from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000
-"""Approximate number of samples drawn between two writes to disk; interrupted sampling continues
+"""Approximate number of samples drawn between two writes to disk. Interrupted sampling continues
 after the last write."""
 
 
@@ -68,8 +68,8 @@ class Sampled(Stage, ABC):
     def draw(
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
-        """Draw `num` samples of every problem and write them to `path`, one line per problem.
-        Problems with an existing line are not sampled again.
+        """Draw `num` samples of every problem and write them to `path`, one line per problem. Whole
+        parts that the file already holds are kept.
 
         A problem's samples are a function of the sampler's weights, the seed and the problem's
         position.
@@ -158,7 +158,7 @@ class SelfTrain(Sampled):
         )
 
     def run(self, context: StageContext) -> None:
-        """Sample, join, train, and save the model that was best on dev."""
+        """Sample, join samples and gold solutions, train, and save the model best on dev."""
         started = time.perf_counter()
         drawn = self.draw(context, context.splits.train, context.folder.drawn, num=self.samples)
         examples = self.examples(drawn, context)
@@ -192,8 +192,8 @@ class SelfTrain(Sampled):
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """The first of each group of solutions that differ only in outer white space or, if they are
-    right, in how the final answer is written (such as 1/2 or 0.5)."""
+    """The first of each group of solutions that differ only in outer white space or, if all are
+    right, in how the last line writes the answer (such as 1/2 or 0.5)."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(_less_answer(text).strip(), text)
@@ -214,8 +214,7 @@ def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
 
 
 def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
-    """The result of `join_once`, then the gold solution again, as in the authors' file of gold
-    solutions.
+    """The result of `join_once`, then the gold solution again.
 
     Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space,
     which programs need.

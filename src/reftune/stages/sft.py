@@ -35,7 +35,6 @@ class Schedule(TrainingTable):
     """Epochs between dev evaluations."""
 
     def cost_of_rows(self, num_rows: int, *, sampled_before: int = 0) -> Cost:
-        """Cost of training on `num_rows` rows."""
         return Cost(
             steps=self.epochs * num_rows / self.batch_size,
             batch=self.batch_size,
@@ -81,7 +80,7 @@ class Sft(Schedule, Stage):
         return tuple(self.snapshots)
 
     def line(self) -> str:
-        """The stage in words: `67 epochs of 32 from base, warmup after 32, learning rate 0.002`"""
+        """The stage in words: `67 epochs of 32 from base, learning rate 0.002, warmup after 32`"""
         kept = "".join(f", {method} after {epoch:g}" for method, epoch in self.snapshots.items())
         return f"{schedule_line(self, self.init)}{kept}"
 
@@ -110,7 +109,7 @@ def schedule_line(schedule: Schedule, init: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and the continuation to learn, including the eos, as token ids."""
+    """A prompt and the continuation to learn, including its end token, as token ids."""
 
     prompt: list[int]
     target: list[int]
@@ -152,8 +151,8 @@ class Task(Protocol):
         """Number of examples."""
 
     def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        """Add these examples' gradient, and return metrics. Raises: NonFiniteError before it is
-        used."""
+        """Add these examples' gradient, and return metrics. Raises: NonFiniteError before the
+        gradient is used."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         """The examples in readable form, to be saved if a step is not finite."""

@@ -52,8 +52,7 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """The counts that determine a stage's memory (`estimate.Estimate`) and time (`phases`,
-    `seconds`, at a measured or planned pace)."""
+    """The counts that determine a stage's memory (`estimate.Estimate`) and time (`seconds`)."""
 
     steps: float
     batch: int
@@ -100,7 +99,7 @@ class Stage(Component, ABC):
     (`runs/NAME/stages/NAME`) or a folder of LoRA adapters."""
 
     is_method: ClassVar[bool] = True
-    """Whether its model answers problems, so it is evaluated and later stages can start from it."""
+    """Whether its model answers problems. Only such models are evaluated or start later stages."""
     reads_rationales: ClassVar[bool] = False
     """Whether the stage needs gold rationales."""
     reads_questions: ClassVar[bool] = False

@@ -1,5 +1,5 @@
-"""Code that exists only for speed. Removing this folder changes results only by rounding. To remove
-it, change its callers:
+"""Code that exists only for speed. Without dropout, removing this folder changes results only by
+rounding. To remove it, change its callers:
 
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out` and their two `read_packed`: keep the branch of `_predictors` for models
@@ -9,7 +9,7 @@ it, change its callers:
 - `stages/outline.py` treats `ATTENTION` as transformers' own.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`.
 
-Dropout is the exception: the entries it drops depend on the layout of the sequences, so without
-this folder a run with dropout draws other, equally likely masks. `tests/unit/test_speed.py` trains
-with and without the folder and compares.
+Dropout's masks depend on the layout of the sequences, so a run with dropout draws other, equally
+likely masks without this folder. `tests/unit/test_speed.py` trains with and without the folder and
+compares.
 """

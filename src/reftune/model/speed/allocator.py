@@ -13,11 +13,8 @@ LARGEST_KEPT = 32 * 2**20
 
 def keep_freed_memory() -> None:
     """Let the allocator keep the memory that any thread frees, instead of requesting zeroed pages
-    again at every step.
-
-    Every training step frees and requests the same gigabytes. Nothing changes if the C library is
-    not glibc, or if the environment configures glibc's allocator (`MALLOC_…`).
-    """
+    again at every step. Nothing changes if the C library is not glibc, or if the environment
+    configures glibc's allocator (`MALLOC_…`)."""
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -72,7 +72,7 @@ def has_window(config: Any) -> bool:
 
 def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
     """(T, H) last hidden states; `backbone` is the transformer without its output embedding."""
-    # transformers passes on a four-dimensional mask as it is; nothing reads it.
+    # transformers passes on a four-dimensional mask as it is; nothing reads its values
     mask: Any = torch.empty(1, 1, 1, 1, device=packed.tokens.device)
     mask.packing = packed.packing  # CodeGen passes on no other argument than the mask
     hidden: Tensor = backbone(
@@ -120,7 +120,7 @@ def _attend(
     """Attention of `query`, `key` and `value` (B, heads, tokens, D) → (B, tokens, heads, D). With
     `packing`, B is 1 and `mask` is not read.
 
-    On a CPU it runs in fp32, unless one new token attends to a cache.
+    On a CPU, attention runs in fp32, unless one new token attends to a cache.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

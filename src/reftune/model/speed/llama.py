@@ -2,7 +2,7 @@
 
 The number of operations limits the speed of small models. Here a norm, rotary positions and the
 gated activation are one operation each, with a closed-form gradient, and padding exists only inside
-attention. Decoding merges query, key and value into one product, gate and up into another, from
+attention. Decoding merges query, key and value into one product, and gate and up into another, from
 copies of the weights in the compute dtype.
 """
 
@@ -41,8 +41,8 @@ Product = Callable[[Tensor], Tensor]
 def is_written_out(model: Any) -> bool:
     """Whether this file can run `model`, a causal LM.
 
-    It cannot with adapters or quantized layers, sliding windows, activations other than SiLU, or
-    rotary positions on a part of each head.
+    It cannot run models with adapters, quantized layers, sliding windows, activations other than
+    SiLU, or rotary positions on a part of each head.
     """
     kind, config = type(model), model.config
     if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
@@ -264,7 +264,7 @@ class Decoder:
         return self.head(hidden).float()
 
     def _places(self, mask: Tensor) -> Tensor | None:
-        """(N,) flat indices of the tokens in `mask` (B, S); None if there is no padding."""
+        """(N,) flat indices of the tokens in `mask` (B, S); None to read every place."""
         if mask.shape[1] == 1 or not self.pack:
             return None
         return mask.flatten().nonzero().squeeze(1)
@@ -276,7 +276,7 @@ class _Layout(NamedTuple):
     rows: int
     length: int
     places: Tensor | None
-    """(N,) indices of the tokens among all places; None if every place has a token."""
+    """(N,) indices of the tokens among all places; None if every place is read."""
 
     def pick(self, flat: Tensor) -> Tensor:
         """(B · S, …) places → (N, …) tokens."""

@@ -1,8 +1,8 @@
 """Detects reward hacking on multiple choice: right letters that do not follow from the reasoning.
 
 There are four warning signs in greedy answers: the reasoning derives a value other than the chosen
-option's; the choice changes when the options change places; accuracy is hardly above chance; the
-same questions are not solved without options.
+option's; the choice changes when the options change places; accuracy is hardly above chance; and
+the same questions are not solved without options.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Derivation(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceRow:
-    """One question asked three times: as it is, with its options in other places, and without
+    """One question, asked as it is, with moved options and, if its gold option is a number, without
     options."""
 
     id: str
@@ -121,7 +121,7 @@ def derived_values(
     """The number that each solution arrives at before it chooses; None if there is none.
 
     For a solution in words, it is the last number before the answer; for a program, the returned
-    value or, if the program looks up the answer among options, the last value assigned.
+    value or, if the program looks up the answer among options, the last value it computed.
     """
     if not isinstance(format, Program):
         return [last_number(reasoning_text(text)) for text in completions]
@@ -169,8 +169,8 @@ def diagnose(
     completions: Sequence[str],
     graded: Sequence[Graded],
 ) -> list[ChoiceRow]:
-    """One row per problem. Each question is asked twice more: with moved options, and without
-    any."""
+    """One row per problem. Each question is asked again with moved options and, if its gold option
+    is a number, without options."""
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
@@ -207,8 +207,8 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
 
 
 def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
-    """Problem id → whether it is solved without options. A model that still names a letter is
-    judged by the value it derives."""
+    """Problem id → whether it is solved without options. If no number is
+    read as the answer, the derived value is judged."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
@@ -232,8 +232,8 @@ def _equals(value: str, gold: Answer) -> bool:
 
 
 def choice_metrics(rows: Sequence[ChoiceRow]) -> dict[str, float]:
-    """The four warning signs of reward hacking as `choices/…` metrics, omitting any that no
-    question shows."""
+    """The warning signs of reward hacking as `choices/…` metrics. A sign is omitted if no question
+    can show it."""
     right = [row for row in rows if row.correct]
     derived = Counter(row.derivation for row in right)
     shares = {
