@@ -1,14 +1,13 @@
-"""Errors that a user can fix. The message states the value, where it was found, and what was
+"""Errors for the user. A message about a wrong value states the value, its place, and what was
 expected."""
 
 
 class ReftuneError(Exception):
-    """Base of every error that the user can fix. The command line prints it on one line and exits
-    with status 2."""
+    """Base of these errors. The command line prints the message on one line."""
 
 
 class RecipeError(ReftuneError):
-    """A recipe that cannot be run because of an unknown key, a wrong type or a value out of
+    """A recipe or launcher setting that cannot be used, such as an unknown key or a value out of
     range."""
 
 
@@ -22,12 +21,11 @@ class ModelError(ReftuneError):
 
 
 class CheckpointError(ReftuneError):
-    """A run folder or checkpoint that is damaged, unwritable or not made by reftune."""
+    """A run folder or checkpoint that is damaged, unwritable, in use, or not made by reftune."""
 
 
 class RewardError(ReftuneError):
-    """A reward function that raised an error or did not return a reward. The message names the
-    sample or batch."""
+    """A reward function that failed, or returned something other than rewards."""
 
 
 class EngineError(ReftuneError):

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """`text` with every character that could control a terminal replaced by `�`; line breaks and
-    tabs stay."""
+    """`text` with unprintable characters, which could control a terminal, replaced by `�`; line
+    breaks and tabs stay."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else "�" for character in text
     )

@@ -83,7 +83,7 @@ right."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """A question with its gold answer and, for training, a gold rationale."""
+    """A question with its gold answer and, if the data has one, a gold rationale."""
 
     id: str
     question: str
@@ -97,7 +97,7 @@ class Problem:
     """Columns of the data that reftune does not use, passed to a user's reward function as keyword
     arguments."""
     gold_text: str = ""
-    """The gold answer as spelled in the data, which `reftune check` shows beside the answer read
+    """The gold answer as spelled in the data, which `reftune check` shows next to the answer read
     from it; empty if unknown."""
     messages: tuple[Message, ...] = ()
     """The turns before the answer, for a chat prompt; empty if the data has no conversations.
@@ -108,7 +108,6 @@ class Problem:
 
     @property
     def is_multiple_choice(self) -> bool:
-        """Whether the question is multiple choice."""
         return self.answer.kind == "choice" and len(self.choices) > 1
 
 
@@ -140,7 +139,7 @@ class Completion:
     """Log-probability of each token under the distribution it was drawn from; for greedy decoding,
     under the distribution at temperature 1."""
     finish_reason: Literal["eos", "stop", "length"]
-    """What ended the completion: an end token, a stop string, or the length limit."""
+    """What ended the completion: an end token, a stop string or the length limit."""
     values: tuple[float, ...] = ()
     """The value head's output before each token. Empty unless the engine computes both these values
     and `logprobs` as `Policy.score` does."""
@@ -168,7 +167,7 @@ class Graded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """A graded completion as every file of a run stores it."""
+    """A graded completion, as the files of a run store it."""
 
     completion: str
     graded: Graded
@@ -183,7 +182,7 @@ class Attempt:
         return self.graded.verdict is Verdict.CORRECT
 
     def to_row(self) -> dict[str, Any]:
-        """The attempt as a JSON object. Fields that are None are omitted, except `value`."""
+        """The attempt as a JSON object. Fields that are unset are omitted, except `value`."""
         seconds = self.graded.program_s
         optional = {
             "reason": self.graded.reason or None,
@@ -233,5 +232,4 @@ class Rollout:
     """Named parts of the reward, if the reward function returns them."""
     source: Literal["policy", "gold"] = "policy"
     """Where the completion comes from: the policy, or the gold data, for which log-probabilities
-    are meaningless.
-    """
+    are meaningless."""

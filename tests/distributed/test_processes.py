@@ -102,7 +102,7 @@ def test_the_main_process_speaks_and_says_how_weights_are_held(how, by_two):
     folder = by_two(how).parent
     main, other = ((folder / f"rank{rank}.err").read_text() for rank in (0, 1))
     held = {
-        "ddp": "2 processes, weights whole in each (DDP)",
+        "ddp": "2 processes, all weights in each (DDP)",
         "fsdp2": "2 processes, weights sharded (FSDP2)",
     }[how]
     assert main.count(held) == 1 and main.count("report: ") == 1

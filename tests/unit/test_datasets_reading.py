@@ -243,8 +243,8 @@ def test_what_the_hub_says_becomes_one_line(hub: FakeHub, failure: Exception) ->
     first_line = str(failure).splitlines()[0]
     assert (
         str(error.value)
-        == f"owner/name: cannot load the train split from the Hub ({first_line}), and no such file"
-        " or folder"
+        == f"owner/name: cannot load the train split from the Hub ({first_line}), and there is no"
+        " such file or folder"
     )
 
 

@@ -94,7 +94,7 @@ def test_a_gold_number_keeps_its_decimals(raw: object, value: str, decimals: flo
 
 @pytest.mark.parametrize("raw", [None, float("nan"), float("inf"), [], [1], {"a": 1}, "", "  "])
 def test_what_is_no_answer_is_refused(raw: object) -> None:
-    with pytest.raises(DataError, match="expected a number, a text or a letter"):
+    with pytest.raises(DataError, match="expected a number, text or a letter"):
         read_gold(raw)
 
 

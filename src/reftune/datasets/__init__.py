@@ -16,16 +16,18 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """Read everything; `seed` draws the dev split. Raises: DataError with file and line."""
+        """Read everything. If dev is drawn from train, `seed` draws it. Raises: DataError, with
+        file and line if known."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
-    """The splits of a dataset, without training rationales that contradict the gold answer.
+    """The splits of a dataset, without training problems whose rationale contradicts the gold
+    answer.
 
-    Raises: DataError with file and line.
+    Raises: DataError, with file and line if known.
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # they drop these rationales themselves
+    if is_ours or isinstance(dataset, FileDataset):  # they drop these problems themselves
         return splits
     return drop_contradictions(splits)

@@ -24,7 +24,7 @@ from reftune.types import Answer, AnswerKind, Message, Problem
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
 """A missing cell as pandas writes it, or a failed formula as Excel writes it."""
 MOST_WORDS = 30
-"""Longest gold answer read as a text under `auto`, in words; a longer text is a solution, not an
+"""Longest gold answer read as text under `auto`, in words; anything longer is a solution, not an
 answer."""
 
 
@@ -81,7 +81,7 @@ class Jsonl(FileDataset):
             options = read_options(row, columns.choices or "")
         elif self.answer_kind == "choice":
             raise DataError(
-                f"{row.where}: no options; expected dataset.columns.choices beside answer_kind:"
+                f"{row.where}: no options; expected dataset.columns.choices with answer_kind:"
                 " choice"
             )
         cell = marked_text(row, columns.answer)
@@ -115,7 +115,7 @@ class Jsonl(FileDataset):
             try:
                 return read_gold(letter or stated, "choice", choices=options.texts), str(stated)
             except DataError as error:
-                hint = " (of a position: dataset.positions_from)" * str(stated).strip().isdecimal()
+                hint = " (for a position: dataset.positions_from)" * str(stated).strip().isdecimal()
                 raise DataError(f"{error}{hint}") from None
         answer = read_gold(stated, kind, reading=reading)
         if kind == "auto" and _MISSING.fullmatch(str(answer)):

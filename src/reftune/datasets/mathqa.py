@@ -26,7 +26,7 @@ from reftune.types import Answer, Problem
 
 LETTERS = "abcde"
 FORMULA_TOLERANCE = Fraction(1, 100)
-"""Relative tolerance between a formula's value and an option, because options are rounded."""
+"""Largest relative gap between a formula's value and an option, because options are rounded."""
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
 OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
@@ -83,9 +83,9 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. If the formula's value is more than 1% off the gold
-        option, one of the two is wrong: a numeric problem is then dropped, and a multiple-choice
-        one kept without a program. Test is not changed."""
+        """The rows of a split as problems. Except in test, the formula's value must be within 1% of
+        the gold option. If it is not, a numeric problem is dropped, and a multiple-choice problem
+        is kept without its program."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)

@@ -39,7 +39,7 @@ class Mixture(Component):
         return self
 
     def load(self, *, seed: int) -> Splits:
-        """Load every part, and mix them. Raises: DataError with file and line."""
+        """Load every part, and mix them. Raises: DataError, with file and line if known."""
         parts = {name: load_dataset(part.dataset, seed=seed) for name, part in self.parts.items()}
 
         def named(split: str) -> list[Problem]:
@@ -71,8 +71,8 @@ class Mixture(Component):
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """The largest training set with the wanted shares, drawn with `seed`; it uses up one
-        part."""
+        """The largest training set with the wanted shares, drawn with `seed`; it uses up at least
+        one part."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

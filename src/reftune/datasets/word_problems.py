@@ -4,10 +4,10 @@ from scratch.
     Mia has 12 kites. Leo has 3 times as many kites as Mia. Leo loses 4 kites. How many kites does
     Leo have?
 
-A story is a list of sentences together with a graph of quantities: every "has", update and relation
-is a node that points to the nodes it was computed from. The rationale is written from the part of
-the graph that the answer needs, so distractors never enter it. Sentences are short, and every word
-and number is meant to be one token.
+A story is a list of sentences together with a graph of quantities. Every amount, update and
+relation is a node that points to the nodes it was computed from. The rationale is written from the
+part of the graph that the answer needs. Distractors are not in the graph. Sentences are short, and
+every word and number is meant to be one token.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class WordProblems(Component):
         return str(style), write(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
-        """One random story; None if a result is out of range or a fact about the object is not
-        needed."""
+        """One random story; None if a result is out of range, or if the answer does not need a
+        stated quantity."""
         asks = ["count"]
         if num_operations >= 1:
             asks += ["coins", "together", "more"] if self.people >= 2 else ["coins"]

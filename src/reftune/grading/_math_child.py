@@ -1,9 +1,9 @@
 """Compares expressions for `mathematics`. This file is started as a script and imports nothing from
 reftune.
 
-Reads one JSON object per line from standard input and writes one to standard output: `{"gold",
-"answer"}` yields `{"equal", "read"}`, where `read` is None if the answer is not an expression, or
-an `{"error"}` with the reason. The parent enforces the time limit by killing this process.
+Each line of standard input is a request, `{"gold", "answer"}`. The reply, a line of standard
+output, is `{"equal", "read"}`, with null for `read` if the answer is not an expression. If the
+comparison fails, it is `{"error"}`. The parent enforces the time limit by killing this process.
 """
 
 from __future__ import annotations

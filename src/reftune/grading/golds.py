@@ -1,6 +1,6 @@
 """Reads gold answers as spelled in data, strictly: a gold answer is a number only if its whole text
-is one. `numbers` reads completions leniently and may take "18" from "18, I think"; it would read
-the gold answer "5 March 2021" as 5, and training would reward wrong answers."""
+is one. `numbers` reads completions leniently and takes 18 from "18, I think". It would take 5 from
+the gold answer "5 pm", and training would reward wrong answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from reftune.types import Answer, AnswerKind
 
 GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
-"""Longer texts do not count as numbers."""
+"""Longer strings do not count as numbers."""
 MOST_BETWEEN = 100
 """Maximum number of characters between two markers whose answers count as side by side."""
 SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
@@ -42,8 +42,8 @@ def read_gold(
     """The gold answer in a cell of the data, with its kind.
 
     Under `auto`, the answer is a choice if there are `choices`; if not, a number if the whole of
-    `raw` is one; failing both, an expression, a list in brackets or a text. A text with a marker
-    ("#### 78", "\\boxed{78}", "The answer is 78") stands for the marked answer.
+    `raw` is one; failing both, an expression, a list in brackets or text. If `raw` marks its answer
+    ("#### 78", "\\boxed{78}", "The answer is 78"), the marked part is read.
 
     Raises: DataError with the value and what was expected; the caller adds the place.
     """
@@ -70,7 +70,8 @@ def read_gold(
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
-    """The gold number that a cell consists of; None if it contains anything else."""
+    """The gold number in a cell; None if the cell is anything but a number, perhaps with a currency
+    or unit."""
     number = number_in_gold(raw, reading)
     if number is None:
         return None
@@ -80,8 +81,7 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
-    """The number that a cell consists of; None if it contains anything else. True does not count as
-    1."""
+    """The number in a cell, as for `number_gold`. True does not count as 1."""
     if isinstance(raw, bool):
         return None
     if isinstance(raw, int):
@@ -96,8 +96,8 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
     """The answer after the last marker that announces one; the cell itself if there is no marker.
 
-    Raises: DataError for different answers side by side, `\\boxed{3}` or `\\boxed{4}`, and for
-    markers without an answer.
+    Raises: DataError for different answers side by side, such as `\\boxed{3}` or `\\boxed{4}`, and
+    for markers without an answer.
     """
     if not isinstance(raw, str):
         return raw
@@ -113,8 +113,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The answer after the last marker, preceded by the answers of the markers adjacent to it, with
-    only "or", "and" or symbols between them. An intermediate result is not adjacent."""
+    """The answers, in order, of the last marker and of those adjacent to it, with only "or", "and"
+    or symbols in between. An intermediate result is not adjacent."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -166,12 +166,11 @@ def _same(first: str, second: str) -> bool:
 def _refuse_other_types(raw: object) -> None:
     if isinstance(raw, Sequence) and not isinstance(raw, str):
         raise DataError(
-            f"{shown(raw)}, a list; expected a number, a text or a letter, or answer_kind:"
-            f" {SEVERAL}"
+            f"{shown(raw)}, a list; expected a number, text or a letter, or answer_kind: {SEVERAL}"
         )
     is_answer = isinstance(raw, str | int) or (isinstance(raw, float) and math.isfinite(raw))
     if not is_answer or not str(raw).strip():
-        raise DataError(f"{shown(raw)}; expected a number, a text or a letter")
+        raise DataError(f"{shown(raw)}; expected a number, text or a letter")
 
 
 # --- words, lists and patterns --------------------------------------------------------------------
@@ -182,7 +181,7 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 def worded_gold(text: str) -> Answer:
     """The answer in a gold text that is neither an option nor a number: an expression (`latex`), a
-    bracketed list (of three or more items, or of two words) or, failing both, a text."""
+    bracketed list (of three or more items, or of two words) or, failing both, text."""
     text = text.strip()
     listed = _LISTED.fullmatch(text)
     parts = split_items(text) if listed is not None else ()
@@ -195,13 +194,13 @@ def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Readi
     """A gold answer of several parts: the accepted spellings (`any_of`), an ordered `list` or a
     `set`.
 
-    `raw` is a list, a list written as text ("[1, 2]"), or a text with one marker per part. The text
-    of a `list` or `set` may also separate its parts with commas or semicolons.
+    `raw` is a list, a list written as text ("[1, 2]"), or text with one marker per part. For a
+    `list` or `set`, it may also be text with commas or semicolons between the parts.
     """
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
     if not parts or not all(part.strip() for part in parts):
-        raise DataError(f"{shown(raw)}; expected a list of texts or numbers")
+        raise DataError(f"{shown(raw)}; expected a list of strings or numbers")
     return Answer(kind=kind, value=parts[0] if kind == "any_of" else ", ".join(parts), items=parts)
 
 
@@ -215,7 +214,7 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
         raw = [raw] if kind == "any_of" else split_items(_with_points(raw, reading))
     for each in raw if isinstance(raw, Sequence) else [raw]:
         if not isinstance(each, str | int | float) or isinstance(each, bool):
-            raise DataError(f"{shown(raw)}; expected a list of texts or numbers")
+            raise DataError(f"{shown(raw)}; expected a list of strings or numbers")
         yield _with_points(str(each).strip(), reading)
 
 
@@ -241,7 +240,7 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str) -> tuple[str, ...]:
     """The parts of a list as people write it: with or without brackets, and with commas,
-    semicolons, line breaks or "and" between the parts. If one comma is followed by a space, only
+    semicolons, line breaks or "and" between the parts. If any comma is followed by a space, only
     such commas separate parts."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
@@ -371,9 +370,8 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.I
 
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
-    """The letter of the option that a gold answer names: by the letter, by the letter and the
-    option's text, or by a text that fits exactly one option. Without `choices`, any letter is
-    accepted."""
+    """The letter of the option that a gold answer names: by its letter, by its letter and text, or
+    by a text that fits only this option. Without `choices`, any letter is accepted."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:

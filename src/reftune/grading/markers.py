@@ -41,8 +41,8 @@ class Statement:
     start: int = 0
     """Index where the marker begins."""
     end: int = 0
-    """Index where the statement ends: after the closing brace or tag or, if there is none, at the
-    end of the text."""
+    """Index where the statement ends: after the closing brace or tag; without one, at the end of
+    the text that counts."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -60,12 +60,12 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """The last `MAX_STATEMENTS` texts that markers announce in a completion, in order of
-    appearance. The markers are "the answer is", "answer:", "####", `\\boxed{…}`,
-    `<answer>…</answer>` and `reading.markers`.
+    """The statements that the last `MAX_STATEMENTS` markers of a completion announce, in order.
+    Markers include "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
+    `reading.markers`.
 
     Text before the last `</think>`, after an unclosed `<think>`, or after the start of run-on text
-    does not count. A box or tag without content announces nothing.
+    does not count.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
@@ -84,7 +84,7 @@ SIDE_BY_SIDE = re.compile(
 
 
 def is_alternative(completion: str, before: Statement, after: Statement) -> bool:
-    """Whether two statements in a row are parts of one answer: `\\boxed{3}` or `\\boxed{4}`, "the
+    """Whether two successive statements are parts of one answer: `\\boxed{3}` or `\\boxed{4}`, "the
     answer is 3 or the answer is 4"."""
     if before.text is None or "\n" in completion[before.start : after.start].strip():
         return False
@@ -102,7 +102,8 @@ def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
 
 
 def reasoning_text(completion: str) -> str:
-    """The text before the first marker: the reasoning that leads to the answer."""
+    """The text before the first marker, or all of it if there is none: the reasoning that leads to
+    the answer."""
     marker = marker_pattern(()).search(completion)
     return completion if marker is None else completion[: marker.start()]
 

@@ -70,7 +70,7 @@ class Comparison:
 
 def looks_like_math(text: str) -> bool:
     """Whether the whole text is one expression other than a plain number: LaTeX commands, an
-    equation, a power, an interval, a tuple or variables. A text with words is not an expression."""
+    equation, a power, an interval, a tuple or variables. Text with words is not an expression."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -79,7 +79,7 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression in a text, with symbols as LaTeX: the content of its math delimiters if there
+    """The expression in `text`, with symbols as LaTeX: the content of its math delimiters if there
     is one pair, otherwise the text up to an aside. Closing punctuation is removed."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
@@ -182,7 +182,6 @@ class _Worker:
         return b""
 
     def close(self) -> None:
-        """End the process, if there is one."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -249,8 +248,8 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Maximum number of comparisons kept in memory: samples of one problem often repeat an answer.
-Failed comparisons are not kept."""
+"""Maximum number of comparisons kept in memory, because samples of one problem often repeat an
+answer. Failed comparisons are not kept."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

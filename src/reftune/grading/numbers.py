@@ -1,4 +1,4 @@
-"""Reads numbers as people write them, and compares them exactly."""
+"""Reads and compares numbers as people write them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from reftune.types import Answer
 
 MAX_DIGITS = 1_000
 MAX_EXPONENT = 400
-"""Numbers with more digits or larger powers of ten do not count as answers: no gold answer has
-them, and arithmetic stays cheap."""
+"""Numbers with more digits or larger powers of ten do not count as answers, so that arithmetic
+stays cheap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ def number_of(answer: Answer) -> Number:
 
 
 def num_decimals(value: Fraction) -> float:
-    """Number of digits after the decimal point that spell `value` exactly; inf if no number
-    does."""
+    """Number of digits after the decimal point that spell `value` exactly; inf if they never
+    end."""
     rest, count = value.denominator, 0
     while rest > 1 and count < MAX_EXPONENT + MAX_DIGITS:
         shared = gcd(rest, 10)
@@ -58,10 +58,11 @@ def num_decimals(value: Fraction) -> float:
 
 
 def parse_number(text: str) -> Number | None:
-    """The number at the start of the first line of `text`, or after the last `=` there.
+    """The number that the first line of `text` states: at its start, after its last `=`, or as the
+    only number of its sentence.
 
     Reads signs, thousands separators, decimals, exponents, `a/b`, `3 1/2`, `\\frac{a}{b}`, powers
-    of ten, "2.5 million" and percent. Ignores currency, units, decoration in markdown, LaTeX and
+    of ten, "2.5 million" and percent. Ignores currency, units, decoration by markdown, LaTeX or
     HTML, words like "about", closing punctuation, and prose after the number. None for an
     unevaluated expression ("3 + 4", "2π"), an inequality, a range or alternative ("5 or 6"), a
     compound quantity ("5 feet 6 inches"), a list, a ratio, nan and inf.
@@ -222,7 +223,7 @@ def leading_number(line: str) -> Number | None:
     """The number at the start of a plain line, unless the text after it makes it part of something
     else."""
     lead = _LEAD_IN.match(line)
-    assert lead is not None  # it matches the empty text
+    assert lead is not None  # it matches the empty string
     bracketed = line.startswith("<", lead.end())
     found = numeral_at(line, lead.end() + bracketed)
     if found is None:
@@ -263,7 +264,7 @@ def _number(match: re.Match[str]) -> Number | None:
 
 
 def _size(parts: dict[str, str]) -> Number | None:
-    """A number's absolute value without its power of ten."""
+    """A number without its sign and its power of ten."""
     if "period" in parts:
         return Number(_repeating(parts["head"], parts["period"]))
     if "endless" in parts:
@@ -335,10 +336,10 @@ _AND_UNKNOWN = re.compile(r"\b(?:or|and) [^\W\d]{1,3} ?$")
 
 
 def after_equals(line: str) -> str:
-    """The text after the last `=` of the first sentence. The line itself if there is no `=`, or if
-    a number comes before an aside that contains the `=` ("18, because 2 + 2 = 4", "12 when n = 3").
-    Empty if there are different values ("x = 3 or x = 4"), or if only a multiple of an unknown is
-    given ("2x = 6")."""
+    """The part of a line that states its value: usually the text after the last `=` of the first
+    sentence. It is the whole line if there is no `=`, or if a number comes before an aside that
+    contains the `=` ("18, because 2 + 2 = 4", "12 when n = 3"). It is empty if there are different
+    values ("x = 3 or x = 4"), or if only a multiple of an unknown is given ("2x = 6")."""
     condition = _LEADING_CONDITION.match(line)
     if condition is not None:  # "when n = 3, 12"
         line = line[condition.end() :]
@@ -526,6 +527,6 @@ def only_number(line: str) -> Number | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in a text, in canonical spelling."""
+    """The last number in `text`, in canonical spelling; None if there is none."""
     numbers = [_number(match) for match in _NUMBER.finditer(plain(text[-MAX_SEGMENT_CHARS:]))]
     return next((spell(number.value) for number in reversed(numbers) if number is not None), None)

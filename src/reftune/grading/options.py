@@ -1,4 +1,4 @@
-"""Reads the option that a text chooses in a multiple-choice question."""
+"""Reads the option that an answer chooses in a multiple-choice question."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _LETTERED = re.compile(
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """Options without the letters that all of them carry: "a ) 38", "(B) 12", "C. 30",
-    "D - 5"."""
+    """Options without their letters ("a ) 38", "(B) 12", "C. 30", "D - 5"), if all of them carry
+    one."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]
@@ -60,8 +60,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
-    """Whether a leading letter is a choice: not a variable ("c = 5"), nor the article in "a 5%
-    rise"."""
+    """Whether a leading letter is a choice, rather than a variable ("c = 5") or the article in "a
+    5% rise"."""
     position = ord(letter) - ord("a")
     if choices and position >= len(choices):
         return False

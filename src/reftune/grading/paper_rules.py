@@ -14,15 +14,15 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
     """The authors' rule for worked solutions: `float()` of the text after the last trigger, or of
-    the whole text if there is none. nan and inf are wrong answers. A choice is compared as a
-    string, so some answer is always read."""
+    the whole text if there is none. nan and inf are wrong answers. Answers other than numbers are
+    compared as strings, so one is always read."""
     text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
     return grade_value_paper(text, problem)
 
 
 def grade_value_paper(value: Any, problem: Problem) -> Graded:
-    """The authors' rule for a program's value: `float(value)` must be within 0.01 of a gold number,
-    or `str(value)` must be the gold letter."""
+    """The authors' rule for a program's value: `float(value)` must be within 0.01 of a gold number.
+    Any other gold answer is compared with `str(value)`, ignoring case and quotation marks."""
     gold = problem.answer
     if gold.kind != "number":
         return _grade_string_paper(value, str(gold.value))

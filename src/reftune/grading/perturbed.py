@@ -15,8 +15,8 @@ MAX_SIZE = 10**6
 """Numbers of this size or larger are not changed, because a change by 1 may be within the grader's
 tolerance."""
 PRINTED = "printed and not returned"
-"""The kind of change by which a program prints its answer. A format that reads scripts may accept
-it."""
+"""The change after which a program prints its answer instead of returning it; formats that read
+scripts may accept this."""
 _RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
 _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 
@@ -31,8 +31,8 @@ class Perturbed:
 
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions that look like the gold one but state another answer. There are none for a text in
-    which the answer cannot be found."""
+    """Solutions that look like the gold one but state another answer. There are none if the answer
+    cannot be found in `target`."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 
@@ -58,7 +58,7 @@ def other_answers(problem: Problem) -> dict[str, str]:
 
 
 def _number(value: Fraction) -> str:
-    """A number in a spelling that `float()` reads."""
+    """A number in a spelling that `float()` accepts."""
     text = str(Answer(kind="number", value=value))
     return repr(float(value)) if "/" in text else text
 
@@ -88,7 +88,7 @@ def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
     )
     if problem.answer.kind == "number":
         yield Perturbed("a float", f"{head}{indent}return float({value})")
-        yield Perturbed("a text", f"{head}{indent}return str({value})")
+        yield Perturbed("a string", f"{head}{indent}return str({value})")
 
 
 # --- words ----------------------------------------------------------------------------------------

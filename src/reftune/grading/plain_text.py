@@ -1,4 +1,4 @@
-"""Turns text into plain ASCII, without markdown, LaTeX and HTML decoration."""
+"""Spells digits and signs in ASCII, and removes markdown, LaTeX and HTML decoration."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ _BULLET = re.compile(r"[-*+•–—] +")
 
 
 def first_line(text: str) -> str:
-    """The first line with a letter or digit, plain and with single spaces; a line that is cut for
-    its length ends in a backslash. A bullet is removed from any line but the text's first, where a
-    dash may be a minus sign."""
+    """The first line with a letter or digit, plain and with single spaces; empty if there is none.
+    A line that is cut for its length ends in a backslash. Bullets are removed, except from the
+    first line of the text, where a dash may be a minus sign."""
     start = text.lstrip()
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
@@ -146,7 +146,7 @@ def _with_decimal_point(match: re.Match[str]) -> str:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Whether two texts differ only in case, spacing, decoration and closing punctuation."""
+    """Whether two strings differ only in case, spacing, decoration and closing punctuation."""
     return _bare(first) == _bare(second) != ""
 
 

@@ -1,7 +1,6 @@
-"""Grades completions and values. Every text gets a verdict in bounded time, and no text causes an
-error.
+"""Grades completions and values: every text gets a verdict, and none raises an error.
 
-Pure, except for expressions, which a worker process compares.
+Pure, except that a worker process compares expressions.
 """
 
 from __future__ import annotations
@@ -53,7 +52,8 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{�
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade a worked solution by the answer after its last marker. A marker that only mentions the
-    answer ("Note on the answer: …") does not count."""
+    answer ("Note on the answer: …") does not count. If the last two markers give alternatives, both
+    must be right."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)
@@ -76,7 +76,7 @@ _NO_VALUE = re.compile(
     r"|ten|eleven|twelve|hundred|thousand)\b|n't\b|∞",
     re.IGNORECASE,
 )
-"""Words that stand in for a number, or withdraw the answer before them."""
+"""Words by which a statement gives an answer without digits: number words, and denials."""
 
 
 def _says_something(statement: Statement, problem: Problem) -> bool:
@@ -91,9 +91,9 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 
 def grade_value(value: Any, problem: Problem) -> Graded:
-    """Grade the value that a program returned; a float that is not whole is rounded to the digits
-    that float arithmetic keeps. None, nan and inf do not count as answers. A boolean counts only if
-    the gold answer is yes or no; a list or date, only if the gold answer is neither a number nor a
+    """Grade the value that a program returned. A float that is not whole is first rounded to 12
+    significant digits. None, nan and inf do not count as answers. A boolean counts only if the gold
+    answer is yes or no; a list or date, only if the gold answer is neither a number nor a
     choice."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
@@ -106,7 +106,7 @@ def grade_value(value: Any, problem: Problem) -> Graded:
 
 
 def grade_sentence(text: str, problem: Problem) -> Graded:
-    """Grade one line that a program prints: the answer, alone or in a sentence ("Total: 5")."""
+    """Grade one line that a program printed: the answer, alone or in a sentence ("Total: 5")."""
     stated = answer_text(text)
     return grade_answer(text if stated is None else stated, problem)
 
@@ -115,7 +115,7 @@ _NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
 
 
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade a text that is an answer, perhaps with units and prose around it."""
+    """Grade an answer, perhaps with units and prose around it."""
     if reading.decimal == "," and problem.answer.kind in _NUMERIC:
         text = with_decimal_points(text)
     if problem.scorer is not None:
@@ -178,8 +178,7 @@ def _grade_pattern(text: str, problem: Problem) -> Graded:
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
-    """The grade against the accepted spelling that matches or, if none does, the best of the
-    grades."""
+    """The best of the grades against the accepted spellings."""
     graded = [grade_answer(text, each) for each in _parts(problem)]
     best = min(graded, key=_badness)
     if best.verdict is Verdict.CORRECT:  # all spellings are one answer
@@ -248,8 +247,7 @@ def needs_worker(gold: Answer) -> bool:
 
 @lru_cache(maxsize=10_000)
 def part_answer(item: str) -> Answer:
-    """The answer in one part of a list or in one accepted spelling: a number, an expression or a
-    text."""
+    """The gold answer that one part of a list, or one accepted spelling, states."""
     return number_gold(item) or worded_gold(item)
 
 
@@ -276,7 +274,7 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
 
 
 def judge(right: bool, value: str, gold: str) -> Graded:
-    """CORRECT or WRONG, with a reason that quotes both."""
+    """CORRECT or WRONG, with a reason that quotes the answer and the gold answer."""
     gold = clip(gold)
     if len(value) > MAX_VALUE_CHARS:  # a checksum tells apart long values that begin alike
         value = f"{clip(value[:180])}… {zlib.crc32(value.encode('utf-8', 'replace')):08x}"
@@ -312,9 +310,9 @@ def no_answer(reason: str) -> Graded:
 
 
 def quote(text: str) -> str:
-    """The start of a text, in quotation marks, as shown in a reason."""
+    """The start of `text`, in quotation marks, as shown in a reason."""
     words = clip(text.lstrip()[:80])
-    return f'"{words}"' if words else "the empty text"
+    return f'"{words}"' if words else "an empty string"
 
 
 def clip(text: str) -> str:
@@ -324,7 +322,7 @@ def clip(text: str) -> str:
 
 
 def value_text(value: Any) -> str | None:
-    """A program's value as an answer text; None if it is not an answer."""
+    """A program's value as text; None if it is not an answer."""
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int):

@@ -1,9 +1,9 @@
 """Chooses one answer from several graded samples of a problem, by voting or reranking, and
 estimates pass@k. Pure.
 
-Only samples with a value vote, and votes for equal values are pooled. A tie goes to the value seen
-first; without any valid value the vote is wrong. The grader decides which values are equal, for
-example 0.5, 1/2 and 50%; the paper's rules compare spellings.
+Only samples with a value vote, and votes for equal values are pooled: 0.5, 1/2 and 50% are equal,
+except under the paper's rules, which compare spellings. A tie goes to the value seen first; without
+any vote, the result is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def has_value(graded: Graded) -> bool:
 
 
 def has_letter(graded: Graded) -> bool:
-    """The paper's stricter rule for multiple choice: the value is one letter."""
+    """The paper's stricter rule for multiple choice: the value must be one letter."""
     return graded.value is not None and len(graded.value) == 1 and graded.value.isalpha()
 
 
@@ -44,7 +44,7 @@ def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
 def same_answer(first: str, second: str) -> bool:
     """Whether two values that the grader read are one answer: equal numbers, or the same words.
 
-    This is enough for expressions, whose values are spelled from their parsed form.
+    Values of expressions are spelled from their parsed form, so comparing words is enough for them.
     """
     if first == second:
         return True
@@ -68,8 +68,8 @@ def majority_curve(
     same: Same = same_answer,
 ) -> list[Graded | None]:
     """For k = 1 … n, the first sample with the most frequent value among the first k samples; None
-    if none of these is valid. With `weights` (a reward model's scores), each vote counts by its
-    sample's weight (DiVeRSe, arXiv:2206.02336).
+    if none of these samples is valid. With `weights` (a reward model's scores), each sample's vote
+    counts by its weight (DiVeRSe, arXiv:2206.02336).
 
     The first k of n samples are themselves a draw of k samples, so the mean over problems is an
     unbiased estimate of maj@k. The last point is the vote over all samples.
@@ -121,16 +121,16 @@ def pass_at_k(n: int, num_correct: int, k: int) -> float:
 
         1 − C(n − c, k) / C(n, k)
 
-    Raises: DataError if k exceeds n. Source: Chen et al. (arXiv:2107.03374), eq. 1.
+    Raises: DataError unless 1 ≤ k ≤ n. Source: Chen et al. (arXiv:2107.03374), eq. 1.
     """
     check_k(k, n)
     return float(1 - Fraction(math.comb(n - num_correct, k), math.comb(n, k)))
 
 
 def check_k(k: int, n: int) -> None:
-    """Check that k is at most n. Raises: DataError."""
+    """Check that 1 ≤ k ≤ n. Raises: DataError."""
     if not 1 <= k <= n:
         raise DataError(
-            f"k = {k}: only {n} samples a problem were drawn; expected 1 to {n} (evaluate.samples"
-            " draws more)"
+            f"k = {k}: only {n} samples per problem were drawn; expected 1 to {n} (for more, set"
+            " evaluate.samples)"
         )

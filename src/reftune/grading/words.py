@@ -47,14 +47,14 @@ _DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")
 
 
 def same_words(first: str, second: str) -> bool:
-    """Whether two texts differ at most in Unicode form, case, articles, spacing, decoration and
+    """Whether two strings differ at most in Unicode form, case, articles, spacing, decoration and
     closing punctuation, or are two spellings of one date."""
     bare = bare_words(first)
     return bare != "" and (bare == bare_words(second) or _same_date(first, second))
 
 
 def bare_words(text: str) -> str:
-    """The common spelling of all texts with the same words."""
+    """A spelling that strings with the same words share."""
     folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     less = _ARTICLE.sub("", " ".join(folded.split()))
@@ -63,8 +63,8 @@ def bare_words(text: str) -> str:
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
     """Whether the gold answer is the whole text, its first line or, if the gold answer is short,
-    the text up to punctuation or a reason ("Yes, they do."). `unclear` if "or", "and", "but" or the
-    opposite follows the gold answer: "Yes and no"."""
+    the text up to punctuation or a reason ("Yes, they do."). `unclear` if the text then withdraws
+    the gold answer or adds another: "Yes and no"."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):
@@ -84,9 +84,9 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """The result of `states_words`, judged by the text after the gold answer in the first line."""
+    """The result of `states_words`, judged by what follows the gold answer in the first line."""
     first_word = re.match(r"\W*(\w*)", rest)
-    assert first_word is not None  # it matches the empty text
+    assert first_word is not None  # it matches the empty string
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):
         return "unclear"
     is_repeated = first_word[1] == gold.strip().casefold()

@@ -63,7 +63,7 @@ class Heartbeat:
             self._exchange(str(count).encode())
 
     def _watch(self) -> None:
-        """Check the others, in a thread of its own: a store whose host is gone may block
+        """Check the others in a thread of its own, because a store whose host is gone may block
         `_beat`."""
         while not self._over.wait(INTERVAL_S):
             rank, silent_s = self._most_silent()

@@ -20,8 +20,8 @@ from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another: longer than the main process takes for any write. The
-heartbeat reports a dead process much sooner."""
+"""How long a process waits for another, such as the main process while it writes. The heartbeat
+reports a dead process much sooner."""
 
 _store: Any = None
 """A store that all processes can read at any time; None before they have joined."""

@@ -1,5 +1,5 @@
 """Sharding of weights: every process holds all weights (DDP) or a part of them (FSDP2). `current`
-is the sharding in use, and all other code goes through it."""
+is the sharding in use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Every process holds all weights; gradients are summed once per step."""
+    """Every process holds all weights; gradients are summed once per optimizer step."""
 
     splits: ClassVar[bool] = False
     """Whether weights, gradients and optimizer state are split over the processes."""
 
     def __str__(self) -> str:
-        return "weights whole in each (DDP)"
+        return "all weights in each (DDP)"
 
     def distribute(self, model: Any) -> None:
         """Prepare `model` for training by all processes: copy the main process's weights to each
@@ -47,9 +47,8 @@ class Sharding:
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Give every process all weights of `model` for reading, so that its forward passes do not
         involve the other processes. All processes must enter the block. Inside it, matrices of
-        transformer blocks may be in `dtype`, to which autocast would cast them anyway, and the
-        children of a split `model` are plain copies: call the children, not the model itself.
-        """
+        transformer blocks may be in `dtype`, to which autocast would cast them anyway. The children
+        of a split `model` are then plain copies: call the children, not the model itself."""
         yield
 
     def add_up_gradients(self, model: Any) -> None:
@@ -78,7 +77,7 @@ class Fsdp2(Sharding):
             self._split(model)
 
     def _split(self, model: nn.Module) -> None:
-        """Split every parameter; gradients are summed over the processes, as the losses assume."""
+        """Split every parameter; gradients are summed, not averaged, as the losses assume."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -163,8 +162,7 @@ def block_matrices(model: nn.Module) -> set[int]:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules, with parameters that take no memory; buffers and tied weights are as
-    in `model`."""
+    """A copy of the modules with empty parameters; buffers are copied, tied weights stay tied."""
     from torch import nn
 
     hollow = {
@@ -184,8 +182,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors, for saving: only the main process gets them, with those that were split on
-    the CPU."""
+    """The whole tensors for the main process to save, with split ones moved to the CPU. The other
+    processes get an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()
@@ -196,7 +194,7 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """This process's part of `value`, split like `like`; `value` itself if `like` is plain. Every
-    process holds the whole `value`."""
+    process must pass the whole `value`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):

@@ -2,9 +2,9 @@
 communication.
 
 Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
-are split by rows and joined again, so that every process then holds the same rollouts, advantages
-and weights; only the main one writes and prints. `launch` starts them; `sharding` determines which
-process holds which weights.
+are split by rows and their results joined, so that every process holds the same rollouts and takes
+the same optimizer step. Only the main process writes and prints. `launch` joins the processes;
+`sharding` determines which process holds which weights.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def raise_together(error: E | None) -> None:
 
 @contextmanager
 def together(kind: type[E]) -> Iterator[None]:
-    """If a process raises an error of `kind` in the block, raise it in all, once each has left the
-    block."""
+    """If any process raises an error of `kind` in the block, raise it in every process, after all
+    have left the block."""
     failed: E | None = None
     try:
         yield

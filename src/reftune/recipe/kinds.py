@@ -1,7 +1,7 @@
-"""Plug-ins, which a recipe names by `kind`. A kind names a file in the matching package
-(`kind: gsm8k` is `reftune/datasets/gsm8k.py`), or `file.py:Name` for a file in the working
-directory or among the recipes that come with reftune. A plug-in is a class derived from
-`Component`, and its fields are its recipe keys."""
+"""Plug-ins, which a recipe names by `kind`. A kind is the name of a file in the matching package
+(`gsm8k` is `reftune/datasets/gsm8k.py`) or `file.py:Name`. That file is looked up in the working
+directory, then among the recipes that come with reftune. A plug-in is a class derived from
+`Component`, whose fields are its recipe keys; a reward may also be a function."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from reftune.text import did_you_mean
 
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
-    """The error that a validator raises; it becomes a one-line RecipeError that names the recipe
+    """An error for a validator to raise. It becomes a one-line RecipeError that names the recipe
     key."""
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
 class Table(BaseModel):
-    """A group of recipe keys. An unknown key is an error that suggests the nearest known key."""
+    """A group of recipe keys. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,7 +50,7 @@ class Component(Table):
 
 
 def unknown_key(key: object, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """The message for an unknown key: `partal: unknown key; did you mean partial?`."""
+    """The message for an unknown key, such as `partal: unknown key; did you mean partial?`."""
     hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
     return f"{key}: unknown key; {hint}"
 
@@ -80,8 +80,8 @@ def known_kinds(group: str) -> list[str]:
 
 
 def load_component(spec: Any, *, group: str) -> Any:
-    """The plug-in that `spec` describes: a mapping with `kind`, a bare kind, or an instance, which
-    is passed through."""
+    """The plug-in that `spec` describes. `spec` is a mapping with `kind`, a bare kind, or a
+    plug-in, which is returned as it is."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):
@@ -132,7 +132,7 @@ def _components_of(module: ModuleType) -> list[type[Component]]:
 
 
 def shipped_recipes() -> Path:
-    """The recipes that come with reftune: beside the package in a wheel, at the root of the
+    """The recipes that come with reftune: inside the package in a wheel, at the root of the
     repository in an editable install."""
     packaged = Path(__file__).parents[1] / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"

@@ -1,5 +1,4 @@
-"""Reads recipe files, with `extends` and `key=value` overrides, into a `Recipe`; an error message
-is one line."""
+"""Reads recipe files, with `extends` and `key=value` overrides, into a `Recipe`."""
 
 from __future__ import annotations
 
@@ -17,8 +16,9 @@ from reftune.recipe.schema import Recipe
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, and validate the result.
 
-    `extends: base.yaml` (or a list) is relative to the file that contains it; later files and keys
-    win, and mappings merge. Raises: RecipeError, with the key and what was expected in one line.
+    `extends` is one recipe or a list of them, relative to the file that contains it. Keys of later
+    recipes replace those of earlier ones, and the file's own keys replace them all; see `merge`.
+    Raises: RecipeError, with the key and what was expected in one line.
     """
     data = read_yaml(Path(path))
     for override in overrides:

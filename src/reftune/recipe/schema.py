@@ -122,7 +122,7 @@ class EvaluateTable(Table):
 
 
 RATIONALE_FORMATS = ("nl", "program")
-"""Formats for which a dataset can write rationales, chosen by `dataset.rationale`."""
+"""Formats in which a dataset can write its rationales (`dataset.rationale`)."""
 
 
 class CheckTable(Table):
@@ -142,7 +142,7 @@ def _default(kind: str) -> Any:
 
 
 class Recipe(Table):
-    """Everything a run depends on."""
+    """All settings of a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0

@@ -52,9 +52,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step-…` whole or not at all, then delete all except the newest `keep`. Raises:
-    CheckpointError for a disk error; older checkpoints stay as they were.
-    """
+    """Write `folder/step-…` whole or not at all, then delete all checkpoints except the newest
+    `keep`. Raises: CheckpointError for a disk error; older checkpoints stay as they were."""
     from safetensors.torch import save_file
 
     final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
@@ -95,12 +94,12 @@ def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
             return _read(path, step)
         except CheckpointError as damage:
             if note is not None:
-                note(f"{damage}; using the checkpoint before it")
+                note(f"{damage}; skipping this checkpoint")
     return None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by flat name, `optimizer.PARAMETER.KEY`. Learning rates are left out,
+    """The optimizer's state by flat name, `optimizer.INDEX.KEY`. Learning rates are left out,
     because they are a function of the step."""
     import torch
 
@@ -127,8 +126,8 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore the state that `optimizer_tensors` returned: whole tensors, even if the parameters
-    are sharded."""
+    """Restore the state that `optimizer_tensors` returned. The given tensors are whole, even if the
+    parameters are sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     for name, value in tensors.items():

@@ -95,8 +95,7 @@ def sync(path: Path) -> None:
 
 
 class JsonLines:
-    """A file of one JSON object per line. If there are several processes, only the main one changes
-    it."""
+    """A file of one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

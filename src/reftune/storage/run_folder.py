@@ -73,7 +73,7 @@ class RunFolder:
         return self.path / "eval" / "choices" / f"{method}.jsonl"
 
     def trained(self) -> list[str]:
-        """Methods with a saved model, by name."""
+        """Methods with a saved model, sorted by name."""
         return sorted(path.parent.name for path in self.path.glob("stages/*/stage.json"))
 
     def newest_checkpoint(self) -> Path | None:
@@ -143,7 +143,7 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
-    """Claim the folder for this run and lock it."""
+    """Claim the folder for this run, and lock it inside the block."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be a run folder: a file is in its place") from None
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or folder}: cannot be written: {error.strerror}"
+            f"{error.filename or path}: cannot be written: {error.strerror}"
         ) from None
 
 
@@ -191,8 +191,7 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
     """Whether no run has claimed the folder yet. Raises: RecipeError if it belongs to another
-    recipe, CheckpointError if it is not a run folder.
-    """
+    recipe, CheckpointError if it holds other files."""
     if folder.recipe.is_file():
         lengthened_stages(folder, recipe)
         return False
@@ -207,7 +206,7 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The stages that have begun and for which `recipe` sets more steps or epochs than before.
 
-    Raises: RecipeError if `recipe` differs from the run's in anything else, or if a stage cannot
+    Raises: RecipeError if any other key that affects results has changed, or if a stage cannot
     continue because a later stage has begun or its final checkpoint is gone.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
@@ -232,7 +231,7 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
 
 def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
     stage, names = folder.stage(name), list(recipe.stages)
-    remedy = f"choose another run_dir, and init: {stage.path} to continue from its model"
+    remedy = f"choose another run_dir, with init: {stage.path} to go on from its model"
     for later in names[names.index(name) + 1 :]:
         if folder.stage(later).path.exists():
             raise RecipeError(
@@ -274,7 +273,7 @@ def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first recipe key that differs, with both values."""
+    """The first recipe key that differs and affects results, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             if where == "" and key in CHANGES_NO_RESULT:

@@ -68,12 +68,12 @@ def is_authors(row: Row) -> bool:
 
 
 def authors_rationale(row: Row, kind: Rationale) -> str | None:
-    """The row's `answer_cot`; None if there is none. Raises: DataError if it is the other kind of
-    rationale."""
+    """The row's `answer_cot`; None if there is none. Raises: DataError if the rationale is not of
+    this `kind`."""
     text = row.optional_text("answer_cot")
     if text is None or ("def solution" in text) == (kind == "program"):
         return text
-    found, other = ("no program", "nl") if kind == "program" else ("a program", "program")
+    found, other = ("not a program", "nl") if kind == "program" else ("a program", "program")
     raise DataError(
         f"{row.where}: answer_cot is {found}; expected a {kind} rationale (or"
         f" dataset.rationale={other})"

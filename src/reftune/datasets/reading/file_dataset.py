@@ -1,4 +1,4 @@
-"""The base of datasets in files or on the Hub: it reads rows, draws dev, and counts bad rows."""
+"""Base of datasets in files or on the Hub: it reads rows, draws dev, and counts unusable rows."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class FileDataset(Component):
 
     @abstractmethod
     def problem(self, row: Row) -> Problem:
-        """The row as a problem. Raises: DataError with file and line if the row is wrong; Unusable
-        to leave it out."""
+        """The row as a problem. Raises: DataError with `row.where` if the row is wrong; Unusable to
+        leave it out."""
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
@@ -74,8 +74,7 @@ class FileDataset(Component):
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """Read and clean the files, and draw the dev split. Raises: DataError with file and
-        line."""
+        """Read and clean the files; draw dev unless it is given. Raises: DataError."""
         dropped, dropped_of_test = Counter[str](), Counter[str]()
         has_test = self.test is not None or not is_single_file(self.train)
         test_rows = self._rows(self.test or self.train, "test") if has_test else []

@@ -1,5 +1,5 @@
-"""Reads local files into records that know their line. Tables are read with the standard library,
-so that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
+"""Reads local files into records that know their place. CSV is read with the standard library, so
+that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
 dates."""
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from reftune.text import shown
 
 LOG = logging.getLogger(__name__)
 Records = Iterator[tuple[str, Mapping[str, Any]]]
-"""(`file:line`, columns) of each record."""
+"""(place, columns) of each record. The place is `file:line`; in Parquet, `file: row n`."""
 Line = tuple[str, Sequence[str | None]]
 """(`file:line`, cells) of each line of a table."""
 DELIMITERS = ",;\t|"
-"""Delimiters, tried in this order; the one that splits the first line into most columns is used."""
+"""The one that splits the first line into most columns is used; on a tie, the first of them."""
 
 
 def ending(path: PurePath) -> str:
-    """The ending of a file name in lower case, ignoring compression: `.csv` for `Data.CSV.gz`."""
+    """The ending of a file name in lower case, ignoring `.gz`: `.csv` for `Data.CSV.gz`."""
     return PurePath(path.name.lower().removesuffix(".gz")).suffix
 
 
@@ -241,7 +241,7 @@ def _cell(cell: Any) -> str | None:
 
 
 def _table(path: Path, lines: Iterable[Line]) -> Records:
-    """The first line with a cell names the columns; empty cells are null, and empty lines are
+    """The first line that is not empty names the columns; empty cells are null, and empty lines are
     skipped.
 
     A nameless first column is taken for a pandas index; other nameless columns must be empty.

@@ -12,9 +12,9 @@ from reftune.grading.markers import reasoning_text, statements
 
 
 def worked_solution(text: str) -> str | None:
-    """The solution in a text that marks its answer by `####`, "The answer is …" or a box; None if
-    there is only the answer, or no marker. `####` is not part of the solution; the other markers
-    are."""
+    """The solution in `text`, if that marks its answer by `####`, "The answer is …" or a box; None
+    if there is nothing but the answer. The solution does not include `####`, but it includes other
+    markers."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
         return before.strip() or None

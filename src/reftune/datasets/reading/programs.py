@@ -13,8 +13,8 @@ LARGEST_WHOLE = 10**15
 
 
 def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:
-    """A `solution()` that assigns every (name, expression) in turn and returns `result`, by default
-    the last name."""
+    """A `solution()` that assigns the (name, expression) pairs in order and returns `result`, by
+    default the last name."""
     result = result or steps[-1][0]
     needs_math = any("math." in expression for _, expression in steps)
     lines = (

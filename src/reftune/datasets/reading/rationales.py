@@ -27,9 +27,9 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
-    """Remove training rationales that contradict their gold answer: programs that return another
-    answer (`program_disagrees`) and texts that state another (`rationale_disagrees`). A program
-    that fails, or a text without an answer, does not contradict the gold answer and stays."""
+    """Remove training problems whose rationale contradicts the gold answer: programs that return
+    another answer (`program_disagrees`) and texts that state another (`rationale_disagrees`). A
+    program that fails or a text without an answer contradicts nothing and stays."""
     programs = [
         problem
         for problem in (*splits.train, *splits.dev)

@@ -1,6 +1,6 @@
 """Rows of a data source: a local file, a folder with one file per split, or a Hub dataset.
 
-Every row knows its place (`file:line`), so that errors can name it.
+Every row knows its place, such as `file:line`, so that errors can name it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def read_rows(
 
     `source` is a file with an ending in `READERS`; a folder of such files named after their splits,
     or as in `names`, which take precedence; or a Hub id, `owner/name[:config[:split]]`, read at
-    `revision`. Raises: DataError.
+    `revision`. Files other than Parquet may be gzipped. Raises: DataError.
     """
     path = _path(source)
     if path.is_dir():
@@ -120,7 +120,7 @@ def read_rows(
 
 
 def is_single_file(source: str) -> bool:
-    """Whether `source` contains only one split. Raises: DataError."""
+    """Whether `source` is a single file, which holds only one split. Raises: DataError."""
     return _path(source).is_file()
 
 
@@ -139,7 +139,7 @@ def _path(source: str) -> Path:
 
 def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Check that types do not change. Raises: DataError at the first row whose value differs in
-    type from those of earlier rows; null fits any type."""
+    type from those of earlier rows; null fits every type."""
     for column in columns:
         filled = [(row, value) for row in rows if (value := row.get(column)) is not None]
         for row, value in filled:
@@ -186,8 +186,8 @@ def _read_hub(source: str, split: str, revision: str | None) -> list[Row]:
         records = datasets.load_dataset(name, config or None, split=chosen, **pinned)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{source}: cannot load the {chosen} split from the Hub ({first_line(error)}), and no"
-            " such file or folder"
+            f"{source}: cannot load the {chosen} split from the Hub ({first_line(error)}), and"
+            " there is no such file or folder"
         ) from None
     where, stem = f"{source}: {chosen} row", f"{name.rpartition('/')[2]}-{chosen}"
     return [

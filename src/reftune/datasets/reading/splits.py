@@ -41,7 +41,7 @@ def question_key(problem: Problem) -> str:
     """A key that is equal for questions that differ only in case, spacing or sentence punctuation;
     numbers, operators and options count.
 
-    If the gold answer is a text, the question may be about case and punctuation, so only spacing is
+    If the gold answer is text, the question may be about case and punctuation, so only spacing is
     ignored.
     """
     text = " ".join([problem.question, *problem.choices])
@@ -60,14 +60,14 @@ def draw_splits(
 ) -> Splits:
     """Clean splits, with counts of the dropped rows.
 
-    `duplicate`: same text and gold answer as an earlier row of its split (and, with
+    `duplicate`: same text, options and gold answer as an earlier row of its split (and, with
     `several_rationales`, same rationale). `contradiction`: same question and options as another row
     but a different gold answer; no such row is kept. `leak`: by `key`, a train question that dev or
-    test also asks, or a dev question that test also asks. Test is never touched.
+    test also asks, or a dev question that test also asks. Test keeps all its rows.
 
-    Unless given, dev is the first `dev_size` questions (if None, a tenth of them, at most 500) in
-    the order of a hash of `seed` and question, so row order and rationales do not matter. Raises:
-    DataError if `dev_size` leaves nothing to train on.
+    Unless given, dev is the first `dev_size` questions of train (if None, a tenth of them, at most
+    500) in the order of a hash of `seed` and question, so row order and rationales do not matter.
+    Raises: DataError if `dev_size` leaves nothing to train on.
     """
     counts: Counter[str] = Counter()
     tested = [(key(problem), problem) for problem in test]
@@ -95,7 +95,7 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
 
 
 def same_gold(a: Answer, b: Answer) -> bool:
-    """Whether two gold answers agree, with numbers and texts compared as by the grader."""
+    """Whether two gold answers agree. Numbers and texts are compared as by the grader."""
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         first, second = number_of(a), number_of(b)
         return same_number(first, second) or same_number(second, first)
@@ -147,7 +147,7 @@ def _clean(
 def _without(
     asked: Sequence[Asked], elsewhere: Iterable[Asked], counts: Counter[str]
 ) -> list[Asked]:
-    """The problems that no other split asks."""
+    """The problems whose question is not asked `elsewhere`."""
     taken = {question for question, _ in elsewhere}
     kept = [(question, problem) for question, problem in asked if question not in taken]
     counts["leak"] += len(asked) - len(kept)

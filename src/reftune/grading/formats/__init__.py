@@ -15,7 +15,7 @@ class Format(Protocol):
 
     def prompt(self, problem: Problem) -> str | Conversation:
         """The text that the model continues, or the conversation that it answers. The tokenizer's
-        BOS is put before a text, unless the text is a `BareText`."""
+        BOS precedes a string, unless it is a `BareText`."""
 
     def target(self, problem: Problem) -> str:
         """The gold continuation: the text right after the prompt, or the assistant's turn.

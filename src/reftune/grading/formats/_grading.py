@@ -14,8 +14,8 @@ from reftune.types import Graded, Problem, Verdict
 
 RULES = ("robust", "paper")
 Grader = Callable[[str, Problem], object]
-"""A user's own grader: (a completion or its program's value, the problem) → a `Graded`, or a bool
-that tells whether the answer is right."""
+"""A user's own grader: (a completion or the text of its program's value, the problem) → a `Graded`,
+or a bool that tells whether the answer is right."""
 
 
 def _known(grading: str) -> str:
@@ -39,8 +39,8 @@ def own_grader(grading: str) -> Grader:
 
 
 def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
-    """The user's grade of a text. If the grader fails, the verdict is ERROR, so that failures are
-    counted."""
+    """The grade by a user's own grader. If the grader fails, the verdict is ERROR, so that failures
+    are counted."""
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  graders parse a model's text
@@ -49,6 +49,6 @@ def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
     if isinstance(verdict, Graded):
         return verdict
     if not isinstance(verdict, bool):
-        reason = f"the grader returned {type(verdict).__name__}, not a Graded or a truth value"
+        reason = f"the grader returned {type(verdict).__name__}, not a Graded or a bool"
         return Graded.without_answer(Verdict.ERROR, reason)
     return judge(verdict, text.strip().rpartition("\n")[2], str(problem.answer))

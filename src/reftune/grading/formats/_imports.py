@@ -1,4 +1,4 @@
-"""Removes unused imports from programs: the only change made to a model's code.
+"""Removes unused imports from programs.
 
 Nothing here parses or runs a program: its code is read token by token, so that no text can harm the
 reader. Code that cannot be read stays as it is.

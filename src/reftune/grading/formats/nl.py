@@ -46,8 +46,8 @@ class Nl(Prompted):
         Except in the paper's style or grading, the line is left out if the rationale already ends
         in one.
 
-        Raises: DataError if there is no rationale, if it is a program, or if its last line does not
-        state an answer of kind `regex`.
+        Raises: DataError if there is no rationale, if it is a program or, for a `regex` answer, if
+        its last line states no match.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):
@@ -89,6 +89,6 @@ class Nl(Prompted):
 
 
 def _decimal(answer: Answer) -> str:
-    """The answer as `float()` reads it: the authors' files have no fractions."""
+    """The answer in a spelling that the authors' grading accepts: `float()` rejects 1/3 and 25%."""
     text = str(answer).removesuffix("%" * answer.percent)
     return repr(float(answer.value)) if isinstance(answer.value, Fraction) and "/" in text else text

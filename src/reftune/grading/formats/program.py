@@ -1,18 +1,19 @@
 """Rationales that are programs.
 
-Finding the programs in a completion works line by line: nothing here parses or runs a model's code,
-and only unused imports are removed from it.
+A completion continues `def solution():` or holds a program of its own, which is found line by line:
+nothing here parses or runs a model's code. The program is the last fenced block that defines
+`solution`; if no block does, the whole text. If nothing defines `solution`, its body is the last
+fenced block with a `return`; if no block has one, the whole text.
 
-A completion continues `def solution():`, or holds a program of its own. Programs are tried in this
-order, the next one only if the one before ends in an error:
+Unused imports are removed, and these versions are tried in order, the next one only if the one
+before ends in an error:
 
-1. the code as it stands: the last fenced block that defines `solution`, or the whole text if only
-   that does; failing both, the last fenced block with a `return`, or else the whole text, as the
-   body of `solution`;
-2. the code without prose. A program keeps its imports, its definitions and the assignments before
+1. the program or body as it stands;
+2. the same without prose. A program keeps its imports, its definitions and the assignments before
    `solution`, and nothing else at the left margin. A body keeps its lines up to the first one at
    the left margin; a body that itself stands at the left margin ends at its first `return`;
-3. the code, preceded by those fenced blocks above it that define no `solution`, as in a notebook.
+3. the program, preceded by those fenced blocks above it that define no `solution`, as in a
+   notebook.
 
 If `solution` is defined several times, the last definition counts, as in Python.
 """
@@ -70,8 +71,8 @@ class Script:
 
 
 class Program(Prompted):
-    """A Python function `solution()` that returns the answer. With the styles `paper` and
-    `compact`, the prompt ends in the function's header; with the other styles, the model writes the
+    """A Python function `solution()` that returns the answer. With the styles `compact` and
+    `paper`, the prompt includes the function's header; with the other styles, the model writes the
     whole function."""
 
     kind: str = "program"
@@ -102,8 +103,8 @@ class Program(Prompted):
         )
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The prompt in the chosen `style`. It ends in the function's header, unless the model
-        writes that itself; in the `paper` style, the question follows as a docstring."""
+        """The prompt in the chosen `style`. With `compact`, it ends in the function's header; with
+        `paper`, in the header and the question as a docstring."""
         if self.writes_all:
             return self.framed(problem)
         if self.style == "paper":
@@ -111,11 +112,11 @@ class Program(Prompted):
         return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
 
     def target(self, problem: Problem) -> str:
-        """The gold program without docstring; only its body if the prompt ends in its header.
+        """The gold program without docstring; only its body if the prompt contains its header.
 
-        In the compact style the line break before the body belongs to the target: tokenizers join
-        it with the indent, so only in this way do prompt and target, tokenised apart, give the
-        tokens of the whole text. Raises: DataError if there is no program.
+        In the compact style, the target begins with the line break before the body. Tokenizers join
+        it with the indent, so only then do prompt and target, tokenised apart, give the tokens of
+        the whole text. Raises: DataError if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -153,8 +154,8 @@ class Program(Prompted):
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """The grade of the first program that ends without an error, or of the first error if all
-        fail."""
+        """The grade of the first program that ends without an error; if all fail, of the first
+        one."""
         if not results:
             expected = ", nor does it assign or print an answer" * (self.scripts == "read")
             reason = f"the text defines no solution() and returns nothing{expected}"
@@ -204,7 +205,7 @@ def _failed(result: ExecutionResult) -> Graded:
 
 
 def programs_in(completion: str) -> tuple[str, ...]:
-    """The programs to try in turn; none if the completion defines no `solution` and returns
+    """The programs to try, in order; none if the completion defines no `solution` and returns
     nothing."""
     text, blocks = _text_and_blocks(completion)
     for program in (*reversed(blocks), textwrap.dedent(text) if text[:1].isspace() else text):
@@ -218,9 +219,10 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try in turn if the completion defines no `solution`: an indented text without
-    fenced blocks, as the body of `solution`; otherwise the last fenced block, or else the text,
-    that prints something or assigns an answer at the left margin."""
+    """The programs to try, in order, if the completion defines no `solution`. Indented text without
+    fenced blocks is the body of `solution`. In other text, the program is the last fenced block
+    that prints something or assigns an answer at the left margin; failing that, the text if it
+    does."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -240,9 +242,9 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 
 def _answer_of(script: str) -> str:
-    """The expression that holds the answer: one of `ANSWER_NAMES` if it is assigned; if not, `None`
-    for the printed text, if there is any; failing both, `result`, which may be an intermediate
-    step."""
+    """The expression that holds the answer: the first of `ANSWER_NAMES` that is assigned. If none
+    is, it is `None`, which stands for the printed text; in a script that prints nothing, it is
+    `result`."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -309,8 +311,8 @@ def _indented(body: str) -> str:
 
 
 def _first_indent(lines: list[str]) -> int:
-    """The indent that the first line should have, judged by the lines below it down to the first at
-    the margin."""
+    """The indent that the first line should have, judged by the lines below it, down to the first
+    one at the margin."""
     first = _indent(lines[0])
     below = []
     for line in lines[1:]:

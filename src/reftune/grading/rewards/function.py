@@ -1,13 +1,15 @@
 """A user's own reward function: `reward: my_reward.py:score`.
 
 The function is called as TRL calls its `reward_funcs`, once per batch, with lists as keyword
-arguments: `prompts` (the questions), `completions` (strings), `completion_ids`, every column of the
-data by its name, and, unless the data has columns of these names, `answer` (the gold answers) and
-the grader's `verdicts`, `values` and `reasons`. It receives the arguments it names, or all of them
-with `**kwargs`; it may be async. It returns one number per completion, or None to leave that
-rollout out. Instead of a number it may return parts, `{"correct": 1.0, "short": 0.1}`, or for the
-whole batch `{"correct": [1.0, …], "short": [0.1, …]}`: the reward is their sum, and each part is
-logged as `reward_part/NAME`.
+arguments. These are `prompts` (the questions), `completions` (strings), `completion_ids`, `answer`
+(the gold answers), the grader's `verdicts`, `values` and `reasons`, and the columns of the data
+that reftune does not use. A column named `answer`, `verdicts`, `values` or `reasons` replaces that
+argument. The function receives the arguments it names, or all of them with `**kwargs`; it may be
+async.
+
+For each completion it returns a number, or None to leave the rollout out. Instead of a number it
+may return parts, `{"correct": 1.0, "short": 0.1}`, or for the whole batch `{"correct": [1.0, …],
+"short": [0.1, …]}`. The reward is their sum, and each part is logged as `reward_part/NAME`.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class FunctionReward(Component):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One reward per completion, in order. Raises: RewardError naming the sample."""
+        """One reward per completion, in order. Raises: RewardError."""
         samples = list(zip(problems, completions, graded, strict=True))
         if not samples:
             return []
@@ -160,7 +162,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
     handler = signal.signal(signal.SIGALRM, expire)
-    # once more a second later: the first may have been swallowed
+    # again every second: the first may have been swallowed
     rest = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield

@@ -7,16 +7,16 @@ subprocess for features of Python that monty lacks (`gaps.py`); importing a thir
 still an error, so that verdicts do not depend on the packages installed. If the system cannot
 isolate a subprocess, `auto` is monty alone.
 
-These are FORBIDDEN: opening or listing files, reading the environment, asking the system for
-anything else, importing a module whose purpose is to reach outside (`socket`, `subprocess`,
-`ctypes`, …), using members of `os` and `sys` that reach outside the sandbox (`os.system`,
-`sys.modules`, `sys.exit`), `__import__`, `globals`, `input`, `exit`, and dunder attributes that
-lead from an object to the interpreter (`().__class__`). A try/except around the attempt hides
-neither the call nor the import. Importing `os` or `sys` and using their harmless members
-(`os.path.join`, `sys.maxsize`) is allowed: models write unused imports. A module that is missing
-but harmless (numpy, sympy) is an ERROR.
+Both backends call a program FORBIDDEN if it opens or lists files outside Python's libraries,
+imports a module whose purpose is to reach outside (`socket`, `subprocess`, `ctypes`, …), or calls a
+function of `os` or `sys` that does (`os.system`, `sys.exit`). Catching the error hides neither the
+file access nor the import. In monty, reading the environment, `__import__`, `globals`, `input`, and
+dunder attributes that lead from an object to the interpreter (`().__class__`) are FORBIDDEN too.
+Importing `os` or `sys`, which models often do needlessly, and using their harmless members
+(`os.path.join`, `sys.maxsize`) are allowed. A module that is missing but harmless (numpy, sympy) is
+an ERROR.
 
-Random numbers are seeded and, in monty, the clock stands still and `sleep` takes no time, so that a
+Random numbers are seeded. In monty, the clock stands still and `sleep` takes no time, so that a
 program gives the same value every time.
 """
 
@@ -64,8 +64,7 @@ class Sandbox:
         allow_unisolated: bool = False,
     ) -> None:
         """`workers` is the number of programs run at a time, by default one per core.
-        `allow_unisolated` lets the subprocess backend start even if the system cannot isolate it
-        from the network."""
+        `allow_unisolated` lets the subprocess backend start even without isolation."""
         self.limits = limits if limits is not None else SandboxLimits()
         self._kind = backend
         self._workers = workers if workers is not None else _num_cores()

@@ -226,8 +226,8 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Let the process read `paths`, and open, write, make, rename or remove nothing else in the
-    file system (Landlock). False if the system lacks Landlock."""
+    """Let the process read `paths`, and do nothing else in the file system (Landlock). False if the
+    system lacks Landlock."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -250,8 +250,8 @@ def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
 
 
 def only_call(libc: ctypes.CDLL, table: tuple[int, str] | None) -> bool:
-    """Make every system call that is not in `table` fail with EPERM (seccomp). False if the machine
-    has no table."""
+    """Make every system call that is not in `table` fail with EPERM (seccomp). False if this cannot
+    be done, or if the machine has no table."""
     if table is None:
         return False
     architecture, numbers = table[0], [int(number) for number in table[1].split()]

@@ -1,4 +1,4 @@
-"""The parts of Python that monty lacks, recognised by the error that ends a program. Pure."""
+"""The parts of Python that monty lacks, recognised by the error that ends a program."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from reftune.grading.sandbox.result import (
 
 
 def gap(result: ExecutionResult) -> str | None:
-    """The part of Python that monty lacks and the program needed: `yield`, `dict.get as a value`,
-    `the module heapq`. None if the program ended in any other way.
+    """The part of Python that a program needed and monty lacks, such as `yield`, `dict.get as a
+    value` or `the module heapq`; None if the program did not end because of one.
 
-    Packages that do not come with Python are not counted: whether one is installed must not decide
-    a verdict.
+    Packages that do not come with Python do not count, because whether one is installed must not
+    decide a verdict.
     """
     if result.status is not ExecutionStatus.ERROR:
         return None

@@ -1,4 +1,4 @@
-"""The default sandbox: pydantic-monty interprets Python in Rust, in worker processes."""
+"""The `monty` backend: pydantic-monty interprets Python in Rust, in worker processes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ _inherited: list[Any] = []
 
 def refuse_after_fork() -> None:
     """Raise a ReftuneError in a process that was forked after its parent ran a program. monty's
-    event loop does not survive a fork: the child would hang, and harm its parent.
-    """
+    event loop does not survive a fork: the child would hang, and harm its parent."""
     if _monty_pid is not None and _monty_pid != os.getpid():
         raise ReftuneError(
             "sandbox: this process was forked after its parent had run programs; start it with the"

@@ -68,7 +68,7 @@ class SandboxLimits:
 
 
 class Backend(Protocol):
-    """Runs one program at a time; `execute` is called from several threads."""
+    """Runs one program per call; `execute` is called from several threads."""
 
     def execute(self, source: str) -> ExecutionResult: ...
 
@@ -88,7 +88,7 @@ _UNREACHABLE = re.compile(
 
 
 def forbidden_error(text: str) -> bool:
-    """Whether an error message shows that the program tried to use something the sandbox omits on
+    """Whether an error message shows that the program used something the sandbox omits on
     purpose."""
     name = re.match(r"NameError: name '(\w+)' is not defined", text)
     if name is not None:
@@ -100,6 +100,5 @@ def forbidden_error(text: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """The first line of a program's output, truncated, with unprintable and terminal-control
-    characters replaced by `�`."""
+    """The first line of a program's output, truncated, with `�` for unprintable characters."""
     return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

@@ -1,11 +1,12 @@
-"""The sandbox's fallback for the parts of Python that monty lacks: a CPython process per program.
+"""The `subprocess` backend: a CPython process per program.
 
 For each combination of slow packages, a forking process waits with the interpreter started and
-these packages imported. Each program runs in a fork of it, with no site-packages hooks, a fixed
-environment, an empty temporary folder to work in, Landlock (it can read only the libraries and
-write nothing), an allow-list of system calls (no sockets, processes, threads, signals), user,
-network and IPC namespaces of its own, limits on memory, CPU time and open files, and a session that
-is killed as a whole. docs/sandbox.md lists what these protections cover and what they do not.
+these packages imported. Each program runs in a fork of it, with a fixed environment, an empty
+temporary folder to work in, and no site-packages hooks. Landlock lets it read only the libraries
+and write nothing; an allow-list of system calls denies it sockets, processes, threads and signals.
+It has user, network and IPC namespaces of its own, limits on memory, CPU time and open files, and a
+session that is killed as a whole. docs/sandbox.md lists what these protections cover and what they
+do not.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _PACKAGE = re.compile(r"^[ \t]*(?:import|from)[ \t]+(numpy|pandas|scipy|sympy)\b
 INTERPRETER_MIB = 256
 """Address space of the interpreter and its packages, on top of the program's own."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-"""The environment of a program. Without the first two variables numpy reserves memory for one
+"""The environment of a program. Without the first two variables, numpy reserves memory for one
 thread per core; the last fixes the order of sets of strings."""
 SYSTEM_LIBRARIES = (
     "/lib",
@@ -148,8 +149,7 @@ def _folders_of(*kinds: str) -> list[str]:
 
 
 def _packages_of(source: str) -> tuple[str, ...]:
-    """The well-known slow packages that a program imports. A forking process for each combination
-    has them ready."""
+    """The well-known slow packages that a program imports."""
     return tuple(sorted(set(_PACKAGE.findall(source))))
 
 
