@@ -22,8 +22,8 @@ class ForcedLengths(LogitsProcessor):
 
 
 def force_eos(scores: Tensor, ends: Tensor, eos_id: int) -> Tensor:
-    """`scores` (B, V), changed in place so that the rows in `ends` (B,) can only draw eos and all
-    others never do."""
+    """`scores` (B, V), changed in place: rows in `ends` (B,) can only draw eos, and other rows
+    cannot draw it."""
     ends = ends.to(scores.device)
     scores[ends] = -torch.inf
     scores[:, eos_id] = torch.where(ends, 0.0, -torch.inf)

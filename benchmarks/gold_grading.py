@@ -4,7 +4,7 @@ derived from annotations, and the targets made for training.
     python benchmarks/gold_grading.py --data DIR
 
 DIR holds gsm8k/{train,test}.jsonl, svamp/{svamp_nl,svamp_python_sdp,SVAMP}.json and
-mathqa/{dev,test}.json. Prints a Markdown report and writes it with its numbers to
+mathqa/{dev,test}.json. The command prints a Markdown report, and writes it and its numbers to
 docs/results/gold_grading.{md,json}.
 """
 

@@ -306,7 +306,7 @@ def the_workload(setting: Setting) -> tuple[Workload, Path]:
 
 
 def run_watched(command: list[str], device: str, stdout: Any = subprocess.DEVNULL) -> int:
-    """Run a command and return its peak memory in bytes: on a GPU, the GPU's; on a CPU, resident.
+    """Run a command and return its peak bytes of GPU memory or, on a CPU, of resident memory.
     Raises: CalledProcessError."""
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=stdout) as process:
         with gpu_peak(device) as peak:
@@ -374,7 +374,7 @@ def rows_of_one_length(policy: Policy, rows: int) -> list[list[int]]:
 
 
 class FixedDecoder:
-    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token takes the
+    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token costs the
     same work in the same memory."""
 
     def __init__(self, policy: Policy, prompt: Tensor, new_tokens: int, way: str) -> None:

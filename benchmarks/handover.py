@@ -50,8 +50,8 @@ class Handover:
 
     epoch: int
     slope: float
-    """Mean rise in dev accuracy before the hand-over, in points per evaluation, over the last
-    `LOOKS` evaluations."""
+    """Mean rise in dev accuracy over the last `LOOKS` evaluations before the hand-over, in points
+    per evaluation."""
     rise: float
     """Best of the last `LOOKS` dev evaluations minus the best of all earlier ones, in points."""
     sampled: float

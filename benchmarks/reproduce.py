@@ -34,8 +34,8 @@ AGAINST_PAPER = ("modern", "tuned")
 ABLATION_SEEDS = 3
 """Number of seeds for `modern`, which takes ten trainings per seed."""
 TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
-"""Seeds for `tuned`: it was chosen on dev of seeds 0 to 2, so it needs others, whatever the other
-recipes use."""
+"""Seeds for `tuned`, whatever the seeds of other recipes; its settings were chosen on dev of seeds
+0 to 2."""
 NOTES = {
     "comparison": (
         "The reward model in this table is the paper's classifier, trained on 20 samples of each "

@@ -208,7 +208,7 @@ def seconds(work: Any) -> float:
 
 def step_flops(lengths: Sequence[int], prompts: Sequence[int], dtype: Dtype) -> float:
     """FLOPs of sampling, scoring and updates of three forward passes each. In fp32, only the
-    reference scores, because the policy's scores come from sampling; in bf16, both do."""
+    reference scores, because the policy's scores come from sampling; in bf16, both score."""
     scores = 1 if dtype == "float32" else 2
     return (1 + scores + 3 * UPDATES) * smollm2_flops(lengths, prompts)
 

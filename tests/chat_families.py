@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""A shortened pattern of the words that Llama-3 and Qwen split; line breaks stay together."""
+"""The pattern by which Llama-3 and Qwen split words, shortened; line breaks stay together."""
 MAX_NEW = 24
 OPTIMIZER = {"learning_rate": 3e-3}
 CORPUS = [

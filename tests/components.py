@@ -12,7 +12,7 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 class Tossed(Component):
     """Bodies of programs to learn. The bytes of question and completion decide, like a coin toss,
-    whether it is right. Nothing is run."""
+    whether a completion is right. Nothing is run."""
 
     def prompt(self, problem: Problem) -> str:
         return f"{problem.question}\ndef solution():\n"

@@ -29,8 +29,8 @@ TWO_BY_TWO = {
 }
 SHARDINGS = {"ddp": {}, "fsdp2": FSDP2, "2x2": TWO_BY_TWO}
 HANGS_S = 240
-"""Seconds after which processes count as waiting for each other: many times their time alone on two
-cores, and below the time limit of the tests that use it."""
+"""Seconds after which processes count as waiting for each other: far more than they take alone on
+two cores, and below the time limit of their tests."""
 
 
 @dataclass(frozen=True, slots=True)

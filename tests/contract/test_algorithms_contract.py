@@ -90,7 +90,7 @@ def test_the_order_of_the_samples_does_not_matter(kind: str, trainer_of) -> None
 
 
 @each_algorithm
-def test_the_algorithm_says_which_scores_it_needs(kind: str, trainer_of) -> None:
+def test_the_algorithm_states_which_scores_it_needs(kind: str, trainer_of) -> None:
     """Scores that an algorithm claims not to need may be missing."""
     trainer = trainer_of(kind)
     rollouts, _ = trainer.sample(1, "rollout")

@@ -547,7 +547,7 @@ def test_bfloat16_generates_under_the_arithmetic_of_training(make_policy, family
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
-def test_scripted_gives_its_texts_in_turn(policy):
+def test_scripted_gives_its_completions_in_turn(policy):
     completions = make("scripted").generate(policy, PROMPTS[:3], params())
     assert [c.text for c in completions] == ["wa wb", "wa", "wa wb"]
     assert [c.finish_reason for c in completions] == ["eos"] * 3

@@ -106,7 +106,7 @@ def test_only_methods_are_evaluated(kind: str, recipe_of) -> None:
 
 
 @each_stage
-def test_a_stage_says_its_line_and_its_cost(kind: str, recipe_of) -> None:
+def test_a_stage_states_its_plan_and_its_cost(kind: str, recipe_of) -> None:
     stage: Stage = recipe_of(kind).stages["tried"]
     assert "sft" in stage.line() and "\n" not in stage.line()
     small, large = stage.cost(num_train=24, num_dev=8), stage.cost(num_train=48, num_dev=8)

@@ -82,7 +82,7 @@ def assert_survives(recipe: Recipe, straight: dict[str, Any], number: int, at: i
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", REFUSALS[:2], ids=errno.errorcode.get)
-def test_a_disk_that_refuses_is_told_in_one_line_and_loses_nothing(straight, make_recipe, number):
+def test_a_disk_error_is_reported_in_one_line_and_loses_nothing(straight, make_recipe, number):
     at = random.Random(number).randint(straight["operations"] // 4, straight["operations"] // 2)
     assert_survives(make_recipe(), straight, number, at)
 
@@ -90,7 +90,7 @@ def test_a_disk_that_refuses_is_told_in_one_line_and_loses_nothing(straight, mak
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
-def test_a_disk_that_refuses_anywhere_loses_nothing(
+def test_a_disk_error_anywhere_loses_nothing(
     straight, make_recipe, tmp_path, record_property, number
 ):
     rng = random.Random(number)

@@ -151,7 +151,7 @@ def test_a_row_that_changes_type_mid_file_is_refused_before_anything_is_written(
     assert not recipe.folder.exists()
 
 
-def test_a_run_goes_on_once_the_reward_is_mended(make_recipe, tmp_path):
+def test_a_run_continues_once_the_reward_is_fixed(make_recipe, tmp_path):
     straight = make_recipe(
         run_dir=str(tmp_path / "straight"), reward={"kind": f"{reward_file(tmp_path, SOUND)}:score"}
     )

@@ -70,7 +70,7 @@ def assert_finite_weights(folder: Path) -> None:
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
-def test_a_step_that_is_not_finite_stops_the_run_which_goes_on_to_the_same_bits(
+def test_a_non_finite_step_stops_the_run_which_resumes_to_the_same_bits(
     make_recipe, tmp_path, monkeypatch
 ):
     straight = make_recipe(run_dir=str(tmp_path / "straight"))
@@ -94,9 +94,7 @@ def test_a_step_that_is_not_finite_stops_the_run_which_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize("stage", ["sft", "reft", "judge"])
-def test_steps_that_are_not_finite_are_left_out_where_the_recipe_says_so(
-    make_recipe, monkeypatch, stage
-):
+def test_non_finite_steps_are_skipped_if_the_recipe_allows_it(make_recipe, monkeypatch, stage):
     before = {"sft": (), "reft": ("sft",), "judge": ("sft",)}[stage]
     recipe = make_recipe(**with_skips(stage, max_skipped=2))
     poison(monkeypatch, stage, {2, 3})
@@ -130,7 +128,7 @@ def with_skips(stage: str, max_skipped: int) -> dict[str, Any]:
     return changes
 
 
-def test_more_steps_than_may_be_left_out_stop_the_run_also_after_a_resume(make_recipe, monkeypatch):
+def test_too_many_skipped_steps_stop_the_run_even_after_a_resume(make_recipe, monkeypatch):
     recipe = make_recipe(**with_skips("sft", max_skipped=1))
     with monkeypatch.context() as patch:
         poison(patch, "sft", {2, 4})
@@ -186,7 +184,7 @@ def test_a_reward_model_whose_loss_is_not_finite_saves_what_it_read(make_recipe,
     assert {frozenset(row) for row in rows} == {frozenset({"id", "text", "label"})}
 
 
-def test_a_value_head_is_not_fitted_to_what_is_not_finite():
+def test_a_value_head_is_not_fitted_to_non_finite_numbers():
     head = torch.nn.Linear(2, 1)
     before = head.weight.detach().clone()
     with pytest.raises(NonFiniteError, match="value head pre-fit"):

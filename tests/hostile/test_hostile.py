@@ -90,8 +90,8 @@ def harm(world: World, before: object, attack: Attack, graded: Graded) -> list[s
 def grade_among_neighbours(
     format: Program, world: World, chosen: Sequence[Attack], *, prelude: str = ""
 ) -> tuple[list[Graded], list[str]]:
-    """One batch, an honest program after each attack: the attacks' grades, and the neighbours whose
-    verdicts changed."""
+    """Grade a batch with an honest program after each attack. Returns: the attacks' grades, and the
+    honest programs whose verdicts changed."""
     honest = [neighbour(number) for number in range(len(chosen))]
     programs = [
         each

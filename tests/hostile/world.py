@@ -65,7 +65,7 @@ HONEST = {
 
 
 def neighbour(number: int) -> tuple[str, Verdict]:
-    """A unique honest program, so that none runs once for two problems, and its verdict."""
+    """A unique honest program, because equal ones would run only once, and its verdict."""
     verdict, source = list(HONEST.items())[number % len(HONEST)]
     return f"{source}\n# {number}", verdict
 

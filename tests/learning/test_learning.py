@@ -1,8 +1,8 @@
 """A tiny model must learn on three seeds: PPO its reward, SFT its examples, and the value head the
 predictable returns.
 
-In the task, a one-word question has a one-word answer. Each test states its margin, which holds
-with room on every seed.
+In the task, a one-word question has a one-word answer. Each test states its margin, which
+every seed passes with room to spare.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ PPO = {"kind": "rl", "prompts": 32, "value_prefit": 2, "optimizer": {"learning_r
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_ppo_learns_to_say_what_is_paid(colours, seed):
+def test_ppo_learns_to_write_what_is_rewarded(colours, seed):
     # 1 for the answer, .1 for anything else; at the start 1 of about 12 words is right: .1 + .9/12
     # = .175
     rows = trained(colours(seed, {**PPO, "steps": 30, "eval_every": 30}))
@@ -84,7 +84,7 @@ def test_ppo_learns_to_say_what_is_paid(colours, seed):
     assert values(rows, "dev/accuracy")[-1] >= 0.75
 
 
-def test_ppo_does_not_learn_answers_that_are_not_paid(colours, by_question):
+def test_ppo_does_not_learn_answers_that_are_not_rewarded(colours, by_question):
     # the reward depends only on the question, so right answers stay as rare as before: 1 of about
     # 12
     rows = trained(colours(0, {**PPO, "steps": 15, "eval_every": 15}, reward=by_question))

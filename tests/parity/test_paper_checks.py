@@ -1,4 +1,4 @@
-"""The reference checks E1 (its token part), E10–E21 and E22 on the training core: the rules of the
+"""The reference checks E1 (its token part) and E10 to E22 on the training core: the rules of the
 authors' code, computed by hand.
 
 A response is the masked part of their sequences: their mask entry t stands for the prediction of
@@ -104,7 +104,7 @@ def test_e10_mask_reward_and_advantages():
     assert_close(returns, torch.tensor([[0.96575, 0.985, 1.0]]))
 
 
-def test_e11_the_symbols_as_the_paper_prints_them_give_other_numbers_and_ours_are_not_those():
+def test_e11_the_symbols_as_printed_in_the_paper_give_numbers_other_than_ours():
     _, advantages, _ = credit(sampled(3, 3), [[0.5, 0.6, 0.7]], [1.0], gamma=0.95, lam=1.0)
     assert_close(advantages, torch.tensor([[0.4025, 0.35, 0.3]]))
     ours = Ppo()

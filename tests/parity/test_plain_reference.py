@@ -368,7 +368,7 @@ def test_a_model_with_adapters_is_read_without_padding_by_transformers(make_poli
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "opt"])
-def test_what_stands_in_the_padding_changes_nothing(make_policy, family):
+def test_the_content_of_padding_changes_nothing(make_policy, family):
     old_policy = make_policy(family)
     policy, reference = moved(old_policy), make_policy(family, seed=1)
     batch = credited(old_policy, reference, some_samples())

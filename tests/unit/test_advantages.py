@@ -80,7 +80,7 @@ def test_lambda_zero_is_the_one_step_error():
     assert_close(advantages, torch.tensor([[0.2 - 0.5, 0.7 - 0.2, 1 - 0.7]]))
 
 
-def test_what_lies_behind_a_response_does_not_matter():
+def test_what_follows_a_response_does_not_matter():
     mask = torch.tensor([[True, True, False]])
     rewards = torch.tensor([[0.0, 1.0, 0.0]])
     with_junk = gae(rewards + torch.tensor([[0, 0, 9.0]]), torch.tensor([[0.5, 0.5, 99.0]]), mask)
@@ -101,7 +101,7 @@ def test_the_reward_falls_on_the_last_token_and_kl_on_each():
     assert_close(found, torch.tensor([[-0.05, 1.1], [-0.2 + 0.1, 0.0]]))
 
 
-def test_without_a_reference_only_the_task_pays():
+def test_without_a_reference_only_the_task_is_rewarded():
     mask = torch.tensor([[True, True, False]])
     found = token_rewards(torch.tensor([0.7]), torch.full((1, 3), -2.0), None, mask, kl_coef=5.0)
     assert_close(found, torch.tensor([[0.0, 0.7, 0.0]]))

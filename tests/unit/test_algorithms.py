@@ -156,7 +156,7 @@ def test_rloo_compares_a_sample_with_the_others():
     )
 
 
-def test_rloo_pays_the_kl_of_the_whole_response():
+def test_rloo_subtracts_the_kl_of_the_whole_response():
     # reference at log-probability -1.5: each token costs β · .5 = .05; lengths 1 and 3
     sampled = batch([1.0, 1.0], [0, 0], lengths=[1, 3])
     sampled = replace(sampled, ref_logprobs=sampled.logprobs * 1.5)

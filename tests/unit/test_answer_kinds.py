@@ -66,7 +66,7 @@ def verdict(text: str, gold: object, kind: AnswerKind | None = None) -> Verdict:
         ("[red, blue]", "list"),
     ],
 )
-def test_the_kind_is_told_by_the_gold(gold: str, kind: str) -> None:
+def test_the_kind_is_recognised_from_the_gold(gold: str, kind: str) -> None:
     assert worded_gold(gold).kind == kind
 
 

@@ -97,7 +97,7 @@ def test_numbers_are_read_as_people_write_them(text: str, value: str) -> None:
         "0x10",
     ],
 )
-def test_what_is_not_one_number_is_none(text: str) -> None:
+def test_text_that_is_not_one_number_is_none(text: str) -> None:
     assert read_number(text) is None
 
 
@@ -370,11 +370,11 @@ def test_a_programs_value_is_read_like_a_text(value: object) -> None:
 @pytest.mark.parametrize(
     "value", [None, True, [18], (18,), {18}, {"a": 18}, float("nan"), float("inf"), b"18", 18j, ""]
 )
-def test_what_a_program_may_not_answer_is_no_answer(value: object) -> None:
+def test_values_that_a_program_may_not_return_are_no_answer(value: object) -> None:
     assert outcome(grade_value(value, number("18"))) == (Verdict.NO_ANSWER, None)
 
 
-def test_true_is_no_answer_even_where_the_text_true_is() -> None:
+def test_true_is_no_answer_although_the_text_true_is_one() -> None:
     assert grade_value("True", words("True")).verdict is Verdict.CORRECT
     assert grade_value(True, words("True")).verdict is Verdict.NO_ANSWER
 

@@ -27,7 +27,7 @@ def test_grade_judges_as_the_reward_does():
     assert "21" in wrong.reason
 
 
-def test_what_cannot_be_graded_is_said_in_one_line():
+def test_bad_arguments_of_grade_are_reported_in_one_line():
     with pytest.raises(RecipeError, match=r"^format: nll: unknown kind; did you mean nl"):
         reftune.grade("x", 1, format="nll")
     with pytest.raises(DataError, match=r"^grade: answer: expected a number"):
@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_run_takes_a_file_with_overrides_and_goes_on(finished: Path, tmp_path: Path):
+def test_run_takes_a_file_with_overrides_and_resumes(finished: Path, tmp_path: Path):
     from reftune.recipe import load_recipe
 
     (tmp_path / "tiny.yaml").write_text(dump_recipe(load_recipe(finished / "recipe.yaml")))
@@ -124,7 +124,7 @@ def test_the_package_is_imported_fast_and_its_names_work_whatever_was_imported_b
         (["benchmarks/reproduce.py", "0", "1"], "python benchmarks/reproduce.py 0 1"),
     ],
 )
-def test_the_command_that_is_kept_can_be_typed_again(
+def test_the_recorded_command_can_be_run_again(
     monkeypatch: pytest.MonkeyPatch, typed: list[str], told: str
 ):
     from reftune.storage.run_folder import command

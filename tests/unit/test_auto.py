@@ -93,7 +93,7 @@ def test_a_run_writes_the_dtype_it_chose_and_keeps_it_on_another_machine(make_re
         assert run.load_policy("base").compute_dtype == torch.float32
 
 
-def test_a_dtype_that_is_said_must_be_the_one_the_run_has(make_recipe, machine):
+def test_a_dtype_in_the_recipe_must_be_that_of_the_run(make_recipe, machine):
     machine(100, 800)
     with open_run(make_recipe(model={"dtype": "auto"}), Progress()):
         pass

@@ -90,7 +90,7 @@ def test_prompt_and_target_are_the_tokens_of_the_whole_conversation(case):
         assert SAID in tokenizer.decode(target)
 
 
-def test_bos_stands_once_where_the_tokenizer_adds_one(case):
+def test_bos_occurs_once_if_the_tokenizer_adds_one(case):
     tokenizer, args, _, _ = case
     added = bos_of(tokenizer)
     chatted = Encoder(tokenizer, chat(args)).prompt(problem())
@@ -139,7 +139,7 @@ def test_a_boundary_inside_a_token_is_kept_as_sampling_sees_it():
     assert target[0] == tokenizer.encode("\n", add_special_tokens=False)[0]
 
 
-def test_a_template_that_writes_prompts_differently_is_answered_in_plain_words():
+def test_a_template_that_writes_prompts_differently_is_rejected_in_plain_words():
     tokenizer = make_tokenizer(FAMILIES["qwen2.5"])
     tokenizer.chat_template = FAMILIES["qwen2.5"].template.replace(
         "assistant\n'", "assistant\nHm, '"
@@ -228,7 +228,7 @@ def test_an_end_of_turn_that_is_no_special_token_ends_a_turn():
     assert tokenizer.decode([end_of_turn(tokenizer)]) == "<|im_end|>"
 
 
-def test_a_template_that_wants_a_system_message_still_says_how_turns_end():
+def test_a_template_that_requires_a_system_message_still_shows_how_turns_end():
     wants = "{% if messages[0].role != 'system' %}{{ raise_exception('System first') }}{% endif %}"
     tokenizer = templated(wants + LOOP.replace("<|im_end|>", "<|im_start|>"))
     assert tokenizer.decode([end_of_turn(tokenizer)]) == "<|im_start|>" != tokenizer.eos_token
@@ -236,7 +236,7 @@ def test_a_template_that_wants_a_system_message_still_says_how_turns_end():
     assert "System first" in refused(tokenizer, chat({}))
 
 
-def test_a_template_that_leaves_the_assistant_out_is_answered_in_plain_words():
+def test_a_template_that_leaves_the_assistant_out_is_rejected_in_plain_words():
     users = "{% for m in messages if m.role == 'user' %}" + TURN + "{% endfor %}"
     tokenizer = templated(users + ASSISTANT)
     assert end_of_turn(tokenizer) is None
@@ -259,7 +259,7 @@ def refused(tokenizer, format_, asked=None) -> str:
     return str(error.value)
 
 
-def test_what_a_template_does_not_take_is_refused_in_one_line():
+def test_input_that_a_template_rejects_is_reported_in_one_line():
     gemma, qwen = (make_tokenizer(FAMILIES[name]) for name in ("gemma", "qwen2.5"))
     assert refused(gemma, chat({}, system="Hm")) == (
         "format.system: the tokenizer's chat template accepts no system message (it reports:"

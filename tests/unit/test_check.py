@@ -1,4 +1,4 @@
-"""Each check finds its trap, on a few problems and a from-scratch model."""
+"""Each check finds the problem that it is for, in a few rows and a from-scratch model."""
 
 import json
 from collections.abc import Sequence
@@ -219,7 +219,7 @@ def test_the_start_model_is_sampled_and_a_weak_one_is_reported():
     assert warmed.message.endswith("a warm-up comes first")
 
 
-def test_the_json_report_says_the_same(sound: CheckReport):
+def test_the_json_report_has_the_same_content(sound: CheckReport):
     document = json.loads(sound.to_json())
     assert document["ok"] is True
     assert [found["name"] for found in document["findings"]] == [
@@ -282,7 +282,7 @@ def test_an_unknown_waiver_is_refused_with_the_nearest_name():
         checked(check={"waive": ["gold_rational"]})
 
 
-def test_a_grader_that_pays_a_bare_answer_is_reported():
+def test_a_grader_that_accepts_a_bare_answer_is_reported():
     # twelve golds stated without any reasoning are accepted, since no marker is required; an empty
     # text is not
     found = finding("grader_refuses", format=Words(kind="words", marker_needed=False))
@@ -290,7 +290,7 @@ def test_a_grader_that_pays_a_bare_answer_is_reported():
     assert "the bare answer (12)" in found.message
 
 
-def test_a_reward_that_tells_nothing_apart_or_breaks_is_refused():
+def test_a_constant_or_failing_reward_is_rejected():
     assert finding("reward", reward=Pay(kind="pay", wrong=1.0)).level == "fail"
     found = finding("reward", reward=Pay(kind="pay", broken=True))
     assert (found.level, found.message) == ("fail", "problem sum-0: score: division by zero")
@@ -405,7 +405,7 @@ def test_gold_answers_are_stated_as_the_format_reads_them(kind: str):
     assert found.message == "100.00% of 30 gold answers are graded correct"
 
 
-def test_the_command_exits_with_2_where_a_check_fails(
+def test_the_command_exits_with_2_if_a_check_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sound: CheckReport
 ):
     monkeypatch.setattr("reftune.terminal.cli._load", lambda name, overrides: recipe())
@@ -449,7 +449,7 @@ def test_a_reward_is_tested_on_gold_solutions_made_wrong_and_rewritten():
     assert robust.level == "ok" and "false negatives 0 of 60 (0.0%, at most 6.0%)" in robust.message
 
 
-def test_a_reward_that_pays_wrong_answers_is_refused():
+def test_a_reward_for_wrong_answers_is_rejected():
     found = finding("reward_errors", format={"kind": "nl"}, reward=PaysTheWord(kind="word"))
     assert found.level == "fail" and found.message.startswith("false positives")
     assert "false positive: off by one: 12 of 12" in found.rows

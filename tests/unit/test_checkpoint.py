@@ -171,7 +171,7 @@ def test_a_pickle_in_the_place_of_weights_is_not_read(tmp_path):
     assert found is not None and found.step == 1
 
 
-def test_where_all_are_damaged_there_is_none(tmp_path):
+def test_if_all_are_damaged_there_is_none(tmp_path):
     damaged(save(tmp_path, 1), "torn tensors")
     assert load_latest(tmp_path) is None
 
@@ -191,7 +191,7 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_away(tmp_path
     assert names(tmp_path) == ["step-000008"]
 
 
-def test_a_full_disk_is_told_in_one_line_and_spares_older_checkpoints(tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_spares_older_checkpoints(tmp_path):
     save(tmp_path, 1)
     with full_disk(), pytest.raises(CheckpointError) as error:
         save_checkpoint(tmp_path, step=2, tensors={"large": torch.zeros(10_000)}, state={})
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path):
     assert (tmp_path / "best" / "file").read_text() == "old"
 
 
-def test_a_folder_of_model_weights_on_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_folder_of_model_weights_on_a_full_disk_is_reported_in_one_line(tmp_path):
     from safetensors.torch import save_file
 
     def weights(folder: Path) -> None:

@@ -127,7 +127,7 @@ def row(**changes: Any) -> ChoiceRow:
     return ChoiceRow(**{**usual, **changes})
 
 
-def test_the_signs_are_shares_of_what_they_are_about():
+def test_each_sign_is_a_share_of_the_answers_that_it_concerns():
     rows = [
         row(),
         row(derivation=Derivation.OTHER, agrees=False),
@@ -202,7 +202,7 @@ def letter_out_of_habit(problem: Problem) -> str:
         (letter_out_of_habit, Derivation.CHOSEN, False, True),
     ],
 )
-def test_a_model_that_reasons_is_told_from_one_that_knows_the_place(
+def test_a_model_that_reasons_is_told_apart_from_one_that_knows_places(
     model, derived, agrees, numeric
 ):
     problems = [replace(RHOMBUS, id=str(i)) for i in range(6)]

@@ -53,7 +53,9 @@ def test_a_line_that_names_the_delimiter_is_no_row_and_counts_as_a_line(tmp_path
     assert rows[0].where.endswith(":3")
 
 
-def test_a_read_as_windows_1252_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reading_as_windows_1252_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     read(tmp_path / "data.csv", table(ROWS, ",").encode("cp1252"))
     assert "data.csv:2: byte 0xa3 is not UTF-8; read as cp1252" in caplog.text
 

@@ -86,7 +86,7 @@ def test_steps_are_called_after_the_words_behind_their_result(
         "<<=6>>",
     ],
 )
-def test_what_computes_nothing_or_is_not_plain_arithmetic_has_no_program(solution: str) -> None:
+def test_solutions_without_plain_arithmetic_have_no_program(solution: str) -> None:
     assert program_of(solution) is None
 
 

@@ -37,7 +37,7 @@ def test_plain_rows_need_no_settings(tmp_path: Path) -> None:
     assert problem.answer == Answer(kind="number", value=Fraction(5))
 
 
-def test_columns_may_be_called_otherwise_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_columns_may_have_other_names_and_the_rest_is_kept(tmp_path: Path) -> None:
     row = {"prompt": "q", "gold": "1,234", "why": "so", "key": 17, "level": 3, "tags": ["a"]}
     columns = {"question": "prompt", "answer": "gold", "rationale": "why", "id": "key"}
     (problem,) = load(tmp_path, row, columns=columns).train

@@ -194,7 +194,7 @@ def test_numeric_test_rows_without_a_number_are_left_out_and_counted(tmp_path: P
         ("450 sq . m", 450),
     ],
 )
-def test_options_that_say_one_number_are_read(text: str, value: Fraction) -> None:
+def test_options_that_state_one_number_are_read(text: str, value: Fraction) -> None:
     answer = option_answer(text)
     assert answer is not None
     assert answer.value == value
@@ -217,7 +217,7 @@ def test_options_that_say_one_number_are_read(text: str, value: Fraction) -> Non
         "9 pi feet",
     ],
 )
-def test_options_that_say_none_or_several_are_not(text: str) -> None:
+def test_options_that_state_no_or_several_numbers_are_not(text: str) -> None:
     assert option_answer(text) is None
 
 
@@ -239,7 +239,7 @@ def test_a_ratio_is_a_value_but_no_number() -> None:
         "a ) , b ) 2",
     ],
 )
-def test_what_is_no_list_of_options_is_not_read(text: str) -> None:
+def test_text_that_is_no_list_of_options_is_not_read(text: str) -> None:
     assert read_options(text) is None
 
 

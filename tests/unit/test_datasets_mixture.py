@@ -68,7 +68,7 @@ def test_a_test_question_of_one_part_is_not_trained_on_in_another(tmp_path: Path
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.4), (0.5, None), (1.0, 0.5)])
-def test_shares_are_given_for_all_and_are_one_in_sum(tmp_path: Path, shares: Any):
+def test_shares_are_given_for_all_parts_and_sum_to_one(tmp_path: Path, shares: Any):
     with pytest.raises(ValidationError, match="expected one for each part, with a sum of 1"):
         mixture(part(tmp_path, "a", range(9)), part(tmp_path, "b", range(9)), shares)
 

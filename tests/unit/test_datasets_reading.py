@@ -159,7 +159,7 @@ def test_a_folder_may_hold_parquet_shards(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_line_with_file_and_line(
+def test_unreadable_input_is_reported_in_one_line_with_file_and_line(
     tmp_path: Path, name: str, text: str | bytes, message: str
 ) -> None:
     source = write(tmp_path / name, text)
@@ -173,7 +173,7 @@ def test_what_cannot_be_read_is_said_in_one_line_with_file_and_line(
 @pytest.mark.parametrize(
     "source", ["missing.jsonl", "./no/such/folder", "data/missing.json", "a b", "x/y/z"]
 )
-def test_a_missing_file_is_said_so_and_never_looked_for_on_the_hub(source: str) -> None:
+def test_a_missing_file_is_reported_and_never_looked_for_on_the_hub(source: str) -> None:
     with pytest.raises(DataError, match="no such file or folder; expected one, or a Hub id"):
         read_rows(source, "train")
 
@@ -236,7 +236,7 @@ def test_a_revision_of_hub_data_is_asked_for(hub: FakeHub) -> None:
     "failure",
     [ConnectionError("offline\nlong story"), ValueError("Unknown split"), RuntimeError("script")],
 )
-def test_what_the_hub_says_becomes_one_line(hub: FakeHub, failure: Exception) -> None:
+def test_an_error_of_the_hub_becomes_one_line(hub: FakeHub, failure: Exception) -> None:
     hub.failure = failure
     with pytest.raises(DataError) as error:
         read_rows("owner/name", "train")
@@ -261,13 +261,13 @@ def test_numbers_are_read_exactly() -> None:
 @pytest.mark.parametrize(
     "value", [None, True, float("nan"), float("inf"), "many", "", [3], {"a": 3}]
 )
-def test_what_is_no_number_is_refused(value: object) -> None:
+def test_a_value_that_is_no_number_is_rejected(value: object) -> None:
     with pytest.raises(DataError, match=r"data.jsonl:7: a is .*; expected a number"):
         row(a=value).number_gold("a")
 
 
 @pytest.mark.parametrize("value", [None, "", "  \n", 3, ["a"], "half a surrogate pair \ud800"])
-def test_what_is_no_text_is_refused(value: object) -> None:
+def test_a_value_that_is_no_text_is_rejected(value: object) -> None:
     with pytest.raises(DataError, match=r"data.jsonl:7: q is .*; expected text"):
         row(q=value).text("q")
 

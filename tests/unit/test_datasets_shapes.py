@@ -185,14 +185,14 @@ def test_a_position_counts_from_what_the_recipe_says(
         ({"question": "q", "answer": "  "}, "answer is ''; expected a number"),
     ],
 )
-def test_rows_that_say_no_answer_are_refused_with_their_line(
+def test_rows_without_an_answer_are_rejected_with_their_line(
     tmp_path: Path, row: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=rf"data.jsonl:1: {message}"):
         load(tmp_path, row)
 
 
-def test_what_is_told_comes_before_what_is_recognised(tmp_path: Path) -> None:
+def test_columns_that_are_named_come_before_recognised_ones(tmp_path: Path) -> None:
     row = {"instruction": "q", "input": "", "output": "positive", "score": 7}
     (problem,) = load(tmp_path, row, columns={"answer": "score", "rationale": None})
     assert (problem.answer.value, problem.rationale) == (7, None)

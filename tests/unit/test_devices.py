@@ -11,13 +11,13 @@ from reftune.stages.reward_model import Classifier, Solution, accumulate_loss
 from reftune.types import SamplingParams
 
 
-def test_the_trap_catches_a_tensor_that_does_not_say_where_it_is():
+def test_the_trap_catches_a_tensor_without_a_device():
     with torch.device("meta"), pytest.raises((RuntimeError, NotImplementedError)):
         (torch.ones(2, device="cpu") + torch.arange(2)).tolist()
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "online_st"])
-def test_an_rl_step_says_where_its_tensors_are(make_trainer, algorithm):
+def test_an_rl_step_gives_each_tensor_a_device(make_trainer, algorithm):
     stage = {
         "algorithm": {"kind": algorithm},
         "samples": 2,
@@ -29,7 +29,7 @@ def test_an_rl_step_says_where_its_tensors_are(make_trainer, algorithm):
     assert metrics["grad/norm"] > 0
 
 
-def test_preparing_the_value_head_says_where_its_tensors_are(make_trainer):
+def test_preparing_the_value_head_gives_each_tensor_a_device(make_trainer):
     trainer = make_trainer({"value_prefit": 2})
     with torch.device("meta"):
         trainer.policy.reset_value_head(0)
@@ -37,7 +37,7 @@ def test_preparing_the_value_head_says_where_its_tensors_are(make_trainer):
     assert trainer.policy.value_head.weight.abs().sum() > 0
 
 
-def test_a_reward_model_step_says_where_its_tensors_are(make_trainer):
+def test_a_reward_model_step_gives_each_tensor_a_device(make_trainer):
     trainer = make_trainer()
     problem = trainer.context.splits.train[0]
     solutions = [
@@ -49,7 +49,7 @@ def test_a_reward_model_step_says_where_its_tensors_are(make_trainer):
     assert metrics["loss/total"] > 0
 
 
-def test_sampling_with_limits_says_where_its_tensors_are(make_policy):
+def test_sampling_with_limits_gives_each_tensor_a_device(make_policy):
     policy, params = make_policy(), SamplingParams(max_new_tokens=4, top_k=5, top_p=0.9)
     with torch.device("meta"):
         completions = Kv(batch_size=2, refill=0.5).generate(policy, [[3], [4, 5], [6, 7]], params)

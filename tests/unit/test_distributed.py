@@ -77,7 +77,7 @@ def test_one_process_stays_alone():
         assert (world.rank(), world.world_size(), world.is_main()) == (0, 1, True)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_a_missing_gpu_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(RecipeError, match="device: cuda, but torch finds no GPU"):

@@ -99,7 +99,7 @@ def read_recipe(text: str) -> None:
     parse_recipe(whole)
 
 
-def test_the_recipe_reference_is_what_the_code_says():
+def test_the_recipe_reference_matches_the_code():
     page = runpy.run_path(str(ROOT / "docs" / "_recipe_reference.py"))["page"]()
     assert page == (ROOT / "docs" / "recipe.md").read_text(), "run `make docs`"
     assert "`lam` | `0.95` | λ of the policy's advantages.\n" in page

@@ -49,7 +49,7 @@ class Foretold(Mine):
         return Cost(steps=num_train / 10, batch=10, looks=1)
 
 
-def test_supervised_seconds_are_tokens_at_the_measured_speed_and_looks():
+def test_supervised_seconds_are_tokens_at_the_measured_speed_and_dev_evaluations():
     # 4 epochs of 100 rows of 40 tokens at 400 tokens/s are 40 s; a dev evaluation every 2 epochs
     # makes two of 2 s
     assert seconds(sft=SFT) == {"sft": pytest.approx(40 + 2 * LOOK_S)}

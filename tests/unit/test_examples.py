@@ -116,7 +116,7 @@ def test_the_algorithm_pushes_by_reward_less_the_mean(baseline: bool, advantages
     assert_close(logprobs.grad[:, 0], -torch.tensor(advantages) / 4)
 
 
-def test_the_engine_says_what_the_policy_says_and_repeats_itself(make_policy):
+def test_the_engine_agrees_with_the_policy_and_repeats_itself(make_policy):
     engine, policy, prompts = (
         example("engine.py:OneByOne", "engines"),
         make_policy("llama"),

@@ -82,7 +82,7 @@ def test_the_card_holds_nothing_that_the_model_wrote(run_folder: Path, tmp_path:
     )
 
 
-def test_a_model_that_was_not_evaluated_says_so(run_folder: Path, tmp_path: Path):
+def test_the_card_states_that_a_model_was_not_evaluated(run_folder: Path, tmp_path: Path):
     (run_folder / "summary.json").unlink()
     assert (
         "It has not been evaluated."

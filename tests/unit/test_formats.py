@@ -138,7 +138,7 @@ def test_prompt_and_target_make_a_whole_program() -> None:
     ast.parse(text.partition("Answer reasoning:\n")[2])
 
 
-def test_what_stands_before_the_definition_moves_into_it() -> None:
+def test_code_before_the_definition_moves_into_it() -> None:
     program = "import math\n\ndef solution():\n    return math.sqrt(25)"
     assert body_of(program) == "    import math\n    return math.sqrt(25)"
 
@@ -267,7 +267,7 @@ def test_equal_programs_run_once(robust: Program, monkeypatch: pytest.MonkeyPatc
     assert seen == [HEADER + BODY]
 
 
-def test_a_program_tells_how_long_it_ran(robust: Program, paper: Program) -> None:
+def test_a_program_reports_how_long_it_ran(robust: Program, paper: Program) -> None:
     slow, text = "    return sum(range(3_000_000))", "no program at all"
     for format in (robust, paper):
         fast, slower = format.grade([number("3")] * 2, ["    return 3", slow])
@@ -287,7 +287,7 @@ def test_a_user_sees_what_limits_they_may_set() -> None:
     assert graded[0].verdict is Verdict.TIMEOUT
 
 
-def test_formats_are_equal_where_their_keys_are() -> None:
+def test_formats_are_equal_if_their_keys_are() -> None:
     assert Program() == Program.model_validate({"kind": "program"})
     assert Program() != Program(timeout_s=2)
 
@@ -320,7 +320,7 @@ def test_e7_paper_reads_a_value_as_float_does(
     assert paper_value(paper, f"    return {expression}") == expected
 
 
-def test_e7_paper_pays_nothing_without_return_or_code(paper: Program) -> None:
+def test_e7_paper_rewards_nothing_without_return_or_code(paper: Program) -> None:
     assert paper_value(paper, "    x = 5") == (Verdict.NO_ANSWER, None)
     assert paper_value(paper, "") == (Verdict.NO_ANSWER, None)
     assert paper_value(paper, "Five apples are left.") == (Verdict.ERROR, None)
@@ -401,7 +401,7 @@ def scripts() -> Program:
         "answer: int = 5\nprint('done in 3 steps')",
     ],
 )
-def test_a_script_is_read_where_the_format_says_so(scripts: Program, completion: str) -> None:
+def test_a_script_is_read_if_the_format_allows_it(scripts: Program, completion: str) -> None:
     assert scripts.grade([number("5")], [completion])[0].verdict is Verdict.CORRECT
     assert Program().grade([number("5")], [completion])[0].verdict is Verdict.NO_ANSWER
 

@@ -83,7 +83,7 @@ def test_a_base_in_bf16_gives_the_bits_of_one_in_fp32(family, make_model, tokeni
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_a_reference_in_the_compute_dtype_says_what_the_policy_said(family, dtype, make_policy):
+def test_a_reference_in_the_compute_dtype_agrees_with_the_policy(family, dtype, make_policy):
     policy = make_policy(family, dtype=dtype)
     reference = policy.make_reference()
     expected = policy.score(BATCH).logprobs
@@ -218,7 +218,7 @@ def test_4_bits_take_a_third_of_bf16_and_are_decoded_in_place(make_model, tokeni
     assert all(torch.equal(p, before[n]) for n, p in narrow.named_parameters())
 
 
-def test_what_was_learned_over_4_bits_is_saved_whole_and_gone_on_with(make_recipe, tmp_path):
+def test_what_was_learned_over_4_bits_is_saved_whole_and_trained_further(make_recipe, tmp_path):
     changes: dict[str, Any] = {"model": {"lora": {"rank": 4}, "quantize": "nf4"}}
     recipe = make_recipe(stages={"reft": {"steps": 2}}, **changes)
     with open_run(recipe, Progress()) as run:

@@ -52,7 +52,7 @@ def test_every_gold_is_read_as_a_person_reads_it() -> None:
     assert not disagreements, "\n".join(disagreements)
 
 
-def test_what_is_no_number_is_refused_if_a_number_is_asked_for() -> None:
+def test_a_gold_that_is_no_number_is_rejected_if_a_number_is_asked_for() -> None:
     for row in ROWS:
         if row["kind"] == "text":
             with pytest.raises(DataError, match="expected a number, with at most"):
@@ -93,7 +93,7 @@ def test_a_gold_number_keeps_its_decimals(raw: object, value: str, decimals: flo
 
 
 @pytest.mark.parametrize("raw", [None, float("nan"), float("inf"), [], [1], {"a": 1}, "", "  "])
-def test_what_is_no_answer_is_refused(raw: object) -> None:
+def test_a_gold_that_is_no_answer_is_rejected(raw: object) -> None:
     with pytest.raises(DataError, match="expected a number, text or a letter"):
         read_gold(raw)
 

@@ -40,7 +40,7 @@ def test_its_recipes_are_sound_and_spend_alike():
 
 
 @pytest.mark.slow
-def test_a_command_that_takes_too_long_is_asked_to_stop_and_then_made_to(headline):
+def test_a_command_that_takes_too_long_is_asked_to_stop_and_then_killed(headline):
     asked = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(130)); print(flush=True);"
         " time.sleep(60)"

@@ -106,7 +106,7 @@ def test_adapters_are_trained_ten_times_as_fast_as_all_weights():
     assert whole.format.style == adapters.format.style == "chat"
 
 
-def test_test_questions_are_scored_where_there_are_some_and_dev_where_not(here: Path):
+def test_test_questions_are_scored_if_there_are_any_and_dev_if_not(here: Path):
     write_csv(here / "mine.csv", ["question", "answer", "rationale"])
     write_csv(here / "test.csv", ["question", "answer", "rationale"], count=3)
     assert (

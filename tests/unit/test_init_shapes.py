@@ -88,7 +88,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "spelling", "one_is_long"), CASES)
-def test_what_init_writes_passes_check(
+def test_recipes_that_init_writes_pass_check(
     shape: str,
     spelling: str,
     one_is_long: bool,

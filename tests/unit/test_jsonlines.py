@@ -70,7 +70,7 @@ def test_only_so_many_lines_are_kept(lines):
     assert lines.size() == 0
 
 
-def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_a_place_that_cannot_be_written_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot be written: "):
         JsonLines(tmp_path / "file" / "metrics.jsonl").append({"step": 1})

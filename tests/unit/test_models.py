@@ -108,7 +108,7 @@ def test_making_a_model_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_a_scratch_model_is_what_its_table_says():
+def test_a_scratch_model_has_the_shape_in_its_table():
     model, tokenizer = load_model(ModelTable(scratch=SMALL), texts=[TEXT])
     config = model.config
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (16, 1, 2)

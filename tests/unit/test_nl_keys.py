@@ -105,13 +105,13 @@ OTHER_WISHES: dict[str, dict[str, Any]] = {
     "n-zh-colon": {"markers": ("答案：",)},
     "n-de": {"markers": ("Die Antwort ist",)},
 }
-"""Cases that the default grades differently → the key that reads them."""
+"""Cases that the default misgrades → the key that reads them."""
 NOT_READ = {"n-half": "numbers in words", "n-dollars-cents-ok": "compound quantities"}
 """Cases that are not read, as docs/grading.md states → the reason."""
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="REFTUNE_CASES names no folder with nl.jsonl")
-def test_what_people_brought_is_graded_as_a_person_does() -> None:
+def test_completions_of_users_are_graded_as_a_person_does() -> None:
     disagreements = []
     for row in map(json.loads, CASES.read_text(encoding="utf-8").splitlines()):
         if row["kind"] in ("text", "report") or row["id"] in NOT_READ:

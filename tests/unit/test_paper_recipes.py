@@ -143,7 +143,7 @@ def test_the_small_models_have_the_authors_settings(model, task, rollouts, epoch
     assert (reft.algorithm.kl_coef, reft.algorithm.value_coef) == (0.01, 5.0)
 
 
-def test_an_ablation_changes_what_its_name_says_and_nothing_else():
+def test_an_ablation_changes_only_the_setting_in_its_name():
     plain = load("codellama-7b-gsm8k-program").stages
     partial, no_kl = load("ablation-no-partial-reward"), load("ablation-no-kl")
     separate, warmups = load("ablation-separate-value-model"), load("ablation-warmup-length")

@@ -40,7 +40,7 @@ def words(problem: Problem) -> str:
 
 @pytest.mark.parametrize("problem", [NUMBER, CHOICE], ids=["number", "choice"])
 @pytest.mark.parametrize("kind", ["program", "nl"])
-def test_every_change_does_to_the_answer_what_it_says(problem, kind):
+def test_every_change_has_its_stated_effect_on_the_answer(problem, kind):
     format = Program() if kind == "program" else Nl()
     target = format.target(problem) if kind == "program" else words(problem)
     wrong, right = list(wrong_solutions(problem, target)), list(right_solutions(problem, target))

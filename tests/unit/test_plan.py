@@ -171,7 +171,7 @@ def test_the_document_has_memory_by_sharding_and_time_by_phase(capsys):
     assert found["assumed"]["mfu"] == 0.4
 
 
-def test_what_fits_nowhere_is_said_so(make_recipe):
+def test_the_plan_states_that_nothing_fits(make_recipe):
     tiny = Hardware(gpus=1, memory=1e3, kind="h100", mfu=0.4)
     plan = make_plan(make_recipe(), tiny)
     assert plan.sharding is None and list(plan.memory) == ["one"]

@@ -54,7 +54,7 @@ def test_a_forward_pass_in_training_mode_has_dropout_and_gradients(policy, batch
     assert all(p.grad is not None for p in policy.parameters())
 
 
-def test_compiling_without_a_compiler_is_told_in_one_line(policy, monkeypatch):
+def test_compiling_without_a_compiler_is_reported_in_one_line(policy, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ModelError, match="no-such-compiler was not found; install one or set CXX"):
         policy.compile_blocks()
@@ -103,7 +103,7 @@ def test_temperature_flattens(policy, batch):
 # --- value head -----------------------------------------------------------------------------------
 
 
-def test_a_new_value_head_says_zero(make_model, tokenizer, batch):
+def test_a_new_value_head_predicts_zero(make_model, tokenizer, batch):
     policy = Policy(make_model("llama"), tokenizer)
     assert not policy.score(batch).values.any()
 

@@ -53,7 +53,7 @@ def test_a_line_tells_the_time_left_from_the_steps_of_this_session():
     assert view.position(20) == "60/100  0:20, 1:20 left"
 
 
-def test_no_time_left_is_told_before_the_first_step_or_after_the_last():
+def test_no_time_left_is_shown_before_the_first_step_or_after_the_last():
     view = StageView("reft", total_steps=10, first_step=0, started_s=0, step=0)
     assert view.position(3) == "0/10  0:03"
     view.update(10, {})

@@ -172,7 +172,7 @@ def test_a_missing_folder_or_binary_file_is_refused(folder: Path):
     assert refusal(path="binary.yaml").startswith("binary.yaml: cannot be read: ")
 
 
-def test_extends_merges_relative_to_the_file_that_says_it(folder: Path):
+def test_extends_merges_relative_to_the_file_that_has_it(folder: Path):
     (folder / "more").mkdir()
     (folder / "more" / "half.yaml").write_text("seed: 5\nlengths: {max_new: 11}")
     (folder / "more" / "child.yaml").write_text(

@@ -78,7 +78,7 @@ def test_a_vote_is_found_whatever_its_number_of_samples(reproduce):
     assert reproduce.difference(voted, "reft", "sft") is None
 
 
-def test_the_ablation_says_what_a_part_earns(reproduce):
+def test_the_ablation_shows_what_a_part_contributes(reproduce):
     modern = table(
         compared("reft_modern", "reft", 0.03, 0.01, 0.05),
         compared("no_prefit", "reft_modern", -0.02, -0.03, -0.01),

@@ -353,7 +353,7 @@ def test_a_run_folder_may_be_moved(make_recipe, tmp_path):
         pass
 
 
-def test_a_file_in_the_place_of_the_run_folder_is_told(make_recipe, tmp_path):
+def test_a_file_in_the_place_of_the_run_folder_is_reported(make_recipe, tmp_path):
     recipe = make_recipe()
     recipe.folder.touch()
     assert (
@@ -368,7 +368,7 @@ def test_a_file_in_the_place_of_the_run_folder_is_told(make_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_place_that_cannot_be_written_is_told(make_recipe, monkeypatch, number):
+def test_a_place_that_cannot_be_written_is_reported(make_recipe, monkeypatch, number):
     recipe = make_recipe()
 
     def refuse(self: Path, *args: Any, **kwargs: Any) -> None:

@@ -53,7 +53,7 @@ def paid(reward: Reward, *problems: Problem) -> list[float | None]:
         (Verdict.FORBIDDEN, 0.0),
     ],
 )
-def test_a_verdict_is_paid_as_in_the_paper(verdict: Verdict, reward: float) -> None:
+def test_a_verdict_is_rewarded_as_in_the_paper(verdict: Verdict, reward: float) -> None:
     assert Outcome()([problem("a")], [completion("")], [graded(verdict)]) == [reward]
 
 
@@ -178,7 +178,7 @@ def test_an_exception_of_the_batch_alone_names_the_batch(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "value", ["float('nan')", "float('inf')", "'1'", "[1]", "10 ** 400", "object()"]
 )
-def test_what_is_not_a_finite_number_names_the_sample(tmp_path: Path, value: str) -> None:
+def test_a_reward_that_is_no_finite_number_names_the_sample(tmp_path: Path, value: str) -> None:
     reward = reward_from(tmp_path, f"def score(completions):\n    return [0.5, {value}]\n")
     with pytest.raises(RewardError, match="sample b: expected a finite number or None, got"):
         paid(reward, problem("a"), problem("b"))
@@ -247,7 +247,7 @@ def test_a_function_that_exits_names_the_sample_and_does_not_end_the_run_unseen(
 @pytest.mark.parametrize(
     "value", ["1.0", "None", "'ab'", "{0: 1, 1: 2}", "__import__('torch').tensor(1.0)"]
 )
-def test_what_is_not_a_list_of_rewards_is_refused(tmp_path: Path, value: str) -> None:
+def test_rewards_that_are_no_list_are_rejected(tmp_path: Path, value: str) -> None:
     reward = reward_from(tmp_path, f"def score(completions):\n    return {value}\n")
     with pytest.raises(RewardError, match="expected a list of 2 numbers, got"):
         paid(reward, problem("a"), problem("b"))
@@ -264,7 +264,7 @@ def test_a_name_that_is_not_offered_is_refused_with_those_that_are(tmp_path: Pat
         paid(reward, problem("a"))
 
 
-def test_nothing_is_asked_about_no_samples(tmp_path: Path) -> None:
+def test_without_samples_the_function_is_not_called(tmp_path: Path) -> None:
     reward = reward_from(tmp_path, "def score(completions):\n    raise OSError\n")
     assert reward([], [], []) == []
 

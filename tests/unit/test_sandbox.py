@@ -111,7 +111,7 @@ def test_hostile_programs_end_within_their_limits(source: str, status: Execution
     assert time.perf_counter() - started < 30  # under 1 s on a free core
 
 
-def test_a_power_that_passes_the_clock_late_is_stopped() -> None:
+def test_a_power_that_overruns_the_clock_is_stopped() -> None:
     # the machine's speed decides which limit it meets first: time, memory or the length of a number
     with Sandbox(SandboxLimits(timeout_s=0.3, memory_mib=16), workers=1) as sandbox:
         results = sandbox.run([returned("10 ** 10000000"), returned("5")])
@@ -252,7 +252,7 @@ def test_closing_ends_the_workers_and_running_again_starts_new_ones() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_forked_child_is_told_to_start_otherwise(sandbox: Sandbox) -> None:
+def test_a_forked_child_is_told_how_to_start_instead(sandbox: Sandbox) -> None:
     assert sandbox.run([returned("1")])[0].value == 1
     child = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(sandbox,))
     child.start()
@@ -556,15 +556,13 @@ def test_packages_and_mistakes_are_no_reason_for_the_subprocess(
     assert result.status is status
 
 
-def test_a_package_is_missing_even_beside_what_monty_lacks(auto: Sandbox) -> None:
+def test_a_missing_package_is_reported_along_with_what_monty_lacks(auto: Sandbox) -> None:
     result = auto.run(["from numpy import *\n" + returned("5")])[0]
     assert result.status is ERROR
     assert "numpy" in result.reason
 
 
-def test_where_nothing_can_be_isolated_auto_is_monty_and_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_isolation_auto_is_monty_and_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "plan9")
     with Sandbox() as sandbox:
         lacking, ordinary = sandbox.run([LACKING["the module heapq"], returned("5")])

@@ -78,7 +78,7 @@ def test_programs_are_run(tmp_path: Path) -> None:
     assert [(r["verdict"], r["reward"]) for r in results] == [("correct", 1.0), ("wrong", 0.1)]
 
 
-def test_paper_grading_pays_a_wrong_choice_too(tmp_path: Path) -> None:
+def test_paper_grading_rewards_a_wrong_choice_too(tmp_path: Path) -> None:
     item = row(f"so{TRIGGER}a", "b", choices=["10", "20"])
     assert scored(tmp_path, item, grading="paper")[0]["reward"] == 0.1
     assert scored(tmp_path, item)[0]["reward"] == 0.0

@@ -152,7 +152,7 @@ def samples(problem: Problem, *texts: str, right: int) -> Samples:
     return Samples(problem=problem, texts=texts, graded=graded, num_tokens=9)
 
 
-def test_what_was_drawn_is_told_in_one_line(context: StageContext):
+def test_the_samples_are_summed_up_in_one_line(context: StageContext):
     first, second = context.splits.train[:2]
     drawn = [samples(first, "a", "b", "c", right=1), samples(second, "d", right=0)]
     assert describe(drawn) == "25% of 4 samples are correct; 1 of 2 problems have none"
@@ -172,7 +172,7 @@ def test_rows_are_prompt_and_solution_with_an_eos(context: StageContext):
     ]
 
 
-def test_rows_beyond_the_limits_are_left_out_and_none_at_all_is_refused(context: StageContext):
+def test_rows_over_the_limits_are_left_out_and_no_row_at_all_is_an_error(context: StageContext):
     problem = replace(context.splits.train[0], rationale=None)
     stage, long = context.recipe.stages["offline_st"], " ".join(["return 1"] * 24)
     assert len(stage.examples([samples(problem, "return 1", long, right=2)], context)) == 1
@@ -206,7 +206,7 @@ def test_the_stage_leaves_a_model_and_what_it_cost(make_stage_recipe: Callable[.
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def test_a_sampler_that_comes_later_is_refused(make_stage_recipe: Callable[..., Recipe]):
+def test_a_sampler_trained_later_is_rejected(make_stage_recipe: Callable[..., Recipe]):
     with pytest.raises(
         RecipeError,
         match=r"^stages\.offline_st\.sampler: warmup is not an earlier method; known here: base$",

@@ -103,7 +103,7 @@ def test_the_run_folder_is_complete(finished):
         assert {"sequence_passes", "train_tokens"} <= set(document), method
 
 
-def test_a_stage_tells_what_it_started_from_and_what_it_cost(finished):
+def test_a_stage_records_its_start_and_its_cost(finished):
     recipe, _ = finished
     documents = {
         method: json.loads((recipe.folder / "stages" / method / "stage.json").read_text())

@@ -187,7 +187,7 @@ def test_the_adapters_of_another_base_are_refused_by_its_name(make_recipe, adapt
     ],
 )
 @pytest.mark.parametrize("is_own", [True, False], ids=["own stage", "stage folder"])
-def test_check_says_whether_the_stage_that_rl_starts_from_was_finished(
+def test_check_reports_whether_the_stage_that_rl_starts_from_was_finished(
     make_recipe, tmp_path, monkeypatch, rise, line, is_own
 ):
     first = make_recipe(run_dir=str(tmp_path / "first"), stages={"reft": {"init": "sft"}})

@@ -112,7 +112,7 @@ def test_hierarchical_bootstrap_sees_the_spread_between_seeds() -> None:
     ) == pytest.approx((0.3, 0.3))
 
 
-def test_a_turned_comparison_says_the_same_of_the_other_method() -> None:
+def test_a_turned_comparison_is_that_of_the_other_method() -> None:
     a, b = [[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [0, 1, 0, 0]]
     one = stats.compare("a", a[0], "b", b[0], generator=generator())
     turned = one.turned()

@@ -78,7 +78,7 @@ def test_trackio_gets_them_offline(recipe, tmp_path: Path, monkeypatch: pytest.M
     assert b"reft/loss/total" in content
 
 
-def test_the_recipe_says_which_and_a_missing_one_is_refused(
+def test_the_recipe_names_trackers_and_a_missing_one_is_rejected(
     recipe, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(trackers, "is_installed", lambda package: package == "tensorboard")
@@ -167,7 +167,7 @@ def some_rollouts(count: int) -> list[Rollout]:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
-def test_sampled_solutions_are_a_table_where_a_tracker_has_tables(recipe, monkeypatch, name: str):
+def test_sampled_solutions_are_a_table_if_a_tracker_has_tables(recipe, monkeypatch, name: str):
     logged = []
 
     class Tracker:

@@ -117,7 +117,7 @@ def test_a_step_moves_each_group_at_its_own_rate(make_policy):
     assert_close(before[1] - head.detach(), torch.full_like(head, 0.05), atol=1e-6, rtol=0)
 
 
-def test_a_step_tells_the_norm_before_clipping_and_clears_the_gradient(make_policy):
+def test_a_step_returns_the_norm_before_clipping_and_clears_the_gradient(make_policy):
     policy = make_policy()
     optimizer = make_optimizer(policy, table())
     with_gradients(policy, 2.0)
@@ -271,7 +271,7 @@ def test_a_reward_that_is_no_number_names_its_problem(make_policy, tokenizer):
         team.rewarded(team.solve(make_policy(), [problem(3, None)]))
 
 
-def test_an_engine_that_loses_a_prompt_is_told(make_policy, tokenizer):
+def test_an_engine_that_loses_a_prompt_is_reported(make_policy, tokenizer):
     with pytest.raises(EngineError, match="returned 1 completions for 2 prompts"):
         collector(tokenizer, engine=FakeEngine(missing=1)).solve(
             make_policy(), [problem(1, None)] * 2

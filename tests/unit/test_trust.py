@@ -29,7 +29,7 @@ def report(tmp_path: Path) -> Path:
     return path
 
 
-def test_cases_are_what_a_test_says_and_else_one(report: Path) -> None:
+def test_a_test_is_one_case_unless_it_states_a_number(report: Path) -> None:
     # tried 200 + 50 + three tests of one case each; lost 3 + 1 + 1; the skipped test counts for
     # none
     counted = trust.count("hostile", report, seconds=2.0)

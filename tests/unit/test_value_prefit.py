@@ -60,7 +60,7 @@ def test_pure_noise_is_shrunk_with_the_strongest_penalty_and_explains_nothing():
     assert explained < 0.3
 
 
-def test_equal_returns_give_a_head_that_says_so():
+def test_equal_returns_give_a_head_that_predicts_them():
     head = nn.Linear(4, 1)
     torch.manual_seed(2)
     fit_value_head(head, [(torch.randn(9, 4), torch.full((9,), 0.25)) for _ in range(2)])

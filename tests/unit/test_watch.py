@@ -133,7 +133,7 @@ def test_a_file_that_was_cut_back_goes_on_from_its_end(tmp_path: Path):
     assert [row["n"] for row in tail.rows()] == [3]
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path: Path):
+def test_a_folder_that_is_no_run_folder_is_rejected(tmp_path: Path):
     with pytest.raises(DataError, match=r"not a run folder: it has no recipe\.yaml with stages"):
         watch(tmp_path, Told(), RunClock())
     assert not is_alive(tmp_path)

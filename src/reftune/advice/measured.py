@@ -22,11 +22,10 @@ WARM_TOKENS = 256
 """Tokens trained on before the clock starts: a first pass chooses kernels, casts weights and
 allocates memory."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
-"""Tokens sampled per row before the clock starts, and the smallest number while it runs. A token
-takes far less time than reading a prompt."""
+"""Tokens sampled per row before the clock starts, and the smallest number while it runs."""
 BUDGET_S = 8.0
-"""Target length of a timed pass, in seconds. A large model's pass may therefore be smaller than in
-training."""
+"""Target seconds of a timed pass; to meet it, a large model's pass may be smaller than in training.
+"""
 STEADY_S = 0.5
 """Shorter passes are repeated for this many seconds."""
 SCORING_COST = 1 / 3

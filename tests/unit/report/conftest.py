@@ -1,5 +1,5 @@
-"""A fake run folder as a trainer would leave it, with plausible curves, samples and evaluations, in
-milliseconds."""
+"""Makes a fake run folder in milliseconds, as a trainer would leave it, with plausible curves,
+samples and evaluations."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_group_metrics_are_drawn_for_stages_with_groups_only(write_run: WriteRun
     ]
 
 
-def test_signs_of_hacking_are_drawn_over_the_looks_at_dev(write_run: WriteRun) -> None:
+def test_signs_of_hacking_are_drawn_over_the_dev_evaluations(write_run: WriteRun) -> None:
     folder = write_run(methods=("reft",))
     assert training_charts(read_groups([folder]), HACKING) == []
     write_metrics(
@@ -186,7 +186,7 @@ def test_a_long_run_is_thinned_to_means(write_run: WriteRun) -> None:
     assert set(chart.series[0].y) == {0.5}
 
 
-def test_what_is_not_finite_is_a_gap(write_run: WriteRun) -> None:
+def test_a_non_finite_value_is_a_gap(write_run: WriteRun) -> None:
     folder = write_run()
     lines = [
         {"stage": "reft", "step": step, "grad/norm": value}

@@ -53,7 +53,7 @@ RL = rows({"reward/mean": 0.5})
 
 
 @pytest.mark.parametrize(("step", "ready"), [(2, False), (3, True)])
-def test_a_snapshot_is_judged_by_the_last_look_before_it(step: int, ready: bool) -> None:
+def test_a_snapshot_is_judged_by_the_last_evaluation_before_it(step: int, ready: bool) -> None:
     warmup = stage("warmup", chosen_step=step, snapshot_of="sft")
     (found,) = handovers(run(warmup, stage("sft", LOOKS), stage("reft", RL, init="warmup")))
     assert (found.stage, found.init, found.is_ready) == ("reft", "warmup", ready)
@@ -88,5 +88,5 @@ def test_a_warm_up_that_is_flat_before_it_can_be_rewarded_was_not_finished() -> 
         (stage("sft", LOOKS), stage("reft", RL, init="sft")),  # not finished yet
     ],
 )
-def test_what_cannot_be_judged_is_left_out(stages: tuple[StageResults, ...]) -> None:
+def test_handovers_that_cannot_be_judged_are_left_out(stages: tuple[StageResults, ...]) -> None:
     assert handovers(run(*stages)) == []

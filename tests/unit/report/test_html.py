@@ -78,7 +78,7 @@ def test_script_json_leaves_no_way_out_of_its_element() -> None:
     assert json.loads(text) == {"a": HOSTILE}
 
 
-def test_hostile_text_is_escaped_wherever_it_stands(write_run: WriteRun) -> None:
+def test_hostile_text_is_escaped_everywhere(write_run: WriteRun) -> None:
     folder = write_run()
     for method in ("warmup", "sft", "reft"):
         rewrite(
@@ -131,7 +131,7 @@ def test_a_long_run_makes_a_small_page(write_run: WriteRun) -> None:
     assert problems["rows"][0]["answers"][2]["text"].startswith(long[:MAX_TEXT] + "… (")
 
 
-def test_a_living_run_shows_what_there_is(write_run: WriteRun) -> None:
+def test_an_unfinished_run_shows_what_it_has(write_run: WriteRun) -> None:
     page = page_of(write_run(evaluated=["warmup"]))
     assert "Still to come: SFT, ReFT" in page
     assert "This run has not finished" in page

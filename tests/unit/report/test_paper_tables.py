@@ -72,7 +72,7 @@ def test_runs_of_several_tasks_get_a_column_each(write_task: WriteRun) -> None:
     assert votes.count("±") == 1 and votes.count("–") == 3, "only SVAMP was sampled"
 
 
-def test_the_papers_number_stands_beside_ours_only_where_the_experiment_is_the_same(
+def test_the_papers_number_is_shown_only_if_the_experiment_is_the_same(
     write_task: WriteRun,
 ) -> None:
     same, part = write_task(test=1319), write_task("svamp", test=24)
@@ -92,7 +92,7 @@ def test_the_papers_number_stands_beside_ours_only_where_the_experiment_is_the_s
     assert "6,931 [7,356]" in text
 
 
-def test_what_is_not_significant_is_marked(write_task: WriteRun) -> None:
+def test_differences_that_are_not_significant_are_marked(write_task: WriteRun) -> None:
     folder = write_task()
     (folder / "eval" / "reft.jsonl").write_text((folder / "eval" / "sft.jsonl").read_text())
     text = table_command([folder], layout="paper")
@@ -139,7 +139,7 @@ def test_methods_without_samples_have_no_votes(write_task: WriteRun) -> None:
         table_command([folder], k=3)
 
 
-def test_two_recipes_for_one_place_are_refused(write_task: WriteRun) -> None:
+def test_two_recipes_for_one_cell_are_rejected(write_task: WriteRun) -> None:
     folders = [write_task(), write_task(name="other", dataset={"annotations": "drop"})]
     with pytest.raises(
         DataError,

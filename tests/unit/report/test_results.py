@@ -40,7 +40,7 @@ def test_training_and_evaluation_lines_of_a_step_are_one_row(write_run: WriteRun
     assert {"reward/mean", "dev/accuracy"} <= set(row.values)
 
 
-def test_a_step_repeated_after_a_resume_counts_as_it_was_last(write_run: WriteRun) -> None:
+def test_the_last_metrics_of_a_repeated_step_count(write_run: WriteRun) -> None:
     folder = write_run()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"stage": "reft", "step": 5, "time": 0, "reward/mean": 0.125}) + "\n")

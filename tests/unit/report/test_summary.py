@@ -61,7 +61,7 @@ def _attempt(value: object, correct: bool) -> dict[str, object]:
     }
 
 
-def test_summary_counts_what_the_files_say(write_run: WriteRun) -> None:
+def test_summary_counts_the_answers_in_the_files(write_run: WriteRun) -> None:
     folder = write_run()
     answer(folder, "warmup", [1, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     answer(folder, "sft", [1, 1, 0, 0, 1, 0, 0, 0, 0, 0])
@@ -261,7 +261,7 @@ def headline_of(folder: Path) -> str:
     return headline(score_table(read_groups([folder]))).title
 
 
-def test_the_headline_says_who_wins(write_run: WriteRun) -> None:
+def test_the_headline_names_the_winner(write_run: WriteRun) -> None:
     folder = write_run()
     answer(folder, "warmup", [0] * 20)
     answer(folder, "sft", [1] * 5 + [0] * 15)

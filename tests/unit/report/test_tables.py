@@ -32,7 +32,7 @@ def test_text_columns_line_up(write_run: WriteRun) -> None:
     assert len(ends) == 1
 
 
-def test_what_is_not_significant_is_marked(write_run: WriteRun) -> None:
+def test_differences_that_are_not_significant_are_marked(write_run: WriteRun) -> None:
     folder = write_run()
     (folder / "eval" / "reft.jsonl").write_text((folder / "eval" / "sft.jsonl").read_text())
     text = table_command([folder])

@@ -37,7 +37,7 @@ UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
-    """Load data and model, run every check, and sample a few solutions. Nothing is written.
+    """Load data and model, run the checks, and sample a few solutions. Nothing is written.
 
     Raises: ReftuneError if the data or the model cannot be loaded, or if the stage graph is wrong.
     """

@@ -184,9 +184,9 @@ def check_reward(subject: Subject) -> Finding:
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Check that wrong variants of gold solutions earn little (any that earn much are false
-    positives), and that right variants earn much (any that earn little are false negatives). The
-    threshold is halfway between the mean rewards of gold solutions and of empty completions."""
+    """Count wrong variants of gold solutions that earn much (false positives), and right variants
+    that earn little (false negatives). The threshold is halfway between the mean rewards of gold
+    solutions and of empty completions."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
     changed = {
