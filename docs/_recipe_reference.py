@@ -36,8 +36,10 @@ refill: 0.5}`) or your own class (`kind: my_file.py:Name`).
 
 Dots separate nested keys. If only certain values are allowed, the default comes first.
 """
-Rows = dict[str, str]
-"""Key → what its line of a table says: the default and the meaning."""
+Rows = dict[str, tuple[str, str]]
+"""Key → its default and meaning."""
+Shared = dict[tuple[str, str], dict[str, str]]
+"""Key and meaning → the default of each kind that has it."""
 
 
 def page() -> str:
@@ -48,22 +50,38 @@ def page() -> str:
         tables = {kind: _rows(model, classes.values()) for kind, model in classes.items()}
         shared = _shared(tables)
         parts.append(f"## {title}\n")
-        for kinds in dict.fromkeys(shared.values()):
+        for kinds in dict.fromkeys(map(tuple, shared.values())):
             parts.append(f"**Keys of {_and(kinds)}**\n")
-            parts.append(_table({key: row for (key, row), of in shared.items() if of == kinds}))
+            parts.append(
+                _table(
+                    {
+                        key: (_defaults(of), meaning)
+                        for (key, meaning), of in shared.items()
+                        if tuple(of) == kinds
+                    }
+                )
+            )
         for kind, model in classes.items():
-            own = {key: row for key, row in tables[kind].items() if (key, row) not in shared}
+            own = {key: row for key, row in tables[kind].items() if (key, row[1]) not in shared}
             parts += _section(f"`kind: {kind}`", model, own, level=3)
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _shared(tables: Mapping[str, Rows]) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Key and its line → the kinds that have it, if there are several."""
-    holders: dict[tuple[str, str], tuple[str, ...]] = {}
+def _shared(tables: Mapping[str, Rows]) -> Shared:
+    """The keys with the same meaning in several kinds."""
+    found: Shared = {}
     for kind, rows in tables.items():
-        for item in rows.items():
-            holders[item] = (*holders.get(item, ()), kind)
-    return {item: kinds for item, kinds in holders.items() if len(kinds) > 1}
+        for key, (default, meaning) in rows.items():
+            found.setdefault((key, meaning), {})[kind] = default
+    return {item: defaults for item, defaults in found.items() if len(defaults) > 1}
+
+
+def _defaults(of: Mapping[str, str]) -> str:
+    """The default, with the kinds that have it if they do not all have the same."""
+    kinds = {value: [kind for kind in of if of[kind] == value] for value in of.values()}
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{_and(names)}: {value}" for value, names in kinds.items())
 
 
 def _section(title: str, model: type[BaseModel], rows: Rows, level: int = 2) -> Iterator[str]:
@@ -76,7 +94,9 @@ def _section(title: str, model: type[BaseModel], rows: Rows, level: int = 2) -> 
 
 
 def _table(rows: Rows) -> str:
-    lines = "\n".join(f"`{key}` | {row}".rstrip() for key, row in rows.items())
+    lines = "\n".join(
+        f"`{key}` | {default} | {meaning}".rstrip() for key, (default, meaning) in rows.items()
+    )
     return f"key | default | meaning\n---|---|---\n{lines}\n"
 
 
@@ -94,7 +114,7 @@ def _rows(model: type[BaseModel], components: Sequence[type[BaseModel]]) -> Rows
         ]
         note = notes.get(name) or " ".join(_about(table.__doc__) for table in inner)
         if note or not inner:
-            rows[name] = f"{_default(field)} | {_cell(note)}"
+            rows[name] = _default(field), _cell(note)
         for table in inner:
             prefix = {list: f"{name}[].", dict: f"{name}.NAME."}.get(_holder(field), f"{name}.")
             rows |= {f"{prefix}{key}": row for key, row in _rows(table, components).items()}
@@ -103,7 +123,7 @@ def _rows(model: type[BaseModel], components: Sequence[type[BaseModel]]) -> Rows
 
 def _and(kinds: Sequence[str]) -> str:
     *others, last = [f"`{kind}`" for kind in kinds]
-    return f"{', '.join(others)} and {last}"
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _about(text: str | None) -> str:

@@ -16,8 +16,7 @@ STD_FLOOR = 1e-4
 
 class Grpo(Clipped):
     """The KL penalty is part of the loss. `reduction: token` (DAPO, arXiv:2503.14476) does not
-    favour short correct answers.
-    """
+    favour short correct answers."""
 
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"

@@ -17,7 +17,8 @@ from reftune.model.policy import TokenScores
 
 
 class Ppo(Clipped):
-    """The KL penalty is part of the reward. The paper's β is 0.01 (programs) or 0.05 (words)."""
+    """The KL penalty is part of the reward. The paper's β is 0.01 for programs and 0.05 for
+    words."""
 
     kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)

@@ -16,7 +16,6 @@ class Rloo(Clipped):
 
     kind: Literal["rloo"] = "rloo"
     reduction: Reduction = "token"
-    """`token` is as published; `sequence` gives long and short samples equal weight."""
 
     @property
     def min_samples(self) -> int:

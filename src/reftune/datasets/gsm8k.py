@@ -28,11 +28,11 @@ MAX_NAME_WORDS = 2
 
 
 class Gsm8k(PaperDataset):
-    """Reads GSM8K from the Hub, OpenAI's jsonl files, or the ReFT authors' JSON files."""
+    """Reads [GSM8K](datasets.md#the-papers-benchmarks)."""
 
     train: str = "openai/gsm8k:main"
     annotations: Literal["keep", "drop"] = "keep"
-    """Whether `nl` rationales keep annotations like `<<48/2=24>>`."""
+    """Whether `nl` rationales keep annotations such as `<<48/2=24>>`."""
 
     authors_name: ClassVar[str] = "gsm8k"
 

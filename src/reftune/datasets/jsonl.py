@@ -29,10 +29,10 @@ answer."""
 
 
 class Jsonl(FileDataset):
-    """Reads your own data. Rows may repeat a question with different rationales."""
+    """Reads [your own data](datasets.md#jsonl-your-own-data)."""
 
     columns: Columns | None = None
-    """Column names that reftune does not recognise by itself."""
+    """Needed only if reftune does not recognise the column names."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How [answers](datasets.md#answer-kinds) are compared."""
     positions_from: Literal[0, 1] | None = None

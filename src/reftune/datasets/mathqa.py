@@ -58,12 +58,11 @@ def stem_key(problem: Problem) -> str:
 
 
 class Mathqa(PaperDataset):
-    """Reads MathQA from the Hub, its own JSON files, or the ReFT authors' files."""
+    """Reads [MathQA](datasets.md#the-papers-benchmarks)."""
 
     train: str = "regisss/math_qa"
     answer: Literal["choice", "numeric"] = "choice"
-    """With `choice`, gold answers are letters; with `numeric`, they are numbers, and the options
-    are omitted."""
+    """With `choice`, gold answers are letters; `numeric` omits the options."""
 
     key: ClassVar[Key] = staticmethod(stem_key)
 

@@ -21,14 +21,14 @@ class Part(Table):
 
     dataset: component_field("datasets")  # type: ignore[valid-type]
     share: float | None = Field(None, gt=0, le=1)
-    """Share of the training questions. If no part has a share, all questions are used."""
+    """Share of the training questions. Default: all questions are used."""
 
 
 class Mixture(Component):
-    """Combines several datasets into one; no question is used twice."""
+    """Combines datasets; no question is used twice."""
 
     parts: dict[str, Part] = Field(min_length=2)
-    """Name → dataset and share; each problem's id begins with the name."""
+    """Name → dataset and share."""
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> Self:

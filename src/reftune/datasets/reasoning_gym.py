@@ -25,20 +25,18 @@ PATIENCE = 20
 
 
 class ReasoningGym(Component):
-    """A generated task. `data_seed` determines its questions, and the run's seed draws dev."""
+    """Generates questions with the package reasoning-gym."""
 
     task: str = "gsm_symbolic"
-    """A reasoning-gym task, such as `chain_sum`."""
+    """Such as `chain_sum`."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """The task's settings, such as `{min_terms: 2, max_terms: 4}`."""
+    """Settings of the task, such as `{min_terms: 2, max_terms: 4}`."""
     train_size: int = Field(1000, gt=0)
-    """Training questions."""
     dev_size: int = Field(200, ge=0)
-    """Dev questions."""
     test_size: int = Field(500, ge=0)
-    """Test questions, which do not depend on `train_size` or `dev_size`."""
+    """Test questions do not depend on the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Seed for generating the questions."""
+    """Determines the questions; the run's seed draws dev."""
 
     def load(self, *, seed: int) -> Splits:
         """Generate all splits. Raises: RecipeError for an unknown task or setting; DataError if the

@@ -18,8 +18,7 @@ FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
 
 
 class Svamp(PaperDataset):
-    """Reads SVAMP from the Hub, its authors' SVAMP.json, or the ReFT authors' JSON files; only the
-    last have `nl` rationales."""
+    """Reads [SVAMP](datasets.md#the-papers-benchmarks)."""
 
     train: str = "ChilleD/SVAMP"
 

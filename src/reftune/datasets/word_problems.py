@@ -43,31 +43,29 @@ ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 
 
 class WordProblems(Component):
-    """Generated word problems. Questions depend on neither `train` nor `styles`, so runs that
-    differ in these share dev and test."""
+    """Generates word problems. Dev and test do not depend on `train` or `styles`."""
 
     train: int = Field(1000, ge=1)
-    """Training questions, each with one rationale."""
+    """Number of training questions."""
     dev: int = Field(300, ge=1)
-    """Dev questions."""
+    """Number of dev questions."""
     test: int = Field(1000, ge=1)
-    """Test questions."""
+    """Number of test questions."""
     operations: tuple[int, int] = (0, 2)
-    """Minimum and maximum number of operations per answer."""
+    """Fewest and most operations per question."""
     numbers: tuple[int, int] = (2, 30)
     """Smallest and largest number in a question."""
     people: int = Field(3, ge=1, le=5)
-    """Maximum number of people in a story."""
+    """Most people in a question."""
     distractors: float = Field(0.4, ge=0, le=1)
-    """Share of questions with one irrelevant sentence."""
+    """Share of questions with an irrelevant sentence."""
     max_value: int = Field(999, ge=10)
     """Upper limit for answers and intermediate results; use 99 with `nl` or multiple choice."""
     rationale: Literal["program", "nl"] = "program"
-    """Whether solutions are programs or text."""
     styles: int = Field(4, ge=1, le=24)
-    """Number of phrasings for rationales, drawn at random (at most 8 for `nl`)."""
+    """Phrasings of rationales; at most 8 for `nl`."""
     answer: Literal["number", "choice"] = "number"
-    """`choice` makes each question multiple choice, with four options."""
+    """`choice` gives each question four options."""
 
     @model_validator(mode="after")
     def _sensible_ranges(self) -> Self:

@@ -1,4 +1,4 @@
-"""The default engine decodes in the training process, with a cache and the policy's weights.
+"""The default engine decodes in the training process, with a cache.
 
 Finished rows leave the batch, so one long solution does not hold up the others, and waiting prompts
 take their place. Equal prompts that join together are read once. New keys and values are written
@@ -47,7 +47,7 @@ class Reader(NamedTuple):
 class Kv(Component):
     kind: str = "kv"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows decoded at once; `auto` uses as many as fit in device memory, up to 256."""
+    """Rows decoded at once; `auto` fills device memory, up to 256 rows."""
     refill: float = Field(0.25, gt=0, le=1)
     """Share of rows that must be free before waiting prompts join."""
 

@@ -1,4 +1,4 @@
-"""The fake engine, for tests and dry runs, returns completions written in advance."""
+"""The fake engine for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Scripted(Component):
     kind: str = "scripted"
     device_share: ClassVar[float] = 0.0
     texts: list[str] = Field(min_length=1)
-    """Completions, which the prompts of each call get in turn."""
+    """The completions that it returns, in turn."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams

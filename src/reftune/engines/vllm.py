@@ -50,16 +50,15 @@ Sampled = tuple[list[int], list[float]]
 class Vllm(Component):
     kind: str = "vllm"
     server: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """URLs of [running servers](engines.md#vllm-as-servers), as in `http://host:8000`. Default:
-    colocated."""
+    """URLs of [running servers](engines.md#vllm-as-servers). Default: colocated."""
     weights_dir: str | None = None
-    """Folder for passing weights to servers, which see it at the same path. Default: in memory."""
+    """Folder for passing weights to vLLM. Default: in memory."""
     batch_size: int = Field(256, gt=0)
     """Maximum requests in flight."""
     memory: float = Field(0.3, gt=0, le=1)
-    """vLLM's share of the device's memory, if colocated."""
+    """Share of the device's memory, if colocated."""
     eager: bool = False
-    """If colocated, skip compilation, to start sooner but run slower."""
+    """If colocated, skip compilation: vLLM starts sooner but runs slower."""
 
     @property
     def device_share(self) -> float:

@@ -23,46 +23,44 @@ class LoraTable(Table):
 
 
 class ScratchTable(Table):
-    """A small untrained Llama whose vocabulary is the words of the training data."""
+    """An untrained Llama whose vocabulary is the words of the training data."""
 
     hidden_size: int = Field(64, gt=0)
     layers: int = Field(3, gt=0)
     heads: int = Field(4, gt=0)
     context: int = Field(256, gt=0)
-    """Longest sequence, in tokens."""
+    """In tokens."""
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
 class ModelTable(Table):
-    """Give exactly one of `path` and `scratch`."""
+    """Give either `path` or `scratch`."""
 
     path: str | None = None
-    """A Hub id, a folder in Hugging Face format, or `smollm2-135m`, whose weights come in a Python
-    package."""
+    """A Hub id, a folder, or `smollm2-135m`, whose weights are a Python package."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; `auto` is bfloat16 if the device multiplies it
-    natively, otherwise float32. Trained weights and log-probabilities are always fp32."""
+    """Precision of forward and backward passes. `auto` is bfloat16 if the device computes with it
+    natively, otherwise float32. Trained weights are always fp32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
-    """`auto` uses a CUDA GPU if there is one, otherwise the CPU. `mps` and `xpu` are untested."""
+    """`auto` is CUDA if available, otherwise the CPU. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
-    """With `lora`, keep the base model's linear layers in 4 bits, which saves memory but slows
+    """With `lora`, keep the base's linear layers in 4 bits, which saves memory but slows
     decoding."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Maximum tokens in one forward and backward pass; `auto` is as many as fit in device memory,
-    up to 16,384. This changes memory and speed, never the gradient."""
+    """Most tokens in a forward and backward pass; `auto` fills device memory, up to 16,384 tokens.
+    The gradient does not depend on it."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. This takes far less memory and about a third more
-    time; the gradient is the same."""
+    """Recompute activations in the backward pass, which saves much memory but takes about a third
+    longer."""
     compile: bool = False
-    """Use torch.compile for scoring and updates. This needs a C++ compiler, slows the first steps
-    and changes rounding."""
+    """Use torch.compile for scoring and updates. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of saved weights; a model is rounded to it before evaluation. Default: fp32 or,
-    with `lora`, the base model's precision."""
+    """Precision of saved weights; a model is rounded to it before evaluation. Default: float32, or
+    `base` with `lora`."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -85,12 +83,12 @@ class LengthTable(Table):
     """Length limits in tokens."""
 
     max_prompt: int | None = Field(None, gt=0)
-    """Longest prompt. Default: the model's context minus `max_new`."""
+    """Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """What to do with longer prompts. `drop` omits training questions and counts dev and test
-    questions as unanswered."""
+    """`drop` omits training questions with longer prompts, and counts such dev and test questions
+    as unanswered."""
     max_new: int = Field(256, gt=0)
-    """Longest sampled solution. Training rows with longer targets are dropped and counted."""
+    """Longest solution. Training rows with longer targets are dropped."""
 
 
 class EvaluateTable(Table):
@@ -98,7 +96,7 @@ class EvaluateTable(Table):
 
     split: Literal["test", "dev"] = "test"
     samples: int = Field(0, ge=0)
-    """Solutions sampled per problem, for voting, reranking and pass@k."""
+    """Solutions per problem, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
     """Methods to sample from. Default: all."""
     temperature: float = Field(1.0, gt=0)
@@ -149,8 +147,7 @@ class Recipe(Table):
     run_dir: str | None = None
     """Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads. Default: PyTorch's choice. With 1, results do not depend on the number of
-    cores."""
+    """CPU threads. With 1, results do not depend on the number of cores."""
     model: ModelTable
     dataset: component_field("datasets")  # type: ignore[valid-type]
     format: component_field("formats")  # type: ignore[valid-type]
@@ -158,13 +155,13 @@ class Recipe(Table):
     engine: component_field("engines") = _default("kv")  # type: ignore[valid-type]
     lengths: LengthTable = LengthTable()  # type: ignore[call-arg]
     stages: dict[str, component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
-    """Method name → stage, in the order they run."""
+    """Method name → stage, in order."""
     evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
     check: CheckTable = CheckTable()  # type: ignore[call-arg]
     trackers: list[TrackerName] | None = None
-    """Where metrics go besides `metrics.jsonl`. Default: TensorBoard, if installed."""
+    """A list of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
     tracker_rollouts: int = Field(16, ge=0)
-    """Sampled solutions per step shown in wandb and Trackio."""
+    """Sampled solutions shown per step in wandb and Trackio."""
 
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:

@@ -93,9 +93,9 @@ class TrainingTable(Table):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """Number of checkpoints kept, the newest ones, besides the best model on dev."""
+    """Checkpoints kept, in addition to the best model."""
     probe_choices: bool = False
-    """On multiple choice, also check for reward hacking at every dev evaluation, which triples its
+    """On multiple choice, also look for reward hacking in dev evaluations, which triples their
     time."""
 
 

@@ -20,25 +20,25 @@ from reftune.recipe import Table
 
 
 class OptimizerTable(Table):
-    """AdamW and its learning rate."""
+    """AdamW."""
 
     learning_rate: float = Field(gt=0)
     value_learning_rate: float | None = Field(None, gt=0)
-    """Learning rate of the value head. Default: `learning_rate`."""
+    """For the value head. Default: `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after its warm-up; linear and cosine reach 0 at the last step."""
+    """`linear` and `cosine` reach 0 at the last step."""
     warmup: float = Field(0.0, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of matrices; biases, norms and the value head have none."""
+    """Not applied to biases, norms or the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
-    """Bits of AdamW's moments; 8 quarters their memory, but small tensors keep 32."""
+    """8 quarters the memory of AdamW's moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Response to a non-finite loss or gradient, which never reaches the weights."""
+    """Response to a non-finite loss or gradient."""
     max_skipped: int = Field(10, gt=0)
-    """Maximum skipped steps per stage."""
+    """Most skipped steps per stage."""
 
 
 class Trained(Protocol):

@@ -61,14 +61,11 @@ CORRECT = 1
 class RewardModel(Schedule, Sampled):
     kind: Literal["reward_model"] = "reward_model"
     lm_coef: float = Field(0.3, ge=0)
-    """Weight of the language-modelling loss on correct solutions; 0 also removes the likelihood
-    from the score, which leaves the paper's classifier."""
+    """Weight of the language-modelling loss; 0 gives the paper's classifier."""
     init: str = "sft"
-    """Method that the classifier starts from."""
     samples: int = Field(100, gt=0)
-    """Solutions sampled per training problem; identical solutions count once."""
     dev_samples: int = Field(100, gt=0)
-    """Solutions sampled per dev problem to choose the model; ideally as many as it will rerank."""
+    """Samples per dev problem; ideally as many as it will rerank."""
 
     is_method: ClassVar[bool] = False
 

@@ -41,32 +41,31 @@ from reftune.types import Attempt, Rollout, Verdict
 class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
     init: str = "warmup"
-    """Method that this stage starts from; its model is also the reference of the KL penalty."""
     algorithm: SerializeAsAny[
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
     steps: int = Field(gt=0)
-    """Number of rollouts, each a batch of samples followed by its updates."""
+    """Rollouts, each followed by its updates."""
     prompts: int = Field(gt=0)
     """Problems per rollout."""
     samples: int = Field(1, gt=0)
-    """Solutions sampled per problem."""
+    """Samples per training problem."""
     updates: int = Field(2, gt=0)
     """Passes over each rollout (PPO epochs)."""
     minibatches: int = Field(1, gt=0)
-    """Optimizer steps per pass, each on an equal part of the rollout."""
+    """Optimizer steps per pass."""
     mask_truncated: bool = False
-    """Omit samples cut off at `lengths.max_new` from the loss (DAPO, §3.4), but not from their
-    problem's baseline."""
+    """Omit samples cut off at `lengths.max_new` from the loss (DAPO, §3.4)."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
-    """Cap on the importance weights π_train / π_sample; 2 is usual. Default: no weights."""
+    """[Cap](engines.md#sampler-and-trainer-that-differ) on the importance weights π_train /
+    π_sample, usually 2. Default: no weights."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """Initial weights of the value head; the authors use `uniform`, ±1/√H."""
+    """`uniform` is ±1/√H, as in the authors' code."""
     value_model: Literal["shared", "separate"] = "shared"
-    """`separate` gives the value head its own copy of the transformer."""
+    """`separate` gives the value head its own transformer."""
     value_prefit: int = Field(0, ge=0)
-    """Rollouts for fitting the value head before PPO starts; the authors use none."""
+    """Rollouts for fitting the value head before PPO starts."""
     eval_every: int = Field(10, gt=0)
     """Steps between dev evaluations."""
 

@@ -1,5 +1,4 @@
-"""Offline self-training samples solutions of the training problems once, keeps some of the
-correct ones, and fine-tunes on these and the gold solutions.
+"""Offline self-training fine-tunes on gold solutions and on correct samples, which it draws once.
 
 ReFT's code corresponds to `gold: paper` and `top_k: 50`.
 """
@@ -54,10 +53,10 @@ class Sampled(Stage, ABC):
     sampler: str = "warmup"
     """Method to sample from."""
     samples: int = Field(100, gt=0)
-    """Solutions sampled per training problem."""
+    """Samples per training problem."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
-    """0 keeps the whole vocabulary; the authors' code uses 50."""
+    """0 keeps the whole vocabulary."""
 
     reads_questions: ClassVar[bool] = True
 
@@ -136,14 +135,12 @@ def describe(drawn: Sequence[Samples]) -> str:
 class SelfTrain(Sampled):
     kind: Literal["self_train"] = "self_train"
     init: str = "base"
-    """Method that fine-tuning starts from; the paper uses `base`."""
     keep: int = Field(10, gt=0)
-    """Maximum distinct correct samples kept, in the order drawn."""
+    """Most distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
     """`paper` uses most gold solutions twice, as the authors' files do."""
     sft: Schedule
-    """Settings of the fine-tuning: the keys of an `sft` stage except `init`, `snapshots` and
-    `until`."""
+    """The keys of an `sft` stage, except `init`, `snapshots` and `until`."""
 
     def line(self) -> str:
         """The stage in words: `3 epochs of 32 from base, learning rate 0.001, on 100 samples per

@@ -30,7 +30,7 @@ class Schedule(TrainingTable):
 
     epochs: float = Field(gt=0)
     batch_size: int = Field(gt=0)
-    """Sequences in one optimizer step."""
+    """Sequences per optimizer step."""
     eval_every: float = Field(1.0, gt=0)
     """Epochs between dev evaluations."""
 
@@ -50,8 +50,7 @@ class Sft(Schedule, Stage):
     """Method name → epoch after which the weights are saved as that method."""
 
     until: Literal["plateau"] | None = None
-    """With `plateau`, once dev accuracy has reached 20% and has not risen for four evaluations, the
-    learning rate falls to 0 over a tenth as many further steps, and the stage ends. Needs
+    """`plateau` ends the stage when dev accuracy [levels off](handover.md). Needs
     `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True

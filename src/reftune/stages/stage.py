@@ -95,8 +95,8 @@ class Stage(Component, ABC):
     treat your own stage like the others."""
 
     init: str = "base"
-    """The model that this stage starts from: `base`, a method, another run's stage folder
-    (`runs/NAME/stages/NAME`) or a folder of LoRA adapters."""
+    """Start from `base`, a method, another run's stage folder (`runs/NAME/stages/NAME`) or a folder
+    of LoRA adapters."""
 
     is_method: ClassVar[bool] = True
     """Whether its model answers problems. Only such models are evaluated or start later stages."""

@@ -28,15 +28,15 @@ class FileDataset(Component):
     row."""
 
     train: str
-    """A file, a folder or a Hub id; see [sources](datasets.md#sources)."""
+    """File, folder or Hub id; see [sources](datasets.md#sources)."""
     test: str | None = None
-    """Source of the test split. Default: `train`, unless that is a single file."""
+    """Default: from `train`, unless that is a single file."""
     dev: str | None = None
-    """Source of the dev split. Default: drawn from train."""
+    """Default: drawn from train."""
     dev_size: int | None = Field(None, ge=0)
-    """Questions to draw for dev. Default: a tenth of train, at most 500."""
+    """Questions drawn for dev. Default: a tenth of train, at most 500."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit."""
 
     key: ClassVar[Key] = staticmethod(question_key)
     """Problems with equal keys ask the same question."""

@@ -42,16 +42,15 @@ class Columns(Table):
     other columns are passed to reward functions as keyword arguments."""
 
     question: str | list[str] = "question"
-    """The question, or the conversation; the texts of several columns are joined by line breaks."""
+    """The question or conversation; several columns are joined."""
     answer: str = "answer"
-    """The gold answer: a number, a text, an option or its letter, or a worked solution that marks
-    its answer."""
+    """The gold answer, or a worked solution that contains it."""
     rationale: str | None = "rationale"
-    """A worked solution or a program; this may be the `answer` column."""
+    """A worked solution or program; may be the `answer` column."""
     id: str | None = "id"
-    """The problem's id. Default: file name and row number."""
+    """Default: file name and row number."""
     choices: str | list[str] | None = "choices"
-    """The options: a list, texts by label, or one column per option."""
+    """The options, in one column or one column per option."""
 
     @property
     def names(self) -> list[str]:

@@ -39,17 +39,17 @@ class Prompted(Component):
     """`compact` is the question alone; `paper`, the authors' prompt; `chat`, the tokenizer's chat
     template; `plain`, your `template`."""
     system: str | None = None
-    """The system message for `chat`; a system message in the data replaces it."""
+    """For `chat`: the system message, unless the data has one."""
     instruction: str | None = None
-    """Text above the question in the user's turn, for `chat`."""
+    """For `chat`: text above the question, in the user's turn."""
     template_args: dict[str, Any] = Field(default_factory=dict)
-    """Variables of the chat template, as in `{enable_thinking: false}`."""
+    """Variables of the chat template, such as `{enable_thinking: false}`."""
     template: str | None = None
-    """The prompt for `plain`; it contains `{question}`."""
+    """For `plain`: the prompt, which contains `{question}`."""
     examples: list[Shot] = Field(default_factory=list)
-    """Worked examples before the question, for `plain`."""
+    """For `plain`: worked examples before the question."""
     stop: list[str] = Field(default_factory=list)
-    """Stop strings, besides the model's end tokens."""
+    """Stop strings, in addition to the model's end tokens."""
 
     @model_validator(mode="after")
     def _reads_its_keys(self) -> Self:

@@ -25,13 +25,13 @@ class Nl(Prompted):
 
     kind: str = "nl"
     grading: Grading = "robust"
-    """`robust` reads answers as people write them; `paper` follows the authors' rules;
-    `file.py:Name` is your own grader."""
+    """`robust`, `paper` (the authors' rules) or [your own grader](grading.md#your-own-grader) as
+    `file.py:Name`."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
-    """Strings that begin run-on text; nothing after them is graded."""
+    """Strings that begin run-on text, which is not graded."""
     markers: tuple[str, ...] = ()
-    """Phrases that announce the answer, besides the English ones; targets use the first."""
+    """Phrases that announce the answer, in addition to the English ones; targets use the first."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 

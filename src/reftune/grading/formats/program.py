@@ -71,23 +71,22 @@ class Script:
 
 
 class Program(Prompted):
-    """A Python function `solution()` that returns the answer. With the styles `compact` and
-    `paper`, the prompt includes the function's header; with the other styles, the model writes the
-    whole function."""
+    """A Python function `solution()` that returns the answer. In styles `compact` and `paper`, the
+    prompt includes the function's header."""
 
     kind: str = "program"
     grading: Grading = "robust"
-    """`robust` finds the program anywhere in the text; `paper` follows the authors' rules;
-    `file.py:Name` grades the returned value with your own class."""
+    """`robust`, `paper` (the authors' rules) or [your own grader](grading.md#your-own-grader) as
+    `file.py:Name`."""
     timeout_s: float = Field(default=1.0, gt=0, le=60)
-    """Time limit of a program, in seconds."""
+    """Seconds per program."""
     memory_mib: int = Field(default=64, ge=16)
-    """Memory limit of a program, in MiB."""
+    """MiB per program."""
     sandbox: SandboxKind = "auto"
     """Which [sandbox](sandbox.md) runs programs."""
     scripts: Literal["refuse", "read"] = "refuse"
-    """`read`: if there is no `solution()`, use the value assigned to `answer`, or else the last
-    line printed."""
+    """`read` also accepts programs without `solution()` that print their answer or assign it to
+    `answer`."""
     allow_unisolated: bool = False
     """Run programs even if the system cannot isolate them."""
 

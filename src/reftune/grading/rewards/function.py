@@ -34,10 +34,11 @@ from reftune.types import Completion, Graded, Problem
 
 
 class FunctionReward(Component):
-    """Calls the function that `kind` names as `file.py:name`."""
+    """Calls [your own function](grading.md#your-own-reward), which `kind` names as
+    `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
-    """Time limit for a call on a whole batch, in seconds; exceeding it stops the run."""
+    """Seconds per batch; exceeding them stops the run."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:

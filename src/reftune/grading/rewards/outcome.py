@@ -12,16 +12,14 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Outcome(Component):
-    """Rewards a correct answer with 1, a wrong number with 0.1 and no answer with 0. A crashed
-    program has no answer. Source: ReFT, §3.1. Differs: a wrong choice or text earns 0."""
+    """The reward of ReFT, §3.1, except that a wrong choice or text earns `wrong`."""
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
-    """Reward for a correct answer."""
     partial: float = Field(default=0.1, allow_inf_nan=False)
-    """Reward for a wrong number, expression, or list of these; a wrong text gets `wrong`."""
+    """For a wrong number, a wrong expression, or a wrong list of these."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
-    """Reward for anything else."""
+    """For any other answer, or none."""
     partial_on_choices: bool = False
     """Give `partial` for a wrong choice too, as the authors' code does."""
 
