@@ -146,7 +146,8 @@ def write(path: Path, text: str) -> None:
 def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of docs/results.md, a function of the committed tables."""
     parts = [
-        "# Results\n\n`make reproduce` writes this page from the JSON in `docs/results/`."
+        "# Results\n\nThis page reports which findings of the ReFT paper (arXiv:2401.08967) hold"
+        " on small generated tasks. `make reproduce` writes it from the JSON in `docs/results/`."
         " The settings are in `recipes/demo`: "
         + ", ".join(f"`{recipe}.yaml`" for recipe in TITLES)
         + ". Accuracies are in percent. Differences are in points, paired by problem. Intervals are"

@@ -34,7 +34,8 @@ command line (`stages.reft.steps=100`). `extends: other.yaml` starts from anothe
 merge, and `null` removes a key. A *kind* is a name (`engine: kv`), a table (`engine: {kind: kv,
 refill: 0.5}`) or your own class (`kind: my_file.py:Name`).
 
-Dots separate nested keys. If only certain values are allowed, the default comes first.
+Dots separate nested keys. If only certain values are allowed, the default comes first. "The paper"
+is ReFT (arXiv:2401.08967), and "the authors" are its authors.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""
@@ -87,7 +88,7 @@ def _defaults(of: Mapping[str, str]) -> str:
 def _section(title: str, model: type[BaseModel], rows: Rows, level: int = 2) -> Iterator[str]:
     """A heading, the first paragraph about the model, and `rows` of its keys."""
     yield f"{'#' * level} {title}\n"
-    # A plug-in's file may speak for its class.
+    # a class without a docstring is described by that of its module
     yield f"{_about(model.__dict__.get('__doc__') or inspect.getmodule(model).__doc__)}\n"
     if rows:
         yield _table(rows)
@@ -101,8 +102,8 @@ def _table(rows: Rows) -> str:
 
 
 def _rows(model: type[BaseModel], components: Sequence[type[BaseModel]]) -> Rows:
-    """The keys of a model and of the tables in it, but not of a table that is also one of the
-    `components`, whose keys stand there."""
+    """The rows of a model's keys and of the tables in it, except of tables that are base classes of
+    `components`, which have rows of their own."""
     notes, rows = _notes(model), {}
     for name, field in model.model_fields.items():
         if name == "kind":
@@ -145,7 +146,7 @@ def _tables(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _notes(model: type[BaseModel]) -> dict[str, str]:
-    """Field → the text under it, of the model and of those it is made from."""
+    """Field → its docstring, including inherited fields."""
     notes: dict[str, str] = {}
     for base in reversed(
         [base for base in model.__mro__ if issubclass(base, BaseModel) and base is not BaseModel]
@@ -163,7 +164,7 @@ def _notes(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _default(field: Any) -> str:
-    """The default, then the other values if a key takes only certain ones."""
+    """The default, followed by the other values if only certain values are allowed."""
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return ""
@@ -178,7 +179,7 @@ def _default(field: Any) -> str:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a key that takes no others."""
+    """The allowed values, if a key takes only certain ones."""
     if get_origin(annotation) is Annotated:
         return _choices(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
