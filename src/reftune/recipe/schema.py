@@ -85,8 +85,8 @@ class LengthTable(Table):
     max_prompt: int | None = Field(None, gt=0)
     """Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """`drop` omits training questions with longer prompts, and counts such dev and test questions
-    as unanswered."""
+    """`drop` omits training questions whose prompt is too long, and counts such dev and test
+    questions as unanswered."""
     max_new: int = Field(256, gt=0)
     """Longest solution. Training rows with longer targets are dropped."""
 
