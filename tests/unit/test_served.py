@@ -22,6 +22,21 @@ from reftune.runs.run import load_splits
 from reftune.types import Conversation
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trains a family's model, or returns the run folder if it has done so before; the model's base
+    is beside the folder."""
+    runs: dict[str, Path] = {}
+
+    def train(name: str, **keys: Any) -> Path:
+        described = json.dumps([name, keys])
+        if described not in runs:
+            runs[described] = run_of(tmp_path_factory.mktemp("trained"), name, **keys)
+        return runs[described]
+
+    return train
+
+
 def evaluated(run: Path, method: str = "reft") -> list[str]:
     lines = (run / "eval" / f"{method}.jsonl").read_text().splitlines()
     return [json.loads(line)["greedy"]["completion"] for line in lines]
@@ -41,10 +56,10 @@ def asked(run: Path, tokenizer) -> list[tuple[list[int], str | list[dict[str, st
     encoder, prompts = Encoder(tokenizer, recipe.format), []
     for problem in load_splits(recipe).test:
         prompt = recipe.format.prompt(problem)
-        told: Any = prompt
+        sent: Any = prompt
         if isinstance(prompt, Conversation):
-            told = [{"role": t.role, "content": t.content} for t in prompt.turns]
-        prompts.append((encoder.prompt(problem), told))
+            sent = [{"role": t.role, "content": t.content} for t in prompt.turns]
+        prompts.append((encoder.prompt(problem), sent))
     return prompts
 
 
@@ -57,11 +72,11 @@ def load(folder: Path):
     )
 
 
-def encoded(tokenizer, told) -> list[int]:
+def encoded(tokenizer, sent) -> list[int]:
     """The ids that a client encodes without knowing reftune."""
-    if isinstance(told, str):
-        return tokenizer(str(told))["input_ids"]
-    return tokenizer.apply_chat_template(told, add_generation_prompt=True)["input_ids"]
+    if isinstance(sent, str):
+        return tokenizer(str(sent))["input_ids"]
+    return tokenizer.apply_chat_template(sent, add_generation_prompt=True)["input_ids"]
 
 
 def generated(model, tokenizer, ids: list[int], stop: list[str] | None = None) -> tuple[int, ...]:
@@ -92,27 +107,27 @@ STYLES = [
 
 
 @pytest.mark.parametrize(("name", "format_keys"), STYLES)
-def test_plain_transformers_writes_what_was_evaluated(tmp_path, name, format_keys):
-    run = run_of(tmp_path, name, format_keys=format_keys)
+def test_plain_transformers_writes_what_was_evaluated(tmp_path, trained, name, format_keys):
+    run = trained(name, format_keys=format_keys)
     out = export_model(run, "reft", tmp_path / "model")
     model, tokenizer = load(out)
-    told = asked(run, tokenizer)
-    assert [encoded(tokenizer, text) for _, text in told] == [ids for ids, _ in told]
+    sent = asked(run, tokenizer)
+    assert [encoded(tokenizer, text) for _, text in sent] == [ids for ids, _ in sent]
     stop = format_keys.get("stop", [])
-    assert [generated(model, tokenizer, ids, stop) for ids, _ in told] == ids_of(run)
+    assert [generated(model, tokenizer, ids, stop) for ids, _ in sent] == ids_of(run)
     from transformers import pipeline
 
     generate = pipeline("text-generation", str(out))
-    for (_, text), expected in zip(told, evaluated(run), strict=True) if not stop else ():
+    for (_, text), expected in zip(sent, evaluated(run), strict=True) if not stop else ():
         (answer,) = generate(text if isinstance(text, list) else str(text), return_full_text=False)
         assert answer["generated_text"] == expected
 
 
 @pytest.mark.parametrize(("name", "format_keys"), STYLES[3:5] + STYLES[-4:])
 def test_the_card_s_python_call_works_and_its_request_is_the_prompt(
-    tmp_path, name, format_keys, monkeypatch, capsys
+    tmp_path, trained, name, format_keys, monkeypatch, capsys
 ):
-    run = run_of(tmp_path, name, format_keys=format_keys)
+    run = trained(name, format_keys=format_keys)
     out = export_model(run, "reft", tmp_path / "model")
     card = (out / "README.md").read_text()
     printed = printed_by_the_card(out, monkeypatch, capsys)
@@ -205,25 +220,27 @@ ADAPTED = [
 
 @pytest.mark.parametrize(("name", "format_keys", "model_keys", "method"), ADAPTED)
 def test_adapters_alone_write_on_their_base_what_was_evaluated(
-    tmp_path, name, format_keys, model_keys, method, monkeypatch, capsys
+    tmp_path, trained, name, format_keys, model_keys, method, monkeypatch, capsys
 ):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     # the base's own generation config samples, with a repetition penalty
-    run = run_of(tmp_path, name, format_keys=format_keys, lora={"rank": 4}, **model_keys)
+    run = trained(name, format_keys=format_keys, lora={"rank": 4}, **model_keys)
     out = export_model(run, method, tmp_path / "adapter", adapter=True)
     assert not (out / "model.safetensors").exists()
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     quantized = {"quantization_config": bits} if model_keys else {}
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, **quantized)
+    base = AutoModelForCausalLM.from_pretrained(
+        run.parent / "base", dtype=torch.float32, **quantized
+    )
     model, tokenizer = PeftModel.from_pretrained(base, out), AutoTokenizer.from_pretrained(out)
     model.generation_config = GenerationConfig.from_pretrained(out)
-    told = asked(run, tokenizer)
-    assert [encoded(tokenizer, text) for _, text in told] == [ids for ids, _ in told]
-    assert [generated(model, tokenizer, ids) for ids, _ in told] == ids_of(run, method)
+    sent = asked(run, tokenizer)
+    assert [encoded(tokenizer, text) for _, text in sent] == [ids for ids, _ in sent]
+    assert [generated(model, tokenizer, ids) for ids, _ in sent] == ids_of(run, method)
     with torch.no_grad():  # so that the adapters have an effect
-        ids = torch.tensor([told[0][0]])
+        ids = torch.tensor([sent[0][0]])
         adapted = model(ids).logits
         with model.disable_adapter():
             assert not torch.allclose(model(ids).logits, adapted, atol=1e-3)
@@ -234,8 +251,8 @@ def test_adapters_alone_write_on_their_base_what_was_evaluated(
     assert ("vllm serve" in (out / "README.md").read_text()) == (not model_keys)
 
 
-def test_adapters_of_a_run_without_lora_are_refused(tmp_path):
-    run = run_of(tmp_path, "qwen2.5", format_keys={"style": "chat"})
+def test_adapters_of_a_run_without_lora_are_refused(tmp_path, trained):
+    run = trained("qwen2.5", format_keys={"style": "chat"})
     with pytest.raises(CheckpointError, match="--adapter expects a run with"):
         export_model(run, "reft", tmp_path / "adapter", adapter=True)
     assert not (tmp_path / "adapter").exists()
