@@ -6,8 +6,9 @@ speed of TRL's GRPO if TRL is installed.
 
 Sections run one after the other, each in its own process, and write F/SECTION.json. A call skips
 sections that have a file, so call again for those that did not fit into the minutes.
-FOLDER holds SmolLM2-135M or another causal LM in Hugging Face format; by default, a model of that
-shape is made from scratch. Nothing is downloaded. The last line is one JSON document.
+FOLDER holds SmolLM2-135M or another causal LM in Hugging Face format; by default, a model of
+SmolLM2-135M's shape is made from scratch (a small one with --tiny). Nothing is downloaded. The last
+line is one JSON document.
 """
 
 from __future__ import annotations

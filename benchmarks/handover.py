@@ -255,7 +255,7 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
 
 
 def first_stop(looks: Mapping[str, float], patience: int) -> str:
-    """The first epoch at which dev accuracy is above `NEEDED_ACCURACY` and its last `patience`
+    """The first epoch at which dev accuracy has reached `NEEDED_ACCURACY` and its last `patience`
     evaluations did not rise above the noise."""
     epochs, seen = list(looks), list(looks.values())
     ends = [n for n in range(patience + 1, len(seen) + 1) if max(seen[:n]) >= NEEDED_ACCURACY]

@@ -1,4 +1,4 @@
-"""The files of examples/: each plug-in works as documented, and one recipe uses all of them."""
+"""The files of examples/: each plug-in works as documented, and one recipe combines most."""
 
 import json
 from dataclasses import replace

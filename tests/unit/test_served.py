@@ -81,7 +81,7 @@ def encoded(tokenizer, sent) -> list[int]:
 
 def generated(model, tokenizer, ids: list[int], stop: list[str] | None = None) -> tuple[int, ...]:
     """Tokens generated with the export's generation config, and with stop strings, which a client
-    must know."""
+    must pass."""
     out = model.generate(torch.tensor([ids]), tokenizer=tokenizer, stop_strings=stop or None)
     return tuple(out[0, len(ids) :].tolist())
 

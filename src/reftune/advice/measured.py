@@ -57,7 +57,7 @@ def measure_speed(
     max_tokens: int,
 ) -> Speed:
     """Time training on `rows` sequences (at most `max_tokens` tokens, no optimizer step) and
-    sampling as many, both after a warm-up."""
+    sampling as many solutions, both after a warm-up."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(

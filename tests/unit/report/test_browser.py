@@ -57,8 +57,7 @@ const isDrawn = () => all("[data-chart]").every((figure) => figure.querySelector
 })(40);
 </script>"""
 STARTS = 5
-"""Most starts of the browser. Its clock is virtual: on a busy machine it may end before the page is
-drawn."""
+"""Most starts of the browser: its virtual clock may end before a busy machine draws the page."""
 
 
 def browser() -> str:
