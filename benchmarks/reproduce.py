@@ -38,9 +38,9 @@ TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
 0 to 2."""
 NOTES = {
     "comparison": (
-        "The reward model in this table is the paper's classifier, trained on 20 samples of each "
-        "question from the warm-up. Beyond 8 samples its choice gets worse, because it overrates "
-        "some unlikely mistakes. The recipe now trains [another "
+        "The reward model in this table is the paper's classifier, trained on 20 samples per "
+        "question, drawn from the warm-up. Beyond 8 samples, its choice gets worse, because it "
+        "overrates some unlikely mistakes. The recipe now trains [another "
         "one](#reranking-by-likelihood-and-classifier)."
     ),
     "reranking": (
@@ -152,7 +152,7 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
         + ", ".join(f"`{recipe}.yaml`" for recipe in TITLES)
         + ". Accuracies are in percent. Differences are in points, paired by problem. Intervals are"
         " 95% over seeds and problems; n.s. means not significant. Models are chosen on dev and"
-        " scored on test once.",
+        " scored on test once. [Metrics](metrics.md#results) defines the columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
         "\n".join(f"- {line}" for line in NOT_RUN),
     ]

@@ -33,7 +33,7 @@ class OptimizerTable(Table):
     """Not applied to biases, norms or the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
-    """8 quarters the memory of AdamW's moments."""
+    """With 8, AdamW's moments take a quarter of the memory."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Response to a non-finite loss or gradient."""
