@@ -91,7 +91,7 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """A variable's name: `24 clips in May.` → `clips_may`; `step` if no word follows the number."""
+    """A variable's name: `24 clips in May.` → `clips_may`; `step` if no usable word follows."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

@@ -52,8 +52,8 @@ class Jsonl(FileDataset):
         return [self._problem(row, columns) for row in rows]
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without unfit training rows. Numbers in rationales have the gold answers'
-        decimal separator."""
+        """`splits` without unfit training rows. Numbers in rationales are read with the gold
+        answers' decimal separator."""
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
@@ -133,7 +133,7 @@ class Jsonl(FileDataset):
 
 
 def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:
-    """The question as one text, and the turns before the answer if it is a conversation."""
+    """The question as one string, and the turns before the answer if it is a conversation."""
     if isinstance(column, list):
         parts = [row.text(column[0]), *(row.optional_text(name) for name in column[1:])]
         return "\n".join(part for part in parts if part is not None), ()

@@ -25,7 +25,7 @@ class Part(Table):
 
 
 class Mixture(Component):
-    """Combines datasets; no question is used twice."""
+    """Combines datasets; no question is in two splits."""
 
     parts: dict[str, Part] = Field(min_length=2)
     """Name → dataset and share."""

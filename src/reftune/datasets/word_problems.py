@@ -134,8 +134,8 @@ class WordProblems(Component):
         return str(style), write(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
-        """One random story; None if a result is out of range, or if the answer does not need a
-        stated quantity."""
+        """One random story; None if a result is out of range, or if the answer leaves a stated
+        amount unused."""
         asks = ["count"]
         if num_operations >= 1:
             asks += ["coins", "together", "more"] if self.people >= 2 else ["coins"]
@@ -209,7 +209,7 @@ class _Teller:
     rng: random.Random
     numbers: tuple[int, int]
     people: list[str]
-    """Everyone who may appear; `holdings` lists the people who did."""
+    """Everyone who may appear; `holdings` lists those who have appeared."""
     thing: str
     holdings: dict[str, _Quantity] = field(default_factory=dict)
     """Each person's current amount."""

@@ -70,8 +70,8 @@ def read_gold(
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
-    """The gold number in a cell; None if the cell is anything but a number, perhaps with a currency
-    or unit."""
+    """The gold number in a cell that holds one number, with or without a currency or unit; None for
+    any other cell."""
     number = number_in_gold(raw, reading)
     if number is None:
         return None

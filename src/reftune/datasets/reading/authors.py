@@ -55,8 +55,8 @@ class PaperDataset(FileDataset):
         }
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` with training rationales that fit: a program must return the gold answer, and a
-        text must not state another one."""
+        """`splits` with training rationales that fit: a program must return the gold answer, and
+        prose must not state another one."""
         if self.rationale == "program":
             return drop_wrong_programs(splits)
         return super().trainable(splits)

@@ -34,7 +34,7 @@ class Conversation:
 
     @property
     def question(self) -> str:
-        """The question as one text: the turns before the reply, without the system message."""
+        """The question as one string: the turns before the reply, without the system message."""
         return "\n\n".join(turn.content for turn in self.before if turn.role != "system")
 
 

@@ -74,7 +74,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def read_text(path: Path, *, fallback: str | None = None) -> str:
     """The text of a UTF-8 file, or UTF-16 with a byte order mark. Other bytes are read as
-    `fallback`. Raises: DataError."""
+    `fallback`, if given. Raises: DataError."""
     data = _read_bytes(path)
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:

@@ -23,7 +23,8 @@ Asked = tuple[str, Problem]
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]|_")
 SILENT = frozenset(".,;:!?'\"`’‘“”…")
-"""Sentence punctuation. Brackets and operators are not in the set: a question may be about them."""
+"""Sentence punctuation. Brackets and operators are left out, because a question may be about
+them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

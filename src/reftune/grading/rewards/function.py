@@ -148,7 +148,7 @@ class FunctionReward(Component):
 
 
 class _TimeUpError(BaseException):
-    """A call ran out of time. Not an Exception, because the user's code might catch it."""
+    """A call ran out of time. Not an Exception, which the user's code might catch."""
 
 
 @contextmanager
