@@ -371,7 +371,7 @@ def test_comparing_the_samples_of_a_problem_needs_two(algorithm):
     }
     with pytest.raises(
         ValidationError,
-        match=r"samples: expected at least 2: \w+ compares the samples of a problem",
+        match=r"samples: expected at least 2, got 1: \w+ compares the samples of a problem",
     ):
         Rl(**settings)
     assert Rl(**settings, samples=2).samples == 2

@@ -126,7 +126,7 @@ def test_over_a_base_in_4_bits_the_adapters_of_a_folder_are_trained_on(
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"alpha": 16}, r"alpha / rank = 1; expected model\.lora"),
+        ({"alpha": 16}, r"alpha / rank = 1\.0; expected 2\.0, as in model\.lora"),
         ({"rank": 4, "alpha": 4}, "not the adapters of this recipe: .*size"),
         (
             {"target_modules": ["o_proj"]},

@@ -391,7 +391,7 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
         "repetition_penalty": 1.0,
         "seed": derive_seed(params.seed) // 2 + position,
         "logprobs": 0,  # of the sampled token only
-        "ignore_eos": True,  # the model's own end tokens; ours follow
+        "ignore_eos": True,  # ignores the model's own end tokens; ours follow
         "stop_token_ids": sorted(policy.eos_ids),
     }
 

@@ -99,9 +99,10 @@ def require_continuable(folder: Path, table: ModelTable) -> None:
     scaling differs from the run's."""
     _, scaling = read_adapters(folder)
     _require_base(folder, table.path)
-    if table.lora is None or scaling != table.lora.alpha / table.lora.rank:
+    wanted = table.lora and table.lora.alpha / table.lora.rank
+    if scaling != wanted:
         raise ModelError(
-            f"{folder}: its adapters have alpha / rank = {scaling:g}; expected model.lora's value"
+            f"{folder}: adapters with alpha / rank = {scaling}; expected {wanted}, as in model.lora"
         )
 
 

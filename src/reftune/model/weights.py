@@ -137,7 +137,7 @@ def load_pretrained(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # the run has its own
+    logging.disable_progress_bar()  # the run shows its own progress bar
     path = resolve(path)
     _require_config(path)
     with _loading(path):

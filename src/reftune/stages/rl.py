@@ -77,13 +77,14 @@ class Rl(TrainingTable, Stage):
         if self.samples < least:
             raise refusal(
                 "samples",
-                f"samples: expected at least {least}: {self.algorithm.kind} compares the samples of"
-                " a problem",
+                f"samples: expected at least {least}, got {self.samples}: {self.algorithm.kind}"
+                " compares the samples of a problem",
             )
         if self.minibatches > self.prompts * self.samples:
             size = self.prompts * self.samples
             raise refusal(
-                "minibatches", f"minibatches: expected at most prompts × samples = {size}"
+                "minibatches",
+                f"minibatches: expected at most prompts × samples = {size}, got {self.minibatches}",
             )
         return self
 
