@@ -268,6 +268,8 @@ def test_input_that_a_template_rejects_is_reported_in_one_line():
     twice = (Message(role="user", content="a"), Message(role="user", content="b"))
     said = refused(gemma, chat({}), problem(messages=twice))
     assert "rejects the turns user, user: Conversation roles must alternate" in said
+    said = refused(gemma, chat({}, system="Hm"), problem(messages=twice))
+    assert "rejects the turns user, user: Conversation roles must alternate" in said
     silent = copy.deepcopy(qwen)
     silent.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     assert "(it omits the system message)" in refused(silent, chat({}, system="Hm"))

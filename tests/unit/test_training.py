@@ -218,9 +218,8 @@ def test_a_snapshot_that_the_run_never_passes_is_refused():
     settings = {"epochs": 2, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}
     assert Sft(**settings, snapshots={"warmup": 2}).produces == ("warmup",)
     for epoch in (0, -1, 2.5):
-        with pytest.raises(
-            ValueError, match=r"snapshots\.warmup: expected an epoch above 0 and up to epochs=2"
-        ):
+        expected = rf"snapshots\.warmup: {epoch}; expected an epoch above 0 and up to epochs=2"
+        with pytest.raises(ValueError, match=expected):
             Sft(**settings, snapshots={"warmup": epoch})
 
 

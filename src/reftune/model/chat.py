@@ -124,7 +124,11 @@ def _render(
         )
     except (TemplateError, TypeError, ValueError) as error:
         reason = brief(error)
-        if any(turn.role == "system" for turn in turns):
+        others = [turn for turn in turns if turn.role != "system"]
+        if len(others) < len(turns):
+            _render(  # an error here has another cause than the system message
+                tokenizer, others, template_args, add_generation_prompt=add_generation_prompt
+            )
             raise RecipeError(_no_system(f"it reports: {reason}")) from None
         raise RecipeError(
             f"format.style: chat: the tokenizer's chat template rejects the turns"

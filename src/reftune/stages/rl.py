@@ -299,9 +299,12 @@ class Trainer:
             for batch in (rollout_batch(r, device=self.policy.device) for r in rollouts if r)
         )
         fitted = fit_value_head(self.policy.value_head, pairs)
+        explained = (
+            f"; the fit to all but the last explains {fitted:.0%} of the variance of its returns"
+        )
         self.context.progress.note(
-            f"{self.context.name}: value head pre-fitted on {self.stage.value_prefit} rollouts; "
-            f"it explains {fitted:.0%} of the variance of the returns in the last one"
+            f"{self.context.name}: rollouts to pre-fit the value head: {self.stage.value_prefit}"
+            + explained * (self.stage.value_prefit > 1)
         )
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:

@@ -62,10 +62,8 @@ class Collector:
 
     def limits(self, policy: Policy) -> str:
         """The limits of `fits`, in words."""
-        return (
-            f"lengths.max_new={self.lengths.max_new} tokens and the model's context of"
-            f" {policy.context}"
-        )
+        context = "" if policy.context is None else f" and the model's context of {policy.context}"
+        return f"lengths.max_new={self.lengths.max_new} tokens{context}"
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
         """`splits` without the training questions whose prompts are too long, if the recipe drops

@@ -61,7 +61,8 @@ class Sft(Schedule, Stage):
             if not 0 < epoch <= self.epochs:
                 raise refusal(
                     "snapshot",
-                    f"snapshots.{method}: expected an epoch above 0 and up to epochs={self.epochs}",
+                    f"snapshots.{method}: {epoch:g}; expected an epoch above 0 and up to"
+                    f" epochs={self.epochs}",
                 )
         return self
 
