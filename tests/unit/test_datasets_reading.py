@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from reftune.datasets.jsonl import Jsonl
 from reftune.datasets.reading.rows import Row, read_rows, refuse_type_changes
 from reftune.errors import DataError
 
@@ -225,6 +226,21 @@ def test_a_hub_id_may_name_a_configuration_and_a_split(hub: FakeHub) -> None:
     assert columns(rows) == ROWS
     assert [row.id for row in rows] == ["name-validation-1", "name-validation-2"]
     assert rows[1].where == "owner/name: validation row 2"
+
+
+@pytest.mark.parametrize(
+    ("train", "splits"),
+    [
+        ("owner/name", ["test", "train"]),
+        ("owner/name:main", ["test", "train"]),
+        ("owner/name:main:train", ["train"]),
+    ],
+)
+def test_without_test_the_hub_s_test_split_is_read_unless_train_names_a_split(
+    hub: FakeHub, train: str, splits: list[str]
+) -> None:
+    Jsonl(kind="jsonl", train=train).load(seed=0)
+    assert [split for _, _, split in hub.calls] == splits
 
 
 def test_a_revision_of_hub_data_is_asked_for(hub: FakeHub) -> None:

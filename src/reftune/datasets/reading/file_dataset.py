@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from reftune.datasets.reading.rationales import drop_contradictions
-from reftune.datasets.reading.rows import Row, is_single_file, read_rows
+from reftune.datasets.reading.rows import Row, is_single_split, read_rows
 from reftune.datasets.reading.splits import Key, Splits, draw_splits, question_key
 from reftune.recipe import Component
 from reftune.types import Problem
@@ -76,7 +76,7 @@ class FileDataset(Component):
     def load(self, *, seed: int) -> Splits:
         """Read and clean the files; draw dev unless it is given. Raises: DataError."""
         dropped, dropped_of_test = Counter[str](), Counter[str]()
-        has_test = self.test is not None or not is_single_file(self.train)
+        has_test = self.test is not None or not is_single_split(self.train)
         test_rows = self._rows(self.test or self.train, "test") if has_test else []
         dev_rows = None if self.dev is None else self._rows(self.dev, "dev")
         splits = draw_splits(

@@ -119,9 +119,10 @@ def read_rows(
     return rows
 
 
-def is_single_file(source: str) -> bool:
-    """Whether `source` is a single file, which holds only one split. Raises: DataError."""
-    return _path(source).is_file()
+def is_single_split(source: str) -> bool:
+    """Whether `source` is a file or a Hub id that names its split. Raises: DataError."""
+    path = _path(source)
+    return path.is_file() or (not path.exists() and bool("".join(source.split(":")[2:])))
 
 
 def _path(source: str) -> Path:
