@@ -46,50 +46,52 @@ TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
 0 to 2."""
 NOTES = {
     "comparison": (
-        "The reward model in this table is the paper's classifier, trained on 20 samples per "
-        "question, drawn from the warm-up. Beyond 8 samples, its choice gets worse, because it "
-        "overrates some unlikely mistakes. The recipe now trains [another "
-        "one](#reranking-by-likelihood-and-classifier)."
+        "The reward model is the paper's classifier, trained on 20 samples per question, drawn "
+        "from the warm-up. With more than 8 samples to choose from, its choices get "
+        "[worse](experiments/reranking.md), because it overrates some unlikely mistakes. The "
+        "recipe now trains [another reward model](#reranking-by-likelihood-and-classifier)."
     ),
     "reranking": (
         "The score of this reward model includes the solution's log-likelihood, and its loss "
-        "includes language modelling. It learns from 100 samples by SFT of each of the demo's 600 "
-        "training questions. It then ranks the samples of both methods on 300 test problems. In "
-        "*weighted*, each sample's vote counts by its score.\n\n"
+        "includes language modelling. The reward model learns from 100 samples of SFT's model for "
+        "each of the demo's 600 training questions. It then ranks samples of SFT and ReFT on 300 "
+        "test problems.\n\n"
         "For SFT, reranking beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
-        "[2.4, 10.1]; weighting improves the vote by 3.5 [1.0, 6.9]. For ReFT, none of the three "
+        "[2.4, 10.1]; weighting the votes by score adds 3.5 [1.0, 6.9]. For ReFT, none of these "
         "differences is significant: +0.5 [−2.3, +3.5], −0.2 [−3.1, +2.7] and +0.7 [−0.7, +2.5]. "
         "[Reranking](experiments/reranking.md) shows why a reward model needs wrong solutions to "
         "learn from."
     ),
     "reranking-nl": (
-        "The reward model learns from 20 samples by SFT of each of the 3,000 training questions; "
-        "the methods start from the finished warm-up of the comparison in words. For SFT, "
+        "The reward model learns from 20 samples of SFT's model for each of the 3,000 training "
+        "questions; SFT and ReFT are trained [as above](#solutions-are-in-words). For SFT, "
         "reranking beats greedy decoding by 8.8 points [6.2, 11.5]; its lead over voting, 1.7 "
-        "[−1.3, 4.3], is not significant, but weighting improves the vote by 2.5 [1.0, 4.1]. For "
-        "ReFT, reranking beats voting by 2.5 [0.5, 4.3]; its lead over greedy decoding, 2.0 "
-        "[−0.1, 4.1], is not significant. After reranking, nothing is left of ReFT's lead over SFT."
+        "[−1.3, 4.3], is not significant, but weighting the votes adds 2.5 [1.0, 4.1]. For ReFT, "
+        "reranking beats voting by 2.5 [0.5, 4.3]; its lead over greedy decoding, 2.0 [−0.1, 4.1], "
+        "is not significant. After reranking, ReFT no longer leads SFT."
     ),
     "modern": (
-        "*ReFT* is PPO with preset `paper`, the settings of the authors' code. *ReFT modern* makes "
-        "eight changes, most of them from later papers; the [last "
-        "table](#what-each-part-of-modern-contributes) measures each. Both sample equally many "
-        "solutions."
+        "*ReFT* is PPO with preset `paper`, the coefficients and value head of the authors' code. "
+        "*ReFT modern* starts the value head at zero and makes eight more changes, most of them "
+        "from later papers; the [last table](#what-each-part-of-modern-contributes) measures the "
+        "eight. The two methods sample equally many solutions."
     ),
     "tuned": (
-        "*ReFT* is preset `paper`. *ReFT tuned* takes smaller rollouts, fits the value head before "
-        "PPO starts, gives it less weight in the loss, and passes four times over each rollout "
-        "instead of twice. These settings were chosen on other seeds. All three ReFT methods sample"
-        " equally many solutions."
+        "*ReFT* is preset `paper`. *ReFT tuned* takes smaller rollouts and passes four times over "
+        "each instead of twice. It starts the value head at zero, fits it before PPO starts and "
+        "gives it less weight in the loss; the KL coefficient is doubled. *ReFT tuned, two "
+        "updates* keeps two passes. These settings were chosen on other seeds. The three methods "
+        "sample equally many solutions."
     ),
     "comparison-nl": (
-        "All methods except offline self-training start from one finished warm-up of 20 epochs over"
-        " 3,000 questions. SFT then takes 11,240 gradient passes; ReFT takes 11,192 and online "
-        "self-training 11,200 to 11,600, each including a supervised cooldown. Offline "
-        "self-training starts from the base model, as in the paper, and takes 54,000 passes, a "
-        "quarter fewer than the warm-up and SFT together. Voting adds 7.3 points to SFT but none to"
-        " ReFT, probably because ReFT's samples vary less. From an [unfinished "
-        "warm-up](experiments/handover.md#first-attempts), none of the findings held."
+        "All methods except offline self-training start from one finished warm-up of 20 epochs "
+        "over 3,000 questions. SFT then takes 11,240 gradient passes. ReFT takes 11,192 and online "
+        "self-training 11,200 to 11,600; of these, 3,000 are a supervised "
+        "[cooldown](handover.md#what-was-compared). Offline self-training starts from the base "
+        "model, as in the paper, and takes 54,000 passes, a quarter fewer than the warm-up and SFT "
+        "together. Voting adds 7.3 points to SFT but none to ReFT, probably because ReFT's samples "
+        "vary less. From an [unfinished warm-up](experiments/handover.md#first-attempts), no "
+        "method beat SFT."
     ),
 }
 """Recipe → note for the reader."""
@@ -97,7 +99,7 @@ NOT_RUN = [
     "**A real model** was not trained to the end, because that takes 10 hours per seed in fp32"
     " without AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run.",
     "**RL from prefixes of the gold solution** and **a better critic for long solutions** were not"
-    " run, because neither is built.",
+    " run, because reftune has neither.",
 ]
 FINDINGS = [
     ("ReFT beats supervised fine-tuning (SFT)", "reft", "sft"),
@@ -163,17 +165,17 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [
         "# Results\n\nThis page reports which findings of the ReFT paper (arXiv:2401.08967) hold"
         " on small generated tasks. `make reproduce` writes it from the JSON in `docs/results/`."
-        " The settings are in `recipes/demo`: "
-        + ", ".join(f"`{recipe}.yaml`" for recipe in TITLES)
-        + ". Accuracies are in percent. Differences are in points, paired by problem. Intervals are"
-        " 95% over seeds and problems; n.s. means not significant. Models are chosen on dev and"
-        " scored on test once. [Metrics](metrics.md#results) defines the columns.",
+        " Accuracies are in percent. Differences are in points, paired by problem. Brackets give"
+        " 95% confidence intervals over seeds and problems; n.s. means not significant. Models are"
+        " chosen on dev and scored on test once. [Metrics](metrics.md#results) defines the"
+        " columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
         "\n".join(f"- {line}" for line in NOT_RUN),
     ]
     for recipe, table in tables.items():
         measured = (
-            f"This table covers {table['seeds']} seeds, measured at commit {table['commit']}."
+            f"This table covers {table['seeds']} seeds of `recipes/demo/{recipe}.yaml` at commit"
+            f" {table['commit']}."
         )
         rivals = [table["baseline"], *["reft"] * (recipe in AGAINST_PAPER)]
         results = methods_table(table, rivals)

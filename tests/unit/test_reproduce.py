@@ -67,7 +67,7 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
         "| ReFT beats offline self-training | the opposite holds: −4.0 [−7.0, −1.0] | not run |"
         in page
     )
-    assert "This table covers 5 seeds, measured at commit 1234567." in page
+    assert "covers 5 seeds of `recipes/demo/comparison-nl.yaml` at commit 1234567." in page
     assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page
 
 
