@@ -397,6 +397,27 @@ def test_a_snapshot_is_the_model_of_that_very_step(make_recipe):
         assert torch.equal(value, found.tensors[name]), name
 
 
+@pytest.mark.parametrize(("epoch", "evaluations"), [(1, 2), (0.75, 3)])
+def test_a_snapshot_at_a_dev_evaluation_needs_no_other(
+    make_recipe, monkeypatch, epoch, evaluations
+):
+    from reftune.stages.loop import look_at_dev
+
+    seen = []
+    monkeypatch.setattr(
+        "reftune.stages.loop.look_at_dev",
+        lambda context, **keys: seen.append(look_at_dev(context, **keys)) or seen[-1],
+    )
+    recipe = make_recipe(stages={"sft": {"epochs": 2, "snapshots": {"warmup": epoch}}})
+    with open_run(recipe, Progress()) as run:
+        run.train("sft")
+    stage = json.loads((recipe.folder / "stages" / "sft" / "stage.json").read_text())
+    snapshot = json.loads((recipe.folder / "stages" / "warmup" / "stage.json").read_text())
+    assert len(seen) == stage["looks"] == evaluations
+    first = seen[0].metrics["dev/accuracy"]  # epoch 1, or the snapshot's own before it
+    assert (snapshot["dev_accuracy"], snapshot["looks"]) == (first, 1)
+
+
 # --- reinforcement --------------------------------------------------------------------------------
 
 

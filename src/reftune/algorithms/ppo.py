@@ -40,6 +40,8 @@ class Ppo(Clipped):
         return self.gamma
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
+        """GAE over the rewards and the KL penalty of every token: whitened advantages for the
+        policy, and returns for the value head. Source: ReFT (arXiv:2401.08967), §3.1."""
         assert batch.values is not None
         mask = batch.response_mask
         rewards = token_rewards(

@@ -248,7 +248,6 @@ def make_scratch(
         max_position_embeddings=table.context,
         original_max_position_embeddings=table.context,
         resid_pdrop=table.dropout,
-        embd_pdrop=table.dropout,
         attention_dropout=0.0,  # dropout there would disable the fused attention kernel
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -159,11 +159,12 @@ class Loop:
             while self.state.step < self.last_step:
                 self.state.step += 1
                 self._log(self._stepped(step))
+                accuracy = None
                 if self.state.step % self.eval_every == 0 or self.state.step == self.last_step:
-                    self._look()
+                    accuracy = self._look()
                 for method, at in self.snapshots.items():
                     if at == self.state.step:
-                        self._snapshot(method)
+                        self._snapshot(method, accuracy)
                 self.state.seconds = time.perf_counter() - started
                 is_old = time.perf_counter() - last_save >= self.table.save_every_s
                 stop, due = world.any_of(self._stop, world.is_main() and is_old)
@@ -205,8 +206,9 @@ class Loop:
             self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
         skips = self.table.optimizer.on_nonfinite == "skip"
         skipped = {"optim/skipped": self.state.skipped} if skips else {}
-        rate = self.table.optimizer.learning_rate * self._share(self.state.step)
-        self._record({**metrics, "optim/lr": rate, **self.state.totals, **skipped})
+        peak = self.table.optimizer.learning_rate
+        learning_rate = peak * self._share(self.state.step)
+        self._record({**metrics, "optim/lr": learning_rate, **self.state.totals, **skipped})
 
     def _record(self, metrics: dict[str, float]) -> None:
         """Write a line of metrics.jsonl and show it to the user."""
@@ -275,9 +277,9 @@ class Loop:
 
     # --- dev ---
 
-    def _look(self) -> None:
+    def _look(self) -> float:
         """Measure accuracy on dev (greedy, for a policy) and keep the best model so far; on a tie,
-        the earlier model."""
+        the earlier model. Returns: the accuracy."""
         look = self.look()
         accuracy = look.metrics["dev/accuracy"]
         self.state.looks += 1
@@ -286,6 +288,7 @@ class Loop:
         if accuracy > self.state.best_accuracy:
             self.state.best_step, self.state.best_accuracy = self.state.step, accuracy
             replace_folder(self.context.folder.best, self.model.save)
+        return accuracy
 
     def _follow(self, look: Look) -> dict[str, float]:
         """The recent rise in dev accuracy as metrics. A plateau may set the last step."""
@@ -353,11 +356,13 @@ class Loop:
             keep=self.table.keep,
         )
 
-    def _snapshot(self, method: str) -> None:
-        """Save the current weights as `method`."""
+    def _snapshot(self, method: str, accuracy: float | None) -> None:
+        """Save the current weights as `method`, with their accuracy on dev, which is measured if
+        None."""
         folder = self.context.folder.run.stage(method)
-        accuracy = self.look().metrics["dev/accuracy"]
-        self.state.looks += 1
+        if accuracy is None:
+            accuracy = self.look().metrics["dev/accuracy"]
+            self.state.looks += 1
         replace_folder(folder.path, self.model.save)
         self._describe(folder, self.state.step, accuracy, snapshot_of=self.context.name)
 
