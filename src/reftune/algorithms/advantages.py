@@ -14,7 +14,7 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Tensor:
-    """Reward of each response token: its negative KL penalty and, on the last, the task's reward.
+    """Reward of each token: its negative KL penalty and, on the last token, the task's reward.
 
         r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
 

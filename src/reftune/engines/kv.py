@@ -1,7 +1,7 @@
 """The default engine decodes in the training process, with a cache.
 
 Finished rows leave the batch, so one long solution does not hold up the others, and waiting prompts
-take their place. Equal prompts that join together are read once. New keys and values are written
+take their place. Equal prompts that join at the same time are read once. New keys and values go
 into reserved space; the cache is copied only when rows leave or join, or when the space is full.
 """
 
@@ -81,8 +81,8 @@ class Kv(Component):
 @contextmanager
 def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
     """The reader of `policy`: through transformers, or with fewer operations if `model.speed`
-    supports the model. `pack` allows reordering weights and leaving out padding for speed, which
-    needs real tensors, not fake ones."""
+    supports the model. `pack` allows two speed-ups that need real tensors, not fake ones: reordered
+    weights, and no padding."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         yield Reader(decoder, decoder.logits)
@@ -357,8 +357,8 @@ def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
-    """The scores with -inf outside the `top_k` likeliest tokens and outside the smallest set of
-    tokens that holds `top_p` of the probability."""
+    """The scores, with -inf for a token that is not among the `top_k` likeliest or not in the
+    smallest set of tokens that holds `top_p` of the probability."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)

@@ -29,8 +29,8 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
 
     Unless the base is in 4 bits, each stage trains new adapters on the merged model it starts from.
     Concatenating the adapters of all these stages (B = [B₁ B₂ …], A = [A₁; A₂; …]) sums their
-    products. If the stages were saved in fp32, the sum is exact up to rounding. Raises:
-    CheckpointError.
+    products B A. If the stages were saved in fp32, the sum is exact up to rounding. Raises:
+    CheckpointError, ModelError.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -135,7 +135,7 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled]:
     """The sets of adapters that add up to `method`, the oldest first: the initial one, if any, then
-    one per stage. With a 4-bit base, stages continue each other's set, so the last one is enough.
+    one per stage. With a 4-bit base, stages continue each other's set, so the last set is enough.
     """
     from safetensors.torch import load_file
 

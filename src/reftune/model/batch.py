@@ -16,8 +16,8 @@ from torch.nn import functional
 from reftune.processes import world
 
 GROUPS = 4
-"""Number of groups, by length, in which sequences are padded for attention. If there are fewer than
-twice as many sequences, they form a single group."""
+"""Number of groups, by length, in which sequences are padded for attention. Fewer than 2 × `GROUPS`
+sequences form a single group."""
 MULTIPLE = 64
 """`filled_up` rounds the number of packed tokens up to a multiple of this, because each new number
 costs kernel preparation and new memory blocks."""
@@ -82,15 +82,15 @@ class TokenBatch:
         )
 
     def _is_read(self, owners: Tensor) -> Tensor:
-        """(B, L), True on the tokens to read: all but padding and other sequences' prompts."""
+        """(B, L), True on the tokens to read: all but padding and repeated prompts."""
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         is_owner = owners == torch.arange(len(owners), device=owners.device)
         starts = self.prompt_lengths * ~is_owner
         return (steps >= starts[:, None]) & (steps < self.lengths[:, None])
 
     def filled_up(self) -> TokenBatch:
-        """The batch, if needed with one more sequence, which has no response and makes the number
-        of packed tokens a multiple of `MULTIPLE`."""
+        """The batch with a multiple of `MULTIPLE` packed tokens. If needed, one sequence without a
+        response is added."""
         missing = -int(self._is_read(self.owners()).sum()) % MULTIPLE
         if not missing:
             return self
@@ -127,8 +127,8 @@ class TokenBatch:
 
 
 class Packing(NamedTuple):
-    """The places of T packed tokens during attention: groups of sequences, each padded to its
-    longest sequence, S slots in all."""
+    """The places of T packed tokens during attention: S slots, in groups of sequences. A group is
+    padded to its longest sequence."""
 
     slots: Tensor
     """(S,) The token in each slot; an arbitrary one if the slot is empty."""
@@ -278,8 +278,8 @@ def own_micro_batches(
     batch: TokenBatch, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
     """This process's micro-batches, as indices, and whether each of them counts. Those that count
-    cover every sequence once over all processes. Each process gets at least one micro-batch and,
-    with `even`, as many as any other; extra ones repeat the first sequence and do not count."""
+    cover every sequence once over all processes. Each process gets at least one micro-batch;
+    `even` gives all of them equally many. Extra ones repeat the first sequence and do not count."""
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths
     order = _by_prompt(lengths, batch.owners()) if packed else torch.argsort(lengths, stable=True)

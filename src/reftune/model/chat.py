@@ -22,7 +22,8 @@ OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The turns as the template writes them, up to where the assistant begins. Raises: RecipeError
-    if there is no template, or if it rejects the turns or omits the system message."""
+    if the tokenizer has no template, or if the template rejects the turns or omits the system
+    message."""
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
@@ -31,9 +32,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
-    """The text after the prompt if the assistant writes `said`, through the end of the turn, as the
-    template writes it. Mistral's puts a space before a reply, Qwen3's an empty `<think>` block.
-    If the whole conversation does not begin with the prompt's text, or lacks a part of `said` (such
+    """The text that the template writes after the prompt, through the end of the turn, if the
+    assistant says `said`. Mistral's template begins with a space, Qwen3's with an empty `<think>`
+    block. If the template changes the prompt's text before a reply, or omits a part of `said` (such
     as a thought), `said` is kept and only the text around it comes from the template."""
     said = said.strip()
     whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
@@ -50,7 +51,7 @@ def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
     """The token that ends the assistant's turn after `prompt`, by default after a short question.
-    None if there is no template, or if ordinary text ends the turn."""
+    None if there is no template, if it rejects the prompt, or if ordinary text ends the turn."""
     if not tokenizer.chat_template:
         return None
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
@@ -78,7 +79,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said` as it continues the prompt `begun`. `before` is the text ahead of the reply in a whole
-    conversation; it is compared with `begun` only after the last question, `asked`."""
+    conversation. Only the text after the last question, `asked`, is compared in the two."""
     if not asked or asked not in begun or asked not in before:
         return said
     ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]

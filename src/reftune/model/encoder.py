@@ -71,7 +71,7 @@ class Encoder:
         return prompt_text(self.tokenizer, prompt) if isinstance(prompt, Conversation) else prompt
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
-        """The text after a prompt if the model writes `text`, through a chat's end of turn."""
+        """What follows the prompt if the model writes `text`: in a chat, a reply and its end."""
         if isinstance(prompt, Conversation):
             return reply_text(self.tokenizer, prompt, text)
         return text
@@ -120,8 +120,8 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRule:
-    """The tokens and strings that end a completion: at the first such token or, if that is earlier,
-    at the token that completes such a string."""
+    """The tokens and strings that end a completion. A completion ends at the first such token or at
+    the token that completes the first such string, whichever comes first."""
 
     ids: frozenset[int]
     texts: tuple[str, ...] = ()

@@ -170,8 +170,7 @@ def use_cheap_dropout(model: nn.Module) -> None:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` with the same generator. On a CPU it draws different masks; elsewhere it is
-    identical."""
+    """`nn.Dropout`, except that it draws other masks on a CPU, from the same generator."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":

@@ -44,7 +44,7 @@ PEFT_ADAPTERS = "adapter_model.safetensors"
 
 class TokenScores(NamedTuple):
     """The policy's scores of the response tokens of a batch: (B, R), fp32, 0 outside the response.
-    It is a tuple because FSDP2 looks for tensors in a model's output.
+    It is a tuple because older versions of FSDP2 find no tensors in dataclasses.
     """
 
     logprobs: Tensor
@@ -145,8 +145,8 @@ class Policy(nn.Module):
         )
 
     def reset_value_head(self, seed: int) -> None:
-        """Draw the value head's weights uniformly from ±1/√H, as `nn.Linear` and TRL's value head
-        do."""
+        """Draw the value head's weights uniformly from [-1/√H, 1/√H], as `nn.Linear` and TRL's
+        value head do."""
         bound = self.value_head.in_features**-0.5
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -158,7 +158,7 @@ class Policy(nn.Module):
                 )
 
     def separate_value_model(self) -> None:
-        """Give the value head its own copy of the policy's transformer, which `save` leaves out."""
+        """Give the value head its own copy of the policy's transformer. `save` omits the copy."""
         if self.is_lora:
             raise ModelError(
                 "value_model: separate is trained in full; expected a recipe without model.lora"
@@ -232,7 +232,7 @@ class Policy(nn.Module):
         return self.read(backbone, self.pack(batch))
 
     def pack(self, batch: TokenBatch) -> PackedTokens:
-        """The batch without padding, in bf16 filled up to a multiple of `MULTIPLE` tokens."""
+        """The packed batch; in bf16, it is filled up to a multiple of `MULTIPLE` tokens."""
         return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
@@ -341,8 +341,8 @@ class Policy(nn.Module):
             )
 
     def make_reference(self) -> Policy | AdapterReference:
-        """The current policy, frozen: without LoRA, a copy whose matrices are in the compute dtype;
-        with LoRA, the same base with a copy of the adapters, or without them if they are new."""
+        """The current policy, frozen. Without LoRA: a copy whose matrices are in the compute dtype.
+        With LoRA: the same base with a copy of the adapters, or with none if they are new."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -380,8 +380,8 @@ class Policy(nn.Module):
                 parameter.data, adapters[name] = adapters[name], parameter.data
 
     def save(self, folder: Path) -> None:
-        """Write model (LoRA merged) and tokenizer for plain `from_pretrained`, the value head and,
-        with LoRA, the adapters. The config and the generation config hold the end tokens."""
+        """Write the model (LoRA merged) and the tokenizer for plain `from_pretrained`, with the end
+        tokens in config and generation config. Also write the value head and any adapters."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run shows its own progress bar
@@ -446,8 +446,8 @@ class Policy(nn.Module):
 
 
 class AdapterReference:
-    """An earlier state of a policy with adapters: the same base with its adapters at that time, or
-    without any."""
+    """An earlier state of a policy with adapters: the same base with the adapters of that time, or
+    with none."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:
         self._policy, self._adapters = policy, adapters

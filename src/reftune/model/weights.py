@@ -22,9 +22,9 @@ SMOLLM2 = "smollm2-135m"
 ADAPTER_CONFIG = "adapter_config.json"
 """File name in PEFT's format."""
 WORD_PATTERN = r"\d+|\n *| ?[A-Za-z_]+(?: (?=\d))?| ?[^\sA-Za-z_\d]+(?: (?=\d))?| "
-"""Pieces of the from-scratch vocabulary. Numbers are always bare, so that copying one needs a
-single embedding: the blank before a number belongs to the word or operator before it. A newline
-includes the following indent."""
+"""Pieces of the from-scratch vocabulary. A blank before a number belongs to the word or operator
+before the blank, so that copying a number needs a single embedding. A newline includes the
+following indent."""
 
 
 def load_model(

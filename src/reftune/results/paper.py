@@ -107,8 +107,8 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
-    """A score as JSON. `paper` is the paper's score in percent if model, task, rationale and number
-    of test questions are the same, and None if not."""
+    """A score as JSON. Its `paper` is the paper's score in percent if model, task, rationale and
+    number of test questions are the paper's, and None if not."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)

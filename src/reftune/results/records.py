@@ -207,7 +207,7 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The complete evaluations. An unfinished one holds only the first rows of the longest."""
+    """The evaluations, except unfinished ones, which hold only the first rows of the longest."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {

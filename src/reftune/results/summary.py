@@ -337,8 +337,8 @@ def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generat
 def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
-    """Comparisons of a later with an earlier method: of two in one group, of one method in two
-    groups, and of each method with the baseline."""
+    """Comparisons of a later with an earlier method: of two methods in one group, of the same
+    method in two groups, and of each method with the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         if a.group is b.group or a.method == b.method or baseline in (a.label, b.label):

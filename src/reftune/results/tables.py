@@ -302,7 +302,7 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
 
 
 def choices_table(summary: Mapping[str, Any]) -> str:
-    """The warning signs of reward hacking in a run's summary; empty if it has no multiple
+    """The warning signs of reward hacking in a run's summary; empty for a run without multiple
     choice."""
     found = {
         name: scores["choices"]

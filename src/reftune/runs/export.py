@@ -28,9 +28,9 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
-    """Write the model to the folder `out`, and return the folder. It holds the whole model, with
-    adapters merged, for plain `from_pretrained` and vLLM; with `adapter`, only the adapters, for
-    use with the base model.
+    """Write the model to the folder `out`, and return the folder. The folder holds the whole model,
+    adapters merged, for plain `from_pretrained` and vLLM. With `adapter`, it holds only the
+    adapters, for use with the base model.
 
     Raises: CheckpointError if the method is not finished, if `out` exists or, with `adapter`, if
     the method has no adapters.

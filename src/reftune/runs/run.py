@@ -63,8 +63,8 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 
 
 def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
-    """Run only the stages of these kinds. The other methods that they read must be trained. Raises:
-    see `run_recipe`."""
+    """Run only the stages of these kinds. The other methods that they read must be trained already.
+    Raises: see `run_recipe`."""
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
     if not names:
@@ -181,8 +181,8 @@ class Run:
     def verify_inputs(self) -> None:
         """Load the model and encode the problems, so that a run that cannot finish does not start.
 
-        Raises: ModelError; DataError for a prompt that is too long, unless the recipe drops such
-        prompts, and if no training row or no problem to evaluate is left.
+        Raises: ModelError; DataError if a prompt is too long (unless the recipe drops such
+        prompts), or if no training row or no problem to evaluate is left.
         """
         policy = self.load_policy("base", trained=True)
         collector, stages = self.collector(policy), self.recipe.stages.values()

@@ -120,9 +120,9 @@ class Loop:
         until_plateau: bool = False,
     ) -> None:
         """`look` is the dev evaluation of a model that is not a policy (`dev/accuracy` and more);
-        `start` is the stage's state before step 1. With `until_plateau`, once dev accuracy is flat,
-        the learning rate falls to 0 over a tenth as many further steps, the cooldown, and the stage
-        ends. The constructor distributes the model over the processes."""
+        `start` is the stage's state before step 1. With `until_plateau`, the stage ends once dev
+        accuracy is flat, after a cooldown: over a tenth as many steps as came before, the learning
+        rate falls to 0. The constructor distributes the model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -237,9 +237,9 @@ class Loop:
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
         """Take an optimizer step, in step `n`, with the gradient that `gradient()` adds up, and
-        return its metrics. If loss or gradient is not finite, save the samples, `rows()`, leave the
-        weights unchanged, and return no metrics. Raises: NonFiniteError in that case if the recipe
-        does not allow skipping the step."""
+        return metrics. If the loss or the gradient is not finite, leave the weights unchanged, save
+        the samples that `rows()` gives, and return no metrics. Raises: NonFiniteError in that case
+        if the recipe does not allow skipping the step."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -312,8 +312,8 @@ class Loop:
     # --- files ---
 
     def _resume(self) -> bool:
-        """Restore the stage's state from its newest checkpoint, and cut its logs to their length at
-        that step. Returns whether there was a checkpoint."""
+        """Restore the stage from its newest checkpoint, and cut the stage's logs to their length at
+        the checkpoint's step. Returns: whether there was a checkpoint."""
         context = self.context
         found = load_latest(context.folder.checkpoints, note=context.progress.note)
         world.agree(

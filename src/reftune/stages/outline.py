@@ -222,7 +222,7 @@ def _of_many(trace: Callable[[int], T], count: float) -> T:
 
 
 def _leave_out_masks(model: Any) -> None:
-    """Skip mask creation, because with fake tensors code cannot see that a mask is unnecessary."""
+    """Skip mask creation, because fake tensors do not reveal that a mask is unnecessary."""
     if model.config._attn_implementation in ("sdpa", ATTENTION):
         AttentionInterface.register("sdpa_without_masks", ALL_ATTENTION_FUNCTIONS["sdpa"])
         model.set_attn_implementation("sdpa_without_masks")

@@ -158,8 +158,8 @@ class Judging:
 
 
 class Judged(NamedTuple):
-    """The classifier's output for a batch. It is a tuple because FSDP2 looks for tensors in a
-    model's output."""
+    """The classifier's output for a batch. It is a tuple because older versions of FSDP2 find no
+    tensors in dataclasses."""
 
     logits: Tensor
     """(B, 2) in fp32: wrong, correct."""

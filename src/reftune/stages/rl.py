@@ -240,7 +240,7 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. A step whose loss or gradient is not finite ends the update.
+        return metrics. A step whose loss or gradient is not finite is the last one.
 
         Raises: NonFiniteError if the recipe does not allow skipping a step.
         """
@@ -319,8 +319,7 @@ class Trainer:
 
 
 SAMPLES_KEPT = 4
-"""Number of sampled solutions per step in samples.jsonl, besides the longest one and one whose
-program reached its time limit."""
+"""Sampled solutions per step in samples.jsonl, to which `worth_showing` adds at most two."""
 PROBLEMS_FOLLOWED = 16
 """Number of training problems whose solutions are preferred, to show how they change."""
 
@@ -355,8 +354,9 @@ def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
 def correct_mismatch(
     batch: RolloutBatch, cap: float | None
 ) -> tuple[RolloutBatch, dict[str, float]]:
-    """The batch with advantages multiplied by the importance weights π_train / π_sample, and
-    metrics. Scaling an advantage scales its token's clipped policy loss, but not the value loss."""
+    """The batch with advantages multiplied by the importance weights π_train / π_sample, at most
+    `cap`, and metrics. This scales a token's clipped policy loss, but not its value loss. If `cap`
+    is None, nothing changes. Raises: RecipeError for an algorithm without advantages."""
     if cap is None:
         return batch, {}
     if batch.advantages is None:

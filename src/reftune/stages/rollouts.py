@@ -104,8 +104,8 @@ class Collector:
     ) -> Solved:
         """One graded completion per problem, greedy unless a temperature is given; repeat a problem
         to get several. Each of several processes solves a part, and all get every completion.
-        Raises: EngineError; DataError for a prompt that is too long, unless the recipe drops such
-        prompts, whose completions are then empty.
+        If the recipe drops prompts that are too long, their completions are empty. Raises:
+        EngineError; DataError for a prompt that is too long and not dropped.
         """
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)

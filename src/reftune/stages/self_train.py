@@ -189,8 +189,8 @@ class SelfTrain(Sampled):
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """The first of each group of solutions that differ only in outer white space or, if all are
-    right, in how the last line writes the answer (such as 1/2 or 0.5)."""
+    """The first of each group of correct solutions that differ only in outer white space or in how
+    the last line writes the answer (such as 1/2 or 0.5)."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(_less_answer(text).strip(), text)

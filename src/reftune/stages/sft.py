@@ -155,7 +155,7 @@ class Task(Protocol):
         gradient is used."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-        """The examples in readable form, to be saved if a step is not finite."""
+        """The examples in readable form, to be saved if the loss or the gradient is not finite."""
 
 
 class Imitation:

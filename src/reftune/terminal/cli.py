@@ -230,8 +230,8 @@ def init(
         Path | None, typer.Option(help="The new recipe's path. Default: DATA's name, with .yaml.")
     ] = None,
 ) -> None:
-    """Write a commented recipe for your own data. It asks for anything that the flags do not
-    specify, and prints the recipe's path."""
+    """Write a commented recipe for your own data, and print the recipe's path. The command asks
+    for whichever of --data, --model and --format is missing."""
     from reftune.advice.golds import gold_kinds, golds_text
     from reftune.terminal.init import Wishes, default_out, guess_format, guess_shape, write_recipe
 
@@ -523,8 +523,8 @@ def export(
 ) -> None:
     """Copy a trained model with a model card.
 
-    The folder loads with from_pretrained and in vLLM. The command prints its path or, with --push,
-    its address on the Hub.
+    The folder loads with from_pretrained and in vLLM. The command prints the folder's path or, with
+    --push, the model's address on the Hub.
     """
     from reftune.runs.export import export_model, push_model
 

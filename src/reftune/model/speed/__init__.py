@@ -2,12 +2,12 @@
 rounding. To remove it, change its callers:
 
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
-  `llama.is_written_out` and their two `read_packed`: keep the branch of `_predictors` for models
-  that do not pack, which pads.
-- `engines/kv.py` calls `llama.is_written_out` and `llama.packed_linears`: keep `forward`, through
-  transformers. Without packing, the trainer scores the engine's samples itself.
-- `stages/outline.py` treats `ATTENTION` as transformers' own.
-- `terminal/cli.py` calls `allocator.keep_freed_memory`.
+  `llama.is_written_out`, `attention.read_packed` and `llama.read_packed`: keep the branch of
+  `_predictors` that pads.
+- `engines/kv.py` calls `llama.is_written_out` and `llama.packed_linears`: keep `forward`, which
+  calls transformers. Without packing, the trainer scores the engine's samples itself.
+- `stages/outline.py` treats `ATTENTION` like `sdpa`: keep `sdpa`.
+- `terminal/cli.py` calls `allocator.keep_freed_memory`: drop the call.
 
 Dropout's masks depend on the layout of the sequences, so a run with dropout draws other, equally
 likely masks without this folder. `tests/unit/test_speed.py` trains with and without the folder and

@@ -38,7 +38,7 @@ sequence, so that they can be read without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """Make a model accept `packing`, and attend in fp32 on a CPU."""
+    """Make a CodeGen model, or one with SDPA, accept `packing` and attend in fp32 on a CPU."""
     if type(model).__name__ == "CodeGenForCausalLM":
         for module in model.modules():
             if hasattr(module, "_attn"):
@@ -54,7 +54,7 @@ def attend_our_way(model: PreTrainedModel) -> None:
 
 
 def takes_packing(model: PreTrainedModel) -> bool:
-    """Whether `read_packed` supports this model, a causal LM after `attend_our_way`."""
+    """Whether `read_packed` supports this causal LM. Call `attend_our_way` on it first."""
     kind = type(model)
     return (
         kind.__module__.startswith("transformers.models.")
@@ -140,7 +140,7 @@ def _attend_codegen(
     module: Any, original: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None
 ) -> tuple[Tensor, Any]:
     """CodeGen's own attention, from (B, heads, tokens, D) to the same shape. If packing takes the
-    place of the mask, it attends as other models do."""
+    place of the mask, CodeGen attends as other models do."""
     packing = getattr(mask, "packing", None)
     if packing is None:
         attended: tuple[Tensor, Any] = original(query, key, value, mask)

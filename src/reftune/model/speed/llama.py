@@ -30,7 +30,7 @@ FAMILIES = (
 )
 """transformers' classes that this file can run."""
 FEW_ROWS = 16
-"""Number of rows for which a weight's layout is chosen; other numbers of rows gain as much."""
+"""Number of rows for which a weight's layout is chosen; the layout helps other numbers as much."""
 LARGE = 2**18
 """Number of elements of a weight above which oneDNN is faster than MKL for fp32 products of few
 rows, because MKL hardly divides them among threads."""
@@ -41,8 +41,8 @@ Product = Callable[[Tensor], Tensor]
 def is_written_out(model: Any) -> bool:
     """Whether this file can run `model`, a causal LM.
 
-    It cannot run models with adapters, quantized layers, sliding windows, activations other than
-    SiLU, or rotary positions on a part of each head.
+    The model must belong to `FAMILIES`, and have no adapters, quantized layers, sliding windows,
+    activations other than SiLU, or rotary positions on only a part of each head.
     """
     kind, config = type(model), model.config
     if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
@@ -349,8 +349,8 @@ class _Norm:
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
-    """(B, 1, S, T), True where a token attends to another; padding attends to itself, because a
-    softmax over nothing is NaN."""
+    """(B, 1, S, T), True where a token attends to a place. Even padding attends to itself, because
+    a softmax over nothing is NaN."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible
@@ -389,8 +389,8 @@ def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = Tru
     """A single product in `dtype` that gives the outputs of `layers` on the same rows, side by
     side.
 
-    If a copy of the weights in oneDNN's layout is faster, the product uses one with `pack`; without
-    `pack`, it then uses an ordinary copy, which takes as much memory.
+    If a copy of the weights in oneDNN's layout would be faster, the product uses such a copy or,
+    without `pack`, an ordinary copy, which takes as much memory.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)

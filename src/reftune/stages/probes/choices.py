@@ -54,8 +54,8 @@ class Derivation(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceRow:
-    """One question, asked as it is, with moved options and, if its gold option is a number, without
-    options."""
+    """One question, asked as it is, asked again with moved options and, if its gold option is a
+    number, asked without options."""
 
     id: str
     num_options: int
@@ -133,8 +133,8 @@ def derived_values(
 
 
 def _returning_derived(program: str) -> str:
-    """The program with its last `return` returning the last computed value; empty if there is
-    none."""
+    """The program, except that a last `return` that looks up an option returns the last computed
+    value instead. Empty if there is no `return` or no such value."""
     ends = list(_RETURN.finditer(program))
     if not ends:
         return ""
@@ -207,8 +207,8 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
 
 
 def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
-    """Problem id → whether it is solved without options. If no number is
-    read as the answer, the derived value is judged."""
+    """Problem id → whether the problem is solved without options. If no number is read as the
+    answer, the derived value is judged."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
