@@ -3,7 +3,7 @@ expected."""
 
 
 class ReftuneError(Exception):
-    """Base of these errors. The command line prints the message on one line."""
+    """Base of the errors in this module. The command line prints the message on one line."""
 
 
 class RecipeError(ReftuneError):

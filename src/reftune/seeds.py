@@ -1,5 +1,5 @@
-"""Every random number of a run is a function of the run's seed and the number's purpose, so a
-resumed run needs no saved generator."""
+"""Every random number of a run is a function of a seed and the number's purpose, so a resumed run
+needs no saved generator."""
 
 from __future__ import annotations
 

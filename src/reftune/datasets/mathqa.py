@@ -82,9 +82,9 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. Except in test, the formula's value must be within 1% of
-        the gold option. If it is not, a numeric problem is dropped, and a multiple-choice problem
-        is kept without its program."""
+        """The rows of a split as problems. Except in test and for multiple choice in `nl`, the
+        formula's value must be within 1% of the gold option. If it is not, a numeric problem is
+        dropped, and a multiple-choice problem is kept without its program."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -164,7 +164,7 @@ class Mathqa(PaperDataset):
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
     """A program that computes the formula's value and returns the letter of the nearest option;
-    None if there is no formula or no option is a number."""
+    None if there is no readable formula or no option is a number."""
     steps = _steps(row)
     values = {
         letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)

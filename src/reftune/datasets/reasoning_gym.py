@@ -1,5 +1,5 @@
-"""Any task of the reasoning-gym package: generated questions, which the task's own scorer
-grades."""
+"""Any task of the reasoning-gym package: generated questions, and a scorer that grades the
+model's answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ReasoningGym(Component):
         return drop_contradictions(splits)
 
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
-        """The first `count` different questions from the split's seeds that are not in
+        """The first `count` different questions from the split's seeds, skipping those of
         `without`."""
         first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
         drawn: dict[str, Problem] = {}

@@ -41,7 +41,7 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of body, question and equation; the equation becomes the program."""
+        """The problem in a row of the published dataset; the equation becomes the program."""
         body = row.text("Body")  # a third of the bodies lack a final period
         return Problem(
             id=row.text("ID"),

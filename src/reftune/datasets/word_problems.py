@@ -227,7 +227,7 @@ class _Teller:
         self._tell(f"{person} has {number.value} {self.thing}.", _Quantity(number.value, person))
 
     def update(self) -> None:
-        """Let someone gain or lose a few: mostly the person mentioned last, as in real stories."""
+        """Let someone gain or lose things: mostly the person mentioned last, as in real stories."""
         person = self.latest if self.rng.random() < 0.7 else self.rng.choice(list(self.holdings))
         number = self._number()
         symbol, verb = self.rng.choice(

@@ -96,7 +96,7 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
     """The answer after the last marker that announces one; the cell itself if there is no marker.
 
-    Raises: DataError for different answers side by side, such as `\\boxed{3}` or `\\boxed{4}`, and
+    Raises: DataError for different answers side by side, such as "\\boxed{3} or \\boxed{4}", and
     for markers without an answer.
     """
     if not isinstance(raw, str):
@@ -113,8 +113,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The answers, in order, of the last marker and of those adjacent to it, with only "or", "and"
-    or symbols in between. An intermediate result is not adjacent."""
+    """The answers, in order, of the last marker and of the markers adjacent to it: little more than
+    "or", "and" or symbols may be in between. An intermediate result is not adjacent."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -194,8 +194,8 @@ def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Readi
     """A gold answer of several parts: the accepted spellings (`any_of`), an ordered `list` or a
     `set`.
 
-    `raw` is a list, a list written as text ("[1, 2]"), or text with one marker per part. For a
-    `list` or `set`, it may also be text with commas or semicolons between the parts.
+    `raw` may be a list, a list written as text ("[1, 2]"), or text with one marker per part. For a
+    `list` or `set`, it may also be text such as "1, 2", which `split_items` splits.
     """
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
@@ -219,7 +219,7 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
 
 
 def literal(text: str) -> object:
-    """A text's value as a Python or JSON literal; None if it is not a literal."""
+    """The value of a Python literal, such as a list; None if `text` is not a literal."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -371,7 +371,7 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.I
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
     """The letter of the option that a gold answer names: by its letter, by its letter and text, or
-    by a text that fits only this option. Without `choices`, any letter is accepted."""
+    by text that fits only this option. Without `choices`, any letter is accepted."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:

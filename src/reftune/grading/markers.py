@@ -16,7 +16,7 @@ MAX_STATEMENTS = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How to read the completions of a language or a model."""
+    """Settings for reading completions. They depend on the language and the model."""
 
     stop_at: tuple[str, ...] = ("\nQuestion:", "\nQ:", "\nProblem:")
     """Strings that begin run-on text, in which a model asks itself the next question."""
@@ -84,8 +84,8 @@ SIDE_BY_SIDE = re.compile(
 
 
 def is_alternative(completion: str, before: Statement, after: Statement) -> bool:
-    """Whether two successive statements are parts of one answer: `\\boxed{3}` or `\\boxed{4}`, "the
-    answer is 3 or the answer is 4"."""
+    """Whether two successive statements are parts of one answer, as in "\\boxed{3} or \\boxed{4}"
+    and "the answer is 3 or the answer is 4"."""
     if before.text is None or "\n" in completion[before.start : after.start].strip():
         return False
     if before.is_closed and after.is_closed:
@@ -102,8 +102,8 @@ def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
 
 
 def reasoning_text(completion: str) -> str:
-    """The text before the first marker, or all of it if there is none: the reasoning that leads to
-    the answer."""
+    """The reasoning that leads to the answer: the text before the first marker, or the whole
+    completion if there is no marker."""
     marker = marker_pattern(()).search(completion)
     return completion if marker is None else completion[: marker.start()]
 
@@ -123,7 +123,7 @@ def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
 
 @lru_cache(maxsize=16)
 def marker_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
-    """The pattern of markers: the English phrases, boxes and tags, and `phrases`."""
+    """The pattern of the built-in markers and of `phrases`."""
     own = (re.escape(phrase.strip()) for phrase in phrases if phrase.strip())
     return re.compile("|".join([*_PHRASES, *own]), re.IGNORECASE)
 

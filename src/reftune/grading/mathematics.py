@@ -69,8 +69,8 @@ class Comparison:
 
 
 def looks_like_math(text: str) -> bool:
-    """Whether the whole text is one expression other than a plain number: LaTeX commands, an
-    equation, a power, an interval, a tuple or variables. Text with words is not an expression."""
+    """Whether the whole text is an expression, such as an equation, an interval or LaTeX, but not a
+    plain number. Text with words is not an expression."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False

@@ -58,14 +58,14 @@ def num_decimals(value: Fraction) -> float:
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that the first line of `text` states: at its start, after its last `=`, or as the
-    only number of its sentence.
+    """The number that the first line of `text` states: at the start of the line, after its last
+    `=`, or as the only number of a sentence.
 
-    Reads signs, thousands separators, decimals, exponents, `a/b`, `3 1/2`, `\\frac{a}{b}`, powers
-    of ten, "2.5 million" and percent. Ignores currency, units, decoration by markdown, LaTeX or
-    HTML, words like "about", closing punctuation, and prose after the number. None for an
-    unevaluated expression ("3 + 4", "2π"), an inequality, a range or alternative ("5 or 6"), a
-    compound quantity ("5 feet 6 inches"), a list, a ratio, nan and inf.
+    Reads spellings such as thousands separators, exponents, `a/b`, `3 1/2`, `\\frac{a}{b}`, powers
+    of ten, "2.5 million" and percent. Ignores, for example, currency, units, decoration by
+    markdown, LaTeX or HTML, words like "about", and prose after the number. None for anything else,
+    such as an unevaluated expression ("3 + 4", "2π"), an inequality, a range or alternative ("5 or
+    6"), a compound quantity ("5 feet 6 inches"), a list, a ratio, nan and inf.
     """
     return stated_number(first_line(text))
 
@@ -197,8 +197,9 @@ _BASES = dict(
 
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
-    """The number at index `start` of a plain line, including its sign, currency, magnitude and
-    percent sign, and the index after it. The caller checks the text that follows."""
+    """The number at index `start` of a plain line, and the index after the number; None if there is
+    no number. Sign, currency, magnitude and percent sign are part of the number. The caller checks
+    the text that follows."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -242,8 +243,8 @@ def leading_number(line: str) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    """The number that `_NUMBER` matched; None if it is too long, divides by zero or has an invalid
-    base."""
+    """The number that `_NUMBER` matched; None if it does not count as one, for example because it
+    divides by zero."""
     parts = {
         name: text.replace(",", "").replace("_", "")
         for name, text in match.groupdict().items()
@@ -286,7 +287,7 @@ def _size(parts: dict[str, str]) -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Fraction:
-    """0.1(6) = 1/6: the period divided by as many nines, shifted by the decimals before it."""
+    """0.1(6) = 1/6: the period over one nine per digit, shifted by the decimals before it."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return tail + Fraction(head) if head.strip(".") else tail

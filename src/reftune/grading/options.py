@@ -47,8 +47,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     """The letter that `text` chooses among `choices`: stated as a letter, or as a value or text
     equal to exactly one option.
 
-    Without `choices`, any letter is accepted. None for two letters, and for a letter or value that
-    is not an option.
+    Without `choices`, any letter is accepted. None if `text` does not choose a single option, for
+    example if it names two letters.
     """
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     match = _CHOICE.match(line)

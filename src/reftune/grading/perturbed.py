@@ -31,8 +31,8 @@ class Perturbed:
 
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions that look like the gold one but state another answer. There are none if the answer
-    cannot be found in `target`."""
+    """Solutions that look like the gold one but give another answer or no answer. Yields nothing if
+    the answer cannot be found in `target`."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 

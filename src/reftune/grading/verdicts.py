@@ -92,9 +92,9 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 def grade_value(value: Any, problem: Problem) -> Graded:
     """Grade the value that a program returned. A float that is not whole is first rounded to 12
-    significant digits. None, nan and inf do not count as answers. A boolean counts only if the gold
-    answer is yes or no; a list or date, only if the gold answer is neither a number nor a
-    choice."""
+    significant digits. Values such as None, nan and inf do not count as answers. A boolean counts
+    only if the gold answer is yes or no; a list or date, only if the gold answer is neither a
+    number nor a choice."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"

@@ -12,7 +12,7 @@ from typing import Literal
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 
 MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""Longest gold answer, in words and characters, that may be followed by more text."""
+"""Longest gold answer, in words and characters, after which a model's answer may go on."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")

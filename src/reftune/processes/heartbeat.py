@@ -38,7 +38,7 @@ class Heartbeat:
             threading.Thread(target=work, daemon=True).start()
 
     def leave(self) -> None:
-        """Tell the others that this process is done, so that they do not wait for it."""
+        """Tell the others that this process is done, so that they do not report it as dead."""
         self.stop()
         self._exchange(LEFT)
 

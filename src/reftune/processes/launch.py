@@ -1,6 +1,6 @@
 """Joins the processes that a launcher (`torchrun`, `accelerate launch`) started. The launcher's
-environment variables, which only this module reads, state the number of processes, their devices,
-and whether weights are split."""
+environment variables, which only this module reads, state for example the number of processes and
+whether weights are split."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class Sharding:
         return "all weights in each (DDP)"
 
     def distribute(self, model: Any) -> None:
-        """Prepare `model` for training by all processes: copy the main process's weights to each
-        and, for FSDP2, split them in place."""
+        """Prepare `model` for training by all processes: copy the main process's weights to the
+        others and, for FSDP2, split all weights in place."""
         if world.world_size() == 1:
             return
         import torch.distributed as dist
@@ -45,8 +45,8 @@ class Sharding:
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Give every process all weights of `model` for reading, so that its forward passes do not
-        involve the other processes. All processes must enter the block. Inside it, matrices of
+        """Give every process all weights of `model` for reading, so that a forward pass does not
+        involve other processes. All processes must enter the block. Inside the block, matrices of
         transformer blocks may be in `dtype`, to which autocast would cast them anyway. The children
         of a split `model` are then plain copies: call the children, not the model itself."""
         yield

@@ -52,8 +52,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step-…` whole or not at all, then delete all checkpoints except the newest
-    `keep`. Raises: CheckpointError for a disk error; older checkpoints stay as they were."""
+    """Write `folder/step-…` whole or not at all. Then delete all checkpoints except the last `keep`
+    up to `step`. Raises: CheckpointError for a disk error, after which older checkpoints remain."""
     from safetensors.torch import save_file
 
     final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"

@@ -1,6 +1,6 @@
-"""The files of a run, and which run owns them. The modules for models and checkpoints name the
-files inside their folders. A run folder is claimed and locked, or rejected if it belongs to
-something else."""
+"""The files of a run, and which run owns them. The modules that write models and checkpoints name
+the files inside a model or checkpoint. A run claims and locks its folder; a folder that belongs to
+another recipe or holds other files is rejected."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The stages that have begun and for which `recipe` sets more steps or epochs than before.
 
-    Raises: RecipeError if any other key that affects results has changed, or if a stage cannot
+    Raises: RecipeError if anything else that affects results has changed, or if a stage cannot
     continue because a later stage has begun or its final checkpoint is gone.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))

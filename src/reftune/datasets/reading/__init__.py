@@ -1,1 +1,1 @@
-"""Code shared by the datasets: rows of files, splits, and programs made from annotations."""
+"""Code shared by the datasets, for example to read rows and to make splits."""

@@ -27,7 +27,7 @@ Records = Iterator[tuple[str, Mapping[str, Any]]]
 Line = tuple[str, Sequence[str | None]]
 """(`file:line`, cells) of each line of a table."""
 DELIMITERS = ",;\t|"
-"""The one that splits the first line into most columns is used; on a tie, the first of them."""
+"""The one that splits the first line into the most columns is used; on a tie, the earliest here."""
 
 
 def ending(path: PurePath) -> str:
@@ -73,7 +73,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path, *, fallback: str | None = None) -> str:
-    """The text of a UTF-8 file, or UTF-16 with a byte order mark. Other bytes are read as
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Any other file is read as
     `fallback`, if given. Raises: DataError."""
     data = _read_bytes(path)
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
@@ -244,8 +244,8 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
     """The first line that is not empty names the columns; empty cells are null, and empty lines are
     skipped.
 
-    A nameless first column is taken for a pandas index; other nameless columns must be empty.
-    Raises: DataError.
+    A nameless first column is taken for a pandas index and skipped; other nameless columns must be
+    empty. Raises: DataError.
     """
     header: list[str] | None = None
     for where, cells in lines:

@@ -12,9 +12,9 @@ from reftune.grading.markers import reasoning_text, statements
 
 
 def worked_solution(text: str) -> str | None:
-    """The solution in `text`, if that marks its answer by `####`, "The answer is …" or a box; None
-    if there is nothing but the answer. The solution does not include `####`, but it includes other
-    markers."""
+    """The solution in `text`, if `text` marks its answer, for example by `####` or a box; None if
+    there is no marker, or nothing but the answer. The solution ends before `####`, but includes
+    any other marker and the answer after it."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
         return before.strip() or None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.USub, ast.UAdd)
 NODES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
 LARGEST_WHOLE = 10**15
-"""Whole floats up to this size are written without `.0`."""
+"""Whole floats below this are written without `.0`."""
 
 
 def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:

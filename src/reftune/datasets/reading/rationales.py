@@ -28,8 +28,8 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
     """Remove training problems whose rationale contradicts the gold answer: programs that return
-    another answer (`program_disagrees`) and texts that state another (`rationale_disagrees`). A
-    program that fails or a text without an answer contradicts nothing and stays."""
+    another answer (`program_disagrees`) and prose that states another (`rationale_disagrees`). A
+    program that fails contradicts nothing and stays; so does prose without an answer."""
     programs = [
         problem
         for problem in (*splits.train, *splits.dev)

@@ -75,7 +75,7 @@ class Shape:
 
 
 def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
-    """The shape of `rows`, with the columns that the user named (`named`).
+    """The shape of `rows`. The user named the columns in `named`; the others are recognised.
 
     Raises: DataError if no column holds the question or the answer.
     """

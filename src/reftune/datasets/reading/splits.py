@@ -23,7 +23,7 @@ Asked = tuple[str, Problem]
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]|_")
 SILENT = frozenset(".,;:!?'\"`’‘“”…")
-"""Sentence punctuation. Brackets and operators are left out, because a question may be about
+"""Sentence punctuation. Brackets and operators are not included, because a question may be about
 them."""
 
 
@@ -66,9 +66,9 @@ def draw_splits(
     but a different gold answer; no such row is kept. `leak`: by `key`, a train question that dev or
     test also asks, or a dev question that test also asks. Test keeps all its rows.
 
-    Unless given, dev is the first `dev_size` questions of train (if None, a tenth of them, at most
-    500) in the order of a hash of `seed` and question, so row order and rationales do not matter.
-    Raises: DataError if `dev_size` leaves nothing to train on.
+    If `dev` is None, it is drawn: the first `dev_size` questions of train in the order of a hash of
+    `seed` and question, so row order and rationales do not matter. If `dev_size` is None, it is a
+    tenth of train, at most 500. Raises: DataError if `dev_size` leaves nothing to train on.
     """
     counts: Counter[str] = Counter()
     tested = [(key(problem), problem) for problem in test]
@@ -105,8 +105,8 @@ def same_gold(a: Answer, b: Answer) -> bool:
 
 
 def normalised(text: str) -> str:
-    """A text as lower-case words, numbers without thousands commas, and symbols, one space
-    apart."""
+    """The words, numbers and symbols of `text`, in lower case and one space apart, without sentence
+    punctuation and thousands commas."""
     found = TOKEN.findall(text.casefold())
     tokens = [token.replace(",", "") for token in found if token not in SILENT]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)

@@ -49,7 +49,7 @@ class _Import:
 
 
 def without_unused_imports(program: str) -> str:
-    """`program` with `pass` in place of unused imports.
+    """`program` without unused imports; a statement that imports nothing else becomes `pass`.
 
     A name counts as used if it occurs in code (except after a dot), in an f-string or, if the
     program evaluates strings, in any string. Imports of forbidden modules stay, so that the sandbox

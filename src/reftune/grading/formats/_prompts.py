@@ -115,7 +115,7 @@ def with_options(question: str, problem: Problem) -> str:
 
 
 def paper_prompt(problem: Problem, header: str = "") -> BareText:
-    """The prompt of ReFT's authors. Source: their code, whose prompts all have this header."""
+    """The prompt of ReFT's authors. Source: their code, whose prompts all have this form."""
     return BareText(f"Question:\n{question_text(problem)}\nAnswer reasoning:\n{header}")
 
 

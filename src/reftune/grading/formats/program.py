@@ -114,8 +114,8 @@ class Program(Prompted):
         """The gold program without docstring; only its body if the prompt contains its header.
 
         In the compact style, the target begins with the line break before the body. Tokenizers join
-        it with the indent, so only then do prompt and target, tokenised apart, give the tokens of
-        the whole text. Raises: DataError if there is no program.
+        this line break with the indent, so only then do prompt and target, tokenised separately,
+        give the tokens of the whole text. Raises: DataError if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -153,7 +153,7 @@ class Program(Prompted):
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """The grade of the first program that ends without an error; if all fail, of the first
+        """The grade of the first program that does not end in an error; if all do, of the first
         one."""
         if not results:
             expected = ", nor does it assign or print an answer" * (self.scripts == "read")
@@ -220,8 +220,8 @@ def programs_in(completion: str) -> tuple[str, ...]:
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order, if the completion defines no `solution`. Indented text without
     fenced blocks is the body of `solution`. In other text, the program is the last fenced block
-    that prints something or assigns an answer at the left margin; failing that, the text if it
-    does."""
+    that prints or, at the left margin, assigns an answer. If no block does, it is the whole text,
+    provided that the text does so."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()

@@ -7,9 +7,10 @@ that reftune does not use. A column named `answer`, `verdicts`, `values` or `rea
 argument. The function receives the arguments it names, or all of them with `**kwargs`; it may be
 async.
 
-For each completion it returns a number, or None to leave the rollout out. Instead of a number it
-may return parts, `{"correct": 1.0, "short": 0.1}`, or for the whole batch `{"correct": [1.0, …],
-"short": [0.1, …]}`. The reward is their sum, and each part is logged as `reward_part/NAME`.
+It returns a list with a number for each completion, or None to leave the rollout out. Instead of a
+number, the list may hold a dict of named parts, `{"correct": 1.0, "short": 0.1}`. Instead of the
+list, the function may return a dict of lists, `{"correct": [1.0, …], "short": [0.1, …]}`. The parts
+add up to the reward, and each part is logged as `reward_part/NAME`.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ class _TimeUpError(BaseException):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TimeUpError inside the block when the time is up. It has no effect outside the main
+    """Raise _TimeUpError inside the block when the time is up. There is no limit outside the main
     thread, the only one that receives signals."""
 
     def expire(number: int, frame: Any) -> None:

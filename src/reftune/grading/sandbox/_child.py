@@ -5,7 +5,7 @@ Forked processes are warm: the interpreter has started, and the packages that th
 imported. This process only forks, waits and kills; it never reads a program. Its settings come as
 one JSON argument. Each message on the socket at descriptor 0 asks for one program to be run and
 carries three descriptors: the program's source, a pipe for its result, and a socket for its exit
-status. When the other end of that socket closes, the program is killed.
+status. When the other end of the status socket closes, the program is killed.
 
 The result consists of lines: `F…` for each refused access, `P…` with the end of the program's
 output, then `V…` with its value or `E…` with its exception. If the program is not started, because

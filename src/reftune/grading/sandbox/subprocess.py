@@ -4,9 +4,9 @@ For each combination of slow packages, a forking process waits with the interpre
 these packages imported. Each program runs in a fork of it, with a fixed environment, an empty
 temporary folder to work in, and no site-packages hooks. Landlock lets it read only the libraries
 and write nothing; an allow-list of system calls denies it sockets, processes, threads and signals.
-It has user, network and IPC namespaces of its own, limits on memory, CPU time and open files, and a
-session that is killed as a whole. docs/sandbox.md lists what these protections cover and what they
-do not.
+Each program also has its own user, network and IPC namespaces, limits on memory, CPU time and open
+files, and a session that is killed as a whole. docs/sandbox.md lists what these protections cover
+and what they do not.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _packages_of(source: str) -> tuple[str, ...]:
 class _Forker:
     """A started interpreter that forks a process for each program.
 
-    A forked copy of this process may use it too: each program has its own descriptors.
+    A forked copy of this process may use the forker too: each program has its own descriptors.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -214,8 +214,9 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
-    """The process's output until it ends, its time is up or it has written too much, and its exit
-    status; the process is dead afterwards. None if the forking process died."""
+    """Read the program's output until the program ends, runs out of time or writes too much. The
+    program is dead afterwards. Returns the output and the exit status; None if the forking process
+    died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
