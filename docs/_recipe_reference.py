@@ -31,11 +31,11 @@ HEAD = """\
 
 This page lists every key of a recipe, the YAML file that describes a run. Any key can be set on the
 command line (`stages.reft.steps=100`). `extends: other.yaml` starts from another recipe: mappings
-merge, and `null` removes a key. A *kind* is a name (`engine: kv`), a table (`engine: {kind: kv,
-refill: 0.5}`) or your own class (`kind: my_file.py:Name`).
+merge, and `null` removes a key. A *kind* is a name (`engine: kv`), alone or in a table (`engine:
+{kind: kv, refill: 0.5}`), or your own class (`kind: my_file.py:Name`).
 
-Dots separate nested keys. If only certain values are allowed, the default comes first. "The paper"
-is ReFT (arXiv:2401.08967), and "the authors" are its authors.
+Dots separate nested keys. If only certain values are allowed, all are listed, the default first.
+"The paper" is ReFT (arXiv:2401.08967), and "the authors" are its authors.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""

@@ -15,12 +15,13 @@ STD_FLOOR = 1e-4
 
 
 class Grpo(Clipped):
-    """The KL penalty is part of the loss. `reduction: token` (DAPO, arXiv:2503.14476) does not
-    favour short correct answers."""
+    """The KL penalty is part of the loss. Unlike `sequence`, `reduction: token` (DAPO,
+    arXiv:2503.14476) does not favour short correct answers."""
 
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"
-    """`std` divides advantages by their group's standard deviation; `none` does not (Dr. GRPO)."""
+    """`std` divides advantages by the group's standard deviation of rewards; `none` does not (Dr.
+    GRPO)."""
 
     @property
     def min_samples(self) -> int:

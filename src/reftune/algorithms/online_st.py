@@ -1,5 +1,5 @@
 """Online self-training takes supervised steps on correct samples and on the gold solutions of the
-same problems.
+rollout's problems.
 
 ReFT's code corresponds to `gold_max_tokens: 300` and `dropout: true`. It truncates long gold
 rationales, so that the model never sees their ends.

@@ -54,16 +54,16 @@ class WordProblems(Component):
     operations: tuple[int, int] = (0, 2)
     """Fewest and most operations per question."""
     numbers: tuple[int, int] = (2, 30)
-    """Smallest and largest number in a question."""
+    """Smallest and largest amount in a question, other than factors and prices."""
     people: int = Field(3, ge=1, le=5)
     """Most people in a question."""
     distractors: float = Field(0.4, ge=0, le=1)
     """Share of questions with an irrelevant sentence."""
     max_value: int = Field(999, ge=10)
-    """Upper limit for answers and intermediate results; use 99 with `nl` or multiple choice."""
+    """Upper limit for answers and intermediate results."""
     rationale: Literal["program", "nl"] = "program"
     styles: int = Field(4, ge=1, le=24)
-    """Phrasings of rationales; at most 8 for `nl`."""
+    """Ways of writing a rationale: at most 24, or 8 for `nl`."""
     answer: Literal["number", "choice"] = "number"
     """`choice` gives each question four options."""
 

@@ -16,7 +16,7 @@ class Scripted(Component):
     kind: str = "scripted"
     device_share: ClassVar[float] = 0.0
     texts: list[str] = Field(min_length=1)
-    """The completions that it returns, in turn."""
+    """The completions, returned in turn."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams

@@ -23,7 +23,7 @@ class LoraTable(Table):
 
 
 class ScratchTable(Table):
-    """An untrained Llama whose vocabulary is the words of the training data."""
+    """An untrained, Llama-like model whose vocabulary comes from the training data."""
 
     hidden_size: int = Field(64, gt=0)
     layers: int = Field(3, gt=0)
@@ -52,10 +52,10 @@ class ModelTable(Table):
     decoding."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens in a forward and backward pass; `auto` fills device memory, up to 16,384 tokens.
-    The gradient does not depend on it."""
+    The gradient does not depend on this key."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, which saves much memory but takes about a third
-    longer."""
+    """Recompute activations in the backward pass: updates need much less memory but take about a
+    third longer."""
     compile: bool = False
     """Use torch.compile for scoring and updates. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
@@ -88,7 +88,7 @@ class LengthTable(Table):
     """`drop` omits training questions whose prompt is too long, and counts such dev and test
     questions as unanswered."""
     max_new: int = Field(256, gt=0)
-    """Longest solution. Training rows with longer targets are dropped."""
+    """Longest solution. Training rows with longer ones are skipped."""
 
 
 class EvaluateTable(Table):
@@ -155,11 +155,11 @@ class Recipe(Table):
     engine: component_field("engines") = _default("kv")  # type: ignore[valid-type]
     lengths: LengthTable = LengthTable()  # type: ignore[call-arg]
     stages: dict[str, component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
-    """Method name → stage, in order."""
+    """Method name → stage, in training order."""
     evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
     check: CheckTable = CheckTable()  # type: ignore[call-arg]
     trackers: list[TrackerName] | None = None
-    """A list of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
+    """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
     tracker_rollouts: int = Field(16, ge=0)
     """Sampled solutions shown per step in wandb and Trackio."""
 

@@ -95,8 +95,8 @@ class TrainingTable(Table):
     keep: int = Field(2, gt=0)
     """Checkpoints kept, in addition to the best model."""
     probe_choices: bool = False
-    """On multiple choice, also look for reward hacking in dev evaluations, which triples their
-    time."""
+    """On multiple choice, also look for reward hacking in dev evaluations, which may triple
+    their time."""
 
 
 class Loop:

@@ -65,7 +65,7 @@ class RewardModel(Schedule, Sampled):
     init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)
-    """Samples per dev problem; ideally as many as it will rerank."""
+    """Samples per dev problem; ideally as many as will be reranked."""
 
     is_method: ClassVar[bool] = False
 

@@ -61,7 +61,7 @@ class Rl(TrainingTable, Stage):
     """[Cap](engines.md#sampler-and-trainer-that-differ) on the importance weights π_train /
     π_sample, usually 2. Default: no weights."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """`uniform` is ±1/√H, as in the authors' code."""
+    """`uniform` draws weights within ±1/√(hidden size), as in the authors' code."""
     value_model: Literal["shared", "separate"] = "shared"
     """`separate` gives the value head its own transformer."""
     value_prefit: int = Field(0, ge=0)

@@ -30,7 +30,7 @@ class FileDataset(Component):
     train: str
     """File, folder or Hub id; see [sources](datasets.md#sources)."""
     test: str | None = None
-    """Default: from `train`, unless that is a single file."""
+    """Default: the test split of `train`, if `train` has one."""
     dev: str | None = None
     """Default: drawn from train."""
     dev_size: int | None = Field(None, ge=0)

@@ -48,7 +48,7 @@ class Columns(Table):
     rationale: str | None = "rationale"
     """A worked solution or program; may be the `answer` column."""
     id: str | None = "id"
-    """Default: file name and row number."""
+    """If absent: file name and row number."""
     choices: str | list[str] | None = "choices"
     """The options, in one column or one column per option."""
 

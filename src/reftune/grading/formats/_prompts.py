@@ -36,8 +36,8 @@ class Prompted(Component):
     """Base of the formats that come with reftune: how a question is put to the model."""
 
     style: Style = "compact"
-    """`compact` is the question alone; `paper`, the authors' prompt; `chat`, the tokenizer's chat
-    template; `plain`, your `template`."""
+    """`compact` is the question alone (for `program`, followed by the function's header); `paper`,
+    the authors' prompt; `chat`, the tokenizer's chat template; `plain`, your `template`."""
     system: str | None = None
     """For `chat`: the system message, unless the data has one."""
     instruction: str | None = None

@@ -31,7 +31,8 @@ class Nl(Prompted):
     stop_at: tuple[str, ...] = DEFAULT.stop_at
     """Strings that begin run-on text, which is not graded."""
     markers: tuple[str, ...] = ()
-    """Phrases that announce the answer, in addition to the English ones; targets use the first."""
+    """Phrases that announce the answer, in addition to the English ones. Targets use the first
+    listed."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 

@@ -71,8 +71,7 @@ class Script:
 
 
 class Program(Prompted):
-    """A Python function `solution()` that returns the answer. In styles `compact` and `paper`, the
-    prompt includes the function's header."""
+    """A Python function `solution()` that returns the answer."""
 
     kind: str = "program"
     grading: Grading = "robust"
@@ -85,8 +84,8 @@ class Program(Prompted):
     sandbox: SandboxKind = "auto"
     """Which [sandbox](sandbox.md) runs programs."""
     scripts: Literal["refuse", "read"] = "refuse"
-    """`read` also accepts programs without `solution()` that print their answer or assign it to
-    `answer`."""
+    """`read` also accepts programs without `solution()` that print their answer or assign it to a
+    variable such as `answer`."""
     allow_unisolated: bool = False
     """Run programs even if the system cannot isolate them."""
 
