@@ -99,8 +99,8 @@ def group_sizes(groups: Tensor) -> Tensor:
 
 
 def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Standard deviation of each sample's group of rewards, (B,); the variance divides by the size
-    of the group minus 1, and a group of one gets 0."""
+    """Standard deviation of the rewards in each sample's group, (B,); the variance divides by the
+    size of the group minus 1, and a group of one gets 0."""
     squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
     sizes = group_sizes(groups)
     return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()

@@ -33,7 +33,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
     """The text that the template writes after the prompt, through the end of the turn, if the
-    assistant says `said`. Mistral's template begins with a space, Qwen3's with an empty `<think>`
+    assistant says `said`. Mistral's begins a reply with a space, Qwen3's with an empty `<think>`
     block. If the template changes the prompt's text before a reply, or omits a part of `said` (such
     as a thought), `said` is kept and only the text around it comes from the template."""
     said = said.strip()

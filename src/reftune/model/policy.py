@@ -67,8 +67,8 @@ class Policy(nn.Module):
         trained: bool = True,
     ) -> None:
         """Matrices that are never trained (the base's under `lora`, or all if not `trained`) are
-        kept in `dtype`; `quantize` keeps those of linear layers in 4 bits. A completion ends at a
-        string in `stop` or at an end token of the model or the tokenizer."""
+        kept in `dtype`; `quantize` keeps those of linear layers in 4 bits. `stop` holds the
+        strings that end a completion, in addition to the end tokens of `stop_rule`."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:

@@ -123,8 +123,7 @@ class RunResults:
 def read_run(folder: Path | str) -> RunResults:
     """Load a run folder, finished or running.
 
-    Raises: DataError, one line, if the folder is missing, is not a run folder, or holds a damaged
-    file.
+    Raises: DataError if the folder is missing, is not a run folder, or holds a damaged file.
     """
     files = RunFolder(Path(folder))
     recipe, recipe_text = _read_recipe(files.recipe)

@@ -43,7 +43,7 @@ DEFAULT_MAX_NEW = 256
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
 """Longest prompt, and longest solution, of a from-scratch model, in tokens. The limit is higher if
-too many (`MAX_TOO_LONG`) would exceed it."""
+a larger share than `MAX_TOO_LONG` would exceed it."""
 MAX_TOO_LONG = 0.1
 """Share of prompts, and of solutions, that may be too long."""
 SMALL_HIDDEN_SIZE = 256

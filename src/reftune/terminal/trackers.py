@@ -23,8 +23,8 @@ PROJECT = "reftune"
 
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
-    """`progress`, which also logs to the recipe's trackers. Raises: RecipeError for a tracker that
-    is not installed."""
+    """A view that also logs to the recipe's trackers; `progress` itself if there are none. Raises:
+    RecipeError for a tracker that is not installed."""
     names = tracker_names(recipe) if is_main() else []
     return TrackedProgress(progress, names, recipe) if names else progress
 
