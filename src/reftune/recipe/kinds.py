@@ -1,5 +1,5 @@
 """Plug-ins, which a recipe names by `kind`. A kind is the name of a file in the matching package
-(`gsm8k` is `reftune/datasets/gsm8k.py`) or `file.py:Name`. That file is looked up in the working
+(`gsm8k` is `reftune/datasets/gsm8k.py`) or `file.py:Name`. `file.py` is looked up in the working
 directory, then among the recipes that come with reftune. A plug-in is a class derived from
 `Component`, whose fields are its recipe keys; a reward may also be a function."""
 

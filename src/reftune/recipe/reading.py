@@ -71,8 +71,8 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two tables: `over` wins, mappings merge key by key unless their `kind` differs, and an
-    explicit null removes a key."""
+    """Merge two tables. Values of `over` replace those of `base`, except that mappings are merged
+    unless their `kind` differs. A null in `over` removes a key of `base`."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

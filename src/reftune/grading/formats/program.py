@@ -240,9 +240,9 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 
 def _answer_of(script: str) -> str:
-    """The expression that holds the answer: the first of `ANSWER_NAMES` that is assigned. If none
-    is, it is `None`, which stands for the printed text; in a script that prints nothing, it is
-    `result`."""
+    """The expression that holds the answer: the first of `ANSWER_NAMES` that the script assigns. If
+    the script assigns none of them, the expression is `result` if the script prints nothing, and
+    otherwise `None`, which stands for the printed text."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -391,8 +391,8 @@ def _paper_source(problem: Problem, completion: str) -> str:
 
 
 def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
-    """Grade a program by the authors' rules: a crash counts as the value "none" if answers are
-    strings, and as no value if they are numbers."""
+    """Grade a program by the authors' rules: a crash counts as no value if the gold answer is a
+    number, and otherwise as the value "none"."""
     has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
     graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
     return replace(graded, program_s=result.seconds)

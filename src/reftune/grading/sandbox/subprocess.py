@@ -1,12 +1,12 @@
 """The `subprocess` backend: a CPython process per program.
 
 For each combination of slow packages, a forking process waits with the interpreter started and
-these packages imported. Each program runs in a fork of it, with a fixed environment, an empty
-temporary folder to work in, and no site-packages hooks. Landlock lets it read only the libraries
-and write nothing; an allow-list of system calls denies it sockets, processes, threads and signals.
-Each program also has its own user, network and IPC namespaces, limits on memory, CPU time and open
-files, and a session that is killed as a whole. docs/sandbox.md lists what these protections cover
-and what they do not.
+these packages imported. Each program runs in a fork of that process, with a fixed environment, an
+empty temporary folder to work in, and no site-packages hooks. Landlock lets the program read only
+the libraries and write nothing; an allow-list of system calls denies it sockets, processes, threads
+and signals. Each program has its own user, network and IPC namespaces, limits on memory, CPU time
+and open files, and a session that is killed as a whole. docs/sandbox.md lists what these
+protections cover and what they do not.
 """
 
 from __future__ import annotations
