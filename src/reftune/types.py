@@ -221,7 +221,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One solution to one problem, graded and rewarded."""
+    """One of the samples of a rollout: a solution to a problem, graded and rewarded."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]
