@@ -247,7 +247,7 @@ def needs_worker(gold: Answer) -> bool:
 
 @lru_cache(maxsize=10_000)
 def part_answer(item: str) -> Answer:
-    """The gold answer that one part of a list, or one accepted spelling, states."""
+    """The gold answer stated by one part of a list or set, or by one accepted spelling."""
     return number_gold(item) or worded_gold(item)
 
 

@@ -303,7 +303,8 @@ class Run:
         )
 
     def problems_to_evaluate(self) -> Sequence[Problem]:
-        """The first problems of the split to evaluate. Raises: DataError if there are none."""
+        """The problems of `evaluate.split`, or only the first `evaluate.limit` of them if that is set.
+    Raises: DataError if there are none."""
         table = self.recipe.evaluate
         problems: Sequence[Problem] = getattr(self.splits, table.split)[: table.limit]
         if not problems:
@@ -428,7 +429,8 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
 
 
 def is_model_folder(method: str) -> bool:
-    """Whether a stage's `init` is a folder with a model or adapters instead of a method."""
+    """Whether `method`, as a recipe names it, is the path of a folder that holds a model or
+    adapters."""
     return (Path(method) / "config.json").is_file() or is_adapter_folder(Path(method))
 
 
