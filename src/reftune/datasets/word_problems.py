@@ -56,7 +56,7 @@ class WordProblems(Component):
     numbers: tuple[int, int] = (2, 30)
     """Smallest and largest amount in a question, other than factors and prices."""
     people: int = Field(3, ge=1, le=5)
-    """Most people in a question."""
+    """Maximum number of people in a question."""
     distractors: float = Field(0.4, ge=0, le=1)
     """Share of questions with an irrelevant sentence."""
     max_value: int = Field(999, ge=10)

@@ -37,7 +37,7 @@ class ModelTable(Table):
     """Give either `path` or `scratch`."""
 
     path: str | None = None
-    """A Hub id, a folder, or `smollm2-135m`, whose weights are a Python package."""
+    """A Hub id, a folder, or `smollm2-135m`, whose weights come in a Python package."""
     revision: str | None = None
     """Branch, tag or commit."""
     scratch: ScratchTable | None = None
@@ -51,8 +51,8 @@ class ModelTable(Table):
     """With `lora`, keep the base's linear layers in 4 bits, which saves memory but slows
     decoding."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Most tokens in a forward and backward pass; `auto` fills device memory, up to 16,384 tokens.
-    The gradient does not depend on this key."""
+    """Maximum number of tokens in a forward and backward pass; `auto` fills device memory, up to 16,384 tokens.
+    Apart from rounding and dropout, the gradient does not depend on this key."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: updates need much less memory but take about a
     third longer."""
@@ -98,7 +98,7 @@ class EvaluateTable(Table):
     samples: int = Field(0, ge=0)
     """Solutions per problem, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
-    """Methods to sample from. Default: all."""
+    """Methods whose models are sampled. Default: all."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     rerank: str | None = None

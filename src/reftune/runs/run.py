@@ -303,8 +303,8 @@ class Run:
         )
 
     def problems_to_evaluate(self) -> Sequence[Problem]:
-        """The problems of `evaluate.split`, or only the first `evaluate.limit` of them if that is set.
-    Raises: DataError if there are none."""
+        """The problems of `evaluate.split`, or only the first `evaluate.limit` if that is set.
+        Raises: DataError if there are none."""
         table = self.recipe.evaluate
         problems: Sequence[Problem] = getattr(self.splits, table.split)[: table.limit]
         if not problems:

@@ -87,7 +87,7 @@ class Estimate:
     mean_prompt: float | None = None
     """Length of the average prompt, if known."""
     problems: int | None = None
-    """Most problems answered in one call, if known."""
+    """Maximum number of problems answered in one call, if known."""
 
     @property
     def response(self) -> int:

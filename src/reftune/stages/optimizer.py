@@ -38,7 +38,7 @@ class OptimizerTable(Table):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Response to a non-finite loss or gradient."""
     max_skipped: int = Field(10, gt=0)
-    """Most skipped steps per stage."""
+    """Maximum number of skipped steps per stage."""
 
 
 class Trained(Protocol):

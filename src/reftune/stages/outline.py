@@ -49,7 +49,7 @@ class Update:
     kept: float
     """Bytes that the forward pass leaves for the backward pass."""
     momentary: float
-    """Most bytes in use at any time besides `kept`."""
+    """Maximum number of bytes in use at any time besides `kept`."""
     forward_flops: float
     flops: float
     """Operations of both passes."""

@@ -50,7 +50,7 @@ WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
 """Initial standard deviation of the new layer's weights, the usual value for transformers."""
 SOLUTIONS_AT_ONCE = 8192
-"""Most solutions held as tokens at the same time."""
+"""Maximum number of solutions held as tokens at the same time."""
 LIKELIHOOD = "likelihood"
 STANDARDIZED = 256
 """Approximate number of solutions over which log-likelihoods are standardized."""

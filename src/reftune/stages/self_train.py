@@ -51,7 +51,7 @@ class Sampled(Stage, ABC):
     """A stage that samples solutions of the training questions before its first step."""
 
     sampler: str = "warmup"
-    """Method to sample from."""
+    """Method whose model is sampled."""
     samples: int = Field(100, gt=0)
     """Samples per training problem."""
     temperature: float = Field(1.0, gt=0)
@@ -136,7 +136,7 @@ class SelfTrain(Sampled):
     kind: Literal["self_train"] = "self_train"
     init: str = "base"
     keep: int = Field(10, gt=0)
-    """Most distinct correct samples kept per problem."""
+    """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
     """`paper` uses most gold solutions twice, as the authors' files do."""
     sft: Schedule

@@ -30,7 +30,7 @@ NUM_SAMPLED = 32
 NUM_SHOWN = 3
 """Number of answers shown."""
 NUM_TIMED = 512
-"""Most rows used to estimate the time."""
+"""Maximum number of rows used to estimate the time."""
 MEASURED_ROWS = 64
 """Rows for measuring the speed if no stage states its cost, and most rows if the engine sets no
 limit."""
@@ -38,7 +38,7 @@ MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""
 PRODUCT = 1024
-"""Most rows, and most columns, of the weight in a timed matmul."""
+"""Maximum number of rows, and of columns, of the weight in a timed matmul."""
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
 """Dtype → most nats per token by which engine and policy may differ, on average."""
 GIB = 2**30

@@ -15,7 +15,7 @@ Level = Literal["ok", "warn", "fail"]
 
 
 MAX_LISTED = 5
-"""Most rows named under a finding."""
+"""Maximum number of rows named under a finding."""
 BOUNDARY_TOKENS = 6
 
 

@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def prompt_limit(self) -> float:
-        """Most tokens in a prompt; infinite if there is no limit."""
+        """Maximum number of tokens in a prompt; infinite if there is no limit."""
         return self.collector.prompt_limit(self.policy)
 
     @property

@@ -156,7 +156,8 @@ def _packages_of(source: str) -> tuple[str, ...]:
 class _Forker:
     """A started interpreter that forks a process for each program.
 
-    A forked copy of this process may use the forker too: each program has its own descriptors.
+    If the process that holds this object forks, its children may use the object too, since each
+    program has an output pipe and a status socket of its own.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Most points per series; longer series are averaged in buckets, to keep the page small."""
+"""Maximum number of points per series; longer series are averaged in buckets, to keep the page small."""
 
 STEPS, PASSES = "steps", "sequences"
 """Names of the horizontal axes."""

@@ -36,7 +36,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
-    """Write the page. Runs may be unfinished. Returns: its path.
+    """Write the page and return its path. Runs may be unfinished.
 
     Raises: DataError if a run is missing or damaged, or if runs are not comparable; CheckpointError
     if the page cannot be written.
