@@ -51,8 +51,8 @@ class ModelTable(Table):
     """With `lora`, keep the base's linear layers in 4 bits, which saves memory but slows
     decoding."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Maximum number of tokens in a forward and backward pass; `auto` fills device memory, up to 16,384 tokens.
-    Apart from rounding and dropout, the gradient does not depend on this key."""
+    """Maximum number of tokens in a forward and backward pass; `auto` fills device memory, up to
+    16,384 tokens. Apart from rounding and dropout, the gradient does not depend on this key."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: updates need much less memory but take about a
     third longer."""

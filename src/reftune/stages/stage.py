@@ -60,7 +60,8 @@ class Cost:
     updates: int = 1
     """Passes over the batch with a gradient."""
     scored: int = 0
-    """Maximum number of passes over the batch without a gradient; fewer if the engine scores its own samples."""
+    """Maximum number of passes over the batch without a gradient. It takes fewer if the engine
+    scores its own samples."""
     sampled: int = 0
     """Solutions sampled in a step."""
     sampled_before: int = 0

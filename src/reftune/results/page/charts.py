@@ -16,7 +16,7 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Maximum number of points per series; longer series are averaged in buckets, to keep the page small."""
+"""Maximum number of points per series; longer ones are averaged in buckets."""
 
 STEPS, PASSES = "steps", "sequences"
 """Names of the horizontal axes."""
