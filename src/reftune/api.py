@@ -1,4 +1,4 @@
-"""The Python interface, as short as the command line: `run`, `grade`, `evaluate`."""
+"""The Python interface: `run`, `grade` and `evaluate`."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class Reader(NamedTuple):
     """How a policy reads tokens while it decodes."""
 
     forward: Callable[[Tensor, Tensor, Any], Tensor]
-    """New tokens (B, S), the mask (B, T) of cache and tokens, and the cache, which grows by the
-    tokens → hidden states (B, H) of each row's last token."""
+    """New tokens (B, S), the mask (B, T) of cache and tokens, and the cache → hidden states (B, H)
+    of each row's last token. The cache grows by the new tokens."""
     head: Callable[[Tensor], Tensor]
     """Hidden states (B, H) → fp32 logits (B, V)."""
 
@@ -214,7 +214,7 @@ class _Decoder:
         return self.reads.head(self.rows.hidden)
 
     def _finish(self, done: Tensor) -> None:
-        """Store the tokens and scores of the rows that are `done` in their requests."""
+        """Store the tokens and scores of the rows with indices `done` in the rows' requests."""
         columns = (done, self.rows.lengths[done], self.rows.tokens[done], self.rows.scores[done])
         for row, length, tokens, scores in zip(*(c.tolist() for c in columns), strict=True):
             request = self.active[row]
@@ -300,7 +300,7 @@ class Drawn(NamedTuple):
     logprobs: Tensor
     """Log-probabilities under the distribution that the tokens were drawn from."""
     entropies: Tensor
-    """Entropies of these distributions, in nats."""
+    """Entropies of the distributions that the tokens were drawn from, in nats."""
 
 
 def draw_tokens(

@@ -279,7 +279,8 @@ def own_micro_batches(
 ) -> Iterator[tuple[Tensor, bool]]:
     """This process's micro-batches, as indices, and whether each of them counts. Those that count
     cover every sequence once over all processes. Each process gets at least one micro-batch;
-    `even` gives all of them equally many. Extra ones repeat the first sequence and do not count."""
+    `even` gives every process equally many. Extra ones repeat the first sequence and do not count.
+    """
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths
     order = _by_prompt(lengths, batch.owners()) if packed else torch.argsort(lengths, stable=True)

@@ -50,7 +50,7 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
-    """The token that ends the assistant's turn after `prompt`, by default after a short question.
+    """The token that ends the assistant's turn after `prompt` (default: a short question).
     None if there is no template, if it rejects the prompt, or if ordinary text ends the turn."""
     if not tokenizer.chat_template:
         return None
@@ -79,7 +79,8 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said` as it continues the prompt `begun`. `before` is the text ahead of the reply in a whole
-    conversation. Only the text after the last question, `asked`, is compared in the two."""
+    conversation. Only the parts of `begun` and `before` after the last question, `asked`, matter.
+    """
     if not asked or asked not in begun or asked not in before:
         return said
     ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
@@ -90,8 +91,9 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """`after` through the token that ends the turn, and that token: the first special token or, if
-    there is none, the first added token. An empty string and None if there is neither."""
+    """The part of `after` through the token that ends the turn, and that token: the first special
+    token or, if there is none, the first added token. An empty string and None if there is neither.
+    """
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

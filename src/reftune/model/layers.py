@@ -67,8 +67,8 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
-    """Keep the matrices of the linear layers, except the output head's, in 4 bits (NF4, blocks of
-    64; QLoRA, arXiv:2305.14314, §3), in place; matmuls run in `dtype`. The weights are those of
+    """Quantize the linear layers, except the output head, to 4 bits in place (NF4, blocks of 64;
+    QLoRA, arXiv:2305.14314, §3). Matmuls run in `dtype`. The quantized weights equal those of
     transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises:
     ModelError without bitsandbytes, and for models without such layers."""
     try:
@@ -170,7 +170,7 @@ def use_cheap_dropout(model: nn.Module) -> None:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, except that it draws other masks on a CPU, from the same generator."""
+    """`nn.Dropout`, except that it draws different masks on a CPU, from the same generator."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":

@@ -18,7 +18,7 @@ class Metric:
     explain: str
     unit: Unit = "number"
     over_passes: bool = False
-    """Whether the horizontal axis counts sequences trained on instead of steps, whose size differs
+    """Whether the horizontal axis counts training sequences instead of steps, whose size differs
     between kinds of stage."""
     floor: float | None = None
     """The axis ends here if values go lower, so that early outliers do not flatten the rest."""

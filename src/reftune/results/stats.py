@@ -58,7 +58,7 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether they differ significantly: by McNemar's test in one run, by `ci95` over seeds."""
+        """Whether `a` and `b` differ significantly, by McNemar's test or, over seeds, by `ci95`."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]

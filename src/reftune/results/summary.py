@@ -88,7 +88,7 @@ class MethodScore:
 
     @property
     def votes(self) -> dict[str, Score]:
-        """The rules that choose one of several samples."""
+        """The scores under the rules that choose one of several samples."""
         apart = (GREEDY, "pass")
         return {rule: s for rule, s in self.scores.items() if rule.partition("@")[0] not in apart}
 
@@ -451,7 +451,7 @@ class Handover:
     margin: float
     """Half the width of the rise's paired 95% interval."""
     accuracy: float
-    """Dev accuracy at the last of these evaluations."""
+    """Dev accuracy at the last evaluation before the stage."""
 
     @property
     def is_flat(self) -> bool:

@@ -27,9 +27,9 @@ def evaluate(
     method: str,
     path: Path,
 ) -> list[dict[str, Any]]:
-    """Answer `problems`, write the answers to `path`, and return all lines. Whole parts that exist
-    already are kept. Every sample is a function of the weights, the seed and the problem's
-    position, so an interruption changes nothing.
+    """Answer `problems` in parts, write the answers to `path`, and return all lines. Whole parts
+    that exist already are kept. Every sample is a function of the weights, the seed and the
+    problem's position, so an interruption changes nothing.
     """
 
     def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:

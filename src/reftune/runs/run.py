@@ -1,5 +1,5 @@
-"""A run trains its stages in order, evaluates the methods of each, and writes summary and report.
-All of this can be resumed."""
+"""A run trains its stages in order, evaluates the methods of each, and writes a summary and a
+report. All of this can be resumed."""
 
 from __future__ import annotations
 
@@ -363,7 +363,7 @@ class Run:
             add_scores(path, problems, classifier)
 
     def load_reranker(self, name: str) -> Classifier:
-        """A reward model, by its stage or by its folder in another run."""
+        """The reward model of stage `name` or, if there is no such stage, in the folder `name`."""
         if name in self.recipe.stages:
             policy, folder = self.load_policy(name), self.folder.stage(name).path
         else:

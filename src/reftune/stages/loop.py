@@ -120,9 +120,9 @@ class Loop:
         until_plateau: bool = False,
     ) -> None:
         """`look` is the dev evaluation of a model that is not a policy (`dev/accuracy` and more);
-        `start` is the stage's state before step 1. With `until_plateau`, the stage ends once dev
-        accuracy is flat, after a cooldown: over a tenth as many steps as came before, the learning
-        rate falls to 0. The constructor distributes the model over the processes."""
+        `start` is the stage's state before step 1. With `until_plateau`, once dev accuracy
+        is flat, the stage runs for a tenth as many steps again, while the learning rate falls to 0
+        (the cooldown). The constructor distributes the model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -189,7 +189,8 @@ class Loop:
         self.context.progress.note("stopping after this step; interrupt again to stop at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Take a step and return its metrics. If the engine fails, first save the earlier steps."""
+        """Take a step and return its metrics. If the engine fails, save the earlier steps and raise
+        the engine's error."""
         # one process's dropout should not repeat another's
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
@@ -236,10 +237,10 @@ class Loop:
         gradient: Callable[[], dict[str, float]],
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
-        """Take an optimizer step, in step `n`, with the gradient that `gradient()` adds up, and
-        return metrics. If the loss or the gradient is not finite, leave the weights unchanged, save
-        the samples that `rows()` gives, and return no metrics. Raises: NonFiniteError in that case
-        if the recipe does not allow skipping the step."""
+        """Take an optimizer step as part of step `n`, with the gradient that `gradient()` adds up,
+        and return metrics. If the loss or the gradient is not finite, leave the weights unchanged,
+        save the samples that `rows()` gives, and return no metrics. Raises: NonFiniteError in that
+        case if the recipe does not allow skipping the step."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -291,7 +292,7 @@ class Loop:
         return accuracy
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """The recent rise in dev accuracy as metrics. A plateau may set the last step."""
+        """The recent rise in dev accuracy as metrics. A plateau may set the stage's last step."""
         if not look.correct:
             return {}
         history = History(**self.state.history)
@@ -358,7 +359,7 @@ class Loop:
 
     def _snapshot(self, method: str, accuracy: float | None) -> None:
         """Save the current weights as `method`, with their accuracy on dev, which is measured if
-        None."""
+        `accuracy` is None."""
         folder = self.context.folder.run.stage(method)
         if accuracy is None:
             accuracy = self.look().metrics["dev/accuracy"]

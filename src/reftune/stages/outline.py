@@ -185,7 +185,7 @@ class Outline:
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """The result of `prefill`; `of_gathered` only keeps cached results apart."""
+        """A trace for `prefill`; `of_gathered` only keeps cached results apart."""
         policy = self.policy
         with (
             self.mode,

@@ -240,7 +240,7 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. A step whose loss or gradient is not finite is the last one.
+        return metrics. No step follows one whose loss or gradient is not finite.
 
         Raises: NonFiniteError if the recipe does not allow skipping a step.
         """
@@ -321,7 +321,7 @@ class Trainer:
 SAMPLES_KEPT = 4
 """Sampled solutions per step in samples.jsonl, to which `worth_showing` adds at most two."""
 PROBLEMS_FOLLOWED = 16
-"""Number of training problems whose solutions are preferred, to show how they change."""
+"""Number of training problems whose solutions are stored first, to show how they change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
@@ -354,8 +354,8 @@ def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
 def correct_mismatch(
     batch: RolloutBatch, cap: float | None
 ) -> tuple[RolloutBatch, dict[str, float]]:
-    """The batch with advantages multiplied by the importance weights π_train / π_sample, at most
-    `cap`, and metrics. This scales a token's clipped policy loss, but not its value loss. If `cap`
+    """The batch with advantages multiplied by the importance weights min(π_train / π_sample, cap),
+    and metrics. The weights scale a token's clipped policy loss, but not its value loss. If `cap`
     is None, nothing changes. Raises: RecipeError for an algorithm without advantages."""
     if cap is None:
         return batch, {}
@@ -429,8 +429,8 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 
 def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
-    """`SAMPLES_KEPT` rollouts of different problems, followed problems first; then the longest
-    rollout, and one whose program reached its time limit."""
+    """`SAMPLES_KEPT` rollouts of different problems, those with ids in `followed` first; then the
+    longest rollout, and one whose program reached its time limit."""
     first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
     places = sorted(
         range(len(rollouts)),

@@ -67,8 +67,8 @@ class Sampled(Stage, ABC):
     def draw(
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
-        """Draw `num` samples of every problem and write them to `path`, one line per problem. Whole
-        parts that the file already holds are kept.
+        """Draw `num` samples of every problem, part by part, and write them to `path`, one line per
+        problem. Whole parts that the file already holds are kept.
 
         A problem's samples are a function of the sampler's weights, the seed and the problem's
         position.

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def say(message: str) -> None:
-    """Print one line of text."""
+    """Print one line to stderr."""
     print(" ".join(message.splitlines()), file=sys.stderr)
 
 
@@ -334,8 +334,8 @@ def plan(
 ) -> None:
     """Estimate memory and time on other hardware.
 
-    It reads the model's configuration but no weights. It reads data only if the model is made from
-    scratch. docs/experiments/plan.md has the equations.
+    The command reads the model's configuration but no weights. It reads data only if the model is
+    made from scratch. docs/experiments/plan.md has the equations.
     """
     from dataclasses import asdict
 

@@ -1,5 +1,5 @@
-"""`reftune init` writes a commented recipe for a user's data, and tests it with checks of `reftune
-check`."""
+"""`reftune init` writes a commented recipe for a user's data, and tests it with the checks of
+`reftune check` that need no model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SMALL_HIDDEN_SIZE = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wishes:
-    """The user's answers."""
+    """The user's choices."""
 
     data: str
     """Training questions: a file, a folder with one file per split, or a Hub id."""

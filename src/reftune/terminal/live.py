@@ -61,7 +61,7 @@ class StageView:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase (`generate`, `update`, …), summed since `first_step`."""
     num_tokens: float = 0.0
-    """Tokens trained on and sampled in those seconds."""
+    """Tokens trained on and sampled in `phase_seconds`."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in the metrics of a step; an evaluation of the same step adds to them."""

@@ -114,8 +114,8 @@ def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
-    """The recipe's `steps` if set; if not, extrapolated from the recipe's and the row's epochs; if
-    either of these is missing, the row's own step."""
+    """The stage's length: the recipe's `steps` or, if that is not set, an extrapolation from the
+    recipe's and the row's epochs. If either of these is missing, the row's own step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")

@@ -49,7 +49,7 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Check that gold answers, each stated by the shortest solution, are graded correct."""
+    """Check that gold answers, each in the shortest possible solution, are graded correct."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, the data decide

@@ -78,8 +78,8 @@ def check_memory(subject: Subject) -> Finding:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Check that matmuls here are not many times slower in the recipe's dtype than in the
-    other dtype."""
+    """Check that matmuls on this machine are not many times slower in the recipe's dtype than in
+    the other of float32 and bfloat16."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)

@@ -11,5 +11,5 @@ rounding. To remove it, change its callers:
 
 Dropout's masks depend on the layout of the sequences, so a run with dropout draws other, equally
 likely masks without this folder. `tests/unit/test_speed.py` trains with and without the folder and
-compares.
+compares the results.
 """

@@ -74,7 +74,7 @@ def gate_up(mlp: Any) -> list[nn.Linear]:
 
 
 def num_heads(attention: Any) -> tuple[int, int]:
-    """The numbers of query heads and key heads; value heads are as many as key heads."""
+    """The numbers of query heads and key heads; there are as many value heads as key heads."""
     config = attention.config
     return config.num_attention_heads, config.num_key_value_heads
 
