@@ -23,7 +23,7 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
     """The item indices at positions `start … start + count - 1` of an endless pass over `num_items`
-    items, which are reshuffled every epoch."""
+    items, reshuffled with `seed` every epoch."""
     return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
 
 

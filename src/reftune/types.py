@@ -77,8 +77,7 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""Stands for the gold answer of problems without one, whose scorer decides which answers are
-right."""
+"""The gold answer of problems whose data has none: their scorer decides which answers are right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,7 +220,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One of the samples of a rollout: a solution to a problem, graded and rewarded."""
+    """A sample: a solution to a problem, graded and rewarded."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]
@@ -231,5 +230,4 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, if the reward function returns them."""
     source: Literal["policy", "gold"] = "policy"
-    """Where the completion comes from: the policy, or the gold data, for which log-probabilities
-    are meaningless."""
+    """Where the completion comes from. If it is the gold data, its `logprobs` are meaningless."""

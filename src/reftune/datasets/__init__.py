@@ -16,8 +16,8 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """All splits. If dev is drawn from train, `seed` draws it. Raises: DataError, with file and
-        line if known."""
+        """All splits. `seed` determines what is drawn at random, such as dev. Raises: DataError,
+        with file and line if known."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:

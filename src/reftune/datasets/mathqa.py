@@ -26,7 +26,7 @@ from reftune.types import Answer, Problem
 
 LETTERS = "abcde"
 FORMULA_TOLERANCE = Fraction(1, 100)
-"""Largest relative gap between a formula's value and an option, because options are rounded."""
+"""Largest relative gap between a formula's value and the gold option, which may be rounded."""
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
 OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
@@ -44,7 +44,7 @@ SPELLINGS = [
         (r"\s*(?:°|degrees?)\s*[cf]$", " degrees"),
     ]
 ]
-"""Spellings of options rewritten to ones that `number_gold` reads: `500 cm 2` as `500 cm`."""
+"""Replacements that make options readable for `number_gold`: `500 cm 2` becomes `500 cm`."""
 TIME_OF_DAY = re.compile(r"\s*\b[ap]\s*\.?\s*m\s*\.?$")
 FINAL_LETTER = re.compile(
     r"\W*\b(?:answer|ans|option|choice)(?:\s*(?:is|option|choice|:|=|[-–.]))*\s*\(?\s*([a-e])[\s.)]*$"

@@ -21,7 +21,7 @@ class Part(Table):
 
     dataset: component_field("datasets")  # type: ignore[valid-type]
     share: float | None = Field(None, gt=0, le=1)
-    """Share of the training questions. Default: all questions are used."""
+    """Share of the mixture's training questions. Default: all questions of the dataset are used."""
 
 
 class Mixture(Component):

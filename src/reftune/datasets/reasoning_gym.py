@@ -18,8 +18,8 @@ from reftune.text import did_you_mean
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
-"""Number of seeds for each of test and train under one `data_seed`. Question n of a split uses the
-split's first seed + n."""
+"""Each `data_seed` has this many seeds for test and as many for train. Question n of a split uses
+the split's first seed + n."""
 PATIENCE = 20
 """Draws per question after which the search for different questions gives up."""
 
@@ -28,7 +28,7 @@ class ReasoningGym(Component):
     """Generates questions with the package reasoning-gym."""
 
     task: str = "gsm_symbolic"
-    """Such as `chain_sum`."""
+    """Name of a task, such as `chain_sum`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Settings of the task, such as `{min_terms: 2, max_terms: 4}`."""
     train_size: int = Field(1000, gt=0)

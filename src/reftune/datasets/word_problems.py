@@ -31,7 +31,7 @@ from reftune.types import Answer, Problem
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
 OBJECTS = ("drums", "geese", "hats", "kites", "pies", "snails")
 FACTORS = range(2, 10)
-"""Factors in "times as many" and in prices; larger ones do not make sensible stories."""
+"""Factors in "times as many", and prices; larger ones do not make sensible stories."""
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
 """Stories tried before giving up on a new question."""

@@ -1,9 +1,9 @@
-"""Compares expressions for `mathematics`. This file is started as a script and imports nothing from
-reftune.
+"""Compares expressions for `mathematics.py`. This file is started as a script and imports nothing
+from reftune.
 
 Each line of standard input is a request, `{"gold", "answer"}`. The reply, a line of standard
 output, is `{"equal", "read"}`, with null for `read` if the answer is not an expression. If the
-comparison fails, it is `{"error"}`. The parent enforces the time limit by killing this process.
+comparison fails, the reply is `{"error"}`. The parent kills this process when the time is up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 MEMORY = 4 << 30
 MAX_S = 60
-"""Seconds allowed for one request. The process then ends itself, in case its parent is gone."""
+"""Seconds after which an unfinished request ends the process, in case its parent is gone."""
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Reads gold answers as spelled in data, strictly: a gold answer is a number only if its whole text
-is one. `numbers` reads completions leniently and takes 18 from "18, I think". It would take 5 from
-the gold answer "5 pm", and training would reward wrong answers."""
+is one. `numbers` reads completions leniently and takes 18 from "18, I think". From the gold answer
+"5 pm", it would take 5, and training would reward wrong answers."""
 
 from __future__ import annotations
 

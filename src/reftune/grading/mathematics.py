@@ -248,8 +248,8 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Maximum number of comparisons kept in memory, because samples of one problem often repeat an
-answer. Failed comparisons are not kept."""
+"""Maximum number of comparisons kept in memory. They are kept because samples of one problem often
+repeat an answer; failed comparisons are not kept."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

@@ -84,12 +84,13 @@ taken as a printed float: 0.8333333333333334 and 0.8333333333333333 are both 5/6
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
-    """Whether `predicted` equals `gold` as written: exactly if `gold` is whole, and otherwise if
+    """Whether `predicted` equals `gold` as written. If `gold` is whole, the values must be equal;
+    if not,
 
         |p − g| < 10^−d  and  |p − g| ≤ 0.01·|g|,   d = max(2, the fewer decimals of the two),
 
-    in exact arithmetic. A fraction has the other side's decimals; two fractions must be equal. A
-    printed float is first rounded to 12 significant digits.
+    must hold in exact arithmetic. A fraction has the other side's decimals; two fractions must be
+    equal. A printed float is first rounded to 12 significant digits.
     """
     predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
     gap = abs(predicted.value - gold.value)
@@ -287,7 +288,8 @@ def _size(parts: dict[str, str]) -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Fraction:
-    """0.1(6) = 1/6: the period over one nine per digit, shifted by the decimals before it."""
+    """0.1(6) = 1/6: the period divided by as many nines as it has digits, shifted by the decimals
+    before it."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return tail + Fraction(head) if head.strip(".") else tail

@@ -32,8 +32,8 @@ _LETTERED = re.compile(
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """Options without their letters ("a ) 38", "(B) 12", "C. 30", "D - 5"), if all of them carry
-    one."""
+    """Options without their letters ("a ) 38", "(B) 12", "C. 30", "D - 5"); unchanged unless each
+    carries the letter of its position."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]

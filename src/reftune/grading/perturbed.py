@@ -31,14 +31,14 @@ class Perturbed:
 
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions that look like the gold one but give another answer or no answer. Yields nothing if
-    the answer cannot be found in `target`."""
+    """Solutions that look like the gold solution `target` but give another answer or no answer.
+    Yields nothing if the answer cannot be found in `target`."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 
 
 def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """The gold solution as others would write it, with the same answer."""
+    """The gold solution `target` as others would write it, with the same answer."""
     found = _RETURN.search(target)
     yield from _right_programs(problem, target, found) if found else _right_words(problem, target)
 

@@ -131,9 +131,9 @@ _GROUPED_BY_SPACES = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?! 
 
 
 def with_decimal_points(text: str) -> str:
-    """`text` with the numbers of a language with decimal commas spelled as in English: "1.250,75"
-    and "1 250,75" are 1250.75, and "3,5" is 3.5. A point that cannot group thousands stays a
-    decimal point."""
+    """`text`, which has decimal commas, with its numbers spelled as in English: "3,5" is 3.5, and
+    "1.250,75" and "1 250,75" are 1250.75. A point that cannot group thousands stays a decimal
+    point."""
     text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
     return _DIGITS.sub(_with_decimal_point, text.replace("{,}", ","))
 

@@ -1,6 +1,6 @@
 """Grades completions and values: every text gets a verdict, and none raises an error.
 
-Pure, except that a worker process compares expressions.
+All functions are pure, except that a worker process compares expressions.
 """
 
 from __future__ import annotations

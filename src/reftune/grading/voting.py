@@ -1,5 +1,5 @@
 """Chooses one answer from several graded samples of a problem, by voting or reranking, and
-estimates pass@k. Pure.
+estimates pass@k. All functions are pure.
 
 Only samples with a value vote, and votes for equal values are pooled: 0.5, 1/2 and 50% are equal,
 except under the paper's rules, which compare spellings. A tie goes to the value seen first; without
@@ -116,8 +116,8 @@ def is_correct(winner: Graded | None) -> bool:
 
 
 def pass_at_k(n: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate, from n samples of which c are correct, of the chance that k samples
-    include a correct one.
+    """Unbiased estimate, from n samples of which c = `num_correct` are correct, of the chance that
+    k samples include a correct one.
 
         1 − C(n − c, k) / C(n, k)
 

@@ -54,7 +54,7 @@ def same_words(first: str, second: str) -> bool:
 
 
 def bare_words(text: str) -> str:
-    """A spelling that strings with the same words share."""
+    """A spelling that is equal for strings with the same words."""
     folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     less = _ARTICLE.sub("", " ".join(folded.split()))

@@ -23,8 +23,8 @@ class Heartbeat:
     """This process's heartbeat, and its view of the others."""
 
     def __init__(self, store: Any, rank: int, size: int, lost: Callable[[int], None]) -> None:
-        """`store` is used for heartbeats only; a thread calls `lost(rank)` if a process falls
-        silent."""
+        """`store` is used for heartbeats only. A thread calls `lost` with the rank of a process
+        that falls silent."""
         self._store, self._rank, self._lost = store, rank, lost
         self._others = [other for other in range(size) if other != rank]
         self._heard = {other: (b"", time.monotonic()) for other in self._others}

@@ -116,7 +116,7 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
 
 
 def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
-    """The processes, the store that they share, and the heartbeat."""
+    """Join the other processes. Returns the world, the store that all share, and the heartbeat."""
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -162,7 +162,7 @@ AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
 
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
-    """Read the launcher's request. Raises: RecipeError for a setting that is not supported."""
+    """The sharding that the launcher requests. Raises: RecipeError for an unsupported setting."""
     for name, remedy in REFUSED.items():
         value = environment.get(name, "false")
         if value.lower() not in (*UNASKED, AS_WE_DO.get(name)):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Every process holds all weights; gradients are summed once per optimizer step."""
+    """Plain DDP: every process holds all weights; gradients are summed once per optimizer step."""
 
     splits: ClassVar[bool] = False
     """Whether weights, gradients and optimizer state are split over the processes."""
@@ -38,15 +38,15 @@ class Sharding:
             dist.broadcast(parameter.detach(), src=0)
 
     def is_split(self, model: Any) -> bool:
-        """Whether each process currently holds only a part of `model`. Every process must then run
-        the same number of forward and backward passes, because each pass waits for all
+        """Whether each process currently holds only a part of `model`. If so, every process must
+        run the same number of forward and backward passes, because each pass waits for all
         processes."""
         return False
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Give every process all weights of `model` for reading, so that a forward pass does not
-        involve other processes. All processes must enter the block. Inside the block, matrices of
+        involve other processes. All processes must enter the `with` block. Inside it, matrices of
         transformer blocks may be in `dtype`, to which autocast would cast them anyway. The children
         of a split `model` are then plain copies: call the children, not the model itself."""
         yield
@@ -77,7 +77,7 @@ class Fsdp2(Sharding):
             self._split(model)
 
     def _split(self, model: nn.Module) -> None:
-        """Split every parameter; gradients are summed, not averaged, as the losses assume."""
+        """Split every parameter. The losses assume that gradients are summed, not averaged."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -162,7 +162,7 @@ def block_matrices(model: nn.Module) -> set[int]:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules with empty parameters; buffers are copied, tied weights stay tied."""
+    """A copy of `model` with empty parameters; buffers are copied, tied weights stay tied."""
     from torch import nn
 
     hollow = {

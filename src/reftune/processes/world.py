@@ -114,13 +114,13 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def wait(where: str) -> None:
-    """Wait until all processes have reached this call."""
+    """Wait until all processes have made this call. Raises: RuntimeError if `where` differs."""
     agree(where, what="are at different places")
 
 
 def agree(value: T, *, what: str) -> T:
-    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError if
-    it differs, because of a bug or differing machines."""
+    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError,
+    `processes {what}: …`, if it differs, because of a bug or differing machines."""
     values = gather(value)
     if any(other != values[0] for other in values):
         raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")

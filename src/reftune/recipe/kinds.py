@@ -22,8 +22,8 @@ from reftune.text import did_you_mean
 
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
-    """An error for a validator to raise. It becomes a one-line RecipeError that names the recipe
-    key."""
+    """An error of pydantic's type `kind`, for a validator to raise. It becomes a one-line
+    RecipeError that names the recipe key."""
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
@@ -132,8 +132,8 @@ def _components_of(module: ModuleType) -> list[type[Component]]:
 
 
 def shipped_recipes() -> Path:
-    """The recipes that come with reftune: inside the package in a wheel, at the root of the
-    repository in an editable install."""
+    """The folder of the recipes that come with reftune: inside the package in a wheel, at the root
+    of the repository in an editable install."""
     packaged = Path(__file__).parents[1] / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
 

@@ -48,7 +48,7 @@ class ModelTable(Table):
     """`auto` is CUDA if available, otherwise the CPU. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
-    """With `lora`, keep the base's linear layers in 4 bits, which saves memory but slows
+    """With `lora`, keep the base model's linear layers in 4 bits, which saves memory but slows
     decoding."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
     """Maximum number of tokens in a forward and backward pass; `auto` fills device memory, up to
@@ -59,8 +59,8 @@ class ModelTable(Table):
     compile: bool = False
     """Use torch.compile for scoring and updates. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of saved weights; a model is rounded to it before evaluation. Default: float32, or
-    `base` with `lora`."""
+    """Precision of saved weights (`base`: that of the files at `path`). A model is rounded to this
+    precision before evaluation. Default: float32, or `base` with `lora`."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -180,5 +180,5 @@ class Recipe(Table):
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
+    """The resolved recipe as YAML; `load_recipe` reads it back as an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,9 +1,9 @@
 """Checkpoints: everything that later steps of a stage depend on, written atomically as safetensors
 and JSON.
 
-A checkpoint is a folder `step-000120` that appears by one rename. Loading it cannot run code. Its
-tensors are whole, so that any number of processes can continue from it; only the main process
-writes it.
+A checkpoint is a folder, such as `step-000120`, that appears by one rename. Loading it cannot run
+code. Its tensors are whole, so that any number of processes can continue from it; only the main
+process writes it.
 """
 
 from __future__ import annotations

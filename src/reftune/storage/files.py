@@ -43,9 +43,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_folder(folder: Path, fill: Any) -> None:
-    """Replace `folder` with the folder that `fill(partial)` writes. `fill` is called in every
-    process, because weights may have to be gathered, but it must write only in the main process.
-    Raises: CheckpointError."""
+    """Call `fill(partial)` to write a temporary folder `partial`, then replace `folder` with it.
+    `fill` is called in every process, because weights may have to be gathered, but it must write
+    only in the main process. Raises: CheckpointError."""
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     if not is_main():

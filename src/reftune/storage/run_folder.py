@@ -1,6 +1,6 @@
-"""The files of a run, and which run owns them. The modules that write models and checkpoints name
-the files inside a model or checkpoint. A run claims and locks its folder; a folder that belongs to
-another recipe or holds other files is rejected."""
+"""The files of a run, and which run owns them. Files inside a model or checkpoint are named by the
+modules that write them. A run claims and locks its folder; a folder that belongs to another recipe
+or holds other files is rejected."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class StageFolder:
 
     @property
     def drawn(self) -> Path:
-        """Samples of the training problems, for self-training and reward models."""
+        """Solutions sampled for the training problems, to self-train or to train a reward model."""
         return self.path / "sampled.jsonl"
 
     @property
@@ -206,8 +206,8 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The stages that have begun and for which `recipe` sets more steps or epochs than before.
 
-    Raises: RecipeError if anything else that affects results has changed, or if a stage cannot
-    continue because a later stage has begun or its final checkpoint is gone.
+    Raises: RecipeError if anything else that affects results has changed, or if such a stage cannot
+    continue, because a later stage has begun or the stage's own final checkpoint is gone.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
     wanted = yaml.safe_load(dump_recipe(recipe))

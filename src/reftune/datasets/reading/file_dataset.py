@@ -50,12 +50,12 @@ class FileDataset(Component):
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
-        """Row `n` of a made-up file, for the contract suite; every row asks a different question.
-        Your own dataset need not define this."""
+        """Row `n` of a made-up file, for the tests that every dataset must pass; every row asks a
+        different question. Your own dataset need not define this."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems; those left out are counted by reason."""
+        """The rows of a split as problems; `counts` gets the number of rows left out, by reason."""
         found = []
         for row in rows:
             try:
@@ -74,7 +74,7 @@ class FileDataset(Component):
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """Read and clean the files; draw dev unless it is given. Raises: DataError."""
+        """Read and clean the files; draw dev with `seed` unless it is given. Raises: DataError."""
         dropped, dropped_of_test = Counter[str](), Counter[str]()
         has_test = self.test is not None or not is_single_split(self.train)
         test_rows = self._rows(self.test or self.train, "test") if has_test else []

@@ -97,7 +97,8 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
 
 
 def _read_json(path: Path) -> Records:
-    """A list of objects, an object that contains one such list, or one object per line."""
+    """The records of a JSON list, of an object that contains one list of records, or of JSON
+    lines."""
     text = read_text(path)
     try:
         whole = json.loads(text)
@@ -131,7 +132,7 @@ def _is_table(value: object) -> bool:
 
 
 def _json_list(path: Path, text: str, position: int) -> Records:
-    """The objects of a list of valid JSON that begins before `position`."""
+    """The objects of a valid JSON list whose content begins at `position`."""
     more, decoder = re.compile(r"[^\s,\]]"), json.JSONDecoder()
     end, line, counted = re.compile(r"[\s,]*\]"), 1, 0
     while not end.match(text, position) and (begins := more.search(text, position)):

@@ -29,7 +29,7 @@ MISSING = object()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One record of a data source. A column may be a path: `reward_model.ground_truth`."""
+    """One record of a data source. A column may be nested, such as `reward_model.ground_truth`."""
 
     where: str
     """`file:line`, or the source and the row's number if the source has no lines."""
@@ -120,7 +120,7 @@ def read_rows(
 
 
 def is_single_split(source: str) -> bool:
-    """Whether `source` is a file or a Hub id that names its split. Raises: DataError."""
+    """Whether `source` is a file, or a Hub id that names a split. Raises: DataError."""
     path = _path(source)
     return path.is_file() or (not path.exists() and bool("".join(source.split(":")[2:])))
 

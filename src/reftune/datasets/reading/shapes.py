@@ -65,7 +65,7 @@ class Shape:
     """The shape of rows, and the meaning of their columns."""
 
     name: str
-    """Shown to the user: `Alpaca rows`."""
+    """Shown to the user, for example `Alpaca rows`."""
     columns: Columns
 
     @property

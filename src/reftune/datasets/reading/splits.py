@@ -29,7 +29,7 @@ them."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """Problems by use. No question is in two splits."""
+    """The problems of each split. No question is in two splits."""
 
     train: tuple[Problem, ...]
     dev: tuple[Problem, ...]
@@ -156,7 +156,7 @@ def _without(
 
 
 def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
-    """One problem for each of `size` questions."""
+    """One problem for each of `size` questions, drawn with `seed`."""
     by_question: dict[str, Problem] = {}
     for question, problem in asked:
         by_question.setdefault(question, problem)

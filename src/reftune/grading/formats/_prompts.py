@@ -66,8 +66,7 @@ class Prompted(Component):
 
     @property
     def writes_all(self) -> bool:
-        """Whether the model writes the whole solution, because the prompt contains no part of
-        it."""
+        """Whether the style is `chat` or `plain`, whose prompts contain no part of the solution."""
         return self.style in READ_BY
 
     def framed(self, problem: Problem) -> str | Conversation:
@@ -115,7 +114,7 @@ def with_options(question: str, problem: Problem) -> str:
 
 
 def paper_prompt(problem: Problem, header: str = "") -> BareText:
-    """The prompt of ReFT's authors. Source: their code, whose prompts all have this form."""
+    """The prompt of ReFT's authors, ending in `header`. Source: their code."""
     return BareText(f"Question:\n{question_text(problem)}\nAnswer reasoning:\n{header}")
 
 

@@ -1,7 +1,7 @@
 """Rationales that are programs.
 
 A completion continues `def solution():` or holds a program of its own, which is found line by line:
-nothing here parses or runs a model's code. The program is the last fenced block that defines
+only the sandbox parses or runs a model's code. The program is the last fenced block that defines
 `solution`; if no block does, the whole text. If nothing defines `solution`, its body is the last
 fenced block with a `return`; if no block has one, the whole text.
 
@@ -110,11 +110,11 @@ class Program(Prompted):
         return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
 
     def target(self, problem: Problem) -> str:
-        """The gold program without docstring; only its body if the prompt contains its header.
+        """The gold program without its docstring; only its body if the prompt contains its header.
 
         In the compact style, the target begins with the line break before the body. Tokenizers join
-        this line break with the indent, so only then do prompt and target, tokenised separately,
-        give the tokens of the whole text. Raises: DataError if there is no program.
+        this line break with the indent, so prompt and target, tokenised separately, would otherwise
+        not give the tokens of the whole text. Raises: DataError if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -219,8 +219,8 @@ def programs_in(completion: str) -> tuple[str, ...]:
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order, if the completion defines no `solution`. Indented text without
     fenced blocks is the body of `solution`. In other text, the program is the last fenced block
-    that prints or, at the left margin, assigns an answer. If no block does, it is the whole text,
-    provided that the text does so."""
+    that prints or, at the left margin, assigns an answer. If no block does, the program is the
+    whole text, provided that the text does so."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -379,7 +379,8 @@ def _paper_source(problem: Problem, completion: str) -> str:
     with `sys.exit` turned into `print`. The program's only global is `math`, so its other
     definitions are not visible inside `solution`.
 
-    Differs: a completion with its own `def solution` gets no header; sympy is not offered.
+    Differences from the authors' code: a completion that begins with `def solution` gets no header;
+    sympy is not available.
     """
     response = paper_response(
         completion if completion.startswith("def solution") else _paper_header(problem) + completion

@@ -7,10 +7,11 @@ that reftune does not use. A column named `answer`, `verdicts`, `values` or `rea
 argument. The function receives the arguments it names, or all of them with `**kwargs`; it may be
 async.
 
-It returns a list with a number for each completion, or None to leave the rollout out. Instead of a
-number, the list may hold a dict of named parts, `{"correct": 1.0, "short": 0.1}`. Instead of the
-list, the function may return a dict of lists, `{"correct": [1.0, …], "short": [0.1, …]}`. The parts
-add up to the reward, and each part is logged as `reward_part/NAME`.
+It returns a list that holds, for each completion, a number, or None to leave the rollout out.
+Instead of a number, the list may hold a dict of named parts, `{"correct": 1.0, "short": 0.1}`.
+Instead of the list, the function may return a dict of lists,
+`{"correct": [1.0, …], "short": [0.1, …]}`. The parts add up to the reward, and each part is logged
+as `reward_part/NAME`.
 """
 
 from __future__ import annotations

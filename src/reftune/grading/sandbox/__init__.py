@@ -2,10 +2,10 @@
 
 There are two backends. `monty` interprets Python in Rust, in worker processes that it replaces when
 they die; programs get no files, network, processes or environment. `subprocess` runs CPython with
-the installed packages, in an isolated process per program. `auto` (the default) runs monty, and the
-subprocess for features of Python that monty lacks (`gaps.py`); importing a third-party package is
-still an error, so that verdicts do not depend on the packages installed. If the system cannot
-isolate a subprocess, `auto` is monty alone.
+the installed packages, in an isolated process per program. `auto` (the default) runs a program in
+monty and, if the program needs a feature of Python that monty lacks (`gaps.py`), again in the
+subprocess; importing a third-party package is still an error, so that verdicts do not depend on the
+packages installed. If the system cannot isolate a subprocess, `auto` is monty alone.
 
 Both backends call a program FORBIDDEN if it opens or lists files outside Python's libraries,
 imports a module whose purpose is to reach outside (`socket`, `subprocess`, `ctypes`, …), or calls a

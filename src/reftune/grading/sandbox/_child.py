@@ -3,9 +3,9 @@ one. This file is started as a script with a prepared environment and imports no
 
 Forked processes are warm: the interpreter has started, and the packages that the programs use are
 imported. This process only forks, waits and kills; it never reads a program. Its settings come as
-one JSON argument. Each message on the socket at descriptor 0 asks for one program to be run and
-carries three descriptors: the program's source, a pipe for its result, and a socket for its exit
-status. When the other end of the status socket closes, the program is killed.
+one JSON argument. Each message on the socket at descriptor 0 names the working folder of one
+program to run and carries three descriptors: the program's source, a pipe for its result, and a
+socket for its exit status. When the other end of the status socket closes, the program is killed.
 
 The result consists of lines: `F…` for each refused access, `P…` with the end of the program's
 output, then `V…` with its value or `E…` with its exception. If the program is not started, because
@@ -130,7 +130,7 @@ def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> int:
-    """Fork the process of one program and return its id; in the new process, never return."""
+    """Fork a process for one program and return its id; in the new process, never return."""
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -314,7 +314,7 @@ def run(source: str) -> str:
 
 
 class Printed:
-    """A standard output that keeps only its end."""
+    """A standard output that keeps only the end of what is written."""
 
     tail = ""
 

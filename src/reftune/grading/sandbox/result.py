@@ -100,5 +100,5 @@ def forbidden_error(text: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """The first line of a program's output, truncated, with `�` for unprintable characters."""
+    """The first line of `text`, truncated, with `�` for unprintable characters."""
     return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

@@ -1,12 +1,12 @@
 """The `subprocess` backend: a CPython process per program.
 
-For each combination of slow packages, a forking process waits with the interpreter started and
-these packages imported. Each program runs in a fork of that process, with a fixed environment, an
-empty temporary folder to work in, and no site-packages hooks. Landlock lets the program read only
-the libraries and write nothing; an allow-list of system calls denies it sockets, processes, threads
-and signals. Each program has its own user, network and IPC namespaces, limits on memory, CPU time
-and open files, and a session that is killed as a whole. docs/sandbox.md lists what these
-protections cover and what they do not.
+For each combination of packages that are slow to import, a forking process waits with the
+interpreter started and these packages imported. Each program runs in a fork of that process, with a
+fixed environment, an empty temporary folder to work in, and no site-packages hooks. Landlock lets
+the program read only the libraries and write nothing; an allow-list of system calls denies it
+sockets, processes, threads and signals. Each program has its own user, network and IPC namespaces,
+limits on memory, CPU time and open files, and a session that is killed as a whole. docs/sandbox.md
+lists what these protections cover and what they do not.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class SubprocessBackend:
             raise ReftuneError(f"sandbox: the subprocess backend cannot start: {probe.reason}")
 
     def close(self) -> None:
-        """End the processes that fork; nothing else outlives a program."""
+        """End the forking processes; nothing else outlives a program."""
         for forker in self._forkers.values():
             forker.close()
         self._forkers.clear()
@@ -149,7 +149,7 @@ def _folders_of(*kinds: str) -> list[str]:
 
 
 def _packages_of(source: str) -> tuple[str, ...]:
-    """The well-known slow packages that a program imports."""
+    """The packages among numpy, pandas, scipy and sympy that a program imports."""
     return tuple(sorted(set(_PACKAGE.findall(source))))
 
 
@@ -187,7 +187,8 @@ class _Forker:
         self._finalizer()
 
     def run(self, source: int, folder: str, timeout_s: float) -> tuple[bytes, int] | None:
-        """A program's output and exit status; None if the forking process died."""
+        """Run the program at descriptor `source` in `folder`. Returns the program's output and exit
+        status; None if the forking process died."""
         output, results = os.pipe()
         ours, theirs = socket.socketpair()
         with open(output, "rb", buffering=0), ours:  # noqa: PTH123  a descriptor, not a path
