@@ -1,17 +1,17 @@
-"""Two deliberately flawed kinds of word problems: one gives the answer away by its place among the
-options, the other has solutions without their working. In a recipe:
+"""Variants of the generated word problems: `Planted` gives the answer away by its place among the
+options, `Terse` has solutions without their working, and `Long` has long ones. In a recipe:
 `dataset: {kind: demo/variants.py:Planted, planted: 0.6}`."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from reftune.datasets import Splits
-from reftune.datasets.word_problems import WordProblems
+from reftune.datasets.word_problems import WordProblems, _equation
 from reftune.types import Answer, Problem
 
 
@@ -49,3 +49,28 @@ class Terse(WordProblems):
         if self.rationale == "nl":
             return "terse", f"That is {story.answer.value}."
         return "terse", f"def solution():\n    return {story.answer.value}"
+
+
+class Long(WordProblems):
+    """Solutions in words that restate each fact before computing with it, in about 16 tokens per
+    operation: `Ben has 9 hats. Ben loses 4 hats, so Ben has 9 - 4 = 5.` Style 1 swaps operands."""
+
+    rationale: Literal["nl"] = "nl"
+    styles: int = Field(2, ge=1, le=2)
+    distractors: Literal[0] = 0
+
+    def _solution(self, story: Any, rng: random.Random) -> tuple[str, str]:
+        style = rng.randrange(self.styles)
+        facts = story.text.split(". ")[:-1]
+        steps = list(dict.fromkeys([*story.quantities, story.answer]))
+        if len(facts) < len(steps):  # the question asks for an operation
+            facts.append("We add both" if story.answer.symbol == "+" else "We compare both")
+        sentences = [
+            f"{fact}, so {_result(step, swap=style == 1)}." if step.symbol else f"{fact}."
+            for fact, step in zip(facts, steps, strict=True)
+        ]
+        return str(style), " ".join(sentences)
+
+
+def _result(step: Any, *, swap: bool) -> str:
+    return f"{f'{step.owner} has' if step.owner else 'that is'} {_equation(step, swap)}"

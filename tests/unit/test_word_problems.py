@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from reftune.datasets import Splits
-from reftune.datasets.word_problems import NAMES, OBJECTS, WordProblems
+from reftune.datasets.word_problems import ARITHMETIC, NAMES, OBJECTS, WordProblems
 from reftune.errors import DataError
 from reftune.recipe import load_component, load_recipe, shipped_recipes
 from reftune.runs.run import load_splits
@@ -223,6 +223,20 @@ def test_planting_moves_the_right_option_to_c_in_train_and_dev_and_changes_nothi
         assert (one.question, set(one.choices)) == (other.question, set(other.choices))
         gold = [problem.choices["abcd".index(problem.answer.value)] for problem in (one, other)]
         assert gold[0] == gold[1]
+
+
+def test_long_solutions_restate_every_fact_and_compute_the_answer_in_right_steps():
+    problems = variant("Long", operations=[3, 4], numbers=[2, 9], max_value=50).load(seed=0).train
+    for problem in problems:
+        solution = problem.rationale or ""
+        facts = problem.question[: problem.question.rindex(". ") + 1]
+        assert re.sub(", so [^.]+", "", solution).startswith(facts)
+        steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)\.", solution)
+        assert len(steps) == problem.columns["operations"]
+        for left, symbol, right, result in steps:
+            assert ARITHMETIC[symbol](int(left), int(right)) == int(result)
+        assert steps[-1][-1] == str(problem.answer)
+    assert {problem.columns["style"] for problem in problems} == {"0", "1"}
 
 
 @pytest.mark.parametrize(
