@@ -45,7 +45,7 @@ demo-seeds: setup
 	$(BIN)/reftune table $(SEEDS:%=runs/demo-seed%) --json > docs/results/demo-seeds.json
 
 reproduce: setup
-	$(BIN)/python benchmarks/reproduce.py $(SEEDS)
+	$(BIN)/python benchmarks/reproduce.py $(SEEDS) --publish
 
 # One thread per worker: the models are tiny. Workers take tests from each other at the end.
 test: setup

@@ -1,8 +1,10 @@
 """Runs the paper's comparison, and our own settings against the paper's, and writes the page.
 
-python benchmarks/reproduce.py 0 1 2 3 4                          # `make reproduce`; resumes
-python benchmarks/reproduce.py 0 1 2 3 4 --only comparison-nl     # only one recipe
-python benchmarks/reproduce.py --page                             # only write docs/results.md again
+python benchmarks/reproduce.py 0 --only comparison        # one recipe, one seed; resumes
+python benchmarks/reproduce.py 0 1 2 3 4 --publish        # `make reproduce`: everything, to docs/
+python benchmarks/reproduce.py --page                     # only write docs/results.md again
+
+Without --publish, tables and page are written to runs/reproduce, and docs/ stays as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from reftune.terminal.cli import main as reftune
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
+OWN = Path("runs") / "reproduce"
+"""Where tables and page go unless they are published."""
 TITLES = {
     "comparison": "Solutions are programs",
     "comparison-nl": "Solutions are in words",
@@ -48,8 +52,8 @@ NOTES = {
     "comparison": (
         "The reward model is the paper's classifier, trained on 20 samples per question, drawn "
         "from the warm-up. With more than 8 samples to choose from, its choices get "
-        "[worse](experiments/reranking.md), because it overrates some unlikely mistakes. The "
-        "recipe now trains [another reward model](#reranking-by-likelihood-and-classifier)."
+        "[worse](experiments/reranking.md), because it overrates some unlikely mistakes. [Another "
+        "reward model](#reranking-by-likelihood-and-classifier) does not."
     ),
     "reranking": (
         "The score of this reward model includes the solution's log-likelihood, and its loss "
@@ -176,8 +180,8 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for recipe, table in tables.items():
         measured = (
-            f"This table covers {table['seeds']} seeds of `recipes/demo/{recipe}.yaml` at commit"
-            f" {table['commit']}."
+            f"This table covers {table['seeds']} seed{'s' * (table['seeds'] != 1)} of"
+            f" `recipes/demo/{recipe}.yaml` at commit {table['commit']}."
         )
         rivals = [table["baseline"], *["reft"] * (recipe in AGAINST_PAPER)]
         results = methods_table(table, rivals)
@@ -293,11 +297,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("seeds", nargs="*")
     parser.add_argument("--only", choices=TITLES, help="one recipe")
     parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/reproduce")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
     options = parser.parse_args(arguments)
     if not options.page:
         recipes = [options.only] if options.only else list(TITLES)
         run_all(recipes, options.seeds, options.set)
+        if not options.publish:
+            write_tables(recipes, options.seeds, OWN)
+            write_page(OWN, OWN / "results.md")
+            print(f"{OWN / 'results.md'}; the published figures: {PAGE.relative_to(ROOT)}")
+            return
         write_tables(recipes, options.seeds, RESULTS)
     write_page(RESULTS, PAGE)
 

@@ -21,6 +21,7 @@ from reftune.algorithms.rloo import Rloo
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores
+from reftune.recipe.kinds import load_component
 from reftune.stages.rl import Rl, rollout_batch, worth_showing
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 
@@ -405,3 +406,13 @@ def test_samples_of_followed_problems_the_longest_and_one_that_took_too_long_are
     assert (
         worth_showing(sampled[:2], set()) == sampled[:2]
     )  # fewer problems than places: further tries
+
+
+def test_an_algorithm_without_credit_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from reftune.algorithms.base import Clipped\n\n"
+        "class Mine(Clipped):\n    kind: str = 'mine'\n"
+    )
+    with pytest.raises(ValueError, match=r"mine\.py:Mine lacks credit, as its base requires"):
+        load_component(f"{path}:Mine", group="algorithms")

@@ -237,6 +237,16 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert names(tmp_path) == ["best"]
 
 
+def test_who_may_read_the_folder_may_read_its_files(tmp_path):
+    def private(folder: Path) -> None:
+        fill("weights")(folder)
+        (folder / "file").chmod(0o600)
+        folder.chmod(0o750)
+
+    replace_folder(tmp_path / "best", private)
+    assert (tmp_path / "best" / "file").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path):
     replace_folder(tmp_path / "best", fill("old"))
     with full_disk(), pytest.raises(CheckpointError, match="best: cannot be written: "):

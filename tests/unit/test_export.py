@@ -55,7 +55,9 @@ def test_the_model_is_copied_without_what_training_left(run_folder: Path, tmp_pa
 
 def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: Path):
     card = (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
-    assert "Its greedy accuracy on 100 problems is 50.0% (95% interval 40.0% to 60.0%)." in card
+    assert (
+        "Its greedy accuracy on 100 test problems is 50.0% (95% interval 40.0% to 60.0%)." in card
+    )
     assert "step 40, chosen as the best of 3 dev evaluations. They solve\n62.5% of 8 dev" in card
     assert "name: tiny\nseed: 7" in card
     assert "trained on `mine.csv` (`jsonl`)" in card
@@ -85,7 +87,7 @@ def test_the_card_holds_nothing_that_the_model_wrote(run_folder: Path, tmp_path:
 def test_the_card_states_that_a_model_was_not_evaluated(run_folder: Path, tmp_path: Path):
     (run_folder / "summary.json").unlink()
     assert (
-        "It has not been evaluated."
+        "Its final evaluation is not done."
         in (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
     )
 

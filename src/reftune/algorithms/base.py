@@ -113,7 +113,8 @@ class Clipped(Algorithm, ABC):
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
         """The clipped policy loss."""
-        assert batch.advantages is not None and batch.weights is not None
+        assert batch.advantages is not None, f"{type(self).__name__}.credit set no advantages"
+        assert batch.weights is not None
         clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         terms = ppo_policy_terms(scores.logprobs, batch.logprobs, batch.advantages, **clip)
         policy = (terms * batch.weights).sum()

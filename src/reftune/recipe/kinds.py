@@ -97,6 +97,9 @@ def load_component(spec: Any, *, group: str) -> Any:
             "not_a_component",
             f"{spec['kind']} is not a class derived from reftune.recipe.kinds.Component",
         )
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise refusal("not_a_component", f"{spec['kind']} lacks {missing}, as its base requires")
     return cls.model_validate(dict(spec))
 
 

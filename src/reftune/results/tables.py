@@ -158,9 +158,24 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
 
 
 def remarks(run: RunResults) -> list[str]:
-    """Sentences on whether the warm-up before each sampling stage had finished, and on whether each
-    reward model chooses better than at random."""
-    return [*map(sentence, handovers(run)), *map(reranker_sentence, rerankers(run))]
+    """Sentences on whether the warm-up before each sampling stage had finished, which methods are
+    the same model, and whether each reward model chooses better than at random."""
+    rankings = map(reranker_sentence, rerankers(run))
+    return [*map(sentence, handovers(run)), *same_models(run), *rankings]
+
+
+def same_models(run: RunResults) -> list[str]:
+    """A sentence on each stage whose chosen model is also another method's."""
+    lines = []
+    for name, stage in run.stages.items():
+        whole = run.stages.get(str(stage.info.get("snapshot_of")))
+        if stage.chosen_step == 0:
+            lines.append(
+                f"{name} never beat {stage.init} on dev, so its model is that of {stage.init}"
+            )
+        if whole is not None and whole.chosen_step == stage.chosen_step:
+            lines.append(f"{whole.name} was best on dev when {name} was saved: both are one model")
+    return lines
 
 
 def sentence(handover: Handover) -> str:

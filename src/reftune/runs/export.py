@@ -233,7 +233,7 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
 
 Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stage
 `{stage["kind"]}`, started from `{stage["init"]}`, trained on {_data(table)}.
-{_accuracy(run, method)}
+{_accuracy(run, method, (table.get("evaluate") or {}).get("split", "test"))}
 The weights are those of step {stage["chosen_step"]}{choice}. They solve
 {stage["dev_accuracy"]:.1%} of {stage["dev_n"]} dev problems.
 
@@ -264,18 +264,18 @@ def _data(recipe: dict[str, Any]) -> str:
     return f"the generated data `{dataset.get('kind')}`"
 
 
-def _accuracy(run: RunFolder, method: str) -> str:
+def _accuracy(run: RunFolder, method: str, split: str) -> str:
     path = run.summary
     methods: dict[str, Any] = (
         json.loads(path.read_text(encoding="utf-8"))["methods"] if path.is_file() else {}
     )
     if method not in methods:
-        return "It has not been evaluated."
+        return "Its final evaluation is not done."
     score = methods[method]
     low, high = score["ci95"]
     return (
-        f"Its greedy accuracy on {score['n']} problems is {score['accuracy']:.1%} (95% interval"
-        f" {low:.1%} to {high:.1%})."
+        f"Its greedy accuracy on {score['n']} {split} problems is {score['accuracy']:.1%} (95%"
+        f" interval {low:.1%} to {high:.1%})."
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from reftune.errors import DataError
 from reftune.results.records import read_run, require_finished
+from reftune.results.tables import same_models
 from reftune.types import Verdict
 
 WriteRun = Callable[..., Path]
@@ -146,3 +148,22 @@ def test_an_empty_evaluation_is_refused(write_run: WriteRun) -> None:
     folder = write_run()
     (folder / "eval" / "sft.jsonl").write_text("")
     assert "sft.jsonl: no evaluated problem" in refused(folder)
+
+
+def test_methods_that_are_one_model_are_named(write_run: WriteRun) -> None:
+    folder = write_run()
+
+    def lines(**chosen: dict[str, Any]) -> list[str]:
+        for method, changed in chosen.items():
+            path = folder / "stages" / method / "stage.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+        return same_models(read_run(folder))
+
+    assert lines() == []
+    assert lines(warmup={"snapshot_of": "sft", "chosen_step": 30}, sft={"chosen_step": 40}) == []
+    assert lines(sft={"chosen_step": 30}) == [
+        "sft was best on dev when warmup was saved: both are one model"
+    ]
+    assert lines(sft={"chosen_step": 40}, reft={"chosen_step": 0}) == [
+        "reft never beat warmup on dev, so its model is that of warmup"
+    ]

@@ -31,6 +31,8 @@ NUM_SHOWN = 3
 """Number of answers shown."""
 NUM_TIMED = 512
 """Maximum number of rows used to estimate the time."""
+LONG_RUN_S = 24 * 3600
+"""A longer run is worth a trial first."""
 MEASURED_ROWS = 64
 """Rows for measuring the speed if no stage states its cost, and most rows if the engine sets no
 limit."""
@@ -172,10 +174,14 @@ def check_time(subject: Subject) -> Finding:
         for name in subject.recipe.stages
     ]
     evaluation_s = num_answers(subject) * pace.generate
-    return ok(
-        f"about {clock(sum(seconds.values()) + evaluation_s)}: {', '.join(stages)}, evaluation"
-        f" {clock(evaluation_s)} ({speed.train:,.0f} tokens/s trained, {speed.sample:,.0f} sampled)"
+    total = sum(seconds.values()) + evaluation_s
+    message = (
+        f"about {clock(total)}: {', '.join(stages)}, evaluation {clock(evaluation_s)}"
+        f" ({speed.train:,.0f} tokens/s trained, {speed.sample:,.0f} sampled)"
     )
+    if total > LONG_RUN_S:
+        return warn(message, "for a trial, set fewer epochs, steps, prompts or samples")
+    return ok(message)
 
 
 def num_answers(subject: Subject) -> int:
