@@ -148,8 +148,8 @@ def _spelling(expression: str) -> str:
 
 
 def _brackets(expression: str) -> str:
-    """The kind of a bracketed expression with several parts, `point` or `set`; empty for any other
-    expression."""
+    """`set` for an expression with several parts in braces, `point` for one in round or square
+    brackets (a tuple or an interval); empty for any other expression."""
     text = _spelling(expression).replace("\\{", "{").replace("\\}", "}")
     if not re.search(r"[,;]", text):
         return ""

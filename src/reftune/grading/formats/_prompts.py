@@ -45,9 +45,10 @@ class Prompted(Component):
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as `{enable_thinking: false}`."""
     template: str | None = None
-    """For `plain`: the prompt, which contains `{question}`."""
+    """For `plain`: how a question is written; contains `{question}`."""
     examples: list[Shot] = Field(default_factory=list)
-    """For `plain`: worked examples before the question."""
+    """For `plain`: worked examples before the question. Each is the template with its own question,
+    then its solution and an empty line."""
     stop: list[str] = Field(default_factory=list)
     """Stop strings, in addition to the model's end tokens."""
 
