@@ -202,7 +202,7 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
         """Run forward passes for reading only: in evaluation mode (no dropout), in the compute
-        dtype, and with whole weights. The previous mode is restored at the end."""
+        dtype, and with unsharded weights. The previous mode is restored at the end."""
         training = self.training
         with sharding.current.whole(self, self.compute_dtype), self.arithmetic():
             self.eval()

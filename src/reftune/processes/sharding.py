@@ -127,7 +127,7 @@ class Fsdp2(Sharding):
 current = Sharding()
 """This run's sharding."""
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Each split model → its `_twin`, which holds the whole weights inside `whole`."""
+"""Each split model → its `_twin`, which holds the unsharded weights inside `whole`."""
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.O
     if table.state_bits == 32:
         return torch.optim.AdamW(groups, **rates, fused=True)
     if sharding.current.splits:
-        raise RecipeError("optimizer.state_bits: 8 needs whole weights (DDP); expected 32")
+        raise RecipeError("optimizer.state_bits: 8 needs unsharded weights (DDP); expected 32")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

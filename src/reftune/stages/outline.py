@@ -117,8 +117,8 @@ class Outline:
 
     @cached_property
     def gathered(self) -> float:
-        """Bytes of the whole weights that FSDP2 gathers to decode and score: the blocks' matrices
-        in the compute dtype, all others as they are."""
+        """Bytes of the full copy of the weights that FSDP2 gathers to decode and score: the blocks'
+        matrices in the compute dtype, all others as they are."""
         width = float(self.policy.compute_dtype.itemsize)
         return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
 

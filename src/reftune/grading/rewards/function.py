@@ -40,7 +40,7 @@ class FunctionReward(Component):
     `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds per batch; exceeding them stops the run."""
+    """Limit for one call, which rewards all samples of a step; a longer call stops the run."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:
