@@ -70,8 +70,8 @@ class Algorithm(Component, ABC):
 
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """The whole rollout, plus the fields that `weights` and `loss` read, such as advantages and
-        returns. Pure."""
+        """`batch`, all selected samples of a step, plus the fields that `weights` and `loss` read,
+        such as advantages and returns. Pure."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
         """(B, R) weight of each token in the loss of a minibatch. Pure."""

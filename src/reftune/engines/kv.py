@@ -308,8 +308,8 @@ def draw_tokens(
 ) -> Drawn:
     """Draw one token per row.
 
-    Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so a row's token
-    depends only on its own logits and number. Greedy tokens get the log-probability of the
+    Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so the token of a
+    row depends only on the row's logits and uniform. Greedy tokens get the log-probability of the
     untempered distribution, and entropy 0. Without `with_entropy`, which takes a pass over the
     vocabulary, the entropies of sampled tokens are NaN. `logits` are (B, V) in fp32.
     """

@@ -363,8 +363,8 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Rule → score of each problem. Votes are over `k` samples, by default as many as every
-    problem has."""
+    """Rule → score of each problem. Votes are over `k` samples, by default the largest
+    number that every problem has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
     if drawn:
