@@ -74,6 +74,11 @@ NOTES = {
         "reranking beats voting by 2.5 [0.5, 4.3]; its lead over greedy decoding, 2.0 [−0.1, 4.1], "
         "is not significant. After reranking, ReFT no longer leads SFT."
     ),
+    "classifier-nl": (
+        "The same runs with `lm_coef: 0`, that is, with the paper's reward model. Its choice is "
+        "11.5 points [7.5, 15.8] worse than greedy decoding for SFT and 25.1 [21.9, 28.5] for "
+        "ReFT. In all five runs, the report warns that on dev it is no better than a random choice."
+    ),
     "modern": (
         "*ReFT* is PPO with preset `paper`, the coefficients and value head of the authors' code. "
         "*ReFT modern* starts the value head at zero and makes eight more changes, most of them "
