@@ -305,16 +305,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/reproduce")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
     options = parser.parse_args(arguments)
+    is_published = options.page or options.publish
+    results, out = (RESULTS, PAGE) if is_published else (OWN, OWN / "results.md")
     if not options.page:
         recipes = [options.only] if options.only else list(TITLES)
         run_all(recipes, options.seeds, options.set)
-        if not options.publish:
-            write_tables(recipes, options.seeds, OWN)
-            write_page(OWN, OWN / "results.md")
-            print(f"{OWN / 'results.md'}; the published figures: {PAGE.relative_to(ROOT)}")
-            return
-        write_tables(recipes, options.seeds, RESULTS)
-    write_page(RESULTS, PAGE)
+        write_tables(recipes, options.seeds, results)
+    write_page(results, out)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

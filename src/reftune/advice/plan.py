@@ -289,10 +289,12 @@ class Planner:
         """Update time per sequence: forward and backward passes, including recomputed blocks. DDP
         sums gradients after the passes; FSDP2 moves weights and gradients during them."""
         compute_s = self.flops(backward=True) / gpus / self.rate
-        told_s = self.communication(gpus) / self.estimate.cost.batch
-        bound = ARITHMETIC if compute_s >= told_s else "moving weights and gradients between GPUs"
+        exchange_s = self.communication(gpus) / self.estimate.cost.batch
+        bound = (
+            ARITHMETIC if compute_s >= exchange_s else "moving weights and gradients between GPUs"
+        )
         is_beside = self.estimate.sharding == "fsdp2"
-        seconds = max(compute_s, told_s) if is_beside else compute_s + told_s
+        seconds = max(compute_s, exchange_s) if is_beside else compute_s + exchange_s
         return Phase(seconds=seconds, bound=bound)
 
     def communication(self, gpus: int) -> float:

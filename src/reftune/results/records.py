@@ -117,7 +117,12 @@ class RunResults:
     @property
     def split(self) -> str:
         """The split that the final evaluation used."""
-        return str((self.recipe.get("evaluate") or {}).get("split", "test"))
+        return evaluated_split(self.recipe)
+
+
+def evaluated_split(recipe: Mapping[str, Any]) -> str:
+    """The split that a recipe's final evaluation uses."""
+    return str((recipe.get("evaluate") or {}).get("split", "test"))
 
 
 def read_run(folder: Path | str) -> RunResults:

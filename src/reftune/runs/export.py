@@ -15,6 +15,7 @@ from reftune.errors import CheckpointError, ModelError, ReftuneError
 from reftune.model.adapters import export_adapters
 from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
 from reftune.recipe import Recipe, parse_recipe
+from reftune.results.records import evaluated_split
 from reftune.runs.run import load_splits
 from reftune.storage.files import replace_folder
 from reftune.storage.run_folder import RunFolder
@@ -233,7 +234,7 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
 
 Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stage
 `{stage["kind"]}`, started from `{stage["init"]}`, trained on {_data(table)}.
-{_accuracy(run, method, (table.get("evaluate") or {}).get("split", "test"))}
+{_accuracy(run, method, evaluated_split(table))}
 The weights are those of step {stage["chosen_step"]}{choice}. They solve
 {stage["dev_accuracy"]:.1%} of {stage["dev_n"]} dev problems.
 

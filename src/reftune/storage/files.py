@@ -54,8 +54,9 @@ def replace_folder(folder: Path, fill: Any) -> None:
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         fill(partial)
+        readable = partial.stat().st_mode & 0o444
         for path in partial.rglob("*"):  # safetensors writes files that only their owner may read
-            path.chmod(path.stat().st_mode | partial.stat().st_mode & 0o444)
+            path.chmod(path.stat().st_mode | readable)
         sync_files(partial)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

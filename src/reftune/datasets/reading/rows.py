@@ -122,7 +122,7 @@ def read_rows(
 def is_single_split(source: str) -> bool:
     """Whether `source` is a file, or a Hub id that names a split. Raises: DataError."""
     path = _path(source)
-    return path.is_file() or (not path.exists() and bool("".join(source.split(":")[2:])))
+    return path.is_file() or (not path.exists() and _hub_parts(source)[2] != "")
 
 
 def _path(source: str) -> Path:
@@ -177,10 +177,16 @@ def _files_of_split(folder: Path, split: str, names: Sequence[str]) -> list[Path
     )
 
 
+def _hub_parts(source: str) -> tuple[str, str, str]:
+    """Name, configuration and split of a Hub id; empty if it does not name them."""
+    name, config, split = (*source.split(":"), "", "")[:3]
+    return name, config, split
+
+
 def _read_hub(source: str, split: str, revision: str | None) -> list[Row]:
     import datasets
 
-    name, config, chosen = (*source.split(":"), "", "")[:3]
+    name, config, chosen = _hub_parts(source)
     chosen = chosen or ("validation" if split == "dev" else split)
     pinned = {} if revision is None else {"revision": revision}
     try:
