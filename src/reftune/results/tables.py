@@ -165,9 +165,10 @@ def remarks(run: RunResults) -> list[str]:
 
 
 def same_models(run: RunResults) -> list[str]:
-    """A sentence on each stage whose chosen model is also another method's."""
+    """A sentence on each evaluated method whose model is also another's."""
     lines = []
-    for name, stage in run.stages.items():
+    for name in run.evals:
+        stage = run.stages[name]
         whole = run.stages.get(str(stage.info.get("snapshot_of")))
         if stage.chosen_step == 0:
             lines.append(

@@ -64,6 +64,13 @@ def test_it_beats_chance_only_beyond_the_margin(judged, accuracy: float, beats: 
     }
 
 
+def test_a_reward_model_chosen_at_its_start_is_not_taken_for_a_method(judged) -> None:
+    folder = judged(0.664, chance=0.622, margin=0.041)
+    path = folder / "stages" / "judge" / "stage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chosen_step": 0}))
+    assert not any("its model is that of" in line for line in remarks(read_run(folder)))
+
+
 def test_the_report_warns_in_one_line(judged) -> None:
     folder = judged(0.484, chance=0.622, margin=0.041)
     assert remarks(read_run(folder)) == [BAD]
