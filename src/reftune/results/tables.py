@@ -175,7 +175,9 @@ def same_models(run: RunResults) -> list[str]:
                 f"{name} never beat {stage.init} on dev, so its model is that of {stage.init}"
             )
         if whole is not None and whole.chosen_step == stage.chosen_step:
-            lines.append(f"{whole.name} was best on dev when {name} was saved: both are one model")
+            lines.append(
+                f"{whole.name} was best on dev when {name} was saved: they are the same model"
+            )
     return lines
 
 

@@ -162,7 +162,7 @@ def test_methods_that_are_one_model_are_named(write_run: WriteRun) -> None:
     assert lines() == []
     assert lines(warmup={"snapshot_of": "sft", "chosen_step": 30}, sft={"chosen_step": 40}) == []
     assert lines(sft={"chosen_step": 30}) == [
-        "sft was best on dev when warmup was saved: both are one model"
+        "sft was best on dev when warmup was saved: they are the same model"
     ]
     assert lines(sft={"chosen_step": 40}, reft={"chosen_step": 0}) == [
         "reft never beat warmup on dev, so its model is that of warmup"
