@@ -1,85 +1,173 @@
-"""Compares SFT, offline and online self-training and ReFT (`paper` and `modern`) on SmolLM2-135M
-and SVAMP programs, over seeds.
+"""Compares ReFT and more supervised fine-tuning on SmolLM2-135M and SVAMP programs, over seeds.
 
     python -m benchmarks.headline --folder F --minutes 9 --model MODEL --data SVAMP [KEY=VALUE …]
     # repeat until finished
     python -m benchmarks.headline --folder F --tiny
     # a model made from scratch; takes seconds
 
-A call works for about the given number of minutes, stops its run with a checkpoint, and exits with
-status 0; the next call continues from there. MODEL is a folder in Hugging Face format (or
-`smollm2-135m`), and SVAMP a folder with the ReFT authors' files. Progress goes to stderr; the last
-line on stdout is one JSON document with the table of all finished seeds.
+All seeds run side by side (`--together 1`: one after the other). A call works for about the given
+number of minutes, stops its runs with a checkpoint, and exits with status 0; the next call
+continues from there. MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP a
+folder with the ReFT authors' files. 300 questions of the training file are held out; each seed's
+chosen models answer them and the authors' test questions greedily, and the first 250 of the latter
+20 times for voting. Progress goes to stderr; the last line on stdout is one JSON document with the
+tables of all finished seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reftune.recipe import dump_recipe, load_recipe
 from reftune.results import table_command
+from reftune.runs.run import methods_to_evaluate, unclaimed
+from reftune.storage.files import write_atomically
+from reftune.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "smollm2"
 SEEDS = (0, 1, 2)
+HELD_OUT = 300
+"""Questions of the training file that no seed trains on or chooses a model with."""
 LEAST_S = 20.0
-"""A run is not started if fewer seconds are left."""
+"""Nothing is started if fewer seconds are left."""
 PATIENCE_S = 90.0
 """Seconds for the step in progress and its checkpoint. After these, a run is killed, and its last
 checkpoint remains valid."""
 STOPPED = 130
 """Exit status of a run that was interrupted and saved a checkpoint."""
+LATER = ("voting", "held_out")
+"""Evaluations after a run, each in a folder of that name within the run's."""
 
 
-def run_for(command: Sequence[str], seconds: float, *, patience_s: float = PATIENCE_S) -> int:
-    """Run a command, ask it to stop after `seconds`, and return its exit status."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        return process.wait(max(0.1, seconds))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-    try:
-        return process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return STOPPED
+# --- data -----------------------------------------------------------------------------------------
 
 
-def command_of(seed: int, folder: Path, recipe: Path, overrides: Sequence[str]) -> list[str]:
-    settings = [f"name={folder.name}", f"run_dir={folder}", f"seed={seed}", *overrides]
-    return [sys.executable, "-m", "reftune", "run", str(recipe), *settings]
+def hold_out(source: Path, folder: Path) -> None:
+    """Divide a file of the authors into `folder`'s held_out.json and train.json. The questions held
+    out come first in the order of their hashes; equal questions stay together."""
+    rows = json.loads(source.read_text(encoding="utf-8"))
+    of_question = {row["question"]: row for row in rows}
+    ordered = sorted(of_question, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    chosen = set(ordered[:HELD_OUT])
+    parts = {
+        "held_out": [of_question[question] for question in ordered[:HELD_OUT]],
+        "train": [row for row in rows if row["question"] not in chosen],
+    }
+    for name, part in parts.items():
+        write_atomically(folder / f"{name}.json", json.dumps(part))
 
 
-def work(
-    folder: Path, recipe: Path, seeds: Sequence[int], minutes: float, overrides: Sequence[str]
-) -> None:
-    """Run seed after seed, until all are finished or the time is over. Raises: SystemExit with the
-    status of a run that failed."""
-    end = time.monotonic() + 60 * minutes
-    for seed in seeds:
-        run = folder / f"seed-{seed}"
-        if is_finished(run):
-            continue
-        left = end - time.monotonic() - PATIENCE_S * (minutes > 2)
-        if left < LEAST_S:
-            return
-        status = run_for(command_of(seed, run, recipe, overrides), left)
-        if status in (STOPPED, -signal.SIGTERM):  # SIGTERM: it came before the run handled signals
-            return
-        if status != 0:
-            sys.exit(status)
+# --- one seed -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Seed:
+    """The commands of one seed: the run, then its later evaluations."""
+
+    run: Path
+    recipe: Path
+    seed: int
+    overrides: Sequence[str]
+    held_out: Path | None
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(is_finished(self.run / name) for name in ("", *LATER))
+
+    def start(self) -> None:
+        """Start the next command."""
+        if not is_finished(self.run):
+            settings = [f"name={self.run.parent.name}", f"run_dir={self.run}", f"seed={self.seed}"]
+            command = ["reftune", "run", str(self.recipe), *settings, *self.overrides]
+        else:
+            command = ["benchmarks.headline", "--evaluate", str(self.run)]
+            command += ["--held-out", str(self.held_out)] if self.held_out else []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
 
 
 def is_finished(run: Path) -> bool:
     return (run / "summary.json").is_file()
+
+
+def evaluate(run: Path, held_out: Path | None) -> None:
+    """Evaluate a finished run's models again. Each evaluation is a run folder of its own, which
+    shares the models of `run`."""
+    changes = {
+        "voting": ["evaluate.samples=20", "evaluate.limit=250"],
+        "held_out": [] if held_out is None else [f"dataset.test={held_out}"],
+    }
+    for name in LATER:
+        folder = run / name
+        recipe = load_recipe(run / "recipe.yaml", [f"run_dir={folder}", *changes[name]])
+        folder.mkdir(exist_ok=True)
+        for shared in ("stages", "metrics.jsonl", "env.json"):
+            if not (folder / shared).is_symlink():
+                (folder / shared).symlink_to(Path("..") / shared)
+        write_atomically(RunFolder(folder).recipe, dump_recipe(recipe))
+        again = unclaimed(recipe)
+        for method in methods_to_evaluate(recipe):
+            again.evaluate(method)
+        again.summarize()
+
+
+# --- all seeds ------------------------------------------------------------------------------------
+
+
+def work(seeds: Sequence[Seed], minutes: float, *, together: int) -> None:
+    """Run `together` seeds at a time, until all are finished or the time is over. Raises:
+    SystemExit with the status of a command that failed."""
+    end = time.monotonic() + 60 * minutes - PATIENCE_S * (minutes > 2)
+    running: list[Seed] = []
+    try:
+        while True:
+            waiting = [seed for seed in seeds if seed not in running and not seed.is_finished]
+            if end - time.monotonic() < LEAST_S:
+                waiting = []
+            for seed in waiting[: together - len(running)]:
+                seed.start()
+                running.append(seed)
+            if not running or time.monotonic() > end:
+                return
+            time.sleep(0.2)
+            for seed in running[:]:
+                assert seed.process is not None
+                status = seed.process.poll()
+                if status is not None:
+                    running.remove(seed)
+                if status:
+                    sys.exit(status)
+    finally:
+        stop([seed.process for seed in running if seed.process is not None])
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]], *, patience_s: float = PATIENCE_S) -> None:
+    """Ask processes to stop, and kill those that have not stopped after `patience_s`."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    end = time.monotonic() + patience_s
+    for process in processes:
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+# --- results --------------------------------------------------------------------------------------
 
 
 def progress(run: Path) -> dict[str, Any]:
@@ -104,13 +192,16 @@ def progress(run: Path) -> dict[str, Any]:
     }
 
 
-def document(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    runs = {seed: folder / f"seed-{seed}" for seed in seeds}
-    finished = [run for run in runs.values() if is_finished(run)]
+def document(seeds: Sequence[Seed]) -> dict[str, Any]:
+    def table(name: str) -> Any:
+        runs = [seed.run / name for seed in seeds if is_finished(seed.run / name)]
+        return json.loads(table_command(runs, json=True)) if runs else None
+
     return {
-        "finished": len(finished) == len(runs),
-        "seeds": {str(seed): progress(run) for seed, run in runs.items()},
-        "table": json.loads(table_command(finished, json=True)) if finished else None,
+        "finished": all(seed.is_finished for seed in seeds),
+        "seeds": {str(seed.seed): progress(seed.run) for seed in seeds},
+        "table": table(""),
+        **{name: table(name) for name in LATER},
     }
 
 
@@ -118,14 +209,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="where the runs are kept")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept")
     parser.add_argument("--minutes", type=float, default=9.0, help="about how long this call works")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--together", type=int, default=len(SEEDS), help="seeds run at a time")
     parser.add_argument("--model", help="folder in Hugging Face format")
     parser.add_argument("--data", type=Path, help="folder with the ReFT authors' SVAMP files")
     parser.add_argument(
         "--tiny", action="store_true", help="a model made from scratch and generated questions"
     )
+    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--held-out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -133,22 +227,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="recipe keys to change; the same at every call",
     )
     asked = parser.parse_args(arguments)
+    if asked.evaluate:
+        evaluate(asked.evaluate, asked.held_out)
+        return
+    if asked.folder is None:
+        parser.error("--folder: expected where the runs are kept")
     overrides = list(asked.overrides)
+    folder = asked.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     if asked.model:
         overrides.append(f"model.path={asked.model}")
     if asked.data:
-        overrides += [f"dataset.train={asked.data.resolve() / 'svamp_python_sdp.json'}"]
+        hold_out(asked.data / "svamp_python_sdp.json", folder)
+        overrides += [f"dataset.train={folder / 'train.json'}"]
         overrides += [f"dataset.test={asked.data.resolve() / 'svamp_test_set.json'}"]
-    folder = asked.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    work(
-        folder,
-        RECIPES / f"headline{'-tiny' if asked.tiny else ''}.yaml",
-        asked.seeds,
-        asked.minutes,
-        overrides,
-    )
-    print(json.dumps(document(folder, asked.seeds)))
+    seeds = [
+        Seed(
+            run=folder / f"seed-{seed}",
+            recipe=RECIPES / f"headline{'-tiny' if asked.tiny else ''}.yaml",
+            seed=seed,
+            overrides=overrides,
+            held_out=folder / "held_out.json" if asked.data else None,
+        )
+        for seed in asked.seeds
+    ]
+    work(seeds, asked.minutes, together=asked.together)
+    print(json.dumps(document(seeds)))
 
 
 if __name__ == "__main__":
