@@ -43,7 +43,7 @@ class ForcedDecoder(kv._Decoder):
     def logits(self) -> Tensor:
         logits = super().logits()
         wanted = [self.lengths[r.position % len(self.lengths)] for r in self.active]
-        ends = self.rows.lengths == torch.tensor(wanted) - 1
+        ends = self.rows.lengths == torch.tensor(wanted, device=logits.device) - 1
         own = int(self.policy.tokenizer.eos_token_id)
         logits[:, [id_ for id_ in self.policy.eos_ids if id_ != own]] = -torch.inf
         return force_eos(logits, ends, own)

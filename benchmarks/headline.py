@@ -5,10 +5,10 @@
     python -m benchmarks.headline --folder F --tiny
     # a model made from scratch; takes seconds
 
-All seeds run side by side (`--together 1`: one after the other). A call works for about the given
-number of minutes, stops its runs with a checkpoint, and exits with status 0; the next call
-continues from there. MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP a
-folder with the ReFT authors' files. 300 questions of the training file are held out; each seed's
+A call works for about the given number of minutes, stops its runs with a checkpoint, and exits with
+status 0; the next call continues from there. `--together N` runs N seeds at a time; on one GPU, each
+of them then slows down. MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP a
+folder with the ReFT authors' files. 300 questions of the training file are held out: each seed's
 chosen models answer them and the authors' test questions greedily, and the first 250 of the latter
 20 times for voting. Progress goes to stderr; the last line on stdout is one JSON document with the
 tables of all finished seeds.
@@ -44,8 +44,6 @@ LEAST_S = 20.0
 PATIENCE_S = 90.0
 """Seconds for the step in progress and its checkpoint. After these, a run is killed, and its last
 checkpoint remains valid."""
-STOPPED = 130
-"""Exit status of a run that was interrupted and saved a checkpoint."""
 LATER = ("voting", "held_out")
 """Evaluations after a run, each in a folder of that name within the run's."""
 
@@ -212,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where the runs are kept")
     parser.add_argument("--minutes", type=float, default=9.0, help="about how long this call works")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--together", type=int, default=len(SEEDS), help="seeds run at a time")
+    parser.add_argument("--together", type=int, default=1, help="seeds run at a time")
     parser.add_argument("--model", help="folder in Hugging Face format")
     parser.add_argument("--data", type=Path, help="folder with the ReFT authors' SVAMP files")
     parser.add_argument(

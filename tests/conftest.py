@@ -3,8 +3,11 @@ test needs them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -234,3 +237,15 @@ def make_trainer(
 def trainer(make_trainer: Callable[..., Trainer]) -> Trainer:
     """A trainer with the recipe's own settings."""
     return make_trainer()
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of benchmarks/, which is not part of the package, for the duration of a
+    test."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    yield lambda name: import_module(f"benchmarks.{name}")
+    for name in [
+        name for name in sys.modules if name == "benchmarks" or name.startswith("benchmarks.")
+    ]:
+        del sys.modules[name]

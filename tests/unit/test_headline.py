@@ -1,8 +1,9 @@
-"""benchmarks/headline.py works in slices that stop, continue and end in a table."""
+"""benchmarks/headline.py works in slices that stop, continue and end in tables."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from reftune.recipe import load_recipe
 from reftune.runs.run import check_stage_graph
 
 ROOT = Path(__file__).parents[2]
-METHODS = ["warmup", "sft", "offline_st", "online_st", "reft", "reft_tuned"]
+METHODS = ["warmup", "sft", "reft"]
 
 
 @pytest.fixture
@@ -22,48 +23,60 @@ def headline(benchmark_module) -> ModuleType:
     return benchmark_module("headline")
 
 
-def test_its_recipes_are_sound_and_spend_alike():
+def test_both_methods_start_from_one_warmup_and_spend_alike():
     recipe = load_recipe(ROOT / "recipes/smollm2/headline.yaml")
-    check_stage_graph(recipe)
-    stages = recipe.stages
-    assert [*stages["sft"].produces, *stages] == METHODS
-    continued = (stages["sft"].epochs - stages["sft"].snapshots["warmup"]) * 2823
-    for name in ("reft", "reft_tuned"):
-        stage = stages[name]
-        assert (stage.steps + stage.value_prefit) * stage.prompts * stage.samples == 14_080, (
-            "sampled solutions"
-        )
-        assert stage.steps * stage.prompts * stage.samples * stage.updates == pytest.approx(
-            continued, rel=0.05
-        )
+    assert list(recipe.stages) == METHODS
+    sft, reft = recipe.stages["sft"], recipe.stages["reft"]
+    assert sft.init == reft.init == "warmup"
+    passes = reft.steps * reft.prompts * reft.samples * reft.updates
+    assert passes == pytest.approx(sft.epochs * 2520, rel=0.05)
+    assert sft.epochs / sft.eval_every == reft.steps / reft.eval_every, (
+        "equally many dev evaluations"
+    )
     check_stage_graph(load_recipe(ROOT / "recipes/smollm2/headline-tiny.yaml"))
 
 
-@pytest.mark.slow
-def test_a_command_that_takes_too_long_is_asked_to_stop_and_then_killed(headline):
-    asked = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(130)); print(flush=True);"
-        " time.sleep(60)"
+def test_questions_held_out_are_not_trained_on(headline, tmp_path):
+    rows = [{"question": f"question {i % 400}", "answer_value": str(i)} for i in range(450)]
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    headline.hold_out(tmp_path / "all.json", tmp_path)
+    train, held_out = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("train", "held_out")
     )
-    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
-    assert headline.run_for([sys.executable, "-c", asked], 3) == 130
-    started = time.monotonic()
-    assert headline.run_for([sys.executable, "-c", deaf], 3, patience_s=0.5) == headline.STOPPED
-    assert time.monotonic() - started < 30
-    assert headline.run_for([sys.executable, "-c", "raise SystemExit(2)"], 60) == 2
+    kept = {row["question"] for row in held_out}
+    assert len(held_out) == len(kept) == headline.HELD_OUT
+    assert kept.isdisjoint(row["question"] for row in train)
+    assert {row["question"] for row in train} | kept == {row["question"] for row in rows}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_slices_resume_until_the_table_is_there(headline, tmp_path, capsys, monkeypatch):
+def test_a_command_that_does_not_stop_when_asked_is_killed(headline):
+    deaf = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", deaf]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        started = time.monotonic()
+        headline.stop([process], patience_s=0.5)
+        assert process.returncode == -9 and time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_slices_resume_until_the_tables_are_there(headline, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(headline, "LEAST_S", 0)
-    command = ["--folder", str(tmp_path), "--tiny", "--seeds", "0"]
+    command = ["--folder", str(tmp_path), "--tiny", "--seeds", "0", "1", "--together", "2"]
     headline.main([*command, "--minutes", "0.05"])  # three seconds: python has hardly begun
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not first["finished"] and first["table"] is None
-    headline.main([*command, "--minutes", "4"])
+    headline.main([*command, "--minutes", "8"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["finished"] and sorted(last["table"]["methods"]) == sorted(METHODS)
+    assert last["finished"]
+    for name in ("table", *headline.LATER):
+        assert list(last[name]["methods"]) == METHODS and last[name]["seeds"] == 2
+    assert "maj@20" in last["voting"]["methods"]["reft"]["scores"]
     assert last["seeds"]["0"]["stages"]["reft"]["steps"] == 2
 
 
