@@ -106,7 +106,8 @@ NOTES = {
 """Recipe → note for the reader."""
 OPEN = [
     "**A real model** was not trained to the end, because that takes 10 hours per seed in fp32"
-    " without AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run.",
+    " without AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run on a CPU"
+    " and the warm-ups of three on a GPU.",
     "**A better critic for long solutions** and **RL from prefixes of the gold solution** remain "
     "open. On solutions of 66 tokens, five seeds cannot distinguish PPO, PPO with `lam: 1`, a "
     "detached value head and GRPO, and from that warm-up, SFT beats all of them; prefixes were "
