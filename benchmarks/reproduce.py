@@ -53,16 +53,17 @@ NOTES = {
         "The reward model is the paper's classifier, trained on 20 samples per question, drawn "
         "from the warm-up. With more than 8 samples to choose from, its choices get "
         "[worse](experiments/reranking.md), because it overrates some unlikely mistakes. [Another "
-        "reward model](#reranking-by-likelihood-and-classifier) does not."
+        "reward model](#reranking-by-likelihood-and-classifier) avoids this."
     ),
     "reranking": (
         "The score of this reward model includes the solution's log-likelihood, and its loss "
         "includes language modelling. The reward model learns from 100 samples of SFT's model for "
-        "each of the demo's 600 training questions. It then ranks samples of SFT and ReFT on 300 "
-        "test problems.\n\n"
+        "each of the demo's 600 training questions. It then ranks samples of SFT's and ReFT's "
+        "models on 300 test problems.\n\n"
         "For SFT, reranking beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
         "[2.4, 10.1]; weighting the votes by score adds 3.5 [1.0, 6.9]. For ReFT, none of these "
-        "differences is significant: +0.5 [−2.3, +3.5], −0.2 [−3.1, +2.7] and +0.7 [−0.7, +2.5]. "
+        "three differences is significant: +0.5 [−2.3, +3.5], −0.2 [−3.1, +2.7] and +0.7 [−0.7, "
+        "+2.5]. "
         "[Reranking](experiments/reranking.md) shows why a reward model needs wrong solutions to "
         "learn from."
     ),
@@ -75,9 +76,10 @@ NOTES = {
         "is not significant. After reranking, ReFT no longer leads SFT."
     ),
     "classifier-nl": (
-        "The same runs with `lm_coef: 0`, that is, with the paper's reward model. Its choice is "
-        "11.5 points [7.5, 15.8] worse than greedy decoding for SFT and 25.1 [21.9, 28.5] for "
-        "ReFT. In all five runs, the report warns that on dev it is no better than a random choice."
+        "These are the same runs with the paper's reward model (`lm_coef: 0`). Its choice is 11.5 "
+        "points [7.5, 15.8] worse than greedy decoding for SFT and 25.1 [21.9, 28.5] for ReFT. In "
+        "all five runs, the report warns that on dev, the reward model is no better than a random "
+        "choice."
     ),
     "modern": (
         "*ReFT* is PPO with preset `paper`, the coefficients and value head of the authors' code. "
@@ -108,10 +110,10 @@ OPEN = [
     "**A real model** was not trained to the end, because that takes 10 hours per seed in fp32"
     " without AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run on a CPU"
     " and the warm-ups of three on a GPU.",
-    "**A better critic for long solutions** and **RL from prefixes of the gold solution** remain "
-    "open. On solutions of 66 tokens, five seeds cannot distinguish PPO, PPO with `lam: 1`, a "
-    "detached value head and GRPO, and from that warm-up, SFT beats all of them; prefixes were "
-    "tried on one tuning seed only ([log](experiments/critic.md)).",
+    "**A better value head for long solutions** and **RL from prefixes of the gold solution** were "
+    "tried without a conclusion. On solutions of 66 tokens, five seeds cannot distinguish PPO, PPO "
+    "with `lam: 1`, PPO with a detached value head and GRPO, and SFT from the same warm-up beats "
+    "all of them. Prefixes were tried on one tuning seed only ([log](experiments/critic.md)).",
 ]
 FINDINGS = [
     ("ReFT beats supervised fine-tuning (SFT)", "reft", "sft"),
@@ -176,7 +178,7 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of docs/results.md, a function of the committed tables."""
     parts = [
         "# Results\n\nThis page reports which findings of the ReFT paper (arXiv:2401.08967) hold"
-        " on small generated tasks. `make reproduce` writes it from the JSON in `docs/results/`."
+        " on small generated tasks. `make reproduce` trains all models and writes the page."
         " Accuracies are in percent. Differences are in points, paired by problem. Brackets give"
         " 95% confidence intervals over seeds and problems; n.s. means not significant. Models are"
         " chosen on dev and scored on test once. [Metrics](metrics.md#results) defines the"
