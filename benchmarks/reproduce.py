@@ -108,8 +108,8 @@ NOTES = {
 """Recipe → note for the reader."""
 OPEN = [
     "**A real model** was not trained to the end, because that takes 10 hours per seed in fp32"
-    " without AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports one short run on a CPU"
-    " and the warm-ups of three on a GPU.",
+    " without AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports a short run on a CPU"
+    " and three warm-ups on a GPU.",
     "**A better value head for long solutions** and **RL from prefixes of the gold solution** were "
     "tried without a conclusion. On solutions of 66 tokens, five seeds cannot distinguish PPO, PPO "
     "with `lam: 1`, PPO with a detached value head and GRPO, and SFT from the same warm-up beats "
