@@ -233,7 +233,8 @@ def forward_flops(
 def decode_floor(
     lengths: list[int], prompts: list[int], peak: float, bytes_s: float, weight_bytes: int
 ) -> float:
-    """Least seconds of sampling: a step reads all weights, unless its matmuls take longer."""
+    """Least seconds of sampling: each token takes the time to read all weights or the time of its
+    matmuls, whichever is longer."""
     weights = MODEL["body"] + MODEL["vocabulary"] * MODEL["hidden"]
     total = 2 * MODEL["body"] * sum(prompts) / peak
     for step in range(max(lengths)):

@@ -127,10 +127,10 @@ def evaluate(
 ) -> Evaluation:
     """Answer problems greedily and grade the answers.
 
-    `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id or a loaded
-    `Policy`; `problems` are `Problem`s or mappings with `question`, `answer` and, optionally, `id`,
-    `choices` and `answer_kind`. If `model` is a stage folder, `format` and `max_new` default to
-    those of its run; if not, to `nl` and 256. Raises: ReftuneError.
+    `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id, `smollm2-135m` or
+    a loaded `Policy`; `problems` are `Problem`s or mappings with `question`, `answer` and,
+    optionally, `id`, `choices` and `answer_kind`. If `model` is a stage folder, `format` and
+    `max_new` default to those of its run; if not, to `nl` and 256. Raises: ReftuneError.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts

@@ -200,8 +200,8 @@ class Attempt:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Attempt:
-        """The inverse of `to_row`. Raises: KeyError for a missing key, ValueError for an unknown
-        verdict."""
+        """The inverse of `to_row`. Raises: KeyError without a completion or a verdict, ValueError
+        for an unknown verdict."""
         tokens = row.get("tokens")
         return cls(
             completion=str(row["completion"]),

@@ -24,7 +24,7 @@ from reftune.types import Completion, Graded, Rollout, Verdict
 class OnlineSt(Algorithm):
     kind: Literal["online_st"] = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
-    """Truncate gold sequences, prompt included, to this many tokens."""
+    """Truncate gold sequences, prompt included, to this many tokens. Default: no truncation."""
     dropout: bool = False
     """Keep dropout on during updates."""
 
@@ -75,7 +75,7 @@ class OnlineSt(Algorithm):
 
 def gold_rollout(sampled: Rollout, encoder: Encoder, *, max_tokens: int | None) -> Rollout:
     """The gold solution of a sample's problem as if it had been sampled, cut so that prompt and
-    solution fit `max_tokens`."""
+    solution together have at most `max_tokens` tokens."""
     whole = encoder.target(sampled.problem)
     kept = whole if max_tokens is None else whole[: max(0, max_tokens - len(sampled.prompt_ids))]
     completion = Completion(

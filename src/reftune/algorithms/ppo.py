@@ -28,7 +28,7 @@ class Ppo(Clipped):
     value_lam: float | None = Field(None, ge=0, le=1)
     """λ of the value targets; 1 gives plain returns (VC-PPO). Default: `lam`."""
     value_clip: float = Field(0.2, gt=0)
-    """In the value loss, how far a value may move from its value at sampling."""
+    """In the value loss, how far a token's value may move from what it was at sampling."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
     positive_nll_coef: float = Field(0.0, ge=0)

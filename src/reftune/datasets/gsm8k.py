@@ -66,8 +66,8 @@ class Gsm8k(PaperDataset):
 
 
 def program_of(solution: str) -> str | None:
-    """The annotated steps of a solution as a program; None if the steps compute nothing, or if one
-    of them is not plain arithmetic.
+    """The annotated steps of a solution as a program; None if no step computes anything, or if a
+    step is not plain arithmetic.
 
     Each step is a variable, named after the words that follow its result. A number that equals an
     earlier result is replaced by that result's variable or, if several results are equal, by the

@@ -24,7 +24,7 @@ from reftune.types import Answer, AnswerKind, Message, Problem
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
 """A missing cell as pandas writes it, or a failed formula as Excel writes it."""
 MOST_WORDS = 30
-"""Longest gold answer read as text under `auto`, in words; anything longer is a solution, not an
+"""Longest gold answer read as text under `auto`, in words. Longer text is a solution, not an
 answer."""
 
 
@@ -52,8 +52,8 @@ class Jsonl(FileDataset):
         return [self._problem(row, columns) for row in rows]
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without unfit training rows. Numbers in rationales are read with the gold
-        answers' decimal separator."""
+        """`splits` without training rows whose rationale contradicts the gold answer. Numbers in
+        rationales are read with the gold answers' decimal separator."""
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
@@ -65,8 +65,8 @@ class Jsonl(FileDataset):
         return {"question": f"What is {n}?", "answer": n}
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns, given or recognised. Raises: DataError if training rows lack a given
-        column."""
+        """The columns, given or recognised. Raises: DataError if no training row has a value in a
+        given column, or if the question's or the answer's column is not recognised."""
         named = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
         for value in named.values() if is_train else ():
             for name in [value] if isinstance(value, str) else value or ():
@@ -133,7 +133,8 @@ class Jsonl(FileDataset):
 
 
 def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:
-    """The question as one string, and the turns before the answer if it is a conversation."""
+    """The question as one string, and the turns before the answer if the cell holds a
+    conversation."""
     if isinstance(column, list):
         parts = [row.text(column[0]), *(row.optional_text(name) for name in column[1:])]
         return "\n".join(part for part in parts if part is not None), ()

@@ -62,7 +62,8 @@ class Mathqa(PaperDataset):
 
     train: str = "regisss/math_qa"
     answer: Literal["choice", "numeric"] = "choice"
-    """With `choice`, gold answers are letters; `numeric` omits the options."""
+    """With `choice`, gold answers are letters. `numeric` omits the options, and the gold answer is
+    the correct option's number."""
 
     key: ClassVar[Key] = staticmethod(stem_key)
 
@@ -82,9 +83,9 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. Except in test and for multiple choice in `nl`, the
-        formula's value must be within 1% of the gold option. If it is not, a numeric problem is
-        dropped, and a multiple-choice problem is kept without its program."""
+        """The rows of a split as problems. In the published files, except in test and for multiple
+        choice in `nl`, the formula's value must be within 1% of the gold option. If it is not, a
+        numeric problem is dropped, and a multiple-choice problem is kept without its program."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -122,8 +123,8 @@ class Mathqa(PaperDataset):
         )
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the published files. Raises: Unusable if a numeric gold answer is
-        requested and the gold option is not a number."""
+        """The problem in a row of the published files. Raises: DataError if the row cannot be read;
+        Unusable if a numeric gold answer is requested and the gold option is not a number."""
         stem, (options, letter) = repaired(row.text("Problem")), _gold_of(row)
         problem = Problem(
             id=row.id,

@@ -21,14 +21,15 @@ class Part(Table):
 
     dataset: component_field("datasets")  # type: ignore[valid-type]
     share: float | None = Field(None, gt=0, le=1)
-    """Share of the mixture's training questions. Default: all questions of the dataset are used."""
+    """Share of the mixture's training questions that come from this dataset. Either all datasets
+    have a share or none has. Default: all training questions are used."""
 
 
 class Mixture(Component):
     """Combines datasets; no question is in two splits."""
 
     parts: dict[str, Part] = Field(min_length=2)
-    """Name → dataset and share."""
+    """A name of your choice → a dataset and its share."""
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> Self:
@@ -71,8 +72,8 @@ class Mixture(Component):
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """The largest training set with the wanted shares, drawn with `seed`; it uses up at least
-        one part."""
+        """The largest training set with the wanted shares, drawn with `seed`; all questions if no
+        shares are given."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

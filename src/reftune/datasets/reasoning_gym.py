@@ -36,7 +36,7 @@ class ReasoningGym(Component):
     test_size: int = Field(500, ge=0)
     """Test questions do not depend on the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Determines the questions; the run's seed chooses those for dev."""
+    """Determines the questions of all splits; the run's seed chooses which of them are dev."""
 
     def load(self, *, seed: int) -> Splits:
         """Generate all splits. Raises: RecipeError for an unknown task or setting; DataError if the

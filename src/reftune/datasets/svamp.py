@@ -25,7 +25,8 @@ class Svamp(PaperDataset):
     authors_name: ClassVar[str] = "svamp"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in `PaperDataset`, but an `nl` rationale must also end by stating its answer."""
+        """As in `PaperDataset`, but an `nl` rationale must also end by stating its answer. Raises:
+        DataError if `nl` is requested and the data has no rationales."""
         if self.rationale == "nl":
             if all(problem.rationale is None for problem in splits.train):
                 first = read_rows(self.train, "train", names=self.file_names()["train"])[0]

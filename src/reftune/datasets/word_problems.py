@@ -43,7 +43,8 @@ ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 
 
 class WordProblems(Component):
-    """Generates word problems. Dev and test do not depend on `train` or `styles`."""
+    """Generates word problems. The questions of dev and test do not depend on `train` or
+    `styles`."""
 
     train: int = Field(1000, ge=1)
     """Number of training questions."""
@@ -52,18 +53,18 @@ class WordProblems(Component):
     test: int = Field(1000, ge=1)
     """Number of test questions."""
     operations: tuple[int, int] = (0, 2)
-    """Fewest and most operations per question."""
+    """Smallest and largest number of operations per question."""
     numbers: tuple[int, int] = (2, 30)
     """Smallest and largest amount in a question, other than factors and prices."""
     people: int = Field(3, ge=1, le=5)
     """Maximum number of people in a question."""
     distractors: float = Field(0.4, ge=0, le=1)
-    """Share of questions with an irrelevant sentence."""
+    """Probability that a question contains an irrelevant sentence."""
     max_value: int = Field(999, ge=10)
     """Upper limit for answers and intermediate results."""
     rationale: Literal["program", "nl"] = "program"
     styles: int = Field(4, ge=1, le=24)
-    """Ways of writing a rationale: at most 24, or 8 for `nl`."""
+    """Number of ways of writing a rationale: at most 24, or 8 for `nl`."""
     answer: Literal["number", "choice"] = "number"
     """`choice` gives each question four options."""
 
@@ -192,7 +193,7 @@ def _ancestors(quantity: _Quantity) -> set[_Quantity]:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Story:
     text: str
-    """Its sentences, the last one the question."""
+    """All sentences; the last is the question."""
     quantities: list[_Quantity]
     """The people's quantities that the answer needs, in the order of the story."""
     answer: _Quantity
@@ -312,8 +313,8 @@ class _Teller:
 
 
 def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str, ...]:
-    """The right answer among results of likely mistakes: a step left out, a different last
-    operation, a small slip."""
+    """The right answer and results of likely mistakes (a step left out, a different last operation,
+    a small slip), in random order."""
     steps = [step.value for step in _ancestors(right)]
     operations = [
         apply(*(operand.value for operand in right.operands))
@@ -351,7 +352,7 @@ class _Spelling:
     """`3 * 12` for `12 * 3`, wherever the order does not matter."""
 
     def formula(self, quantity: _Quantity) -> str:
-        """The expression that a quantity was computed from: `(a - 4) * 3`."""
+        """The expression that a quantity was computed from, such as `(a - 4) * 3`."""
         if not quantity.symbol:
             return str(quantity.value)
         left, right = (self._operand(operand, quantity) for operand in quantity.operands)

@@ -47,13 +47,13 @@ class Reader(NamedTuple):
 class Kv(Component):
     kind: str = "kv"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Rows decoded at once; `auto` fills device memory, up to 256 rows."""
+    """Number of solutions decoded at once; `auto` fills device memory, up to 256."""
     refill: float = Field(0.25, gt=0, le=1)
-    """Share of rows that must be free before waiting prompts join."""
+    """Share of `batch_size` that must be free before waiting prompts join."""
 
     @property
     def rows(self) -> int:
-        """Rows decoded at once; a default number if `batch_size` is still `auto`."""
+        """Number of rows decoded at once; 128 if `batch_size` is still `auto`."""
         return 128 if self.batch_size == "auto" else self.batch_size
 
     @torch.no_grad()

@@ -50,19 +50,22 @@ Sampled = tuple[list[int], list[float]]
 class Vllm(Component):
     kind: str = "vllm"
     server: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """URLs of [running servers](engines.md#vllm-as-servers). Default: colocated."""
+    """URL of a [running server](engines.md#vllm-as-servers), or a list of URLs. Default:
+    colocated."""
     weights_dir: str | None = None
-    """Folder for passing weights to vLLM. Default: in memory."""
+    """Folder for passing weights to vLLM. Default: in memory (`/dev/shm`), if the system has
+    that."""
     batch_size: int = Field(256, gt=0)
-    """Maximum requests in flight."""
+    """If colocated, maximum number of solutions decoded at once. With servers, maximum number of
+    requests at a time, and of solutions per request."""
     memory: float = Field(0.3, gt=0, le=1)
-    """Share of the device's memory, if colocated."""
+    """If colocated, share of the device's memory that vLLM uses."""
     eager: bool = False
     """If colocated, skip compilation: vLLM starts sooner but runs slower."""
 
     @property
     def device_share(self) -> float:
-        """Share of the device's memory for vLLM's own weights and cache."""
+        """Share of the device's memory for vLLM's own weights and cache; 0 with servers."""
         return 0.0 if self.server else self.memory
 
     @property

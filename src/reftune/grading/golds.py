@@ -1,6 +1,7 @@
-"""Reads gold answers as spelled in data, strictly: a gold answer is a number only if its whole text
-is one. `numbers` reads completions leniently and takes 18 from "18, I think". From the gold answer
-"5 pm", it would take 5, and training would reward wrong answers."""
+"""Reads gold answers as spelled in data, and does so strictly: a gold answer is a number only if
+its whole text is one number, perhaps with a currency or a unit. `numbers` reads completions
+leniently and takes 18 from "18, I think". From the gold answer "5 pm", `numbers` would take 5, and
+training would reward wrong answers."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
-    """The number in a cell, as for `number_gold`. True does not count as 1."""
+    """The number in a cell, under the rules of `number_gold`. True does not count as 1."""
     if isinstance(raw, bool):
         return None
     if isinstance(raw, int):
@@ -113,8 +114,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The answers, in order, of the last marker and of the markers adjacent to it: little more than
-    "or", "and" or symbols may be in between. An intermediate result is not adjacent."""
+    """The answers, in order, of the last marker and of the markers adjacent to it. Markers are
+    adjacent if little more than "or", "and" or symbols stands between them; an intermediate result
+    is not adjacent to the final one."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -127,7 +129,8 @@ def _stated(text: str, reading: Reading) -> list[str]:
 
 
 def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
-    """The answer in the text that a marker announces, read at most up to `end`, the next marker."""
+    """The answer in the text that a marker announces, read at most up to `end`, where the next
+    marker begins."""
     said = (statement.text or "").strip()
     if statement.is_closed:
         return said
@@ -239,9 +242,10 @@ def _pattern(raw: object) -> Answer:
 
 
 def split_items(text: str) -> tuple[str, ...]:
-    """The parts of a list as people write it: with or without brackets, and with commas,
-    semicolons, line breaks or "and" between the parts. If any comma is followed by a space, only
-    such commas separate parts."""
+    """The parts of a list as people write it, with or without brackets. Commas, semicolons, line
+    breaks and "and" separate the parts, except inside inner brackets. If any comma is followed by a
+    space, commas without a space do not separate. If none is, but there are other separators, a
+    comma that may group thousands does not separate."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -312,7 +316,8 @@ _NOT_UNITS = frozenset(
     " septembre octobre novembre décembre enero febrero marzo abril mayo junio julio agosto"
     " septiembre octubre noviembre diciembre".split()
 )
-"""Words that, after a number, change its value or make it a time."""
+"""Words that do not count as units after a number, for example because they change its value or
+make it a time."""
 _FRACTION_WORD = re.compile(
     r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
 )

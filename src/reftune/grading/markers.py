@@ -11,7 +11,7 @@ from typing import Literal
 
 MAX_BOX_CHARS = 20_000
 MAX_STATEMENTS = 20
-"""Number of markers that are read, counted from the end of a completion."""
+"""Maximum number of markers that are read, counted from the end of a completion."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class Reading:
     markers: tuple[str, ...] = ()
     """Phrases that announce an answer, besides the English ones."""
     decimal: Literal[".", ","] = "."
-    """The decimal separator; the other character groups thousands."""
+    """The decimal separator, a point or a comma. The other of the two groups thousands."""
 
 
 DEFAULT = Reading()
@@ -102,8 +102,8 @@ def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
 
 
 def reasoning_text(completion: str) -> str:
-    """The reasoning that leads to the answer: the text before the first marker, or the whole
-    completion if there is no marker."""
+    """The reasoning that leads to the answer: the text before the first built-in marker, or the
+    whole completion if there is none."""
     marker = marker_pattern(()).search(completion)
     return completion if marker is None else completion[: marker.start()]
 

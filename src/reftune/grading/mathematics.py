@@ -79,8 +79,9 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression in `text`, with symbols as LaTeX: the content of its math delimiters if there
-    is one pair, otherwise the text up to an aside. Closing punctuation is removed."""
+    """The expression in `text`, with symbols such as π spelled in LaTeX. If there is exactly one
+    pair of math delimiters, the expression is their content; otherwise it is the text up to an
+    aside, such as a reason. Closing punctuation is removed."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -91,7 +92,7 @@ def expression_in(text: str) -> str:
 
 def same_expression(gold: str, answer: str) -> Comparison:
     """The comparison of an answer with the gold expression. Raises: ReftuneError if math-verify is
-    missing."""
+    needed and is missing."""
     expected, given = expression_in(gold), expression_in(answer)
     if not given or len(given) > MAX_EXPRESSION_CHARS or _words_in(given):
         return Comparison("unread")
@@ -135,8 +136,8 @@ def _verified(gold: str, answer: str) -> Comparison:
 
 
 def _words_in(expression: str) -> bool:
-    """Whether an expression contains words: three or more letters that are neither a function nor
-    LaTeX, or common two-letter words."""
+    """Whether an expression contains a word: three or more letters that are neither a function nor
+    LaTeX, or a common two-letter word."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in _FUNCTIONS) for word in words)

@@ -374,7 +374,8 @@ def after_equals(line: str) -> str:
 
 
 def _assigned_values(line: str) -> Iterator[Fraction | None]:
-    """The values of the unknowns in a list of equations: "x = 3, y = 4"."""
+    """The values of the unknowns in a list of equations, such as "x = 3, y = 4". A value is None if
+    it is not a number."""
     for clause in _CLAUSES.split(re.split(r"[.!?] ", line, maxsplit=1)[0]):
         assignment = _ASSIGNMENT.fullmatch(clause.rstrip("."))
         if assignment is not None:

@@ -25,7 +25,7 @@ _SECOND_CHOICE = re.compile(
 _NEGATED = re.compile(
     r"^[ :]*(?:it is )?(?:neither|not) [^.;]{0,200}?\b(?:but|rather) ", re.IGNORECASE
 )
-"""Matches rejected options: "neither A nor B but C"."""
+"""Matches rejected options: the words before C in "neither A nor B but C"."""
 _LETTERED = re.compile(
     r"\s*[(\[]?(?P<letter>[a-z])(?:\s*[)\]]\s*|\s*[.:]\s+|\s+[-–—]\s+)(?P<text>\S.*)", re.I | re.S
 )

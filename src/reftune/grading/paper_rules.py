@@ -13,9 +13,9 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 
 
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
-    """The authors' rule for worked solutions: `float()` of the text after the last `PAPER_TRIGGER`,
-    or of the whole text if there is none. nan and inf are wrong answers. If the gold answer is not
-    a number, strings are compared, so an answer is always read."""
+    """The authors' rule for worked solutions: `grade_value_paper` for the text after the last
+    `PAPER_TRIGGER`, or for the whole text if there is none. nan and inf therefore count as wrong
+    answers, and if the gold answer is not a number, any text counts as an answer."""
     text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
     return grade_value_paper(text, problem)
 

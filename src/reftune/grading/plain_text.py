@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 MAX_SEGMENT_CHARS = 2_000
-"""Number of characters of an answer that are searched for a number or a choice."""
+"""Maximum number of characters of an answer that are searched for a number or a choice."""
 
 _ASCII = str.maketrans(
     {
@@ -146,7 +146,8 @@ def _with_decimal_point(match: re.Match[str]) -> str:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Whether two strings differ only in case, spacing, decoration and closing punctuation."""
+    """Whether two strings differ at most in case, spacing, decoration and closing punctuation.
+    False if nothing else is in them."""
     return _bare(first) == _bare(second) != ""
 
 

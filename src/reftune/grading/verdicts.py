@@ -1,4 +1,4 @@
-"""Grades completions and values: every text gets a verdict, and none raises an error.
+"""Grades completions and values. Every text gets a verdict, and no text raises an error.
 
 All functions are pure, except that a worker process compares expressions.
 """

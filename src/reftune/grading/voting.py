@@ -95,9 +95,9 @@ def rerank_curve(
     *,
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
-    """For k = 1 … n, the valid sample with the highest score among the first k samples; None if no
-    such sample is valid. On a tie, the earlier sample wins. A repeated completion counts once, at
-    its first position."""
+    """For k = 1 … n, the valid sample with the highest score among the first k samples; None if
+    none of these samples is valid. On a tie, the earlier sample wins. A repeated completion counts
+    once, at its first position."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []

@@ -80,7 +80,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
 
 
 def read_adapters(folder: Path) -> Scaled:
-    """The adapters of a folder in PEFT's format. Raises: ModelError."""
+    """The LoRA adapters of a folder in PEFT's format. Raises: ModelError if they cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -211,7 +211,7 @@ class RolloutBatch:
     rewards: Tensor
     """(B,)"""
     correct: Tensor
-    """(B,) 1 if the answer was right, else 0."""
+    """(B,) 1 for a right answer, 0 for any other."""
     groups: Tensor
     """(B,) Samples of one problem have equal integers."""
     sampling_logprobs: Tensor
@@ -256,8 +256,9 @@ class RolloutBatch:
 def micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, order: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Indices of the sequences, in groups of at most `max_tokens` tokens; a longer sequence forms a
-    group of its own. Unless `packed`, padding to a group's longest sequence counts too.
+    """Groups of sequences, as indices, of at most `max_tokens` tokens each. A sequence that is
+    longer than that forms a group of its own. Unless `packed`, padding to a group's longest
+    sequence counts too.
 
     The groups follow `order`, which may leave sequences out; by default, all sequences come in
     order of length. Unless `packed`, lengths must not decrease along `order`.

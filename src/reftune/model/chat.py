@@ -22,8 +22,8 @@ OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The turns as the template writes them, up to where the assistant begins. Raises: RecipeError
-    if the tokenizer has no template, or if the template rejects the turns or omits the system
-    message."""
+    if the tokenizer has no template, or if the template rejects the turns, omits the system
+    message, or does not read one of the `template_args`."""
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
@@ -33,9 +33,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
     """The text that the template writes after the prompt, through the end of the turn, if the
-    assistant says `said`. Mistral's begins a reply with a space, Qwen3's with an empty `<think>`
-    block. If the template changes the prompt's text before a reply, or omits a part of `said` (such
-    as a thought), `said` is kept and only the text around it comes from the template."""
+    assistant says `said`. Mistral's template begins a reply with a space, Qwen3's with an empty
+    `<think>` block. If the template changes the prompt's text before a reply, or omits a part of
+    `said` (such as a thought), `said` is kept and only the text around it comes from the
+    template."""
     said = said.strip()
     whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
     begun = prompt_text(tokenizer, prompt)

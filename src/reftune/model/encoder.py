@@ -43,7 +43,7 @@ class Encoder:
 
     def target(self, problem: Problem) -> list[int]:
         """Ids of the gold continuation, including the end token. Raises: DataError if the problem
-        has no rationale."""
+        has no rationale that fits the format."""
         return self.continuation(problem, self.format.target(problem))
 
     def continuation(self, problem: Problem, text: str) -> list[int]:
@@ -71,7 +71,8 @@ class Encoder:
         return prompt_text(self.tokenizer, prompt) if isinstance(prompt, Conversation) else prompt
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
-        """What follows the prompt if the model writes `text`: in a chat, a reply and its end."""
+        """The text that follows the prompt if the model writes `text`. In a chat, this is the reply
+        and its end, as the template writes them."""
         if isinstance(prompt, Conversation):
             return reply_text(self.tokenizer, prompt, text)
         return text

@@ -3,7 +3,7 @@ recomputed blocks.
 
 Matrices that are never trained (in a base under adapters, a reference or an evaluated model) are
 kept in the compute dtype or in 4 bits. Autocast would cast those of linear layers at every use
-anyway. Vectors (norms, biases) stay fp32.
+anyway; for those of embeddings, see `Embeddings`. Vectors (norms, biases) stay fp32.
 """
 
 from __future__ import annotations

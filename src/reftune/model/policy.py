@@ -36,7 +36,7 @@ VALUE_HEAD = Path("value_head", "model.safetensors")
 weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
 """Path of the adapters in the merged model's folder. With a 4-bit base, a later stage continues the
-adapters, because quantizing the merged model would round their changes away."""
+adapters, because quantizing the merged model would round away what they have learned."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
 """File name in PEFT's format, whose tensor names omit the adapter's name."""
@@ -158,7 +158,8 @@ class Policy(nn.Module):
                 )
 
     def separate_value_model(self) -> None:
-        """Give the value head its own copy of the policy's transformer. `save` omits the copy."""
+        """Give the value head its own copy of the policy's transformer. `save` omits the copy.
+        Raises: ModelError with LoRA."""
         if self.is_lora:
             raise ModelError(
                 "value_model: separate is trained in full; expected a recipe without model.lora"
@@ -192,7 +193,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Run forward passes in the compute dtype; the weights themselves are never cast."""
+        """Run forward passes inside the block in the compute dtype. The weights themselves keep
+        their dtype."""
         if self.compute_dtype == torch.float32:
             yield
         else:
@@ -341,8 +343,9 @@ class Policy(nn.Module):
             )
 
     def make_reference(self) -> Policy | AdapterReference:
-        """The current policy, frozen. Without LoRA: a copy whose matrices are in the compute dtype.
-        With LoRA: the same base with a copy of the adapters, or with none if they are new."""
+        """The current policy, frozen. Without LoRA, the reference is a copy whose matrices are in
+        the compute dtype. With LoRA, the reference shares the policy's base; it has a copy of the
+        adapters, or no adapters if the policy's are new and therefore still without effect."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -380,8 +383,9 @@ class Policy(nn.Module):
                 parameter.data, adapters[name] = adapters[name], parameter.data
 
     def save(self, folder: Path) -> None:
-        """Write the model (LoRA merged) and the tokenizer for plain `from_pretrained`, with the end
-        tokens in config and generation config. Also write the value head and any adapters."""
+        """Write the model, with LoRA merged, and the tokenizer, so that plain `from_pretrained` can
+        load them. Config and generation config list the end tokens. The value head and any adapters
+        are written too."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run shows its own progress bar
@@ -419,7 +423,8 @@ class Policy(nn.Module):
         )
 
     def load_adapters(self, folder: Path) -> None:
-        """Continue with the adapters that `save` or PEFT wrote. Raises: ModelError."""
+        """Continue with the adapters that `save` or PEFT wrote. Raises: ModelError if they are
+        missing or do not fit."""
         path = folder / ADAPTERS if (folder / ADAPTERS).is_file() else folder / PEFT_ADAPTERS
         try:
             saved, own = (
@@ -437,7 +442,7 @@ class Policy(nn.Module):
         self.continues_adapters = True
 
     def load_value_head(self, folder: Path) -> None:
-        """Load the head that `save` wrote, if there is one."""
+        """Load the value head that `save` wrote; if there is none, keep the current one."""
         if (folder / VALUE_HEAD).is_file():
             tensors = load_file(folder / VALUE_HEAD)
             self.value_head.load_state_dict(

@@ -47,8 +47,8 @@ def load_model(
 
 
 def resolve(path: str | Path) -> Path | str:
-    """A folder or a Hub id, with `smollm2-135m` and `~` resolved. Raises: ModelError for a folder
-    that does not exist."""
+    """A folder or a Hub id, with `smollm2-135m` and `~` resolved. Raises: ModelError if `path`
+    begins like a folder's (with `.`, `/` or `~`) and does not exist."""
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()

@@ -47,7 +47,8 @@ class Heartbeat:
         self._over.set()
 
     def missing(self) -> int | None:
-        """The rank of the process that fell silent before a failure; None if all are alive."""
+        """After a failure, the rank of a process that has been silent for more than `SOON_S`
+        seconds. Waits for twice as long, and returns None if there is no such process."""
         deadline = time.monotonic() + 2 * SOON_S
         while time.monotonic() < deadline:
             rank, silent_s = self._most_silent()
@@ -84,7 +85,8 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """The process heard from least recently, and how many seconds ago."""
+        """The process heard from least recently, and the seconds since then; 0 seconds if the
+        process has left."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

@@ -1,5 +1,5 @@
 """Joins the processes that a launcher (`torchrun`, `accelerate launch`) started. The launcher's
-environment variables, which only this module reads, state for example the number of processes and
+environment variables, which only this module reads, state, for example, the number of processes and
 whether weights are split."""
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _store: Any = None
 
 @contextmanager
 def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Join the processes that a launcher started, and leave them at the end; do nothing if there is
-    only one process. An error ends all processes: the first process to fail raises it, and the
-    others exit silently with status 1. Raises: RecipeError for a launcher setting that is not
-    supported; ProcessError if another process is gone."""
+    """Join the processes that a launcher started, and leave them at the end of the block. Nothing
+    happens if there is only one process, or if this process has already joined. An error ends all
+    processes: the first process to fail raises it, and the others exit silently with status 1.
+    Raises: RecipeError for a launcher setting that is not supported; ProcessError if another
+    process is gone."""
     global _store
     if _store is not None or not _is_launched(environment):
         yield
@@ -184,7 +185,7 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
 
 def _wanted_replicas(environment: Mapping[str, str]) -> int:
     """Number of process groups that each hold one copy of the model, from accelerate's
-    parallelism_config."""
+    parallelism_config. Raises: RecipeError for sizes that are not supported."""
     if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return 1
     sizes = {

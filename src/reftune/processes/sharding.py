@@ -38,17 +38,18 @@ class Sharding:
             dist.broadcast(parameter.detach(), src=0)
 
     def is_split(self, model: Any) -> bool:
-        """Whether each process currently holds only a part of `model`. If so, every process must
-        run the same number of forward and backward passes, because each pass waits for all
-        processes."""
+        """Whether each process currently holds only a part of `model`. If so, all processes must
+        run the same number of forward and backward passes, because each pass exchanges weights or
+        gradients with other processes."""
         return False
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Give every process all weights of `model` for reading, so that a forward pass does not
-        involve other processes. All processes must enter the `with` block. Inside it, matrices of
-        transformer blocks may be in `dtype`, to which autocast would cast them anyway. The children
-        of a split `model` are then plain copies: call the children, not the model itself."""
+        """Give every process all weights of `model` for reading inside the `with` block, so that a
+        forward pass involves no other process. All processes must enter the block. If `model` is
+        split, its children are plain copies inside the block: call the children, not the model
+        itself. In these copies, the matrices of transformer blocks are in `dtype`, if given;
+        autocast would cast them to it anyway."""
         yield
 
     def add_up_gradients(self, model: Any) -> None:
@@ -152,8 +153,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_matrices(model: nn.Module) -> set[int]:
-    """The `id` of each linear layer's matrix in the transformer blocks, without heads and
-    embeddings."""
+    """The `id` of each linear layer's weight matrix in the transformer blocks."""
     from torch import nn
 
     blocks = transformer_blocks(model)

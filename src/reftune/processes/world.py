@@ -2,9 +2,10 @@
 communication.
 
 Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
-are split by rows and their results joined, so that every process holds the same rollouts and takes
-the same optimizer step. Only the main process writes and prints. `launch` joins the processes;
-`sharding` determines which process holds which weights.
+are split by samples and their results joined, so that every process holds the same rollouts and
+takes the same optimizer step. Only the main process writes files and prints; error messages may
+come from any process. `launch` joins the processes; `sharding` determines which process holds which
+weights.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ def wait(where: str) -> None:
 
 
 def agree(value: T, *, what: str) -> T:
-    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError,
-    `processes {what}: …`, if it differs, because of a bug or differing machines."""
+    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError if
+    it differs, with a message that begins with `processes {what}:`. The cause is a bug, or machines
+    that differ."""
     values = gather(value)
     if any(other != values[0] for other in values):
         raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")

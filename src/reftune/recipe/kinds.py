@@ -22,8 +22,8 @@ from reftune.text import did_you_mean
 
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
-    """An error of pydantic's type `kind`, for a validator to raise. It becomes a one-line
-    RecipeError that names the recipe key."""
+    """A pydantic error whose type is `kind`, for a validator to raise. In a recipe, the error
+    becomes a one-line RecipeError that names the key."""
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
@@ -81,7 +81,8 @@ def known_kinds(group: str) -> list[str]:
 
 def load_component(spec: Any, *, group: str) -> Any:
     """The plug-in that `spec` describes. `spec` is a mapping with `kind`, a bare kind, or a
-    plug-in, which is returned as it is."""
+    plug-in, which is returned as it is. Raises: PydanticCustomError if there is no such plug-in;
+    ValidationError if its keys are wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):
@@ -104,9 +105,11 @@ def load_component(spec: Any, *, group: str) -> Any:
 
 
 def component_class(kind: str, *, group: str) -> Any:
-    """The class (or a user's function) behind a kind.
+    """The class behind a kind or, for `file.py:Name`, the object of that name, such as a class or a
+    function.
 
-    Raises: PydanticCustomError, which becomes a RecipeError that names the recipe key.
+    Raises: PydanticCustomError if there is none. In a recipe, the error becomes a RecipeError that
+    names the key.
     """
     if ":" in kind:
         return _user_object(kind)

@@ -16,9 +16,9 @@ from reftune.recipe.schema import Recipe
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, and validate the result.
 
-    `extends` is one recipe or a list of them, relative to the file that contains it. Keys of later
-    recipes replace those of earlier ones, and the file's own keys replace them all; see `merge`.
-    Raises: RecipeError, with the key and what was expected in one line.
+    `extends` names one recipe or a list of them, by paths relative to the file that contains the
+    key. Keys of later recipes replace those of earlier ones, and the file's own keys replace them
+    all; see `merge`. Raises: RecipeError.
     """
     data = read_yaml(Path(path))
     for override in overrides:
@@ -39,7 +39,8 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file as a dict, with its `extends` merged in. Raises: RecipeError."""
+    """A recipe file as a dict, with its `extends` merged in. Raises: RecipeError if a file is
+    missing, is not YAML, holds no recipe, or extends itself."""
     try:
         if path.resolve() in _seen:
             raise RecipeError(f"{path}: extends itself")

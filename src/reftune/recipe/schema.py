@@ -39,7 +39,7 @@ class ModelTable(Table):
     path: str | None = None
     """A Hub id, a folder, or `smollm2-135m`, whose weights come in a Python package."""
     revision: str | None = None
-    """Branch, tag or commit."""
+    """Branch, tag or commit on the Hub."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of forward and backward passes. `auto` is bfloat16 if the device computes with it
@@ -59,8 +59,8 @@ class ModelTable(Table):
     compile: bool = False
     """Use torch.compile for scoring and updates. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of saved weights (`base`: that of the files at `path`). A model is rounded to this
-    precision before evaluation. Default: float32, or `base` with `lora`."""
+    """Precision of saved weights; `base` is that of the files at `path`. The saved model, which has
+    this precision, is the one evaluated. Default: float32, or `base` with `lora`."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -83,12 +83,12 @@ class LengthTable(Table):
     """Length limits in tokens."""
 
     max_prompt: int | None = Field(None, gt=0)
-    """Default: the model's context minus `max_new`."""
+    """Longest prompt. Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """`drop` omits training questions whose prompt is too long, and counts such dev and test
-    questions as unanswered."""
+    """With `refuse`, a prompt that is too long is an error. `drop` omits such training questions,
+    and counts such dev and test questions as unanswered."""
     max_new: int = Field(256, gt=0)
-    """Longest solution. Training rows with longer ones are skipped."""
+    """Longest solution. Gold solutions that are longer are not trained on."""
 
 
 class EvaluateTable(Table):
@@ -115,7 +115,7 @@ class EvaluateTable(Table):
         return self
 
     def num_samples(self, method: str) -> int:
-        """Number of samples per problem from a method."""
+        """Number of samples per problem that a method's model draws."""
         return self.samples if self.sampled is None or method in self.sampled else 0
 
 
@@ -127,7 +127,7 @@ class CheckTable(Table):
     """What `reftune check` accepts."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
-    """Share of gold rationales that must be graded correct."""
+    """Smallest share of gold answers, and of gold rationales, that must be graded correct."""
     waive: list[str] = Field(default_factory=list)
     """Names of checks that warn instead of failing."""
 
@@ -147,7 +147,8 @@ class Recipe(Table):
     run_dir: str | None = None
     """Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads. With 1, results do not depend on the number of cores."""
+    """CPU threads. With 1, results do not depend on the number of cores. Default: PyTorch
+    chooses."""
     model: ModelTable
     dataset: component_field("datasets")  # type: ignore[valid-type]
     format: component_field("formats")  # type: ignore[valid-type]

@@ -28,7 +28,7 @@ __all__ = [
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
     """Write the page of `reftune report RUN…`, by default as `report.html` in the first run's
-    folder. Returns: its path. Raises: DataError, CheckpointError."""
+    folder. Returns: the page's path. Raises: as `write_report`."""
     return write_report(run_dirs, out or RunFolder(Path(run_dirs[0])).report)
 
 
@@ -45,7 +45,9 @@ def table_command(
 
     The layout `methods` compares all methods on one set of problems; `paper` has the form of the
     paper's tables; `auto` means `paper` if runs differ in task or kind of rationale, and `methods`
-    if not. Votes are over the first `k` samples; None means all. Raises: DataError.
+    if not. Votes are over the first `k` samples; None means all. Raises: DataError if a run is
+    missing, damaged or unfinished, if runs are not comparable, if there are fewer than `k` samples,
+    or for an unknown `fmt`.
     """
     fmt = "json" if json else fmt
     runs = [read_run(folder) for folder in run_dirs]

@@ -57,13 +57,15 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResults:
-    """One stage, finished or not, or a stage's snapshot, which is reported as a separate method."""
+    """A stage, finished or not, or the snapshot of a stage, which is reported as a separate
+    method."""
 
     name: str
     kind: str
     init: str
     num_samples: int
-    """Number of solutions sampled per problem in one step."""
+    """The stage's `samples` key: the number of solutions sampled per problem; 1 if there is no such
+    key."""
     metrics: tuple[MetricRow, ...]
     """Empty for a snapshot, whose metrics belong to its stage."""
     samples: tuple[TrainingSample, ...]
@@ -100,7 +102,7 @@ class RunResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without name, seed and folder, in which runs of one recipe may differ."""
+        """The recipe without its name, seed and folder. Runs of one recipe may differ in these."""
         apart = ("name", "seed", "run_dir")
         return {key: value for key, value in self.recipe.items() if key not in apart}
 
@@ -211,7 +213,8 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations, except unfinished ones, which hold only the first rows of the longest."""
+    """The evaluations, except unfinished ones. An evaluation is unfinished if it holds only the
+    first problems of the longest evaluation."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {

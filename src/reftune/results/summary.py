@@ -1,5 +1,6 @@
-"""Computes scores and comparisons of runs, and whether a warm-up was finished when RL began, from
-the files of the run folders alone."""
+"""Computes scores and comparisons of runs from the files of the run folders alone. Also finds out
+whether a warm-up was finished when RL began, and whether a reward model chooses better than
+chance."""
 
 from __future__ import annotations
 
@@ -199,10 +200,10 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
-    """The runs, grouped by recipe apart from the seed.
+    """The runs in groups, as `comparable_groups` forms them.
 
-    Raises: DataError if a run is missing or damaged, if it is unfinished and `finished` is True, or
-    if the groups are not comparable.
+    Raises: DataError if a run is missing or damaged, if a run is unfinished and `finished` is True,
+    or if the groups are not comparable.
     """
     runs = [read_run(folder) for folder in run_dirs]
     if finished:
@@ -212,8 +213,9 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
-    """The groups of `group_runs`. Raises: DataError unless all answered the same problems and have
-    equally many seeds."""
+    """The groups of `group_runs`. Raises: DataError if the methods of a run answered different
+    problems. If there are several groups, they must also share the problems and have equally many
+    seeds."""
     for run in runs:
         if not same_problems(run.evals):
             raise DataError(
@@ -239,7 +241,8 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 
 
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
-    """The runs in groups whose recipes differ only in name, folder and seed, in the given order."""
+    """The runs in groups, in the given order. Within a group, recipes differ only in name, folder
+    and seed, and no two runs have the same seed."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]
@@ -363,7 +366,7 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Rule → score of each problem. Votes are over `k` samples, by default the largest
+    """Decision rule → score of each problem. Votes are over `k` samples, by default the largest
     number that every problem has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
@@ -380,8 +383,8 @@ def num_samples(rows: Sequence[EvalRow]) -> int:
 
 
 def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.float64]]:
-    """Rule → scores with k = 1 … `max_k` samples: `maj`, `pass` and, if samples are scored,
-    `weighted` and `rerank`.
+    """Decision rule → scores with k = 1 … `max_k` samples: `maj`, `pass` and, if samples are
+    scored, `weighted` and `rerank`.
 
     Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
     subsets.

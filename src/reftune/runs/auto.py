@@ -39,7 +39,7 @@ DTYPE, TOKENS, ROWS = KEYS = (
     ("engine", "batch_size"),
 )
 ROWS_UNFORESEEN = 32
-"""Rows decoded at once if no stage states its cost."""
+"""Number of rows decoded at once if no stage states its cost."""
 VOCABULARY = 4096
 """Assumed vocabulary size of a from-scratch model."""
 

@@ -29,9 +29,9 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
-    """Write the model to the folder `out`, and return the folder. The folder holds the whole model,
-    adapters merged, for plain `from_pretrained` and vLLM. With `adapter`, it holds only the
-    adapters, for use with the base model.
+    """Write a method's model to the folder `out`, and return the folder. Without `adapter`, the
+    folder holds the whole model, with adapters merged, for plain `from_pretrained` and vLLM. With
+    `adapter`, it holds only the adapters, for use with the base model.
 
     Raises: CheckpointError if the method is not finished, if `out` exists or, with `adapter`, if
     the method has no adapters.
@@ -213,7 +213,8 @@ def _literal(value: Any) -> str:
 
 def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base | None) -> str:
     """The model card, written from the run's files: it describes the model, its training, its
-    accuracy and its prompt. `base` is the base model of adapters."""
+    accuracy and its prompt. `base` is the base model of exported adapters; None if the whole model
+    is exported."""
     recipe = run.recipe.read_text(encoding="utf-8")
     stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
     table = yaml.safe_load(recipe)

@@ -99,7 +99,8 @@ def evaluate_methods(
 def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     """Open or create a recipe's run folder, and lock it against a second process. Raises:
     CheckpointError for a folder that cannot be written, is in use or is not a run folder;
-    RecipeError if it belongs to another recipe.
+    RecipeError if the folder belongs to another recipe, or if the stage graph is wrong; DataError
+    or ModelError if data or model cannot be used.
     """
     folder = RunFolder(recipe.folder)
     check_stage_graph(recipe)
@@ -225,9 +226,10 @@ class Run:
         world.wait(f"the end of {name}")
 
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
-        """Load the base model or a finished method's model. If `trained`, the model may be trained
-        and has adapters if the recipe sets them; if not, it must not be changed. With a 4-bit base,
-        training continues the adapters of `method`; with any other base, adapters are new."""
+        """Load the base model or a finished method's model. If `trained`, the policy may be
+        trained, and has adapters if the recipe sets `lora`; if not, the policy must not be changed.
+        With a 4-bit base, training continues the adapters of `method`; with any other base,
+        adapters are new."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (method, trained and is_other)

@@ -22,7 +22,8 @@ MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256}
 DRAWING = 5
 """Number of fp32 tensors of rows × vocabulary that are alive while tokens are drawn."""
 USABLE = 0.9
-"""Share of a device's memory that a plan may fill; the rest is for memory that is not counted."""
+"""Share of a device's memory that a plan may fill. The rest is for what the estimate does not
+count."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
 """Micro-batch sizes to try, from large to small; larger ones are no faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
@@ -85,7 +86,7 @@ class Estimate:
     device_bytes: float = 0.0
     """Total memory of a device."""
     mean_prompt: float | None = None
-    """Length of the average prompt, if known."""
+    """Length of the average prompt, in tokens, if known."""
     problems: int | None = None
     """Maximum number of problems answered in one call, if known."""
 
@@ -100,7 +101,8 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """The size of a pass of at most `tokens`, in sequences of `length` tokens; at least 1."""
+        """The size of a pass of at most `tokens` tokens, in units of sequences of `length` tokens;
+        at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
@@ -198,7 +200,7 @@ class Estimate:
 def estimates(
     recipe: Recipe, outline: Outline, *, prompt: int | None = None
 ) -> dict[str, Estimate]:
-    """Estimates by stage, in one process on one device; stages that cannot predict their cost are
+    """Stage → its estimate for one process on one device. Stages that cannot predict their cost are
     left out. `prompt` is the longest prompt's length, by default the recipe's limit or `PROMPT`."""
     prompt = prompt or recipe.lengths.max_prompt or PROMPT
     return {

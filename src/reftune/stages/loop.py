@@ -93,10 +93,10 @@ class TrainingTable(Table):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """Checkpoints kept, in addition to the best model."""
+    """Number of checkpoints kept, in addition to the best model."""
     probe_choices: bool = False
-    """On multiple choice, also look for reward hacking in dev evaluations, which may triple
-    their time."""
+    """On multiple choice, dev evaluations also look for reward hacking, which may triple their
+    time."""
 
 
 class Loop:
@@ -120,9 +120,10 @@ class Loop:
         until_plateau: bool = False,
     ) -> None:
         """`look` is the dev evaluation of a model that is not a policy (`dev/accuracy` and more);
-        `start` is the stage's state before step 1. With `until_plateau`, once dev accuracy
-        is flat, the stage runs for a tenth as many steps again, while the learning rate falls to 0
-        (the cooldown). The constructor distributes the model over the processes."""
+        `start` is the stage's state before step 1. With `until_plateau`, a stage whose dev accuracy
+        is flat ends with a cooldown: it runs for another tenth of the steps taken so far, but not
+        beyond `total_steps`, while the learning rate falls to 0. The constructor distributes the
+        model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -426,7 +427,7 @@ LOOKS = 4
 """Dev evaluations over which a rise is measured; docs/handover.md compares 4 with 2."""
 Z95 = 1.959964
 COOLDOWN = 10
-"""Number of steps before the cooldown, divided by the number in it."""
+"""Ratio of the number of steps before the cooldown to the number of steps in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -471,8 +472,8 @@ class History:
         self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
 
     def latest_rise(self) -> Rise | None:
-        """The rise over the last `LOOKS` evaluations, from the one before them; None if there is no
-        such evaluation."""
+        """The rise over the last `LOOKS` evaluations, measured from the evaluation before them;
+        None if there have not been that many."""
         if self.recent is None or len(self.recent) <= LOOKS:
             return None
         return rise(self.recent[0], self.recent[-1])
@@ -490,5 +491,6 @@ class History:
 
 
 def cooldown_steps(ends_at: int) -> int:
-    """Length of a cooldown that ends at step `ends_at`: the last eleventh of the steps."""
+    """Length of a cooldown that ends at step `ends_at`: the last eleventh of the steps, at least
+    one."""
     return max(1, ends_at // (COOLDOWN + 1))

@@ -24,11 +24,11 @@ class OptimizerTable(Table):
 
     learning_rate: float = Field(gt=0)
     value_learning_rate: float | None = Field(None, gt=0)
-    """For the value head. Default: `learning_rate`."""
+    """Learning rate of the value head. Default: `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """`linear` and `cosine` reach 0 at the last step."""
     warmup: float = Field(0.0, ge=0, lt=1)
-    """Share of steps in which the learning rate rises from 0."""
+    """Share of the steps, at the start, in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms or the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -36,9 +36,9 @@ class OptimizerTable(Table):
     """With 8, AdamW's moments take a quarter of the memory."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Response to a non-finite loss or gradient."""
+    """Response to a non-finite loss or gradient: end the run with an error, or skip the step."""
     max_skipped: int = Field(10, gt=0)
-    """Maximum number of skipped steps per stage."""
+    """Maximum number of steps that a stage may skip."""
 
 
 class Trained(Protocol):
@@ -75,7 +75,8 @@ def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters of a model that is already distributed. Matrices, vectors
-    and the value head each form a parameter group."""
+    and the value head each form a parameter group. Raises: RecipeError if 8-bit state is requested
+    and not available."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]

@@ -1,6 +1,7 @@
 """A model without weights, whose tensors have no storage, to count the bytes and operations of its
-passes. Operations are counted by the formulas of PyTorch's flop counter. Live bytes are counted
-here, because PyTorch's MemTracker (2.13) fails on parameters that are not trained.
+passes. Operations are counted by the formulas of PyTorch's flop counter and, for attention on a
+CPU, by our own. Live bytes are counted here, because PyTorch's MemTracker (2.13) fails on
+parameters that are not trained.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Update:
     kept: float
     """Bytes that the forward pass leaves for the backward pass."""
     momentary: float
-    """Maximum number of bytes in use at any time besides `kept`."""
+    """Maximum number of bytes in use at any time in addition to `kept`."""
     forward_flops: float
     flops: float
     """Operations of both passes."""

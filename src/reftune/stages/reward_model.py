@@ -1,9 +1,9 @@
 """The reranker: a classifier that estimates how likely a solution is to be correct.
 
-It reads prompt and solution, without eos, and maps the last token's hidden state to two logits
-(wrong, correct). Unless `lm_coef` is 0, it remains a language model: the solution's log-likelihood
-enters the logit of `correct`, and a language-modelling loss on correct solutions keeps this
-likelihood meaningful.
+The classifier reads prompt and solution, without the end token, and maps the last token's hidden
+state to two logits (wrong, correct). Unless `lm_coef` is 0, the classifier remains a language
+model: the solution's log-likelihood enters the logit of `correct`, and a language-modelling loss on
+correct solutions keeps this likelihood meaningful.
 
     logit of correct = w · h_last + a log π(solution | prompt) + b
 
@@ -65,7 +65,7 @@ class RewardModel(Schedule, Sampled):
     init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)
-    """Samples per dev problem; ideally as many as will be reranked."""
+    """Samples per dev problem, ideally as many as will be reranked."""
 
     is_method: ClassVar[bool] = False
 

@@ -1,7 +1,7 @@
 """Reinforcement learning on the model's own solutions.
 
-`Trainer.step` is one step: generate → grade → reward → score → credit → update. It does not know
-which algorithm it runs. `loop.py` repeats it.
+`Trainer.step` is one step: generate → grade → reward → score → credit → update. The step does not
+know which algorithm it runs. `loop.py` repeats it.
 """
 
 from __future__ import annotations
@@ -45,27 +45,29 @@ class Rl(TrainingTable, Stage):
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
     steps: int = Field(gt=0)
-    """Rollouts, each followed by its updates."""
+    """Number of rollouts, each followed by its updates."""
     prompts: int = Field(gt=0)
     """Problems per rollout."""
     samples: int = Field(1, gt=0)
     """Samples per training problem."""
     updates: int = Field(2, gt=0)
-    """Passes over each rollout (PPO epochs)."""
+    """Number of training passes over each rollout (PPO epochs)."""
     minibatches: int = Field(1, gt=0)
-    """Optimizer steps per pass."""
+    """Number of optimizer steps per pass."""
     mask_truncated: bool = False
     """Omit samples cut off at `lengths.max_new` from the loss (DAPO, §3.4)."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
-    """[Cap](engines.md#sampler-and-trainer-that-differ) on the importance weights π_train /
-    π_sample, usually 2. Default: no weights."""
+    """[Upper limit](engines.md#sampler-and-trainer-that-differ), usually 2, of the importance
+    weights π_train / π_sample. Default: no weights."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """`uniform` draws weights within ±1/√(hidden size), as in the authors' code."""
+    """`zero` starts the value head at zero; `uniform` draws its weights from ±1/√(hidden size), as
+    the authors' code does."""
     value_model: Literal["shared", "separate"] = "shared"
-    """`separate` gives the value head its own transformer."""
+    """`shared` puts the value head on the policy's transformer; `separate` gives it a transformer
+    of its own."""
     value_prefit: int = Field(0, ge=0)
-    """Rollouts for fitting the value head before PPO starts."""
+    """Number of additional rollouts to which the value head is fitted before PPO starts."""
     eval_every: int = Field(10, gt=0)
     """Steps between dev evaluations."""
 
@@ -203,8 +205,8 @@ class Trainer:
     # --- score ---
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
-        """The rollouts as tensors, with values and the policy's and reference's
-        log-probabilities."""
+        """The rollouts as tensors, with values and with log-probabilities under the policy and the
+        reference; also returns metrics."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
         scores = self._policy_scores(rollouts, batch)
@@ -227,8 +229,8 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, rollouts: Sequence[Rollout], batch: RolloutBatch) -> TokenScores:
-        """Scores by the sampling policy: the engine's if it scores every token and `mismatch_cap`
-        is unset; in all other cases, those of a pass over the rollouts."""
+        """Scores by the sampling policy. They are the engine's if it scored every sample and
+        `mismatch_cap` is unset; in all other cases, a pass over the rollouts computes them."""
         completions = [r.completion for r in rollouts]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
@@ -240,7 +242,7 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. No step follows one whose loss or gradient is not finite.
+        return metrics. A step whose loss or gradient is not finite ends the update.
 
         Raises: NonFiniteError if the recipe does not allow skipping a step.
         """
@@ -429,8 +431,9 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 
 def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
-    """`SAMPLES_KEPT` rollouts of different problems, those with ids in `followed` first; then the
-    longest rollout, and one whose program reached its time limit."""
+    """`SAMPLES_KEPT` rollouts, if possible of different problems, those with ids in `followed`
+    first; then the longest rollout, and one whose program reached its time limit, unless they are
+    among the first."""
     first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
     places = sorted(
         range(len(rollouts)),

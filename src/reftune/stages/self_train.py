@@ -1,4 +1,5 @@
-"""Offline self-training fine-tunes on gold solutions and on correct samples, which it draws once.
+"""Offline self-training fine-tunes on gold solutions and on correct samples, which are drawn once,
+before the first step.
 
 ReFT's code corresponds to `gold: paper` and `top_k: 50`.
 """
@@ -51,12 +52,12 @@ class Sampled(Stage, ABC):
     """A stage that samples solutions of the training questions before its first step."""
 
     sampler: str = "warmup"
-    """Method whose model is sampled."""
+    """Method whose model draws the samples."""
     samples: int = Field(100, gt=0)
     """Samples per training problem."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
-    """0 keeps the whole vocabulary."""
+    """Number of likeliest tokens to sample from. 0 means the whole vocabulary."""
 
     reads_questions: ClassVar[bool] = True
 
@@ -70,8 +71,8 @@ class Sampled(Stage, ABC):
         """Draw `num` samples of every problem, part by part, and write them to `path`, one line per
         problem. Whole parts that the file already holds are kept.
 
-        A problem's samples are a function of the sampler's weights, the seed and the problem's
-        position.
+        With the same settings, a problem's samples are a function of the sampler's weights, the
+        seed and the problem's position.
         """
         rows = from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
@@ -138,7 +139,8 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """`paper` uses most gold solutions twice, as the authors' files do."""
+    """How often a gold solution is used. `paper` uses most of them twice, as the authors' files
+    do."""
     sft: Schedule
     """The keys of an `sft` stage, except `init`, `snapshots` and `until`."""
 

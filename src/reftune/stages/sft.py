@@ -30,9 +30,9 @@ class Schedule(TrainingTable):
 
     epochs: float = Field(gt=0)
     batch_size: int = Field(gt=0)
-    """Sequences per optimizer step."""
+    """Number of sequences per optimizer step."""
     eval_every: float = Field(1.0, gt=0)
-    """Epochs between dev evaluations."""
+    """Number of epochs between dev evaluations."""
 
     def cost_of_rows(self, num_rows: int, *, sampled_before: int = 0) -> Cost:
         return Cost(
@@ -47,10 +47,10 @@ class Schedule(TrainingTable):
 class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
-    """Method name → epoch after which the weights are saved as that method."""
+    """Method name → number of epochs after which the weights are saved as that method."""
 
     until: Literal["plateau"] | None = None
-    """`plateau` ends the stage when dev accuracy [levels off](handover.md). Needs
+    """`plateau` ends the stage soon after dev accuracy [levels off](handover.md). Needs
     `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True

@@ -60,8 +60,8 @@ class Cost:
     updates: int = 1
     """Passes over the batch with a gradient."""
     scored: int = 0
-    """Maximum number of passes over the batch without a gradient. It takes fewer if the engine
-    scores its own samples."""
+    """Maximum number of passes over the batch without a gradient. If the engine scores its own
+    samples, fewer are needed."""
     sampled: int = 0
     """Solutions sampled in a step."""
     sampled_before: int = 0
@@ -93,14 +93,15 @@ class Cost:
 
 class Stage(Component, ABC):
     """The base class of every stage. `check`, `plan` and runs use only this interface, so they
-    treat your own stage like the others."""
+    treat your own stage like the built-in ones."""
 
     init: str = "base"
     """Start from `base`, a method, another run's stage folder (`runs/NAME/stages/NAME`) or a folder
     of LoRA adapters."""
 
     is_method: ClassVar[bool] = True
-    """Whether its model answers problems. Only such models are evaluated or start later stages."""
+    """Whether the stage's model answers problems. Only such models are evaluated, and only from
+    them can later stages start."""
     reads_rationales: ClassVar[bool] = False
     """Whether the stage needs gold rationales."""
     reads_questions: ClassVar[bool] = False

@@ -52,8 +52,9 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step-…` whole or not at all. Then delete all checkpoints except the last `keep`
-    up to `step`. Raises: CheckpointError for a disk error, after which older checkpoints remain."""
+    """Write the checkpoint of `step` whole or not at all, and return its folder, `folder/step-…`.
+    Then delete all checkpoints but this one and the `keep` - 1 before it. Raises: CheckpointError
+    for a disk error; older checkpoints then remain."""
     from safetensors.torch import save_file
 
     final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
@@ -87,8 +88,8 @@ def save_checkpoint(
 
 
 def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
-    """The newest checkpoint whose checksums match, or None. Damaged checkpoints are reported
-    through `note(message)` and skipped."""
+    """The newest checkpoint whose checksums match; None if there is none. Damaged checkpoints are
+    skipped, and reported through `note(message)` if `note` is given."""
     for step, path in reversed(_found(folder)):
         try:
             return _read(path, step)
@@ -140,8 +141,8 @@ def load_optimizer_tensors(
 
 
 def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
-    """A stored value as the optimizer holds it: this process's part of a tensor, or a scalar, which
-    is an int unless it was stored as a float."""
+    """A stored value as the optimizer holds it. A scalar becomes an int unless it was stored as a
+    float; of any other tensor, this process gets its part."""
     if value.dim() > 0:
         return part_of(value, parameter)
     return value if value.is_floating_point() else int(value)

@@ -43,9 +43,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_folder(folder: Path, fill: Any) -> None:
-    """Call `fill(partial)` to write a temporary folder `partial`, then replace `folder` with it.
-    `fill` is called in every process, because weights may have to be gathered, but it must write
-    only in the main process. Raises: CheckpointError."""
+    """Call `fill(partial)` to write a temporary folder `partial`, which then takes the place of
+    `folder`. `fill` is called in every process, because weights may have to be gathered, but it
+    must write only in the main process. Raises: CheckpointError for a disk error."""
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     if not is_main():
@@ -119,7 +119,7 @@ class JsonLines:
                 os.fsync(file.fileno())
 
     def size(self) -> int:
-        """Size of the file in bytes."""
+        """Size of the file in bytes; 0 if there is no file."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def truncate(self, size: int) -> None:
@@ -152,9 +152,9 @@ def in_parts(
     *,
     at_once: int,
 ) -> list[dict[str, Any]]:
-    """Write one line per problem to `path`, in parts of `at_once` problems, and return all lines.
-    `answer(start, part)` makes the lines of a part; parts that the file already holds in full are
-    kept."""
+    """Write one line per problem to `path`, in parts of `at_once` problems, and return the content
+    of all lines. `answer(start, part)` makes the lines of the part that begins at problem `start`.
+    Parts that the file already holds in full are kept."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
     if done < len(problems):  # stopped in the middle of a part: samples are drawn for whole parts

@@ -143,7 +143,9 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
-    """Claim the folder for this run, and lock it inside the block."""
+    """Claim the folder for this run, and lock it inside the block. Stages that `recipe` makes
+    longer than before are reopened. Raises: as `refuse_foreign`; also CheckpointError if another
+    process uses the folder, or if the folder cannot be written."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -190,8 +192,8 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether no run has claimed the folder yet. Raises: RecipeError if it belongs to another
-    recipe, CheckpointError if it holds other files."""
+    """Whether no run has claimed the folder yet. Raises: as `lengthened_stages`; also
+    CheckpointError if the folder holds files that are not a run's."""
     if folder.recipe.is_file():
         lengthened_stages(folder, recipe)
         return False
@@ -204,10 +206,12 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """The stages that have begun and for which `recipe` sets more steps or epochs than before.
+    """The stages, other than reward models, that have begun and for which `recipe` sets more steps
+    or epochs than before.
 
     Raises: RecipeError if anything else that affects results has changed, or if such a stage cannot
-    continue, because a later stage has begun or the stage's own final checkpoint is gone.
+    continue, because a later stage has begun or the stage's own final checkpoint is gone;
+    CheckpointError if the folder's recipe cannot be read.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
     wanted = yaml.safe_load(dump_recipe(recipe))
@@ -264,8 +268,8 @@ def _read_own_recipe(path: Path) -> dict[str, Any]:
 
 
 def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the defaults of keys added since; unchanged if it is no longer a valid
-    recipe."""
+    """A stored recipe with the defaults of keys that reftune has gained since; unchanged if the
+    recipe is no longer valid."""
     try:
         return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
     except RecipeError:
@@ -273,7 +277,8 @@ def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first recipe key that differs and affects results, with both values."""
+    """The first recipe key that differs and affects results, with both values; None if there is
+    none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             if where == "" and key in CHANGES_NO_RESULT:

@@ -1,8 +1,8 @@
 """The command line. Each command reads its arguments, calls one function and prints the result.
 
-Results go to stdout, everything else to stderr. The exit status is 0 for done, 1 for failed, 2 for
-bad input (one line on stderr), 130 for interrupted. Heavy modules are imported inside the command
-that needs them, so that `--help` answers at once.
+Results go to stdout, everything else to stderr. The exit status is 0 if the command is done, 1 if
+it failed, 2 for bad input (with one line on stderr), and 130 after an interruption. Heavy modules
+are imported inside the command that needs them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _settings(
 
 @app.command()
 def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Watch a small model learn to reason. It takes a few minutes on two cores.
+    """Watch a small model learn to reason. This takes a few minutes on two cores.
 
     After a supervised warm-up, SFT and ReFT continue on the same questions and are compared.
     """
@@ -173,8 +173,8 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 
 @contextmanager
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
-    """A progress view that is closed in any case. After an interruption, a message names the
-    checkpoint to continue from."""
+    """A progress view that is closed at the end, even after an error. After an interruption, a
+    message names the checkpoint to continue from."""
     from reftune.stages.loop import Interrupted, stop_signals
     from reftune.terminal.live import make_progress
     from reftune.terminal.trackers import tracked

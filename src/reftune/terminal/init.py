@@ -103,13 +103,14 @@ def guess_shape(data: str, named: Mapping[str, str] | None = None) -> Shape:
 
 
 def guess_format(data: str, columns: Mapping[str, Any]) -> str:
-    """`program` if the first rationale defines `solution()`, else `nl`. Raises: DataError."""
+    """`program` if the first row's rationale defines `solution()`, and `nl` if not. Raises:
+    DataError if the data cannot be read."""
     rationale = read_rows(data, "train")[0].get(columns.get("rationale", ""))
     return "program" if "def solution(" in str(rationale) else "nl"
 
 
 def _load(wishes: Wishes) -> Splits:
-    """Load the data. Raises: DataError, also if no question is left for dev."""
+    """Load the data. Raises: DataError if it cannot be read, or if no question is left for dev."""
     dataset = Jsonl.model_validate(
         {"kind": "jsonl", "train": wishes.data, "test": wishes.test, "columns": wishes.columns}
     )

@@ -35,8 +35,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """The live view if stderr is a terminal that can show it, else plain lines; nothing if
-    `quiet`."""
+    """A view that shows nothing if `quiet`. If not, it is the live view on a terminal that supports
+    one, and plain lines anywhere else."""
     if quiet:
         return Progress()
     from rich.console import Console
@@ -182,7 +182,7 @@ class RichProgress(Progress):
         self._view.update(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Show the first solution until the next step."""
+        """Show the first solution until the next rollout."""
         self._sample = rollouts[0]
 
     def note(self, message: str) -> None:

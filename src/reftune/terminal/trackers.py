@@ -46,8 +46,8 @@ def is_installed(package: str) -> bool:
 
 
 class TrackedProgress(Progress):
-    """A view that passes every event on and logs metrics as `STAGE/group/name` by the stage's
-    steps."""
+    """A view that passes every event on to another view, and logs metrics as `STAGE/group/name` by
+    the stage's steps."""
 
     def __init__(self, progress: Progress, names: list[TrackerName], recipe: Recipe) -> None:
         self._progress, self._names, self._recipe = progress, names, recipe
@@ -79,7 +79,7 @@ class TrackedProgress(Progress):
         self._progress.step(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Log the first solutions as a table, if a tracker has tables."""
+        """Log the first solutions as a table, in trackers that have tables."""
         rows = [table_row(step, rollout) for rollout in rollouts[: self._recipe.tracker_rollouts]]
 
         def log(tracker: GeneralTracker) -> None:

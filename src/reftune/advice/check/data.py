@@ -22,8 +22,8 @@ SMALL_DEV = 100
 """With fewer dev problems, the choice of a model is mostly luck: at 50% accuracy, the 95% interval
 is then ± 10 points or wider."""
 NUM_REWARDED = 64
-"""Number of rows for which a gold solution, a wrong solution and an empty completion are rewarded,
-to see whether the rewards differ."""
+"""Maximum number of rows for which a gold solution, a wrong solution and an empty completion are
+rewarded, to see whether the rewards differ."""
 MAX_FALSE_POSITIVES = 0.05
 """Largest share of wrong solutions that may be rewarded before the check fails."""
 
@@ -49,7 +49,8 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Check that gold answers, each in the shortest possible solution, are graded correct."""
+    """Check that gold answers, each in the shortest possible solution, are graded correct. Patterns
+    (`regex`) are not checked, as they are not answers themselves."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
@@ -263,7 +264,7 @@ def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """The reward of each text; 0 if the reward does not apply."""
+    """The reward of each text; 0 for a text that the reward function leaves out."""
     graded = subject.encoder.format.grade(problems, texts)
     written = [
         _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)

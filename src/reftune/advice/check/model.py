@@ -26,23 +26,24 @@ from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
 
 NUM_SAMPLED = 32
-"""Dev questions that RL's initial model answers."""
+"""Maximum number of dev questions that RL's initial model answers."""
 NUM_SHOWN = 3
 """Number of answers shown."""
 NUM_TIMED = 512
 """Maximum number of rows used to estimate the time."""
 LONG_RUN_S = 24 * 3600
-"""A longer run is worth a trial first."""
+"""The check recommends a trial before any longer run."""
 MEASURED_ROWS = 64
-"""Rows for measuring the speed if no stage states its cost, and most rows if the engine sets no
-limit."""
+"""Number of rows for measuring the speed if no stage states its cost, and the maximum number if the
+engine sets no limit."""
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""
 PRODUCT = 1024
 """Maximum number of rows, and of columns, of the weight in a timed matmul."""
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
-"""Dtype → most nats per token by which engine and policy may differ, on average."""
+"""Dtype → the largest mean difference between the log-probabilities of engine and policy, in nats
+per token, that passes the check."""
 GIB = 2**30
 
 

@@ -74,8 +74,8 @@ class CheckReport:
     """The kinds of answer found, with examples."""
     preview: Preview | None
     method: str
-    """The method whose samples are shown: the method that RL starts from if it is trained already,
-    else `base`."""
+    """The method whose samples are shown: the method that RL starts from, or `base` if that method
+    is not trained yet."""
     samples: tuple[dict[str, Any], ...]
 
     @property

@@ -46,8 +46,8 @@ class Subject:
     prompts: dict[str, dict[str, list[int]]]
     """Split → problem id → prompt ids."""
     method: str
-    """The method whose weights `policy` has: the method that RL starts from if it is trained
-    already, else `base`."""
+    """The method whose weights `policy` has: the method that RL starts from, or `base` if that
+    method is not trained yet."""
     num_methods: int
     """Number of methods in the final evaluation."""
 

@@ -126,7 +126,8 @@ def check_prompt_length(subject: Subject) -> Finding:
 
 
 def check_target_length(subject: Subject) -> Finding:
-    """Check that gold rationales with eos fit in `max_new` tokens; training omits longer ones."""
+    """Check that gold rationales, including the end token, fit in `max_new` tokens. Training omits
+    longer ones."""
     sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
     limit = subject.recipe.lengths.max_new
     message = f"targets have {spread(sizes.values())} tokens with eos; at most {limit} fit"
@@ -139,7 +140,8 @@ def check_target_length(subject: Subject) -> Finding:
 
 
 def check_vocabulary(subject: Subject) -> Finding:
-    """Check that the model has an embedding for each id, and that the tokenizer knows each word."""
+    """Check that the model has an embedding for each id of the training rows, and that the
+    tokenizer knows each word of prompts and targets."""
     size = subject.policy.model.get_input_embeddings().weight.shape[0]
     unknown = subject.policy.tokenizer.unk_token_id
     outside = [row.problem.id for row in subject.rows if max(row.ids) >= size]

@@ -22,14 +22,16 @@ class PaperDataset(FileDataset):
     """Base of GSM8K, SVAMP and MathQA."""
 
     rationale: Rationale = "program"
-    """`nl` is in words; `program` is made from the data's annotations."""
+    """`nl` is in words. `program` is made from the data's annotations, unless the data are the
+    authors' files, which hold programs."""
 
     authors_name: ClassVar[str]
     """The prefix of the authors' file names."""
 
     @abstractmethod
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the dataset as first published. Raises: as `problem`."""
+        """The problem in a row of the dataset as first published. Raises: as
+        `FileDataset.problem`."""
 
     def problem(self, row: Row) -> Problem:
         """The problem of a row of either kind of file."""
@@ -55,8 +57,8 @@ class PaperDataset(FileDataset):
         }
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` with training rationales that fit: a program must return the gold answer, and
-        prose must not state another one."""
+        """`splits` without training problems whose rationale does not fit the gold answer: a
+        program must return it, and prose must not state another answer."""
         if self.rationale == "program":
             return drop_wrong_programs(splits)
         return super().trainable(splits)

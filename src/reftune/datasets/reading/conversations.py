@@ -28,7 +28,7 @@ class Conversation:
     """The turns of a row, split before the model's answer."""
 
     before: tuple[Message, ...]
-    """All turns but the last if the last is the assistant's; otherwise all turns."""
+    """All turns, except the last if that is the assistant's."""
     reply: str | None
     """The last turn if it is the assistant's; otherwise None."""
 

@@ -30,13 +30,14 @@ class FileDataset(Component):
     train: str
     """File, folder or Hub id; see [sources](datasets.md#sources)."""
     test: str | None = None
-    """Default: the test split of `train`, if `train` has one."""
+    """Default: the test split of `train`, unless `train` is a file or a Hub id that names a split;
+    then there are no test questions."""
     dev: str | None = None
-    """Default: drawn from train."""
+    """Default: drawn from the training questions."""
     dev_size: int | None = Field(None, ge=0)
-    """Questions drawn for dev. Default: a tenth of train, at most 500."""
+    """Number of training questions drawn for dev. Default: a tenth, at most 500."""
     revision: str | None = None
-    """Branch, tag or commit."""
+    """Branch, tag or commit on the Hub."""
 
     key: ClassVar[Key] = staticmethod(question_key)
     """Problems with equal keys ask the same question."""
@@ -65,8 +66,8 @@ class FileDataset(Component):
         return found
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without training rows that are unfit to learn from: in this class, rows whose
-        rationale contradicts the gold answer."""
+        """`splits` without training rows that are unfit to learn from. In this base class, these
+        are rows whose rationale contradicts the gold answer."""
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
@@ -74,7 +75,8 @@ class FileDataset(Component):
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """Read and clean the files; draw dev with `seed` unless it is given. Raises: DataError."""
+        """Read and clean the files, and draw dev with `seed` if the recipe names no dev source.
+        Raises: DataError."""
         dropped, dropped_of_test = Counter[str](), Counter[str]()
         has_test = self.test is not None or not is_single_split(self.train)
         test_rows = self._rows(self.test or self.train, "test") if has_test else []

@@ -27,7 +27,8 @@ Records = Iterator[tuple[str, Mapping[str, Any]]]
 Line = tuple[str, Sequence[str | None]]
 """(`file:line`, cells) of each line of a table."""
 DELIMITERS = ",;\t|"
-"""The one that splits the first line into the most columns is used; on a tie, the earliest here."""
+"""The delimiter that splits the first line into the most columns is used; on a tie, the first in
+this list."""
 
 
 def ending(path: PurePath) -> str:

@@ -29,7 +29,8 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
     """Remove training problems whose rationale contradicts the gold answer: programs that return
     another answer (`program_disagrees`) and prose that states another (`rationale_disagrees`). A
-    program that fails contradicts nothing and stays; so does prose without an answer."""
+    program that fails contradicts nothing and stays; so does prose without an answer. Dev keeps all
+    problems, but not rationales that contradict."""
     programs = [
         problem
         for problem in (*splits.train, *splits.dev)

@@ -34,7 +34,7 @@ class Row:
     where: str
     """`file:line`, or the source and the row's number if the source has no lines."""
     id: str
-    """`FILE-NUMBER`, for data without ids."""
+    """`FILE-NUMBER` or, on the Hub, `NAME-SPLIT-NUMBER`; used if the data has no ids."""
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
@@ -99,9 +99,10 @@ def read_rows(
 ) -> list[Row]:
     """All rows of `split` (`train`, `dev` or `test`).
 
-    `source` is a file with an ending in `READERS`; a folder of such files named after their splits,
-    or as in `names`, which take precedence; or a Hub id, `owner/name[:config[:split]]`, read at
-    `revision`. Files other than Parquet may be gzipped. Raises: DataError.
+    `source` is a file with an ending in `READERS`; a folder of such files (or Parquet shards) named
+    after their splits, or as in `names`, which take precedence; or a Hub id,
+    `owner/name[:config[:split]]`, read at `revision`. Files other than Parquet may be gzipped.
+    Raises: DataError.
     """
     path = _path(source)
     if path.is_dir():
@@ -178,7 +179,7 @@ def _files_of_split(folder: Path, split: str, names: Sequence[str]) -> list[Path
 
 
 def _hub_parts(source: str) -> tuple[str, str, str]:
-    """Name, configuration and split of a Hub id; empty if it does not name them."""
+    """Name, configuration and split of a Hub id. A part that the id omits is an empty string."""
     name, config, split = (*source.split(":"), "", "")[:3]
     return name, config, split
 

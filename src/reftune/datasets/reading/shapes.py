@@ -42,15 +42,16 @@ class Columns(Table):
     other columns are passed to reward functions as keyword arguments."""
 
     question: str | list[str] = "question"
-    """The question or conversation; several columns are joined."""
+    """The question or conversation. Several columns are joined by line breaks."""
     answer: str = "answer"
     """The gold answer, or a worked solution that contains it."""
     rationale: str | None = "rationale"
     """A worked solution or program; may be the `answer` column."""
     id: str | None = "id"
-    """If absent: file name and row number."""
+    """The problem's id. If the data has no such column, ids are made of the file's name and the
+    row's number."""
     choices: str | list[str] | None = "choices"
-    """The options, in one column or one column per option."""
+    """The options of a multiple-choice question, in one column or in one column per option."""
 
     @property
     def names(self) -> list[str]:

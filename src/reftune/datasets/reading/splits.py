@@ -39,10 +39,10 @@ class Splits:
 
 
 def question_key(problem: Problem) -> str:
-    """A key that is equal for questions that differ only in case, spacing or sentence punctuation;
-    numbers, operators and options count.
+    """A key that is equal for problems that ask the same question. Case, spacing and sentence
+    punctuation do not count; numbers, operators and options do.
 
-    If the gold answer is text, the question may be about case and punctuation, so only spacing is
+    If the gold answer is text, the question may be about case or punctuation, so only spacing is
     ignored.
     """
     text = " ".join([problem.question, *problem.choices])
@@ -106,7 +106,7 @@ def same_gold(a: Answer, b: Answer) -> bool:
 
 def normalised(text: str) -> str:
     """The words, numbers and symbols of `text`, in lower case and one space apart, without sentence
-    punctuation and thousands commas."""
+    punctuation, thousands commas and hyphens between words."""
     found = TOKEN.findall(text.casefold())
     tokens = [token.replace(",", "") for token in found if token not in SILENT]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)

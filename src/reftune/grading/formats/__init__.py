@@ -20,7 +20,7 @@ class Format(Protocol):
     def target(self, problem: Problem) -> str:
         """The gold continuation: the text right after the prompt, or the assistant's turn.
 
-        Raises: DataError if the problem has no rationale.
+        Raises: DataError if the problem has no rationale that fits the format.
         """
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:

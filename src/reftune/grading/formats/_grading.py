@@ -1,4 +1,4 @@
-"""`grading`: the grader's rules, or a user's own grader."""
+"""The recipe key `grading`: the grader's rules, or a user's own grader."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def own_grader(grading: str) -> Grader:
 
 
 def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
-    """The grade that a user's own grader gives. If the grader fails, the verdict is ERROR, so that
-    failures are counted."""
+    """The grade that a user's own grader gives. If the grader fails, or returns neither a `Graded`
+    nor a bool, the verdict is ERROR, so that failures are counted."""
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  graders parse a model's text

@@ -1,7 +1,7 @@
 """Removes unused imports from programs.
 
-Nothing here parses or runs a program: its code is read token by token, so that no text can harm the
-reader. Code that cannot be read stays as it is.
+Programs are split into tokens, but neither parsed nor run, so that none can crash this process. A
+program that cannot be split into tokens stays as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Import:
     head: str
     """The words before the imported names: `import`, or `from … import`."""
     parts: tuple[str, ...]
-    """The imported names as they are spelled: `numpy as np`."""
+    """The imported names as they are spelled, such as `numpy as np`."""
 
     @property
     def modules(self) -> list[str]:
@@ -51,9 +51,9 @@ class _Import:
 def without_unused_imports(program: str) -> str:
     """`program` without unused imports; a statement that imports nothing else becomes `pass`.
 
-    A name counts as used if it occurs in code (except after a dot), in an f-string or, if the
-    program evaluates strings, in any string. Imports of forbidden modules stay, so that the sandbox
-    notices them; `import *` stays too.
+    A name counts as used if it occurs in code (except after a dot) or in an f-string. In a program
+    that uses `eval`, `exec` or `compile`, a name in any string counts as used. Imports of forbidden
+    modules stay, so that the sandbox notices them; `import *` stays too.
     """
     if "import" not in program:
         return program

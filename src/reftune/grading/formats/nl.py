@@ -29,10 +29,10 @@ class Nl(Prompted):
     `file.py:Name`."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
-    """Strings that begin run-on text, which is not graded."""
+    """Strings that begin run-on text. The grader ignores everything from there on."""
     markers: tuple[str, ...] = ()
-    """Phrases that announce the answer, in addition to the English ones. Targets use the first
-    listed."""
+    """Phrases that announce the answer, in addition to the English ones. A gold solution that does
+    not state its answer gets a last line that begins with the first phrase."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 
@@ -44,11 +44,11 @@ class Nl(Prompted):
 
     def target(self, problem: Problem) -> str:
         """The gold rationale, followed by a line that states the answer as the grading reads it.
-        Except in the paper's style or grading, the line is left out if the rationale already ends
-        in one.
+        Except in the paper's style or grading, this line is left out if the rationale's last line
+        already states the answer.
 
-        Raises: DataError if there is no rationale, if it is a program or, for a `regex` answer, if
-        its last line states no match.
+        Raises: DataError if there is no rationale, if the rationale is a program or, for a `regex`
+        answer, if its last line states no match.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):

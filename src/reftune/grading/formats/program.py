@@ -1,12 +1,13 @@
 """Rationales that are programs.
 
-A completion continues `def solution():` or holds a program of its own, which is found line by line:
-only the sandbox parses or runs a model's code. The program is the last fenced block that defines
-`solution`; if no block does, the whole text. If nothing defines `solution`, its body is the last
-fenced block with a `return`; if no block has one, the whole text.
+A completion continues `def solution():` or holds a whole program. The program is found by searching
+the text, because only the sandbox parses or runs a model's code. The program is the last fenced
+block that defines `solution`, or the whole text if no block does. If nothing defines `solution`,
+the body of `solution` is the last fenced block with a `return`, or the whole text if no block has
+one.
 
-Unused imports are removed, and these versions are tried in order, the next one only if the one
-before ends in an error:
+Unused imports are removed. Then these versions are tried in order, each only if all before it ended
+in an error:
 
 1. the program or body as it stands;
 2. the same without prose. A program keeps its imports, its definitions and the assignments before
@@ -66,8 +67,8 @@ class Script:
 
     source: str
     call: str
-    """The expression, such as `solution()` or a variable; `None` if the program prints its
-    answer."""
+    """The expression, such as `solution()` or a variable. The expression is `None` if the program
+    prints its answer."""
 
 
 class Program(Prompted):
@@ -78,9 +79,9 @@ class Program(Prompted):
     """`robust`, `paper` (the authors' rules) or [your own grader](grading.md#your-own-grader) as
     `file.py:Name`."""
     timeout_s: float = Field(default=1.0, gt=0, le=60)
-    """Seconds per program."""
+    """Seconds that a program may run."""
     memory_mib: int = Field(default=64, ge=16)
-    """MiB per program."""
+    """MiB of memory that a program may use."""
     sandbox: SandboxKind = "auto"
     """Which [sandbox](sandbox.md) runs programs."""
     scripts: Literal["refuse", "read"] = "refuse"
@@ -110,7 +111,8 @@ class Program(Prompted):
         return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
 
     def target(self, problem: Problem) -> str:
-        """The gold program without its docstring; only its body if the prompt contains its header.
+        """The gold program without the docstring of `solution`. If the prompt contains the
+        function's header, it is only the function's body.
 
         In the compact style, the target begins with the line break before the body. Tokenizers join
         this line break with the indent, so prompt and target, tokenised separately, would otherwise
@@ -217,10 +219,10 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, in order, if the completion defines no `solution`. Indented text without
-    fenced blocks is the body of `solution`. In other text, the program is the last fenced block
-    that prints or, at the left margin, assigns an answer. If no block does, the program is the
-    whole text, provided that the text does so."""
+    """The programs to try, in order; none if the completion defines a `solution`. Indented text
+    without fenced blocks is the body of `solution`. In other text, the program is the last fenced
+    block that prints or that, at the left margin, assigns an answer. If no block does, the program
+    is the whole text if that does, and otherwise there is none."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -260,8 +262,8 @@ def _unique(*programs: str) -> tuple[str, ...]:
 
 
 def _without_prose(program: str) -> str:
-    """Only the definitions, imports and assignments; the program itself if its `solution` is inside
-    quotes."""
+    """Only the definitions, the imports, and the assignments before `solution`. If `solution` is
+    only defined inside quotes, the whole program."""
     chunks = _chunks(program)
     last = max(
         (index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)), default=None
@@ -294,8 +296,8 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """A body with a function's indent, even if its first line has lost it or the whole body is at
-    the margin."""
+    """The body, indented as in a function even if its first line has lost the indent or the whole
+    body is at the margin."""
     lines = body.strip("\n").rstrip().split("\n")
     while lines and not lines[0].strip():
         del lines[0]
@@ -353,8 +355,8 @@ _DOCSTRING = re.compile(
 
 
 def body_of(program: str) -> str | None:
-    """The body of a gold program's `solution` without its docstring, indented by four; None if the
-    program defines no `solution`. Code before the definition moves into the body."""
+    """The body of a gold program's `solution` without its docstring, indented by four spaces; None
+    if the program defines no `solution`. Code before the definition moves into the body."""
     program = program.replace("\r\n", "\n").expandtabs(4)
     header = _GOLD_HEADER.search(program)
     if header is None:
@@ -380,7 +382,7 @@ def _paper_source(problem: Problem, completion: str) -> str:
     definitions are not visible inside `solution`.
 
     Differences from the authors' code: a completion that begins with `def solution` gets no header;
-    sympy is not available.
+    unused imports are removed; sympy is not available.
     """
     response = paper_response(
         completion if completion.startswith("def solution") else _paper_header(problem) + completion
@@ -392,8 +394,8 @@ def _paper_source(problem: Problem, completion: str) -> str:
 
 
 def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
-    """Grade a program by the authors' rules: a crash counts as no value if the gold answer is a
-    number, and otherwise as the value "none"."""
+    """Grade a program by the authors' rules. If the program fails and the gold answer is not a
+    number, its value counts as the string "none"."""
     has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
     graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
     return replace(graded, program_s=result.seconds)

@@ -32,4 +32,4 @@ class Reward(Protocol):
         graded: Sequence[Graded],
     ) -> list[float | None]:
         """One finite reward per completion, in order; None leaves the rollout out. Raises:
-        RewardError."""
+        RewardError if a reward cannot be computed."""

@@ -1,11 +1,12 @@
 """A user's own reward function: `reward: my_reward.py:score`.
 
-The function is called as TRL calls its `reward_funcs`, once per batch, with lists as keyword
-arguments. These are `prompts` (the questions), `completions` (strings), `completion_ids`, `answer`
-(the gold answers), the grader's `verdicts`, `values` and `reasons`, and the columns of the data
-that reftune does not use. A column named `answer`, `verdicts`, `values` or `reasons` replaces that
-argument. The function receives the arguments it names, or all of them with `**kwargs`; it may be
-async.
+The function is called as TRL calls its `reward_funcs`: with a whole batch, in lists passed as
+keyword arguments. These are `prompts` (the questions), `completions` (strings), `completion_ids`,
+`answer` (the gold answers), the grader's `verdicts`, `values` and `reasons`, and the columns of the
+data that reftune does not use. A column named `answer`, `verdicts`, `values` or `reasons` replaces
+that argument. The function receives the arguments it names, or all of them with `**kwargs`; it may
+be async. If it fails on a batch, it is called with one sample at a time, to find the sample that
+causes the error.
 
 It returns a list that holds, for each completion, a number, or None to leave the rollout out.
 Instead of a number, the list may hold a dict of named parts, `{"correct": 1.0, "short": 0.1}`.
@@ -40,7 +41,8 @@ class FunctionReward(Component):
     `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
-    """Limit for one call, which rewards all samples of a step; a longer call stops the run."""
+    """Seconds that one call, which rewards all samples of a step, may take. A longer call stops the
+    run."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:
@@ -198,7 +200,8 @@ def _columns(samples: Sequence[_Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """The result of a coroutine, even if an event loop is already running."""
+    """`result` or, if it is awaitable, what it gives when awaited, even if an event loop is already
+    running."""
     if not inspect.isawaitable(result):
         return result
 

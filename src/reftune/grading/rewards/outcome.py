@@ -12,14 +12,14 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Outcome(Component):
-    """The reward of ReFT, §3.1, except that a wrong choice or text earns `wrong`."""
+    """The reward of ReFT, §3.1, except that a wrong choice or a wrong text earns `wrong`."""
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
     partial: float = Field(default=0.1, allow_inf_nan=False)
-    """For a wrong number, a wrong expression, or a wrong list of these."""
+    """For a wrong answer if the gold answer is a number, an expression, or a list of these."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
-    """For any other answer, or none."""
+    """For any other wrong answer, and for no answer."""
     partial_on_choices: bool = False
     """Give `partial` for a wrong choice too, as the authors' code does."""
 

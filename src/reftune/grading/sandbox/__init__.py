@@ -4,8 +4,9 @@ There are two backends. `monty` interprets Python in Rust, in worker processes t
 they die; programs get no files, network, processes or environment. `subprocess` runs CPython with
 the installed packages, in an isolated process per program. `auto` (the default) runs a program in
 monty and, if the program needs a feature of Python that monty lacks (`gaps.py`), again in the
-subprocess; importing a third-party package is still an error, so that verdicts do not depend on the
-packages installed. If the system cannot isolate a subprocess, `auto` is monty alone.
+subprocess. There, importing a third-party package is still an error, so that verdicts do not depend
+on the packages installed. If the subprocess cannot start, for example because the system cannot
+isolate it, `auto` is monty alone.
 
 Both backends call a program FORBIDDEN if it opens or lists files outside Python's libraries,
 imports a module whose purpose is to reach outside (`socket`, `subprocess`, `ctypes`, …), or calls a
@@ -16,8 +17,8 @@ Importing `os` or `sys`, which models often do needlessly, and using their harml
 (`os.path.join`, `sys.maxsize`) are allowed. A module that is missing but harmless (numpy, sympy) is
 an ERROR.
 
-Random numbers are seeded. In monty, the clock stands still and `sleep` takes no time, so that a
-program gives the same value every time.
+In both backends, random numbers are seeded. In monty, the clock stands still and `sleep` takes no
+time, so that a program gives the same value every time.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ MAX_SOURCE_CHARS = 100_000
 
 
 class Sandbox:
-    """Runs programs in parallel, each in its own session. The workers start on first use; `close`
-    or garbage collection ends them.
+    """Runs programs in parallel, without any state that one program could leave for another. The
+    workers start on first use; `close` or garbage collection ends them.
 
     Sandboxes with equal settings are equal; a copy, even in another process, starts its own
     workers.
@@ -72,10 +73,10 @@ class Sandbox:
         self._backend: Backend | None = None
 
     def run(self, programs: Sequence[str], call: str = "solution()") -> list[ExecutionResult]:
-        """Execute each program, then the expression `call` in its scope; one result per program, in
-        order.
+        """Execute each program, then evaluate the expression `call` in the program's scope. Returns
+        one result per program, in order.
 
-        Raises: ReftuneError if the sandbox itself cannot start. A failing program never raises an
+        Raises: ReftuneError if the sandbox itself cannot start. A program that fails raises no
         error.
         """
         if not programs:
@@ -166,7 +167,8 @@ class _MontyFirst:
             self._subprocess.close()
 
     def _fallback(self) -> Backend | None:
-        """The subprocess backend; None on a system that cannot isolate a subprocess."""
+        """The subprocess backend; None if it cannot start, for example because the system cannot
+        isolate a subprocess."""
         with self._starting:
             if self._subprocess is None and self._refused is None:
                 try:

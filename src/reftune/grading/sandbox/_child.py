@@ -1,20 +1,21 @@
 """Runs programs for the subprocess sandbox, each in a process of its own that is forked from this
 one. This file is started as a script with a prepared environment and imports nothing from reftune.
 
-Forked processes are warm: the interpreter has started, and the packages that the programs use are
-imported. This process only forks, waits and kills; it never reads a program. Its settings come as
-one JSON argument. Each message on the socket at descriptor 0 names the working folder of one
-program to run and carries three descriptors: the program's source, a pipe for its result, and a
-socket for its exit status. When the other end of the status socket closes, the program is killed.
+A forked process is warm: the interpreter has started, and common modules are already imported, as
+are slow packages such as numpy if the program needs them. This process only forks, waits and kills;
+it never reads a program. Its settings come as one JSON argument. Each message on the socket at
+descriptor 0 names the working folder of one program to run and carries three descriptors: the
+program's source, a pipe for its result, and a socket for its exit status. When the other end of the
+status socket closes, the program is killed.
 
-The result consists of lines: `F…` for each refused access, `P…` with the end of the program's
-output, then `V…` with its value or `E…` with its exception. If the program is not started, because
-the system lacks protections, the only line is `N…`, which names them. All but `F` and `N` hold
-JSON.
+The result consists of lines: `F…` for each refused access; `P…` with the end of the program's
+output, if there is any; and `V…` with its value or `E…` with its exception, unless the program was
+killed. If the program is not started because the system lacks protections, the only line is `N…`,
+which names these protections. `P`, `V` and `E` lines hold JSON.
 
 The audit hook only labels and refuses the well-known ways out. The kernel confines a determined
-program: Landlock (files), seccomp (an allow-list of system calls: no sockets, processes, threads,
-signals or timers), namespaces and limits.
+program, by means of Landlock (for files), seccomp (an allow-list of system calls, without sockets,
+processes, threads, signals and timers), namespaces and resource limits.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def keep_only(results: int) -> None:
 
 def fence_in(readable: list[str]) -> str:
     """Permanently drop access to the network, other processes and all files except `readable`.
-    Returns the protections that the system lacks."""
+    Returns the necessary protections that the system lacks, in words; empty if it lacks none."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
@@ -226,8 +227,8 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Let the process read `paths`, and do nothing else in the file system (Landlock). False if the
-    system lacks Landlock."""
+    """Let the process read `paths`, and do nothing else in the file system (Landlock). False if
+    this cannot be done, for example because the system lacks Landlock."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -327,8 +328,9 @@ class Printed:
 
 
 def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
-    """`value` as JSON; a number or date of another type (Fraction, numpy, sympy, datetime) as its
-    text."""
+    """`value` as JSON. A set becomes a sorted list; a number or date of a type that JSON lacks
+    (Fraction, numpy, sympy, datetime) becomes its text. Raises: TypeError for any other type that
+    JSON lacks."""
     try:
         return dumps(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
     except TypeError:
@@ -338,8 +340,8 @@ def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
 
 
 class Doorman:
-    """Refuses and reports a program's attempts to reach outside; its packages may read their own
-    files."""
+    """Refuses and reports a program's attempts to reach outside. Reading the files of Python and
+    its packages is allowed."""
 
     def __init__(self, results: int, settings: dict[str, Any]) -> None:
         self.results = results

@@ -20,7 +20,7 @@ from reftune.grading.sandbox.result import (
 
 def gap(result: ExecutionResult) -> str | None:
     """The part of Python that a program needed and monty lacks, such as `yield`, `dict.get as a
-    value` or `the module heapq`; None if the program did not end because of one.
+    value` or `the module heapq`; None if no such gap ended the program.
 
     Packages that do not come with Python do not count, because whether one is installed must not
     decide a verdict.

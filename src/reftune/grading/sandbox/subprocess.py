@@ -2,11 +2,11 @@
 
 For each combination of packages that are slow to import, a forking process waits with the
 interpreter started and these packages imported. Each program runs in a fork of that process, with a
-fixed environment, an empty temporary folder to work in, and no site-packages hooks. Landlock lets
-the program read only the libraries and write nothing; an allow-list of system calls denies it
-sockets, processes, threads and signals. Each program has its own user, network and IPC namespaces,
-limits on memory, CPU time and open files, and a session that is killed as a whole. docs/sandbox.md
-lists what these protections cover and what they do not.
+fixed environment and an empty temporary folder to work in; hooks in site-packages do not run.
+Landlock lets the program read only the libraries and write nothing; an allow-list of system calls
+denies it sockets, processes, threads and signals. Each program has its own user, network and IPC
+namespaces, limits on memory, CPU time and open files, and a session that is killed as a whole.
+docs/sandbox.md lists what these protections cover and what they do not.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ SYSTEM_LIBRARIES = (
 
 
 class SubprocessBackend:
-    """One process per program, forked from a warm one. Raises: ReftuneError if the system cannot
-    isolate it and `allow_unisolated` is not set."""
+    """Runs each program in a process of its own, forked from a warm one. Raises: ReftuneError if
+    such a process cannot start, or if the system cannot isolate it and `allow_unisolated` is not
+    set."""
 
     def __init__(
         self, limits: SandboxLimits, *, allow_unisolated: bool, packages: bool = True

@@ -38,7 +38,8 @@ sequence, so that they can be read without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """Make a CodeGen model, or one with SDPA, accept `packing` and attend in fp32 on a CPU."""
+    """Make a CodeGen model, or a model with SDPA, accept `packing`, and compute attention in fp32
+    on a CPU. Other models stay unchanged."""
     if type(model).__name__ == "CodeGenForCausalLM":
         for module in model.modules():
             if hasattr(module, "_attn"):

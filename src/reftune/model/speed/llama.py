@@ -30,7 +30,8 @@ FAMILIES = (
 )
 """transformers' classes that this file can run."""
 FEW_ROWS = 16
-"""Number of rows for which a weight's layout is chosen; the layout helps other numbers as much."""
+"""Number of rows for which a weight's layout is chosen. The layout helps products of more or fewer
+rows as much."""
 LARGE = 2**18
 """Number of elements of a weight above which oneDNN is faster than MKL for fp32 products of few
 rows, because MKL hardly divides them among threads."""

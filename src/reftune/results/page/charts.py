@@ -119,8 +119,8 @@ def entries(groups: Sequence[Group]) -> list[Entry]:
 
 
 def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Chart]:
-    """A chart for each metric that some stage measured. Several seeds are drawn as their mean, with
-    a band from the lowest to the highest."""
+    """A chart for each metric that some stage measured at more than one step. Several seeds are
+    drawn as their mean, with a band from the lowest to the highest."""
     charts = []
     for metric in metrics:
         series = [

@@ -120,8 +120,8 @@ def derived_values(
 ) -> list[str | None]:
     """The number that each solution arrives at before it chooses; None if there is none.
 
-    For a solution in words, it is the last number before the answer; for a program, the returned
-    value or, if the program looks up the answer among options, the last value it computed.
+    For a solution in words, it is the last number before the answer. For a program, it is the
+    returned value or, if the last `return` looks up an option, the last value computed before that.
     """
     if not isinstance(format, Program):
         return [last_number(reasoning_text(text)) for text in completions]
