@@ -72,14 +72,14 @@ def grade(
     format: FormatSpec = "nl",
     question: str = "",
 ) -> Graded:
-    """Grade a completion as the reward and the evaluation do. `answer` is a number, text or
-    a letter, or any kind in docs/datasets.md that `answer_kind` names.
+    """Grade a completion as the reward and the evaluation do. `answer` is a number, text or a
+    letter, or an answer of the kind that `answer_kind` names (docs/datasets.md).
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
 
-    Raises: DataError for any other answer; RecipeError for an unknown format. The completion never
-    causes an error.
+    Raises: DataError for any other answer; RecipeError for an unknown format; ReftuneError if a
+    package or sandbox that grading needs is missing. The completion never causes an error.
     """
     row = {
         "id": "1",

@@ -142,10 +142,11 @@ def make_plan(
     only: str | None = None,
 ) -> Plan:
     """The plan of all stages, or of the stage `only`. `prompt` and `response` are lengths in
-    tokens, by default `lengths.max_prompt` (256 if that is not set) and `lengths.max_new`.
+    tokens, by default `lengths.max_prompt` (256 if that is not set) and `lengths.max_new`,
+    respectively.
 
-    Raises: RecipeError if no such stage states its cost; ModelError if the configuration cannot be
-    read.
+    Raises: RecipeError if none of these stages states its cost; ModelError if the configuration
+    cannot be read.
     """
     if recipe.model.dtype == "auto":  # every GPU in `GPUS` multiplies bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})

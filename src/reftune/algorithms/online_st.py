@@ -1,7 +1,7 @@
 """Online self-training takes supervised steps on correct samples and on the gold solutions of the
 rollout's problems.
 
-ReFT's code corresponds to `gold_max_tokens: 300` and `dropout: true`. It truncates long gold
+ReFT's code corresponds to `gold_max_tokens: 300` and `dropout: true`. That code truncates long gold
 rationales, so that the model never sees their ends.
 """
 

@@ -242,8 +242,8 @@ def read_options(text: str) -> tuple[str, ...] | None:
 
 
 def option_value(text: str) -> Fraction | None:
-    """The number that an option states, as formulas compute it: `3 : 4` is 3/4, `11 a . m .` is
-    11."""
+    """The number that an option states, as formulas compute it: `3 : 4` is 3/4, `11 a . m .` is 11.
+    None if the option states no number."""
     ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
     if ratio is not None:
         return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None

@@ -1,4 +1,4 @@
-"""Several datasets as one, each with its share of the training questions."""
+"""Several datasets as one. Each may have a share of the training questions."""
 
 from __future__ import annotations
 

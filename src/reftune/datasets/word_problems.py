@@ -79,8 +79,8 @@ class WordProblems(Component):
         return self
 
     def load(self, *, seed: int) -> Splits:
-        """Problems drawn with `seed`. Raises: DataError if the settings do not allow so many
-        different questions."""
+        """Problems drawn with `seed`. Raises: DataError if the settings do not allow as many
+        different questions as the splits need."""
         stories = self._different_stories(random.Random(f"stories {seed}"))
         styles = random.Random(f"options and styles {seed}")
         options = random.Random(f"options {seed}")

@@ -113,8 +113,8 @@ def _without_float_noise(number: Number) -> Number:
 
 def same_number(predicted: Number, gold: Number) -> bool:
     """Whether two numbers are equal as written. If only one has a percent sign, that one may also
-    be divided by 100, unless the other is a whole number above 1: 0.25 and 25 equal 25%, but 25
-    does not equal 2500%."""
+    be divided by 100, unless the other is a whole number above 1 in absolute value: 0.25 and 25
+    equal 25%, but 25 does not equal 2500%."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:

@@ -135,7 +135,8 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled]:
     """The sets of adapters that add up to `method`, the oldest first: the initial one, if any, then
-    one per stage. With a 4-bit base, stages continue each other's set, so the last set is enough.
+    one per stage. With a 4-bit base, each stage continues the set of the stage that it starts from,
+    so the last set is enough.
     """
     from safetensors.torch import load_file
 

@@ -368,7 +368,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def with_adapters(self, adapters: dict[str, Tensor] | None) -> Iterator[None]:
-        """Use these adapters instead of the policy's own; None uses no adapters."""
+        """Inside the block, use these adapters in place of the policy's own; with None, use no
+        adapters."""
         if adapters is None:
             with self.model.disable_adapter():
                 yield

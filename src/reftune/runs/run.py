@@ -55,7 +55,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """Run all stages and evaluations, and write summary.json and report.html; finished parts are
     not repeated.
 
-    Returns: the summary. Raises: ReftuneError; Interrupted with the checkpoint's folder.
+    Returns: the summary. Raises: ReftuneError; Interrupted if the run was asked to stop.
     """
     with open_run(recipe, progress) as run:
         run.complete(report=True)
@@ -64,7 +64,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 
 def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
     """Run only the stages of these kinds. The other methods that they read must be trained already.
-    Raises: see `run_recipe`."""
+    Raises: as `run_recipe`."""
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
     if not names:
@@ -83,8 +83,9 @@ def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) ->
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate finished `methods` (if empty, all that the recipe evaluates). Returns: the
-    summary."""
+    """Evaluate the finished `methods`; if the collection is empty, all that the recipe evaluates.
+    Returns: the summary. Raises: RecipeError if a method is not trained yet; otherwise as
+    `run_recipe`."""
     check_stage_graph(recipe)
     methods = methods or methods_to_evaluate(recipe)
     _require_trained(recipe, methods)

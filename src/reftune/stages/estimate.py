@@ -184,8 +184,8 @@ class Estimate:
         }
 
     def fitting(self) -> Sizes:
-        """The largest sizes whose phases fit into a device's usable memory; the smallest if none
-        do."""
+        """The largest sizes whose phases fit into a device's usable memory; the smallest sizes if
+        none fit."""
         room = USABLE * self.device_bytes
 
         def fits(phase: str, sizes: Sizes) -> bool:

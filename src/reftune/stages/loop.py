@@ -66,7 +66,8 @@ class Progression:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved a checkpoint, whose folder is `str(self)`."""
+    """The run was asked to stop, and has saved a checkpoint or finished a stage. `str(self)` is the
+    folder of the checkpoint or stage."""
 
 
 @contextmanager
@@ -280,8 +281,8 @@ class Loop:
     # --- dev ---
 
     def _look(self) -> float:
-        """Measure accuracy on dev (greedy, for a policy) and keep the best model so far; on a tie,
-        the earlier model. Returns: the accuracy."""
+        """Measure accuracy on dev, with greedy answers if the model is a policy, and keep the best
+        model so far; on a tie, keep the earlier model. Returns: the accuracy."""
         look = self.look()
         accuracy = look.metrics["dev/accuracy"]
         self.state.looks += 1

@@ -189,8 +189,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def add_likelihood(self, solutions: Sequence[Solution]) -> None:
-        """Let the score depend on the log-likelihood, at first standardized over about
-        `STANDARDIZED` of the `solutions`."""
+        """Let the score depend on the log-likelihood. The new layer starts out as standardizing the
+        log-likelihood over about `STANDARDIZED` of the `solutions`."""
         some = solutions[:: max(1, len(solutions) // STANDARDIZED)]
         batch = self.solution_batch([(s.problem, s.text) for s in some])
         found = self.policy.score(batch).logprobs.sum(1)
@@ -238,8 +238,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
-        """Probability that each solution is correct, without dropout; equal solutions are read once
-        per problem."""
+        """Probability that each solution is correct, computed without dropout. A problem's equal
+        solutions are read once."""
         keys = [(problem.id, text) for problem, text in solutions]
         once = dict(zip(keys, solutions, strict=True))
         scores: list[float] = []
@@ -328,9 +328,9 @@ def accumulate_loss(
 
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
-    """`dev/accuracy`, the share of problems whose highest-scored solution is correct; `dev/chance`,
-    the same for a solution drawn at random; and `dev/chance_margin`, half the width of the 95%
-    interval of their difference, paired by problem.
+    """`dev/accuracy`, the share of problems whose highest-scored solution with an answer is
+    correct; `dev/chance`, the expected share for solutions drawn at random; and
+    `dev/chance_margin`, half the width of the 95% interval of their difference, paired by problem.
     """
     chosen = [*map(voting.is_correct, winners(classifier, drawn))]
     chance = [len(samples.correct) / len(samples.texts) for samples in drawn]

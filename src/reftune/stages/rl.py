@@ -170,8 +170,8 @@ class Trainer:
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
-        """Rollout `n` for `purpose`, and its metrics. The samples depend only on the weights, `n`,
-        `purpose` and the seed."""
+        """Rollout `n` for `purpose`, and its metrics. Apart from the recipe, the samples depend
+        only on the weights, `n` and `purpose`."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
             len(train),

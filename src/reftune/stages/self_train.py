@@ -157,7 +157,8 @@ class SelfTrain(Sampled):
         )
 
     def run(self, context: StageContext) -> None:
-        """Sample, join samples and gold solutions, train, and save the model best on dev."""
+        """Sample, join samples and gold solutions, train, and save the model that was best on
+        dev."""
         started = time.perf_counter()
         drawn = self.draw(context, context.splits.train, context.folder.drawn, num=self.samples)
         examples = self.examples(drawn, context)

@@ -1,7 +1,8 @@
-"""The command line. Each command reads its arguments, calls one function and prints the result.
+"""The command line. A command reads its arguments, leaves the work to other modules and prints the
+result.
 
-Results go to stdout, everything else to stderr. The exit status is 0 if the command is done, 1 if
-it failed, 2 for bad input (with one line on stderr), and 130 after an interruption. Heavy modules
+Results go to stdout, everything else to stderr. The exit status is 0 if the command succeeds, 1 if
+it fails, 2 for bad input (with one line on stderr), and 130 after an interruption. Heavy modules
 are imported inside the command that needs them, so that `--help` answers at once.
 """
 
@@ -353,7 +354,8 @@ def plan(
 
 @app.command()
 def watch(run_folder: RunFolderPath) -> None:
-    """Follow a run in another process, or replay a finished one. Ctrl-C does not stop the run."""
+    """Follow a run that another process works on, or replay a finished run. Ctrl-C does not stop
+    the run."""
     from reftune.results import table_command
     from reftune.terminal.live import make_progress
     from reftune.terminal.watch import RunClock

@@ -1,4 +1,4 @@
-"""Also logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers;
+"""Logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers.
 `metrics.jsonl` remains the record."""
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
 
 
 def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
-    """The recipe's dataset, or reftune's examples if its source is not on this machine. Raises:
-    DataError."""
+    """The recipe's dataset, or reftune's examples if the dataset's source is not on this machine.
+    Raises: DataError if there are no examples either."""
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
     if not isinstance(source, str) or Path(source).expanduser().exists():

@@ -50,7 +50,7 @@ def check_splits(subject: Subject) -> Finding:
 
 def check_gold_answers(subject: Subject) -> Finding:
     """Check that gold answers, each in the shortest possible solution, are graded correct. Patterns
-    (`regex`) are not checked, as they are not answers themselves."""
+    (`regex`) are left out, because a pattern is not itself an answer."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
@@ -159,7 +159,8 @@ def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def check_reward(subject: Subject) -> Finding:
-    """Check that a gold solution earns more than a wrong solution or an empty completion."""
+    """Check that gold solutions earn more on average than other problems' solutions and than empty
+    completions."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")

@@ -123,7 +123,7 @@ def check_accuracy(subject: Subject) -> Finding:
 
 
 def _last_rise(subject: Subject) -> LastRise | None:
-    """The last rise in dev accuracy of the stage before RL; None if not recorded."""
+    """The last rise in dev accuracy of the stage before RL; None if it was not recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)

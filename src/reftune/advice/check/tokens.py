@@ -16,7 +16,7 @@ MAX_LONG_TARGETS = 0.1
 
 
 def check_boundary(subject: Subject) -> Finding:
-    """Check that the tokens of prompt and target decode to the two strings joined."""
+    """Check that the tokens of prompt and target decode to the prompt followed by the target."""
     tokenizer, rows = subject.policy.tokenizer, subject.rows
     bos = bos_of(tokenizer)
     empty = [row.problem.id for row in rows if not row.prompt_ids or len(row.target_ids) < 2]

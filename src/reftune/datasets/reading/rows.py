@@ -100,7 +100,7 @@ def read_rows(
     """All rows of `split` (`train`, `dev` or `test`).
 
     `source` is a file with an ending in `READERS`; a folder of such files (or Parquet shards) named
-    after their splits, or as in `names`, which take precedence; or a Hub id,
+    after their splits or with one of `names`, which take precedence; or a Hub id,
     `owner/name[:config[:split]]`, read at `revision`. Files other than Parquet may be gzipped.
     Raises: DataError.
     """

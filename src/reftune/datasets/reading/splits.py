@@ -61,10 +61,11 @@ def draw_splits(
 ) -> Splits:
     """Clean splits, with counts of the dropped rows.
 
-    `duplicate`: same text, options and gold answer as an earlier row of its split (and, with
-    `several_rationales`, same rationale). `contradiction`: same question and options as another row
-    but a different gold answer; no such row is kept. `leak`: by `key`, a train question that dev or
-    test also asks, or a dev question that test also asks. Test keeps all its rows.
+    `duplicate`: same text (apart from spacing), options and gold answer as an earlier row of its
+    split and, with `several_rationales`, same rationale. `contradiction`: same question and options
+    as another row but a different gold answer; no such row is kept. `leak`: by `key`, a train
+    question that dev or test also asks, or a dev question that test also asks. Test keeps all its
+    rows.
 
     If `dev` is None, it is drawn: the first `dev_size` questions of train in the order of a hash of
     `seed` and question, so row order and rationales do not matter. If `dev_size` is None, it is a
@@ -96,7 +97,8 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
 
 
 def same_gold(a: Answer, b: Answer) -> bool:
-    """Whether two gold answers agree. Numbers and texts are compared as by the grader."""
+    """Whether two gold answers agree. Numbers and texts are compared as the grader compares them;
+    other answers must be equal."""
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         first, second = number_of(a), number_of(b)
         return same_number(first, second) or same_number(second, first)

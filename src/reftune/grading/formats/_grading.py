@@ -32,7 +32,7 @@ Grading = Annotated[str, AfterValidator(_known)]
 
 @functools.cache
 def own_grader(grading: str) -> Grader:
-    """The function that `file.py:Name` names, or an instance if it names a class."""
+    """The function that `file.py:Name` names or, if `Name` is a class, an instance of it."""
     found = component_class(grading, group="formats")
     grader: Grader = found() if isinstance(found, type) else found
     return grader

@@ -195,7 +195,8 @@ def run_program(
 
 
 def keep_only(results: int) -> None:
-    """Close every descriptor but `results`, which becomes 3; 0, 1 and 2 become the null device."""
+    """Close every descriptor but `results`, which becomes descriptor 3. Descriptors 0, 1 and 2
+    become the null device."""
     os.dup2(results, 3)
     os.closerange(4, max(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
     null = os.open(os.devnull, os.O_RDWR)

@@ -49,8 +49,8 @@ def problems(groups: Sequence[Group]) -> Json:
 
 
 def samples(groups: Sequence[Group]) -> Json:
-    """Solutions sampled in training. Stages take turns to include one: first their longest and
-    slowest, then others spread evenly over their steps."""
+    """Solutions sampled in training. The stages of all runs take turns, and each adds one solution
+    per turn: first its longest and slowest, then others spread evenly over its steps."""
     stages = entries(groups)
     pools = [
         (index, run.seed, run.stages[entry.method].samples)
