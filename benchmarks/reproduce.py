@@ -82,7 +82,7 @@ NOTES = {
         "choice."
     ),
     "modern": (
-        "*ReFT* is PPO with preset `paper`, the coefficients and value head of the authors' code. "
+        "*ReFT* is PPO with preset `paper`: the coefficients and value head of the authors' code. "
         "*ReFT modern* starts the value head at zero and makes eight more changes, most of them "
         "from later papers; the [last table](#what-each-part-of-modern-contributes) measures the "
         "eight. The two methods sample equally many solutions."
