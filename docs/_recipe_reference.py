@@ -31,12 +31,13 @@ HEAD = """\
 
 This page lists every key of a recipe, the YAML file that describes a run. Any key can be set on the
 command line (`stages.reft.steps=100`). `extends: other.yaml` starts from another recipe: mappings
-merge, and `null` removes a key. A *kind* is a name (`engine: kv`), alone or in a table (`engine:
-{kind: kv, refill: 0.5}`), or your own class (`kind: my_file.py:Name`).
+merge unless their kinds differ, and `null` removes a key. A *kind* is a name (`engine: kv`), alone
+or in a table (`engine: {kind: kv, refill: 0.5}`), or your own class (`kind: my_file.py:Name`).
 
 Dots separate nested keys. If only certain values are allowed, all are listed, the default first.
-A *method* is a named model that a run trains: each stage gives one, under its own name, and
-`snapshots` give more. "The paper" is ReFT (arXiv:2401.08967), and "the authors" are its authors.
+A *method* is a named model that a run trains: each stage except `reward_model` gives one, under its
+own name, and `snapshots` give more. "The paper" is ReFT (arXiv:2401.08967), and "the authors" are
+its authors.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""
