@@ -6,8 +6,8 @@ TRL's GRPO (step_trl.py), by default in this machine's fastest dtype. It also ti
     python -m benchmarks.step --growth 64,512
 
 Every contestant samples answers of the same lengths with SmolLM2-135M, scores them and makes two
-updates. TRL answers half of the prompts twice, because GRPO compares answers to one prompt. The
-contestants run one after the other, each in its own process. The command prints a table, the
+updates. TRL answers half of the prompts twice, because GRPO compares answers to the same prompt.
+The contestants run one after the other, each in its own process. The command prints a table, the
 figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
 document. PYTHON is an interpreter with TRL. With the default repeats, the command takes 10 minutes
 if bf16 is native and 20 if not. `--growth` times only reftune, on the given numbers of samples.

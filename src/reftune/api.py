@@ -35,7 +35,8 @@ def run(
     this function.
 
     `overrides` are `key=value` strings, allowed only with a recipe file. Returns: the content of
-    `summary.json`. Raises: ReftuneError.
+    `summary.json`. Raises: ReftuneError if the run cannot start or go on;
+    `reftune.stages.loop.Interrupted` if SIGINT or SIGTERM stops the training.
     """
     with launch.processes():
         return _run(recipe, overrides, quiet=quiet)
@@ -130,7 +131,8 @@ def evaluate(
     `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id, `smollm2-135m` or
     a loaded `Policy`; `problems` are `Problem`s or mappings with `question`, `answer` and,
     optionally, `id`, `choices` and `answer_kind`. If `model` is a stage folder, `format` and
-    `max_new` default to those of its run; if not, to `nl` and 256. Raises: ReftuneError.
+    `max_new` default to those of its run; if not, to `nl` and 256. Raises: ReftuneError if the
+    model, a problem or the format cannot be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts

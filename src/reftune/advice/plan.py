@@ -1,5 +1,5 @@
-"""Estimates a recipe's memory by part and step time by phase on given hardware, from the model's
-configuration. docs/experiments/plan.md has the equations."""
+"""Estimates a recipe's memory by part, and its step time by phase, on given hardware and from the
+model's configuration. docs/experiments/plan.md has the equations."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Jsonl(FileDataset):
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
-        """The problem in a single row. Raises: DataError."""
+        """The problem in a single row. Raises: DataError if the row cannot be read."""
         return self._problem(row, self._columns([row], is_train=False))
 
     @classmethod
@@ -105,7 +105,8 @@ class Jsonl(FileDataset):
         )
 
     def _gold(self, cell: object, options: Options | None) -> tuple[Answer, str]:
-        """The answer in a cell, and its spelling. Raises: DataError."""
+        """The answer in a cell, and its spelling. Raises: DataError if the cell holds no answer of
+        the wanted kind."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), str(cell)
@@ -142,7 +143,7 @@ def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ..
         return row.text(column), ()
     conversation = read_conversation(row.value(column), row.where)
     if not conversation.question:
-        raise DataError(f"{row.where}: {column} has no question; expected a turn of the user")
+        raise DataError(f"{row.where}: {column} has no question; expected a user's turn")
     return conversation.question, conversation.before
 
 

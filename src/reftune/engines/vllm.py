@@ -76,8 +76,8 @@ class Vllm(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion per prompt, in order; see `reftune.engines.Engine`. Raises: EngineError,
-        RecipeError."""
+        """One completion per prompt, in order; see `reftune.engines.Engine`. Raises: EngineError if
+        vLLM or a server fails; RecipeError if vLLM is not installed or cannot run colocated."""
         if not any(world.any_of(len(prompts) > 0)):
             return []
         sample = self._by_servers if self.servers else self._colocated
@@ -299,7 +299,8 @@ class Server:
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
     def post(self, path: str, body: dict[str, Any]) -> bytes:
-        """The answer to a JSON request. Raises: EngineError."""
+        """The answer to a JSON request. Raises: EngineError if the server does not answer, or
+        answers with an error."""
         url = self.address + path
         query = urllib.request.Request(
             url, json.dumps(body).encode(), {"Content-Type": "application/json"}

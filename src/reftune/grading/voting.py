@@ -128,7 +128,7 @@ def pass_at_k(n: int, num_correct: int, k: int) -> float:
 
 
 def check_k(k: int, n: int) -> None:
-    """Check that 1 ≤ k ≤ n. Raises: DataError."""
+    """Check that 1 ≤ k ≤ n. Raises: DataError if not."""
     if not 1 <= k <= n:
         raise DataError(
             f"k = {k}: only {n} samples per problem were drawn; expected 1 to {n} (for more, set"

@@ -30,7 +30,7 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     Unless the base is in 4 bits, each stage trains new adapters on the merged model it starts from.
     Concatenating the adapters of all these stages (B = [B₁ B₂ …], A = [A₁; A₂; …]) sums their
     products B A. If the stages were saved in fp32, the sum is exact up to rounding. Raises:
-    CheckpointError, ModelError.
+    CheckpointError if a stage saved no adapters; ModelError if the initial adapters cannot be read.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file

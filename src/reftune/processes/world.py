@@ -3,9 +3,9 @@ communication.
 
 Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
 are split by samples and their results joined, so that every process holds the same rollouts and
-takes the same optimizer step. Only the main process writes files and prints; error messages may
-come from any process. `launch` joins the processes; `sharding` determines which process holds which
-weights.
+takes the same optimizer step. Only the main process writes to the run folder and prints, except
+that an error message may come from any process. `launch` joins the processes; `sharding` determines
+which process holds which weights.
 """
 
 from __future__ import annotations

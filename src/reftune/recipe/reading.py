@@ -18,7 +18,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     `extends` names one recipe or a list of them, by paths relative to the file that contains the
     key. Keys of later recipes replace those of earlier ones, and the file's own keys replace them
-    all; see `merge`. Raises: RecipeError.
+    all; see `merge`. Raises: RecipeError if a recipe or an override cannot be read, or if the
+    result is not valid.
     """
     data = read_yaml(Path(path))
     for override in overrides:

@@ -92,11 +92,11 @@ class LengthTable(Table):
 
 
 class EvaluateTable(Table):
-    """The final evaluation of each stage's chosen model."""
+    """The final evaluation of the methods."""
 
     split: Literal["test", "dev"] = "test"
     samples: int = Field(0, ge=0)
-    """Solutions per problem, for voting, reranking and pass@k."""
+    """Number of sampled solutions per problem, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
     """Methods whose models are sampled. Default: all."""
     temperature: float = Field(1.0, gt=0)
@@ -162,7 +162,7 @@ class Recipe(Table):
     trackers: list[TrackerName] | None = None
     """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
     tracker_rollouts: int = Field(16, ge=0)
-    """Sampled solutions shown per step in wandb and Trackio."""
+    """Number of sampled solutions shown per step in wandb and Trackio."""
 
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:

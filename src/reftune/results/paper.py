@@ -77,8 +77,7 @@ def _order(place: Place) -> tuple[Any, ...]:
 def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
     """The runs by model, task and rationale; votes are over the first `k` samples.
 
-    Raises: DataError if `k` exceeds the samples of a problem, or if two recipes would fill one
-    cell.
+    Raises: as `score_table`; also DataError if two recipes would fill one cell.
     """
     places: dict[Place, list[RunResults]] = {}
     for run in runs:

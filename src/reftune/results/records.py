@@ -225,7 +225,8 @@ def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow,
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no file. Raises: DataError."""
+    """The JSON object in a file; empty if there is no file. Raises: DataError if the file holds
+    anything else."""
     if not path.exists():
         return {}
     return _object(path.read_text(encoding="utf-8"), where=str(path))

@@ -115,7 +115,7 @@ class MethodScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreTable:
-    """Everything that the tables and the report show about the final evaluation."""
+    """The scores and comparisons that the tables and the report show."""
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
@@ -267,10 +267,11 @@ def _share_problems(runs: Sequence[RunResults]) -> bool:
 
 
 def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
-    """Scores and paired comparisons of all methods. Votes are over the first `k` samples, or all if
-    None; `seed` seeds the bootstrap.
+    """Scores and paired comparisons of all methods. Votes are over the first `k` samples, or over
+    all if `k` is None; `seed` seeds the bootstrap.
 
-    Raises: DataError if `k` exceeds the samples of a problem.
+    Raises: DataError if `k` is given and no method was sampled, or if a sampled method has fewer
+    than `k` samples of a problem.
     """
     if k is not None:
         evals = [
@@ -387,8 +388,7 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
     scored, `weighted` and `rerank`.
 
     Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
-    subsets.
-    Raises: DataError if `max_k` exceeds the samples of a problem.
+    subsets. Raises: DataError if a problem has fewer than `max_k` samples.
     """
     voting.check_k(max_k, num_samples(rows))
     rules = {
@@ -528,7 +528,7 @@ class Reranker:
     num_samples: int
     """Number of samples per problem."""
     accuracy: float
-    """Share of problems whose highest-scored sample is correct."""
+    """Share of problems whose highest-scored sample with an answer is correct."""
     chance: float
     """Share of correct samples: the expected accuracy of a random choice."""
     margin: float

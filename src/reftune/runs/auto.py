@@ -1,5 +1,5 @@
-"""Chooses the values of keys set to `auto`. The device is this machine's best; the other values are
-chosen when a run begins and kept when it resumes."""
+"""Chooses the values of keys set to `auto`. The device is chosen each time: CUDA if available,
+otherwise the CPU. The other values are chosen when a run begins and kept when it resumes."""
 
 from __future__ import annotations
 

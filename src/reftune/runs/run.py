@@ -281,7 +281,9 @@ class Run:
     def _policy(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool = False
     ) -> Policy:
-        """A policy in the recipe's dtype and on its device. Raises: RecipeError, ModelError."""
+        """A policy in the recipe's dtype and on its device. Raises: RecipeError for a setting that
+        this machine or FSDP2 does not support; ModelError if the model cannot be used as the recipe
+        sets it."""
         table = self.recipe.model
         if trained and table.quantize is not None and sharding.current.splits:
             raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
@@ -446,7 +448,8 @@ def stage_folder(recipe: Recipe, method: str) -> StageFolder:
 
 def check_stage_graph(recipe: Recipe) -> None:
     """Check that stages read only `base`, earlier methods or model folders, that no two save the
-    same method, and that `evaluate` names methods and a reward model. Raises: RecipeError."""
+    same method, and that `evaluate` names methods and a reward model. Raises: RecipeError if a
+    check fails."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:

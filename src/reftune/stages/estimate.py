@@ -1,7 +1,6 @@
 """The memory a stage needs on each device, by phase, and the largest passes that fit.
 
-`check`, `plan` and keys set to `auto` all use this module; docs/experiments/plan.md has the
-equations.
+`check`, `plan` and sizes set to `auto` use this module; docs/experiments/plan.md has the equations.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ class Outline:
 
 def outline_of(table: ModelTable, texts: Iterable[str], *, device: str) -> Outline:
     """The outline of a recipe's model; a from-scratch model gets its vocabulary from `texts`.
-    Raises: ModelError."""
+    Raises: ModelError if the configuration cannot be loaded."""
     return Outline(lambda: untrained(table, texts=texts), table, device=device)
 
 

@@ -65,7 +65,7 @@ class RewardModel(Schedule, Sampled):
     init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)
-    """Samples per dev problem, ideally as many as will be reranked."""
+    """Number of samples per dev problem, ideally as many as will be reranked."""
 
     is_method: ClassVar[bool] = False
 
@@ -189,8 +189,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def add_likelihood(self, solutions: Sequence[Solution]) -> None:
-        """Let the score depend on the log-likelihood. The new layer starts out as standardizing the
-        log-likelihood over about `STANDARDIZED` of the `solutions`."""
+        """Let the score depend on the log-likelihood. The initial weights of the new layer
+        standardize it over about `STANDARDIZED` of the `solutions`."""
         some = solutions[:: max(1, len(solutions) // STANDARDIZED)]
         batch = self.solution_batch([(s.problem, s.text) for s in some])
         found = self.policy.score(batch).logprobs.sum(1)
@@ -282,7 +282,7 @@ class Classifier(nn.Module):
 
 def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifier:
     """The classifier that `Classifier.save` wrote to `folder`; `policy` is the transformer loaded
-    from the same folder. Raises: ModelError."""
+    from the same folder. Raises: ModelError if the folder holds no classifier."""
     classifier = Classifier(policy, encoder)
     try:
         found = load_file(folder / WEIGHTS)
@@ -361,7 +361,8 @@ def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | N
 
 
 def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) -> None:
-    """Give every sample of an evaluation file a `score`. Raises: CheckpointError."""
+    """Give every sample of an evaluation file a `score`. Raises: CheckpointError if the file cannot
+    be written."""
     rows = world.from_main(JsonLines(path).rows)
     solutions = [
         (problem, sample["completion"])

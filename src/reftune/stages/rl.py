@@ -47,9 +47,9 @@ class Rl(TrainingTable, Stage):
     steps: int = Field(gt=0)
     """Number of rollouts, each followed by its updates."""
     prompts: int = Field(gt=0)
-    """Problems per rollout."""
+    """Number of problems per rollout."""
     samples: int = Field(1, gt=0)
-    """Samples per training problem."""
+    """Number of samples per training problem."""
     updates: int = Field(2, gt=0)
     """Number of training passes over each rollout (PPO epochs)."""
     minibatches: int = Field(1, gt=0)
@@ -69,7 +69,7 @@ class Rl(TrainingTable, Stage):
     value_prefit: int = Field(0, ge=0)
     """Number of additional rollouts to which the value head is fitted before PPO starts."""
     eval_every: int = Field(10, gt=0)
-    """Steps between dev evaluations."""
+    """Number of steps between dev evaluations."""
 
     reads_questions: ClassVar[bool] = True
 

@@ -145,7 +145,8 @@ class Collector:
         )
 
     def rewarded(self, solved: Solved) -> list[Rollout]:
-        """Rollouts of solved problems, without those whose reward is None. Raises: RewardError.
+        """Rollouts of solved problems, without those whose reward is None. Raises: RewardError if a
+        reward cannot be computed or is not finite.
 
         The main process computes every reward, so a reward function that compares samples sees all
         of them.

@@ -54,7 +54,7 @@ class Sampled(Stage, ABC):
     sampler: str = "warmup"
     """Method whose model draws the samples."""
     samples: int = Field(100, gt=0)
-    """Samples per training problem."""
+    """Number of samples per training problem."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     """Number of likeliest tokens to sample from. 0 means the whole vocabulary."""

@@ -88,7 +88,7 @@ class Sft(Schedule, Stage):
         return self.cost_of_rows(num_train)
 
     def run(self, context: StageContext) -> None:
-        """Train, then save the model that was best on dev, and the snapshots."""
+        """Train and save the snapshots on the way, then save the model that was best on dev."""
         examples = gold_examples(context.splits.train, context.collector, context.policy)
         train_in_epochs(
             self,

@@ -30,7 +30,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` with `text`, by one rename. Raises: CheckpointError."""
+    """Replace the file at `path` with `text`, by one rename. Raises: CheckpointError for a disk
+    error."""
     if not is_main():
         return
     partial = path.with_name(f".{path.name}.partial")
@@ -68,7 +69,7 @@ def replace_folder(folder: Path, fill: Any) -> None:
 
 def link_files(source: Path, target: Path) -> None:
     """Add the files of `source` to `target`, as hard links if the file system supports them,
-    otherwise as copies. Raises: CheckpointError."""
+    otherwise as copies. Raises: CheckpointError for a disk error."""
     if not is_main():
         return
     with writing(target):
@@ -89,7 +90,8 @@ def sync_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut. Raises: OSError."""
+    """Wait until a file, or the names in a folder, would survive a power cut. Raises: OSError for a
+    disk error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -113,7 +115,8 @@ class JsonLines:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
 
     def sync(self) -> None:
-        """Wait until the appended lines would survive a power cut. Raises: CheckpointError."""
+        """Wait until the appended lines would survive a power cut. Raises: CheckpointError for a
+        disk error."""
         if is_main() and self.path.exists():
             with writing(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -66,7 +66,7 @@ RunFolderPath = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Method = Annotated[str, typer.Option(help="The stage whose chosen model to use.")]
+Method = Annotated[str, typer.Option(help="The method whose model to use.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -286,7 +286,7 @@ def check(
     offline: Annotated[
         bool,
         typer.Option(
-            "--offline", help="Check only recipe, schedule, format and reward; download nothing."
+            "--offline", help="Run only the checks that need neither the model nor a download."
         ),
     ] = False,
     as_json: AsJson = False,
@@ -545,7 +545,7 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
 def find_recipe(name: str) -> Path:
     """The file `name` or, if there is none, the recipe of that name that comes with reftune; such a
-    name may begin with `recipes/` and omit `.yaml`. Raises: RecipeError."""
+    name may begin with `recipes/` and omit `.yaml`. Raises: RecipeError if there is neither."""
     from reftune.recipe import shipped_recipes
 
     path = Path(name)

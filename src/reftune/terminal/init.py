@@ -123,7 +123,8 @@ def _load(wishes: Wishes) -> Splits:
 
 
 def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
-    """The recipe's text. Raises: DataError, ModelError."""
+    """The recipe's text. Raises: DataError if the data has too little for the model; ModelError if
+    the model cannot be loaded or its context is too short."""
     kind, is_scratch = wishes.format, wishes.model == SCRATCH
     format_: Format = load_component(kind, group="formats")
     learned = [problem for problem in splits.train if problem.rationale is not None]
@@ -197,7 +198,7 @@ def _lengths(
     if _most(prompts) > room:
         raise ModelError(
             f"the model's context of {context} tokens is too short for this data: a solution takes"
-            f" {max_new}, and a tenth of the prompts take more than {max(0, room)}"
+            f" {max_new}, and at least a tenth of the prompts take more than {max(0, room)}"
         )
     return _Lengths(max_new=max_new, context=context or 0, drops=prompts[-1] > room)
 

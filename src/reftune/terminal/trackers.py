@@ -31,7 +31,7 @@ def tracked(progress: Progress, recipe: Recipe) -> Progress:
 
 def tracker_names(recipe: Recipe) -> list[TrackerName]:
     """The trackers that the recipe names or, by default, TensorBoard if it is installed. Raises:
-    RecipeError."""
+    RecipeError if a named tracker is not installed."""
     if recipe.trackers is None:
         return ["tensorboard"] if is_installed("tensorboard") else []
     for name in recipe.trackers:

@@ -21,7 +21,8 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """The time of the last row shown, or the current time once all rows are shown."""
+    """The time of the last row shown. Once all rows of a run in progress are shown, it is the
+    current time."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0

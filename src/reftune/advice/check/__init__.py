@@ -37,7 +37,8 @@ UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
-    """Load data and model, run the checks, and sample a few solutions. Nothing is written.
+    """Load data and model, run the checks and, unless the model is unfit to run, sample a few
+    solutions. Nothing is written to the run folder.
 
     Raises: ReftuneError if the data or the model cannot be loaded, or if the stage graph is wrong.
     """

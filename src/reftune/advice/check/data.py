@@ -242,8 +242,8 @@ def check_reward_errors(subject: Subject) -> Finding:
     if listed:
         return warn(
             message,
-            "wrong answers that earn a reward, or right ones that earn none; grading=robust reads"
-            " most spellings",
+            "these wrong answers earn too much, or these right ones too little;"
+            " grading=robust reads most spellings",
             listed,
         )
     return ok(message)

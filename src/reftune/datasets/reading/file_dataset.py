@@ -76,7 +76,7 @@ class FileDataset(Component):
 
     def load(self, *, seed: int) -> Splits:
         """Read and clean the files, and draw dev with `seed` if the recipe names no dev source.
-        Raises: DataError."""
+        Raises: DataError if a file or row cannot be read."""
         dropped, dropped_of_test = Counter[str](), Counter[str]()
         has_test = self.test is not None or not is_single_split(self.train)
         test_rows = self._rows(self.test or self.train, "test") if has_test else []

@@ -75,7 +75,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def read_text(path: Path, *, fallback: str | None = None) -> str:
     """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Any other file is read as
-    `fallback`, if given. Raises: DataError."""
+    `fallback`, if given. Raises: DataError if the file cannot be read or decoded."""
     data = _read_bytes(path)
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
@@ -247,7 +247,7 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
     skipped.
 
     A nameless first column is taken for a pandas index and skipped; other nameless columns must be
-    empty. Raises: DataError.
+    empty. Raises: DataError for a line that does not fit the header.
     """
     header: list[str] | None = None
     for where, cells in lines:

@@ -23,7 +23,8 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The cell that holds a gold answer; for a conversation, the reply. Raises: DataError."""
+    """The cell that holds a gold answer; for a conversation, the reply. Raises: DataError if there
+    is no such cell or no reply."""
     value = row.value(column)
     if not is_conversation(value):
         return value

@@ -41,7 +41,7 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
     `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, or a
     string that spells one of these. Several columns hold one option each; empty ones are skipped.
 
-    Raises: DataError.
+    Raises: DataError if the column is missing or does not hold 2 to 26 options.
     """
     if not isinstance(columns, str):
         found = {column[-1].lower(): row.get(column) for column in columns}

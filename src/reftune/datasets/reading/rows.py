@@ -55,7 +55,8 @@ class Row:
         return None if value is None or value == "" else self.text(column)
 
     def number_gold(self, column: str) -> Answer:
-        """The gold number in a column. Raises: DataError."""
+        """The gold number in a column. Raises: DataError if the column is missing or holds no
+        number."""
         value = self.value(column)
         answer = number_gold(value)
         if answer is None:
@@ -102,7 +103,7 @@ def read_rows(
     `source` is a file with an ending in `READERS`; a folder of such files (or Parquet shards) named
     after their splits or with one of `names`, which take precedence; or a Hub id,
     `owner/name[:config[:split]]`, read at `revision`. Files other than Parquet may be gzipped.
-    Raises: DataError.
+    Raises: DataError if the source cannot be read or has no rows of the split.
     """
     path = _path(source)
     if path.is_dir():
@@ -121,13 +122,15 @@ def read_rows(
 
 
 def is_single_split(source: str) -> bool:
-    """Whether `source` is a file, or a Hub id that names a split. Raises: DataError."""
+    """Whether `source` is a file, or a Hub id that names a split. Raises: DataError if `source`
+    cannot be looked up."""
     path = _path(source)
     return path.is_file() or (not path.exists() and _hub_parts(source)[2] != "")
 
 
 def _path(source: str) -> Path:
-    """The source as a path; `~` of an unknown user is left as it is. Raises: DataError."""
+    """The source as a path; `~` of an unknown user is left as it is. Raises: DataError if the
+    system rejects the path."""
     try:
         path = Path(source).expanduser()
     except RuntimeError:

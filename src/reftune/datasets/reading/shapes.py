@@ -78,7 +78,7 @@ class Shape:
 def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
     """The shape of `rows`. The user named the columns in `named`; the others are recognised.
 
-    Raises: DataError if no column holds the question or the answer.
+    Raises: DataError if no column is found for the question, or none for the answer.
     """
     first, found = rows[0], _Found(rows[:NUM_LOOKED_AT])
     columns: dict[str, Any] = dict(named)
@@ -120,7 +120,8 @@ class _Found:
         return next(iter((*filled, *empty)), None)
 
     def question(self) -> str | list[str] | None:
-        """The question's columns: Alpaca's rows have an instruction, and some also an input."""
+        """The question's column. In Alpaca's rows, it is the instruction's, together with the
+        input's if there is one; None if no column is found."""
         instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
         if instruction is not None and not {"question", "prompt"} & set(self.by_lower):
             return [instruction, context] if context is not None else instruction

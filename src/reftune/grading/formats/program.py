@@ -88,7 +88,7 @@ class Program(Prompted):
     """`read` also accepts programs without `solution()` that print their answer or assign it to a
     variable such as `answer`."""
     allow_unisolated: bool = False
-    """Run programs even if the system cannot isolate them."""
+    """Let the subprocess sandbox run programs even if the system cannot isolate them."""
 
     _sandbox: Sandbox = PrivateAttr()
 
@@ -296,8 +296,8 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """The body, indented as in a function even if its first line has lost the indent or the whole
-    body is at the margin."""
+    """The body with a function's indent, which is added if the first line has lost it or if the
+    whole body is at the margin."""
     lines = body.strip("\n").rstrip().split("\n")
     while lines and not lines[0].strip():
         del lines[0]

@@ -55,7 +55,8 @@ class FunctionReward(Component):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One reward per completion, in order. Raises: RewardError."""
+        """One reward per completion, in order. Raises: RewardError if the function fails, takes too
+        long or returns anything but rewards."""
         samples = list(zip(problems, completions, graded, strict=True))
         if not samples:
             return []

@@ -17,8 +17,8 @@ Importing `os` or `sys`, which models often do needlessly, and using their harml
 (`os.path.join`, `sys.maxsize`) are allowed. A module that is missing but harmless (numpy, sympy) is
 an ERROR.
 
-In both backends, random numbers are seeded. In monty, the clock stands still and `sleep` takes no
-time, so that a program gives the same value every time.
+In both backends, the module `random` is seeded. In monty, the clock stands still and `sleep` takes
+no time, so that a program gives the same value every time.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ interpreter started and these packages imported. Each program runs in a fork of 
 fixed environment and an empty temporary folder to work in; hooks in site-packages do not run.
 Landlock lets the program read only the libraries and write nothing; an allow-list of system calls
 denies it sockets, processes, threads and signals. Each program has its own user, network and IPC
-namespaces, limits on memory, CPU time and open files, and a session that is killed as a whole.
-docs/sandbox.md lists what these protections cover and what they do not.
+namespaces, resource limits (memory, CPU time, open files and others), and a session that is killed
+as a whole. docs/sandbox.md lists what these protections cover and what they do not.
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ class _Layout(NamedTuple):
         return flat if self.places is None else flat[self.places]
 
     def lay_out(self, states: Tensor) -> Tensor:
-        """(N, …) tokens → (B, S, …), 0 where there is none."""
+        """(N, …) tokens → (B, S, …), with 0 in places without a token."""
         if self.places is not None:
             empty = states.new_zeros(self.rows * self.length, *states.shape[1:])
             states = empty.index_copy_(0, self.places, states)

@@ -322,7 +322,7 @@ def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The dotted key and the value of every leaf: `stages.reft.steps` and `40`."""
+    """The dotted key and the value of every leaf, such as `stages.reft.steps` and `40`."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
