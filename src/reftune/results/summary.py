@@ -471,8 +471,8 @@ class Handover:
 
 
 def handovers(run: RunResults) -> list[Handover]:
-    """The hand-over of each sampling stage that starts from a supervised method with logged dev
-    evaluations."""
+    """The hand-over of each sampling stage that starts from a supervised method of the run, if
+    enough dev evaluations were logged."""
     return [
         Handover(stage=name, init=stage.init, **found._asdict())
         for name, stage in run.stages.items()

@@ -88,7 +88,7 @@ def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 class TrainingTable(Table):
-    """The keys of every stage that trains: optimizer, checkpoints and dev evaluations."""
+    """The keys that all training shares: optimizer, checkpoints and dev evaluations."""
 
     optimizer: OptimizerTable
     save_every_s: float = Field(300.0, ge=0)
