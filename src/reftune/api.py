@@ -129,7 +129,7 @@ def evaluate(
     """Answer problems greedily and grade the answers.
 
     `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id, `smollm2-135m` or
-    a loaded `Policy`; `problems` are `Problem`s or mappings with `question`, `answer` and,
+    a loaded `Policy`. `problems` are `Problem`s or mappings with `question`, `answer` and,
     optionally, `id`, `choices` and `answer_kind`. If `model` is a stage folder, `format` and
     `max_new` default to those of its run; if not, to `nl` and 256. Raises: ReftuneError if the
     model, a problem or the format cannot be used.

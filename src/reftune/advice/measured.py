@@ -56,8 +56,9 @@ def measure_speed(
     rows: int,
     max_tokens: int,
 ) -> Speed:
-    """Measure the speed of training on `rows` sequences (at most `max_tokens` tokens, no optimizer
-    step) and of sampling as many solutions, both after a warm-up."""
+    """Measure the speed of training on `rows` sequences and of sampling as many solutions, both
+    after a warm-up. A training pass reads at most `max_tokens` tokens and takes no optimizer
+    step."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(

@@ -16,15 +16,15 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """All splits. `seed` determines what is drawn at random, such as dev. Raises: DataError,
-        with file and line if known."""
+        """All splits. `seed` determines what is drawn at random, such as dev. Raises: DataError if
+        the data cannot be used, with file and line if these are known."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     """The splits of a dataset, without training problems whose rationale contradicts the gold
     answer.
 
-    Raises: DataError, with file and line if known.
+    Raises: as `Dataset.load`.
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")

@@ -40,7 +40,7 @@ class Mixture(Component):
         return self
 
     def load(self, *, seed: int) -> Splits:
-        """Load every part, and mix them. Raises: DataError, with file and line if known."""
+        """Load every part, and mix the parts. Raises: as `Dataset.load`."""
         parts = {name: load_dataset(part.dataset, seed=seed) for name, part in self.parts.items()}
 
         def named(split: str) -> list[Problem]:

@@ -107,7 +107,7 @@ class Vllm(Component):
         """Send the weights, written once by the main process, to every server. Returns the name of
         the adapter to request, if there is one.
 
-        Raises: EngineError, in all processes.
+        Raises: EngineError in all processes if a server fails.
         """
         adapter = None
         with world.together(EngineError):

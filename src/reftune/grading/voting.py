@@ -116,8 +116,8 @@ def is_correct(winner: Graded | None) -> bool:
 
 
 def pass_at_k(n: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate, from n samples of which c = `num_correct` are correct, of the chance that
-    k samples include a correct one.
+    """Unbiased estimate of the chance that k samples include a correct one. It is made from n
+    samples, of which c = `num_correct` are correct.
 
         1 − C(n − c, k) / C(n, k)
 

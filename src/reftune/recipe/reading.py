@@ -28,7 +28,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Validate `data`. Raises: RecipeError, whose message begins with `where`."""
+    """Validate `data`. Raises: RecipeError if it is not a valid recipe; the message begins with
+    `where`."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

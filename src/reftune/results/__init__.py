@@ -43,11 +43,11 @@ def table_command(
     """The output of `reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or
     `json`; `json=True` overrides `fmt`.
 
-    The layout `methods` compares all methods on one set of problems; `paper` has the form of the
-    paper's tables; `auto` means `paper` if runs differ in task or kind of rationale, and `methods`
-    if not. Votes are over the first `k` samples; None means all. Raises: DataError if a run is
-    missing, damaged or unfinished, if runs are not comparable, if there are fewer than `k` samples,
-    or for an unknown `fmt`.
+    The layout `methods` compares all methods on one set of problems, and `paper` has the form of
+    the paper's tables. `auto` means `paper` if runs differ in task or kind of rationale, and
+    `methods` if not. Votes are over the first `k` samples; None means all. Raises: DataError if a
+    run is missing, damaged or unfinished, if runs are not comparable, if there are fewer than `k`
+    samples, or for an unknown `fmt`.
     """
     fmt = "json" if json else fmt
     runs = [read_run(folder) for folder in run_dirs]

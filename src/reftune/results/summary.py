@@ -40,7 +40,7 @@ Outcomes = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Runs of one recipe that differ only in the seed."""
+    """Runs whose recipes differ only in name, folder and seed."""
 
     label: str
     runs: tuple[RunResults, ...]

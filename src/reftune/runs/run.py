@@ -55,7 +55,8 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     """Run all stages and evaluations, and write summary.json and report.html; finished parts are
     not repeated.
 
-    Returns: the summary. Raises: ReftuneError; Interrupted if the run was asked to stop.
+    Returns: the summary. Raises: ReftuneError if the run cannot start or go on; Interrupted if it
+    was asked to stop.
     """
     with open_run(recipe, progress) as run:
         run.complete(report=True)
@@ -183,8 +184,8 @@ class Run:
     def verify_inputs(self) -> None:
         """Load the model and encode the problems, so that a run that cannot finish does not start.
 
-        Raises: ModelError; DataError if a prompt is too long (unless the recipe drops such
-        prompts), or if no training row or no problem to evaluate is left.
+        Raises: ModelError if the model cannot be used; DataError if a prompt is too long and the
+        recipe does not drop such prompts, or if no training row or no problem to evaluate is left.
         """
         policy = self.load_policy("base", trained=True)
         collector, stages = self.collector(policy), self.recipe.stages.values()

@@ -124,8 +124,8 @@ def optimizer_step(
     model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
     """Clip the gradient, take a step, clear the gradient, and return the norm before clipping.
-    `share` is the share of the peak learning rates. Raises: NonFiniteError, before any weight
-    changes."""
+    `share` is the share of the peak learning rates. Raises: NonFiniteError if the gradient is not
+    finite, before any weight changes."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
     if not torch.isfinite(norm):
@@ -152,7 +152,7 @@ def accumulate_gradient(
     `loss(rows)` is the part of the loss that these rows contribute.
 
     Returns: `loss/total` and metrics, combined over all rows as `LossTerms` describes. Raises:
-    NonFiniteError before the gradient is used.
+    NonFiniteError if the loss is not finite, before the gradient is used.
     """
     totals: dict[str, float] = {}
     failed: NonFiniteError | None = None

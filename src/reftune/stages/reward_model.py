@@ -301,7 +301,7 @@ def accumulate_loss(
 ) -> dict[str, float]:
     """Add the gradient of the loss: the labels' mean cross-entropy plus `lm_coef` times the mean
     negative log-likelihood of the correct solutions' tokens. Returns: metrics. Raises:
-    NonFiniteError before the gradient is used."""
+    NonFiniteError if the loss is not finite, before the gradient is used."""
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
     num_tokens = (labels * batch.response_lengths).sum().clamp(min=1)

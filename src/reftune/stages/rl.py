@@ -268,8 +268,8 @@ class Trainer:
         }
 
     def accumulate(self, batch: RolloutBatch) -> dict[str, float]:
-        """Add a minibatch's gradient, and return metrics. Raises: NonFiniteError before the
-        gradient is used."""
+        """Add a minibatch's gradient, and return metrics. Raises: NonFiniteError if the loss is not
+        finite, before the gradient is used."""
 
         def loss(index: Tensor) -> LossTerms:
             rows = batch.rows(index)

@@ -102,10 +102,11 @@ class Collector:
         top_k: int = 0,
         seed: int = 0,
     ) -> Solved:
-        """One graded completion per problem, greedy unless a temperature is given; repeat a problem
-        to get several. Each of several processes solves a part, and all get every completion.
-        If the recipe drops prompts that are too long, their completions are empty. Raises:
-        EngineError; DataError for a prompt that is too long and not dropped.
+        """One graded completion per problem, greedy unless a temperature is given. To get several
+        completions of a problem, repeat it. Each of several processes solves a part, and all get
+        every completion. If the recipe drops prompts that are too long, their completions are
+        empty. Raises: EngineError if the engine fails; DataError for a prompt that is too long and
+        not dropped.
         """
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)

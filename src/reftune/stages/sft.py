@@ -151,8 +151,8 @@ class Task(Protocol):
         """Number of examples."""
 
     def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        """Add these examples' gradient, and return metrics. Raises: NonFiniteError before the
-        gradient is used."""
+        """Add these examples' gradient, and return metrics. Raises: NonFiniteError if the loss is
+        not finite, before the gradient is used."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         """The examples in readable form, to be saved if the loss or the gradient is not finite."""
@@ -231,7 +231,7 @@ def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
     """Add the gradient of the token-mean negative log-likelihood of the responses, and return the
     loss in nats per token.
 
-    Raises: NonFiniteError before the gradient is used.
+    Raises: NonFiniteError if the loss is not finite, before the gradient is used.
     """
     weights = token_weights(batch.response_mask, "token")
 

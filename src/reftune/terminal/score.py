@@ -28,8 +28,8 @@ _Row = tuple[Any, Problem, str]
 def score_file(
     file: Path, kind: Literal["nl", "program"], *, grading: str = "robust"
 ) -> Iterator[dict[str, Any]]:
-    """Grade a file of completions with the format `kind`; see `score_lines`. Raises: DataError,
-    before the first result; RecipeError if the grading is unknown."""
+    """Grade a file of completions with the format `kind`; see `score_lines`. Raises, before the
+    first result: DataError if a line cannot be read; RecipeError if the grading is unknown."""
     try:
         format = Nl(grading=grading) if kind == "nl" else Program(grading=grading)
     except ValidationError as error:
@@ -40,7 +40,7 @@ def score_file(
 
 def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Grade a file of completions with a recipe's format, answer kind, sandbox, limits and reward;
-    see `score_lines`. Raises: DataError, before the first result."""
+    see `score_lines`. Raises: DataError if a line cannot be read, before the first result."""
     decimals = [getattr(each, "decimal", ".") for each in (recipe.dataset, recipe.format)]
     return score_lines(
         read_text(file).split("\n"),
@@ -65,8 +65,8 @@ def score_lines(
     "value", "reward", "reason"}` per line.
 
     `where` is the file's name, `kind` is the answer kind of lines that state none, and `reading`
-    defines how gold answers are read. Raises: DataError with file and line, before anything is
-    graded.
+    defines how gold answers are read. Raises: DataError with file and line if a line cannot be
+    read, before anything is graded.
     """
     rows = [_row(row, place, kind, reading) for place, row in json_lines(where, lines)]
     if not rows:

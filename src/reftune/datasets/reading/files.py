@@ -37,8 +37,8 @@ def ending(path: PurePath) -> str:
 
 
 def read_file(path: Path) -> Records:
-    """The records of a file, read by its ending. Raises: DataError, with the line if it is
-    known."""
+    """The records of a file, read by its ending. Raises: DataError if the file cannot be read, with
+    the line if it is known."""
     reader = READERS.get(ending(path))
     if reader is None:
         raise DataError(

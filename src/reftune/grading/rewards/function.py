@@ -8,11 +8,10 @@ that argument. The function receives the arguments it names, or all of them with
 be async. If it fails on a batch, it is called with one sample at a time, to find the sample that
 causes the error.
 
-It returns a list that holds, for each completion, a number, or None to leave the rollout out.
-Instead of a number, the list may hold a dict of named parts, `{"correct": 1.0, "short": 0.1}`.
-Instead of the list, the function may return a dict of lists,
-`{"correct": [1.0, …], "short": [0.1, …]}`. The parts add up to the reward, and each part is logged
-as `reward_part/NAME`.
+The function returns a list that holds, for each completion, a number, or None to leave the rollout
+out. Instead of a number, the list may hold a dict of named parts, `{"correct": 1.0, "short": 0.1}`.
+Instead of the list, the function may return a dict of lists, `{"correct": [1.0, …], "short": [0.1,
+…]}`. The parts add up to the reward, and each part is logged as `reward_part/NAME`.
 """
 
 from __future__ import annotations

@@ -368,9 +368,9 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside the block, compute linear layers from a read-only copy of their weights in `dtype`, in
     oneDNN's layout.
 
-    Their products then take half to two thirds of the time; the copy takes 0.1 s for 134 million
-    weights. These stay as they are: small layers in fp32, all layers in bf16 on a CPU without bf16
-    products, and all layers on devices other than the CPU.
+    Their products then take half to two thirds of the time; making the copy takes 0.1 s for 134
+    million weights. Some layers stay as they are: small ones in fp32, all in bf16 on a CPU without
+    bf16 products, and all on devices other than the CPU.
     """
     layers = [
         module
