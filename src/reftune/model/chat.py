@@ -85,7 +85,7 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     if not asked or asked not in begun or asked not in before:
         return said
     ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
-    if theirs.startswith(ours):  # Mistral's moves the system message to the last turn
+    if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
         return theirs.removeprefix(ours) + said
     opened = ours.removeprefix(theirs).strip() if ours.startswith(theirs) else ""
     return said.removeprefix(opened).lstrip("\n") if opened else said  # R1's prompts end in <think>

@@ -99,7 +99,7 @@ def _end(world: World, store: Any, missing: int) -> None:
     except RuntimeError:  # the missing one hosted the store
         is_first = world.rank == min({0, 1} - {missing})
     if is_first:
-        print(_ended_without_error(world, missing), file=sys.stderr, flush=True)  # noqa: T201  nobody else can
+        print(_ended_without_error(world, missing), file=sys.stderr, flush=True)  # noqa: T201  no other process can
     os._exit(1)
 
 

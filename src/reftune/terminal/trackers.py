@@ -72,7 +72,7 @@ class TrackedProgress(Progress):
         def log(tracker: GeneralTracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.log(values, step=step)
-            else:  # the others count every call as a step and reject a repeated step
+            else:  # wandb and Trackio count every call as a step and reject a repeated step
                 tracker.log({**values, f"{self._stage}/step": step})
 
         self._tell(log)
