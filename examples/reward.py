@@ -16,8 +16,9 @@ def right_and_shown(
     answer.
 
     It is called once per batch, with keyword arguments: `prompts`, `completions`, `completion_ids`,
-    the grader's `verdicts`, `values` and `reasons`, and every column of the data by its name. It
-    may return None for a solution to which the reward does not apply, which is then left out.
+    the grader's `verdicts`, `values` and `reasons`, and the columns of the data that reftune does
+    not read itself. It may return None for a solution to which the reward does not apply, which is
+    then left out.
     """
     return [
         0.0 if verdict != "correct" else 1.0 if text.count("=") >= steps else 0.5

@@ -24,9 +24,9 @@ does not round embeddings."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
-    """Keep frozen matrices in `dtype` and the rest in fp32, in place. Under autocast, the outputs
-    of embeddings, and therefore hidden states, stay fp32.
-    """
+    """Keep frozen matrices in `dtype` and the rest in fp32, in place. `embeddings` decides which
+    embeddings count as matrices. Under autocast, the outputs of embeddings, and therefore hidden
+    states, stay fp32."""
     matrices = narrowable(model, dtype, embeddings=embeddings)
     for parameter in model.parameters():
         if parameter.is_floating_point():

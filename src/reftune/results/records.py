@@ -161,7 +161,8 @@ def read_run(folder: Path | str) -> RunResults:
 
 
 def require_finished(run: RunResults) -> None:
-    """Check that every method was evaluated. Raises: DataError if one was not."""
+    """Check that every method that the recipe evaluates has been evaluated. Raises: DataError if
+    one has not."""
     if run.missing:
         raise DataError(
             f"{run.folder}: the run has not finished: no evaluation of {', '.join(run.missing)}; "

@@ -1,9 +1,10 @@
-"""Runs Llama-like transformers in few operations, for training and for decoding.
+"""Runs Llama-like transformers with few PyTorch calls, for training and for decoding.
 
-The number of operations limits the speed of small models. Here a norm, rotary positions and the
-gated activation are one operation each, with a closed-form gradient, and padding exists only inside
-attention. Decoding merges query, key and value into one product, and gate and up into another, from
-copies of the weights in the compute dtype.
+Small models are limited by the overhead of these calls and of autograd, not by arithmetic. In
+training, a norm, the rotary positions and the gated activation are therefore one autograd function
+each, with a closed-form gradient. Sequences are padded only inside attention. Decoding merges
+query, key and value into one product, and gate and up into another, from copies of the weights in
+the compute dtype.
 """
 
 from __future__ import annotations

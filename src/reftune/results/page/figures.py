@@ -88,9 +88,7 @@ def _bars(table: ScoreTable) -> str:
         middle = top + ROW // 2 - 4
         drawn += [
             tag("text", name, x=0, y=middle + 4),
-            tag(
-                "rect", x=px(left), y=top, width=px(scale * score.value), height=ROW - 8, style=fill
-            ),
+            tag("rect", x=px(left), y=top, width=px(scale * score.value), height=BAR, style=fill),
             tag("line", class_="cross", x1=px(low), x2=px(high), y1=middle, y2=middle),
             tag(
                 "text",
