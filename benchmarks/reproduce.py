@@ -31,8 +31,8 @@ TITLES = {
     "reranking": "Reranking by likelihood and classifier",
     "reranking-nl": "Reranking by likelihood and classifier, in words",
     "classifier-nl": "Reranking by the paper's classifier, in words",
-    "modern": "All parts of `modern` against preset `paper`",
-    "tuned": "Our own PPO against preset `paper`",
+    "modern": "All parts of `modern` against the authors' settings",
+    "tuned": "Our own PPO against the authors' settings",
 }
 """Recipe of recipes/demo → heading."""
 RERANKED = {
@@ -42,7 +42,7 @@ RERANKED = {
 """Comparison → the recipes that rerank by the paper's classifier and by likelihood and
 classifier."""
 AGAINST_PAPER = ("modern", "tuned")
-"""Recipes whose methods are also compared with `reft`, which is preset `paper` there."""
+"""Recipes whose methods are also compared with `reft`, which has the authors' settings there."""
 ABLATION_SEEDS = 3
 """Number of seeds for `modern`, which takes ten trainings per seed."""
 TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
@@ -82,17 +82,17 @@ NOTES = {
         "choice."
     ),
     "modern": (
-        "*ReFT* is PPO with preset `paper`: the coefficients and value head of the authors' code. "
+        "*ReFT* is PPO with the coefficients and value head of the authors' code. "
         "*ReFT modern* starts the value head at zero and makes eight more changes, most of them "
         "from later papers; the [last table](#what-each-part-of-modern-contributes) measures the "
         "eight. The two methods sample equally many solutions."
     ),
     "tuned": (
-        "*ReFT* is preset `paper`. *ReFT tuned* takes smaller rollouts and passes four times over "
-        "each instead of twice. It starts the value head at zero, fits it before PPO starts and "
-        "gives it less weight in the loss; the KL coefficient is doubled. *ReFT tuned, two "
-        "updates* keeps two passes. These settings were chosen on other seeds. The three methods "
-        "sample equally many solutions."
+        "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT tuned* "
+        "takes smaller rollouts and passes four times over each instead of twice. It starts the "
+        "value head at zero, fits it before PPO starts and gives it less weight in the loss; the "
+        "KL coefficient is doubled. *ReFT tuned, two updates* keeps two passes. These settings "
+        "were chosen on other seeds. The three methods sample equally many solutions."
     ),
     "comparison-nl": (
         "All methods except offline self-training start from one finished warm-up of 20 epochs "

@@ -104,6 +104,23 @@ def test_the_stem_drops_options_that_the_question_holds_and_nothing_else():
     assert stem(two_lines) == two_lines.question
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "A) {0} B) {1} C) {2} D) {3}",
+        "Options: (A) {0}, (B) {1}, (C) {2}, (D) {3}",
+        "A. {0}\nB. {1}\nC. {2}\nD. {3}",
+        "Choices:\na) {0}\nb) {1}\nc) {2}\nd) {3}",
+    ],
+)
+def test_the_stem_drops_options_in_any_common_layout(options: str):
+    question = f"{RHOMBUS.question}\n{options.format(*RHOMBUS.choices)}"
+    assert stem(replace(RHOMBUS, question=question)) == RHOMBUS.question
+    others = options.format(*reversed(RHOMBUS.choices))
+    kept = replace(RHOMBUS, question=f"{RHOMBUS.question}\n{others}")
+    assert stem(kept) == kept.question, "options in another order are part of the question"
+
+
 def test_without_options_the_gold_is_the_options_number():
     numeric = without_options(EMBEDDED)
     assert (numeric.question, numeric.choices, numeric.answer) == (

@@ -32,7 +32,8 @@ class Jsonl(FileDataset):
     """Reads [your own data](datasets.md#jsonl-your-own-data)."""
 
     columns: Columns | None = None
-    """Needed only if reftune does not recognise the column names."""
+    """Names only those columns that reftune does not recognise. For the others, it looks for the
+    default below and for [other usual names](datasets.md#jsonl-your-own-data)."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How [answers](datasets.md#answer-kinds) are compared."""
     positions_from: Literal[0, 1] | None = None

@@ -49,7 +49,7 @@ class Samples:
 
 
 class Sampled(Stage, ABC):
-    """A stage that samples solutions of the training questions before its first step."""
+    """A stage that samples solutions to the training questions before its first step."""
 
     sampler: str = "warmup"
     """Method whose model draws the samples."""

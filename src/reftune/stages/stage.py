@@ -105,7 +105,7 @@ class Stage(Component, ABC):
     reads_rationales: ClassVar[bool] = False
     """Whether the stage needs gold rationales."""
     reads_questions: ClassVar[bool] = False
-    """Whether the stage samples solutions of the training questions."""
+    """Whether the stage samples solutions to the training questions."""
 
     @property
     def needs(self) -> tuple[str, ...]:

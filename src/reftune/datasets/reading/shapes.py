@@ -48,8 +48,8 @@ class Columns(Table):
     rationale: str | None = "rationale"
     """A worked solution or program; may be the `answer` column."""
     id: str | None = "id"
-    """The problem's id. If the data has no such column, ids are made of the file's name and the
-    row's number."""
+    """The problem's id. If the data has no such column, an id consists of the file's name and
+    the row's number."""
     choices: str | list[str] | None = "choices"
     """The options of a multiple-choice question, in one column or in one column per option."""
 

@@ -73,18 +73,19 @@ class ChoiceRow:
 
 
 def stem(problem: Problem) -> str:
-    """The question without a last line that repeats the options."""
-    question, _, last = problem.question.strip().rpartition("\n")
-    held = re.sub(r"\W", "", last)
-    return (
-        question
-        if question and held == re.sub(r"\W", "", "".join(map("".join, _lettered(problem))))
-        else problem.question
-    )
+    """The question without its last lines, if these are just the lettered options."""
+    lines = problem.question.strip().splitlines()
+    options = zip(LETTERS, problem.choices, strict=False)
+    wanted = _words("".join(map("".join, options)))
+    for start in range(1, len(lines)):
+        if _words("".join(lines[start:])) in (wanted, f"options{wanted}", f"choices{wanted}"):
+            return "\n".join(lines[:start])
+    return problem.question
 
 
-def _lettered(problem: Problem) -> list[tuple[str, str]]:
-    return list(zip(LETTERS, problem.choices, strict=False))
+def _words(text: str) -> str:
+    """Letters and digits of a text, in lower case."""
+    return re.sub(r"\W", "", text).casefold()
 
 
 def rotated(problem: Problem, by: int) -> Problem:
