@@ -218,6 +218,26 @@ def test_pickled_weights_are_not_read(saved):
         load_pretrained(saved)
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_model_s_own_code_runs_only_if_it_is_trusted(saved, tmp_path, monkeypatch, trusted):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    proof = tmp_path / "it ran"
+    (saved / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import PretrainedConfig\n"
+        f"Path({str(proof)!r}).touch()\n"
+        "class Own(PretrainedConfig):\n"
+        "    model_type = 'own'\n"
+    )
+    config = json.loads((saved / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (saved / "config.json").write_text(json.dumps({**config, **own}))
+    with pytest.raises(ModelError) as error:  # either way, no causal LM belongs to this config
+        load_pretrained(saved, trust_remote_code=trusted)
+    one_line(error)
+    assert proof.exists() == trusted
+
+
 def test_the_wheel_that_brings_smollm2_is_named_where_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("reftune.model.weights.importlib.metadata.files", missing_distribution)

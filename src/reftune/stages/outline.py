@@ -104,7 +104,8 @@ class Outline:
         return self._bytes({id(w): NF4 for w in linear if not w.requires_grad})
 
     def _bytes(self, widths: Mapping[int, float]) -> float:
-        """Bytes of all weights; `widths` (id → bytes per element) overrides their own."""
+        """Bytes of all weights. `widths` (a weight's id → bytes per element) overrides the element
+        size of the weights that it lists."""
         weights = self.policy.model.parameters()
         return float(sum(p.numel() * widths.get(id(p), p.itemsize) for p in weights))
 
