@@ -99,6 +99,16 @@ def test_json_is_one_document_on_stdout(calls: SimpleNamespace, capsys: pytest.C
     assert json.loads(capsys.readouterr().out) == calls.summary
 
 
+@pytest.mark.parametrize("command", ["sft", "rl", "self-train", "reward-model"])
+def test_the_stages_of_one_kind_give_a_document_if_asked_for(
+    calls: SimpleNamespace, capsys: pytest.CaptureFixture[str], command: str
+):
+    assert status(command, "tiny.yaml") == 0
+    assert capsys.readouterr().out == ""
+    assert status(command, "tiny.yaml", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == calls.summary
+
+
 @pytest.mark.parametrize(
     ("command", "kind"),
     [("sft", "sft"), ("rl", "rl"), ("self-train", "self_train"), ("reward-model", "reward_model")],

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reftune.errors import DataError
-from reftune.grading.golds import number_in_gold, read_gold
+from reftune.grading.golds import literal, number_in_gold, read_gold
 from reftune.grading.markers import Reading
 from reftune.grading.numbers import Number, parse_number
 from reftune.grading.plain_text import with_decimal_points
@@ -209,3 +209,15 @@ def test_a_gold_number_is_also_a_completions(text: str) -> None:
 def test_a_gold_is_never_another_number_than_a_completion(text: str) -> None:
     gold, completion = number_in_gold(text), parse_number(text)
     assert gold is None or completion is None or gold == completion
+
+
+@pytest.mark.parametrize(
+    "text", ["{[1]: 2}", "[{{}: 1}]", "{{1}, 2}", "[1, ", "a + b", "1e999 + j"]
+)
+def test_text_that_is_no_literal_has_no_value(text: str):
+    assert literal(text) is None
+
+
+@given(st.text(alphabet="[]{}(),:'1a ", max_size=12))
+def test_no_text_makes_a_literal_fail(text: str):
+    literal(text)

@@ -26,7 +26,8 @@ class Ppo(Clipped):
     lam: float = Field(0.95, ge=0, le=1)
     """λ of the policy's advantages."""
     value_lam: float | None = Field(None, ge=0, le=1)
-    """λ of the value targets; 1 gives plain returns (VC-PPO). Default: `lam`."""
+    """λ of the value targets; 1 gives plain returns (VC-PPO, arXiv:2503.01491).
+    Default: `lam`."""
     value_clip: float = Field(0.2, gt=0)
     """In the value loss, how far a token's value may move from what it was at sampling."""
     value_coef: float = Field(5.0, ge=0)

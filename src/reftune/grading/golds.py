@@ -225,7 +225,7 @@ def literal(text: str) -> object:
     """The value of a Python literal, such as a list; None if `text` is not a literal."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
 

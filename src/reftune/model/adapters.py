@@ -151,7 +151,7 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled
             raise CheckpointError(f"{path}: missing; --adapter expects a run with model.lora")
         tensors = load_file(path)
         chain.insert(0, ({_peft_name(name): t for name, t in tensors.items()}, scaling))
-        stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
+        stage = run.stage(method).facts()
         method = "base" if model.get("quantize") is not None else stage["init"]
     return chain
 

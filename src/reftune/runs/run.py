@@ -63,9 +63,12 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
         return run.summarize()
 
 
-def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) -> None:
+def run_stages(
+    recipe: Recipe, *, kinds: Collection[str], progress: Progress
+) -> dict[str, dict[str, Any]]:
     """Run only the stages of these kinds. The other methods that they read must be trained already.
-    Raises: as `run_recipe`."""
+    Returns: the content of each stage's `stage.json`, by the stage's name. Raises: as `run_recipe`.
+    """
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
     if not names:
@@ -79,6 +82,7 @@ def run_stages(recipe: Recipe, *, kinds: Collection[str], progress: Progress) ->
     with open_run(recipe, progress) as run:
         for name in names:
             run.train(name)
+        return world.from_main(lambda: {name: run.folder.stage(name).facts() for name in names})
 
 
 def evaluate_methods(

@@ -97,6 +97,11 @@ class StageFolder:
         """Whether the stage is complete: `info` is written last."""
         return self.info.is_file()
 
+    def facts(self) -> dict[str, Any]:
+        """The content of `info`, for a stage that is complete."""
+        content: dict[str, Any] = json.loads(self.info.read_text(encoding="utf-8"))
+        return content
+
     @property
     def run(self) -> RunFolder:
         return RunFolder(self.path.parents[1])
@@ -243,7 +248,7 @@ def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
                 f" {remedy}"
             )
     if stage.is_done:
-        steps = json.loads(stage.info.read_text(encoding="utf-8"))["steps"]
+        steps = stage.facts()["steps"]
         if not (stage.checkpoints / f"step-{steps:06d}").is_dir():
             raise RecipeError(
                 f"stages.{name}: cannot continue without its final checkpoint, step {steps};"

@@ -357,7 +357,8 @@ def _best_until(series: Series, passes: float) -> float | None:
 
 
 def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Charts of the shares of verdicts by step, one chart per sampling stage."""
+    """Charts of the share of each verdict among sampled solutions, by step; one chart per `rl`
+    stage of several steps."""
     layers = [
         (f"verdict/{verdict}", words, f"--verdict-{verdict}") for verdict, words in VERDICTS.items()
     ]
