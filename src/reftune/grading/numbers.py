@@ -130,7 +130,8 @@ def same_number(predicted: Number, gold: Number) -> bool:
 
 
 def spell(value: Fraction) -> str:
-    """Canonical spelling, the same for equal numbers: `18`, `0.5`, `1/3`."""
+    """The canonical spelling of a number, such as `18`, `0.5` or `1/3`. Equal numbers are spelled
+    the same."""
     if value.denominator == 1:
         return str(value.numerator)
     try:

@@ -17,15 +17,18 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @torch.no_grad()
 def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Set `head` to the ridge solution on all rollouts, with the penalty whose fit to the earlier
-    rollouts explains the last one best.
+    """Set `head` to the ridge solution on all rollouts.
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
-    `rollouts` yields (features (N, H), returns (N,)) pairs, which are accumulated, so memory does
-    not grow with their number. Returns: the share of the variance of the last rollout's returns
-    that the fit to the earlier ones explains; 0 if there is only one. Raises: NonFiniteError if a
-    feature or return is not finite.
+    The penalty α is the one of `PENALTIES` with which a fit to all rollouts but the last best
+    explains the returns of the last. `rollouts` yields a pair of features (N, H) and returns (N,)
+    per rollout. Only running sums and the latest pair are kept, so memory does not grow with the
+    number of rollouts.
+
+    Returns: the share of the variance of the last rollout's returns that the fit to the others
+    explains; 0 if there is only one rollout. Raises: NonFiniteError if a feature or return is not
+    finite.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:
