@@ -107,9 +107,10 @@ NOTES = {
 }
 """Recipe → note for the reader."""
 OPEN = [
-    "**A real model** was not trained to the end, because that takes 10 hours per seed in fp32"
-    " without AMX. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports a short run on a CPU"
-    " and three warm-ups on a GPU.",
+    "**A real model** was not trained to the end. On two cores without AMX, Intel's matrix "
+    "instructions, that takes about 10 hours per seed. [SmolLM2 on "
+    "SVAMP](experiments/smollm2-svamp.md) reports a short run on a CPU with AMX and three "
+    "warm-ups on a GPU.",
     "**A better value head for long solutions** and **RL from prefixes of the gold solution** were "
     "tried without a conclusion. On solutions of 66 tokens, five seeds cannot distinguish PPO, PPO "
     "with `lam: 1`, PPO with a detached value head and GRPO, and SFT from the same warm-up beats "

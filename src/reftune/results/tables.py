@@ -165,7 +165,7 @@ def remarks(run: RunResults) -> list[str]:
 
 
 def same_models(run: RunResults) -> list[str]:
-    """A sentence on each evaluated method whose model is also another's."""
+    """A sentence on each evaluated method that shares its model with another method."""
     lines = []
     for name in run.evals:
         stage = run.stages[name]
