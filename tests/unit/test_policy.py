@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -183,6 +184,12 @@ def test_a_saved_policy_comes_back_with_its_value_head(make_policy, batch, tmp_p
     expected, found = policy.score(batch), loaded.score(batch)
     assert torch.equal(found.logprobs, expected.logprobs)
     assert torch.equal(found.values, expected.values)
+
+
+def test_a_model_without_adapters_is_saved_without_peft(make_policy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # an import of it fails
+    make_policy().save(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_a_folder_without_a_value_head_leaves_the_head_alone(make_policy, tmp_path):

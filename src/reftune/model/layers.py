@@ -119,9 +119,7 @@ def plain_state(
     """The weights of a model as plain tensors on the CPU, rounded once to `dtype`. Adapters are
     merged in fp32 or, if not `merged`, left out; 4-bit weights are dequantized; tied weights stay
     tied."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = {id(m.get_base_layer().weight): m for m in model.modules() if isinstance(m, LoraLayer)}
+    layers = _lora_layers(model)
     base = model.get_base_model() if layers else model
     tensors = dict(base.named_parameters(remove_duplicate=False))
     buffers = dict(base.named_buffers(remove_duplicate=False))
@@ -136,6 +134,16 @@ def plain_state(
             plain[id(tensor)] = _plain(tensor, adapted, dtype)
         state[name.replace(".base_layer.", ".")] = plain[id(tensor)]
     return state
+
+
+def _lora_layers(model: Any) -> dict[int, Any]:
+    """Id of the base weight → LoRA layer. A model without adapters is spared the import of PEFT,
+    which takes seconds."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    return {id(m.get_base_layer().weight): m for m in model.modules() if isinstance(m, LoraLayer)}
 
 
 def _plain(tensor: Tensor, adapted: Any, dtype: torch.dtype) -> Tensor:

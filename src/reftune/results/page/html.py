@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from reftune.results.metrics import CHARACTER, HACKING, LEARNING, MACHINERY, VERDICTS
@@ -52,24 +53,8 @@ def render_report(groups: Sequence[Group]) -> str:
     `script_json`, elsewhere by the template."""
     table = score_table(groups)
     dev = charts.dev_chart(groups)
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "points": points,
-        "display": display,
-        "duration": duration,
-        "count": _count,
-        "evidence": _evidence,
-        "facts": _facts,
-        "plain": _plain,
-    }
     panels = _panels(groups, table)
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         css=_asset("page.css"),
         js=_asset("charts.js") + _asset("page.js"),
         data=script_json(_payload(groups, dev, panels)),
@@ -102,6 +87,28 @@ def render_report(groups: Sequence[Group]) -> str:
         group_labels=[group.label for group in groups],
         num_seeds=table.num_seeds,
     )
+
+
+@cache
+def _template() -> Template:
+    """The page's template; compiling it takes longer than rendering it."""
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "display": display,
+        "duration": duration,
+        "count": _count,
+        "evidence": _evidence,
+        "facts": _facts,
+        "plain": _plain,
+    }
+    return environment.get_template("page.html.j2")
 
 
 def script_json(value: Any) -> Markup:
