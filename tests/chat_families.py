@@ -281,12 +281,19 @@ class Figs(Component):
 
 
 def run_of(tmp_path: Path, name: str, *, format_keys: dict[str, Any], **model: Any) -> Path:
-    """The run folder of SFT and RL on a family's model."""
+    """The run folder of SFT and RL on a family's model. Sizes are given, so that nothing is
+    traced."""
     content = {
         "name": "tiny",
         "run_dir": str(tmp_path / "run"),
         "threads": 1,
-        "model": {"path": str(tmp_path / "base"), "dtype": "float32", **model},
+        "model": {
+            "path": str(tmp_path / "base"),
+            "dtype": "float32",
+            "micro_batch_tokens": 4096,
+            **model,
+        },
+        "engine": {"kind": "kv", "batch_size": 32},
         "dataset": {"kind": f"{__file__}:Figs"},
         "format": {"kind": "nl", **format_keys},
         "lengths": {"max_new": MAX_NEW},

@@ -3,8 +3,11 @@ test needs them."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +86,28 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Fills a folder once for all workers of pytest-xdist: `build_once(name, fill)` returns the
+    folder and calls `fill` with it only if no worker has done so."""
+    from filelock import FileLock
+
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def build(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, is_built = root / name, root / f"{name}.built"
+        with FileLock(root / f"{name}.lock"):
+            if not is_built.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # a worker failed halfway
+                folder.mkdir()
+                fill(folder)
+                is_built.touch()
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Ten digits, twenty words and three special tokens: `<pad>` 0, `<eos>` 1, `<unk>` 2."""
     import torch
@@ -143,9 +168,15 @@ def make_policy(
 
 
 @pytest.fixture
-def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
+def make_recipe(make_recipe_in: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
+    """`make_recipe_in` the test's own folder."""
+    return partial(make_recipe_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def make_recipe_in() -> Callable[..., Recipe]:
     """A whole run in about a second: SFT with a warm-up snapshot, then PPO from it. `changes` are
-    recipe overrides."""
+    recipe overrides; the run is below `folder` unless they name another."""
     import torch
 
     from reftune.recipe import merge, parse_recipe
@@ -154,7 +185,6 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     optimizer = {"learning_rate": 0.1, "max_grad_norm": 1.0}
     base = {
         "name": "tiny",
-        "run_dir": str(tmp_path / "run"),
         "model": {
             "scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "context": 80, "dropout": 0.1},
             "dtype": "float32",
@@ -202,12 +232,11 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
         },
     }
 
-    def make(**changes: Any) -> Recipe:
-        merged = merge(base, changes)
+    def make(folder: Path, **changes: Any) -> Recipe:
+        merged = merge({**base, "run_dir": str(folder / "run")}, changes)
         if "stages" in merged["evaluate"]:
-            merged["evaluate"]["stages"] = [
-                name for name in merged["evaluate"]["stages"] if name in merged["stages"]
-            ]
+            methods = [m for m in merged["evaluate"]["stages"] if m in merged["stages"]]
+            merged["evaluate"] = {**merged["evaluate"], "stages": methods}
         return parse_recipe(merged)
 
     return make

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from checking import UNMEASURED, check_only
 from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_offline, check_recipe
 from reftune.datasets import Splits
+from reftune.engines.kv import Kv
 from reftune.errors import RecipeError, RewardError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
@@ -136,11 +138,7 @@ def checked(**changes: Any) -> CheckReport:
 
 def finding(name: str, **changes: Any) -> Any:
     """The finding of one check; the others are not run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for group, checks in (("CHECKS", CHECKS), ("MODEL_CHECKS", MODEL_CHECKS)):
-            alone = {name: checks[name]} if name in checks else {}
-            patch.setattr(f"reftune.advice.check.{group}", alone)
-        (found,) = checked(**changes).findings
+    (found,) = check_only(recipe(**changes), {name}).findings
     return found
 
 
@@ -202,7 +200,7 @@ def test_a_gold_that_was_read_as_something_else_is_shown_first():
     def spelled(i: int, problem: Problem) -> Problem:
         return replace(problem, gold_text=f"{problem.answer}.0 apples" if i == 9 else "")
 
-    (numbers,) = checked(dataset=Sums(edit=spelled)).golds
+    (numbers,) = check_only(recipe(dataset=Sums(edit=spelled)), ()).golds
     assert (numbers.examples[0].raw, numbers.examples[0].read) == ("6.0 apples", "6")
 
 
@@ -265,11 +263,10 @@ def test_a_waived_check_only_warns():
         def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
             return [Graded(verdict=Verdict.WRONG, value=None, reason="deaf") for _ in problems]
 
-    failing = {"gold_answers", "gold_rationales", "reward"}
-    assert {f.name for f in checked(format=Deaf(kind="words")).failed} == failing
-    report = checked(
-        format=Deaf(kind="words"), check={"waive": ["gold_answers", "gold_rationales"]}
-    )
+    failing, deaf = {"gold_answers", "gold_rationales", "reward"}, Deaf(kind="words")
+    assert {f.name for f in check_only(recipe(format=deaf), UNMEASURED).failed} == failing
+    waiving = recipe(format=deaf, check={"waive": ["gold_answers", "gold_rationales"]})
+    report = check_only(waiving, failing)
     assert [f.name for f in report.failed] == ["reward"]
     assert next(f for f in report.findings if f.name == "gold_answers").message.endswith("(waived)")
 
@@ -382,7 +379,8 @@ def test_tasks_that_state_no_gold_have_none_to_grade():
         "prompts": 2,
         "optimizer": {"learning_rate": 1e-3},
     }
-    report = checked(dataset=Sums(kind="sums", edit=untold), stages={"reft": rl})
+    tables = {"dataset": Sums(kind="sums", edit=untold), "stages": {"reft": rl}}
+    report = check_only(recipe(**tables), UNMEASURED)
     messages = {found.name: found.message for found in report.findings}
     assert messages["gold_answers"] == "100.00% of 4 gold answers are graded correct"
     assert messages["gold_rationales"] == "there are no gold rationales"
@@ -461,14 +459,14 @@ def test_a_dtype_many_times_slower_than_the_other_is_refused_and_the_model_not_r
 ):
     product_rates[chosen], product_rates[other] = 1.2e9, 150e9
     model = {**MODEL, "dtype": chosen}
-    report = checked(model=model)
+    report = check_only(recipe(model=model), {"dtype", *MODEL_CHECKS} - {"time"})
     (found,) = [f for f in report.findings if f.name == "dtype"]
     assert (
         found.level == "fail" and f"{chosen} take 125 times as long as in {other}" in found.message
     )
     assert f"model.dtype={other}" in found.remedy
     assert report.samples == () and "logprobs" not in {f.name for f in report.findings}
-    waived = checked(model=model, check={"waive": ["dtype"]})
+    waived = check_only(recipe(model=model, check={"waive": ["dtype"]}), {"dtype", "accuracy"})
     (found,) = [f for f in waived.findings if f.name == "dtype"]
     assert found.level == "warn" and found.message.endswith("(waived)") and len(waived.samples) == 3
 
@@ -481,8 +479,8 @@ def test_a_dtype_a_few_times_slower_is_left_to_the_user(product_rates):
 # --- instruct models ------------------------------------------------------------------------------
 
 
-def report_on(tmp_path, name: str, **format_keys) -> CheckReport:
-    """The report on a run of a family's model with a few questions in words."""
+def asking(tmp_path, name: str, **format_keys) -> Recipe:
+    """A run of a family's model with a few questions in words."""
     from chat_families import save_model
 
     content = {
@@ -502,7 +500,16 @@ def report_on(tmp_path, name: str, **format_keys) -> CheckReport:
             }
         },
     }
-    return check_recipe(parse_recipe(content))
+    return parse_recipe(content)
+
+
+def finding_on(tmp_path, name: str, check: str, **format_keys) -> Any:
+    """The finding of one check on such a run, whose sizes are given so that nothing is traced."""
+    plain = asking(tmp_path, name, **format_keys)
+    model = plain.model.model_copy(update={"micro_batch_tokens": 512, "dtype": "float32"})
+    given = plain.model_copy(update={"model": model, "engine": Kv(batch_size=8)})
+    (found,) = check_only(given, {check}).findings
+    return found
 
 
 def named(report: CheckReport, name: str) -> Any:
@@ -510,12 +517,12 @@ def named(report: CheckReport, name: str) -> Any:
 
 
 def test_raw_text_to_a_tokenizer_with_a_template_is_a_warning(tmp_path):
-    prompt = named(report_on(tmp_path, "qwen2.5"), "prompt")
+    prompt = finding_on(tmp_path, "qwen2.5", "prompt")
     assert prompt.level == "warn" and "the model gets raw text" in prompt.message
 
 
 def test_the_report_holds_the_exact_ids_of_a_chat_prompt_and_target(tmp_path):
-    report = report_on(tmp_path, "llama3", style="chat", system="Add.")
+    report = check_recipe(asking(tmp_path, "llama3", style="chat", system="Add."))
     assert named(report, "prompt").level == named(report, "boundary").level == "ok"
     shown = report.preview
     assert shown.prompt.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>")
@@ -531,16 +538,16 @@ def test_the_report_holds_the_exact_ids_of_a_chat_prompt_and_target(tmp_path):
 def test_bos_that_is_doubled_or_missing_is_a_warning(tmp_path):
     from chat_families import FAMILIES
 
-    paper = named(report_on(tmp_path / "1", "gemma", style="paper"), "prompt")
+    paper = finding_on(tmp_path / "1", "gemma", "prompt", style="paper")
     assert paper.level == "warn"
     template = FAMILIES["gemma"].template
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "gemma", replace(FAMILIES["gemma"], template="<bos>" + template))
-        doubled = named(report_on(tmp_path / "2", "gemma", style="chat"), "prompt")
+        doubled = finding_on(tmp_path / "2", "gemma", "prompt", style="chat")
         assert (doubled.level, doubled.message) == ("warn", "prompts begin with two BOS tokens")
         silent = template.removeprefix("{{ bos_token }}")
         patch.setitem(FAMILIES, "gemma", replace(FAMILIES["gemma"], template=silent))
-        missing = named(report_on(tmp_path / "3", "gemma", style="chat"), "prompt")
+        missing = finding_on(tmp_path / "3", "gemma", "prompt", style="chat")
         assert missing.level == "warn"
         assert "adds '<bos>' at the start, but the chat template does not" in missing.message
 
@@ -552,11 +559,11 @@ def test_a_template_without_a_generation_prompt_is_a_warning(tmp_path):
     without = family.template.partition("{%- if add_generation_prompt %}")[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "qwen2.5", replace(family, template=without))
-        prompt = named(report_on(tmp_path / "1", "qwen2.5", style="chat"), "prompt")
+        prompt = finding_on(tmp_path / "1", "qwen2.5", "prompt", style="chat")
     assert prompt.level == "warn"
     assert "the model must write '<|im_start|>assistant\\n' itself" in prompt.message
     # Mistral's template has none either, but writes nothing there
-    assert named(report_on(tmp_path / "2", "mistral", style="chat"), "prompt").level == "ok"
+    assert finding_on(tmp_path / "2", "mistral", "prompt", style="chat").level == "ok"
 
 
 def test_an_end_token_that_is_an_ordinary_word_is_a_warning(tmp_path):
@@ -565,7 +572,7 @@ def test_an_end_token_that_is_an_ordinary_word_is_a_warning(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         family = FAMILIES["qwen2.5"]
         patch.setitem(FAMILIES, "qwen2.5", replace(family, ends=(*family.ends, "a")))
-        eos = named(report_on(tmp_path, "qwen2.5", style="chat"), "eos")
+        eos = finding_on(tmp_path, "qwen2.5", "eos", style="chat")
     assert eos.level == "warn" and "stops at 'a', which is not a special token" in eos.message
 
 
@@ -576,9 +583,8 @@ class Own(Nl):
 
 
 def test_a_format_derived_from_words_is_checked_as_words() -> None:
-    report = checked(format=Own(kind="own"))
-    levels = {found.name: found.level for found in report.findings}
-    assert levels["gold_answers"] == levels["gold_rationales"] == "ok"
+    for name in ("gold_answers", "gold_rationales"):
+        assert finding(name, format=Own(kind="own")).level == "ok"
 
 
 def programs(*bodies: str) -> Any:

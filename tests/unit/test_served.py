@@ -3,6 +3,7 @@ plain transformers writes the evaluated answers token for token."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,13 @@ from reftune.types import Conversation
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(build_once):
     """Trains a family's model, or returns the run folder if it has done so before; the model's base
     is beside the folder."""
-    runs: dict[str, Path] = {}
 
     def train(name: str, **keys: Any) -> Path:
-        described = json.dumps([name, keys])
-        if described not in runs:
-            runs[described] = run_of(tmp_path_factory.mktemp("trained"), name, **keys)
-        return runs[described]
+        described = hashlib.sha256(json.dumps([name, keys]).encode()).hexdigest()[:12]
+        return build_once(f"trained-{described}", lambda to: run_of(to, name, **keys)) / "run"
 
     return train
 

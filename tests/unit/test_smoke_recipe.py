@@ -4,6 +4,7 @@ their files."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,21 @@ SMALLER = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str, Any]]:
+def finished(build_once: Callable[..., Path]) -> tuple[Recipe, dict[str, Any]]:
     """The recipe and the summary of a whole run of it."""
     import torch
 
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("smoke") / "run"
-    recipe = load_recipe(SMOKE, [*SMALLER, f"run_dir={folder}"])
-    return recipe, run_recipe(recipe, progress=Progress())
+
+    def recipe_in(folder: Path) -> Recipe:
+        return load_recipe(SMOKE, [*SMALLER, f"run_dir={folder / 'run'}"])
+
+    def fill(folder: Path) -> None:
+        summary = run_recipe(recipe_in(folder), progress=Progress())
+        (folder / "returned.json").write_text(json.dumps(summary))
+
+    folder = build_once("smoke", fill)
+    return recipe_in(folder), json.loads((folder / "returned.json").read_text())
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

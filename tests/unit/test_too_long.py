@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reftune.advice.check import check_recipe
+from checking import UNMEASURED, check_only
 from reftune.errors import DataError
 from reftune.runs.run import run_recipe
 from reftune.stages.progress import Progress
@@ -48,7 +48,7 @@ def test_it_is_refused_by_default_with_the_key_that_drops_it(make_recipe, tables
     recipe = tiny(make_recipe, tables)
     with pytest.raises(DataError, match=r"problem dev-3: prompt of .*lengths.too_long=drop"):
         run_recipe(recipe, progress=Progress())
-    (found,) = (f for f in check_recipe(recipe).findings if f.name == "prompt_length")
+    (found,) = check_only(recipe, {"prompt_length"}).findings
     assert found.level == "fail"
     assert "too_long=drop" in found.remedy
 
@@ -67,7 +67,8 @@ def test_dropped_it_is_not_trained_on_and_its_test_question_counts_as_wrong(make
     assert {(a["completion"], a["verdict"], a["finish_reason"]) for a in answers} == {
         ("", "no_answer", "length")
     }
-    (found,) = (f for f in check_recipe(recipe).findings if f.name == "prompt_length")
+    report = check_only(recipe, UNMEASURED)
+    (found,) = (each for each in report.findings if each.name == "prompt_length")
     assert found.level == "warn"
     assert found.message.startswith(
         "1 of 12 training prompts are too long and left out, 1 of dev and 1 of test"
