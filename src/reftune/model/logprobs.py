@@ -124,7 +124,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Softmax(NamedTuple):
-    """The softmax of each row's tempered logits, as tensors of shape (N,) in fp32."""
+    """Statistics of the softmax of each row's tempered logits, from which log-probabilities and
+    entropies follow; each (N,) in fp32."""
 
     picked: Tensor
     """The token's logit."""
@@ -145,7 +146,7 @@ def _softmax(
     means: bool = False,
     kept: list[Tensor] | None = None,
 ) -> _Softmax:
-    """The softmax, accumulated tile by tile. Exponentials are relative to the largest logit so far,
+    """These statistics, accumulated tile by tile. Exponentials are relative to the largest logit so far,
     and sums are rescaled when a larger one appears. `kept` receives the first tiles' logits."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)

@@ -147,7 +147,8 @@ def _reason(error: Exception) -> str:
 
 
 def json_lines(name: object, lines: Iterable[str]) -> Records:
-    """The object in each line that is not empty. Raises: DataError with `name` and line."""
+    """The object in each line that is not empty. Raises: DataError, with `name` and the line's
+    number, for a line that is not a JSON object."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -209,8 +209,9 @@ def keep_only(results: int) -> None:
 
 
 def fence_in(readable: list[str]) -> str:
-    """Permanently drop access to the network, other processes and all files except `readable`.
-    Returns the necessary protections that the system lacks, in words; empty if it lacks none."""
+    """Permanently drop access to the network, other processes and all files except `readable`, as
+    far as the system can. Without seccomp, other processes may stay within reach. Returns, in
+    words, what the system lacks to cut off files and the network; empty if it lacks nothing."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
