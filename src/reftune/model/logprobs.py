@@ -146,8 +146,9 @@ def _softmax(
     means: bool = False,
     kept: list[Tensor] | None = None,
 ) -> _Softmax:
-    """These statistics, accumulated tile by tile. Exponentials are relative to the largest logit so far,
-    and sums are rescaled when a larger one appears. `kept` receives the first tiles' logits."""
+    """These statistics, accumulated tile by tile. Exponentials are relative to the largest logit
+    so far, and sums are rescaled when a larger one appears. `kept` receives the first tiles'
+    logits."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
     for tile in _tiles(hidden, weight, bias, tokens, temperature):

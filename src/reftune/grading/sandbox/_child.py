@@ -209,9 +209,10 @@ def keep_only(results: int) -> None:
 
 
 def fence_in(readable: list[str]) -> str:
-    """Permanently drop access to the network, other processes and all files except `readable`, as
-    far as the system can. Without seccomp, other processes may stay within reach. Returns, in
-    words, what the system lacks to cut off files and the network; empty if it lacks nothing."""
+    """Permanently drop access to the network, other processes and the contents of all files
+    except `readable`, as far as the system can. Without seccomp, other processes may stay within
+    reach. Returns, in words, what the system lacks to cut off files and the network; empty if it
+    lacks nothing."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
@@ -229,8 +230,10 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Let the process read `paths`, and do nothing else in the file system (Landlock). False if
-    this cannot be done, for example because the system lacks Landlock."""
+    """Let the process read the contents of `paths` and of no other files, and create, write, run
+    or delete none (Landlock, which does not cover metadata, such as `stat` and `chmod`). Newer
+    kernels also block TCP and signals to other processes. False if access to files cannot be
+    restricted, for example because the system lacks Landlock."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
