@@ -8,6 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from reftune.recipe import load_recipe
+from reftune.runs.run import check_stage_graph
 from reftune.terminal.live import SHOWN, TOKEN_COUNTS
 from reftune.types import Verdict
 
@@ -89,3 +91,17 @@ def test_links_between_pages_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for folder in ("demo", "instruct", "smollm2", "paper")
+        for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))
+        if path.stem != "published"
+    ],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+def test_the_stages_of_a_shipped_recipe_start_from_earlier_ones(path: Path):
+    check_stage_graph(load_recipe(path))
