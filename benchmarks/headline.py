@@ -6,8 +6,8 @@
     # a model made from scratch; takes seconds
 
 A call works for about the given number of minutes, stops its runs with a checkpoint, and exits with
-status 0; the next call continues from there. With `--together N`, N seeds run at once; on one GPU,
-this slows each of them. MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP a
+status 0; the next call continues from there. With `--together N`, N seeds run at once, on one
+GPU or several CPU cores. MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP a
 folder with the ReFT authors' files. 300 questions of the training file are held out: each seed's
 chosen models answer them and the authors' test questions greedily, and the first 250 of the latter
 20 times for voting. Progress goes to stderr; the last line on stdout is one JSON document with the
