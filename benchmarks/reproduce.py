@@ -95,14 +95,15 @@ NOTES = {
         "were chosen on other seeds. The three methods sample equally many solutions."
     ),
     "comparison-nl": (
-        "All methods except offline self-training start from one finished warm-up of 20 epochs "
-        "over 3,000 questions. SFT then takes 11,240 gradient passes. ReFT takes 11,192 and online "
-        "self-training 11,200 to 11,600; of these, 3,000 are a supervised "
-        "[cooldown](handover.md#what-was-compared). Offline self-training starts from the base "
-        "model, as in the paper, and takes 54,000 passes, a quarter fewer than the warm-up and SFT "
-        "together. Voting adds 7.3 points to SFT but none to ReFT, probably because ReFT's samples "
-        "vary less. From an [unfinished warm-up](experiments/handover.md#first-attempts), no "
-        "method beat SFT."
+        "All methods except offline self-training start from the same warm-up of 20 epochs over "
+        "3,000 questions, that is, 60,000 gradient passes over single solutions; dev accuracy had "
+        "then [levelled off](handover.md). SFT takes another 11,240 passes. ReFT takes 11,192 and "
+        "online self-training 11,200 to 11,600; for both, the first 3,000 are a supervised "
+        "[cooldown](handover.md#what-was-compared), after which the row *Warm-up* is measured. "
+        "Offline self-training starts from the base model, as in the paper, and takes 54,000 "
+        "passes, a quarter fewer than the warm-up and SFT together. Voting adds 7.3 points to SFT "
+        "but none to ReFT, probably because ReFT's samples vary less. From an [unfinished "
+        "warm-up](experiments/handover.md#first-attempts), no method beat SFT."
     ),
 }
 """Recipe → note for the reader."""

@@ -490,8 +490,8 @@ class LastRise(NamedTuple):
 
 
 def last_rise(run: RunResults, method: str) -> LastRise | None:
-    """The last rise of a supervised method; None for other methods, or if there were too few
-    evaluations."""
+    """The rise up to the step at which a supervised method's model was saved; None for other
+    methods, if the method is not finished, or if there were too few evaluations by then."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None

@@ -1,5 +1,5 @@
-"""A run trains its stages in order, evaluates the methods of each, and writes a summary and a
-report. All of this can be resumed."""
+"""A run trains its stages in order, evaluates the models that each stage gives (its methods), and
+writes a summary and a report. All of this can be resumed."""
 
 from __future__ import annotations
 

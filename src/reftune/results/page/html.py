@@ -289,8 +289,9 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """Numbers of problems solved in the first seed by both the best method and the baseline, only
-    by the best method, only by the baseline, and by neither; None if there is one method."""
+    """The labels of the best other method and the baseline, and how many problems of the first seed
+    were solved by both, only by the former, only by the latter, and by neither; None if there are
+    fewer than two methods."""
     best = leader(table)
     if best is None:
         return None
