@@ -6,8 +6,8 @@
     # a model made from scratch; takes seconds
 
 A call works for about the given number of minutes, stops its runs with a checkpoint, and exits with
-status 0; the next call continues from there. With `--together N`, N seeds run at once, on one
-GPU or several CPU cores. MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP a
+status 0; the next call continues from there. With `--together N`, N seeds run at once on
+one GPU. MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP a
 folder with the ReFT authors' files. 300 questions of the training file are held out: each seed's
 chosen models answer them and the authors' test questions greedily, and the first 250 of the latter
 20 times for voting. Progress goes to stderr; the last line on stdout is one JSON document with the
@@ -28,9 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reftune.datasets.reading.splits import normalised
 from reftune.recipe import dump_recipe, load_recipe
 from reftune.results import table_command
-from reftune.runs.run import methods_to_evaluate, unclaimed
+from reftune.runs.run import methods_to_evaluate, threads_of, unclaimed
 from reftune.storage.files import write_atomically
 from reftune.storage.run_folder import RunFolder
 
@@ -53,14 +54,15 @@ LATER = ("voting", "held_out")
 
 def hold_out(source: Path, folder: Path) -> None:
     """Divide a file of the authors into `folder`'s held_out.json and train.json. The questions held
-    out come first in the order of their hashes; equal questions stay together."""
+    out come first in the order of their hashes; questions that differ only in case, spacing or
+    punctuation stay together."""
     rows = json.loads(source.read_text(encoding="utf-8"))
-    of_question = {row["question"]: row for row in rows}
+    of_question = {normalised(row["question"]): row for row in rows}
     ordered = sorted(of_question, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     chosen = set(ordered[:HELD_OUT])
     parts = {
         "held_out": [of_question[question] for question in ordered[:HELD_OUT]],
-        "train": [row for row in rows if row["question"] not in chosen],
+        "train": [row for row in rows if normalised(row["question"]) not in chosen],
     }
     for name, part in parts.items():
         write_atomically(folder / f"{name}.json", json.dumps(part))
@@ -117,8 +119,9 @@ def evaluate(run: Path, held_out: Path | None) -> None:
                 (folder / shared).symlink_to(Path("..") / shared)
         write_atomically(RunFolder(folder).recipe, dump_recipe(recipe))
         again = unclaimed(recipe)
-        for method in methods_to_evaluate(recipe):
-            again.evaluate(method)
+        with threads_of(recipe):
+            for method in methods_to_evaluate(recipe):
+                again.evaluate(method)
         again.summarize()
 
 

@@ -110,6 +110,7 @@ def test_the_stem_drops_options_that_the_question_holds_and_nothing_else():
         "A) {0} B) {1} C) {2} D) {3}",
         "Options: (A) {0}, (B) {1}, (C) {2}, (D) {3}",
         "A. {0}\nB. {1}\nC. {2}\nD. {3}",
+        "Answer Choices: (A) {0} (B) {1} (C) {2} (D) {3}",
         "Choices:\na) {0}\nb) {1}\nc) {2}\nd) {3}",
     ],
 )

@@ -21,7 +21,7 @@ import yaml
 from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import CheckpointError, RecipeError
 from reftune.recipe import Recipe, dump_recipe
-from reftune.runs.run import open_run
+from reftune.runs.run import open_run, run_stages
 from reftune.stages.progress import Progress
 
 MakeRecipe = Callable[..., Recipe]
@@ -49,6 +49,18 @@ class Stopping(Noting):
     def step(self, step: int, metrics: Any) -> None:
         if (self.current, step) == (self.wanted, self.at) and "dev/accuracy" not in metrics:
             raise KeyboardInterrupt
+
+
+def test_stages_of_one_kind_run_alone_and_return_their_facts(make_recipe: MakeRecipe):
+    recipe = make_recipe()
+    facts = run_stages(recipe, kinds={"sft"}, progress=Progress())
+    (name,) = facts
+    path = recipe.folder / "stages" / name / "stage.json"
+    assert facts[name] == json.loads(path.read_text()) and facts[name]["kind"] == "sft"
+    assert not (recipe.folder / "stages" / "reft" / "stage.json").exists()
+    assert run_stages(recipe, kinds={"sft"}, progress=Progress()) == facts, (
+        "nothing is trained again"
+    )
 
 
 @pytest.fixture(scope="module")

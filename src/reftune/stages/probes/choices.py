@@ -77,8 +77,9 @@ def stem(problem: Problem) -> str:
     lines = problem.question.strip().splitlines()
     options = zip(LETTERS, problem.choices, strict=False)
     wanted = _words("".join(map("".join, options)))
+    repeated = {f"{title}{wanted}" for title in ("", "options", "choices", "answerchoices")}
     for start in range(1, len(lines)):
-        if _words("".join(lines[start:])) in (wanted, f"options{wanted}", f"choices{wanted}"):
+        if _words("".join(lines[start:])) in repeated:
             return "\n".join(lines[:start])
     return problem.question
 
