@@ -17,14 +17,13 @@ tables of all finished seeds.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from reftune.datasets.reading.splits import normalised
 from reftune.recipe import dump_recipe, load_recipe
 from reftune.results import table_command
 from reftune.runs.run import methods_to_evaluate, threads_of, unclaimed
-from reftune.storage.files import write_atomically
+from reftune.seeds import derive_seed
+from reftune.storage.files import JsonLines, write_atomically
 from reftune.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,8 @@ LEAST_S = 20.0
 PATIENCE_S = 90.0
 """Seconds for the step in progress and its checkpoint. After these, a run is killed, and its last
 checkpoint remains valid."""
+SHOWN = ("dev_accuracy", "chosen_step", "steps", "wall_seconds")
+"""What a stage's progress shows."""
 LATER = ("voting", "held_out")
 """Evaluations after a run, each in a folder of that name within the run's."""
 
@@ -56,22 +58,20 @@ def hold_out(source: Path, folder: Path) -> None:
     """Divide a file of the authors into `folder`'s held_out.json and train.json. The questions held
     out come first in the order of their hashes; questions that differ only in case, spacing or
     punctuation stay together."""
-    rows = json.loads(source.read_text(encoding="utf-8"))
-    of_question = {normalised(row["question"]): row for row in rows}
-    ordered = sorted(of_question, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
-    chosen = set(ordered[:HELD_OUT])
-    parts = {
-        "held_out": [of_question[question] for question in ordered[:HELD_OUT]],
-        "train": [row for row in rows if normalised(row["question"]) not in chosen],
-    }
-    for name, part in parts.items():
+    spellings: dict[str, list[dict[str, Any]]] = {}
+    for row in json.loads(source.read_text(encoding="utf-8")):
+        spellings.setdefault(normalised(row["question"]), []).append(row)
+    ordered = [spellings[text] for text in sorted(spellings, key=lambda text: derive_seed(0, text))]
+    held_out = [rows[-1] for rows in ordered[:HELD_OUT]]
+    train = [row for rows in ordered[HELD_OUT:] for row in rows]
+    for name, part in (("held_out", held_out), ("train", train)):
         write_atomically(folder / f"{name}.json", json.dumps(part))
 
 
 # --- one seed -------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Seed:
     """The commands of one seed: the run, then its later evaluations."""
 
@@ -80,27 +80,26 @@ class Seed:
     seed: int
     overrides: Sequence[str]
     held_out: Path | None
-    process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
     def is_finished(self) -> bool:
         return all(is_finished(self.run / name) for name in ("", *LATER))
 
-    def start(self) -> None:
-        """Start the next command."""
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the next command. Returns: its process."""
         if not is_finished(self.run):
             settings = [f"name={self.run.parent.name}", f"run_dir={self.run}", f"seed={self.seed}"]
             command = ["reftune", "run", str(self.recipe), *settings, *self.overrides]
         else:
             command = ["benchmarks.headline", "--evaluate", str(self.run)]
             command += ["--held-out", str(self.held_out)] if self.held_out else []
-        self.process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.DEVNULL
         )
 
 
 def is_finished(run: Path) -> bool:
-    return (run / "summary.json").is_file()
+    return RunFolder(run).summary.is_file()
 
 
 def evaluate(run: Path, held_out: Path | None) -> None:
@@ -111,18 +110,18 @@ def evaluate(run: Path, held_out: Path | None) -> None:
         "held_out": [] if held_out is None else [f"dataset.test={held_out}"],
     }
     for name in LATER:
-        folder = run / name
-        recipe = load_recipe(run / "recipe.yaml", [f"run_dir={folder}", *changes[name]])
-        folder.mkdir(exist_ok=True)
-        for shared in ("stages", "metrics.jsonl", "env.json"):
-            if not (folder / shared).is_symlink():
-                (folder / shared).symlink_to(Path("..") / shared)
-        write_atomically(RunFolder(folder).recipe, dump_recipe(recipe))
-        again = unclaimed(recipe)
+        again = RunFolder(run / name)
+        recipe = load_recipe(RunFolder(run).recipe, [f"run_dir={again.path}", *changes[name]])
+        again.path.mkdir(exist_ok=True)
+        for shared in (again.path / "stages", again.metrics, again.environment):
+            if not shared.is_symlink():
+                shared.symlink_to(Path("..") / shared.name)
+        write_atomically(again.recipe, dump_recipe(recipe))
+        evaluation = unclaimed(recipe)
         with threads_of(recipe):
             for method in methods_to_evaluate(recipe):
-                again.evaluate(method)
-        again.summarize()
+                evaluation.evaluate(method)
+        evaluation.summarize()
 
 
 # --- all seeds ------------------------------------------------------------------------------------
@@ -132,27 +131,25 @@ def work(seeds: Sequence[Seed], minutes: float, *, together: int) -> None:
     """Run `together` seeds at a time, until all are finished or the time is over. Raises:
     SystemExit with the status of a command that failed."""
     end = time.monotonic() + 60 * minutes - PATIENCE_S * (minutes > 2)
-    running: list[Seed] = []
+    running: dict[int, subprocess.Popen[bytes]] = {}
     try:
         while True:
-            waiting = [seed for seed in seeds if seed not in running and not seed.is_finished]
+            waiting = [seed for seed in seeds if seed.seed not in running and not seed.is_finished]
             if end - time.monotonic() < LEAST_S:
                 waiting = []
             for seed in waiting[: together - len(running)]:
-                seed.start()
-                running.append(seed)
+                running[seed.seed] = seed.start()
             if not running or time.monotonic() > end:
                 return
             time.sleep(0.2)
-            for seed in running[:]:
-                assert seed.process is not None
-                status = seed.process.poll()
+            for number, process in [*running.items()]:
+                status = process.poll()
                 if status is not None:
-                    running.remove(seed)
+                    del running[number]
                 if status:
                     sys.exit(status)
     finally:
-        stop([seed.process for seed in running if seed.process is not None])
+        stop([*running.values()])
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]], *, patience_s: float = PATIENCE_S) -> None:
@@ -174,21 +171,12 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], *, patience_s: float = PA
 def progress(run: Path) -> dict[str, Any]:
     """The progress of a run: its finished stages with their dev accuracy, and the last step of an
     unfinished one."""
-    done = {}
-    for path in sorted(run.glob("stages/*/stage.json")):
-        stage = json.loads(path.read_text(encoding="utf-8"))
-        done[stage["stage"]] = {
-            name: stage[name] for name in ("dev_accuracy", "chosen_step", "steps", "wall_seconds")
-        }
-    rows = (
-        (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        if (run / "metrics.jsonl").is_file()
-        else []
-    )
-    last = json.loads(rows[-1]) if rows else {}
+    folder = RunFolder(run)
+    facts = {method: folder.stage(method).facts() for method in folder.trained()}
+    last = next(reversed(JsonLines(folder.metrics).rows()), {})
     return {
         "finished": is_finished(run),
-        "stages": done,
+        "stages": {method: {name: facts[method][name] for name in SHOWN} for method in facts},
         "last": {key: last[key] for key in ("stage", "step") if key in last},
     }
 
