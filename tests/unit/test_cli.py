@@ -192,6 +192,29 @@ def test_a_run_interrupted_at_once_names_the_newest_checkpoint(
     )
 
 
+def test_watching_ends_like_any_command_when_it_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(folder: Path) -> bool:
+        raise KeyboardInterrupt
+
+    (tmp_path / "recipe.yaml").write_text("stages: {}\n")
+    monkeypatch.setattr("reftune.terminal.watch.is_alive", interrupt)
+    assert status("watch", str(tmp_path)) == 130
+
+
+@pytest.mark.parametrize("num", [1, 3000])  # fails when the buffer is emptied, and inside print
+def test_output_that_finds_no_space_is_one_line_and_status_2(tmp_path: Path, num: int):
+    row = json.dumps({"id": "a", "completion": "The answer is 4.", "answer": 4}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(row * num)
+    command = [sys.executable, "-m", "reftune", "score", "rows.jsonl", "--format", "nl"]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (result.returncode, result.stderr) == (2, "output: No space left on device\n")
+
+
 def test_the_newest_checkpoint_is_by_time_not_by_number(tmp_path: Path):
     for seconds, name in (
         (100, "sft/checkpoints/step-000900"),

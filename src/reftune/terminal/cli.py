@@ -2,13 +2,14 @@
 result.
 
 Results go to stdout, everything else to stderr. The exit status is 0 if the command succeeds, 1 if
-it fails, 2 for bad input (with one line on stderr), and 130 after an interruption. Heavy modules
-are imported inside the command that needs them, so that `--help` answers at once.
+it fails, 2 for bad input or a full disk (with one line on stderr), and 130 after an interruption.
+Heavy modules are imported inside the command that needs them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import signal
@@ -74,6 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with processes():
             status = app(args=arguments, prog_name="reftune", standalone_mode=False)
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        say(f"output: {error.strerror}")
+        _drop_unwritten_output()
+        sys.exit(BAD_INPUT)
     except ReftuneError as error:
         say(str(error))
         sys.exit(FAILED if isinstance(error, NonFiniteError | ProcessError) else BAD_INPUT)
@@ -81,6 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"{error.format_message()} (see reftune --help)")
         sys.exit(BAD_INPUT)
     sys.exit(status or 0)
+
+
+def _drop_unwritten_output() -> None:
+    """Send what is still in stdout's buffer to nowhere, so that the interpreter does not fail to
+    write it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(message: str) -> None:
@@ -367,8 +381,6 @@ def watch(run_folder: RunFolderPath) -> None:
     progress = make_progress(time_s=clock)
     try:
         finished = follow(run_folder, progress, clock)
-    except KeyboardInterrupt:
-        return
     finally:
         progress.close()
     if finished:
