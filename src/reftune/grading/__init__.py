@@ -1,1 +1,1 @@
-"""Text → verdict → reward. Nothing here imports torch."""
+"""Turns completions into verdicts and rewards. Nothing here imports torch."""

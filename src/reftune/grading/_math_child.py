@@ -1,9 +1,10 @@
-"""Compares expressions for `mathematics.py`. This file is started as a script and imports nothing
-from reftune.
+"""Compares expressions for `mathematics.py`. This file runs as a script and imports nothing from
+reftune.
 
-Each line of standard input is a request, `{"gold", "answer"}`. The reply, a line of standard
-output, is `{"equal", "read"}`, with null for `read` if the answer is not an expression. If the
-comparison fails, the reply is `{"error"}`. The parent kills this process when the time is up.
+Each line of standard input is a request with the keys `gold` and `answer`. The reply is a line of
+standard output with the keys `equal` and `read`; `read` is null if the answer is not an expression.
+If the comparison fails, the reply has only the key `error`. The parent kills this process when the
+time is up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 MEMORY = 4 << 30
 MAX_S = 60
-"""Seconds after which an unfinished request ends the process, in case its parent is gone."""
+"""Seconds after which an unfinished request ends this process, in case its parent is gone."""
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def parsed(text: str) -> list[Any]:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    plain = NormalizationConfig(  # units stay: 4m is not 4
+    plain = NormalizationConfig(  # keeps units, because 4m is not 4
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
     )
     found: list[Any] = parse(

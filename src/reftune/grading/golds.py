@@ -1,7 +1,7 @@
-"""Reads gold answers as spelled in data, and does so strictly: a gold answer is a number only if
-its whole text is one number, perhaps with a currency or a unit. `numbers` reads completions
-leniently and takes 18 from "18, I think". From the gold answer "5 pm", `numbers` would take 5, and
-training would reward wrong answers."""
+"""Reads gold answers strictly, as spelled in the data: a gold answer is a number only if its whole
+text is one number, perhaps with a currency or a unit. The module `numbers`, which reads
+completions, is lenient and takes 18 from "18, I think". It would also take 5 from the gold answer
+"5 pm", and training would then reward wrong answers."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def read_gold(
 ) -> Answer:
     """The gold answer in a cell of the data, with its kind.
 
-    Under `auto`, the answer is a choice if there are `choices`; if not, a number if the whole of
-    `raw` is one; failing both, an expression, a list in brackets or text. If `raw` marks its answer
-    ("#### 78", "\\boxed{78}", "The answer is 78"), the marked part is read.
+    For the kind `auto`, the answer is a choice if there are `choices`. Otherwise, it is a number if
+    all of `raw` is a number. Failing both, it is an expression, a list in brackets or text. If
+    `raw` marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked part is
+    read.
 
     Raises: DataError with the value and what was expected; the caller adds the place.
     """
@@ -82,7 +83,7 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
-    """The number in a cell, under the rules of `number_gold`. True does not count as 1."""
+    """The number in a cell, by the rules of `number_gold`. Booleans do not count as numbers."""
     if isinstance(raw, bool):
         return None
     if isinstance(raw, int):
@@ -95,7 +96,7 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The answer after the last marker that announces one; the cell itself if there is no marker.
+    """The answer after the last marker that announces one; the whole cell if it has no marker.
 
     Raises: DataError for different answers side by side, such as "\\boxed{3} or \\boxed{4}", and
     for markers without an answer.
@@ -114,8 +115,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The answers, in order, of the last marker and of the markers adjacent to it. Markers are
-    adjacent if little more than "or", "and" or symbols stands between them; an intermediate result
+    """The answers of the last marker and of the markers adjacent to it, in order. Markers are
+    adjacent if little more than "or", "and" or symbols stands between them. An intermediate result
     is not adjacent to the final one."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
@@ -129,8 +130,8 @@ def _stated(text: str, reading: Reading) -> list[str]:
 
 
 def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
-    """The answer in the text that a marker announces, read at most up to `end`, where the next
-    marker begins."""
+    """The answer in the text that a marker announces, read no further than `end`, the start of the
+    next marker."""
     said = (statement.text or "").strip()
     if statement.is_closed:
         return said
@@ -183,8 +184,8 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def worded_gold(text: str) -> Answer:
-    """The answer in a gold text that is neither an option nor a number: an expression (`latex`), a
-    bracketed list (of three or more items, or of two words) or, failing both, text."""
+    """The answer in a gold text that is neither an option nor a number. Three or more items, or two
+    words, in square brackets are a list. Anything else is an expression (`latex`) or text."""
     text = text.strip()
     listed = _LISTED.fullmatch(text)
     parts = split_items(text) if listed is not None else ()
@@ -194,10 +195,10 @@ def worded_gold(text: str) -> Answer:
 
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
-    """A gold answer of several parts: the accepted spellings (`any_of`), an ordered `list` or a
+    """A gold answer with several parts: the spellings that `any_of` accepts, an ordered `list` or a
     `set`.
 
-    `raw` may be a list, a list written as text ("[1, 2]"), or text with one marker per part. For a
+    `raw` may be a list, text that spells a list ("[1, 2]"), or text with one marker per part. For a
     `list` or `set`, it may also be text such as "1, 2", which `split_items` splits.
     """
     values = list(_values(raw, kind, reading))
@@ -242,10 +243,10 @@ def _pattern(raw: object) -> Answer:
 
 
 def split_items(text: str) -> tuple[str, ...]:
-    """The parts of a list as people write it, with or without brackets. Commas, semicolons, line
-    breaks and "and" separate the parts, except inside inner brackets. If any comma is followed by a
-    space, commas without a space do not separate. If none is, but there are other separators, a
-    comma that may group thousands does not separate."""
+    """The items of a list as people write one, with or without brackets. Commas, semicolons, line
+    breaks and "and" separate items, except inside inner brackets. If any comma is followed by a
+    space, commas without a space separate nothing. If none is, but there are other separators,
+    commas that may group thousands separate nothing."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -317,7 +318,7 @@ _NOT_UNITS = frozenset(
     " septiembre octubre noviembre diciembre".split()
 )
 """Words that do not count as units after a number, for example because they change its value or
-make it a time."""
+make it a time of day."""
 _FRACTION_WORD = re.compile(
     r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
 )
@@ -375,8 +376,8 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.I
 
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
-    """The letter of the option that a gold answer names: by its letter, by its letter and text, or
-    by text that fits only this option. Without `choices`, any letter is accepted."""
+    """The letter of the option that a gold answer names by its letter, by its letter and text, or
+    by text that fits no other option. Without `choices`, any letter is accepted."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:

@@ -1,4 +1,4 @@
-"""Where a completion states its answer."""
+"""Finds where a completion states its answer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Literal
 
 MAX_BOX_CHARS = 20_000
 MAX_STATEMENTS = 20
-"""Maximum number of markers that are read, counted from the end of a completion."""
+"""Maximum number of markers that are read, counted back from the end of a completion."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """Settings for reading completions. They depend on the language and the model."""
+    """How to read completions: settings that depend on the language and the model."""
 
     stop_at: tuple[str, ...] = ("\nQuestion:", "\nQ:", "\nProblem:")
-    """Strings that begin run-on text, in which a model asks itself the next question."""
+    """Strings at which run-on text begins, in which a model asks itself another question."""
     markers: tuple[str, ...] = ()
-    """Phrases that announce an answer, besides the English ones."""
+    """Phrases that announce an answer, in addition to the English ones."""
     decimal: Literal[".", ","] = "."
-    """The decimal separator, a point or a comma. The other of the two groups thousands."""
+    """The decimal separator: a point or a comma. The other one groups thousands."""
 
 
 DEFAULT = Reading()
@@ -34,15 +34,15 @@ class Statement:
     """The text that a marker announces."""
 
     text: str | None
-    """None for a box that is never closed: its content is unknown."""
+    """None for a box that is never closed, whose content is unknown."""
     is_closed: bool = False
     """Whether the text is the content of a closed box or tag, rather than the words after a
     phrase."""
     start: int = 0
     """Index where the marker begins."""
     end: int = 0
-    """Index where the statement ends: after the closing brace or tag; without one, at the end of
-    the text that counts."""
+    """Index where the statement ends: after the closing brace or tag or, for a phrase, at the end
+    of the text that counts."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -60,12 +60,12 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """The statements that the last `MAX_STATEMENTS` markers of a completion announce, in order.
+    """The statements announced by the last `MAX_STATEMENTS` markers of a completion, in order.
     Markers include "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
     `reading.markers`.
 
-    Text before the last `</think>`, after an unclosed `<think>`, or after the start of run-on text
-    does not count.
+    A completion that ends inside `<think>` has no statements. In any other completion, only text
+    after the last `</think>` and before any run-on text counts.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
@@ -109,7 +109,7 @@ def reasoning_text(completion: str) -> str:
 
 
 def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
-    """Start and end of the part that may hold the answer."""
+    """The start and end of the text that counts."""
     last = deque(_THOUGHT.finditer(completion), maxlen=1)
     start = 0
     if last:
@@ -123,7 +123,7 @@ def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
 
 @lru_cache(maxsize=16)
 def marker_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
-    """The pattern of the built-in markers and of `phrases`."""
+    """A pattern that matches the built-in markers and `phrases`."""
     own = (re.escape(phrase.strip()) for phrase in phrases if phrase.strip())
     return re.compile("|".join([*_PHRASES, *own]), re.IGNORECASE)
 
@@ -151,8 +151,8 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
-    """The content of the braces at `start`, and the index after them. The content is None if the
-    braces are never closed; it includes a percent sign right after them."""
+    """The content of the braces at `start`, with any percent sign right after them, and the index
+    where this text ends. The content is None if the braces are never closed."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

@@ -1,7 +1,7 @@
-"""Expressions, equations, intervals, tuples and matrices, compared by math-verify.
+"""Compares expressions, equations, intervals, tuples and matrices by means of math-verify.
 
-A comparison of a model's text may never end, so it runs in a worker process that is killed when the
-time is up. Workers start on first use and keep running; each serves one thread at a time.
+A comparison may never end, so it runs in a worker process, which is killed when its time is up.
+Workers start when first needed and keep running. Each worker serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _STRUCTURE = re.compile(
     re.DOTALL,
 )
 _NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
-"""Matches "a.m.", and a bound without its variable ("< 5")."""
+"""Matches "a.m.", and a bound without a variable, such as "< 5"."""
 _NAMES = "leq geq neq infty pi pm cup cap in times cdot sqrt".split()
 _SIGNS = {sign: rf"\{name} " for sign, name in zip("≤≥≠∞π±∪∩∈×·√", _NAMES, strict=True)}
 _SIGNS |= {"°": r"^\circ ", "−": "-", "²": "^2", "³": "^3"}
@@ -62,15 +62,15 @@ class Comparison:
     """The result of one comparison."""
 
     outcome: Literal["equal", "different", "unread", "timeout", "error"]
-    """`unread`: the answer is not an expression."""
+    """`unread` means that the answer is not a single expression."""
     read: str = ""
     """The answer in a spelling that equal expressions usually share."""
     reason: str = ""
 
 
 def looks_like_math(text: str) -> bool:
-    """Whether the whole text is an expression, such as an equation, an interval or LaTeX, but not a
-    plain number. Text with words is not an expression."""
+    """Whether the whole text is an expression other than a plain number, such as an equation, an
+    interval or LaTeX. Text with words is not an expression."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -80,8 +80,8 @@ def looks_like_math(text: str) -> bool:
 
 def expression_in(text: str) -> str:
     """The expression in `text`, with symbols such as π spelled in LaTeX. If there is exactly one
-    pair of math delimiters, the expression is their content; otherwise it is the text up to an
-    aside, such as a reason. Closing punctuation is removed."""
+    pair of math delimiters, the expression is the text between them; otherwise, it is the text up
+    to an aside, such as a reason. Closing punctuation is removed."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -91,8 +91,8 @@ def expression_in(text: str) -> str:
 
 
 def same_expression(gold: str, answer: str) -> Comparison:
-    """The comparison of an answer with the gold expression. Raises: ReftuneError if math-verify is
-    needed and is missing."""
+    """Compare an answer with the gold expression. Raises: ReftuneError if math-verify is needed but
+    not installed."""
     expected, given = expression_in(gold), expression_in(answer)
     if not given or len(given) > MAX_EXPRESSION_CHARS or _words_in(given):
         return Comparison("unread")
@@ -136,8 +136,8 @@ def _verified(gold: str, answer: str) -> Comparison:
 
 
 def _words_in(expression: str) -> bool:
-    """Whether an expression contains a word: three or more letters that are neither a function nor
-    LaTeX, or a common two-letter word."""
+    """Whether an expression contains a word: three or more letters that are neither a function's
+    name nor LaTeX, or a common two-letter word."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in _FUNCTIONS) for word in words)
@@ -149,8 +149,8 @@ def _spelling(expression: str) -> str:
 
 
 def _brackets(expression: str) -> str:
-    """`set` for an expression with several parts in braces, `point` for one in round or square
-    brackets (a tuple or an interval); empty for any other expression."""
+    """The kind of an expression with several parts in brackets: `set` for braces, `point` (a tuple
+    or interval) for round or square brackets; empty for any other expression."""
     text = _spelling(expression).replace("\\{", "{").replace("\\}", "}")
     if not re.search(r"[,;]", text):
         return ""
@@ -163,15 +163,15 @@ def _brackets(expression: str) -> str:
 
 
 class _Worker:
-    """A process that compares, one request at a time."""
+    """A process that compares expressions, one request at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> bytes | None:
-        """The reply to `request`; empty if the process died twice, None if the time ran out and the
+        """The reply to `request`; empty if the process died twice, None if time ran out and the
         process was killed."""
-        for _ in range(2):  # the request may not have caused the first death
+        for _ in range(2):  # the request may not be the cause
             if self._process is None:
                 self._process = _started()
             reply = _exchange(self._process, request, TIMEOUT_S)
@@ -190,7 +190,7 @@ class _Worker:
 
 
 def _started() -> subprocess.Popen[bytes]:
-    """A process that has imported math-verify."""
+    """Start a process and wait until it has imported math-verify."""
     process = subprocess.Popen(
         [sys.executable, "-P", str(CHILD)],
         stdin=subprocess.PIPE,
@@ -203,7 +203,7 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 def _exchange(process: subprocess.Popen[bytes], line: bytes, timeout_s: float) -> bytes | None:
-    """The reply to `line`; empty if the process died, None when the time is up."""
+    """The reply to `line`; empty if the process died, None if time ran out."""
     assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(line)
@@ -226,7 +226,6 @@ _IDLE: queue.LifoQueue[_Worker] = queue.LifoQueue()
 
 
 def _asked(request: bytes) -> bytes | None:
-    """The reply of an idle worker, as `_Worker.ask` returns it."""
     worker = _IDLE.get()
     try:
         return worker.ask(request)
@@ -235,7 +234,7 @@ def _asked(request: bytes) -> bytes | None:
 
 
 def _forget() -> None:
-    """Set up new workers, because a forked process inherits those of its parent."""
+    """Set up new workers, because a forked process must not use those of its parent."""
     global _IDLE
     _IDLE = queue.LifoQueue()
     for _ in range(NUM_WORKERS):
@@ -250,7 +249,7 @@ def _end() -> None:
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
 """Maximum number of comparisons kept in memory. They are kept because samples of one problem often
-repeat an answer; failed comparisons are not kept."""
+repeat an answer."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

@@ -14,7 +14,7 @@ from reftune.types import Answer
 
 MAX_DIGITS = 1_000
 MAX_EXPONENT = 400
-"""Numbers with more digits or larger powers of ten do not count as answers, so that arithmetic
+"""Numbers with more digits or a larger power of ten do not count as answers, so that arithmetic
 stays cheap."""
 
 
@@ -24,9 +24,9 @@ class Number:
 
     value: Fraction
     decimals: float = inf
-    """Digits after the decimal point as written; inf for a fraction, which has no last digit."""
+    """Number of digits after the decimal point, as written; inf for a fraction, which is exact."""
     percent: bool = False
-    """Whether it is written with a percent sign or word, so that it may mean a hundredth of
+    """Whether a percent sign or word follows the number, which may then mean a hundredth of
     `value`."""
 
     def __str__(self) -> str:
@@ -38,15 +38,15 @@ class Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """A gold number, with the decimals that are written or, if these are unknown, those that its
-    value needs (inf for 1/3)."""
+    """The number in a gold answer. If its decimals as written are unknown, those that its value
+    needs are counted (inf for 1/3)."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)
 
 
 def num_decimals(value: Fraction) -> float:
-    """Number of digits after the decimal point that spell `value` exactly; inf if they never
+    """Number of digits after the decimal point needed to spell `value` exactly; inf if they never
     end."""
     rest, count = value.denominator, 0
     while rest > 1 and count < MAX_EXPONENT + MAX_DIGITS:
@@ -59,38 +59,39 @@ def num_decimals(value: Fraction) -> float:
 
 def parse_number(text: str) -> Number | None:
     """The number that the first line of `text` states: at the start of the line, after its last
-    `=`, or as the only number of a sentence.
+    `=`, or as the only number in a sentence.
 
-    Reads spellings such as thousands separators, exponents, `a/b`, `3 1/2`, `\\frac{a}{b}`, powers
-    of ten, "2.5 million" and percent. Ignores, for example, currency, units, decoration by
-    markdown, LaTeX or HTML, words like "about", and prose after the number. None for anything else,
-    such as an unevaluated expression ("3 + 4", "2π"), an inequality, a range or alternative ("5 or
-    6"), a compound quantity ("5 feet 6 inches"), a list, a ratio, nan and inf.
+    Accepts, for example, thousands separators, exponents, `a/b`, `3 1/2`, `\\frac{a}{b}`, powers of
+    ten, "2.5 million" and percentages. Ignores currencies, units, formatting, words like "about",
+    and prose after the number. Returns None for anything else, such as unevaluated expressions ("3
+    + 4"), inequalities, ranges, alternatives like "5 or 6", compound quantities like "5 feet 6
+    inches", lists, ratios, nan and inf.
     """
     return stated_number(first_line(text))
 
 
 def stated_number(line: str) -> Number | None:
-    """As `parse_number`, for a line that is already `plain`."""
+    """Like `parse_number`, but for a line that is already `plain`."""
     answer = after_equals(line)
     return leading_number(answer) or only_number(answer)
 
 
 MIN_DECIMALS = 2
-"""The fewest decimals compared, even for numbers that are written with fewer."""
+"""Numbers are compared to at least this many decimals, even if written with fewer."""
 FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
-"""Significant digits that float arithmetic keeps, and the number of digits from which a decimal is
-taken as a printed float: 0.8333333333333334 and 0.8333333333333333 are both 5/6."""
+"""A decimal with at least `PRINTED_FLOAT_DIGITS` digits is read as a printed float and rounded to
+`FLOAT_DIGITS` significant digits, so that 0.8333333333333334 equals 5/6."""
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
-    """Whether `predicted` equals `gold` as written. If `gold` is whole, the values must be equal;
-    if not,
+    """Whether `predicted` (p) equals `gold` (g), as both are written. If `gold` is whole, the
+    values must be equal. Otherwise, both conditions must hold in exact arithmetic:
 
-        |p − g| < 10^−d  and  |p − g| ≤ 0.01·|g|,   d = max(2, the fewer decimals of the two),
+        |p − g| < 10^−d   and   |p − g| ≤ 0.01·|g|
 
-    must hold in exact arithmetic. A fraction has the other side's decimals; two fractions must be
-    equal. A printed float is first rounded to 12 significant digits.
+    Here, d is the number of decimals of the less precise one, but at least 2. A fraction takes the
+    other side's decimals; two fractions must be equal. A printed float is first rounded to 12
+    significant digits.
     """
     predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
     gap = abs(predicted.value - gold.value)
@@ -112,9 +113,9 @@ def _without_float_noise(number: Number) -> Number:
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Whether two numbers are equal as written. If only one has a percent sign, that one may also
-    be divided by 100, unless the other is a whole number above 1 in absolute value: 0.25 and 25
-    equal 25%, but 25 does not equal 2500%."""
+    """Whether two numbers are equal as written. If only one of them has a percent sign, the other
+    may also equal a hundredth of it, unless the other is a whole number above 1 in absolute value:
+    25% equals both 25 and 0.25, but 2500% does not equal 25."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:
@@ -130,8 +131,8 @@ def same_number(predicted: Number, gold: Number) -> bool:
 
 
 def spell(value: Fraction) -> str:
-    """The canonical spelling of a number, such as `18`, `0.5` or `1/3`. Equal numbers are spelled
-    the same."""
+    """The canonical spelling of a number, such as `18`, `0.5` or `1/3`. Equal numbers have the same
+    spelling."""
     if value.denominator == 1:
         return str(value.numerator)
     try:
@@ -147,8 +148,8 @@ CURRENCY = (
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
-"""Groups of two digits are read as lakhs only if one begins with 0 or a rupee sign comes first:
-"36,36,108" is a list."""
+"""Groups of two digits are read as lakhs only if one of them begins with 0 or a rupee sign precedes
+the number; "36,36,108" alone is a list."""
 _LAKHS = r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?(?![\d,]*\d)"
 _INTEGER = rf"(?:{_GROUPS}|{_INDIAN}|\d+)"
 DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
@@ -183,7 +184,7 @@ _MAGNITUDES = {
 }
 _MAGNITUDE_WORD = r" ?(hundred|thousand|lakh|million|crore|billion|trillion|mn|bn|tn)s?\b"
 _MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i:([MB]))\b| ?([万亿億])", re.IGNORECASE)
-"""Without a currency, "5m" is a length and "5 M" is not read."""
+"""Without a currency, "5m" is read as a length, and "5 M" is not read."""
 _MONEY_MAGNITUDE = re.compile(
     rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i: ?([MBT])|([mbt]))\b", re.IGNORECASE
 )
@@ -200,8 +201,8 @@ _BASES = dict(
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     """The number at index `start` of a plain line, and the index after the number; None if there is
-    no number. Sign, currency, magnitude and percent sign are part of the number. The caller checks
-    the text that follows."""
+    no number. Any sign, currency, percent sign or word such as "million" is part of the number. The
+    caller must check the text that follows."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -223,8 +224,8 @@ def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
 
 
 def leading_number(line: str) -> Number | None:
-    """The number at the start of a plain line, unless the text after it makes it part of something
-    else."""
+    """The number at the start of a plain line; None if the text after it makes it part of something
+    larger."""
     lead = _LEAD_IN.match(line)
     assert lead is not None  # it matches the empty string
     bracketed = line.startswith("<", lead.end())
@@ -233,7 +234,7 @@ def leading_number(line: str) -> Number | None:
         return None
     number, end = found
     rest = line[end:]
-    if bracketed:  # "<203>" is an answer, "< 203" is not
+    if bracketed:  # "<203>" is an answer, but "< 203" is not
         inside, closing, rest = rest.partition(">")
         if not closing or not re.fullmatch(r"[^<\d]*", inside):
             return None
@@ -245,8 +246,8 @@ def leading_number(line: str) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    """The number that `_NUMBER` matched; None if it does not count as one, for example because it
-    divides by zero."""
+    """The number in a match of `_NUMBER`; None if it is not valid, for example because it divides
+    by zero."""
     parts = {
         name: text.replace(",", "").replace("_", "")
         for name, text in match.groupdict().items()
@@ -267,12 +268,12 @@ def _number(match: re.Match[str]) -> Number | None:
 
 
 def _size(parts: dict[str, str]) -> Number | None:
-    """A number without its sign and its power of ten."""
+    """The number without its sign and power of ten; None if it is not valid."""
     if "period" in parts:
         return Number(_repeating(parts["head"], parts["period"]))
     if "endless" in parts:
         return _endless(parts["endless"])
-    if "base" in parts:  # the digits as written, as MATH's graders read them
+    if "base" in parts:  # MATH's graders read the digits as written
         word = parts["base"].lower()
         base = int(word) if word.isdigit() else _BASES.get(word, 0)
         is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in parts["digits"])
@@ -289,8 +290,8 @@ def _size(parts: dict[str, str]) -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Fraction:
-    """0.1(6) = 1/6: the period divided by as many nines as it has digits, shifted by the decimals
-    before it."""
+    """The value of 0.1(6), which is 1/6: the period divided by as many nines as it has digits,
+    shifted by the decimals before it."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return tail + Fraction(head) if head.strip(".") else tail
@@ -302,8 +303,8 @@ _PERIOD = re.compile(
 
 
 def _endless(decimal: str) -> Number:
-    """A decimal that ends in dots: 0.333... is 1/3 and 0.1212... is 4/33; if no digits repeat, as
-    in 3.14159..., the value of the digits shown."""
+    """The value of a decimal that ends in dots: 0.333... is 1/3, and 0.1212... is 4/33. If no
+    digits repeat, as in 3.14159..., it is the value of the digits shown."""
     found = _PERIOD.fullmatch(decimal[:200])
     if found is None:
         return Number(Fraction(decimal), len(decimal.partition(".")[2]))
@@ -340,10 +341,11 @@ _AND_UNKNOWN = re.compile(r"\b(?:or|and) [^\W\d]{1,3} ?$")
 
 
 def after_equals(line: str) -> str:
-    """The part of a line that states its value: usually the text after the last `=` of the first
-    sentence. It is the whole line if there is no `=`, or if a number comes before an aside that
-    contains the `=` ("18, because 2 + 2 = 4", "12 when n = 3"). It is empty if there are different
-    values ("x = 3 or x = 4"), or if only a multiple of an unknown is given ("2x = 6")."""
+    """The part of a line that states its value, which is usually the text after the last `=` of the
+    first sentence. It is the whole line if there is no `=`, or if a number precedes an aside that
+    contains the `=`, as in "18, because 2 + 2 = 4" or "12 when n = 3". It is empty if the line
+    gives different values, as in "x = 3 or x = 4", or only a multiple of an unknown, as in "2x =
+    6"."""
     condition = _LEADING_CONDITION.match(line)
     if condition is not None:  # "when n = 3, 12"
         line = line[condition.end() :]
@@ -442,8 +444,8 @@ _ATTACHED_LETTER = re.compile(r"(?:a|[DEGHIOPQRSUXYZ])\b")
 
 
 def _is_part_of_more(rest: str) -> bool:
-    """Whether the text after a number makes it part of something else. This depends on the kinds of
-    the next words and symbols."""
+    """Whether the text after a number makes the number part of something larger, judged by the
+    kinds of the next words and symbols."""
     shape = _SHAPE.sub(lambda match: _LETTER_OF[match.lastgroup or "word"], rest[:_LOOKAHEAD_CHARS])
     return (
         _CONTINUES.match(shape) is not None
@@ -488,7 +490,7 @@ _RESTATED = re.compile(
 
 
 def _restates(number: Number, rest: str) -> bool:
-    """Whether the text after a number repeats it in another spelling: "12.5%, or 1/8"."""
+    """Whether the text after a number repeats the number in another spelling: "12.5%, or 1/8"."""
     found = _RESTATED.match(rest, 0, _LOOKAHEAD_CHARS)
     again = None if found is None else numeral_at(rest, found.end())
     if again is None or _is_part_of_more(rest[again[1] :]):
@@ -515,9 +517,9 @@ _NOT_ABOUT = re.compile(
 
 
 def only_number(line: str) -> Number | None:
-    """The number of a plain sentence that begins with words and contains no other number: "page
-    12", "each child gets 12 sweets". None if the words before it may change its meaning, as in "at
-    least 12"."""
+    """The number in a plain sentence that begins with words and contains no other number, such as
+    "each child gets 12 sweets". None if the words before the number may change its meaning, as in
+    "at least 12"."""
     end = _SENTENCE_END.search(line)
     sentence = (line if end is None else line[: end.start()]).lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)
@@ -532,6 +534,6 @@ def only_number(line: str) -> Number | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in `text`, in canonical spelling; None if there is none."""
+    """The last number in `text`, in its canonical spelling; None if there is none."""
     numbers = [_number(match) for match in _NUMBER.finditer(plain(text[-MAX_SEGMENT_CHARS:]))]
     return next((spell(number.value) for number in reversed(numbers) if number is not None), None)

@@ -32,8 +32,8 @@ _LETTERED = re.compile(
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """Options without their letters ("a ) 38", "(B) 12", "C. 30", "D - 5"); unchanged unless each
-    carries the letter of its position."""
+    """Options such as "a ) 38", "(B) 12", "C. 30" or "D - 5" without their letters; unchanged
+    unless each has the letter of its position."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]
@@ -44,8 +44,8 @@ def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter that `text` chooses among `choices`: stated as a letter, or as a value or text
-    equal to exactly one option.
+    """The letter of the option that `text` chooses among `choices`, either by its letter or by a
+    value or text that equals exactly one option.
 
     Without `choices`, any letter is accepted. None if `text` does not choose a single option, for
     example if it names two letters.
@@ -60,8 +60,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
-    """Whether a leading letter is a choice, rather than a variable ("c = 5") or the article in "a
-    5% rise"."""
+    """Whether a leading letter is a choice, rather than a variable, as in "c = 5", or an article,
+    as in "a 5% rise"."""
     position = ord(letter) - ord("a")
     if choices and position >= len(choices):
         return False
@@ -69,7 +69,7 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
         return True
     if letter == "a":
         return bool(choices) and same_text(rest, choices[0])
-    return re.match(r" ?[-=+*/^<]|[^\s(—]", rest) is None  # nor the beginning of C# or a²
+    return re.match(r" ?[-=+*/^<]|[^\s(—]", rest) is None  # C# and a² are not choices
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:
@@ -80,14 +80,14 @@ def names_option(line: str, choices: Sequence[str]) -> bool:
 
 
 def _begins_with(line: str, choice: str) -> bool:
-    """Whether a line is an option's text, or continues after it with punctuation or a reason."""
+    """Whether a line is an option's text, alone or followed by punctuation or a reason."""
     head = re.split(r"[,.;:] | \(|[.!]$| - | because\b", line, maxsplit=1)[0]
     return same_text(line, choice) or same_text(head, choice)
 
 
 def _names_another(line: str, choices: Sequence[str], chosen: int) -> bool:
-    """Whether another option follows the chosen one's text: "Paris, Rome", "Paris? No, Rome",
-    "Paris (C)"."""
+    """Whether another option follows the chosen one's text, as in "Paris, Rome", "Paris? No, Rome"
+    or "Paris (C)"."""
     parts = re.split(
         rf"[,;:&?!.()] ?(?:(?:{SORRY}|or|maybe|perhaps|possibly)\b[, ]*)*| - ",
         line[:500],

@@ -1,4 +1,4 @@
-"""The grading of the paper's authors, including its oddities."""
+"""Grades as the paper's authors do, including the oddities of their code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 
 
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
-    """The authors' rule for worked solutions: `grade_value_paper` for the text after the last
-    `PAPER_TRIGGER`, or for the whole text if there is none. nan and inf therefore count as wrong
+    """The authors' rule for worked solutions: `grade_value_paper` grades the text after the last
+    `PAPER_TRIGGER`, or the whole text if there is none. As a result, nan and inf count as wrong
     answers, and if the gold answer is not a number, any text counts as an answer."""
     text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
     return grade_value_paper(text, problem)
@@ -22,7 +22,7 @@ def grade_completion_paper(completion: str, problem: Problem) -> Graded:
 
 def grade_value_paper(value: Any, problem: Problem) -> Graded:
     """The authors' rule for a program's value: `float(value)` must be within 0.01 of a gold number.
-    Any other gold answer is compared with `str(value)`, ignoring case and quotation marks."""
+    Any other gold answer is compared with the value's text, ignoring case and quotation marks."""
     gold = problem.answer
     if gold.kind != "number":
         return _grade_string_paper(value, str(gold.value))

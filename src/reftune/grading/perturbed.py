@@ -1,4 +1,4 @@
-"""Gold solutions changed so that their answer is certainly wrong, or certainly still right, to test
+"""Changes gold solutions so that their answer is certainly wrong or certainly still right, to test
 a reward."""
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from reftune.grading.markers import answer_text, reasoning_text
 from reftune.types import Answer, Problem
 
 MAX_SIZE = 10**6
-"""Numbers of this size or larger are not changed, because a change by 1 may be within the grader's
+"""Numbers of this size or larger are not changed, because a change of 1 may be within the grader's
 tolerance."""
 PRINTED = "printed and not returned"
-"""The change after which a program prints its answer instead of returning it; formats that read
-scripts may accept this."""
+"""The change that makes a program print its answer instead of returning it. Formats that read
+scripts may accept such a program."""
 _RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
 _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 
@@ -26,7 +26,7 @@ class Perturbed:
     """A changed solution."""
 
     kind: str
-    """The change in words."""
+    """The change, described in words."""
     text: str
 
 
@@ -38,13 +38,13 @@ def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
 
 
 def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """The gold solution `target` as others would write it, with the same answer."""
+    """Solutions with the answer of the gold solution `target`, written slightly differently."""
     found = _RETURN.search(target)
     yield from _right_programs(problem, target, found) if found else _right_words(problem, target)
 
 
 def other_answers(problem: Problem) -> dict[str, str]:
-    """Kind of change → an answer other than the gold one; empty if none is certainly wrong."""
+    """Answers other than the gold one, by kind of change; empty if none is certainly wrong."""
     gold = problem.answer.value
     if problem.answer.kind == "choice" and len(problem.choices) > 1:
         position = (ord(str(gold)) - ord("a") + 1) % len(problem.choices)
@@ -95,7 +95,7 @@ def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
 
 
 def _parts(target: str) -> tuple[str, str] | None:
-    """The text up to the answer, and the answer; None if there is no answer to be found."""
+    """The text before the answer, and the answer itself; None if no answer can be found."""
     tail = answer_text(target)
     found = _STATED.fullmatch(tail) if tail else None
     if tail is None or found is None or not target.endswith(tail):

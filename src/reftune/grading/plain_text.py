@@ -1,4 +1,4 @@
-"""Spells digits and signs in ASCII, and removes markdown, LaTeX and HTML decoration."""
+"""Spells digits and signs in ASCII, and removes Markdown, LaTeX and HTML formatting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 MAX_SEGMENT_CHARS = 2_000
-"""Maximum number of characters of an answer that are searched for a number or a choice."""
+"""At most this many characters of an answer are searched for a number or a choice."""
 
 _ASCII = str.maketrans(
     {
@@ -76,9 +76,9 @@ _BULLET = re.compile(r"[-*+•–—] +")
 
 
 def first_line(text: str) -> str:
-    """The first line with a letter or digit, plain and with single spaces; empty if there is none.
-    A line that is cut for its length ends in a backslash. Bullets are removed, except from the
-    first line of the text, where a dash may be a minus sign."""
+    """The first line that contains a letter or digit, in plain text with single spaces; empty if
+    there is none. A line cut off for its length ends in a backslash. Bullets are removed, except
+    from the first line of the text, where a dash may be a minus sign."""
     start = text.lstrip()
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
@@ -93,7 +93,7 @@ def first_line(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` in ASCII digits and signs, without markdown, LaTeX and HTML decoration."""
+    """`text` with ASCII digits and signs, and without Markdown, LaTeX or HTML formatting."""
     text = _SWISS_GAP.sub(",", _FORMULA.sub(r"\1", text) if "$" in text else text)
     if not text.isascii():
         text = _SPACED_DASH.sub("—", _DIGIT_GAP.sub("", text))
@@ -131,9 +131,8 @@ _GROUPED_BY_SPACES = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?! 
 
 
 def with_decimal_points(text: str) -> str:
-    """`text`, which has decimal commas, with its numbers spelled as in English: "3,5" is 3.5, and
-    "1.250,75" and "1 250,75" are 1250.75. A point that cannot group thousands stays a decimal
-    point."""
+    """Rewrite numbers with decimal commas as in English: "3,5" stands for 3.5, and both "1.250,75"
+    and "1 250,75" stand for 1250.75. A point that cannot group thousands stays a decimal point."""
     text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
     return _DIGITS.sub(_with_decimal_point, text.replace("{,}", ","))
 
@@ -146,12 +145,12 @@ def _with_decimal_point(match: re.Match[str]) -> str:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Whether two strings differ at most in case, spacing, decoration and closing punctuation.
-    False if nothing else is in them."""
+    """Whether two strings are the same apart from case, spacing, formatting and final punctuation.
+    False if they contain nothing else."""
     return _bare(first) == _bare(second) != ""
 
 
 def _bare(text: str) -> str:
-    """`text` without case, spaces, quotes, emphasis and closing punctuation."""
+    """`text`, case-folded and without spaces, quotation marks, emphasis or final punctuation."""
     words = re.sub(r"[\s\"'`*]+|(?<!\w)_+|_+(?!\w)", "", plain(text[:MAX_SEGMENT_CHARS]))
     return words.rstrip(".,;:!?").casefold()

@@ -1,6 +1,6 @@
-"""Grades completions and values. Every text gets a verdict, and no text raises an error.
+"""Grades completions and values. Every text gets a verdict, and no text causes an error.
 
-All functions are pure, except that a worker process compares expressions.
+All functions are pure, except that expressions are compared in a worker process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from reftune.grading.words import TAKEN_BACK, bare_words, states_words
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 
 MAX_VALUE_CHARS = 200
-"""Longest `Graded.value`, and longest quotation in a reason."""
+"""Maximum length of `Graded.value`, and of a quotation in a reason."""
 PATTERN_S = 0.5
 """Seconds allowed for matching an answer against a pattern."""
 
@@ -52,8 +52,8 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{�
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade a worked solution by the answer after its last marker. A marker that only mentions the
-    answer ("Note on the answer: …") does not count. If the last two markers give alternatives, both
-    must be right."""
+    answer, as in "Note on the answer: …", is ignored. If the last two markers give alternatives,
+    both must be right."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)
@@ -76,7 +76,7 @@ _NO_VALUE = re.compile(
     r"|ten|eleven|twelve|hundred|thousand)\b|n't\b|∞",
     re.IGNORECASE,
 )
-"""Words by which a statement gives an answer without digits: number words, and denials."""
+"""Matches words that give an answer without digits, such as number words and denials."""
 
 
 def _says_something(statement: Statement, problem: Problem) -> bool:
@@ -93,7 +93,7 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 def grade_value(value: Any, problem: Problem) -> Graded:
     """Grade the value that a program returned. A float that is not whole is first rounded to 12
     significant digits. Values such as None, nan and inf do not count as answers. A boolean counts
-    only if the gold answer is yes or no; a list or date, only if the gold answer is neither a
+    only if the gold answer is yes or no. A list or date counts only if the gold answer is neither a
     number nor a choice."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
@@ -106,7 +106,7 @@ def grade_value(value: Any, problem: Problem) -> Graded:
 
 
 def grade_sentence(text: str, problem: Problem) -> Graded:
-    """Grade one line that a program printed: the answer, alone or in a sentence ("Total: 5")."""
+    """Grade one line of a program's output: the bare answer, or a sentence such as "Total: 5"."""
     stated = answer_text(text)
     return grade_answer(text if stated is None else stated, problem)
 
@@ -115,7 +115,7 @@ _NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
 
 
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade an answer, perhaps with units and prose around it."""
+    """Grade an answer that may have units and prose around it."""
     if reading.decimal == "," and problem.answer.kind in _NUMERIC:
         text = with_decimal_points(text)
     if problem.scorer is not None:
@@ -178,10 +178,10 @@ def _grade_pattern(text: str, problem: Problem) -> Graded:
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
-    """The best of the grades against the accepted spellings."""
+    """The best of the grades for the accepted spellings."""
     graded = [grade_answer(text, each) for each in _parts(problem)]
     best = min(graded, key=_badness)
-    if best.verdict is Verdict.CORRECT:  # all spellings are one answer
+    if best.verdict is Verdict.CORRECT:  # all spellings stand for one answer
         return judge(True, str(problem.answer.value), str(problem.answer.value))
     return best
 
@@ -222,8 +222,8 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line, without the words after the list; the whole text if its lines hold one part
-    each."""
+    """The first line, without any words after the list; the whole text if each line holds one
+    part."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
@@ -241,18 +241,19 @@ def _parts(problem: Problem) -> list[Problem]:
 
 
 def needs_worker(gold: Answer) -> bool:
-    """Whether comparing answers with this gold answer takes another process."""
+    """Whether comparing answers with this gold answer needs a worker process."""
     return "latex" in {gold.kind, *(part_answer(item).kind for item in gold.items)}
 
 
 @lru_cache(maxsize=10_000)
 def part_answer(item: str) -> Answer:
-    """The gold answer stated by one part of a list or set, or by one accepted spelling."""
+    """One part of a list or set, or one accepted spelling, as a gold answer."""
     return number_gold(item) or worded_gold(item)
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """Grade by the best score among several spellings, because scorers expect the bare answer."""
+    """Grade by the best score among several spellings, because the task's scorer expects the bare
+    answer."""
     words = text.strip()
     if not words:
         return no_answer("nothing after the marker")
@@ -276,7 +277,7 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
 def judge(right: bool, value: str, gold: str) -> Graded:
     """CORRECT or WRONG, with a reason that quotes the answer and the gold answer."""
     gold = clip(gold)
-    if len(value) > MAX_VALUE_CHARS:  # a checksum tells apart long values that begin alike
+    if len(value) > MAX_VALUE_CHARS:  # a checksum distinguishes long values that begin alike
         value = f"{clip(value[:180])}… {zlib.crc32(value.encode('utf-8', 'replace')):08x}"
     value = clip(value)
     verdict, is_gold = (Verdict.CORRECT, "is") if right else (Verdict.WRONG, "is not")
@@ -310,13 +311,14 @@ def no_answer(reason: str) -> Graded:
 
 
 def quote(text: str) -> str:
-    """The start of `text`, in quotation marks, as shown in a reason."""
+    """The start of `text` in quotation marks, for use in a reason."""
     words = clip(text.lstrip()[:80])
     return f'"{words}"' if words else "an empty string"
 
 
 def clip(text: str) -> str:
-    """`text` as one bounded line of printable characters, which can always be encoded."""
+    """`text` as one line of limited length, with `�` for unprintable characters, so that it can be
+    encoded."""
     line = " ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS]
     return "".join(char if char.isprintable() else "�" for char in line)
 
@@ -336,7 +338,7 @@ _EDGES = ("()", "[)", "(]", "{}")
 
 
 def _other_value_text(value: Any, gold: Answer) -> str | None:
-    """The text of a boolean if the gold answer is yes or no, and of a list or date if the gold
+    """The text of a boolean if the gold answer is yes or no, or of a list or date if the gold
     answer may be one; None for any other value."""
     if gold.kind in ("number", "choice"):
         return None
@@ -353,7 +355,7 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
 
 
 def describe(value: Any) -> str:
-    """A value that is not an answer, as quoted in a reason."""
+    """Describe, for a reason, a value that is not an answer."""
     if isinstance(value, bool | float | None):
         return str(value)
     if isinstance(value, int):

@@ -2,8 +2,8 @@
 estimates pass@k. All functions are pure.
 
 Only samples with a value vote, and votes for equal values are pooled: 0.5, 1/2 and 50% are equal,
-except under the paper's rules, which compare spellings. A tie goes to the value seen first; without
-any vote, the result is wrong.
+except under the paper's rules, which compare spellings. In a tie, the value seen first wins.
+Without any votes, the result is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?:/\d+)?%?")
 
 
 def has_value(graded: Graded) -> bool:
-    """Whether a sample may vote: an answer was read from it."""
+    """Whether an answer was read from a sample, so that it may vote."""
     return graded.value is not None
 
 
@@ -36,15 +36,15 @@ def has_letter(graded: Graded) -> bool:
 
 
 def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
-    """Which samples may vote under a format's grading: all with an answer or, for choices under the
-    paper's rules, those with a letter."""
+    """The test for which samples may vote under a format's grading: those with an answer or, for
+    multiple choice under the paper's rules, those with a letter."""
     return has_letter if grading == "paper" and is_choice else has_value
 
 
 def same_answer(first: str, second: str) -> bool:
     """Whether two values that the grader read are one answer: equal numbers, or the same words.
 
-    Values of expressions are spelled from their parsed form, so comparing words is enough for them.
+    The values of expressions are spelled from their parsed form, so comparing words is enough.
     """
     if first == second:
         return True
@@ -55,8 +55,7 @@ def same_answer(first: str, second: str) -> bool:
 
 
 def equality(grading: str | None) -> Same:
-    """The test for whether two values are one answer under a format's grading; the paper's rules
-    compare spellings."""
+    """The test for whether two values are one answer under a format's grading."""
     return operator.eq if grading == "paper" else same_answer
 
 
@@ -67,12 +66,12 @@ def majority_curve(
     valid: Callable[[Graded], bool] = has_value,
     same: Same = same_answer,
 ) -> list[Graded | None]:
-    """For k = 1 … n, the first sample with the most frequent value among the first k samples; None
-    if none of these samples is valid. With `weights` (a reward model's scores), each sample's vote
-    counts by its weight (DiVeRSe, arXiv:2206.02336).
+    """For each k from 1 to n, the first sample with the most frequent value among the first k
+    samples; None if none of these is valid. With `weights`, such as a reward model's scores, each
+    vote has its sample's weight (DiVeRSe, arXiv:2206.02336).
 
     The first k of n samples are themselves a draw of k samples, so the mean over problems is an
-    unbiased estimate of maj@k. The last point is the vote over all samples.
+    unbiased estimate of maj@k.
     """
     first: dict[str, Graded] = {}
     votes: dict[str, float] = defaultdict(float)
@@ -95,9 +94,9 @@ def rerank_curve(
     *,
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
-    """For k = 1 … n, the valid sample with the highest score among the first k samples; None if
-    none of these samples is valid. On a tie, the earlier sample wins. A repeated completion counts
-    once, at its first position."""
+    """For each k from 1 to n, the valid sample with the highest score among the first k samples;
+    None if none of these is valid. In a tie, the earlier sample wins. Repeats of an earlier
+    completion are ignored, though they still count towards k."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []
@@ -116,8 +115,8 @@ def is_correct(winner: Graded | None) -> bool:
 
 
 def pass_at_k(n: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that k samples include a correct one. It is made from n
-    samples, of which c = `num_correct` are correct.
+    """Unbiased estimate of the probability that at least one of k samples is correct, given n
+    samples of which c = `num_correct` are correct.
 
         1 − C(n − c, k) / C(n, k)
 

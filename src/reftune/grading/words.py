@@ -1,4 +1,4 @@
-"""Answers in words: when two of them are the same, and when an answer begins with the gold
+"""Decides whether two answers in words are the same, and whether an answer begins with the gold
 answer."""
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Literal
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 
 MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""Longest gold answer, in words and characters, after which a model's answer may go on."""
+"""An answer may go on in the same line after a gold answer of at most this many words and
+characters."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
@@ -35,11 +36,11 @@ TAKEN_BACK = re.compile(
     rf"(?:{SORRY}\b\s*(?:[,.:;!—–]|(?:wait|no)\b)|(?:i mean|actually|or rather)\b|{IS_WRONG})",
     re.IGNORECASE,
 )
-"""Phrases that withdraw an answer: "No, …", "Hmm, …", "That is wrong."."""
+"""Matches phrases that withdraw an answer, such as "No, …", "Hmm, …" and "That is wrong."."""
 _OR_ELSE = re.compile(r"\W*(?:or|maybe|perhaps|possibly|alternatively)\b")
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
-"""A name followed only by names may be several answers: "Paris, London"."""
+"""A name followed only by other names, as in "Paris, London", may be several answers."""
 _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[.,]|[ t]00:00(?::00)?$")
@@ -47,14 +48,14 @@ _DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")
 
 
 def same_words(first: str, second: str) -> bool:
-    """Whether two strings differ at most in Unicode form, case, articles, spacing, decoration and
-    closing punctuation, or are two spellings of one date."""
+    """Whether two strings are the same apart from Unicode form, case, articles, spacing, formatting
+    and final punctuation, or are two spellings of one date."""
     bare = bare_words(first)
     return bare != "" and (bare == bare_words(second) or _same_date(first, second))
 
 
 def bare_words(text: str) -> str:
-    """A spelling that is equal for strings with the same words."""
+    """A normalised spelling, which is the same for all strings with the same words."""
     folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     less = _ARTICLE.sub("", " ".join(folded.split()))
@@ -62,9 +63,9 @@ def bare_words(text: str) -> str:
 
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """Whether the gold answer is the whole text, its first line or, if the gold answer is short,
-    the text up to punctuation or a reason ("Yes, they do."). `unclear` if the text then withdraws
-    the gold answer or adds another: "Yes and no"."""
+    """Whether `text` states the gold answer: as the whole text, as its first line or, if the gold
+    answer is short, up to punctuation or a reason ("Yes, they do."). `unclear` if the text then
+    withdraws the gold answer or adds another one ("Yes and no")."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):

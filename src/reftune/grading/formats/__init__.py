@@ -1,5 +1,5 @@
-"""Formats define how a problem is put to the model and how the completion is graded. Each has its
-own file."""
+"""A format defines how a problem is put to the model and how the completion is graded. Each format
+has its own file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from reftune.types import Conversation, Graded, Problem
 
 
 class Format(Protocol):
-    """The interface of every format. Prompt and target meet at the same token boundary in every
-    stage."""
+    """The interface of every format. In every stage, prompt and target meet at the same token
+    boundary."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
         """The text that the model continues, or the conversation that it answers. The tokenizer's
-        BOS precedes a string, unless it is a `BareText`."""
+        BOS token precedes a string unless it is a `BareText`."""
 
     def target(self, problem: Problem) -> str:
         """The gold continuation: the text right after the prompt, or the assistant's turn.
@@ -24,4 +24,4 @@ class Format(Protocol):
         """
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in order. Never raises because of a completion's text."""
+        """One grade per completion, in order. No completion's text may cause an error."""

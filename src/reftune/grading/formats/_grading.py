@@ -1,4 +1,4 @@
-"""The recipe key `grading`: the grader's rules, or a user's own grader."""
+"""The recipe key `grading`, which names the grader's rules or a user's own grader."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from reftune.types import Graded, Problem, Verdict
 
 RULES = ("robust", "paper")
 Grader = Callable[[str, Problem], object]
-"""A user's own grader: (a completion or the text of its program's value, the problem) → a `Graded`,
-or a bool that tells whether the answer is right."""
+"""A user's own grader. It takes a completion, or the text of its program's value, and the problem.
+It returns a `Graded`, or a bool that tells whether the answer is right."""
 
 
 def _known(grading: str) -> str:
@@ -32,7 +32,7 @@ Grading = Annotated[str, AfterValidator(_known)]
 
 @functools.cache
 def own_grader(grading: str) -> Grader:
-    """The function that `file.py:Name` names or, if `Name` is a class, an instance of it."""
+    """The function that `file.py:Name` names or, if `Name` is a class, an instance of the class."""
     found = component_class(grading, group="formats")
     grader: Grader = found() if isinstance(found, type) else found
     return grader
@@ -43,7 +43,7 @@ def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
     nor a bool, the verdict is ERROR, so that failures are counted."""
     try:
         verdict = grader(text, problem)
-    except Exception as failure:  # noqa: BLE001  graders parse a model's text
+    except Exception as failure:  # noqa: BLE001  a model's text may break a grader
         reason = f"the grader failed: {type(failure).__name__}: {clip(str(failure))}"
         return Graded.without_answer(Verdict.ERROR, reason)
     if isinstance(verdict, Graded):

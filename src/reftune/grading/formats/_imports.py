@@ -1,7 +1,7 @@
 """Removes unused imports from programs.
 
-Programs are split into tokens, but neither parsed nor run, so that none can crash this process. A
-program that cannot be split into tokens stays as it is.
+Programs are split into tokens, but neither parsed nor run, so that no program can crash this
+process. A program that cannot be split into tokens stays as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Import:
     head: str
     """The words before the imported names: `import`, or `from … import`."""
     parts: tuple[str, ...]
-    """The imported names as they are spelled, such as `numpy as np`."""
+    """The imported names as written, such as `numpy as np`."""
 
     @property
     def modules(self) -> list[str]:
@@ -49,11 +49,12 @@ class _Import:
 
 
 def without_unused_imports(program: str) -> str:
-    """`program` without unused imports; a statement that imports nothing else becomes `pass`.
+    """`program` without its unused imports. A statement that imports only unused names becomes
+    `pass`.
 
     A name counts as used if it occurs in code (except after a dot) or in an f-string. In a program
     that uses `eval`, `exec` or `compile`, a name in any string counts as used. Imports of forbidden
-    modules stay, so that the sandbox notices them; `import *` stays too.
+    modules stay, so that the sandbox notices them, and `import *` stays too.
     """
     if "import" not in program:
         return program
@@ -121,7 +122,7 @@ def _used(tokens: Sequence[_Token]) -> set[str]:
 
 
 def _less_unused(statement: _Import, used: set[str]) -> str | None:
-    """The statement without its unused names; None if it stays as it is."""
+    """The statement without its unused names; None if it does not change."""
     kept = [part for part in statement.parts if _bound(part) in used]
     if len(kept) == len(statement.parts) or FORBIDDEN_MODULES.intersection(statement.modules):
         return None
@@ -135,5 +136,5 @@ def _replace(lines: list[str], tokens: Sequence[_Token], replacement: str) -> No
 
 
 def _bound(part: str) -> str:
-    """The name that an import binds; for `a.b` it is `a`."""
+    """The name that an import binds, such as `a` for `a.b`."""
     return part.rpartition(" as ")[2] if " as " in part else part.partition(".")[0]

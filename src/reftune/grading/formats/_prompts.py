@@ -1,4 +1,4 @@
-"""The question as a model reads it, depending on `style`; shared by the formats."""
+"""Writes the question as the model reads it, according to `style`, for all formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "chat": ("system", "instruction", "template_args"),
     "plain": ("template", "examples"),
 }
-"""Style → the keys that only this style reads."""
+"""A style → the keys that only this style reads."""
 SLOT = "{question}"
 PLAIN = f"{SLOT}\n"
 
@@ -33,7 +33,7 @@ class Shot(Table):
 
 
 class Prompted(Component):
-    """Base of the formats that come with reftune: how a question is put to the model."""
+    """Defines how the formats that come with reftune put a question to the model."""
 
     style: Style = "compact"
     """How a question is put to the model. `compact` is the question alone (for `program`, followed
@@ -73,7 +73,7 @@ class Prompted(Component):
         return self.style in READ_BY
 
     def framed(self, problem: Problem) -> str | Conversation:
-        """The prompt of the styles `chat` and `plain`."""
+        """The prompt for the style `chat` or `plain`."""
         return self._conversation(problem) if self.style == "chat" else self._plain(problem)
 
     def _conversation(self, problem: Problem) -> Conversation:
@@ -99,7 +99,7 @@ class Prompted(Component):
 
 
 def question_text(problem: Problem) -> str:
-    """The question and its options."""
+    """The question, with any options."""
     return with_options(problem.question, problem)
 
 
@@ -117,7 +117,7 @@ def with_options(question: str, problem: Problem) -> str:
 
 
 def paper_prompt(problem: Problem, header: str = "") -> BareText:
-    """The prompt of ReFT's authors, ending in `header`. Source: their code."""
+    """The prompt that ReFT's authors use, ending in `header`. Source: their code."""
     return BareText(f"Question:\n{question_text(problem)}\nAnswer reasoning:\n{header}")
 
 

@@ -21,7 +21,7 @@ DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
 
 
 class Nl(Prompted):
-    """A worked solution in words that ends by naming its answer."""
+    """A worked solution in words that ends by stating its answer."""
 
     kind: str = "nl"
     grading: Grading = "robust"
@@ -43,12 +43,12 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale, followed by a line that states the answer as the grading reads it.
-        Except in the paper's style or grading, this line is left out if the rationale's last line
-        already states the answer.
+        """The gold rationale, followed by a line that states the answer in a form that the grading
+        reads. If the rationale's last line already states the answer, this line is omitted, unless
+        the style or grading is `paper`.
 
-        Raises: DataError if there is no rationale, if the rationale is a program or, for a `regex`
-        answer, if its last line states no match.
+        Raises: DataError if there is no rationale, if it is a program, or if the answer is of the
+        kind `regex` and the last line states no match.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):
@@ -90,6 +90,6 @@ class Nl(Prompted):
 
 
 def _decimal(answer: Answer) -> str:
-    """The answer in a spelling that the authors' grading accepts: `float()` rejects 1/3 and 25%."""
+    """The answer in a spelling that the authors' grading accepts; `float()` rejects 1/3 and 25%."""
     text = str(answer).removesuffix("%" * answer.percent)
     return repr(float(answer.value)) if isinstance(answer.value, Fraction) and "/" in text else text

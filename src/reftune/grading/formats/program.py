@@ -1,22 +1,19 @@
 """Rationales that are programs.
 
-A completion continues `def solution():` or holds a whole program. The program is found by searching
-the text, because only the sandbox parses or runs a model's code. The program is the last fenced
-block that defines `solution`, or the whole text if no block does. If nothing defines `solution`,
-the body of `solution` is the last fenced block with a `return`, or the whole text if no block has
-one.
+A completion either continues `def solution():` or contains a whole program. The program is found by
+searching the text, because only the sandbox parses or runs a model's code. It is the last fenced
+block that defines `solution` or, if no block does, the whole text. If nothing defines `solution`,
+the last fenced block with a `return`, or else the whole text, is the body of `solution`.
 
-Unused imports are removed. Then these versions are tried in order, each only if all before it ended
-in an error:
+Unused imports are removed. Then the versions below are tried in order, each only if all earlier
+ones ended in an error:
 
 1. the program or body as it stands;
-2. the same without prose. A program keeps its imports, its definitions and the assignments before
-   `solution`, and nothing else at the left margin. A body keeps its lines up to the first one at
-   the left margin; a body that itself stands at the left margin ends at its first `return`;
-3. the program, preceded by those fenced blocks above it that define no `solution`, as in a
+2. the same without prose. Of a program's statements at the left margin, only imports, definitions
+   and the assignments before `solution` are kept. A body ends before its first line at the left
+   margin; a body that itself stands at the left margin ends after its first `return`;
+3. the program, preceded by the fenced blocks above it that do not define `solution`, as in a
    notebook.
-
-If `solution` is defined several times, the last definition counts, as in Python.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ from reftune.types import Conversation, Graded, Problem, Verdict
 
 HEADER = "def solution():\n"
 MAX_CHARS = 50_000
-"""Longest part of a completion that is read, in characters."""
+"""At most this many characters of a completion are read."""
 
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _SOLUTION = re.compile(
@@ -67,8 +64,8 @@ class Script:
 
     source: str
     call: str
-    """The expression, such as `solution()` or a variable. The expression is `None` if the program
-    prints its answer."""
+    """The expression, such as `solution()` or the name of a variable; `None` if the program prints
+    its answer."""
 
 
 class Program(Prompted):
@@ -102,8 +99,8 @@ class Program(Prompted):
         )
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The prompt in the chosen `style`. With `compact`, it ends in the function's header; with
-        `paper`, in the header and the question as a docstring."""
+        """The prompt in the chosen `style`. In the style `compact`, it ends with the function's
+        header; in the style `paper`, with the header and the question as a docstring."""
         if self.writes_all:
             return self.framed(problem)
         if self.style == "paper":
@@ -111,12 +108,13 @@ class Program(Prompted):
         return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
 
     def target(self, problem: Problem) -> str:
-        """The gold program without the docstring of `solution`. If the prompt contains the
-        function's header, it is only the function's body.
+        """The gold program without the docstring of `solution`; only the body of `solution` if the
+        prompt already contains the function's header.
 
-        In the compact style, the target begins with the line break before the body. Tokenizers join
-        this line break with the indent, so prompt and target, tokenised separately, would otherwise
-        not give the tokens of the whole text. Raises: DataError if there is no program.
+        In the style `compact`, the target begins with the line break before the body. Tokenizers
+        join this line break with the indent. If it ended the prompt, prompt and target, tokenised
+        separately, would not give the tokens of the whole text. Raises: DataError if there is no
+        program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -129,7 +127,7 @@ class Program(Prompted):
         return body if self.style == "paper" else f"\n{body}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in order. Equal programs run once."""
+        """One grade per completion, in order. Identical programs run only once."""
         if self.style == "compact":
             completions = [completion.removeprefix("\n") for completion in completions]
         pairs = list(zip(problems, completions, strict=True))
@@ -154,8 +152,8 @@ class Program(Prompted):
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """The grade of the first program that does not end in an error; if all do, of the first
-        one."""
+        """The grade of the first program that does not end in an error or, if all do, of the first
+        program."""
         if not results:
             expected = ", nor does it assign or print an answer" * (self.scripts == "read")
             reason = f"the text defines no solution() and returns nothing{expected}"
@@ -205,8 +203,8 @@ def _failed(result: ExecutionResult) -> Graded:
 
 
 def programs_in(completion: str) -> tuple[str, ...]:
-    """The programs to try, in order; none if the completion defines no `solution` and returns
-    nothing."""
+    """The programs to try, in order; none if the completion has neither a `solution` nor a
+    `return`."""
     text, blocks = _text_and_blocks(completion)
     for program in (*reversed(blocks), textwrap.dedent(text) if text[:1].isspace() else text):
         if _SOLUTION.search(program):
@@ -219,10 +217,10 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, in order; none if the completion defines a `solution`. Indented text
-    without fenced blocks is the body of `solution`. In other text, the program is the last fenced
-    block that prints or that, at the left margin, assigns an answer. If no block does, the program
-    is the whole text if that does, and otherwise there is none."""
+    """The programs to try, in order; none if the completion defines `solution`. Indented text
+    without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced block
+    that prints or, at the left margin, assigns an answer. If no block does but the whole text does,
+    the whole text is the program; if it does not, there is none."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -236,15 +234,15 @@ def scripts_in(completion: str) -> tuple[Script, ...]:
 
 
 def _after_helpers(program: str, blocks: list[str]) -> str:
-    """A fenced program, preceded by those blocks above it that define no `solution`."""
+    """A fenced program, preceded by the blocks above it that do not define `solution`."""
     above = blocks[: blocks.index(program)] if program in blocks else []
     return "\n".join([*(block for block in above if not _SOLUTION.search(block)), program])
 
 
 def _answer_of(script: str) -> str:
     """The expression that holds the answer: the first of `ANSWER_NAMES` that the script assigns. If
-    the script assigns none of them, the expression is `result` if the script prints nothing, and
-    otherwise `None`, which stands for the printed text."""
+    it assigns none of them, the expression is `result` if the script assigns `result` and prints
+    nothing. Otherwise, it is `None`, which stands for the printed text."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -262,8 +260,8 @@ def _unique(*programs: str) -> tuple[str, ...]:
 
 
 def _without_prose(program: str) -> str:
-    """Only the definitions, the imports, and the assignments before `solution`. If `solution` is
-    only defined inside quotes, the whole program."""
+    """The definitions, the imports, and the assignments before `solution`; the whole program if
+    `solution` is defined only inside quotes."""
     chunks = _chunks(program)
     last = max(
         (index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)), default=None
@@ -279,7 +277,7 @@ def _without_prose(program: str) -> str:
 
 
 def _chunks(program: str) -> list[str]:
-    """Lines at the left margin, each with the lines that belong to it: indented or blank ones,
+    """The lines at the left margin, each with the lines that belong to it: indented or blank lines,
     closing brackets, and text inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
@@ -296,8 +294,8 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """The body with a function's indent, which is added if the first line has lost it or if the
-    whole body is at the margin."""
+    """The body, indented as in a function. The indent is added if the first line has lost it or if
+    the whole body is at the margin."""
     lines = body.strip("\n").rstrip().split("\n")
     while lines and not lines[0].strip():
         del lines[0]
@@ -311,8 +309,8 @@ def _indented(body: str) -> str:
 
 
 def _first_indent(lines: list[str]) -> int:
-    """The indent that the first line should have, judged by the lines below it, down to the first
-    one at the margin."""
+    """The indent that the first line should have, judged by the lines below it that precede the
+    first line at the margin."""
     first = _indent(lines[0])
     below = []
     for line in lines[1:]:
@@ -378,11 +376,11 @@ def _paper_header(problem: Problem) -> str:
 
 def _paper_source(problem: Problem, completion: str) -> str:
     """The program that the authors run: the header and the completion up to the first blank line,
-    with `sys.exit` turned into `print`. The program's only global is `math`, so its other
+    with `sys.exit` replaced by `print`. The program's only global is `math`, so its other
     definitions are not visible inside `solution`.
 
-    Differences from the authors' code: a completion that begins with `def solution` gets no header;
-    unused imports are removed; sympy is not available.
+    Differs: a completion that begins with `def solution` gets no header, unused imports are
+    removed, and the default sandbox lacks sympy.
     """
     response = paper_response(
         completion if completion.startswith("def solution") else _paper_header(problem) + completion
@@ -395,7 +393,7 @@ def _paper_source(problem: Problem, completion: str) -> str:
 
 def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
     """Grade a program by the authors' rules. If the program fails and the gold answer is not a
-    number, its value counts as the string "none"."""
+    number, the program's value counts as the string "none"."""
     has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
     graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
     return replace(graded, program_s=result.seconds)

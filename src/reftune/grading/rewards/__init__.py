@@ -1,4 +1,5 @@
-"""Rewards turn a rollout's problem, completion and grade into a number. Each has its own file."""
+"""A reward turns a rollout's problem, completion and grade into a number. Each reward has its own
+file."""
 
 from __future__ import annotations
 
@@ -31,5 +32,5 @@ class Reward(Protocol):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One finite reward per completion, in order; None leaves the rollout out. Raises:
+        """One finite reward per completion, in order; None excludes the rollout. Raises:
         RewardError if a reward cannot be computed."""

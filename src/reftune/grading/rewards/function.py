@@ -1,17 +1,17 @@
-"""A user's own reward function: `reward: my_reward.py:score`.
+"""A user's own reward function, as in `reward: my_reward.py:score`.
 
-The function is called as TRL calls its `reward_funcs`: with a whole batch, in lists passed as
-keyword arguments. These are `prompts` (the questions), `completions` (strings), `completion_ids`,
-`answer` (the gold answers), the grader's `verdicts`, `values` and `reasons`, and the columns of the
-data that reftune does not use. A column named `answer`, `verdicts`, `values` or `reasons` replaces
-that argument. The function receives the arguments it names, or all of them with `**kwargs`; it may
-be async. If it fails on a batch, it is called with one sample at a time, to find the sample that
-causes the error.
+The function is called as TRL calls its `reward_funcs`: once per batch, with lists as keyword
+arguments. The lists are the questions as `prompts`, the generated texts as `completions`, their
+tokens as `completion_ids`, the gold answers as `answer`, the grader's `verdicts`, `values` and
+`reasons`, and the columns of the data that reftune does not use. A column named `answer`,
+`verdicts`, `values` or `reasons` replaces the list of that name. The function receives the
+arguments it names, or all of them if it takes `**kwargs`. It may be async. If it fails on a batch,
+it is called with one sample at a time, to find the sample that causes the error.
 
-The function returns a list that holds, for each completion, a number, or None to leave the rollout
-out. Instead of a number, the list may hold a dict of named parts, `{"correct": 1.0, "short": 0.1}`.
-Instead of the list, the function may return a dict of lists, `{"correct": [1.0, …], "short": [0.1,
-…]}`. The parts add up to the reward, and each part is logged as `reward_part/NAME`.
+The function returns a list with one entry per completion: a number, a dict of named parts such as
+`{"correct": 1.0, "short": 0.1}`, or None to exclude the rollout. Instead of the list, it may return
+a dict of lists, such as `{"correct": [1.0, …], "short": [0.1, …]}`. The parts add up to the reward,
+and each part is logged as `reward_part/NAME`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ class FunctionReward(Component):
         return number
 
     def _blame(self, samples: Sequence[_Sample], error: BaseException) -> RewardError:
-        """The error of the first sample that fails by itself, or the batch's error if none does."""
+        """The error of the first sample that fails on its own, or the batch's error if none
+        does."""
         for sample in samples if len(samples) > 1 else ():
             try:
                 self._call([sample])
@@ -152,13 +153,13 @@ class FunctionReward(Component):
 
 
 class _TimeUpError(BaseException):
-    """A call ran out of time. Not an Exception, which the user's code might catch."""
+    """A call ran out of time. It is not an Exception, which the user's code might catch."""
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TimeUpError inside the block when the time is up. There is no limit outside the main
-    thread, the only one that receives signals."""
+    """Raise _TimeUpError inside the block when the time is up. Outside the main thread there is no
+    limit, because other threads receive no signals."""
 
     def expire(number: int, frame: Any) -> None:
         raise _TimeUpError
@@ -167,7 +168,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
     handler = signal.signal(signal.SIGALRM, expire)
-    # again every second: the first may have been swallowed
+    # repeats every second, because user code may swallow the first error
     rest = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -200,7 +201,7 @@ def _columns(samples: Sequence[_Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """`result` or, if it is awaitable, what it gives when awaited, even if an event loop is already
+    """`result` or, if it is awaitable, the result of awaiting it, even if an event loop is already
     running."""
     if not inspect.isawaitable(result):
         return result
@@ -213,7 +214,7 @@ def _finished(result: Any) -> Any:
 
 
 def _by_sample(parts: Mapping[Any, Any], count: int) -> Any:
-    """Columns of parts as one mapping per sample; unchanged if they are not such columns."""
+    """One mapping per sample from a mapping of part names to lists; any other mapping unchanged."""
     columns = list(parts.values())
     if not columns or not all(isinstance(c, list | tuple) and len(c) == count for c in columns):
         return parts

@@ -39,8 +39,8 @@ class Outcome(Component):
         return self.partial if is_partial else self.wrong
 
     def _tells_kind(self, gold: Answer) -> bool:
-        """Whether a wrong answer earns `partial`: only if `gold` is a number, an expression or a
-        list of these, or a choice with `partial_on_choices`."""
+        """Whether a wrong answer earns `partial`: if `gold` is a number, an expression or a list of
+        these, or if it is a choice and `partial_on_choices` is set."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]

@@ -1,24 +1,23 @@
 """Runs untrusted programs and returns their values, within limits on time, memory and recursion.
 
-There are two backends. `monty` interprets Python in Rust, in worker processes that it replaces when
-they die; programs get no files, network, processes or environment. `subprocess` runs CPython with
-the installed packages, in an isolated process per program. `auto` (the default) runs a program in
-monty and, if the program needs a feature of Python that monty lacks (`gaps.py`), again in the
-subprocess. There, importing a third-party package is still an error, so that verdicts do not depend
-on the packages installed. If the subprocess cannot start, for example because the system cannot
-isolate it, `auto` is monty alone.
+There are two backends. `monty` interprets Python in Rust, in worker processes, and gives programs
+no access to files, the network, processes or the environment. `subprocess` runs CPython with the
+installed packages, in an isolated process per program. The default, `auto`, runs a program in monty
+first. If the program needs a feature of Python that monty lacks (`gaps.py`), `auto` runs it again
+in a subprocess. Importing a third-party package is an error there too, so that verdicts do not
+depend on the packages installed. If the subprocess backend cannot start, `auto` uses monty alone.
 
-Both backends call a program FORBIDDEN if it opens or lists files outside Python's libraries,
-imports a module whose purpose is to reach outside (`socket`, `subprocess`, `ctypes`, …), or calls a
-function of `os` or `sys` that does (`os.system`, `sys.exit`). Catching the error hides neither the
-file access nor the import. In monty, reading the environment, `__import__`, `globals`, `input`, and
-dunder attributes that lead from an object to the interpreter (`().__class__`) are FORBIDDEN too.
-Importing `os` or `sys`, which models often do needlessly, and using their harmless members
-(`os.path.join`, `sys.maxsize`) are allowed. A module that is missing but harmless (numpy, sympy) is
-an ERROR.
+In both backends, a program is FORBIDDEN if it opens or lists files outside Python's libraries,
+imports a module whose purpose is to reach outside, such as `socket` or `ctypes`, or calls a
+function of `os` or `sys` that does so, such as `os.system` or `sys.exit`. A program cannot hide the
+file access or the import by catching the error. In monty, it is also FORBIDDEN to read the
+environment or to use `__import__`, `globals`, `input`, or dunder attributes that lead from an
+object to the interpreter, such as `().__class__`. Programs may import `os` and `sys`, as models
+often do needlessly, and use their harmless members, such as `sys.maxsize`. Importing a harmless
+module that is missing, such as numpy, is an ERROR.
 
-In both backends, the module `random` is seeded. In monty, the clock stands still and `sleep` takes
-no time, so that a program gives the same value every time.
+Both backends seed the module `random`. In monty, the clock stands still and `sleep` takes no time,
+so that a program gives the same value every time.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ MAX_SOURCE_CHARS = 100_000
 
 
 class Sandbox:
-    """Runs programs in parallel, without any state that one program could leave for another. The
-    workers start on first use; `close` or garbage collection ends them.
+    """Runs programs in parallel. No program can leave any state for another. The workers start when
+    first needed; `close` or garbage collection ends them.
 
-    Sandboxes with equal settings are equal; a copy, even in another process, starts its own
+    Sandboxes with equal settings are equal. A copy, even in another process, starts its own
     workers.
     """
 
@@ -64,7 +63,7 @@ class Sandbox:
         workers: int | None = None,
         allow_unisolated: bool = False,
     ) -> None:
-        """`workers` is the number of programs run at a time, by default one per core.
+        """`workers` is the number of programs that run at a time, by default one per core.
         `allow_unisolated` lets the subprocess backend start even without isolation."""
         self.limits = limits if limits is not None else SandboxLimits()
         self._kind = backend

@@ -1,21 +1,21 @@
-"""Runs programs for the subprocess sandbox, each in a process of its own that is forked from this
-one. This file is started as a script with a prepared environment and imports nothing from reftune.
+"""Runs programs for the subprocess sandbox, each in its own process, which is forked from this one.
+This file runs as a script in a prepared environment and imports nothing from reftune.
 
-A forked process is warm: the interpreter has started, and common modules are already imported, as
-are slow packages such as numpy if the program needs them. This process only forks, waits and kills;
-it never reads a program. Its settings come as one JSON argument. Each message on the socket at
-descriptor 0 names the working folder of one program to run and carries three descriptors: the
-program's source, a pipe for its result, and a socket for its exit status. When the other end of the
-status socket closes, the program is killed.
+A forked process starts with the interpreter running and with common modules already imported, as
+well as slow packages such as numpy if the program needs them. This process only forks, waits and
+kills; it never reads a program. Each message on the socket at descriptor 0 names the working folder
+of one program to run and carries three descriptors: the program's source, a pipe for its result,
+and a socket for its exit status. When the other end of the status socket closes, the program is
+killed.
 
-The result consists of lines: `F…` for each refused access; `P…` with the end of the program's
-output, if there is any; and `V…` with its value or `E…` with its exception, unless the program was
-killed. If the program is not started because the system lacks protections, the only line is `N…`,
-which names these protections. `P`, `V` and `E` lines hold JSON.
+The result consists of lines whose first letter tells their kind. Each refused access adds an `F`
+line. Unless the program is killed, a `P` line follows with the end of its output, if there is any,
+and then a `V` line with its value or an `E` line with its exception. If the system lacks
+protections, the program is not started, and the only line is an `N` line that names them. `P`, `V`
+and `E` lines hold JSON.
 
-The audit hook only labels and refuses the well-known ways out. The kernel confines a determined
-program, by means of Landlock (for files), seccomp (an allow-list of system calls, without sockets,
-processes, threads, signals and timers), namespaces and resource limits.
+The audit hook only labels and refuses the well-known ways out. A determined program is confined by
+the kernel.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
 
 
 def is_closed(waiting: socket.socket) -> bool:
-    """Whether a program's result is no longer awaited. A descriptor may have been closed and used
-    again since it was polled."""
+    """Whether a program's result is no longer awaited. Polling alone does not tell, because the
+    descriptor may have been closed and reused since."""
     try:
         return waiting.recv(1, socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -131,7 +131,7 @@ def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> int:
-    """Fork a process for one program and return its id; in the new process, never return."""
+    """Fork a process for one program and return its id. In the new process, this never returns."""
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -143,7 +143,7 @@ def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> in
 
 
 def tell_ended(running: dict[int, tuple[int, socket.socket]], ready: select.poll) -> None:
-    """Send the status of each process that has ended, and forget the process."""
+    """Send the exit status of each process that has ended, and forget the process."""
     for descriptor, (pid, waiting) in list(running.items()):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -167,7 +167,7 @@ def kill(pid: int) -> None:
 def run_program(
     folder: str, source_file: int, results: int, settings: dict[str, Any], parent: int
 ) -> None:
-    """Isolate the process, then run the program and write its report."""
+    """Isolate the process, then run the program and write its result."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
@@ -195,7 +195,7 @@ def run_program(
 
 
 def keep_only(results: int) -> None:
-    """Close every descriptor but `results`, which becomes descriptor 3. Descriptors 0, 1 and 2
+    """Close every descriptor except `results`, which becomes descriptor 3. Descriptors 0, 1 and 2
     become the null device."""
     os.dup2(results, 3)
     os.closerange(4, max(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
@@ -209,8 +209,8 @@ def keep_only(results: int) -> None:
 
 
 def fence_in(readable: list[str]) -> str:
-    """Permanently drop access to the network, other processes and the contents of all files
-    except `readable`, as far as the system can. Without seccomp, other processes may stay within
+    """Permanently give up access to the network, other processes and the contents of all files
+    except `readable`, as far as the system allows. Without seccomp, other processes may stay within
     reach. Returns, in words, what the system lacks to cut off files and the network; empty if it
     lacks nothing."""
     try:
@@ -230,10 +230,10 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Let the process read the contents of `paths` and of no other files, and create, write, run
-    or delete none (Landlock, which does not cover metadata, such as `stat` and `chmod`). Newer
+    """Use Landlock to let the process read the contents of `paths` and of no other files, and
+    create, write, run or delete no files. Landlock does not cover metadata (`stat`, `chmod`). Newer
     kernels also block TCP and signals to other processes. False if access to files cannot be
-    restricted, for example because the system lacks Landlock."""
+    restricted."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -256,8 +256,8 @@ def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
 
 
 def only_call(libc: ctypes.CDLL, table: tuple[int, str] | None) -> bool:
-    """Make every system call that is not in `table` fail with EPERM (seccomp). False if this cannot
-    be done, or if the machine has no table."""
+    """Use seccomp to make every system call that is not in `table` fail with EPERM. False if this
+    cannot be done, or if the machine has no table."""
     if table is None:
         return False
     architecture, numbers = table[0], [int(number) for number in table[1].split()]
@@ -286,8 +286,8 @@ ALLOWED_CALLS = {
             " 271 309 318 332 334 439"
         ),
     ),
-    # The same without open, stat, lstat, poll, access, select, readlink and time, which do not
-    # exist on this machine.
+    # The same without open, stat, lstat, poll, access, select, readlink and time, which this
+    # machine lacks.
     "aarch64": (
         0xC00000B7,
         (
@@ -304,11 +304,12 @@ ALLOWED_CALLS = {
 
 
 def run(source: str) -> str:
-    """The report on a program: `P…` if it printed something, and `V…` or `E…`."""
+    """The last lines of a program's result: a `P` line if it printed something, and a `V` or `E`
+    line."""
     scope: dict[str, Any] = {"__name__": "__main__"}
     printed = Printed()
     sys.stdout = printed
-    dumps = json.dumps  # the program may replace the module's
+    dumps = json.dumps  # kept, because the program may replace json.dumps
     try:
         *body, call = source.rstrip().split("\n")
         exec(compile("\n".join(body), "<program>", "exec"), scope)
@@ -320,7 +321,7 @@ def run(source: str) -> str:
 
 
 class Printed:
-    """A standard output that keeps only the end of what is written."""
+    """A standard output that keeps only the end of what is written to it."""
 
     tail = ""
 
@@ -333,9 +334,9 @@ class Printed:
 
 
 def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
-    """`value` as JSON. A set becomes a sorted list; a number or date of a type that JSON lacks
-    (Fraction, numpy, sympy, datetime) becomes its text. Raises: TypeError for any other type that
-    JSON lacks."""
+    """`value` as JSON. A set becomes a sorted list. A number or date of a type that JSON lacks,
+    such as Fraction or datetime, becomes its text. Raises: TypeError for any other type that JSON
+    lacks."""
     try:
         return dumps(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
     except TypeError:
@@ -357,7 +358,7 @@ class Doorman:
         if event == "open":
             path, _, flags = args
             reads = flags & (os.O_WRONLY | os.O_RDWR) == 0
-            # A SyntaxError looks for its source line in a file of this name.
+            # Python looks in a file of this name for the source line of a SyntaxError.
             refused = (
                 not isinstance(path, int)
                 and path != "<program>"
@@ -393,7 +394,7 @@ class Doorman:
 
 
 def is_program(frame: FrameType | None) -> bool:
-    """Whether the first frame outside the import system is the program's own."""
+    """Whether the first frame outside the import system belongs to the program."""
     while frame is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename == "<program>"

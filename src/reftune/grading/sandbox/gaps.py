@@ -19,11 +19,11 @@ from reftune.grading.sandbox.result import (
 
 
 def gap(result: ExecutionResult) -> str | None:
-    """The part of Python that a program needed and monty lacks, such as `yield`, `dict.get as a
-    value` or `the module heapq`; None if no such gap ended the program.
+    """The part of Python that a program needed but monty lacks, such as `yield`, `dict.get as a
+    value` or `the module heapq`; None if the program did not end because of such a gap.
 
-    Packages that do not come with Python do not count, because whether one is installed must not
-    decide a verdict.
+    Packages that do not come with Python do not count, because verdicts must not depend on which of
+    them are installed.
     """
     if result.status is not ExecutionStatus.ERROR:
         return None
@@ -35,8 +35,8 @@ def gap(result: ExecutionResult) -> str | None:
 
 
 def missing_package(result: ExecutionResult) -> str | None:
-    """The package that a program needed and that does not come with Python; None if there is
-    none."""
+    """The missing package that a program needed, if it does not come with Python; None
+    otherwise."""
     match = re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", result.reason)
     if match is None or _comes_with_python(match[1]):
         return None
@@ -93,4 +93,4 @@ _GAPS: dict[str, str | Callable[[re.Match[str]], str | None]] = {
     r"ValueError: time data .* does not match format": "formats of strptime",
     r"TypeError: object of type '\w+' has no len\(\)": "__len__",
 }
-"""The error that ends a program → the part of Python that it needed."""
+"""The error that ends a program → the part of Python that the program needed."""

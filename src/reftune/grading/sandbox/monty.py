@@ -24,8 +24,8 @@ from reftune.grading.sandbox.result import (
 )
 
 GRACE_S = 0.25
-"""Seconds from a program's time limit until its worker is killed, if the program has not
-stopped."""
+"""Seconds from a program's time limit until its worker is killed if the program is still
+running."""
 
 
 # --- monty ----------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ _inherited: list[Any] = []
 
 def refuse_after_fork() -> None:
     """Raise a ReftuneError in a process that was forked after its parent ran a program. monty's
-    event loop does not survive a fork: the child would hang, and harm its parent."""
+    event loop does not survive a fork: the child would hang and would harm its parent."""
     if _monty_pid is not None and _monty_pid != os.getpid():
         raise ReftuneError(
             "sandbox: this process was forked after its parent had run programs; start it with the"
@@ -46,7 +46,7 @@ def refuse_after_fork() -> None:
 
 
 class MontyBackend:
-    """A pool of monty workers; every program gets a fresh session."""
+    """A pool of monty workers. Every program gets a fresh session."""
 
     def __init__(self, limits: SandboxLimits, workers: int) -> None:
         import pydantic_monty as monty
@@ -79,8 +79,8 @@ class MontyBackend:
         self._finalizer()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Run a program, and once more if the worker dies, because something else may have killed
-        it."""
+        """Run a program. If the worker dies, run the program once more, because something else may
+        have killed the worker."""
         return self._attempt(source) or self._attempt(source) or failure("the worker crashed twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
@@ -104,9 +104,9 @@ class MontyBackend:
             result = ExecutionResult(status=ExecutionStatus.TIMEOUT, reason=_first_line(error))
         except self._monty.MontyError as error:
             result = _failed(error)
-        except Exception as error:  # noqa: BLE001  a hostile value may fail in any way while it is turned into a Python one
+        except Exception as error:  # noqa: BLE001  converting a hostile value to Python may fail in any way
             result = failure(f"the value cannot be read: {_first_line(error)}")
-        else:  # a large value would fill the memory of the process that grades
+        else:  # a large value would fill the memory of the grading process
             result = failure("the value is too large")
             if _size_bytes(value, MAX_VALUE_BYTES) <= MAX_VALUE_BYTES:
                 result = ExecutionResult(
@@ -147,7 +147,7 @@ class _Printed:
 
 
 class _Modules(Mapping[str, NoReturn]):
-    """Offers no modules, and records which forbidden ones a program requested."""
+    """Offers no modules, and records which forbidden ones a program asked for."""
 
     def __init__(self, reached: list[str]) -> None:
         self._reached = reached
@@ -170,8 +170,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _size_bytes(value: Any, limit: int) -> int:
-    """Memory of a program's value with everything in it, each object counted once; counting ends
-    soon after `limit`."""
+    """The memory of a program's value and everything in it. Each object counts once, and counting
+    ends soon after `limit`."""
     size, waiting, seen = 0, [value], {id(value)}
     while waiting and size <= limit:
         each = waiting.pop()

@@ -1,4 +1,4 @@
-"""A program's limits, how it ended, and the modules and names that are out of bounds."""
+"""The limits and results of programs, and the modules and names that are forbidden to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MAX_VALUE_BYTES = 1 << 20
-"""Largest value that a program may return, in bytes."""
+"""Maximum size of a program's value, in bytes."""
 MAX_PRINTED_CHARS = 2000
 """Number of characters kept from the end of a program's output."""
 
@@ -29,7 +29,7 @@ HARMLESS_IN_SYS = frozenset(
     "byteorder float_info getrecursionlimit getsizeof int_info set_int_max_str_digits"
     " setrecursionlimit".split()
 )
-"""Names that monty's `sys` lacks and that do no harm."""
+"""Harmless names that monty's `sys` lacks."""
 
 
 class ExecutionStatus(enum.Enum):
@@ -44,7 +44,7 @@ class ExecutionStatus(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionResult:
-    """The result of one program."""
+    """The result of running one program."""
 
     status: ExecutionStatus
     value: Any = None
@@ -68,7 +68,7 @@ class SandboxLimits:
 
 
 class Backend(Protocol):
-    """Runs one program per call; `execute` is called from several threads."""
+    """Runs one program per call of `execute`, which several threads may call at once."""
 
     def execute(self, source: str) -> ExecutionResult: ...
 
@@ -88,7 +88,7 @@ _UNREACHABLE = re.compile(
 
 
 def forbidden_error(text: str) -> bool:
-    """Whether an error message shows that the program used something the sandbox omits on
+    """Whether an error message shows that the program used something that the sandbox omits on
     purpose."""
     name = re.match(r"NameError: name '(\w+)' is not defined", text)
     if name is not None:

@@ -1,12 +1,12 @@
-"""The `subprocess` backend: a CPython process per program.
+"""The `subprocess` backend, which runs each program in a CPython process of its own.
 
-For each combination of packages that are slow to import, a forking process waits with the
-interpreter started and these packages imported. Each program runs in a fork of that process, with a
-fixed environment and an empty temporary folder to work in; hooks in site-packages do not run.
-Landlock lets the program read only the libraries and write nothing; an allow-list of system calls
-denies it sockets, processes, threads and signals. Each program has its own user, network and IPC
-namespaces, resource limits (memory, CPU time, open files and others), and a session that is killed
-as a whole. docs/sandbox.md lists what these protections cover and what they do not.
+For each combination of packages that are slow to import, there is a forking process that has
+started the interpreter and imported these packages. Each program runs in a fork of that process,
+with a fixed environment and an empty temporary folder to work in. Hooks in site-packages do not
+run. Landlock lets the program read only the libraries and write nothing. An allow-list of system
+calls denies it sockets, processes, threads and signals. Each program has its own session,
+namespaces and resource limits. docs/sandbox.md lists what these protections cover and what they do
+not.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ CHILD = Path(__file__).with_name("_child.py")
 NOT_ISOLATED = 77
 MAX_OUTPUT_BYTES = 1 << 16
 START_S = 5.0
-"""Seconds that a process may take to start and end on a busy machine."""
+"""Seconds allowed for a process to start and end on a busy machine."""
 PRELOAD_S = 120.0
-"""Seconds that an interpreter may take to start and import the packages."""
+"""Seconds allowed for an interpreter to start and import the packages."""
 PRELOADED = tuple(
     "bisect calendar collections copy datetime decimal enum fractions functools heapq itertools"
     " math operator re statistics string typing".split()
 )
 _PACKAGE = re.compile(r"^[ \t]*(?:import|from)[ \t]+(numpy|pandas|scipy|sympy)\b", re.MULTILINE)
 INTERPRETER_MIB = 256
-"""Address space of the interpreter and its packages, on top of the program's own."""
+"""Address space for the interpreter and its packages, in addition to the program's own."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-"""The environment of a program. Without the first two variables, numpy reserves memory for one
-thread per core; the last fixes the order of sets of strings."""
+"""The environment variables of a program. Without the first two, numpy reserves memory for one
+thread per core. The last one fixes the order of sets of strings."""
 SYSTEM_LIBRARIES = (
     "/lib",
     "/lib64",
@@ -69,9 +69,8 @@ SYSTEM_LIBRARIES = (
 
 
 class SubprocessBackend:
-    """Runs each program in a process of its own, forked from a warm one. Raises: ReftuneError if
-    such a process cannot start, or if the system cannot isolate it and `allow_unisolated` is not
-    set."""
+    """Runs each program in its own process, forked from a warm one. Raises: ReftuneError if such a
+    process cannot start, or if the system cannot isolate it and `allow_unisolated` is not set."""
 
     def __init__(
         self, limits: SandboxLimits, *, allow_unisolated: bool, packages: bool = True
@@ -111,18 +110,18 @@ class SubprocessBackend:
             raise ReftuneError(f"sandbox: the subprocess backend cannot start: {probe.reason}")
 
     def close(self) -> None:
-        """End the forking processes; nothing else outlives a program."""
+        """End the forking processes, the only processes that outlive a program."""
         for forker in self._forkers.values():
             forker.close()
         self._forkers.clear()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Run a program, and once more if the forking process dies, because something else may have
-        killed it."""
+        """Run a program. If the forking process dies, run the program once more, because something
+        else may have killed that process."""
         return self._attempt(source) or self._attempt(source) or failure("the worker died twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
-        """The result of one try; None if the forking process died before the program's end."""
+        """The result of one try; None if the forking process died before the program ended."""
         forker = self._forker(_packages_of(source))
         with (
             tempfile.TemporaryDirectory(prefix="reftune-") as folder,
@@ -155,10 +154,10 @@ def _packages_of(source: str) -> tuple[str, ...]:
 
 
 class _Forker:
-    """A started interpreter that forks a process for each program.
+    """An interpreter that has started and forks a process for each program.
 
     If the process that holds this object forks, its children may use the object too, since each
-    program has an output pipe and a status socket of its own.
+    program has its own output pipe and status socket.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -217,8 +216,8 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
-    """Read the program's output until the program ends, runs out of time or writes too much. The
-    program is dead afterwards. Returns the output and the exit status; None if the forking process
+    """Read the program's output until the program ends, runs out of time or writes too much. After
+    this, the program is dead. Returns the output and the exit status; None if the forking process
     died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
@@ -238,7 +237,7 @@ def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[byt
 
 
 def _received(status: socket.socket, timeout_s: float) -> bytes | None:
-    """The exit status; empty if the other side is gone, None when the time is up."""
+    """The exit status; empty if the other side is gone, None if time ran out."""
     status.settimeout(max(0.01, timeout_s))
     try:
         return status.recv(16)
