@@ -339,7 +339,7 @@ ROWS_OF: dict[str, tuple[str, dict[str, Any]]] = {
 
 def manual_columns() -> dict[str, Any]:
     """First word of a row of the manual's table → the `columns` in it."""
-    text = MANUAL.read_text(encoding="utf-8").partition("### The shapes that rows have")[2]
+    text = MANUAL.read_text(encoding="utf-8").partition("### Row shapes")[2]
     rows = re.findall(r"^\| (.*) \| `(\{.*\})` \|$", text.partition("\n## ")[0], re.MULTILINE)
     return {re.split(r"[ :,]", name)[0]: yaml.safe_load(columns) for name, columns in rows}
 
