@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md, the reference of every recipe key, from the models that read them. `make
+"""Writes docs/recipe.md, the reference of all recipe keys, from the models that read them. `make
 docs` runs it."""
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ GROUPS = {
 HEAD = """\
 # Recipe reference
 
-This page lists every key of a recipe, the YAML file that describes a run. Any key can be set on the
-command line (`stages.reft.steps=100`). `extends: other.yaml` starts from another recipe: mappings
-merge unless their kinds differ, and `null` removes a key. A *kind* is a name (`engine: kv`), alone
-or in a table (`engine: {kind: kv, refill: 0.5}`), or your own class (`kind: my_file.py:Name`).
+A *recipe* is the YAML file that describes a run. This page lists its keys. The command line can set
+any of them (`stages.reft.steps=100`). With `extends: other.yaml`, a recipe starts from another one:
+tables merge unless their kinds differ, and `null` removes a key. A *kind* is a name or your own
+class (`my_file.py:Name`). It is written alone (`engine: kv`) or in a table (`engine: {kind: kv,
+refill: 0.5}`).
 
-Dots separate nested keys. If only certain values are allowed, all are listed, the default first.
-A *method* is a named model that a run trains: each stage except `reward_model` gives one, under its
-own name, and `snapshots` give more. "The paper" is ReFT (arXiv:2401.08967), and "the authors" are
-its authors.
+If a key allows only certain values, all are listed, the default first. Terms such as *method* are
+explained under [Notation](algorithms.md#notation). "The paper" is ReFT (arXiv:2401.08967), and "the
+authors" wrote it.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""
@@ -80,7 +80,7 @@ def _shared(tables: Mapping[str, Rows]) -> Shared:
 
 
 def _defaults(of: Mapping[str, str]) -> str:
-    """The default, with the kinds that have it if they do not all have the same."""
+    """The default or, if it depends on the kind, every default with its kinds."""
     kinds = {value: [kind for kind in of if of[kind] == value] for value in of.values()}
     if len(kinds) == 1:
         return next(iter(kinds))
@@ -104,8 +104,8 @@ def _table(rows: Rows) -> str:
 
 
 def _rows(model: type[BaseModel], components: Sequence[type[BaseModel]]) -> Rows:
-    """The rows of a model's keys and of the tables in it, except of tables that are base classes of
-    `components`, which have rows of their own."""
+    """The rows of a model's keys, nested tables included. Tables from which `components` derive are
+    left out, because these have rows of their own."""
     notes, rows = _notes(model), {}
     for name, field in model.model_fields.items():
         if name == "kind":

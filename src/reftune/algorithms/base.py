@@ -86,14 +86,14 @@ class Clipped(Algorithm, ABC):
     """An algorithm with advantages and PPO's clipped policy loss; subclasses define `credit`."""
 
     kl_coef: float = Field(0.01, ge=0)
-    """Weight β of the KL penalty. At 0, no reference model is needed."""
+    """Weight β of the KL penalty. With 0, no reference model is needed."""
     clip_low: float = Field(0.2, gt=0, lt=1)
-    """Probability ratios are clipped below at 1 − `clip_low`."""
+    """Probability ratios below 1 − `clip_low` are clipped."""
     clip_high: float = Field(0.2, gt=0)
-    """Probability ratios are clipped above at 1 + `clip_high`."""
+    """Probability ratios above 1 + `clip_high` are clipped."""
     reduction: Reduction = "sequence"
-    """`sequence` averages the loss over the tokens of each response, then over responses; `token`
-    averages over the tokens of all responses."""
+    """`sequence` averages the loss over the tokens of each response, then over responses. `token`
+    averages it over all tokens."""
     drop_constant_groups: bool = False
     """Skip problems whose samples all earned the same reward."""
 

@@ -20,8 +20,8 @@ class Grpo(Clipped):
 
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"
-    """`std` divides advantages by the group's standard deviation of rewards; `none` does not (Dr.
-    GRPO)."""
+    """`std` divides a sample's advantage by the standard deviation of its problem's rewards. `none`
+    does not (Dr. GRPO)."""
 
     @property
     def min_samples(self) -> int:

@@ -24,7 +24,8 @@ from reftune.types import Completion, Graded, Rollout, Verdict
 class OnlineSt(Algorithm):
     kind: Literal["online_st"] = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
-    """Truncate gold sequences, prompt included, to this many tokens. Default: no truncation."""
+    """Maximum number of tokens in a gold solution and its prompt; longer solutions are truncated.
+    Default: no limit."""
     dropout: bool = False
     """Keep dropout on during updates."""
 

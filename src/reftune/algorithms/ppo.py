@@ -22,14 +22,15 @@ class Ppo(Clipped):
 
     kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount of future rewards."""
+    """Discount factor for future rewards."""
     lam: float = Field(0.95, ge=0, le=1)
-    """λ of the policy's advantages."""
+    """GAE's λ for the policy's advantages."""
     value_lam: float | None = Field(None, ge=0, le=1)
-    """λ of the value targets; 1 gives plain returns (VC-PPO, arXiv:2503.01491).
+    """GAE's λ for the value targets. With 1, these are plain returns (VC-PPO, arXiv:2503.01491).
     Default: `lam`."""
     value_clip: float = Field(0.2, gt=0)
-    """In the value loss, how far a token's value may move from what it was at sampling."""
+    """In the value loss, a token's value is clipped to within this distance of its value before the
+    updates."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
     positive_nll_coef: float = Field(0.0, ge=0)

@@ -32,7 +32,7 @@ class Gsm8k(PaperDataset):
 
     train: str = "openai/gsm8k:main"
     annotations: Literal["keep", "drop"] = "keep"
-    """Whether `nl` rationales keep annotations such as `<<48/2=24>>`."""
+    """Whether to keep annotations such as `<<48/2=24>>` in `nl` rationales."""
 
     authors_name: ClassVar[str] = "gsm8k"
 

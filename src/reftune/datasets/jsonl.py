@@ -32,10 +32,10 @@ class Jsonl(FileDataset):
     """Reads [your own data](datasets.md#jsonl-your-own-data)."""
 
     columns: Columns | None = None
-    """Names only those columns that reftune does not recognise. For the others, it looks for the
-    default below and for [other usual names](datasets.md#jsonl-your-own-data)."""
+    """Names of the columns that reftune does not recognise. It finds the others under the default
+    names below or [other common names](datasets.md#jsonl-your-own-data)."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
-    """How [answers](datasets.md#answer-kinds) are compared."""
+    """How answers are compared; see [answer kinds](datasets.md#answer-kinds)."""
     positions_from: Literal[0, 1] | None = None
     """Number of the first option, if gold answers are positions."""
 

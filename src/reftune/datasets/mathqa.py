@@ -62,8 +62,8 @@ class Mathqa(PaperDataset):
 
     train: str = "regisss/math_qa"
     answer: Literal["choice", "numeric"] = "choice"
-    """With `choice`, gold answers are letters. `numeric` omits the options, and the gold answer is
-    the correct option's number."""
+    """With `choice`, the gold answer is a letter. With `numeric`, it is the number in the correct
+    option, and the options are omitted."""
 
     key: ClassVar[Key] = staticmethod(stem_key)
 

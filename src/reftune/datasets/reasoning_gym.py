@@ -34,9 +34,10 @@ class ReasoningGym(Component):
     train_size: int = Field(1000, gt=0)
     dev_size: int = Field(200, ge=0)
     test_size: int = Field(500, ge=0)
-    """Test questions do not depend on the other sizes."""
+    """Number of test questions, which do not depend on the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Determines the questions of all splits; the run's seed chooses which of them are dev."""
+    """Determines which questions are generated. The run's seed decides which of them are used for
+    dev."""
 
     def load(self, *, seed: int) -> Splits:
         """Generate all splits. Raises: RecipeError for an unknown task or setting; DataError if the

@@ -55,7 +55,7 @@ class WordProblems(Component):
     operations: tuple[int, int] = (0, 2)
     """Smallest and largest number of operations per question."""
     numbers: tuple[int, int] = (2, 30)
-    """Smallest and largest amount in a question, other than factors and prices."""
+    """Smallest and largest amount in a question, apart from factors and prices."""
     people: int = Field(3, ge=1, le=5)
     """Maximum number of people in a question."""
     distractors: float = Field(0.4, ge=0, le=1)

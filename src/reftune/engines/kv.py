@@ -47,9 +47,10 @@ class Reader(NamedTuple):
 class Kv(Component):
     kind: str = "kv"
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Number of solutions decoded at once; `auto` fills device memory, up to 256."""
+    """Number of solutions decoded at once. `auto` uses as many as fit in the device's memory, up to
+    256."""
     refill: float = Field(0.25, gt=0, le=1)
-    """Share of `batch_size` that must be free before waiting prompts join."""
+    """Waiting prompts join once this share of the batch is free."""
 
     @property
     def rows(self) -> int:

@@ -53,15 +53,15 @@ class Vllm(Component):
     """URL of a [running server](engines.md#vllm-as-servers), or a list of URLs. Default:
     colocated."""
     weights_dir: str | None = None
-    """Folder for passing weights to vLLM. Default: in memory (`/dev/shm`), if the system has
-    that."""
+    """Folder through which weights are passed to vLLM. Default: `/dev/shm` (in memory), if it
+    exists."""
     batch_size: int = Field(256, gt=0)
-    """If colocated, maximum number of solutions decoded at once. With servers, maximum number of
-    requests at a time, and of solutions per request."""
+    """Maximum number of solutions decoded at once or, with servers, of simultaneous requests. A
+    request asks for at most this many solutions."""
     memory: float = Field(0.3, gt=0, le=1)
-    """If colocated, share of the device's memory that vLLM uses."""
+    """Share of the device's memory that colocated vLLM uses."""
     eager: bool = False
-    """If colocated, skip compilation: vLLM starts sooner but runs slower."""
+    """Skip compilation, so that colocated vLLM starts sooner but runs slower."""
 
     @property
     def device_share(self) -> float:

@@ -29,7 +29,7 @@ class ScratchTable(Table):
     layers: int = Field(3, gt=0)
     heads: int = Field(4, gt=0)
     context: int = Field(256, gt=0)
-    """In tokens."""
+    """Context length in tokens."""
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
@@ -37,30 +37,31 @@ class ModelTable(Table):
     """Give either `path` or `scratch`."""
 
     path: str | None = None
-    """A Hub id, a folder, or `smollm2-135m`, whose weights come in a Python package."""
+    """A folder, a Hub id, or `smollm2-135m`, whose weights come in a Python package."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of forward and backward passes. `auto` is bfloat16 if the device computes with it
-    natively, otherwise float32. Trained weights are always fp32."""
+    """Precision of forward and backward passes. `auto` is bfloat16 if the device supports it
+    natively, and float32 otherwise. Trained weights are always float32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
-    """`auto` is CUDA if available, otherwise the CPU. `mps` and `xpu` are untested."""
+    """`auto` is CUDA if available, and the CPU otherwise. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
     quantize: Literal["nf4"] | None = None
-    """With `lora`, keep the base model's linear layers in 4 bits, which saves memory but slows
-    decoding."""
+    """Store the base model's linear layers in 4 bits, which saves memory but slows decoding. This
+    needs `lora`."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Maximum number of tokens in a forward and backward pass; `auto` fills device memory, up to
-    16,384 tokens. Apart from rounding and dropout, the gradient does not depend on this key."""
+    """Maximum number of tokens in a forward and backward pass. `auto` uses as many as fit in the
+    device's memory, up to 16,384. Apart from rounding and dropout, this key does not affect the
+    gradient."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: updates need much less memory but take about a
-    third longer."""
+    """Recompute activations in the backward pass. Updates then need much less memory but take about
+    a third longer."""
     compile: bool = False
     """Use torch.compile for scoring and updates. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of saved weights; `base` is that of the files at `path`. The saved model, which has
-    this precision, is the one evaluated. Default: float32, or `base` with `lora`."""
+    """Precision of the weights that are saved and then evaluated. `base` is the precision of the
+    files at `path`. Default: `base` with `lora`, and float32 otherwise."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -85,10 +86,10 @@ class LengthTable(Table):
     max_prompt: int | None = Field(None, gt=0)
     """Longest prompt. Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """With `refuse`, a prompt that is too long is an error. `drop` omits such training questions,
-    and counts such dev and test questions as unanswered."""
+    """If prompts are too long, `refuse` stops with an error; `drop` leaves out training questions
+    and counts dev and test questions as unanswered."""
     max_new: int = Field(256, gt=0)
-    """Longest solution. Gold solutions that are longer are not trained on."""
+    """Longest solution. Longer gold solutions are not used for training."""
 
 
 class EvaluateTable(Table):
@@ -96,9 +97,9 @@ class EvaluateTable(Table):
 
     split: Literal["test", "dev"] = "test"
     samples: int = Field(0, ge=0)
-    """Number of sampled solutions per problem, for voting, reranking and pass@k."""
+    """Number of solutions sampled per problem, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
-    """Methods whose models are sampled. Default: all."""
+    """Methods from which solutions are sampled. Default: all."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     rerank: str | None = None
@@ -127,7 +128,7 @@ class CheckTable(Table):
     """What `reftune check` accepts."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
-    """Smallest share of gold answers, and of gold rationales, that must be graded correct."""
+    """Minimum share of gold answers, and of gold rationales, that are graded correct."""
     waive: list[str] = Field(default_factory=list)
     """Names of checks that warn instead of failing."""
 
@@ -145,7 +146,7 @@ class Recipe(Table):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
     run_dir: str | None = None
-    """Default: `runs/NAME`."""
+    """The run's folder. Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
     """CPU threads. With 1, results do not depend on the number of cores. Default: PyTorch
     chooses."""
@@ -156,11 +157,11 @@ class Recipe(Table):
     engine: component_field("engines") = _default("kv")  # type: ignore[valid-type]
     lengths: LengthTable = LengthTable()  # type: ignore[call-arg]
     stages: dict[str, component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
-    """Method name → stage, in training order."""
+    """Name → stage. Stages are trained in this order."""
     evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
     check: CheckTable = CheckTable()  # type: ignore[call-arg]
     trackers: list[TrackerName] | None = None
-    """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
+    """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if it is installed."""
     tracker_rollouts: int = Field(16, ge=0)
     """Number of sampled solutions shown per step in wandb and Trackio."""
 

@@ -26,9 +26,9 @@ class OptimizerTable(Table):
     value_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the value head. Default: `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """`linear` and `cosine` reach 0 at the last step."""
+    """`linear` and `cosine` lower the learning rate to 0 by the last step."""
     warmup: float = Field(0.0, ge=0, lt=1)
-    """Share of the steps, at the start, in which the learning rate rises from 0."""
+    """Initial share of the steps, during which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms or the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -36,7 +36,8 @@ class OptimizerTable(Table):
     """With 8, AdamW's moments take a quarter of the memory."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Response to a non-finite loss or gradient: end the run with an error, or skip the step."""
+    """If a loss or gradient is not finite, `stop` ends the run with an error, and `skip` skips the
+    step."""
     max_skipped: int = Field(10, gt=0)
     """Maximum number of steps that a stage may skip."""
 

@@ -45,7 +45,7 @@ class Rl(TrainingTable, Stage):
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
     steps: int = Field(gt=0)
-    """Number of rollouts, each followed by its updates."""
+    """Number of rollouts to sample and train on."""
     prompts: int = Field(gt=0)
     """Number of problems per rollout."""
     samples: int = Field(1, gt=0)
@@ -55,17 +55,16 @@ class Rl(TrainingTable, Stage):
     minibatches: int = Field(1, gt=0)
     """Number of optimizer steps per pass."""
     mask_truncated: bool = False
-    """Omit samples cut off at `lengths.max_new` from the loss (DAPO, §3.4)."""
+    """Leave samples that were cut off at `lengths.max_new` out of the loss (DAPO, §3.4)."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
-    """[Upper limit](engines.md#sampler-and-trainer-that-differ), usually 2, of the importance
-    weights π_train / π_sample. Default: no weights."""
+    """Upper limit, usually 2, of the [importance
+    weights](engines.md#sampler-and-trainer-that-differ) π_train / π_sample. Default: no weights."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """`zero` starts the value head at zero; `uniform` draws its weights from ±1/√(hidden size), as
-    the authors' code does."""
+    """`uniform` draws the value head's weights from the interval ±1/√(hidden size), as the authors'
+    code does."""
     value_model: Literal["shared", "separate"] = "shared"
-    """`shared` puts the value head on the policy's transformer; `separate` gives it a transformer
-    of its own."""
+    """Whether the value head shares the policy's transformer or has one of its own."""
     value_prefit: int = Field(0, ge=0)
     """Number of additional rollouts to which the value head is fitted before PPO starts."""
     eval_every: int = Field(10, gt=0)

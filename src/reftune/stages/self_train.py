@@ -52,12 +52,12 @@ class Sampled(Stage, ABC):
     """A stage that samples solutions to the training questions before its first step."""
 
     sampler: str = "warmup"
-    """Method whose model draws the samples."""
+    """Method that draws the samples."""
     samples: int = Field(100, gt=0)
     """Number of samples per training problem."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
-    """Number of likeliest tokens to sample from. 0 means the whole vocabulary."""
+    """Number of most likely tokens to sample from. 0 means all tokens."""
 
     reads_questions: ClassVar[bool] = True
 
@@ -139,8 +139,8 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """How often a gold solution is used. `paper` uses most of them twice, as the authors' files
-    do."""
+    """`once` uses each gold solution once. `paper` uses most of them twice, as in the authors'
+    files."""
     sft: Schedule
     """The keys of an `sft` stage, except `init`, `snapshots` and `until`."""
 

@@ -47,10 +47,10 @@ class Schedule(TrainingTable):
 class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
-    """Method name → number of epochs after which the weights are saved as that method."""
+    """Method name → number of epochs after which the weights are saved under this name."""
 
     until: Literal["plateau"] | None = None
-    """`plateau` ends the stage soon after dev accuracy [levels off](handover.md). Needs
+    """`plateau` ends the stage soon after dev accuracy [levels off](handover.md). This needs
     `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True

@@ -96,8 +96,8 @@ class Stage(Component, ABC):
     treat your own stage like the built-in ones."""
 
     init: str = "base"
-    """Start from `base`, a method, another run's stage folder (`runs/NAME/stages/NAME`) or a folder
-    of LoRA adapters."""
+    """Start from `base`, a method, a folder of LoRA adapters, or another run's stage folder
+    (`runs/NAME/stages/NAME`)."""
 
     is_method: ClassVar[bool] = True
     """Whether the stage's model answers problems. Only such models are evaluated, and only from

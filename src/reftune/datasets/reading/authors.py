@@ -22,8 +22,8 @@ class PaperDataset(FileDataset):
     """Base of GSM8K, SVAMP and MathQA."""
 
     rationale: Rationale = "program"
-    """`nl` is in words. `program` is made from the data's annotations, unless the data are the
-    authors' files, which hold programs."""
+    """Whether rationales are programs or in words (`nl`). Programs are made from the data's
+    annotations, except that the authors' files already contain them."""
 
     authors_name: ClassVar[str]
     """The prefix of the authors' file names."""

@@ -46,12 +46,11 @@ class Columns(Table):
     answer: str = "answer"
     """The gold answer, or a worked solution that contains it."""
     rationale: str | None = "rationale"
-    """A worked solution or program; may be the `answer` column."""
+    """A worked solution or program. It may be the same column as `answer`."""
     id: str | None = "id"
-    """The problem's id. If the data has no such column, an id consists of the file's name and
-    the row's number."""
+    """The problem's id. Without such a column, the id is the file's name and the row's number."""
     choices: str | list[str] | None = "choices"
-    """The options of a multiple-choice question, in one column or in one column per option."""
+    """One column with all options of a multiple-choice question, or one column per option."""
 
     @property
     def names(self) -> list[str]:

@@ -36,21 +36,21 @@ class Prompted(Component):
     """Defines how the formats that come with reftune put a question to the model."""
 
     style: Style = "compact"
-    """How a question is put to the model. `compact` is the question alone (for `program`, followed
-    by the function's header), `paper` is the authors' prompt, `chat` uses the tokenizer's chat
-    template, and `plain` uses your `template`."""
+    """Form of the prompt. `compact` is the question alone, followed by the function's header if the
+    format is `program`. `paper` is the authors' prompt, `chat` uses the tokenizer's chat template,
+    and `plain` uses your `template`."""
     system: str | None = None
-    """For `chat`: the system message of questions whose data has none."""
+    """For `chat`: the system message, if the data has none."""
     instruction: str | None = None
-    """For `chat`: text above the question, in the user's last turn."""
+    """For `chat`: text above the question in the user's last turn."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """For `chat`: variables of the template, such as `{enable_thinking: false}`."""
     template: str | None = None
-    """For `plain`: how a question is written; contains `{question}` once. Default: the question and
-    a line break."""
+    """For `plain`: the prompt, which must contain `{question}` once. Default: the question and a
+    line break."""
     examples: list[Shot] = Field(default_factory=list)
-    """For `plain`: worked examples before the question. Each is written as the template with the
-    example's own question, followed by its solution and an empty line."""
+    """For `plain`: worked examples before the question. Each consists of the template with the
+    example's question, followed by the example's solution and an empty line."""
     stop: list[str] = Field(default_factory=list)
     """Stop strings, in addition to the model's end tokens."""
 

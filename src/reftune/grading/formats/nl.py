@@ -25,14 +25,14 @@ class Nl(Prompted):
 
     kind: str = "nl"
     grading: Grading = "robust"
-    """`robust`, `paper` (the authors' rules) or [your own grader](grading.md#your-own-grader) as
-    `file.py:Name`."""
+    """`robust` ([our rules](grading.md)), `paper` (the authors' rules), or [your own
+    grader](grading.md#your-own-grader) as `file.py:Name`."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
-    """Strings that begin run-on text. The grader ignores everything from there on."""
+    """Strings that begin run-on text, which the grader ignores."""
     markers: tuple[str, ...] = ()
-    """Phrases that announce the answer, in addition to the English ones. A gold solution that does
-    not state its answer gets a last line that begins with the first phrase."""
+    """Phrases that announce the answer, in addition to the built-in English ones. A gold solution
+    that does not end by stating its answer gets a last line that begins with the first phrase."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 

@@ -73,8 +73,8 @@ class Program(Prompted):
 
     kind: str = "program"
     grading: Grading = "robust"
-    """`robust`, `paper` (the authors' rules) or [your own grader](grading.md#your-own-grader) as
-    `file.py:Name`."""
+    """`robust` ([our rules](grading.md)), `paper` (the authors' rules), or [your own
+    grader](grading.md#your-own-grader) as `file.py:Name`."""
     timeout_s: float = Field(default=1.0, gt=0, le=60)
     """Seconds that a program may run."""
     memory_mib: int = Field(default=64, ge=16)
@@ -82,8 +82,7 @@ class Program(Prompted):
     sandbox: SandboxKind = "auto"
     """Which [sandbox](sandbox.md) runs programs."""
     scripts: Literal["refuse", "read"] = "refuse"
-    """`read` also accepts programs without `solution()` that print their answer or assign it to a
-    variable such as `answer`."""
+    """`read` also accepts [programs without `solution()`](sandbox.md)."""
     allow_unisolated: bool = False
     """Let the subprocess sandbox run programs even if the system cannot isolate them."""
 

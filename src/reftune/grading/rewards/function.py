@@ -40,8 +40,8 @@ class FunctionReward(Component):
     `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds that one call, which rewards all samples of a step, may take. A longer call stops the
-    run."""
+    """Time limit in seconds for one call, which rewards all samples of a step. A longer call stops
+    the run."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:

@@ -17,9 +17,10 @@ class Outcome(Component):
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
     partial: float = Field(default=0.1, allow_inf_nan=False)
-    """For a wrong answer if the gold answer is a number, an expression, or a list of these."""
+    """Reward for a wrong answer if the gold answer is a number, an expression, or a list of
+    either."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
-    """For any other wrong answer, and for no answer."""
+    """Reward for any other wrong answer, and if there is no answer."""
     partial_on_choices: bool = False
     """Give `partial` for a wrong choice too, as the authors' code does."""
 
