@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from reftune.model.policy import Policy
 
 FormatSpec = str | Mapping[str, Any] | Format
-"""A kind (`nl`, `program`, `file.py:Name`), a mapping of recipe keys, or a format."""
+"""A format, its kind (`nl`, `program` or `file.py:Name`), or a mapping of its recipe keys."""
 
 
 def run(
     recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True
 ) -> dict[str, Any]:
-    """Train and evaluate all stages of a recipe (a file, its content or a `Recipe`), as `reftune
-    run` does. An unfinished run is resumed. If a launcher starts several processes, all must call
-    this function.
+    """Train all stages of a recipe and evaluate their models, as `reftune run` does. `recipe` is a
+    file, its content or a `Recipe`. An unfinished run is resumed. If a launcher starts several
+    processes, all must call this function.
 
-    `overrides` are `key=value` strings, allowed only with a recipe file. Returns: the content of
-    `summary.json`. Raises: ReftuneError if the run cannot start or go on;
+    `overrides` are `key=value` strings, which are allowed only if `recipe` is a file. Returns: the
+    content of `summary.json`. Raises: ReftuneError if the run cannot start or continue;
     `reftune.stages.loop.Interrupted` if SIGINT or SIGTERM stops the training.
     """
     with launch.processes():
@@ -73,8 +73,8 @@ def grade(
     format: FormatSpec = "nl",
     question: str = "",
 ) -> Graded:
-    """Grade a completion as the reward and the evaluation do. `answer` is a number, text or a
-    letter, or an answer of the kind that `answer_kind` names (docs/datasets.md).
+    """Grade a completion as in training and evaluation. `answer` is the gold answer: a number,
+    text, the letter of a choice, or any kind that `answer_kind` names (docs/datasets.md).
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
@@ -94,7 +94,7 @@ def grade(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Greedy answers of a model."""
+    """A model's greedy answers to problems, and their grades."""
 
     problems: tuple[Problem, ...]
     completions: tuple[Completion, ...]
@@ -111,7 +111,7 @@ class Evaluation:
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the accuracy."""
+        """Wilson's 95% confidence interval for the accuracy."""
         return wilson(self._num_correct, self.n)
 
     @property
@@ -126,13 +126,13 @@ def evaluate(
     format: FormatSpec | None = None,
     max_new: int | None = None,
 ) -> Evaluation:
-    """Answer problems greedily and grade the answers.
+    """Let a model answer problems greedily, and grade the answers.
 
-    `model` is a run's `stages/NAME`, any folder in Hugging Face format, a Hub id, `smollm2-135m` or
-    a loaded `Policy`. `problems` are `Problem`s or mappings with `question`, `answer` and,
-    optionally, `id`, `choices` and `answer_kind`. If `model` is a stage folder, `format` and
-    `max_new` default to those of its run; if not, to `nl` and 256. Raises: ReftuneError if the
-    model, a problem or the format cannot be used.
+    `model` is a run's `stages/NAME`, any other folder in Hugging Face format, a Hub id,
+    `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the keys
+    `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. If `model` is a stage
+    folder, `format` and `max_new` (tokens per answer) default to those of its run; if not, to `nl`
+    and 256. Raises: ReftuneError if the model, a problem or the format cannot be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts
@@ -178,8 +178,7 @@ def _policy(model: str | Path | Policy) -> Policy:
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
-    """The recipe of the run that a stage folder belongs to; empty if `model` is not a stage
-    folder."""
+    """The recipe of a stage folder's run; empty if `model` is not a stage folder."""
     if not isinstance(model, str | Path) or Path(model).parent.name != "stages":
         return {}
     path = StageFolder(Path(model)).run.recipe

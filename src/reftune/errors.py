@@ -1,9 +1,10 @@
-"""Errors for the user. A message about a wrong value states the value, its place, and what was
-expected."""
+"""The errors that a user sees. A message about a wrong value states the value, where it was found,
+and what was expected."""
 
 
 class ReftuneError(Exception):
-    """Base of the errors in this module. The command line prints the message on one line."""
+    """The base class of the errors in this module. The command line prints the message on one
+    line."""
 
 
 class RecipeError(ReftuneError):
@@ -12,7 +13,7 @@ class RecipeError(ReftuneError):
 
 
 class DataError(ReftuneError):
-    """Data that cannot be read or trained on. The message starts with `file:line` if these are
+    """Data that cannot be read or trained on. The message starts with `file:line` if both are
     known."""
 
 

@@ -1,4 +1,4 @@
-"""Every random number of a run is a function of a seed and the number's purpose, so a resumed run
+"""Every random number in a run is a function of a seed and the number's purpose, so a resumed run
 needs no saved generator."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from `parts`, for instance `derive_seed(recipe.seed, "reft", "rollout",
+    """A 63-bit seed derived from `parts`, as in `derive_seed(recipe.seed, "reft", "rollout",
     step)`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -22,8 +22,8 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
-    """The item indices at positions `start … start + count - 1` of an endless pass over `num_items`
-    items, reshuffled with `seed` every epoch."""
+    """The item indices at positions `start` to `start + count - 1` of an endless pass over
+    `num_items` items, which are reshuffled for every epoch."""
     return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
 
 

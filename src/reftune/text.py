@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """`text` with unprintable characters, which could control a terminal, replaced by `�`; line
+    """`text` with `�` in place of unprintable characters, which could control a terminal. Line
     breaks and tabs stay."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else "�" for character in text

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 
 class Verdict(enum.Enum):
-    """The judgement on a completion. It has no truth value: compare it with a member."""
+    """The judgement on a completion. A verdict has no truth value; compare it with a member."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -33,16 +33,15 @@ class Answer:
 
     kind: AnswerKind
     value: Fraction | str
-    """A Fraction for a number, a lower-case letter for a choice, the answer's text for any other
-    kind."""
+    """A Fraction for a number, a lower-case letter for a choice, and text for any other kind."""
     decimals: float | None = field(default=None, compare=False)
     """Number of digits after a number's decimal point, as written in the data; inf for a fraction.
-    If None, the digits that the value needs are counted."""
+    If None, the number has as many digits as its value needs."""
     percent: bool = False
-    """Whether a number is written with a percent sign."""
+    """Whether the answer is a number written with a percent sign."""
     items: tuple[str, ...] = ()
-    """For `any_of`, the accepted spellings; for `list` and `set`, the parts; empty for other
-    kinds."""
+    """For the kind `any_of`, the accepted spellings; for `list` and `set`, the parts; empty
+    otherwise."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
@@ -64,12 +63,12 @@ class Message:
 
 
 class BareText(str):
-    """A prompt that gets no special token before it, not even the tokenizer's BOS."""
+    """A prompt that is encoded without a special token before it, not even the tokenizer's BOS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """A prompt made of turns, which the tokenizer's chat template renders."""
+    """A prompt made up of turns, which the tokenizer's chat template renders."""
 
     turns: tuple[Message, ...]
     template_args: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +76,7 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""The gold answer of problems whose data has none: their scorer decides which answers are right."""
+"""The gold answer of problems for which the data has none; their scorer judges answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,20 +89,20 @@ class Problem:
     rationale: str | None = None
     """A worked solution as text, or a program that defines `solution()`."""
     choices: tuple[str, ...] = ()
-    """The option texts of a multiple-choice question, beginning with option a; empty for other
+    """The option texts of a multiple-choice question, starting with option a; empty for other
     questions."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Columns of the data that reftune does not use, passed to a user's reward function as keyword
-    arguments."""
+    """Columns of the data that reftune does not use itself but passes to a user's reward function
+    as keyword arguments."""
     gold_text: str = ""
-    """The gold answer as spelled in the data, which `reftune check` shows next to the answer read
-    from it; empty if unknown."""
+    """The gold answer as the data spells it; empty if unknown. `reftune check` shows it next to the
+    answer that was read from it."""
     messages: tuple[Message, ...] = ()
-    """The turns before the answer, for a chat prompt; empty if the data has no conversations.
-    `question` holds the text of these turns without the system message."""
+    """For a chat prompt, the turns before the answer; empty if the data has no conversations.
+    `question` holds their text, without the system message."""
     scorer: Callable[[str], float] | None = None
-    """The task's own scorer: an answer's text → a score from 0 to 1. If None, answers are compared
-    with the gold answer."""
+    """The task's own scorer, which maps an answer's text to a score from 0 to 1. If None, answers
+    are compared with the gold answer."""
 
     @property
     def is_multiple_choice(self) -> bool:
@@ -116,14 +115,14 @@ class SamplingParams:
 
     max_new_tokens: int
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy decoding."""
+    """Sampling temperature; 0 means greedy decoding."""
     top_k: int = 0
     """Number of likeliest tokens to sample from; 0 means the whole vocabulary."""
     top_p: float = 1.0
     seed: int = 0
     """Every random number of a request is a function of this seed and the request's position."""
     first_position: int = 0
-    """Position of a call's first request; above 0 if the call is a later part of a larger batch."""
+    """Position of a call's first request; above 0 if the call handles a later part of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,9 +130,9 @@ class Completion:
     """The text that a model wrote after a prompt."""
 
     token_ids: tuple[int, ...]
-    """Sampled tokens, up to and including the one that ended the completion."""
+    """The sampled tokens, including the one that ended the completion."""
     text: str
-    """The decoded text, without special tokens or the stop string that ended it."""
+    """The decoded text before the stop string, if any, without special tokens."""
     logprobs: tuple[float, ...]
     """Log-probability of each token under the distribution it was drawn from; for greedy decoding,
     under the distribution at temperature 1."""
@@ -156,7 +155,7 @@ class Graded:
     reason: str
     """One line that explains the verdict."""
     program_s: float | None = field(default=None, compare=False)
-    """Total run time of the completion's programs, in seconds; None if none was run."""
+    """Total run time of the completion's programs, in seconds; None if no program was run."""
 
     @classmethod
     def without_answer(cls, verdict: Verdict, reason: str) -> Graded:
@@ -166,7 +165,7 @@ class Graded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """A graded completion, as the files of a run store it."""
+    """A graded completion, as a run's files store it."""
 
     completion: str
     graded: Graded
@@ -181,7 +180,7 @@ class Attempt:
         return self.graded.verdict is Verdict.CORRECT
 
     def to_row(self) -> dict[str, Any]:
-        """The attempt as a JSON object. Fields that are unset are omitted, except `value`."""
+        """The attempt as a JSON object. Unset fields are omitted, except `value`."""
         seconds = self.graded.program_s
         optional = {
             "reason": self.graded.reason or None,
@@ -200,8 +199,8 @@ class Attempt:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Attempt:
-        """The inverse of `to_row`. Raises: KeyError without a completion or a verdict, ValueError
-        for an unknown verdict."""
+        """The inverse of `to_row`. Raises: KeyError if the completion or the verdict is missing;
+        ValueError if the verdict is unknown."""
         tokens = row.get("tokens")
         return cls(
             completion=str(row["completion"]),
@@ -220,7 +219,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """A sample: a solution to a problem, graded and rewarded."""
+    """A graded and rewarded solution to a problem."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]
@@ -230,4 +229,4 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, if the reward function returns them."""
     source: Literal["policy", "gold"] = "policy"
-    """Where the completion comes from. If it is the gold data, its `logprobs` are meaningless."""
+    """Where the completion comes from. The `logprobs` of a gold completion are meaningless."""

@@ -1,1 +1,2 @@
-"""Algorithms choose the rollouts to train on, give credit, and define the loss. Each has a file."""
+"""Algorithms choose the rollouts to train on, assign credit, and define the loss. Each has its own
+file."""

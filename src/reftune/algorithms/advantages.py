@@ -1,4 +1,4 @@
-"""Turns rewards and values into advantages and returns. Masks select response tokens."""
+"""Turns rewards and values into advantages and returns. Masks are True on response tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Tensor:
-    """Reward of each token: its negative KL penalty and, on the last token, the task's reward.
+    """Reward of each token: its negative KL penalty, plus the task's reward on the last token.
 
         r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
 
@@ -33,14 +33,14 @@ def token_rewards(
 def gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimates and value targets of right-padded responses.
+    """Generalized advantage estimates and value targets for right-padded responses.
 
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        G_t = A_t + V_t
 
     V is 0 after the last sampled token, whether the response ended there or was cut off at the
-    length limit; both results are 0 where the mask is False. Shapes (B, R). Source: PPO
+    length limit. Both results are 0 where the mask is False. Shapes (B, R). Source: PPO
     (arXiv:1707.06347), §5; ReFT (arXiv:2401.08967), §3.1. Differs: γ and λ are named as in ReFT's
-    code; the text of the paper swaps the two symbols.
+    code; the paper's text swaps the two symbols.
     """
     values = values * response_mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -56,7 +56,7 @@ def gae(
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` scaled to zero mean and unit variance over all True entries; 0 elsewhere.
+    """`values` standardized to zero mean and unit variance where the mask is True; 0 elsewhere.
 
         (x - mean) / sqrt(unbiased variance + 1e-8)
 
@@ -72,8 +72,8 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def truncated_importance(
     logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, *, cap: float
 ) -> Tensor:
-    """Importance weight of each token, (B, R), to correct for a sampler that differs from the
-    policy; 1 where the mask is False.
+    """Importance weights (B, R) that correct for a sampler that differs from the policy; 1 where
+    the mask is False.
 
         w = min(π_train / π_sample, cap)
 
@@ -85,7 +85,7 @@ def truncated_importance(
 
 
 def group_means(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Mean reward of each sample's group, (B,). `groups` (B,) holds equal integers for samples of
+    """Mean reward of each sample's group, (B,). `groups` (B,) assigns equal integers to samples of
     one problem."""
     num_groups = int(groups.max()) + 1 if groups.numel() else 0
     totals = rewards.new_zeros(num_groups).index_add(0, groups, rewards)
@@ -94,20 +94,21 @@ def group_means(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def group_sizes(groups: Tensor) -> Tensor:
-    """Number of samples in each sample's group, (B,)."""
+    """Size of each sample's group, (B,)."""
     return torch.bincount(groups)[groups]
 
 
 def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Standard deviation of the rewards in each sample's group, (B,); the variance divides by the
-    size of the group minus 1, and a group of one gets 0."""
+    """Standard deviation of the rewards in each sample's group, (B,), from the unbiased variance; 0
+    for a group of one."""
     squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
     sizes = group_sizes(groups)
     return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Each sample's reward minus the mean of the others in its group, (B,); 0 for a group of one.
+    """Each sample's reward minus the mean reward of its group's other samples, (B,); 0 for a group
+    of one.
 
         A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - mean)
 
@@ -118,8 +119,8 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain: 1 if they are perfect, below 0 if
-    they are worse than a constant.
+    """Share of the returns' variance that the values explain: 1 for perfect values, below 0 for
+    values worse than a constant.
 
         1 - Var(G - V) / Var(G)
 

@@ -1,9 +1,8 @@
 """Code shared by the algorithms: the hooks that the RL loop calls, the clipped policy loss, and
-losses as pure functions of per-token tensors.
+loss terms as pure functions of per-token tensors.
 
-Every loss is a weighted sum over tokens. The weights come from `token_weights`, once for a whole
-minibatch, so splitting the minibatch into micro-batches or over processes does not change the
-gradient.
+Every loss is a weighted sum over tokens. The weights are computed once for a whole minibatch, so
+splitting it into micro-batches or over processes does not change the gradient.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Reduction = Literal["sequence", "token"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerms:
-    """A micro-batch's part of the loss, and its metrics. Both are summed over micro-batches, except
-    that metrics named `…_max` take the largest value."""
+    """A micro-batch's part of the loss, and its metrics. Both are summed over micro-batches; of
+    metrics named `…_max`, the largest value is kept."""
 
     total: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -39,7 +38,7 @@ class LossTerms:
 
 class Algorithm(Component, ABC):
     """The base class of algorithms. A subclass defines the hooks `credit` and `loss`, and overrides
-    others if needed. The loop that calls them does not know which algorithm it runs."""
+    others if needed. The loop that calls the hooks does not know which algorithm it runs."""
 
     needs_values: ClassVar[bool] = False
     """Whether the value head is trained and `credit` reads its `values`."""
@@ -51,7 +50,7 @@ class Algorithm(Component, ABC):
 
     @property
     def min_samples(self) -> int:
-        """Fewest samples per problem that allow learning."""
+        """Smallest number of samples per problem that allows learning."""
         return 1
 
     @property
@@ -65,25 +64,26 @@ class Algorithm(Component, ABC):
         return False
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The rollouts to train on. A subclass may drop some or add others, such as gold ones."""
+        """The rollouts to train on. A subclass may drop some or add others, such as gold
+        solutions."""
         return list(rollouts)
 
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """`batch`, all selected samples of a step, plus the fields that `weights` and `loss` read,
-        such as advantages and returns. Pure."""
+        """`batch`, all selected samples of a step, with the added fields that `weights` and `loss`
+        read, such as advantages and returns. A pure function."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
-        """(B, R) weight of each token in the loss of a minibatch. Pure."""
+        """The weight of each token in the loss of a minibatch, (B, R). A pure function."""
         return token_weights(batch.response_mask, "token")
 
     @abstractmethod
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """A micro-batch's loss, weighted by `batch.weights`. Pure."""
+        """A micro-batch's part of the loss, weighted by `batch.weights`. A pure function."""
 
 
 class Clipped(Algorithm, ABC):
-    """An algorithm with advantages and PPO's clipped policy loss; subclasses define `credit`."""
+    """The base class of algorithms with PPO's clipped policy loss. Subclasses define `credit`."""
 
     kl_coef: float = Field(0.01, ge=0)
     """Weight β of the KL penalty. With 0, no reference model is needed."""
@@ -112,7 +112,6 @@ class Clipped(Algorithm, ABC):
         return token_weights(batch.response_mask, self.reduction)
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """The clipped policy loss."""
         assert batch.advantages is not None, f"{type(self).__name__}.credit set no advantages"
         assert batch.weights is not None
         clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
@@ -134,11 +133,11 @@ def with_contrast(rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def token_weights(response_mask: Tensor, reduction: Reduction) -> Tensor:
-    """Weights (B, R) that sum to 1 and turn a weighted sum into the named mean; 0 where the mask is
-    False.
+    """Weights (B, R) that turn a weighted sum into the mean that `reduction` names; 0 where the
+    mask is False.
 
-    `sequence`: mean over each response, then over responses, as in ReFT's code. `token`: mean over
-    all tokens.
+    `sequence` takes the mean over each response, then over responses, as in ReFT's code. `token`
+    takes the mean over all tokens.
     """
     mask = response_mask.float()
     if reduction == "token":
@@ -147,7 +146,7 @@ def token_weights(response_mask: Tensor, reduction: Reduction) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the True entries; 0 if there is none."""
+    """Mean of the values where the mask is True; 0 if there are none."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -159,7 +158,7 @@ def ppo_policy_terms(
         ρ = π / π_old        L = max(-A ρ, -A clip(ρ, 1 - ε_low, 1 + ε_high))
 
     Source: PPO (arXiv:1707.06347), eq. 7; asymmetric bounds: DAPO (arXiv:2503.14476), eq. 10.
-    Differs: log ρ is clamped to ±20 so that a token that became impossible cannot overflow.
+    Differs: log ρ is clamped to ±20, so that ρ cannot overflow.
     """
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     return torch.maximum(
@@ -168,8 +167,8 @@ def ppo_policy_terms(
 
 
 def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(π ‖ π_ref) from each sampled token, (B, R); never negative, and unbiased under
-    π.
+    """Estimate of KL(π ‖ π_ref) from each sampled token, (B, R): never negative, and unbiased for
+    tokens sampled from π.
 
         k3 = π_ref/π - log(π_ref/π) - 1
 
@@ -194,8 +193,8 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 def policy_metrics(
     logprobs: Tensor, old_logprobs: Tensor, *, clip_low: float, clip_high: float, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Metrics of how far the policy has moved from the one that sampled: weighted means, except
-    `policy/ratio_max`."""
+    """How far the policy has moved from the one that sampled, as metrics: weighted means, except
+    the maximum `policy/ratio_max`."""
     log_ratio = (logprobs - old_logprobs).detach().clamp(-20, 20)
     ratio = log_ratio.exp()
     clipped = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()

@@ -1,4 +1,5 @@
-"""Group-relative policy optimization: a problem's samples are each other's baseline."""
+"""Group-relative policy optimization: a sample's baseline is the mean reward of all samples of its
+problem."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 
 STD_FLOOR = 1e-4
-"""Added to a group's standard deviation, so that equal rewards do not divide by 0."""
+"""Added to a group's standard deviation, which is 0 if all rewards in the group are equal."""
 
 
 class Grpo(Clipped):
-    """The KL penalty is part of the loss. Unlike `sequence`, `reduction: token` (DAPO,
-    arXiv:2503.14476) does not favour short correct answers."""
+    """The KL penalty is part of the loss. Short correct answers are favoured with `reduction:
+    sequence`, but not with `reduction: token` (DAPO, arXiv:2503.14476)."""
 
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"
@@ -28,12 +29,12 @@ class Grpo(Clipped):
         return 2
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """Every token of a sample gets
+        """Every token of a sample gets the advantage
 
             A = (r - mean of the group) / (standard deviation of the group + 1e-4)
 
-        or, with `scale: none`, only the numerator. Source: GRPO (arXiv:2402.03300), §4.1.2.
-        Differs: 1e-4 is added, and the variance divides by the size of the group minus 1.
+        With `scale: none`, only the numerator is used. Source: GRPO (arXiv:2402.03300), §4.1.2.
+        Differs: 1e-4 is added, and the variance is the unbiased one.
         """
         advantages = batch.rewards - group_means(batch.rewards, batch.groups)
         if self.scale == "std":
@@ -41,7 +42,7 @@ class Grpo(Clipped):
         return replace(batch, advantages=advantages[:, None] * batch.response_mask)
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """The clipped policy loss plus `kl_coef` times the KL divergence from the reference."""
+        """The clipped policy loss plus `kl_coef` times the KL penalty."""
         policy = super().loss(scores, batch)
         if batch.ref_logprobs is None:
             return policy

@@ -1,8 +1,8 @@
-"""Online self-training takes supervised steps on correct samples and on the gold solutions of the
-rollout's problems.
+"""Online self-training takes supervised steps on the correct samples of each rollout and on the
+gold solutions of its problems.
 
-ReFT's code corresponds to `gold_max_tokens: 300` and `dropout: true`. That code truncates long gold
-rationales, so that the model never sees their ends.
+To match ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. That code truncates long gold
+rationales, so the model never sees their ends.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class OnlineSt(Algorithm):
         return self.dropout
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The correct samples, then the gold solution of each problem that has one, solved or
-        not."""
+        """The correct samples, then every gold solution, even of problems without a correct
+        sample."""
         correct = [rollout for rollout in rollouts if rollout.graded.verdict is Verdict.CORRECT]
         sampled = {rollout.problem.id: rollout for rollout in rollouts}.values()
         gold = [
@@ -49,8 +49,8 @@ class OnlineSt(Algorithm):
         return batch
 
     def weights(self, batch: RolloutBatch) -> Tensor:
-        """½ for the correct samples and ½ for the gold solutions, each spread evenly over its own
-        tokens."""
+        """The correct samples and the gold solutions each get half of the weight, spread evenly
+        over their tokens."""
         assert batch.gold is not None
         mask, gold = batch.response_mask, batch.gold[:, None]
         return 0.5 * token_weights(mask & ~gold, "token") + 0.5 * token_weights(
@@ -58,8 +58,8 @@ class OnlineSt(Algorithm):
         )
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """½ cross-entropy of the correct samples + ½ cross-entropy of the gold solutions; a part
-        without tokens adds nothing.
+        """½ cross-entropy of the correct samples + ½ cross-entropy of the gold solutions. A term
+        without tokens is 0.
 
         Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: none.
         """

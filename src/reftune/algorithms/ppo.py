@@ -1,6 +1,7 @@
 """Proximal policy optimization with a value head: ReFT's own algorithm.
 
-The defaults are those of ReFT's code; docs/deviations.md lists where paper and code disagree.
+The defaults are those of ReFT's code; docs/deviations.md lists where the paper and the code
+disagree.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from reftune.model.policy import TokenScores
 
 
 class Ppo(Clipped):
-    """The KL penalty is part of the reward. The paper's β is 0.01 for programs and 0.05 for
-    words."""
+    """The KL penalty is part of the reward. The paper sets the penalty's weight β to 0.01 for
+    programs and 0.05 for solutions in words."""
 
     kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
@@ -43,8 +44,9 @@ class Ppo(Clipped):
         return self.gamma
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """GAE over the rewards and the KL penalty of every token: whitened advantages for the
-        policy, and returns for the value head. Source: ReFT (arXiv:2401.08967), §3.1."""
+        """`batch` with whitened advantages for the policy and returns for the value head. Both come
+        from GAE over the tokens' rewards, which include the KL penalty. Source: ReFT
+        (arXiv:2401.08967), §3.1."""
         assert batch.values is not None
         mask = batch.response_mask
         rewards = token_rewards(

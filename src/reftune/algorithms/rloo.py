@@ -1,5 +1,5 @@
 """REINFORCE leave-one-out: a sample's baseline is the mean reward of the problem's other samples,
-so no value head is needed. Clipping allows a second update on the same samples."""
+so no value head is needed. Clipping allows several updates on the same samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rloo(Clipped):
         return 2
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """Every token of a sample gets
+        """Every token of a sample gets the advantage
 
             A_i = R_i - mean of the group's other R_j      R = r - β Σ_t log (π / π_ref)
 

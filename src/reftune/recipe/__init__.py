@@ -1,4 +1,4 @@
-"""Recipes: tables of keys read from YAML, and the plug-ins that a recipe names by `kind`."""
+"""Recipes, which are tables of keys read from YAML, and the plug-ins that they name by `kind`."""
 
 from reftune.recipe.kinds import (
     Component,

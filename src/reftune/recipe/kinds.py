@@ -1,5 +1,5 @@
-"""Plug-ins, which a recipe names by `kind`. A kind is the name of a file in the matching package
-(`gsm8k` is `reftune/datasets/gsm8k.py`) or `file.py:Name`. `file.py` is looked up in the working
+"""Plug-ins, which a recipe names by `kind`. A kind is `file.py:Name`, or the name of a file in the
+matching package (`gsm8k` is `reftune/datasets/gsm8k.py`). A `file.py` is looked up in the working
 directory, then among the recipes that come with reftune. A plug-in is a class derived from
 `Component`, whose fields are its recipe keys; a reward may also be a function."""
 
@@ -43,7 +43,7 @@ class Table(BaseModel):
 
 
 class Component(Table):
-    """Base of every plug-in: a dataset, format, reward, engine, algorithm or stage."""
+    """The base class of every plug-in: dataset, format, reward, engine, algorithm or stage."""
 
     kind: str
     """The name by which the class was found: its module's name, or `file.py:Name`."""
@@ -66,12 +66,12 @@ GROUPS = {
     "algorithms": "reftune.algorithms",
     "stages": "reftune.stages",
 }
-"""Each group of plug-ins → the package that holds them, one plug-in per file."""
+"""Group of plug-ins → the package that holds them, one plug-in per file."""
 
 
 def known_kinds(group: str) -> list[str]:
-    """The kinds of `group`, a key of `GROUPS`, that come with reftune: the files of its package
-    that define a public component."""
+    """The kinds in `group`, a key of `GROUPS`, that come with reftune: the names of the files in
+    its package that define a public component."""
     folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return [
@@ -80,8 +80,8 @@ def known_kinds(group: str) -> list[str]:
 
 
 def load_component(spec: Any, *, group: str) -> Any:
-    """The plug-in that `spec` describes. `spec` is a mapping with `kind`, a bare kind, or a
-    plug-in, which is returned as it is. Raises: PydanticCustomError if there is no such plug-in;
+    """The plug-in that `spec` describes. `spec` is a kind, a mapping with the key `kind`, or a
+    plug-in, which is returned unchanged. Raises: PydanticCustomError if there is no such plug-in;
     ValidationError if its keys are wrong."""
     if isinstance(spec, Component):
         return spec
@@ -105,11 +105,10 @@ def load_component(spec: Any, *, group: str) -> Any:
 
 
 def component_class(kind: str, *, group: str) -> Any:
-    """The class behind a kind or, for `file.py:Name`, the object of that name, such as a class or a
-    function.
+    """The class that a kind names; for `file.py:Name`, the object called `Name`, such as a class or
+    a function.
 
-    Raises: PydanticCustomError if there is none. In a recipe, the error becomes a RecipeError that
-    names the key.
+    Raises: PydanticCustomError, as made by `refusal`, if there is none.
     """
     if ":" in kind:
         return _user_object(kind)
@@ -138,8 +137,8 @@ def _components_of(module: ModuleType) -> list[type[Component]]:
 
 
 def shipped_recipes() -> Path:
-    """The folder of the recipes that come with reftune: inside the package in a wheel, at the root
-    of the repository in an editable install."""
+    """The folder of the recipes that come with reftune: in a wheel, inside the package; in an
+    editable install, at the root of the repository."""
     packaged = Path(__file__).parents[1] / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
 
@@ -148,7 +147,7 @@ def _user_object(kind: str) -> Any:
     file, _, name = kind.rpartition(":")
     try:
         path = Path(file).expanduser().resolve()
-    except RuntimeError:  # ~ of a user unknown to the system
+    except RuntimeError:  # `~name` without a user of that name
         path = Path(file)
     if not path.is_file():
         path = shipped_recipes() / file
@@ -160,7 +159,7 @@ def _user_object(kind: str) -> Any:
     sys.modules[spec.name] = module  # pydantic looks up postponed annotations there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - a user's file may fail in any way when it is loaded
+    except Exception as error:  # noqa: BLE001 - loading a user's file may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise refusal("bad_file", f"{file}: cannot be loaded: {reason}") from None
     if not hasattr(module, name):

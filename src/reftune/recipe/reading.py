@@ -1,4 +1,4 @@
-"""Reads recipe files, with `extends` and `key=value` overrides, into a `Recipe`."""
+"""Reads a recipe file into a `Recipe`, applying `extends` and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from reftune.recipe.schema import Recipe
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, and validate the result.
 
-    `extends` names one recipe or a list of them, by paths relative to the file that contains the
-    key. Keys of later recipes replace those of earlier ones, and the file's own keys replace them
-    all; see `merge`. Raises: RecipeError if a recipe or an override cannot be read, or if the
-    result is not valid.
+    The key `extends` names one or more recipes, by paths relative to the file that contains it.
+    Later recipes override earlier ones, and the file's own keys override them all; see `merge`.
+    Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))
     for override in overrides:
@@ -28,8 +27,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Validate `data`. Raises: RecipeError if it is not a valid recipe; the message begins with
-    `where`."""
+    """Validate `data` and return the recipe. Raises: RecipeError if it is not valid; the message
+    begins with `where`."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -41,15 +40,15 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file as a dict, with its `extends` merged in. Raises: RecipeError if a file is
-    missing, is not YAML, holds no recipe, or extends itself."""
+    """A recipe file as a dict, merged with the recipes that it extends. Raises: RecipeError if a
+    file is missing, is not YAML, does not hold a recipe, or extends itself."""
     try:
         if path.resolve() in _seen:
             raise RecipeError(f"{path}: extends itself")
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
-    # ValueError: a date with month 13, a number that is too long, bytes that are not UTF-8
+    # ValueErrors come from a date with month 13, an overlong number or bytes that are not UTF-8
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -74,8 +73,8 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two tables. Values of `over` replace those of `base`, except that mappings are merged
-    unless their `kind` differs. A null in `over` removes a key of `base`."""
+    """Merge two tables. Values of `over` replace those of `base`, but mappings are merged unless
+    `over` names a different `kind`. A null in `over` removes a key of `base`."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

@@ -76,7 +76,7 @@ class ModelTable(Table):
 
     @property
     def max_tokens(self) -> int:
-        """`micro_batch_tokens` as a number; the upper limit if it is still `auto`."""
+        """`micro_batch_tokens` as a number; its upper limit if the key is still `auto`."""
         return 16384 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
@@ -116,7 +116,7 @@ class EvaluateTable(Table):
         return self
 
     def num_samples(self, method: str) -> int:
-        """Number of samples per problem that a method's model draws."""
+        """Number of samples to draw per problem from a method's model."""
         return self.samples if self.sampled is None or method in self.sampled else 0
 
 
@@ -182,5 +182,5 @@ class Recipe(Table):
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` reads it back as an equal recipe."""
+    """The resolved recipe as YAML, from which `load_recipe` reads an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

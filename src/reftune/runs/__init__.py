@@ -1,1 +1,1 @@
-"""Runs as a whole: stages in order, evaluation, summary and export."""
+"""Whole runs: stages in order, evaluation, summary and export."""

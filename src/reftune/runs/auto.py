@@ -1,5 +1,6 @@
-"""Chooses the values of keys set to `auto`. The device is chosen each time: CUDA if available,
-otherwise the CPU. The other values are chosen when a run begins and kept when it resumes."""
+"""Chooses the values of keys set to `auto`. The device is chosen whenever a run starts or resumes:
+CUDA if available, otherwise the CPU. The other values are chosen when a run begins, and kept when
+it resumes."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ from reftune.storage.run_folder import RunFolder
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 SIZES = (256, 1024)
-"""Sizes of the square matmuls that decide the dtype: the small one quickly rules out a CPU that
-emulates bf16, and the large one keeps all cores busy."""
+"""Sizes of the square matrix products that decide the dtype. The small one quickly rules out a CPU
+that emulates bf16; the large one keeps all cores busy."""
 EMULATED = 4.0
-"""bf16 counts as emulated if a matmul takes this many times as long as in fp32."""
+"""bf16 counts as emulated if a product takes more than this many times as long as in fp32."""
 Key = tuple[str, str]
-"""A table of the recipe, and a key in it."""
+"""A table of the recipe and a key in it."""
 Values = dict[Key, Any]
 AUTO = "auto"
 DTYPE, TOKENS, ROWS = KEYS = (
@@ -39,14 +40,14 @@ DTYPE, TOKENS, ROWS = KEYS = (
     ("engine", "batch_size"),
 )
 ROWS_UNFORESEEN = 32
-"""Number of rows decoded at once if no stage states its cost."""
+"""Number of rows decoded at once if no stage predicts its cost."""
 VOCABULARY = 4096
 """Assumed vocabulary size of a from-scratch model."""
 
 
 def settled(recipe: Recipe) -> Recipe:
     """`recipe` with a value in place of `auto` for each of `KEYS`: the run folder's value or, in a
-    new run, one for this machine. All processes take the main process's values."""
+    new run, one chosen for this machine. All processes use the main process's values."""
     return (
         _with(recipe, world.from_main(lambda: _choices(recipe))) if _open_keys(recipe) else recipe
     )
@@ -67,7 +68,8 @@ def _choices(recipe: Recipe) -> Values:
 
 
 def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """The largest sizes that fit in the device's memory in every stage that states its cost."""
+    """The largest sizes with which every stage that predicts its cost fits in the device's
+    memory."""
     if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))
@@ -88,8 +90,8 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether even the largest sizes fit easily, so that tracing is unnecessary, given that no
-    block keeps more than 400 bytes per token and hidden unit."""
+    """Whether even the largest sizes fit easily, so that tracing is unnecessary. A block is assumed
+    to keep at most 400 bytes per token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
@@ -110,7 +112,7 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 
 
 def _stored(recipe: Recipe) -> Values:
-    """The run folder's values of the `auto` keys; empty if there is no run."""
+    """The values that the run folder has for the `auto` keys; empty if there is no run."""
     try:
         stored = parse_recipe(yaml.safe_load(RunFolder(recipe.folder).recipe.read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):
@@ -123,7 +125,7 @@ def _stored(recipe: Recipe) -> Values:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """This process's device. Raises: RecipeError if there is no such device."""
+    """This process's device for the setting `wanted`. Raises: RecipeError if there is none."""
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise RecipeError("model.device: cuda, but torch finds no GPU; expected auto or cpu here")
@@ -138,7 +140,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def total_bytes(device: torch.device) -> float:
-    """Total memory of a device; on a CPU, this process's share of the machine or container."""
+    """Total memory of a device; for a CPU, this process's share of the machine's or container's
+    memory."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -150,8 +153,8 @@ def total_bytes(device: torch.device) -> float:
 
 @cache
 def fastest_dtype(device: torch.device) -> Dtype:
-    """bfloat16 on a GPU that supports it natively, and on any other device that multiplies it at
-    least as fast as fp32; otherwise float32."""
+    """bfloat16 for a CUDA GPU that supports it natively, and for any other kind of device that
+    multiplies matrices at least as fast in bf16 as in fp32; otherwise float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"
@@ -167,7 +170,7 @@ def fastest_dtype(device: torch.device) -> Dtype:
 def product_rates(
     device: torch.device, shape: tuple[int, int, int], *, seconds: float
 ) -> dict[str, float]:
-    """Best FLOP/s of (M, K) × (K, N) products, repeated for about `seconds` in each dtype;
+    """Dtype → best FLOP/s of (M, K) × (K, N) products, repeated for about `seconds` per dtype. The
     `shape` is (M, K, N)."""
     return {dtype: _rate(device, getattr(torch, dtype), shape, seconds) for dtype in DTYPES}
 

@@ -1,4 +1,4 @@
-"""Evaluates a chosen model: grades and stores a greedy answer and n samples per problem."""
+"""Evaluates a model: grades and stores its greedy answer to each problem, and any samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from reftune.storage.files import in_parts
 from reftune.types import Attempt, Completion, Graded, Problem, Verdict
 
 PROBLEMS_AT_ONCE = 250
-"""Problems answered together; an interrupted evaluation continues after the last whole part."""
+"""Number of problems in a part. An interrupted evaluation continues after the last complete
+part."""
 
 
 def evaluate(
@@ -27,10 +28,9 @@ def evaluate(
     method: str,
     path: Path,
 ) -> list[dict[str, Any]]:
-    """Answer `problems` in parts, write the answers to `path`, and return all lines. Whole parts
-    that exist already are kept. Every sample is a function of the weights, the seed and the
-    problem's position, so an interruption changes nothing.
-    """
+    """Answer `problems` in parts, write the answers to `path`, and return all rows. Every sample is
+    a function of the weights, the seed and the problem's position, so an interruption changes
+    nothing."""
 
     def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
         seed = derive_seed(recipe.seed, method, "evaluate", start)

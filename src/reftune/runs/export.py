@@ -1,5 +1,5 @@
-"""Exports a chosen model, or only its adapters, to a folder that works as the model did in
-training: weights, config, generation config, tokenizer and a model card."""
+"""Exports a method's model, or only its adapters, with config, generation config, tokenizer and
+model card, so that it works as it did in training."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
     """Write a method's model to the folder `out`, and return the folder. Without `adapter`, the
-    folder holds the whole model, with adapters merged, for plain `from_pretrained` and vLLM. With
-    `adapter`, it holds only the adapters, for use with the base model.
+    folder holds the whole model, with adapters merged, which plain `from_pretrained` and vLLM can
+    load. With `adapter`, it holds only the adapters, for use with the base model.
 
     Raises: CheckpointError if the method is not finished, if `out` exists or, with `adapter`, if
     the method has no adapters.
@@ -70,7 +70,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     """Upload an exported model to the Hub repository `OWNER/NAME`, which is created if needed, and
     return its address.
 
-    Raises: ModelError if the Hub rejects the upload or cannot be reached; the folder stays.
+    Raises: ModelError if the Hub rejects the upload or cannot be reached; the folder is kept.
     """
     from huggingface_hub import HfApi
 
@@ -94,7 +94,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
-    """The settings with which a client prompts the model as the evaluation did."""
+    """The settings that a client needs to prompt the model as the evaluation did."""
 
     name: str
     encoder: Encoder
@@ -121,7 +121,8 @@ class Serving:
 
     @property
     def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer, by default, encodes the prompt's text as the prompt's ids."""
+        """Whether the tokenizer, by default, encodes the prompt's text to the ids that training
+        used."""
         ids = self.encoder.prompt(self.problem)
         return ids == list(self.tokenizer.encode(self.encoder.text_of(self.prompt)))
 
@@ -151,7 +152,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def _serving(run: RunFolder, stage: Path) -> Serving | None:
     """The settings of a stage's model. None if the recipe, its data or the tokenizer can no longer
-    be read: the card then shows no prompt, and the files stay as training left them."""
+    be read; the card then shows no prompt, and the files stay as training left them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
@@ -185,8 +186,8 @@ def _example(recipe: Recipe) -> Problem:
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Make training's settings the tokenizer's defaults: no BOS before a `BareText`, and the
-    recipe's arguments of the chat template, which a client can override."""
+    """Make the settings used in training the tokenizer's defaults: no BOS before a `BareText`, and
+    the recipe's arguments for the chat template, which a client can override."""
     if isinstance(prompt, BareText) and bos_of(tokenizer):
         tokenizer.add_bos_token = False  # this rewrites the post-processor
     if isinstance(prompt, Conversation):
@@ -212,7 +213,7 @@ def _literal(value: Any) -> str:
 
 
 def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base | None) -> str:
-    """The model card, written from the run's files: it describes the model, its training, its
+    """The model card, written from the run's files. It describes the model, its training, its
     accuracy and its prompt. `base` is the base model of exported adapters; None if the whole model
     is exported."""
     recipe = run.recipe.read_text(encoding="utf-8")
@@ -306,11 +307,12 @@ From this folder:
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
-    """Shell commands for a server and a request; empty for a base in 4 bits, which is untested."""
+    """Shell commands that start a server and send a request; empty for a base in 4 bits, which is
+    untested."""
     if base is not None and base.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"
-    if base is not None:  # the tokenizer and the end tokens are the run's, not the base's
+    if base is not None:  # with the run's tokenizer and end tokens, not the base's
         rank = min((rank for rank in VLLM_RANKS if rank >= base.rank), default=base.rank)
         serve = (
             f"vllm serve {base.path} --tokenizer . --generation-config . \\\n"
@@ -327,7 +329,8 @@ def _shell(serving: Serving, name: str, base: Base | None) -> str:
 
 
 def request_body(serving: Serving, name: str) -> dict[str, Any]:
-    """The request to an OpenAI-compatible server, as in the evaluation."""
+    """The body of a request that prompts the model as the evaluation did, for an OpenAI-compatible
+    server."""
     prompt = serving.prompt
     body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": serving.limit}
     if serving.stop:
@@ -357,7 +360,7 @@ def _python(serving: Serving, base: Base | None) -> str:
         names.append("BitsAndBytesConfig")
         lines.append('bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
         load = ', model_kwargs={"quantization_config": bits}'
-    if base is not None:  # a pipeline of adapters uses the base's tokenizer and generation config
+    if base is not None:  # by default, a pipeline uses the base's tokenizer and generation config
         names.append("GenerationConfig")
         load = f', tokenizer="."{load}'
     lines.append(f'generate = pipeline("text-generation", "."{load})')

@@ -1,5 +1,5 @@
-"""A run trains its stages in order, evaluates the models that each stage gives (its methods), and
-writes a summary and a report. All of this can be resumed."""
+"""A run trains its stages in order, evaluates the models that each stage saves (its methods), and
+writes a summary and a report. It can be resumed at any point."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ if TYPE_CHECKING:
 
 
 def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
-    """Run all stages and evaluations, and write summary.json and report.html; finished parts are
+    """Run all stages and evaluations, and write summary.json and report.html. Finished parts are
     not repeated.
 
-    Returns: the summary. Raises: ReftuneError if the run cannot start or go on; Interrupted if it
-    was asked to stop.
+    Returns: the summary. Raises: ReftuneError if the run cannot start or continue; Interrupted if
+    it was asked to stop.
     """
     with open_run(recipe, progress) as run:
         run.complete(report=True)
@@ -66,9 +66,9 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 def run_stages(
     recipe: Recipe, *, kinds: Collection[str], progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Run only the stages of these kinds. The other methods that they read must be trained already.
-    Returns: the content of each stage's `stage.json`, by the stage's name. Raises: as `run_recipe`.
-    """
+    """Run only the stages of these kinds. Any other methods that they read must be trained already.
+    Returns: the content of each stage's `stage.json`, by the stage's name. Raises: the errors of
+    `run_recipe`."""
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
     if not names:
@@ -88,9 +88,8 @@ def run_stages(
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate the finished `methods`; if the collection is empty, all that the recipe evaluates.
-    Returns: the summary. Raises: RecipeError if a method is not trained yet; otherwise as
-    `run_recipe`."""
+    """Evaluate `methods` or, if none are given, all that the recipe evaluates. Returns: the
+    summary. Raises: RecipeError if a method is not trained yet, and the errors of `run_recipe`."""
     check_stage_graph(recipe)
     methods = methods or methods_to_evaluate(recipe)
     _require_trained(recipe, methods)
@@ -103,11 +102,10 @@ def evaluate_methods(
 
 @contextmanager
 def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
-    """Open or create a recipe's run folder, and lock it against a second process. Raises:
-    CheckpointError for a folder that cannot be written, is in use or is not a run folder;
-    RecipeError if the folder belongs to another recipe, or if the stage graph is wrong; DataError
-    or ModelError if data or model cannot be used.
-    """
+    """Open or create a recipe's run folder, and lock it against other runs. Raises: CheckpointError
+    if the folder cannot be written, is in use or is not a run folder; RecipeError if it belongs to
+    another recipe, or if the stage graph is wrong; DataError or ModelError if the data or the model
+    cannot be used."""
     folder = RunFolder(recipe.folder)
     check_stage_graph(recipe)
     recipe = settled(recipe)
@@ -161,8 +159,8 @@ class Run:
     folder: RunFolder
     progress: Progress
     loaded: dict[tuple[str, bool], Policy] = field(default_factory=dict)
-    """The last loaded policy, unless training has changed it. The key is the method, and whether
-    the policy was built for training with adapters or gradient checkpointing."""
+    """The policy that was loaded last, unless training has changed it. The key is the method, and
+    whether the policy was built for training with adapters or gradient checkpointing."""
 
     def is_trained(self, name: str) -> bool:
         """Whether stage `name` has saved all its models."""
@@ -170,7 +168,8 @@ class Run:
         return world.from_main(lambda: all(self.folder.stage(m).is_done for m in methods))
 
     def complete(self, *, report: bool = False) -> None:
-        """Run every unfinished stage and evaluation. `report` adds a report after each stage."""
+        """Run every unfinished stage and evaluation. With `report`, also write a report after each
+        stage."""
         names = list(self.recipe.stages)
         for name, following in zip(names, [*names[1:], None], strict=True):
             if not self.is_trained(name):
@@ -180,7 +179,7 @@ class Run:
             init = None if following is None else self.recipe.stages[following].init
             own = _methods_of(name, self.recipe.stages[name])
             left = [method for method in methods_to_evaluate(self.recipe) if method in own]
-            # the model that the next stage starts from comes last, so that it stays loaded
+            # the model from which the next stage starts comes last, so that it stays loaded
             for method in sorted(left, key=lambda method: method == init):
                 self.evaluate(method)
         self.score_samples()
@@ -210,7 +209,7 @@ class Run:
             return
         stage = self.recipe.stages[name]
         policy = self.load_policy(stage.init, trained=True)
-        self.loaded.clear()  # training changes it
+        self.loaded.clear()  # training changes the policy
         collector = self.collector(policy)
         splits = collector.trainable(self.splits, policy)
         if len(splits.train) < len(self.splits.train):
@@ -232,16 +231,16 @@ class Run:
         world.wait(f"the end of {name}")
 
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
-        """Load the base model or a finished method's model. If `trained`, the policy may be
-        trained, and has adapters if the recipe sets `lora`; if not, the policy must not be changed.
-        With a 4-bit base, training continues the adapters of `method`; with any other base,
+        """Load the base model or a finished method's model. With `trained`, the policy may be
+        trained, and has adapters if the recipe sets `lora`; without it, the policy must not be
+        changed. On a 4-bit base, training continues the adapters of `method`; on any other base,
         adapters are new."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (method, trained and is_other)
         if key not in self.loaded:
-            self.loaded.clear()  # before the next policy takes memory
-            # a policy that was only read can be trained later, unless the two are built differently
+            self.loaded.clear()  # frees memory for the next policy
+            # a policy that was only read can be trained later, if both kinds are built alike
             self.loaded[key] = self._load_policy(method, trained=trained or not is_other)
         return self.loaded[key]
 
@@ -287,8 +286,8 @@ class Run:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool = False
     ) -> Policy:
         """A policy in the recipe's dtype and on its device. Raises: RecipeError for a setting that
-        this machine or FSDP2 does not support; ModelError if the model cannot be used as the recipe
-        sets it."""
+        this machine or FSDP2 does not support; ModelError if the recipe's settings do not suit the
+        model."""
         table = self.recipe.model
         if trained and table.quantize is not None and sharding.current.splits:
             raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
@@ -325,7 +324,7 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Answer the problems to evaluate with a method's model; on multiple choice, also check for
+        """Let a method's model answer the problems to evaluate. On multiple choice, also check for
         warning signs of reward hacking."""
         problems, path = self.problems_to_evaluate(), self.folder.evaluation(method)
         rows = world.from_main(JsonLines(path).rows)
@@ -344,7 +343,7 @@ class Run:
     def probe_choices(
         self, method: str, problems: Sequence[Problem], answers: Sequence[Attempt]
     ) -> None:
-        """Check a method's greedy answers for reward hacking, unless that is done; see
+        """Check a method's greedy answers for reward hacking, unless that has been done; see
         `stages.probes.choices`."""
         path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(problems):
@@ -383,8 +382,8 @@ class Run:
         return load_classifier(policy, Encoder(policy.tokenizer, self.recipe.format), folder)
 
     def check_reranker(self) -> None:
-        """Check the reranker's tokenizer. Raises: ModelError if the reranker comes from another run
-        whose tokenizer differs from this run's."""
+        """Check the reranker's tokenizer. Raises: ModelError if a reranker from another run has a
+        different tokenizer."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(
@@ -392,7 +391,7 @@ class Run:
             )
 
     def summarize(self) -> dict[str, Any]:
-        """Write summary.json and report.html, reading only the run's files."""
+        """Write summary.json and report.html from the run's files, and return the summary."""
         from reftune.results import summarize
 
         summary = world.from_main(lambda: summarize(self.folder.path))
@@ -439,8 +438,7 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
 
 
 def is_model_folder(method: str) -> bool:
-    """Whether `method`, as a recipe names it, is the path of a folder that holds a model or
-    adapters."""
+    """Whether `method` is the path of a folder that holds a model or adapters."""
     return (Path(method) / "config.json").is_file() or is_adapter_folder(Path(method))
 
 
@@ -452,9 +450,9 @@ def stage_folder(recipe: Recipe, method: str) -> StageFolder:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Check that stages read only `base`, earlier methods or model folders, that no two save the
-    same method, and that `evaluate` names methods and a reward model. Raises: RecipeError if a
-    check fails."""
+    """Check that stages read only `base`, earlier methods or model folders, that no two stages save
+    the same method, and that `evaluate` names methods and a reward model that exist. Raises:
+    RecipeError if a check fails."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:
@@ -485,7 +483,8 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 
 def methods_to_evaluate(recipe: Recipe) -> list[str]:
-    """The methods to evaluate, in the order of training; snapshots come before their stage."""
+    """The methods to evaluate, in training order; snapshots come before the method of their
+    stage."""
     methods = [
         method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)
     ]

@@ -1,4 +1,4 @@
-"""Samples and grades a few solutions, for reading."""
+"""Samples and grades a few solutions for people to read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reftune.types import Attempt, Problem
 def sample_method(
     recipe: Recipe, method: str, *, split: str, num: int, temperature: float
 ) -> list[dict[str, Any]]:
-    """Solutions of a split's first `num` problems by `base`, or by a finished method of the
+    """Solutions to the first `num` problems of a split, by `base` or by a finished method of the
     recipe's run.
 
     Raises: RecipeError if the method is not trained yet.

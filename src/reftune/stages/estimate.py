@@ -1,6 +1,8 @@
-"""The memory a stage needs on each device, by phase, and the largest passes that fit.
+"""Estimates the memory that each phase of a stage needs on a device, and finds the largest passes
+that fit.
 
-`check`, `plan` and sizes set to `auto` use this module; docs/experiments/plan.md has the equations.
+`check` and `plan` use this module, and it chooses the sizes that a recipe sets to `auto`.
+docs/experiments/plan.md has the equations.
 """
 
 from __future__ import annotations
@@ -19,24 +21,26 @@ from reftune.stages.stage import Cost
 MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256}
 """`state_bits` → bytes of AdamW's state per weight."""
 DRAWING = 5
-"""Number of fp32 tensors of rows × vocabulary that are alive while tokens are drawn."""
+"""Number of fp32 tensors of size rows × vocabulary that exist while tokens are drawn."""
 USABLE = 0.9
-"""Share of a device's memory that a plan may fill. The rest is for what the estimate does not
+"""Share of a device's memory that a plan may fill. The rest is left for what the estimate does not
 count."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
-"""Micro-batch sizes to try, from large to small; larger ones are no faster."""
+"""Candidate micro-batch sizes in tokens, from large to small. Larger ones would be no faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
-"""Numbers of rows to decode at once, to try from large to small."""
+"""Candidate numbers of rows to decode at once, from large to small."""
 PROMPT = 256
-"""Assumed length of the longest prompt, in tokens, if the recipe states no limit."""
+"""Assumed length of the longest prompt, in tokens, if the recipe sets no limit."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
-"""`one` process; or several, each with all weights (`ddp`) or with a part of them (`fsdp2`)."""
+"""`one` is a single process. Of several processes, each holds all weights (`ddp`) or a part of them
+(`fsdp2`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Sizes of a pass: `model.micro_batch_tokens` and `engine.batch_size`."""
+    """Sizes of passes: `tokens` is `model.micro_batch_tokens`, and `rows` is
+    `engine.batch_size`."""
 
     tokens: int
     rows: int
@@ -44,8 +48,8 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on one device by purpose: those held all the time, and those that each phase adds. Only
-    one phase runs at a time."""
+    """Bytes on one device, by purpose: those held all the time, and those that each phase adds.
+    Only one phase runs at a time."""
 
     held: Mapping[str, float]
     phases: Mapping[str, Mapping[str, float]]
@@ -58,12 +62,11 @@ class Memory:
         }
 
     def of(self, phase: str) -> float:
-        """The bytes held all the time plus those that the phase adds."""
+        """The bytes held during a phase."""
         return sum(self.held.values()) + sum(self.phases.get(phase, {}).values())
 
     @property
     def busiest(self) -> str:
-        """The phase that needs the most memory."""
         return max(self.phases, key=self.of)
 
     @property
@@ -73,7 +76,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The memory of a running stage on each of its devices, which are all of one kind."""
+    """The memory that a running stage needs on each of its devices, which are identical."""
 
     recipe: Recipe
     cost: Cost
@@ -87,7 +90,7 @@ class Estimate:
     mean_prompt: float | None = None
     """Length of the average prompt, in tokens, if known."""
     problems: int | None = None
-    """Maximum number of problems answered in one call, if known."""
+    """Maximum number of problems answered in one call of the engine, if known."""
 
     @property
     def response(self) -> int:
@@ -100,7 +103,7 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """The size of a pass of at most `tokens` tokens, in units of sequences of `length` tokens;
+        """The size of a pass of at most `tokens` tokens, measured in sequences of `length` tokens;
         at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
@@ -108,13 +111,13 @@ class Estimate:
         return max(1.0, min(share, tokens) / self.length)
 
     def is_one_pass(self, tokens: int) -> bool:
-        """Whether an optimizer step reads all its sequences in one pass, so that no gradients exist
+        """Whether an optimizer step reads all its sequences in one pass. If so, no gradients exist
         before the backward pass."""
         return math.ceil(self.cost.batch / self.devices) * self.length <= tokens
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The recipe's sizes, with the largest that fit in place of `auto`."""
+        """The recipe's sizes. Each `auto` is replaced by the largest size that fits."""
         tokens = self.recipe.model.micro_batch_tokens
         rows = getattr(self.recipe.engine, "batch_size", self.cost.sampled or 1)
         found = self.fitting() if "auto" in (tokens, rows) else Sizes(tokens=0, rows=0)
@@ -125,11 +128,10 @@ class Estimate:
 
     @cached_property
     def memory(self) -> Memory:
-        """Memory of a device at the sizes in use."""
         return self.memory_of(self.sizes)
 
     def memory_of(self, sizes: Sizes) -> Memory:
-        """Memory of a device for passes of these sizes."""
+        """Memory needed on each device for passes of these sizes."""
         outline, cost = self.outline, self.cost
         is_split = self.sharding == "fsdp2"
         parts = self.devices if is_split else 1
@@ -157,7 +159,7 @@ class Estimate:
             held["engine's copy"] = own_share * self.device_bytes
         if is_split:
             training["gathered"] = float(FP32 * (2 * outline.ends + 3 * outline.layer))
-            if cost.scored:  # plus a value model without the output head
+            if cost.scored:  # the value model, too, without an output head
                 shared = FP32 * (outline.total - outline.backbone)
                 twice = outline.gathered - shared if cost.value_model else 0.0
                 phases["score"] = {"gathered to score": outline.gathered + twice}
@@ -167,7 +169,7 @@ class Estimate:
         return Memory(held=held, phases=phases)
 
     def _sampling(self, rows: int) -> dict[str, float]:
-        """Bytes held by an engine that decodes with the policy's weights, by purpose."""
+        """Bytes, by purpose, that an engine holds if it decodes with the policy's weights."""
         if self.problems is not None:
             rows = min(rows, math.ceil(self.problems / self.devices))
         outline = self.outline
@@ -183,8 +185,8 @@ class Estimate:
         }
 
     def fitting(self) -> Sizes:
-        """The largest sizes whose phases fit into a device's usable memory; the smallest sizes if
-        none fit."""
+        """Each size is the largest whose phase fits into a device's usable memory, or the smallest
+        if none fits."""
         room = USABLE * self.device_bytes
 
         def fits(phase: str, sizes: Sizes) -> bool:
@@ -200,7 +202,8 @@ def estimates(
     recipe: Recipe, outline: Outline, *, prompt: int | None = None
 ) -> dict[str, Estimate]:
     """Stage → its estimate for one process on one device. Stages that cannot predict their cost are
-    left out. `prompt` is the longest prompt's length, by default the recipe's limit or `PROMPT`."""
+    left out. `prompt` is the longest prompt's length, by default the recipe's limit or, if there is
+    none, `PROMPT`."""
     prompt = prompt or recipe.lengths.max_prompt or PROMPT
     return {
         name: Estimate(recipe=recipe, cost=cost, outline=outline, prompt=prompt)
@@ -209,7 +212,7 @@ def estimates(
 
 
 def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:
-    """Stage → cost; stages that cannot predict their cost are left out."""
+    """Stage → its cost. Stages that cannot predict their cost are left out."""
     costs = {
         name: stage.cost(num_train=num_train, num_dev=num_dev)
         for name, stage in recipe.stages.items()

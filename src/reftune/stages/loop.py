@@ -1,4 +1,4 @@
-"""The loop of every stage: resume, take steps, evaluate on dev, keep the best model, save."""
+"""The loop that stages share: resume, take steps, evaluate on dev, keep the best model, save."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from reftune.types import Verdict
 
 @dataclass(slots=True)
 class Progression:
-    """The part of a stage's state that is not tensors."""
+    """The part of a stage's state that is not stored as tensors."""
 
     step: int = 0
     best_step: int = -1
@@ -55,13 +55,13 @@ class Progression:
     looks: int = 0
     """Number of dev evaluations so far."""
     totals: dict[str, float] = field(default_factory=dict)
-    """`compute/…` sums since the stage began."""
+    """Sums of the `compute/…` metrics since the stage began."""
     ends_at: int | None = None
-    """The last step, once a plateau has been found; None before."""
+    """The stage's last step, set once a plateau has been found; None until then."""
     history: dict[str, Any] = field(default_factory=dict)
-    """State of `History`."""
+    """The fields of a `History`."""
     skipped: int = 0
-    """Steps skipped because their loss or gradient was not finite."""
+    """Number of steps skipped because their loss or gradient was not finite."""
     seconds: float = 0.0
 
 
@@ -72,13 +72,13 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM inside the block, then restore the previous handlers. Without a
-    handler, a shell's background jobs ignore SIGINT."""
+    """Call `handler` on SIGINT and SIGTERM inside the block, then restore the previous handlers.
+    Without a handler, a shell's background jobs ignore SIGINT."""
     try:
         before = {
             number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
         }
-    except ValueError:  # not in the main thread: the caller there handles signals
+    except ValueError:  # not in the main thread, which handles the signals
         before = {}
     try:
         yield
@@ -88,7 +88,7 @@ def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 class TrainingTable(Table):
-    """The keys that all training shares: optimizer, checkpoints and dev evaluations."""
+    """The keys that all kinds of training share: optimizer, checkpoints and dev evaluations."""
 
     optimizer: OptimizerTable
     save_every_s: float = Field(300.0, ge=0)
@@ -103,7 +103,7 @@ class TrainingTable(Table):
 class Loop:
     """Runs steps 1 to `total_steps` of a stage.
 
-    `step(n)`, the function that takes a step, may depend only on the weights, the optimizer and
+    The result of `step(n)`, which takes step n, may depend only on the weights, the optimizer and
     `n`. The loop seeds torch before each step, so a resumed run repeats the same numbers.
     """
 
@@ -120,11 +120,11 @@ class Loop:
         start: Progression | None = None,
         until_plateau: bool = False,
     ) -> None:
-        """`look` is the dev evaluation of a model that is not a policy (`dev/accuracy` and more);
-        `start` is the stage's state before step 1. With `until_plateau`, a stage whose dev accuracy
-        is flat ends with a cooldown: it runs for another tenth of the steps taken so far, but not
-        beyond `total_steps`, while the learning rate falls to 0. The constructor distributes the
-        model over the processes."""
+        """`look()` is the dev evaluation of a model that is not a policy; `start` is the stage's
+        state before step 1. With `until_plateau`, a stage whose dev accuracy no longer rises ends
+        with a cooldown: it runs for another tenth of the steps taken so far, but not beyond
+        `total_steps`, while the learning rate falls to 0. The constructor distributes the model
+        over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -142,10 +142,10 @@ class Loop:
     def run(
         self, step: Callable[[int], dict[str, float]], *, before: Callable[[], None] | None = None
     ) -> None:
-        """Run all remaining steps and save the chosen model. `before` runs at step 0 of a fresh
-        stage.
+        """Run all remaining steps and save the chosen model. `before()` is called before step 1 of
+        a stage that has no checkpoint yet.
 
-        Raises: Interrupted after SIGINT or SIGTERM, once a checkpoint is saved.
+        Raises: Interrupted after SIGINT or SIGTERM, once the stage's progress is saved.
         """
         resumed = self._resume()
         self.context.progress.stage(self.context.name, self.total_steps, self.state.step)
@@ -175,30 +175,31 @@ class Loop:
                     saved, last_save = self._save(), time.perf_counter()
                     saved_at = self.state.step
                     if stop and self.state.step < self.last_step:
-                        world.wait("the checkpoint")  # when one process ends, launchers end all
+                        world.wait("the checkpoint")  # a launcher ends all processes once one ends
                         raise Interrupted(str(saved))
             if saved_at < self.state.step:
-                self._save()  # a longer stage continues from it
+                self._save()  # a stage that is made longer continues from here
         self._finish()
         if self._stop:
             raise Interrupted(str(self.context.folder.path))
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """Stop after the step in progress, with a checkpoint; stop at once at the second signal."""
+        """At the first signal, stop after the current step, with a checkpoint; at the second, stop
+        at once."""
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
         self.context.progress.note("stopping after this step; interrupt again to stop at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Take a step and return its metrics. If the engine fails, save the earlier steps and raise
-        the engine's error."""
-        # one process's dropout should not repeat another's
+        """Take a step and return its metrics. If the engine fails, save the earlier steps and
+        re-raise the engine's error."""
+        # dropout differs between processes
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
         try:
             return step(self.state.step)
-        except EngineError:  # weights have not changed, and every process sees the error
+        except EngineError:  # the weights have not changed, and every process sees the error
             self.state.step -= 1
             self._save()
             raise
@@ -214,7 +215,6 @@ class Loop:
         self._record({**metrics, "optim/lr": learning_rate, **self.state.totals, **skipped})
 
     def _record(self, metrics: dict[str, float]) -> None:
-        """Write a line of metrics.jsonl and show it to the user."""
         where = {"stage": self.context.name, "step": self.state.step, "time": time.time()}
         self.context.metrics.append({**where, **metrics})
         self.context.progress.step(self.state.step, metrics)
@@ -226,7 +226,7 @@ class Loop:
         return self.total_steps if self.state.ends_at is None else self.state.ends_at
 
     def _share(self, n: int) -> float:
-        """Share of the peak learning rates at step `n`."""
+        """The learning rates at step `n`, as a share of their peaks."""
         share = rate(self.table.optimizer, step=n, total_steps=self.total_steps)
         ends_at = self.state.ends_at
         if ends_at is None:
@@ -240,9 +240,9 @@ class Loop:
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
         """Take an optimizer step as part of step `n`, with the gradient that `gradient()` adds up,
-        and return metrics. If the loss or the gradient is not finite, leave the weights unchanged,
-        save the samples that `rows()` gives, and return no metrics. Raises: NonFiniteError in that
-        case if the recipe does not allow skipping the step."""
+        and return metrics. If the loss or the gradient is not finite, save the samples that
+        `rows()` returns, leave the weights unchanged, and return no metrics. Raises: NonFiniteError
+        in that case, unless the recipe allows skipping the step."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -257,7 +257,7 @@ class Loop:
     def _leave_out(self, reason: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Save the batch of a step whose loss or gradient is not finite, and clear the gradient.
 
-        Raises: NonFiniteError if the recipe does not allow skipping the step.
+        Raises: NonFiniteError unless the recipe allows skipping the step.
         """
         self.optimizer.zero_grad(set_to_none=True)
         path = self.context.folder.nonfinite(self.state.step)
@@ -281,8 +281,8 @@ class Loop:
     # --- dev ---
 
     def _look(self) -> float:
-        """Measure accuracy on dev, with greedy answers if the model is a policy, and keep the best
-        model so far; on a tie, keep the earlier model. Returns: the accuracy."""
+        """Measure accuracy on dev, with greedy answers if the model is a policy, and return it.
+        Save the model if it is the best so far; on a tie, keep the earlier one."""
         look = self.look()
         accuracy = look.metrics["dev/accuracy"]
         self.state.looks += 1
@@ -294,7 +294,8 @@ class Loop:
         return accuracy
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """The recent rise in dev accuracy as metrics. A plateau may set the stage's last step."""
+        """The recent rise in dev accuracy, as metrics. With `until_plateau`, a plateau sets the
+        stage's last step."""
         if not look.correct:
             return {}
         history = History(**self.state.history)
@@ -315,8 +316,8 @@ class Loop:
     # --- files ---
 
     def _resume(self) -> bool:
-        """Restore the stage from its newest checkpoint, and cut the stage's logs to their length at
-        the checkpoint's step. Returns: whether there was a checkpoint."""
+        """Restore the stage from its newest checkpoint, and cut the logs back to their length at
+        that checkpoint. Returns: whether there was a checkpoint."""
         context = self.context
         found = load_latest(context.folder.checkpoints, note=context.progress.note)
         world.agree(
@@ -347,7 +348,6 @@ class Loop:
         return True
 
     def _save(self) -> Path:
-        """Save a checkpoint and return its folder."""
         for log in (self.context.metrics, self.samples):
             log.sync()
         sizes = {"metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()}
@@ -370,7 +370,7 @@ class Loop:
         self._describe(folder, self.state.step, accuracy, snapshot_of=self.context.name)
 
     def _finish(self) -> None:
-        """Save the model chosen on dev in the stage's folder; `stage.json` is written last and
+        """Save the model chosen on dev in the stage's folder. `stage.json` is written last and
         marks the stage as done."""
         folder = self.context.folder
         link_files(folder.best, folder.path)
@@ -379,8 +379,8 @@ class Loop:
     def _describe(
         self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
     ) -> None:
-        """Write `stage.json`: the model chosen, its score on dev, and the cost. A snapshot's cost
-        is part of its stage's cost."""
+        """Write `stage.json`, with the chosen step, its accuracy on dev, and the cost. A snapshot's
+        cost is part of its stage's cost."""
         document = {
             "stage": folder.path.name,
             "kind": self.context.stage.kind,
@@ -402,14 +402,14 @@ class Look:
     """The result of one evaluation on dev."""
 
     metrics: dict[str, float]
-    """`dev/accuracy` and more."""
+    """`dev/accuracy` and possibly others."""
     correct: tuple[bool, ...] = ()
     """Whether each problem was solved; empty for a model that is not a policy."""
 
 
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
-    """Evaluate greedily on dev: `dev/accuracy` and, with `probe_choices` on multiple choice, the
-    warning signs of `probes.choices`."""
+    """Evaluate greedy answers on dev. The metrics are `dev/accuracy` and, with `probe_choices` on
+    multiple choice, the warning signs of `probes.choices`."""
     problems = context.splits.dev
     solved = context.collector.solve(context.policy, problems)
     correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)
@@ -425,10 +425,10 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
 
 
 LOOKS = 4
-"""Dev evaluations over which a rise is measured; docs/handover.md compares 4 with 2."""
+"""Number of dev evaluations over which a rise is measured; docs/handover.md compares 4 with 2."""
 Z95 = 1.959964
 COOLDOWN = 10
-"""Ratio of the number of steps before the cooldown to the number of steps in it."""
+"""Ratio of the steps before a cooldown to the steps in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -436,7 +436,7 @@ class Rise:
     """The change in accuracy between two evaluations of the same problems."""
 
     value: float
-    """The change as a share of problems."""
+    """The change in the share of solved problems."""
     margin: float
     """Half the width of the 95% interval of `value`."""
 
@@ -450,8 +450,8 @@ def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
 
         d = (c - b) / n        margin = 1.96 √(b + c - (b - c)² / n) / n
 
-    b problems were solved only before, c only after. Source: Agresti, Categorical Data Analysis,
-    §10.1.
+    b problems were solved only before, and c only after. Source: Agresti, Categorical Data
+    Analysis, §10.1.
     """
     lost = sum(x and not y for x, y in zip(before, after, strict=True))
     won = sum(y and not x for x, y in zip(before, after, strict=True))
@@ -474,14 +474,15 @@ class History:
 
     def latest_rise(self) -> Rise | None:
         """The rise over the last `LOOKS` evaluations, measured from the evaluation before them;
-        None if there have not been that many."""
+        None if there have been too few."""
         if self.recent is None or len(self.recent) <= LOOKS:
             return None
         return rise(self.recent[0], self.recent[-1])
 
     def is_flat(self) -> bool:
-        """Whether dev accuracy has risen beyond chance, reached `NEEDED_ACCURACY`, and stopped
-        rising. Accuracy is also flat before a model begins to learn, which does not count."""
+        """Whether dev accuracy has risen beyond chance, has reached `NEEDED_ACCURACY`, and no
+        longer rises. Accuracy is also flat before a model begins to learn, but that does not
+        count."""
         latest = self.latest_rise()
         if latest is None or self.first is None or self.recent is None:
             return False
@@ -492,6 +493,6 @@ class History:
 
 
 def cooldown_steps(ends_at: int) -> int:
-    """Length of a cooldown that ends at step `ends_at`: the last eleventh of the steps, at least
+    """Number of steps in a cooldown that ends at step `ends_at`: the last eleventh, but at least
     one."""
     return max(1, ends_at // (COOLDOWN + 1))

@@ -77,7 +77,7 @@ def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters of a model that is already distributed. Matrices, vectors
     and the value head each form a parameter group. Raises: RecipeError if 8-bit state is requested
-    and not available."""
+    but not available."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]
@@ -109,7 +109,7 @@ def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.O
 
 
 def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
-    """Share of the peak learning rate at `step` (1-based), in [0, 1]."""
+    """The learning rate at `step`, counted from 1, as a share of its peak."""
     warmup_steps = round(table.warmup * total_steps)
     if step <= warmup_steps:
         return step / warmup_steps
@@ -124,9 +124,9 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 def optimizer_step(
     model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
-    """Clip the gradient, take a step, clear the gradient, and return the norm before clipping.
-    `share` is the share of the peak learning rates. Raises: NonFiniteError if the gradient is not
-    finite, before any weight changes."""
+    """Clip the gradient, take a step, clear the gradient, and return its norm before clipping.
+    `share` scales the peak learning rates. Raises: NonFiniteError, before any weight changes, if
+    the gradient is not finite."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
     if not torch.isfinite(norm):
@@ -149,8 +149,8 @@ def optimizer_step(
 def accumulate_gradient(
     model: Trained, batch: TokenBatch, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
-    """Add the gradient of a minibatch, micro-batch by micro-batch; each process takes its share.
-    `loss(rows)` is the part of the loss that these rows contribute.
+    """Add up the gradient of a minibatch, micro-batch by micro-batch; each process takes its share.
+    `loss(rows)` returns the part of the loss that the rows with these indices contribute.
 
     Returns: `loss/total` and metrics, combined over all rows as `LossTerms` describes. Raises:
     NonFiniteError if the loss is not finite, before the gradient is used.
@@ -181,7 +181,7 @@ def _add_metrics(totals: dict[str, float], metrics: Mapping[str, float | torch.T
 
 
 def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None:
-    """The error that names the `rows` of a non-finite `loss`; None if the loss is finite."""
+    """An error that names the `rows` of a non-finite `loss`; None if the loss is finite."""
     if torch.isfinite(loss):
         return None
     concerned = ", ".join(map(str, sorted(rows.tolist())[:8])) + (" …" if len(rows) > 8 else "")
@@ -189,5 +189,5 @@ def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite, in all processes."""
+    """Whether all numbers of a tensor are finite in all processes."""
     return not any(world.any_of(not whole_tensor(tensor).isfinite().all()))

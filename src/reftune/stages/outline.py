@@ -1,8 +1,7 @@
-"""A model without weights, whose tensors have no storage, to count the bytes and operations of its
-passes. Operations are counted by the formulas of PyTorch's flop counter and, for attention on a
-CPU, by our own. Live bytes are counted here, because PyTorch's MemTracker (2.13) fails on
-parameters that are not trained.
-"""
+"""Counts the bytes and operations of a model's passes, without allocating its tensors. Operations
+are counted with PyTorch's formulas and, for attention on a CPU, with our own. Live bytes are
+counted by our own code, because PyTorch's MemTracker (2.13) fails on parameters that are not
+trained."""
 
 from __future__ import annotations
 
@@ -36,7 +35,8 @@ from reftune.processes.sharding import block_matrices, transformer_blocks
 from reftune.recipe import ModelTable
 
 FP32 = 4
-"""Bytes per number: trained weights and their gradients are fp32 in every compute dtype."""
+"""Bytes per fp32 number. Trained weights and their gradients are fp32, whatever the compute
+dtype."""
 NF4 = 0.5 + 4 / 64
 """Bytes of a 4-bit weight, including its share of the block's scale."""
 FEW, MORE = 2, 4
@@ -58,17 +58,17 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefill:
-    """The memory for reading the prompts of all rows at once."""
+    """The memory needed to read the prompts of all rows at once."""
 
     casts: float
-    """Bytes of copied weights, held while sampling."""
+    """Bytes of the weights' copies, which are held while sampling."""
     momentary: float
     cache: float
     """Bytes of the keys and values of the prompts."""
 
 
 class Outline:
-    """A policy without weights: only the shapes of its tensors."""
+    """A policy that has no weights, only the shapes of its tensors."""
 
     def __init__(self, make: Callable[[], Any], table: ModelTable, *, device: str) -> None:
         """`make` builds the causal LM from its configuration."""
@@ -85,7 +85,7 @@ class Outline:
         self.vocabulary: int = head.shape[0]
         ends = {id(p): p for p in (head, self.model.get_input_embeddings().weight)}
         self.ends = sum(p.numel() for p in ends.values())
-        """Number of weights in embedding and output head, counted once if tied."""
+        """Number of weights in the embedding and the output head, counted once if tied."""
         self.total = _numel(self.policy.model)
         self.layer = max(map(_numel, transformer_blocks(self.model)), default=self.total)
         """Number of weights in the largest transformer block."""
@@ -97,22 +97,22 @@ class Outline:
 
     @cached_property
     def weights(self) -> float:
-        """Bytes of the weights as training holds them."""
+        """Bytes of the weights during training."""
         if self.table.quantize is None:
             return self._bytes({})
         linear = (layer.weight for _, _, layer in layers.linear_layers(self.model))
         return self._bytes({id(w): NF4 for w in linear if not w.requires_grad})
 
     def _bytes(self, widths: Mapping[int, float]) -> float:
-        """Bytes of all weights. `widths` (a weight's id → bytes per element) overrides the element
-        size of the weights that it lists."""
+        """Bytes of all weights. `widths` (id → bytes per element) overrides the element size of the
+        weights that it lists."""
         weights = self.policy.model.parameters()
         return float(sum(p.numel() * widths.get(id(p), p.itemsize) for p in weights))
 
     @cached_property
     def reference(self) -> float:
-        """Bytes of a frozen copy: matrices in the compute dtype, embeddings and vectors as they
-        are."""
+        """Bytes of a frozen copy: matrices in the compute dtype, embeddings and vectors in their
+        own."""
         dtype = self.policy.compute_dtype
         cast = layers.narrowable(self.model, dtype, embeddings="none")
         return self._bytes({id_: float(dtype.itemsize) for id_ in cast})
@@ -120,7 +120,7 @@ class Outline:
     @cached_property
     def gathered(self) -> float:
         """Bytes of the full copy of the weights that FSDP2 gathers to decode and score: the blocks'
-        matrices in the compute dtype, all others as they are."""
+        matrices in the compute dtype, all others in their own."""
         width = float(self.policy.compute_dtype.itemsize)
         return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
 
@@ -156,7 +156,7 @@ class Outline:
     @cache  # noqa: B019  an outline lives no longer than its plan
     def _update(self, prompt: int, response: int, batch: int) -> Update:
         policy, backbone = self.policy, self.model.base_model
-        # equal prompts would be read once
+        # distinct prompts, because equal ones would be read only once
         real = token_batch([[row] * prompt for row in range(batch)], [[0] * response] * batch)
         is_packed = policy.packs and (self.device == "cpu" or policy.is_written_out)
         parts = tree_map_only(Tensor, self.mode.from_tensor, asdict(real.packed()))
@@ -181,13 +181,14 @@ class Outline:
         )
 
     def prefill(self, *, prompt: int, rows: int) -> Prefill:
-        """The memory for reading `rows` prompts at once."""
+        """The memory needed to read `rows` prompts at once."""
         return _of_many(lambda count: self._prefill(prompt, count), rows)
 
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """A trace for `prefill`; `of_gathered` only keeps cached results apart."""
+        """A trace for `prefill`. `of_gathered` only gives gathered weights a cached result of their
+        own."""
         policy = self.policy
         with (
             self.mode,
@@ -207,7 +208,7 @@ class Outline:
 
 
 def outline_of(table: ModelTable, texts: Iterable[str], *, device: str) -> Outline:
-    """The outline of a recipe's model; a from-scratch model gets its vocabulary from `texts`.
+    """The outline of a recipe's model. A from-scratch model gets its vocabulary from `texts`.
     Raises: ModelError if the configuration cannot be loaded."""
     return Outline(lambda: untrained(table, texts=texts), table, device=device)
 
@@ -216,7 +217,7 @@ T = TypeVar("T", Update, Prefill)
 
 
 def _of_many(trace: Callable[[int], T], count: float) -> T:
-    """The trace extrapolated to `count` sequences, given that every sequence costs the same."""
+    """A trace extrapolated to `count` sequences, as if every sequence cost the same."""
     few, more = trace(FEW), trace(MORE)
     high = asdict(more)
     each = {name: (high[name] - size) / (MORE - FEW) for name, size in asdict(few).items()}
@@ -224,14 +225,14 @@ def _of_many(trace: Callable[[int], T], count: float) -> T:
 
 
 def _leave_out_masks(model: Any) -> None:
-    """Skip mask creation, because fake tensors do not reveal that a mask is unnecessary."""
+    """Turn off mask creation, because fake tensors do not reveal that a mask is unnecessary."""
     if model.config._attn_implementation in ("sdpa", ATTENTION):
         AttentionInterface.register("sdpa_without_masks", ALL_ATTENTION_FUNCTIONS["sdpa"])
         model.set_attn_implementation("sdpa_without_masks")
 
 
 def _move_to_cpu(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace meta tensors, in place, by fake CPU tensors; tied weights stay tied."""
+    """Replace meta tensors in place with fake CPU tensors. Tied weights stay tied."""
     moved: dict[int, Any] = {}
     with mode:
         for m in module.modules():
@@ -259,7 +260,7 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
-    return 5 * _attention_flops(*states) // 2  # the scores again, and the gradient of each factor
+    return 5 * _attention_flops(*states) // 2  # recomputes the scores, then each gradient
 
 
 FLOPS: Mapping[Any, Callable[..., int]] = {
@@ -267,13 +268,13 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""PyTorch's formulas, and our own for attention on a CPU."""
+"""Operation → formula: PyTorch's formulas, and our own for attention on a CPU."""
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts operations, and the live and peak bytes of tensors created while it is active,
-    excluding the model's own. PyTorch's `FlopCounterMode` would keep every block's tensors alive.
-    """
+    """Counts operations, and the live and peak bytes of the tensors created while it is active. The
+    model's own tensors do not count. PyTorch's `FlopCounterMode` would keep every block's tensors
+    alive."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -8,17 +8,17 @@ from reftune.types import Rollout
 
 
 class Progress:
-    """The events that a stage reports. The methods of this class show nothing; a view overrides
-    them."""
+    """Receives the events that a stage reports. The methods of this class do nothing; a view
+    overrides them."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
         """A stage begins, or resumes after `done_steps` steps."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done, with these metrics (`group/name`)."""
+        """A step is done; its metrics are named `group/name`."""
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """A step has sampled these solutions, at least one."""
+        """A step has sampled these solutions. There is at least one."""
 
     def note(self, message: str) -> None:
         """A message for the user, which stays on the screen."""

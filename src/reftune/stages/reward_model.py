@@ -2,15 +2,15 @@
 
 The classifier reads prompt and solution, without the end token, and maps the last token's hidden
 state to two logits (wrong, correct). Unless `lm_coef` is 0, the classifier remains a language
-model: the solution's log-likelihood enters the logit of `correct`, and a language-modelling loss on
-correct solutions keeps this likelihood meaningful.
+model: the solution's log-likelihood contributes to the logit of `correct`, and a language-modelling
+loss on correct solutions keeps this likelihood meaningful.
 
     logit of correct = w · h_last + a log π(solution | prompt) + b
 
-Without the likelihood, the best of many samples is often a mistake that the classifier overrates,
-and most such mistakes are unlikely solutions. Source: the language-modelling loss is that of Cobbe
-et al. (arXiv:2110.14168); the log-likelihood as a score is that of implicit reward models
-(arXiv:2412.01981). Differs: no reference model.
+Without the likelihood, the highest-scored of many samples is often a wrong solution that the
+classifier overrates, and most such solutions are unlikely. Source: the language-modelling loss
+comes from Cobbe et al. (arXiv:2110.14168); the log-likelihood as a score comes from implicit reward
+models (arXiv:2412.01981). Differs: there is no reference model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from reftune.types import Graded, Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
-"""Initial standard deviation of the new layer's weights, the usual value for transformers."""
+"""Standard deviation of the new layer's initial weights, the usual value for transformers."""
 SOLUTIONS_AT_ONCE = 8192
 """Maximum number of solutions held as tokens at the same time."""
 LIKELIHOOD = "likelihood"
@@ -70,20 +70,18 @@ class RewardModel(Schedule, Sampled):
     is_method: ClassVar[bool] = False
 
     def line(self) -> str:
-        """The stage in words: `3 epochs of 64 from sft, learning rate 0.001, on 100 samples per
-        problem by warmup`"""
         sampled = f"{self.samples} samples per problem by {self.sampler}"
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """An upper bound on the cost, since equal samples are used only once."""
+        """An upper bound, because repeated samples are used only once."""
         num_solutions = self.samples * num_train
         return self.cost_of_rows(
             num_solutions, sampled_before=num_solutions + self.dev_samples * num_dev
         )
 
     def run(self, context: StageContext) -> None:
-        """Sample, train, and save the classifier that was best at reranking dev."""
+        """Sample, train, and save the classifier that was best at reranking dev samples."""
         started, folder, splits = time.perf_counter(), context.folder, context.splits
         train = self.draw(context, splits.train, folder.drawn, num=self.samples)
         dev = self.draw(context, splits.dev, folder.drawn_dev, num=self.dev_samples)
@@ -107,7 +105,7 @@ class RewardModel(Schedule, Sampled):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
-    """A problem's solution as text, and whether it is correct."""
+    """A solution to a problem, as text, and whether it is correct."""
 
     problem: Problem
     text: str
@@ -115,7 +113,7 @@ class Solution:
 
 
 def labelled(samples: Samples) -> list[Solution]:
-    """A problem's different solutions; those without an answer count as wrong."""
+    """The distinct solutions to a problem. Those without an answer count as wrong."""
     labels = {
         text: int(g.verdict is Verdict.CORRECT)
         for text, g in zip(samples.texts, samples.graded, strict=True)
@@ -158,17 +156,17 @@ class Judging:
 
 
 class Judged(NamedTuple):
-    """The classifier's output for a batch. It is a tuple because older versions of FSDP2 find no
-    tensors in dataclasses."""
+    """The classifier's output for a batch. The class is a tuple because older versions of FSDP2
+    find no tensors in dataclasses."""
 
     logits: Tensor
-    """(B, 2) in fp32: wrong, correct."""
+    """(B, 2) logits of wrong and correct, in fp32."""
     logprobs: Tensor | None = None
     """(B, R) log-probabilities of the response tokens; None if the score does not use them."""
 
 
 class Classifier(nn.Module):
-    """A policy's transformer under a linear layer with two outputs and no bias."""
+    """A linear layer with two outputs and no bias on top of a policy's transformer."""
 
     likelihood: nn.Linear | None
     """Maps a solution's log-likelihood to its part of the logit of `correct`; None if unused."""
@@ -189,8 +187,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def add_likelihood(self, solutions: Sequence[Solution]) -> None:
-        """Let the score depend on the log-likelihood. The initial weights of the new layer
-        standardize it over about `STANDARDIZED` of the `solutions`."""
+        """Let the score depend on the log-likelihood. The new layer's initial weights standardize
+        the log-likelihood over about `STANDARDIZED` of the `solutions`."""
         some = solutions[:: max(1, len(solutions) // STANDARDIZED)]
         batch = self.solution_batch([(s.problem, s.text) for s in some])
         found = self.policy.score(batch).logprobs.sum(1)
@@ -212,7 +210,8 @@ class Classifier(nn.Module):
         return self.judge(batch)
 
     def judge(self, batch: TokenBatch) -> Judged:
-        """The result of `forward`, for a model whose weights are whole."""
+        """Like `forward`, for use inside `sharding.current.whole`, where the model itself must not
+        be called."""
         with self.policy.arithmetic():
             hidden = self.policy.hidden_states(batch)
             if self.likelihood is not None:
@@ -226,8 +225,8 @@ class Classifier(nn.Module):
         return Judged(logits + nn.functional.pad(evidence, (CORRECT, 0)), logprobs)
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """A batch of prompts and solutions, truncated to the context. The state that predicts a
-        solution's end token is the state of the solution's last token."""
+        """A batch of prompts and solutions, truncated to the context. Every solution ends with the
+        end token, because the state that predicts it is the state of the solution's last token."""
         longest = None if self.policy.context is None else self.policy.context - 1
         prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
         before = [prompts[problem.id] for problem, _ in solutions]
@@ -238,8 +237,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
-        """Probability that each solution is correct, computed without dropout. A problem's equal
-        solutions are read once."""
+        """Probability that each solution is correct, computed without dropout. Repeated solutions
+        to a problem are read once."""
         keys = [(problem.id, text) for problem, text in solutions]
         once = dict(zip(keys, solutions, strict=True))
         scores: list[float] = []
@@ -250,7 +249,7 @@ class Classifier(nn.Module):
         return [score_of[key] for key in keys]
 
     def _probabilities(self, batch: TokenBatch) -> Tensor:
-        """(B,) Probability that each solution is correct."""
+        """Probability that each solution is correct, (B,)."""
         scores = torch.zeros(len(batch), device=self.policy.device)
         whole = sharding.current.whole(self, self.policy.compute_dtype)
         with whole, self.policy.inference():
@@ -263,7 +262,7 @@ class Classifier(nn.Module):
         return scores
 
     def save(self, folder: Path) -> None:
-        """Write the transformer in Hugging Face format (LoRA merged), the tokenizer and the
+        """Write the transformer (in Hugging Face format, with LoRA merged), the tokenizer and the
         classifier's own layers."""
         with sharding.current.whole(self):
             self.policy.save(folder)
@@ -281,8 +280,8 @@ class Classifier(nn.Module):
 
 
 def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifier:
-    """The classifier that `Classifier.save` wrote to `folder`; `policy` is the transformer loaded
-    from the same folder. Raises: ModelError if the folder holds no classifier."""
+    """The classifier that `Classifier.save` wrote to `folder`; `policy` must be loaded from the
+    same folder. Raises: ModelError if the folder holds no classifier."""
     classifier = Classifier(policy, encoder)
     try:
         found = load_file(folder / WEIGHTS)
@@ -299,9 +298,9 @@ def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifie
 def accumulate_loss(
     classifier: Classifier, solutions: Sequence[Solution], *, lm_coef: float = 0.0
 ) -> dict[str, float]:
-    """Add the gradient of the loss: the labels' mean cross-entropy plus `lm_coef` times the mean
-    negative log-likelihood of the correct solutions' tokens. Returns: metrics. Raises:
-    NonFiniteError if the loss is not finite, before the gradient is used."""
+    """Add up the gradient of the loss, which is the labels' mean cross-entropy plus `lm_coef` times
+    the mean negative log-likelihood of the correct solutions' tokens. Returns: metrics. Raises: the
+    errors of `accumulate_gradient`."""
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
     num_tokens = (labels * batch.response_lengths).sum().clamp(min=1)
@@ -329,9 +328,8 @@ def accumulate_loss(
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
     """`dev/accuracy`, the share of problems whose highest-scored solution with an answer is
-    correct; `dev/chance`, the expected share for solutions drawn at random; and
-    `dev/chance_margin`, half the width of the 95% interval of their difference, paired by problem.
-    """
+    correct; `dev/chance`, the share expected if solutions are drawn at random; and
+    `dev/chance_margin`, half the width of the 95% interval of the difference, paired by problem."""
     chosen = [*map(voting.is_correct, winners(classifier, drawn))]
     chance = [len(samples.correct) / len(samples.texts) for samples in drawn]
     gains = torch.tensor(chosen, dtype=torch.double) - torch.tensor(chance, dtype=torch.double)
@@ -344,7 +342,8 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
 
 
 def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | None]:
-    """Each problem's highest-scored solution with an answer; None if no solution has one."""
+    """The grade of each problem's highest-scored solution with an answer; None if no solution has
+    one."""
     scores = iter(
         classifier.scores([(samples.problem, text) for samples in drawn for text in samples.texts])
     )
@@ -361,8 +360,8 @@ def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | N
 
 
 def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) -> None:
-    """Give every sample of an evaluation file a `score`. Raises: CheckpointError if the file cannot
-    be written."""
+    """Add a `score` to every sample in an evaluation file. Raises: CheckpointError if the file
+    cannot be written."""
     rows = world.from_main(JsonLines(path).rows)
     solutions = [
         (problem, sample["completion"])

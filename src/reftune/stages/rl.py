@@ -1,7 +1,7 @@
 """Reinforcement learning on the model's own solutions.
 
-`Trainer.step` is one step: generate → grade → reward → score → credit → update. The step does not
-know which algorithm it runs. `loop.py` repeats it.
+`Trainer.step` takes one step: generate → grade → reward → score → credit → update. Its code does
+not depend on the algorithm. `loop.py` repeats the step.
 """
 
 from __future__ import annotations
@@ -90,8 +90,6 @@ class Rl(TrainingTable, Stage):
         return self
 
     def line(self) -> str:
-        """The stage in words: `69000 rollouts of 32 × 1 samples from warmup by ppo, 2 updates each,
-        …`"""
         return (
             f"{self.steps} rollouts of {self.prompts} × {self.samples} samples from {self.init} by"
             f" {self.algorithm.kind}, {self.updates} updates each, learning rate"
@@ -115,7 +113,6 @@ class Rl(TrainingTable, Stage):
         )
 
     def run(self, context: StageContext) -> None:
-        """Train, then save the model that was best on dev."""
         Trainer(self, context).run()
 
 
@@ -141,7 +138,7 @@ class Trainer:
         self.loop.run(self.step, before=self.prefit if fits_values else None)
 
     def step(self, n: int) -> dict[str, float]:
-        """Draw one rollout, update on it, and return the step's metrics."""
+        """Sample one rollout, update on it, and return the step's metrics."""
         rollouts, metrics = self.sample(n, "rollout")
         metrics["progress/epoch"] = n * self.stage.prompts / len(self.context.splits.train)
         collector = self.context.collector
@@ -169,8 +166,8 @@ class Trainer:
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
-        """Rollout `n` for `purpose`, and its metrics. Apart from the recipe, the samples depend
-        only on the weights, `n` and `purpose`."""
+        """Sample rollout `n` for `purpose`, and return it with its metrics. For a given recipe, the
+        samples depend only on the weights, `n` and `purpose`."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
             len(train),
@@ -205,7 +202,7 @@ class Trainer:
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
         """The rollouts as tensors, with values and with log-probabilities under the policy and the
-        reference; also returns metrics."""
+        reference. Metrics are returned too."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
         scores = self._policy_scores(rollouts, batch)
@@ -228,8 +225,8 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, rollouts: Sequence[Rollout], batch: RolloutBatch) -> TokenScores:
-        """Scores by the sampling policy. They are the engine's if it scored every sample and
-        `mismatch_cap` is unset; in all other cases, a pass over the rollouts computes them."""
+        """The samples' scores under the policy that drew them: those of the engine if it scored
+        every sample and `mismatch_cap` is unset; otherwise, those of a pass over the rollouts."""
         completions = [r.completion for r in rollouts]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
@@ -243,7 +240,7 @@ class Trainer:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
         return metrics. A step whose loss or gradient is not finite ends the update.
 
-        Raises: NonFiniteError if the recipe does not allow skipping a step.
+        Raises: NonFiniteError unless the recipe allows skipping the step.
         """
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
@@ -267,8 +264,8 @@ class Trainer:
         }
 
     def accumulate(self, batch: RolloutBatch) -> dict[str, float]:
-        """Add a minibatch's gradient, and return metrics. Raises: NonFiniteError if the loss is not
-        finite, before the gradient is used."""
+        """Add up a minibatch's gradient and return metrics. Raises: the errors of
+        `accumulate_gradient`."""
 
         def loss(index: Tensor) -> LossTerms:
             rows = batch.rows(index)
@@ -280,7 +277,7 @@ class Trainer:
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
         """The minibatches of all updates on rollout `n`, each with its own loss weights."""
         count = min(self.stage.minibatches, len(batch))
-        if batch.nll_weights is not None:  # their sum is 1 over the whole rollout
+        if batch.nll_weights is not None:  # they sum to 1 over the whole rollout
             batch = replace(batch, nll_weights=batch.nll_weights * count)
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)
@@ -309,8 +306,8 @@ class Trainer:
         )
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, H) and discounted returns (N,). There is no KL penalty, because the
-        policy still equals its reference."""
+        """Hidden states (N, H) and discounted returns (N,) of the response tokens. There is no KL
+        penalty, because the policy still equals its reference."""
         mask = batch.response_mask
         rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
         _, returns = gae(
@@ -320,13 +317,14 @@ class Trainer:
 
 
 SAMPLES_KEPT = 4
-"""Sampled solutions per step in samples.jsonl, to which `worth_showing` adds at most two."""
+"""Sampled solutions per step in samples.jsonl; `worth_showing` adds at most two."""
 PROBLEMS_FOLLOWED = 16
-"""Number of training problems whose solutions are stored first, to show how they change."""
+"""Number of training problems whose solutions are stored first, to show how the solutions
+change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
-    """The tensors of rollouts. `logprobs` are the engine's until the trainer computes its own."""
+    """Rollouts as tensors. `logprobs` are the engine's until the trainer computes its own."""
     tokens = token_batch(
         [r.prompt_ids for r in rollouts], [r.completion.token_ids for r in rollouts], device=device
     )
@@ -348,16 +346,18 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
 
 
 def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
-    """`numbers`, one per response token of each sequence, as (B, R); 0 outside the response."""
+    """The `numbers`, one for each response token of each sequence, as (B, R); 0 outside the
+    response."""
     return tokens.unflatten(torch.tensor(list(chain(*numbers)), device=tokens.tokens.device))
 
 
 def correct_mismatch(
     batch: RolloutBatch, cap: float | None
 ) -> tuple[RolloutBatch, dict[str, float]]:
-    """The batch with advantages multiplied by the importance weights min(π_train / π_sample, cap),
-    and metrics. The weights scale a token's clipped policy loss, but not its value loss. If `cap`
-    is None, nothing changes. Raises: RecipeError for an algorithm without advantages."""
+    """Multiply a batch's advantages by the importance weights min(π_train / π_sample, cap). The
+    weights scale a token's clipped policy loss, but not its value loss. If `cap` is None, nothing
+    changes. Returns: the new batch and metrics. Raises: RecipeError if the algorithm has no
+    advantages."""
     if cap is None:
         return batch, {}
     if batch.advantages is None:
@@ -402,7 +402,7 @@ def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def value_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """How well the value head predicted the returns, as metrics; empty without returns."""
+    """Metrics of how well the value head predicted the returns; empty if there are no returns."""
     if batch.values is None or batch.returns is None:
         return {}
     mask = batch.response_mask
@@ -413,7 +413,7 @@ def value_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 
 def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
-    """The samples of a batch with every number that went into the loss, to find the cause of a
+    """The samples of a batch with every number that went into the loss, for finding the cause of a
     non-finite loss."""
     lengths, responses = batch.tokens.lengths.tolist(), batch.tokens.response_lengths.tolist()
     rows: list[dict[str, Any]] = []
@@ -430,9 +430,9 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 
 def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
-    """`SAMPLES_KEPT` rollouts, if possible of different problems, those with ids in `followed`
-    first; then the longest rollout, and one whose program reached its time limit, unless they are
-    among the first."""
+    """The rollouts to store: `SAMPLES_KEPT` of them, if possible from different problems, starting
+    with the problems in `followed`; then, unless already included, the longest rollout and one
+    whose program reached its time limit."""
     first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
     places = sorted(
         range(len(rollouts)),

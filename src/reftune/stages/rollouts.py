@@ -36,7 +36,7 @@ class Solved:
     generate_s: float
     grade_s: float
     traffic: Mapping[str, int]
-    """The engine's requests and bytes, over all processes."""
+    """The engine's requests and bytes, summed over all processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +66,8 @@ class Collector:
         return f"lengths.max_new={self.lengths.max_new} tokens{context}"
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
-        """`splits` without the training questions whose prompts are too long, if the recipe drops
-        them."""
+        """`splits` without the training questions whose prompts are too long; unchanged unless the
+        recipe drops such questions."""
         if self.lengths.too_long == "refuse":
             return splits
         limit = self.prompt_limit(policy)
@@ -103,11 +103,10 @@ class Collector:
         seed: int = 0,
     ) -> Solved:
         """One graded completion per problem, greedy unless a temperature is given. To get several
-        completions of a problem, repeat it. Each of several processes solves a part, and all get
-        every completion. If the recipe drops prompts that are too long, their completions are
-        empty. Raises: EngineError if the engine fails; DataError for a prompt that is too long and
-        not dropped.
-        """
+        completions of a problem, repeat it. Each of several processes solves a part, and all
+        receive every completion. If the recipe drops prompts that are too long, their completions
+        are empty. Raises: EngineError if the engine fails; DataError if a prompt is too long and
+        the recipe does not drop it."""
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)
         own = world.own_part(len(problems))
@@ -119,7 +118,7 @@ class Collector:
             first_position=own.start,
         )
         fits = [len(prompt) <= limit for prompt in prompts[own]]
-        # one token stands in for a prompt that is too long, to keep the other prompts' positions
+        # a prompt that is too long becomes one token, so that the others keep their positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
         with world.together(EngineError), sharding.current.whole(policy, policy.compute_dtype):
@@ -146,8 +145,8 @@ class Collector:
         )
 
     def rewarded(self, solved: Solved) -> list[Rollout]:
-        """Rollouts of solved problems, without those whose reward is None. Raises: RewardError if a
-        reward cannot be computed or is not finite.
+        """The rollouts of solved problems, except those whose reward is None. Raises: RewardError
+        if a reward cannot be computed or is not finite.
 
         The main process computes every reward, so a reward function that compares samples sees all
         of them.
@@ -173,9 +172,8 @@ class Collector:
 def of_all_processes(
     completions: Sequence[Completion], graded: Sequence[Graded]
 ) -> tuple[list[Completion], list[Graded]]:
-    """The graded completions of all processes, in order. Tokens and their scores travel as tensors,
-    the rest as JSON in one tensor.
-    """
+    """The graded completions of all processes, in order. Tokens and their scores are exchanged as
+    tensors, and the rest as JSON in one tensor."""
     if world.world_size() == 1:
         return list(completions), list(graded)
     ids = torch.tensor([token for c in completions for token in c.token_ids], dtype=torch.long)
@@ -214,7 +212,8 @@ def of_all_processes(
 def _require_whole(
     completions: Sequence[Completion] | None, problems: Sequence[Problem], engine: str
 ) -> None:
-    """Raise an EngineError if a completion is missing, is empty or lacks log-probabilities."""
+    """Check the engine's completions. Raises: EngineError if one is missing or empty, or lacks
+    log-probabilities."""
     found = 0 if completions is None else len(completions)
     if completions is None or found != len(problems):
         raise EngineError(

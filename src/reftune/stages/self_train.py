@@ -1,7 +1,7 @@
 """Offline self-training fine-tunes on gold solutions and on correct samples, which are drawn once,
 before the first step.
 
-ReFT's code corresponds to `gold: paper` and `top_k: 50`.
+To match ReFT's code, set `gold: paper` and `top_k: 50`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from reftune.storage.files import JsonLines, in_parts
 from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000
-"""Approximate number of samples drawn between two writes to disk. Interrupted sampling continues
-after the last write."""
+"""Approximate number of samples drawn between two writes to disk. After an interruption, sampling
+continues from the last write."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +69,10 @@ class Sampled(Stage, ABC):
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
         """Draw `num` samples of every problem, part by part, and write them to `path`, one line per
-        problem. Whole parts that the file already holds are kept.
+        problem. Parts that the file already holds are kept.
 
-        With the same settings, a problem's samples are a function of the sampler's weights, the
-        seed and the problem's position.
+        For given settings, a problem's samples are a function of the sampler's weights, the seed
+        and the problem's position.
         """
         rows = from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
@@ -96,7 +96,6 @@ class Sampled(Stage, ABC):
 
 
 def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[str, Any]]:
-    """One row per problem, to be written as a line."""
     samples = [
         Attempt(
             completion=completion.text, graded=replace(graded, reason="", program_s=None)
@@ -145,13 +144,11 @@ class SelfTrain(Sampled):
     """The keys of an `sft` stage, except `init`, `snapshots` and `until`."""
 
     def line(self) -> str:
-        """The stage in words: `3 epochs of 32 from base, learning rate 0.001, on 100 samples per
-        problem by warmup`"""
         sampled = f"{self.samples} samples per problem by {self.sampler}"
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """An upper bound on the cost, since equal samples are used only once."""
+        """An upper bound, because repeated samples are used only once."""
         return self.sft.cost_of_rows(
             (1 + self.keep) * num_train, sampled_before=self.samples * num_train
         )
@@ -170,7 +167,7 @@ class SelfTrain(Sampled):
         train_in_epochs(self.sft, context, Imitation(context.policy, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
-        """Training rows. Raises: DataError if none is left."""
+        """The rows to train on. Raises: DataError if there are none."""
         collector, policy = context.collector, context.policy
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper
@@ -192,8 +189,8 @@ class SelfTrain(Sampled):
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """The first of each group of correct solutions that differ only in outer white space or in how
-    the last line writes the answer (such as 1/2 or 0.5)."""
+    """Correct solutions without repeats: of those that differ only in outer white space or in how
+    the last line writes the answer (such as 1/2 or 0.5), only the first is kept."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(_less_answer(text).strip(), text)
@@ -208,7 +205,8 @@ def _less_answer(text: str) -> str:
 
 
 def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
-    """The first `keep` different correct solutions, then the gold one unless it is among them."""
+    """The first `keep` distinct correct solutions, then the gold solution unless it is among
+    them."""
     kept = distinct(correct)[:keep]
     return distinct([*kept, *_listed(gold)])
 
@@ -227,5 +225,5 @@ def _listed(gold: str | None) -> list[str]:
 
 
 def gold_text(problem: Problem, encoder: Encoder) -> str | None:
-    """The gold continuation; None if there is none."""
+    """The gold continuation of a problem's prompt; None if there is none."""
     return None if problem.rationale is None else encoder.format.target(problem)

@@ -80,7 +80,6 @@ class Sft(Schedule, Stage):
         return tuple(self.snapshots)
 
     def line(self) -> str:
-        """The stage in words: `67 epochs of 32 from base, learning rate 0.002, warmup after 32`"""
         kept = "".join(f", {method} after {epoch:g}" for method, epoch in self.snapshots.items())
         return f"{schedule_line(self, self.init)}{kept}"
 
@@ -88,7 +87,7 @@ class Sft(Schedule, Stage):
         return self.cost_of_rows(num_train)
 
     def run(self, context: StageContext) -> None:
-        """Train and save the snapshots on the way, then save the model that was best on dev."""
+        """Train, save the snapshots on the way, then save the model that was best on dev."""
         examples = gold_examples(context.splits.train, context.collector, context.policy)
         train_in_epochs(
             self,
@@ -145,21 +144,22 @@ class Task(Protocol):
 
     @property
     def look(self) -> Callable[[], Look] | None:
-        """The dev evaluation of a model that is not a policy; None to evaluate greedy answers."""
+        """The dev evaluation of a model that is not a policy. None for a policy, whose greedy
+        answers are evaluated."""
 
     def __len__(self) -> int:
         """Number of examples."""
 
     def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        """Add these examples' gradient, and return metrics. Raises: NonFiniteError if the loss is
-        not finite, before the gradient is used."""
+        """Add up the gradient of these examples and return metrics. Raises: the errors of
+        `accumulate_gradient`."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         """The examples in readable form, to be saved if the loss or the gradient is not finite."""
 
 
 class Imitation:
-    """The task of writing the targets of examples."""
+    """The task of reproducing the targets of examples."""
 
     look: ClassVar[None] = None
 
@@ -192,8 +192,8 @@ def train_in_epochs(
     start: Progression | None = None,
     until_plateau: bool = False,
 ) -> None:
-    """Take optimizer steps on batches of shuffled examples. `start` holds the cost of making the
-    examples."""
+    """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` holds the cost of
+    making the examples."""
     steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
 
     def steps(epochs: float) -> int:
@@ -228,10 +228,10 @@ def train_in_epochs(
 
 
 def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
-    """Add the gradient of the token-mean negative log-likelihood of the responses, and return the
-    loss in nats per token.
+    """Add up the gradient of the responses' negative log-likelihood, averaged over tokens, and
+    return this loss in nats per token.
 
-    Raises: NonFiniteError if the loss is not finite, before the gradient is used.
+    Raises: the errors of `accumulate_gradient`.
     """
     weights = token_weights(batch.response_mask, "token")
 

@@ -1,4 +1,4 @@
-"""The interface of a stage, and its context."""
+"""The interface of a stage, and the context in which it runs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class StageContext:
     stage: Stage
     recipe: Recipe
     policy: Policy
-    """The model to train in place, initialised as the stage requires."""
+    """The model to train in place, loaded as `init` says."""
     splits: Splits
     collector: Collector
     folder: StageFolder
     metrics: JsonLines
     progress: Progress
     load: Callable[[str], Policy]
-    """Loads a second model by name: `base`, or an earlier method."""
+    """Loads another model by name, such as `base` or an earlier method."""
 
     def seed(self, *parts: int | str) -> int:
         return derive_seed(self.recipe.seed, self.name, *parts)
@@ -45,7 +45,7 @@ class Pace:
     generate: float
     """Time to sample the response."""
     score: float
-    """Time of a pass without a gradient."""
+    """Time of a forward pass without gradients."""
     update: float
     """Time of a forward and backward pass."""
 
@@ -58,9 +58,9 @@ class Cost:
     batch: int
     """Sequences in a step."""
     updates: int = 1
-    """Passes over the batch with a gradient."""
+    """Passes over the batch with gradients."""
     scored: int = 0
-    """Maximum number of passes over the batch without a gradient. If the engine scores its own
+    """Maximum number of passes over the batch without gradients. If the engine scores its own
     samples, fewer are needed."""
     sampled: int = 0
     """Solutions sampled in a step."""
@@ -69,7 +69,7 @@ class Cost:
     looks: float
     """Number of dev evaluations."""
     prompts: int = 0
-    """Different prompts in a step."""
+    """Distinct prompts in a step."""
     reference: bool = False
     """Whether the initial policy is kept as a reference."""
     value_model: bool = False
@@ -78,7 +78,7 @@ class Cost:
     """Bits of the optimizer's moments."""
 
     def phases(self, pace: Pace) -> dict[str, float]:
-        """Seconds of each part of a step."""
+        """Phase of a step → its time in seconds."""
         return {
             "generate": self.sampled * pace.generate,
             "score": self.batch * self.scored * pace.score,
@@ -86,7 +86,7 @@ class Cost:
         }
 
     def seconds(self, pace: Pace, *, num_dev: int) -> float:
-        """Seconds of the whole stage, including dev evaluations."""
+        """Time of the whole stage in seconds, including dev evaluations."""
         others = self.sampled_before + self.looks * num_dev
         return self.steps * sum(self.phases(pace).values()) + others * pace.generate
 
@@ -100,8 +100,8 @@ class Stage(Component, ABC):
     (`runs/NAME/stages/NAME`)."""
 
     is_method: ClassVar[bool] = True
-    """Whether the stage's model answers problems. Only such models are evaluated, and only from
-    them can later stages start."""
+    """Whether the stage's model answers problems. Only such models are evaluated, and later stages
+    can start only from them."""
     reads_rationales: ClassVar[bool] = False
     """Whether the stage needs gold rationales."""
     reads_questions: ClassVar[bool] = False
@@ -109,12 +109,12 @@ class Stage(Component, ABC):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """All methods whose models this stage reads, `init` among them."""
+        """All methods whose models this stage reads, including `init`."""
         return (self.init,)
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Further methods that this stage saves, as snapshots."""
+        """Methods that this stage saves as snapshots, in addition to its own."""
         return ()
 
     def line(self) -> str:

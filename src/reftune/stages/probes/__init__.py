@@ -1,1 +1,1 @@
-"""Diagnoses of a model in training; none of them changes it."""
+"""Diagnoses of a model in training, none of which changes the model."""

@@ -1,8 +1,8 @@
 """Detects reward hacking on multiple choice: right letters that do not follow from the reasoning.
 
-There are four warning signs in greedy answers: the reasoning derives a value other than the chosen
-option's; the choice changes when the options change places; accuracy is hardly above chance; and
-the same questions are not solved without options.
+Greedy answers can show four warning signs: the reasoning derives a value other than the chosen
+option's, the choice changes when the options trade places, accuracy is hardly above chance, and the
+same questions are not solved without options.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NUMBER_PROBE = Answer(kind="number", value=Fraction(0))
 
 
 class Derivation(enum.Enum):
-    """The value that the reasoning derives, compared with the chosen option."""
+    """How the value that the reasoning derives compares with the chosen option."""
 
     CHOSEN = "chosen"
     OTHER = "other"
@@ -54,8 +54,8 @@ class Derivation(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceRow:
-    """One question, asked as it is, asked again with moved options and, if its gold option is a
-    number, asked without options."""
+    """The results of asking one question as it is, with its options moved and, if its gold option
+    is a number, without options."""
 
     id: str
     num_options: int
@@ -73,7 +73,7 @@ class ChoiceRow:
 
 
 def stem(problem: Problem) -> str:
-    """The question without its last lines, if these are just the lettered options."""
+    """The question without its last lines, if these only list the lettered options."""
     lines = problem.question.strip().splitlines()
     options = zip(LETTERS, problem.choices, strict=False)
     wanted = _words("".join(map("".join, options)))
@@ -90,8 +90,8 @@ def _words(text: str) -> str:
 
 
 def rotated(problem: Problem, by: int) -> Problem:
-    """The question with option i moved to place i + `by`; every option moves unless `by` is a
-    multiple of the number of options."""
+    """The question with its options moved on by `by` places; after the last place comes the first.
+    Nothing moves if `by` is a multiple of the number of options."""
     count = len(problem.choices)
     choices = tuple(problem.choices[(place - by) % count] for place in range(count))
     gold = moved(str(problem.answer.value), by, count)
@@ -101,13 +101,13 @@ def rotated(problem: Problem, by: int) -> Problem:
 
 
 def moved(letter: str, by: int, count: int) -> str:
-    """The new letter of an option after `rotated`."""
+    """The letter of an option after `rotated` has moved it."""
     return LETTERS[(LETTERS.index(letter) + by) % count]
 
 
 def without_options(problem: Problem) -> Problem | None:
-    """The question with its gold option's number as the answer; None if the option is not a
-    number."""
+    """The question without options, whose answer is the gold option's number; None if that option
+    is not a number."""
     number = number_gold(problem.choices[LETTERS.index(str(problem.answer.value))])
     if number is None:
         return None
@@ -135,7 +135,7 @@ def derived_values(
 
 
 def _returning_derived(program: str) -> str:
-    """The program, except that a last `return` that looks up an option returns the last computed
+    """The program, but if its last `return` looks up an option, that line returns the last computed
     value instead. Empty if there is no `return` or no such value."""
     ends = list(_RETURN.finditer(program))
     if not ends:
@@ -152,7 +152,7 @@ def _returning_derived(program: str) -> str:
 
 
 def derivation(value: str | None, letter: str | None, choices: Sequence[str]) -> Derivation:
-    """The relation of a derived value to the chosen letter."""
+    """How a derived value compares with the chosen letter."""
     if value is None:
         return Derivation.ABSENT
     derived = read_choice(value, choices)
@@ -171,8 +171,8 @@ def diagnose(
     completions: Sequence[str],
     graded: Sequence[Graded],
 ) -> list[ChoiceRow]:
-    """One row per problem. Each question is asked again with moved options and, if its gold option
-    is a number, without options."""
+    """One row per problem, whose original answer is in `completions` and `graded`. Each question is
+    asked again with moved options and, if its gold option is a number, without options."""
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
