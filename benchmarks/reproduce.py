@@ -50,75 +50,74 @@ TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
 0 to 2."""
 NOTES = {
     "comparison": (
-        "The reward model is the paper's classifier, trained on 20 samples per question, drawn "
-        "from the warm-up. With more than 8 samples to choose from, its choices get "
-        "[worse](experiments/reranking.md), because it overrates some unlikely mistakes. [Another "
-        "reward model](#reranking-by-likelihood-and-classifier) avoids this."
+        "The reward model is the paper's classifier, trained on 20 samples per question from the "
+        "warm-up. If it has more than 8 samples to choose from, its choices get "
+        "[worse](experiments/reranking.md), because it overrates some unlikely mistakes."
     ),
     "reranking": (
         "The score of this reward model includes the solution's log-likelihood, and its loss "
-        "includes language modelling. The reward model learns from 100 samples of SFT's model for "
-        "each of the demo's 600 training questions. It then ranks samples of SFT's and ReFT's "
-        "models on 300 test problems.\n\n"
+        "includes a language-modelling term. The reward model learns from 100 samples that SFT "
+        "draws for each of the demo's 600 training questions. It then ranks samples of SFT and "
+        "ReFT on 300 test problems.\n\n"
         "For SFT, reranking beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
-        "[2.4, 10.1]; weighting the votes by score adds 3.5 [1.0, 6.9]. For ReFT, none of these "
-        "three differences is significant: +0.5 [−2.3, +3.5], −0.2 [−3.1, +2.7] and +0.7 [−0.7, "
-        "+2.5]. "
-        "[Reranking](experiments/reranking.md) shows why a reward model needs wrong solutions to "
-        "learn from."
+        "points [2.4, 10.1]. Weighting the votes by score improves voting by 3.5 points [1.0, "
+        "6.9]. For ReFT, none of these three differences is significant: +0.5 [−2.3, +3.5], −0.2 "
+        "[−3.1, +2.7] and +0.7 [−0.7, +2.5]."
     ),
     "reranking-nl": (
-        "The reward model learns from 20 samples of SFT's model for each of the 3,000 training "
-        "questions; SFT and ReFT are trained [as above](#solutions-are-in-words). For SFT, "
-        "reranking beats greedy decoding by 8.8 points [6.2, 11.5]; its lead over voting, 1.7 "
-        "[−1.3, 4.3], is not significant, but weighting the votes adds 2.5 [1.0, 4.1]. For ReFT, "
-        "reranking beats voting by 2.5 [0.5, 4.3]; its lead over greedy decoding, 2.0 [−0.1, 4.1], "
-        "is not significant. After reranking, ReFT no longer leads SFT."
+        "The reward model learns from 20 samples that SFT draws for each of the 3,000 training "
+        "questions. SFT and ReFT are trained [as above](#solutions-are-in-words).\n\n"
+        "For SFT, reranking beats greedy decoding by 8.8 points [6.2, 11.5]. Its lead over voting "
+        "is not significant, at 1.7 points [−1.3, 4.3], but weighting the votes by score improves "
+        "voting by 2.5 points [1.0, 4.1]. For ReFT, reranking beats voting by 2.5 points [0.5, "
+        "4.3]. Its lead over greedy decoding is not significant, at 2.0 points [−0.1, 4.1]. After "
+        "reranking, ReFT no longer leads SFT."
     ),
     "classifier-nl": (
-        "These are the same runs with the paper's reward model (`lm_coef: 0`). Its choice is 11.5 "
-        "points [7.5, 15.8] worse than greedy decoding for SFT and 25.1 [21.9, 28.5] for ReFT. In "
-        "all five runs, the report warns that on dev, the reward model is no better than a random "
-        "choice."
+        "These are the same runs with the paper's reward model (`lm_coef: 0`). Reranking with it "
+        "is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by 25.1 points "
+        "[21.9, 28.5] for ReFT. In all five runs, the report warns that the reward model is no "
+        "better on dev than a random choice."
     ),
     "modern": (
-        "*ReFT* is PPO with the coefficients and value head of the authors' code. "
-        "*ReFT modern* starts the value head at zero and makes eight more changes, most of them "
-        "from later papers; the [last table](#what-each-part-of-modern-contributes) measures the "
-        "eight. The two methods sample equally many solutions."
+        "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
+        "starts the value head at zero and makes eight more changes, most of which come from later "
+        "papers. The [last table](#what-each-part-of-modern-contributes) measures the eight. Both "
+        "methods sample equally many solutions."
     ),
     "tuned": (
-        "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT tuned* "
-        "takes smaller rollouts and passes four times over each instead of twice. It starts the "
-        "value head at zero, fits it before PPO starts and gives it less weight in the loss; the "
-        "KL coefficient is doubled. *ReFT tuned, two updates* keeps two passes. These settings "
-        "were chosen on other seeds. The three methods sample equally many solutions."
+        "As above, *ReFT* has the authors' settings. *ReFT tuned* takes smaller rollouts and makes "
+        "four passes over each instead of two. It starts the value head at zero, fits it before "
+        "PPO starts, gives it less weight in the loss, and doubles the KL coefficient. *ReFT "
+        "tuned, two updates* makes only two passes. These settings were chosen on different seeds. "
+        "All three methods sample equally many solutions."
     ),
     "comparison-nl": (
-        "All methods except offline self-training start from the same warm-up of 20 epochs over "
-        "3,000 questions, that is, 60,000 gradient passes over single solutions; dev accuracy had "
-        "then [levelled off](handover.md). SFT takes another 11,240 passes. ReFT takes 11,192 and "
-        "online self-training 11,200 to 11,600; for both, the first 3,000 are a supervised "
-        "[cooldown](handover.md#what-was-compared), after which the row *Warm-up* is measured. "
-        "Offline self-training starts from the base model, as in the paper, and takes 54,000 "
-        "passes, a quarter fewer than the warm-up and SFT together. Voting adds 7.3 points to SFT "
-        "but none to ReFT, probably because ReFT's samples vary less. From an [unfinished "
+        "All methods except offline self-training start from the same warm-up: 20 epochs over "
+        "3,000 questions, that is, 60,000 gradient passes over single solutions. By then, dev "
+        "accuracy has [levelled off](handover.md). SFT takes another 11,240 passes, ReFT 11,192, "
+        "and online self-training 11,200 to 11,600. For the latter two, the first 3,000 passes are "
+        "a supervised [cooldown](handover.md#what-was-compared), and the row *Warm-up* shows the "
+        "model after this cooldown. Offline self-training starts from the base model, as in the "
+        "paper. It takes 54,000 passes, a quarter fewer than the warm-up and SFT together.\n\n"
+        "Voting adds 7.3 points to SFT but none to ReFT, probably because ReFT's samples vary "
+        "less. When training started from an [unfinished "
         "warm-up](experiments/handover.md#first-attempts), no method beat SFT."
     ),
 }
 """Recipe → note for the reader."""
 OPEN = [
-    "**A real model** was not trained to the end. On two cores without AMX, Intel's matrix "
-    "instructions, that takes about 10 hours per seed. [SmolLM2 on "
-    "SVAMP](experiments/smollm2-svamp.md) reports a short run on a CPU with AMX and three "
-    "warm-ups on a GPU.",
-    "**On solutions of 66 tokens**, the value head explains nothing of the reward. Over five seeds "
-    "from a finished warm-up, RLOO is 1.1 points [0.1, 2.3] better than PPO, and no method "
-    "differs significantly from more SFT ([log](experiments/critic.md)).",
-    "**RL from prefixes of the gold solution** was tried on one tuning seed only, without a gain "
-    "([log](experiments/critic.md#prefixes-of-the-gold-solution)).",
-    "**Resting questions that are solved every time** did not change ReFT on three tuning seeds "
-    "([log](experiments/demo-search.md#solved-questions-that-rest)).",
+    "**A real model** has not been trained to the end: on two cores without AMX, this takes about "
+    "10 hours per seed. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports a short run on a "
+    "CPU with AMX and three warm-ups on a GPU.",
+    "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
+    "variance of the reward. Starting from a finished warm-up (five seeds), RLOO is 1.1 points "
+    "[0.1, 2.3] better than PPO, and no method differs significantly from more SFT "
+    "([log](experiments/critic.md)).",
+    "**Two ideas** brought no gain on tuning seeds: RL from [prefixes of the gold "
+    "solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and passing over "
+    "[questions that are solved every "
+    "time](experiments/demo-search.md#solved-questions-that-rest) (three seeds).",
 ]
 FINDINGS = [
     ("ReFT beats supervised fine-tuning (SFT)", "reft", "sft"),
@@ -182,14 +181,14 @@ def write(path: Path, text: str) -> None:
 def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of docs/results.md, a function of the committed tables."""
     parts = [
-        "# Results\n\nThis page reports which findings of the ReFT paper (arXiv:2401.08967) hold"
-        " on small generated tasks. `make reproduce` trains all models and writes the page."
-        " Accuracies are in percent. Differences are in points, paired by problem. Brackets give"
-        " 95% confidence intervals over seeds and problems; n.s. means not significant. Models are"
-        " chosen on dev and scored on test once. [Metrics](metrics.md#results) defines the"
-        " columns.",
+        "# Results\n\n"
+        "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
+        "generated tasks. `make reproduce` trains all models and writes the page. Accuracies are "
+        "in percent. Differences are in percentage points and paired by problem. Brackets give 95% "
+        "confidence intervals over seeds and problems, and n.s. means not significant. Models are "
+        "chosen on dev and scored once on test. [Metrics](metrics.md#results) defines the columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
-        "\n".join(f"- {line}" for line in OPEN),
+        "Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN),
     ]
     for recipe, table in tables.items():
         measured = (
@@ -201,7 +200,9 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
         parts += filter(None, [f"## {TITLES[recipe]}", NOTES.get(recipe, ""), measured, results])
     if "modern" in tables:
         parts.append(
-            "## What each part of `modern` contributes\n\n" + ablation_table(tables["modern"])
+            "## What each part of `modern` contributes\n\n"
+            "A positive difference means that the part helps.\n\n"
+            + ablation_table(tables["modern"])
         )
     return "\n\n".join(parts) + "\n"
 
