@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 traffic: Counter[str] = Counter()
-"""Requests and bytes that an engine has sent in its latest call; logged as `engine/…`."""
+"""Numbers of requests and bytes that an engine sent in its latest call, logged as `engine/…`."""
 
 
 class Engine(Protocol):

@@ -1,8 +1,9 @@
-"""The default engine decodes in the training process, with a cache.
+"""The default engine decodes in the training process, with a key-value cache.
 
-Finished rows leave the batch, so one long solution does not hold up the others, and waiting prompts
-take their place. Equal prompts that join at the same time are read once. New keys and values go
-into reserved space; the cache is copied only when rows leave or join, or when the space is full.
+Finished rows leave the batch and waiting prompts take their places, so one long solution does not
+hold up the others. Equal prompts that join at the same time are read once. New keys and values go
+into reserved space, so the cache is copied only when rows leave or join, or when this space is
+full.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
 
 DROP_SHARE = 1 / 8
-"""Share of the rows that must have finished before finished rows are dropped; dropping copies the
-cache of the remaining rows."""
+"""Share of the rows that must have finished before finished rows are dropped. Dropping them copies
+the cache of the remaining rows."""
 ROOM = 64
 """Tokens by which a full cache grows."""
 BLOCK = 256
-"""Tokens per block of the vocabulary; drawing a token first sums the probabilities by block."""
+"""Tokens per block of the vocabulary. To draw a token, probabilities are first summed by block."""
 
 
 class Reader(NamedTuple):
     """How a policy reads tokens while it decodes."""
 
     forward: Callable[[Tensor, Tensor, Any], Tensor]
-    """New tokens (B, S), the mask (B, T) of cache and tokens, and the cache → hidden states (B, H)
-    of each row's last token. The cache grows by the new tokens."""
+    """Takes new tokens (B, S), the mask (B, T) of cached and new tokens, and the cache, to which it
+    adds the new tokens. Returns the hidden states (B, H) of each row's last token."""
     head: Callable[[Tensor], Tensor]
-    """Hidden states (B, H) → fp32 logits (B, V)."""
+    """Takes hidden states (B, H), and returns fp32 logits (B, V)."""
 
 
 class Kv(Component):
@@ -61,12 +62,12 @@ class Kv(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion per prompt, in order; see `reftune.engines.Engine`."""
+        """See `reftune.engines.Engine`."""
         requests = [
             _Request(position=i, prompt=tuple(prompt))
             for i, prompt in enumerate(prompts, params.first_position)
         ]
-        # similar lengths share a batch
+        # prompts of similar length share a batch
         waiting = sorted(requests, key=lambda request: len(request.prompt))
         with reader(policy) as reads:
             decoder = _Decoder(policy, params, reads)
@@ -81,9 +82,9 @@ class Kv(Component):
 
 @contextmanager
 def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
-    """The reader of `policy`: through transformers, or with fewer operations if `model.speed`
-    supports the model. `pack` allows two speed-ups that need real tensors, not fake ones: reordered
-    weights, and no padding."""
+    """The reader of `policy`. It uses `model.speed` if that supports the model, and transformers if
+    not. `pack` allows two speed-ups that need real tensors, not fake ones: reordered weights, and
+    no padding."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         yield Reader(decoder, decoder.logits)
@@ -116,7 +117,7 @@ class _Request:
 
 
 class _Decoder:
-    """The rows being decoded: their cache, left-padded to one length, and the tokens drawn so
+    """The rows being decoded: their cache, left-padded to a common length, and the tokens drawn so
     far."""
 
     def __init__(self, policy: Policy, params: SamplingParams, reads: Reader) -> None:
@@ -124,11 +125,11 @@ class _Decoder:
         self.device = policy.device
         self.scores_as_trained = (
             policy.compute_dtype == torch.float32
-            and policy.packs  # families with the same scores with and without a cache
+            and policy.packs  # families whose scores do not depend on the cache
             and policy.value_backbone is None
             and (params.temperature > 0 and params.top_k == 0 and params.top_p == 1)
         )
-        """Whether `Policy.score` would find the same log-probabilities, values and entropies up to
+        """Whether `Policy.score` would give the same log-probabilities, values and entropies up to
         rounding, so that the trainer need not compute them again."""
         self.eos_ids = torch.tensor(sorted(policy.eos_ids), device=self.device)
         self.active: list[_Request] = []
@@ -138,7 +139,7 @@ class _Decoder:
         self.rows: _Rows
 
     def join(self, requests: list[_Request]) -> None:
-        """Prefill `requests`, each distinct prompt once, and append them to the batch."""
+        """Prefill each distinct prompt of `requests` once, and add the requests to the batch."""
         distinct = list(dict.fromkeys(request.prompt for request in requests))
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         cache, mask, hidden = self._prefill(distinct)
@@ -171,7 +172,7 @@ class _Decoder:
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """One random number per row and token. A row's numbers depend only on the seed and the
-        row's position; greedy decoding needs none."""
+        row's position. Greedy decoding uses none."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
@@ -179,9 +180,10 @@ class _Decoder:
         return torch.from_numpy(np.stack(draws)).to(self.device)
 
     def step(self) -> None:
-        """Draw one token per row, drop finished rows if they are many, and read the new tokens."""
+        """Draw one token per row, drop finished rows if there are enough, and read the new
+        tokens."""
         rows, stop, last = self.rows, self.policy.stop, self.params.max_new_tokens - 1
-        # Rows join at different times: each uses the number of its own step.
+        # Rows join at different times, so each uses the random number of its own step.
         places = rows.lengths.clamp(max=last)[:, None]
         uniforms = rows.uniforms.gather(1, places).squeeze(1)
         tokens, logprobs, entropies = draw_tokens(
@@ -211,11 +213,11 @@ class _Decoder:
             self.rows = self.rows._replace(hidden=hidden)
 
     def logits(self) -> Tensor:
-        """Logits (B, V) of each row's next token, fp32."""
+        """The fp32 logits (B, V) of each row's next token."""
         return self.reads.head(self.rows.hidden)
 
     def _finish(self, done: Tensor) -> None:
-        """Store the tokens and scores of the rows with indices `done` in the rows' requests."""
+        """Store the tokens and scores of the rows with indices `done` in their requests."""
         columns = (done, self.rows.lengths[done], self.rows.tokens[done], self.rows.scores[done])
         for row, length, tokens, scores in zip(*(c.tolist() for c in columns), strict=True):
             request = self.active[row]
@@ -235,16 +237,16 @@ class _Decoder:
 
 
 class _Rows(NamedTuple):
-    """The tokens drawn for each of B rows, at most M per row."""
+    """The state of B rows, with at most M drawn tokens per row."""
 
     uniforms: Tensor
-    """(B, M), fp64: one random number per token."""
+    """(B, M) One random number per token, in fp64."""
     hidden: Tensor
-    """(B, H) the last hidden states, which predict the next tokens."""
+    """(B, H) The hidden states that predict the next tokens."""
     tokens: Tensor
-    """(B, M + 1) ids; finished rows write to the last column."""
+    """(B, M + 1) Token ids; finished rows write to the last column."""
     scores: Tensor
-    """(B, K, M + 1) log-probabilities and, if K = 3, values and entropies."""
+    """(B, K, M + 1) Log-probabilities and, if K = 3, values and entropies."""
     lengths: Tensor
     """(B,) Number of tokens so far."""
     done: Tensor
@@ -261,17 +263,18 @@ class _Rows(NamedTuple):
 
 
 class _RoomyLayer(DynamicLayer):
-    """A layer's cache whose tensors are views of larger ones, so that a token is written in
+    """A layer's cache. Its tensors are views of larger ones, so that new tokens are written in
     place."""
 
     seen: Tensor | None = None
-    """The keys as last written, which reveal whether rows were selected or stacked since then."""
+    """The keys as last written. If `keys` is another tensor, rows were selected or stacked since
+    then."""
     room: tuple[Tensor, Tensor]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, heads, S, D), and return all of them so far."""
+        """Append keys and values (B, heads, S, D), and return all keys and values so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self.seen is None or self.keys is not self.seen or end > self.room[0].shape[-2]:
@@ -299,9 +302,9 @@ class Drawn(NamedTuple):
 
     tokens: Tensor
     logprobs: Tensor
-    """Log-probabilities under the distribution that the tokens were drawn from."""
+    """Log-probabilities of the tokens under the distributions that they were drawn from."""
     entropies: Tensor
-    """Entropies of the distributions that the tokens were drawn from, in nats."""
+    """Entropies of these distributions, in nats."""
 
 
 def draw_tokens(
@@ -309,10 +312,10 @@ def draw_tokens(
 ) -> Drawn:
     """Draw one token per row.
 
-    Sampling inverts the cumulative distribution at `uniforms` (B,) in [0, 1), so the token of a
-    row depends only on the row's logits and uniform. Greedy tokens get the log-probability of the
-    untempered distribution, and entropy 0. Without `with_entropy`, which takes a pass over the
-    vocabulary, the entropies of sampled tokens are NaN. `logits` are (B, V) in fp32.
+    `logits` are (B, V) in fp32. Sampling inverts the cumulative distribution at `uniforms`, (B,) in
+    [0, 1), so the token of a row depends only on the row's logits and its uniform number. Greedy
+    tokens get their log-probability at temperature 1, and entropy 0. Without `with_entropy`, the
+    entropies of sampled tokens are NaN.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)
@@ -330,9 +333,9 @@ def draw_tokens(
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token (B,) at which the running sum of `weights` (B, V) exceeds the share
-    `uniforms` (B,) of the total, and the total (B,). The search goes over blocks of tokens and then
-    within one block, so that it passes over the vocabulary once.
+    """The first token (B,) of each row at which the running sum of `weights` (B, V) exceeds the
+    share `uniforms` (B,) of the total, and the totals (B,). The search finds the block and then the
+    token in it, so it passes over the vocabulary once.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).to(widest(weights.device))
@@ -351,14 +354,14 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """First column (B,) at which non-decreasing rows (B, N) exceed `threshold` (B,); if rounding
-    leaves no such column, the last one at which they increase."""
+    """The first column (B,) at which each row of the non-decreasing `cumulative` (B, N) exceeds
+    `threshold` (B,). If rounding leaves none, the last column at which the row increases."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
-    """The scores, with -inf for a token that is not among the `top_k` likeliest or not in the
+    """The scores, with -inf for every token that is not among the `top_k` likeliest, or not in the
     smallest set of tokens that holds `top_p` of the probability."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
@@ -373,7 +376,7 @@ def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _stack(cache: Any, joining: Any, length: int) -> None:
-    """Append the rows of `joining` to `cache`, both left-padded to `length`."""
+    """Append the rows of `joining` to `cache`, with both left-padded to `length`."""
     for layer, new in zip(cache.layers, joining.layers, strict=True):
         for name in ("keys", "values"):
             parts = [_pad_left(getattr(part, name), length, dim=-2) for part in (layer, new)]

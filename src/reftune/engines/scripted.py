@@ -1,4 +1,4 @@
-"""The fake engine for tests and dry runs."""
+"""A fake engine for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Scripted(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion per prompt, in order; its log-probabilities are 0."""
+        """See `reftune.engines.Engine`. All log-probabilities are 0."""
         positions = range(params.first_position, params.first_position + len(prompts))
         return [
             self._completion(policy, self.texts[i % len(self.texts)], params) for i in positions

@@ -1,9 +1,9 @@
-"""Samples with vLLM, colocated (in a process that reftune starts) or on servers that you start.
+"""Samples with vLLM, colocated in a process that reftune starts, or on servers that you start.
 
-Each call first sends the policy's current weights through a folder, by default in memory. With
-LoRA, servers that hold the base get only the adapter; a colocated engine gets merged weights. The
-log-probabilities of vLLM's kernels differ slightly from the trainer's; an RL stage's `mismatch_cap`
-corrects for the difference.
+Each call first passes the policy's current weights to vLLM in a folder, by default in memory. With
+LoRA, servers that hold the base get only the adapter, while a colocated engine gets merged weights.
+vLLM's log-probabilities differ slightly from the trainer's; an RL stage's `mismatch_cap` corrects
+for the difference.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Vllm(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion per prompt, in order; see `reftune.engines.Engine`. Raises: EngineError if
-        vLLM or a server fails; RecipeError if vLLM is not installed or cannot run colocated."""
+        """See `reftune.engines.Engine`. Raises: EngineError if vLLM or a server fails; RecipeError
+        if vLLM is not installed or cannot run colocated."""
         if not any(world.any_of(len(prompts) > 0)):
             return []
         sample = self._by_servers if self.servers else self._colocated
@@ -89,7 +89,7 @@ class Vllm(Component):
     def _by_servers(
         self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams
     ) -> list[Sampled]:
-        """Sample with this process's servers. All processes must call this."""
+        """Sample on this process's servers. All processes must call this."""
         adapter = self._hand_over(policy)
         own = own_servers(self.servers)
         jobs = requests(prompts, params, self.batch_size)
@@ -104,8 +104,8 @@ class Vllm(Component):
             return [sampled for answer in answers for sampled in answer]
 
     def _hand_over(self, policy: Policy) -> str | None:
-        """Send the weights, written once by the main process, to every server. Returns the name of
-        the adapter to request, if there is one.
+        """Send the weights, which the main process writes once, to every server. Returns the name
+        of the adapter to request, if there is one.
 
         Raises: EngineError in all processes if a server fails.
         """
@@ -120,8 +120,8 @@ class Vllm(Component):
         return world.from_main(lambda: adapter)
 
     def _send_adapter(self, policy: Policy, before: _Served | None) -> str:
-        """Send the adapter and return its name, a new one each time because vLLM caches by name.
-        The base is sent first if a server does not have it."""
+        """Send the adapter and return its name, which is new each time because vLLM caches adapters
+        by name. The base is sent first if a server does not have it."""
         if not self._have_base(policy, before):
             self._send(policy, save_base, Server.load)
         adapter = self._send(policy, save_adapter, Server.load_adapter)
@@ -129,8 +129,9 @@ class Vllm(Component):
         return adapter
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
-        """Whether all servers hold the base of `policy`. To find out, this unloads the adapter of
-        `before`: a server without this adapter was restarted, so it has lost the base too."""
+        """Whether all servers hold the base of `policy`. To find out, this method unloads the
+        adapter of `before`. A server without this adapter was restarted, so it has lost the base
+        too."""
         if before is None or before.policy() is not policy:
             return False
         name = before.adapter
@@ -142,7 +143,7 @@ class Vllm(Component):
         save: Callable[[Policy, Path], None],
         load: Callable[[Server, Path], None],
     ) -> str:
-        """Save the weights once, load them in every server, and return the folder's name."""
+        """Save the weights once, load them on every server, and return the folder's name."""
         with self._folder(policy, save) as folder:
             _of_each(self.servers, lambda server: load(server, folder))
         return folder.name
@@ -153,7 +154,7 @@ class Vllm(Component):
         parent = self.weights_dir or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         with tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent) as name:
             folder = Path(name)
-            folder.chmod(0o755)  # for a server that another user runs
+            folder.chmod(0o755)  # another user may run the server
             try:
                 save(policy, folder)
             except (OSError, SafetensorError) as error:
@@ -182,8 +183,8 @@ class Vllm(Component):
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
     def _started(self, policy: Policy, folder: Path) -> Colocated:
-        """The running engine if its settings fit; if not, a new one, which takes seconds to minutes
-        to start."""
+        """The running engine if its settings match, or else a new one, which takes seconds to
+        minutes to start."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if _running and key not in _running:
             stop_engines()
@@ -204,7 +205,7 @@ def stop_engines() -> None:
 
 
 class Colocated:
-    """vLLM in its own process, which shares no generator, threads or process group with the
+    """vLLM in its own process, which shares no random generator, threads or process group with the
     trainer."""
 
     def __init__(self, settings: Vllm, policy: Policy, folder: Path) -> None:
@@ -263,7 +264,7 @@ class Server:
     address: str
 
     def load(self, folder: Path) -> None:
-        """Load the model in `folder` and clear caches from the previous model."""
+        """Load the model in `folder`, and clear the caches of the previous model."""
         arguments = {"weights_path": str(folder)}
         self.post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
         self.post("/reset_prefix_cache", {})
@@ -282,7 +283,7 @@ class Server:
         return True
 
     def complete(self, prompts: Sequence[list[int]], body: dict[str, Any]) -> list[Sampled]:
-        """One response per prompt, in order. For sampling, all prompts must be equal; see
+        """One response per prompt, in order. In sampling, all prompts must be equal; see
         `requests`."""
         asked = (
             {"prompt": prompts[0], "n": len(prompts)}
@@ -333,19 +334,19 @@ HINTS = {
         ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", ", and --enable-lora"),
     )
 }
-"""Path → hint on how to start a server that supports it."""
+"""For each path, a hint on how to start a server that supports it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Served:
-    """The parts of a LoRA policy that servers hold: its base and one adapter."""
+    """What servers hold of a LoRA policy: its base and one adapter."""
 
     policy: weakref.ref[Policy]
     adapter: str
 
 
 _served: dict[Any, _Served] = {}
-"""The recipe's `engine.server` → the policy that its servers hold; in the main process only."""
+"""For each `engine.server`, the policy that its servers hold; filled only in the main process."""
 
 
 def own_servers(servers: Sequence[Server]) -> list[Server]:
@@ -356,8 +357,8 @@ def own_servers(servers: Sequence[Server]) -> list[Server]:
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
     """Slices of up to `at_most` consecutive prompts, one slice per request. A greedy request may
-    hold any prompts. A sampled request holds only equal prompts, because vLLM has one seed per
-    request and gives the samples of a prompt consecutive seeds."""
+    hold any prompts. A request that samples holds only equal prompts, because vLLM takes one seed
+    per request and gives the samples of a prompt consecutive seeds."""
     if not prompts:
         return []
     starts = [0]
@@ -383,9 +384,9 @@ def _vllm() -> Any:
 
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
-    """vLLM's sampling parameters at one position, including every field that a model's generation
-    config could change. Seeds of consecutive positions are consecutive, as in vLLM for the samples
-    of a prompt."""
+    """vLLM's sampling parameters for the prompt at `position`, including every field that a model's
+    generation config could change. Consecutive positions get consecutive seeds, as the samples of a
+    prompt do in vLLM."""
     return {
         "max_tokens": params.max_new_tokens,
         "temperature": params.temperature,
@@ -394,14 +395,14 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "seed": derive_seed(params.seed) // 2 + position,
-        "logprobs": 0,  # of the sampled token only
-        "ignore_eos": True,  # ignores the model's own end tokens; ours follow
+        "logprobs": 0,  # for the sampled token only
+        "ignore_eos": True,  # the model's own end tokens; ours are on the next line
         "stop_token_ids": sorted(policy.eos_ids),
     }
 
 
 def save_whole(policy: Policy, folder: Path) -> None:
-    """Save the policy in its compute dtype, with LoRA merged in fp32, for `from_pretrained`."""
+    """Save the policy for `from_pretrained`, in its compute dtype and with LoRA merged in fp32."""
     _save(policy, plain_state(policy.model, policy.compute_dtype), folder)
 
 
@@ -420,7 +421,7 @@ def _save(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> None:
 
 @torch.no_grad()
 def save_adapter(policy: Policy, folder: Path) -> None:
-    """Save the LoRA adapter in the compute dtype and in PEFT's format."""
+    """Save the LoRA adapter in PEFT's format and in the compute dtype."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

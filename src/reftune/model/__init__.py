@@ -1,1 +1,1 @@
-"""The language model under training: its weights, tokens, log-probabilities and value head."""
+"""The language model being trained: its weights, tokens, log-probabilities and value head."""

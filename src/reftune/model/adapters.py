@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Adapters = Mapping[str, Tensor]
-"""Tensors by PEFT's names: `….lora_A.weight` (r, inputs) and `….lora_B.weight` (outputs, r)."""
+"""Tensors by their names in PEFT: `….lora_A.weight` is (r, inputs), and `….lora_B.weight` is
+(outputs, r)."""
 
 
 def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
-    """Write the adapters of `method` as `adapter_model.safetensors` and `adapter_config.json`.
+    """Write the adapters of `method` to `folder`, in PEFT's format.
 
-    Unless the base is in 4 bits, each stage trains new adapters on the merged model it starts from.
-    Concatenating the adapters of all these stages (B = [B₁ B₂ …], A = [A₁; A₂; …]) sums their
+    Unless the base is quantized, each stage trains new adapters on the merged model that it starts
+    from. Concatenating the adapters of all stages, B = [B₁ B₂ …] and A = [A₁; A₂; …], sums their
     products B A. If the stages were saved in fp32, the sum is exact up to rounding. Raises:
     CheckpointError if a stage saved no adapters; ModelError if the initial adapters cannot be read.
     """
@@ -55,13 +56,13 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
 
 
 Scaled = tuple[Adapters, float]
-"""Adapters, and their scaling: alpha / rank or, for rsLoRA, alpha / √rank."""
+"""Adapters and their scaling, which is alpha / rank or, for rsLoRA, alpha / √rank."""
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
-    """The base model with a folder's adapters merged into its weights.
+    """The base model, with the adapters in `folder` merged into it.
 
-    Raises: ModelError if they are not LoRA adapters of `base` in safetensors.
+    Raises: ModelError unless they are LoRA adapters of `base`, stored as safetensors.
     """
     from peft import PeftModel
 
@@ -95,8 +96,8 @@ def read_adapters(folder: Path) -> Scaled:
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
-    """Check that a run can continue a folder's adapters. Raises: ModelError if their base or
-    scaling differs from the run's."""
+    """Check that a run can continue training the adapters in `folder`. Raises: ModelError if their
+    base model or scaling differs from the run's."""
     _, scaling = read_adapters(folder)
     _require_base(folder, table.path)
     wanted = table.lora and table.lora.alpha / table.lora.rank
@@ -117,7 +118,7 @@ def _require_base(folder: Path, base: str | None) -> None:
 
 
 def side_by_side(chain: Sequence[Scaled]) -> dict[str, Tensor]:
-    """One set of adapters, with scaling 1, for the sum of several; a single set keeps its own
+    """The sum of several sets of adapters, as one set with scaling 1. A single set keeps its own
     scaling."""
     if len(chain) == 1:
         return dict(chain[0][0])
@@ -134,9 +135,9 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled]:
-    """The sets of adapters that add up to `method`, the oldest first: the initial one, if any, then
-    one per stage. With a 4-bit base, each stage continues the set of the stage that it starts from,
-    so the last set is enough.
+    """The sets of adapters that add up to `method`, oldest first: the initial set, if there is one,
+    then one per stage. With a 4-bit base, each stage continues training the set of the stage that
+    it starts from, so the last set is enough.
     """
     from safetensors.torch import load_file
 
@@ -157,5 +158,5 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled
 
 
 def _peft_name(name: str) -> str:
-    """A tensor's name in PEFT's files, which omit the adapter's name."""
+    """The tensor's name in PEFT's files, which omit the adapter's name."""
     return name.replace(".default.", ".")

@@ -1,6 +1,6 @@
-"""Token batches, and which position predicts which token.
+"""Token batches, and the position that predicts each token.
 
-docs/algorithms.md explains the letters of shapes: B, L, R, N and T.
+docs/algorithms.md explains the letters in shapes: B, L, R, N and T.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.nn import functional
 from reftune.processes import world
 
 GROUPS = 4
-"""Number of groups, by length, in which sequences are padded for attention. Fewer than 2 × `GROUPS`
+"""Number of groups, by length, into which attention divides sequences. Fewer than 2 × `GROUPS`
 sequences form a single group."""
 MULTIPLE = 64
-"""`filled_up` rounds the number of packed tokens up to a multiple of this, because each new number
-costs kernel preparation and new memory blocks."""
+"""`filled_up` rounds the number of packed tokens up to a multiple of this, because each number
+requires its own kernels and memory blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
-    """Prompts followed by responses, padded on the right, so that causal attention needs no
+    """Prompts followed by their responses, padded on the right so that causal attention needs no
     mask."""
 
     tokens: Tensor
@@ -33,7 +33,7 @@ class TokenBatch:
     prompt_lengths: Tensor
     """(B,)"""
     response_lengths: Tensor
-    """(B,) Lengths, including the end token, if there is one."""
+    """(B,) Lengths, including the end token if there is one."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,12 +51,13 @@ class TokenBatch:
         )
 
     def response_index(self) -> tuple[Tensor, Tensor]:
-        """Row and column, each (N,), of every response token in `tokens`, in row-major order."""
+        """The row and column in `tokens`, each (N,), of every response token, in row-major
+        order."""
         rows, steps = self.response_mask.nonzero(as_tuple=True)
         return rows, self.prompt_lengths[rows] + steps
 
     def predictor_index(self) -> tuple[Tensor, Tensor]:
-        """Row and column, each (N,), of each response token's predictor: the position to its
+        """The row and column, each (N,), of every response token's predictor, the position to its
         left."""
         rows, columns = self.response_index()
         return rows, columns - 1
@@ -66,7 +67,7 @@ class TokenBatch:
         return self.tokens[self.response_index()]
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """(N,) values of the response tokens → (B, R), 0 elsewhere."""
+        """The (N,) values of the response tokens as (B, R), with 0 elsewhere."""
         mask = self.response_mask
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
             mask, values
@@ -82,15 +83,15 @@ class TokenBatch:
         )
 
     def _is_read(self, owners: Tensor) -> Tensor:
-        """(B, L), True on the tokens to read: all but padding and repeated prompts."""
+        """(B, L), True on the tokens that the model reads: all but padding and repeated prompts."""
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         is_owner = owners == torch.arange(len(owners), device=owners.device)
         starts = self.prompt_lengths * ~is_owner
         return (steps >= starts[:, None]) & (steps < self.lengths[:, None])
 
     def filled_up(self) -> TokenBatch:
-        """The batch with a multiple of `MULTIPLE` packed tokens. If needed, one sequence without a
-        response is added."""
+        """This batch and, if needed, a sequence without a response that fills it up to a multiple
+        of `MULTIPLE` packed tokens."""
         missing = -int(self._is_read(self.owners()).sum()) % MULTIPLE
         if not missing:
             return self
@@ -102,12 +103,12 @@ class TokenBatch:
         )
 
     def packed(self) -> PackedTokens:
-        """The sequences one after the other, without padding. A prompt that several sequences share
-        appears once."""
+        """The sequences, one after another, without padding. A prompt that several sequences share
+        appears only once."""
         owners = self.owners()
         is_read = self._is_read(owners)
         places = is_read.flatten().cumsum(0).view_as(is_read) - 1
-        places = places.where(is_read, places[owners])  # shared prompts; nothing reads padding
+        places = places.where(is_read, places[owners])  # repeated prompts; padding is never used
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return PackedTokens(
             tokens=self.tokens[is_read],
@@ -127,37 +128,37 @@ class TokenBatch:
 
 
 class Packing(NamedTuple):
-    """The places of T packed tokens during attention: S slots, in groups of sequences. A group is
-    padded to its longest sequence."""
+    """The layout of T packed tokens in S slots during attention. Sequences are grouped, and each
+    group is padded to its longest sequence."""
 
     slots: Tensor
-    """(S,) The token in each slot; an arbitrary one if the slot is empty."""
+    """(S,) The token in each slot; arbitrary if the slot is empty."""
     is_read: Tensor
-    """(S,) Whether the slot's output is read as its token's; True for one slot per token."""
+    """(S,) Whether the slot's output is used as its token's; True for one slot per token."""
     order: Tensor
-    """(T,) For each token, the slot whose output is read."""
+    """(T,) For each token, the slot whose output is used."""
     sizes: tuple[tuple[int, int], ...]
     """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
-    """Prompt tokens, and their slots in the second sequence with the same prompt; then the same two
-    tensors for the third sequence, …"""
+    """Two tensors for the second sequence with each shared prompt, the prompt's tokens and their
+    slots; then two for the third sequence, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedTokens:
-    """A `TokenBatch` without padding: T tokens, of which N predict a response token."""
+    """A `TokenBatch` without padding: T tokens, which predict N response tokens."""
 
     tokens: Tensor
     """(T,) Token ids."""
     positions: Tensor
-    """(T,) Place of each token in its sequence."""
+    """(T,) Position of each token in its sequence."""
     predictors: Tensor
-    """(N,) For each response token, in row-major order, the token whose output predicts it."""
+    """(N,) For each response token, the token whose output predicts it."""
     packing: Packing
 
 
 def _packing(lengths: Tensor, owners: Tensor, places: Tensor, is_read: Tensor) -> Packing:
-    """The packing of sequences; `places` (B, L) gives each token's index among the packed
+    """The packing of the sequences. `places` (B, L) is each token's index among the packed
     tokens."""
     first_slots, slots, chosen, sizes, start = torch.empty_like(lengths), [], [], [], 0
     steps = torch.arange(is_read.shape[1], device=lengths.device)
@@ -187,7 +188,7 @@ def token_batch(
     *,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """The batch of these prompts and responses. Padding has id 0, and no token attends to it."""
+    """A batch of `prompts` and `responses`. Padding has id 0, and no token attends to it."""
     assert all(prompts), (
         "a prompt must hold at least one token: its last one predicts the first response token"
     )
@@ -213,11 +214,11 @@ class RolloutBatch:
     correct: Tensor
     """(B,) 1 for a right answer, 0 for any other."""
     groups: Tensor
-    """(B,) Samples of one problem have equal integers."""
+    """(B,) Samples of the same problem have the same integer."""
     sampling_logprobs: Tensor
     """Log-probabilities reported by the engine."""
     logprobs: Tensor
-    """Log-probabilities under the policy that sampled, in the trainer's arithmetic."""
+    """Log-probabilities under the policy that drew the samples, in the trainer's arithmetic."""
     gold: Tensor | None = None
     """(B,) True for gold rationales, which the policy did not sample; None if there are none."""
     ref_logprobs: Tensor | None = None
@@ -227,7 +228,8 @@ class RolloutBatch:
     weights: Tensor | None = None
     """Weight of each token in the loss of its minibatch; see `Algorithm.weights`."""
     nll_weights: Tensor | None = None
-    """Weight of each token in a second loss term, to raise the likelihood of correct samples."""
+    """Weight of each token in a second loss term, which raises the likelihood of correct
+    samples."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -256,11 +258,11 @@ class RolloutBatch:
 def micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, order: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Groups of sequences, as indices, of at most `max_tokens` tokens each. A sequence that is
-    longer than that forms a group of its own. Unless `packed`, padding to a group's longest
-    sequence counts too.
+    """Groups of at most `max_tokens` tokens, each as the indices of its sequences. A longer
+    sequence forms a group of its own. Unless `packed`, padding to a group's longest sequence counts
+    too.
 
-    The groups follow `order`, which may leave sequences out; by default, all sequences come in
+    The groups follow `order`, which may leave sequences out; by default, it holds all sequences in
     order of length. Unless `packed`, lengths must not decrease along `order`.
     """
     order = torch.argsort(lengths, stable=True) if order is None else order
@@ -278,9 +280,9 @@ def micro_batches(
 def own_micro_batches(
     batch: TokenBatch, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """This process's micro-batches, as indices, and whether each of them counts. Those that count
-    cover every sequence once over all processes. Each process gets at least one micro-batch;
-    `even` gives every process equally many. Extra ones repeat the first sequence and do not count.
+    """The indices of each micro-batch of this process, and whether it counts. Over all processes,
+    those that count cover every sequence once. Each process gets at least one micro-batch; with
+    `even`, all get the same number. Extra ones hold only the first sequence and do not count.
     """
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths
@@ -295,8 +297,8 @@ def own_micro_batches(
 
 
 def _by_prompt(lengths: Tensor, owners: Tensor) -> Tensor:
-    """The indices of the sequences by rising length, except that sequences with the same prompt
-    follow one another, placed by the longest of them."""
+    """The indices of the sequences by increasing length, except that sequences with the same prompt
+    stay together, in the place of the longest of them."""
     longest = torch.zeros_like(lengths).scatter_reduce(0, owners, lengths, "amax")[owners]
     order = torch.argsort(owners, stable=True)
     return order[torch.argsort(longest[order], stable=True)]

@@ -21,9 +21,9 @@ OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The turns as the template writes them, up to where the assistant begins. Raises: RecipeError
-    if the tokenizer has no template, or if the template rejects the turns, omits the system
-    message, or does not read one of the `template_args`."""
+    """The turns as the template writes them, up to where the assistant's reply begins. Raises:
+    RecipeError if the tokenizer has no template, or if the template rejects the turns, omits the
+    system message, or does not read one of the `template_args`."""
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
@@ -32,11 +32,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
-    """The text that the template writes after the prompt, through the end of the turn, if the
-    assistant says `said`. Mistral's template begins a reply with a space, Qwen3's with an empty
-    `<think>` block. If the template changes the prompt's text before a reply, or omits a part of
-    `said` (such as a thought), `said` is kept and only the text around it comes from the
-    template."""
+    """The text that the template writes from the end of the prompt to the end of the turn if the
+    assistant says `said`. Mistral's template begins a reply with a space, and Qwen3's with an empty
+    `<think>` block. If the template rewrites the prompt before a reply, or omits a part of `said`,
+    such as a thought, `said` is kept and only the text around it comes from the template."""
     said = said.strip()
     whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
     begun = prompt_text(tokenizer, prompt)
@@ -51,8 +50,8 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
-    """The token that ends the assistant's turn after `prompt` (default: a short question).
-    None if there is no template, if it rejects the prompt, or if ordinary text ends the turn."""
+    """The token that ends the assistant's turn after `prompt` (default: a short question). None if
+    there is no template, if the template rejects the prompt, or if ordinary text ends the turn."""
     if not tokenizer.chat_template:
         return None
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
@@ -60,7 +59,7 @@ def end_of_turn(
     for conversation in any_prompt if prompt is None else (prompt,):
         try:
             end = _ending(tokenizer, _around(tokenizer, conversation)[1])[1]
-        except RecipeError:  # a template that needs more: tools, or a system message
+        except RecipeError:  # the template needs more, such as tools or a system message
             continue
         return None if end is None else int(tokenizer.get_added_vocab()[end])
     return None
@@ -71,16 +70,16 @@ def _answered(prompt: Conversation, said: str) -> tuple[Message, ...]:
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str]:
-    """The text before and after the assistant's words; two empty strings if the template omits the
-    words."""
+    """The text before and after the assistant's words; two empty strings if the template omits
+    them."""
     text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
     before, found, after = text.rpartition(PROBE)
     return (before, after) if found else ("", "")
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
-    """`said` as it continues the prompt `begun`. `before` is the text ahead of the reply in a whole
-    conversation. Only the parts of `begun` and `before` after the last question, `asked`, matter.
+    """`said` in the form that continues the prompt `begun`. `before` is the text ahead of the reply
+    in a complete conversation. Only what follows the last question, `asked`, matters in either.
     """
     if not asked or asked not in begun or asked not in before:
         return said
@@ -92,8 +91,9 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """The part of `after` through the token that ends the turn, and that token: the first special
-    token or, if there is none, the first added token. An empty string and None if there is neither.
+    """The part of `after` up to and including the token that ends the turn, and that token: the
+    first special token or, if there is none, the first added token. They are an empty string and
+    None if there is neither.
     """
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
@@ -130,7 +130,7 @@ def _render(
         reason = brief(error)
         others = [turn for turn in turns if turn.role != "system"]
         if len(others) < len(turns):
-            _render(  # an error here has another cause than the system message
+            _render(  # if this fails too, the system message is not the cause
                 tokenizer, others, template_args, add_generation_prompt=add_generation_prompt
             )
             raise RecipeError(_no_system(f"it reports: {reason}")) from None

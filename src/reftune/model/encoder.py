@@ -1,7 +1,7 @@
 """Converts between text and token ids, and finds where a completion ends.
 
-Prompt and target meet at the same token boundary in every stage. Training, every engine and the
-export share one rule for the end of a completion.
+Prompt and target meet at the same token boundary in every stage. Training, all engines and the
+export use one rule for where a completion ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Encoder:
         require_eos(self.tokenizer)
 
     def prompt(self, problem: Problem) -> list[int]:
-        """Ids of the problem's prompt, including the tokenizer's leading BOS, if any. Raises:
+        """Token ids of the problem's prompt, with a leading BOS if it needs one. Raises:
         RecipeError if the chat template rejects it."""
         prompt = self.format.prompt(problem)
         ids = self.encode(self.text_of(prompt))
@@ -42,14 +42,14 @@ class Encoder:
         return ids if ids[: len(bos)] == bos else [*bos, *ids]
 
     def target(self, problem: Problem) -> list[int]:
-        """Ids of the gold continuation, including the end token. Raises: DataError if the problem
-        has no rationale that fits the format."""
+        """Token ids of the gold continuation, including the end token. Raises: DataError if the
+        problem has no rationale that fits the format."""
         return self.continuation(problem, self.format.target(problem))
 
     def continuation(self, problem: Problem, text: str) -> list[int]:
-        """Ids of `text` after the problem's prompt, including the end token. In a chat, prompt and
-        text are encoded together if no token crosses the boundary. In all other cases, they are
-        encoded separately, as in sampling."""
+        """Token ids of `text` after the problem's prompt, including the end token. In a chat,
+        prompt and text are encoded together if no token crosses the boundary. In all other cases,
+        they are encoded separately, as in sampling."""
         prompt = self.format.prompt(problem)
         before, after = self.text_of(prompt), self.text_after(prompt, text)
         ids, end = self.encode(after), self.end_of(prompt)
@@ -61,13 +61,13 @@ class Encoder:
         return ids if ids[-1:] == [end] else [*ids, end]
 
     def end_of(self, prompt: str | Conversation) -> int:
-        """The token that ends a completion of `prompt`: in a chat, the template's end of turn, if
-        it has one; otherwise eos."""
+        """The token that ends a completion of `prompt`: in a chat, the template's end-of-turn token
+        if there is one; in all other cases, eos."""
         turn = end_of_turn(self.tokenizer, prompt) if isinstance(prompt, Conversation) else None
         return int(self.tokenizer.eos_token_id) if turn is None else turn
 
     def text_of(self, prompt: str | Conversation) -> str:
-        """A prompt as text. Raises: RecipeError if the chat template rejects it."""
+        """The prompt as text. Raises: RecipeError if the chat template rejects it."""
         return prompt_text(self.tokenizer, prompt) if isinstance(prompt, Conversation) else prompt
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
@@ -86,7 +86,7 @@ class Encoder:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of tokens, without special ones. Spaces stay as sampled, because transformers'
+    """The text of tokens, without special tokens. Spaces stay as sampled, because transformers'
     clean-up would rewrite code."""
     ids = list(token_ids)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -94,7 +94,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the tokenizer has an eos token. Raises: ModelError if it has none."""
+    """Raises: ModelError if the tokenizer has no eos token."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no eos token, so a model could never learn to stop; set"
@@ -103,7 +103,7 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts before any text; often none."""
+    """The token ids that the tokenizer puts before any text; often none."""
     text = list(tokenizer.encode("a", add_special_tokens=False))
     marked = list(tokenizer.encode("a"))
     starts = (at for at in range(len(marked)) if marked[at : at + len(text)] == text)
@@ -114,8 +114,8 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""Number of tokens to decode beyond a stop string's length in bytes, because special tokens decode
-to nothing."""
+"""Number of tokens to decode beyond one per byte of a stop string, because special tokens decode to
+nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -137,8 +137,8 @@ class StopRule:
         return any(text in recent for text in self.texts)
 
     def length(self, token_ids: Sequence[int], decode: Decode) -> int | None:
-        """Number of tokens up to and including the first that ends the completion; None if no token
-        does."""
+        """Number of tokens up to and including the first one that ends the completion; None if no
+        token does."""
         end = next((place for place, token in enumerate(token_ids, 1) if token in self.ids), None)
         if not self.texts or self.text_end(decode(token_ids[:end])) is None:
             return end
@@ -152,16 +152,16 @@ class StopRule:
         return low
 
     def text_end(self, text: str) -> int | None:
-        """Index where the first stop string begins; None if there is none."""
+        """Index at which the first stop string begins; None if there is none."""
         return min((text.index(stop) for stop in self.texts if stop in text), default=None)
 
 
 def stop_rule(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
 ) -> StopRule:
-    """The rule with the stop strings `texts` and every end token: those of the tokenizer, of the
-    model's config and generation config, and of the chat template, if there is one. Raises:
-    ModelError without eos."""
+    """The rule with the stop strings `texts` and all end tokens: those of the tokenizer, the
+    model's config and generation config, and the chat template, if there is one. Raises: ModelError
+    if the tokenizer has no eos."""
     require_eos(tokenizer)
     found = {
         *token_ids_of(tokenizer.eos_token_id),
@@ -181,5 +181,5 @@ def token_ids_of(value: int | Sequence[int] | None) -> list[int]:
 
 
 def stop_texts(format: Format) -> tuple[str, ...]:
-    """A format's stop strings; empty for a user's format without `stop`."""
+    """A format's stop strings; none for a user's format without `stop`."""
     return tuple(getattr(format, "stop", ()))

@@ -1,9 +1,9 @@
-"""Changes the layers of a loaded model: narrow dtypes for frozen weights, cheap dropout, and
-recomputed blocks.
+"""Changes the layers of a loaded model: casts or quantizes frozen weights, makes dropout cheap, and
+recomputes blocks.
 
-Matrices that are never trained (in a base under adapters, a reference or an evaluated model) are
-kept in the compute dtype or in 4 bits. Autocast would cast those of linear layers at every use
-anyway; for those of embeddings, see `Embeddings`. Vectors (norms, biases) stay fp32.
+Matrices of a base under adapters, a reference or an evaluated model are never trained, and are kept
+in the compute dtype or in 4 bits. Autocast would cast those of linear layers at every use anyway;
+for embeddings, see `Embeddings`. Vectors, such as norms and biases, stay in fp32.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from reftune.errors import ModelError
 
 Embeddings = Literal["all", "exact", "none"]
 """Which embeddings are cast: all, those that the dtype holds without rounding, or none. Autocast
-does not round embeddings."""
+itself casts none."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
-    """Keep frozen matrices in `dtype` and the rest in fp32, in place. `embeddings` decides which
-    embeddings count as matrices. Under autocast, the outputs of embeddings, and therefore hidden
-    states, stay fp32."""
+    """Cast frozen matrices to `dtype` and all other parameters to fp32, in place. `embeddings`
+    determines which embeddings are cast. Under autocast, the outputs of embeddings stay in fp32,
+    and so do hidden states."""
     matrices = narrowable(model, dtype, embeddings=embeddings)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -41,7 +41,7 @@ def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> N
 def narrowable(
     model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings
 ) -> dict[int, nn.Parameter]:
-    """Id → matrix, for the matrices that `narrow` casts if they are frozen."""
+    """The matrices that `narrow` casts if they are frozen, by `id`."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = {}
     for weight in (m.weight for m in model.modules() if _is_matrix(m)):
@@ -67,10 +67,10 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
-    """Quantize the linear layers, except the output head, to 4 bits in place (NF4, blocks of 64;
-    QLoRA, arXiv:2305.14314, §3). Matmuls run in `dtype`. The quantized weights equal those of
-    transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises:
-    ModelError without bitsandbytes, and for models without such layers."""
+    """Quantize all linear layers except the output head to 4 bits, in place (NF4 in blocks of 64;
+    QLoRA, arXiv:2305.14314, §3). Matmuls run in `dtype`. The weights equal those of transformers
+    with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises: ModelError if
+    bitsandbytes or such layers are missing."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
@@ -98,13 +98,13 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
             weight, quant_type="nf4", compress_statistics=False, module=quantized
         )
         quantized.bias = layer.bias
-        quantized.support_avx512bf16_for_cpu = False  # it would repack weights that training uses
+        quantized.support_avx512bf16_for_cpu = False  # True would repack weights that training uses
         setattr(parent, name, quantized.to(device))
-    model.is_loaded_in_4bit = True  # peft reads it
+    model.is_loaded_in_4bit = True  # for PEFT, which reads it
 
 
 def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Parent, name and layer of each linear layer, without the output head."""
+    """The parent, name and module of each linear layer except the output head."""
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -117,8 +117,8 @@ def plain_state(
     model: Any, dtype: torch.dtype = torch.float32, *, merged: bool = True
 ) -> dict[str, Tensor]:
     """The weights of a model as plain tensors on the CPU, rounded once to `dtype`. Adapters are
-    merged in fp32 or, if not `merged`, left out; 4-bit weights are dequantized; tied weights stay
-    tied."""
+    merged in fp32, or left out if `merged` is False. 4-bit weights are dequantized, and tied
+    weights stay tied."""
     layers = _lora_layers(model)
     base = model.get_base_model() if layers else model
     tensors = dict(base.named_parameters(remove_duplicate=False))
@@ -137,8 +137,8 @@ def plain_state(
 
 
 def _lora_layers(model: Any) -> dict[int, Any]:
-    """Id of the base weight → LoRA layer. A model without adapters is spared the import of PEFT,
-    which takes seconds."""
+    """The LoRA layers by the `id` of their base weight. Without adapters, PEFT is not imported,
+    which would take seconds."""
     if not hasattr(model, "peft_config"):
         return {}
     from peft.tuners.lora import LoraLayer
@@ -169,8 +169,8 @@ entries."""
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
-    """Replace the dropout layers of `model`, in place, with layers whose masks take a seventh of
-    the time of PyTorch's on a CPU."""
+    """Replace the dropout layers of `model`, in place, with layers that draw masks on a CPU in a
+    seventh of PyTorch's time."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -178,7 +178,7 @@ def use_cheap_dropout(model: nn.Module) -> None:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, except that it draws different masks on a CPU, from the same generator."""
+    """`nn.Dropout`, except that on a CPU it draws different masks from the same generator."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":
@@ -188,7 +188,7 @@ class Dropout(nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
-    """Sets each entry to 0 with probability p, and otherwise multiplies it by 1 / (1 - p)."""
+    """Sets each entry to 0 with probability p, and multiplies the others by 1 / (1 - p)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, p: float) -> Tensor:
@@ -215,7 +215,7 @@ def _drop(values: Tensor, draws: Tensor, first_kept: int) -> Tensor:
 
 
 def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`forward(*args, **kwargs)`, with activations recomputed in the backward pass."""
+    """Call `forward(*args, **kwargs)`, and recompute its activations in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
@@ -223,6 +223,6 @@ def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def recompute(block: nn.Module) -> None:
     """Use gradient checkpointing (arXiv:1604.06174) in `block` and its copies: keep only the input,
-    and recompute the activations in the backward pass, bit for bit."""
-    # a partial, not a closure, so that `deepcopy` gives the copy its own block's forward
+    and recompute the activations, bit for bit, in the backward pass."""
+    # a partial rather than a closure, so that a deep copy calls its own block's `forward`
     block.forward = partial(recomputed, block.forward)

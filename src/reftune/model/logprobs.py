@@ -1,5 +1,5 @@
-"""Computes log-probabilities of response tokens from hidden states, without holding all logits at
-once.
+"""Computes the log-probabilities of response tokens from hidden states without holding all logits
+at once.
 
 Logits are computed in tiles, each for some tokens and a part of the vocabulary. The first tiles are
 kept, and the backward pass recomputes the others. Memory therefore does not grow with vocabulary ×
@@ -20,17 +20,17 @@ LOGIT_ELEMENTS = 2**21
 LOGITS_KEPT = 2**26
 """Maximum number of logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Number of tokens per tile, or more for a small vocabulary. Each group of tokens adds to the whole
-weight's gradient once."""
+"""Number of tokens per tile; more if the vocabulary is small. Each group of tokens takes one pass
+over the whole weight's gradient."""
 
 
 def token_logprobs(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """fp32 log-probability of each token under the tempered softmax of `head(hidden)`, (N,), with
-    gradients.
+    """The log-probability (N,) of each token under the softmax of `head(hidden)` / `temperature`,
+    in fp32 and with gradients.
 
-    `hidden` (N, H), `tokens` (N,) ids. Matmuls run in the autocast dtype if autocast is on.
+    `hidden` is (N, H), and `tokens` (N,) holds ids.
     """
     if type(head) is nn.Linear:
         logprobs: Tensor = _LinearLogprobs.apply(
@@ -51,7 +51,8 @@ def token_logprobs(
 def logprobs_and_entropy(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` without gradients, and each distribution's entropy in nats; both (N,)."""
+    """The result of `token_logprobs`, without gradients, and each distribution's entropy in nats;
+    both are (N,)."""
     if type(head) is nn.Linear:
         softmax = _softmax(_cast(hidden), head.weight, head.bias, tokens, temperature, means=True)
         return (
@@ -74,8 +75,8 @@ def logprobs_and_entropy(
 
 class _LinearLogprobs(torch.autograd.Function):
     """`token_logprobs` for a linear head. It saves the hidden states, one normaliser per token and
-    the logits of the first tiles, and recomputes the other logits in the backward pass. It does
-    autocast's casts itself, so that the weight's gradient is summed in fp32.
+    the logits of the first tiles, and recomputes the other logits in the backward pass. It casts as
+    autocast would, but sums the weight's gradient in fp32.
     """
 
     @staticmethod
@@ -124,8 +125,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Softmax(NamedTuple):
-    """Statistics of the softmax of each row's tempered logits, from which log-probabilities and
-    entropies follow; each (N,) in fp32."""
+    """Statistics of the softmax of each row's tempered logits, which determine log-probabilities
+    and entropies. Each is (N,) in fp32."""
 
     picked: Tensor
     """The token's logit."""
@@ -146,9 +147,9 @@ def _softmax(
     means: bool = False,
     kept: list[Tensor] | None = None,
 ) -> _Softmax:
-    """These statistics, accumulated tile by tile. Exponentials are relative to the largest logit
-    so far, and sums are rescaled when a larger one appears. `kept` receives the first tiles'
-    logits."""
+    """The `_Softmax` of each row, accumulated tile by tile. Exponentials are relative to the
+    largest logit so far, and sums are rescaled when a larger one appears. `kept` receives the
+    logits of the first tiles."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
     for tile in _tiles(hidden, weight, bias, tokens, temperature):
@@ -178,9 +179,9 @@ class _Tile(NamedTuple):
     columns: slice
     """The tile's C vocabulary entries."""
     logits: Tensor
-    """(n, C) tempered, fp32."""
+    """(n, C) Tempered logits, in fp32."""
     weight: Tensor
-    """(C, H) the weight's rows, in the dtype of the product."""
+    """(C, H) The tile's rows of the weight, in the dtype of the product."""
     tokens: Tensor
     """(n,) The column of each row's token; arbitrary if the token is outside the tile."""
     is_inside: Tensor
@@ -195,8 +196,8 @@ def _tiles(
     temperature: float,
     kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
-    """All tiles of the logits, by groups of rows, and from left to right within each group. `kept`
-    holds the logits of the first tiles, which are not computed again."""
+    """All tiles of the logits, by groups of rows and from left to right. `kept` holds the logits of
+    the first tiles, which are not computed again."""
     known = iter(kept)
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)
@@ -228,7 +229,7 @@ def _plain_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature
 
 
 def _cast(values: Tensor) -> Tensor:
-    """The cast that autocast would apply to an operand of a product."""
+    """`values`, cast as autocast would cast an operand of a product."""
     device = values.device.type
     return (
         values.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else values

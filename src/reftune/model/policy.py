@@ -1,5 +1,5 @@
-"""The model under training: a causal LM with its value head and reference, and the
-log-probabilities and values of response tokens."""
+"""The model being trained: a causal LM with a value head. It computes log-probabilities and values
+of response tokens, and makes the reference."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD = Path("value_head", "model.safetensors")
-"""Path in a model's folder: in a subfolder, because vLLM loads every safetensors file next to the
-weights."""
+"""Path in a model's folder. It is in a subfolder because vLLM loads every safetensors file next to
+the weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
-"""Path of the adapters in the merged model's folder. With a 4-bit base, a later stage continues the
-adapters, because quantizing the merged model would round away what they have learned."""
+"""Path of the adapters in the merged model's folder. With a 4-bit base, a later stage continues
+training the adapters, because quantizing the merged model would round away what they have
+learned."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
-"""File name in PEFT's format, whose tensor names omit the adapter's name."""
+"""The file in PEFT's format, whose tensor names omit the adapter's name."""
 
 
 class TokenScores(NamedTuple):
-    """The policy's scores of the response tokens of a batch: (B, R), fp32, 0 outside the response.
-    It is a tuple because older versions of FSDP2 find no tensors in dataclasses.
+    """The policy's scores for the response tokens of a batch. Each is (B, R), in fp32, and 0
+    outside the response. This is a tuple because older versions of FSDP2 do not find tensors in
+    dataclasses.
     """
 
     logprobs: Tensor
@@ -66,9 +68,9 @@ class Policy(nn.Module):
         quantize: Literal["nf4"] | None = None,
         trained: bool = True,
     ) -> None:
-        """Matrices that are never trained (the base's under `lora`, or all if not `trained`) are
-        kept in `dtype`; `quantize` keeps those of linear layers in 4 bits. `stop` holds the
-        strings that end a completion, in addition to the end tokens of `stop_rule`."""
+        """Matrices that are never trained are kept in `dtype`: the base's under `lora`, or all if
+        `trained` is False. `quantize` keeps those of linear layers in 4 bits. `stop` holds strings
+        that end a completion, in addition to the end tokens that `stop_rule` finds."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
@@ -85,22 +87,22 @@ class Policy(nn.Module):
         layers.use_cheap_dropout(model)
         attention.attend_our_way(model)
         self.packs = attention.takes_packing(model)
-        """Whether the model reads whole sequences without padding between them."""
+        """Whether the model can read whole sequences without padding between them."""
         self.max_tokens = 16384
         """Maximum number of tokens in one pass; see `model.micro_batch_tokens`."""
         self.is_written_out = dtype == torch.float32 and llama.is_written_out(self.model)
-        """Whether `speed.llama` may read whole sequences in place of transformers."""
+        """Whether `speed.llama` may process whole sequences in place of transformers."""
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
-        """Initially zero, so that values do not start at random; `reset_value_head` draws PyTorch's
-        default weights, as ReFT's code does."""
+        """It starts at zero, so that the first values are not random. `reset_value_head` draws
+        PyTorch's default weights, as ReFT's code does."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
-        """The value head's own transformer; None if the value head uses the policy's."""
+        """The value head's own transformer; None if the head uses the policy's."""
         self.is_compiled = self.recomputes = False
         self.continues_adapters = False
-        """Whether the adapters were trained before, so that the policy without them differs from
+        """Whether the adapters had been trained before. If so, the policy without adapters is not
         the initial policy."""
 
     @property
@@ -128,7 +130,7 @@ class Policy(nn.Module):
         values: Sequence[float] = (),
         entropies: Sequence[float] = (),
     ) -> Completion:
-        """The completion that the sampled tokens form, up to the end that `StopRule` finds."""
+        """The completion made of the sampled tokens, up to the end that `StopRule` finds."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
         is_ended = bool(tokens) and tokens[-1] in self.stop.ids
@@ -159,7 +161,7 @@ class Policy(nn.Module):
 
     def separate_value_model(self) -> None:
         """Give the value head its own copy of the policy's transformer. `save` omits the copy.
-        Raises: ModelError with LoRA."""
+        Raises: ModelError if the policy uses LoRA."""
         if self.is_lora:
             raise ModelError(
                 "value_model: separate is trained in full; expected a recipe without model.lora"
@@ -169,8 +171,7 @@ class Policy(nn.Module):
             self.compile_blocks()
 
     def recompute_blocks(self) -> None:
-        """Keep only each transformer block's input for the backward pass; see
-        `layers.recompute`."""
+        """Apply `layers.recompute` to every transformer block."""
         self.recomputes = True
         for block in transformer_blocks(self):
             layers.recompute(block)
@@ -193,8 +194,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Run forward passes inside the block in the compute dtype. The weights themselves keep
-        their dtype."""
+        """Inside the `with` block, run forward passes in the compute dtype. The weights keep their
+        own dtype."""
         if self.compute_dtype == torch.float32:
             yield
         else:
@@ -203,8 +204,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Run forward passes for reading only: in evaluation mode (no dropout), in the compute
-        dtype, and with unsharded weights. The previous mode is restored at the end."""
+        """Inside the `with` block, run forward passes without dropout, in the compute dtype and
+        with unsharded weights. At the end, training mode is restored if it was on."""
         training = self.training
         with sharding.current.whole(self, self.compute_dtype), self.arithmetic():
             self.eval()
@@ -221,7 +222,7 @@ class Policy(nn.Module):
             yield
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """(N, H) the last hidden state that predicts each response token, in row-major order."""
+        """(N, H) The final hidden states that predict the response tokens, in row-major order."""
         return self._predictors(self.base.base_model, batch)
 
     def _predictors(self, backbone: Any, batch: TokenBatch) -> Tensor:
@@ -234,11 +235,12 @@ class Policy(nn.Module):
         return self.read(backbone, self.pack(batch))
 
     def pack(self, batch: TokenBatch) -> PackedTokens:
-        """The packed batch; in bf16, it is filled up to a multiple of `MULTIPLE` tokens."""
+        """The packed batch, filled up to a multiple of `MULTIPLE` tokens unless the compute dtype
+        is fp32."""
         return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
-        """(N, H) the last hidden state that predicts each response token."""
+        """(N, H) As in `hidden_states`."""
         # compiled and split modules rely on hooks of their forward methods
         as_modules = self.is_compiled or sharding.current.is_split(self)
         if self.is_written_out and not as_modules:
@@ -249,11 +251,11 @@ class Policy(nn.Module):
 
     @property
     def base(self) -> Any:
-        """The causal LM itself, without peft's wrapper."""
+        """The causal LM itself, without PEFT's wrapper."""
         return self.model.get_base_model() if self.is_lora else self.model
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities and values of the response tokens and, in no-grad mode, entropies.
+        """Log-probabilities and values of the response tokens and, if gradients are off, entropies.
         Logits are computed only for response tokens."""
         with self.arithmetic():
             hidden = self.hidden_states(batch)
@@ -278,16 +280,16 @@ class Policy(nn.Module):
         )
 
     def values(self, hidden: Tensor) -> Tensor:
-        """(N,) values, in fp32 even if the caller's arithmetic is not."""
+        """(N,) Values, computed in fp32 even under autocast."""
         with torch.autocast(self.device.type, enabled=False):
             result: Tensor = self.value_head(hidden.float()).squeeze(-1)
         return result
 
     @torch.no_grad()
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities, values and entropy, without gradients or dropout.
+        """Log-probabilities, values and entropies, without gradients or dropout.
 
-        Several processes each score a part of the rows, and all of them get every score.
+        Each process scores a part of the rows, and all processes get every score.
         """
         shape = batch.response_mask.shape
         found = [torch.zeros(shape, device=self.device) for _ in TokenScores._fields]
@@ -306,7 +308,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def features(self, batch: TokenBatch) -> Tensor:
-        """(N, H) inputs of the value head, fp32, without dropout, in row-major order of the
+        """(N, H) Inputs of the value head, in fp32 and without dropout, in row-major order of the
         response tokens."""
         row_of, _ = batch.response_index()
         features = torch.zeros(len(row_of), self.value_head.in_features, device=self.device)
@@ -344,8 +346,8 @@ class Policy(nn.Module):
 
     def make_reference(self) -> Policy | AdapterReference:
         """The current policy, frozen. Without LoRA, the reference is a copy whose matrices are in
-        the compute dtype. With LoRA, the reference shares the policy's base; it has a copy of the
-        adapters, or no adapters if the policy's are new and therefore still without effect."""
+        the compute dtype. With LoRA, it shares the policy's base and has a copy of the adapters, or
+        none if the adapters are new and therefore have no effect yet."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -368,8 +370,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def with_adapters(self, adapters: dict[str, Tensor] | None) -> Iterator[None]:
-        """Inside the block, use these adapters in place of the policy's own; with None, use no
-        adapters."""
+        """Inside the `with` block, use `adapters` in place of the policy's own, or none if it is
+        None."""
         if adapters is None:
             with self.model.disable_adapter():
                 yield
@@ -411,7 +413,8 @@ class Policy(nn.Module):
         _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
 
     def _generation_config(self) -> GenerationConfig:
-        """A greedy generation config that lists all end tokens, the tokenizer's eos first."""
+        """A greedy generation config that lists all end tokens, beginning with the tokenizer's
+        eos."""
         from transformers import GenerationConfig
 
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
@@ -424,8 +427,8 @@ class Policy(nn.Module):
         )
 
     def load_adapters(self, folder: Path) -> None:
-        """Continue with the adapters that `save` or PEFT wrote. Raises: ModelError if they are
-        missing or do not fit."""
+        """Load the adapters that `save` or PEFT wrote, for further training. Raises: ModelError if
+        they are missing or do not fit."""
         path = folder / ADAPTERS if (folder / ADAPTERS).is_file() else folder / PEFT_ADAPTERS
         try:
             saved, own = (
@@ -452,7 +455,7 @@ class Policy(nn.Module):
 
 
 class AdapterReference:
-    """An earlier state of a policy with adapters: the same base with the adapters of that time, or
+    """An earlier state of a policy with adapters: the same base, with the adapters of that time or
     with none."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:

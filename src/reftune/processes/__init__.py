@@ -1,1 +1,1 @@
-"""The processes of a run: their ranks, their shares of the work, and their communication."""
+"""The processes that train one model together."""

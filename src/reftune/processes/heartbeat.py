@@ -1,7 +1,7 @@
-"""Detects a dead process: every second, each process reports that it is alive and checks the
-others. Without this, a collective operation would wait for hours, or fail without naming the dead
-process. Heartbeats come from a thread, so a process that computes or writes for a long time still
-counts as alive."""
+"""Detects dead processes: every second, each process reports that it is alive and checks the
+others. Without these checks, a collective operation would wait for hours, or fail without naming
+the dead process. The heartbeats come from a separate thread, so a process that computes or writes
+for a long time still counts as alive."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 INTERVAL_S = 1.0
 SOON_S = 4.0
-"""After a failure, seconds of silence that identify the dead process."""
+"""After a failure, seconds of silence after which a process counts as dead."""
 SILENCE_S = 45.0
-"""Without a failure, seconds of silence after which a process counts as dead. The limit is high
-because a library may block Python's threads for seconds."""
+"""The same if there was no failure. This limit is high because a library may block Python's threads
+for several seconds."""
 LEFT = b"left"
 
 
 class Heartbeat:
-    """This process's heartbeat, and its view of the others."""
+    """Sends this process's heartbeat, and watches those of the others."""
 
     def __init__(self, store: Any, rank: int, size: int, lost: Callable[[int], None]) -> None:
         """`store` is used for heartbeats only. A thread calls `lost` with the rank of a process
@@ -43,12 +43,11 @@ class Heartbeat:
         self._exchange(LEFT)
 
     def stop(self) -> None:
-        """Stop reporting and checking."""
         self._over.set()
 
     def missing(self) -> int | None:
         """After a failure, the rank of a process that has been silent for more than `SOON_S`
-        seconds. Waits for twice as long, and returns None if there is no such process."""
+        seconds; None if no such process is found within twice that time."""
         deadline = time.monotonic() + 2 * SOON_S
         while time.monotonic() < deadline:
             rank, silent_s = self._most_silent()
@@ -64,8 +63,8 @@ class Heartbeat:
             self._exchange(str(count).encode())
 
     def _watch(self) -> None:
-        """Check the others in a thread of its own, because a store whose host is gone may block
-        `_beat`."""
+        """Check the others. This runs in a thread of its own, because a store whose host is gone
+        may block `_beat`."""
         while not self._over.wait(INTERVAL_S):
             rank, silent_s = self._most_silent()
             if silent_s > SILENCE_S:
@@ -76,7 +75,7 @@ class Heartbeat:
             self._store.set(_key(self._rank), own)
             beats = self._store.multi_get([_key(other) for other in self._others])
         except RuntimeError:
-            if self._rank != 0:  # the main process hosts the store; no other process can be heard
+            if self._rank != 0:  # the main process hosts the store, so all others fall silent
                 self._others = [0]
             return
         now = time.monotonic()
@@ -85,8 +84,8 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """The process heard from least recently, and the seconds since then; 0 seconds if the
-        process has left."""
+        """The process heard from least recently, and the seconds since then; 0 seconds if it has
+        left."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

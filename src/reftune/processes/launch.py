@@ -1,6 +1,6 @@
-"""Joins the processes that a launcher (`torchrun`, `accelerate launch`) started. The launcher's
-environment variables, which only this module reads, state, for example, the number of processes and
-whether weights are split."""
+"""Joins the processes that a launcher (`torchrun`, `accelerate launch`) started. Only this module
+reads the launcher's environment variables, which state the number of processes and whether weights
+are split, among other things."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another, such as the main process while it writes. The heartbeat
-reports a dead process much sooner."""
+"""How long a process waits for another one, for example while the main process writes. The
+heartbeat reports a dead process much sooner."""
 
 _store: Any = None
 """A store that all processes can read at any time; None before they have joined."""
@@ -33,7 +33,7 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     happens if there is only one process, or if this process has already joined. An error ends all
     processes: the first process to fail raises it, and the others exit silently with status 1.
     Raises: RecipeError for a launcher setting that is not supported; ProcessError if another
-    process is gone."""
+    process has died."""
     global _store
     if _store is not None or not _is_launched(environment):
         yield
@@ -70,7 +70,7 @@ def first_to_tell() -> bool:
     """Whether this process is the first to end early and should therefore report why."""
     own = int(os.environ.get("RANK", "0"))
     if _store is None:
-        return own == 0  # before they join, all meet the same error
+        return own == 0  # before joining, all processes raise the same error
     try:
         return _is_first(_store, own)
     # the store ended with the main process, which has reported its error; if that process was
@@ -93,13 +93,14 @@ def _ended_without_error(world: World, missing: int | None) -> str:
 
 
 def _end(world: World, store: Any, missing: int) -> None:
-    """End this process, whose main thread might otherwise wait hours for the `missing` one."""
+    """End this process, whose main thread might otherwise wait for hours for the process
+    `missing`."""
     try:
         is_first = _is_first(store, world.rank)
-    except RuntimeError:  # the missing one hosted the store
+    except RuntimeError:  # the missing process hosted the store
         is_first = world.rank == min({0, 1} - {missing})
     if is_first:
-        print(_ended_without_error(world, missing), file=sys.stderr, flush=True)  # noqa: T201  no other process can
+        print(_ended_without_error(world, missing), file=sys.stderr, flush=True)  # noqa: T201  nothing else would report it
     os._exit(1)
 
 
@@ -117,7 +118,8 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
 
 
 def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
-    """Join the other processes. Returns the world, the store that all share, and the heartbeat."""
+    """Join the other processes. Returns the world, the store that all processes share, and the
+    heartbeat."""
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -157,7 +159,7 @@ REFUSED = {
 }
 """Unsupported launcher settings, each with what to use instead."""
 UNASKED = ("false", "none", "auto", "")
-"""Values that leave a setting off or unset."""
+"""Values of a setting that is off or unset."""
 AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
 """Values that request reftune's own behaviour."""
 

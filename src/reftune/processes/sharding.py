@@ -1,5 +1,4 @@
-"""Sharding of weights: every process holds all weights (DDP) or a part of them (FSDP2). `current`
-is the sharding in use."""
+"""Sharding of weights: every process holds either all weights (DDP) or a part of them (FSDP2)."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Plain DDP: every process holds all weights; gradients are summed once per optimizer step."""
+    """Plain DDP: every process holds all weights, and gradients are summed once per optimizer
+    step."""
 
     splits: ClassVar[bool] = False
     """Whether weights, gradients and optimizer state are split over the processes."""
@@ -45,11 +45,11 @@ class Sharding:
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Give every process all weights of `model` for reading inside the `with` block, so that a
+        """Inside the `with` block, give every process all weights of `model` to read, so that a
         forward pass involves no other process. All processes must enter the block. If `model` is
         split, its children are plain copies inside the block: call the children, not the model
-        itself. In these copies, the matrices of transformer blocks are in `dtype`, if given;
-        autocast would cast them to it anyway."""
+        itself. In these copies, the matrices of transformer blocks are in `dtype` if it is given,
+        because autocast would cast them anyway."""
         yield
 
     def add_up_gradients(self, model: Any) -> None:
@@ -60,7 +60,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Fsdp2(Sharding):
-    """Each process holds a part of the weights, gradients and optimizer state; weights are gathered
+    """Each process holds a part of the weights, gradients and optimizer state. Weights are gathered
     one transformer block at a time."""
 
     splits: ClassVar[bool] = True
@@ -78,7 +78,7 @@ class Fsdp2(Sharding):
             self._split(model)
 
     def _split(self, model: nn.Module) -> None:
-        """Split every parameter. The losses assume that gradients are summed, not averaged."""
+        """Split every parameter. Gradients are summed, not averaged, as the losses assume."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -126,9 +126,9 @@ class Fsdp2(Sharding):
 
 
 current = Sharding()
-"""This run's sharding."""
+"""The sharding in use."""
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Each split model → its `_twin`, which holds the unsharded weights inside `whole`."""
+"""Maps each split model to its `_twin`, which holds the unsharded weights inside `whole`."""
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def block_matrices(model: nn.Module) -> set[int]:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy of `model` with empty parameters; buffers are copied, tied weights stay tied."""
+    """A copy of `model` with empty parameters. Buffers are copied, and tied weights stay tied."""
     from torch import nn
 
     hollow = {
@@ -176,7 +176,8 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor split over the processes; a plain tensor is returned as it is."""
+    """The whole tensor if `tensor` is split over the processes; a plain tensor is returned as it
+    is."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
@@ -193,8 +194,8 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of `value`, split like `like`; `value` itself if `like` is plain. Every
-    process must pass the whole `value`."""
+    """This process's part of `value`, split in the same way as `like`; `value` itself if `like` is
+    plain. Every process must pass the whole `value`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):

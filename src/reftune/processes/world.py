@@ -2,10 +2,10 @@
 communication.
 
 Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
-are split by samples and their results joined, so that every process holds the same rollouts and
-takes the same optimizer step. Only the main process writes to the run folder and prints, except
-that an error message may come from any process. `launch` joins the processes; `sharding` determines
-which process holds which weights.
+are split by sample, and their results are joined, so that every process holds the same rollouts and
+takes the same optimizer step. Only the main process writes to the run folder and prints, but an
+error message may come from any process. `launch` joins the processes; `sharding` determines which
+process holds which weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class World:
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    """Processes on this machine."""
 
 
 ALONE = World()
@@ -41,7 +40,8 @@ _world = ALONE
 
 @contextmanager
 def inhabited(world: World) -> Iterator[None]:
-    """Make this process part of `world`, whose process group must already be initialised."""
+    """Inside the block, make this process part of `world`, whose process group must already be
+    initialised."""
     global _world
     _world = world
     try:
@@ -71,13 +71,13 @@ def is_main() -> bool:
 
 
 def own_part(num_items: int) -> slice:
-    """This process's share of `num_items` items: a consecutive range. Shares differ in size by at
-    most one."""
+    """This process's share of `num_items` items, a consecutive range. The sizes of shares differ by
+    at most one."""
     return slice(num_items * rank() // world_size(), num_items * (rank() + 1) // world_size())
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, by rank."""
+    """The values of all processes, in order of rank."""
     if _world is ALONE:
         return [value]
     import torch.distributed as dist
@@ -88,7 +88,8 @@ def gather(value: T) -> list[T]:
 
 
 def join_tensors(part: Tensor) -> Tensor:
-    """The one-dimensional parts of all processes, joined by rank; parts may differ in length."""
+    """The one-dimensional parts of all processes, joined in order of rank. Parts may differ in
+    length."""
     if _world is ALONE:
         return part
     import torch
@@ -115,14 +116,15 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def wait(where: str) -> None:
-    """Wait until all processes have made this call. Raises: RuntimeError if `where` differs."""
+    """Wait until all processes have made this call. Raises: RuntimeError if `where` differs between
+    processes."""
     agree(where, what="are at different places")
 
 
 def agree(value: T, *, what: str) -> T:
     """Return `value` after checking that it is the same in all processes. Raises: RuntimeError if
-    it differs, with a message that begins with `processes {what}:`. The cause is a bug, or machines
-    that differ."""
+    it differs, with a message that begins with `processes {what}:`. A difference means a bug, or
+    machines that differ."""
     values = gather(value)
     if any(other != values[0] for other in values):
         raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")
@@ -135,7 +137,7 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def raise_together(error: E | None) -> None:
-    """If any process passes an error, every process raises the one from the lowest rank."""
+    """If any process passes an error, every process raises the error of the lowest rank."""
     first = next((found for found in gather(error) if found is not None), None)
     if first is not None:
         raise first
@@ -143,7 +145,7 @@ def raise_together(error: E | None) -> None:
 
 @contextmanager
 def together(kind: type[E]) -> Iterator[None]:
-    """If any process raises an error of `kind` in the block, raise it in every process, after all
+    """If any process raises an error of `kind` in the block, raise it in every process after all
     have left the block."""
     failed: E | None = None
     try:
@@ -154,7 +156,7 @@ def together(kind: type[E]) -> Iterator[None]:
 
 
 def add_up(*tensors: Tensor) -> None:
-    """Replace each tensor by its sum over all processes."""
+    """Replace each tensor with its sum over all processes."""
     if _world is ALONE:
         return
     import torch.distributed as dist

@@ -1,9 +1,8 @@
 """Checkpoints: everything that later steps of a stage depend on, written atomically as safetensors
 and JSON.
 
-A checkpoint is a folder, such as `step-000120`, that appears by one rename. Loading it cannot run
-code. Its tensors are whole, so that any number of processes can continue from it; only the main
-process writes it.
+A checkpoint is a folder, such as `step-000120`, that a single rename puts in place. Loading it
+cannot run code. Its tensors are whole, so that any number of processes can continue from it.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of `step` whole or not at all, and return its folder, `folder/step-…`.
-    Then delete all checkpoints but this one and the `keep` - 1 before it. Raises: CheckpointError
-    for a disk error; older checkpoints then remain."""
+    """Write the checkpoint of `step` completely or not at all, and delete all others except the
+    `keep` - 1 before it. Returns its folder, `folder/step-…`. Raises: CheckpointError for a disk
+    error; older checkpoints then remain."""
     from safetensors.torch import save_file
 
     final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
@@ -79,7 +78,7 @@ def save_checkpoint(
     except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    # later ones were skipped as damaged
+    # checkpoints of later steps were skipped as damaged
     newest = [path for number, path in _found(folder) if number <= step][-keep:]
     for _, path in _found(folder):
         if path not in newest:
@@ -100,7 +99,7 @@ def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by flat name, `optimizer.INDEX.KEY`. Learning rates are left out,
+    """The optimizer's state under flat names, `optimizer.INDEX.KEY`. Learning rates are left out,
     because they are a function of the step."""
     import torch
 
@@ -116,8 +115,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's state with the tensors of nested dicts moved to the top level. bitsandbytes
-    nests its quantized state, whose tables all parameters share. safetensors rejects shared
-    tensors, so the tables are copied; bitsandbytes loads the flat state too."""
+    nests its quantized state, and all parameters share the tables in it. safetensors rejects shared
+    tensors, so the tables are copied. bitsandbytes can load the flat state too."""
     nested = [value for value in state.values() if isinstance(value, Mapping)]
     plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
     tensors = {key: value for part in nested for key, value in part.items()}
@@ -127,7 +126,7 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore the state that `optimizer_tensors` returned. The given tensors are whole, even if the
+    """Restore the state that `optimizer_tensors` returned. `tensors` are whole, even if the
     parameters are sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor | int]] = {}
@@ -141,8 +140,8 @@ def load_optimizer_tensors(
 
 
 def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
-    """A stored value as the optimizer holds it. A scalar becomes an int unless it was stored as a
-    float; of any other tensor, this process gets its part."""
+    """A stored value in the form that the optimizer holds. A scalar becomes an int unless it was
+    stored as a float. Of any other tensor, this process gets its part."""
     if value.dim() > 0:
         return part_of(value, parameter)
     return value if value.is_floating_point() else int(value)

@@ -1,5 +1,5 @@
-"""Files that survive if the process is killed: text files and folders that appear by one rename or
-not at all, and JSON lines that can be cut back to their length at a checkpoint. If there are
+"""Files that survive if the process is killed: text files and folders that a single rename puts in
+place, and files of JSON lines that can be cut back to their length at a checkpoint. If there are
 several processes, only the main one writes."""
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` with `text`, by one rename. Raises: CheckpointError for a disk
-    error."""
+    """Replace the content of `path` with `text`, by a single rename. Raises: CheckpointError for a
+    disk error."""
     if not is_main():
         return
     partial = path.with_name(f".{path.name}.partial")
@@ -90,8 +90,8 @@ def sync_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut. Raises: OSError for a
-    disk error."""
+    """Wait until a file's content, or a folder's names, would survive a power cut. Raises: OSError
+    for a disk error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,16 +132,17 @@ class JsonLines:
                 file.truncate(size)
 
     def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Cut the file before the first line that `first` accepts; also drop a torn last line."""
+        """Cut the file before the first line that `first` accepts. A torn last line is dropped
+        too."""
         rows = self.rows()
         self.keep(next((i for i, row in enumerate(rows) if first(row)), len(rows)))
 
     def keep(self, count: int) -> None:
-        """Cut the file after `count` lines; also drop a torn last line."""
+        """Cut the file after `count` lines. A torn last line is dropped too."""
         self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole lines; a torn last line is dropped."""
+        """The objects of all whole lines; a torn last line is ignored."""
         return [json.loads(line) for line in self._lines()]
 
     def _lines(self) -> list[bytes]:
@@ -156,11 +157,11 @@ def in_parts(
     at_once: int,
 ) -> list[dict[str, Any]]:
     """Write one line per problem to `path`, in parts of `at_once` problems, and return the content
-    of all lines. `answer(start, part)` makes the lines of the part that begins at problem `start`.
-    Parts that the file already holds in full are kept."""
+    of all lines. `answer(start, part)` returns the lines of the part that begins at problem
+    `start`. Parts that the file already holds in full are kept."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
-    if done < len(problems):  # stopped in the middle of a part: samples are drawn for whole parts
+    if done < len(problems):  # the last part is incomplete; samples are drawn for whole parts
         done -= done % at_once
     results.keep(done)
     for start in range(done, len(problems), at_once):

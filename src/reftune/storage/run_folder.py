@@ -1,6 +1,6 @@
-"""The files of a run, and which run owns them. Files inside a model or checkpoint are named by the
-modules that write them. A run claims and locks its folder; a folder that belongs to another recipe
-or holds other files is rejected."""
+"""The files of a run, and which run owns them. The modules that write a model or checkpoint name
+the files in it. A run claims and locks its folder. A folder that belongs to another recipe, or
+holds other files, is rejected."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`runs/NAME`; docs/design.md describes the files that people and scripts read."""
+    """`runs/NAME`. docs/design.md describes the files that people and scripts read."""
 
     path: Path
 
@@ -77,14 +77,14 @@ class RunFolder:
         return sorted(path.parent.name for path in self.path.glob("stages/*/stage.json"))
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint in any stage."""
+        """The newest checkpoint of any stage."""
         found = self.path.glob("stages/*/checkpoints/step-*")
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class StageFolder:
-    """`stages/NAME`: the chosen model in Hugging Face format, and the files listed here."""
+    """The folder `stages/NAME`: the chosen model in Hugging Face format, and the files below."""
 
     path: Path
 
@@ -94,11 +94,11 @@ class StageFolder:
 
     @property
     def is_done(self) -> bool:
-        """Whether the stage is complete: `info` is written last."""
+        """Whether the stage is complete. The file `info` is written last."""
         return self.info.is_file()
 
     def facts(self) -> dict[str, Any]:
-        """The content of `info`, for a stage that is complete."""
+        """The content of the file `info`. The stage must be complete."""
         content: dict[str, Any] = json.loads(self.info.read_text(encoding="utf-8"))
         return content
 
@@ -112,7 +112,8 @@ class StageFolder:
 
     @property
     def drawn(self) -> Path:
-        """Solutions sampled for the training problems, to self-train or to train a reward model."""
+        """Solutions sampled for the training problems, for self-training or for training a reward
+        model."""
         return self.path / "sampled.jsonl"
 
     @property
@@ -148,9 +149,9 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
-    """Claim the folder for this run, and lock it inside the block. Stages that `recipe` makes
-    longer than before are reopened. Raises: as `refuse_foreign`; also CheckpointError if another
-    process uses the folder, or if the folder cannot be written."""
+    """Claim the folder for this run, and lock it inside the block. Stages for which `recipe` now
+    sets more steps or epochs are reopened. Raises: the errors of `refuse_foreign`; CheckpointError
+    if another process is using the folder, or it cannot be written."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -185,8 +186,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def data_facts(splits: Splits) -> dict[str, Any]:
-    """The content of `data.json`: the number of problems in each split (for train, with and without
-    a rationale), and the counts of dropped rows."""
+    """The content of `data.json`: the number of problems in each split, for train with and without
+    a rationale, and the numbers of dropped rows."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -197,8 +198,8 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether no run has claimed the folder yet. Raises: as `lengthened_stages`; also
-    CheckpointError if the folder holds files that are not a run's."""
+    """Whether the folder is still unclaimed. Raises: the errors of `lengthened_stages`;
+    CheckpointError if the folder holds files that do not belong to a run."""
     if folder.recipe.is_file():
         lengthened_stages(folder, recipe)
         return False
@@ -214,8 +215,8 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The stages, other than reward models, that have begun and for which `recipe` sets more steps
     or epochs than before.
 
-    Raises: RecipeError if anything else that affects results has changed, or if such a stage cannot
-    continue, because a later stage has begun or the stage's own final checkpoint is gone;
+    Raises: RecipeError if anything else that affects results has changed, or if one of these stages
+    cannot continue, because a later stage has begun or the stage's own final checkpoint is gone;
     CheckpointError if the folder's recipe cannot be read.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
@@ -273,7 +274,7 @@ def _read_own_recipe(path: Path) -> dict[str, Any]:
 
 
 def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the defaults of keys that reftune has gained since; unchanged if the
+    """A stored recipe, with the defaults of keys that reftune has added since; unchanged if the
     recipe is no longer valid."""
     try:
         return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
@@ -282,7 +283,7 @@ def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first recipe key that differs and affects results, with both values; None if there is
+    """The first recipe key that affects results and has changed, with both values; None if there is
     none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
@@ -296,7 +297,7 @@ def first_difference(old: Any, new: Any, where: str = "") -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """The versions, machine and command of this run, which are stored with it."""
+    """The versions, machine and command that are recorded for this run."""
     import torch
 
     return {

@@ -6,15 +6,16 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""Constants of glibc's malloc.h."""
+"""Constants from glibc's malloc.h."""
 LARGEST_KEPT = 32 * 2**20
-"""Size in bytes above which freed blocks go back to the system; the largest that glibc accepts."""
+"""Freed blocks of more than this many bytes go back to the system. glibc accepts no larger
+value."""
 
 
 def keep_freed_memory() -> None:
     """Let the allocator keep the memory that any thread frees, instead of requesting zeroed pages
-    again at every step. Nothing changes if the C library is not glibc, or if the environment
-    configures glibc's allocator (`MALLOC_…`)."""
+    again at every step. Nothing changes if the C library is not glibc, or if environment variables
+    (`MALLOC_…`) configure its allocator."""
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

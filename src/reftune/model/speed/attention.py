@@ -1,8 +1,8 @@
 """Lets transformers' own models read sequences without padding between them.
 
-The tokens of all sequences follow one another, and a prompt that several sequences share appears
-once. Only for attention are sequences padded, in groups of similar length, and shared prompts
-repeated. For bf16 on a CPU, attention runs in fp32, because its backward pass is slow in bf16.
+The sequences follow one another without gaps, and a prompt that several of them share appears once.
+For attention alone, sequences are padded in groups of similar length, and shared prompts are
+repeated.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FAMILIES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""transformers' classes that take positions from the caller and attend causally to the whole
-sequence, so that they can be read without padding."""
+"""Classes of transformers that take positions from the caller and attend causally to the whole
+sequence, and can therefore read sequences without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """Make a CodeGen model, or a model with SDPA, accept `packing`, and compute attention in fp32
-    on a CPU. Other models stay unchanged."""
+    """Make CodeGen models, and models with SDPA, accept `packing` and compute attention in fp32 on
+    a CPU. Other models stay unchanged."""
     if type(model).__name__ == "CodeGenForCausalLM":
         for module in model.modules():
             if hasattr(module, "_attn"):
@@ -66,16 +66,17 @@ def takes_packing(model: PreTrainedModel) -> bool:
 
 
 def has_window(config: Any) -> bool:
-    """Whether some layer has a sliding window."""
+    """Whether any layer has a sliding window."""
     window = getattr(config, "sliding_window", None)
     return window is not None and getattr(config, "use_sliding_window", True)
 
 
 def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
-    """(T, H) last hidden states; `backbone` is the transformer without its output embedding."""
-    # transformers passes on a four-dimensional mask as it is; nothing reads its values
+    """The final hidden states (T, H); `backbone` is the transformer without its output
+    embedding."""
+    # transformers passes a four-dimensional mask on unchanged; nothing reads its values
     mask: Any = torch.empty(1, 1, 1, 1, device=packed.tokens.device)
-    mask.packing = packed.packing  # CodeGen passes on no other argument than the mask
+    mask.packing = packed.packing  # the only argument that CodeGen passes on
     hidden: Tensor = backbone(
         input_ids=packed.tokens[None],
         position_ids=packed.positions[None],
@@ -89,8 +90,8 @@ def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
 def attend_in_groups(
     module: nn.Module, states: Sequence[Tensor], packing: Packing, **options: Any
 ) -> Tensor:
-    """Queries, keys and values (S, heads, D) in padded slots → (S, heads, D), one group of
-    sequences after the other."""
+    """The attention output (S, heads, D) for queries, keys and values (S, heads, D) in padded
+    slots, computed group by group."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts = (part.split([rows * length for rows, length in packing.sizes]) for part in states)
@@ -118,10 +119,11 @@ def _attend(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `query`, `key` and `value` (B, heads, tokens, D) → (B, tokens, heads, D). With
-    `packing`, B is 1 and `mask` is not read.
+    """The attention output (B, tokens, heads, D) for `query`, `key` and `value`, each (B, heads,
+    tokens, D). With `packing`, B is 1 and `mask` is ignored.
 
-    On a CPU, attention runs in fp32, unless one new token attends to a cache.
+    On a CPU, attention runs in fp32, because its backward pass is slow in bf16. A single new token
+    attends to a cache in the given dtype.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -140,8 +142,8 @@ def _attend(
 def _attend_codegen(
     module: Any, original: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None
 ) -> tuple[Tensor, Any]:
-    """CodeGen's own attention, from (B, heads, tokens, D) to the same shape. If packing takes the
-    place of the mask, CodeGen attends as other models do."""
+    """CodeGen's own attention, whose inputs and output are (B, heads, tokens, D). If `mask` carries
+    a packing, attention is computed as for other models."""
     packing = getattr(mask, "packing", None)
     if packing is None:
         attended: tuple[Tensor, Any] = original(query, key, value, mask)
@@ -158,8 +160,8 @@ def _pad(tokens: Tensor, packing: Packing) -> Tensor:
 
 
 def sum_slots(slots: Tensor, order: Tensor, repeats: Sequence[Tensor]) -> Tensor:
-    """(S, …) gradients of slots → (T, …) gradients of the tokens in them; an empty slot's gradient
-    is 0, because no token attends to it."""
+    """The gradient (T, …) of each token: the sum of the gradients (S, …) of its slots. An empty
+    slot's gradient is 0, because no token attends to it."""
     total = slots.index_select(0, order)
     for tokens, further in zip(repeats[::2], repeats[1::2], strict=True):
         more = total.index_select(0, tokens) + slots.index_select(0, further)
@@ -182,7 +184,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """(S, …) slots → (T, …) tokens. A slot that is not read gets no gradient."""
+    """(S, …) slots → (T, …) tokens. A slot that is not read gets gradient 0."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, slots: Tensor, is_read: Tensor, order: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """Runs Llama-like transformers with few PyTorch calls, for training and for decoding.
 
-Small models are limited by the overhead of these calls and of autograd, not by arithmetic. In
-training, a norm, the rotary positions and the gated activation are therefore one autograd function
-each, with a closed-form gradient. Sequences are padded only inside attention. Decoding merges
-query, key and value into one product, and gate and up into another, from copies of the weights in
-the compute dtype.
+In small models, the overhead of these calls and of autograd takes longer than the arithmetic. In
+training, the norm, the rotary positions and the gated activation are therefore one autograd
+function each, with a closed-form gradient. In decoding, one product computes queries, keys and
+values, and another computes gate and up; both use copies of the weights in the compute dtype.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ FAMILIES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""transformers' classes that this file can run."""
+"""Classes of transformers that this file can run."""
 FEW_ROWS = 16
-"""Number of rows for which a weight's layout is chosen. The layout helps products of more or fewer
-rows as much."""
+"""Number of rows for which a weight's layout is chosen. This layout speeds up products of more or
+fewer rows just as much."""
 LARGE = 2**18
-"""Number of elements of a weight above which oneDNN is faster than MKL for fp32 products of few
-rows, because MKL hardly divides them among threads."""
+"""In fp32, weights of at least this many elements are multiplied by oneDNN. It is faster than MKL
+for few rows, because MKL hardly divides such products among threads."""
 Product = Callable[[Tensor], Tensor]
-"""The product with a weight: rows (…, I) in any dtype → (…, O) in the weight's dtype."""
+"""Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 
 
 def is_written_out(model: Any) -> bool:
     """Whether this file can run `model`, a causal LM.
 
-    The model must belong to `FAMILIES`, and have no adapters, quantized layers, sliding windows,
-    activations other than SiLU, or rotary positions on only a part of each head.
+    The model must belong to `FAMILIES` and use SiLU. It must not have adapters, quantized layers,
+    sliding windows, or rotary positions on only a part of each head.
     """
     kind, config = type(model), model.config
     if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
@@ -64,14 +63,14 @@ def is_written_out(model: Any) -> bool:
 
 
 def query_key_value(attention: Any) -> list[nn.Linear]:
-    """The layers of the three projections: one for all of them, or one for each."""
+    """The layers that compute queries, keys and values: one for all three, or one for each."""
     if hasattr(attention, "qkv_proj"):
         return [attention.qkv_proj]
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 def gate_up(mlp: Any) -> list[nn.Linear]:
-    """The layers of the two projections: one for both, or one for each."""
+    """The layers that compute gate and up: one for both, or one for each."""
     return [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
 
 
@@ -85,8 +84,8 @@ def num_heads(attention: Any) -> tuple[int, int]:
 
 
 def read_packed(backbone: Any, packed: PackedTokens, *, recompute: bool = False) -> Tensor:
-    """(T, H) last hidden states of packed tokens; `backbone` is the transformer without its output
-    embedding. `recompute` keeps only each block's input for the backward pass."""
+    """The final hidden states (T, H) of packed tokens; `backbone` is the transformer without its
+    output embedding. With `recompute`, only each block's input is kept for the backward pass."""
     hidden: Tensor = backbone.embed_tokens(packed.tokens)
     cos, sin = (part[0, :, None] for part in backbone.rotary_emb(hidden, packed.positions[None]))
     read = partial(recomputed, _read_block) if recompute else _read_block
@@ -106,7 +105,7 @@ def _read_block(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor, packing: P
 
 
 def _dropped(block: nn.Module, name: str, states: Tensor) -> Tensor:
-    """`states` after the block's dropout, in families that have one."""
+    """`states` after the block's dropout, if the family has one."""
     dropout = getattr(block, name, None)
     dropped: Tensor = states if dropout is None else dropout(states)
     return dropped
@@ -166,7 +165,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """silu(gate) · up, for gate and up of (T, I) each, or side by side in (T, 2 I)."""
+    """silu(gate) · up, for gate and up as two tensors (T, I), or side by side in one (T, 2 I)."""
 
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:
@@ -177,7 +176,7 @@ class _GatedSilu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        parts = ctx.saved_tensors  # read only once: recomputed tensors are handed out a single time
+        parts = ctx.saved_tensors  # only once, because recomputed tensors are gone afterwards
         gate, up = _halves(parts)
         results = tuple(torch.empty_like(part) for part in parts)
         grad_gate, grad_up = _halves(results)
@@ -195,7 +194,7 @@ def _halves(parts: Sequence[Tensor]) -> Sequence[Tensor]:
 
 class _TurnAndPad(torch.autograd.Function):
     """Queries, keys and values (T, heads · D), in one part or three → (S, heads, D) slots, with
-    rotary positions in the first `turned` heads."""
+    rotary positions applied to the first `turned` heads."""
 
     @staticmethod
     def forward(
@@ -219,7 +218,8 @@ class _TurnAndPad(torch.autograd.Function):
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`states` (…, heads, D) with rotary positions, from the angles' cosine and sine (…, 1, D)."""
+    """`states` (…, heads, D) with rotary positions, from the cosines and sines (…, 1, D) of the
+    angles."""
     half = cos.shape[-1] // 2
     left, right = states.split(half, -1)
     turned = states * cos
@@ -232,7 +232,8 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A causal LM for decoding, valid as long as its weights do not change; see `engines.kv`."""
+    """A causal LM prepared for decoding, which is valid until its weights change; see
+    `engines.kv`."""
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
         self.embedding = model.get_input_embeddings().weight.detach()
@@ -245,8 +246,8 @@ class Decoder:
         self.pack = pack
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """New tokens (B, S), the mask (B, T) of cache and tokens → the last tokens' hidden states
-        (B, H)."""
+        """The final hidden states (B, H) of each row's last token, from new tokens (B, S) and the
+        mask (B, T) of cache and tokens."""
         with torch.autocast(tokens.device.type, enabled=False):
             rows, length = tokens.shape
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
@@ -262,11 +263,11 @@ class Decoder:
             return self.norm(layout.lay_out(hidden)[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states (B, H) → fp32 logits (B, V)."""
+        """Final hidden states (B, H) → fp32 logits (B, V)."""
         return self.head(hidden).float()
 
     def _places(self, mask: Tensor) -> Tensor | None:
-        """(N,) flat indices of the tokens in `mask` (B, S); None to read every place."""
+        """(N,) Flat indices of the tokens in `mask` (B, S); None if every place is read."""
         if mask.shape[1] == 1 or not self.pack:
             return None
         return mask.flatten().nonzero().squeeze(1)
@@ -278,7 +279,7 @@ class _Layout(NamedTuple):
     rows: int
     length: int
     places: Tensor | None
-    """(N,) indices of the tokens among all places; None if every place is read."""
+    """(N,) Indices of the tokens among all places; None if every place is read."""
 
     def pick(self, flat: Tensor) -> Tensor:
         """(B · S, …) places → (N, …) tokens."""
@@ -351,8 +352,8 @@ class _Norm:
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
-    """(B, 1, S, T), True where a token attends to a place. Even padding attends to itself, because
-    a softmax over nothing is NaN."""
+    """(B, 1, S, T), True if a token attends to a place. Even padding attends to itself, because a
+    softmax over nothing is NaN."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible
@@ -366,12 +367,12 @@ def _visible(mask: Tensor, length: int) -> Tensor:
 
 @contextmanager
 def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block, compute linear layers from a read-only copy of their weights in `dtype`, in
-    oneDNN's layout.
+    """Inside the `with` block, compute linear layers with a read-only copy of their weights in
+    `dtype`, in oneDNN's layout.
 
-    Their products then take half to two thirds of the time; making the copy takes 0.1 s for 134
-    million weights. Some layers stay as they are: small ones in fp32, all in bf16 on a CPU without
-    bf16 products, and all on devices other than the CPU.
+    Their products then take half to two thirds of the time. Copying 134 million weights takes 0.1
+    s. Some layers stay as they are: small ones in fp32, all in bf16 if the CPU has no bf16
+    products, and all on devices other than the CPU.
     """
     layers = [
         module
@@ -388,7 +389,7 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
-    """A single product in `dtype` that gives the outputs of `layers` on the same rows, side by
+    """A single product in `dtype` that computes the outputs of `layers` for the same rows, side by
     side.
 
     If a copy of the weights in oneDNN's layout would be faster, the product uses such a copy or,
