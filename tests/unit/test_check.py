@@ -293,7 +293,7 @@ def test_a_constant_or_failing_reward_is_rejected():
     assert (found.level, found.message) == ("fail", "problem sum-0: score: division by zero")
     # 12 gold solutions earn 1; shifted by one, only neighbours with equal answers are right
     assert finding("reward").message.startswith(
-        "a gold solution earns 1, another problem's earns 0.1"
+        "a gold solution earns 1, another problem's solution earns 0.1"
     )
 
 
@@ -362,7 +362,7 @@ def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("reftune.advice.check.model.available_bytes", lambda device: 1e5)
     found = finding("memory")
     assert found.level == "fail"
-    assert "most of it activations" in found.message
+    assert "most of it for activations" in found.message
 
 
 def test_tasks_that_state_no_gold_have_none_to_grade():

@@ -157,7 +157,8 @@ def test_an_authors_file_of_the_other_rationale_is_refused(tmp_path: Path) -> No
         json.dumps([{"item_id": "a", "question": "q", "answer_cot": "so 3", "answer_value": "3"}])
     )
     with pytest.raises(
-        DataError, match=r"a.json:1: answer_cot is not a program; expected a program rationale"
+        DataError,
+        match=r"a.json:1: answer_cot is not a program; expected a rationale of kind program",
     ):
         load(str(tmp_path / "a.json"))
 

@@ -166,11 +166,11 @@ def test_a_position_counts_from_what_the_recipe_says(
         ({"messages": [USER]}, "messages ends before the assistant's turn"),
         (
             {"messages": [{"role": "tool", "content": "5"}, REPLY]},
-            "a turn of role 'tool'; expected system",
+            "a turn has the role 'tool'; expected one of system",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
-            "a turn of user without text",
+            "a turn of user has no text",
         ),
         ({"messages": [SYSTEM, REPLY]}, "messages has no question"),
         (

@@ -191,8 +191,8 @@ def test_the_adapters_of_another_base_are_refused_by_its_name(make_recipe, adapt
 @pytest.mark.parametrize(
     ("rise", "line"),
     [
-        (0.2, "still rises 5.0 points per evaluation (+20.0 ± 6.0 points over 4 evaluations)"),
-        (0.04, "no longer rises (+4.0 ± 6.0 points over 4 evaluations): RL can take over"),
+        (0.2, "still rising by 5.0 points per evaluation (+20.0 ± 6.0 points over 4 evaluations)"),
+        (0.04, "no longer rising (+4.0 ± 6.0 points over 4 evaluations): RL can take over"),
     ],
 )
 @pytest.mark.parametrize("is_own", [True, False], ids=["own stage", "stage folder"])

@@ -71,5 +71,5 @@ def test_dropped_it_is_not_trained_on_and_its_test_question_counts_as_wrong(make
     (found,) = (each for each in report.findings if each.name == "prompt_length")
     assert found.level == "warn"
     assert found.message.startswith(
-        "1 of 12 training prompts are too long and left out, 1 of dev and 1 of test"
+        "1 of 12 training prompts are too long and left out; 1 dev and 1 test"
     )

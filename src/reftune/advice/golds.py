@@ -24,12 +24,10 @@ class GoldExample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldKind:
-    """The gold answers of one kind."""
-
     kind: str
     count: int
     examples: tuple[GoldExample, ...]
-    """At most three; answers whose reading differs from their spelling come first."""
+    """At most three examples. Answers whose reading differs from their spelling come first."""
 
 
 def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:

@@ -19,17 +19,17 @@ from reftune.stages.stage import Pace
 from reftune.types import SamplingParams
 
 WARM_TOKENS = 256
-"""Tokens trained on before the clock starts: a first pass chooses kernels, casts weights and
-allocates memory."""
+"""Tokens trained on before the clock starts, because the first pass chooses kernels, casts weights
+and allocates memory."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
-"""Tokens sampled per row before the clock starts, and the smallest number while it runs."""
+"""Tokens sampled per row before the clock starts, and the minimum while it runs."""
 BUDGET_S = 8.0
-"""Target seconds of a timed pass; to meet it, a large model's pass may be smaller than in training.
-"""
+"""Target duration of a timed pass. With a large model, the pass is therefore smaller than in
+training."""
 STEADY_S = 0.5
-"""Shorter passes are repeated for this many seconds."""
+"""A pass that takes less time is repeated for this many seconds."""
 SCORING_COST = 1 / 3
-"""Cost of a forward pass, in units of a forward and backward pass."""
+"""Cost of a forward pass, as a share of the cost of a forward and backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +91,8 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Speed of sampling solutions of `num_tokens` tokens, extrapolated if there is only time to
-    sample their beginnings."""
+    """Tokens per second in sampling solutions of `num_tokens` tokens, extrapolated if there is only
+    time to sample their beginnings."""
 
     def sample(length: int) -> int:
         completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
@@ -109,7 +109,6 @@ def _sample_speed(
 
 
 def _seconds(act: Callable[[], object]) -> float:
-    """Mean seconds of one call."""
     started, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - started < STEADY_S:
         act()
@@ -118,8 +117,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Free memory of the device; on a CPU, within the limits of a container and of other
-    processes."""
+    """Free memory of the device. On a CPU, it is limited to this process's share of the machine or
+    container."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

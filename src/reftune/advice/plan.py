@@ -1,5 +1,5 @@
-"""Estimates a recipe's memory by part, and its step time by phase, on given hardware and from the
-model's configuration. docs/experiments/plan.md has the equations."""
+"""Estimates, from the model's configuration, how much memory a recipe needs on given hardware and
+how long its steps take. docs/experiments/plan.md has the equations."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The plan as `--json` prints it: bytes, seconds, tokens."""
+    """The plan as `--json` prints it, in bytes, seconds and tokens."""
 
     recipe: str
     stage: str
@@ -119,14 +119,14 @@ class Plan:
     prompt: int
     response: int
     sizes: Mapping[Sharding, Sizes]
-    """The recipe's sizes; for `auto`, the largest that fit."""
+    """Sharding → the recipe's sizes of passes; for `auto`, the largest that fit."""
     memory: Mapping[Sharding, Share]
     topology: str
     sharding: Sharding | None
     """The simplest sharding that fits; None if none does."""
     split: Mapping[str, Mapping[str, Any]]
-    """Stage → the best division into GPUs that sample and GPUs that train, and the step's seconds.
-    """
+    """Stage → the best division of the GPUs between sampling and training, and the step's
+    seconds."""
     steps: Mapping[str, Step]
     """Each sampling stage's step under `sharding`; if that is None, under the sharding that needs
     the least memory."""
@@ -142,13 +142,13 @@ def make_plan(
     only: str | None = None,
 ) -> Plan:
     """The plan of all stages, or of the stage `only`. `prompt` and `response` are lengths in
-    tokens, by default `lengths.max_prompt` (256 if that is not set) and `lengths.max_new`,
-    respectively.
+    tokens. The default of `prompt` is `lengths.max_prompt`, or 256 if that is not set; the default
+    of `response` is `lengths.max_new`.
 
     Raises: RecipeError if none of these stages states its cost; ModelError if the configuration
     cannot be read.
     """
-    if recipe.model.dtype == "auto":  # every GPU in `GPUS` multiplies bf16
+    if recipe.model.dtype == "auto":  # every GPU in `GPUS` supports bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})
         recipe = recipe.model_copy(update={"model": table})
     costs = stage_costs(recipe)
@@ -222,7 +222,6 @@ class Planner:
 
     @property
     def rate(self) -> float:
-        """FLOP/s that one GPU is assumed to reach."""
         return self.hardware.rate(self.estimate.recipe.model.dtype)
 
     def flops(self, *, backward: bool) -> float:

@@ -1,4 +1,4 @@
-"""Datasets turn files, Hub ids or generators into problems. Each has its own file."""
+"""The datasets, which supply the problems of a run. Each has its own file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """All splits. `seed` determines what is drawn at random, such as dev. Raises: DataError if
-        the data cannot be used, with file and line if these are known."""
+        """All splits. Whatever is drawn at random, such as dev, depends on `seed`. Raises:
+        DataError, with file and line if they are known, if the data cannot be used."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
@@ -28,6 +28,6 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # they drop these problems themselves
+    if is_ours or isinstance(dataset, FileDataset):  # these drop such problems themselves
         return splits
     return drop_contradictions(splits)

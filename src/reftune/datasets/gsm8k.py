@@ -37,7 +37,8 @@ class Gsm8k(PaperDataset):
     authors_name: ClassVar[str] = "gsm8k"
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row whose `answer` is an annotated solution that ends like `#### 72`."""
+        """The problem in a row whose `answer` is an annotated solution with a last line like
+        `#### 72`."""
         solution, marker, gold_text = row.text("answer").rpartition("####")
         gold = number_gold(gold_text.strip())
         if not marker or gold is None:
@@ -66,12 +67,12 @@ class Gsm8k(PaperDataset):
 
 
 def program_of(solution: str) -> str | None:
-    """The annotated steps of a solution as a program; None if no step computes anything, or if a
-    step is not plain arithmetic.
+    """A program that computes the annotated steps of a solution; None if no step computes anything,
+    or if a step is not plain arithmetic.
 
-    Each step is a variable, named after the words that follow its result. A number that equals an
-    earlier result is replaced by that result's variable or, if several results are equal, by the
-    latest variable.
+    Each step assigns a variable, which is named after the words that follow the annotation. A
+    number that equals an earlier result is replaced by that result's variable; of several equal
+    results, the latest counts.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -91,7 +92,8 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """A variable's name: `24 clips in May.` → `clips_may`; `step` if no usable word follows."""
+    """A variable's name, made from the text after a step: `24 clips in May.` gives `clips_may`;
+    text without a usable word gives `step`."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

@@ -1,4 +1,4 @@
-"""Your own questions and answers, in files of the most common shapes or any Hub dataset."""
+"""Your own questions and answers, from local files or the Hub, in the most common shapes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""A missing cell as pandas writes it, or a failed formula as Excel writes it."""
+"""The text that pandas writes for a missing cell, or that Excel writes for a failed formula."""
 MOST_WORDS = 30
-"""Longest gold answer read as text under `auto`, in words. Longer text is a solution, not an
-answer."""
+"""Maximum number of words in a gold text under `auto`. A longer text is rejected, because it is
+probably a solution and not an answer."""
 
 
 class Jsonl(FileDataset):
@@ -58,7 +58,6 @@ class Jsonl(FileDataset):
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
-        """The problem in a single row. Raises: DataError if the row cannot be read."""
         return self._problem(row, self._columns([row], is_train=False))
 
     @classmethod
@@ -66,8 +65,9 @@ class Jsonl(FileDataset):
         return {"question": f"What is {n}?", "answer": n}
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns, given or recognised. Raises: DataError if no training row has a value in a
-        given column, or if the question's or the answer's column is not recognised."""
+        """The columns that the user named, and for the rest those that are recognised. Raises:
+        DataError if the training rows lack a named column, or if no column is recognised for the
+        question or the answer."""
         named = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
         for value in named.values() if is_train else ():
             for name in [value] if isinstance(value, str) else value or ():
@@ -82,8 +82,8 @@ class Jsonl(FileDataset):
             options = read_options(row, columns.choices or "")
         elif self.answer_kind == "choice":
             raise DataError(
-                f"{row.where}: no options; expected dataset.columns.choices with answer_kind:"
-                " choice"
+                f"{row.where}: no options; answer_kind: choice expects a column of options"
+                " (dataset.columns.choices)"
             )
         cell = marked_text(row, columns.answer)
         try:
@@ -107,7 +107,7 @@ class Jsonl(FileDataset):
 
     def _gold(self, cell: object, options: Options | None) -> tuple[Answer, str]:
         """The answer in a cell, and its spelling. Raises: DataError if the cell holds no answer of
-        the wanted kind."""
+        the expected kind."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), str(cell)
@@ -117,12 +117,13 @@ class Jsonl(FileDataset):
             try:
                 return read_gold(letter or stated, "choice", choices=options.texts), str(stated)
             except DataError as error:
-                hint = " (for a position: dataset.positions_from)" * str(stated).strip().isdecimal()
+                is_digits = str(stated).strip().isdecimal()
+                hint = " (if this is a position, set dataset.positions_from)" * is_digits
                 raise DataError(f"{error}{hint}") from None
         answer = read_gold(stated, kind, reading=reading)
         if kind == "auto" and _MISSING.fullmatch(str(answer)):
             raise DataError(
-                f"{shown(cell)}; expected an answer (if it is one, set dataset.answer_kind=text)"
+                f"{shown(cell)}; expected an answer (if this is one, set dataset.answer_kind=text)"
             )
         is_long = len(str(answer).split()) > MOST_WORDS
         if kind == "auto" and answer.kind in ("text", "latex") and is_long:
@@ -135,8 +136,8 @@ class Jsonl(FileDataset):
 
 
 def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:
-    """The question as one string, and the turns before the answer if the cell holds a
-    conversation."""
+    """The question as one string and, if the cell holds a conversation, the turns before the
+    answer."""
     if isinstance(column, list):
         parts = [row.text(column[0]), *(row.optional_text(name) for name in column[1:])]
         return "\n".join(part for part in parts if part is not None), ()

@@ -34,7 +34,7 @@ SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"^[a-e]\s*[).]\s+(?=\S)", ""),  # some repeat their letter: `a ) a ) 350`, `d ) d . 3.6`
-        (r"^s\s*\.?\s*(?=[-0-9.])", "rs "),  # `s . 600` was `rs . 600`
+        (r"^s\s*\.?\s*(?=[-0-9.])", "rs "),  # `s . 600` is a damaged `rs . 600`
         (r"^[a-z] = ", ""),
         (r"^–\s*(?=\d)", "-"),
         (r"(?<=\d)\s*/\s*-$", ""),  # rupees, `rs . 495 / -`
@@ -53,7 +53,7 @@ MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
 
 
 def stem_key(problem: Problem) -> str:
-    """The question without its options, because other options do not make it a new question."""
+    """The question without its options, because different options do not make a question new."""
     return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
 
 
@@ -69,12 +69,13 @@ class Mathqa(PaperDataset):
 
     @property
     def authors_name(self) -> str:  # type: ignore[override]
-        """Prefix of the authors' file names; there are separate files for numeric answers."""
+        """Prefix of the authors' file names. Numeric answers have files of their own."""
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in `PaperDataset`, except for `nl` rationales: problems without one are removed, and a
-        multiple-choice rationale is wrong only if it ends in another letter."""
+        """As in `PaperDataset`, with two exceptions for `nl`: problems without a rationale are also
+        removed, and a multiple-choice rationale contradicts the gold answer only if it ends in
+        another letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -83,9 +84,10 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. In the published files, except in test and for multiple
-        choice in `nl`, the formula's value must be within 1% of the gold option. If it is not, a
-        numeric problem is dropped, and a multiple-choice problem is kept without its program."""
+        """The rows of a split as problems. In train and dev of the published files, the formula's
+        value must be within 1% of the gold option. If it is not, a numeric problem is dropped, and
+        a multiple-choice problem is kept without its program. Multiple choice with `nl` is
+        exempt."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -105,8 +107,8 @@ class Mathqa(PaperDataset):
         return problems
 
     def authors_problem(self, row: Row) -> Problem:
-        """The problem in a row of the authors' files. With `choice`, the options are the question's
-        last line and the gold answer is a letter."""
+        """The problem in a row of the authors' files. With `choice`, the last line of the question
+        lists the options, and the gold answer is a letter."""
         question = repaired(row.text("question"))
         if self.answer == "numeric":
             return replace(super().authors_problem(row), question=question)
@@ -165,7 +167,7 @@ class Mathqa(PaperDataset):
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
     """A program that computes the formula's value and returns the letter of the nearest option;
-    None if there is no readable formula or no option is a number."""
+    None if there is no readable formula, or if no option is a number."""
     steps = _steps(row)
     values = {
         letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)
@@ -208,7 +210,8 @@ def _is_near_gold(row: Row, value: object) -> bool:
 
 
 def _prose(row: Row) -> str | None:
-    """The `Rationale` without the quotation marks that surround most of them."""
+    """The row's `Rationale`, without the quotation marks that surround most rationales; None if
+    empty."""
     text = row.optional_text("Rationale")
     return None if text is None else repaired(text.strip('" \n')) or None
 
@@ -226,8 +229,8 @@ def _literal(value: Fraction) -> str:
 
 
 def read_options(text: str) -> tuple[str, ...] | None:
-    """The option texts, beginning with option a, in `a ) 38 , b ) 27.675 , …` or in a Python list
-    of such pieces; None if `text` is neither."""
+    """The texts of the options, beginning with option a. The argument is written like
+    `a ) 38 , b ) 27.675 , …` or is a Python list of such pieces; None if it is neither."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None
@@ -242,8 +245,8 @@ def read_options(text: str) -> tuple[str, ...] | None:
 
 
 def option_value(text: str) -> Fraction | None:
-    """The number that an option states, as formulas compute it: `3 : 4` is 3/4, `11 a . m .` is 11.
-    None if the option states no number."""
+    """The number that an option states, as formulas compute it: `3 : 4` is 3/4, and `11 a . m .` is
+    11. None if the option states no number."""
     ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
     if ratio is not None:
         return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
@@ -252,7 +255,7 @@ def option_value(text: str) -> Fraction | None:
 
 
 def option_answer(text: str) -> Answer | None:
-    """The number that an option consists of; None if it states none or several, such as `3 : 4`."""
+    """The number that an option consists of; None if it is anything else, such as `3 : 4`."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)
@@ -284,8 +287,8 @@ def _letter(row: Row, column: str, options: Sequence[str]) -> Answer:
 
 
 def _with_options(stem: str, options: Sequence[str]) -> str:
-    """The question with its options as ReFT's authors write them: `a ) 38 , b ) 27 , …` on a line
-    of its own."""
+    """The question and, on a line of their own, its options as ReFT's authors write them:
+    `a ) 38 , b ) 27 , …`."""
     lettered = zip(LETTERS, options, strict=False)
     return f"{stem}\n" + " , ".join(f"{letter} ) {option}" for letter, option in lettered)
 
@@ -294,8 +297,8 @@ def _with_options(stem: str, options: Sequence[str]) -> str:
 
 
 def repaired(text: str) -> str:
-    """`text` with mojibake undone: UTF-8 that was read as cp1252, lower-cased and spaced out (`ã —`
-    for `×`), sometimes twice."""
+    """`text` without mojibake. The mojibake is UTF-8 that was decoded as cp1252, lower-cased and
+    spaced out, sometimes more than once: `ã —` stands for `×`."""
     for _ in range(3):
         text = MOJIBAKE.sub(_decoded, text)
     return text

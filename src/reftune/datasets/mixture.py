@@ -1,4 +1,4 @@
-"""Several datasets as one. Each may have a share of the training questions."""
+"""Combines several datasets into one. Each may have a fixed share of the training questions."""
 
 from __future__ import annotations
 

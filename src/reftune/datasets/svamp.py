@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.types import Problem
 
 FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
-"""The last sentence of the worked solutions of ReFT's authors."""
+"""The sentence that ends each worked solution of ReFT's authors."""
 
 
 class Svamp(PaperDataset):

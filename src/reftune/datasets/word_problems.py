@@ -1,5 +1,5 @@
-"""Generated arithmetic word problems with worked rationales, small enough for a transformer made
-from scratch.
+"""Generates arithmetic word problems with worked rationales, simple enough for a small transformer
+made from scratch.
 
     Mia has 12 kites. Leo has 3 times as many kites as Mia. Leo loses 4 kites. How many kites does
     Leo have?
@@ -31,10 +31,10 @@ from reftune.types import Answer, Problem
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
 OBJECTS = ("drums", "geese", "hats", "kites", "pies", "snails")
 FACTORS = range(2, 10)
-"""Factors in "times as many", and prices; larger ones do not make sensible stories."""
+"""Factors in "times as many", and prices. Larger numbers would not make sensible stories."""
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
-"""Stories tried before giving up on a new question."""
+"""Number of stories tried before the search for a new question gives up."""
 ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -101,8 +101,8 @@ class WordProblems(Component):
             yield story
 
     def _new_story(self, rng: random.Random, seen: set[str]) -> _Story:
-        """A new story, with each number of operations equally likely. Raises: DataError when
-        stories run out."""
+        """A story that is not in `seen`. Every number of operations is equally likely. Raises:
+        DataError if no such story is found."""
         num_operations = rng.randint(*self.operations)
         for _ in range(MAX_DRAWS):
             story = self._story(num_operations, rng)
@@ -110,8 +110,8 @@ class WordProblems(Component):
                 return story
         raise DataError(
             f"word_problems: no new question with {num_operations} operations after {len(seen)}"
-            f" questions, and the splits need {self.train + self.dev + self.test}; widen numbers,"
-            " people or max_value, or make the splits smaller"
+            f" questions, but the splits need {self.train + self.dev + self.test}; widen numbers,"
+            " raise people or max_value, or make the splits smaller"
         )
 
     def _problem(
@@ -129,14 +129,14 @@ class WordProblems(Component):
         )
 
     def _solution(self, story: _Story, rng: random.Random) -> tuple[str, str]:
-        """A style drawn with `rng`, and the worked solution in it."""
+        """A style drawn with `rng`, and the worked solution in this style."""
         style = rng.randrange(self.styles)
         write = _write_program if self.rationale == "program" else _write_prose
         return str(style), write(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
-        """One random story; None if a result is out of range, or if the answer leaves a stated
-        amount unused."""
+        """A random story; None if a result is out of range, or if the answer leaves a quantity
+        unused."""
         asks = ["count"]
         if num_operations >= 1:
             asks += ["coins", "together", "more"] if self.people >= 2 else ["coins"]
@@ -210,7 +210,7 @@ class _Teller:
     rng: random.Random
     numbers: tuple[int, int]
     people: list[str]
-    """Everyone who may appear; `holdings` lists those who have appeared."""
+    """Everyone who may appear. Those who already have something are in `holdings`."""
     thing: str
     holdings: dict[str, _Quantity] = field(default_factory=dict)
     """Each person's current amount."""
@@ -238,8 +238,8 @@ class _Teller:
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Give a new person more or fewer than the person mentioned last has, or several times as
-        many."""
+        """Introduce a new person, who has more or fewer things than the person mentioned last, or
+        several times as many."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()
@@ -313,8 +313,8 @@ class _Teller:
 
 
 def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str, ...]:
-    """The right answer and results of likely mistakes (a step left out, a different last operation,
-    a small slip), in random order."""
+    """The options in random order: the right answer and the results of likely mistakes, such as a
+    step left out, a different last operation or a small slip."""
     steps = [step.value for step in _ancestors(right)]
     operations = [
         apply(*(operand.value for operand in right.operands))
@@ -347,12 +347,12 @@ class _Spelling:
     """How arithmetic is written down."""
 
     names: Mapping[_Quantity, str] = field(default_factory=dict)
-    """Quantities that are spelled by a name; all others are written out."""
+    """The names of quantities. A quantity without a name is written out."""
     swap: bool = False
-    """`3 * 12` for `12 * 3`, wherever the order does not matter."""
+    """Whether to swap the operands of `+` and `*`: `3 * 12` instead of `12 * 3`."""
 
     def formula(self, quantity: _Quantity) -> str:
-        """The expression that a quantity was computed from, such as `(a - 4) * 3`."""
+        """The expression that computes a quantity, such as `(a - 4) * 3`."""
         if not quantity.symbol:
             return str(quantity.value)
         left, right = (self._operand(operand, quantity) for operand in quantity.operands)
@@ -372,7 +372,7 @@ class _Spelling:
 
 
 def _write_program(story: _Story, style: int) -> str:
-    """A program that assigns the quantities that the style names, in order, and returns the
+    """A program that assigns each quantity that the style names, in order, and returns the
     answer."""
     naming, swap, ending = _PROGRAM_STYLES[style]
     spelling = _Spelling(names=naming(story), swap=swap)
@@ -385,7 +385,7 @@ def _write_program(story: _Story, style: int) -> str:
 
 
 def _people(story: _Story) -> dict[_Quantity, str]:
-    """People as names: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`, `return ann`."""
+    """The people's names: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`, `return ann`."""
     return {quantity: quantity.owner.lower() for quantity in story.quantities}
 
 

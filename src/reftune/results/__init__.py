@@ -1,4 +1,4 @@
-"""Turns run folders into tables, figures and one HTML page."""
+"""Turns run folders into tables, figures and an HTML page."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def table_command(
     """The output of `reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or
     `json`; `json=True` overrides `fmt`.
 
-    The layout `methods` compares all methods on one set of problems, and `paper` has the form of
-    the paper's tables. `auto` means `paper` if runs differ in task or kind of rationale, and
-    `methods` if not. Votes are over the first `k` samples; None means all. Raises: DataError if a
-    run is missing, damaged or unfinished, if runs are not comparable, if there are fewer than `k`
-    samples, or for an unknown `fmt`.
+    The layout `methods` compares all methods on the same problems, and the layout `paper` is that
+    of the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of rationale,
+    and `methods` if they do not. Votes use the first `k` samples, or all samples if `k` is None.
+    Raises: DataError if a run is missing, damaged or unfinished, if runs are not comparable, if
+    there are fewer than `k` samples, or for an unknown `fmt`.
     """
     fmt = "json" if json else fmt
     runs = [read_run(folder) for folder in run_dirs]

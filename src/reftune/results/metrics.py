@@ -21,7 +21,8 @@ class Metric:
     """Whether the horizontal axis counts training sequences instead of steps, whose size differs
     between kinds of stage."""
     floor: float | None = None
-    """The axis ends here if values go lower, so that early outliers do not flatten the rest."""
+    """The axis ends here even if values go lower, so that early outliers do not flatten the
+    rest."""
     of_groups: bool = False
     """Whether the metric applies only to stages with several samples per problem."""
     exact: bool = False
@@ -50,14 +51,14 @@ CHARACTER = (
         key="kl/reference",
         title="Distance from the start (KL)",
         explain=(
-            "How much more probable the model's own solutions are to it than to the model that it"
-            " started from, in nats per solution."
+            "How much more probable the model finds its own solutions than the model that it"
+            " started from does, in nats per solution."
         ),
     ),
     Metric(
         key="policy/entropy",
         title="Entropy",
-        explain="How undecided the model is about its next token; near 0, all samples are alike.",
+        explain="How undecided the model is about its next token. Near 0, all samples are alike.",
     ),
     Metric(
         key="response/length",
@@ -77,7 +78,7 @@ HACKING = (
         key="choices/other_option",
         title="Right letter, other value",
         explain=(
-            "Share of right letters whose reasoning arrives at another option: luck or a shortcut"
+            "Share of right answers whose reasoning arrives at another option: luck or a shortcut"
             " was rewarded."
         ),
         unit="percent",
@@ -85,22 +86,22 @@ HACKING = (
     Metric(
         key="choices/no_option",
         title="Right letter, no option's value",
-        explain="Share of right letters whose reasoning arrives at no option or at no value.",
+        explain="Share of right answers whose reasoning does not arrive at the value of an option.",
         unit="percent",
     ),
     Metric(
         key="choices/agreement",
         title="Same option when moved",
         explain=(
-            "When options change places, the share of answers that follow their option; a model"
-            " that only knows places keeps its letter."
+            "Share of answers that follow their option when the options change places. A model"
+            " that knows only places keeps its letter."
         ),
         unit="percent",
     ),
     Metric(
         key="choices/numeric_accuracy",
         title="Solved without options",
-        explain="Accuracy on the same questions without options, where only reasoning helps.",
+        explain="Accuracy on the same questions without options, so that only reasoning helps.",
         unit="percent",
     ),
 )
@@ -110,8 +111,8 @@ MACHINERY = (
         key="value/explained_variance",
         title="Explained variance",
         explain=(
-            "How well the value head predicts the reward: 1 is perfect, 0 no better than a"
-            " constant, and below 0 worse. The axis ends at −1."
+            "How well the value head predicts the reward: 1 is perfect, 0 is no better than a"
+            " constant, and less than 0 is worse than a constant. The axis ends at −1."
         ),
         floor=-1.0,
     ),
@@ -135,8 +136,8 @@ MACHINERY = (
         key="kl/mismatch",
         title="Sampling mismatch",
         explain=(
-            "How far log-probabilities recorded while sampling are from those recomputed in"
-            " training; should be close to 0."
+            "How far the log-probabilities recorded while sampling are from those recomputed in"
+            " training. It should be close to 0."
         ),
     ),
     Metric(
@@ -188,7 +189,10 @@ VOTING = {
         "Weighted vote",
         "Each of k samples votes for its answer, weighted by its score from the reward model.",
     ),
-    "rerank": ("Reranking", "Answer of the sample, among k, with the highest reward-model score."),
+    "rerank": (
+        "Reranking",
+        "The answer of the sample, among k, that the reward model scores highest.",
+    ),
     "pass": (
         "Any right (pass@k)",
         "Chance that at least one of k samples is right, so that a perfect judge could pick it.",

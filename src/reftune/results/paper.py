@@ -29,7 +29,7 @@ RULES = {"maj": "voting", "rerank": "reranking"}
 Place = tuple[str, str, str]
 """Model, task and rationale, under the paper's names if they are in the paper."""
 Cell = dict[str, Any]
-"""The runs in one cell, as `--json` prints them."""
+"""The scores of the runs in one cell of a table, as `--json` prints them."""
 
 
 @cache
@@ -62,7 +62,8 @@ def _place(run: RunResults) -> Place:
 
 
 def _order(place: Place) -> tuple[Any, ...]:
-    """A sort key: names from the paper first, in the paper's order, then the rest by name."""
+    """A sort key that puts names from the paper first, in the paper's order, and sorts the rest by
+    name."""
     model, task, rationale = place
     models, tasks = list(published()["models"].values()), list(published()["tasks"].values())
     return (
@@ -75,7 +76,7 @@ def _order(place: Place) -> tuple[Any, ...]:
 
 
 def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
-    """The runs by model, task and rationale; votes are over the first `k` samples.
+    """One cell for each model, task and rationale. Votes use the first `k` samples.
 
     Raises: as `score_table`; also DataError if two recipes would fill one cell.
     """
@@ -106,8 +107,8 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
-    """A score as JSON. Its `paper` is the paper's score in percent if model, task, rationale and
-    number of test questions are the paper's, and None if not."""
+    """A score as JSON. The key `paper` holds the paper's score in percent if model, task, rationale
+    and number of test questions are the paper's, and None if they are not."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)
@@ -130,8 +131,8 @@ def _paper_sizes(column: str) -> dict[str, int]:
 
 
 def render(found: Sequence[Cell], fmt: str) -> str:
-    """Sizes, greedy accuracy and, if problems were sampled, votes and reranking, as `text`,
-    `markdown`, `latex` or `json`. Raises: DataError for an unknown format."""
+    """Tables of the splits' sizes, the greedy accuracies and, if solutions were sampled, votes and
+    reranking, as `text`, `markdown`, `latex` or `json`. Raises: DataError for an unknown format."""
     if fmt == "json":
         return json.dumps(found, indent=2)
     parts = [
@@ -152,7 +153,9 @@ def _sizes(found: Sequence[Cell], fmt: str) -> str:
         [f"{split} questions", *(_size(sizes, split, name) for name, sizes in columns.items())]
         for split in ("train", "dev", "test")
     ]
-    return grid(["", *columns], body, fmt, title="Questions", note="In brackets: the paper's.")
+    return grid(
+        ["", *columns], body, fmt, title="Questions", note="In brackets: the paper's numbers."
+    )
 
 
 def _size(sizes: Mapping[str, int], split: str, column: str) -> str:
@@ -216,6 +219,6 @@ def _note(found: Sequence[Cell]) -> str:
     return (
         f"Percent of test problems, ± half the width of the 95% interval; number of seeds: {seeds}."
         f" {NOT_SIGNIFICANT}: not significantly different from {display(baseline)} on the same"
-        " problems. In brackets: the paper's number if model, task, rationale and test questions"
-        " are the same."
+        " problems. In brackets: the paper's accuracy, if the paper has the same model, task,"
+        " rationale and number of test questions."
     )

@@ -1,4 +1,5 @@
-"""Reads the JSON and YAML of a run folder into frozen dataclasses. It loads no model or plug-in."""
+"""Reads the JSON and YAML of a run folder into frozen dataclasses, without loading a model or
+plug-in."""
 
 from __future__ import annotations
 
@@ -64,13 +65,13 @@ class StageResults:
     kind: str
     init: str
     num_samples: int
-    """The stage's `samples` key: the number of solutions sampled per problem; 1 if there is no such
+    """Number of solutions sampled per problem: the stage's key `samples`, or 1 if there is no such
     key."""
     metrics: tuple[MetricRow, ...]
     """Empty for a snapshot, whose metrics belong to its stage."""
     samples: tuple[TrainingSample, ...]
     info: Mapping[str, Any]
-    """`stage.json`; empty until the stage is done."""
+    """The content of `stage.json`; empty until the stage is done."""
 
     @property
     def chosen_step(self) -> int | None:
@@ -79,8 +80,6 @@ class StageResults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResults:
-    """A run folder."""
-
     folder: Path
     recipe: Mapping[str, Any]
     recipe_text: str
@@ -88,7 +87,8 @@ class RunResults:
     stages: Mapping[str, StageResults]
     """Stages in the order of training; a stage's snapshots come before the stage."""
     evals: Mapping[str, tuple[EvalRow, ...]]
-    """Evaluations of the methods evaluated so far, in the order of training."""
+    """Method → its evaluated problems, for the methods evaluated so far, in the order of
+    training."""
     missing: tuple[str, ...]
     """Methods that the recipe evaluates and that have no results yet."""
 
@@ -102,7 +102,7 @@ class RunResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without its name, seed and folder. Runs of one recipe may differ in these."""
+        """The recipe without name, seed and folder, which may differ between runs of one recipe."""
         apart = ("name", "seed", "run_dir")
         return {key: value for key, value in self.recipe.items() if key not in apart}
 
@@ -118,7 +118,6 @@ class RunResults:
 
     @property
     def split(self) -> str:
-        """The split that the final evaluation used."""
         return evaluated_split(self.recipe)
 
 
@@ -182,7 +181,6 @@ def same_problems(evals: Mapping[str, tuple[EvalRow, ...]]) -> bool:
 
 
 def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
-    """The recipe, and its text."""
     if not path.parent.is_dir():
         raise DataError(f"{path.parent}: no such run folder")
     try:
@@ -200,7 +198,7 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _with_snapshots(name: str, spec: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """A stage as (name, its keys), after the snapshots that it saves."""
+    """(name, keys) of each snapshot that a stage saves, and then of the stage itself."""
     keys = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     return [*((snapshot, keys) for snapshot in keys.get("snapshots") or {}), (name, keys)]
 

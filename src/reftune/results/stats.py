@@ -26,7 +26,7 @@ def wilson(num_correct: int, n: int) -> Interval:
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / n
 
-    Source: Wilson (1927); Newcombe (1998), method 3. (0, 1) if n is 0.
+    If n is 0, the interval is (0, 1). Source: Wilson (1927); Newcombe (1998), method 3.
     """
     if n == 0:
         return 0.0, 1.0
@@ -46,13 +46,15 @@ class Comparison:
     a: str
     b: str
     difference: float
-    """Accuracy of `a` minus accuracy of `b`; over seeds, the mean."""
+    """Accuracy of `a` minus accuracy of `b`; if there are several seeds, their mean."""
     ci95: Interval
-    """95% bootstrap interval of the difference, over problems and, if there are several, seeds."""
+    """95% interval of the difference, bootstrapped over problems and, if there are several, over
+    seeds."""
     n: int
     """Problems per seed."""
     p_mcnemar: float | None = None
-    """Two-sided exact p-value, for one run; not corrected for the number of comparisons."""
+    """Two-sided p-value of McNemar's exact test, not corrected for the number of comparisons; None
+    if there are several seeds."""
     by_seed: tuple[float, ...] = ()
     """The difference in each seed, if there are several."""
 
@@ -85,11 +87,11 @@ def compare(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
-    """Compare methods `a` and `b` by whether each problem was answered right (booleans, in the same
-    order)."""
+    """Compare methods `a` and `b`. `correct_a` and `correct_b` state for each problem, in the same
+    order, whether the method solved it."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     assert right_a.shape == right_b.shape and right_a.size, (
-        "paired outcomes have the same length, not zero"
+        "paired outcomes must have the same length, which must not be zero"
     )
     return Comparison(
         a=a,
@@ -102,8 +104,8 @@ def compare(
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of the hypothesis that problems solved by exactly one method are split like
-    coin tosses.
+    """Two-sided p-value of the hypothesis that problems solved by only one method are split between
+    the methods as by coin tosses.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
@@ -124,7 +126,8 @@ def paired_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95% percentile interval of mean(a) − mean(b) over resampled problems, with pairs kept."""
+    """95% percentile interval of mean(a) − mean(b) over resampled problems. Both outcomes of a
+    problem are drawn together."""
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     return crossed_bootstrap(differences[None, :], generator=generator, num_resamples=num_resamples)
 
@@ -138,13 +141,13 @@ def crossed_bootstrap(
     """95% percentile interval of the mean of `values` (seeds, problems) if every seed answered the
     same problems.
 
-    Each replicate resamples seeds once and problems once, so a hard problem is hard for all seeds.
+    Each replicate resamples seeds once and problems once, so all its seeds have the same problems.
     The interval tends to be too wide. Source: Owen (2007), "The pigeonhole bootstrap".
     """
     matrix = np.asarray(values, dtype=float)
     num_seeds, num_problems = matrix.shape
-    # problems with the same outcomes under every seed are exchangeable: only the number of each
-    # kind is drawn
+    # problems with the same outcomes under every seed are exchangeable, so it is enough to draw the
+    # number of each kind
     sorts, counts = np.unique(matrix, axis=1, return_counts=True)
     problems = (
         generator.multinomial(num_problems, counts / num_problems, size=num_resamples)
@@ -167,7 +170,7 @@ def hierarchical_bootstrap(
     own problems.
 
     A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
-    five seeds the interval is too narrow, as for any bootstrap of so few values.
+    five seeds, the interval is too narrow, as with any bootstrap of so few values.
     """
     num_seeds = len(values)
     drawn = generator.integers(num_seeds, size=(num_resamples, num_seeds))
@@ -202,10 +205,9 @@ def compare_over_seeds(
     same_problems: bool,
     generator: np.random.Generator,
 ) -> Comparison:
-    """Compare `a` and `b`, paired by seed and problem; each has one array of booleans per seed. The
-    bootstrap depends on `same_problems`: whether all seeds answered the same problems in the same
-    order.
-    """
+    """Compare `a` and `b`, paired by seed and problem. `correct_a` and `correct_b` hold one array
+    of booleans per seed. The bootstrap depends on `same_problems`: whether all seeds answered the
+    same problems in the same order."""
     pairs = zip(correct_a, correct_b, strict=True)
     differences = [
         np.asarray(left, dtype=float) - np.asarray(right, dtype=float) for left, right in pairs

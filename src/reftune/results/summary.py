@@ -1,6 +1,5 @@
-"""Computes scores and comparisons of runs from the files of the run folders alone. Also finds out
-whether a warm-up was finished when RL began, and whether a reward model chooses better than
-chance."""
+"""Computes scores and comparisons of runs from their folders alone. It also determines whether a
+warm-up was finished when RL began, and whether a reward model chooses better than at random."""
 
 from __future__ import annotations
 
@@ -35,7 +34,8 @@ from reftune.types import Graded
 GREEDY = "greedy"
 
 Outcomes = NDArray[np.float64]
-"""One number per problem: 1 if solved, 0 if not, in between for an expectation."""
+"""One number per problem: 1 if it was solved, 0 if it was not, and a number in between for an
+expected value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +78,8 @@ class MethodScore:
     label: str
     """The name shown to the user; it includes the group if there are several groups."""
     outcomes: Mapping[str, Sequence[Outcomes]]
-    """Decision rule → solved problems, one array per seed. The rules are `greedy`; with samples,
-    `maj@k` and `pass@k`; and with scored samples, `weighted@k` and `rerank@k`."""
+    """Decision rule → solved problems, one array per seed. Besides `greedy`, there are `maj@k` and
+    `pass@k` if there are samples, and `weighted@k` and `rerank@k` if the samples are scored."""
     scores: Mapping[str, Score]
     """Scores by decision rule."""
 
@@ -119,8 +119,8 @@ class ScoreTable:
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
-    """Comparisons of greedy answers and of votes. Each names methods by label, and votes as `LABEL
-    maj@k`."""
+    """Comparisons of greedy answers, which name methods by label, and of votes, which name them
+    like `LABEL maj@k`."""
     num_seeds: int
     split: str
 
@@ -182,7 +182,7 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as it stands in `summary.json` and `reftune table --json`."""
+    """A comparison as `summary.json` and `reftune table --json` contain it."""
     result = {
         "a": comparison.a,
         "b": comparison.b,
@@ -214,8 +214,8 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     """The groups of `group_runs`. Raises: DataError if the methods of a run answered different
-    problems. If there are several groups, they must also share the problems and have equally many
-    seeds."""
+    problems. With several groups, it is also raised if runs answered different problems or if the
+    numbers of seeds differ."""
     for run in runs:
         if not same_problems(run.evals):
             raise DataError(
@@ -267,8 +267,8 @@ def _share_problems(runs: Sequence[RunResults]) -> bool:
 
 
 def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
-    """Scores and paired comparisons of all methods. Votes are over the first `k` samples, or over
-    all if `k` is None; `seed` seeds the bootstrap.
+    """Scores and paired comparisons of all methods. Votes use the first `k` samples, or all samples
+    if `k` is None; `seed` seeds the bootstrap.
 
     Raises: DataError if `k` is given and no method was sampled, or if a sampled method has fewer
     than `k` samples of a problem.
@@ -294,19 +294,19 @@ def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0)
 
 
 def label_of(groups: Sequence[Group], group: Group, method: str) -> str:
-    """A method's label; with several `groups`, `GROUP/METHOD`."""
+    """A method's label: its name or, with several `groups`, `GROUP/METHOD`."""
     return f"{group.label}/{method}" if len(groups) > 1 else method
 
 
 def _baseline(methods: Sequence[MethodScore]) -> str:
-    """The label of the first method called `sft`; if there is none, of the first method."""
+    """The label of the first method called `sft` or, if there is none, of the first method."""
     first = methods[0].label if methods else ""
     return next((method.label for method in methods if method.method == "sft"), first)
 
 
 def leader(table: ScoreTable) -> MethodScore | None:
-    """The best method by greedy accuracy other than the baseline; None if there is none. Methods
-    that others start from count only if no other method is left."""
+    """The method with the highest greedy accuracy, other than the baseline; None if there is no
+    other. Methods that others start from are considered only if no other method is left."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
     return max(rivals, key=lambda method: method.greedy.value, default=None)
@@ -341,8 +341,8 @@ def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generat
 def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
-    """Comparisons of a later with an earlier method: of two methods in one group, of the same
-    method in two groups, and of each method with the baseline."""
+    """Comparisons of a later method with an earlier one. Two methods are compared if they are in
+    one group, if they are the same method in two groups, or if one of them is the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         if a.group is b.group or a.method == b.method or baseline in (a.label, b.label):
@@ -367,8 +367,8 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Decision rule → score of each problem. Votes are over `k` samples, by default the largest
-    number that every problem has."""
+    """Decision rule → score of each problem. Votes use `k` samples, by default the largest number
+    that every problem has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
     if drawn:
@@ -450,7 +450,8 @@ class Handover:
     stage: str
     init: str
     rise: float
-    """Change in accuracy over the four dev evaluations before the stage, as a share of problems."""
+    """Change in dev accuracy over the last four evaluations before the stage, as a share of
+    problems."""
     margin: float
     """Half the width of the rise's paired 95% interval."""
     accuracy: float
@@ -490,8 +491,8 @@ class LastRise(NamedTuple):
 
 
 def last_rise(run: RunResults, method: str) -> LastRise | None:
-    """The rise up to the step at which a supervised method's model was saved; None for other
-    methods, if the method is not finished, or if there were too few evaluations by then."""
+    """The last rise by the step at which a supervised method's model was saved. None if the method
+    is not supervised or not finished, or if there were too few evaluations by then."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
@@ -504,7 +505,8 @@ def last_rise(run: RunResults, method: str) -> LastRise | None:
 
 
 def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:
-    """The stage that trained `method`, and the step at which it was saved."""
+    """The stage that trained `method`, and the step at which its model was saved; None if it is not
+    finished."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None
@@ -536,7 +538,7 @@ class Reranker:
 
     @property
     def beats_chance(self) -> bool:
-        """Whether the reward model chooses better than at random, beyond the margin."""
+        """Whether the reward model chooses better than at random, by more than the margin."""
         return self.accuracy - self.chance > self.margin
 
     def to_row(self) -> dict[str, Any]:

@@ -79,11 +79,11 @@ class Headline:
     title: str
     text: str
     chosen: str
-    """A sentence on the split and the number of evaluations by which models were chosen."""
+    """A sentence on how models were chosen: on which split, and from how many evaluations."""
 
 
 def headline(table: ScoreTable) -> Headline:
-    """The best method compared with the baseline, the evidence, and the runner-up."""
+    """Compares the best method with the baseline, and states the evidence and the runner-up."""
     if not table.methods:
         return Headline(
             title="Nothing evaluated yet",
@@ -150,10 +150,10 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
     """A line on whether RL or more SFT should follow, given the recent rise in dev accuracy."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} evaluations"
     if rise <= margin:
-        return f"dev accuracy no longer rises ({points}): RL can take over"
+        return f"dev accuracy is no longer rising ({points}): RL can take over"
     return (
-        f"dev accuracy still rises {100 * rise / num_looks:.1f} points per evaluation ({points}):"
-        " SFT will teach more than RL"
+        f"dev accuracy is still rising by {100 * rise / num_looks:.1f} points per evaluation"
+        f" ({points}): SFT will teach more than RL"
     )
 
 
@@ -185,15 +185,18 @@ def sentence(handover: Handover) -> str:
     """A line on whether the warm-up was finished."""
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four evaluations"
     if handover.is_ready:
-        return f"{handover.init} was finished when {handover.stage} began: dev accuracy {rise}"
+        return (
+            f"{handover.init} was finished when {handover.stage} began: dev accuracy had changed"
+            f" by {rise}"
+        )
     if handover.is_flat:
         return (
             f"{handover.init} was flat at {handover.accuracy:.0%} on dev when {handover.stage}"
             f" began ({rise}): RL needs about {NEEDED_ACCURACY:.0%}"
         )
     return (
-        f"{handover.init} was not finished when {handover.stage} began: dev accuracy still"
-        f" rose, {rise}; more SFT may teach more than RL"
+        f"{handover.init} was not finished when {handover.stage} began: dev accuracy was still"
+        f" rising ({rise}); more SFT may teach more than RL"
     )
 
 
@@ -320,8 +323,8 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
 
 
 def choices_table(summary: Mapping[str, Any]) -> str:
-    """The warning signs of reward hacking in a run's summary; empty for a run without multiple
-    choice."""
+    """A table of the warning signs of reward hacking in a run's summary; empty for a run without
+    multiple choice."""
     found = {
         name: scores["choices"]
         for name, scores in summary["methods"].items()

@@ -92,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _drop_unwritten_output() -> None:
-    """Send what is still in stdout's buffer to nowhere, so that the interpreter does not fail to
-    write it again."""
+    """Discard what is still in stdout's buffer, which the interpreter would try to write again at
+    exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -349,7 +349,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory and time on other hardware.
+    """Estimate how much memory and time a recipe needs on given hardware.
 
     The command reads the model's configuration but no weights. It reads data only if the model is
     made from scratch. docs/experiments/plan.md has the equations.
@@ -370,8 +370,8 @@ def plan(
 
 @app.command()
 def watch(run_folder: RunFolderPath) -> None:
-    """Follow a run that another process works on, or replay a finished run. Ctrl-C does not stop
-    the run."""
+    """Follow a run that another process is working on, or replay a finished run. Ctrl-C does not
+    stop the run."""
     from reftune.results import table_command
     from reftune.terminal.live import make_progress
     from reftune.terminal.watch import RunClock
@@ -387,8 +387,8 @@ def watch(run_folder: RunFolderPath) -> None:
         print(table_command([run_folder], "text"))
     else:
         say(
-            f"{run_folder}: not finished, and no process works on it; `reftune run` with its recipe"
-            " continues it"
+            f"{run_folder}: not finished, and no process is working on it; `reftune run` with its"
+            " recipe continues it"
         )
 
 
@@ -399,7 +399,7 @@ def sample(
     method: Method = "reft",
     split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which problems.")] = "dev",
     num: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 means greedy.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Print a trained model's solutions, with verdicts."""
@@ -462,7 +462,7 @@ def score(
         raise RecipeError("score: expected either --format nl|program or --recipe RECIPE")
     if recipe is None and overrides:
         raise RecipeError(
-            f"score: {overrides[0]}: expected --recipe too, because it sets a recipe key"
+            f"score: {overrides[0]}: expected --recipe too, because this sets a recipe key"
         )
     for row in (
         score_as_recipe(file, _load(recipe, overrides))
@@ -522,7 +522,7 @@ def report(
 @app.command()
 def export(
     run_folder: RunFolderPath,
-    out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
+    out: Annotated[Path, typer.Option(help="The folder to write. It must not exist yet.")],
     method: Method = "reft",
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the model to the Hub.")
@@ -539,8 +539,8 @@ def export(
 ) -> None:
     """Copy a trained model with a model card.
 
-    The folder loads with from_pretrained and in vLLM. The command prints the folder's path or, with
-    --push, the model's address on the Hub.
+    The folder can be loaded with from_pretrained and in vLLM. The command prints the folder's path
+    or, with --push, the model's address on the Hub.
     """
     from reftune.runs.export import export_model, push_model
 
@@ -570,7 +570,7 @@ def find_recipe(name: str) -> Path:
     for candidate in (shipped / inside, shipped / f"{inside}.yaml"):
         if candidate.is_file():
             return candidate
-    # accelerate's configurations are for a launcher
+    # accelerate's files configure a launcher
     recipes = [file for file in shipped.glob("*/*.yaml") if file.parent.name != "accelerate"]
     near = difflib.get_close_matches(
         inside, [str(file.relative_to(shipped)) for file in recipes], cutoff=0

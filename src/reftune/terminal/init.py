@@ -37,12 +37,12 @@ INSTRUCTIONS: Mapping[str, str] = {
 """Kind of format → the instruction above each question for an instruct model."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
-"""Stands for a from-scratch model with the vocabulary of the data."""
+"""The name of a model that is made from scratch, with the vocabulary of the data."""
 DEFAULT_MAX_NEW = 256
 """Token limit of a solution if there is no rationale to measure and the context allows it."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""Longest prompt, and longest solution, of a from-scratch model, in tokens. The limit is higher if
+"""Limit for the prompts, and for the solutions, of a from-scratch model, in tokens. It is raised if
 a larger share than `MAX_TOO_LONG` would exceed it."""
 MAX_TOO_LONG = 0.1
 """Share of prompts, and of solutions, that may be too long."""
@@ -98,7 +98,8 @@ def default_out(data: str) -> Path:
 
 
 def guess_shape(data: str, named: Mapping[str, str] | None = None) -> Shape:
-    """The shape of the training rows. Raises: DataError if question or answer has no column."""
+    """The shape of the training rows. Raises: DataError if no column is found for question or
+    answer."""
     return recognise(read_rows(data, "train"), named or {})
 
 
@@ -123,8 +124,8 @@ def _load(wishes: Wishes) -> Splits:
 
 
 def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
-    """The recipe's text. Raises: DataError if the data has too little for the model; ModelError if
-    the model cannot be loaded or its context is too short."""
+    """The recipe's text. Raises: DataError if the data lacks the rationales that the model needs;
+    ModelError if the model cannot be loaded or its context is too short."""
     kind, is_scratch = wishes.format, wishes.model == SCRATCH
     format_: Format = load_component(kind, group="formats")
     learned = [problem for problem in splits.train if problem.rationale is not None]
@@ -168,13 +169,14 @@ class _Lengths:
     context: int
     """Context of a from-scratch model."""
     drops: bool
-    """Whether some prompts are too long."""
+    """Whether some prompts are too long and are dropped."""
 
 
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
 ) -> _Lengths:
-    """Limits that nearly all prompts and solutions keep to, within `context` tokens in all.
+    """Limits that nearly all prompts and solutions respect. Together, they stay within `context`
+    tokens.
 
     Raises: ModelError if too many prompts exceed them.
     """
@@ -204,7 +206,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The largest size, apart from the share that may be too long."""
+    """The largest size, leaving out the share that may be too long."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 
@@ -216,7 +218,7 @@ def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
     if model == SCRATCH:
         if not texts:
             raise DataError(
-                "a model made from scratch learns from rationales, and the data has none; set"
+                "a model made from scratch learns from rationales, but the data has none; set"
                 " --model"
             )
         return word_tokenizer(texts)

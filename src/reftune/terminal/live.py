@@ -35,8 +35,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """A view that shows nothing if `quiet`. If not, it is the live view on a terminal that supports
-    one, and plain lines anywhere else."""
+    """A view that shows nothing if `quiet`. Otherwise, it is the live view if the terminal supports
+    one, and plain lines if not."""
     if quiet:
         return Progress()
     from rich.console import Console
@@ -89,7 +89,6 @@ class StageView:
         return f"{self.step}/{self.total_steps}  {clock(elapsed_s)}{eta}"
 
     def line(self, now_s: float) -> str:
-        """Name, position and facts."""
         return "  ".join([self.name, self.position(now_s), *self.facts()])
 
     def facts(self) -> list[str]:
@@ -103,7 +102,7 @@ class StageView:
         return [*facts, f"{self.num_tokens / seconds:,.0f} tok/s"] if seconds > 0 else facts
 
     def split(self) -> list[str]:
-        """The share of each phase in the time: `update 71%`, `generate 22%`, …"""
+        """Each phase's share of the time: `update 71%`, `generate 22%`, …"""
         seconds = sum(self.phase_seconds.values())
         if seconds == 0 or len(self.phase_seconds) < 2:
             return []
@@ -127,13 +126,12 @@ class LineProgress(Progress):
         self._pending = False
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Finish the previous stage, and begin the next."""
         self.close()
         self._view = StageView(name, total_steps, done_steps, self._time_s(), done_steps)
         self._last_s = float("-inf")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print if the last line is old enough."""
+        """Print a line if the last one is old enough."""
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
         self._pending = True
@@ -141,11 +139,9 @@ class LineProgress(Progress):
             self._print_view()
 
     def note(self, message: str) -> None:
-        """Print at once."""
         print_line(printable(message), self._stream)
 
     def close(self) -> None:
-        """Print the line that was held back."""
         if self._pending:
             self._print_view()
 
@@ -170,14 +166,12 @@ class RichProgress(Progress):
         )
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Print a line for the previous stage, and begin the next."""
         self._leave_line()
         self._view = StageView(name, total_steps, done_steps, self._time_s(), done_steps)
         self._sample = None
         self._live.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the step at the next refresh."""
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
 
@@ -186,7 +180,6 @@ class RichProgress(Progress):
         self._sample = rollouts[0]
 
     def note(self, message: str) -> None:
-        """Print above the live view."""
         self._console.print(printable(message), markup=False, highlight=False)
 
     def close(self) -> None:
@@ -195,7 +188,6 @@ class RichProgress(Progress):
         self._leave_line()
 
     def render(self) -> RenderableType:
-        """The current view."""
         from rich.console import Group
         from rich.padding import Padding
         from rich.progress_bar import ProgressBar
@@ -222,8 +214,8 @@ class RichProgress(Progress):
 
 
 def sample_panel(rollout: Rollout) -> RenderableType:
-    """A solution with its question, verdict and reason, cut to a screenful. Its markup is shown as
-    text."""
+    """A solution with its question, verdict and reason, cut to a screenful. Markup in it is shown
+    as text."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text

@@ -137,8 +137,8 @@ def _answer(
     value: Any, choices: tuple[str, ...], where: str, kind: str, reading: Reading
 ) -> Answer:
     """The gold answer of the given kind. `auto` means `choice` if there are choices or the value is
-    a single letter. If not, a value that is a number as a whole is read as one, and any other as an
-    expression, a list or text."""
+    a single letter. Otherwise, a value that consists only of a number is read as a number, and any
+    other value is read as an expression, a list or text."""
     if kind not in get_args(GoldKind):
         known = ", ".join(get_args(GoldKind))
         raise DataError(f"{where}: answer_kind: {str(kind)[:80]!r}; expected one of {known}")

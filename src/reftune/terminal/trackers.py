@@ -23,8 +23,8 @@ PROJECT = "reftune"
 
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
-    """A view that also logs to the recipe's trackers; `progress` itself if there are none. Raises:
-    RecipeError for a tracker that is not installed."""
+    """A view that shows `progress` and also logs to the recipe's trackers; if there are none,
+    `progress` itself. Raises: RecipeError for a tracker that is not installed."""
     names = tracker_names(recipe) if is_main() else []
     return TrackedProgress(progress, names, recipe) if names else progress
 
@@ -62,7 +62,6 @@ class TrackedProgress(Progress):
         self._progress.stage(name, total_steps, done_steps)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the finite metrics."""
         values = {
             f"{self._stage}/{name}": value
             for name, value in metrics.items()
@@ -95,7 +94,6 @@ class TrackedProgress(Progress):
         self._progress.note(message)
 
     def close(self) -> None:
-        """Close the trackers, once."""
         self._progress.close()
         self._tell(lambda tracker: tracker.finish())
         self._trackers = None

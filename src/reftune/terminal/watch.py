@@ -1,5 +1,5 @@
-"""`reftune watch RUN` shows the live view of a run in another process, or of a finished run, from
-the files of its folder."""
+"""`reftune watch RUN` shows the live view of another process's run, or of a finished run, from the
+files in the run folder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """The time of the last row shown. Once all rows of a run in progress are shown, it is the
-    current time."""
+    """The time of the last row shown or, once all rows of a run in progress are shown, the current
+    time."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0
@@ -77,14 +77,14 @@ def is_alive(folder: Path) -> bool:
 
 
 class Tail:
-    """Reads JSON lines as they are written. A file cut back on resuming is read from its new
-    end."""
+    """Reads JSON lines as they are written. If a resumed run cuts the file back, reading continues
+    from its new end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._read = path, 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """The whole lines written since the last call."""
+        """The complete lines written since the last call."""
         if not self.path.is_file():
             return []
         self._read = min(self._read, self.path.stat().st_size)
@@ -115,8 +115,8 @@ def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
-    """The stage's length: the recipe's `steps` or, if that is not set, an extrapolation from the
-    recipe's and the row's epochs. If either of these is missing, the row's own step."""
+    """The stage's number of steps: the recipe's `steps` or, if that is not set, an extrapolation
+    from the recipe's epochs and the row's. If one of these is missing, it is the row's own step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")

@@ -64,7 +64,8 @@ def test_a_stage_that_ended_by_itself_is_judged_at_its_chosen_step() -> None:
     (found,) = handovers(run(stage("sft", LOOKS, chosen_step=3), stage("reft", RL, init="sft")))
     assert found.is_ready and found.to_row()["margin"] == 0.04
     assert sentence(found) == (
-        "sft was finished when reft began: dev accuracy +1.0 ± 4.0 points over four evaluations"
+        "sft was finished when reft began: dev accuracy had changed by +1.0 ± 4.0 points over four"
+        " evaluations"
     )
 
 

@@ -28,12 +28,12 @@ __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", 
 
 
 STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
-"""Stands in for the chat template of a model that is not read."""
+"""Stands in for the chat template of a model that is not loaded."""
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
 """Checks that work without the recipe's own model and data."""
 EXAMPLES = "paper/examples"
 UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
-"""If one of these checks fails, the model is not run, as it would crash or be far too slow."""
+"""If one of these checks fails, the model is not run, because it would crash or be far too slow."""
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
@@ -101,7 +101,7 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
     if not isinstance(source, str) or Path(source).expanduser().exists():
-        return dataset, ok("the recipe's own")
+        return dataset, ok("the recipe's own data")
     folder = shipped_recipes() / EXAMPLES / dataset.kind
     if not folder.is_dir():
         raise DataError(

@@ -22,8 +22,7 @@ SMALL_DEV = 100
 """With fewer dev problems, the choice of a model is mostly luck: at 50% accuracy, the 95% interval
 is then ± 10 points or wider."""
 NUM_REWARDED = 64
-"""Maximum number of rows for which a gold solution, a wrong solution and an empty completion are
-rewarded, to see whether the rewards differ."""
+"""Maximum number of rows with which the reward is tested."""
 MAX_FALSE_POSITIVES = 0.05
 """Largest share of wrong solutions that may be rewarded before the check fails."""
 
@@ -49,8 +48,8 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Check that gold answers, each in the shortest possible solution, are graded correct. Patterns
-    (`regex`) are left out, because a pattern is not itself an answer."""
+    """Check that gold answers, each in the shortest possible solution, are graded correct. Gold
+    answers of the kind `regex` are left out, because a pattern is not itself an answer."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
@@ -75,7 +74,7 @@ def check_gold_rationales(subject: Subject) -> Finding:
 
 
 def check_sandbox(subject: Subject) -> Finding:
-    """Count the gold programs that need more than monty."""
+    """Count the gold programs that the sandbox monty cannot run."""
     format = subject.recipe.format
     if not isinstance(format, Program):
         return ok("no programs are run")
@@ -144,7 +143,9 @@ def check_grader_refuses(subject: Subject) -> Finding:
     found = [f"{what} ({count})" for what, count in accepted.items() if count]
     if not found:
         return ok("no empty completion, bare answer or other problem's solution is graded correct")
-    message = f"{len(problems)} problems; graded correct with nothing solved: {', '.join(found)}"
+    message = (
+        f"{len(problems)} problems; graded correct although they solve nothing: {', '.join(found)}"
+    )
     remedy = (
         "a model may learn to write just that; use grading=robust, and rows whose answers differ"
     )
@@ -166,7 +167,7 @@ def check_reward(subject: Subject) -> Finding:
         return ok("there is no gold solution to reward")
     texts = {
         "a gold solution": [row.target for row in rows],
-        "another problem's": [row.target for row in (*rows[1:], rows[0])],
+        "another problem's solution": [row.target for row in (*rows[1:], rows[0])],
         "an empty completion": [""] * len(rows),
     }
     try:

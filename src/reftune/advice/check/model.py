@@ -48,7 +48,7 @@ GIB = 2**30
 
 
 def check_memory(subject: Subject) -> Finding:
-    """Check that training fits in memory, judged by the model's shape."""
+    """Check that training fits in memory, as estimated from the model's shape."""
     policy, recipe = subject.policy, subject.recipe
     lengths = [len(ids) for of in subject.fitting.values() for ids in of] or [1]
     model = policy.base
@@ -68,8 +68,8 @@ def check_memory(subject: Subject) -> Finding:
     parts = memory.parts
     free = available_bytes(policy.device) + memory.held["weights"]
     message = (
-        f"about {memory.peak / GIB:.1f} GiB of {free / GIB:.1f} free, most of it"
-        f" {max(parts, key=parts.__getitem__)}"
+        f"about {memory.peak / GIB:.1f} GiB of the {free / GIB:.1f} GiB that are free, most of it"
+        f" for {max(parts, key=parts.__getitem__)}"
     )
     if memory.peak <= free:
         return ok(message)
@@ -144,7 +144,7 @@ def check_logprobs(subject: Subject) -> Finding:
     scored = subject.policy.score(batch).logprobs[batch.response_mask]
     sampled = [logprob for completion in completions for logprob in completion.logprobs]
     mismatch = mean([abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True)])
-    message = f"the engine's differ from the policy's by {mismatch:.2g} nats per token"
+    message = f"those of engine and policy differ by {mismatch:.2g} nats per token"
     if mismatch <= MAX_MISMATCH[subject.recipe.model.dtype]:
         return ok(message)
     return fail(message, "the engine does not sample from the policy; use engine=kv")

@@ -83,14 +83,12 @@ class CheckReport:
         return [finding for finding in self.findings if finding.level == "fail"]
 
     def to_json(self) -> str:
-        """The report as one JSON document."""
         document = {**asdict(self), "ok": not self.failed}
         for finding in document["findings"]:
             del finding["samples"]
         return json.dumps(document, indent=2, ensure_ascii=False)
 
     def to_text(self) -> str:
-        """The report as text."""
         parts = ["\n".join(_finding_text(finding) for finding in self.findings)]
         parts += [golds_text(self.golds)] if self.golds else []
         if self.preview is not None:

@@ -52,7 +52,7 @@ def check_boundary(subject: Subject) -> Finding:
 
 
 def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
-    """Whether `decoded` is a row's text, apart from a BOS before and an end token after it."""
+    """Whether `decoded` is a row's text, apart from a BOS before it and an end token after it."""
     before, found, after = decoded.partition(row.prompt + row.reply)
     bos, end = (tokenizer.decode(ids) for ids in (bos_of(tokenizer), row.target_ids[-1:]))
     return found != "" and before in ("", bos) and after in ("", end)
@@ -77,18 +77,18 @@ def check_prompt(subject: Subject) -> Finding:
         writer = "the chat template" if is_chat else "this format"
         return warn(
             f"the tokenizer adds {tokenizer.decode(bos)!r} at the start, but {writer} does not",
-            "ignore this if the model was trained without it; styles compact and plain add it",
+            "ignore this if the model was trained without it; the styles compact and plain add it",
         )
     opening = subject.encoder.text_after(prompt, PROBE).partition(PROBE)[0] if is_chat else ""
     if set(subject.encoder.encode(opening)) & set(tokenizer.all_special_ids):
         return warn(
             f"the chat template has no generation prompt: the model must write {opening!r} itself",
-            "use a template that reads add_generation_prompt, unless the model was trained without",
+            "use a template with a generation prompt, unless the model was trained without one",
         )
     if is_chat and "strftime_now" in tokenizer.get_chat_template():
         return warn(
             "the chat template may write today's date, so prompts change from day to day",
-            "if the prompt below holds a date, fix it in format.template_args",
+            "if the prompt below contains a date, set a fixed one in format.template_args",
         )
     source = "the chat template" if is_chat else "raw text"
     return ok(f"{source}, {'with a' if bos else 'without'} BOS")
@@ -113,7 +113,7 @@ def check_prompt_length(subject: Subject) -> Finding:
     if subject.recipe.lengths.too_long == "drop" and len(long["train"]) < len(sizes["train"]):
         return warn(
             f"{len(long['train'])} of {len(sizes['train'])} training prompts are too long and left"
-            f" out, {len(long['dev'])} of dev and {len(long['test'])} of test count as"
+            f" out; {len(long['dev'])} dev and {len(long['test'])} test problems count as"
             f" unanswered: {message}",
             "raise lengths.max_prompt or lower lengths.max_new",
             rows,

@@ -1,1 +1,1 @@
-"""Code shared by the datasets, for example to read rows and to make splits."""
+"""Code that the datasets share: it reads rows and their parts, and makes splits."""

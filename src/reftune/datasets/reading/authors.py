@@ -1,5 +1,6 @@
-"""The paper's datasets, which can also be read from the JSON files of ReFT's authors. Rows of these
-files are {item_id, question, answer_cot, answer_value}; test files lack answer_cot."""
+"""The base class of the paper's datasets, which are read as published or from the JSON files of
+ReFT's authors. Each row of the authors' files has item_id, question, answer_value and, except in
+test, answer_cot."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ COLUMNS = ("item_id", "question", "answer_cot", "answer_value")
 
 
 class PaperDataset(FileDataset):
-    """Base of GSM8K, SVAMP and MathQA."""
+    """Base class of GSM8K, SVAMP and MathQA."""
 
     rationale: Rationale = "program"
     """Whether rationales are programs or in words (`nl`). Programs are made from the data's
@@ -34,11 +35,10 @@ class PaperDataset(FileDataset):
         `FileDataset.problem`."""
 
     def problem(self, row: Row) -> Problem:
-        """The problem of a row of either kind of file."""
+        """The problem in a row of the authors' files or of the published ones."""
         return self.authors_problem(row) if is_authors(row) else self.published_problem(row)
 
     def authors_problem(self, row: Row) -> Problem:
-        """The problem of a row of the authors' files."""
         return Problem(
             id=row.text("item_id"),
             question=row.text("question"),
@@ -58,7 +58,7 @@ class PaperDataset(FileDataset):
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without training problems whose rationale does not fit the gold answer: a
-        program must return it, and prose must not state another answer."""
+        program must return the gold answer, and prose must not state another answer."""
         if self.rationale == "program":
             return drop_wrong_programs(splits)
         return super().trainable(splits)
@@ -77,6 +77,6 @@ def authors_rationale(row: Row, kind: Rationale) -> str | None:
         return text
     found, other = ("not a program", "nl") if kind == "program" else ("a program", "program")
     raise DataError(
-        f"{row.where}: answer_cot is {found}; expected a {kind} rationale (or"
-        f" dataset.rationale={other})"
+        f"{row.where}: answer_cot is {found}; expected a rationale of kind {kind} (or"
+        f" set dataset.rationale={other})"
     )

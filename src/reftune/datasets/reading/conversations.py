@@ -1,5 +1,5 @@
-"""Reads conversations in rows, with OpenAI's `{role, content}` or ShareGPT's `{from, value}`
-turns."""
+"""Reads conversations in rows. A turn has OpenAI's keys `{role, content}` or ShareGPT's
+`{from, value}`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """The turns of a row, split before the model's answer."""
+    """A row's turns: those before the model's reply, and the reply."""
 
     before: tuple[Message, ...]
     """All turns, except the last if that is the assistant's."""
@@ -64,17 +64,17 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     content = _text(turn.get("content", turn.get("value")))
     if role is None:
         raise DataError(
-            f"{where}: a turn of role {shown(speaker)}; expected {', '.join(ROLES)} (tools are not"
-            " supported)"
+            f"{where}: a turn has the role {shown(speaker)}; expected one of {', '.join(ROLES)}"
+            " (tools are not supported)"
         )
     if content is None:
-        raise DataError(f"{where}: a turn of {speaker} without text: {shown(turn)}; expected text")
+        raise DataError(f"{where}: a turn of {speaker} has no text: {shown(turn)}; expected text")
     return Message(role=role, content=content)
 
 
 def _text(content: object) -> str | None:
-    """A turn's text; None if the turn has no text, or if it contains anything else, such as an
-    image."""
+    """A turn's text; None if the turn has no text, or if it also contains something else, such as
+    an image."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         content = "\n".join(map(str, parts)) if None not in parts else None

@@ -1,4 +1,5 @@
-"""Base of datasets in files or on the Hub: it reads rows, draws dev, and counts unusable rows."""
+"""The base class of datasets in files or on the Hub. It reads rows, draws dev and counts unusable
+rows."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class Unusable(Exception):
 
 
 class FileDataset(Component):
-    """Base of a dataset in files or on the Hub. Your own dataset defines `problem`, which reads a
-    row."""
+    """Base class of a dataset in files or on the Hub. Your own subclass defines `problem`, which
+    turns a row into a problem."""
 
     train: str
     """File, folder or Hub id; see [sources](datasets.md#sources)."""
@@ -40,23 +41,23 @@ class FileDataset(Component):
     """Branch, tag or commit on the Hub."""
 
     key: ClassVar[Key] = staticmethod(question_key)
-    """Problems with equal keys ask the same question."""
+    """Computes the key of a problem. Problems with equal keys ask the same question."""
     several_rationales: ClassVar[bool] = False
     """Whether several rows may ask the same question, each with its own rationale."""
 
     @abstractmethod
     def problem(self, row: Row) -> Problem:
-        """The row as a problem. Raises: DataError with `row.where` if the row is wrong; Unusable to
-        leave it out."""
+        """The problem in a row. Raises: DataError, which names `row.where`, if the row is wrong;
+        Unusable to leave it out."""
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
-        """Row `n` of a made-up file, for the tests that every dataset must pass; every row asks a
-        different question. Your own dataset need not define this."""
+        """Row `n` of a made-up file, in which every row asks a different question. The tests that
+        every built-in dataset must pass use it; your own dataset need not define it."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems; `counts` gets the number of rows left out, by reason."""
+        """The rows of a split as problems. The rows left out are counted in `counts`, by reason."""
         found = []
         for row in rows:
             try:
@@ -66,8 +67,8 @@ class FileDataset(Component):
         return found
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without training rows that are unfit to learn from. In this base class, these
-        are rows whose rationale contradicts the gold answer."""
+        """`splits` without training problems that are unfit to learn from. In this base class,
+        these are problems whose rationale contradicts the gold answer."""
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:

@@ -1,5 +1,5 @@
-"""Reads local files into records that know their place. CSV is read with the standard library, so
-that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
+"""Reads the records of local files, and the place of each. CSV is read with the standard library,
+so that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
 dates."""
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from reftune.text import shown
 
 LOG = logging.getLogger(__name__)
 Records = Iterator[tuple[str, Mapping[str, Any]]]
-"""(place, columns) of each record. The place is `file:line`; in Parquet, `file: row n`."""
+"""(place, columns) of each record. The place is `file:line` or, in Parquet, `file: row n`."""
 Line = tuple[str, Sequence[str | None]]
 """(`file:line`, cells) of each line of a table."""
 DELIMITERS = ",;\t|"
-"""The delimiter that splits the first line into the most columns is used; on a tie, the first in
-this list."""
+"""Possible delimiters. The one that splits the first line into the most columns is used; on a tie,
+the one that comes first here."""
 
 
 def ending(path: PurePath) -> str:
@@ -37,19 +37,19 @@ def ending(path: PurePath) -> str:
 
 
 def read_file(path: Path) -> Records:
-    """The records of a file, read by its ending. Raises: DataError if the file cannot be read, with
-    the line if it is known."""
+    """The records of a file in the format that its ending indicates. Raises: DataError, with the
+    line if it is known, if the file cannot be read."""
     reader = READERS.get(ending(path))
     if reader is None:
         raise DataError(
-            f"{path}: cannot read {ending(path) or 'a file without ending'}; expected"
+            f"{path}: cannot read {ending(path) or 'a file without an ending'}; expected"
             f" {', '.join(READERS)}"
         )
     return reader(path)
 
 
 def type_name(value: object) -> str:
-    """The name of a value's type in an error message."""
+    """A value's type, as error messages name it."""
     if isinstance(value, bool):
         return "a truth value"
     if isinstance(value, (int, float)):
@@ -74,8 +74,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path, *, fallback: str | None = None) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Any other file is read as
-    `fallback`, if given. Raises: DataError if the file cannot be read or decoded."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Any other file is read in
+    the encoding `fallback`, if given. Raises: DataError if the file cannot be read or decoded."""
     data = _read_bytes(path)
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
@@ -182,7 +182,7 @@ def _read_csv(path: Path) -> Records:
         raise DataError(
             f"{path}:{line}: contains a NUL; expected UTF-8, or UTF-16 with a byte order mark"
         )
-    if "\n" not in text:  # line ends of an old Mac
+    if "\n" not in text:  # line endings of old Macs
         text = text.replace("\r", "\n")
     separator = re.match(r"sep=(.)\r?\n", text)  # Excel reads and writes such a line
     body = text if separator is None else text[separator.end() :]
@@ -198,7 +198,7 @@ def _delimiter(text: str) -> str:
 
 
 def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Line]:
-    csv.field_size_limit(sys.maxsize)  # the length checks reject a cell that is too long
+    csv.field_size_limit(sys.maxsize)  # a cell that is too long is found later, by its tokens
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = first
     try:
@@ -212,7 +212,7 @@ def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Li
 
 
 def _read_xlsx(path: Path) -> Records:
-    """The first sheet, with formulas replaced by their saved values."""
+    """The rows of the first sheet, with formulas replaced by their saved values."""
     import openpyxl
     from openpyxl.utils.exceptions import InvalidFileException
 
@@ -233,8 +233,8 @@ def _read_xlsx(path: Path) -> Records:
 
 
 def _cell(cell: Any) -> str | None:
-    """A cell of a spreadsheet as text: `13`, `0.5`, `2021-03-05`, and `25%` for the 0.25 that its
-    format shows as a percentage."""
+    """A cell of a spreadsheet as text, such as `13`, `0.5` or `2021-03-05`. The value 0.25 becomes
+    `25%` if the cell shows it as a percentage."""
     value, shown_as = cell.value, re.sub(r'"[^"]*"|\\.', "", cell.number_format or "")
     if value is None:
         return None
@@ -244,8 +244,8 @@ def _cell(cell: Any) -> str | None:
 
 
 def _table(path: Path, lines: Iterable[Line]) -> Records:
-    """The first line that is not empty names the columns; empty cells are null, and empty lines are
-    skipped.
+    """The records of a table. The first line that is not empty names the columns; empty cells are
+    null, and empty lines are skipped.
 
     A nameless first column is taken for a pandas index and skipped; other nameless columns must be
     empty. Raises: DataError for a line that does not fit the header.
@@ -288,7 +288,7 @@ def _read_parquet(path: Path) -> Records:
 
 
 def first_line(error: Exception) -> str:
-    """An error's message, in one line."""
+    """The first line of an error's message or, if there is no message, the error's type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

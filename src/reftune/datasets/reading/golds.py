@@ -1,4 +1,4 @@
-"""Cells that hold a gold answer, alone or at the end of a worked solution or conversation."""
+"""Reads cells that hold a gold answer, alone or at the end of a worked solution or conversation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from reftune.grading.markers import reasoning_text, statements
 
 
 def worked_solution(text: str) -> str | None:
-    """The solution in `text`, if `text` marks its answer, for example by `####` or a box; None if
-    there is no marker, or nothing but the answer. The solution ends before `####`, but includes
-    any other marker and the answer after it."""
+    """The worked solution in `text`, which must mark its answer, for example with `####` or a box.
+    None if no answer is marked, or if there is nothing but the answer. The marker `####` and the
+    answer after it are cut off; any other marker stays, with its answer."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
         return before.strip() or None
@@ -23,15 +23,15 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The cell that holds a gold answer; for a conversation, the reply. Raises: DataError if there
-    is no such cell or no reply."""
+    """The value of a cell that holds a gold answer or, if it is a conversation, the reply in it.
+    Raises: DataError if there is no such cell, or if the conversation has no reply."""
     value = row.value(column)
     if not is_conversation(value):
         return value
     reply = read_conversation(value, row.where).reply
     if reply is None:
         raise DataError(
-            f"{row.where}: {column} ends before the assistant's turn; expected its answer, or the"
-            " gold answer in another column (dataset.columns.answer)"
+            f"{row.where}: {column} ends before the assistant's turn; expected the assistant's"
+            " answer, or a gold answer in another column (dataset.columns.answer)"
         )
     return reply

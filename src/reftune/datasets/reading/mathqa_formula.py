@@ -66,10 +66,11 @@ OPERATIONS: Mapping[str, str] = {
 with any other operation gets no program."""
 
 EXACT_CONSTANTS: Mapping[str, str] = {"const_pi": "math.pi", "const_0_2778": "(5 / 18)"}
-"""Constants that MathQA rounds: with 0.2778 for km/h to m/s, answers would miss their options."""
+"""Exact values of constants that MathQA rounds. With the rounded 0.2778 for converting km/h to m/s,
+answers would miss their options."""
 
 NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+")
-"""The numbers that MathQA counts as a problem's n0, n1, …; a comma belongs to a number even if it
+"""A number that MathQA counts among a problem's n0, n1, … A comma belongs to the number even if it
 does not group thousands."""
 STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
@@ -97,7 +98,7 @@ def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | 
 
 
 def _names_of_needed(operands: Sequence[Sequence[str]]) -> dict[int, str]:
-    """Positions of the last step and of the steps it depends on, in order, with their names."""
+    """Position → name of the last step and of all steps that it depends on, in order."""
     needed, open_positions = set(), [len(operands) - 1]
     while open_positions:
         position = open_positions.pop()

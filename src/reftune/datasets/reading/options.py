@@ -1,4 +1,4 @@
-"""The options of a multiple-choice row, however they are laid out."""
+"""Reads the options of a multiple-choice row, in any of the usual layouts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Options:
     """The data's label for each option, in lower case; empty if the options have no labels."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """The letter of the option labelled `gold`, or at position `gold` counted from
-        `positions_from`; None if there is no such option."""
+        """The letter of the option that is labelled `gold` or, failing that, that stands at
+        position `gold`, counted from `positions_from`. None if there is no such option."""
         label, places = gold.strip().strip("().").lower(), range(len(self.texts))
         if label in self.labels:
             return string.ascii_lowercase[self.labels.index(label)]
@@ -37,11 +37,12 @@ class Options:
 
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
-    """The options in one column or several. One column holds a list of option texts,
+    """The options of a row. If they are in one column, it holds a list of option texts,
     `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, or a
-    string that spells one of these. Several columns hold one option each; empty ones are skipped.
+    string that spells one of these. If there are several columns, each holds one option, and empty
+    columns are skipped.
 
-    Raises: DataError if the column is missing or does not hold 2 to 26 options.
+    Raises: DataError if a single column is missing, or if there are not 2 to 26 options.
     """
     if not isinstance(columns, str):
         found = {column[-1].lower(): row.get(column) for column in columns}

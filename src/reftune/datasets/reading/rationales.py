@@ -14,9 +14,9 @@ TIMEOUT_S = 20.0
 
 
 def drop_wrong_programs(splits: Splits) -> Splits:
-    """Remove training problems that have no program (`no_program`) or whose program does not return
-    the gold answer (`program_disagrees`). Dev keeps such problems, but not their rationales, so
-    that dev is no easier than test."""
+    """Remove training problems without a program, counted as `no_program`, and those whose program
+    does not return the gold answer, counted as `program_disagrees`. Dev keeps such problems, but
+    not their rationales, so that dev is no easier than test."""
     graded = _graded_programs([*splits.train, *splits.dev])
     splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
     return drop_untrainable(
@@ -27,10 +27,10 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
-    """Remove training problems whose rationale contradicts the gold answer: programs that return
-    another answer (`program_disagrees`) and prose that states another (`rationale_disagrees`). A
-    program that fails contradicts nothing and stays; so does prose without an answer. Dev keeps all
-    problems, but not rationales that contradict."""
+    """Remove training problems whose rationale contradicts the gold answer. They are counted as
+    `program_disagrees` if a program returns another answer, and as `rationale_disagrees` if prose
+    states another. A program that fails and prose without an answer contradict nothing. Dev keeps
+    all problems, but not such rationales."""
     programs = [
         problem
         for problem in (*splits.train, *splits.dev)
@@ -52,14 +52,14 @@ def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
 
 
 def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
-    """Run programs in the sandbox, with a time limit so long that a busy machine does not change
-    the training set."""
+    """Run programs in the sandbox. The time limit is so long that the training set does not depend
+    on how busy the machine is."""
     with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
         return sandbox.run(programs)
 
 
 def _graded_programs(problems: Sequence[Problem]) -> dict[str, Graded]:
-    """Problem id → the grade of its program's value; a program that fails has no answer."""
+    """Problem id → the grade of its program's value; a program that fails is graded as an error."""
     if not problems:
         return {}
     results = run_programs([problem.rationale or "" for problem in problems])

@@ -23,7 +23,7 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "dev": ("dev", "validation", "valid", "val"),
     "test": ("test",),
 }
-"""Names of a split's file in a folder, most likely first. On the Hub, dev is `validation`."""
+"""Split → names of its file in a folder, most likely first. On the Hub, dev is `validation`."""
 MISSING = object()
 
 
@@ -100,10 +100,10 @@ def read_rows(
 ) -> list[Row]:
     """All rows of `split` (`train`, `dev` or `test`).
 
-    `source` is a file with an ending in `READERS`; a folder of such files (or Parquet shards) named
-    after their splits or with one of `names`, which take precedence; or a Hub id,
-    `owner/name[:config[:split]]`, read at `revision`. Files other than Parquet may be gzipped.
-    Raises: DataError if the source cannot be read or has no rows of the split.
+    `source` is a file with an ending in `READERS`, a folder of such files or Parquet shards, or a
+    Hub id, `owner/name[:config[:split]]`, which is read at `revision`. Files in a folder are named
+    after their splits; those with one of `names` take precedence. Files other than Parquet may be
+    gzipped. Raises: DataError if the source cannot be read or has no rows of the split.
     """
     path = _path(source)
     if path.is_dir():
@@ -129,7 +129,7 @@ def is_single_split(source: str) -> bool:
 
 
 def _path(source: str) -> Path:
-    """The source as a path; `~` of an unknown user is left as it is. Raises: DataError if the
+    """The source as a path. The `~` of an unknown user stays as it is. Raises: DataError if the
     system rejects the path."""
     try:
         path = Path(source).expanduser()
@@ -143,15 +143,15 @@ def _path(source: str) -> Path:
 
 
 def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Check that types do not change. Raises: DataError at the first row whose value differs in
-    type from those of earlier rows; null fits every type."""
+    """Check that each column has values of one type; null fits every type. Raises: DataError for
+    the first row whose value has a different type."""
     for column in columns:
         filled = [(row, value) for row in rows if (value := row.get(column)) is not None]
         for row, value in filled:
             if type_name(value) != (expected := type_name(filled[0][1])):
                 raise DataError(
                     f"{row.where}: {column} is {shown(value)}, {type_name(value)}; "
-                    f"expected {expected} as in the rows before (from {filled[0][0].where})"
+                    f"expected {expected}, as in the rows before (from {filled[0][0].where} on)"
                 )
 
 

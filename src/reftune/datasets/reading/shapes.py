@@ -1,4 +1,4 @@
-"""Common column names, and the row shapes that are recognised by them."""
+"""Recognises columns by their common names, and thereby the shape of the rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.recipe import Table
 
 NUM_LOOKED_AT = 20
-"""Number of rows that are read to recognise a file's columns."""
+"""Number of rows that are examined to recognise the columns."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "question": (
         *("question", "prompt", "problem", "query", "context_messages", "messages"),
@@ -75,9 +75,10 @@ class Shape:
 
 
 def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
-    """The shape of `rows`. The user named the columns in `named`; the others are recognised.
+    """The shape of `rows`. `named` holds the columns that the user named, by field; the others are
+    recognised.
 
-    Raises: DataError if no column is found for the question, or none for the answer.
+    Raises: DataError if no column is found for the question or for the answer.
     """
     first, found = rows[0], _Found(rows[:NUM_LOOKED_AT])
     columns: dict[str, Any] = dict(named)
@@ -119,8 +120,8 @@ class _Found:
         return next(iter((*filled, *empty)), None)
 
     def question(self) -> str | list[str] | None:
-        """The question's column. In Alpaca's rows, it is the instruction's, together with the
-        input's if there is one; None if no column is found."""
+        """The question's column. For Alpaca's rows, this is the instruction's column, followed by
+        the input's if there is one. None if no column is found."""
         instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
         if instruction is not None and not {"question", "prompt"} & set(self.by_lower):
             return [instruction, context] if context is not None else instruction
@@ -136,7 +137,7 @@ class _Found:
         return self.first("choices", used)
 
     def any_worked(self, column: str) -> bool:
-        """Whether any cell holds a worked solution with its answer."""
+        """Whether any cell of the column holds a worked solution with its answer."""
         cells = [row.get(column) for row in self.rows]
         return any(
             is_conversation(cell) or (isinstance(cell, str) and worked_solution(cell) is not None)

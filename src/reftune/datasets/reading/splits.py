@@ -1,5 +1,5 @@
-"""Makes splits from problems: removes repeats and contradictions, draws dev, and removes dev and
-test questions from train."""
+"""Makes splits from problems: it removes duplicates and contradictions, draws dev, and removes the
+questions of dev and test from train."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from reftune.seeds import derive_seed
 from reftune.types import Answer, Problem
 
 Key = Callable[[Problem], str]
-"""Problems with equal keys ask the same question."""
+"""Computes the key of a problem. Problems with equal keys ask the same question."""
 Asked = tuple[str, Problem]
 """A problem's key, and the problem."""
 
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]|_")
 SILENT = frozenset(".,;:!?'\"`’‘“”…")
-"""Sentence punctuation. Brackets and operators are not included, because a question may be about
-them."""
+"""Sentence punctuation, which is ignored when questions are compared. Brackets and operators are
+not included, because a question may be about them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +39,8 @@ class Splits:
 
 
 def question_key(problem: Problem) -> str:
-    """A key that is equal for problems that ask the same question. Case, spacing and sentence
-    punctuation do not count; numbers, operators and options do.
+    """A key that is equal for problems that ask the same question. It ignores case, spacing and
+    sentence punctuation, but not numbers, operators or options.
 
     If the gold answer is text, the question may be about case or punctuation, so only spacing is
     ignored.
@@ -59,17 +59,18 @@ def draw_splits(
     key: Key = question_key,
     several_rationales: bool = False,
 ) -> Splits:
-    """Clean splits, with counts of the dropped rows.
+    """Clean splits. Rows of train and dev are dropped, and counted, for these reasons:
 
-    `duplicate`: same text (apart from spacing), options and gold answer as an earlier row of its
-    split and, with `several_rationales`, same rationale. `contradiction`: same question and options
-    as another row but a different gold answer; no such row is kept. `leak`: by `key`, a train
-    question that dev or test also asks, or a dev question that test also asks. Test keeps all its
-    rows.
+    - `duplicate`: an earlier row of the split has the same text (apart from spacing), options, gold
+      answer and, in train with `several_rationales`, rationale.
+    - `contradiction`: rows give different answers to the same question with the same options. None
+      of them is kept.
+    - `leak`: by `key`, test asks the same question, or dev asks the same question as a train row.
 
-    If `dev` is None, it is drawn: the first `dev_size` questions of train in the order of a hash of
-    `seed` and question, so row order and rationales do not matter. If `dev_size` is None, it is a
-    tenth of train, at most 500. Raises: DataError if `dev_size` leaves nothing to train on.
+    If `dev` is None, the questions of train are sorted by a hash of `seed` and question, and the
+    first `dev_size` become dev, so row order and rationales do not matter. If `dev_size` is None,
+    a tenth of the questions, at most 500, becomes dev. Raises: DataError if `dev_size` leaves
+    nothing to train on.
     """
     counts: Counter[str] = Counter()
     tested = [(key(problem), problem) for problem in test]
@@ -107,8 +108,8 @@ def same_gold(a: Answer, b: Answer) -> bool:
 
 
 def normalised(text: str) -> str:
-    """The words, numbers and symbols of `text`, in lower case and one space apart, without sentence
-    punctuation, thousands commas and hyphens between words."""
+    """The words, numbers and symbols of `text`, in lower case and separated by single spaces.
+    Sentence punctuation, thousands commas and hyphens between words are left out."""
     found = TOKEN.findall(text.casefold())
     tokens = [token.replace(",", "") for token in found if token not in SILENT]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)
@@ -122,7 +123,7 @@ def _spaced(text: str) -> str:
 def _clean(
     problems: Iterable[Problem], key: Key, several_rationales: bool, counts: Counter[str]
 ) -> list[Asked]:
-    """The problems without contradictions and duplicates, in order."""
+    """The problems in order, without contradictions and duplicates, which are counted."""
     problems = list(problems)
     first: dict[str, Problem] = {}
     questions = [question_key(problem) for problem in problems]
@@ -150,7 +151,7 @@ def _clean(
 def _without(
     asked: Sequence[Asked], elsewhere: Iterable[Asked], counts: Counter[str]
 ) -> list[Asked]:
-    """The problems whose question is not asked `elsewhere`."""
+    """The problems whose question is not asked `elsewhere`; the rest are counted as leaks."""
     taken = {question for question, _ in elsewhere}
     kept = [(question, problem) for question, problem in asked if question not in taken]
     counts["leak"] += len(asked) - len(kept)

@@ -16,7 +16,7 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Maximum number of points per series; longer ones are averaged in buckets."""
+"""Maximum number of points per series; longer series are averaged in buckets."""
 
 STEPS, PASSES = "steps", "sequences"
 """Names of the horizontal axes."""
@@ -55,7 +55,7 @@ class Chart:
     zero: bool = True
     """Whether the vertical axis must include 0."""
     floor: float | None = None
-    """The axis ends here if values go lower."""
+    """The axis ends here even if values go lower."""
     exact: bool = False
     """Whether to draw every point without a running mean, however many there are."""
 
@@ -100,7 +100,6 @@ class Entry:
 
     @property
     def stages(self) -> list[StageResults]:
-        """The stage in each run."""
         return [run.stages[self.method] for run in self.group.runs]
 
 
@@ -205,8 +204,6 @@ def _thinned(series: Series) -> Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Look:
-    """A dev evaluation."""
-
     step: int
     passes: float
     """Number of sequences trained on before the evaluation."""
@@ -221,8 +218,8 @@ class _Look:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """Dev accuracy of every stage but reward models, by sequences trained on since the base model;
-    None before the first dev evaluation."""
+    """Dev accuracy of every stage except reward models, by sequences trained on since the base
+    model. None before the first dev evaluation."""
     series = [
         _dev_series(entry)
         for entry in entries(groups)
@@ -308,7 +305,7 @@ def _looks(stage: StageResults) -> list[_Look]:
 
 
 def _chosen(run: RunResults, method: str) -> _Look | None:
-    """The dev evaluation at which a method's model was chosen."""
+    """The dev evaluation of a method's chosen model; None if it is not known."""
     stage = run.stages.get(method)
     looks = [] if stage is None else _looks(stage)
     return next((look for look in looks if stage and look.step == stage.chosen_step), None)
@@ -358,7 +355,7 @@ def _best_until(series: Series, passes: float) -> float | None:
 
 def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
     """Charts of the share of each verdict among sampled solutions, by step; one chart per `rl`
-    stage of several steps."""
+    stage with several steps."""
     layers = [
         (f"verdict/{verdict}", words, f"--verdict-{verdict}") for verdict, words in VERDICTS.items()
     ]
@@ -420,7 +417,7 @@ def _area_charts(
 
 
 def voting_charts(table: ScoreTable) -> list[Chart]:
-    """Charts of maj@k, weighted@k, rerank@k and pass@k by k, of methods with several samples."""
+    """Charts of maj@k, weighted@k, rerank@k and pass@k by k, for methods with several samples."""
     curves = {
         method.label: _mean_curves(method.group, method.method)
         for method in table.methods

@@ -18,9 +18,10 @@ from reftune.results.page.charts import Chart, Number, Series
 LETTER, BOLD_LETTER = 6.6, 7.2
 """Width in pixels of a letter at an axis, and of a letter in the name of a line."""
 SMALLEST_RANGE = 1e-300
-"""Axis ends closer than this count as equal, because dividing their distance would give 0."""
+"""Ends of an axis that are closer than this count as equal: fractions of their distance would be
+0."""
 MANY_POINTS = 40
-"""With more points, a noisy line is drawn pale under its running mean."""
+"""A noisy line with more points is drawn pale, under its running mean."""
 NAME_HEIGHT = 15
 LOG_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -37,8 +38,8 @@ class Drawing:
 
 
 def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Drawing:
-    """`chart` in a box of `width` × `height` pixels, which the page may scale; colours are CSS
-    variables."""
+    """`chart` in a box of `width` × `height` pixels, which the page may scale. Colours are CSS
+    variables. `is_hero` marks the page's main chart."""
     is_area = chart.kind == "area"
     plot = _lay_out(chart, width, height, is_hero)
     marks = _areas(chart, plot) if is_area else _lines(chart, plot)
@@ -66,7 +67,7 @@ def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Dra
 
 
 def tag(name: str, *children: str, **attributes: object) -> Markup:
-    """An SVG element with escaped text. Write `text_anchor` for `text-anchor`, `class_` for
+    """An SVG element with escaped text. Write `text_anchor` for `text-anchor`, and `class_` for
     `class`."""
     written = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value)
@@ -112,7 +113,7 @@ def _described(chart: Chart) -> str:
         for label, y in known
         if y
     ]
-    return f"{chart.title}. {'; '.join(parts)}. The arrow keys read values."
+    return f"{chart.title}. {'; '.join(parts)}. Use the arrow keys to read values."
 
 
 def _keys(chart: Chart) -> list[tuple[str, str]]:
@@ -193,7 +194,6 @@ def _lay_out(chart: Chart, width: int, height: int, is_hero: bool) -> _Plot:
 
 
 def _range(chart: Chart) -> tuple[float, float]:
-    """The lower and upper end of the vertical axis."""
     if chart.kind == "area":
         low, high = 0.0, float(_stacked(chart)[-1].max())
     else:
@@ -215,7 +215,8 @@ def _range(chart: Chart) -> tuple[float, float]:
 
 
 def _without_spikes(ys: Values) -> float:
-    """The upper end of the axis. Rare spikes that would flatten the rest leave the frame."""
+    """The upper end of the axis. Rare spikes may exceed it, so that they do not flatten the
+    rest."""
     usual, highest = float(np.quantile(ys, 0.98, method="lower")), float(ys.max())
     return 1.5 * usual if len(ys) > MANY_POINTS and 0 < 4 * usual < highest else highest
 
@@ -280,7 +281,7 @@ def _band(plot: _Plot, xs: Sequence[float], low: Values, high: Values) -> str:
 
 
 def _stacked(chart: Chart) -> Values:
-    """The upper edge of each layer (series, points)."""
+    """The upper edge of each layer, of shape (series, points)."""
     return np.cumsum([np.nan_to_num(_values(series.y)) for series in chart.series], axis=0)
 
 

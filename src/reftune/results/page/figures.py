@@ -19,7 +19,7 @@ WIDTH, HEIGHT, TITLE = 680, 320, 30
 ZOOM = 2
 """Pixels of the PNG per pixel of the SVG."""
 ROW, BAR = 34, 26
-"""Height of a bar with and without the gap below it."""
+"""Height of a bar, in pixels, with and without the gap below it."""
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:

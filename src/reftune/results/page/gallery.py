@@ -1,4 +1,4 @@
-"""Chooses the problems and sampled solutions in the report, within a budget of bytes."""
+"""Chooses the problems and sampled solutions that the report shows, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ Json = dict[str, Any]
 def problems(groups: Sequence[Group]) -> Json:
     """Problems of the final evaluation, with each method's answer in the first seed of its group.
 
-    Problems on which methods disagree are chosen first. The page keeps the evaluation's order.
+    Problems on which methods disagree are chosen first. The page shows the chosen problems in the
+    evaluation's order.
     """
     pairs = [(group, name) for group in groups for name in group.methods]
     names = [label_of(groups, group, name) for group, name in pairs]

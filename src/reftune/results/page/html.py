@@ -91,7 +91,7 @@ def render_report(groups: Sequence[Group]) -> str:
 
 @cache
 def _template() -> Template:
-    """The page's template; compiling it takes longer than rendering it."""
+    """The page's template, cached because compiling it takes longer than rendering it."""
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
@@ -141,7 +141,7 @@ class _Panel:
 
     @property
     def columns(self) -> int:
-        """The largest number of columns, chosen so that a row rarely holds a single chart."""
+        """Maximum number of columns, chosen so that a row rarely holds a single chart."""
         count = len(self.charts)
         return count if count <= 4 else 4 if count in (7, 8) else 3
 
@@ -213,7 +213,7 @@ def _kicker(groups: Sequence[Group]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scale:
-    """A horizontal axis in percent of its width."""
+    """A horizontal axis, with positions in percent of its width."""
 
     low: float
     high: float
@@ -289,9 +289,9 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """The labels of the best other method and the baseline, and how many problems of the first seed
-    were solved by both, only by the former, only by the latter, and by neither; None if there are
-    fewer than two methods."""
+    """The labels of the baseline and of the best other method. The counts are problems of the first
+    seed: solved by both, only by the best method, only by the baseline, and by neither. None if
+    there are fewer than two methods."""
     best = leader(table)
     if best is None:
         return None
@@ -316,8 +316,8 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """The recipe keys in which groups differ, with each group's value; without name, seed and
-    run_dir."""
+    """The recipe keys, except name, seed and run_dir, in which groups differ, with each group's
+    value."""
     flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(
         key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir")
