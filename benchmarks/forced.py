@@ -1,4 +1,4 @@
-"""Forces answers of given lengths, for the contestants that sample with transformers'
+"""Forces answers to have given lengths, for the contestants that sample with transformers'
 `generate`."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 
 class ForcedLengths(LogitsProcessor):
-    """Forbids eos before a row's last token, and forces it there."""
+    """Forbids eos before the last token of a row, and forces it as the last token."""
 
     def __init__(self, lengths: Sequence[int], prompt_length: int, eos_id: int) -> None:
         self.last = torch.tensor(lengths) - 1
@@ -22,8 +22,8 @@ class ForcedLengths(LogitsProcessor):
 
 
 def force_eos(scores: Tensor, ends: Tensor, eos_id: int) -> Tensor:
-    """`scores` (B, V), changed in place: rows in `ends` (B,) can only draw eos, and other rows
-    cannot draw it."""
+    """Change `scores` (B, V) in place: rows in `ends` (B,) can only draw eos, and other rows cannot
+    draw it."""
     ends = ends.to(scores.device)
     scores[ends] = -torch.inf
     scores[:, eos_id] = torch.where(ends, 0.0, -torch.inf)

@@ -1,4 +1,4 @@
-"""The kv engine with answers of given lengths, with which `reftune run` samples in the step
+"""The kv engine with answers of given lengths; `reftune run` samples with it in the step
 benchmark."""
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ForcedDecoder(kv._Decoder):
 
 
 def program(row: int, seed: int) -> str:
-    """An ordinary program, different for each row and step, so that grading has real work,
-    because an untrained model writes no programs."""
+    """An ordinary program, different for each row and step, to give the grader real work: an
+    untrained model writes no programs."""
     return (
         f"\n    apples = {row + 3}\n    boxes = {seed % 97 + 2}\n    total = apples * boxes\n   "
         " return total - 1\n"

@@ -62,7 +62,7 @@ class Group:
     format: Format
     problems: Sequence[Problem]
     texts: Sequence[str | None]
-    """The solutions; None if the data has none for a problem."""
+    """One solution per problem; None if the data has none."""
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def published_groups(data: Path) -> Iterator[Group]:
-    """Every row, as it stands in the files."""
+    """The solutions of every row, as they stand in the files."""
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (data / f"gsm8k/{split}.jsonl").open(encoding="utf-8")]
         problems = [
@@ -154,7 +154,8 @@ def published_groups(data: Path) -> Iterator[Group]:
 
 
 def trained_groups(data: Path) -> Iterator[Group]:
-    """The targets of all problems with a rationale that the loaders keep for train and dev."""
+    """The targets of all problems that the loaders keep for train and dev, if they have a
+    rationale."""
     mathqa = {"train": str(data / "mathqa/dev.json"), "test": str(data / "mathqa/test.json")}
     loaders: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
         ("GSM8K", Gsm8k, {"train": str(data / "gsm8k")}),

@@ -5,10 +5,10 @@ speed of TRL's GRPO if TRL is installed.
     python -m benchmarks.gpu --folder F --device cpu --tiny
 
 Sections run one after the other, each in its own process, and write F/SECTION.json. A call skips
-sections that have a file, so call again for those that did not fit into the minutes.
-FOLDER holds SmolLM2-135M or another causal LM in Hugging Face format; by default, a model of
+sections that already have a file, so call again for those that did not fit into the minutes. FOLDER
+holds SmolLM2-135M or another causal LM in Hugging Face format; by default, a model of
 SmolLM2-135M's shape is made from scratch (a small one with --tiny). Nothing is downloaded. The last
-line is one JSON document.
+line of the output is one JSON document.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Setting:
     """Rows decoded at once when ways to decode are compared."""
     new_tokens: int
     matrix: int
-    """Rows of the square matmul whose rate counts as the machine's peak."""
+    """Rows of the square matrices whose product defines the machine's peak."""
     micro_batch_tokens: int
 
 
@@ -92,8 +92,8 @@ SCRATCH = {
     False: ScratchTable(hidden_size=576, layers=30, heads=9, context=512, dropout=0.0),
     True: ScratchTable(hidden_size=32, layers=2, heads=2, context=512, dropout=0.0),
 }
-"""Whether the setting is tiny → model. The large one has SmolLM2-135M's layers, but a vocabulary of
-only the prompts' words."""
+"""Whether the setting is tiny → model. The large one has SmolLM2-135M's layers, but its vocabulary
+is only the prompts' words."""
 
 
 def scratch_model(folder: Path, *, tiny: bool) -> Path:
@@ -111,7 +111,7 @@ def wait(device: str) -> None:
 
 
 def seconds(work: Callable[[], Any], device: str, *, repeats: int = 5) -> float:
-    """Median seconds of the calls after the first."""
+    """Median seconds of a call, without the first call."""
     taken = []
     for _ in range(repeats + 1):
         wait(device)
@@ -126,8 +126,8 @@ def seconds(work: Callable[[], Any], device: str, *, repeats: int = 5) -> float:
 
 
 def machine(setting: Setting) -> dict[str, Any]:
-    """The machine's ceilings: FLOP/s of bf16 matmuls, and bytes per second read and written by a
-    copy."""
+    """The machine's limits: FLOP/s of bf16 matmuls, and bytes per second that a copy reads and
+    writes."""
     size, device = setting.matrix, setting.device
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(size * size // 4, 16, device=device)
@@ -141,8 +141,8 @@ def machine(setting: Setting) -> dict[str, Any]:
 
 
 def correctness(setting: Setting, dtype: str) -> dict[str, Any]:
-    """Compare log-probabilities, loss and gradient with fp32 on the CPU, and log-probabilities of
-    samples with recomputed ones."""
+    """Compare log-probabilities, loss and gradient with those in fp32 on the CPU, and
+    log-probabilities of samples with recomputed ones."""
     expected = scores_of(load_policy(setting, "cpu", "float32"), "cpu")
     policy = load_policy(setting, setting.device, dtype)
     found = scores_of(policy, setting.device)
@@ -319,14 +319,15 @@ def run_watched(command: list[str], device: str, stdout: Any = subprocess.DEVNUL
 
 
 def environment() -> dict[str, str]:
-    """The environment of processes that can import this folder and download nothing."""
+    """Environment variables with which a process can import this folder and downloads nothing."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 @contextmanager
 def gpu_peak(device: str) -> Iterator[list[int]]:
-    """The most GPU bytes that other processes take inside the block, sampled 50 times a second."""
+    """Yields a list of one number: the most GPU bytes that other processes take inside the block,
+    sampled 50 times a second."""
     most, over = [0], threading.Event()
 
     def watch() -> None:
@@ -347,8 +348,8 @@ def gpu_peak(device: str) -> Iterator[list[int]]:
 
 
 def decoding(setting: Setting, way: str) -> dict[str, Any]:
-    """Greedy tokens per second for rows of equal length. Of the ways to decode, `kv` is the engine;
-    `fixed`, `compile` and `graph` use a cache of fixed size."""
+    """Tokens per second of greedy decoding, for rows of equal length. Of the ways to decode, `kv`
+    is reftune's engine; `fixed`, `compile` and `graph` use a cache of fixed size."""
     if way == "graph" and setting.device != "cuda":
         return {"missing": "CUDA graphs need a GPU"}
     policy = load_policy(setting, setting.device, "bfloat16")
@@ -375,7 +376,7 @@ def rows_of_one_length(policy: Policy, rows: int) -> list[list[int]]:
 
 
 class FixedDecoder:
-    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token costs the
+    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token takes the
     same work in the same memory."""
 
     def __init__(self, policy: Policy, prompt: Tensor, new_tokens: int, way: str) -> None:
@@ -458,8 +459,8 @@ UNFINISHED = {"missing": "the time was over"}
 
 
 def run_section(name: str, setting: Setting, left_s: float) -> dict[str, Any]:
-    """Run a section in its own process, so that an error, or a lack of GPU memory, affects no other
-    section."""
+    """Run a section in its own process, so that an error, such as a lack of GPU memory, affects no
+    other section."""
     path = Path(setting.folder) / f"{name}.json"
     command = [
         sys.executable,

@@ -43,7 +43,7 @@ Outcomes = dict[str, list[bool]]
 
 
 def signs(recipe: Recipe, method: str) -> Outcomes:
-    """The indicators in a method's greedy answers to questions with options."""
+    """The signs of hacking in a method's greedy answers to questions with options."""
     problems = load_splits(recipe).test
     rows = JsonLines(RunFolder(recipe.folder).evaluation(method)).rows()
     asked = read_rows(RunFolder(recipe.folder).choices(method))
@@ -66,8 +66,8 @@ def right(recipe: Recipe, method: str) -> Outcomes:
 
 
 def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
-    """The shares of each method and ReFT's changes, each a mean over seeds with its 95% interval
-    over seeds and problems."""
+    """Each method's shares and ReFT's changes: means over seeds, with 95% intervals over seeds and
+    problems."""
     document: dict[str, Any] = {}
     for sign in of_seeds["reft"][0]:
         outcomes = {

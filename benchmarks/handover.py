@@ -5,9 +5,9 @@ python benchmarks/handover.py 0 1 2 --only nl    # one task
 python benchmarks/handover.py --page             # only tables and picture, from the committed JSON
 
 A seed is one run of recipes/demo/handover-TASK.yaml. A hand-over is the switch from supervised
-training to RL. From each, SFT takes at least as many gradient passes as cooldown and ReFT together,
-and self-training draws as many rollouts as ReFT. docs/results/handover.json holds all finished
-seeds.
+training to RL. After each, SFT takes at least as many gradient passes as cooldown and ReFT
+together, and self-training draws as many rollouts as ReFT. docs/results/handover.json holds all
+finished seeds.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ LOOKS = 3
 PATIENCES = (2, 3, 4, 5)
 """Numbers of evaluations without a rise for which the stopping rule is tried."""
 NOISE = 5.7
-"""Points by which two evaluations of 300 dev problems differ by chance: 1.96 · √(0.25 / 300), the
-paired interval if a quarter of the verdicts change."""
+"""Points by which two evaluations of 300 dev problems differ by chance: 1.96 · √(0.25 / 300), half
+the width of the paired 95% interval if a quarter of the verdicts change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +55,10 @@ class Handover:
     rise: float
     """Best of the last `LOOKS` dev evaluations minus the best of all earlier ones, in points."""
     sampled: float
-    """Share of right samples in ReFT's first rollout, on training questions at temperature 1."""
+    """Share of correct samples in ReFT's first rollout, on training questions at temperature 1."""
     passes: Mapping[str, int]
-    """Method → gradient passes of its stage. The passes of the control (`sft`) compare with the sum
-    of the cooldown's (`warmup`) and the method's."""
+    """Method → gradient passes of its stage. Compare those of the control (`sft`) with the sum of
+    the cooldown's (`warmup`) and the method's."""
     dev: Mapping[str, float]
     """Method → dev accuracy of the chosen model."""
     right: Mapping[str, str]
@@ -113,7 +113,7 @@ def evaluated(folder: RunFolder, epoch: int) -> list[str]:
 
 
 def dev_looks(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Epoch → dev accuracy of the run before the hand-overs."""
+    """Epoch → dev accuracy of the supervised run that the methods branch off."""
     trunk = [row for row in metrics if row["stage"] == "trunk"]
     epoch_of = {row["step"]: row["progress/epoch"] for row in trunk if "progress/epoch" in row}
     return {
@@ -122,7 +122,7 @@ def dev_looks(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def slope(seen: Sequence[float]) -> float:
-    """Mean rise over the last `LOOKS` of the evaluations `seen`, in points per evaluation."""
+    """Mean rise over the last `LOOKS` evaluations in `seen`, in points per evaluation."""
     return 100 * (seen[-1] - seen[-1 - LOOKS]) / LOOKS
 
 
@@ -132,7 +132,7 @@ def rise(seen: Sequence[float], patience: int) -> float:
 
 
 def first_rollout(metrics: Sequence[Mapping[str, Any]], stage: str) -> float:
-    """Share of right samples in the first rollout, drawn before any update."""
+    """Share of correct samples in the first rollout, which is drawn before any update."""
     return next(
         float(row["reward/correct"])
         for row in metrics
@@ -160,7 +160,7 @@ class Point:
     accuracy: Mapping[str, float]
     """Method → mean test accuracy."""
     gain: Mapping[str, Comparison]
-    """Method → its difference to SFT."""
+    """Method → its difference from SFT."""
     slope: float
     sampled: float
 
@@ -188,7 +188,7 @@ def point_of(epoch: int, handovers: Sequence[Mapping[str, Any]]) -> Point:
 
 
 def gain_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> Comparison:
-    """A method minus SFT over the seeds that have both."""
+    """The difference between a method and SFT, over the seeds that have both."""
     paired = [handover for handover in handovers if method in handover["right"]]
     rows, control = rows_of(method, paired), rows_of("sft", paired)
     return compare_over_seeds(
@@ -206,7 +206,7 @@ def digits(text: str) -> np.ndarray:
 
 
 def generator() -> np.random.Generator:
-    """A generator of the same random numbers on every call, so that the page is reproducible."""
+    """A random generator that starts the same on every call, so that the page is reproducible."""
     return np.random.default_rng(0)
 
 
@@ -219,15 +219,15 @@ class Cut:
 
     sign: str
     value: float
-    """The midpoint of the two neighbours that it separates."""
+    """The midpoint between the two neighbours that it separates."""
     num_wrong: int
     """Number of hand-overs on the wrong side."""
     n: int
 
 
 def best_cut(sign: str, values: Sequence[float], wins: Sequence[bool], *, high_wins: bool) -> Cut:
-    """The cut with the fewest errors, if hand-overs above it (`high_wins`) or below it should
-    win."""
+    """The cut with the fewest errors. Hand-overs above it should win if `high_wins`, those below it
+    otherwise."""
     seen = sorted(set(values))
     middles = [(low + high) / 2 for low, high in pairwise(seen)]
     cuts = [seen[0] - 1, *middles, seen[-1] + 1]
@@ -241,7 +241,7 @@ def best_cut(sign: str, values: Sequence[float], wins: Sequence[bool], *, high_w
 
 
 def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
-    """The cuts on slope and rise of dev accuracy, and on the share of right samples."""
+    """The cuts on the slope and the rise of dev accuracy, and on the share of correct samples."""
     handovers = [handover for seed in seeds.values() for handover in seed["handovers"]]
     wins = [seed_difference(handover["right"], "reft").difference > 0 for handover in handovers]
     slopes = [handover["slope"] for handover in handovers]
@@ -256,7 +256,7 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
 
 def first_stop(looks: Mapping[str, float], patience: int) -> str:
     """The first epoch at which dev accuracy has reached `NEEDED_ACCURACY` and its last `patience`
-    evaluations did not rise above the noise."""
+    evaluations do not rise above the noise."""
     epochs, seen = list(looks), list(looks.values())
     ends = [n for n in range(patience + 1, len(seen) + 1) if max(seen[:n]) >= NEEDED_ACCURACY]
     return next((epochs[n - 1] for n in ends if rise(seen[:n], patience) <= NOISE), "–")
@@ -333,14 +333,13 @@ def seed_difference(right: Mapping[str, str], method: str) -> Comparison:
 
 
 def seeds_text(points: Sequence[Point]) -> str:
-    """The numbers of seeds: `Seeds: ReFT 5, Self-training 3.`"""
+    """The number of seeds of each method: `Seeds: ReFT 5, Self-training 3.`"""
     counts = [f"{name} {seed_count(points, method)}" for method, name in METHODS.items()]
     return f"Seeds: {', '.join(counts)}."
 
 
 def seed_count(points: Sequence[Point], method: str) -> str:
-    """The number of seeds that have a method; a run that was stopped early may lack some
-    hand-overs."""
+    """The number of seeds that have a method, which a run that was stopped early may lack."""
     counts = sorted({len(point.gain[method].by_seed) for point in points})
     return "–".join(str(count) for count in counts)
 
@@ -351,8 +350,8 @@ def gain_text(found: Comparison) -> str:
 
 
 def doubt(found: Comparison) -> str:
-    """The evidence for a difference: McNemar's exact test within a seed, the bootstrap interval
-    over seeds."""
+    """Marks a difference that is not significant, by McNemar's test within a seed or the bootstrap
+    interval over seeds."""
     return "" if found.significant else " n.s."
 
 
@@ -364,7 +363,7 @@ def signed(value: float) -> str:
 
 INK, SOFT, GRID = "#17191c", "#565d66", "#e4e6e8"
 LOOK = {"reft": ("#0b6fb8", "o", -1), "st": ("#c4670a", "s", 1)}
-"""Method → colour, marker, and the side of the tick on which its interval stands."""
+"""Method → colour, marker, and the side of the tick on which its interval is drawn."""
 
 
 def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compares ReFT and more supervised fine-tuning on SmolLM2-135M and SVAMP programs, over seeds.
+"""Compares ReFT with more supervised fine-tuning of SmolLM2-135M on SVAMP programs, over seeds.
 
     python -m benchmarks.headline --folder F --minutes 9 --model MODEL --data SVAMP [KEY=VALUE …]
     # repeat until finished
@@ -6,12 +6,12 @@
     # a model made from scratch; takes seconds
 
 A call works for about the given number of minutes, stops its runs with a checkpoint, and exits with
-status 0; the next call continues from there. With `--together N`, N seeds run at once on
-one GPU. MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP a
-folder with the ReFT authors' files. 300 questions of the training file are held out: each seed's
-chosen models answer them and the authors' test questions greedily, and the first 250 of the latter
-20 times for voting. Progress goes to stderr; the last line on stdout is one JSON document with the
-tables of all finished seeds.
+status 0; the next call continues from there. With `--together N`, N seeds run at once on one GPU.
+MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP is a folder with the ReFT
+authors' files. Of the training questions, 300 are held out. Each seed's chosen models answer them
+and the authors' test questions greedily; for voting, they answer the first 250 test questions 20
+times. Progress goes to stderr; the last line on stdout is one JSON document with the tables of all
+finished seeds.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ SEEDS = (0, 1, 2)
 HELD_OUT = 300
 """Questions of the training file that no seed trains on or chooses a model with."""
 LEAST_S = 20.0
-"""Nothing is started if fewer seconds are left."""
+"""No command is started if fewer seconds are left."""
 PATIENCE_S = 90.0
-"""Seconds for the step in progress and its checkpoint. After these, a run is killed, and its last
-checkpoint remains valid."""
+"""Seconds that a stopped run has for the step in progress and its checkpoint. After that, it is
+killed; its last checkpoint remains valid."""
 SHOWN = ("dev_accuracy", "chosen_step", "steps", "wall_seconds")
 """What a stage's progress shows."""
 LATER = ("voting", "held_out")
-"""Evaluations after a run, each in a folder of that name within the run's."""
+"""Evaluations that follow a run, each in a folder of that name within the run's folder."""
 
 
 # --- data -----------------------------------------------------------------------------------------
 
 
 def hold_out(source: Path, folder: Path) -> None:
-    """Divide a file of the authors into `folder`'s held_out.json and train.json. The questions held
-    out come first in the order of their hashes; questions that differ only in case, spacing or
-    punctuation stay together."""
+    """Divide one of the authors' files into held_out.json and train.json in `folder`. The held-out
+    questions are the first in the order of their hashes; questions that differ only in case,
+    spacing or punctuation stay together."""
     spellings: dict[str, list[dict[str, Any]]] = {}
     for row in json.loads(source.read_text(encoding="utf-8")):
         spellings.setdefault(normalised(row["question"]), []).append(row)
@@ -86,7 +86,7 @@ class Seed:
         return all(is_finished(self.run / name) for name in ("", *LATER))
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the next command. Returns: its process."""
+        """Start the next command and return its process."""
         if not is_finished(self.run):
             settings = [f"name={self.run.parent.name}", f"run_dir={self.run}", f"seed={self.seed}"]
             command = ["reftune", "run", str(self.recipe), *settings, *self.overrides]
@@ -103,8 +103,8 @@ def is_finished(run: Path) -> bool:
 
 
 def evaluate(run: Path, held_out: Path | None) -> None:
-    """Evaluate a finished run's models again. Each evaluation is a run folder of its own, which
-    shares the models of `run`."""
+    """Evaluate a finished run's models again. Each evaluation has its own run folder, which shares
+    the models of `run`."""
     changes = {
         "voting": ["evaluate.samples=20", "evaluate.limit=250"],
         "held_out": [] if held_out is None else [f"dataset.test={held_out}"],
@@ -128,8 +128,8 @@ def evaluate(run: Path, held_out: Path | None) -> None:
 
 
 def work(seeds: Sequence[Seed], minutes: float, *, together: int) -> None:
-    """Run `together` seeds at a time, until all are finished or the time is over. Raises:
-    SystemExit with the status of a command that failed."""
+    """Run `together` seeds at a time, until all are finished or time is up. Raises: SystemExit with
+    the status of a command that failed."""
     end = time.monotonic() + 60 * minutes - PATIENCE_S * (minutes > 2)
     running: dict[int, subprocess.Popen[bytes]] = {}
     try:

@@ -3,10 +3,10 @@ that one run enters.
 
     python benchmarks/house.py            # or: make house
 
-Lines are physical lines of Python. A file counts as entered when one of its functions is called,
-but not when it is only imported, which runs its class bodies. A call across files is a pair of the
-package's functions in different files, one of which calls the other in the RL step of the smallest
-run. A pair counts once, however often it is called.
+Lines are physical lines of Python. A run enters a file if it calls one of the file's functions;
+importing the file, which runs its class bodies, does not count. A call across files is a pair of
+the package's functions in different files, one of which calls the other in the RL step of the
+smallest run. A pair counts once, however often it is called.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def names_at_top() -> list[str]:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Modules of reftune that code imports at run time, inside functions too."""
+    """The modules of reftune that code imports at run time, inside functions too."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
@@ -75,7 +75,8 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Module → modules it imports; a name from a module counts as the module."""
+    """Module → modules it imports; importing a name from a module counts as importing the
+    module."""
     modules = {module_of(path): path for path in python_files()}
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():
@@ -86,7 +87,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Groups of modules that import each other, directly or by way of others (Tarjan)."""
+    """Groups of modules that import each other, directly or through others (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -197,7 +198,7 @@ class Watch:
 
 
 def watched_run() -> Watch:
-    """The smallest run, watched."""
+    """What `Watch` records of the smallest run."""
     from reftune.recipe import parse_recipe
     from reftune.runs.run import run_recipe
     from reftune.stages.progress import Progress

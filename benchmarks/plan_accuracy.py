@@ -4,10 +4,10 @@
     docs/results/plan_accuracy.json]
 
 Each case is one `reftune rl` of two PPO steps on the CPU, in its own process. The prediction counts
-tensors, so it is compared with the run's peak resident memory minus that of the same run with
-almost no weights (interpreter, libraries, data). Freed tensors of more than `RETURNED` bytes go
-back to the system, because the allocator would keep some of them without being able to use them.
-The command prints a table and, as its last line, one JSON document.
+only tensors. It is therefore compared with the run's peak resident memory minus that of the same
+run with almost no weights (interpreter, libraries, data). Freed tensors of more than `RETURNED`
+bytes go back to the system, because the allocator would keep some of them without being able to use
+them. The command prints a table and, as its last line, one JSON document.
 """
 
 from __future__ import annotations
@@ -67,14 +67,15 @@ CASES: dict[str, dict[str, Any]] = {
 NOTHING = {
     "model": {"scratch": {"hidden_size": 8, "layers": 1, "heads": 2}, "micro_batch_tokens": 100}
 }
-"""The changes that make a run with almost no weights."""
+"""Recipe changes for a run with almost no weights."""
 TOLERANCE = 0.15
 RETURNED = 2**17
 """Size in bytes below which glibc keeps freed blocks."""
 
 
 def recipe(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A recipe of two PPO steps from the base model, whose answers run to the length limit."""
+    """A recipe of two PPO steps from the base model, in which every answer runs to the length
+    limit."""
     prompts = case.get("prompts", 16)
     model = {"dtype": "float32", **case["model"], "device": "cpu"}
     if "scratch" in model:

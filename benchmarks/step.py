@@ -10,7 +10,8 @@ updates. TRL answers half of the prompts twice, because GRPO compares answers to
 The contestants run one after the other, each in its own process. The command prints a table, the
 figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
 document. PYTHON is an interpreter with TRL. With the default repeats, the command takes 10 minutes
-if bf16 is native and 20 if not. `--growth` times only reftune, on the given numbers of samples.
+if bf16 is native and 20 if not. `--growth` times only reftune, for each of the given numbers of
+samples.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ TARGETS: dict[Dtype, dict[str, float]] = {
 def recipe(
     workload: Path, samples: int, steps: int, runs: Path, *, dtype: Dtype, recompute: bool
 ) -> dict[str, Any]:
-    """A recipe of ReFT from the base model on the workload's questions. Dev and test have one
-    problem each."""
+    """A ReFT recipe from the base model on the workload's questions. Dev and test have one problem
+    each."""
     return {
         "name": "step",
         "run_dir": str(runs),
@@ -122,8 +123,8 @@ def run_reftune(
     dtype: Dtype,
     recompute: bool = False,
 ) -> dict[str, Any]:
-    """Time `repeats` steps after an uncounted one, in which blocks are compiled in bf16; with 0
-    repeats, time that one."""
+    """Time `repeats` steps after a first step, which compiles blocks in bf16 and does not count.
+    With 0 repeats, time the first step."""
     run = Path(tempfile.mkdtemp(dir=folder)) / "run"
     described = recipe(workload, samples, repeats + 1, run, dtype=dtype, recompute=recompute)
     path = run.with_suffix(".yaml")
@@ -140,8 +141,8 @@ def demo_seconds(folder: Path) -> float:
 
 
 def step_seconds(run: Path) -> list[dict[str, float]]:
-    """Seconds of each step but the first, and of its phases, from a run's metrics; for a run of one
-    step, its phases and their sum."""
+    """Seconds of each step but the first, and of its phases, from a run's metrics. For a run of one
+    step: seconds of its phases, and their sum."""
     rows = [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -160,8 +161,8 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
 
 
 def measured(command: list[str], **variables: str) -> dict[str, Any]:
-    """Run a command at the root, with `variables` in its environment. Returns: its last line, if
-    that is JSON, and its peak memory, which is at least that of this process. Raises:
+    """Run a command at the root, with `variables` added to its environment. Returns: its last line,
+    if that is JSON, and its peak memory, which cannot read lower than that of this process. Raises:
     CalledProcessError."""
     environment = {
         **os.environ,
@@ -185,7 +186,7 @@ def measured(command: list[str], **variables: str) -> dict[str, Any]:
 
 
 def matmul_peak(dtype: Dtype) -> float:
-    """FLOP/s of a large square matmul, the best of as many as fit in three seconds."""
+    """FLOP/s of a large square matmul: the best of as many as fit in three seconds."""
     left, right = (torch.randn(2048, 2048).to(getattr(torch, dtype)) for _ in range(2))
     best, end = seconds(lambda: left @ right), time.perf_counter() + 3
     while time.perf_counter() < end:
@@ -194,7 +195,8 @@ def matmul_peak(dtype: Dtype) -> float:
 
 
 def bandwidth(dtype: Dtype) -> float:
-    """Bytes per second read by a product that only reads: a matrix of 256 MiB times one vector."""
+    """Bytes per second that a product limited by memory reads: a matrix of 256 MiB times one
+    vector."""
     columns = 2**28 // 2**13 // torch.finfo(getattr(torch, dtype)).bits * 8
     matrix = torch.randn(2**13, columns).to(getattr(torch, dtype))
     return matrix.nbytes / min(seconds(lambda: matrix @ matrix[0]) for _ in range(10))
@@ -207,14 +209,15 @@ def seconds(work: Any) -> float:
 
 
 def step_flops(lengths: Sequence[int], prompts: Sequence[int], dtype: Dtype) -> float:
-    """FLOPs of sampling, scoring and updates of three forward passes each. In fp32, only the
-    reference scores, because the policy's scores come from sampling; in bf16, both score."""
+    """FLOPs of sampling, scoring and updates. An update counts as three forward passes. In fp32,
+    only the reference scores, because the policy's scores come from sampling; in bf16, both
+    score."""
     scores = 1 if dtype == "float32" else 2
     return (1 + scores + 3 * UPDATES) * smollm2_flops(lengths, prompts)
 
 
 def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
-    """FLOPs of one forward pass."""
+    """FLOPs of one forward pass of SmolLM2-135M."""
     head = MODEL["vocabulary"] * MODEL["hidden"]
     return forward_flops(MODEL["body"], head, MODEL["layers"], MODEL["hidden"], lengths, prompts)
 
@@ -222,8 +225,8 @@ def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
 def forward_flops(
     trunk: int, head: int, layers: int, hidden: int, lengths: Sequence[int], prompts: Sequence[int]
 ) -> float:
-    """FLOPs of a forward pass: 2 per weight (`trunk`, `head`) and token, with logits for response
-    tokens only, and causal attention."""
+    """FLOPs of a forward pass: 2 per weight of the `trunk` and token, 2 per weight of the `head`
+    and response token, and causal attention."""
     attention = sum(
         2 * layers * hidden * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True)
     )
@@ -233,8 +236,8 @@ def forward_flops(
 def decode_floor(
     lengths: list[int], prompts: list[int], peak: float, bytes_s: float, weight_bytes: int
 ) -> float:
-    """Least seconds of sampling: each token takes the time to read all weights or the time of its
-    matmuls, whichever is longer."""
+    """The least time of sampling, in seconds: each token takes the time to read all weights or the
+    time of its matmuls, whichever is longer."""
     weights = MODEL["body"] + MODEL["vocabulary"] * MODEL["hidden"]
     total = 2 * MODEL["body"] * sum(prompts) / peak
     for step in range(max(lengths)):
@@ -308,8 +311,8 @@ def print_table(document: Mapping[str, Any], machine: Mapping[str, Any]) -> None
 
 
 def processor(dtype: Dtype) -> str:
-    """The kind of CPU that decides the figures: the widest matmul instruction for `dtype`, and the
-    number of threads, as in `amx_bf16-2`."""
+    """What the figures depend on: the CPU's widest matmul instruction for `dtype`, and the number
+    of threads, as in `amx_bf16-2`."""
     found = torch.cpu.get_capabilities()
     widest = torch.backends.cpu.get_cpu_capability().lower()
     if dtype == "bfloat16":
@@ -320,8 +323,8 @@ def processor(dtype: Dtype) -> str:
 def regressions(
     document: Mapping[str, Any], baseline: Mapping[str, Any], targets: Mapping[str, float]
 ) -> list[str]:
-    """A line for every figure that is worse than its baseline by more than the tolerance. If
-    lower is better, a figure that meets its target counts as no worse."""
+    """A line for every figure that is worse than its baseline by more than the tolerance. If lower
+    is better, a figure that meets its target is never reported."""
     lines = []
     for key, target in targets.items():
         if key not in document or key not in baseline:
@@ -335,7 +338,7 @@ def regressions(
 
 
 def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) -> list[str]:
-    """Compare with the baseline for this kind of CPU, or write it."""
+    """Compare with the baseline for this kind of CPU, or write that baseline."""
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -352,10 +355,10 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
 
 def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
     """Seconds of a step's phases and its peak memory, by number of samples. In bf16, the second
-    step is timed, because the first compiles; in fp32, the first.
+    step is timed, because the first compiles; in fp32, the first is.
 
-    Answers are a quarter as long as in the contest, so that the largest number does not take an
-    hour.
+    Answers are a quarter as long as in the contest, so that the largest number of samples does not
+    take an hour.
     """
     found = {}
     for samples in sizes:
@@ -433,7 +436,7 @@ def main() -> None:
 def contest(
     contestant: str, workload: Workload, dtype: Dtype, repeats: int, folder: Path, trl: str | None
 ) -> dict[str, Any]:
-    """Seconds of each step, and the peak memory."""
+    """A contestant's seconds for each step, and its peak memory."""
     path = folder / "workload.json"
     write_workload(workload, path)
     recompute = contestant.endswith(", recompute")

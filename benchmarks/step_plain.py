@@ -1,9 +1,9 @@
 """A ReFT step in plain transformers, rewritten from the code of Luong et al. (ACL 2024); see
 docs/deviations.md.
 
-It pads prompts on the left, calls `generate` until the longest row ends, runs one forward pass each
-of policy and reference over prompt and answer, and makes two updates. Logits are computed for every
-position.
+The step pads prompts on the left, calls `generate` until the longest row ends, runs one forward
+pass each of policy and reference over prompt and answer, and makes two updates. Logits are computed
+for every position.
 
     python -m benchmarks.step_plain WORKLOAD float32|bfloat16 REPEATS
 """
@@ -79,7 +79,7 @@ class PlainStep:
         }
 
     def wait(self) -> None:
-        """Wait for the GPU, which Python does not wait for."""
+        """Wait until the GPU is done, because Python runs ahead of it."""
         if self.workload.device == "cuda":
             torch.cuda.synchronize()
 

@@ -1,9 +1,9 @@
-"""Times a step of TRL's GRPO, the closest algorithm that TRL still has. It needs TRL.
+"""Times a step of TRL's GRPO, the closest algorithm that TRL still has. This needs TRL.
 
 python -m benchmarks.step_trl WORKLOAD REPEATS [float32|bfloat16] [recompute|keep]
 
-It samples answers of the workload's lengths, two to each prompt in the first half of its prompts.
-`recompute` is TRL's default, gradient checkpointing; `keep` keeps all activations.
+TRL samples answers of the workload's lengths, two to each prompt in the first half of the prompts.
+`recompute`, TRL's default, is gradient checkpointing; `keep` keeps all activations.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LogitsProcessorList, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-SAMPLES_OF_A_PROMPT = 2  # GRPO compares samples of a prompt and accepts no fewer
+SAMPLES_OF_A_PROMPT = 2  # GRPO compares samples of a prompt, so it needs two
 
 
 class Clock(TrainerCallback):
-    """Records when each optimizer step ended."""
+    """Records when each optimizer step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []

@@ -1,8 +1,8 @@
-"""The work of the contestants of the step benchmark: prompts, and answers of given lengths.
+"""The work of each contestant of the step benchmark: prompts, and answers of given lengths.
 
 The lengths are 16 quantiles of the lengths of SVAMP's compact programs in SmolLM2 tokens
-(docs/performance.md). They are shuffled in a fixed way, so that short and long solutions share a
-batch, as in a run.
+(docs/performance.md). Their order is shuffled once and for all, so that short and long solutions
+share a batch, as in a run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Workload:
 
 
 def make_workload(model: Path, questions: list[str], samples: int, *, shorter: int = 1) -> Workload:
-    """`samples` prompts with one answer each, whose usual length is divided by `shorter`."""
+    """`samples` prompts with one answer each. An answer's usual length is divided by `shorter`."""
     draw = random.Random(0)
     lengths = [LENGTHS[i % len(LENGTHS)] // shorter for i in range(samples)]
     draw.shuffle(lengths)
@@ -43,7 +43,7 @@ def make_workload(model: Path, questions: list[str], samples: int, *, shorter: i
 
 
 def first(workload: Workload, samples: int) -> Workload:
-    """A part of the work, to warm up on."""
+    """The first `samples` prompts and answers, to warm up on."""
     part = slice(samples)
     return replace(
         workload,

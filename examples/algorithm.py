@@ -1,7 +1,7 @@
 """An algorithm of your own. Here, it is REINFORCE with the rollout's mean reward as the baseline;
-the loop around it does not change.
+the training loop around it does not change.
 
-In a recipe's stage of kind rl: `algorithm: {kind: examples/algorithm.py:Reinforce}`.
+In a recipe's stage of kind `rl`: `algorithm: {kind: examples/algorithm.py:Reinforce}`.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ class Reinforce(Algorithm):
         return replace(batch, advantages=earned[:, None] * batch.response_mask)
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """L = − Σ A log π, weighted by `batch.weights`, so that splitting a rollout into
-        micro-batches changes nothing."""
+        """L = − Σ A log π, weighted by `batch.weights`, so that the gradient does not depend on how
+        a rollout is split into micro-batches."""
         loss = -(batch.advantages * scores.logprobs * batch.weights).sum()
         return LossTerms(total=loss, metrics={"policy/loss": loss.detach()})

@@ -14,11 +14,11 @@ from reftune.types import Answer, Problem
 
 
 class Sums(FileDataset):
-    """Reads columns a, b and c. The base class reads the files, draws dev, and drops and counts
+    """Reads the columns a, b and c. The base class reads the files, draws dev, and drops and counts
     duplicates."""
 
     def problem(self, row: Row) -> Problem:
-        """The row as a problem. Errors name file and line, as `number_gold` does:
+        """The row as a problem. Errors should name file and line, as those of `number_gold` do:
         `sums/train.csv:7: a is 'x'; …`."""
         a, b, c = (Fraction(row.number_gold(column).value) for column in ("a", "b", "c"))
         return Problem(

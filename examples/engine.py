@@ -1,5 +1,5 @@
-"""An engine of your own. Here, it calls transformers' `generate` for one prompt at a time: slow,
-but short enough to show an engine's contract.
+"""An engine of your own. Here, it calls transformers' `generate` for one prompt at a time. This is
+slow, but short enough to show an engine's contract.
 
 In a recipe: `engine: examples/engine.py:OneByOne`.
 """
@@ -20,8 +20,8 @@ class OneByOne(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion per prompt, in order; each depends only on the weights, the prompt, its
-        position and `params`."""
+        """One completion per prompt, in order. Each depends only on the weights, the prompt, the
+        prompt's position and `params`."""
         was_training = policy.training
         policy.eval()
         try:
@@ -64,5 +64,5 @@ class OneByOne(Component):
             float(scores[0].float().log_softmax(-1)[token])
             for scores, token in zip(drawn_from, tokens, strict=True)
         ]
-        # log-probabilities of the distribution that was drawn from: PPO divides by them
+        # PPO needs log-probabilities under the distribution that the tokens were drawn from
         return policy.completion(tokens, logprobs)

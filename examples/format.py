@@ -22,13 +22,14 @@ class Tagged(Component):
         return f"{problem.question}\n"
 
     def target(self, problem: Problem) -> str:
-        """The target begins right after the prompt's last token; the two are tokenised apart."""
+        """The text that follows the prompt; the two are tokenised separately."""
         if problem.rationale is None:
             raise DataError(f"problem {problem.id}: no rationale to train on")
         return f"{problem.rationale} <{self.tag}> {problem.answer} </{self.tag}>"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """A verdict with a reason for any text; no completion may raise an error."""
+        """A verdict with a reason for each completion, whatever its text; none may raise an
+        error."""
         return [
             self._grade(problem, text) for problem, text in zip(problems, completions, strict=True)
         ]
@@ -41,4 +42,4 @@ class Tagged(Component):
             )
         return grade_answer(
             found[-1].strip(), problem
-        )  # numbers, letters and words as everywhere in reftune
+        )  # reads numbers, letters and words as elsewhere

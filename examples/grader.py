@@ -1,4 +1,4 @@
-"""A grader of your own decides which answers are right. Here, answers are lengths, in any unit.
+"""A grader of your own decides which answers are right. Here, answers are lengths in km, m or cm.
 
 In a recipe: `format: {kind: nl, grading: examples/grader.py:same_length}`. The reward, the choice
 of a model on dev, votes and the evaluation all use it.
@@ -16,8 +16,8 @@ LENGTH = re.compile(r"\s*([\d.]+) ?(km|cm|m)\b")
 
 
 def same_length(completion: str, problem: Problem) -> Graded:
-    """A verdict with a reason, for any text. Votes count `value`, so equal answers must have
-    one spelling."""
+    """A verdict with a reason, whatever the text. Votes compare `value`, so equal answers must have
+    the same spelling."""
     answer, gold = metres(answer_text(completion) or ""), metres(str(problem.answer))
     if answer is None or gold is None:
         return Graded(verdict=Verdict.NO_ANSWER, value=None, reason="no length like 2.5 km")
@@ -27,6 +27,6 @@ def same_length(completion: str, problem: Problem) -> Graded:
 
 
 def metres(text: str) -> float | None:
-    """The length at the start of `text`."""
+    """The length at the start of `text`, in metres; None if there is none."""
     found = LENGTH.match(text)
     return None if found is None else float(found[1]) * METRES[found[2]]

@@ -1,5 +1,5 @@
-"""A reward function of your own, in the form of TRL's `reward_funcs`: a function that works there
-works here unchanged.
+"""A reward function of your own, in the form of TRL's `reward_funcs`: a function that takes strings
+there works here unchanged.
 
 In a recipe: `reward: examples/reward.py:right_and_shown`.
 """
@@ -17,8 +17,8 @@ def right_and_shown(
 
     It is called once per batch, with keyword arguments: `prompts`, `completions`, `completion_ids`,
     the grader's `verdicts`, `values` and `reasons`, and the columns of the data that reftune does
-    not read itself. It may return None for a solution to which the reward does not apply, which is
-    then left out.
+    not read itself. For a solution to which the reward does not apply, it may return None; training
+    then leaves this solution out.
     """
     return [
         0.0 if verdict != "correct" else 1.0 if text.count("=") >= steps else 0.5

@@ -1,4 +1,4 @@
-"""Chat templates in the shape of well-known families, and a tiny tokenizer and model for each.
+"""Chat templates like those of well-known families, and a tiny tokenizer and model for each.
 
 The templates are written for these tests: token names, order, spaces and errors are those of the
 families; tools and images are left out.
@@ -38,7 +38,7 @@ class Family:
     special: tuple[str, ...]
     eos: str
     ends: tuple[str, ...]
-    """All tokens at which its generation config stops."""
+    """All tokens at which generation stops, by its generation config."""
     end_of_turn: str
     bos: str | None = None
     """The BOS token, which both the tokenizer and the template write."""
@@ -179,8 +179,8 @@ FAMILIES = {
 
 
 def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes, some merges of bytes (and of line breaks), and the family's own
-    tokens."""
+    """A tokenizer whose tokens are bytes, some merges of bytes (and of line breaks), and the
+    family's own tokens."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -281,8 +281,8 @@ class Figs(Component):
 
 
 def run_of(tmp_path: Path, name: str, *, format_keys: dict[str, Any], **model: Any) -> Path:
-    """The run folder of SFT and RL on a family's model. Sizes are given, so that nothing is
-    traced."""
+    """Run SFT and RL on a family's model, and return the run folder. Batch sizes are given, so that
+    nothing is traced."""
     content = {
         "name": "tiny",
         "run_dir": str(tmp_path / "run"),

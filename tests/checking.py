@@ -1,4 +1,4 @@
-"""Runs some of the checks of `reftune check`; all of them take seconds."""
+"""Runs some of the checks of `reftune check`, because running all of them takes seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNMEASURED = frozenset({*CHECKS, *MODEL_CHECKS}) - MEASURED
 
 
 def check_only(recipe: Recipe, names: Collection[str]) -> CheckReport:
-    """The report of these checks; the others are not run."""
+    """The report of the named checks; the others are not run."""
     with pytest.MonkeyPatch.context() as patch:
         for group, checks in (("CHECKS", CHECKS), ("MODEL_CHECKS", MODEL_CHECKS)):
             chosen = {name: check for name, check in checks.items() if name in names}

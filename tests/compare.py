@@ -22,8 +22,8 @@ GRADIENT_ATOL = 2e-6
 
 
 def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
-    """Check that texts and whole numbers are equal and other numbers close; clock times are left
-    out."""
+    """Check that texts and whole numbers are equal and that other numbers are close. Clock times
+    are left out."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name, value in expected.items():
@@ -34,7 +34,7 @@ def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
         for i, (one, other) in enumerate(zip(found, expected, strict=True)):
             assert_same_numbers(one, other, f"{where}[{i}]")
     elif isinstance(expected, float):
-        # kl/mismatch is the rounding of single tokens
+        # kl/mismatch is the rounding of individual tokens
         assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-5), (
             f"{where}: {found} is not {expected}"
         )
@@ -43,7 +43,7 @@ def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
 
 
 def assert_same_run(found: Path, expected: Path, *, but: Collection[str] = ()) -> None:
-    """Compare two runs: all metrics except `but`, weights and optimizer of the checkpoints, and
+    """Check that two runs have the same metrics (except `but`), weights, optimizer state and
     answers."""
     for file in sorted(expected.rglob("*.safetensors")):
         tensors, others = load_file(file), load_file(found / file.relative_to(expected))

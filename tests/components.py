@@ -1,4 +1,4 @@
-"""A user's own recipe components for the tests."""
+"""Recipe components as a user might write them, for the tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Tossed(Component):
-    """Bodies of programs to learn. The bytes of question and completion decide, like a coin toss,
-    whether a completion is right. Nothing is run."""
+    """A format whose targets are bodies of programs. The bytes of question and completion decide,
+    like a coin toss, whether a completion is right. No program is run."""
 
     def prompt(self, problem: Problem) -> str:
         return f"{problem.question}\ndef solution():\n"
@@ -50,7 +50,7 @@ class SayGold(Tossed):
 
 
 class Colours(Component):
-    """Questions of one word with an answer of one word."""
+    """One-word questions with one-word answers."""
 
     num_answers: int = 4
 
@@ -83,8 +83,8 @@ class ByVerdict(Component):
 
 
 class ByQuestion(Component):
-    """1 for questions that begin in the first half of the alphabet, whatever the answer, so that a
-    value head can predict it."""
+    """A reward of 1 for questions that begin in the first half of the alphabet, whatever the
+    answer, so that a value head can predict it."""
 
     def __call__(
         self,

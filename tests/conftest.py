@@ -169,14 +169,14 @@ def make_policy(
 
 @pytest.fixture
 def make_recipe(make_recipe_in: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
-    """`make_recipe_in` the test's own folder."""
+    """`make_recipe_in` for the test's own folder."""
     return partial(make_recipe_in, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def make_recipe_in() -> Callable[..., Recipe]:
-    """A whole run in about a second: SFT with a warm-up snapshot, then PPO from it. `changes` are
-    recipe overrides; the run is below `folder` unless they name another."""
+    """A recipe that runs in about a second: SFT with a warm-up snapshot, then PPO from it.
+    `changes` are recipe overrides; the run is below `folder` unless they name another."""
     import torch
 
     from reftune.recipe import merge, parse_recipe

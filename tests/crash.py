@@ -2,9 +2,9 @@
 shared by the kill and fault suites.
 
 A child is forked from the warm test process, because a fresh interpreter would spend its time on
-imports. It counts its file-system operations below the run folder through Python's audit events.
-These come before the operation, so the child can die, tear a file or get an error at exactly the
-n-th.
+imports. The child counts its file-system operations below the run folder through Python's audit
+events. An event comes before its operation, so the child can die, tear a file or get an error at
+exactly the n-th operation.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Everything that a run leaves, without clock times: weights and answers byte by byte, numbers
-    by value."""
+    """Everything that a run leaves behind, without clock times: weights and answers byte by byte,
+    numbers by value."""
 
     def timeless(row: dict[str, Any]) -> dict[str, Any]:
         clocks = [
@@ -158,8 +158,8 @@ def live(
     kill_after_s: float | None = None,
     prepare: Callable[[], None] = lambda: None,
 ) -> Life:
-    """Run `reftune run RECIPE` in a child. `act` is called at operation `at` and all later ones;
-    SIGKILL comes after `kill_after_s`."""
+    """Run `reftune run RECIPE` in a child. `act` is called at operation `at` and at all later ones;
+    SIGKILL comes after `kill_after_s` seconds."""
     file, report = recipe.folder.with_suffix(".yaml"), recipe.folder.with_suffix(".life")
     file.write_text(dump_recipe(recipe))
     report.unlink(missing_ok=True)
@@ -248,7 +248,8 @@ def die(event: str, path: str, appends: bool) -> None:
 
 
 def tear(event: str, path: str, appends: bool) -> None:
-    """If a file is written, leave the beginning of some content in it; then send SIGKILL."""
+    """If the operation writes a file, leave the beginning of some content in it; then send
+    SIGKILL."""
     if event in {"open", "serialize_file"}:
         flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if appends else os.O_TRUNC)
         descriptor = os.open(path, flags)

@@ -1,4 +1,4 @@
-"""Starts several processes on one machine as a launcher would, but forked from the warm test
+"""Starts several processes on one machine, as a launcher would, but forked from the warm test
 process."""
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Ended:
 def spread(
     body: Callable[[], object], folder: Path, *, how: str = "ddp", num: int = 2
 ) -> list[Ended]:
-    """Run `body` in `num` joined processes, whose output goes to `folder`. Fails if one is alive
-    after `HANGS_S`."""
+    """Run `body` in `num` joined processes, whose output goes to `folder`. Fails if a process is
+    still alive after `HANGS_S` seconds."""
 
     def joined() -> None:
         with processes():
@@ -85,8 +85,8 @@ def _launch(body: Callable[[], object], folder: Path, how: str, num: int) -> lis
 
 
 def free_port() -> int:
-    """A port without a listener, below those that the system gives to clients, which could be taken
-    before a server is up."""
+    """A port without a listener, outside the range from which the system gives clients a port, so
+    that none takes it before the server is up."""
     while True:
         port = secrets.choice(range(10_000, 32_000))
         with socket.socket() as free, contextlib.suppress(OSError):
@@ -123,7 +123,7 @@ def _fork(body: Callable[[], object], folder: Path, environment: dict[str, str])
 
 
 def _wait(children: list[int]) -> list[int]:
-    """The exit statuses. No launcher ends the others if one dies: they must notice it
+    """The exit statuses. If a process dies, no launcher ends the others: they must notice it
     themselves."""
     deadline, statuses = time.monotonic() + HANGS_S, dict.fromkeys(children, 0)
     alive = list(children)

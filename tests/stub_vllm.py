@@ -1,4 +1,4 @@
-"""A server with vLLM's protocol, which draws tokens from the seed alone."""
+"""A server that speaks vLLM's protocol, but draws tokens from the seed alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from torch import Tensor
 
 
 class StubVllm(ThreadingHTTPServer):
-    """Returns samples of 1 to 3 tokens and the eos, whatever the weights, and records the
-    requests."""
+    """Returns samples of 1 to 3 tokens and eos, whatever the weights, and records the requests."""
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
@@ -44,7 +43,7 @@ class StubVllm(ThreadingHTTPServer):
         self.weights.append(load_file(file))
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Status and JSON or text, in the form of vLLM 0.32."""
+        """The status of a response, and its JSON or text, in the form of vLLM 0.32."""
         if path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             self.take(Path(body["kwargs"]["weights_path"]))
@@ -78,7 +77,7 @@ def choices(body: dict[str, Any]) -> list[dict[str, Any]]:
         tokens = [draw.randint(3, 12) for _ in range(length)] + [1]
         logprobs = {"token_logprobs": [-draw.random() for _ in tokens]}
         found.append({"index": index, "token_ids": tokens, "logprobs": logprobs})
-    return found[::-1]  # their order is not promised
+    return found[::-1]  # vLLM promises no order
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def stub_vllm(number: int = 1) -> Iterator[list[StubVllm]]:
-    """A number of servers, which run inside the block."""
+    """Servers that run inside the block, `number` of them."""
     stubs = [StubVllm() for _ in range(number)]
     threads = [threading.Thread(target=stub.serve_forever) for stub in stubs]
     for thread in threads:

@@ -2,8 +2,8 @@
 full, and prints one table.
 
 A test counts as one case. A test of many cases calls `record_property("tried", number)` and, if
-some were lost, `record_property("lost", number)`. The status is 1 if any case was lost or
-none was tried.
+some were lost, `record_property("lost", number)`. The exit status is 1 if any case was lost or none
+was tried.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Count:
 
 
 def run(suite: str, *, short: bool, limit_s: float) -> Count:
-    """Run one suite; a suite that does not end within `limit_s`, or ends without a report, counts
-    as one case lost."""
+    """Run one suite. A suite that does not end within `limit_s` seconds, or ends without a report,
+    counts as one lost case."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -58,7 +58,7 @@ def run(suite: str, *, short: bool, limit_s: float) -> Count:
             "-o",
             "junit_family=xunit1",
             "tests",
-        ]  # the newer family has no place for the tests' properties
+        ]  # the newer format has no place for the tests' properties
         try:
             status = subprocess.run(
                 command, cwd=ROOT, stdout=sys.stderr, timeout=limit_s, check=False
@@ -80,8 +80,8 @@ def run(suite: str, *, short: bool, limit_s: float) -> Count:
 
 
 def count(suite: str, report: Path, *, seconds: float, broke: bool = False) -> Count:
-    """Add up a JUnit report. With `broke`, pytest itself ended in an error, which counts as one
-    more lost case."""
+    """Add up a JUnit report. `broke` means that pytest itself ended in an error, which counts as
+    one more lost case."""
     tried = lost = skipped = 0
     for case in ElementTree.parse(report).iter("testcase"):
         said = {each.get("name"): int(each.get("value", "0")) for each in case.iter("property")}

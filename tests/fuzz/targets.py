@@ -1,8 +1,8 @@
 """The fuzzed functions, which accept bytes and raise if a promise is broken.
 
-The promises are: no exception but the project's own, and no CORRECT for a wrong answer. As a
-script, with the name of a target and libFuzzer's options, this file searches for bytes that break
-one, guided by coverage (it needs the extra `fuzz`).
+There are two promises: no exception but the project's own, and no CORRECT for a wrong answer. Run
+as a script, with the name of a target and libFuzzer's options, this file searches for bytes that
+break a promise, guided by coverage (it needs the extra `fuzz`).
 """
 
 from __future__ import annotations

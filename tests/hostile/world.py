@@ -1,9 +1,8 @@
-"""The targets of hostile programs: a secret in a file, in the environment and behind a socket, a
-folder, and honest neighbours.
+"""The targets of hostile programs: a folder, honest neighbours, and a secret in a file, in the
+environment and behind a socket.
 
-A program escapes if it returns the secret, which is the gold answer, so that its verdict is
-CORRECT; if it changes anything in the folder or leaves anything elsewhere; or if it reaches a
-socket.
+A program escapes if it returns the secret (the gold answer, so that its verdict is CORRECT),
+changes anything in the folder, leaves anything elsewhere, or reaches a socket.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ HONEST = {
 
 
 def neighbour(number: int) -> tuple[str, Verdict]:
-    """A unique honest program, because equal ones would run only once, and its verdict."""
+    """An honest program and its verdict. The program is unique, because equal ones would run only
+    once."""
     verdict, source = list(HONEST.items())[number % len(HONEST)]
     return f"{source}\n# {number}", verdict
 
@@ -101,7 +101,7 @@ class World:
         return self.root / "folder"
 
     def program(self, attack: Attack) -> str:
-        """The attack with the names that it uses."""
+        """The attack's code, preceded by the names that it uses."""
         names = {
             "SECRET_FILE": str(self.secret),
             "FOLDER": str(self.folder),
