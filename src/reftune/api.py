@@ -74,7 +74,8 @@ def grade(
     question: str = "",
 ) -> Graded:
     """Grade a completion as in training and evaluation. `answer` is the gold answer: a number,
-    text, the letter of a choice, or any kind that `answer_kind` names (docs/datasets.md).
+    text, the letter of a choice, or an answer of the kind that `answer_kind` names
+    (docs/datasets.md).
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>

@@ -324,8 +324,8 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Let a method's model answer the problems to evaluate. On multiple choice, also check for
-        warning signs of reward hacking."""
+        """Let a method's model answer the problems of the evaluation. On multiple choice, also
+        check for warning signs of reward hacking."""
         problems, path = self.problems_to_evaluate(), self.folder.evaluation(method)
         rows = world.from_main(JsonLines(path).rows)
         if len(rows) < len(problems):

@@ -450,8 +450,8 @@ def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
 
         d = (c - b) / n        margin = 1.96 √(b + c - (b - c)² / n) / n
 
-    b problems were solved only before, and c only after. Source: Agresti, Categorical Data
-    Analysis, §10.1.
+    Of the n problems, b were solved only before, and c only after. Source: Agresti, Categorical
+    Data Analysis, §10.1.
     """
     lost = sum(x and not y for x, y in zip(before, after, strict=True))
     won = sum(y and not x for x, y in zip(before, after, strict=True))

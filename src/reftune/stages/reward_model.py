@@ -8,9 +8,9 @@ loss on correct solutions keeps this likelihood meaningful.
     logit of correct = w · h_last + a log π(solution | prompt) + b
 
 Without the likelihood, the highest-scored of many samples is often a wrong solution that the
-classifier overrates, and most such solutions are unlikely. Source: the language-modelling loss
-comes from Cobbe et al. (arXiv:2110.14168); the log-likelihood as a score comes from implicit reward
-models (arXiv:2412.01981). Differs: there is no reference model.
+classifier overrates, and most such solutions have a low likelihood. Source: the language-modelling
+loss comes from Cobbe et al. (arXiv:2110.14168); the log-likelihood as a score comes from implicit
+reward models (arXiv:2412.01981). Differs: there is no reference model.
 """
 
 from __future__ import annotations

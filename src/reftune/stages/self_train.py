@@ -111,7 +111,6 @@ def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[st
 
 
 def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
-    """The samples in a line written by `_rows`."""
     attempts = [Attempt.from_row(sample) for sample in row["samples"]]
     return Samples(
         problem=problem,
