@@ -31,13 +31,13 @@ HEAD = """\
 
 A *recipe* is the YAML file that describes a run. This page lists its keys. The command line can set
 any of them (`stages.reft.steps=100`). With `extends: other.yaml`, a recipe starts from another one:
-tables merge unless their kinds differ, and `null` removes a key. A *kind* is a name or your own
-class (`my_file.py:Name`). It is written alone (`engine: kv`) or in a table (`engine: {kind: kv,
-refill: 0.5}`).
+tables merge unless their kinds differ, and `null` removes a key. A component's *kind* is a built-in
+name or your own class (`my_file.py:Name`). It is written alone (`engine: kv`) or in a table
+(`engine: {kind: kv, refill: 0.5}`).
 
 If a key allows only certain values, all are listed, the default first. Terms such as *method* are
-explained under [Notation](algorithms.md#notation). "The paper" is ReFT (arXiv:2401.08967), and "the
-authors" wrote it.
+explained under [Notation](algorithms.md#notation). "The paper" is the ReFT paper, and "the authors"
+wrote it.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""

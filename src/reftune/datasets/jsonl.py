@@ -32,8 +32,8 @@ class Jsonl(FileDataset):
     """Reads [your own data](datasets.md#jsonl-your-own-data)."""
 
     columns: Columns | None = None
-    """Names of the columns that reftune does not recognise. It finds the others under the default
-    names below or [other common names](datasets.md#jsonl-your-own-data)."""
+    """Names of columns, needed only if reftune does not recognise them. It finds the others under
+    the default names below or [other common names](datasets.md#jsonl-your-own-data)."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How answers are compared; see [answer kinds](datasets.md#answer-kinds)."""
     positions_from: Literal[0, 1] | None = None

@@ -47,11 +47,8 @@ class WordProblems(Component):
     `styles`."""
 
     train: int = Field(1000, ge=1)
-    """Number of training questions."""
     dev: int = Field(300, ge=1)
-    """Number of dev questions."""
     test: int = Field(1000, ge=1)
-    """Number of test questions."""
     operations: tuple[int, int] = (0, 2)
     """Smallest and largest number of operations per question."""
     numbers: tuple[int, int] = (2, 30)

@@ -86,8 +86,8 @@ class LengthTable(Table):
     max_prompt: int | None = Field(None, gt=0)
     """Longest prompt. Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """If prompts are too long, `refuse` stops with an error; `drop` leaves out training questions
-    and counts dev and test questions as unanswered."""
+    """`refuse` stops with an error if a prompt is too long. `drop` leaves its question out of
+    training or, in dev and test, counts it as unanswered."""
     max_new: int = Field(256, gt=0)
     """Longest solution. Longer gold solutions are not used for training."""
 
@@ -128,7 +128,7 @@ class CheckTable(Table):
     """What `reftune check` accepts."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
-    """Minimum share of gold answers, and of gold rationales, that are graded correct."""
+    """At least this share of gold answers, and of gold rationales, must be graded correct."""
     waive: list[str] = Field(default_factory=list)
     """Names of checks that warn instead of failing."""
 

@@ -96,8 +96,8 @@ class TrainingTable(Table):
     keep: int = Field(2, gt=0)
     """Number of checkpoints kept, in addition to the best model."""
     probe_choices: bool = False
-    """On multiple choice, dev evaluations also look for [reward
-    hacking](metrics.md#multiple-choice) and may take three times as long."""
+    """On multiple choice, also look for [reward hacking](metrics.md#multiple-choice) in dev
+    evaluations, which may then take three times as long."""
 
 
 class Loop:

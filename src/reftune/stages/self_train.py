@@ -137,8 +137,7 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """`once` uses each gold solution once. `paper` uses most of them twice, as in the authors'
-    files."""
+    """`paper` uses most gold solutions twice, as in the authors' files."""
     sft: Schedule
     """The keys of an `sft` stage, except `init`, `snapshots` and `until`."""
 
