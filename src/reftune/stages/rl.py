@@ -59,7 +59,7 @@ class Rl(TrainingTable, Stage):
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
     """Upper limit, usually 2, of the [importance
-    weights](engines.md#sampler-and-trainer-that-differ) π_train / π_sample. Default: no weights."""
+    weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample. Default: no weights."""
     value_init: Literal["uniform", "zero"] = "zero"
     """`uniform` draws the value head's weights from the interval ±1/√(hidden size), as the authors'
     code does."""
