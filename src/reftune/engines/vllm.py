@@ -1,4 +1,5 @@
-"""Samples with vLLM, colocated in a process that reftune starts, or on servers that you start.
+"""Samples with vLLM, either in a process that reftune starts (colocated) or on servers that you
+start.
 
 Each call first passes the policy's current weights to vLLM in a folder, by default in memory. With
 LoRA, servers that hold the base get only the adapter, while a colocated engine gets merged weights.

@@ -16,11 +16,11 @@ from torch.nn import functional
 from reftune.processes import world
 
 GROUPS = 4
-"""Number of groups, by length, into which attention divides sequences. Fewer than 2 × `GROUPS`
+"""Attention divides sequences into this many groups of similar length. Fewer than 2 × `GROUPS`
 sequences form a single group."""
 MULTIPLE = 64
-"""`filled_up` rounds the number of packed tokens up to a multiple of this, because each number
-requires its own kernels and memory blocks."""
+"""`filled_up` rounds the number of packed tokens up to a multiple of this, because each distinct
+number requires its own kernels and memory blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ class TokenBatch:
 
     def packed(self) -> PackedTokens:
         """The sequences, one after another, without padding. A prompt that several sequences share
-        appears only once."""
+        appears once."""
         owners = self.owners()
         is_read = self._is_read(owners)
         places = is_read.flatten().cumsum(0).view_as(is_read) - 1
@@ -140,8 +140,8 @@ class Packing(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
-    """Two tensors for the second sequence with each shared prompt, the prompt's tokens and their
-    slots; then two for the third sequence, and so on."""
+    """Two tensors for the second sequence with each shared prompt: the prompt's tokens and their
+    slots. Then two for the third sequence, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,9 +258,8 @@ class RolloutBatch:
 def micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, order: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Groups of at most `max_tokens` tokens, each as the indices of its sequences. A longer
-    sequence forms a group of its own. Unless `packed`, padding to a group's longest sequence counts
-    too.
+    """Groups of sequences, given by index, with at most `max_tokens` tokens each. A longer sequence
+    forms a group of its own. Unless `packed`, padding to a group's longest sequence counts too.
 
     The groups follow `order`, which may leave sequences out; by default, it holds all sequences in
     order of length. Unless `packed`, lengths must not decrease along `order`.

@@ -94,7 +94,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises: ModelError if the tokenizer has no eos token."""
+    """Require an eos token. Raises: ModelError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no eos token, so a model could never learn to stop; set"

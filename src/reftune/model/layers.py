@@ -70,7 +70,7 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
     """Quantize all linear layers except the output head to 4 bits, in place (NF4 in blocks of 64;
     QLoRA, arXiv:2305.14314, §3). Matmuls run in `dtype`. The weights equal those of transformers
     with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises: ModelError if
-    bitsandbytes or such layers are missing."""
+    bitsandbytes or linear layers are missing."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
@@ -138,7 +138,7 @@ def plain_state(
 
 def _lora_layers(model: Any) -> dict[int, Any]:
     """The LoRA layers by the `id` of their base weight. Without adapters, PEFT is not imported,
-    which would take seconds."""
+    because its import takes seconds."""
     if not hasattr(model, "peft_config"):
         return {}
     from peft.tuners.lora import LoraLayer

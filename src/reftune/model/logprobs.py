@@ -2,8 +2,8 @@
 at once.
 
 Logits are computed in tiles, each for some tokens and a part of the vocabulary. The first tiles are
-kept, and the backward pass recomputes the others. Memory therefore does not grow with vocabulary ×
-length, and a tile stays in the CPU's cache.
+kept, and the backward pass recomputes the others. Memory use therefore does not grow with
+vocabulary × length, and a tile stays in the CPU's cache.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The model being trained: a causal LM with a value head. It computes log-probabilities and values
-of response tokens, and makes the reference."""
+of response tokens, and makes the frozen reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ training the adapters, because quantizing the merged model would round away what
 learned."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
-"""The file in PEFT's format, whose tensor names omit the adapter's name."""
+"""The adapters' file in PEFT's format, whose tensor names omit the adapter's name."""
 
 
 class TokenScores(NamedTuple):
@@ -255,8 +255,8 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.is_lora else self.model
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities and values of the response tokens and, if gradients are off, entropies.
-        Logits are computed only for response tokens."""
+        """Log-probabilities and values of the response tokens and, if gradients are off,
+        entropies."""
         with self.arithmetic():
             hidden = self.hidden_states(batch)
             predicted = (
@@ -370,8 +370,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def with_adapters(self, adapters: dict[str, Tensor] | None) -> Iterator[None]:
-        """Inside the `with` block, use `adapters` in place of the policy's own, or none if it is
-        None."""
+        """Inside the `with` block, use `adapters` in place of the policy's own, or no adapters if
+        `adapters` is None."""
         if adapters is None:
             with self.model.disable_adapter():
                 yield

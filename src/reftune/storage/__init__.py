@@ -1,1 +1,1 @@
-"""The files of a run, written so that they survive if the process is killed."""
+"""The files of a run."""

@@ -90,8 +90,8 @@ def sync_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, would survive a power cut. Raises: OSError
-    for a disk error."""
+    """Wait until a file's content, or a folder's list of names, would survive a power cut. Raises:
+    OSError for a disk error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,7 +142,7 @@ class JsonLines:
         self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The objects of all whole lines; a torn last line is ignored."""
+        """The objects on all complete lines; a torn last line is ignored."""
         return [json.loads(line) for line in self._lines()]
 
     def _lines(self) -> list[bytes]:

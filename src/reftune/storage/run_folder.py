@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`runs/NAME`. docs/design.md describes the files that people and scripts read."""
+    """The folder `runs/NAME`; docs/design.md describes the files that people and scripts read."""
 
     path: Path
 
@@ -186,8 +186,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def data_facts(splits: Splits) -> dict[str, Any]:
-    """The content of `data.json`: the number of problems in each split, for train with and without
-    a rationale, and the numbers of dropped rows."""
+    """The content of `data.json`: the numbers of dropped rows and of problems in each split (for
+    train, with and without a rationale)."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {

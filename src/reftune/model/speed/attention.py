@@ -33,7 +33,7 @@ FAMILIES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""Classes of transformers that take positions from the caller and attend causally to the whole
+"""Classes in transformers that take positions from the caller and attend causally to the whole
 sequence, and can therefore read sequences without padding."""
 
 
@@ -122,8 +122,8 @@ def _attend(
     """The attention output (B, tokens, heads, D) for `query`, `key` and `value`, each (B, heads,
     tokens, D). With `packing`, B is 1 and `mask` is ignored.
 
-    On a CPU, attention runs in fp32, because its backward pass is slow in bf16. A single new token
-    attends to a cache in the given dtype.
+    On a CPU, attention runs in fp32, because its backward pass is slow in bf16. Only a single new
+    token, which attends to a cache, keeps the given dtype.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

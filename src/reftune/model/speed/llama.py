@@ -28,7 +28,7 @@ FAMILIES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""Classes of transformers that this file can run."""
+"""Classes in transformers that this file can run."""
 FEW_ROWS = 16
 """Number of rows for which a weight's layout is chosen. This layout speeds up products of more or
 fewer rows just as much."""
@@ -176,7 +176,7 @@ class _GatedSilu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        parts = ctx.saved_tensors  # only once, because recomputed tensors are gone afterwards
+        parts = ctx.saved_tensors  # read only once, because recomputed tensors are gone afterwards
         gate, up = _halves(parts)
         results = tuple(torch.empty_like(part) for part in parts)
         grad_gate, grad_up = _halves(results)
