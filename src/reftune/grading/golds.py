@@ -47,7 +47,7 @@ def read_gold(
     `raw` marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked part is
     read.
 
-    Raises: DataError with the value and what was expected; the caller adds the place.
+    Raises: DataError with the value and what was expected; the caller adds the location.
     """
     if kind == "regex":
         return _pattern(raw)
@@ -116,8 +116,7 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 def _stated(text: str, reading: Reading) -> list[str]:
     """The answers of the last marker and of the markers adjacent to it, in order. Markers are
-    adjacent if little more than "or", "and" or symbols stands between them. An intermediate result
-    is not adjacent to the final one."""
+    adjacent if little more than "or", "and" or symbols stands between them."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)

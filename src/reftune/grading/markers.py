@@ -64,8 +64,8 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     Markers include "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
     `reading.markers`.
 
-    A completion that ends inside `<think>` has no statements. In any other completion, only text
-    after the last `</think>` and before any run-on text counts.
+    A completion that ends inside `<think>` has no statements. Otherwise, only text after the last
+    `</think>` and before any run-on text counts.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)

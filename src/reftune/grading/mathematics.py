@@ -171,7 +171,7 @@ class _Worker:
     def ask(self, request: bytes) -> bytes | None:
         """The reply to `request`; empty if the process died twice, None if time ran out and the
         process was killed."""
-        for _ in range(2):  # the request may not be the cause
+        for _ in range(2):  # the request may not have caused the first death
             if self._process is None:
                 self._process = _started()
             reply = _exchange(self._process, request, TIMEOUT_S)

@@ -38,8 +38,8 @@ class Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """The number in a gold answer. If its decimals as written are unknown, those that its value
-    needs are counted (inf for 1/3)."""
+    """The number in a gold answer. If it is unknown how many decimals were written, those that the
+    value needs are counted (inf for 1/3)."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)
@@ -290,8 +290,8 @@ def _size(parts: dict[str, str]) -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Fraction:
-    """The value of 0.1(6), which is 1/6: the period divided by as many nines as it has digits,
-    shifted by the decimals before it."""
+    """The value of a decimal such as 0.1(6), which is 1/6: the period divided by as many nines as
+    it has digits, shifted by the decimals before it."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return tail + Fraction(head) if head.strip(".") else tail

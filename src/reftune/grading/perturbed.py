@@ -38,7 +38,8 @@ def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
 
 
 def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions with the answer of the gold solution `target`, written slightly differently."""
+    """Solutions with the same answer as the gold solution `target`, written slightly
+    differently."""
     found = _RETURN.search(target)
     yield from _right_programs(problem, target, found) if found else _right_words(problem, target)
 

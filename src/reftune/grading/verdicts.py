@@ -306,7 +306,7 @@ _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+
 
 
 def no_answer(reason: str) -> Graded:
-    """The grade of a completion from which no answer can be read."""
+    """The grade of a completion without a readable answer."""
     return Graded.without_answer(Verdict.NO_ANSWER, reason)
 
 

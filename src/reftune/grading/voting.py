@@ -1,5 +1,5 @@
 """Chooses one answer from several graded samples of a problem, by voting or reranking, and
-estimates pass@k. All functions are pure.
+estimates pass@k.
 
 Only samples with a value vote, and votes for equal values are pooled: 0.5, 1/2 and 50% are equal,
 except under the paper's rules, which compare spellings. In a tie, the value seen first wins.

@@ -12,8 +12,8 @@ from typing import Literal
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 
 MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""An answer may go on in the same line after a gold answer of at most this many words and
-characters."""
+"""An answer may go on after the gold answer on the same line if the gold answer has at most this
+many words and characters."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
@@ -64,8 +64,8 @@ def bare_words(text: str) -> str:
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
     """Whether `text` states the gold answer: as the whole text, as its first line or, if the gold
-    answer is short, up to punctuation or a reason ("Yes, they do."). `unclear` if the text then
-    withdraws the gold answer or adds another one ("Yes and no")."""
+    answer is short, up to punctuation or a reason ("Yes, they do."). The result is `unclear` if the
+    text then withdraws the gold answer or adds another one ("Yes and no")."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):

@@ -99,7 +99,7 @@ class Prompted(Component):
 
 
 def question_text(problem: Problem) -> str:
-    """The question, with any options."""
+    """The question with its options, if it has any."""
     return with_options(problem.question, problem)
 
 

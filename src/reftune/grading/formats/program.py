@@ -111,9 +111,9 @@ class Program(Prompted):
         prompt already contains the function's header.
 
         In the style `compact`, the target begins with the line break before the body. Tokenizers
-        join this line break with the indent. If it ended the prompt, prompt and target, tokenised
-        separately, would not give the tokens of the whole text. Raises: DataError if there is no
-        program.
+        join this line break with the indent. If the prompt ended in the line break, prompt and
+        target, tokenised separately, would not give the tokens of the whole text. Raises: DataError
+        if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:

@@ -214,7 +214,8 @@ def _finished(result: Any) -> Any:
 
 
 def _by_sample(parts: Mapping[Any, Any], count: int) -> Any:
-    """One mapping per sample from a mapping of part names to lists; any other mapping unchanged."""
+    """Turn a mapping from part names to lists into one mapping per sample. Any other mapping stays
+    unchanged."""
     columns = list(parts.values())
     if not columns or not all(isinstance(c, list | tuple) and len(c) == count for c in columns):
         return parts

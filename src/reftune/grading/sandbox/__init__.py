@@ -141,8 +141,8 @@ class Sandbox:
 
 
 class _MontyFirst:
-    """Runs a program in monty, and again in the subprocess if it needs a feature that monty
-    lacks."""
+    """Runs a program in monty, and again in the subprocess if the program needs a feature that
+    monty lacks."""
 
     def __init__(self, monty: Backend, start: Callable[[], Backend]) -> None:
         self._monty, self._start = monty, start

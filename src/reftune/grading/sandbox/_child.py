@@ -1,5 +1,5 @@
-"""Runs programs for the subprocess sandbox, each in its own process, which is forked from this one.
-This file runs as a script in a prepared environment and imports nothing from reftune.
+"""Runs programs for the subprocess sandbox, each in its own process, forked from this one. This
+file runs as a script in a prepared environment and imports nothing from reftune.
 
 A forked process starts with the interpreter running and with common modules already imported, as
 well as slow packages such as numpy if the program needs them. This process only forks, waits and
@@ -9,10 +9,10 @@ and a socket for its exit status. When the other end of the status socket closes
 killed.
 
 The result consists of lines whose first letter tells their kind. Each refused access adds an `F`
-line. Unless the program is killed, a `P` line follows with the end of its output, if there is any,
-and then a `V` line with its value or an `E` line with its exception. If the system lacks
-protections, the program is not started, and the only line is an `N` line that names them. `P`, `V`
-and `E` lines hold JSON.
+line. Unless the program is killed, a `P` line follows with the end of its output, if any, and then
+a `V` line with its value or an `E` line with its exception. If the system lacks protections, the
+program is not started, and the only line is an `N` line that names them. `P`, `V` and `E` lines
+hold JSON.
 
 The audit hook only labels and refuses the well-known ways out. A determined program is confined by
 the kernel.
@@ -131,7 +131,8 @@ def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> int:
-    """Fork a process for one program and return its id. In the new process, this never returns."""
+    """Fork a process for one program and return its id. In the new process, the function never
+    returns."""
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -390,7 +391,7 @@ class Doorman:
 
     def is_library(self, path: Any) -> bool:
         text = os.fsdecode(path) if isinstance(path, str | bytes) else ""
-        return f"{os.path.abspath(text)}/".startswith(self.readable)  # noqa: PTH100  pathlib would resolve links
+        return f"{os.path.abspath(text)}/".startswith(self.readable)  # noqa: PTH100  Path.resolve would follow links
 
 
 def is_program(frame: FrameType | None) -> bool:

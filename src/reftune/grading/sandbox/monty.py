@@ -170,7 +170,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _size_bytes(value: Any, limit: int) -> int:
-    """The memory of a program's value and everything in it. Each object counts once, and counting
+    """Memory taken by a program's value and everything in it. Each object counts once, and counting
     ends soon after `limit`."""
     size, waiting, seen = 0, [value], {id(value)}
     while waiting and size <= limit:
