@@ -34,8 +34,6 @@ SCORING_COST = 1 / 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Tokens per second on this machine."""
-
     train: float
     """Tokens of prompts and responses per second, in forward and backward passes."""
     sample: float

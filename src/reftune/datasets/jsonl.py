@@ -150,7 +150,6 @@ def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ..
 
 
 def _rationale(row: Row, column: str | None) -> str | None:
-    """The rationale in a cell: its text or, for a conversation, the reply."""
     if column is None:
         return None
     if is_conversation(row.get(column)):

@@ -229,8 +229,8 @@ def _literal(value: Fraction) -> str:
 
 
 def read_options(text: str) -> tuple[str, ...] | None:
-    """The texts of the options, beginning with option a. The argument is written like
-    `a ) 38 , b ) 27.675 , …` or is a Python list of such pieces; None if it is neither."""
+    """The texts of the options, beginning with option a. `text` is written like
+    `a ) 38 , b ) 27.675 , …` or as a Python list of such pieces; None if it is neither."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None

@@ -251,7 +251,6 @@ class _Teller:
         )
 
     def distract(self) -> None:
-        """Insert an irrelevant sentence somewhere in the story so far."""
         person = self.rng.choice(self.people)
         things = (
             OBJECTS

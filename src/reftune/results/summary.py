@@ -491,8 +491,8 @@ class LastRise(NamedTuple):
 
 
 def last_rise(run: RunResults, method: str) -> LastRise | None:
-    """The last rise by the step at which a supervised method's model was saved. None if the method
-    is not supervised or not finished, or if there were too few evaluations by then."""
+    """The rise that was last measured when a supervised method's model was saved. None if the
+    method is not supervised or not finished, or if there had been too few evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None

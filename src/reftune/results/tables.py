@@ -95,7 +95,8 @@ def headline(table: ScoreTable) -> Headline:
     if best is None or against is None:
         title = f"{display(base.label)} solves {percent(base.greedy.value)}"
         return Headline(title=title, text=f"{_solves(base, table)}.", chosen=chosen)
-    compared = f"{_solves(best, table)}, {display(base.label)} {percent(base.greedy.value)}"
+    base_solves = f"{display(base.label)} solves {percent(base.greedy.value)}"
+    compared = f"{_solves(best, table)}, and {base_solves}"
     text = f"{compared}{_evidence(against)}.{_runner_up(best, base, table)}"
     return Headline(title=_title(against), text=text, chosen=chosen)
 
@@ -158,7 +159,7 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
 
 
 def remarks(run: RunResults) -> list[str]:
-    """Sentences on whether the warm-up before each sampling stage had finished, which methods are
+    """Sentences on whether the warm-up before each sampling stage was finished, which methods are
     the same model, and whether each reward model chooses better than at random."""
     rankings = map(reranker_sentence, rerankers(run))
     return [*map(sentence, handovers(run)), *same_models(run), *rankings]
@@ -362,7 +363,6 @@ def _markdown_line(row: Row) -> str:
 
 
 def _latex_float(head: Row, body: Sequence[Row], note: str) -> str:
-    """A booktabs tabular in a table float."""
     return "\n".join(
         [
             r"\begin{table}",

@@ -157,7 +157,6 @@ _add_stage_command("reward-model", "reward_model", "reward model stages")
 
 
 def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> None:
-    """Run all stages and the final evaluation, or only the stages of one kind."""
     from reftune.model.speed.allocator import keep_freed_memory
     from reftune.runs.run import run_recipe, run_stages
 

@@ -242,7 +242,6 @@ def _pretrained(kind: Any, model: str, what: str) -> Any:
 
 
 def _inline(value: Any) -> str:
-    """A value on one line of YAML."""
     return (
         yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
         .removesuffix("\n")

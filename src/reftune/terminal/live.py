@@ -35,8 +35,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """A view that shows nothing if `quiet`. Otherwise, it is the live view if the terminal supports
-    one, and plain lines if not."""
+    """The view of a run: the live view on a terminal that supports it, plain lines anywhere else,
+    and nothing at all if `quiet`."""
     if quiet:
         return Progress()
     from rich.console import Console
@@ -131,7 +131,6 @@ class LineProgress(Progress):
         self._last_s = float("-inf")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print a line if the last one is old enough."""
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
         self._pending = True
@@ -183,7 +182,6 @@ class RichProgress(Progress):
         self._console.print(printable(message), markup=False, highlight=False)
 
     def close(self) -> None:
-        """Close the live view; the last stage's line stays."""
         self._live.stop()
         self._leave_line()
 

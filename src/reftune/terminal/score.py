@@ -96,7 +96,6 @@ def _scored(rows: Sequence[_Row], format: Format, reward: Reward) -> Iterator[di
 
 
 def _row(row: Mapping[str, Any], where: str, kind: str, reading: Reading) -> _Row:
-    """A line's id, problem and completion."""
     missing = [key for key in ("id", "completion", "answer") if row.get(key) is None]
     if missing:
         raise DataError(f"{where}: {missing[0]} is missing; expected id, completion and answer")

@@ -23,8 +23,8 @@ PROJECT = "reftune"
 
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
-    """A view that shows `progress` and also logs to the recipe's trackers; if there are none,
-    `progress` itself. Raises: RecipeError for a tracker that is not installed."""
+    """A view that passes events on to `progress` and logs to the recipe's trackers; if there are
+    none, `progress` itself. Raises: RecipeError for a tracker that is not installed."""
     names = tracker_names(recipe) if is_main() else []
     return TrackedProgress(progress, names, recipe) if names else progress
 

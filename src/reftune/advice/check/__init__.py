@@ -117,7 +117,6 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
 
 
 def _schedule(recipe: Recipe) -> Finding:
-    """A one-line plan of each stage."""
     lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
     return replace(ok(f"{len(lines)} stages"), rows=lines)
 

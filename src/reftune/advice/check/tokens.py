@@ -130,7 +130,7 @@ def check_target_length(subject: Subject) -> Finding:
     longer ones."""
     sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
     limit = subject.recipe.lengths.max_new
-    message = f"targets have {spread(sizes.values())} tokens with eos; at most {limit} fit"
+    message = f"targets have {spread(sizes.values())} tokens including eos; at most {limit} fit"
     long = [f"{id_}: {size} tokens" for id_, size in sizes.items() if size > limit]
     if not long:
         return ok(message)

@@ -52,8 +52,8 @@ class FileDataset(Component):
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
-        """Row `n` of a made-up file, in which every row asks a different question. The tests that
-        every built-in dataset must pass use it; your own dataset need not define it."""
+        """Row `n` of a made-up file, in which every row asks a different question. It serves the
+        tests of the built-in datasets; your own dataset need not define it."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:

@@ -1,5 +1,5 @@
-"""Reads the records of local files, and the place of each. CSV is read with the standard library,
-so that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
+"""Reads the records of local files, each with its place. CSV is read with the standard library, so
+that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
 dates."""
 
 from __future__ import annotations
@@ -247,8 +247,8 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
     """The records of a table. The first line that is not empty names the columns; empty cells are
     null, and empty lines are skipped.
 
-    A nameless first column is taken for a pandas index and skipped; other nameless columns must be
-    empty. Raises: DataError for a line that does not fit the header.
+    A nameless first column is skipped as an index of pandas; other nameless columns must be empty.
+    Raises: DataError for a line that does not fit the header.
     """
     header: list[str] | None = None
     for where, cells in lines:

@@ -18,8 +18,6 @@ MOST = len(string.ascii_lowercase)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """The options of a question."""
-
     texts: tuple[str, ...]
     labels: tuple[str, ...] = ()
     """The data's label for each option, in lower case; empty if the options have no labels."""

@@ -30,7 +30,7 @@ def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
     """Remove training problems whose rationale contradicts the gold answer. They are counted as
     `program_disagrees` if a program returns another answer, and as `rationale_disagrees` if prose
     states another. A program that fails and prose without an answer contradict nothing. Dev keeps
-    all problems, but not such rationales."""
+    all problems, but not the contradicting rationales."""
     programs = [
         problem
         for problem in (*splits.train, *splits.dev)

@@ -63,8 +63,8 @@ def draw_splits(
 
     - `duplicate`: an earlier row of the split has the same text (apart from spacing), options, gold
       answer and, in train with `several_rationales`, rationale.
-    - `contradiction`: rows give different answers to the same question with the same options. None
-      of them is kept.
+    - `contradiction`: rows of the split give different gold answers to the same question with the
+      same options. None of these rows is kept.
     - `leak`: by `key`, test asks the same question, or dev asks the same question as a train row.
 
     If `dev` is None, the questions of train are sorted by a hash of `seed` and question, and the

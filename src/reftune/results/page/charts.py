@@ -333,8 +333,8 @@ class EqualCompute:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracies of `a` and `b` within as many passes as both have had; None if either
-    is not drawn."""
+    """The best dev accuracies of `a` and `b` within the number of passes that both have had; None
+    if either is not drawn."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:
         return None
@@ -376,7 +376,6 @@ def time_charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def _means(stages: Sequence[StageResults], metric: str) -> dict[float, Number]:
-    """Step → mean over the runs."""
     steps, values = _aligned(stages, metric)
     return dict(zip(steps, _clean(values.mean(axis=0)), strict=True))
 

@@ -133,8 +133,6 @@ def _runs(groups: Sequence[Group]) -> list[RunResults]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Panel:
-    """Charts under one heading."""
-
     anchor: str
     title: str
     charts: tuple[charts.Chart, ...]
@@ -289,9 +287,9 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """The labels of the baseline and of the best other method. The counts are problems of the first
-    seed: solved by both, only by the best method, only by the baseline, and by neither. None if
-    there are fewer than two methods."""
+    """The labels of the baseline and the best other method, with four counts of problems in the
+    first seed: solved by both, only by the best method, only by the baseline, and by neither. None
+    if there are fewer than two methods."""
     best = leader(table)
     if best is None:
         return None
