@@ -1,5 +1,5 @@
-"""Measures a ReFT step on one GPU: its correctness against the CPU, its speed by phase, and the
-speed of TRL's GRPO if TRL is installed.
+"""Measures a ReFT step on one GPU: how closely it matches the CPU, how fast each phase is and, if
+TRL is installed, how fast TRL's GRPO is.
 
     python -m benchmarks.gpu --folder F [--model FOLDER] [--minutes 9]
     python -m benchmarks.gpu --folder F --device cpu --tiny
@@ -319,7 +319,7 @@ def run_watched(command: list[str], device: str, stdout: Any = subprocess.DEVNUL
 
 
 def environment() -> dict[str, str]:
-    """Environment variables with which a process can import this folder and downloads nothing."""
+    """Environment variables for a process that imports this folder and must download nothing."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 

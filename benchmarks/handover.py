@@ -5,9 +5,9 @@ python benchmarks/handover.py 0 1 2 --only nl    # one task
 python benchmarks/handover.py --page             # only tables and picture, from the committed JSON
 
 A seed is one run of recipes/demo/handover-TASK.yaml. A hand-over is the switch from supervised
-training to RL. After each, SFT takes at least as many gradient passes as cooldown and ReFT
-together, and self-training draws as many rollouts as ReFT. docs/results/handover.json holds all
-finished seeds.
+training to RL. After it, SFT takes at least as many gradient passes as cooldown and ReFT together,
+and self-training draws as many rollouts as ReFT. docs/results/handover.json holds all finished
+seeds.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def digits(text: str) -> np.ndarray:
 
 
 def generator() -> np.random.Generator:
-    """A random generator that starts the same on every call, so that the page is reproducible."""
+    """A random generator that starts in the same state on every call, so that the page is
+    reproducible."""
     return np.random.default_rng(0)
 
 
@@ -226,8 +227,8 @@ class Cut:
 
 
 def best_cut(sign: str, values: Sequence[float], wins: Sequence[bool], *, high_wins: bool) -> Cut:
-    """The cut with the fewest errors. Hand-overs above it should win if `high_wins`, those below it
-    otherwise."""
+    """The cut with the fewest errors. If `high_wins`, hand-overs above it should win; if not, those
+    below it should."""
     seen = sorted(set(values))
     middles = [(low + high) / 2 for low, high in pairwise(seen)]
     cuts = [seen[0] - 1, *middles, seen[-1] + 1]
@@ -256,7 +257,7 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
 
 def first_stop(looks: Mapping[str, float], patience: int) -> str:
     """The first epoch at which dev accuracy has reached `NEEDED_ACCURACY` and its last `patience`
-    evaluations do not rise above the noise."""
+    evaluations show no rise beyond the noise."""
     epochs, seen = list(looks), list(looks.values())
     ends = [n for n in range(patience + 1, len(seen) + 1) if max(seen[:n]) >= NEEDED_ACCURACY]
     return next((epochs[n - 1] for n in ends if rise(seen[:n], patience) <= NOISE), "–")

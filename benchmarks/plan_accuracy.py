@@ -4,10 +4,10 @@
     docs/results/plan_accuracy.json]
 
 Each case is one `reftune rl` of two PPO steps on the CPU, in its own process. The prediction counts
-only tensors. It is therefore compared with the run's peak resident memory minus that of the same
-run with almost no weights (interpreter, libraries, data). Freed tensors of more than `RETURNED`
-bytes go back to the system, because the allocator would keep some of them without being able to use
-them. The command prints a table and, as its last line, one JSON document.
+only tensors. The run's peak resident memory is therefore reduced by that of the same run with
+almost no weights (interpreter, libraries, data). Freed tensors of more than `RETURNED` bytes go
+back to the system, because the allocator would keep some of them without being able to use them.
+The command prints a table and, as its last line, one JSON document.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ Every contestant samples answers of the same lengths with SmolLM2-135M, scores t
 updates. TRL answers half of the prompts twice, because GRPO compares answers to the same prompt.
 The contestants run one after the other, each in its own process. The command prints a table, the
 figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
-document. PYTHON is an interpreter with TRL. With the default repeats, the command takes 10 minutes
-if bf16 is native and 20 if not. `--growth` times only reftune, for each of the given numbers of
-samples.
+document. PYTHON is an interpreter that has TRL. With the default repeats, the command takes 10
+minutes if bf16 is native and 20 if not. `--growth` times only reftune, for each of the given
+numbers of samples.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
 
 def measured(command: list[str], **variables: str) -> dict[str, Any]:
     """Run a command at the root, with `variables` added to its environment. Returns: its last line,
-    if that is JSON, and its peak memory, which cannot read lower than that of this process. Raises:
+    if that is JSON, and its peak memory, which reads as at least that of this process. Raises:
     CalledProcessError."""
     environment = {
         **os.environ,
@@ -225,8 +225,8 @@ def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
 def forward_flops(
     trunk: int, head: int, layers: int, hidden: int, lengths: Sequence[int], prompts: Sequence[int]
 ) -> float:
-    """FLOPs of a forward pass: 2 per weight of the `trunk` and token, 2 per weight of the `head`
-    and response token, and causal attention."""
+    """FLOPs of a forward pass: 2 per `trunk` weight and token, 2 per `head` weight and response
+    token, plus causal attention."""
     attention = sum(
         2 * layers * hidden * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True)
     )

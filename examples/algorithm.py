@@ -1,4 +1,4 @@
-"""An algorithm of your own. Here, it is REINFORCE with the rollout's mean reward as the baseline;
+"""An algorithm of your own. This one is REINFORCE with the rollout's mean reward as the baseline;
 the training loop around it does not change.
 
 In a recipe's stage of kind `rl`: `algorithm: {kind: examples/algorithm.py:Reinforce}`.

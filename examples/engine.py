@@ -1,4 +1,4 @@
-"""An engine of your own. Here, it calls transformers' `generate` for one prompt at a time. This is
+"""An engine of your own. This one calls transformers' `generate` for one prompt at a time, which is
 slow, but short enough to show an engine's contract.
 
 In a recipe: `engine: examples/engine.py:OneByOne`.

@@ -28,8 +28,7 @@ class Tagged(Component):
         return f"{problem.rationale} <{self.tag}> {problem.answer} </{self.tag}>"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """A verdict with a reason for each completion, whatever its text; none may raise an
-        error."""
+        """A verdict with a reason for each completion; no text may cause an error."""
         return [
             self._grade(problem, text) for problem, text in zip(problems, completions, strict=True)
         ]
