@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reftune.engines.kv import Kv
+from reftune.engines import kv
+from reftune.engines.kv import Kv, draw_tokens
 from reftune.stages.reward_model import Classifier, Solution, accumulate_loss
 from reftune.types import SamplingParams
 
@@ -54,3 +55,16 @@ def test_sampling_with_limits_gives_each_tensor_a_device(make_policy):
     with torch.device("meta"):
         completions = Kv(batch_size=2, refill=0.5).generate(policy, [[3], [4, 5], [6, 7]], params)
     assert len(completions) == 3
+
+
+def test_sampling_gives_a_device_without_fp64_no_fp64(make_policy, monkeypatch):
+    drawn = []
+
+    def watched(logits, uniforms, params, **more):
+        drawn.append(uniforms.dtype)
+        return draw_tokens(logits, uniforms, params, **more)
+
+    monkeypatch.setattr(kv, "widest", lambda device: torch.float32)
+    monkeypatch.setattr(kv, "draw_tokens", watched)
+    Kv().generate(make_policy(), [[3], [4, 5]], SamplingParams(max_new_tokens=4))
+    assert set(drawn) == {torch.float32}

@@ -177,7 +177,7 @@ class _Decoder:
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
         draws = [generator(self.params.seed, r.position).random(shape[1]) for r in requests]
-        return torch.from_numpy(np.stack(draws)).to(self.device)
+        return torch.from_numpy(np.stack(draws)).to(widest(self.device)).to(self.device)
 
     def step(self) -> None:
         """Draw one token per row, drop finished rows if there are enough, and read the new
