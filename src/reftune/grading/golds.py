@@ -1,7 +1,7 @@
-"""Reads gold answers strictly, as spelled in the data: a gold answer is a number only if its whole
-text is one number, perhaps with a currency or a unit. The module `numbers`, which reads
-completions, is lenient and takes 18 from "18, I think". It would also take 5 from the gold answer
-"5 pm", and training would then reward wrong answers."""
+"""Reads the gold answers of the data, strictly: a gold answer is a number only if its whole text is
+one number, with or without a currency or unit. The module `numbers`, which reads completions, is
+lenient: it reads "18, I think" as 18. It would also read the gold answer "5 pm" as 5, and training
+would then reward wrong answers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from reftune.types import Answer, AnswerKind
 
 GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
-"""Longer strings do not count as numbers."""
+"""Strings longer than this do not count as numbers."""
 MOST_BETWEEN = 100
-"""Maximum number of characters between two markers whose answers count as side by side."""
+"""Two answers are not side by side if more characters than this separate their markers."""
 SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
 
 
@@ -43,9 +43,9 @@ def read_gold(
     """The gold answer in a cell of the data, with its kind.
 
     For the kind `auto`, the answer is a choice if there are `choices`. Otherwise, it is a number if
-    all of `raw` is a number. Failing both, it is an expression, a list in brackets or text. If
-    `raw` marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked part is
-    read.
+    the whole cell is a number. Failing both, it is an expression, a list in brackets or text. If
+    the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked part
+    is read, except for the kind `regex`.
 
     Raises: DataError with the value and what was expected; the caller adds the location.
     """
@@ -72,7 +72,7 @@ def read_gold(
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
-    """The gold number in a cell that holds one number, with or without a currency or unit; None for
+    """The gold answer in a cell that is one number, with or without a currency or unit; None for
     any other cell."""
     number = number_in_gold(raw, reading)
     if number is None:
@@ -83,7 +83,7 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
-    """The number in a cell, by the rules of `number_gold`. Booleans do not count as numbers."""
+    """The number in a cell, read as in `number_gold`. Booleans do not count as numbers."""
     if isinstance(raw, bool):
         return None
     if isinstance(raw, int):
@@ -96,7 +96,7 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The answer after the last marker that announces one; the whole cell if it has no marker.
+    """The answer after the last marker that announces one; the whole cell if there is no marker.
 
     Raises: DataError for different answers side by side, such as "\\boxed{3} or \\boxed{4}", and
     for markers without an answer.
@@ -115,8 +115,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The answers of the last marker and of the markers adjacent to it, in order. Markers are
-    adjacent if little more than "or", "and" or symbols stands between them."""
+    """The last marked answer and the marked answers beside it, in order. Two answers are side by
+    side if little more than "or", "and", symbols and a marker stands between them."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -129,8 +129,7 @@ def _stated(text: str, reading: Reading) -> list[str]:
 
 
 def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
-    """The answer in the text that a marker announces, read no further than `end`, the start of the
-    next marker."""
+    """The answer that a marker announces, without any text from the index `end` on."""
     said = (statement.text or "").strip()
     if statement.is_closed:
         return said
@@ -183,8 +182,9 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def worded_gold(text: str) -> Answer:
-    """The answer in a gold text that is neither an option nor a number. Three or more items, or two
-    words, in square brackets are a list. Anything else is an expression (`latex`) or text."""
+    """The answer in a gold text that is neither an option nor a number. Text in square brackets is
+    a list if it has at least three items, or two words as items. Any other text is an expression
+    (`latex`) or plain `text`."""
     text = text.strip()
     listed = _LISTED.fullmatch(text)
     parts = split_items(text) if listed is not None else ()
@@ -194,11 +194,10 @@ def worded_gold(text: str) -> Answer:
 
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
-    """A gold answer with several parts: the spellings that `any_of` accepts, an ordered `list` or a
-    `set`.
+    """A gold answer with parts: accepted spellings (`any_of`), an ordered `list` or a `set`.
 
-    `raw` may be a list, text that spells a list ("[1, 2]"), or text with one marker per part. For a
-    `list` or `set`, it may also be text such as "1, 2", which `split_items` splits.
+    The cell may be a list, text that spells a list ("[1, 2]"), or text with one marker per part.
+    For a `list` or `set`, the cell may also be text such as "1, 2", which `split_items` splits.
     """
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
@@ -242,10 +241,10 @@ def _pattern(raw: object) -> Answer:
 
 
 def split_items(text: str) -> tuple[str, ...]:
-    """The items of a list as people write one, with or without brackets. Commas, semicolons, line
-    breaks and "and" separate items, except inside inner brackets. If any comma is followed by a
-    space, commas without a space separate nothing. If none is, but there are other separators,
-    commas that may group thousands separate nothing."""
+    """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
+    "and" separate items, except inside inner brackets. If any comma is followed by a space, commas
+    without a space do not count. Otherwise, if there are other separators, commas that may group
+    thousands do not count."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -277,8 +276,8 @@ _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
 _NOT_WHOLE = re.compile(
     r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}(?!\d))|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
 )
-"""Spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2, 05/06 may
-be a date, and reading 5_8 or 5k would be a guess."""
+"""Matches spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2,
+05/06 may be a date, and reading 5_8 or 5k would be a guess."""
 _LETTERS = r"(?-i:[mgshlLJNVWAKCF])"
 _SYMBOLS = (
     r"(?-i:[kmcdn]m|[kmµn]g|ft|in|yd|mi|hr|hrs|min|sec|[mµn]s|mph|kph|kmph|kmh|lbs?|oz|gal|[mdc][lL]"
@@ -316,14 +315,14 @@ _NOT_UNITS = frozenset(
     " septembre octobre novembre décembre enero febrero marzo abril mayo junio julio agosto"
     " septiembre octubre noviembre diciembre".split()
 )
-"""Words that do not count as units after a number, for example because they change its value or
-make it a time of day."""
+"""Words that do not count as units after a number, for example because they change the number's
+value or turn it into a time of day."""
 _FRACTION_WORD = re.compile(
     r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
 )
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
-"""Letters that may be a product, as in 2ab, rather than a word: any two letters, letters without a
-vowel, or three letters attached to a number."""
+"""Matches letters that may be a product, as in 2ab, rather than a word, such as any two letters,
+consonants only, or three letters directly after a number."""
 _MONTH = re.compile(MONTHS, re.IGNORECASE)
 
 
@@ -350,7 +349,7 @@ def _whole_number(text: str) -> Number | None:
 
 
 def _is_unit(rest: str) -> bool:
-    """Whether the text after a number is at most one unit: a known one, or one lower-case word."""
+    """Whether the text after a number is empty or one unit: a known unit, or a lower-case word."""
     unit = rest.strip()
     if unit[:1] == "(" and unit[-1:] == ")":
         unit = unit[1:-1].strip()
@@ -375,8 +374,8 @@ _LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.I
 
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
-    """The letter of the option that a gold answer names by its letter, by its letter and text, or
-    by text that fits no other option. Without `choices`, any letter is accepted."""
+    """The letter of the option that a gold answer names: by the letter, by letter and text, or by
+    text or a number that only this option has. Without `choices`, any letter is accepted."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:

@@ -19,9 +19,9 @@ class Reading:
     """How to read completions: settings that depend on the language and the model."""
 
     stop_at: tuple[str, ...] = ("\nQuestion:", "\nQ:", "\nProblem:")
-    """Strings at which run-on text begins, in which a model asks itself another question."""
+    """Strings that begin run-on text, in which a model goes on to ask itself another question."""
     markers: tuple[str, ...] = ()
-    """Phrases that announce an answer, in addition to the English ones."""
+    """Phrases that announce an answer, in addition to the built-in markers."""
     decimal: Literal[".", ","] = "."
     """The decimal separator: a point or a comma. The other one groups thousands."""
 
@@ -34,15 +34,14 @@ class Statement:
     """The text that a marker announces."""
 
     text: str | None
-    """None for a box that is never closed, whose content is unknown."""
+    """None if the marker opens a box that is never closed."""
     is_closed: bool = False
-    """Whether the text is the content of a closed box or tag, rather than the words after a
-    phrase."""
+    """Whether the text is the content of a closed box or tag."""
     start: int = 0
     """Index where the marker begins."""
     end: int = 0
     """Index where the statement ends: after the closing brace or tag or, for a phrase, at the end
-    of the text that counts."""
+    of the text that counts (see `statements`)."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -109,7 +108,7 @@ def reasoning_text(completion: str) -> str:
 
 
 def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
-    """The start and end of the text that counts."""
+    """The start and end of the text that counts, as defined in `statements`."""
     last = deque(_THOUGHT.finditer(completion), maxlen=1)
     start = 0
     if last:
@@ -152,7 +151,7 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
     """The content of the braces at `start`, with any percent sign right after them, and the index
-    where this text ends. The content is None if the braces are never closed."""
+    right after the braces or sign. The content is None if the braces are never closed."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

@@ -1,6 +1,6 @@
 """Compares expressions, equations, intervals, tuples and matrices by means of math-verify.
 
-A comparison may never end, so it runs in a worker process, which is killed when its time is up.
+A comparison might never end, so it runs in a worker process, which is killed if the time runs out.
 Workers start when first needed and keep running. Each worker serves one thread at a time.
 """
 
@@ -26,9 +26,9 @@ CHILD = Path(__file__).with_name("_math_child.py")
 TIMEOUT_S = 5.0
 """Seconds allowed for one comparison."""
 NUM_WORKERS = min(4, os.cpu_count() or 1)
-"""Number of worker processes, which take 100 MB each."""
+"""Maximum number of worker processes. Each uses 100 MB of memory."""
 START_S = 120.0
-"""Seconds allowed for a worker's first answer, including the import of math-verify."""
+"""Seconds allowed for a worker's first reply, including the import of math-verify."""
 MAX_EXPRESSION_CHARS = 1_000
 
 _FUNCTIONS = frozenset(
@@ -49,7 +49,7 @@ _STRUCTURE = re.compile(
     re.DOTALL,
 )
 _NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
-"""Matches "a.m.", and a bound without a variable, such as "< 5"."""
+"""Matches abbreviations such as "a.m.", and bounds without a variable, such as "< 5"."""
 _NAMES = "leq geq neq infty pi pm cup cap in times cdot sqrt".split()
 _SIGNS = {sign: rf"\{name} " for sign, name in zip("≤≥≠∞π±∪∩∈×·√", _NAMES, strict=True)}
 _SIGNS |= {"°": r"^\circ ", "−": "-", "²": "^2", "³": "^3"}
@@ -69,8 +69,8 @@ class Comparison:
 
 
 def looks_like_math(text: str) -> bool:
-    """Whether the whole text is an expression other than a plain number, such as an equation, an
-    interval or LaTeX. Text with words is not an expression."""
+    """Whether the whole text is an expression, such as an equation, an interval or LaTeX, and not
+    just a number. Text with words is not an expression."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -91,13 +91,13 @@ def expression_in(text: str) -> str:
 
 
 def same_expression(gold: str, answer: str) -> Comparison:
-    """Compare an answer with the gold expression. Raises: ReftuneError if math-verify is needed but
-    not installed."""
+    """The result of comparing an answer with the gold expression. Raises: ReftuneError if
+    math-verify is needed but not installed."""
     expected, given = expression_in(gold), expression_in(answer)
     if not given or len(given) > MAX_EXPRESSION_CHARS or _words_in(given):
         return Comparison("unread")
     if _OTHER.search(_TEXT.sub("", given)) and not _OTHER.search(_TEXT.sub(" ", expected)):
-        return Comparison("unread", reason="it gives two answers")
+        return Comparison("unread", reason="more than one answer")
     if _spelling(expected) == _spelling(given):
         return Comparison("equal", _spelling(given))
     brackets = {_brackets(expected), _brackets(given)}
@@ -171,7 +171,7 @@ class _Worker:
     def ask(self, request: bytes) -> bytes | None:
         """The reply to `request`; empty if the process died twice, None if time ran out and the
         process was killed."""
-        for _ in range(2):  # the request may not have caused the first death
+        for _ in range(2):  # twice: something else may have killed the process
             if self._process is None:
                 self._process = _started()
             reply = _exchange(self._process, request, TIMEOUT_S)
@@ -248,8 +248,7 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Maximum number of comparisons kept in memory. They are kept because samples of one problem often
-repeat an answer."""
+"""Maximum number of comparisons kept in memory, because samples of a problem repeat answers."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

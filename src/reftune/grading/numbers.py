@@ -26,8 +26,8 @@ class Number:
     decimals: float = inf
     """Number of digits after the decimal point, as written; inf for a fraction, which is exact."""
     percent: bool = False
-    """Whether a percent sign or word follows the number, which may then mean a hundredth of
-    `value`."""
+    """Whether a percent sign or word follows the number, so that the number may stand for a
+    hundredth of `value`."""
 
     def __str__(self) -> str:
         return spell(self.value) + "%" * self.percent
@@ -38,8 +38,8 @@ class Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """The number in a gold answer. If it is unknown how many decimals were written, those that the
-    value needs are counted (inf for 1/3)."""
+    """The number in a gold answer. If its decimals as written are unknown, it gets as many as its
+    exact value needs (inf for 1/3)."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)
@@ -71,7 +71,7 @@ def parse_number(text: str) -> Number | None:
 
 
 def stated_number(line: str) -> Number | None:
-    """Like `parse_number`, but for a line that is already `plain`."""
+    """Like `parse_number`, but for a line that is already plain text."""
     answer = after_equals(line)
     return leading_number(answer) or only_number(answer)
 
@@ -84,14 +84,14 @@ FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
-    """Whether `predicted` (p) equals `gold` (g), as both are written. If `gold` is whole, the
-    values must be equal. Otherwise, both conditions must hold in exact arithmetic:
+    """Whether `predicted` (p) equals `gold` (g) at the precision of their spellings. If `gold` is
+    whole, the values must be equal. Otherwise, both conditions must hold in exact arithmetic:
 
         |p − g| < 10^−d   and   |p − g| ≤ 0.01·|g|
 
-    Here, d is the number of decimals of the less precise one, but at least 2. A fraction takes the
-    other side's decimals; two fractions must be equal. A printed float is first rounded to 12
-    significant digits.
+    Here, d is the number of decimals of the less precise number, but at least 2. If one number is a
+    fraction, d comes from the other; two fractions must be equal. A printed float is first rounded
+    to 12 significant digits.
     """
     predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
     gap = abs(predicted.value - gold.value)
@@ -113,7 +113,7 @@ def _without_float_noise(number: Number) -> Number:
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Whether two numbers are equal as written. If only one of them has a percent sign, the other
+    """Whether two numbers are equal by `numbers_equal`. If only one has a percent sign, the other
     may also equal a hundredth of it, unless the other is a whole number above 1 in absolute value:
     25% equals both 25 and 0.25, but 2500% does not equal 25."""
     if numbers_equal(predicted, gold):
@@ -148,7 +148,7 @@ CURRENCY = (
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
-"""Groups of two digits are read as lakhs only if one of them begins with 0 or a rupee sign precedes
+"""Groups of two digits are read as lakhs only if some group begins with 0 or a rupee sign precedes
 the number; "36,36,108" alone is a list."""
 _LAKHS = r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?(?![\d,]*\d)"
 _INTEGER = rf"(?:{_GROUPS}|{_INDIAN}|\d+)"
@@ -184,7 +184,7 @@ _MAGNITUDES = {
 }
 _MAGNITUDE_WORD = r" ?(hundred|thousand|lakh|million|crore|billion|trillion|mn|bn|tn)s?\b"
 _MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i:([MB]))\b| ?([万亿億])", re.IGNORECASE)
-"""Without a currency, "5m" is read as a length, and "5 M" is not read."""
+"""Without a currency, "5m" is read as a length, and "5 M" does not count as a number."""
 _MONEY_MAGNITUDE = re.compile(
     rf"{_MAGNITUDE_WORD}| ?(k)\b|(?-i: ?([MBT])|([mbt]))\b", re.IGNORECASE
 )
@@ -224,10 +224,10 @@ def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
 
 
 def leading_number(line: str) -> Number | None:
-    """The number at the start of a plain line; None if the text after it makes it part of something
-    larger."""
+    """The number at the start of a plain line; None if there is none, or if the text after the
+    number makes it part of something larger, such as a range."""
     lead = _LEAD_IN.match(line)
-    assert lead is not None  # it matches the empty string
+    assert lead is not None  # pattern matches the empty string
     bracketed = line.startswith("<", lead.end())
     found = numeral_at(line, lead.end() + bracketed)
     if found is None:
@@ -246,8 +246,7 @@ def leading_number(line: str) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    """The number in a match of `_NUMBER`; None if it is not valid, for example because it divides
-    by zero."""
+    """The number in a match of `_NUMBER`; None if the number is invalid, such as 1/0."""
     parts = {
         name: text.replace(",", "").replace("_", "")
         for name, text in match.groupdict().items()
@@ -273,7 +272,7 @@ def _size(parts: dict[str, str]) -> Number | None:
         return Number(_repeating(parts["head"], parts["period"]))
     if "endless" in parts:
         return _endless(parts["endless"])
-    if "base" in parts:  # MATH's graders read the digits as written
+    if "base" in parts:  # read as decimal, as in MATH's graders
         word = parts["base"].lower()
         base = int(word) if word.isdigit() else _BASES.get(word, 0)
         is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in parts["digits"])
@@ -290,8 +289,8 @@ def _size(parts: dict[str, str]) -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Fraction:
-    """The value of a decimal such as 0.1(6), which is 1/6: the period divided by as many nines as
-    it has digits, shifted by the decimals before it."""
+    """The value of a decimal such as 0.1(6), which is 1/6. The period is divided by as many nines
+    as it has digits, shifted by the decimals before it, and added to them."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return tail + Fraction(head) if head.strip(".") else tail
@@ -341,10 +340,10 @@ _AND_UNKNOWN = re.compile(r"\b(?:or|and) [^\W\d]{1,3} ?$")
 
 
 def after_equals(line: str) -> str:
-    """The part of a line that states its value, which is usually the text after the last `=` of the
-    first sentence. It is the whole line if there is no `=`, or if a number precedes an aside that
+    """The part of a line that states the value, usually the text after the last `=` in the first
+    sentence. It is the whole line if there is no `=`, or if a number precedes an aside that
     contains the `=`, as in "18, because 2 + 2 = 4" or "12 when n = 3". It is empty if the line
-    gives different values, as in "x = 3 or x = 4", or only a multiple of an unknown, as in "2x =
+    states different values, as in "x = 3 or x = 4", or only a multiple of an unknown, as in "2x =
     6"."""
     condition = _LEADING_CONDITION.match(line)
     if condition is not None:  # "when n = 3, 12"
@@ -425,7 +424,7 @@ _LETTER_OF = dict(
         " remainder:r odds:π month:m operation:+ operator:+ plus:p order:< open:( word:w"
     ).split()
 )
-"""Kind of word or symbol → its letter in `_CONTINUES`."""
+"""The letter that stands for each kind of word or symbol in `_CONTINUES`."""
 _CONTINUES = re.compile(
     r"[)\]}'\"]*(?:"
     # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5 (6), 5;6, 5? 6

@@ -25,15 +25,15 @@ _SECOND_CHOICE = re.compile(
 _NEGATED = re.compile(
     r"^[ :]*(?:it is )?(?:neither|not) [^.;]{0,200}?\b(?:but|rather) ", re.IGNORECASE
 )
-"""Matches rejected options: the words before C in "neither A nor B but C"."""
+"""Matches words that reject options, such as those before C in "neither A nor B but C"."""
 _LETTERED = re.compile(
     r"\s*[(\[]?(?P<letter>[a-z])(?:\s*[)\]]\s*|\s*[.:]\s+|\s+[-–—]\s+)(?P<text>\S.*)", re.I | re.S
 )
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """Options such as "a ) 38", "(B) 12", "C. 30" or "D - 5" without their letters; unchanged
-    unless each has the letter of its position."""
+    """The options without letters such as those in "a ) 38", "(B) 12", "C. 30" and "D - 5". All
+    options are unchanged unless each has the letter of its position."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]

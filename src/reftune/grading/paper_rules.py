@@ -1,4 +1,4 @@
-"""Grades as the paper's authors do, including the oddities of their code."""
+"""Grades as the paper's authors did, including the oddities of their code."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
     """The authors' rule for worked solutions: `grade_value_paper` grades the text after the last
-    `PAPER_TRIGGER`, or the whole text if there is none. As a result, nan and inf count as wrong
-    answers, and if the gold answer is not a number, any text counts as an answer."""
+    `PAPER_TRIGGER`, or the whole text if there is none. If the gold answer is a number, nan and inf
+    count as wrong answers; otherwise, any text counts as an answer."""
     text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
     return grade_value_paper(text, problem)
 

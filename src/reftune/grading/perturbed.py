@@ -1,5 +1,5 @@
-"""Changes gold solutions so that their answer is certainly wrong or certainly still right, to test
-a reward."""
+"""Changes gold solutions so that their answers are certainly wrong or still certainly right, to
+test a reward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from reftune.grading.markers import answer_text, reasoning_text
 from reftune.types import Answer, Problem
 
 MAX_SIZE = 10**6
-"""Numbers of this size or larger are not changed, because a change of 1 may be within the grader's
-tolerance."""
+"""Numbers of at least this absolute value are not changed, because a change of 1 may be within the
+grader's tolerance."""
 PRINTED = "printed and not returned"
 """The change that makes a program print its answer instead of returning it. Formats that read
 scripts may accept such a program."""
@@ -26,12 +26,12 @@ class Perturbed:
     """A changed solution."""
 
     kind: str
-    """The change, described in words."""
+    """A description of the change."""
     text: str
 
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions that look like the gold solution `target` but give another answer or no answer.
+    """Solutions that look like the gold solution `target` but have another answer or no answer.
     Yields nothing if the answer cannot be found in `target`."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)

@@ -77,8 +77,8 @@ _BULLET = re.compile(r"[-*+•–—] +")
 
 def first_line(text: str) -> str:
     """The first line that contains a letter or digit, in plain text with single spaces; empty if
-    there is none. A line cut off for its length ends in a backslash. Bullets are removed, except
-    from the first line of the text, where a dash may be a minus sign."""
+    there is none. A line cut off at `MAX_SEGMENT_CHARS` ends in a backslash. Bullets are removed,
+    except from the first line of the text, where a dash may be a minus sign."""
     start = text.lstrip()
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
@@ -131,8 +131,8 @@ _GROUPED_BY_SPACES = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?! 
 
 
 def with_decimal_points(text: str) -> str:
-    """Rewrite numbers with decimal commas as in English: "3,5" stands for 3.5, and both "1.250,75"
-    and "1 250,75" stand for 1250.75. A point that cannot group thousands stays a decimal point."""
+    """Rewrite numbers with decimal commas in English notation: "3,5" becomes "3.5", and "1.250,75"
+    becomes "1,250.75". A point that cannot group thousands stays a decimal point."""
     text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
     return _DIGITS.sub(_with_decimal_point, text.replace("{,}", ","))
 
@@ -146,7 +146,7 @@ def _with_decimal_point(match: re.Match[str]) -> str:
 
 def same_text(first: str, second: str) -> bool:
     """Whether two strings are the same apart from case, spacing, formatting and final punctuation.
-    False if they contain nothing else."""
+    Strings without any other content are not the same."""
     return _bare(first) == _bare(second) != ""
 
 

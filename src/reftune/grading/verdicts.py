@@ -1,4 +1,4 @@
-"""Grades completions and values. Every text gets a verdict, and no text causes an error.
+"""Grades completions and the values of programs. Every text gets a verdict; none raises an error.
 
 All functions are pure, except that expressions are compared in a worker process.
 """
@@ -42,7 +42,7 @@ from reftune.grading.words import TAKEN_BACK, bare_words, states_words
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
 
 MAX_VALUE_CHARS = 200
-"""Maximum length of `Graded.value`, and of a quotation in a reason."""
+"""Maximum number of characters in `Graded.value` or in a quotation in a reason."""
 PATTERN_S = 0.5
 """Seconds allowed for matching an answer against a pattern."""
 
@@ -51,9 +51,9 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{�
 
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade a worked solution by the answer after its last marker. A marker that only mentions the
-    answer, as in "Note on the answer: …", is ignored. If the last two markers give alternatives,
-    both must be right."""
+    """Grade a worked solution by the answer after its last marker. Markers that announce no answer,
+    as in "Note on the answer: …", are ignored. If the last two markers announce alternatives, both
+    must be right."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)
@@ -76,11 +76,11 @@ _NO_VALUE = re.compile(
     r"|ten|eleven|twelve|hundred|thousand)\b|n't\b|∞",
     re.IGNORECASE,
 )
-"""Matches words that give an answer without digits, such as number words and denials."""
+"""Matches words that state an answer without digits, such as number words and denials."""
 
 
 def _says_something(statement: Statement, problem: Problem) -> bool:
-    """Whether a statement gives an answer, readable or not, rather than only mentioning one."""
+    """Whether a statement seems to contain an answer, even one that cannot be read."""
     is_worded = problem.answer.kind not in ("number", "choice") or problem.scorer is not None
     if statement.text is None or is_worded:
         return statement.text is None or bool(statement.text.strip())
@@ -222,8 +222,8 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line, without any words after the list; the whole text if each line holds one
-    part."""
+    """The first line, without any words after the list; the whole text if the first line is only
+    one of several parts."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
@@ -252,8 +252,8 @@ def part_answer(item: str) -> Answer:
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """Grade by the best score among several spellings, because the task's scorer expects the bare
-    answer."""
+    """Grade by the task's scorer. Because it expects the bare answer, the best score of several
+    spellings counts."""
     words = text.strip()
     if not words:
         return no_answer("nothing after the marker")
@@ -275,7 +275,7 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
 
 
 def judge(right: bool, value: str, gold: str) -> Graded:
-    """CORRECT or WRONG, with a reason that quotes the answer and the gold answer."""
+    """A grade of CORRECT or WRONG, with a reason that quotes the answer and the gold answer."""
     gold = clip(gold)
     if len(value) > MAX_VALUE_CHARS:  # a checksum distinguishes long values that begin alike
         value = f"{clip(value[:180])}… {zlib.crc32(value.encode('utf-8', 'replace')):08x}"
@@ -295,7 +295,7 @@ _GRADERS: dict[AnswerKind, Callable[[str, Problem], Graded]] = {
     "regex": _grade_pattern,
 }
 _PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
-"""Verdicts, best first."""
+"""Verdicts, from best to worst."""
 
 
 def _badness(graded: Graded) -> int:
@@ -317,14 +317,14 @@ def quote(text: str) -> str:
 
 
 def clip(text: str) -> str:
-    """`text` as one line of limited length, with `�` for unprintable characters, so that it can be
-    encoded."""
+    """`text` as one line of limited length, with `�` for unprintable characters, because some of
+    these cannot be encoded."""
     line = " ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS]
     return "".join(char if char.isprintable() else "�" for char in line)
 
 
 def value_text(value: Any) -> str | None:
-    """A program's value as text; None if it is not an answer."""
+    """A program's value as text; None unless it is text or a finite number of limited length."""
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int):
@@ -338,8 +338,8 @@ _EDGES = ("()", "[)", "(]", "{}")
 
 
 def _other_value_text(value: Any, gold: Answer) -> str | None:
-    """The text of a boolean if the gold answer is yes or no, or of a list or date if the gold
-    answer may be one; None for any other value."""
+    """The text of a boolean if the gold answer is yes or no, and of a list or date unless the gold
+    answer is a number or choice; None for any other value."""
     if gold.kind in ("number", "choice"):
         return None
     if isinstance(value, bool):
@@ -355,7 +355,7 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
 
 
 def describe(value: Any) -> str:
-    """Describe, for a reason, a value that is not an answer."""
+    """A phrase for a value that is not an answer, to be used in a reason."""
     if isinstance(value, bool | float | None):
         return str(value)
     if isinstance(value, int):

@@ -31,20 +31,20 @@ def has_value(graded: Graded) -> bool:
 
 
 def has_letter(graded: Graded) -> bool:
-    """The paper's stricter rule for multiple choice: the value must be one letter."""
+    """Whether a value is one letter: the paper's stricter rule for multiple choice."""
     return graded.value is not None and len(graded.value) == 1 and graded.value.isalpha()
 
 
 def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
-    """The test for which samples may vote under a format's grading: those with an answer or, for
-    multiple choice under the paper's rules, those with a letter."""
+    """The function that decides whether a sample may vote under a format's grading: `has_letter`
+    for multiple choice under the paper's rules, otherwise `has_value`."""
     return has_letter if grading == "paper" and is_choice else has_value
 
 
 def same_answer(first: str, second: str) -> bool:
     """Whether two values that the grader read are one answer: equal numbers, or the same words.
 
-    The values of expressions are spelled from their parsed form, so comparing words is enough.
+    Equal expressions usually share one spelling as values, so they are compared as words.
     """
     if first == second:
         return True
@@ -55,7 +55,7 @@ def same_answer(first: str, second: str) -> bool:
 
 
 def equality(grading: str | None) -> Same:
-    """The test for whether two values are one answer under a format's grading."""
+    """The function that decides whether two values are one answer under a format's grading."""
     return operator.eq if grading == "paper" else same_answer
 
 
@@ -70,8 +70,8 @@ def majority_curve(
     samples; None if none of these is valid. With `weights`, such as a reward model's scores, each
     vote has its sample's weight (DiVeRSe, arXiv:2206.02336).
 
-    The first k of n samples are themselves a draw of k samples, so the mean over problems is an
-    unbiased estimate of maj@k.
+    The first k of n samples are themselves a draw of k samples, so the accuracy over problems is
+    an unbiased estimate of maj@k.
     """
     first: dict[str, Graded] = {}
     votes: dict[str, float] = defaultdict(float)
@@ -110,7 +110,7 @@ def rerank_curve(
 
 
 def is_correct(winner: Graded | None) -> bool:
-    """Whether a vote's winner is correct; False without a winner."""
+    """Whether the chosen sample is correct; False if none was chosen."""
     return winner is not None and winner.verdict is Verdict.CORRECT
 
 

@@ -1,4 +1,4 @@
-"""Decides whether two answers in words are the same, and whether an answer begins with the gold
+"""Decides whether two answers written in words are the same, and whether a text states the gold
 answer."""
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Literal
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 
 MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""An answer may go on after the gold answer on the same line if the gold answer has at most this
-many words and characters."""
+"""Other text may follow the gold answer on its line only if the gold answer has at most this many
+words and characters."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
@@ -40,7 +40,7 @@ TAKEN_BACK = re.compile(
 _OR_ELSE = re.compile(r"\W*(?:or|maybe|perhaps|possibly|alternatively)\b")
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
-"""A name followed only by other names, as in "Paris, London", may be several answers."""
+"""Matches names only. After a name, as in "Paris, London", they may be further answers."""
 _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[.,]|[ t]00:00(?::00)?$")
@@ -55,7 +55,7 @@ def same_words(first: str, second: str) -> bool:
 
 
 def bare_words(text: str) -> str:
-    """A normalised spelling, which is the same for all strings with the same words."""
+    """A normalised spelling that is the same for all strings with the same words."""
     folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     less = _ARTICLE.sub("", " ".join(folded.split()))
@@ -63,9 +63,9 @@ def bare_words(text: str) -> str:
 
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """Whether `text` states the gold answer: as the whole text, as its first line or, if the gold
-    answer is short, up to punctuation or a reason ("Yes, they do."). The result is `unclear` if the
-    text then withdraws the gold answer or adds another one ("Yes and no")."""
+    """Whether the gold answer is the whole text, the first line or, if the gold answer is short,
+    the words before punctuation or a reason ("Yes, they do."). The result is `unclear` if the text
+    then withdraws the gold answer or adds another one ("Yes and no")."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):
@@ -87,7 +87,7 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
     """The result of `states_words`, judged by what follows the gold answer in the first line."""
     first_word = re.match(r"\W*(\w*)", rest)
-    assert first_word is not None  # it matches the empty string
+    assert first_word is not None  # pattern matches the empty string
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):
         return "unclear"
     is_repeated = first_word[1] == gold.strip().casefold()
