@@ -30,7 +30,7 @@ _HOMES = {
     "Problem": "types",
     "Verdict": "types",
 }
-"""Public name → its module, which is imported on first use, so that `import reftune` stays fast."""
+"""Public name → its module. Importing it only on first use keeps `import reftune` fast."""
 
 
 def __getattr__(name: str) -> Any:

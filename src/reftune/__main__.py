@@ -1,4 +1,4 @@
-"""`python -m reftune` is `reftune`."""
+"""Makes `python -m reftune` run the command `reftune`."""
 
 from reftune.terminal.cli import main
 

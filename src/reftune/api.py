@@ -30,11 +30,11 @@ FormatSpec = str | Mapping[str, Any] | Format
 def run(
     recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True
 ) -> dict[str, Any]:
-    """Train all stages of a recipe and evaluate their models, as `reftune run` does. `recipe` is a
-    file, its content or a `Recipe`. An unfinished run is resumed. If a launcher starts several
-    processes, all must call this function.
+    """Train all stages of a recipe and evaluate their models, as `reftune run` does. `recipe` is
+    the path of a file, a mapping with the file's content, or a `Recipe`. An unfinished run is
+    resumed. If a launcher starts several processes, all must call this function.
 
-    `overrides` are `key=value` strings, which are allowed only if `recipe` is a file. Returns: the
+    `overrides` are `key=value` strings, which are allowed only if `recipe` is a path. Returns: the
     content of `summary.json`. Raises: ReftuneError if the run cannot start or continue;
     `reftune.stages.loop.Interrupted` if SIGINT or SIGTERM stops the training.
     """
@@ -131,9 +131,10 @@ def evaluate(
 
     `model` is a run's `stages/NAME`, any other folder in Hugging Face format, a Hub id,
     `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the keys
-    `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. If `model` is a stage
-    folder, `format` and `max_new` (tokens per answer) default to those of its run; if not, to `nl`
-    and 256. Raises: ReftuneError if the model, a problem or the format cannot be used.
+    `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. For a stage folder,
+    `format` and `max_new` (tokens per answer) default to those of its run; for any other model,
+    they default to `nl` and 256. Raises: ReftuneError if the model, a problem or the format cannot
+    be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts

@@ -1,5 +1,5 @@
-"""Every random number in a run is a function of a seed and the number's purpose, so a resumed run
-needs no saved generator."""
+"""Every random number in a run is a function of a seed and the number's purpose, so a checkpoint
+need not contain the state of a generator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
-    """The item indices at positions `start` to `start + count - 1` of an endless pass over
+    """The indices of the items at positions `start` to `start + count - 1` of an endless pass over
     `num_items` items, which are reshuffled for every epoch."""
     return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 def printable(text: str) -> str:
     """`text` with `�` in place of unprintable characters, which could control a terminal. Line
-    breaks and tabs stay."""
+    breaks and tabs are kept."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else "�" for character in text
     )

@@ -1,4 +1,4 @@
-"""The data types of reftune: plain frozen classes that do not need torch."""
+"""The data types of reftune. They do not need torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 
 class Verdict(enum.Enum):
-    """The judgement on a completion. A verdict has no truth value; compare it with a member."""
+    """The judgement on a completion. A verdict has no truth value; compare it with a member such as
+    `CORRECT`."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -40,8 +41,7 @@ class Answer:
     percent: bool = False
     """Whether the answer is a number written with a percent sign."""
     items: tuple[str, ...] = ()
-    """For the kind `any_of`, the accepted spellings; for `list` and `set`, the parts; empty
-    otherwise."""
+    """The accepted spellings (`any_of`) or the parts (`list`, `set`); empty for other kinds."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
@@ -63,7 +63,7 @@ class Message:
 
 
 class BareText(str):
-    """A prompt that is encoded without a special token before it, not even the tokenizer's BOS."""
+    """A prompt that is encoded with no special token before it, not even the tokenizer's BOS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""The gold answer of problems for which the data has none; their scorer judges answers."""
+"""The gold answer of a problem for which the data has none, but a scorer judges answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ class Problem:
     rationale: str | None = None
     """A worked solution as text, or a program that defines `solution()`."""
     choices: tuple[str, ...] = ()
-    """The option texts of a multiple-choice question, starting with option a; empty for other
+    """The texts of a multiple-choice question's options, in order from a; empty for other
     questions."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the data that reftune does not use itself but passes to a user's reward function
@@ -98,8 +98,8 @@ class Problem:
     """The gold answer as the data spells it; empty if unknown. `reftune check` shows it next to the
     answer that was read from it."""
     messages: tuple[Message, ...] = ()
-    """For a chat prompt, the turns before the answer; empty if the data has no conversations.
-    `question` holds their text, without the system message."""
+    """For a chat prompt, the turns before the answer; empty if the data has no conversations. Their
+    text, without the system message, is also in `question`."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, which maps an answer's text to a score from 0 to 1. If None, answers
     are compared with the gold answer."""
@@ -117,12 +117,12 @@ class SamplingParams:
     temperature: float = 1.0
     """Sampling temperature; 0 means greedy decoding."""
     top_k: int = 0
-    """Number of likeliest tokens to sample from; 0 means the whole vocabulary."""
+    """Sample only from the `top_k` most likely tokens; 0 means from the whole vocabulary."""
     top_p: float = 1.0
     seed: int = 0
     """Every random number of a request is a function of this seed and the request's position."""
     first_position: int = 0
-    """Position of a call's first request; above 0 if the call handles a later part of a batch."""
+    """Position of the first request; above 0 if a call handles a later part of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,12 +130,12 @@ class Completion:
     """The text that a model wrote after a prompt."""
 
     token_ids: tuple[int, ...]
-    """The sampled tokens, including the one that ended the completion."""
+    """The sampled tokens, including the end token, if there is one."""
     text: str
-    """The decoded text before the stop string, if any, without special tokens."""
+    """The decoded text, without special tokens, up to the stop string, if there is one."""
     logprobs: tuple[float, ...]
-    """Log-probability of each token under the distribution it was drawn from; for greedy decoding,
-    under the distribution at temperature 1."""
+    """Log-probability of each token under the distribution from which it was drawn; for greedy
+    decoding, under the distribution at temperature 1."""
     finish_reason: Literal["eos", "stop", "length"]
     """What ended the completion: an end token, a stop string or the length limit."""
     values: tuple[float, ...] = ()

@@ -60,7 +60,7 @@ def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: 
     )
     assert "step 40, chosen as the best of 3 dev evaluations. They solve\n62.5% of 8 dev" in card
     assert "name: tiny\nseed: 7" in card
-    assert "trained on `mine.csv` (`jsonl`)" in card
+    assert "trained on\n`mine.csv` (`jsonl`)" in card
 
 
 def test_the_card_of_a_snapshot_does_not_claim_a_choice_on_dev(run_folder: Path, tmp_path: Path):

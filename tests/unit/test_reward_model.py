@@ -422,7 +422,7 @@ def test_reranking_asks_for_a_reward_model_and_for_samples(make_reranked):
     with pytest.raises(
         RecipeError,
         match=(
-            r"^evaluate\.rerank: sft is not a reward model: not among this recipe's \(judge\), and"
+            r"^evaluate\.rerank: sft is not a reward model: neither one of this recipe's \(judge\)"
         ),
     ):
         check_stage_graph(make_reranked(rerank="sft"))

@@ -85,8 +85,8 @@ def truncated_importance(
 
 
 def group_means(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Mean reward of each sample's group, (B,). `groups` (B,) assigns equal integers to samples of
-    one problem."""
+    """Mean reward of each sample's group, (B,). `groups` (B,) assigns the same integer to all
+    samples of a problem."""
     num_groups = int(groups.max()) + 1 if groups.numel() else 0
     totals = rewards.new_zeros(num_groups).index_add(0, groups, rewards)
     counts = rewards.new_zeros(num_groups).index_add(0, groups, torch.ones_like(rewards))
@@ -119,8 +119,8 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain: 1 for perfect values, below 0 for
-    values worse than a constant.
+    """Share of the returns' variance that the values explain: 1 for perfect values, below 0 if a
+    constant would be a better prediction.
 
         1 - Var(G - V) / Var(G)
 

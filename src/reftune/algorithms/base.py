@@ -29,8 +29,8 @@ Reduction = Literal["sequence", "token"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerms:
-    """A micro-batch's part of the loss, and its metrics. Both are summed over micro-batches; of
-    metrics named `…_max`, the largest value is kept."""
+    """A micro-batch's part of the loss, and its metrics. Both are summed over micro-batches, except
+    that metrics named `…_max` keep their largest value."""
 
     total: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -41,11 +41,11 @@ class Algorithm(Component, ABC):
     others if needed. The loop that calls the hooks does not know which algorithm it runs."""
 
     needs_values: ClassVar[bool] = False
-    """Whether the value head is trained and `credit` reads its `values`."""
+    """Whether `credit` reads the batch's `values`, and the value head is therefore trained."""
 
     @property
     def needs_reference(self) -> bool:
-        """Whether `credit` or `loss` reads `ref_logprobs`."""
+        """Whether `credit` or `loss` reads the batch's `ref_logprobs`."""
         return False
 
     @property
@@ -70,8 +70,8 @@ class Algorithm(Component, ABC):
 
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """`batch`, all selected samples of a step, with the added fields that `weights` and `loss`
-        read, such as advantages and returns. A pure function."""
+        """A copy of `batch` with the fields that `weights` and `loss` read, such as advantages and
+        returns. `batch` contains all selected samples of a step. A pure function."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
         """The weight of each token in the loss of a minibatch, (B, R). A pure function."""
@@ -136,8 +136,8 @@ def token_weights(response_mask: Tensor, reduction: Reduction) -> Tensor:
     """Weights (B, R) that turn a weighted sum into the mean that `reduction` names; 0 where the
     mask is False.
 
-    `sequence` takes the mean over each response, then over responses, as in ReFT's code. `token`
-    takes the mean over all tokens.
+    `sequence` averages over the tokens of each response, then over responses, as in ReFT's code.
+    `token` averages over all tokens.
     """
     mask = response_mask.float()
     if reduction == "token":
@@ -193,8 +193,8 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 def policy_metrics(
     logprobs: Tensor, old_logprobs: Tensor, *, clip_low: float, clip_high: float, weights: Tensor
 ) -> dict[str, Tensor]:
-    """How far the policy has moved from the one that sampled, as metrics: weighted means, except
-    the maximum `policy/ratio_max`."""
+    """Metrics of how far the policy has moved from the one that drew the samples: weighted means
+    and, for `policy/ratio_max`, a maximum."""
     log_ratio = (logprobs - old_logprobs).detach().clamp(-20, 20)
     ratio = log_ratio.exp()
     clipped = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()

@@ -2,7 +2,7 @@
 gold solutions of its problems.
 
 To match ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. That code truncates long gold
-rationales, so the model never sees their ends.
+rationales, so the model never sees how they end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from reftune.types import Completion, Graded, Rollout, Verdict
 class OnlineSt(Algorithm):
     kind: Literal["online_st"] = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
-    """Maximum number of tokens in a gold solution and its prompt; longer solutions are truncated.
-    Default: no limit."""
+    """Maximum number of tokens in a prompt and its gold solution together; longer solutions are
+    truncated. Default: no limit."""
     dropout: bool = False
     """Keep dropout on during updates."""
 
@@ -34,8 +34,8 @@ class OnlineSt(Algorithm):
         return self.dropout
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The correct samples, then every gold solution, even of problems without a correct
-        sample."""
+        """The correct samples, then the gold solution to every problem, including problems without
+        a correct sample."""
         correct = [rollout for rollout in rollouts if rollout.graded.verdict is Verdict.CORRECT]
         sampled = {rollout.problem.id: rollout for rollout in rollouts}.values()
         gold = [
@@ -75,8 +75,8 @@ class OnlineSt(Algorithm):
 
 
 def gold_rollout(sampled: Rollout, encoder: Encoder, *, max_tokens: int | None) -> Rollout:
-    """The gold solution of a sample's problem as if it had been sampled, cut so that prompt and
-    solution together have at most `max_tokens` tokens."""
+    """The gold solution to a sample's problem, as a rollout. The solution is truncated so that
+    prompt and solution together have at most `max_tokens` tokens."""
     whole = encoder.target(sampled.problem)
     kept = whole if max_tokens is None else whole[: max(0, max_tokens - len(sampled.prompt_ids))]
     completion = Completion(

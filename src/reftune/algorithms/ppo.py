@@ -27,11 +27,11 @@ class Ppo(Clipped):
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's λ for the policy's advantages."""
     value_lam: float | None = Field(None, ge=0, le=1)
-    """GAE's λ for the value targets. With 1, these are plain returns (VC-PPO, arXiv:2503.01491).
-    Default: `lam`."""
+    """GAE's λ for the value targets. If 1, the targets are plain returns (VC-PPO,
+    arXiv:2503.01491). Default: `lam`."""
     value_clip: float = Field(0.2, gt=0)
-    """In the value loss, a token's value is clipped to within this distance of its value before the
-    updates."""
+    """In the value loss, the value of each token is clipped to within this distance of the value
+    before the updates."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
     positive_nll_coef: float = Field(0.0, ge=0)

@@ -1,7 +1,7 @@
-"""Plug-ins, which a recipe names by `kind`. A kind is `file.py:Name`, or the name of a file in the
-matching package (`gsm8k` is `reftune/datasets/gsm8k.py`). A `file.py` is looked up in the working
-directory, then among the recipes that come with reftune. A plug-in is a class derived from
-`Component`, whose fields are its recipe keys; a reward may also be a function."""
+"""Plug-ins, which a recipe names by `kind`. A kind is `file.py:Name` or the name of a module that
+comes with reftune (the dataset `gsm8k` is `reftune/datasets/gsm8k.py`). A `file.py` is looked up in
+the working directory, then among the recipes that come with reftune. A plug-in is a class that
+derives from `Component`. Its fields are its recipe keys. A reward may also be a function."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from reftune.text import did_you_mean
 
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
-    """A pydantic error whose type is `kind`, for a validator to raise. In a recipe, the error
-    becomes a one-line RecipeError that names the key."""
+    """A pydantic error whose type is `kind`, for a validator to raise. While a recipe is parsed,
+    the error becomes a one-line RecipeError that names the key."""
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
@@ -66,12 +66,12 @@ GROUPS = {
     "algorithms": "reftune.algorithms",
     "stages": "reftune.stages",
 }
-"""Group of plug-ins → the package that holds them, one plug-in per file."""
+"""Group of plug-ins → the package that contains them, one plug-in per file."""
 
 
 def known_kinds(group: str) -> list[str]:
-    """The kinds in `group`, a key of `GROUPS`, that come with reftune: the names of the files in
-    its package that define a public component."""
+    """The kinds of a group of plug-ins that come with reftune: the names of the modules in the
+    group's package that define a public component. `group` is a key of `GROUPS`."""
     folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return [
@@ -82,14 +82,14 @@ def known_kinds(group: str) -> list[str]:
 def load_component(spec: Any, *, group: str) -> Any:
     """The plug-in that `spec` describes. `spec` is a kind, a mapping with the key `kind`, or a
     plug-in, which is returned unchanged. Raises: PydanticCustomError if there is no such plug-in;
-    ValidationError if its keys are wrong."""
+    ValidationError if a key or value is wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):
         spec = {"kind": spec}
     if not isinstance(spec, Mapping) or "kind" not in spec:
         kinds = ", ".join(known_kinds(group))
-        raise refusal("component", f"expected a kind ({kinds}) or a mapping with one")
+        raise refusal("component", f"expected a kind ({kinds}) or a mapping with the key kind")
     cls = component_class(str(spec["kind"]), group=group)
     if inspect.isfunction(cls):
         return _wrap_function(spec, group=group)
@@ -100,7 +100,7 @@ def load_component(spec: Any, *, group: str) -> Any:
         )
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
-        raise refusal("not_a_component", f"{spec['kind']} lacks {missing}, as its base requires")
+        raise refusal("not_a_component", f"{spec['kind']} lacks {missing}, which its base requires")
     return cls.model_validate(dict(spec))
 
 
@@ -108,7 +108,7 @@ def component_class(kind: str, *, group: str) -> Any:
     """The class that a kind names; for `file.py:Name`, the object called `Name`, such as a class or
     a function.
 
-    Raises: PydanticCustomError, as made by `refusal`, if there is none.
+    Raises: PydanticCustomError (see `refusal`) if there is no such class or object.
     """
     if ":" in kind:
         return _user_object(kind)
@@ -137,8 +137,8 @@ def _components_of(module: ModuleType) -> list[type[Component]]:
 
 
 def shipped_recipes() -> Path:
-    """The folder of the recipes that come with reftune: in a wheel, inside the package; in an
-    editable install, at the root of the repository."""
+    """The folder of the recipes that come with reftune. It is inside the package if reftune was
+    installed from a wheel, and at the root of the repository if the install is editable."""
     packaged = Path(__file__).parents[1] / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
 
@@ -147,7 +147,7 @@ def _user_object(kind: str) -> Any:
     file, _, name = kind.rpartition(":")
     try:
         path = Path(file).expanduser().resolve()
-    except RuntimeError:  # `~name` without a user of that name
+    except RuntimeError:  # `~name`, but there is no user of that name
         path = Path(file)
     if not path.is_file():
         path = shipped_recipes() / file
@@ -178,7 +178,7 @@ def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
 
 
 def component_field(group: str) -> Any:
-    """The type of a recipe key that holds a plug-in of `group`."""
+    """The type of a recipe key whose value is a plug-in of `group`."""
     return SerializeAsAny[
         Annotated[Component, BeforeValidator(partial(load_component, group=group))]
     ]

@@ -16,8 +16,9 @@ from reftune.recipe.schema import Recipe
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, and validate the result.
 
-    The key `extends` names one or more recipes, by paths relative to the file that contains it.
-    Later recipes override earlier ones, and the file's own keys override them all; see `merge`.
+    The key `extends` names one or more other recipes by their paths, relative to the recipe's
+    folder. Later ones override earlier ones, and the recipe's own keys override them all; see
+    `merge`.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))
@@ -27,8 +28,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Validate `data` and return the recipe. Raises: RecipeError if it is not valid; the message
-    begins with `where`."""
+    """Validate `data` and return the recipe. Raises: RecipeError if `data` is not valid; the
+    message begins with `where`."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -41,7 +42,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file as a dict, merged with the recipes that it extends. Raises: RecipeError if a
-    file is missing, is not YAML, does not hold a recipe, or extends itself."""
+    file is missing, is not YAML, contains no recipe, or extends itself."""
     try:
         if path.resolve() in _seen:
             raise RecipeError(f"{path}: extends itself")
@@ -74,7 +75,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two tables. Values of `over` replace those of `base`, but mappings are merged unless
-    `over` names a different `kind`. A null in `over` removes a key of `base`."""
+    `over` names a different `kind`. A key that is null in `over` is removed."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

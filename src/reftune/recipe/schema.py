@@ -34,7 +34,7 @@ class ScratchTable(Table):
 
 
 class ModelTable(Table):
-    """Give either `path` or `scratch`."""
+    """Set either `path` or `scratch`."""
 
     path: str | None = None
     """A folder, a Hub id, or `smollm2-135m`, whose weights come in a Python package."""
@@ -76,7 +76,7 @@ class ModelTable(Table):
 
     @property
     def max_tokens(self) -> int:
-        """`micro_batch_tokens` as a number; its upper limit if the key is still `auto`."""
+        """`micro_batch_tokens` as a number. If the key is still `auto`, this is its upper limit."""
         return 16384 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
@@ -86,8 +86,8 @@ class LengthTable(Table):
     max_prompt: int | None = Field(None, gt=0)
     """Longest prompt. Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """`refuse` stops with an error if a prompt is too long. `drop` leaves its question out of
-    training or, in dev and test, counts it as unanswered."""
+    """`refuse` stops with an error if a prompt is too long. `drop` leaves such a question out of
+    training and, in dev and test, counts it as unanswered."""
     max_new: int = Field(256, gt=0)
     """Longest solution. Longer gold solutions are not used for training."""
 
@@ -148,7 +148,7 @@ class Recipe(Table):
     run_dir: str | None = None
     """The run's folder. Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads. With 1, results do not depend on the number of cores. Default: PyTorch
+    """Number of CPU threads. With 1, results do not depend on the number of cores. Default: PyTorch
     chooses."""
     model: ModelTable
     dataset: component_field("datasets")  # type: ignore[valid-type]
@@ -157,7 +157,7 @@ class Recipe(Table):
     engine: component_field("engines") = _default("kv")  # type: ignore[valid-type]
     lengths: LengthTable = LengthTable()  # type: ignore[call-arg]
     stages: dict[str, component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
-    """Name → stage. Stages are trained in this order."""
+    """Name → stage. Stages run in the order listed."""
     evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
     check: CheckTable = CheckTable()  # type: ignore[call-arg]
     trackers: list[TrackerName] | None = None

@@ -1,6 +1,5 @@
 """Chooses the values of keys set to `auto`. The device is chosen whenever a run starts or resumes:
-CUDA if available, otherwise the CPU. The other values are chosen when a run begins, and kept when
-it resumes."""
+CUDA if available, otherwise the CPU. The other values are chosen once, when a run first starts."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ from reftune.storage.run_folder import RunFolder
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 SIZES = (256, 1024)
-"""Sizes of the square matrix products that decide the dtype. The small one quickly rules out a CPU
-that emulates bf16; the large one keeps all cores busy."""
+"""Sizes of the square matrices that are multiplied to choose the dtype. The small size quickly
+rules out a CPU that emulates bf16; the large one keeps all cores busy."""
 EMULATED = 4.0
 """bf16 counts as emulated if a product takes more than this many times as long as in fp32."""
 Key = tuple[str, str]
-"""A table of the recipe and a key in it."""
+"""The names of a recipe's table and of a key in the table."""
 Values = dict[Key, Any]
 AUTO = "auto"
 DTYPE, TOKENS, ROWS = KEYS = (
@@ -90,8 +89,8 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether even the largest sizes fit easily, so that tracing is unnecessary. A block is assumed
-    to keep at most 400 bytes per token and hidden unit."""
+    """Whether even the largest sizes fit easily. If so, nothing needs to be traced. Each block is
+    assumed to keep at most 400 bytes per token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
@@ -112,7 +111,7 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 
 
 def _stored(recipe: Recipe) -> Values:
-    """The values that the run folder has for the `auto` keys; empty if there is no run."""
+    """The run folder's values of the keys that are `auto` in `recipe`; empty if there is no run."""
     try:
         stored = parse_recipe(yaml.safe_load(RunFolder(recipe.folder).recipe.read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):
@@ -170,8 +169,8 @@ def fastest_dtype(device: torch.device) -> Dtype:
 def product_rates(
     device: torch.device, shape: tuple[int, int, int], *, seconds: float
 ) -> dict[str, float]:
-    """Dtype → best FLOP/s of (M, K) × (K, N) products, repeated for about `seconds` per dtype. The
-    `shape` is (M, K, N)."""
+    """Dtype → FLOP/s of the fastest of many (M, K) × (K, N) products, which are repeated for about
+    `seconds` per dtype. `shape` is (M, K, N)."""
     return {dtype: _rate(device, getattr(torch, dtype), shape, seconds) for dtype in DTYPES}
 
 

@@ -1,4 +1,4 @@
-"""Evaluates a model: grades and stores its greedy answer to each problem, and any samples."""
+"""Evaluates a model: grades and stores its greedy answers and, optionally, samples."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _answer(
 
 
 def _attempt(completion: Completion, graded: Graded) -> Attempt:
-    timeless = replace(graded, program_s=None)  # so that a repeated evaluation gives the same file
+    timeless = replace(graded, program_s=None)  # so that a repeated evaluation writes the same file
     return Attempt(
         completion=completion.text, graded=timeless, finish_reason=completion.finish_reason
     )

@@ -30,8 +30,8 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
     """Write a method's model to the folder `out`, and return the folder. Without `adapter`, the
-    folder holds the whole model, with adapters merged, which plain `from_pretrained` and vLLM can
-    load. With `adapter`, it holds only the adapters, for use with the base model.
+    folder contains the whole model, into which any adapters are merged, so plain `from_pretrained`
+    and vLLM can load it. With `adapter`, the folder contains only the adapters.
 
     Raises: CheckpointError if the method is not finished, if `out` exists or, with `adapter`, if
     the method has no adapters.
@@ -70,7 +70,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     """Upload an exported model to the Hub repository `OWNER/NAME`, which is created if needed, and
     return its address.
 
-    Raises: ModelError if the Hub rejects the upload or cannot be reached; the folder is kept.
+    Raises: ModelError if the Hub rejects the upload; the folder is kept.
     """
     from huggingface_hub import HfApi
 
@@ -80,7 +80,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
         api.upload_folder(
             folder_path=folder, repo_id=repository, commit_message="Exported by reftune"
         )
-    # the Hub's errors are OSErrors or ValueErrors; httpx's are neither
+    # the Hub's errors are OSErrors or ValueErrors
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{repository}: cannot be pushed: {brief(error)}; the model stays in {folder}"
@@ -186,8 +186,8 @@ def _example(recipe: Recipe) -> Problem:
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Make the settings used in training the tokenizer's defaults: no BOS before a `BareText`, and
-    the recipe's arguments for the chat template, which a client can override."""
+    """Make the tokenizer's defaults those of training: no BOS before a `BareText`, and the recipe's
+    arguments for the chat template. A client can override these arguments."""
     if isinstance(prompt, BareText) and bos_of(tokenizer):
         tokenizer.add_bos_token = False  # this rewrites the post-processor
     if isinstance(prompt, Conversation):
@@ -234,8 +234,9 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
 
 # {table["name"]}: {method}
 
-Made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967): stage
-`{stage["kind"]}`, started from `{stage["init"]}`, trained on {_data(table)}.
+This model was made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967), in a
+stage of kind `{stage["kind"]}` that started from `{stage["init"]}`. It was trained on
+{_data(table)}.
 {_accuracy(run, method, evaluated_split(table))}
 The weights are those of step {stage["chosen_step"]}{choice}. They solve
 {stage["dev_accuracy"]:.1%} of {stage["dev_n"]} dev problems.
@@ -256,7 +257,7 @@ def _contents(base: Base | None) -> str:
     if base is None:
         return " `value_head/` holds the value head used in training; generation does not need it."
     bits = " in 4 bits (NF4)" if base.is_quantized else ""
-    return f" These are its adapters alone: they belong to the base model{bits}, `{base.path}`."
+    return f" This folder contains only adapters, for the base model{bits}, `{base.path}`."
 
 
 def _data(recipe: dict[str, Any]) -> str:
@@ -288,18 +289,19 @@ def _usage(serving: Serving, method: str, base: Base | None) -> str:
     stops = [f"`{serving.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
     stops += [f"the string {text!r}, which is not part of the answer" for text in serving.stop]
     bos = "" if serving.adds_special_tokens else ", with no special token before it"
-    evaluated = "as they are here" if base is None else "merged into the base"
+    evaluated = "in this form" if base is None else "merged into the base"
     return f"""
 ## Use
 
-One exact prompt{bos}:
+An exact prompt{bos}:
 
 {_fenced(text, "text")}
 
-A completion ends at {" or ".join(stops)}. It was at most {serving.limit} tokens long in training.
+A completion ends at {" or ".join(stops)}. In training, completions had at most
+{serving.limit} tokens.
 The weights were evaluated {evaluated}, in {serving.dtype}.
 
-From this folder:
+Run the following in this folder:
 
 {_shell(serving, f"{serving.name}-{method}", base)}
 {_fenced(_python(serving, base), "python")}

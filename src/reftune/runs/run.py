@@ -1,5 +1,5 @@
-"""A run trains its stages in order, evaluates the models that each stage saves (its methods), and
-writes a summary and a report. It can be resumed at any point."""
+"""A run trains its stages in order, evaluates the models that they save (the methods), and writes a
+summary and a report. It can be resumed at any point."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 def run_stages(
     recipe: Recipe, *, kinds: Collection[str], progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Run only the stages of these kinds. Any other methods that they read must be trained already.
-    Returns: the content of each stage's `stage.json`, by the stage's name. Raises: the errors of
+    """Run only the stages of these kinds. Any other methods that these stages read must be trained
+    already. Returns: stage name → content of its `stage.json`. Raises: the errors of
     `run_recipe`."""
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
@@ -126,7 +126,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
 
 
 def unclaimed(recipe: Recipe, splits: Splits | None = None) -> Run:
-    """A run for reading only: its folder is not claimed, and nothing is reported."""
+    """A run for reading only: its folder is not locked, and nothing is reported."""
     return Run(
         recipe=recipe,
         splits=load_splits(recipe) if splits is None else splits,
@@ -159,8 +159,9 @@ class Run:
     folder: RunFolder
     progress: Progress
     loaded: dict[tuple[str, bool], Policy] = field(default_factory=dict)
-    """The policy that was loaded last, unless training has changed it. The key is the method, and
-    whether the policy was built for training with adapters or gradient checkpointing."""
+    """The policy that was loaded last, unless training has changed it. Its key is a pair: the
+    method, and whether the policy was built for training with adapters or gradient
+    checkpointing."""
 
     def is_trained(self, name: str) -> bool:
         """Whether stage `name` has saved all its models."""
@@ -214,7 +215,7 @@ class Run:
         splits = collector.trainable(self.splits, policy)
         if len(splits.train) < len(self.splits.train):
             dropped = len(self.splits.train) - len(splits.train)
-            self.progress.note(f"{name}: {dropped} training prompts are too long and left out")
+            self.progress.note(f"{name}: {dropped} training prompts are too long and were left out")
         context = StageContext(
             name=name,
             stage=stage,
@@ -232,9 +233,9 @@ class Run:
 
     def load_policy(self, method: str, *, trained: bool = False) -> Policy:
         """Load the base model or a finished method's model. With `trained`, the policy may be
-        trained, and has adapters if the recipe sets `lora`; without it, the policy must not be
-        changed. On a 4-bit base, training continues the adapters of `method`; on any other base,
-        adapters are new."""
+        trained, and has adapters if the recipe sets `lora`; without `trained`, the policy must not
+        be changed. With a 4-bit base, training continues with the adapters of `method`; with any
+        other base, the adapters are new."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (method, trained and is_other)
@@ -324,8 +325,8 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Let a method's model answer the problems of the evaluation. On multiple choice, also
-        check for warning signs of reward hacking."""
+        """Let a method's model answer `problems_to_evaluate`. On multiple choice, also check for
+        warning signs of reward hacking."""
         problems, path = self.problems_to_evaluate(), self.folder.evaluation(method)
         rows = world.from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
@@ -343,7 +344,7 @@ class Run:
     def probe_choices(
         self, method: str, problems: Sequence[Problem], answers: Sequence[Attempt]
     ) -> None:
-        """Check a method's greedy answers for reward hacking, unless that has been done; see
+        """Check a method's greedy answers for reward hacking, unless this is already done; see
         `stages.probes.choices`."""
         path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(problems):
@@ -359,7 +360,7 @@ class Run:
         write_rows(path, found)
 
     def score_samples(self) -> None:
-        """If the recipe reranks, score the samples of its evaluations with the reward model."""
+        """If the recipe reranks, score the samples of all evaluations with the reward model."""
         name = self.recipe.evaluate.rerank
         if name is None:
             return
@@ -438,7 +439,7 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
 
 
 def is_model_folder(method: str) -> bool:
-    """Whether `method` is the path of a folder that holds a model or adapters."""
+    """Whether `method` is the path of a folder that contains a model or adapters."""
     return (Path(method) / "config.json").is_file() or is_adapter_folder(Path(method))
 
 
@@ -477,14 +478,14 @@ def check_stage_graph(recipe: Recipe) -> None:
     rerank = recipe.evaluate.rerank
     if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
         raise RecipeError(
-            f"evaluate.rerank: {rerank} is not a reward model: not among this recipe's"
-            f" ({', '.join(rerankers) or 'it has none'}), and no folder with a {WEIGHTS}"
+            f"evaluate.rerank: {rerank} is not a reward model: neither one of this recipe's"
+            f" ({', '.join(rerankers) or 'it has none'}) nor a folder with a {WEIGHTS}"
         )
 
 
 def methods_to_evaluate(recipe: Recipe) -> list[str]:
-    """The methods to evaluate, in training order; snapshots come before the method of their
-    stage."""
+    """The names of the methods to evaluate, in training order. A stage's snapshots come before the
+    model that the stage chose on dev."""
     methods = [
         method for name, stage in recipe.stages.items() for method in _methods_of(name, stage)
     ]
@@ -493,7 +494,8 @@ def methods_to_evaluate(recipe: Recipe) -> list[str]:
 
 
 def _methods_of(name: str, stage: Stage) -> tuple[str, ...]:
-    """The methods that a stage trains: its snapshots and, unless it is a reward model, itself."""
+    """The names of the methods that a stage saves: those of its snapshots and, unless the stage is
+    a reward model, the stage's own name."""
     return (*stage.produces, name) if stage.is_method else stage.produces
 
 

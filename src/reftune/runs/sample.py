@@ -17,8 +17,8 @@ from reftune.types import Attempt, Problem
 def sample_method(
     recipe: Recipe, method: str, *, split: str, num: int, temperature: float
 ) -> list[dict[str, Any]]:
-    """Solutions to the first `num` problems of a split, by `base` or by a finished method of the
-    recipe's run.
+    """The rows of `sample_rows` for the first `num` problems of a split. The solutions come from
+    `base` or from a finished method of the recipe's run.
 
     Raises: RecipeError if the method is not trained yet.
     """
@@ -55,6 +55,6 @@ def sample_rows(
 
 
 def solution_text(row: Mapping[str, Any]) -> str:
-    """A row as readable text."""
+    """A row of `sample_rows` as readable text."""
     verdict = f"→ {row['verdict']}: {row['reason']}"
     return printable(f"{row['question']}\n\n{row['completion']}\n\n{verdict}")
