@@ -1,4 +1,4 @@
-"""The kinds of answer found in the data, shown so that the user can notice a misreading."""
+"""The kinds of gold answer found in the data, shown so that the user can notice a misreading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reftune.types import ANY_ANSWER, Problem
 
 NUM_EXAMPLES = 3
 MOST_CHARS = 40
-"""Longest example shown, in characters."""
+"""Maximum length of a shown example, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class GoldKind:
 
 
 def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:
-    """The kinds of all gold answers, the most frequent first."""
+    """The kinds of gold answer in all splits, the most frequent first."""
     by_kind: dict[str, list[Problem]] = {}
     for problem in (*splits.train, *splits.dev, *splits.test):
         if problem.answer != ANY_ANSWER:

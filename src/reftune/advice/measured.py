@@ -22,12 +22,12 @@ WARM_TOKENS = 256
 """Tokens trained on before the clock starts, because the first pass chooses kernels, casts weights
 and allocates memory."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
-"""Tokens sampled per row before the clock starts, and the minimum while it runs."""
+"""Number of tokens sampled per row before the clock starts, and the minimum while it runs."""
 BUDGET_S = 8.0
-"""Target duration of a timed pass. With a large model, the pass is therefore smaller than in
+"""Target duration of a timed pass. A large model's pass is therefore smaller here than in
 training."""
 STEADY_S = 0.5
-"""A pass that takes less time is repeated for this many seconds."""
+"""A pass shorter than this is repeated until this many seconds have passed."""
 SCORING_COST = 1 / 3
 """Cost of a forward pass, as a share of the cost of a forward and backward pass."""
 
@@ -40,7 +40,7 @@ class Speed:
     """Tokens of responses per second, over all rows."""
 
     def pace(self, *, prompt: float, response: float) -> Pace:
-        """The pace for sequences of these mean lengths, in tokens."""
+        """Seconds per sequence, for prompts and responses of these mean lengths in tokens."""
         update = (prompt + response) / self.train
         return Pace(generate=response / self.sample, score=SCORING_COST * update, update=update)
 
@@ -54,9 +54,9 @@ def measure_speed(
     rows: int,
     max_tokens: int,
 ) -> Speed:
-    """Measure the speed of training on `rows` sequences and of sampling as many solutions, both
-    after a warm-up. A training pass reads at most `max_tokens` tokens and takes no optimizer
-    step."""
+    """Measure the speed of training on `rows` sequences and of sampling as many solutions. Both are
+    timed after a few untimed passes. A training pass reads at most `max_tokens` tokens and takes no
+    optimizer step."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(
@@ -89,8 +89,8 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Tokens per second in sampling solutions of `num_tokens` tokens, extrapolated if there is only
-    time to sample their beginnings."""
+    """Tokens sampled per second, over all rows, in solutions of `num_tokens` tokens. The speed is
+    extrapolated if there is only time to sample the beginnings of the solutions."""
 
     def sample(length: int) -> int:
         completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
@@ -115,8 +115,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Free memory of the device. On a CPU, it is limited to this process's share of the machine or
-    container."""
+    """Free memory of the device, in bytes. On a CPU, the result is at most this process's share of
+    the memory of the machine or container."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

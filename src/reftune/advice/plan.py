@@ -17,7 +17,7 @@ from reftune.stages.stage import Pace
 
 GB = 10**9
 NODE = 8
-"""GPUs in one machine, joined by fast links."""
+"""Number of GPUs in a machine, joined by fast links."""
 NETWORK = 50 * GB
 """Bytes per second from a GPU to other machines: one 400 Gbit/s adapter per GPU, as in NVIDIA's DGX
 H100."""
@@ -28,7 +28,7 @@ ARITHMETIC = "arithmetic"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """Dense peak rates of the SXM versions, from NVIDIA's data sheets."""
+    """A GPU's peak rates, without sparsity, for the SXM version. Source: NVIDIA's data sheets."""
 
     bfloat16: float
     """FLOP/s."""
@@ -83,7 +83,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """A GPU's memory under one sharding."""
+    """The memory that a GPU needs under one sharding."""
 
     parts: Mapping[str, float]
     """Bytes by purpose."""
@@ -103,7 +103,7 @@ class Step:
     """The longest phase, and its `bound`."""
     steps: float
     stage_seconds: float
-    """Seconds of all steps, excluding dev evaluations."""
+    """Seconds of all the stage's steps, excluding dev evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,16 +119,16 @@ class Plan:
     prompt: int
     response: int
     sizes: Mapping[Sharding, Sizes]
-    """Sharding → the recipe's sizes of passes; for `auto`, the largest that fit."""
+    """Sharding → the sizes of passes that the recipe sets or, for `auto`, the largest that fit."""
     memory: Mapping[Sharding, Share]
     topology: str
     sharding: Sharding | None
-    """The simplest sharding that fits; None if none does."""
+    """The simplest sharding that uses all GPUs and fits; None if none does."""
     split: Mapping[str, Mapping[str, Any]]
     """Stage → the best division of the GPUs between sampling and training, and the step's
     seconds."""
     steps: Mapping[str, Step]
-    """Each sampling stage's step under `sharding`; if that is None, under the sharding that needs
+    """Sampling stage → its step under `sharding` or, if that is None, under the sharding that needs
     the least memory."""
     assumed: Mapping[str, Any]
 
@@ -141,7 +141,7 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """The plan of all stages, or of the stage `only`. `prompt` and `response` are lengths in
+    """The plan for all stages, or for the stage `only`. `prompt` and `response` are lengths in
     tokens. The default of `prompt` is `lengths.max_prompt`, or 256 if that is not set; the default
     of `response` is `lengths.max_new`.
 
@@ -225,7 +225,7 @@ class Planner:
         return self.hardware.rate(self.estimate.recipe.model.dtype)
 
     def flops(self, *, backward: bool) -> float:
-        """FLOPs of a pass over one sequence, counted in a trace; a value model doubles them."""
+        """FLOPs of a pass over one sequence, counted in a trace and doubled for a value model."""
         made = self.estimate
         update = made.outline.update(made.prompt, made.response, 2)
         models = 2 if made.cost.value_model else 1
@@ -255,8 +255,8 @@ class Planner:
         )
 
     def generate(self, gpus: int) -> Phase:
-        """Sampling time per sequence. In each step, a GPU reads its prompts, then draws one token
-        per row at a time."""
+        """Sampling time per sequence. In each step, a GPU first reads its prompts and then draws
+        tokens, one for every row at a time."""
         gpu, made, cost = self.hardware.gpu, self.estimate, self.estimate.cost
         outline, total = made.outline, made.outline.total
         rollouts = math.ceil(cost.sampled / gpus)
@@ -286,7 +286,7 @@ class Planner:
         )
 
     def update(self, gpus: int) -> Phase:
-        """Update time per sequence: forward and backward passes, including recomputed blocks. DDP
+        """Time per sequence of the forward and backward passes, including recomputed blocks. DDP
         sums gradients after the passes; FSDP2 moves weights and gradients during them."""
         compute_s = self.flops(backward=True) / gpus / self.rate
         exchange_s = self.communication(gpus) / self.estimate.cost.batch

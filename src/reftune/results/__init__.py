@@ -27,8 +27,8 @@ __all__ = [
 
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
-    """Write the page of `reftune report RUN…`, by default as `report.html` in the first run's
-    folder. Returns: the page's path. Raises: as `write_report`."""
+    """Write the HTML page for `reftune report RUN…`, by default as `report.html` in the first run's
+    folder. Returns: the page's path. Raises: the errors of `write_report`."""
     return write_report(run_dirs, out or RunFolder(Path(run_dirs[0])).report)
 
 
@@ -40,8 +40,8 @@ def table_command(
     layout: Literal["auto", "methods", "paper"] = "auto",
     k: int | None = None,
 ) -> str:
-    """The output of `reftune table RUN…`: the final evaluation as `text`, `markdown`, `latex` or
-    `json`; `json=True` overrides `fmt`.
+    """The output of `reftune table RUN…`: the results of the final evaluation, formatted as `text`,
+    `markdown`, `latex` or `json`. `json=True` overrides `fmt`.
 
     The layout `methods` compares all methods on the same problems, and the layout `paper` is that
     of the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of rationale,

@@ -1,4 +1,4 @@
-"""The metrics that the report draws, each with a sentence for newcomers."""
+"""The metrics that the report plots, each with an explanation for newcomers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Unit = Literal["percent", "number", "seconds"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """One metric over training."""
+    """A metric of training, and how the report plots it."""
 
     key: str
     """The metric's name in `metrics.jsonl`."""
@@ -18,15 +18,15 @@ class Metric:
     explain: str
     unit: Unit = "number"
     over_passes: bool = False
-    """Whether the horizontal axis counts training sequences instead of steps, whose size differs
-    between kinds of stage."""
+    """Whether the horizontal axis counts training sequences. If not, it counts steps, which differ
+    in size between kinds of stage."""
     floor: float | None = None
-    """The axis ends here even if values go lower, so that early outliers do not flatten the
-    rest."""
+    """Lower limit of the vertical axis, so that early outliers do not flatten the rest of the
+    curve."""
     of_groups: bool = False
     """Whether the metric applies only to stages with several samples per problem."""
     exact: bool = False
-    """Whether the metric is drawn without a running mean, because it has no noise."""
+    """Whether the metric is plotted without a running mean, because it has no noise."""
 
 
 LEARNING = (
@@ -51,19 +51,22 @@ CHARACTER = (
         key="kl/reference",
         title="Distance from the start (KL)",
         explain=(
-            "How much more probable the model finds its own solutions than the model that it"
-            " started from does, in nats per solution."
+            "How much more probable a sampled solution is under the current model than under the"
+            " model that training started from, in nats."
         ),
     ),
     Metric(
         key="policy/entropy",
         title="Entropy",
-        explain="How undecided the model is about its next token. Near 0, all samples are alike.",
+        explain=(
+            "How undecided the model is about the next token. Near 0, all samples of a problem are"
+            " alike."
+        ),
     ),
     Metric(
         key="response/length",
         title="Response length",
-        explain="Mean number of tokens in a sampled solution; sudden jumps mean trouble.",
+        explain="Mean number of tokens in a sampled solution; sudden jumps are a bad sign.",
     ),
     Metric(
         key="response/truncated",
@@ -78,8 +81,8 @@ HACKING = (
         key="choices/other_option",
         title="Right letter, other value",
         explain=(
-            "Share of right answers whose reasoning arrives at another option: luck or a shortcut"
-            " was rewarded."
+            "Share of right answers whose reasoning arrives at the value of another option: luck or"
+            " a shortcut was rewarded."
         ),
         unit="percent",
     ),
@@ -93,15 +96,18 @@ HACKING = (
         key="choices/agreement",
         title="Same option when moved",
         explain=(
-            "Share of answers that follow their option when the options change places. A model"
-            " that knows only places keeps its letter."
+            "Share of answers that choose the same option after all options have changed places. A"
+            " model that looks only at positions keeps its letter."
         ),
         unit="percent",
     ),
     Metric(
         key="choices/numeric_accuracy",
         title="Solved without options",
-        explain="Accuracy on the same questions without options, so that only reasoning helps.",
+        explain=(
+            "Accuracy on the questions with a numeric answer, asked without options so that only"
+            " reasoning helps."
+        ),
         unit="percent",
     ),
 )
@@ -119,14 +125,14 @@ MACHINERY = (
     Metric(
         key="policy/clip_fraction",
         title="Clipped tokens",
-        explain="Share of tokens whose probability had moved so far that PPO stopped pushing.",
+        explain="Share of tokens whose probability has moved beyond PPO's clip range.",
         unit="percent",
     ),
     Metric(
         key="groups/constant_reward",
         title="Problems without contrast",
         explain=(
-            "Share of problems whose samples all earned the same reward, so that comparing them"
+            "Share of problems whose samples all earned the same reward. Comparing such samples"
             " teaches nothing."
         ),
         unit="percent",
@@ -170,7 +176,7 @@ VERDICTS = {
     "memory": "out of memory",
     "forbidden": "forbidden access",
 }
-"""Verdict → its name for readers."""
+"""Verdict → the name that readers see."""
 
 PHASES = {
     "time/generate_s": "sampling",
@@ -178,7 +184,7 @@ PHASES = {
     "time/score_s": "scoring",
     "time/update_s": "updating",
 }
-"""Metric → phase of a step."""
+"""Metric → the phase of a step whose time it records."""
 
 VOTING = {
     "maj": (
@@ -191,11 +197,11 @@ VOTING = {
     ),
     "rerank": (
         "Reranking",
-        "The answer of the sample, among k, that the reward model scores highest.",
+        "The answer of whichever of k samples the reward model scores highest.",
     ),
     "pass": (
         "Any right (pass@k)",
-        "Chance that at least one of k samples is right, so that a perfect judge could pick it.",
+        "Chance that at least one of k samples is right: the accuracy of a perfect judge.",
     ),
 }
-"""Decision rule → title and explanation."""
+"""Decision rule → title and explanation of its chart."""

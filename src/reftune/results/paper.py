@@ -27,21 +27,22 @@ from reftune.storage.run_folder import RunFolder
 RULES = {"maj": "voting", "rerank": "reranking"}
 
 Place = tuple[str, str, str]
-"""Model, task and rationale, under the paper's names if they are in the paper."""
+"""Model, task and kind of rationale, each by the paper's name if it has one there."""
 Cell = dict[str, Any]
-"""The scores of the runs in one cell of a table, as `--json` prints them."""
+"""The number of seeds, the split sizes and the scores of the runs at one place, as `--json` prints
+them."""
 
 
 @cache
 def published() -> dict[str, Any]:
-    """The paper's names and numbers: `recipes/paper/published.yaml`."""
+    """The paper's names and numbers, as stated in `recipes/paper/published.yaml`."""
     path = shipped_recipes() / "paper" / "published.yaml"
     document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return document
 
 
 def is_several_tasks(runs: Sequence[RunResults]) -> bool:
-    """Whether runs differ in task or kind of rationale, so that they do not fit one table of
+    """Whether runs differ in task or kind of rationale and therefore do not fit in one table of
     methods."""
     return len({_place(run)[1:] for run in runs}) > 1
 
@@ -76,9 +77,9 @@ def _order(place: Place) -> tuple[Any, ...]:
 
 
 def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
-    """One cell for each model, task and rationale. Votes use the first `k` samples.
+    """One cell for each combination of model, task and rationale. Votes use the first `k` samples.
 
-    Raises: as `score_table`; also DataError if two recipes would fill one cell.
+    Raises: the errors of `score_table`; DataError if two recipes would fill the same cell.
     """
     places: dict[Place, list[RunResults]] = {}
     for run in runs:
@@ -107,8 +108,8 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
-    """A score as JSON. The key `paper` holds the paper's score in percent if model, task, rationale
-    and number of test questions are the paper's, and None if they are not."""
+    """A score as JSON. The value of `paper` is the paper's score, in percent, for the same model,
+    task, rationale, method and number of test questions; None if the paper has no such score."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)
@@ -131,7 +132,7 @@ def _paper_sizes(column: str) -> dict[str, int]:
 
 
 def render(found: Sequence[Cell], fmt: str) -> str:
-    """Tables of the splits' sizes, the greedy accuracies and, if solutions were sampled, votes and
+    """Tables of split sizes, of greedy accuracies and, if solutions were sampled, of votes and
     reranking, as `text`, `markdown`, `latex` or `json`. Raises: DataError for an unknown format."""
     if fmt == "json":
         return json.dumps(found, indent=2)
@@ -166,8 +167,8 @@ def _size(sizes: Mapping[str, int], split: str, column: str) -> str:
 def _accuracies(
     found: Sequence[Cell], fmt: str, is_shown: Callable[[str], bool], *, title: str
 ) -> str:
-    """A row per model, method and shown rule, with an average for each kind of rationale that has
-    several tasks; empty if no rule is shown."""
+    """A table with a row per model, method and shown rule, and an average for each kind of
+    rationale that has several tasks. Returns: an empty string if no rule is shown."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
     rationales = [of for of in columns.values() if list(columns.values()).count(of) > 1]
@@ -217,8 +218,8 @@ def _note(found: Sequence[Cell]) -> str:
         if scores[GREEDY]["significant_against_baseline"] is None
     )
     return (
-        f"Percent of test problems, ± half the width of the 95% interval; number of seeds: {seeds}."
-        f" {NOT_SIGNIFICANT}: not significantly different from {display(baseline)} on the same"
-        " problems. In brackets: the paper's accuracy, if the paper has the same model, task,"
-        " rationale and number of test questions."
+        "Percent of problems solved, ± half the width of the 95% interval. Number of seeds:"
+        f" {seeds}. {NOT_SIGNIFICANT}: not significantly different from {display(baseline)} on the"
+        " same problems. In brackets: the paper's accuracy, if it reports one for the same model,"
+        " task, rationale and number of test questions."
     )

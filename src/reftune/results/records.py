@@ -1,4 +1,4 @@
-"""Reads the JSON and YAML of a run folder into frozen dataclasses, without loading a model or
+"""Reads the JSON and YAML files of a run folder into frozen dataclasses, without loading a model or
 plug-in."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EvalRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSample:
-    """One sampled solution kept from training."""
+    """One of the sampled solutions that training logged."""
 
     step: int
     id: str
@@ -58,7 +58,7 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResults:
-    """A stage, finished or not, or the snapshot of a stage, which is reported as a separate
+    """A stage, finished or not, or the snapshot of a stage. Reports show a snapshot as a separate
     method."""
 
     name: str
@@ -68,7 +68,7 @@ class StageResults:
     """Number of solutions sampled per problem: the stage's key `samples`, or 1 if there is no such
     key."""
     metrics: tuple[MetricRow, ...]
-    """Empty for a snapshot, whose metrics belong to its stage."""
+    """One row per step; empty for a snapshot, because its stage has the metrics."""
     samples: tuple[TrainingSample, ...]
     info: Mapping[str, Any]
     """The content of `stage.json`; empty until the stage is done."""
@@ -85,12 +85,12 @@ class RunResults:
     recipe_text: str
     env: Mapping[str, Any]
     stages: Mapping[str, StageResults]
-    """Stages in the order of training; a stage's snapshots come before the stage."""
+    """Name → stage, in the order of training; a stage's snapshots come before the stage."""
     evals: Mapping[str, tuple[EvalRow, ...]]
     """Method → its evaluated problems, for the methods evaluated so far, in the order of
     training."""
     missing: tuple[str, ...]
-    """Methods that the recipe evaluates and that have no results yet."""
+    """Names of the methods that the recipe evaluates and that have no results yet."""
 
     @property
     def name(self) -> str:
@@ -112,7 +112,7 @@ class RunResults:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of all training. A snapshot's seconds are part of its stage's."""
+        """Total training time in seconds. A stage's time includes that of its snapshots."""
         infos = [stage.info for stage in self.stages.values()]
         return sum(float(i.get("wall_seconds", 0)) for i in infos if not i.get("snapshot_of"))
 
@@ -127,9 +127,9 @@ def evaluated_split(recipe: Mapping[str, Any]) -> str:
 
 
 def read_run(folder: Path | str) -> RunResults:
-    """Load a run folder, finished or running.
+    """Load the results of a run, which need not be finished.
 
-    Raises: DataError if the folder is missing, is not a run folder, or holds a damaged file.
+    Raises: DataError if the folder is missing, is not a run folder, or contains a damaged file.
     """
     files = RunFolder(Path(folder))
     recipe, recipe_text = _read_recipe(files.recipe)
@@ -198,7 +198,7 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _with_snapshots(name: str, spec: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """(name, keys) of each snapshot that a stage saves, and then of the stage itself."""
+    """(name, the stage's keys) for each snapshot that a stage saves, and then for the stage."""
     keys = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     return [*((snapshot, keys) for snapshot in keys.get("snapshots") or {}), (name, keys)]
 
@@ -212,8 +212,8 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations, except unfinished ones. An evaluation is unfinished if it holds only the
-    first problems of the longest evaluation."""
+    """The evaluations, except unfinished ones. An evaluation counts as unfinished if it stops
+    partway through the problems of the longest one."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {
@@ -224,8 +224,8 @@ def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow,
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no file. Raises: DataError if the file holds
-    anything else."""
+    """The JSON object in a file, or an empty one if there is no file. Raises: DataError if the file
+    contains anything else."""
     if not path.exists():
         return {}
     return _object(path.read_text(encoding="utf-8"), where=str(path))
@@ -242,7 +242,7 @@ def _object(text: str, *, where: str) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
-    """Each JSON line, parsed, except a last line that is still being written."""
+    """The result of `parse` for each JSON line, except a last line that is still being written."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -260,7 +260,7 @@ def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterat
 
 
 def _read_metrics(path: Path) -> dict[str, dict[int, MetricRow]]:
-    """Stage → step → metrics. Rows of one step are merged, and a metric's last value counts."""
+    """Stage → step → metrics. If a step has several rows, the last value of each metric is used."""
     stages: dict[str, dict[int, MetricRow]] = {}
     for stage, row in _read_lines(path, _metric_row):
         steps = stages.setdefault(stage, {})

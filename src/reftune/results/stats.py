@@ -22,7 +22,7 @@ Interval = tuple[float, float]
 
 
 def wilson(num_correct: int, n: int) -> Interval:
-    """95% interval of a share.
+    """95% Wilson interval of the share p.
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / n
 
@@ -46,21 +46,22 @@ class Comparison:
     a: str
     b: str
     difference: float
-    """Accuracy of `a` minus accuracy of `b`; if there are several seeds, their mean."""
+    """Accuracy of `a` minus accuracy of `b`, averaged over seeds if there are several."""
     ci95: Interval
-    """95% interval of the difference, bootstrapped over problems and, if there are several, over
-    seeds."""
+    """95% interval of the difference, bootstrapped over problems, and also over seeds if there are
+    several."""
     n: int
-    """Problems per seed."""
+    """Number of problems per seed."""
     p_mcnemar: float | None = None
     """Two-sided p-value of McNemar's exact test, not corrected for the number of comparisons; None
     if there are several seeds."""
     by_seed: tuple[float, ...] = ()
-    """The difference in each seed, if there are several."""
+    """The difference for each seed; empty if there is only one seed."""
 
     @property
     def significant(self) -> bool:
-        """Whether `a` and `b` differ significantly, by McNemar's test or, over seeds, by `ci95`."""
+        """Whether `a` and `b` differ significantly: by McNemar's test or, if there are several
+        seeds, because `ci95` excludes 0."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]
@@ -88,7 +89,7 @@ def compare(
     num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
     """Compare methods `a` and `b`. `correct_a` and `correct_b` state for each problem, in the same
-    order, whether the method solved it."""
+    order, whether that method solved it."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     assert right_a.shape == right_b.shape and right_a.size, (
         "paired outcomes must have the same length, which must not be zero"
@@ -104,12 +105,12 @@ def compare(
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of the hypothesis that problems solved by only one method are split between
-    the methods as by coin tosses.
+    """Two-sided p-value of the hypothesis that a problem solved by only one method is equally
+    likely to be solved by either.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
-    Computed in integers. Source: McNemar (1947), in the exact binomial form.
+    The sum is computed in integers. Source: McNemar (1947), in the exact binomial form.
     """
     m = only_a + only_b
     term = tail = 1
@@ -138,16 +139,16 @@ def paired_bootstrap(
 def crossed_bootstrap(
     values: ArrayLike, *, generator: np.random.Generator, num_resamples: int = NUM_RESAMPLES
 ) -> Interval:
-    """95% percentile interval of the mean of `values` (seeds, problems) if every seed answered the
-    same problems.
+    """95% percentile interval of the mean of `values` (seeds, problems), for seeds that all
+    answered the same problems.
 
     Each replicate resamples seeds once and problems once, so all its seeds have the same problems.
     The interval tends to be too wide. Source: Owen (2007), "The pigeonhole bootstrap".
     """
     matrix = np.asarray(values, dtype=float)
     num_seeds, num_problems = matrix.shape
-    # problems with the same outcomes under every seed are exchangeable, so it is enough to draw the
-    # number of each kind
+    # problems with equal columns are interchangeable, so it is enough to draw how often each
+    # distinct column occurs
     sorts, counts = np.unique(matrix, axis=1, return_counts=True)
     problems = (
         generator.multinomial(num_problems, counts / num_problems, size=num_resamples)
@@ -166,8 +167,8 @@ def hierarchical_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95% percentile interval of the mean over seeds if each seed (one array of `values`) has its
-    own problems.
+    """95% percentile interval of the mean over seeds that answered different problems. `values` has
+    one array per seed.
 
     A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
     five seeds, the interval is too narrow, as with any bootstrap of so few values.
@@ -205,9 +206,9 @@ def compare_over_seeds(
     same_problems: bool,
     generator: np.random.Generator,
 ) -> Comparison:
-    """Compare `a` and `b`, paired by seed and problem. `correct_a` and `correct_b` hold one array
-    of booleans per seed. The bootstrap depends on `same_problems`: whether all seeds answered the
-    same problems in the same order."""
+    """Compare methods `a` and `b`, paired by seed and problem. `correct_a` and `correct_b` have one
+    array of booleans per seed. `same_problems` states whether all seeds answered the same problems
+    in the same order, and determines the bootstrap."""
     pairs = zip(correct_a, correct_b, strict=True)
     differences = [
         np.asarray(left, dtype=float) - np.asarray(right, dtype=float) for left, right in pairs

@@ -1,5 +1,5 @@
 """Computes scores and comparisons of runs from their folders alone. It also determines whether a
-warm-up was finished when RL began, and whether a reward model chooses better than at random."""
+warm-up was finished when RL began, and whether a reward model beats a random choice."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from reftune.types import Graded
 GREEDY = "greedy"
 
 Outcomes = NDArray[np.float64]
-"""One number per problem: 1 if it was solved, 0 if it was not, and a number in between for an
-expected value."""
+"""One number per problem: 1 if it was solved and 0 if it was not or, under pass@k, the probability
+that at least one of k samples solves it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +47,13 @@ class Group:
 
     @property
     def methods(self) -> list[str]:
-        """Methods that every run has evaluated."""
+        """Names of the methods that every run has evaluated."""
         return [name for name in self.runs[0].evals if all(name in run.evals for run in self.runs)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A share of problems, with its interval."""
+    """The share of problems solved, with its 95% interval."""
 
     value: float
     ci95: Interval
@@ -71,15 +71,16 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodScore:
-    """One method of one group of runs."""
+    """The results of one method in one group of runs."""
 
     group: Group
     method: str
     label: str
     """The name shown to the user; it includes the group if there are several groups."""
     outcomes: Mapping[str, Sequence[Outcomes]]
-    """Decision rule → solved problems, one array per seed. Besides `greedy`, there are `maj@k` and
-    `pass@k` if there are samples, and `weighted@k` and `rerank@k` if the samples are scored."""
+    """Decision rule → outcomes, one array per seed. Besides `greedy`, the rules are `maj@k` and
+    `pass@k` if the method was sampled, and `weighted@k` and `rerank@k` if its samples have
+    scores."""
     scores: Mapping[str, Score]
     """Scores by decision rule."""
 
@@ -99,7 +100,7 @@ class MethodScore:
 
     @property
     def looks(self) -> int | None:
-        """Number of dev evaluations from which the model was chosen, in the first seed."""
+        """Number of dev evaluations from which the first seed's model was chosen."""
         return self.group.runs[0].stages[self.method].info.get("looks")
 
     @property
@@ -107,7 +108,7 @@ class MethodScore:
         return self.mean("dev_accuracy")
 
     def mean(self, key: str) -> float | None:
-        """The mean over seeds of a number in `stage.json`; None if no run has it."""
+        """The mean over seeds of the number at `key` in `stage.json`; None if no run has it."""
         infos = [run.stages[self.method].info for run in self.group.runs]
         values = [info[key] for info in infos if info.get(key) is not None]
         return float(np.mean(values)) if values else None
@@ -119,8 +120,8 @@ class ScoreTable:
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
-    """Comparisons of greedy answers, which name methods by label, and of votes, which name them
-    like `LABEL maj@k`."""
+    """Comparisons of greedy answers and of votes. A comparison of votes adds the rule to a method's
+    label, as in `LABEL maj@k`."""
     num_seeds: int
     split: str
 
@@ -131,7 +132,7 @@ class ScoreTable:
 
     @property
     def starts(self) -> set[str]:
-        """Labels of methods that other methods started from."""
+        """Labels of the methods that other methods started from."""
         inits = {(method.group.label, method.init) for method in self.methods}
         return {m.label for m in self.methods if (m.group.label, m.method) in inits}
 
@@ -200,7 +201,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
-    """The runs in groups, as `comparable_groups` forms them.
+    """Read the runs and group them with `comparable_groups`.
 
     Raises: DataError if a run is missing or damaged, if a run is unfinished and `finished` is True,
     or if the groups are not comparable.
@@ -271,7 +272,7 @@ def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0)
     if `k` is None; `seed` seeds the bootstrap.
 
     Raises: DataError if `k` is given and no method was sampled, or if a sampled method has fewer
-    than `k` samples of a problem.
+    than `k` samples for some problem.
     """
     if k is not None:
         evals = [
@@ -305,8 +306,9 @@ def _baseline(methods: Sequence[MethodScore]) -> str:
 
 
 def leader(table: ScoreTable) -> MethodScore | None:
-    """The method with the highest greedy accuracy, other than the baseline; None if there is no
-    other. Methods that others start from are considered only if no other method is left."""
+    """Of the methods other than the baseline, the one with the highest greedy accuracy; None if
+    there is none. Methods that others start from are considered only if no other method is
+    left."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
     return max(rivals, key=lambda method: method.greedy.value, default=None)
@@ -367,8 +369,7 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Decision rule → score of each problem. Votes use `k` samples, by default the largest number
-    that every problem has."""
+    """Decision rule → outcomes. Votes use `k` samples, by default as many as every problem has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
     if drawn:
@@ -384,11 +385,11 @@ def num_samples(rows: Sequence[EvalRow]) -> int:
 
 
 def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.float64]]:
-    """Decision rule → scores with k = 1 … `max_k` samples: `maj`, `pass` and, if samples are
-    scored, `weighted` and `rerank`.
+    """Decision rule → outcomes with k = 1 … `max_k` samples. The rules are `maj`, `pass` and, if
+    every sample has a score, `weighted` and `rerank`.
 
-    Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is exact over all
-    subsets. Raises: DataError if a problem has fewer than `max_k` samples.
+    Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is the exact mean
+    over all subsets of k samples. Raises: DataError if a problem has fewer than `max_k` samples.
     """
     voting.check_k(max_k, num_samples(rows))
     rules = {
@@ -491,8 +492,8 @@ class LastRise(NamedTuple):
 
 
 def last_rise(run: RunResults, method: str) -> LastRise | None:
-    """The rise that was last measured when a supervised method's model was saved. None if the
-    method is not supervised or not finished, or if there had been too few evaluations."""
+    """The last rise measured before a supervised method's model was saved. None if the method is
+    not supervised or not finished, or if there had been too few evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
@@ -505,8 +506,8 @@ def last_rise(run: RunResults, method: str) -> LastRise | None:
 
 
 def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:
-    """The stage that trained `method`, and the step at which its model was saved; None if it is not
-    finished."""
+    """The stage that trained `method`, and the step at which the method's model was saved; None if
+    the run has no such method or has not finished it."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None
@@ -523,8 +524,8 @@ def _samples(stage: StageResults) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reranker:
-    """A reward model's choices among the samples of each dev problem, compared with a random
-    choice."""
+    """The accuracy of a reward model's choices among the samples of each dev problem, compared with
+    that of random choices."""
 
     stage: str
     num_samples: int
@@ -538,7 +539,7 @@ class Reranker:
 
     @property
     def beats_chance(self) -> bool:
-        """Whether the reward model chooses better than at random, by more than the margin."""
+        """Whether `accuracy` exceeds `chance` by more than the margin."""
         return self.accuracy - self.chance > self.margin
 
     def to_row(self) -> dict[str, Any]:
@@ -546,7 +547,7 @@ class Reranker:
 
 
 def rerankers(run: RunResults) -> list[Reranker]:
-    """The run's finished reward models, as measured on dev at their chosen step."""
+    """The dev results of each finished reward model of the run, at its chosen step."""
     return [
         Reranker(
             stage=name,

@@ -1,4 +1,4 @@
-"""The final evaluation in words, and as a table in text, Markdown, LaTeX or JSON."""
+"""The final evaluation in sentences, and as a table in text, Markdown, LaTeX or JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Row = list[str]
 NOT_SIGNIFICANT = "n.s."
 
 
-# --- words ----------------------------------------------------------------------------------------
+# --- sentences ------------------------------------------------------------------------------------
 
 
 _LABELS = {
@@ -50,7 +50,8 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A method's label as shown, with group and rule: `run/reft maj@8` → `run: ReFT maj@8`."""
+    """A method's label, with any group and rule, as shown to readers: `run/reft maj@8` → `run: ReFT
+    maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
@@ -58,23 +59,23 @@ def display(label: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as `62.4%`."""
+    """A share in percent, such as `62.4%`."""
     return f"{100 * share:.1f}%"
 
 
 def points(difference: float) -> str:
-    """A difference in signed percentage points, with a true minus."""
+    """A difference of shares in percentage points, with a plus or a true minus sign: `−1.5`."""
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def p_text(p: float) -> str:
-    """A p-value to three decimals."""
+    """A p-value to three decimals, such as `p = 0.031`, or `p < 0.001`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Headline:
-    """The result in words."""
+    """The result in sentences."""
 
     title: str
     text: str
@@ -83,7 +84,8 @@ class Headline:
 
 
 def headline(table: ScoreTable) -> Headline:
-    """Compares the best method with the baseline, and states the evidence and the runner-up."""
+    """A headline that compares the best method with the baseline, and names the evidence and the
+    runner-up."""
     if not table.methods:
         return Headline(
             title="Nothing evaluated yet",
@@ -154,13 +156,13 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
         return f"dev accuracy is no longer rising ({points}): RL can take over"
     return (
         f"dev accuracy is still rising by {100 * rise / num_looks:.1f} points per evaluation"
-        f" ({points}): SFT will teach more than RL"
+        f" ({points}): more SFT may teach more than RL"
     )
 
 
 def remarks(run: RunResults) -> list[str]:
-    """Sentences on whether the warm-up before each sampling stage was finished, which methods are
-    the same model, and whether each reward model chooses better than at random."""
+    """Sentences on whether the warm-up before each sampling stage was finished, which methods share
+    a model, and whether each reward model beats a random choice."""
     rankings = map(reranker_sentence, rerankers(run))
     return [*map(sentence, handovers(run)), *same_models(run), *rankings]
 
@@ -202,7 +204,7 @@ def sentence(handover: Handover) -> str:
 
 
 def reranker_sentence(found: Reranker) -> str:
-    """A line on whether a reward model chooses better than at random."""
+    """A line on whether a reward model beats a random choice."""
     gain = f"{points(found.accuracy - found.chance)} ± {100 * found.margin:.1f} points"
     verdict = "better" if found.beats_chance else "no better"
     advice = "" if found.beats_chance else "; do not rerank with it"
@@ -216,8 +218,8 @@ def reranker_sentence(found: Reranker) -> str:
 
 
 def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
-    """Head and body: one row per method, with its score under each rule and its gain over the
-    baseline."""
+    """The table's head and body. The body has a row per method, with its score under each rule and
+    its gain over the baseline."""
     rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))
     names = ["Greedy" if rule == GREEDY else rule for rule in rules]
     head = ["Method", *names, f"vs {display(table.baseline)}", "Paired test", "Dev", "Dev evals"]
@@ -253,7 +255,7 @@ def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
 
 
 def caption(table: ScoreTable) -> str:
-    """The meaning of the numbers, in one line."""
+    """A caption that explains the table's numbers."""
     n = table.methods[0].greedy.n if table.methods else 0
     seeds = f", mean over {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     interval = "bootstrap over seeds and problems" if table.num_seeds > 1 else "Wilson"
@@ -324,8 +326,8 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
 
 
 def choices_table(summary: Mapping[str, Any]) -> str:
-    """A table of the warning signs of reward hacking in a run's summary; empty for a run without
-    multiple choice."""
+    """A table of the warning signs of reward hacking in a run's summary; an empty string for a run
+    without multiple choice."""
     found = {
         name: scores["choices"]
         for name, scores in summary["methods"].items()

@@ -1,8 +1,8 @@
 """The command line. A command reads its arguments, leaves the work to other modules and prints the
 result.
 
-Results go to stdout, everything else to stderr. The exit status is 0 if the command succeeds, 1 if
-it fails, 2 for bad input or a full disk (with one line on stderr), and 130 after an interruption.
+Results go to stdout, everything else to stderr. The exit status is 0 after success, 130 after an
+interruption, 2 after bad input or a full disk (with one line on stderr), and 1 after other errors.
 Heavy modules are imported inside the command that needs them, so that `--help` answers at once.
 """
 
@@ -126,7 +126,8 @@ def _settings(
 def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Watch a small model learn to reason. This takes a few minutes on two cores.
 
-    After a supervised warm-up, SFT and ReFT continue on the same questions and are compared.
+    After a supervised warm-up, SFT and ReFT both continue from it on the same questions, and their
+    accuracies are compared.
     """
     _run(_load(DEMO, overrides), None, as_json=as_json, quiet=quiet)
 
@@ -190,7 +191,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 @contextmanager
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
     """A progress view that is closed at the end, even after an error. After an interruption, a
-    message names the checkpoint to continue from."""
+    message names the checkpoint from which the run can continue."""
     from reftune.stages.loop import Interrupted, stop_signals
     from reftune.terminal.live import make_progress
     from reftune.terminal.trackers import tracked
@@ -225,7 +226,7 @@ def init(
         str | None, typer.Option(help="Training questions: a file, a folder or a Hub id.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A Hub id, a folder, smollm2-135m, or scratch (a new one).")
+        str | None, typer.Option(help="A Hub id, a folder, smollm2-135m, or scratch (a new model).")
     ] = None,
     form: Annotated[
         Literal["nl", "program"] | None, typer.Option("--format", help="How solutions are written.")
@@ -282,8 +283,8 @@ def init(
 
 
 def _ask(question: str, default: str | None, *, flag: str) -> str:
-    """Ask on the terminal; an empty answer means the default. Raises: RecipeError if there is
-    neither a terminal nor a default."""
+    """The user's answer on the terminal; the default if the answer is empty or there is no
+    terminal. Raises: RecipeError if there is neither a terminal nor a default."""
     if sys.stdin.isatty():
         return str(typer.prompt(question, default=default, err=True))
     if default is None:
@@ -330,7 +331,7 @@ def plan(
     memory: Annotated[float, typer.Option(min=1, help="Memory of each GPU, in GB.")] = 80,
     gpu: Annotated[
         Literal["a100", "h100", "h200"],
-        typer.Option(help="The kind of GPU; its data sheet gives the rates."),
+        typer.Option(help="The kind of GPU, which sets the peak rates."),
     ] = "h100",
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1, help="Assumed share of the GPU's peak arithmetic.")
@@ -344,7 +345,7 @@ def plan(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Plan only this stage. Default: all, with memory for the largest."),
+        typer.Option(help="Plan only this stage. Default: all; memory is that of the largest."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -396,7 +397,9 @@ def sample(
     recipe: RecipeName,
     overrides: Overrides = None,
     method: Method = "reft",
-    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which problems.")] = "dev",
+    split: Annotated[
+        Literal["train", "dev", "test"], typer.Option(help="The split with the problems.")
+    ] = "dev",
     num: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 4,
     temperature: Annotated[float, typer.Option(min=0, help="0 means greedy.")] = 0.0,
     as_json: AsJson = False,
@@ -453,7 +456,7 @@ def score(
         bool, typer.Option("--json", help="Print one JSON object per line.")
     ] = False,
 ) -> None:
-    """Grade completions and give the reasons, to debug a reward."""
+    """Grade completions and state the reason for each verdict, to debug a reward."""
     from reftune.terminal.score import score_as_recipe, score_file
     from reftune.text import printable
 
@@ -504,10 +507,10 @@ def table(
 @app.command()
 def report(
     runs: RunFolders,
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first RUN.")] = None,
     figures: Annotated[
         Path | None,
-        typer.Option(help="A folder for the figures as PNG and SVG; the runs must be finished."),
+        typer.Option(help="Also write PNG and SVG figures to this folder. Needs finished runs."),
     ] = None,
 ) -> None:
     """Write an HTML page about one or more runs, and print the paths of all files written."""
@@ -536,9 +539,9 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Copy a trained model with a model card.
+    """Copy a trained model to a new folder, with a model card.
 
-    The folder can be loaded with from_pretrained and in vLLM. The command prints the folder's path
+    The folder can be loaded by from_pretrained and by vLLM. The command prints the folder's path
     or, with --push, the model's address on the Hub.
     """
     from reftune.runs.export import export_model, push_model
@@ -557,8 +560,9 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The file `name` or, if there is none, the recipe of that name that comes with reftune; such a
-    name may begin with `recipes/` and omit `.yaml`. Raises: RecipeError if there is neither."""
+    """The path of the file `name` or, if there is none, of the recipe of that name that comes with
+    reftune. The name of such a recipe may begin with `recipes/` and omit `.yaml`. Raises:
+    RecipeError if there is neither."""
     from reftune.recipe import shipped_recipes
 
     path = Path(name)

@@ -37,15 +37,15 @@ INSTRUCTIONS: Mapping[str, str] = {
 """Kind of format → the instruction above each question for an instruct model."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
-"""The name of a model that is made from scratch, with the vocabulary of the data."""
+"""Stands for a model that is made from scratch, with the vocabulary of the data."""
 DEFAULT_MAX_NEW = 256
 """Token limit of a solution if there is no rationale to measure and the context allows it."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""Limit for the prompts, and for the solutions, of a from-scratch model, in tokens. It is raised if
-a larger share than `MAX_TOO_LONG` would exceed it."""
+"""Maximum length of a from-scratch model's prompts, and of its solutions, in tokens. The limit is
+raised if a larger share than `MAX_TOO_LONG` would exceed it."""
 MAX_TOO_LONG = 0.1
-"""Share of prompts, and of solutions, that may be too long."""
+"""Largest share of prompts, and of solutions, that may be too long."""
 SMALL_HIDDEN_SIZE = 256
 """Hidden size up to which a second thread does not help."""
 
@@ -175,10 +175,10 @@ class _Lengths:
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
 ) -> _Lengths:
-    """Limits that nearly all prompts and solutions respect. Together, they stay within `context`
-    tokens.
+    """Limits within which nearly all prompts and solutions stay. A prompt and a solution together
+    fit in `context` tokens.
 
-    Raises: ModelError if too many prompts exceed them.
+    Raises: ModelError if too many prompts are too long.
     """
     prompts = sorted(
         len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)
@@ -206,7 +206,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The largest size, leaving out the share that may be too long."""
+    """The largest of the sizes that remain without the share that may be too long."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

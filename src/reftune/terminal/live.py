@@ -61,10 +61,10 @@ class StageView:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase (`generate`, `update`, …), summed since `first_step`."""
     num_tokens: float = 0.0
-    """Tokens trained on and sampled in `phase_seconds`."""
+    """Number of tokens trained on and sampled during `phase_seconds`."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take in the metrics of a step; an evaluation of the same step adds to them."""
+        """Record the metrics of a step. An evaluation at the same step adds to them."""
         grown = [
             metrics[name] - self.numbers[name]
             for name in TOKEN_COUNTS
@@ -111,7 +111,7 @@ class StageView:
 
 
 class LineProgress(Progress):
-    """One plain line every few seconds, and one at the end of each stage."""
+    """Prints a plain line every few seconds, and one at the end of each stage."""
 
     def __init__(
         self,
@@ -151,8 +151,8 @@ class LineProgress(Progress):
 
 
 class RichProgress(Progress):
-    """The live view: a bar, numbers, the time split and the last sampled solution. Each finished
-    stage leaves a line."""
+    """The live view: a bar, numbers, each phase's share of the time and a recently sampled
+    solution. Each finished stage leaves a line."""
 
     def __init__(self, console: Console, *, time_s: Callable[[], float] = time.monotonic) -> None:
         from rich.live import Live
@@ -175,7 +175,7 @@ class RichProgress(Progress):
         self._view.update(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Show the first solution until the next rollout."""
+        """Show the first of these solutions until the next call."""
         self._sample = rollouts[0]
 
     def note(self, message: str) -> None:

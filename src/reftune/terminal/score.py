@@ -71,7 +71,7 @@ def score_lines(
     rows = [_row(row, place, kind, reading) for place, row in json_lines(where, lines)]
     if not rows:
         raise DataError(
-            f"{where}: empty; expected an object with id, completion and answer in each line"
+            f"{where}: empty; expected an object with id, completion and answer on each line"
         )
     return _scored(rows, format, reward)
 
@@ -108,8 +108,8 @@ def _row(row: Mapping[str, Any], where: str, kind: str, reading: Reading) -> _Ro
 
 
 def problem_of(row: Mapping[str, Any], where: str, reading: Reading = DEFAULT) -> Problem:
-    """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`. Raises: DataError
-    whose message begins with `where`."""
+    """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`. Raises:
+    DataError, whose message begins with `where`, if the answer or the choices are invalid."""
     if row.get("answer") is None:
         raise DataError(f"{where}: answer is missing; expected a number, text or a letter")
     choices = _choices(row.get("choices"), where)

@@ -46,8 +46,8 @@ def is_installed(package: str) -> bool:
 
 
 class TrackedProgress(Progress):
-    """A view that passes every event on to another view, and logs metrics as `STAGE/group/name` by
-    the stage's steps."""
+    """A view that passes every event on to another view, and logs metrics as `STAGE/group/name`
+    with the stage's step."""
 
     def __init__(self, progress: Progress, names: list[TrackerName], recipe: Recipe) -> None:
         self._progress, self._names, self._recipe = progress, names, recipe

@@ -76,8 +76,8 @@ def is_alive(folder: Path) -> bool:
 
 
 class Tail:
-    """Reads JSON lines as they are written. If a resumed run cuts the file back, reading continues
-    from its new end."""
+    """Reads JSON lines as they are written. If a resumed run shortens the file, reading continues
+    from the file's new end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._read = path, 0
@@ -98,7 +98,7 @@ def _objects(text: bytes) -> Iterator[dict[str, Any]]:
     for line in text.split(b"\n"):
         try:
             yield json.loads(line)
-        except ValueError:  # after a cut, reading may begin in the middle of a line
+        except ValueError:  # in a shortened file, reading may begin in the middle of a line
             continue
 
 
@@ -115,7 +115,8 @@ def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
     """The stage's number of steps: the recipe's `steps` or, if that is not set, an extrapolation
-    from the recipe's epochs and the row's. If one of these is missing, it is the row's own step."""
+    from the recipe's `epochs` and the row's `progress/epoch`. If one of these is missing, the
+    result is the row's step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")

@@ -242,7 +242,7 @@ def test_votes_are_explained_where_any_method_has_them(write_run: WriteRun) -> N
         folder / "eval" / "warmup.jsonl", lambda row: row.update(samples=[])
     )  # the first method was not sampled
     assert (
-        "Other marks show answers chosen from several samples: the majority’s answer (diamond)."
-        in page_of(folder)
+        "Other marks show the accuracy of answers chosen from several samples: the majority’s"
+        " answer (diamond)." in page_of(folder)
     )
     assert "several samples:" not in page_of(write_run("other"))

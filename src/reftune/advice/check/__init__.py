@@ -1,4 +1,4 @@
-"""Finds problems that would spoil a run, before it starts, and suggests a remedy for each."""
+"""Before a run starts, finds problems that would spoil it, and suggests a remedy for each."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
         update={"train": str(folder), "dev": None, "test": None, "dev_size": 2}
     )
     return examples, ok(
-        f"{source} is not here; the check used examples of its format that come with reftune"
+        f"{source} is not on this machine; the check used examples that come with reftune"
     )
 
 

@@ -19,10 +19,10 @@ from reftune.results.stats import wilson
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 
 SMALL_DEV = 100
-"""With fewer dev problems, the choice of a model is mostly luck: at 50% accuracy, the 95% interval
-is then ± 10 points or wider."""
+"""With fewer dev problems than this, the choice of a model is mostly luck: at 50% accuracy, the 95%
+interval is ± 10 points or wider."""
 NUM_REWARDED = 64
-"""Maximum number of rows with which the reward is tested."""
+"""Maximum number of training rows on which the reward is tested."""
 MAX_FALSE_POSITIVES = 0.05
 """Largest share of wrong solutions that may be rewarded before the check fails."""
 
@@ -48,8 +48,8 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Check that gold answers, each in the shortest possible solution, are graded correct. Gold
-    answers of the kind `regex` are left out, because a pattern is not itself an answer."""
+    """Check that a solution which only states the gold answer is graded correct. Gold answers of
+    the kind `regex` are left out, because a pattern is not itself an answer."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
@@ -116,7 +116,7 @@ def _gold_finding(
     share, least = 1 - len(wrong) / len(problems), subject.recipe.check.min_gold_correct
     message = f"{share:.2%} of {len(problems)} {what} are graded correct"
     if share < least:
-        remedy = "fix the rows, choose the format that fits them, or waive this check"
+        remedy = "fix the rows, choose a format that fits them, or waive this check"
         return fail(
             f"{message}, below {least:.0%}: the reward would punish right solutions", remedy, wrong
         )
@@ -124,7 +124,8 @@ def _gold_finding(
 
 
 def check_grader_refuses(subject: Subject) -> Finding:
-    """Check that no empty completion, bare answer or other problem's solution is graded correct."""
+    """Check that none of these is graded correct: an empty completion, the bare answer, and another
+    problem's solution."""
     problems = [row.problem for row in subject.rows]
     pairs = [
         (a.problem, b.target)
@@ -142,7 +143,7 @@ def check_grader_refuses(subject: Subject) -> Finding:
     }
     found = [f"{what} ({count})" for what, count in accepted.items() if count]
     if not found:
-        return ok("no empty completion, bare answer or other problem's solution is graded correct")
+        return ok("empty completions, bare answers and other problems' solutions are all rejected")
     message = (
         f"{len(problems)} problems; graded correct although they solve nothing: {', '.join(found)}"
     )
@@ -187,9 +188,9 @@ def check_reward(subject: Subject) -> Finding:
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Count wrong variants of gold solutions that earn much (false positives), and right variants
-    that earn little (false negatives). The threshold is halfway between the mean rewards of gold
-    solutions and of empty completions."""
+    """Count wrong variants of gold solutions whose reward is high (false positives), and right
+    variants whose reward is low (false negatives). The threshold is halfway between the mean
+    rewards of gold solutions and of empty completions."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
     changed = {
@@ -251,8 +252,8 @@ def check_reward_errors(subject: Subject) -> Finding:
 
 
 def _error_rate(kind: str, count: int, total: int) -> str:
-    """An error rate in words: `false positives 3 of 384 (0.8%, at most 2.3%)`. The bound is the
-    upper end of the 95% interval."""
+    """An error rate as text: `false positives 3 of 384 (0.8%, at most 2.3%)`. The second percentage
+    is the upper end of the 95% interval."""
     if total == 0:
         return f"no case of a false {kind}"
     return (
@@ -266,7 +267,7 @@ def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """The reward of each text; 0 for a text that the reward function leaves out."""
+    """The reward of each text, or 0 if the reward function returns None for it."""
     graded = subject.encoder.format.grade(problems, texts)
     written = [
         _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)

@@ -32,10 +32,10 @@ NUM_SHOWN = 3
 NUM_TIMED = 512
 """Maximum number of rows used to estimate the time."""
 LONG_RUN_S = 24 * 3600
-"""The check recommends a trial before any longer run."""
+"""Before a run longer than this, the check recommends a trial."""
 MEASURED_ROWS = 64
-"""Number of rows for measuring the speed if no stage states its cost, and the maximum number if the
-engine sets no limit."""
+"""Number of rows on which speed is measured if no stage states its cost, and the maximum number if
+the engine sets no limit."""
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""
@@ -99,7 +99,7 @@ def check_dtype(subject: Subject) -> Finding:
 
 
 def check_accuracy(subject: Subject) -> Finding:
-    """Check how many questions RL's initial model solves if it samples at temperature 1."""
+    """Check how many dev questions RL's initial model solves when it samples at temperature 1."""
     problems = subject.splits.dev[:NUM_SAMPLED]
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
@@ -144,7 +144,7 @@ def check_logprobs(subject: Subject) -> Finding:
     scored = subject.policy.score(batch).logprobs[batch.response_mask]
     sampled = [logprob for completion in completions for logprob in completion.logprobs]
     mismatch = mean([abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True)])
-    message = f"those of engine and policy differ by {mismatch:.2g} nats per token"
+    message = f"engine and policy differ by {mismatch:.2g} nats per token on average"
     if mismatch <= MAX_MISMATCH[subject.recipe.model.dtype]:
         return ok(message)
     return fail(message, "the engine does not sample from the policy; use engine=kv")
@@ -186,8 +186,8 @@ def check_time(subject: Subject) -> Finding:
 
 
 def num_answers(subject: Subject) -> int:
-    """Number of answers in the final evaluation: one greedy answer per problem and method, plus the
-    samples."""
+    """Number of answers in the final evaluation: a greedy answer per problem and method, plus the
+    samples of each sampled method."""
     table, methods = subject.recipe.evaluate, subject.num_methods
     problems = len(getattr(subject.splits, table.split)[: table.limit])
     sampled = methods if table.sampled is None else len(table.sampled)
@@ -195,6 +195,7 @@ def num_answers(subject: Subject) -> int:
 
 
 def _rows_at_once(recipe: Recipe) -> int:
-    """Rows in the largest step of any stage, or in the engine's batch if that is smaller."""
+    """Number of rows in the largest step of any stage, or in the engine's batch if that is
+    smaller."""
     sizes = [cost.batch for cost in stage_costs(recipe).values()]
     return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "rows", MEASURED_ROWS)])

@@ -27,17 +27,17 @@ class Finding:
     message: str
     """The result in one line."""
     remedy: str = ""
-    """How to fix the problem; empty if there is none."""
+    """How to fix the problem; empty if there is no problem."""
     rows: tuple[str, ...] = ()
-    """Some of the affected rows, one line each."""
+    """Details, such as some of the affected rows, one line each."""
     name: str = ""
-    """Name of the check, filled in by `check_recipe`."""
+    """Name of the check, filled in after the check has run."""
     samples: tuple[dict[str, Any], ...] = ()
     """Solutions shown after the findings."""
 
 
 def ok(message: str) -> Finding:
-    """A finding without a problem."""
+    """A finding that reports no problem."""
     return Finding(level="ok", message=message)
 
 
@@ -71,7 +71,7 @@ class CheckReport:
     recipe: str
     findings: tuple[Finding, ...]
     golds: tuple[GoldKind, ...]
-    """The kinds of answer found, with examples."""
+    """The kinds of gold answer found in the data, with examples."""
     preview: Preview | None
     method: str
     """The method whose samples are shown: the method that RL starts from, or `base` if that method
@@ -110,7 +110,7 @@ def _preview_text(preview: Preview) -> str:
     after = " ".join(repr(piece) for piece in preview.target_tokens[:BOUNDARY_TOKENS])
     return printable(
         f"--- {preview.id}: {len(preview.prompt_tokens)} prompt tokens,"
-        f" {len(preview.target_tokens)} target tokens; ┃ is where the model continues"
+        f" {len(preview.target_tokens)} target tokens; ┃ marks where the model continues"
         f" ---\n{preview.prompt}┃{preview.target}\n\n… {before} ┃ {after} …\n"
         f"{' '.join(map(str, preview.prompt_ids))} ┃ {' '.join(map(str, preview.target_ids))}"
     )

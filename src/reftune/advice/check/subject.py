@@ -122,7 +122,7 @@ def _row(problem: Problem, encoder: Encoder, prompt_ids: list[int]) -> Row:
 
 
 def preview_of(subject: Subject) -> Preview | None:
-    """The first training row with a rationale."""
+    """The first training row with a rationale; None if there is no such row."""
     if not subject.rows:
         return None
     row = subject.rows[0]
@@ -150,7 +150,7 @@ def learns_from_rationales(subject: Subject) -> bool:
 
 
 def share(part: Sized, whole: Sized) -> str:
-    """A share as `2.5%`."""
+    """The share of `part` in `whole`, such as `2.5%`."""
     return f"{len(part) / len(whole):.1%}"
 
 
@@ -160,7 +160,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def spread(sizes: Iterable[int]) -> str:
-    """The range and median of sizes: `12 to 96 (median 31)`."""
+    """The range and median of sizes, such as `12 to 96 (median 31)`."""
     ordered = sorted(sizes)
     return (
         f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})" if ordered else "no"

@@ -44,7 +44,11 @@ def check_boundary(subject: Subject) -> Finding:
         for row, ids in zip(rows, wholes, strict=True)
         if row.ids[: len(ids)] != ids and row.ids[len(bos) : len(bos) + len(ids)] != ids
     ]
-    note = f"; {share(moved, rows)} would split differently if encoded jointly" if moved else ""
+    note = (
+        f"; {share(moved, rows)} of the rows would split differently if encoded jointly"
+        if moved
+        else ""
+    )
     message = f"prompt and target meet at the same token in every stage{note}"
     if moved and not learns_from_rationales(subject):
         return warn(message, "no supervised stage teaches the model this split")
@@ -148,7 +152,9 @@ def check_vocabulary(subject: Subject) -> Finding:
     if outside:
         remedy = "use the tokenizer that belongs to the model"
         return fail(
-            f"{len(outside)} rows have token ids beyond the model's {size}", remedy, outside
+            f"{len(outside)} rows have token ids beyond the model's {size} embeddings",
+            remedy,
+            outside,
         )
     unwritable = [row.problem.id for row in subject.rows if unknown in row.target_ids]
     if unwritable:

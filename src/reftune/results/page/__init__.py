@@ -1,1 +1,1 @@
-"""The HTML page of a run, and its charts as files."""
+"""The HTML page about one or more runs, and its main charts as files."""

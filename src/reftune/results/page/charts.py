@@ -16,10 +16,10 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Maximum number of points per series; longer series are averaged in buckets."""
+"""Maximum number of points per series; the points of longer series are averaged in buckets."""
 
 STEPS, PASSES = "steps", "sequences"
-"""Names of the horizontal axes."""
+"""Labels of the horizontal axes."""
 
 Number = float | None
 
@@ -41,12 +41,12 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """A chart's lines or areas, its axes and its words."""
+    """A chart's lines or areas, axes and texts."""
 
     key: str
     title: str
     explain: str
-    """One sentence that explains the chart to a student."""
+    """An explanation of the chart for newcomers."""
     series: tuple[Series, ...]
     kind: Literal["line", "area"] = "line"
     x_label: str = STEPS
@@ -55,9 +55,9 @@ class Chart:
     zero: bool = True
     """Whether the vertical axis must include 0."""
     floor: float | None = None
-    """The axis ends here even if values go lower."""
+    """Lower limit of the vertical axis, even if values go lower."""
     exact: bool = False
-    """Whether to draw every point without a running mean, however many there are."""
+    """Whether to draw a line without a running mean, however many points it has."""
 
     def json(self) -> dict[str, Any]:
         """The data that the page's script needs to show values."""
@@ -72,7 +72,8 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label → CSS variable. Known methods have fixed colours, unless there are several recipes."""
+    """Label → CSS variable of the method's colour. Known methods have fixed colours, unless there
+    are several recipes."""
     if any("/" in label for label in labels):
         return {
             label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
@@ -118,8 +119,8 @@ def entries(groups: Sequence[Group]) -> list[Entry]:
 
 
 def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Chart]:
-    """A chart for each metric that some stage measured at more than one step. Several seeds are
-    drawn as their mean, with a band from the lowest to the highest."""
+    """A chart for each metric that some stage measured at more than one step. If there are several
+    seeds, a line shows their mean, and a band runs from the lowest to the highest seed."""
     charts = []
     for metric in metrics:
         series = [
@@ -177,7 +178,8 @@ def _aligned(
 
 
 def _clean(values: Sequence[float] | np.ndarray[Any, Any]) -> list[Number]:
-    """The values rounded to five digits; None for non-finite ones, which are not drawn."""
+    """The values rounded to five significant digits. A non-finite value becomes None and is not
+    drawn."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
 
 
@@ -218,8 +220,8 @@ class _Look:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """Dev accuracy of every stage except reward models, by sequences trained on since the base
-    model. None before the first dev evaluation."""
+    """A chart of every stage's dev accuracy, except reward models', against the number of sequences
+    trained on since the base model. None before the first dev evaluation."""
     series = [
         _dev_series(entry)
         for entry in entries(groups)
@@ -270,8 +272,8 @@ def _dev_series(entry: Entry) -> Series | None:
 
 
 def _dev_curve(run: RunResults, method: str) -> list[_Look]:
-    """Dev evaluations by passes since the base model. If the model that the stage started from was
-    evaluated, its evaluation comes first."""
+    """The stage's dev evaluations, with passes counted from the base model. If the model that the
+    stage started from was evaluated, that evaluation comes first."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     if start is not None and stage.metrics and looks and looks[0].step != 0:
@@ -305,14 +307,15 @@ def _looks(stage: StageResults) -> list[_Look]:
 
 
 def _chosen(run: RunResults, method: str) -> _Look | None:
-    """The dev evaluation of a method's chosen model; None if it is not known."""
+    """The dev evaluation of a method's chosen model; None if there is none."""
     stage = run.stages.get(method)
     looks = [] if stage is None else _looks(stage)
     return next((look for look in looks if stage and look.step == stage.chosen_step), None)
 
 
 def _passes_before(run: RunResults, method: str) -> float:
-    """Gradient passes spent on the model that `method` starts from."""
+    """Number of sequences trained on, since the base model, to reach the model that `method` starts
+    from."""
     init = run.stages[method].init
     if init not in run.stages or init == method:
         return 0.0
@@ -323,7 +326,7 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCompute:
-    """A comparison of two methods after equally many gradient passes."""
+    """The best dev accuracies of two methods within the same number of sequences trained on."""
 
     a: str
     b: str
@@ -333,8 +336,8 @@ class EqualCompute:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracies of `a` and `b` within the number of passes that both have had; None
-    if either is not drawn."""
+    """The best dev accuracies of `a` and `b` within the number of sequences that both were trained
+    on; None if the chart lacks one of these accuracies."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:
         return None
@@ -364,7 +367,8 @@ def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def time_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Charts of the seconds per step by phase, one chart per stage with several phases."""
+    """Charts of the seconds that each phase of a step takes; one chart per stage with several
+    phases."""
     layers = [
         (metric, words, f"--phase-{index}") for index, (metric, words) in enumerate(PHASES.items())
     ]
@@ -416,7 +420,8 @@ def _area_charts(
 
 
 def voting_charts(table: ScoreTable) -> list[Chart]:
-    """Charts of maj@k, weighted@k, rerank@k and pass@k by k, for methods with several samples."""
+    """Charts of maj@k, weighted@k, rerank@k and pass@k against k, for methods with several samples
+    per problem."""
     curves = {
         method.label: _mean_curves(method.group, method.method)
         for method in table.methods

@@ -1,4 +1,4 @@
-"""Draws charts as SVG, for the page and for papers. Widths of letters are estimated."""
+"""Draws charts as SVG, for the page and for papers. The widths of texts are estimates."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from reftune.results.metrics import Unit
 from reftune.results.page.charts import Chart, Number, Series
 
 LETTER, BOLD_LETTER = 6.6, 7.2
-"""Width in pixels of a letter at an axis, and of a letter in the name of a line."""
+"""Width in pixels of a letter in an axis label, and of a letter in the name of a line."""
 SMALLEST_RANGE = 1e-300
-"""Ends of an axis that are closer than this count as equal: fractions of their distance would be
-0."""
+"""If the ends of an axis are closer than this, they count as equal, because fractions of their
+distance would round to 0."""
 MANY_POINTS = 40
 """A noisy line with more points is drawn pale, under its running mean."""
 NAME_HEIGHT = 15
@@ -30,7 +30,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawing:
-    """A chart at one size."""
+    """A chart drawn at one size."""
 
     svg: Markup
     keys: tuple[tuple[str, str], ...]
@@ -38,7 +38,7 @@ class Drawing:
 
 
 def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Drawing:
-    """`chart` in a box of `width` × `height` pixels, which the page may scale. Colours are CSS
+    """Draw `chart` in a box of `width` × `height` pixels, which the page may scale. Colours are CSS
     variables. `is_hero` marks the page's main chart."""
     is_area = chart.kind == "area"
     plot = _lay_out(chart, width, height, is_hero)
@@ -215,8 +215,8 @@ def _range(chart: Chart) -> tuple[float, float]:
 
 
 def _without_spikes(ys: Values) -> float:
-    """The upper end of the axis. Rare spikes may exceed it, so that they do not flatten the
-    rest."""
+    """The upper end of the axis. Rare spikes may exceed it, so that they do not flatten the rest of
+    the curve."""
     usual, highest = float(np.quantile(ys, 0.98, method="lower")), float(ys.max())
     return 1.5 * usual if len(ys) > MANY_POINTS and 0 < 4 * usual < highest else highest
 
@@ -359,8 +359,8 @@ class _Name:
 
 
 def _name(series: Series, x: float, y: float, plot: _Plot) -> _Name:
-    """The name of a line, to the right of the line's end. In the page's main chart, the name of a
-    line that ends early is above its end."""
+    """The name of a line, placed to the right of the line's end. In the page's main chart, the name
+    of a line that ends early is placed above that end."""
     size = BOLD_LETTER * len(series.label)
     if not plot.is_hero or _ends_late(series, plot.last_x):
         return _Name(series, x + 8, y + 4)
@@ -372,7 +372,8 @@ def _ends_late(series: Series, last_x: float) -> bool:
 
 
 def _written(names: Sequence[_Name], plot: _Plot) -> list[Markup]:
-    """The names as text, moved apart: first down, then up from the bottom."""
+    """The names as SVG text. Names that overlap are moved apart: first down, then up from the
+    bottom."""
     names = sorted(names, key=lambda name: name.y)
     for index, name in enumerate(names):
         above = [other.y + NAME_HEIGHT for other in names[:index] if other.overlaps(name)]

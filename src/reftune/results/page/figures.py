@@ -23,8 +23,8 @@ ROW, BAR = 34, 26
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
-    """Write `accuracy` (bars with intervals) and one figure per curve (`dev_accuracy`,
-    `reward_mean`, `maj@k`, …), each as .png and .svg. Returns: the paths.
+    """Write the figure `accuracy`, with bars and intervals, and a figure for each curve, such as
+    `dev_accuracy`, `reward_mean` and `maj@k`, each as .png and .svg. Returns: the paths.
 
     Raises: DataError if a run is missing, damaged or unfinished, or if runs are not comparable.
     """

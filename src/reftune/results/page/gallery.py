@@ -14,13 +14,13 @@ from reftune.results.tables import display
 from reftune.types import Attempt
 
 MAX_TEXT = 6_000
-"""Longest string in the page, in characters; the rest is in the run folder."""
+"""Maximum length of a string in the page, in characters. The run folder has the full text."""
 PROBLEMS_BYTES = 1_400_000
 SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""Number of longest samples, and of slowest samples, that each stage includes first."""
+"""Number of longest samples, and of slowest samples, that are chosen first from each stage."""
 
 Json = dict[str, Any]
 
@@ -88,8 +88,8 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 
 
 def _order(pool: Sequence[TrainingSample]) -> list[int]:
-    """Indices in the order of inclusion: the longest and slowest samples, then every 2ⁿ-th one
-    with decreasing n, so that even the first few are spread over the whole stage."""
+    """Indices in the order of inclusion: the longest and slowest samples, then every 2ⁿ-th sample
+    with decreasing n, so that even the first few of these are spread over the whole stage."""
     tokens = [sample.attempt.num_tokens or 0 for sample in pool]
     seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
     extreme = {

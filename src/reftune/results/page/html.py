@@ -1,4 +1,4 @@
-"""Writes one self-contained page about one or several runs."""
+"""Writes a self-contained HTML page about one or more runs."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class _Panel:
 
     @property
     def columns(self) -> int:
-        """Maximum number of columns, chosen so that a row rarely holds a single chart."""
+        """Maximum number of columns, chosen so that a row rarely has only one chart."""
         count = len(self.charts)
         return count if count <= 4 else 4 if count in (7, 8) else 3
 
@@ -147,7 +147,7 @@ class _Panel:
 def _panels(groups: Sequence[Group], table: ScoreTable) -> list[_Panel]:
     found = [
         ("learning", "Is it learning?", LEARNING, charts.verdict_charts(groups)),
-        ("character", "How is its writing changing?", CHARACTER, []),
+        ("character", "How is the model's writing changing?", CHARACTER, []),
         ("hacking", "Are right letters earned?", HACKING, []),
         ("machinery", "Is the machinery healthy?", MACHINERY, []),
         ("time", "Where did the time go?", (), charts.time_charts(groups)),
@@ -186,8 +186,8 @@ def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
 
 
 def _coloured_parts(title: str, table: ScoreTable) -> list[tuple[str, str]]:
-    """The title as pairs of text and CSS variable, which is empty unless the text is a method's
-    name."""
+    """The title as pairs of text and CSS variable. The variable is empty unless the text is a
+    method's name."""
     colours = charts.method_colours([method.label for method in table.methods])
     by_name = {display(label): colour for label, colour in colours.items()}
     longest_first = sorted(map(re.escape, by_name), key=len, reverse=True)
@@ -251,7 +251,7 @@ def _facts(method: MethodScore) -> list[str]:
 
 
 def _votes(table: ScoreTable) -> str:
-    """The meaning of the marks below the dots."""
+    """A text that explains the marks of the votes."""
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
@@ -262,8 +262,8 @@ def _votes(table: ScoreTable) -> str:
 
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
-    """Differences in greedy accuracy from the baseline and from the best method, on a scale that
-    includes 0; None if there are none."""
+    """Comparisons of greedy accuracy with the baseline and with the best method, and a scale that
+    includes 0; None if there are no comparisons."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
     of_baseline = [found for found in greedy if table.baseline in (found.a, found.b)]

@@ -1,6 +1,6 @@
 "use strict";
 
-// --- elements; text always goes in as text --------------------------------------------------------------------------
+// --- elements; text is always inserted as text, never as HTML -------------------------------------------------------
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -37,7 +37,7 @@ function show(value, unit) {
 }
 const thousands = (value) => Math.round(value).toLocaleString("en");
 
-// --- reading values off ---------------------------------------------------------------------------------------------
+// --- reading values from a chart ------------------------------------------------------------------------------------
 
 function makeReadable(canvas, chart) {
   const box = canvas.parentElement, width = canvas.viewBox.baseVal.width;

@@ -56,7 +56,7 @@ function startProblems({ methods, rows, total }) {
   const kept = filters.map((filter) => ({ ...filter, rows: rows.filter(filter.keep) })).filter((filter) => filter.rows.length);
   kept.forEach((filter, index) => $("problem-filter").append(html("option", { value: index }, `${filter.name} (${filter.rows.length})`)));
   $("problem-filter").value = String(Math.max(0, kept.findIndex((filter) => filter.name === "methods disagree")));
-  $("problems-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} are on this page, preferably those on which methods disagree; all are in eval/.` : "";
+  $("problems-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} are on this page. Problems on which methods disagree were chosen first. The folder eval/ has all problems.` : "";
 
   let found = [], place = 0;
   const search = () => {
@@ -103,7 +103,7 @@ function startSamples({ methods, rows, total }) {
     slow: (one, other) => (other.program_s || 0) - (one.program_s || 0),
     unsure: (one, other) => least(one) - least(other),
   };
-  $("sample-slow").hidden = !rows.some((row) => row.program_s); // solutions in words do not run
+  $("sample-slow").hidden = !rows.some((row) => row.program_s); // solutions in natural language are not run
   const used = [...new Set(rows.map((row) => row.method))];
   $("sample-method").append(html("option", { value: "" }, "all"), ...used.map((index) => html("option", { value: index }, methods[index].label)));
   for (const verdict of Object.keys(data.verdicts)) {
@@ -111,7 +111,7 @@ function startSamples({ methods, rows, total }) {
     if (count) $("sample-verdicts").append(html("button", { type: "button", "aria-pressed": "false", "data-verdict": verdict, onclick: toggle },
       chip(verdict), html("span", {}, thousands(count))));
   }
-  $("samples-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} kept samples are on this page; all are in stages/*/samples.jsonl.` : "";
+  $("samples-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} logged samples are on this page; the files stages/*/samples.jsonl have all of them.` : "";
 
   function toggle(event) {
     const { verdict } = event.currentTarget.dataset, isOn = !state.verdicts.has(verdict);
@@ -145,7 +145,7 @@ function startSamples({ methods, rows, total }) {
         row.program_s ? html("span", {}, `ran ${runTime(row.program_s)}`) : ""),
       html("p", { class: "question" }, row.question), solution(row), why(row),
       html("footer", {}, html("span", {}, `right answer ${row.gold}`), surest(row),
-        again > 1 && state.id === null ? html("button", { type: "button", onclick: () => followProblem(row) }, `all ${again} tries at this problem`) : ""));
+        again > 1 && state.id === null ? html("button", { type: "button", onclick: () => followProblem(row) }, `all ${again} attempts at this problem`) : ""));
   }
   function followProblem({ id, method }) {
     state.id = id;
@@ -185,6 +185,6 @@ for (const [name, start] of [["problems", startProblems], ["samples", startSampl
   else document.querySelectorAll(`[data-needs="${name}"]`).forEach((node) => { node.hidden = true; });
 }
 
-// --- a run that is still going --------------------------------------------------------------------------------------
+// --- a run that has not finished ------------------------------------------------------------------------------------
 
 if ($("pause")) setInterval(() => { if (!$("pause").checked) location.reload(); }, 30_000);
