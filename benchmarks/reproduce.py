@@ -1,10 +1,10 @@
-"""Runs the paper's comparison, and our own settings against the paper's, and writes the page.
+"""Repeats the paper's comparison, compares our own settings with its authors', and writes a page.
 
-python benchmarks/reproduce.py 0 --only comparison        # one recipe, one seed; resumes
-python benchmarks/reproduce.py 0 1 2 3 4 --publish        # `make reproduce`: everything, to docs/
+python benchmarks/reproduce.py 0 --only comparison        # run or resume one recipe with one seed
+python benchmarks/reproduce.py 0 1 2 3 4 --publish        # `make reproduce`: all, to docs/
 python benchmarks/reproduce.py --page                     # only write docs/results.md again
 
-Without --publish, tables and page are written to runs/reproduce, and docs/ stays as it is.
+Unless --publish or --page is set, tables and page are written to runs/reproduce.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 OWN = Path("runs") / "reproduce"
-"""Where tables and page go unless they are published."""
+"""Folder of the tables and the page, unless they are published."""
 TITLES = {
     "comparison": "Solutions are programs",
     "comparison-nl": "Solutions are in words",
@@ -34,31 +34,30 @@ TITLES = {
     "modern": "All parts of `modern` against the authors' settings",
     "tuned": "Our own PPO against the authors' settings",
 }
-"""Recipe of recipes/demo → heading."""
+"""Recipe in recipes/demo → heading of its section."""
 RERANKED = {
     "comparison": ("comparison", "reranking"),
     "comparison-nl": ("classifier-nl", "reranking-nl"),
 }
-"""Comparison → the recipes that rerank by the paper's classifier and by likelihood and
+"""Comparison → two recipes: one reranks by the paper's classifier, one by likelihood and
 classifier."""
 AGAINST_PAPER = ("modern", "tuned")
-"""Recipes whose methods are also compared with `reft`, which has the authors' settings there."""
+"""Recipes whose methods are also compared with `reft`, which uses the authors' settings in them."""
 ABLATION_SEEDS = 3
-"""Number of seeds for `modern`, which takes ten trainings per seed."""
+"""Number of seeds for `modern`, which has ten RL stages."""
 TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
-"""Seeds for `tuned`, whatever the seeds of other recipes; its settings were chosen on dev of seeds
-0 to 2."""
+"""Seeds for `tuned`, whatever the seeds of other recipes. They exclude seeds 0 to 2, on whose dev
+accuracy its settings were chosen."""
 NOTES = {
     "comparison": (
-        "The reward model is the paper's classifier, trained on 20 samples per question from the "
-        "warm-up. If it has more than 8 samples to choose from, its choices get "
+        "The reward model is the paper's classifier, trained on the warm-up model's 20 samples "
+        "per question. With more than 8 samples to choose from, its choices get "
         "[worse](experiments/reranking.md), because it overrates some unlikely mistakes."
     ),
     "reranking": (
-        "The score of this reward model includes the solution's log-likelihood, and its loss "
-        "includes a language-modelling term. The reward model learns from 100 samples that SFT "
-        "draws for each of the demo's 600 training questions. It then ranks samples of SFT and "
-        "ReFT on 300 test problems.\n\n"
+        "[Our reward model](algorithms.md#loss) learns from 100 samples that SFT draws for each of "
+        "the demo's 600 training questions. It then ranks samples that SFT and ReFT draw for 300 "
+        "test problems.\n\n"
         "For SFT, reranking beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
         "points [2.4, 10.1]. Weighting the votes by score improves voting by 3.5 points [1.0, "
         "6.9]. For ReFT, none of these three differences is significant: +0.5 [−2.3, +3.5], −0.2 "
@@ -67,55 +66,55 @@ NOTES = {
     "reranking-nl": (
         "The reward model learns from 20 samples that SFT draws for each of the 3,000 training "
         "questions. SFT and ReFT are trained [as above](#solutions-are-in-words).\n\n"
-        "For SFT, reranking beats greedy decoding by 8.8 points [6.2, 11.5]. Its lead over voting "
-        "is not significant, at 1.7 points [−1.3, 4.3], but weighting the votes by score improves "
+        "For SFT, reranking beats greedy decoding by 8.8 points [6.2, 11.5]. Its lead over voting, "
+        "1.7 points [−1.3, 4.3], is not significant, but weighting the votes by score improves "
         "voting by 2.5 points [1.0, 4.1]. For ReFT, reranking beats voting by 2.5 points [0.5, "
-        "4.3]. Its lead over greedy decoding is not significant, at 2.0 points [−0.1, 4.1]. After "
+        "4.3]. Its lead over greedy decoding, 2.0 points [−0.1, 4.1], is not significant. After "
         "reranking, ReFT no longer leads SFT."
     ),
     "classifier-nl": (
-        "These are the same runs with the paper's reward model (`lm_coef: 0`). Reranking with it "
-        "is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by 25.1 points "
-        "[21.9, 28.5] for ReFT. In all five runs, the report warns that the reward model is no "
-        "better on dev than a random choice."
+        "The recipe is that of the previous section with the paper's reward model (`lm_coef: 0`). "
+        "Reranking is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by 25.1 "
+        "points [21.9, 28.5] for ReFT. In all five runs, the report warns that the reward model is "
+        "no better on dev than a random choice."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
         "starts the value head at zero and makes eight more changes, most of which come from later "
-        "papers. The [last table](#what-each-part-of-modern-contributes) measures the eight. Both "
-        "methods sample equally many solutions."
+        "papers. The [last table](#what-each-part-of-modern-contributes) shows the effect of each. "
+        "Both methods sample the same number of solutions."
     ),
     "tuned": (
-        "As above, *ReFT* has the authors' settings. *ReFT tuned* takes smaller rollouts and makes "
-        "four passes over each instead of two. It starts the value head at zero, fits it before "
-        "PPO starts, gives it less weight in the loss, and doubles the KL coefficient. *ReFT "
-        "tuned, two updates* makes only two passes. These settings were chosen on different seeds. "
-        "All three methods sample equally many solutions."
+        "*ReFT* is as above. *ReFT tuned* uses smaller rollouts and makes four passes over each "
+        "instead of two. It starts the value head at zero, fits it before PPO starts, gives it "
+        "less weight in the loss, and doubles the KL coefficient. *ReFT tuned, two updates* makes "
+        "only two passes. The tuned settings were chosen on other seeds. All three methods sample "
+        "the same number of solutions."
     ),
     "comparison-nl": (
         "All methods except offline self-training start from the same warm-up: 20 epochs over "
-        "3,000 questions, that is, 60,000 gradient passes over single solutions. By then, dev "
-        "accuracy has [levelled off](handover.md). SFT takes another 11,240 passes, ReFT 11,192, "
-        "and online self-training 11,200 to 11,600. For the latter two, the first 3,000 passes are "
-        "a supervised [cooldown](handover.md#what-was-compared), and the row *Warm-up* shows the "
-        "model after this cooldown. Offline self-training starts from the base model, as in the "
-        "paper. It takes 54,000 passes, a quarter fewer than the warm-up and SFT together.\n\n"
+        "3,000 questions, or 60,000 gradient passes, each over one solution. By then, dev accuracy "
+        "has [levelled off](handover.md). SFT takes another 11,240 passes, ReFT 11,192, and online "
+        "self-training 11,200 to 11,600. The first 3,000 passes of ReFT and online self-training "
+        "are a supervised [cooldown](handover.md#what-was-compared), and the row *Warm-up* shows "
+        "the model after this cooldown. Offline self-training starts from the base model, as in "
+        "the paper. It takes 54,000 passes, a quarter fewer than the warm-up and SFT together.\n\n"
         "Voting adds 7.3 points to SFT but none to ReFT, probably because ReFT's samples vary "
         "less. When training started from an [unfinished "
         "warm-up](experiments/handover.md#first-attempts), no method beat SFT."
     ),
 }
-"""Recipe → note for the reader."""
+"""Recipe → text above its table."""
 OPEN = [
-    "**A real model** has not been trained to the end: on two cores without AMX, this takes about "
-    "10 hours per seed. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports a short run on a "
-    "CPU with AMX and three warm-ups on a GPU.",
+    "**No run on real data** has finished: on two cores without AMX, one seed would take about 10 "
+    "hours. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports a short run on a CPU with AMX "
+    "and three warm-ups on a GPU.",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "variance of the reward. Starting from a finished warm-up (five seeds), RLOO is 1.1 points "
-    "[0.1, 2.3] better than PPO, and no method differs significantly from more SFT "
+    "[0.1, 2.3] better than PPO, and no method differs significantly from further SFT "
     "([log](experiments/critic.md)).",
     "**Two ideas** brought no gain on tuning seeds: RL from [prefixes of the gold "
-    "solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and passing over "
+    "solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and skipping "
     "[questions that are solved every "
     "time](experiments/demo-search.md#solved-questions-that-rest) (three seeds).",
 ]
@@ -127,12 +126,12 @@ FINDINGS = [
     ("Online self-training beats SFT", "online_st", "sft"),
     ("With voting, ReFT beats SFT", "reft maj", "sft maj"),
 ]
-"""Findings of the paper (Tables 2 and 4), with the better and the worse method; votes are over any
-number of samples."""
+"""Findings of the paper (Tables 2 and 4), each with the better and the worse method. `maj` is a
+vote over any number of samples."""
 
 
 def run_all(recipes: Sequence[str], seeds: Sequence[str], overrides: Sequence[str]) -> None:
-    """Run all recipes, seed by seed, so that a stop leaves complete seeds."""
+    """Run all recipes, seed by seed, so that an interruption leaves complete seeds."""
     for seed in dict.fromkeys([*seeds, *TUNED_SEEDS]):
         for recipe in (recipe for recipe in recipes if seed in seeds_of(recipe, seeds)):
             path, folder = ROOT / "recipes" / "demo" / f"{recipe}.yaml", folder_of(recipe, seed)
@@ -152,7 +151,7 @@ def folder_of(recipe: str, seed: str) -> Path:
 
 
 def write_tables(recipes: Sequence[str], seeds: Sequence[str], results: Path) -> None:
-    """Write the JSON to commit: the output of `reftune table --json`, and the measured commit."""
+    """Write a JSON file per recipe: the output of `reftune table --json`, and the commit in use."""
     results.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -163,7 +162,7 @@ def write_tables(recipes: Sequence[str], seeds: Sequence[str], results: Path) ->
 
 
 def call(arguments: Sequence[str]) -> None:
-    """Call `reftune …`, and exit with its status unless it is 0."""
+    """Call `reftune …`, and exit with its status if that is not 0."""
     try:
         reftune(arguments)
     except SystemExit as end:
@@ -179,14 +178,15 @@ def write(path: Path, text: str) -> None:
 
 
 def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of docs/results.md, a function of the committed tables."""
+    """The text of the results page, which depends only on the tables."""
     parts = [
         "# Results\n\n"
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
-        "generated tasks. `make reproduce` trains all models and writes the page. Accuracies are "
-        "in percent. Differences are in percentage points and paired by problem. Brackets give 95% "
-        "confidence intervals over seeds and problems, and n.s. means not significant. Models are "
-        "chosen on dev and scored once on test. [Metrics](metrics.md#results) defines the columns.",
+        "generated tasks. `make reproduce` trains all models and writes this page. Accuracies are "
+        "in percent. Differences are in percentage points and paired by problem. Brackets contain "
+        "95% confidence intervals over seeds and problems, and n.s. means not significant. Models "
+        "are chosen on dev and scored once on test. [Metrics](metrics.md#results) defines the "
+        "columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
         "Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN),
     ]
@@ -228,7 +228,7 @@ def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def difference(table: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | None:
-    """The comparison of `a` minus `b`, as it stands in the table or reversed."""
+    """The comparison `a` minus `b` from the table, reversed if necessary; None if it is missing."""
     for found in table["comparisons"]:
         pair = found["a"].partition("@")[0], found["b"].partition("@")[0]
         if pair == (a, b):
@@ -309,10 +309,10 @@ def write_page(results: Path, out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("seeds", nargs="*")
-    parser.add_argument("--only", choices=TITLES, help="one recipe")
+    parser.add_argument("--only", choices=TITLES, help="run only this recipe")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/reproduce")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="set recipe keys")
     options = parser.parse_args(arguments)
     is_published = options.page or options.publish
     results, out = (RESULTS, PAGE) if is_published else (OWN, OWN / "results.md")

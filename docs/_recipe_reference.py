@@ -1,5 +1,5 @@
-"""Writes docs/recipe.md, the reference of all recipe keys, from the models that read them. `make
-docs` runs it."""
+"""Writes docs/recipe.md, the reference of all recipe keys, from the pydantic models that define
+them. `make docs` runs this file."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ GROUPS = {
 HEAD = """\
 # Recipe reference
 
-A *recipe* is the YAML file that describes a run. This page lists its keys. The command line can set
-any of them (`stages.reft.steps=100`). With `extends: other.yaml`, a recipe starts from another one:
-tables merge unless their kinds differ, and `null` removes a key. A component's *kind* is a built-in
-name or your own class (`my_file.py:Name`). It is written alone (`engine: kv`) or in a table
-(`engine: {kind: kv, refill: 0.5}`).
+A *recipe* is the YAML file that describes a run. This page lists all recipe keys. The command line
+can set any of them (`stages.reft.steps=100`). With `extends: other.yaml`, a recipe inherits another
+one's keys: tables are merged unless their kinds differ, and `null` removes a key. A component's
+*kind* is a built-in name or your own class (`my_file.py:Name`). Write the kind alone (`engine: kv`)
+or in a table (`engine: {kind: kv, refill: 0.5}`).
 
 If a key allows only certain values, all are listed, the default first. Terms such as *method* are
 explained under [Notation](algorithms.md#notation). "The paper" is the ReFT paper, and "the authors"
-wrote it.
+are its authors.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""
 Shared = dict[tuple[str, str], dict[str, str]]
-"""Key and meaning → the default of each kind that has it."""
+"""(Key, meaning) → the default in each kind that has the key with this meaning."""
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of docs/recipe.md."""
     parts = [HEAD, *_section("A recipe", Recipe, _rows(Recipe, ()))]
     for group, title in GROUPS.items():
         classes = {kind: component_class(kind, group=group) for kind in known_kinds(group)}
@@ -71,7 +71,7 @@ def page() -> str:
 
 
 def _shared(tables: Mapping[str, Rows]) -> Shared:
-    """The keys with the same meaning in several kinds."""
+    """The keys with the same meaning in several kinds, and their defaults."""
     found: Shared = {}
     for kind, rows in tables.items():
         for key, (default, meaning) in rows.items():
@@ -88,7 +88,7 @@ def _defaults(of: Mapping[str, str]) -> str:
 
 
 def _section(title: str, model: type[BaseModel], rows: Rows, level: int = 2) -> Iterator[str]:
-    """A heading, the first paragraph about the model, and `rows` of its keys."""
+    """A heading, the first paragraph of the model's docstring, and a table of `rows`."""
     yield f"{'#' * level} {title}\n"
     # a class without a docstring is described by that of its module
     yield f"{_about(model.__dict__.get('__doc__') or inspect.getmodule(model).__doc__)}\n"
@@ -105,7 +105,7 @@ def _table(rows: Rows) -> str:
 
 def _rows(model: type[BaseModel], components: Sequence[type[BaseModel]]) -> Rows:
     """The rows of a model's keys, nested tables included. Tables from which `components` derive are
-    left out, because these have rows of their own."""
+    left out, because the components have rows of their own."""
     notes, rows = _notes(model), {}
     for name, field in model.model_fields.items():
         if name == "kind":
@@ -138,7 +138,7 @@ def _holder(field: Any) -> Any:
 
 
 def _tables(annotation: Any) -> list[type[BaseModel]]:
-    """The tables that a key may hold; plug-ins have sections of their own."""
+    """The models of a key's nested tables, except plug-ins, which have sections of their own."""
     found = [annotation, *get_args(annotation)]
     return [
         kind
@@ -181,7 +181,7 @@ def _default(field: Any) -> str:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The allowed values, if a key takes only certain ones."""
+    """The allowed values; empty if the annotation does not list them."""
     if get_origin(annotation) is Annotated:
         return _choices(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
