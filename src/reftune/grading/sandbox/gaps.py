@@ -35,8 +35,8 @@ def gap(result: ExecutionResult) -> str | None:
 
 
 def missing_package(result: ExecutionResult) -> str | None:
-    """The name of the package that a program needed and that is neither installed nor part of
-    Python; None if there is no such package."""
+    """The missing package that a program needed, if it does not come with Python; None
+    otherwise."""
     match = re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", result.reason)
     if match is None or _comes_with_python(match[1]):
         return None

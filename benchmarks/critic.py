@@ -1,0 +1,165 @@
+"""Measures what a critic could know, by estimating the values of prefixes from further samples.
+
+    python benchmarks/critic.py runs/long-seed0 runs/long-seed1 --stage ppo
+
+The value of a prefix of a sampled solution is the share of right ones among `SAMPLES` completions
+of it (VinePPO, arXiv:2410.01679, section 4). The spread of these values shows how much of the
+reward's variance a perfect critic would explain at that point. It is compared with what the stage's
+value head explains after its last step, and with a linear fit of the estimates on the head's
+inputs. docs/results/critic.json holds the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reftune.model.batch import token_batch
+from reftune.model.policy import Policy
+from reftune.recipe import load_recipe
+from reftune.runs.run import unclaimed
+from reftune.stages.optimizer import load_trainable
+from reftune.stages.rollouts import Collector, Solved
+from reftune.storage.checkpoint import load_latest
+from reftune.storage.files import write_atomically
+from reftune.storage.run_folder import RunFolder
+from reftune.types import SamplingParams, Verdict
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "critic.json"
+QUESTIONS = 300
+SAMPLES = 16
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+"""Shares of a solution's tokens, without its eos, that form the prefixes."""
+FOLDS = 5
+RIDGE = 10.0
+"""Penalty of the linear fit, on standardised inputs."""
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def measure(run_folder: Path, stage: str) -> dict[str, list[float]]:
+    """The row of one run: each key has one number per share."""
+    recipe = load_recipe(RunFolder(run_folder).recipe, [f"run_dir={run_folder}"])
+    run = unclaimed(recipe)
+    policy = run.load_policy(stage)
+    checkpoint = load_latest(RunFolder(run_folder).stage(stage).checkpoints)
+    assert checkpoint is not None, f"{run_folder}: no checkpoint of {stage}"
+    load_trainable(policy, checkpoint.tensors)
+    collector = run.collector(policy)
+    solved = collector.solve(policy, run.splits.train[:QUESTIONS], temperature=1.0, seed=1)
+    lengths = np.array([len(completion.token_ids) for completion in solved.completions])
+    places = np.array(SHARES)[:, None] * (lengths - 1)
+    cuts = places.astype(np.int64)
+    inputs, values = seen_by_the_head(policy, solved, cuts)
+    estimates = np.stack([estimated(policy, collector, solved, row) for row in cuts])
+    return explained(estimates, values, fitted(inputs, estimates), rewards_of(solved))
+
+
+def rewards_of(solved: Solved) -> Floats:
+    """(Q,) 1 for each right solution and 0 for each other one."""
+    return np.array([each.verdict is Verdict.CORRECT for each in solved.graded], dtype=float)
+
+
+def seen_by_the_head(policy: Policy, solved: Solved, cuts: Ints) -> tuple[Floats, Floats]:
+    """(S, Q, H) inputs of the value head, and (S, Q) its values, at the end of each prefix."""
+    responses = [completion.token_ids for completion in solved.completions]
+    batch = token_batch(solved.prompts, responses, device=policy.device)
+    lengths = [len(response) for response in responses]
+    rows = cuts + np.cumsum([0, *lengths[:-1]])
+    features = policy.features(batch).double().cpu().numpy()
+    values = policy.score(batch).values.double().cpu().numpy()
+    return features[rows], np.take_along_axis(values.T, cuts, axis=0)
+
+
+def estimated(policy: Policy, collector: Collector, solved: Solved, cuts: Ints) -> Floats:
+    """(Q,) shares of right completions of each solution's first `cuts` tokens."""
+    prefixes = [
+        completion.token_ids[:cut]
+        for completion, cut in zip(solved.completions, cuts, strict=True)
+        for _ in range(SAMPLES)
+    ]
+    prompts = [prompt for prompt in solved.prompts for _ in range(SAMPLES)]
+    problems = [problem for problem in solved.problems for _ in range(SAMPLES)]
+    longest = collector.lengths.max_new - int(cuts.min())
+    found = collector.engine.generate(
+        policy,
+        [[*prompt, *prefix] for prompt, prefix in zip(prompts, prefixes, strict=True)],
+        SamplingParams(max_new_tokens=longest, temperature=1.0, seed=2),
+    )
+    texts = [
+        policy.completion([*prefix, *completion.token_ids], ()).text
+        for prefix, completion in zip(prefixes, found, strict=True)
+    ]
+    graded = collector.encoder.format.grade(problems, texts)
+    right = np.array([each.verdict is Verdict.CORRECT for each in graded], dtype=float)
+    return right.reshape(-1, SAMPLES).mean(axis=1)
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def fitted(inputs: Floats, estimates: Floats) -> Floats:
+    """(S, Q) values by ridge regression of the estimates on (S, Q, H) inputs, each predicted from
+    the questions of the other folds."""
+    values = np.zeros_like(estimates)
+    folds = np.arange(estimates.shape[1]) % FOLDS
+    for fold in range(FOLDS):
+        held_out = folds == fold
+        known, targets = inputs[:, ~held_out], estimates[:, ~held_out]
+        centre, scale = known.mean(axis=(0, 1)), known.std(axis=(0, 1)) + 1e-9
+        rows = ((known - centre) / scale).reshape(-1, known.shape[-1])
+        offsets = (targets - targets.mean()).reshape(-1)
+        penalty = RIDGE * np.eye(rows.shape[1])
+        weights = np.linalg.solve(rows.T @ rows + penalty, rows.T @ offsets)
+        values[:, held_out] = (inputs[:, held_out] - centre) / scale @ weights + targets.mean()
+    return values
+
+
+def explained(
+    estimates: Floats, head: Floats, linear: Floats, rewards: Floats
+) -> dict[str, list[float]]:
+    """By share: the accuracy of the completions, and the parts of the rewards' variance that a
+    perfect critic, the value head and the linear fit explain. The variance of the true values is
+    that of the estimates less the noise of `SAMPLES` samples."""
+    noise = (estimates * (1 - estimates)).mean(axis=1) / (SAMPLES - 1)
+    perfect = (estimates.var(axis=1) - noise) / rewards.var()
+
+    def part(values: Floats) -> list[float]:
+        return list(1 - ((rewards - values) ** 2).mean(axis=1) / rewards.var())
+
+    return {
+        "accuracy": list(estimates.mean(axis=1)),
+        "perfect": list(perfect),
+        "head": part(head),
+        "linear": part(linear),
+    }
+
+
+def means(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Means over the runs."""
+    return {key: list(np.mean([row[key] for row in rows], axis=0)) for key in rows[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--stage", default="ppo")
+    asked = parser.parse_args()
+    rows = [measure(run_folder, asked.stage) for run_folder in asked.runs]
+    document = {"shares": SHARES, "samples": SAMPLES, "questions": QUESTIONS, "runs": rows}
+    write_atomically(RESULTS, json.dumps({**document, "mean": means(rows)}, indent=1) + "\n")
+    for key, numbers in means(rows).items():
+        print(f"{key:10}", *(f"{100 * number:6.1f}" for number in numbers))
+
+
+if __name__ == "__main__":
+    main()
