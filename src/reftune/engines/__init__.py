@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 traffic: Counter[str] = Counter()
-"""Numbers of requests and bytes that an engine sent in its latest call, logged as `engine/…`."""
+"""Numbers of requests and bytes that the engine sent in its latest call, logged as `engine/…`."""
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""The default engine decodes in the training process, with a key-value cache.
+"""The default engine, which decodes in the training process with a key-value cache.
 
 Finished rows leave the batch and waiting prompts take their places, so one long solution does not
 hold up the others. Equal prompts that join at the same time are read once. New keys and values go
@@ -27,16 +27,17 @@ from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
 
 DROP_SHARE = 1 / 8
-"""Share of the rows that must have finished before finished rows are dropped. Dropping them copies
-the cache of the remaining rows."""
+"""Share of the rows that must have finished before finished rows are dropped. Dropping rows copies
+the cache of the others."""
 ROOM = 64
-"""Tokens by which a full cache grows."""
+"""Number of tokens by which a full cache grows."""
 BLOCK = 256
-"""Tokens per block of the vocabulary. To draw a token, probabilities are first summed by block."""
+"""Vocabulary entries per block. To draw a token, the probabilities in each block are summed
+first."""
 
 
 class Reader(NamedTuple):
-    """How a policy reads tokens while it decodes."""
+    """The functions through which a policy decodes."""
 
     forward: Callable[[Tensor, Tensor, Any], Tensor]
     """Takes new tokens (B, S), the mask (B, T) of cached and new tokens, and the cache, to which it
@@ -51,7 +52,7 @@ class Kv(Component):
     """Number of solutions decoded at once. `auto` uses as many as fit in the device's memory, up to
     256."""
     refill: float = Field(0.25, gt=0, le=1)
-    """Waiting prompts join once this share of the batch is free."""
+    """Waiting prompts join the batch once this share of its rows is free."""
 
     @property
     def rows(self) -> int:
@@ -82,9 +83,9 @@ class Kv(Component):
 
 @contextmanager
 def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
-    """The reader of `policy`. It uses `model.speed` if that supports the model, and transformers if
-    not. `pack` allows two speed-ups that need real tensors, not fake ones: reordered weights, and
-    no padding."""
+    """The reader of `policy`. It uses `model.speed` if possible, and transformers if not. `pack`
+    allows two speed-ups that do not work with fake tensors: reordered weights, and prefilling
+    without padding."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         yield Reader(decoder, decoder.logits)
@@ -125,7 +126,7 @@ class _Decoder:
         self.device = policy.device
         self.scores_as_trained = (
             policy.compute_dtype == torch.float32
-            and policy.packs  # families whose scores do not depend on the cache
+            and policy.packs  # families that score the same with a cache as without
             and policy.value_backbone is None
             and (params.temperature > 0 and params.top_k == 0 and params.top_p == 1)
         )
@@ -172,7 +173,7 @@ class _Decoder:
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """One random number per row and token. A row's numbers depend only on the seed and the
-        row's position. Greedy decoding uses none."""
+        request's position. Greedy decoding uses none."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
@@ -240,7 +241,7 @@ class _Rows(NamedTuple):
     """The state of B rows, with at most M drawn tokens per row."""
 
     uniforms: Tensor
-    """(B, M) One random number per token, in fp64."""
+    """(B, M) One random number per token."""
     hidden: Tensor
     """(B, H) The hidden states that predict the next tokens."""
     tokens: Tensor
@@ -267,8 +268,8 @@ class _RoomyLayer(DynamicLayer):
     place."""
 
     seen: Tensor | None = None
-    """The keys as last written. If `keys` is another tensor, rows were selected or stacked since
-    then."""
+    """The keys as last written. If `keys` is another tensor, rows have been selected or stacked
+    since then."""
     room: tuple[Tensor, Tensor]
 
     def update(
@@ -313,9 +314,9 @@ def draw_tokens(
     """Draw one token per row.
 
     `logits` are (B, V) in fp32. Sampling inverts the cumulative distribution at `uniforms`, (B,) in
-    [0, 1), so the token of a row depends only on the row's logits and its uniform number. Greedy
-    tokens get their log-probability at temperature 1, and entropy 0. Without `with_entropy`, the
-    entropies of sampled tokens are NaN.
+    [0, 1), so a row's token depends only on the row's logits and uniform number. Greedy tokens get
+    their log-probability at temperature 1, and entropy 0. Without `with_entropy`, the entropies of
+    sampled tokens are NaN.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)
@@ -349,20 +350,22 @@ def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The dtype for sums of probabilities: fp64, except on Apple's GPUs, which lack it."""
+    """The dtype for random numbers and sums of probabilities: fp32 on Apple's GPUs, which lack
+    fp64, and fp64 elsewhere."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
     """The first column (B,) at which each row of the non-decreasing `cumulative` (B, N) exceeds
-    `threshold` (B,). If rounding leaves none, the last column at which the row increases."""
+    `threshold` (B,). If rounding leaves no such column, the last column at which the row
+    increases."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
     """The scores, with -inf for every token that is not among the `top_k` likeliest, or not in the
-    smallest set of tokens that holds `top_p` of the probability."""
+    smallest set of tokens with at least `top_p` of the probability."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)

@@ -1,10 +1,10 @@
 """Samples with vLLM, either in a process that reftune starts (colocated) or on servers that you
 start.
 
-Each call first passes the policy's current weights to vLLM in a folder, by default in memory. With
-LoRA, servers that hold the base get only the adapter, while a colocated engine gets merged weights.
-vLLM's log-probabilities differ slightly from the trainer's; an RL stage's `mismatch_cap` corrects
-for the difference.
+Each call first passes the policy's current weights to vLLM through a folder, by default in memory.
+With LoRA, servers that already have the base get only the adapter, while a colocated engine gets
+merged weights. vLLM's log-probabilities differ slightly from the trainer's; an RL stage's
+`mismatch_cap` can correct for the difference.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Vllm(Component):
     """URL of a [running server](engines.md#vllm-as-servers), or a list of URLs. Default:
     colocated."""
     weights_dir: str | None = None
-    """Folder through which weights are passed to vLLM. Default: `/dev/shm` (in memory), if it
-    exists."""
+    """Folder through which weights are passed to vLLM. Default: `/dev/shm` (in memory) if it
+    exists, else the system's temporary folder."""
     batch_size: int = Field(256, gt=0)
-    """Maximum number of solutions decoded at once or, with servers, of simultaneous requests. A
-    request asks for at most this many solutions."""
+    """Maximum number of solutions decoded at once or, with servers, of simultaneous requests and of
+    solutions per request."""
     memory: float = Field(0.3, gt=0, le=1)
     """Share of the device's memory that colocated vLLM uses."""
     eager: bool = False
@@ -130,7 +130,7 @@ class Vllm(Component):
         return adapter
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
-        """Whether all servers hold the base of `policy`. To find out, this method unloads the
+        """Whether all servers still have the base of `policy`. To find out, this method unloads the
         adapter of `before`. A server without this adapter was restarted, so it has lost the base
         too."""
         if before is None or before.policy() is not policy:
@@ -144,7 +144,7 @@ class Vllm(Component):
         save: Callable[[Policy, Path], None],
         load: Callable[[Server, Path], None],
     ) -> str:
-        """Save the weights once, load them on every server, and return the folder's name."""
+        """Save the weights in a folder, load them on every server, and return the folder's name."""
         with self._folder(policy, save) as folder:
             _of_each(self.servers, lambda server: load(server, folder))
         return folder.name
@@ -195,7 +195,7 @@ class Vllm(Component):
 
 
 _running: dict[Any, Colocated] = {}
-"""The colocated engine of this process; at most one, because each holds a share of the device."""
+"""The colocated engine of this process; at most one, because each reserves device memory."""
 
 
 @atexit.register
@@ -284,7 +284,7 @@ class Server:
         return True
 
     def complete(self, prompts: Sequence[list[int]], body: dict[str, Any]) -> list[Sampled]:
-        """One response per prompt, in order. In sampling, all prompts must be equal; see
+        """One response per prompt, in order. When sampling, all prompts must be equal; see
         `requests`."""
         asked = (
             {"prompt": prompts[0], "n": len(prompts)}
@@ -340,14 +340,15 @@ HINTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Served:
-    """What servers hold of a LoRA policy: its base and one adapter."""
+    """What servers have of a LoRA policy: its base and one adapter."""
 
     policy: weakref.ref[Policy]
     adapter: str
 
 
 _served: dict[Any, _Served] = {}
-"""For each `engine.server`, the policy that its servers hold; filled only in the main process."""
+"""Maps each `engine.server` to the policy that its servers have; filled only in the main
+process."""
 
 
 def own_servers(servers: Sequence[Server]) -> list[Server]:
@@ -358,8 +359,8 @@ def own_servers(servers: Sequence[Server]) -> list[Server]:
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
     """Slices of up to `at_most` consecutive prompts, one slice per request. A greedy request may
-    hold any prompts. A request that samples holds only equal prompts, because vLLM takes one seed
-    per request and gives the samples of a prompt consecutive seeds."""
+    contain any prompts. A request that samples contains only equal prompts, because vLLM accepts
+    one seed per request and gives the samples of a prompt consecutive seeds."""
     if not prompts:
         return []
     starts = [0]

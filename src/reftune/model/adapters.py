@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Adapters = Mapping[str, Tensor]
-"""Tensors by their names in PEFT: `….lora_A.weight` is (r, inputs), and `….lora_B.weight` is
+"""Tensors, keyed by their names in PEFT: `….lora_A.weight` is (r, inputs), and `….lora_B.weight` is
 (outputs, r)."""
 
 
@@ -81,7 +81,8 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
 
 
 def read_adapters(folder: Path) -> Scaled:
-    """The LoRA adapters of a folder in PEFT's format. Raises: ModelError if they cannot be read."""
+    """The LoRA adapters in a folder in PEFT's format, and their scaling. Raises: ModelError if they
+    cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -135,9 +136,9 @@ def _rows_of_a(adapters: Adapters) -> Tensor:
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled]:
-    """The sets of adapters that add up to `method`, oldest first: the initial set, if there is one,
-    then one per stage. With a 4-bit base, each stage continues training the set of the stage that
-    it starts from, so the last set is enough.
+    """The sets of adapters whose sum turns the base into `method`, oldest first: the initial set,
+    if there is one, then one per stage. With a 4-bit base, each stage continues training the set of
+    the stage that it starts from, so the last set is enough.
     """
     from safetensors.torch import load_file
 

@@ -20,13 +20,13 @@ GROUPS = 4
 sequences form a single group."""
 MULTIPLE = 64
 """`filled_up` rounds the number of packed tokens up to a multiple of this, because each distinct
-number requires its own kernels and memory blocks."""
+number needs its own kernels and memory blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
     """Prompts followed by their responses, padded on the right so that causal attention needs no
-    mask."""
+    padding mask."""
 
     tokens: Tensor
     """(B, L) token ids."""
@@ -90,8 +90,8 @@ class TokenBatch:
         return (steps >= starts[:, None]) & (steps < self.lengths[:, None])
 
     def filled_up(self) -> TokenBatch:
-        """This batch and, if needed, a sequence without a response that fills it up to a multiple
-        of `MULTIPLE` packed tokens."""
+        """This batch, filled up to a multiple of `MULTIPLE` packed tokens with a sequence that has
+        no response."""
         missing = -int(self._is_read(self.owners()).sum()) % MULTIPLE
         if not missing:
             return self
@@ -118,7 +118,7 @@ class TokenBatch:
         )
 
     def rows(self, index: Tensor) -> TokenBatch:
-        """The sequences at `index`, trimmed to the longest of them."""
+        """The sequences at `index`, padded only to the longest of them."""
         lengths = self.lengths[index]
         return TokenBatch(
             tokens=self.tokens[index, : int(lengths.max())],
@@ -132,28 +132,28 @@ class Packing(NamedTuple):
     group is padded to its longest sequence."""
 
     slots: Tensor
-    """(S,) The token in each slot; arbitrary if the slot is empty."""
+    """(S,) The index of each slot's token; arbitrary if the slot is empty."""
     is_read: Tensor
-    """(S,) Whether the slot's output is used as its token's; True for one slot per token."""
+    """(S,) Whether the slot's output is used for its token; True for one slot per token."""
     order: Tensor
-    """(T,) For each token, the slot whose output is used."""
+    """(T,) The index of the slot whose output each token uses."""
     sizes: tuple[tuple[int, int], ...]
     """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
-    """Two tensors for the second sequence with each shared prompt: the prompt's tokens and their
-    slots. Then two for the third sequence, and so on."""
+    """Two tensors for the second sequence with each shared prompt: the indices of the prompt's
+    tokens and of their slots. Two more for the third sequence, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedTokens:
-    """A `TokenBatch` without padding: T tokens, which predict N response tokens."""
+    """A `TokenBatch` without padding: T tokens, some of which predict the N response tokens."""
 
     tokens: Tensor
     """(T,) Token ids."""
     positions: Tensor
     """(T,) Position of each token in its sequence."""
     predictors: Tensor
-    """(N,) For each response token, the token whose output predicts it."""
+    """(N,) For each response token, the index of its predictor."""
     packing: Packing
 
 
@@ -190,7 +190,7 @@ def token_batch(
 ) -> TokenBatch:
     """A batch of `prompts` and `responses`. Padding has id 0, and no token attends to it."""
     assert all(prompts), (
-        "a prompt must hold at least one token: its last one predicts the first response token"
+        "a prompt must contain at least one token: its last token predicts the first response token"
     )
     sequences = [
         torch.tensor([*prompt, *response], device="cpu")
@@ -244,7 +244,7 @@ class RolloutBatch:
         return self.response_mask if self.gold is None else self.response_mask & ~self.gold[:, None]
 
     def rows(self, index: Tensor) -> RolloutBatch:
-        """The samples at `index`, trimmed to the longest response among them."""
+        """The samples at `index`, padded only to the longest response among them."""
         tokens = self.tokens.rows(index)
         longest = int(tokens.response_lengths.max())
         changed: dict[str, object] = {"tokens": tokens}
@@ -258,11 +258,11 @@ class RolloutBatch:
 def micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, order: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Groups of sequences, given by index, with at most `max_tokens` tokens each. A longer sequence
-    forms a group of its own. Unless `packed`, padding to a group's longest sequence counts too.
+    """Yields groups of sequence indices with at most `max_tokens` tokens per group. A longer
+    sequence forms a group of its own. Unless `packed`, the padding in a group counts too.
 
-    The groups follow `order`, which may leave sequences out; by default, it holds all sequences in
-    order of length. Unless `packed`, lengths must not decrease along `order`.
+    `order` lists the indices of the sequences to group; by default, all of them by increasing
+    length. Unless `packed`, lengths must not decrease along `order`.
     """
     order = torch.argsort(lengths, stable=True) if order is None else order
     ordered = lengths[order].tolist()
@@ -279,9 +279,10 @@ def micro_batches(
 def own_micro_batches(
     batch: TokenBatch, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """The indices of each micro-batch of this process, and whether it counts. Over all processes,
-    those that count cover every sequence once. Each process gets at least one micro-batch; with
-    `even`, all get the same number. Extra ones hold only the first sequence and do not count.
+    """Yields, for each micro-batch of this process, the indices of its sequences and whether it
+    counts. Over all processes, those that count cover every sequence once. Each process gets at
+    least one micro-batch; with `even`, all get the same number. Extra ones contain only the first
+    sequence and do not count.
     """
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths
@@ -297,7 +298,7 @@ def own_micro_batches(
 
 def _by_prompt(lengths: Tensor, owners: Tensor) -> Tensor:
     """The indices of the sequences by increasing length, except that sequences with the same prompt
-    stay together, in the place of the longest of them."""
+    stay together, at the place of the longest of them."""
     longest = torch.zeros_like(lengths).scatter_reduce(0, owners, lengths, "amax")[owners]
     order = torch.argsort(owners, stable=True)
     return order[torch.argsort(longest[order], stable=True)]

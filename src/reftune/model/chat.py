@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "reftunereply"
-"""A placeholder for the assistant's words. No template changes it, and no prompt contains it."""
+"""A placeholder for the assistant's words, which templates leave unchanged and prompts do not
+contain."""
 OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
@@ -32,10 +33,11 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
-    """The text that the template writes from the end of the prompt to the end of the turn if the
+    """The text that the template writes after the prompt, up to the end of the turn, if the
     assistant says `said`. Mistral's template begins a reply with a space, and Qwen3's with an empty
-    `<think>` block. If the template rewrites the prompt before a reply, or omits a part of `said`,
-    such as a thought, `said` is kept and only the text around it comes from the template."""
+    `<think>` block. If the template omits a part of `said`, such as a thought, or changes the
+    prompt when a reply follows, `said` is kept and only the text around it comes from the
+    template."""
     said = said.strip()
     whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
     begun = prompt_text(tokenizer, prompt)
@@ -50,8 +52,9 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
-    """The token that ends the assistant's turn after `prompt` (default: a short question). None if
-    there is no template, if the template rejects the prompt, or if ordinary text ends the turn."""
+    """The id of the token that ends the assistant's reply to `prompt` (default: a short question).
+    None if there is no template, if the template rejects the prompt, or if ordinary text ends the
+    turn."""
     if not tokenizer.chat_template:
         return None
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
@@ -71,15 +74,16 @@ def _answered(prompt: Conversation, said: str) -> tuple[Message, ...]:
 
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str]:
     """The text before and after the assistant's words; two empty strings if the template omits
-    them."""
+    these words."""
     text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
     before, found, after = text.rpartition(PROBE)
     return (before, after) if found else ("", "")
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
-    """`said` in the form that continues the prompt `begun`. `before` is the text ahead of the reply
-    in a complete conversation. Only what follows the last question, `asked`, matters in either.
+    """`said`, adapted so that it continues the prompt `begun`. `before` is the text before the
+    reply in the rendered conversation. Only the texts after the last question, `asked`, are
+    compared.
     """
     if not asked or asked not in begun or asked not in before:
         return said
@@ -91,9 +95,9 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """The part of `after` up to and including the token that ends the turn, and that token: the
-    first special token or, if there is none, the first added token. They are an empty string and
-    None if there is neither.
+    """The part of `after` up to and including the token that ends the turn, and this token. The
+    turn ends at the first special token or, if there is none, at the first added token. If there is
+    neither, returns an empty string and None.
     """
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):

@@ -1,7 +1,7 @@
 """Converts between text and token ids, and finds where a completion ends.
 
 Prompt and target meet at the same token boundary in every stage. Training, all engines and the
-export use one rule for where a completion ends.
+export use the same rule for where a completion ends.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Encoder:
 
     def end_of(self, prompt: str | Conversation) -> int:
         """The token that ends a completion of `prompt`: in a chat, the template's end-of-turn token
-        if there is one; in all other cases, eos."""
+        if there is one; in all other cases, the eos token."""
         turn = end_of_turn(self.tokenizer, prompt) if isinstance(prompt, Conversation) else None
         return int(self.tokenizer.eos_token_id) if turn is None else turn
 
@@ -86,15 +86,15 @@ class Encoder:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of tokens, without special tokens. Spaces stay as sampled, because transformers'
-    clean-up would rewrite code."""
+    """The text of tokens, without special tokens. Spaces stay as sampled; transformers' clean-up
+    would change code."""
     ids = list(token_ids)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Require an eos token. Raises: ModelError if the tokenizer has none."""
+    """Check that the tokenizer has an eos token. Raises: ModelError if not."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no eos token, so a model could never learn to stop; set"
@@ -114,8 +114,8 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""Number of tokens to decode beyond one per byte of a stop string, because special tokens decode to
-nothing."""
+"""Number of tokens to decode beyond one per byte of the longest stop string, because special tokens
+decode to nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 

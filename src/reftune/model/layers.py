@@ -1,9 +1,9 @@
-"""Changes the layers of a loaded model: casts or quantizes frozen weights, makes dropout cheap, and
-recomputes blocks.
+"""Modifies the layers of a loaded model: casts or quantizes frozen weights, speeds up dropout, and
+adds gradient checkpointing.
 
-Matrices of a base under adapters, a reference or an evaluated model are never trained, and are kept
-in the compute dtype or in 4 bits. Autocast would cast those of linear layers at every use anyway;
-for embeddings, see `Embeddings`. Vectors, such as norms and biases, stay in fp32.
+The matrices of an evaluated model, a reference or a base with adapters are never trained, and are
+kept in the compute dtype or in 4 bits. Autocast would cast those of linear layers at every use
+anyway. Vectors, such as biases and norm weights, stay in fp32.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from reftune.errors import ModelError
 
 Embeddings = Literal["all", "exact", "none"]
-"""Which embeddings are cast: all, those that the dtype holds without rounding, or none. Autocast
+"""Which embeddings are cast: all, only those that the dtype represents exactly, or none. Autocast
 itself casts none."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
     """Cast frozen matrices to `dtype` and all other parameters to fp32, in place. `embeddings`
-    determines which embeddings are cast. Under autocast, the outputs of embeddings stay in fp32,
-    and so do hidden states."""
+    determines which embeddings are cast. Under autocast, embeddings still output fp32, so hidden
+    states stay in fp32."""
     matrices = narrowable(model, dtype, embeddings=embeddings)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -41,7 +41,7 @@ def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> N
 def narrowable(
     model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings
 ) -> dict[int, nn.Parameter]:
-    """The matrices that `narrow` casts if they are frozen, by `id`."""
+    """The matrices that `narrow` casts if they are frozen, keyed by `id`."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = {}
     for weight in (m.weight for m in model.modules() if _is_matrix(m)):
@@ -68,9 +68,9 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
     """Quantize all linear layers except the output head to 4 bits, in place (NF4 in blocks of 64;
-    QLoRA, arXiv:2305.14314, §3). Matmuls run in `dtype`. The weights equal those of transformers
-    with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises: ModelError if
-    bitsandbytes or linear layers are missing."""
+    QLoRA, arXiv:2305.14314, §3). Matmuls run in `dtype`. The weights equal those that transformers
+    computes with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises:
+    ModelError if bitsandbytes is not installed or there are no linear layers."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
@@ -137,7 +137,7 @@ def plain_state(
 
 
 def _lora_layers(model: Any) -> dict[int, Any]:
-    """The LoRA layers by the `id` of their base weight. Without adapters, PEFT is not imported,
+    """The LoRA layers, keyed by the `id` of their base weights. PEFT is imported only if needed,
     because its import takes seconds."""
     if not hasattr(model, "peft_config"):
         return {}
@@ -164,13 +164,13 @@ def _plain(tensor: Tensor, adapted: Any, dtype: torch.dtype) -> Tensor:
 
 
 STEPS = 2**16
-"""Probabilities are rounded to multiples of 1 / STEPS, so that one random 64-bit number serves four
-entries."""
+"""Dropout probabilities are rounded to multiples of 1 / STEPS, so that a random 64-bit number is
+enough for four entries."""
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
-    """Replace the dropout layers of `model`, in place, with layers that draw masks on a CPU in a
-    seventh of PyTorch's time."""
+    """Replace the dropout layers of `model`, in place, with layers that draw masks seven times as
+    fast on a CPU."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -222,7 +222,7 @@ def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def recompute(block: nn.Module) -> None:
-    """Use gradient checkpointing (arXiv:1604.06174) in `block` and its copies: keep only the input,
-    and recompute the activations, bit for bit, in the backward pass."""
-    # a partial rather than a closure, so that a deep copy calls its own block's `forward`
+    """Use gradient checkpointing (arXiv:1604.06174) in `block` and its later copies: keep only the
+    input, and recompute the same activations in the backward pass."""
+    # a partial rather than a closure, so that a deep copy of the block calls its own `forward`
     block.forward = partial(recomputed, block.forward)

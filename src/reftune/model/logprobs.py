@@ -1,5 +1,5 @@
-"""Computes the log-probabilities of response tokens from hidden states without holding all logits
-at once.
+"""Computes the log-probabilities of response tokens from hidden states, without keeping all logits
+in memory at once.
 
 Logits are computed in tiles, each for some tokens and a part of the vocabulary. The first tiles are
 kept, and the backward pass recomputes the others. Memory use therefore does not grow with
@@ -20,8 +20,8 @@ LOGIT_ELEMENTS = 2**21
 LOGITS_KEPT = 2**26
 """Maximum number of logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Number of tokens per tile; more if the vocabulary is small. Each group of tokens takes one pass
-over the whole weight's gradient."""
+"""Number of tokens per tile; more if the vocabulary is small. Each group of tokens requires a pass
+over the gradient of the whole weight."""
 
 
 def token_logprobs(
@@ -30,7 +30,7 @@ def token_logprobs(
     """The log-probability (N,) of each token under the softmax of `head(hidden)` / `temperature`,
     in fp32 and with gradients.
 
-    `hidden` is (N, H), and `tokens` (N,) holds ids.
+    `hidden` is (N, H), and `tokens` (N,) contains ids.
     """
     if type(head) is nn.Linear:
         logprobs: Tensor = _LinearLogprobs.apply(
@@ -196,8 +196,8 @@ def _tiles(
     temperature: float,
     kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
-    """All tiles of the logits, by groups of rows and from left to right. `kept` holds the logits of
-    the first tiles, which are not computed again."""
+    """All tiles of the logits, from left to right in one group of rows after another. `kept` holds
+    the logits of the first tiles, which are not computed again."""
     known = iter(kept)
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)

@@ -1,5 +1,5 @@
 """The model being trained: a causal LM with a value head. It computes log-probabilities and values
-of response tokens, and makes the frozen reference."""
+of response tokens, and creates the frozen reference."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD = Path("value_head", "model.safetensors")
-"""Path in a model's folder. It is in a subfolder because vLLM loads every safetensors file next to
-the weights."""
+"""Path of the value head in a model's folder, in a subfolder because vLLM loads every safetensors
+file next to the weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
 """Path of the adapters in the merged model's folder. With a 4-bit base, a later stage continues
 training the adapters, because quantizing the merged model would round away what they have
 learned."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
-"""The adapters' file in PEFT's format, whose tensor names omit the adapter's name."""
+"""Name of the adapters' file in PEFT's format. Its tensor names omit the adapter's name."""
 
 
 class TokenScores(NamedTuple):
@@ -68,9 +68,9 @@ class Policy(nn.Module):
         quantize: Literal["nf4"] | None = None,
         trained: bool = True,
     ) -> None:
-        """Matrices that are never trained are kept in `dtype`: the base's under `lora`, or all if
-        `trained` is False. `quantize` keeps those of linear layers in 4 bits. `stop` holds strings
-        that end a completion, in addition to the end tokens that `stop_rule` finds."""
+        """Matrices that are never trained are kept in `dtype`: the base's with `lora`, or all if
+        `trained` is False. With `quantize`, those of linear layers are kept in 4 bits. `stop` lists
+        strings that end a completion, in addition to the end tokens that `stop_rule` finds."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
@@ -94,16 +94,16 @@ class Policy(nn.Module):
         """Whether `speed.llama` may process whole sequences in place of transformers."""
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
-        """It starts at zero, so that the first values are not random. `reset_value_head` draws
-        PyTorch's default weights, as ReFT's code does."""
+        """The head starts at zero, so that the first values are not random. `reset_value_head`
+        draws PyTorch's default weights, as ReFT's code does."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
         """The value head's own transformer; None if the head uses the policy's."""
         self.is_compiled = self.recomputes = False
         self.continues_adapters = False
-        """Whether the adapters had been trained before. If so, the policy without adapters is not
-        the initial policy."""
+        """Whether the adapters were already trained when loaded. If so, the policy without adapters
+        is not the initial policy."""
 
     @property
     def device(self) -> torch.device:
@@ -116,8 +116,7 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Longest sequence that the model can read, in tokens; None if the config does not state
-        it."""
+        """Maximum length of a sequence, in tokens; None if the config does not state it."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -130,7 +129,7 @@ class Policy(nn.Module):
         values: Sequence[float] = (),
         entropies: Sequence[float] = (),
     ) -> Completion:
-        """The completion made of the sampled tokens, up to the end that `StopRule` finds."""
+        """The completion with the sampled tokens up to the end that `StopRule` finds."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
         is_ended = bool(tokens) and tokens[-1] in self.stop.ids
@@ -177,8 +176,8 @@ class Policy(nn.Module):
             layers.recompute(block)
 
     def compile_blocks(self) -> None:
-        """Fuse the small operations of every transformer block, for passes over whole sequences.
-        Copies of the blocks are not compiled.
+        """Compile the transformer blocks, to fuse their small operations in passes over whole
+        sequences. Copies of the blocks are not compiled.
 
         Raises: ModelError if there is no C++ compiler.
         """
@@ -240,7 +239,7 @@ class Policy(nn.Module):
         return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
-        """(N, H) As in `hidden_states`."""
+        """(N, H) The `hidden_states` of a packed batch."""
         # compiled and split modules rely on hooks of their forward methods
         as_modules = self.is_compiled or sharding.current.is_split(self)
         if self.is_written_out and not as_modules:
@@ -324,8 +323,7 @@ class Policy(nn.Module):
         return features
 
     def verify_head(self) -> None:
-        """Check that the model's logits are simply its output embedding applied to its last hidden
-        state.
+        """Check that the model's logits are just its last hidden state times its output embedding.
 
         Raises: ModelError if they are not, for example because the model caps or scales them.
         """
@@ -387,8 +385,8 @@ class Policy(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the model, with LoRA merged, and the tokenizer, so that plain `from_pretrained` can
-        load them. Config and generation config list the end tokens. The value head and any adapters
-        are written too."""
+        load them. Both configs list the end tokens. The value head and any adapters are written
+        too."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run shows its own progress bar
@@ -455,7 +453,7 @@ class Policy(nn.Module):
 
 
 class AdapterReference:
-    """An earlier state of a policy with adapters: the same base, with the adapters of that time or
+    """An earlier state of a policy with adapters: the same base, with the adapters it had then, or
     with none."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:

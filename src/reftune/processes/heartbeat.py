@@ -12,10 +12,10 @@ from typing import Any
 
 INTERVAL_S = 1.0
 SOON_S = 4.0
-"""After a failure, seconds of silence after which a process counts as dead."""
+"""Seconds of silence after which a process counts as dead if something has failed."""
 SILENCE_S = 45.0
-"""The same while nothing has failed. This limit is high because a library may block Python's
-threads for several seconds."""
+"""The same limit while nothing has failed. It is high because a library may block Python's threads
+for several seconds."""
 LEFT = b"left"
 
 
@@ -74,7 +74,7 @@ class Heartbeat:
             self._store.set(_key(self._rank), own)
             beats = self._store.multi_get([_key(other) for other in self._others])
         except RuntimeError:
-            if self._rank != 0:  # the main process hosts the store, so all others fall silent
+            if self._rank != 0:  # without the main process's store, all others seem silent
                 self._others = [0]
             return
         now = time.monotonic()
@@ -83,8 +83,8 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """The process heard from least recently, and the seconds since then; 0 seconds if it has
-        left."""
+        """The rank of the process heard from least recently, and the seconds since then; 0 seconds
+        if it has left."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

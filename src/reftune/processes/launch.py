@@ -1,6 +1,5 @@
-"""Joins the processes that a launcher (`torchrun`, `accelerate launch`) started. Only this module
-reads the launcher's environment variables, which state the number of processes and whether weights
-are split, among other things."""
+"""Joins the processes that a launcher, `torchrun` or `accelerate launch`, has started. Only this
+module reads the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -146,7 +145,7 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
 
 
 REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "expected FSDP2, which splits like ZeRO 3",
+    "ACCELERATE_USE_DEEPSPEED": "expected FSDP2, which splits weights as ZeRO 3 does",
     "ACCELERATE_USE_MEGATRON_LM": "expected DDP or FSDP2",
     "FSDP_OFFLOAD_PARAMS": ("offloading is not supported; expected fsdp_offload_params: false"),
     "FSDP_ACTIVATION_CHECKPOINTING": (
@@ -206,5 +205,5 @@ def _wanted_replicas(environment: Mapping[str, str]) -> int:
 
 
 def describe() -> str:
-    """The processes in words, such as `8 processes, weights sharded (FSDP2)`."""
+    """A description of the processes, such as `8 processes, weights sharded (FSDP2)`."""
     return f"{world_size()} processes, {sharding.current}"

@@ -22,7 +22,7 @@ class Sharding:
     step."""
 
     splits: ClassVar[bool] = False
-    """Whether weights, gradients and optimizer state are split over the processes."""
+    """Whether weights, gradients and optimizer state are split across the processes."""
 
     def __str__(self) -> str:
         return "all weights in each (DDP)"
@@ -48,8 +48,8 @@ class Sharding:
         """Inside the `with` block, give every process all weights of `model` to read, so that a
         forward pass involves no other process. All processes must enter the block. If `model` is
         split, its children are plain copies inside the block: call the children, not the model
-        itself. In these copies, the matrices of transformer blocks are in `dtype` if it is given,
-        because autocast would cast them anyway."""
+        itself. If `dtype` is given, the matrices of transformer blocks are in `dtype`, because
+        autocast would cast them anyway."""
         yield
 
     def add_up_gradients(self, model: Any) -> None:
@@ -93,7 +93,7 @@ class Fsdp2(Sharding):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo supports no other
+                module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
         _twins[model] = twin
 
     def is_split(self, model: Any) -> bool:
@@ -128,7 +128,8 @@ class Fsdp2(Sharding):
 current = Sharding()
 """The sharding in use."""
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Maps each split model to its `_twin`, which holds the unsharded weights inside `whole`."""
+"""Maps each split model to its `_twin`, which holds the unsharded weights inside the block of
+`whole`."""
 
 
 @contextmanager
@@ -176,8 +177,8 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor if `tensor` is split over the processes; a plain tensor is returned as it
-    is."""
+    """The whole tensor if `tensor` is split across the processes; a plain tensor is returned
+    unchanged."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
@@ -206,5 +207,6 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Set `parameter`, which may be split, to `value`, which every process holds whole."""
+    """Set `parameter`, which may be split, to `value`. Every process must pass the whole
+    `value`."""
     parameter.copy_(part_of(value, parameter))

@@ -1,8 +1,8 @@
 """Several processes that train one model: their ranks, their shares of the work, and their
 communication.
 
-Every process runs the same code. The expensive parts (decoding, grading, token scores, gradients)
-are split by sample, and their results are joined, so that every process holds the same rollouts and
+Every process runs the same code. The expensive parts are split by sample: decoding, grading, token
+scores and gradients. Their results are joined, so that every process has the same rollouts and
 takes the same optimizer step. Only the main process writes to the run folder and prints, but an
 error message may come from any process. `launch` joins the processes; `sharding` determines which
 process holds which weights.
@@ -105,7 +105,7 @@ def join_tensors(part: Tensor) -> Tensor:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """The value that `make` returns in the main process, the only one that calls it."""
+    """The value of `make()`, which only the main process calls."""
     if _world is ALONE:
         return make()
     import torch.distributed as dist
@@ -122,9 +122,9 @@ def wait(where: str) -> None:
 
 
 def agree(value: T, *, what: str) -> T:
-    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError if
-    it differs, with a message that begins with `processes {what}:`. A difference means a bug, or
-    machines that differ."""
+    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError,
+    with a message that begins with `processes {what}:`, if it differs. The cause is then a bug, or
+    a difference between machines."""
     values = gather(value)
     if any(other != values[0] for other in values):
         raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")
@@ -166,8 +166,8 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def shared_folder(path: Path) -> None:
-    """Check that all machines share a folder. Raises: RecipeError in a process that does not see
-    the main process's file at `path`."""
+    """Check that all machines share the run folder. Raises: RecipeError in a process that does not
+    see the main process's file at `path`."""
     wait(f"looking for {path}")
     if not path.exists():
         raise RecipeError(

@@ -52,7 +52,7 @@ def save_checkpoint(
     keep: int = 2,
 ) -> Path:
     """Write the checkpoint of `step` completely or not at all, and delete all others except the
-    `keep` - 1 before it. Returns its folder, `folder/step-…`. Raises: CheckpointError for a disk
+    `keep` - 1 before it. Returns the path `folder/step-…`. Raises: CheckpointError for a disk
     error; older checkpoints then remain."""
     from safetensors.torch import save_file
 
@@ -140,8 +140,8 @@ def load_optimizer_tensors(
 
 
 def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
-    """A stored value in the form that the optimizer holds. A scalar becomes an int unless it was
-    stored as a float. Of any other tensor, this process gets its part."""
+    """A stored value in the form that the optimizer expects. A scalar becomes an int unless it was
+    stored as a float. Any other tensor becomes this process's part of it."""
     if value.dim() > 0:
         return part_of(value, parameter)
     return value if value.is_floating_point() else int(value)

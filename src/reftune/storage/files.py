@@ -158,7 +158,7 @@ def in_parts(
 ) -> list[dict[str, Any]]:
     """Write one line per problem to `path`, in parts of `at_once` problems, and return the content
     of all lines. `answer(start, part)` returns the lines of the part that begins at problem
-    `start`. Parts that the file already holds in full are kept."""
+    `start`. Parts that are already complete in the file are kept."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
     if done < len(problems):  # the last part is incomplete; samples are drawn for whole parts

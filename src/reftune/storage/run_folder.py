@@ -1,6 +1,6 @@
-"""The files of a run, and which run owns them. The modules that write a model or checkpoint name
-the files in it. A run claims and locks its folder. A folder that belongs to another recipe, or
-holds other files, is rejected."""
+"""The files of a run. Those in a model's or checkpoint's folder are named in the modules that write
+them. A run claims and locks its folder. A folder that belongs to another recipe, or contains other
+files, is rejected."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RunFolder:
         return self.path / "eval" / "choices" / f"{method}.jsonl"
 
     def trained(self) -> list[str]:
-        """Methods with a saved model, sorted by name."""
+        """The sorted names of the methods with a saved model."""
         return sorted(path.parent.name for path in self.path.glob("stages/*/stage.json"))
 
     def newest_checkpoint(self) -> Path | None:
@@ -126,7 +126,7 @@ class StageFolder:
 
     @property
     def best(self) -> Path:
-        """The best model on dev so far."""
+        """Folder of the best model on dev so far."""
         return self.checkpoints / "best"
 
     def nonfinite(self, step: int) -> Path:
@@ -151,7 +151,7 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
     """Claim the folder for this run, and lock it inside the block. Stages for which `recipe` now
     sets more steps or epochs are reopened. Raises: the errors of `refuse_foreign`; CheckpointError
-    if another process is using the folder, or it cannot be written."""
+    if another process is using the folder, or if the folder cannot be written."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
     """Whether the folder is still unclaimed. Raises: the errors of `lengthened_stages`;
-    CheckpointError if the folder holds files that do not belong to a run."""
+    CheckpointError if the folder contains files that do not belong to a run."""
     if folder.recipe.is_file():
         lengthened_stages(folder, recipe)
         return False
@@ -212,8 +212,8 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """The stages, other than reward models, that have begun and for which `recipe` sets more steps
-    or epochs than before.
+    """The names of the stages, other than reward models, that have begun and for which `recipe`
+    sets more steps or epochs than before.
 
     Raises: RecipeError if anything else that affects results has changed, or if one of these stages
     cannot continue, because a later stage has begun or the stage's own final checkpoint is gone;

@@ -1,4 +1,4 @@
-"""Code that exists only for speed. Without dropout, removing this folder changes results only by
+"""Code that exists only for speed. If dropout is 0, removing this folder changes results only by
 rounding. To remove it, change its callers:
 
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
@@ -10,5 +10,6 @@ rounding. To remove it, change its callers:
 - `terminal/cli.py` calls `allocator.keep_freed_memory`: drop the call.
 
 Dropout masks depend on the layout of the sequences, so without this folder, a run with dropout
-draws different, equally likely masks. `tests/unit/test_speed.py` compares runs with and without it.
+draws different, equally likely masks. `tests/unit/test_speed.py` compares runs with and without the
+folder.
 """

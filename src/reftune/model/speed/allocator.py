@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process, so that a step need not request the same gigabytes again."""
+"""Keeps freed memory in the process, so that steps do not request the same gigabytes again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Constants from glibc's malloc.h."""
 LARGEST_KEPT = 32 * 2**20
-"""Freed blocks of more than this many bytes go back to the system. glibc accepts no larger
-value."""
+"""Freed blocks of more than this many bytes go back to the system. This is the largest value that
+glibc accepts."""
 
 
 def keep_freed_memory() -> None:

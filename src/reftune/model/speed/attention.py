@@ -1,8 +1,8 @@
 """Lets transformers' own models read sequences without padding between them.
 
 The sequences follow one another without gaps, and a prompt that several of them share appears once.
-For attention alone, sequences are padded in groups of similar length, and shared prompts are
-repeated.
+Sequences are padded only for attention, in groups of similar length, and shared prompts are
+repeated there.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def has_window(config: Any) -> bool:
 
 
 def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
-    """The final hidden states (T, H); `backbone` is the transformer without its output
-    embedding."""
+    """The final hidden states (T, H) of packed tokens; `backbone` is the transformer without its
+    output embedding."""
     # transformers passes a four-dimensional mask on unchanged; nothing reads its values
     mask: Any = torch.empty(1, 1, 1, 1, device=packed.tokens.device)
-    mask.packing = packed.packing  # the only argument that CodeGen passes on
+    mask.packing = packed.packing  # CodeGen passes on only the mask
     hidden: Tensor = backbone(
         input_ids=packed.tokens[None],
         position_ids=packed.positions[None],
@@ -160,8 +160,8 @@ def _pad(tokens: Tensor, packing: Packing) -> Tensor:
 
 
 def sum_slots(slots: Tensor, order: Tensor, repeats: Sequence[Tensor]) -> Tensor:
-    """The gradient (T, …) of each token: the sum of the gradients (S, …) of its slots. An empty
-    slot's gradient is 0, because no token attends to it."""
+    """The gradient (T, …) of each token: the sum of the gradients (S, …) of its slots. Empty slots
+    have gradient 0, because no token attends to them."""
     total = slots.index_select(0, order)
     for tokens, further in zip(repeats[::2], repeats[1::2], strict=True):
         more = total.index_select(0, tokens) + slots.index_select(0, further)

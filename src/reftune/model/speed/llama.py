@@ -1,9 +1,9 @@
 """Runs Llama-like transformers with few PyTorch calls, for training and for decoding.
 
-In small models, the overhead of these calls and of autograd takes longer than the arithmetic. In
-training, the norm, the rotary positions and the gated activation are therefore one autograd
-function each, with a closed-form gradient. In decoding, one product computes queries, keys and
-values, and another computes gate and up; both use copies of the weights in the compute dtype.
+In small models, these calls and autograd cost more time than the arithmetic itself. In training,
+the norm, the rotary positions and the gated activation are therefore one autograd function each,
+with a closed-form gradient. In decoding, one product computes queries, keys and values, and another
+computes gate and up; both use copies of the weights in the compute dtype.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FAMILIES = (
 )
 """Classes in transformers that this file can run."""
 FEW_ROWS = 16
-"""Number of rows for which a weight's layout is chosen. This layout speeds up products of more or
+"""The layout of a packed weight is chosen for this many rows. It speeds up products with more or
 fewer rows just as much."""
 LARGE = 2**18
-"""In fp32, weights of at least this many elements are multiplied by oneDNN. It is faster than MKL
-for few rows, because MKL hardly divides such products among threads."""
+"""In fp32, oneDNN computes products with weights of at least this many elements. It is faster than
+MKL for few rows, because MKL hardly divides such products among threads."""
 Product = Callable[[Tensor], Tensor]
 """Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 
@@ -218,8 +218,7 @@ class _TurnAndPad(torch.autograd.Function):
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`states` (…, heads, D) with rotary positions, from the cosines and sines (…, 1, D) of the
-    angles."""
+    """`states` (…, heads, D) with rotary positions applied. `cos` and `sin` are (…, 1, D)."""
     half = cos.shape[-1] // 2
     left, right = states.split(half, -1)
     turned = states * cos
@@ -232,8 +231,7 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A causal LM prepared for decoding, which is valid until its weights change; see
-    `engines.kv`."""
+    """A causal LM prepared for decoding, valid only until its weights change; see `engines.kv`."""
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
         self.embedding = model.get_input_embeddings().weight.detach()
@@ -247,7 +245,7 @@ class Decoder:
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """The final hidden states (B, H) of each row's last token, from new tokens (B, S) and the
-        mask (B, T) of cache and tokens."""
+        mask (B, T) of cached and new tokens."""
         with torch.autocast(tokens.device.type, enabled=False):
             rows, length = tokens.shape
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
@@ -267,7 +265,7 @@ class Decoder:
         return self.head(hidden).float()
 
     def _places(self, mask: Tensor) -> Tensor | None:
-        """(N,) Flat indices of the tokens in `mask` (B, S); None if every place is read."""
+        """(N,) Flat indices of the tokens in `mask` (B, S); None if padding is read too."""
         if mask.shape[1] == 1 or not self.pack:
             return None
         return mask.flatten().nonzero().squeeze(1)
@@ -370,9 +368,9 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside the `with` block, compute linear layers with a read-only copy of their weights in
     `dtype`, in oneDNN's layout.
 
-    Their products then take half to two thirds of the time. Copying 134 million weights takes 0.1
-    s. Some layers stay as they are: small ones in fp32, all in bf16 if the CPU has no bf16
-    products, and all on devices other than the CPU.
+    Their products then take a half to two thirds of the time. Copying 134 million weights takes 0.1
+    s. Some layers stay unchanged: small ones in fp32, all in bf16 if the CPU does not support bf16
+    products, and all on other devices.
     """
     layers = [
         module
@@ -392,8 +390,8 @@ def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = Tru
     """A single product in `dtype` that computes the outputs of `layers` for the same rows, side by
     side.
 
-    If a copy of the weights in oneDNN's layout would be faster, the product uses such a copy or,
-    without `pack`, an ordinary copy, which takes as much memory.
+    If oneDNN's layout would be faster, the product uses a copy of the weights in this layout or,
+    without `pack`, an ordinary copy of the same size.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
