@@ -158,7 +158,7 @@ class PackedTokens:
 
 
 def _packing(lengths: Tensor, owners: Tensor, places: Tensor, is_read: Tensor) -> Packing:
-    """The packing of the sequences. `places` (B, L) is each token's index among the packed
+    """The packing of the sequences. `places` (B, L) contains each token's index among the packed
     tokens."""
     first_slots, slots, chosen, sizes, start = torch.empty_like(lengths), [], [], [], 0
     steps = torch.arange(is_read.shape[1], device=lengths.device)
@@ -218,7 +218,7 @@ class RolloutBatch:
     sampling_logprobs: Tensor
     """Log-probabilities reported by the engine."""
     logprobs: Tensor
-    """Log-probabilities under the policy that drew the samples, in the trainer's arithmetic."""
+    """Log-probabilities under the policy that drew the samples, as the trainer computes them."""
     gold: Tensor | None = None
     """(B,) True for gold rationales, which the policy did not sample; None if there are none."""
     ref_logprobs: Tensor | None = None

@@ -125,8 +125,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Softmax(NamedTuple):
-    """Statistics of the softmax of each row's tempered logits, which determine log-probabilities
-    and entropies. Each is (N,) in fp32."""
+    """Statistics of each row's softmax, from which log-probabilities and entropies follow. Each is
+    (N,) in fp32."""
 
     picked: Tensor
     """The token's logit."""

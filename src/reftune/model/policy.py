@@ -91,7 +91,7 @@ class Policy(nn.Module):
         self.max_tokens = 16384
         """Maximum number of tokens in one pass; see `model.micro_batch_tokens`."""
         self.is_written_out = dtype == torch.float32 and llama.is_written_out(self.model)
-        """Whether `speed.llama` may process whole sequences in place of transformers."""
+        """Whether `speed.llama` rather than transformers may process whole sequences."""
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         """The head starts at zero, so that the first values are not random. `reset_value_head`
@@ -288,7 +288,7 @@ class Policy(nn.Module):
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
         """Log-probabilities, values and entropies, without gradients or dropout.
 
-        Each process scores a part of the rows, and all processes get every score.
+        Each process scores a part of the rows, and every process gets all scores.
         """
         shape = batch.response_mask.shape
         found = [torch.zeros(shape, device=self.device) for _ in TokenScores._fields]

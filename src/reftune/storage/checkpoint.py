@@ -100,7 +100,7 @@ def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state under flat names, `optimizer.INDEX.KEY`. Learning rates are left out,
-    because they are a function of the step."""
+    because they depend only on the step."""
     import torch
 
     states = optimizer.state_dict()["state"]
@@ -115,8 +115,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's state with the tensors of nested dicts moved to the top level. bitsandbytes
-    nests its quantized state, and all parameters share the tables in it. safetensors rejects shared
-    tensors, so the tables are copied. bitsandbytes can load the flat state too."""
+    nests its quantized state, which contains tables that all parameters share. safetensors rejects
+    shared tensors, so the tables are copied. bitsandbytes can load the flat state too."""
     nested = [value for value in state.values() if isinstance(value, Mapping)]
     plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
     tensors = {key: value for part in nested for key, value in part.items()}

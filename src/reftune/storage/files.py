@@ -132,17 +132,17 @@ class JsonLines:
                 file.truncate(size)
 
     def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Cut the file before the first line that `first` accepts. A torn last line is dropped
-        too."""
+        """Cut the file before the first line that `first` accepts. An incomplete last line is
+        dropped too."""
         rows = self.rows()
         self.keep(next((i for i, row in enumerate(rows) if first(row)), len(rows)))
 
     def keep(self, count: int) -> None:
-        """Cut the file after `count` lines. A torn last line is dropped too."""
+        """Cut the file after `count` lines. An incomplete last line is dropped too."""
         self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The objects on all complete lines; a torn last line is ignored."""
+        """The objects on all complete lines; an incomplete last line is ignored."""
         return [json.loads(line) for line in self._lines()]
 
     def _lines(self) -> list[bytes]:

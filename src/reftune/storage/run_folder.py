@@ -258,7 +258,7 @@ def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
 
 
 def _reopen(folder: RunFolder, name: str) -> None:
-    """Make a stage continue from its last checkpoint and be evaluated again."""
+    """Make a stage continue from its last checkpoint, and have it evaluated again."""
     for path in (folder.evaluation(name), folder.choices(name), folder.stage(name).info):
         path.unlink(missing_ok=True)
 
