@@ -152,7 +152,7 @@ def test_every_row_has_a_kind_of_its_own(tmp_path: Path) -> None:
 def test_a_type_change_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"data.jsonl:2: answer is '6', text; expected a number, as in the rows before",
+        match=r"data.jsonl:2: answer is '6', text; expected a number, as in the earlier rows",
     ):
         load(tmp_path, SUM, {"question": "r", "answer": "6", "rationale": "so"})
 

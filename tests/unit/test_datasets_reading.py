@@ -302,7 +302,7 @@ def test_a_column_that_changes_its_type_is_refused_at_the_row_where_it_does() ->
     ]
     with pytest.raises(
         DataError,
-        match=r"f:4: answer is 5, a number; expected text, as in the rows before \(from f:2 on\)",
+        match=r"f:4: answer is 5, a number; expected text, as in the earlier rows \(from f:2 on\)",
     ):
         refuse_type_changes(rows, ["answer"])
 

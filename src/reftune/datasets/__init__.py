@@ -16,8 +16,8 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """All splits. Whatever is drawn at random, such as dev, depends on `seed`. Raises:
-        DataError, with file and line if they are known, if the data cannot be used."""
+        """All splits. Random choices, such as the draw of dev, depend on `seed`. Raises: DataError
+        if the data cannot be used; the message names the file and, if possible, the line."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:

@@ -71,8 +71,8 @@ def program_of(solution: str) -> str | None:
     or if a step is not plain arithmetic.
 
     Each step assigns a variable, which is named after the words that follow the annotation. A
-    number that equals an earlier result is replaced by that result's variable; of several equal
-    results, the latest counts.
+    number that equals an earlier result is replaced by that result's variable. If several results
+    equal the number, the latest one's variable is used.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -92,8 +92,8 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """A variable's name, made from the text after a step: `24 clips in May.` gives `clips_may`;
-    text without a usable word gives `step`."""
+    """A variable name formed from the text after a step: `24 clips in May.` becomes `clips_may`;
+    text without a usable word becomes `step`."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

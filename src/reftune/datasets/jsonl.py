@@ -1,4 +1,4 @@
-"""Your own questions and answers, from local files or the Hub, in the most common shapes."""
+"""Your own questions and answers, from local files or the Hub, in the most common layouts."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from reftune.types import Answer, AnswerKind, Message, Problem
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
 """The text that pandas writes for a missing cell, or that Excel writes for a failed formula."""
 MOST_WORDS = 30
-"""Maximum number of words in a gold text under `auto`. A longer text is rejected, because it is
-probably a solution and not an answer."""
+"""Maximum number of words in a gold text if `answer_kind` is `auto`. A longer text is rejected,
+because it is probably a solution and not an answer."""
 
 
 class Jsonl(FileDataset):
     """Reads [your own data](datasets.md#jsonl-your-own-data)."""
 
     columns: Columns | None = None
-    """Names of columns, needed only if reftune does not recognise them. It finds the others under
-    the default names below or [other common names](datasets.md#jsonl-your-own-data)."""
+    """Names of the columns that reftune does not recognise by itself. It recognises the default
+    names below and [other common names](datasets.md#jsonl-your-own-data)."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How answers are compared; see [answer kinds](datasets.md#answer-kinds)."""
     positions_from: Literal[0, 1] | None = None
-    """Number of the first option, if gold answers are positions."""
+    """Number of the first option, if gold answers are positions in the list of options."""
 
     decimal: Literal[".", ","] = "."
     """Decimal separator of the gold answers."""
@@ -65,7 +65,7 @@ class Jsonl(FileDataset):
         return {"question": f"What is {n}?", "answer": n}
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns that the user named, and for the rest those that are recognised. Raises:
+        """The columns that the user named and, for the other fields, the recognised ones. Raises:
         DataError if the training rows lack a named column, or if no column is recognised for the
         question or the answer."""
         named = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
@@ -106,8 +106,8 @@ class Jsonl(FileDataset):
         )
 
     def _gold(self, cell: object, options: Options | None) -> tuple[Answer, str]:
-        """The answer in a cell, and its spelling. Raises: DataError if the cell holds no answer of
-        the expected kind."""
+        """The answer in a cell, and the text that states it. Raises: DataError if the cell contains
+        no answer of the expected kind."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), str(cell)
@@ -136,7 +136,7 @@ class Jsonl(FileDataset):
 
 
 def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:
-    """The question as one string and, if the cell holds a conversation, the turns before the
+    """The question as one string and, if the cell is a conversation, the turns before the
     answer."""
     if isinstance(column, list):
         parts = [row.text(column[0]), *(row.optional_text(name) for name in column[1:])]

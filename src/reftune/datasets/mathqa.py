@@ -26,7 +26,8 @@ from reftune.types import Answer, Problem
 
 LETTERS = "abcde"
 FORMULA_TOLERANCE = Fraction(1, 100)
-"""Largest relative gap between a formula's value and the gold option, which may be rounded."""
+"""Largest allowed relative difference between a formula's value and the gold option, which may be
+rounded."""
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
 OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
@@ -74,7 +75,7 @@ class Mathqa(PaperDataset):
 
     def trainable(self, splits: Splits) -> Splits:
         """As in `PaperDataset`, with two exceptions for `nl`: problems without a rationale are also
-        removed, and a multiple-choice rationale contradicts the gold answer only if it ends in
+        removed, and a multiple-choice rationale contradicts the gold answer only if its end names
         another letter."""
         if self.rationale == "program":
             return super().trainable(splits)
@@ -211,7 +212,7 @@ def _is_near_gold(row: Row, value: object) -> bool:
 
 def _prose(row: Row) -> str | None:
     """The row's `Rationale`, without the quotation marks that surround most rationales; None if
-    empty."""
+    nothing is left."""
     text = row.optional_text("Rationale")
     return None if text is None else repaired(text.strip('" \n')) or None
 
@@ -230,7 +231,7 @@ def _literal(value: Fraction) -> str:
 
 def read_options(text: str) -> tuple[str, ...] | None:
     """The texts of the options, beginning with option a. `text` is written like
-    `a ) 38 , b ) 27.675 , …` or as a Python list of such pieces; None if it is neither."""
+    `a ) 38 , b ) 27.675 , …` or as a Python list of such pieces. None if it cannot be read."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None
@@ -245,8 +246,8 @@ def read_options(text: str) -> tuple[str, ...] | None:
 
 
 def option_value(text: str) -> Fraction | None:
-    """The number that an option states, as formulas compute it: `3 : 4` is 3/4, and `11 a . m .` is
-    11. None if the option states no number."""
+    """The number that an option states, as a formula would compute it: `3 : 4` is 3/4, and
+    `11 a . m .` is 11. None if the option states no number."""
     ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
     if ratio is not None:
         return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None

@@ -26,7 +26,7 @@ class Part(Table):
 
 
 class Mixture(Component):
-    """Combines datasets; no question is in two splits."""
+    """Combines datasets. No question is in more than one split."""
 
     parts: dict[str, Part] = Field(min_length=2)
     """A name of your choice → a dataset and its share."""
@@ -40,7 +40,7 @@ class Mixture(Component):
         return self
 
     def load(self, *, seed: int) -> Splits:
-        """Load every part, and mix the parts. Raises: as `Dataset.load`."""
+        """The combined splits of all parts. Raises: as `Dataset.load`."""
         parts = {name: load_dataset(part.dataset, seed=seed) for name, part in self.parts.items()}
 
         def named(split: str) -> list[Problem]:

@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.types import Problem
 
 FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
-"""The sentence that ends each worked solution of ReFT's authors."""
+"""The sentence that ends the worked solutions of ReFT's authors."""
 
 
 class Svamp(PaperDataset):
@@ -42,7 +42,8 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the published dataset; the equation becomes the program."""
+        """The problem in a row of the published dataset. Its rationale, if it has one, is a program
+        made from the equation."""
         body = row.text("Body")  # a third of the bodies lack a final period
         return Problem(
             id=row.text("ID"),

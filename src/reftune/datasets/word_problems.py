@@ -1,5 +1,5 @@
 """Generates arithmetic word problems with worked rationales, simple enough for a small transformer
-made from scratch.
+trained from scratch.
 
     Mia has 12 kites. Leo has 3 times as many kites as Mia. Leo loses 4 kites. How many kites does
     Leo have?
@@ -368,7 +368,7 @@ class _Spelling:
 
 
 def _write_program(story: _Story, style: int) -> str:
-    """A program that assigns each quantity that the style names, in order, and returns the
+    """A program that assigns the quantities that have names in the style, and returns the
     answer."""
     naming, swap, ending = _PROGRAM_STYLES[style]
     spelling = _Spelling(names=naming(story), swap=swap)

@@ -1,1 +1,1 @@
-"""Code that the datasets share: it reads rows and their parts, and makes splits."""
+"""Code that the datasets share, for reading rows and building splits."""

@@ -23,8 +23,8 @@ class PaperDataset(FileDataset):
     """Base class of GSM8K, SVAMP and MathQA."""
 
     rationale: Rationale = "program"
-    """Whether rationales are programs or in words (`nl`). Programs are made from the data's
-    annotations, except that the authors' files already contain them."""
+    """Whether rationales are programs or natural language (`nl`). Programs are generated from the
+    data's annotations; the authors' files already contain programs."""
 
     authors_name: ClassVar[str]
     """The prefix of the authors' file names."""

@@ -21,7 +21,7 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `problem` to leave a row out. The rows left out are counted by message."""
+    """Raised by `problem` to leave a row out. The rows left out are counted by error message."""
 
 
 class FileDataset(Component):
@@ -36,7 +36,7 @@ class FileDataset(Component):
     dev: str | None = None
     """Default: drawn from the training questions."""
     dev_size: int | None = Field(None, ge=0)
-    """Number of training questions drawn for dev. Default: a tenth, at most 500."""
+    """Number of training questions drawn for dev. Default: a tenth of them, but at most 500."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
 
@@ -47,13 +47,13 @@ class FileDataset(Component):
 
     @abstractmethod
     def problem(self, row: Row) -> Problem:
-        """The problem in a row. Raises: DataError, which names `row.where`, if the row is wrong;
-        Unusable to leave it out."""
+        """The problem in a row. Raises: DataError, which names `row.where`, if the row is invalid;
+        Unusable to leave the row out."""
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
-        """Row `n` of a made-up file, in which every row asks a different question. It serves the
-        tests of the built-in datasets; your own dataset need not define it."""
+        """Row `n` of a made-up file, in which every row asks a different question. Only
+        the tests of the built-in datasets use it; your own dataset need not define it."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:

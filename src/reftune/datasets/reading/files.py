@@ -1,5 +1,5 @@
-"""Reads the records of local files, each with its place. CSV is read with the standard library, so
-that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
+"""Reads the records of local files, each with its location. CSV is read with the standard library,
+so that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
 dates."""
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from reftune.text import shown
 
 LOG = logging.getLogger(__name__)
 Records = Iterator[tuple[str, Mapping[str, Any]]]
-"""(place, columns) of each record. The place is `file:line` or, in Parquet, `file: row n`."""
+"""(location, columns) of each record. The location is `file:line` or, in Parquet, `file: row n`."""
 Line = tuple[str, Sequence[str | None]]
 """(`file:line`, cells) of each line of a table."""
 DELIMITERS = ",;\t|"
 """Possible delimiters. The one that splits the first line into the most columns is used; on a tie,
-the one that comes first here."""
+the one listed first here."""
 
 
 def ending(path: PurePath) -> str:
@@ -37,8 +37,8 @@ def ending(path: PurePath) -> str:
 
 
 def read_file(path: Path) -> Records:
-    """The records of a file in the format that its ending indicates. Raises: DataError, with the
-    line if it is known, if the file cannot be read."""
+    """The records of a file, whose ending indicates its format. Raises: DataError if the file
+    cannot be read; the message names the line, if possible."""
     reader = READERS.get(ending(path))
     if reader is None:
         raise DataError(
@@ -247,7 +247,8 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
     """The records of a table. The first line that is not empty names the columns; empty cells are
     null, and empty lines are skipped.
 
-    A nameless first column is skipped as an index of pandas; other nameless columns must be empty.
+    A nameless first column is taken for a pandas index and skipped; other nameless columns must be
+    empty.
     Raises: DataError for a line that does not fit the header.
     """
     header: list[str] | None = None

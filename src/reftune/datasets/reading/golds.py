@@ -1,4 +1,5 @@
-"""Reads cells that hold a gold answer, alone or at the end of a worked solution or conversation."""
+"""Reads cells that contain a gold answer, alone or at the end of a worked solution or
+conversation."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The value of a cell that holds a gold answer or, if it is a conversation, the reply in it.
-    Raises: DataError if there is no such cell, or if the conversation has no reply."""
+    """The value of a cell with a gold answer or, if the cell is a conversation, its reply. Raises:
+    DataError if there is no such cell, or if the conversation has no reply."""
     value = row.value(column)
     if not is_conversation(value):
         return value

@@ -67,7 +67,7 @@ with any other operation gets no program."""
 
 EXACT_CONSTANTS: Mapping[str, str] = {"const_pi": "math.pi", "const_0_2778": "(5 / 18)"}
 """Exact values of constants that MathQA rounds. With the rounded 0.2778 for converting km/h to m/s,
-answers would miss their options."""
+results would not match the options."""
 
 NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+")
 """A number that MathQA counts among a problem's n0, n1, … A comma belongs to the number even if it

@@ -35,12 +35,12 @@ class Options:
 
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
-    """The options of a row. If they are in one column, it holds a list of option texts,
-    `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, or a
-    string that spells one of these. If there are several columns, each holds one option, and empty
+    """The options of a row. A single column contains a list of option texts,
+    `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, or one of
+    these written as a string. If there are several columns, each contains one option, and empty
     columns are skipped.
 
-    Raises: DataError if a single column is missing, or if there are not 2 to 26 options.
+    Raises: DataError if the only column is missing, or if there are not 2 to 26 options.
     """
     if not isinstance(columns, str):
         found = {column[-1].lower(): row.get(column) for column in columns}

@@ -1,4 +1,4 @@
-"""Programs as rationales, made from a dataset's own annotations."""
+"""Generates programs from a dataset's annotations, for use as rationales."""
 
 from __future__ import annotations
 

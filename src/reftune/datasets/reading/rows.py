@@ -1,6 +1,6 @@
 """Rows of a data source: a local file, a folder with one file per split, or a Hub dataset.
 
-Every row knows its place, such as `file:line`, so that errors can name it.
+Every row records its location, such as `file:line`, for error messages.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Row:
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
-        """The column's text. Raises: DataError if it is missing, empty or not text."""
+        """The column's text. Raises: DataError if the value is missing, empty or not text."""
         value = self.value(column)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{self.where}: {column} is {shown(value)}; expected text")
@@ -55,7 +55,7 @@ class Row:
         return None if value is None or value == "" else self.text(column)
 
     def number_gold(self, column: str) -> Answer:
-        """The gold number in a column. Raises: DataError if the column is missing or holds no
+        """The gold number in a column. Raises: DataError if the column is missing or contains no
         number."""
         value = self.value(column)
         answer = number_gold(value)
@@ -102,7 +102,7 @@ def read_rows(
 
     `source` is a file with an ending in `READERS`, a folder of such files or Parquet shards, or a
     Hub id, `owner/name[:config[:split]]`, which is read at `revision`. Files in a folder are named
-    after their splits; those with one of `names` take precedence. Files other than Parquet may be
+    after their splits; a file named in `names` takes precedence. Files other than Parquet may be
     gzipped. Raises: DataError if the source cannot be read or has no rows of the split.
     """
     path = _path(source)
@@ -129,7 +129,7 @@ def is_single_split(source: str) -> bool:
 
 
 def _path(source: str) -> Path:
-    """The source as a path. The `~` of an unknown user stays as it is. Raises: DataError if the
+    """The source as a path. The `~` of an unknown user is not expanded. Raises: DataError if the
     system rejects the path."""
     try:
         path = Path(source).expanduser()
@@ -151,7 +151,7 @@ def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
             if type_name(value) != (expected := type_name(filled[0][1])):
                 raise DataError(
                     f"{row.where}: {column} is {shown(value)}, {type_name(value)}; "
-                    f"expected {expected}, as in the rows before (from {filled[0][0].where} on)"
+                    f"expected {expected}, as in the earlier rows (from {filled[0][0].where} on)"
                 )
 
 

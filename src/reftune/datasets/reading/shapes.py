@@ -1,4 +1,4 @@
-"""Recognises columns by their common names, and thereby the shape of the rows."""
+"""Recognises columns by their common names and, from the columns, the shape of the rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Field → common names of its column, most likely first; compared in lower case."""
 LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
-"""Names of columns that hold one option each; `{}` is the option's letter or number."""
+"""Names of columns that contain one option each; `{}` is the option's letter or number."""
 
 
 class Columns(Table):
@@ -75,8 +75,8 @@ class Shape:
 
 
 def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
-    """The shape of `rows`. `named` holds the columns that the user named, by field; the others are
-    recognised.
+    """The shape of `rows`. `named` maps fields to the columns that the user named. The columns of
+    the other fields are recognised.
 
     Raises: DataError if no column is found for the question or for the answer.
     """
@@ -109,7 +109,7 @@ class _Found:
         self.by_lower = {str(name).lower(): str(name) for row in rows for name in row.columns}
 
     def first(self, field: str, used: set[str]) -> str | None:
-        """The likeliest column for a field, among those not in `used`."""
+        """The most likely column for a field, among those not in `used`; None if there is none."""
         names = [self.by_lower.get(name, name) for name in NAMES[field]]
         free = [name for name in names if name not in used]
         unfit = (type(None),) if field == "choices" else (type(None), Mapping)
@@ -128,7 +128,7 @@ class _Found:
         return self.first("question", set())
 
     def choices(self, used: set[str]) -> str | list[str] | None:
-        """One column with all options, or one column per option."""
+        """One column with all options, or one column per option; None if there are none."""
         for pattern, labels in product(LABELLED, ("abcdefghij", "123456789")):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
@@ -137,7 +137,7 @@ class _Found:
         return self.first("choices", used)
 
     def any_worked(self, column: str) -> bool:
-        """Whether any cell of the column holds a worked solution with its answer."""
+        """Whether any cell of the column contains a worked solution with its answer."""
         cells = [row.get(column) for row in self.rows]
         return any(
             is_conversation(cell) or (isinstance(cell, str) and worked_solution(cell) is not None)

@@ -1,4 +1,4 @@
-"""Makes splits from problems: it removes duplicates and contradictions, draws dev, and removes the
+"""Builds splits from problems: it removes duplicates and contradictions, draws dev, and removes the
 questions of dev and test from train."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ not included, because a question may be about them."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """The problems of each split. No question is in two splits."""
+    """The problems of each split. No question is in more than one split."""
 
     train: tuple[Problem, ...]
     dev: tuple[Problem, ...]
@@ -59,18 +59,18 @@ def draw_splits(
     key: Key = question_key,
     several_rationales: bool = False,
 ) -> Splits:
-    """Clean splits. Rows of train and dev are dropped, and counted, for these reasons:
+    """The cleaned splits. Rows of train and dev are dropped, and counted, for these reasons:
 
     - `duplicate`: an earlier row of the split has the same text (apart from spacing), options, gold
       answer and, in train with `several_rationales`, rationale.
     - `contradiction`: rows of the split give different gold answers to the same question with the
       same options. None of these rows is kept.
-    - `leak`: by `key`, test asks the same question, or dev asks the same question as a train row.
+    - `leak`: the same question, judged by `key`, is in test or, if the row is in train, in dev.
 
     If `dev` is None, the questions of train are sorted by a hash of `seed` and question, and the
-    first `dev_size` become dev, so row order and rationales do not matter. If `dev_size` is None,
-    a tenth of the questions, at most 500, becomes dev. Raises: DataError if `dev_size` leaves
-    nothing to train on.
+    first `dev_size` become dev, so row order and rationales do not affect the choice. If
+    `dev_size` is None, a tenth of the questions, at most 500, becomes dev. Raises: DataError if
+    `dev_size` leaves nothing to train on.
     """
     counts: Counter[str] = Counter()
     tested = [(key(problem), problem) for problem in test]
@@ -88,8 +88,8 @@ def draw_splits(
 
 
 def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], bool]) -> Splits:
-    """Remove the training problems whose rationale is `unusable`, and count them as `reason`. Dev
-    keeps such problems, but not their rationales."""
+    """Remove the training problems that are `unusable`, and count them as `reason`. Dev keeps such
+    problems, but not their rationales."""
     train = tuple(problem for problem in splits.train if not unusable(problem))
     dev = tuple(replace(p, rationale=None) if unusable(p) else p for p in splits.dev)
     dropped = len(splits.train) - len(train)

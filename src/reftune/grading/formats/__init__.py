@@ -10,12 +10,12 @@ from reftune.types import Conversation, Graded, Problem
 
 
 class Format(Protocol):
-    """The interface of every format. In every stage, prompt and target meet at the same token
-    boundary."""
+    """The interface of every format. In every stage, the prompt has the same tokens, and the target
+    begins right after them."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The text that the model continues, or the conversation that it answers. The tokenizer's
-        BOS token precedes a string unless it is a `BareText`."""
+        """The text that the model continues, or the conversation that it answers. Any text except a
+        `BareText` is preceded by the tokenizer's BOS token."""
 
     def target(self, problem: Problem) -> str:
         """The gold continuation: the text right after the prompt, or the assistant's turn.
@@ -24,4 +24,4 @@ class Format(Protocol):
         """
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in order. No completion's text may cause an error."""
+        """One grade per completion, in order. No text may cause an error."""

@@ -14,8 +14,9 @@ from reftune.types import Graded, Problem, Verdict
 
 RULES = ("robust", "paper")
 Grader = Callable[[str, Problem], object]
-"""A user's own grader. It takes a completion, or the text of its program's value, and the problem.
-It returns a `Graded`, or a bool that tells whether the answer is right."""
+"""A user's own grader: a function of a text and a problem. The text is the completion or, in the
+format `program`, the program's answer. The function returns a `Graded`, or a bool that tells
+whether the answer is right."""
 
 
 def _known(grading: str) -> str:
@@ -39,8 +40,8 @@ def own_grader(grading: str) -> Grader:
 
 
 def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
-    """The grade that a user's own grader gives. If the grader fails, or returns neither a `Graded`
-    nor a bool, the verdict is ERROR, so that failures are counted."""
+    """The grade that a user's own grader gives. If the grader raises an error, or returns neither a
+    `Graded` nor a bool, the verdict is ERROR, so that failures are counted."""
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  a model's text may break a grader

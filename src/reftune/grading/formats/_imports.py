@@ -1,7 +1,7 @@
 """Removes unused imports from programs.
 
 Programs are split into tokens, but neither parsed nor run, so that no program can crash this
-process. A program that cannot be split into tokens stays as it is.
+process. A program that cannot be split into tokens is left unchanged.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def without_unused_imports(program: str) -> str:
     """`program` without its unused imports. A statement that imports only unused names becomes
     `pass`.
 
-    A name counts as used if it occurs in code (except after a dot) or in an f-string. In a program
+    A name counts as used if it occurs in an f-string or, except after a dot, in code. In a program
     that uses `eval`, `exec` or `compile`, a name in any string counts as used. Imports of forbidden
-    modules stay, so that the sandbox notices them, and `import *` stays too.
+    modules are kept, so that the sandbox notices them. `import *` is kept too.
     """
     if "import" not in program:
         return program
@@ -76,7 +76,7 @@ def without_unused_imports(program: str) -> str:
 
 
 def _imports(tokens: Sequence[_Token]) -> tuple[list[_Import], list[_Token]]:
-    """The import statements, and the tokens of everything else."""
+    """The well-formed import statements, and the tokens outside import statements."""
     imports, others = [], []
     starts, statement, depth = True, None, 0
     for token in tokens:

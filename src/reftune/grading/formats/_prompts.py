@@ -1,4 +1,4 @@
-"""Writes the question as the model reads it, according to `style`, for all formats."""
+"""Writes prompts in the recipe's `style`, for all formats."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Prompted(Component):
     """Defines how the formats that come with reftune put a question to the model."""
 
     style: Style = "compact"
-    """Form of the prompt. `compact` is the question alone, followed by the function's header if the
-    format is `program`. `paper` is the authors' prompt, `chat` uses the tokenizer's chat template,
+    """Form of the prompt. `compact` is the question, followed by `def solution():` if the format is
+    `program`. `paper` is the prompt of ReFT's authors, `chat` uses the tokenizer's chat template,
     and `plain` uses your `template`."""
     system: str | None = None
     """For `chat`: the system message, if the data has none."""
     instruction: str | None = None
     """For `chat`: text above the question in the user's last turn."""
     template_args: dict[str, Any] = Field(default_factory=dict)
-    """For `chat`: variables of the template, such as `{enable_thinking: false}`."""
+    """For `chat`: variables of the chat template, such as `{enable_thinking: false}`."""
     template: str | None = None
     """For `plain`: the prompt, which must contain `{question}` once. Default: the question and a
     line break."""

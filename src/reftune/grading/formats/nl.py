@@ -21,7 +21,7 @@ DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
 
 
 class Nl(Prompted):
-    """A worked solution in words that ends by stating its answer."""
+    """A worked solution in natural language, which ends by stating the answer."""
 
     kind: str = "nl"
     grading: Grading = "robust"
@@ -29,7 +29,7 @@ class Nl(Prompted):
     grader](grading.md#your-own-grader) as `file.py:Name`."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
-    """Strings that begin run-on text, which the grader ignores."""
+    """Strings that mark the start of run-on text, which the grader ignores."""
     markers: tuple[str, ...] = ()
     """Phrases that announce the answer, in addition to the built-in English ones. A gold solution
     that does not end by stating its answer gets a last line that begins with the first phrase."""
@@ -43,12 +43,12 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale, followed by a line that states the answer in a form that the grading
-        reads. If the rationale's last line already states the answer, this line is omitted, unless
-        the style or grading is `paper`.
+        """The gold rationale, followed by a line that states the answer in a form that the grader
+        can read. If the rationale's last line already states the answer, no line is added,
+        unless the style or grading is `paper`.
 
-        Raises: DataError if there is no rationale, if it is a program, or if the answer is of the
-        kind `regex` and the last line states no match.
+        Raises: DataError if there is no rationale or if the rationale is a program. Outside
+        `paper`, also if the answer is of the kind `regex` and the last line states no match.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):
@@ -90,6 +90,6 @@ class Nl(Prompted):
 
 
 def _decimal(answer: Answer) -> str:
-    """The answer in a spelling that the authors' grading accepts; `float()` rejects 1/3 and 25%."""
+    """The answer as text that the authors' grader can read with `float()`, unlike 1/3 or 25%."""
     text = str(answer).removesuffix("%" * answer.percent)
     return repr(float(answer.value)) if isinstance(answer.value, Fraction) and "/" in text else text

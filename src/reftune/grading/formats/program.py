@@ -1,9 +1,10 @@
 """Rationales that are programs.
 
 A completion either continues `def solution():` or contains a whole program. The program is found by
-searching the text, because only the sandbox parses or runs a model's code. It is the last fenced
+text search, because only the sandbox parses or runs a model's code. The program is the last fenced
 block that defines `solution` or, if no block does, the whole text. If nothing defines `solution`,
-the last fenced block with a `return`, or else the whole text, is the body of `solution`.
+the body of `solution` is the last fenced block with a `return` or, if there is none, the whole
+text.
 
 Unused imports are removed. Then the versions below are tried in order, each only if all earlier
 ones ended in an error:
@@ -11,7 +12,7 @@ ones ended in an error:
 1. the program or body as it stands;
 2. the same without prose. Of a program's statements at the left margin, only imports, definitions
    and the assignments before `solution` are kept. A body ends before its first line at the left
-   margin; a body that itself stands at the left margin ends after its first `return`;
+   margin. A body that is not indented at all ends after its first `return`;
 3. the program, preceded by the fenced blocks above it that do not define `solution`, as in a
    notebook.
 """
@@ -60,7 +61,7 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A program, and the expression that holds its answer."""
+    """A program, and the expression whose value is the answer."""
 
     source: str
     call: str
@@ -90,7 +91,7 @@ class Program(Prompted):
 
     def model_post_init(self, _: Any) -> None:
         if self.grading == "paper" and self.scripts == "read":
-            message = "scripts: read: expected grading: robust; the paper's rules read none"
+            message = "scripts: read: expected grading: robust; the paper's rules read no scripts"
             raise refusal("scripts", message)
         limits = SandboxLimits(timeout_s=self.timeout_s, memory_mib=self.memory_mib)
         self._sandbox = Sandbox(
@@ -110,10 +111,9 @@ class Program(Prompted):
         """The gold program without the docstring of `solution`; only the body of `solution` if the
         prompt already contains the function's header.
 
-        In the style `compact`, the target begins with the line break before the body. Tokenizers
-        join this line break with the indent. If the prompt ended in the line break, prompt and
-        target, tokenised separately, would not give the tokens of the whole text. Raises: DataError
-        if there is no program.
+        In the style `compact`, the target begins with the line break before the body, because
+        tokenizers join this line break with the indent after it. Raises: DataError if there is no
+        program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -218,8 +218,8 @@ def programs_in(completion: str) -> tuple[str, ...]:
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order; none if the completion defines `solution`. Indented text
     without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced block
-    that prints or, at the left margin, assigns an answer. If no block does but the whole text does,
-    the whole text is the program; if it does not, there is none."""
+    that prints or, at the left margin, assigns an answer. If only the whole text does, the whole
+    text is the program. If nothing does, there is no program."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -239,9 +239,9 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 
 def _answer_of(script: str) -> str:
-    """The expression that holds the answer: the first of `ANSWER_NAMES` that the script assigns. If
-    it assigns none of them, the expression is `result` if the script assigns `result` and prints
-    nothing. Otherwise, it is `None`, which stands for the printed text."""
+    """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
+    assigns, else `result` if the script assigns that name and does not print, else `None`, which
+    stands for the printed text."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -308,8 +308,8 @@ def _indented(body: str) -> str:
 
 
 def _first_indent(lines: list[str]) -> int:
-    """The indent that the first line should have, judged by the lines below it that precede the
-    first line at the margin."""
+    """The indent that the first line should have, judged by the lines that follow it, up to the
+    next one at the left margin."""
     first = _indent(lines[0])
     below = []
     for line in lines[1:]:
@@ -391,8 +391,8 @@ def _paper_source(problem: Problem, completion: str) -> str:
 
 
 def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
-    """Grade a program by the authors' rules. If the program fails and the gold answer is not a
-    number, the program's value counts as the string "none"."""
+    """The grade of a program by the authors' rules. If the program fails and the gold answer is not
+    a number, the program's value counts as the string "none"."""
     has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
     graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
     return replace(graded, program_s=result.seconds)

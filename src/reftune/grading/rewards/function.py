@@ -5,8 +5,8 @@ arguments. The lists are the questions as `prompts`, the generated texts as `com
 tokens as `completion_ids`, the gold answers as `answer`, the grader's `verdicts`, `values` and
 `reasons`, and the columns of the data that reftune does not use. A column named `answer`,
 `verdicts`, `values` or `reasons` replaces the list of that name. The function receives the
-arguments it names, or all of them if it takes `**kwargs`. It may be async. If it fails on a batch,
-it is called with one sample at a time, to find the sample that causes the error.
+arguments it names, or all of them if it takes `**kwargs`. It may be async. If the function
+fails on a batch, it is called with one sample at a time, to find the sample that causes the error.
 
 The function returns a list with one entry per completion: a number, a dict of named parts such as
 `{"correct": 1.0, "short": 0.1}`, or None to exclude the rollout. Instead of the list, it may return
@@ -153,13 +153,13 @@ class FunctionReward(Component):
 
 
 class _TimeUpError(BaseException):
-    """A call ran out of time. It is not an Exception, which the user's code might catch."""
+    """A call ran out of time. The user's code might catch an `Exception`, so this is not one."""
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise _TimeUpError inside the block when the time is up. Outside the main thread there is no
-    limit, because other threads receive no signals."""
+    limit, because Python handles signals only in the main thread."""
 
     def expire(number: int, frame: Any) -> None:
         raise _TimeUpError
@@ -168,7 +168,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
     handler = signal.signal(signal.SIGALRM, expire)
-    # repeats every second, because user code may swallow the first error
+    # The signal repeats every second, because the user's code may swallow the first error.
     rest = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -201,8 +201,8 @@ def _columns(samples: Sequence[_Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """`result` or, if it is awaitable, the result of awaiting it, even if an event loop is already
-    running."""
+    """`result` or, if it is awaitable, the result of awaiting it. An event loop that is already
+    running in this thread does no harm."""
     if not inspect.isawaitable(result):
         return result
 

@@ -1,4 +1,4 @@
-"""The paper's reward: is the answer right?"""
+"""The paper's reward, which depends on whether the answer is right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Outcome(Component):
-    """The reward of ReFT, §3.1, except that a wrong choice or a wrong text earns `wrong`."""
+    """The reward of the ReFT paper, §3.1, except that a wrong choice or a wrong text earns
+    `wrong`."""
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
@@ -20,7 +21,7 @@ class Outcome(Component):
     """Reward for a wrong answer if the gold answer is a number, an expression, or a list of
     either."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
-    """Reward for any other wrong answer, and if there is no answer."""
+    """Reward for any other wrong answer, and for a completion without an answer."""
     partial_on_choices: bool = False
     """Give `partial` for a wrong choice too, as the authors' code does."""
 
@@ -40,8 +41,8 @@ class Outcome(Component):
         return self.partial if is_partial else self.wrong
 
     def _tells_kind(self, gold: Answer) -> bool:
-        """Whether a wrong answer earns `partial`: if `gold` is a number, an expression or a list of
-        these, or if it is a choice and `partial_on_choices` is set."""
+        """Whether a wrong answer earns `partial`. A number, an expression or a list of these does;
+        a choice does only with `partial_on_choices`."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]

@@ -4,20 +4,21 @@ There are two backends. `monty` interprets Python in Rust, in worker processes, 
 no access to files, the network, processes or the environment. `subprocess` runs CPython with the
 installed packages, in an isolated process per program. The default, `auto`, runs a program in monty
 first. If the program needs a feature of Python that monty lacks (`gaps.py`), `auto` runs it again
-in a subprocess. Importing a third-party package is an error there too, so that verdicts do not
-depend on the packages installed. If the subprocess backend cannot start, `auto` uses monty alone.
+in a subprocess. With `auto`, importing a third-party package is always an error, so that verdicts
+do not depend on which packages are installed. If the subprocess backend cannot start, `auto` uses
+monty alone.
 
 In both backends, a program is FORBIDDEN if it opens or lists files outside Python's libraries,
 imports a module whose purpose is to reach outside, such as `socket` or `ctypes`, or calls a
 function of `os` or `sys` that does so, such as `os.system` or `sys.exit`. A program cannot hide the
-file access or the import by catching the error. In monty, it is also FORBIDDEN to read the
-environment or to use `__import__`, `globals`, `input`, or dunder attributes that lead from an
-object to the interpreter, such as `().__class__`. Programs may import `os` and `sys`, as models
-often do needlessly, and use their harmless members, such as `sys.maxsize`. Importing a harmless
-module that is missing, such as numpy, is an ERROR.
+file access or the import by catching the error. In monty, a program is also FORBIDDEN if
+it reads the environment or uses `__import__`, `globals`, `input`, or dunder attributes that lead
+from an object to the interpreter, such as `().__class__`. Programs may import `os` and `sys`, as
+models often do needlessly, and use harmless members of both, such as `sys.maxsize`. Importing a
+harmless module that is missing, such as numpy, is an ERROR.
 
 Both backends seed the module `random`. In monty, the clock stands still and `sleep` takes no time,
-so that a program gives the same value every time.
+so that a program returns the same value every time.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ MAX_SOURCE_CHARS = 100_000
 
 
 class Sandbox:
-    """Runs programs in parallel. No program can leave any state for another. The workers start when
-    first needed; `close` or garbage collection ends them.
+    """Runs programs in parallel. No program can pass any state on to another. The workers start
+    when first needed; `close` or garbage collection ends them.
 
-    Sandboxes with equal settings are equal. A copy, even in another process, starts its own
-    workers.
+    Sandboxes with equal settings compare equal. A copy of a sandbox, for example in another
+    process, starts its own workers.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Sandbox:
         workers: int | None = None,
         allow_unisolated: bool = False,
     ) -> None:
-        """`workers` is the number of programs that run at a time, by default one per core.
+        """`workers` is the number of programs that run at the same time, by default one per core.
         `allow_unisolated` lets the subprocess backend start even without isolation."""
         self.limits = limits if limits is not None else SandboxLimits()
         self._kind = backend
@@ -75,8 +76,7 @@ class Sandbox:
         """Execute each program, then evaluate the expression `call` in the program's scope. Returns
         one result per program, in order.
 
-        Raises: ReftuneError if the sandbox itself cannot start. A program that fails raises no
-        error.
+        Raises: ReftuneError if the sandbox itself cannot start. A failing program raises none.
         """
         if not programs:
             return []

@@ -2,20 +2,20 @@
 file runs as a script in a prepared environment and imports nothing from reftune.
 
 A forked process starts with the interpreter running and with common modules already imported, as
-well as slow packages such as numpy if the program needs them. This process only forks, waits and
-kills; it never reads a program. Each message on the socket at descriptor 0 names the working folder
-of one program to run and carries three descriptors: the program's source, a pipe for its result,
-and a socket for its exit status. When the other end of the status socket closes, the program is
-killed.
+well as slow packages such as numpy if the program needs them. This process only forks processes,
+waits for them and kills them; it never reads a program. Each message on the socket at descriptor 0
+names the working folder of one program to run and carries three descriptors: the program's source,
+a pipe for its result, and a socket for its exit status. When the other end of the status socket
+closes, the program is killed.
 
 The result consists of lines whose first letter tells their kind. Each refused access adds an `F`
 line. Unless the program is killed, a `P` line follows with the end of its output, if any, and then
-a `V` line with its value or an `E` line with its exception. If the system lacks protections, the
-program is not started, and the only line is an `N` line that names them. `P`, `V` and `E` lines
-hold JSON.
+a `V` line with its value or an `E` line with its exception. If the system lacks a required
+protection, the program is not started, and the only line is an `N` line that names what is missing.
+`P`, `V` and `E` lines contain JSON.
 
-The audit hook only labels and refuses the well-known ways out. A determined program is confined by
-the kernel.
+The audit hook refuses and reports only the well-known ways out. A determined program can get past
+the hook, but the kernel confines it.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ def keep_only(results: int) -> None:
 def fence_in(readable: list[str]) -> str:
     """Permanently give up access to the network, other processes and the contents of all files
     except `readable`, as far as the system allows. Without seccomp, other processes may stay within
-    reach. Returns, in words, what the system lacks to cut off files and the network; empty if it
-    lacks nothing."""
+    reach. Returns one text that names the missing protections of files and the network; empty if
+    none is missing."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
@@ -231,10 +231,9 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Use Landlock to let the process read the contents of `paths` and of no other files, and
-    create, write, run or delete no files. Landlock does not cover metadata (`stat`, `chmod`). Newer
-    kernels also block TCP and signals to other processes. False if access to files cannot be
-    restricted."""
+    """Use Landlock to let the process read only the contents of `paths`, and create, write, run or
+    delete no files. Landlock does not cover metadata (`stat`, `chmod`). Newer kernels also block
+    TCP and signals to other processes. Returns False if access to files cannot be restricted."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -257,8 +256,8 @@ def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
 
 
 def only_call(libc: ctypes.CDLL, table: tuple[int, str] | None) -> bool:
-    """Use seccomp to make every system call that is not in `table` fail with EPERM. False if this
-    cannot be done, or if the machine has no table."""
+    """Use seccomp to make every system call that is not in `table` fail with EPERM. Returns False
+    if this cannot be done, or if there is no table for the machine."""
     if table is None:
         return False
     architecture, numbers = table[0], [int(number) for number in table[1].split()]
@@ -287,8 +286,8 @@ ALLOWED_CALLS = {
             " 271 309 318 332 334 439"
         ),
     ),
-    # The same without open, stat, lstat, poll, access, select, readlink and time, which this
-    # machine lacks.
+    # The same calls without open, stat, lstat, poll, access, select, readlink and time, which this
+    # architecture lacks.
     "aarch64": (
         0xC00000B7,
         (
@@ -298,15 +297,16 @@ ALLOWED_CALLS = {
         ),
     ),
 }
-"""Machine → its number in the kernel's audit.h, and the system calls that a program may make."""
+"""Architecture → its number in the kernel's audit.h, and the numbers of the system calls that a
+program may make."""
 
 
 # --- the program ----------------------------------------------------------------------------------
 
 
 def run(source: str) -> str:
-    """The last lines of a program's result: a `P` line if it printed something, and a `V` or `E`
-    line."""
+    """Run a program. Returns the last lines of its result: a `P` line if the program printed
+    something, and a `V` or `E` line."""
     scope: dict[str, Any] = {"__name__": "__main__"}
     printed = Printed()
     sys.stdout = printed
@@ -336,7 +336,7 @@ class Printed:
 
 def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
     """`value` as JSON. A set becomes a sorted list. A number or date of a type that JSON lacks,
-    such as Fraction or datetime, becomes its text. Raises: TypeError for any other type that JSON
+    such as Fraction or datetime, becomes a string. Raises: TypeError for any other type that JSON
     lacks."""
     try:
         return dumps(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
@@ -376,7 +376,7 @@ class Doorman:
             self.refuse(event, args)
 
     def importing(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """An `__import__` that notices forbidden modules even if they are already loaded."""
+        """An `__import__` that refuses forbidden modules even if they are already loaded."""
 
         def wrapped(name: str, *args: Any, **kwargs: Any) -> Any:
             if name.partition(".")[0] in self.forbidden and is_program(sys._getframe(1)):

@@ -35,8 +35,8 @@ def gap(result: ExecutionResult) -> str | None:
 
 
 def missing_package(result: ExecutionResult) -> str | None:
-    """The missing package that a program needed, if it does not come with Python; None
-    otherwise."""
+    """The name of the third-party package that a program could not import; None if there is
+    none."""
     match = re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", result.reason)
     if match is None or _comes_with_python(match[1]):
         return None

@@ -24,8 +24,7 @@ from reftune.grading.sandbox.result import (
 )
 
 GRACE_S = 0.25
-"""Seconds from a program's time limit until its worker is killed if the program is still
-running."""
+"""If a program is still running this many seconds after its time limit, its worker is killed."""
 
 
 # --- monty ----------------------------------------------------------------------------------------
@@ -37,7 +36,7 @@ _inherited: list[Any] = []
 
 def refuse_after_fork() -> None:
     """Raise a ReftuneError in a process that was forked after its parent ran a program. monty's
-    event loop does not survive a fork: the child would hang and would harm its parent."""
+    event loop does not survive a fork: the child would hang and could disrupt the parent's loop."""
     if _monty_pid is not None and _monty_pid != os.getpid():
         raise ReftuneError(
             "sandbox: this process was forked after its parent had run programs; start it with the"
@@ -79,8 +78,8 @@ class MontyBackend:
         self._finalizer()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Run a program. If the worker dies, run the program once more, because something else may
-        have killed the worker."""
+        """Run a program. If the worker dies, run the program once more, because the program may not
+        be the cause."""
         return self._attempt(source) or self._attempt(source) or failure("the worker crashed twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
@@ -114,7 +113,7 @@ class MontyBackend:
                 )
         if reached:
             return ExecutionResult(
-                status=ExecutionStatus.FORBIDDEN, reason=f"it reached for {reached[0]}"
+                status=ExecutionStatus.FORBIDDEN, reason=f"the program tried to use {reached[0]}"
             )
         return result
 
@@ -134,7 +133,7 @@ def _end_pool(pool: Any, pid: int) -> None:
     if os.getpid() == pid:
         pool.__exit__(None, None, None)
     else:
-        _inherited.append(pool)  # dropping it would reach into the parent's event loop
+        _inherited.append(pool)  # garbage collection would disrupt the parent's event loop
 
 
 class _Printed:
@@ -170,8 +169,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _size_bytes(value: Any, limit: int) -> int:
-    """Memory taken by a program's value and everything in it. Each object counts once, and counting
-    ends soon after `limit`."""
+    """Bytes of memory that a program's value and everything in it occupy. An object that occurs
+    several times is counted once. Counting stops as soon as the sum exceeds `limit`."""
     size, waiting, seen = 0, [value], {id(value)}
     while waiting and size <= limit:
         each = waiting.pop()

@@ -1,4 +1,4 @@
-"""The limits and results of programs, and the modules and names that are forbidden to them."""
+"""The limits and results of programs, and the modules and names that programs must not use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HARMLESS_IN_SYS = frozenset(
     "byteorder float_info getrecursionlimit getsizeof int_info set_int_max_str_digits"
     " setrecursionlimit".split()
 )
-"""Harmless names that monty's `sys` lacks."""
+"""Harmless names in `sys` that monty lacks."""
 
 
 class ExecutionStatus(enum.Enum):
@@ -54,7 +54,7 @@ class ExecutionResult:
     printed: str = field(default="", compare=False)
     """The end of the program's output, if the status is OK."""
     seconds: float = field(default=0.0, compare=False)
-    """Run time, including the start of the session."""
+    """Run time, including the start of the session or process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class Backend(Protocol):
 
 
 def failure(reason: str) -> ExecutionResult:
-    """An ERROR with its reason."""
+    """A result with the status ERROR and the given reason, cut to one line."""
     return ExecutionResult(status=ExecutionStatus.ERROR, reason=one_line(reason))
 
 

@@ -1,10 +1,10 @@
 """The `subprocess` backend, which runs each program in a CPython process of its own.
 
-For each combination of packages that are slow to import, there is a forking process that has
-started the interpreter and imported these packages. Each program runs in a fork of that process,
+For each combination of packages that are slow to import, there is a forking process: a Python
+interpreter that has already imported these packages. Each program runs in a fork of that process,
 with a fixed environment and an empty temporary folder to work in. Hooks in site-packages do not
 run. Landlock lets the program read only the libraries and write nothing. An allow-list of system
-calls denies it sockets, processes, threads and signals. Each program has its own session,
+calls rules out sockets, new processes, threads and signals. Each program has its own session,
 namespaces and resource limits. docs/sandbox.md lists what these protections cover and what they do
 not.
 """
@@ -78,7 +78,7 @@ class SubprocessBackend:
         """`packages` lets programs import packages that do not come with Python."""
         if sys.platform != "linux" and not allow_unisolated:
             raise ReftuneError(
-                "sandbox: the subprocess backend isolates on Linux only; use monty, or set"
+                "sandbox: the subprocess backend isolates programs only on Linux; use monty, or set"
                 " allow_unisolated"
             )
         self._timeout_s = limits.timeout_s
@@ -116,8 +116,8 @@ class SubprocessBackend:
         self._forkers.clear()
 
     def execute(self, source: str) -> ExecutionResult:
-        """Run a program. If the forking process dies, run the program once more, because something
-        else may have killed that process."""
+        """Run a program. If the forking process dies, run the program once more, because the
+        program may not be the cause."""
         return self._attempt(source) or self._attempt(source) or failure("the worker died twice")
 
     def _attempt(self, source: str) -> ExecutionResult | None:
@@ -154,10 +154,10 @@ def _packages_of(source: str) -> tuple[str, ...]:
 
 
 class _Forker:
-    """An interpreter that has started and forks a process for each program.
+    """A running interpreter that forks a process for each program.
 
-    If the process that holds this object forks, its children may use the object too, since each
-    program has its own output pipe and status socket.
+    If the process that created this object is forked, its children may use the object too, since
+    each program has its own output pipe and status socket.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -216,9 +216,9 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
-    """Read the program's output until the program ends, runs out of time or writes too much. After
-    this, the program is dead. Returns the output and the exit status; None if the forking process
-    died."""
+    """Read the program's output until the program ends, runs out of time or writes too much.
+    Afterwards, the program no longer runs. Returns the output and the exit status; None if the
+    forking process died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
@@ -230,7 +230,7 @@ def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[byt
             break
         written += chunk
     if code is None:
-        status.shutdown(socket.SHUT_WR)  # asks for the program to be killed
+        status.shutdown(socket.SHUT_WR)  # asks the forking process to kill the program
         _received(status, START_S)
         return written, -signal.SIGKILL
     return (written, int(code)) if code else None
@@ -252,7 +252,7 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
     first = {line[:1]: line[1:] for line in reversed(lines)}
     letter, last = lines[-1][:1], lines[-1][1:]
     if "F" in first:
-        return _ended(ExecutionStatus.FORBIDDEN, f"it reached for {first['F']}")
+        return _ended(ExecutionStatus.FORBIDDEN, f"the program tried to use {first['F']}")
     if len(output) > MAX_OUTPUT_BYTES:
         return failure("the value is too large")
     if letter in ("V", "E"):
@@ -266,7 +266,7 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
     if returncode == NOT_ISOLATED:
         return failure(f"the system lacks {last[:200]} (allow_unisolated runs without it)")
     if returncode in (-signal.SIGALRM, -signal.SIGKILL, -signal.SIGXCPU):
-        return _ended(ExecutionStatus.TIMEOUT, "it was killed when its time was up")
+        return _ended(ExecutionStatus.TIMEOUT, "the program was killed when its time was up")
     return failure(f"the process ended with status {returncode}")
 
 
