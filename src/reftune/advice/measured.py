@@ -24,10 +24,9 @@ and allocates memory."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
 """Number of tokens sampled per row before the clock starts, and the minimum while it runs."""
 BUDGET_S = 8.0
-"""Target duration of a timed pass. A large model's pass is therefore smaller here than in
-training."""
+"""Target duration of a timed pass."""
 STEADY_S = 0.5
-"""A pass shorter than this is repeated until this many seconds have passed."""
+"""A pass shorter than this is repeated until this many seconds have elapsed."""
 SCORING_COST = 1 / 3
 """Cost of a forward pass, as a share of the cost of a forward and backward pass."""
 
@@ -54,9 +53,9 @@ def measure_speed(
     rows: int,
     max_tokens: int,
 ) -> Speed:
-    """Measure the speed of training on `rows` sequences and of sampling as many solutions. Both are
-    timed after a few untimed passes. A training pass reads at most `max_tokens` tokens and takes no
-    optimizer step."""
+    """Measure the speed of training on `rows` sequences and of sampling as many solutions, each
+    after an untimed pass. A training pass reads at most `max_tokens` tokens and takes no optimizer
+    step."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(
@@ -89,8 +88,8 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Tokens sampled per second, over all rows, in solutions of `num_tokens` tokens. The speed is
-    extrapolated if there is only time to sample the beginnings of the solutions."""
+    """Tokens sampled per second, over all rows, in solutions of `num_tokens` tokens; extrapolated
+    if there is only time to sample the beginnings of solutions."""
 
     def sample(length: int) -> int:
         completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
@@ -115,8 +114,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Free memory of the device, in bytes. On a CPU, the result is at most this process's share of
-    the memory of the machine or container."""
+    """Free memory of the device. On a CPU, it is at most this process's share of the machine's or
+    container's memory."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

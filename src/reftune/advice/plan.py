@@ -55,7 +55,7 @@ class Hardware:
     """Memory of one GPU, in bytes."""
     kind: str
     mfu: float
-    """Share of the peak arithmetic that scoring and updating are assumed to reach."""
+    """Share of the peak FLOP/s that scoring and updating are assumed to reach."""
 
     @property
     def gpu(self) -> Gpu:
@@ -63,7 +63,7 @@ class Hardware:
 
     @property
     def link(self) -> float:
-        """Bytes per second of the slowest link that a collective uses."""
+        """Bytes per second of the slowest link that a collective operation uses."""
         return self.gpu.link if self.gpus <= NODE else NETWORK
 
     def rate(self, dtype: str) -> float:
@@ -103,7 +103,7 @@ class Step:
     """The longest phase, and its `bound`."""
     steps: float
     stage_seconds: float
-    """Seconds of all the stage's steps, excluding dev evaluations."""
+    """Seconds of all steps, excluding dev evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,8 +142,7 @@ def make_plan(
     only: str | None = None,
 ) -> Plan:
     """The plan for all stages, or for the stage `only`. `prompt` and `response` are lengths in
-    tokens. The default of `prompt` is `lengths.max_prompt`, or 256 if that is not set; the default
-    of `response` is `lengths.max_new`.
+    tokens, by default `lengths.max_prompt` and `lengths.max_new`; an unset `max_prompt` means 256.
 
     Raises: RecipeError if none of these stages states its cost; ModelError if the configuration
     cannot be read.
@@ -255,8 +254,8 @@ class Planner:
         )
 
     def generate(self, gpus: int) -> Phase:
-        """Sampling time per sequence. In each step, a GPU first reads its prompts and then draws
-        tokens, one for every row at a time."""
+        """Sampling time per sequence. In each step, a GPU reads its prompts, then draws one token
+        for every row at a time."""
         gpu, made, cost = self.hardware.gpu, self.estimate, self.estimate.cost
         outline, total = made.outline, made.outline.total
         rollouts = math.ceil(cost.sampled / gpus)

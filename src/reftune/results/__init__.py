@@ -43,9 +43,9 @@ def table_command(
     """The output of `reftune table RUN…`: the results of the final evaluation, formatted as `text`,
     `markdown`, `latex` or `json`. `json=True` overrides `fmt`.
 
-    The layout `methods` compares all methods on the same problems, and the layout `paper` is that
-    of the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of rationale,
-    and `methods` if they do not. Votes use the first `k` samples, or all samples if `k` is None.
+    In the layout `methods`, one table compares all methods on the same problems. The layout `paper`
+    follows the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of
+    rationale, and `methods` if not. Votes use the first `k` samples, or all if `k` is None.
     Raises: DataError if a run is missing, damaged or unfinished, if runs are not comparable, if
     there are fewer than `k` samples, or for an unknown `fmt`.
     """

@@ -10,7 +10,7 @@ Unit = Literal["percent", "number", "seconds"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """A metric of training, and how the report plots it."""
+    """A metric, and how the report plots it."""
 
     key: str
     """The metric's name in `metrics.jsonl`."""
@@ -18,11 +18,10 @@ class Metric:
     explain: str
     unit: Unit = "number"
     over_passes: bool = False
-    """Whether the horizontal axis counts training sequences. If not, it counts steps, which differ
-    in size between kinds of stage."""
+    """Whether the horizontal axis counts training sequences instead of steps, because a step's size
+    depends on the kind of stage."""
     floor: float | None = None
-    """Lower limit of the vertical axis, so that early outliers do not flatten the rest of the
-    curve."""
+    """Lower limit of the vertical axis, so that early outliers do not flatten the curve."""
     of_groups: bool = False
     """Whether the metric applies only to stages with several samples per problem."""
     exact: bool = False
@@ -104,10 +103,7 @@ HACKING = (
     Metric(
         key="choices/numeric_accuracy",
         title="Solved without options",
-        explain=(
-            "Accuracy on the questions with a numeric answer, asked without options so that only"
-            " reasoning helps."
-        ),
+        explain="Accuracy on the questions with a numeric answer, asked without options.",
         unit="percent",
     ),
 )
@@ -184,7 +180,7 @@ PHASES = {
     "time/score_s": "scoring",
     "time/update_s": "updating",
 }
-"""Metric → the phase of a step whose time it records."""
+"""Metric → the phase of a step that it times."""
 
 VOTING = {
     "maj": (

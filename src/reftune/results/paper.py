@@ -27,23 +27,21 @@ from reftune.storage.run_folder import RunFolder
 RULES = {"maj": "voting", "rerank": "reranking"}
 
 Place = tuple[str, str, str]
-"""Model, task and kind of rationale, each by the paper's name if it has one there."""
+"""Model, task and kind of rationale, under the paper's names for them, if any."""
 Cell = dict[str, Any]
-"""The number of seeds, the split sizes and the scores of the runs at one place, as `--json` prints
-them."""
+"""The number of seeds, split sizes and scores of the runs at one place, as `--json` prints them."""
 
 
 @cache
 def published() -> dict[str, Any]:
-    """The paper's names and numbers, as stated in `recipes/paper/published.yaml`."""
+    """The paper's names and numbers, from `recipes/paper/published.yaml`."""
     path = shipped_recipes() / "paper" / "published.yaml"
     document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return document
 
 
 def is_several_tasks(runs: Sequence[RunResults]) -> bool:
-    """Whether runs differ in task or kind of rationale and therefore do not fit in one table of
-    methods."""
+    """Whether runs differ in task or kind of rationale."""
     return len({_place(run)[1:] for run in runs}) > 1
 
 
@@ -63,8 +61,7 @@ def _place(run: RunResults) -> Place:
 
 
 def _order(place: Place) -> tuple[Any, ...]:
-    """A sort key that puts names from the paper first, in the paper's order, and sorts the rest by
-    name."""
+    """A sort key: names from the paper come first, in the paper's order, then the rest by name."""
     model, task, rationale = place
     models, tasks = list(published()["models"].values()), list(published()["tasks"].values())
     return (
@@ -108,8 +105,8 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
-    """A score as JSON. The value of `paper` is the paper's score, in percent, for the same model,
-    task, rationale, method and number of test questions; None if the paper has no such score."""
+    """A score as JSON. The key `paper` has the paper's score in percent for the same model, task,
+    rationale, method and number of test questions, or None if there is no such score."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)
@@ -168,7 +165,7 @@ def _accuracies(
     found: Sequence[Cell], fmt: str, is_shown: Callable[[str], bool], *, title: str
 ) -> str:
     """A table with a row per model, method and shown rule, and an average for each kind of
-    rationale that has several tasks. Returns: an empty string if no rule is shown."""
+    rationale that has several tasks; an empty string if no rule is shown."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
     rationales = [of for of in columns.values() if list(columns.values()).count(of) > 1]

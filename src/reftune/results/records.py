@@ -58,17 +58,15 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResults:
-    """A stage, finished or not, or the snapshot of a stage. Reports show a snapshot as a separate
-    method."""
+    """A stage, finished or not, or a snapshot, which is reported as a separate method."""
 
     name: str
     kind: str
     init: str
     num_samples: int
-    """Number of solutions sampled per problem: the stage's key `samples`, or 1 if there is no such
-    key."""
+    """Number of solutions sampled per problem: the stage's key `samples`, or 1 if it is not set."""
     metrics: tuple[MetricRow, ...]
-    """One row per step; empty for a snapshot, because its stage has the metrics."""
+    """One row per step; empty for a snapshot, whose stage has the metrics."""
     samples: tuple[TrainingSample, ...]
     info: Mapping[str, Any]
     """The content of `stage.json`; empty until the stage is done."""
@@ -85,7 +83,7 @@ class RunResults:
     recipe_text: str
     env: Mapping[str, Any]
     stages: Mapping[str, StageResults]
-    """Name → stage, in the order of training; a stage's snapshots come before the stage."""
+    """In the order of training; a stage's snapshots come before the stage."""
     evals: Mapping[str, tuple[EvalRow, ...]]
     """Method → its evaluated problems, for the methods evaluated so far, in the order of
     training."""
@@ -127,7 +125,7 @@ def evaluated_split(recipe: Mapping[str, Any]) -> str:
 
 
 def read_run(folder: Path | str) -> RunResults:
-    """Load the results of a run, which need not be finished.
+    """Load the results of a run, finished or not.
 
     Raises: DataError if the folder is missing, is not a run folder, or contains a damaged file.
     """
@@ -212,8 +210,7 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations, except unfinished ones. An evaluation counts as unfinished if it stops
-    partway through the problems of the longest one."""
+    """The evaluations, except those that stop partway through the problems of the longest one."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {

@@ -48,20 +48,19 @@ class Comparison:
     difference: float
     """Accuracy of `a` minus accuracy of `b`, averaged over seeds if there are several."""
     ci95: Interval
-    """95% interval of the difference, bootstrapped over problems, and also over seeds if there are
-    several."""
+    """95% interval of the difference, bootstrapped over problems and, with several seeds, over
+    seeds."""
     n: int
     """Number of problems per seed."""
     p_mcnemar: float | None = None
     """Two-sided p-value of McNemar's exact test, not corrected for the number of comparisons; None
     if there are several seeds."""
     by_seed: tuple[float, ...] = ()
-    """The difference for each seed; empty if there is only one seed."""
+    """The difference for each seed; empty if there is only one."""
 
     @property
     def significant(self) -> bool:
-        """Whether `a` and `b` differ significantly: by McNemar's test or, if there are several
-        seeds, because `ci95` excludes 0."""
+        """Whether McNemar's p-value is below 0.05 or, with several seeds, `ci95` excludes 0."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]

@@ -1,5 +1,5 @@
-"""Computes scores and comparisons of runs from their folders alone. It also determines whether a
-warm-up was finished when RL began, and whether a reward model beats a random choice."""
+"""Computes scores and comparisons of runs from their folders. Also determines whether a warm-up was
+finished when RL began, and whether a reward model beats a random choice."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from reftune.types import Graded
 GREEDY = "greedy"
 
 Outcomes = NDArray[np.float64]
-"""One number per problem: 1 if it was solved and 0 if it was not or, under pass@k, the probability
-that at least one of k samples solves it."""
+"""One number per problem: 1 if solved and 0 if not or, under pass@k, the probability that at least
+one of k samples solves it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +120,8 @@ class ScoreTable:
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
-    """Comparisons of greedy answers and of votes. A comparison of votes adds the rule to a method's
-    label, as in `LABEL maj@k`."""
+    """Comparisons of greedy answers and of votes. For votes, the rule follows a method's label:
+    `LABEL maj@k`."""
     num_seeds: int
     split: str
 
@@ -183,7 +183,7 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as `summary.json` and `reftune table --json` contain it."""
+    """A comparison as in `summary.json` and in the output of `reftune table --json`."""
     result = {
         "a": comparison.a,
         "b": comparison.b,
@@ -215,8 +215,8 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     """The groups of `group_runs`. Raises: DataError if the methods of a run answered different
-    problems. With several groups, it is also raised if runs answered different problems or if the
-    numbers of seeds differ."""
+    problems or, with several groups, if runs answered different problems or the numbers of seeds
+    differ."""
     for run in runs:
         if not same_problems(run.evals):
             raise DataError(
@@ -236,7 +236,7 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     if len({len(group.runs) for group in groups}) > 1:
         counts = ", ".join(f"{group.label} {len(group.runs)}" for group in groups)
         raise DataError(
-            f"runs to compare have different numbers of seeds ({counts}); expected the same"
+            f"runs to compare have different numbers of seeds ({counts}); expected the same number"
         )
     return groups
 
@@ -306,9 +306,8 @@ def _baseline(methods: Sequence[MethodScore]) -> str:
 
 
 def leader(table: ScoreTable) -> MethodScore | None:
-    """Of the methods other than the baseline, the one with the highest greedy accuracy; None if
-    there is none. Methods that others start from are considered only if no other method is
-    left."""
+    """The best method by greedy accuracy, apart from the baseline; None if there is no other.
+    Methods that others start from are considered only if no other method is left."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
     return max(rivals, key=lambda method: method.greedy.value, default=None)
@@ -492,8 +491,8 @@ class LastRise(NamedTuple):
 
 
 def last_rise(run: RunResults, method: str) -> LastRise | None:
-    """The last rise measured before a supervised method's model was saved. None if the method is
-    not supervised or not finished, or if there had been too few evaluations."""
+    """The last rise measured by the time a supervised method's model was saved. None if the method
+    is not supervised or not finished, or if there had been too few evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
@@ -507,7 +506,7 @@ def last_rise(run: RunResults, method: str) -> LastRise | None:
 
 def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:
     """The stage that trained `method`, and the step at which the method's model was saved; None if
-    the run has no such method or has not finished it."""
+    the method is unknown or not finished."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None

@@ -50,8 +50,7 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A method's label, with any group and rule, as shown to readers: `run/reft maj@8` → `run: ReFT
-    maj@8`."""
+    """A method's label, with any group and rule, as shown: `run/reft maj@8` → `run: ReFT maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
@@ -64,12 +63,12 @@ def percent(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """A difference of shares in percentage points, with a plus or a true minus sign: `−1.5`."""
+    """A difference in percentage points, with a plus or a true minus sign: `−1.5`."""
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def p_text(p: float) -> str:
-    """A p-value to three decimals, such as `p = 0.031`, or `p < 0.001`."""
+    """A p-value as text: `p = 0.031` or `p < 0.001`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
@@ -84,8 +83,7 @@ class Headline:
 
 
 def headline(table: ScoreTable) -> Headline:
-    """A headline that compares the best method with the baseline, and names the evidence and the
-    runner-up."""
+    """Compares the best method with the baseline, and states the evidence and the runner-up."""
     if not table.methods:
         return Headline(
             title="Nothing evaluated yet",
@@ -218,8 +216,8 @@ def reranker_sentence(found: Reranker) -> str:
 
 
 def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
-    """The table's head and body. The body has a row per method, with its score under each rule and
-    its gain over the baseline."""
+    """The table's head, and a row per method with its score under each rule and its gain over the
+    baseline."""
     rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))
     names = ["Greedy" if rule == GREEDY else rule for rule in rules]
     head = ["Method", *names, f"vs {display(table.baseline)}", "Paired test", "Dev", "Dev evals"]

@@ -126,8 +126,8 @@ def _settings(
 def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Watch a small model learn to reason. This takes a few minutes on two cores.
 
-    After a supervised warm-up, SFT and ReFT both continue from it on the same questions, and their
-    accuracies are compared.
+    After a supervised warm-up, SFT and ReFT continue on the same questions, and their accuracies
+    are compared.
     """
     _run(_load(DEMO, overrides), None, as_json=as_json, quiet=quiet)
 
@@ -191,7 +191,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 @contextmanager
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
     """A progress view that is closed at the end, even after an error. After an interruption, a
-    message names the checkpoint from which the run can continue."""
+    message names the checkpoint to continue from."""
     from reftune.stages.loop import Interrupted, stop_signals
     from reftune.terminal.live import make_progress
     from reftune.terminal.trackers import tracked
@@ -345,7 +345,7 @@ def plan(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Plan only this stage. Default: all; memory is that of the largest."),
+        typer.Option(help="Plan only this stage. Default: all, with the largest one's memory."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -397,9 +397,7 @@ def sample(
     recipe: RecipeName,
     overrides: Overrides = None,
     method: Method = "reft",
-    split: Annotated[
-        Literal["train", "dev", "test"], typer.Option(help="The split with the problems.")
-    ] = "dev",
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Split to use.")] = "dev",
     num: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 4,
     temperature: Annotated[float, typer.Option(min=0, help="0 means greedy.")] = 0.0,
     as_json: AsJson = False,
@@ -560,9 +558,8 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The path of the file `name` or, if there is none, of the recipe of that name that comes with
-    reftune. The name of such a recipe may begin with `recipes/` and omit `.yaml`. Raises:
-    RecipeError if there is neither."""
+    """The file `name` or, if there is none, the recipe of that name that comes with reftune. That
+    name may begin with `recipes/` and omit `.yaml`. Raises: RecipeError if there is neither."""
     from reftune.recipe import shipped_recipes
 
     path = Path(name)

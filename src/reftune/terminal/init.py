@@ -34,7 +34,7 @@ INSTRUCTIONS: Mapping[str, str] = {
     "nl": 'Think step by step. End with "The answer is" and the answer.',
     "program": "Write a Python function solution() that returns the answer.",
 }
-"""Kind of format → the instruction above each question for an instruct model."""
+"""Kind of format → the instruction that precedes each question for an instruct model."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
 """Stands for a model that is made from scratch, with the vocabulary of the data."""
@@ -42,8 +42,8 @@ DEFAULT_MAX_NEW = 256
 """Token limit of a solution if there is no rationale to measure and the context allows it."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""Maximum length of a from-scratch model's prompts, and of its solutions, in tokens. The limit is
-raised if a larger share than `MAX_TOO_LONG` would exceed it."""
+"""Maximum length of a from-scratch model's prompts, and of its solutions, in tokens. It is raised
+if a larger share than `MAX_TOO_LONG` would exceed it."""
 MAX_TOO_LONG = 0.1
 """Largest share of prompts, and of solutions, that may be too long."""
 SMALL_HIDDEN_SIZE = 256
@@ -87,7 +87,7 @@ def write_recipe(wishes: Wishes, out: Path) -> Splits:
 
 
 def slug(text: str) -> str:
-    """`text` turned into the name of a recipe."""
+    """`text` turned into a valid recipe name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "mine"
 
 
@@ -206,7 +206,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The largest of the sizes that remain without the share that may be too long."""
+    """The largest size, leaving out the share that may be too long."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

@@ -35,8 +35,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """The view of a run: the live view on a terminal that supports it, plain lines anywhere else,
-    and nothing at all if `quiet`."""
+    """The live view on a terminal that supports it, plain lines elsewhere, and a view that shows
+    nothing if `quiet`."""
     if quiet:
         return Progress()
     from rich.console import Console
@@ -49,7 +49,7 @@ def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.mon
 
 @dataclass(slots=True)
 class StageView:
-    """The state of the running stage, as numbers and as text."""
+    """The state of the running stage."""
 
     name: str
     total_steps: int

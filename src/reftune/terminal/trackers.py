@@ -24,7 +24,7 @@ PROJECT = "reftune"
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
     """A view that passes events on to `progress` and logs to the recipe's trackers; if there are
-    none, `progress` itself. Raises: RecipeError for a tracker that is not installed."""
+    none, `progress` itself. Raises: as `tracker_names`."""
     names = tracker_names(recipe) if is_main() else []
     return TrackedProgress(progress, names, recipe) if names else progress
 
@@ -99,7 +99,7 @@ class TrackedProgress(Progress):
         self._trackers = None
 
     def _tell(self, act: Callable[[GeneralTracker], None]) -> None:
-        """Call `act` with every tracker. A tracker that fails (a full disk, a lost service) is
+        """Call `act` with every tracker. A tracker that fails is
         dropped, because the run does not depend on it."""
         for tracker in list(self._trackers or ()):
             try:

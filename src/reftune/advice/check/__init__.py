@@ -30,7 +30,7 @@ __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", 
 STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
 """Stands in for the chat template of a model that is not loaded."""
 OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
-"""Checks that work without the recipe's own model and data."""
+"""Names of the checks that work without the recipe's own model and data."""
 EXAMPLES = "paper/examples"
 UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
 """If one of these checks fails, the model is not run, because it would crash or be far too slow."""

@@ -48,8 +48,8 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Check that a solution which only states the gold answer is graded correct. Gold answers of
-    the kind `regex` are left out, because a pattern is not itself an answer."""
+    """Check that a solution that only states the gold answer is graded correct. Gold answers of the
+    kind `regex` are left out, because a pattern is not itself an answer."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
@@ -124,8 +124,8 @@ def _gold_finding(
 
 
 def check_grader_refuses(subject: Subject) -> Finding:
-    """Check that none of these is graded correct: an empty completion, the bare answer, and another
-    problem's solution."""
+    """Check that empty completions, bare answers and other problems' solutions are not graded
+    correct."""
     problems = [row.problem for row in subject.rows]
     pairs = [
         (a.problem, b.target)
@@ -255,7 +255,7 @@ def _error_rate(kind: str, count: int, total: int) -> str:
     """An error rate as text: `false positives 3 of 384 (0.8%, at most 2.3%)`. The second percentage
     is the upper end of the 95% interval."""
     if total == 0:
-        return f"no case of a false {kind}"
+        return f"false {kind}s not tested"
     return (
         f"false {kind}s {count} of {total} ({count / total:.1%}, at most"
         f" {wilson(count, total)[1]:.1%})"

@@ -42,8 +42,8 @@ other dtype."""
 PRODUCT = 1024
 """Maximum number of rows, and of columns, of the weight in a timed matmul."""
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
-"""Dtype → the largest mean difference between the log-probabilities of engine and policy, in nats
-per token, that passes the check."""
+"""Dtype → maximum mean difference between the log-probabilities of engine and policy, in nats per
+token."""
 GIB = 2**30
 
 
@@ -63,7 +63,7 @@ def check_memory(subject: Subject) -> Finding:
         for made in estimates(recipe, outline, prompt=max(lengths)).values()
     ]
     if not planned:
-        return ok("unknown for stages that do not state their cost")
+        return ok("unknown, because no stage states its cost")
     memory = max(planned, key=lambda memory: memory.peak)
     parts = memory.parts
     free = available_bytes(policy.device) + memory.held["weights"]
@@ -81,8 +81,8 @@ def check_memory(subject: Subject) -> Finding:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Check that matmuls on this machine are not many times slower in the recipe's dtype than in
-    the other of float32 and bfloat16."""
+    """Check that matmuls in the recipe's dtype, float32 or bfloat16, are not many times slower on
+    this machine than matmuls in the other dtype."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)
@@ -186,8 +186,8 @@ def check_time(subject: Subject) -> Finding:
 
 
 def num_answers(subject: Subject) -> int:
-    """Number of answers in the final evaluation: a greedy answer per problem and method, plus the
-    samples of each sampled method."""
+    """Number of answers in the final evaluation: a greedy answer per problem and method, plus
+    samples."""
     table, methods = subject.recipe.evaluate, subject.num_methods
     problems = len(getattr(subject.splits, table.split)[: table.limit])
     sampled = methods if table.sampled is None else len(table.sampled)

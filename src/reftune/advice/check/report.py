@@ -74,8 +74,7 @@ class CheckReport:
     """The kinds of gold answer found in the data, with examples."""
     preview: Preview | None
     method: str
-    """The method whose samples are shown: the method that RL starts from, or `base` if that method
-    is not trained yet."""
+    """The method whose samples are shown; see `Subject.method`."""
     samples: tuple[dict[str, Any], ...]
 
     @property

@@ -22,7 +22,7 @@ class Row:
     problem: Problem
     prompt: str
     target: str
-    """The text that the model should write; see `reply`."""
+    """The text that the model should write."""
     reply: str
     """Everything after the prompt: `target` and any text that a chat template adds."""
     prompt_ids: list[int]
@@ -74,7 +74,7 @@ class Subject:
 
     @property
     def fitting_rows(self) -> list[Row]:
-        """The rows used in training: neither prompt nor target is too long."""
+        """The rows used in training: those whose prompt and target are not too long."""
         most = self.recipe.lengths.max_new
         return [
             row
@@ -122,7 +122,7 @@ def _row(problem: Problem, encoder: Encoder, prompt_ids: list[int]) -> Row:
 
 
 def preview_of(subject: Subject) -> Preview | None:
-    """The first training row with a rationale; None if there is no such row."""
+    """The first training row with a rationale; None if there is none."""
     if not subject.rows:
         return None
     row = subject.rows[0]

@@ -16,7 +16,7 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Maximum number of points per series; the points of longer series are averaged in buckets."""
+"""Maximum number of points per series; longer series are averaged in buckets."""
 
 STEPS, PASSES = "steps", "sequences"
 """Labels of the horizontal axes."""
@@ -55,9 +55,9 @@ class Chart:
     zero: bool = True
     """Whether the vertical axis must include 0."""
     floor: float | None = None
-    """Lower limit of the vertical axis, even if values go lower."""
+    """See `Metric.floor`."""
     exact: bool = False
-    """Whether to draw a line without a running mean, however many points it has."""
+    """Whether to draw lines without a running mean, however many points they have."""
 
     def json(self) -> dict[str, Any]:
         """The data that the page's script needs to show values."""
@@ -72,8 +72,8 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label → CSS variable of the method's colour. Known methods have fixed colours, unless there
-    are several recipes."""
+    """Label → CSS variable of its colour. Known methods have fixed colours, unless there are
+    several recipes."""
     if any("/" in label for label in labels):
         return {
             label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
@@ -119,8 +119,8 @@ def entries(groups: Sequence[Group]) -> list[Entry]:
 
 
 def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Chart]:
-    """A chart for each metric that some stage measured at more than one step. If there are several
-    seeds, a line shows their mean, and a band runs from the lowest to the highest seed."""
+    """A chart for each metric that some stage measured at more than one step. With several seeds, a
+    line shows their mean, and a band their range."""
     charts = []
     for metric in metrics:
         series = [
@@ -178,7 +178,7 @@ def _aligned(
 
 
 def _clean(values: Sequence[float] | np.ndarray[Any, Any]) -> list[Number]:
-    """The values rounded to five significant digits. A non-finite value becomes None and is not
+    """The values rounded to five significant digits; None for non-finite ones, which are not
     drawn."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
 
@@ -220,12 +220,12 @@ class _Look:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """A chart of every stage's dev accuracy, except reward models', against the number of sequences
-    trained on since the base model. None before the first dev evaluation."""
+    """A chart of the dev accuracy of every stage except reward models, against the number of
+    sequences trained on since the base model. None before the first dev evaluation."""
     series = [
         _dev_series(entry)
         for entry in entries(groups)
-        if entry.stages[0].kind != "reward_model"  # its dev accuracy is a reranker's
+        if entry.stages[0].kind != "reward_model"  # its dev accuracy is that of reranking
     ]
     drawn = tuple(found for found in series if found is not None)
     if not drawn:
@@ -314,7 +314,7 @@ def _chosen(run: RunResults, method: str) -> _Look | None:
 
 
 def _passes_before(run: RunResults, method: str) -> float:
-    """Number of sequences trained on, since the base model, to reach the model that `method` starts
+    """Number of sequences trained on between the base model and the model that `method` starts
     from."""
     init = run.stages[method].init
     if init not in run.stages or init == method:
@@ -326,7 +326,7 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCompute:
-    """The best dev accuracies of two methods within the same number of sequences trained on."""
+    """The best dev accuracies of two methods within the same number of training sequences."""
 
     a: str
     b: str
@@ -336,8 +336,8 @@ class EqualCompute:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracies of `a` and `b` within the number of sequences that both were trained
-    on; None if the chart lacks one of these accuracies."""
+    """The best dev accuracies of `a` and `b` within as many training sequences as both have had;
+    None if either accuracy is missing."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:
         return None

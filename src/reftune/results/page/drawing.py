@@ -1,4 +1,4 @@
-"""Draws charts as SVG, for the page and for papers. The widths of texts are estimates."""
+"""Draws charts as SVG. The widths of texts are estimates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLEST_RANGE = 1e-300
 """If the ends of an axis are closer than this, they count as equal, because fractions of their
 distance would round to 0."""
 MANY_POINTS = 40
-"""A noisy line with more points is drawn pale, under its running mean."""
+"""A noisy line with more points than this is drawn pale, under its running mean."""
 NAME_HEIGHT = 15
 LOG_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -30,7 +30,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawing:
-    """A chart drawn at one size."""
+    """A drawn chart."""
 
     svg: Markup
     keys: tuple[tuple[str, str], ...]
@@ -215,8 +215,8 @@ def _range(chart: Chart) -> tuple[float, float]:
 
 
 def _without_spikes(ys: Values) -> float:
-    """The upper end of the axis. Rare spikes may exceed it, so that they do not flatten the rest of
-    the curve."""
+    """The upper end of the axis. Rare spikes may exceed it, so that they do not flatten the
+    curve."""
     usual, highest = float(np.quantile(ys, 0.98, method="lower")), float(ys.max())
     return 1.5 * usual if len(ys) > MANY_POINTS and 0 < 4 * usual < highest else highest
 
@@ -281,7 +281,7 @@ def _band(plot: _Plot, xs: Sequence[float], low: Values, high: Values) -> str:
 
 
 def _stacked(chart: Chart) -> Values:
-    """The upper edge of each layer, of shape (series, points)."""
+    """The upper edge of each layer. Shape (series, points)."""
     return np.cumsum([np.nan_to_num(_values(series.y)) for series in chart.series], axis=0)
 
 
@@ -359,8 +359,8 @@ class _Name:
 
 
 def _name(series: Series, x: float, y: float, plot: _Plot) -> _Name:
-    """The name of a line, placed to the right of the line's end. In the page's main chart, the name
-    of a line that ends early is placed above that end."""
+    """The name of a line, to the right of the line's end. In the page's main chart, it is above the
+    end if the line ends early."""
     size = BOLD_LETTER * len(series.label)
     if not plot.is_hero or _ends_late(series, plot.last_x):
         return _Name(series, x + 8, y + 4)
@@ -372,7 +372,7 @@ def _ends_late(series: Series, last_x: float) -> bool:
 
 
 def _written(names: Sequence[_Name], plot: _Plot) -> list[Markup]:
-    """The names as SVG text. Names that overlap are moved apart: first down, then up from the
+    """The names as SVG text. Overlapping names are moved apart: first down, then up from the
     bottom."""
     names = sorted(names, key=lambda name: name.y)
     for index, name in enumerate(names):

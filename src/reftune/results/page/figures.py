@@ -1,4 +1,4 @@
-"""Writes the page's main charts as SVG and PNG files, for papers and slides."""
+"""Writes the page's main charts as SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROW, BAR = 34, 26
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
     """Write the figure `accuracy`, with bars and intervals, and a figure for each curve, such as
-    `dev_accuracy`, `reward_mean` and `maj@k`, each as .png and .svg. Returns: the paths.
+    `dev_accuracy` and `maj@k`, each as .png and .svg. Returns: the paths.
 
     Raises: DataError if a run is missing, damaged or unfinished, or if runs are not comparable.
     """
@@ -55,7 +55,7 @@ def _save(stem: Path, svg: str) -> list[Path]:
 
 
 def _titled(title: str, drawing: Markup, height: int) -> str:
-    """A complete SVG file: a title above the drawing, in the light page's colours and styles."""
+    """A complete SVG file: a title above the drawing, in the colours of the page's light theme."""
     css = (ASSETS / "page.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", css.partition("data-theme")[0]))
     rules = "\n".join(re.findall(r"^\.chart (?:text|\.).*$", css, re.MULTILINE)).replace(

@@ -28,7 +28,7 @@ Json = dict[str, Any]
 def problems(groups: Sequence[Group]) -> Json:
     """Problems of the final evaluation, with each method's answer in the first seed of its group.
 
-    Problems on which methods disagree are chosen first. The page shows the chosen problems in the
+    Problems on which methods disagree are chosen first. All chosen problems are shown in the
     evaluation's order.
     """
     pairs = [(group, name) for group in groups for name in group.methods]
@@ -89,7 +89,7 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 
 def _order(pool: Sequence[TrainingSample]) -> list[int]:
     """Indices in the order of inclusion: the longest and slowest samples, then every 2ⁿ-th sample
-    with decreasing n, so that even the first few of these are spread over the whole stage."""
+    with decreasing n, so that even the first few are spread over the whole stage."""
     tokens = [sample.attempt.num_tokens or 0 for sample in pool]
     seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
     extreme = {

@@ -112,8 +112,7 @@ def _template() -> Template:
 
 
 def script_json(value: Any) -> Markup:
-    """JSON that is safe inside a script element: it contains no `<`, `>` or `&`, and therefore no
-    `</script>` and no `<!--`."""
+    """JSON that is safe inside a script element, because it contains no `<`, `>` or `&`."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -146,7 +145,7 @@ class _Panel:
 
 def _panels(groups: Sequence[Group], table: ScoreTable) -> list[_Panel]:
     found = [
-        ("learning", "Is it learning?", LEARNING, charts.verdict_charts(groups)),
+        ("learning", "Is the model learning?", LEARNING, charts.verdict_charts(groups)),
         ("character", "How is the model's writing changing?", CHARACTER, []),
         ("hacking", "Are right letters earned?", HACKING, []),
         ("machinery", "Is the machinery healthy?", MACHINERY, []),
@@ -251,7 +250,7 @@ def _facts(method: MethodScore) -> list[str]:
 
 
 def _votes(table: ScoreTable) -> str:
-    """A text that explains the marks of the votes."""
+    """A text that explains the marks of votes."""
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
