@@ -76,7 +76,7 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""The gold answer of a problem for which the data has none, but a scorer judges answers."""
+"""Stands in for a gold answer if the data has none and the problem's scorer judges answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,9 +130,9 @@ class Completion:
     """The text that a model wrote after a prompt."""
 
     token_ids: tuple[int, ...]
-    """The sampled tokens, including the end token, if there is one."""
+    """The sampled tokens, including the end token, if any."""
     text: str
-    """The decoded text, without special tokens, up to the stop string, if there is one."""
+    """The decoded text, without special tokens, up to the stop string, if any."""
     logprobs: tuple[float, ...]
     """Log-probability of each token under the distribution from which it was drawn; for greedy
     decoding, under the distribution at temperature 1."""

@@ -38,10 +38,10 @@ class LossTerms:
 
 class Algorithm(Component, ABC):
     """The base class of algorithms. A subclass defines the hooks `credit` and `loss`, and overrides
-    others if needed. The loop that calls the hooks does not know which algorithm it runs."""
+    others if needed."""
 
     needs_values: ClassVar[bool] = False
-    """Whether `credit` reads the batch's `values`, and the value head is therefore trained."""
+    """Whether `credit` reads the batch's `values`, and `loss` trains the value head."""
 
     @property
     def needs_reference(self) -> bool:

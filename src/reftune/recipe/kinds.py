@@ -71,7 +71,7 @@ GROUPS = {
 
 def known_kinds(group: str) -> list[str]:
     """The kinds of a group of plug-ins that come with reftune: the names of the modules in the
-    group's package that define a public component. `group` is a key of `GROUPS`."""
+    group's package that define a public component."""
     folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return [
@@ -137,8 +137,8 @@ def _components_of(module: ModuleType) -> list[type[Component]]:
 
 
 def shipped_recipes() -> Path:
-    """The folder of the recipes that come with reftune. It is inside the package if reftune was
-    installed from a wheel, and at the root of the repository if the install is editable."""
+    """The folder of the recipes that come with reftune: inside the package if a wheel is installed,
+    and at the root of the repository in an editable install."""
     packaged = Path(__file__).parents[1] / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
 

@@ -76,7 +76,7 @@ class ModelTable(Table):
 
     @property
     def max_tokens(self) -> int:
-        """`micro_batch_tokens` as a number. If the key is still `auto`, this is its upper limit."""
+        """`micro_batch_tokens` as a number; its upper limit if the key is still `auto`."""
         return 16384 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 

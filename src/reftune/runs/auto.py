@@ -89,7 +89,7 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether even the largest sizes fit easily. If so, nothing needs to be traced. Each block is
+    """Whether even the largest sizes fit easily, so that tracing is unnecessary. Each block is
     assumed to keep at most 400 bytes per token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 

@@ -213,9 +213,8 @@ def _literal(value: Any) -> str:
 
 
 def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base | None) -> str:
-    """The model card, written from the run's files. It describes the model, its training, its
-    accuracy and its prompt. `base` is the base model of exported adapters; None if the whole model
-    is exported."""
+    """The model card, written from the run's files. `base` is the base model of exported adapters;
+    None if the whole model is exported."""
     recipe = run.recipe.read_text(encoding="utf-8")
     stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
     table = yaml.safe_load(recipe)

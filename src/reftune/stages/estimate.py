@@ -1,7 +1,7 @@
 """Estimates the memory that each phase of a stage needs on a device, and finds the largest passes
 that fit.
 
-`check` and `plan` use this module, and it chooses the sizes that a recipe sets to `auto`.
+This module serves `check` and `plan`, and chooses the sizes that a recipe sets to `auto`.
 docs/experiments/plan.md has the equations.
 """
 
@@ -26,20 +26,20 @@ USABLE = 0.9
 """Share of a device's memory that a plan may fill. The rest is left for what the estimate does not
 count."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
-"""Candidate micro-batch sizes in tokens, from large to small. Larger ones would be no faster."""
+"""Candidate micro-batch sizes in tokens, from large to small. Even larger ones are no faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
 """Candidate numbers of rows to decode at once, from large to small."""
 PROMPT = 256
 """Assumed length of the longest prompt, in tokens, if the recipe sets no limit."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
-"""`one` is a single process. Of several processes, each holds all weights (`ddp`) or a part of them
-(`fsdp2`)."""
+"""`one` is a single process. With `ddp`, each of several processes holds all weights; with `fsdp2`,
+each holds a part of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Sizes of passes: `tokens` is `model.micro_batch_tokens`, and `rows` is
+    """Sizes of passes: `tokens` is the value of `model.micro_batch_tokens`, and `rows` that of
     `engine.batch_size`."""
 
     tokens: int
@@ -103,8 +103,8 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """The size of a pass of at most `tokens` tokens, measured in sequences of `length` tokens;
-        at least 1."""
+        """The number of sequences of `length` tokens that make up a pass of at most `tokens`
+        tokens; at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
@@ -159,7 +159,7 @@ class Estimate:
             held["engine's copy"] = own_share * self.device_bytes
         if is_split:
             training["gathered"] = float(FP32 * (2 * outline.ends + 3 * outline.layer))
-            if cost.scored:  # the value model, too, without an output head
+            if cost.scored:  # the value model is gathered too; it has no output head
                 shared = FP32 * (outline.total - outline.backbone)
                 twice = outline.gathered - shared if cost.value_model else 0.0
                 phases["score"] = {"gathered to score": outline.gathered + twice}
@@ -185,8 +185,8 @@ class Estimate:
         }
 
     def fitting(self) -> Sizes:
-        """Each size is the largest whose phase fits into a device's usable memory, or the smallest
-        if none fits."""
+        """For `tokens` and `rows`, the largest candidate whose phase fits in a device's usable
+        memory, or the smallest candidate if none fits."""
         room = USABLE * self.device_bytes
 
         def fits(phase: str, sizes: Sizes) -> bool:
@@ -202,8 +202,8 @@ def estimates(
     recipe: Recipe, outline: Outline, *, prompt: int | None = None
 ) -> dict[str, Estimate]:
     """Stage → its estimate for one process on one device. Stages that cannot predict their cost are
-    left out. `prompt` is the longest prompt's length, by default the recipe's limit or, if there is
-    none, `PROMPT`."""
+    left out. `prompt` is the longest prompt's length, which defaults to the recipe's limit or, if
+    there is none, to `PROMPT`."""
     prompt = prompt or recipe.lengths.max_prompt or PROMPT
     return {
         name: Estimate(recipe=recipe, cost=cost, outline=outline, prompt=prompt)

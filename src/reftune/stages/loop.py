@@ -178,7 +178,7 @@ class Loop:
                         world.wait("the checkpoint")  # a launcher ends all processes once one ends
                         raise Interrupted(str(saved))
             if saved_at < self.state.step:
-                self._save()  # a stage that is made longer continues from here
+                self._save()  # a stage extended later continues from here
         self._finish()
         if self._stop:
             raise Interrupted(str(self.context.folder.path))
@@ -192,8 +192,8 @@ class Loop:
         self.context.progress.note("stopping after this step; interrupt again to stop at once")
 
     def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Take a step and return its metrics. If the engine fails, save the earlier steps and
-        re-raise the engine's error."""
+        """Take a step and return its metrics. If the engine fails, save the result of the earlier
+        steps and re-raise the engine's error."""
         # dropout differs between processes
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", self.state.step, *other))
@@ -241,8 +241,8 @@ class Loop:
     ) -> dict[str, float]:
         """Take an optimizer step as part of step `n`, with the gradient that `gradient()` adds up,
         and return metrics. If the loss or the gradient is not finite, save the samples that
-        `rows()` returns, leave the weights unchanged, and return no metrics. Raises: NonFiniteError
-        in that case, unless the recipe allows skipping the step."""
+        `rows()` returns, leave the weights unchanged and, if the recipe allows skipping the step,
+        return no metrics. Raises: NonFiniteError if it does not."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -370,7 +370,7 @@ class Loop:
         self._describe(folder, self.state.step, accuracy, snapshot_of=self.context.name)
 
     def _finish(self) -> None:
-        """Save the model chosen on dev in the stage's folder. `stage.json` is written last and
+        """Put the model that was chosen on dev into the stage's folder. `stage.json`, written last,
         marks the stage as done."""
         folder = self.context.folder
         link_files(folder.best, folder.path)
@@ -380,7 +380,7 @@ class Loop:
         self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
     ) -> None:
         """Write `stage.json`, with the chosen step, its accuracy on dev, and the cost. A snapshot's
-        cost is part of its stage's cost."""
+        cost is also included in its stage's cost."""
         document = {
             "stage": folder.path.name,
             "kind": self.context.stage.kind,
@@ -421,7 +421,7 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
     return Look(metrics=metrics, correct=correct)
 
 
-# --- whether dev still rises ----------------------------------------------------------------------
+# --- whether dev accuracy still rises -------------------------------------------------------------
 
 
 LOOKS = 4
@@ -462,11 +462,11 @@ def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
 
 @dataclass(slots=True)
 class History:
-    """Which dev problems were solved in the first evaluation and in the last few."""
+    """Which dev problems were solved in the first evaluation and in the most recent ones."""
 
     first: list[bool] | None = None
     recent: list[list[bool]] | None = None
-    """The last `LOOKS` + 1 dev evaluations, the newest last."""
+    """The results of the last `LOOKS` + 1 dev evaluations, the newest last."""
 
     def add(self, correct: Sequence[bool]) -> None:
         self.first = self.first or list(correct)
@@ -493,6 +493,6 @@ class History:
 
 
 def cooldown_steps(ends_at: int) -> int:
-    """Number of steps in a cooldown that ends at step `ends_at`: the last eleventh, but at least
-    one."""
+    """Number of steps in a cooldown that ends at step `ends_at`: an eleventh of `ends_at`, but
+    at least one."""
     return max(1, ends_at // (COOLDOWN + 1))

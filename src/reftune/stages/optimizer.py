@@ -28,12 +28,12 @@ class OptimizerTable(Table):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """`linear` and `cosine` lower the learning rate to 0 by the last step."""
     warmup: float = Field(0.0, ge=0, lt=1)
-    """Initial share of the steps, during which the learning rate rises from 0."""
+    """The learning rate rises from 0 over this initial share of the steps."""
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms or the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
-    """With 8, AdamW's moments take a quarter of the memory."""
+    """With 8, AdamW's moments need a quarter as much memory as with 32."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """If a loss or gradient is not finite, `stop` ends the run with an error, and `skip` skips the
@@ -43,7 +43,7 @@ class OptimizerTable(Table):
 
 
 class Trained(Protocol):
-    """A module that can be trained and saved: a policy, or a classifier made from one."""
+    """A module that can be trained and saved: a policy, or a classifier built on one."""
 
     @property
     def packs(self) -> bool: ...
@@ -124,9 +124,9 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 def optimizer_step(
     model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
-    """Clip the gradient, take a step, clear the gradient, and return its norm before clipping.
-    `share` scales the peak learning rates. Raises: NonFiniteError, before any weight changes, if
-    the gradient is not finite."""
+    """Clip the gradient, take a step, clear the gradient, and return its norm before clipping. The
+    learning rates are their peaks times `share`. Raises: NonFiniteError, before any weight changes,
+    if the gradient is not finite."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
     if not torch.isfinite(norm):
@@ -149,7 +149,7 @@ def optimizer_step(
 def accumulate_gradient(
     model: Trained, batch: TokenBatch, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
-    """Add up the gradient of a minibatch, micro-batch by micro-batch; each process takes its share.
+    """Add up the gradient of a minibatch over micro-batches, which are divided among the processes.
     `loss(rows)` returns the part of the loss that the rows with these indices contribute.
 
     Returns: `loss/total` and metrics, combined over all rows as `LossTerms` describes. Raises:
@@ -189,5 +189,5 @@ def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite in all processes."""
+    """Whether all numbers in a tensor are finite in every process."""
     return not any(world.any_of(not whole_tensor(tensor).isfinite().all()))

@@ -1,5 +1,4 @@
-"""Counts the bytes and operations of a model's passes, without allocating its tensors. Operations
-are counted with PyTorch's formulas and, for attention on a CPU, with our own. Live bytes are
+"""Counts the bytes and operations of a model's passes, without allocating its tensors. Bytes are
 counted by our own code, because PyTorch's MemTracker (2.13) fails on parameters that are not
 trained."""
 
@@ -45,7 +44,7 @@ FEW, MORE = 2, 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """A forward and backward pass on a micro-batch."""
+    """The cost of a forward and backward pass on a micro-batch."""
 
     kept: float
     """Bytes that the forward pass leaves for the backward pass."""
@@ -53,7 +52,7 @@ class Update:
     """Maximum number of bytes in use at any time in addition to `kept`."""
     forward_flops: float
     flops: float
-    """Operations of both passes."""
+    """Floating-point operations of both passes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +60,7 @@ class Prefill:
     """The memory needed to read the prompts of all rows at once."""
 
     casts: float
-    """Bytes of the weights' copies, which are held while sampling."""
+    """Bytes of the copies of weights that are kept while sampling."""
     momentary: float
     cache: float
     """Bytes of the keys and values of the prompts."""
@@ -111,22 +110,22 @@ class Outline:
 
     @cached_property
     def reference(self) -> float:
-        """Bytes of a frozen copy: matrices in the compute dtype, embeddings and vectors in their
-        own."""
+        """Bytes of a frozen copy, with matrices in the compute dtype, and embeddings and vectors in
+        their original dtype."""
         dtype = self.policy.compute_dtype
         cast = layers.narrowable(self.model, dtype, embeddings="none")
         return self._bytes({id_: float(dtype.itemsize) for id_ in cast})
 
     @cached_property
     def gathered(self) -> float:
-        """Bytes of the full copy of the weights that FSDP2 gathers to decode and score: the blocks'
-        matrices in the compute dtype, all others in their own."""
+        """Bytes of the full copy of the weights that FSDP2 gathers to decode and score, with the
+        blocks' matrices in the compute dtype, and all other weights in their original dtype."""
         width = float(self.policy.compute_dtype.itemsize)
         return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
 
     @cached_property
     def gathered_copies(self) -> float:
-        """Bytes of the copies that sampling makes of gathered weights."""
+        """Bytes of the additional copies that sampling makes of gathered weights."""
         with self._as_gathered():
             return self._prefill(1, 1, of_gathered=True).casts
 
@@ -187,8 +186,8 @@ class Outline:
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """A trace for `prefill`. `of_gathered` only gives gathered weights a cached result of their
-        own."""
+        """A trace for `prefill`. `of_gathered` serves only to cache the result for gathered
+        weights separately."""
         policy = self.policy
         with (
             self.mode,
@@ -217,7 +216,7 @@ T = TypeVar("T", Update, Prefill)
 
 
 def _of_many(trace: Callable[[int], T], count: float) -> T:
-    """A trace extrapolated to `count` sequences, as if every sequence cost the same."""
+    """A trace extrapolated to `count` sequences, as if every additional one cost the same."""
     few, more = trace(FEW), trace(MORE)
     high = asdict(more)
     each = {name: (high[name] - size) / (MORE - FEW) for name, size in asdict(few).items()}
@@ -260,7 +259,7 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
-    return 5 * _attention_flops(*states) // 2  # recomputes the scores, then each gradient
+    return 5 * _attention_flops(*states) // 2  # the scores again, then each gradient
 
 
 FLOPS: Mapping[Any, Callable[..., int]] = {
@@ -272,9 +271,9 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts operations, and the live and peak bytes of the tensors created while it is active. The
-    model's own tensors do not count. PyTorch's `FlopCounterMode` would keep every block's tensors
-    alive."""
+    """Counts operations, and the live and peak bytes of the tensors created while it is active,
+    without the model's own tensors. It replaces PyTorch's `FlopCounterMode`, which would keep every
+    block's tensors alive."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -8,8 +8,8 @@ from reftune.types import Rollout
 
 
 class Progress:
-    """Receives the events that a stage reports. The methods of this class do nothing; a view
-    overrides them."""
+    """Receives the events that a stage reports. The methods of this class do nothing; subclasses
+    override them."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
         """A stage begins, or resumes after `done_steps` steps."""

@@ -7,8 +7,8 @@ loss on correct solutions keeps this likelihood meaningful.
 
     logit of correct = w · h_last + a log π(solution | prompt) + b
 
-Without the likelihood, the highest-scored of many samples is often a wrong solution that the
-classifier overrates, and most such solutions have a low likelihood. Source: the language-modelling
+Without the likelihood, the sample with the highest score is often a wrong solution that the
+classifier overrates; most such solutions have a low likelihood. Source: the language-modelling
 loss comes from Cobbe et al. (arXiv:2110.14168); the log-likelihood as a score comes from implicit
 reward models (arXiv:2412.01981). Differs: there is no reference model.
 """
@@ -61,7 +61,7 @@ CORRECT = 1
 class RewardModel(Schedule, Sampled):
     kind: Literal["reward_model"] = "reward_model"
     lm_coef: float = Field(0.3, ge=0)
-    """Weight of the language-modelling loss; 0 gives the paper's classifier."""
+    """Weight of the language-modelling loss. With 0, the classifier is the paper's."""
     init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)
@@ -169,7 +169,7 @@ class Classifier(nn.Module):
     """A linear layer with two outputs and no bias on top of a policy's transformer."""
 
     likelihood: nn.Linear | None
-    """Maps a solution's log-likelihood to its part of the logit of `correct`; None if unused."""
+    """Maps a solution's log-likelihood to a summand of the logit of `correct`; None if unused."""
 
     def __init__(self, policy: Policy, encoder: Encoder, *, seed: int = 0) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Classifier(nn.Module):
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
         """A batch of prompts and solutions, truncated to the context. Every solution ends with the
-        end token, because the state that predicts it is the state of the solution's last token."""
+        end token, because the classifier reads the state that predicts this token."""
         longest = None if self.policy.context is None else self.policy.context - 1
         prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
         before = [prompts[problem.id] for problem, _ in solutions]
@@ -238,7 +238,7 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
         """Probability that each solution is correct, computed without dropout. Repeated solutions
-        to a problem are read once."""
+        to a problem are scored only once."""
         keys = [(problem.id, text) for problem, text in solutions]
         once = dict(zip(keys, solutions, strict=True))
         scores: list[float] = []
@@ -273,7 +273,7 @@ class Classifier(nn.Module):
                 save_file(layers, folder / WEIGHTS)
 
     def layers(self) -> dict[str, Tensor]:
-        """The weights other than the transformer's, by their names in the file."""
+        """Name in the file → weights, for all layers except those of the transformer."""
         if self.likelihood is None:
             return {"weight": self.head.weight}
         return {"weight": self.head.weight, **dict(self.likelihood.named_parameters(LIKELIHOOD))}
@@ -281,7 +281,7 @@ class Classifier(nn.Module):
 
 def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifier:
     """The classifier that `Classifier.save` wrote to `folder`; `policy` must be loaded from the
-    same folder. Raises: ModelError if the folder holds no classifier."""
+    same folder. Raises: ModelError if the folder contains no classifier."""
     classifier = Classifier(policy, encoder)
     try:
         found = load_file(folder / WEIGHTS)
@@ -323,12 +323,12 @@ def accumulate_loss(
     }
 
 
-# --- choosing with it -----------------------------------------------------------------------------
+# --- choosing with the classifier -----------------------------------------------------------------
 
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
     """`dev/accuracy`, the share of problems whose highest-scored solution with an answer is
-    correct; `dev/chance`, the share expected if solutions are drawn at random; and
+    correct; `dev/chance`, the share expected if a solution is chosen at random; and
     `dev/chance_margin`, half the width of the 95% interval of the difference, paired by problem."""
     chosen = [*map(voting.is_correct, winners(classifier, drawn))]
     chance = [len(samples.correct) / len(samples.texts) for samples in drawn]
@@ -380,7 +380,7 @@ def is_scored(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str) -> None:
-    """Check that classifier and policy share a tokenizer. Raises: ModelError if not."""
+    """Check that classifier and policy have the same tokenizer. Raises: ModelError if not."""
     own, other = (set(model.tokenizer.get_vocab().items()) for model in (classifier.policy, policy))
     if own != other:
         raise ModelError(

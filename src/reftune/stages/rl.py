@@ -55,11 +55,12 @@ class Rl(TrainingTable, Stage):
     minibatches: int = Field(1, gt=0)
     """Number of optimizer steps per pass."""
     mask_truncated: bool = False
-    """Leave samples that were cut off at `lengths.max_new` out of the loss (DAPO, §3.4)."""
+    """In the loss, ignore samples that were cut off at `lengths.max_new` (DAPO, §3.4)."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
     """Upper limit, usually 2, of the [importance
-    weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample. Default: no weights."""
+    weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample. If unset, advantages
+    are not weighted."""
     value_init: Literal["uniform", "zero"] = "zero"
     """`uniform` draws the value head's weights from the interval ±1/√(hidden size), as the authors'
     code does."""
@@ -138,7 +139,7 @@ class Trainer:
         self.loop.run(self.step, before=self.prefit if fits_values else None)
 
     def step(self, n: int) -> dict[str, float]:
-        """Sample one rollout, update on it, and return the step's metrics."""
+        """Sample one rollout, train on it, and return the step's metrics."""
         rollouts, metrics = self.sample(n, "rollout")
         metrics["progress/epoch"] = n * self.stage.prompts / len(self.context.splits.train)
         collector = self.context.collector
@@ -201,8 +202,8 @@ class Trainer:
     # --- score ---
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
-        """The rollouts as tensors, with values and with log-probabilities under the policy and the
-        reference. Metrics are returned too."""
+        """The rollouts as a batch, with values and with log-probabilities under the policy and the
+        reference; the second result contains metrics."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
         scores = self._policy_scores(rollouts, batch)
@@ -225,8 +226,8 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, rollouts: Sequence[Rollout], batch: RolloutBatch) -> TokenScores:
-        """The samples' scores under the policy that drew them: those of the engine if it scored
-        every sample and `mismatch_cap` is unset; otherwise, those of a pass over the rollouts."""
+        """The samples' scores under the policy that drew them: the engine's scores if it scored
+        every sample and `mismatch_cap` is unset; otherwise, scores from a new forward pass."""
         completions = [r.completion for r in rollouts]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
@@ -298,7 +299,8 @@ class Trainer:
         )
         fitted = fit_value_head(self.policy.value_head, pairs)
         explained = (
-            f"; the fit to all but the last explains {fitted:.0%} of the variance of its returns"
+            f"; a fit to all but the last explains {fitted:.0%} of the variance in the last one's"
+            " returns"
         )
         self.context.progress.note(
             f"{self.context.name}: rollouts to pre-fit the value head: {self.stage.value_prefit}"
@@ -317,10 +319,10 @@ class Trainer:
 
 
 SAMPLES_KEPT = 4
-"""Sampled solutions per step in samples.jsonl; `worth_showing` adds at most two."""
+"""Number of solutions stored per step in samples.jsonl. `worth_showing` adds at most two."""
 PROBLEMS_FOLLOWED = 16
-"""Number of training problems whose solutions are stored first, to show how the solutions
-change."""
+"""Number of training problems whose solutions take precedence in samples.jsonl, so that readers can
+see them change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
@@ -346,8 +348,8 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
 
 
 def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
-    """The `numbers`, one for each response token of each sequence, as (B, R); 0 outside the
-    response."""
+    """`numbers`, which has one number for each response token of each sequence, as a tensor (B, R);
+    0 outside the responses."""
     return tokens.unflatten(torch.tensor(list(chain(*numbers)), device=tokens.tokens.device))
 
 
@@ -355,8 +357,8 @@ def correct_mismatch(
     batch: RolloutBatch, cap: float | None
 ) -> tuple[RolloutBatch, dict[str, float]]:
     """Multiply a batch's advantages by the importance weights min(π_train / π_sample, cap). The
-    weights scale a token's clipped policy loss, but not its value loss. If `cap` is None, nothing
-    changes. Returns: the new batch and metrics. Raises: RecipeError if the algorithm has no
+    weights scale a token's clipped policy loss, but not its value loss. If `cap` is None, the batch
+    is not changed. Returns: the new batch and metrics. Raises: RecipeError if the algorithm has no
     advantages."""
     if cap is None:
         return batch, {}
@@ -413,7 +415,7 @@ def value_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 
 def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
-    """The samples of a batch with every number that went into the loss, for finding the cause of a
+    """The samples of a batch with every number that went into the loss, to help find the cause of a
     non-finite loss."""
     lengths, responses = batch.tokens.lengths.tolist(), batch.tokens.response_lengths.tolist()
     rows: list[dict[str, Any]] = []
@@ -430,7 +432,7 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 
 def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
-    """The rollouts to store: `SAMPLES_KEPT` of them, if possible from different problems, starting
+    """The rollouts to store: up to `SAMPLES_KEPT`, if possible from different problems, starting
     with the problems in `followed`; then, unless already included, the longest rollout and one
     whose program reached its time limit."""
     first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}

@@ -61,7 +61,7 @@ class Collector:
         return len(response) <= self.lengths.max_new and len(prompt) + len(response) <= longest
 
     def limits(self, policy: Policy) -> str:
-        """The limits of `fits`, in words."""
+        """The limits that `fits` checks, as text."""
         context = "" if policy.context is None else f" and the model's context of {policy.context}"
         return f"lengths.max_new={self.lengths.max_new} tokens{context}"
 
@@ -103,10 +103,10 @@ class Collector:
         seed: int = 0,
     ) -> Solved:
         """One graded completion per problem, greedy unless a temperature is given. To get several
-        completions of a problem, repeat it. Each of several processes solves a part, and all
-        receive every completion. If the recipe drops prompts that are too long, their completions
-        are empty. Raises: EngineError if the engine fails; DataError if a prompt is too long and
-        the recipe does not drop it."""
+        completions, repeat the problem. With several processes, each solves a part of the problems,
+        and all receive every completion. If the recipe drops prompts that are too long, their
+        completions are empty. Raises: EngineError if the engine fails; DataError if a prompt is too
+        long and the recipe does not drop it."""
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)
         own = world.own_part(len(problems))
@@ -118,7 +118,7 @@ class Collector:
             first_position=own.start,
         )
         fits = [len(prompt) <= limit for prompt in prompts[own]]
-        # a prompt that is too long becomes one token, so that the others keep their positions
+        # a prompt that is too long is cut to one token, so that the others keep their positions
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
         with world.together(EngineError), sharding.current.whole(policy, policy.compute_dtype):

@@ -52,12 +52,12 @@ class Sampled(Stage, ABC):
     """A stage that samples solutions to the training questions before its first step."""
 
     sampler: str = "warmup"
-    """Method that draws the samples."""
+    """Method whose model draws the samples."""
     samples: int = Field(100, gt=0)
     """Number of samples per training problem."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
-    """Number of most likely tokens to sample from. 0 means all tokens."""
+    """Sample only from the `top_k` most likely tokens. 0 means from all tokens."""
 
     reads_questions: ClassVar[bool] = True
 
@@ -68,8 +68,8 @@ class Sampled(Stage, ABC):
     def draw(
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
-        """Draw `num` samples of every problem, part by part, and write them to `path`, one line per
-        problem. Parts that the file already holds are kept.
+        """Draw `num` samples of every problem, write them to `path`, one line per problem, and
+        return them. After an interruption, sampling continues after the last complete part.
 
         For given settings, a problem's samples are a function of the sampler's weights, the seed
         and the problem's position.
@@ -121,7 +121,7 @@ def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
 
 
 def describe(drawn: Sequence[Samples]) -> str:
-    """The samples in words: `62% of 8,000 samples are correct; 31 of 1,000 problems have none`."""
+    """A summary, such as `62% of 8,000 samples are correct; 31 of 1,000 problems have none`."""
     correct = sum(len(samples.correct) for samples in drawn)
     total = sum(len(samples.texts) for samples in drawn)
     unsolved = sum(not samples.correct for samples in drawn)
@@ -152,8 +152,8 @@ class SelfTrain(Sampled):
         )
 
     def run(self, context: StageContext) -> None:
-        """Sample, join samples and gold solutions, train, and save the model that was best on
-        dev."""
+        """Draw samples, join them with the gold solutions, train, and save the model that was best
+        on dev."""
         started = time.perf_counter()
         drawn = self.draw(context, context.splits.train, context.folder.drawn, num=self.samples)
         examples = self.examples(drawn, context)
@@ -187,8 +187,8 @@ class SelfTrain(Sampled):
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """Correct solutions without repeats: of those that differ only in outer white space or in how
-    the last line writes the answer (such as 1/2 or 0.5), only the first is kept."""
+    """The solutions without repeats: of those that differ only in outer white space or in how the
+    last line writes the answer, such as 1/2 or 0.5, only the first is kept."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(_less_answer(text).strip(), text)
@@ -196,7 +196,7 @@ def distinct(texts: Sequence[str]) -> list[str]:
 
 
 def _less_answer(text: str) -> str:
-    """A solution in words, without its last line if that line states the answer."""
+    """A natural-language solution, without its last line if that line states the answer."""
     reasoning = reasoning_text(text)
     is_last_line = "\n" not in text[len(reasoning) :].strip()
     return reasoning if is_last_line and reasoning.strip() else text

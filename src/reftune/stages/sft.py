@@ -87,7 +87,7 @@ class Sft(Schedule, Stage):
         return self.cost_of_rows(num_train)
 
     def run(self, context: StageContext) -> None:
-        """Train, save the snapshots on the way, then save the model that was best on dev."""
+        """Train, saving the snapshots along the way, then save the model that was best on dev."""
         examples = gold_examples(context.splits.train, context.collector, context.policy)
         train_in_epochs(
             self,
@@ -99,7 +99,7 @@ class Sft(Schedule, Stage):
 
 
 def schedule_line(schedule: Schedule, init: str) -> str:
-    """A schedule in words: `3 epochs of 32 from base, learning rate 0.001`."""
+    """A summary, such as `3 epochs of 32 from base, learning rate 0.001`."""
     rate = schedule.optimizer.learning_rate
     return (
         f"{schedule.epochs:g} epochs of {schedule.batch_size} from {init}, learning rate {rate:g}"
@@ -117,7 +117,7 @@ class Example:
 def gold_examples(
     problems: Sequence[Problem], collector: Collector, policy: Policy
 ) -> list[Example]:
-    """The problems' gold rationales, except those that are too long.
+    """One example for each gold rationale of the problems, except those that are too long.
 
     Raises: DataError if none is left.
     """
@@ -144,8 +144,8 @@ class Task(Protocol):
 
     @property
     def look(self) -> Callable[[], Look] | None:
-        """The dev evaluation of a model that is not a policy. None for a policy, whose greedy
-        answers are evaluated."""
+        """The dev evaluation of a model that is not a policy. None for a policy: its greedy answers
+        are evaluated instead."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -192,8 +192,8 @@ def train_in_epochs(
     start: Progression | None = None,
     until_plateau: bool = False,
 ) -> None:
-    """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` holds the cost of
-    making the examples."""
+    """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` includes the cost
+    of making the examples."""
     steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
 
     def steps(epochs: float) -> int:

@@ -25,7 +25,7 @@ class StageContext:
     stage: Stage
     recipe: Recipe
     policy: Policy
-    """The model to train in place, loaded as `init` says."""
+    """The model to train in place, loaded from the stage's `init`."""
     splits: Splits
     collector: Collector
     folder: StageFolder
@@ -40,7 +40,7 @@ class StageContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """Seconds per sequence, with all devices at work."""
+    """Seconds per sequence if all devices work in parallel."""
 
     generate: float
     """Time to sample the response."""
@@ -75,7 +75,7 @@ class Cost:
     value_model: bool = False
     """Whether a second transformer is trained for the values."""
     state_bits: Literal[32, 8] = 32
-    """Bits of the optimizer's moments."""
+    """Bits per element of the optimizer's moments."""
 
     def phases(self, pace: Pace) -> dict[str, float]:
         """Phase of a step → its time in seconds."""
@@ -100,8 +100,8 @@ class Stage(Component, ABC):
     (`runs/NAME/stages/NAME`)."""
 
     is_method: ClassVar[bool] = True
-    """Whether the stage's model answers problems. Only such models are evaluated, and later stages
-    can start only from them."""
+    """Whether the stage's model answers problems. If not, it is neither evaluated nor read by later
+    stages."""
     reads_rationales: ClassVar[bool] = False
     """Whether the stage needs gold rationales."""
     reads_questions: ClassVar[bool] = False
@@ -109,12 +109,12 @@ class Stage(Component, ABC):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """All methods whose models this stage reads, including `init`."""
+        """The names of all methods whose models this stage reads, including `init`."""
         return (self.init,)
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Methods that this stage saves as snapshots, in addition to its own."""
+        """The names of the methods that this stage saves as snapshots."""
         return ()
 
     def line(self) -> str:

@@ -1,1 +1,1 @@
-"""Diagnoses of a model in training, none of which changes the model."""
+"""Diagnoses of a model. None of them changes the model."""

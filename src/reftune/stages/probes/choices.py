@@ -54,7 +54,7 @@ class Derivation(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceRow:
-    """The results of asking one question as it is, with its options moved and, if its gold option
+    """The results of asking one question unchanged, with its options moved and, if its gold option
     is a number, without options."""
 
     id: str
@@ -64,7 +64,7 @@ class ChoiceRow:
     correct: bool
     derivation: Derivation
     agrees: bool | None
-    """Whether the same option was chosen again after it moved; None if none was chosen at first."""
+    """Whether the same option was chosen after it moved; None if no option was chosen at first."""
     numeric: bool | None
     """Whether the question was solved without options; None if the gold option is not a number."""
 
@@ -73,7 +73,7 @@ class ChoiceRow:
 
 
 def stem(problem: Problem) -> str:
-    """The question without its last lines, if these only list the lettered options."""
+    """The question, without its last lines if these only list the lettered options."""
     lines = problem.question.strip().splitlines()
     options = zip(LETTERS, problem.choices, strict=False)
     wanted = _words("".join(map("".join, options)))
@@ -90,7 +90,7 @@ def _words(text: str) -> str:
 
 
 def rotated(problem: Problem, by: int) -> Problem:
-    """The question with its options moved on by `by` places; after the last place comes the first.
+    """The problem with each option moved down by `by` places; the first place follows the last.
     Nothing moves if `by` is a multiple of the number of options."""
     count = len(problem.choices)
     choices = tuple(problem.choices[(place - by) % count] for place in range(count))
@@ -106,7 +106,7 @@ def moved(letter: str, by: int, count: int) -> str:
 
 
 def without_options(problem: Problem) -> Problem | None:
-    """The question without options, whose answer is the gold option's number; None if that option
+    """The problem without options, with the gold option's number as the answer; None if that option
     is not a number."""
     number = number_gold(problem.choices[LETTERS.index(str(problem.answer.value))])
     if number is None:
@@ -120,10 +120,11 @@ def without_options(problem: Problem) -> Problem | None:
 def derived_values(
     format: Format, problems: Sequence[Problem], completions: Sequence[str]
 ) -> list[str | None]:
-    """The number that each solution arrives at before it chooses; None if there is none.
+    """The number that each solution derives before it chooses an option; None if there is none.
 
-    For a solution in words, it is the last number before the answer. For a program, it is the
-    returned value or, if the last `return` looks up an option, the last value computed before that.
+    In a natural-language solution, this is the last number before the answer. In a program, it is
+    the returned value or, if the last `return` looks up an option, the value computed last before
+    that line.
     """
     if not isinstance(format, Program):
         return [last_number(reasoning_text(text)) for text in completions]
@@ -135,8 +136,8 @@ def derived_values(
 
 
 def _returning_derived(program: str) -> str:
-    """The program, but if its last `return` looks up an option, that line returns the last computed
-    value instead. Empty if there is no `return` or no such value."""
+    """The program. If its last `return` looks up an option, this line is changed to return the last
+    computed value. Empty if there is no `return` or no such value."""
     ends = list(_RETURN.finditer(program))
     if not ends:
         return ""
@@ -152,7 +153,7 @@ def _returning_derived(program: str) -> str:
 
 
 def derivation(value: str | None, letter: str | None, choices: Sequence[str]) -> Derivation:
-    """How a derived value compares with the chosen letter."""
+    """How a derived value compares with the option that has the chosen letter."""
     if value is None:
         return Derivation.ABSENT
     derived = read_choice(value, choices)
@@ -171,8 +172,8 @@ def diagnose(
     completions: Sequence[str],
     graded: Sequence[Graded],
 ) -> list[ChoiceRow]:
-    """One row per problem, whose original answer is in `completions` and `graded`. Each question is
-    asked again with moved options and, if its gold option is a number, without options."""
+    """One row per problem. `completions` and `graded` are the answers to the original question. It
+    is asked again with moved options and, if its gold option is a number, without options."""
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
@@ -209,8 +210,8 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
 
 
 def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
-    """Problem id → whether the problem is solved without options. If no number is read as the
-    answer, the derived value is judged."""
+    """Problem id → whether the problem is solved without options. If no answer can be read, the
+    derived value is judged instead."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
@@ -275,7 +276,7 @@ def above_chance(rows: Sequence[ChoiceRow]) -> dict[int, tuple[int, float]]:
 
 
 def summary_of(rows: Sequence[ChoiceRow]) -> dict[str, Any]:
-    """The part of `summary.json` about a method's rows."""
+    """The part of `summary.json` that is computed from a method's rows."""
     metrics = {name.removeprefix("choices/"): value for name, value in choice_metrics(rows).items()}
     groups = {
         str(count): {"n": n, "above_chance": above}
@@ -286,7 +287,7 @@ def summary_of(rows: Sequence[ChoiceRow]) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Sequence[ChoiceRow]) -> None:
-    """Write one line per question, replacing the file."""
+    """Replace the content of the file with one line per question."""
     lines = JsonLines(path)
     lines.keep(0)
     for row in rows:
