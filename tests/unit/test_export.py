@@ -1,10 +1,13 @@
 """An exported model is a separate folder with a card; an unfinished run is rejected."""
 
 import json
+import socket
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from huggingface_hub import HfApi
 
 from reftune.errors import CheckpointError, ModelError
 from reftune.runs.export import export_model, push_model
@@ -145,3 +148,12 @@ def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(
     ):
         push_model(out, "me/mine")
     assert (out / "model.safetensors").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as closed:  # bound, but not listening
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.HfApi", partial(HfApi, endpoint=address))
+        with pytest.raises(ModelError, match=r"^me/mine: cannot be pushed: .*refused"):
+            push_model(tmp_path, "me/mine")

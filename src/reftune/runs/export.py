@@ -70,7 +70,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     """Upload an exported model to the Hub repository `OWNER/NAME`, which is created if needed, and
     return its address.
 
-    Raises: ModelError if the Hub rejects the upload; the folder is kept.
+    Raises: ModelError if the Hub cannot be reached or rejects the upload; the folder is kept.
     """
     from huggingface_hub import HfApi
 
@@ -80,8 +80,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
         api.upload_folder(
             folder_path=folder, repo_id=repository, commit_message="Exported by reftune"
         )
-    # the Hub's errors are OSErrors or ValueErrors
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001  the Hub's HTTP client raises errors of its own
         raise ModelError(
             f"{repository}: cannot be pushed: {brief(error)}; the model stays in {folder}"
             " (`hf auth login` logs in)"
