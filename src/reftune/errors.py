@@ -22,7 +22,8 @@ class ModelError(ReftuneError):
 
 
 class CheckpointError(ReftuneError):
-    """A run folder or checkpoint that is damaged, unwritable, in use, or not made by reftune."""
+    """A run folder, checkpoint or export that cannot be read, written or continued, for example
+    because it is damaged or in use."""
 
 
 class RewardError(ReftuneError):

@@ -184,8 +184,9 @@ class Vllm(Component):
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
     def _started(self, policy: Policy, folder: Path) -> Colocated:
-        """The running engine if its settings match, or else a new one, which takes seconds to
-        minutes to start."""
+        """The running engine if it was started with these settings, this dtype and this model
+        configuration. Otherwise, it is stopped, and a new one is started, which takes seconds to
+        minutes."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if _running and key not in _running:
             stop_engines()

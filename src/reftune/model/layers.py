@@ -25,8 +25,8 @@ itself casts none."""
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
     """Cast frozen matrices to `dtype` and all other parameters to fp32, in place. `embeddings`
-    determines which embeddings are cast. Under autocast, embeddings still output fp32, so hidden
-    states stay in fp32."""
+    determines which embeddings are cast to `dtype`. Under autocast, a hook casts their output back
+    to fp32, so that hidden states stay in fp32."""
     matrices = narrowable(model, dtype, embeddings=embeddings)
     for parameter in model.parameters():
         if parameter.is_floating_point():

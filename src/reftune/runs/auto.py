@@ -169,8 +169,8 @@ def fastest_dtype(device: torch.device) -> Dtype:
 def product_rates(
     device: torch.device, shape: tuple[int, int, int], *, seconds: float
 ) -> dict[str, float]:
-    """Dtype → FLOP/s of the fastest of many (M, K) × (K, N) products, which are repeated for about
-    `seconds` per dtype. `shape` is (M, K, N)."""
+    """Dtype → FLOP/s of an (M, K) × (K, N) product in its fastest run. The product is repeated for
+    about `seconds` per dtype. `shape` is (M, K, N)."""
     return {dtype: _rate(device, getattr(torch, dtype), shape, seconds) for dtype in DTYPES}
 
 

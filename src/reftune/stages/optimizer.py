@@ -124,9 +124,9 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 def optimizer_step(
     model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
-    """Clip the gradient, take a step, clear the gradient, and return its norm before clipping. The
-    learning rates are their peaks times `share`. Raises: NonFiniteError, before any weight changes,
-    if the gradient is not finite."""
+    """Clip the gradient, take a step, clear the gradient, and return its norm before clipping. Each
+    parameter group's learning rate is set to its peak times `share`. Raises: NonFiniteError, before
+    any weight changes, if the gradient is not finite."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
     if not torch.isfinite(norm):

@@ -84,7 +84,8 @@ class RunFolder:
 
 @dataclass(frozen=True, slots=True)
 class StageFolder:
-    """The folder `stages/NAME`: the chosen model in Hugging Face format, and the files below."""
+    """The folder `stages/NAME`: a model in Hugging Face format, and the files below. The model is
+    the one that the stage chose on dev or, for a snapshot, the one at the snapshot's step."""
 
     path: Path
 
