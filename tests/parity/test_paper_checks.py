@@ -181,7 +181,6 @@ def test_e17_the_algorithm_whitens_advantages_over_the_whole_rollout_and_returns
     batch = RolloutBatch(
         tokens=tokens,
         rewards=torch.tensor([1.0, 0.0]),
-        correct=torch.tensor([1.0, 0.0]),
         groups=torch.tensor([0, 1]),
         sampling_logprobs=zeros,
         logprobs=zeros,
@@ -231,7 +230,6 @@ def minibatch(tokens: TokenBatch, **per_token: list[list[float]]) -> RolloutBatc
     batch = RolloutBatch(
         tokens=tokens,
         rewards=per_sample,
-        correct=per_sample,
         groups=per_sample.long(),
         sampling_logprobs=zeros,
         logprobs=zeros,

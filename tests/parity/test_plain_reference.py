@@ -152,7 +152,6 @@ def credited(policy: Policy, reference: Policy, samples) -> RolloutBatch:
     batch = RolloutBatch(
         tokens=tokens,
         rewards=rewards,
-        correct=(rewards == 1).float(),
         groups=torch.arange(len(samples)),
         sampling_logprobs=scores.logprobs,
         logprobs=scores.logprobs,

@@ -38,7 +38,6 @@ def batch(
     return RolloutBatch(
         tokens=tokens,
         rewards=torch.tensor(rewards),
-        correct=torch.tensor([float(reward == 1) for reward in rewards]),
         groups=torch.tensor(groups),
         sampling_logprobs=logprobs,
         logprobs=logprobs,
@@ -376,21 +375,6 @@ def test_comparing_the_samples_of_a_problem_needs_two(algorithm):
     ):
         Rl(**settings)
     assert Rl(**settings, samples=2).samples == 2
-
-
-# --- PPO ------------------------------------------------------------------------------------------
-
-
-def test_the_likelihood_term_of_ppo_is_a_mean_over_the_tokens_of_correct_samples():
-    # tokens of correct samples only, 1 and 3 of them, at -1 and -2: (1 + 6)/4
-    algorithm = Ppo(positive_nll_coef=0.5, value_coef=0, kl_coef=0)
-    sampled = replace(
-        batch([1.0, 0.0, 1.0], [0, 1, 2], lengths=[1, 5, 3]), values=torch.zeros(3, 5)
-    )
-    sampled = algorithm.credit(sampled)
-    now = torch.tensor([-1.0, -1.0, -2.0])[:, None] * sampled.response_mask
-    plain = loss_of(Ppo(value_coef=0, kl_coef=0), sampled, now)
-    assert loss_of(algorithm, sampled, now) - plain == pytest.approx(0.5 * 7 / 4)
 
 
 # --- what is kept for people to read --------------------------------------------------------------

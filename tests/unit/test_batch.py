@@ -23,7 +23,6 @@ def rollouts() -> RolloutBatch:
     return RolloutBatch(
         tokens=tokens,
         rewards=torch.tensor([1.0, 0.1]),
-        correct=torch.tensor([1.0, 0.0]),
         groups=torch.tensor([0, 1]),
         sampling_logprobs=per_token,
         logprobs=per_token * 10,

@@ -99,7 +99,6 @@ def test_the_algorithm_pushes_by_reward_less_the_mean(baseline: bool, advantages
         RolloutBatch(
             tokens=tokens,
             rewards=torch.tensor([1.0, 0, 0, 0]),
-            correct=torch.tensor([1.0, 0, 0, 0]),
             groups=torch.arange(4),
             gold=torch.zeros(4, dtype=torch.bool),
             sampling_logprobs=flat,

@@ -493,16 +493,6 @@ def test_minibatches_are_equal_parts_that_each_pass_draws_anew(make_trainer):
     assert trainer.update(batch, 1)["compute/sequence_passes"] == 2 * 8
 
 
-def test_minibatches_weigh_correct_samples_as_the_whole_rollout_does(make_trainer):
-    trainer = make_trainer({"minibatches": 2, "algorithm": {"kind": "ppo", "positive_nll_coef": 1}})
-    rollouts, _ = trainer.sample(1, "rollout")
-    batch = trainer.algorithm.credit(
-        replace(trainer.score(rollouts)[0], correct=torch.ones(len(rollouts)))
-    )
-    parts = list(trainer.parts(batch, 1))[:2]
-    assert sum(float(p.nll_weights.sum()) for p in parts) / 2 == pytest.approx(1)
-
-
 def test_more_minibatches_than_samples_are_refused(make_recipe):
     with pytest.raises(RecipeError, match=r"minibatches: expected at most prompts × samples = 8"):
         make_recipe(stages={"reft": {"minibatches": 9}})

@@ -12,7 +12,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from reftune.algorithms.advantages import gae, token_rewards, whiten
-from reftune.algorithms.base import Clipped, LossTerms, token_weights, value_terms
+from reftune.algorithms.base import Clipped, LossTerms, value_terms
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 
@@ -25,17 +25,12 @@ class Ppo(Clipped):
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount factor for future rewards."""
     lam: float = Field(0.95, ge=0, le=1)
-    """GAE's λ for the policy's advantages."""
-    value_lam: float | None = Field(None, ge=0, le=1)
-    """GAE's λ for the value targets. If 1, the targets are plain returns (VC-PPO,
-    arXiv:2503.01491). Default: `lam`."""
+    """GAE's λ."""
     value_clip: float = Field(0.2, gt=0)
     """In the value loss, the value of each token is clipped to within this distance of the value
     before the updates."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
-    positive_nll_coef: float = Field(0.0, ge=0)
-    """Weight of the negative log-likelihood of correct samples (VAPO, arXiv:2504.05118)."""
 
     needs_values: ClassVar[bool] = True
 
@@ -53,25 +48,16 @@ class Ppo(Clipped):
             batch.rewards, batch.logprobs, batch.ref_logprobs, mask, kl_coef=self.kl_coef
         )
         advantages, returns = gae(rewards, batch.values, mask, gamma=self.gamma, lam=self.lam)
-        if self.value_lam is not None:
-            _, returns = gae(rewards, batch.values, mask, gamma=self.gamma, lam=self.value_lam)
-        positives = token_weights(mask & (batch.correct > 0)[:, None], "token")
-        return replace(
-            batch, advantages=whiten(advantages, mask), returns=returns, nll_weights=positives
-        )
+        return replace(batch, advantages=whiten(advantages, mask), returns=returns)
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """policy loss + value_coef · value loss + positive_nll_coef · NLL of correct samples."""
+        """policy loss + value_coef · value loss."""
         assert batch.values is not None and batch.returns is not None
         assert batch.weights is not None
         policy = super().loss(scores, batch)
         terms = value_terms(scores.values, batch.values, batch.returns, clip=self.value_clip)
         value = (terms * batch.weights).sum()
-        total = policy.total + self.value_coef * value
-        metrics = {**policy.metrics, "value/loss": value.detach()}
-        if self.positive_nll_coef > 0:
-            assert batch.nll_weights is not None
-            nll = -(scores.logprobs * batch.nll_weights).sum()
-            total = total + self.positive_nll_coef * nll
-            metrics["policy/positive_nll"] = nll.detach()
-        return LossTerms(total=total, metrics=metrics)
+        return LossTerms(
+            total=policy.total + self.value_coef * value,
+            metrics={**policy.metrics, "value/loss": value.detach()},
+        )

@@ -211,8 +211,6 @@ class RolloutBatch:
     tokens: TokenBatch
     rewards: Tensor
     """(B,)"""
-    correct: Tensor
-    """(B,) 1 for a right answer, 0 for any other."""
     groups: Tensor
     """(B,) Samples of the same problem have the same integer."""
     sampling_logprobs: Tensor
@@ -227,9 +225,6 @@ class RolloutBatch:
     returns: Tensor | None = None
     weights: Tensor | None = None
     """Weight of each token in the loss of its minibatch; see `Algorithm.weights`."""
-    nll_weights: Tensor | None = None
-    """Weight of each token in a second loss term, which raises the likelihood of correct
-    samples."""
 
     def __len__(self) -> int:
         return len(self.tokens)

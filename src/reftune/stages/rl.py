@@ -278,8 +278,6 @@ class Trainer:
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
         """The minibatches of all updates on rollout `n`, each with its own loss weights."""
         count = min(self.stage.minibatches, len(batch))
-        if batch.nll_weights is not None:  # they sum to 1 over the whole rollout
-            batch = replace(batch, nll_weights=batch.nll_weights * count)
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)
             order = torch.from_numpy(draw.permutation(len(batch))).to(batch.rewards.device)
@@ -337,9 +335,6 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
     return RolloutBatch(
         tokens=tokens,
         rewards=torch.tensor([r.reward for r in rollouts], device=device),
-        correct=torch.tensor(
-            [float(r.graded.verdict is Verdict.CORRECT) for r in rollouts], device=device
-        ),
         groups=torch.tensor([group_of[r.problem.id] for r in rollouts], device=device),
         gold=torch.tensor([r.source == "gold" for r in rollouts], device=device),
         sampling_logprobs=logprobs,
