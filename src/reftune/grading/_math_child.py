@@ -2,9 +2,9 @@
 reftune.
 
 Each line of standard input is a request: a JSON object with the keys `gold` and `answer`. The reply
-is a line of standard output with the keys `equal` and `read`; `read` is null if the answer is not
-an expression. If the comparison fails, the reply has only the key `error`. The parent kills this
-process if a comparison takes too long.
+is a JSON object on one line of standard output, with the keys `equal` and `read`; `read` is null if
+the answer is not an expression. If the comparison fails, the reply has only the key `error`. The
+parent kills this process if a comparison takes too long.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 MEMORY = 4 << 30
 MAX_S = 60
-"""Seconds after which an unfinished comparison kills this process, in case the parent has died."""
+"""Seconds after which an alarm ends a comparison and this process, in case the parent has died."""
 
 
 def main() -> None:

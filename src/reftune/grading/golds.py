@@ -1,7 +1,6 @@
 """Reads the gold answers of the data, strictly: a gold answer is a number only if its whole text is
 one number, with or without a currency or unit. The module `numbers`, which reads completions, is
-lenient: it reads "18, I think" as 18. It would also read the gold answer "5 pm" as 5, and training
-would then reward wrong answers."""
+lenient: it would read the gold answer "5 pm" as 5, and training would then reward wrong answers."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
 """Strings longer than this do not count as numbers."""
 MOST_BETWEEN = 100
-"""Two answers are not side by side if more characters than this separate their markers."""
+"""Maximum number of characters in the earlier of two answers side by side, and between them."""
 SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
 
 
@@ -47,7 +46,7 @@ def read_gold(
     the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked part
     is read, except for the kind `regex`.
 
-    Raises: DataError with the value and what was expected; the caller adds the location.
+    Raises: DataError if the cell has no such answer; the caller adds the location to the message.
     """
     if kind == "regex":
         return _pattern(raw)
@@ -83,7 +82,7 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
-    """The number in a cell, read as in `number_gold`. Booleans do not count as numbers."""
+    """The number in a cell, read as in `number_gold`. A boolean does not count as a number."""
     if isinstance(raw, bool):
         return None
     if isinstance(raw, int):
@@ -183,7 +182,7 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 def worded_gold(text: str) -> Answer:
     """The answer in a gold text that is neither an option nor a number. Text in square brackets is
-    a list if it has at least three items, or two words as items. Any other text is an expression
+    a list if it has at least three items, or two that are words. Any other text is an expression
     (`latex`) or plain `text`."""
     text = text.strip()
     listed = _LISTED.fullmatch(text)
@@ -243,8 +242,8 @@ def _pattern(raw: object) -> Answer:
 def split_items(text: str) -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
     "and" separate items, except inside inner brackets. If any comma is followed by a space, commas
-    without a space do not count. Otherwise, if there are other separators, commas that may group
-    thousands do not count."""
+    without a space do not separate items. Otherwise, if there are other separators, commas that may
+    group thousands do not."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -321,8 +320,8 @@ _FRACTION_WORD = re.compile(
     r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
 )
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
-"""Matches letters that may be a product, as in 2ab, rather than a word, such as any two letters,
-consonants only, or three letters directly after a number."""
+"""Matches letters that may be a product, as in 2ab, rather than a unit: two letters, consonants,
+`abc`, `xyz`, `uvw` or, only directly after the number, any three letters."""
 _MONTH = re.compile(MONTHS, re.IGNORECASE)
 
 

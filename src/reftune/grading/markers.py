@@ -1,4 +1,4 @@
-"""Finds where a completion states its answer."""
+"""Finds where a completion states its answer: after a marker, such as "the answer is"."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Statement:
     start: int = 0
     """Index where the marker begins."""
     end: int = 0
-    """Index where the statement ends: after the closing brace or tag or, for a phrase, at the end
-    of the text that counts (see `statements`)."""
+    """Index where the statement ends: after the closing brace or tag or, if there is none, at the
+    end of the text that counts (see `statements`)."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -151,7 +151,8 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
     """The content of the braces at `start`, with any percent sign right after them, and the index
-    right after the braces or sign. The content is None if the braces are never closed."""
+    right after the braces or sign. The content is None unless the braces are closed within
+    `MAX_BOX_CHARS`."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

@@ -1,4 +1,4 @@
-"""Compares expressions, equations, intervals, tuples and matrices by means of math-verify.
+"""Compares expressions, equations, intervals, tuples and matrices with math-verify.
 
 A comparison might never end, so it runs in a worker process, which is killed if the time runs out.
 Workers start when first needed and keep running. Each worker serves one thread at a time.
@@ -26,7 +26,7 @@ CHILD = Path(__file__).with_name("_math_child.py")
 TIMEOUT_S = 5.0
 """Seconds allowed for one comparison."""
 NUM_WORKERS = min(4, os.cpu_count() or 1)
-"""Maximum number of worker processes. Each uses 100 MB of memory."""
+"""Maximum number of worker processes. Each uses about 100 MB of memory."""
 START_S = 120.0
 """Seconds allowed for a worker's first reply, including the import of math-verify."""
 MAX_EXPRESSION_CHARS = 1_000
@@ -69,8 +69,8 @@ class Comparison:
 
 
 def looks_like_math(text: str) -> bool:
-    """Whether the whole text is an expression, such as an equation, an interval or LaTeX, and not
-    just a number. Text with words is not an expression."""
+    """Whether the text is an expression, such as an equation, an interval or LaTeX, and not just a
+    number. Text with words is not, unless the expression stands between math delimiters."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -81,7 +81,7 @@ def looks_like_math(text: str) -> bool:
 def expression_in(text: str) -> str:
     """The expression in `text`, with symbols such as π spelled in LaTeX. If there is exactly one
     pair of math delimiters, the expression is the text between them; otherwise, it is the text up
-    to an aside, such as a reason. Closing punctuation is removed."""
+    to an aside, such as a reason. Final punctuation is removed."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -169,9 +169,8 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> bytes | None:
-        """The reply to `request`; empty if the process died twice, None if time ran out and the
-        process was killed."""
-        for _ in range(2):  # twice: something else may have killed the process
+        """The reply to `request`; empty if the process died twice, None if time ran out."""
+        for _ in range(2):  # twice, because this request may not be the cause
             if self._process is None:
                 self._process = _started()
             reply = _exchange(self._process, request, TIMEOUT_S)
@@ -248,7 +247,7 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Maximum number of comparisons kept in memory, because samples of a problem repeat answers."""
+"""Maximum number of comparisons kept for reuse, because samples of a problem repeat answers."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

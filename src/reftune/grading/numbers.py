@@ -38,8 +38,8 @@ class Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """The number in a gold answer. If its decimals as written are unknown, it gets as many as its
-    exact value needs (inf for 1/3)."""
+    """The number in a gold answer. If `answer.decimals` is None, the number has as many decimals as
+    its exact value needs (inf for 1/3)."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)
@@ -90,8 +90,8 @@ def numbers_equal(predicted: Number, gold: Number) -> bool:
         |p − g| < 10^−d   and   |p − g| ≤ 0.01·|g|
 
     Here, d is the number of decimals of the less precise number, but at least 2. If one number is a
-    fraction, d comes from the other; two fractions must be equal. A printed float is first rounded
-    to 12 significant digits.
+    fraction, d comes from the other; two fractions must be equal. Printed floats are rounded first
+    (see `FLOAT_DIGITS`).
     """
     predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
     gap = abs(predicted.value - gold.value)
@@ -148,8 +148,8 @@ CURRENCY = (
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
-"""Groups of two digits are read as lakhs only if some group begins with 0 or a rupee sign precedes
-the number; "36,36,108" alone is a list."""
+"""Indian groups of two digits are read as one number only if some group begins with 0 or a rupee
+sign precedes the number; "36,36,108" alone is a list."""
 _LAKHS = r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?(?![\d,]*\d)"
 _INTEGER = rf"(?:{_GROUPS}|{_INDIAN}|\d+)"
 DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
@@ -246,7 +246,7 @@ def leading_number(line: str) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    """The number in a match of `_NUMBER`; None if the number is invalid, such as 1/0."""
+    """The number in a match of `_NUMBER`; None if the number is too long or invalid, like 1/0."""
     parts = {
         name: text.replace(",", "").replace("_", "")
         for name, text in match.groupdict().items()
@@ -272,7 +272,7 @@ def _size(parts: dict[str, str]) -> Number | None:
         return Number(_repeating(parts["head"], parts["period"]))
     if "endless" in parts:
         return _endless(parts["endless"])
-    if "base" in parts:  # read as decimal, as in MATH's graders
+    if "base" in parts:  # 52_8 is read as 52, as MATH's graders do
         word = parts["base"].lower()
         base = int(word) if word.isdigit() else _BASES.get(word, 0)
         is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in parts["digits"])
@@ -289,8 +289,8 @@ def _size(parts: dict[str, str]) -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Fraction:
-    """The value of a decimal such as 0.1(6), which is 1/6. The period is divided by as many nines
-    as it has digits, shifted by the decimals before it, and added to them."""
+    """The value of a decimal such as 0.1(6), which is 1/6. A period of n digits after d other
+    decimals adds period / ((10^n − 1)·10^d) to the value."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return tail + Fraction(head) if head.strip(".") else tail
@@ -303,7 +303,7 @@ _PERIOD = re.compile(
 
 def _endless(decimal: str) -> Number:
     """The value of a decimal that ends in dots: 0.333... is 1/3, and 0.1212... is 4/33. If no
-    digits repeat, as in 3.14159..., it is the value of the digits shown."""
+    digits repeat, as in 3.14159..., the dots are ignored."""
     found = _PERIOD.fullmatch(decimal[:200])
     if found is None:
         return Number(Fraction(decimal), len(decimal.partition(".")[2]))
@@ -516,8 +516,8 @@ _NOT_ABOUT = re.compile(
 
 
 def only_number(line: str) -> Number | None:
-    """The number in a plain sentence that begins with words and contains no other number, such as
-    "each child gets 12 sweets". None if the words before the number may change its meaning, as in
+    """The only number in the first sentence of a plain line, if it follows plain words, as in "each
+    child gets 12 sweets". None otherwise, or if the words may change the number's meaning, as in
     "at least 12"."""
     end = _SENTENCE_END.search(line)
     sentence = (line if end is None else line[: end.start()]).lstrip(" :,*\"'")

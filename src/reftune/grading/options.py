@@ -32,8 +32,8 @@ _LETTERED = re.compile(
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """The options without letters such as those in "a ) 38", "(B) 12", "C. 30" and "D - 5". All
-    options are unchanged unless each has the letter of its position."""
+    """The options without their leading letters ("a ) 38", "(B) 12", "C. 30" or "D - 5"). All
+    options stay unchanged unless each begins with the letter of its position."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]
@@ -73,7 +73,7 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:
-    """Whether a plain line contains the letter of an option, or begins with an option's text."""
+    """Whether a plain line contains the letter of an option as a word, or begins with its text."""
     last = chr(ord("a") + len(choices) - 1) if choices else "z"
     letter = re.search(rf"(?<![^\W_])[a-{last}](?![^\W_])", line, re.IGNORECASE)
     return letter is not None or any(_begins_with(line, choice) for choice in choices)

@@ -42,6 +42,6 @@ def _grade_string_paper(value: Any, gold: str) -> Graded:
 
 
 def paper_response(completion: str) -> str:
-    """The part of a completion that the authors' code grades: the text after the last prompt
-    header, which a model may repeat."""
+    """The part of a completion that the authors' code grades: the text after the last
+    `PAPER_HEADER`, which a model may repeat."""
     return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

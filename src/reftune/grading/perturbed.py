@@ -1,4 +1,4 @@
-"""Changes gold solutions so that their answers are certainly wrong or still certainly right, to
+"""Changes gold solutions so that their answers are certainly wrong or certainly still right, to
 test a reward."""
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Perturbed:
 
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
-    """Solutions that look like the gold solution `target` but have another answer or no answer.
-    Yields nothing if the answer cannot be found in `target`."""
+    """Solutions that look like the gold solution `target` but state another answer, two answers or
+    none. Yields nothing if the answer cannot be found in `target`."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 

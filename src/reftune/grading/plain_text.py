@@ -1,4 +1,4 @@
-"""Spells digits and signs in ASCII, and removes Markdown, LaTeX and HTML formatting."""
+"""Spells digits and common symbols in ASCII, and removes Markdown, LaTeX and HTML formatting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 import unicodedata
 
 MAX_SEGMENT_CHARS = 2_000
-"""At most this many characters of an answer are searched for a number or a choice."""
+"""At most this many characters of an answer are searched for a number or choice, or compared as
+text."""
 
 _ASCII = str.maketrans(
     {
@@ -76,9 +77,10 @@ _BULLET = re.compile(r"[-*+•–—] +")
 
 
 def first_line(text: str) -> str:
-    """The first line that contains a letter or digit, in plain text with single spaces; empty if
-    there is none. A line cut off at `MAX_SEGMENT_CHARS` ends in a backslash. Bullets are removed,
-    except from the first line of the text, where a dash may be a minus sign."""
+    """The first line that contains a letter or digit, in plain text with single spaces; empty if no
+    line does. A line cut off at `MAX_SEGMENT_CHARS` ends in a backslash, so that no number that was
+    cut off is read. Bullets are removed, except from the first line of the text, where a dash may
+    be a minus sign."""
     start = text.lstrip()
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
@@ -93,7 +95,8 @@ def first_line(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` with ASCII digits and signs, and without Markdown, LaTeX or HTML formatting."""
+    """`text` with digits and common symbols in ASCII, and without most Markdown, LaTeX and HTML
+    formatting."""
     text = _SWISS_GAP.sub(",", _FORMULA.sub(r"\1", text) if "$" in text else text)
     if not text.isascii():
         text = _SPACED_DASH.sub("—", _DIGIT_GAP.sub("", text))
@@ -145,8 +148,8 @@ def _with_decimal_point(match: re.Match[str]) -> str:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Whether two strings are the same apart from case, spacing, formatting and final punctuation.
-    Strings without any other content are not the same."""
+    """Whether two strings are the same apart from case, spacing, quotation marks, formatting and
+    final punctuation. Strings that contain nothing else are never the same."""
     return _bare(first) == _bare(second) != ""
 
 

@@ -1,4 +1,5 @@
-"""Grades completions and the values of programs. Every text gets a verdict; none raises an error.
+"""Grades completions and the values of programs. Every text gets a verdict; none causes an error
+unless math-verify is needed but not installed.
 
 All functions are pure, except that expressions are compared in a worker process.
 """
@@ -241,7 +242,7 @@ def _parts(problem: Problem) -> list[Problem]:
 
 
 def needs_worker(gold: Answer) -> bool:
-    """Whether comparing answers with this gold answer needs a worker process."""
+    """Whether comparing answers with this gold answer may need a worker process."""
     return "latex" in {gold.kind, *(part_answer(item).kind for item in gold.items)}
 
 
@@ -252,8 +253,8 @@ def part_answer(item: str) -> Answer:
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """Grade by the task's scorer. Because it expects the bare answer, the best score of several
-    spellings counts."""
+    """Grade by the task's scorer, which expects the bare answer. It is tried on several versions of
+    the text; one score of 1 is enough."""
     words = text.strip()
     if not words:
         return no_answer("nothing after the marker")
@@ -295,7 +296,7 @@ _GRADERS: dict[AnswerKind, Callable[[str, Problem], Graded]] = {
     "regex": _grade_pattern,
 }
 _PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
-"""Verdicts, from best to worst."""
+"""Verdicts, from best to worst. After a timeout or error, the answer may still be right."""
 
 
 def _badness(graded: Graded) -> int:
@@ -338,8 +339,8 @@ _EDGES = ("()", "[)", "(]", "{}")
 
 
 def _other_value_text(value: Any, gold: Answer) -> str | None:
-    """The text of a boolean if the gold answer is yes or no, and of a list or date unless the gold
-    answer is a number or choice; None for any other value."""
+    """The text of a boolean, list or date that counts as an answer (see `grade_value`); None for
+    any other value."""
     if gold.kind in ("number", "choice"):
         return None
     if isinstance(value, bool):

@@ -31,7 +31,7 @@ def has_value(graded: Graded) -> bool:
 
 
 def has_letter(graded: Graded) -> bool:
-    """Whether a value is one letter: the paper's stricter rule for multiple choice."""
+    """Whether a sample's value is a single letter: the paper's rule for multiple choice."""
     return graded.value is not None and len(graded.value) == 1 and graded.value.isalpha()
 
 
@@ -44,7 +44,7 @@ def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
 def same_answer(first: str, second: str) -> bool:
     """Whether two values that the grader read are one answer: equal numbers, or the same words.
 
-    Equal expressions usually share one spelling as values, so they are compared as words.
+    The grader usually gives equal expressions one spelling, so they are compared as words.
     """
     if first == second:
         return True
@@ -70,8 +70,8 @@ def majority_curve(
     samples; None if none of these is valid. With `weights`, such as a reward model's scores, each
     vote has its sample's weight (DiVeRSe, arXiv:2206.02336).
 
-    The first k of n samples are themselves a draw of k samples, so the accuracy over problems is
-    an unbiased estimate of maj@k.
+    The first k of n samples are themselves a draw of k samples, so the accuracy of the k-th entries
+    over problems is an unbiased estimate of maj@k.
     """
     first: dict[str, Graded] = {}
     votes: dict[str, float] = defaultdict(float)
@@ -127,7 +127,7 @@ def pass_at_k(n: int, num_correct: int, k: int) -> float:
 
 
 def check_k(k: int, n: int) -> None:
-    """Check that 1 ≤ k ≤ n. Raises: DataError if not."""
+    """Raises: DataError unless 1 ≤ k ≤ n."""
     if not 1 <= k <= n:
         raise DataError(
             f"k = {k}: only {n} samples per problem were drawn; expected 1 to {n} (for more, set"

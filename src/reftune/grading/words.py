@@ -40,7 +40,7 @@ TAKEN_BACK = re.compile(
 _OR_ELSE = re.compile(r"\W*(?:or|maybe|perhaps|possibly|alternatively)\b")
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
-"""Matches names only. After a name, as in "Paris, London", they may be further answers."""
+"""Matches names only. After another name, as in "Paris, London", these may be further answers."""
 _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[.,]|[ t]00:00(?::00)?$")
@@ -55,7 +55,7 @@ def same_words(first: str, second: str) -> bool:
 
 
 def bare_words(text: str) -> str:
-    """A normalised spelling that is the same for all strings with the same words."""
+    """The normalised spelling in which `same_words` compares strings."""
     folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     less = _ARTICLE.sub("", " ".join(folded.split()))
@@ -63,9 +63,9 @@ def bare_words(text: str) -> str:
 
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """Whether the gold answer is the whole text, the first line or, if the gold answer is short,
-    the words before punctuation or a reason ("Yes, they do."). The result is `unclear` if the text
-    then withdraws the gold answer or adds another one ("Yes and no")."""
+    """Whether the gold answer is the whole text, the text's first line or, if the gold answer is
+    short, the start of that line, up to punctuation or a reason ("Yes, they do."). The result is
+    `unclear` if the line then withdraws the gold answer or adds another one ("Yes and no")."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):

@@ -42,7 +42,7 @@ class _Import:
 
     @property
     def modules(self) -> list[str]:
-        """The top-level modules that the statement loads."""
+        """Names of the top-level modules that the statement loads."""
         if self.head == "import":
             return [_WORD.findall(part)[0] for part in self.parts]
         return [_WORD.findall(self.head)[1]]

@@ -1,4 +1,4 @@
-"""Writes prompts in the recipe's `style`, for all formats."""
+"""Writes prompts in the recipe's `style`, for the built-in formats."""
 
 from __future__ import annotations
 

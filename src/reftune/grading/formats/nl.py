@@ -43,12 +43,12 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale, followed by a line that states the answer in a form that the grader
-        can read. If the rationale's last line already states the answer, no line is added,
-        unless the style or grading is `paper`.
+        """The gold rationale, followed by a line that states the answer, such as "The answer is 7".
+        If the rationale's last line already states the answer, no line is added, unless the style
+        or grading is `paper`.
 
-        Raises: DataError if there is no rationale or if the rationale is a program. Outside
-        `paper`, also if the answer is of the kind `regex` and the last line states no match.
+        Raises: DataError if there is no rationale, if the rationale is a program or, except under
+        `paper`, if the gold answer is a `regex` and the last line states no match.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):
@@ -90,6 +90,6 @@ class Nl(Prompted):
 
 
 def _decimal(answer: Answer) -> str:
-    """The answer as text that the authors' grader can read with `float()`, unlike 1/3 or 25%."""
+    """The answer as text. A number is spelled so that `float()` can read it, unlike 1/3 or 25%."""
     text = str(answer).removesuffix("%" * answer.percent)
     return repr(float(answer.value)) if isinstance(answer.value, Fraction) and "/" in text else text

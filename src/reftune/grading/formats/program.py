@@ -3,8 +3,8 @@
 A completion either continues `def solution():` or contains a whole program. The program is found by
 text search, because only the sandbox parses or runs a model's code. The program is the last fenced
 block that defines `solution` or, if no block does, the whole text. If nothing defines `solution`,
-the body of `solution` is the last fenced block with a `return` or, if there is none, the whole
-text.
+the body of `solution` is the last fenced block with a `return` or, if no block has one, the whole
+text (if it has one).
 
 Unused imports are removed. Then the versions below are tried in order, each only if all earlier
 ones ended in an error:
@@ -12,7 +12,7 @@ ones ended in an error:
 1. the program or body as it stands;
 2. the same without prose. Of a program's statements at the left margin, only imports, definitions
    and the assignments before `solution` are kept. A body ends before its first line at the left
-   margin. A body that is not indented at all ends after its first `return`;
+   margin. A body that is not indented ends after its first `return` at the margin;
 3. the program, preceded by the fenced blocks above it that do not define `solution`, as in a
    notebook.
 """
@@ -111,7 +111,7 @@ class Program(Prompted):
         """The gold program without the docstring of `solution`; only the body of `solution` if the
         prompt already contains the function's header.
 
-        In the style `compact`, the target begins with the line break before the body, because
+        In the style `compact`, the target begins with the line break before the body, because many
         tokenizers join this line break with the indent after it. Raises: DataError if there is no
         program.
         """
@@ -218,8 +218,8 @@ def programs_in(completion: str) -> tuple[str, ...]:
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order; none if the completion defines `solution`. Indented text
     without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced block
-    that prints or, at the left margin, assigns an answer. If only the whole text does, the whole
-    text is the program. If nothing does, there is no program."""
+    that prints or, at the left margin, assigns to `result` or one of `ANSWER_NAMES`. If no block
+    does but the whole text does, the program is the whole text."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()

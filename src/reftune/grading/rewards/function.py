@@ -6,7 +6,7 @@ tokens as `completion_ids`, the gold answers as `answer`, the grader's `verdicts
 `reasons`, and the columns of the data that reftune does not use. A column named `answer`,
 `verdicts`, `values` or `reasons` replaces the list of that name. The function receives the
 arguments it names, or all of them if it takes `**kwargs`. It may be async. If the function
-fails on a batch, it is called with one sample at a time, to find the sample that causes the error.
+fails on a batch, it is called again with one sample at a time, to find one that causes an error.
 
 The function returns a list with one entry per completion: a number, a dict of named parts such as
 `{"correct": 1.0, "short": 0.1}`, or None to exclude the rollout. Instead of the list, it may return
@@ -201,8 +201,8 @@ def _columns(samples: Sequence[_Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """`result` or, if it is awaitable, the result of awaiting it. An event loop that is already
-    running in this thread does no harm."""
+    """`result` or, if it is awaitable, the result of awaiting it: in a new thread, because this one
+    may already run an event loop."""
     if not inspect.isawaitable(result):
         return result
 

@@ -41,8 +41,8 @@ class Outcome(Component):
         return self.partial if is_partial else self.wrong
 
     def _tells_kind(self, gold: Answer) -> bool:
-        """Whether a wrong answer earns `partial`. A number, an expression or a list of these does;
-        a choice does only with `partial_on_choices`."""
+        """Whether a wrong answer earns `partial`. True if `gold` is a number, an expression or made
+        up of these; for a choice, only with `partial_on_choices`."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]

@@ -4,18 +4,18 @@ There are two backends. `monty` interprets Python in Rust, in worker processes, 
 no access to files, the network, processes or the environment. `subprocess` runs CPython with the
 installed packages, in an isolated process per program. The default, `auto`, runs a program in monty
 first. If the program needs a feature of Python that monty lacks (`gaps.py`), `auto` runs it again
-in a subprocess. With `auto`, importing a third-party package is always an error, so that verdicts
-do not depend on which packages are installed. If the subprocess backend cannot start, `auto` uses
-monty alone.
+in a subprocess. With `auto`, programs cannot import third-party packages, so that verdicts do not
+depend on which packages are installed. If the subprocess backend cannot start, `auto` uses monty
+alone.
 
 In both backends, a program is FORBIDDEN if it opens or lists files outside Python's libraries,
-imports a module whose purpose is to reach outside, such as `socket` or `ctypes`, or calls a
-function of `os` or `sys` that does so, such as `os.system` or `sys.exit`. A program cannot hide the
-file access or the import by catching the error. In monty, a program is also FORBIDDEN if
-it reads the environment or uses `__import__`, `globals`, `input`, or dunder attributes that lead
-from an object to the interpreter, such as `().__class__`. Programs may import `os` and `sys`, as
-models often do needlessly, and use harmless members of both, such as `sys.maxsize`. Importing a
-harmless module that is missing, such as numpy, is an ERROR.
+imports a forbidden module, such as `socket` or `ctypes`, or calls a function of `os` or `sys` that
+acts outside the program, such as `os.system` or `sys.exit`. A program cannot hide the file access
+or the import by catching the error. In monty, a program is also FORBIDDEN if it opens any other
+file, reads the environment or uses `__import__`, `globals`, `input`, or dunder attributes that lead
+from an object to the interpreter, such as `().__class__`. Programs may import `os` and `sys` and
+use harmless members of both, such as `sys.maxsize`. Importing a harmless module that is missing,
+such as numpy, is an ERROR.
 
 Both backends seed the module `random`. In monty, the clock stands still and `sleep` takes no time,
 so that a program returns the same value every time.
@@ -64,7 +64,7 @@ class Sandbox:
         workers: int | None = None,
         allow_unisolated: bool = False,
     ) -> None:
-        """`workers` is the number of programs that run at the same time, by default one per core.
+        """`workers` is the maximum number of programs at the same time, by default one per core.
         `allow_unisolated` lets the subprocess backend start even without isolation."""
         self.limits = limits if limits is not None else SandboxLimits()
         self._kind = backend
@@ -76,7 +76,7 @@ class Sandbox:
         """Execute each program, then evaluate the expression `call` in the program's scope. Returns
         one result per program, in order.
 
-        Raises: ReftuneError if the sandbox itself cannot start. A failing program raises none.
+        Raises: ReftuneError if the sandbox cannot start.
         """
         if not programs:
             return []
@@ -141,8 +141,8 @@ class Sandbox:
 
 
 class _MontyFirst:
-    """Runs a program in monty, and again in the subprocess if the program needs a feature that
-    monty lacks."""
+    """Runs a program in monty, and again in a subprocess if the program needs a feature that monty
+    lacks."""
 
     def __init__(self, monty: Backend, start: Callable[[], Backend]) -> None:
         self._monty, self._start = monty, start

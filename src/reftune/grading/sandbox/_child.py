@@ -14,8 +14,8 @@ a `V` line with its value or an `E` line with its exception. If the system lacks
 protection, the program is not started, and the only line is an `N` line that names what is missing.
 `P`, `V` and `E` lines contain JSON.
 
-The audit hook refuses and reports only the well-known ways out. A determined program can get past
-the hook, but the kernel confines it.
+The audit hook (`Doorman`) refuses and reports only the well-known ways out. A determined program
+can get past the hook, but not past the kernel's limits.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
 
 
 def is_closed(waiting: socket.socket) -> bool:
-    """Whether a program's result is no longer awaited. Polling alone does not tell, because the
-    descriptor may have been closed and reused since."""
+    """Whether a program's result is no longer awaited. An event from polling does not prove this,
+    because the descriptor may have been closed and reused since."""
     try:
         return waiting.recv(1, socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -212,7 +212,7 @@ def keep_only(results: int) -> None:
 def fence_in(readable: list[str]) -> str:
     """Permanently give up access to the network, other processes and the contents of all files
     except `readable`, as far as the system allows. Without seccomp, other processes may stay within
-    reach. Returns one text that names the missing protections of files and the network; empty if
+    reach. Returns a phrase that names the missing protections of files and the network; empty if
     none is missing."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -231,9 +231,10 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Use Landlock to let the process read only the contents of `paths`, and create, write, run or
-    delete no files. Landlock does not cover metadata (`stat`, `chmod`). Newer kernels also block
-    TCP and signals to other processes. Returns False if access to files cannot be restricted."""
+    """Use Landlock so that the process can read only the contents of `paths`, and cannot create,
+    write, run or delete files. Landlock does not cover metadata (`stat`, `chmod`). On newer
+    kernels, it also blocks TCP and signals to other processes. Returns False if access to files
+    cannot be restricted."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -331,13 +332,12 @@ class Printed:
         return len(text)
 
     def flush(self) -> None:
-        """Do nothing, because nothing is buffered."""
+        """Nothing is buffered."""
 
 
 def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
-    """`value` as JSON. A set becomes a sorted list. A number or date of a type that JSON lacks,
-    such as Fraction or datetime, becomes a string. Raises: TypeError for any other type that JSON
-    lacks."""
+    """`value` as JSON. A set becomes a sorted list. Other values that JSON lacks become strings if
+    they have `__float__` or `isoformat`, like Fraction or datetime. Raises: TypeError otherwise."""
     try:
         return dumps(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
     except TypeError:

@@ -22,8 +22,7 @@ def gap(result: ExecutionResult) -> str | None:
     """The part of Python that a program needed but monty lacks, such as `yield`, `dict.get as a
     value` or `the module heapq`; None if the program did not end because of such a gap.
 
-    Packages that do not come with Python do not count, because verdicts must not depend on which of
-    them are installed.
+    Third-party packages do not count, because verdicts must not depend on what is installed.
     """
     if result.status is not ExecutionStatus.ERROR:
         return None

@@ -164,7 +164,7 @@ class _Modules(Mapping[str, NoReturn]):
 
 
 def _first_line(error: BaseException) -> str:
-    """An error as one line, `Type: message`."""
+    """The first line of an error's message; for monty's errors, this includes the type."""
     return one_line(str(error)) or type(error).__name__
 
 

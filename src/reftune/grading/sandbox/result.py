@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MAX_VALUE_BYTES = 1 << 20
-"""Maximum size of a program's value, in bytes."""
+"""Maximum size of a program's value in monty, in bytes."""
 MAX_PRINTED_CHARS = 2000
 """Number of characters kept from the end of a program's output."""
 

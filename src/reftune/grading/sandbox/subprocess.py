@@ -1,12 +1,11 @@
 """The `subprocess` backend, which runs each program in a CPython process of its own.
 
-For each combination of packages that are slow to import, there is a forking process: a Python
+For each combination of slow packages that programs import, there is a forking process: a Python
 interpreter that has already imported these packages. Each program runs in a fork of that process,
-with a fixed environment and an empty temporary folder to work in. Hooks in site-packages do not
-run. Landlock lets the program read only the libraries and write nothing. An allow-list of system
-calls rules out sockets, new processes, threads and signals. Each program has its own session,
-namespaces and resource limits. docs/sandbox.md lists what these protections cover and what they do
-not.
+with a fixed environment and an empty temporary folder to work in. Start-up hooks in site-packages
+do not run. Landlock lets the program read only the libraries and write nothing. An allow-list of
+system calls rules out sockets, new processes, threads and signals. Each program has its own
+session, namespaces and resource limits. docs/sandbox.md lists what these protections cover.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ CHILD = Path(__file__).with_name("_child.py")
 NOT_ISOLATED = 77
 MAX_OUTPUT_BYTES = 1 << 16
 START_S = 5.0
-"""Seconds allowed for a process to start and end on a busy machine."""
+"""Seconds allowed, beyond the time limit, for a process to start and end on a busy machine."""
 PRELOAD_S = 120.0
 """Seconds allowed for an interpreter to start and import the packages."""
 PRELOADED = tuple(
@@ -69,8 +68,9 @@ SYSTEM_LIBRARIES = (
 
 
 class SubprocessBackend:
-    """Runs each program in its own process, forked from a warm one. Raises: ReftuneError if such a
-    process cannot start, or if the system cannot isolate it and `allow_unisolated` is not set."""
+    """Runs programs, each in a process forked from a running interpreter. Raises: ReftuneError if
+    no such process can start, or if the system cannot isolate it and `allow_unisolated` is not
+    set."""
 
     def __init__(
         self, limits: SandboxLimits, *, allow_unisolated: bool, packages: bool = True
