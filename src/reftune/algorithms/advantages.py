@@ -1,4 +1,5 @@
-"""Turns rewards and values into advantages and returns. Masks are True on response tokens."""
+"""Turns rewards and values into advantages and returns. Masks are True on the response
+tokens that count."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ def token_rewards(
 
         r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
 
-    Shapes: rewards (B,), all others (B, R); the result is 0 where the mask is False. Source: ReFT
-    (arXiv:2401.08967), §3.1. Differs: none.
+    β is `kl_coef`; without `ref_logprobs`, there is no penalty. Shapes: rewards (B,), all others
+    (B, R); the result is 0 where the mask is False. Source: ReFT (arXiv:2401.08967), §3.1. Differs:
+    none.
     """
     last = response_mask.sum(1) - 1
     per_token = torch.zeros_like(logprobs)
@@ -40,7 +42,7 @@ def gae(
     V is 0 after the last sampled token, whether the response ended there or was cut off at the
     length limit. Both results are 0 where the mask is False. Shapes (B, R). Source: PPO
     (arXiv:1707.06347), §5; ReFT (arXiv:2401.08967), §3.1. Differs: γ and λ are named as in ReFT's
-    code; the paper's text swaps the two symbols.
+    code; the ReFT paper swaps the two symbols.
     """
     values = values * response_mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -108,7 +110,7 @@ def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
 
 def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
     """Each sample's reward minus the mean reward of its group's other samples, (B,); 0 for a group
-    of one.
+    of size K = 1.
 
         A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - mean)
 
@@ -119,12 +121,12 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain: 1 for perfect values, below 0 if a
-    constant would be a better prediction.
+    """Share of the returns' variance that the values explain: 1 for perfect values, 0 for constant
+    ones, and below 0 if the errors vary more than the returns.
 
         1 - Var(G - V) / Var(G)
 
-    Shapes (B, R).
+    Inputs are (B, R).
     """
     returns, errors = returns[mask], (returns - values)[mask]
     return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)

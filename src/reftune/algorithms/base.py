@@ -41,7 +41,7 @@ class Algorithm(Component, ABC):
     others if needed."""
 
     needs_values: ClassVar[bool] = False
-    """Whether `credit` reads the batch's `values`, and `loss` trains the value head."""
+    """Whether `credit` reads the batch's `values` and `loss` trains the value head."""
 
     @property
     def needs_reference(self) -> bool:
@@ -71,15 +71,15 @@ class Algorithm(Component, ABC):
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         """A copy of `batch` with the fields that `weights` and `loss` read, such as advantages and
-        returns. `batch` contains all selected samples of a step. A pure function."""
+        returns. `batch` contains all selected samples of a step. Must be pure."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
-        """The weight of each token in the loss of a minibatch, (B, R). A pure function."""
+        """The weight of each token in the loss of a minibatch, (B, R). Must be pure."""
         return token_weights(batch.response_mask, "token")
 
     @abstractmethod
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """A micro-batch's part of the loss, weighted by `batch.weights`. A pure function."""
+        """A micro-batch's part of the loss, weighted by `batch.weights`. Must be pure."""
 
 
 class Clipped(Algorithm, ABC):

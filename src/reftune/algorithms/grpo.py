@@ -16,8 +16,9 @@ STD_FLOOR = 1e-4
 
 
 class Grpo(Clipped):
-    """The KL penalty is part of the loss. Short correct answers are favoured with `reduction:
-    sequence`, but not with `reduction: token` (DAPO, arXiv:2503.14476)."""
+    """The KL penalty is part of the loss. `reduction: sequence` favours short correct answers over
+    long ones, because their tokens weigh more; `reduction: token` does not (DAPO,
+    arXiv:2503.14476)."""
 
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"

@@ -34,8 +34,8 @@ class OnlineSt(Algorithm):
         return self.dropout
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The correct samples, then the gold solution to every problem, including problems without
-        a correct sample."""
+        """The correct samples, then the gold solutions to all problems that have one, even if none
+        of a problem's samples is correct."""
         correct = [rollout for rollout in rollouts if rollout.graded.verdict is Verdict.CORRECT]
         sampled = {rollout.problem.id: rollout for rollout in rollouts}.values()
         gold = [

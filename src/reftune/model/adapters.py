@@ -29,9 +29,10 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     """Write the adapters of `method` to `folder`, in PEFT's format.
 
     Unless the base is quantized, each stage trains new adapters on the merged model that it starts
-    from. Concatenating the adapters of all stages, B = [B₁ B₂ …] and A = [A₁; A₂; …], sums their
-    products B A. If the stages were saved in fp32, the sum is exact up to rounding. Raises:
-    CheckpointError if a stage saved no adapters; ModelError if the initial adapters cannot be read.
+    from. Concatenating the adapters of all stages that lead to `method`, B = [B₁ B₂ …] and
+    A = [A₁; A₂; …], sums their products B A. If the stages were saved in fp32, the sum is exact up
+    to rounding. Raises: CheckpointError if a stage saved no adapters; ModelError if the initial
+    adapters cannot be read.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -97,8 +98,8 @@ def read_adapters(folder: Path) -> Scaled:
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
-    """Check that a run can continue training the adapters in `folder`. Raises: ModelError if their
-    base model or scaling differs from the run's."""
+    """Check that a run can continue training the adapters in `folder`. Raises: ModelError if they
+    cannot be read, or if their base model or scaling differs from the run's."""
     _, scaling = read_adapters(folder)
     _require_base(folder, table.path)
     wanted = table.lora and table.lora.alpha / table.lora.rank

@@ -20,7 +20,7 @@ GROUPS = 4
 sequences form a single group."""
 MULTIPLE = 64
 """`filled_up` rounds the number of packed tokens up to a multiple of this, because each distinct
-number needs its own kernels and memory blocks."""
+number of tokens needs its own kernels and memory blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,8 +140,8 @@ class Packing(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
-    """Two tensors for the second sequence with each shared prompt: the indices of the prompt's
-    tokens and of their slots. Two more for the third sequence, and so on."""
+    """Two tensors cover the second sequence with each shared prompt: the indices of the prompt's
+    tokens, and of this sequence's slots for them. Two more cover the third, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +188,7 @@ def token_batch(
     *,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """A batch of `prompts` and `responses`. Padding has id 0, and no token attends to it."""
+    """A batch of `prompts` and `responses`. Padding has id 0, and no real token attends to it."""
     assert all(prompts), (
         "a prompt must contain at least one token: its last token predicts the first response token"
     )
@@ -216,9 +216,10 @@ class RolloutBatch:
     sampling_logprobs: Tensor
     """Log-probabilities reported by the engine."""
     logprobs: Tensor
-    """Log-probabilities under the policy that drew the samples, as the trainer computes them."""
+    """Log-probabilities under the policy that drew the samples: the trainer's, or the engine's if
+    the trainer does not compute any."""
     gold: Tensor | None = None
-    """(B,) True for gold rationales, which the policy did not sample; None if there are none."""
+    """(B,) True for gold rationales, which the policy did not sample. None means no rationales."""
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
@@ -253,8 +254,8 @@ class RolloutBatch:
 def micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, order: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Yields groups of sequence indices with at most `max_tokens` tokens per group. A longer
-    sequence forms a group of its own. Unless `packed`, the padding in a group counts too.
+    """Yields groups of sequence indices with at most `max_tokens` tokens per group. A sequence with
+    more tokens forms a group of its own. Unless `packed`, the padding in a group counts too.
 
     `order` lists the indices of the sequences to group; by default, all of them by increasing
     length. Unless `packed`, lengths must not decrease along `order`.

@@ -16,15 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "reftunereply"
-"""A placeholder for the assistant's words, which templates leave unchanged and prompts do not
-contain."""
+"""Stands for the assistant's words. Templates leave it unchanged, and prompts do not contain it."""
 OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The turns as the template writes them, up to where the assistant's reply begins. Raises:
     RecipeError if the tokenizer has no template, or if the template rejects the turns, omits the
-    system message, or does not read one of the `template_args`."""
+    system message, or does not accept one of the `template_args`."""
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
@@ -53,8 +52,8 @@ def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
     """The id of the token that ends the assistant's reply to `prompt` (default: a short question).
-    None if there is no template, if the template rejects the prompt, or if ordinary text ends the
-    turn."""
+    None if there is no template, if the template rejects the prompt, or if no special or added
+    token ends the turn."""
     if not tokenizer.chat_template:
         return None
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
@@ -82,8 +81,8 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said`, adapted so that it continues the prompt `begun`. `before` is the text before the
-    reply in the rendered conversation. Only the texts after the last question, `asked`, are
-    compared.
+    reply in the rendered conversation. Only the parts of `begun` and `before` that follow the last
+    question, `asked`, are compared.
     """
     if not asked or asked not in begun or asked not in before:
         return said

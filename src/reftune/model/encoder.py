@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A tokenizer and a format."""
+    """Encodes a format's prompts and targets with a tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
@@ -61,8 +61,8 @@ class Encoder:
         return ids if ids[-1:] == [end] else [*ids, end]
 
     def end_of(self, prompt: str | Conversation) -> int:
-        """The token that ends a completion of `prompt`: in a chat, the template's end-of-turn token
-        if there is one; in all other cases, the eos token."""
+        """The id of the token that ends a completion of `prompt`: in a chat, the template's
+        end-of-turn token if there is one; in all other cases, the eos token."""
         turn = end_of_turn(self.tokenizer, prompt) if isinstance(prompt, Conversation) else None
         return int(self.tokenizer.eos_token_id) if turn is None else turn
 
@@ -114,8 +114,8 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""Number of tokens to decode beyond one per byte of the longest stop string, because special tokens
-decode to nothing."""
+"""To find a stop string, we decode as many tokens as it has bytes, and this many more because
+special tokens decode to nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -152,7 +152,7 @@ class StopRule:
         return low
 
     def text_end(self, text: str) -> int | None:
-        """Index at which the first stop string begins; None if there is none."""
+        """Index at which the first stop string in `text` begins; None if it contains none."""
         return min((text.index(stop) for stop in self.texts if stop in text), default=None)
 
 

@@ -223,6 +223,6 @@ def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def recompute(block: nn.Module) -> None:
     """Use gradient checkpointing (arXiv:1604.06174) in `block` and its later copies: keep only the
-    input, and recompute the same activations in the backward pass."""
+    input, and recompute the activations in the backward pass."""
     # a partial rather than a closure, so that a deep copy of the block calls its own `forward`
     block.forward = partial(recomputed, block.forward)

@@ -1,9 +1,9 @@
 """Computes the log-probabilities of response tokens from hidden states, without keeping all logits
 in memory at once.
 
-Logits are computed in tiles, each for some tokens and a part of the vocabulary. The first tiles are
-kept, and the backward pass recomputes the others. Memory use therefore does not grow with
-vocabulary × length, and a tile stays in the CPU's cache.
+Logits are computed in tiles, each for some tokens and a part of the vocabulary. At most
+`LOGITS_KEPT` logits are kept, and the backward pass recomputes the others. The memory for logits is
+therefore bounded, and a tile stays in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def token_logprobs(
 def logprobs_and_entropy(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The result of `token_logprobs`, without gradients, and each distribution's entropy in nats;
-    both are (N,)."""
+    """The result of `token_logprobs`, without gradients, and the entropy in nats of each token's
+    distribution; both are (N,)."""
     if type(head) is nn.Linear:
         softmax = _softmax(_cast(hidden), head.weight, head.bias, tokens, temperature, means=True)
         return (
@@ -196,8 +196,8 @@ def _tiles(
     temperature: float,
     kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
-    """All tiles of the logits, from left to right in one group of rows after another. `kept` holds
-    the logits of the first tiles, which are not computed again."""
+    """All tiles of the logits, from left to right in one group of rows after another. `kept`
+    contains the logits of the first tiles, which are not computed again."""
     known = iter(kept)
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)

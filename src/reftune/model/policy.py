@@ -111,7 +111,7 @@ class Policy(nn.Module):
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The tokens that end a completion."""
+        """The ids of the tokens that end a completion."""
         return self.stop.ids
 
     @property
@@ -146,8 +146,8 @@ class Policy(nn.Module):
         )
 
     def reset_value_head(self, seed: int) -> None:
-        """Draw the value head's weights uniformly from [-1/√H, 1/√H], as `nn.Linear` and TRL's
-        value head do."""
+        """Draw the value head's weight and bias uniformly from [-1/√H, 1/√H], as `nn.Linear` and
+        TRL's value head do."""
         bound = self.value_head.in_features**-0.5
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -385,8 +385,8 @@ class Policy(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the model, with LoRA merged, and the tokenizer, so that plain `from_pretrained` can
-        load them. Both configs list the end tokens. The value head and any adapters are written
-        too."""
+        load them. The model's config and generation config list the end tokens. The value head and
+        any adapters are written too."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run shows its own progress bar
@@ -453,8 +453,8 @@ class Policy(nn.Module):
 
 
 class AdapterReference:
-    """An earlier state of a policy with adapters: the same base, with the adapters it had then, or
-    with none."""
+    """An earlier state of a policy with adapters: the same base, with the adapters of that time or
+    none."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:
         self._policy, self._adapters = policy, adapters

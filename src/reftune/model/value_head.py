@@ -22,13 +22,13 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
-    With each of the `PENALTIES`, a head is fitted to all rollouts but the last. The one that best
-    explains the last rollout's returns determines α. `rollouts` yields the features (N, H) and
-    returns (N,) of one rollout at a time. Memory does not grow with the number of rollouts.
+    With each of the `PENALTIES`, a head is fitted to all rollouts but the last. The penalty whose
+    head best explains the last rollout's returns determines α. `rollouts` yields the features
+    (N, H) and returns (N,) of one rollout at a time, so memory does not grow with their number.
 
     Returns: the share of the variance in the last rollout's returns that the fit to the others
-    explains; 0 if there is only one rollout. Raises: NonFiniteError if a feature or return is not
-    finite.
+    explains; 0 if there is only one rollout, for which the middle penalty is used. Raises:
+    NonFiniteError if a feature or return is not finite.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:

@@ -47,8 +47,9 @@ def load_model(
 
 
 def resolve(path: str | Path) -> Path | str:
-    """A folder or a Hub id, after resolving `smollm2-135m` and `~`. Raises: ModelError if `path`
-    begins like a folder, with `.`, `/` or `~`, but does not exist."""
+    """A folder or a Hub id, after resolving `smollm2-135m` and `~`. Raises: ModelError if the wheel
+    of `smollm2-135m` is needed but missing, or if `path` begins like a folder, with `.`, `/` or
+    `~`, but does not exist."""
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()
@@ -78,7 +79,7 @@ def load_config(table: ModelTable) -> Any:
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
     """A causal LM of the same shape as `load_model`'s, built in fp32 from the configuration alone.
-    Raises: ModelError if the configuration cannot be loaded."""
+    Raises: ModelError if it cannot be built."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -103,21 +103,21 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """The number of sequences of `length` tokens that make up a pass of at most `tokens`
-        tokens; at least 1."""
+        """The size of a step's largest pass, in sequences of `length` tokens, if a pass may read
+        `tokens` tokens; at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
         return max(1.0, min(share, tokens) / self.length)
 
     def is_one_pass(self, tokens: int) -> bool:
-        """Whether an optimizer step reads all its sequences in one pass. If so, no gradients exist
-        before the backward pass."""
+        """Whether all sequences of a step fit in one pass. If so, no gradients exist before the
+        backward pass."""
         return math.ceil(self.cost.batch / self.devices) * self.length <= tokens
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The recipe's sizes. Each `auto` is replaced by the largest size that fits."""
+        """The recipe's sizes. Each `auto` is replaced by the size that `fitting` returns."""
         tokens = self.recipe.model.micro_batch_tokens
         rows = getattr(self.recipe.engine, "batch_size", self.cost.sampled or 1)
         found = self.fitting() if "auto" in (tokens, rows) else Sizes(tokens=0, rows=0)
@@ -185,7 +185,7 @@ class Estimate:
         }
 
     def fitting(self) -> Sizes:
-        """For `tokens` and `rows`, the largest candidate whose phase fits in a device's usable
+        """For `tokens` and `rows` each, the largest candidate whose phase fits in a device's usable
         memory, or the smallest candidate if none fits."""
         room = USABLE * self.device_bytes
 
@@ -201,9 +201,9 @@ class Estimate:
 def estimates(
     recipe: Recipe, outline: Outline, *, prompt: int | None = None
 ) -> dict[str, Estimate]:
-    """Stage → its estimate for one process on one device. Stages that cannot predict their cost are
-    left out. `prompt` is the longest prompt's length, which defaults to the recipe's limit or, if
-    there is none, to `PROMPT`."""
+    """Stage name → estimate for one process on one device. Stages that cannot predict their cost
+    are left out. `prompt` is the longest prompt's length, which defaults to the recipe's limit or,
+    if there is none, to `PROMPT`."""
     prompt = prompt or recipe.lengths.max_prompt or PROMPT
     return {
         name: Estimate(recipe=recipe, cost=cost, outline=outline, prompt=prompt)
@@ -212,7 +212,7 @@ def estimates(
 
 
 def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:
-    """Stage → its cost. Stages that cannot predict their cost are left out."""
+    """Stage name → cost. Stages that cannot predict their cost are left out."""
     costs = {
         name: stage.cost(num_train=num_train, num_dev=num_dev)
         for name, stage in recipe.stages.items()

@@ -103,8 +103,9 @@ class TrainingTable(Table):
 class Loop:
     """Runs steps 1 to `total_steps` of a stage.
 
-    The result of `step(n)`, which takes step n, may depend only on the weights, the optimizer and
-    `n`. The loop seeds torch before each step, so a resumed run repeats the same numbers.
+    The result of step n, which `run` takes with `step(n)`, may depend only on the weights, the
+    optimizer and `n`. The loop seeds torch before each step, so a resumed run repeats the same
+    numbers.
     """
 
     def __init__(
@@ -120,11 +121,11 @@ class Loop:
         start: Progression | None = None,
         until_plateau: bool = False,
     ) -> None:
-        """`look()` is the dev evaluation of a model that is not a policy; `start` is the stage's
-        state before step 1. With `until_plateau`, a stage whose dev accuracy no longer rises ends
-        with a cooldown: it runs for another tenth of the steps taken so far, but not beyond
-        `total_steps`, while the learning rate falls to 0. The constructor distributes the model
-        over the processes."""
+        """`snapshots` maps method names to steps. `look()` is the dev evaluation of a model that is
+        not a policy; `start` is the stage's state before step 1. With `until_plateau`, a stage
+        whose dev accuracy no longer rises ends with a cooldown: it runs for another tenth of the
+        steps taken so far, but not beyond `total_steps`, while the learning rate falls to 0. The
+        constructor distributes the model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -425,7 +426,8 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
 
 
 LOOKS = 4
-"""Number of dev evaluations over which a rise is measured; docs/handover.md compares 4 with 2."""
+"""Number of dev evaluations over which a rise is measured; docs/experiments/handover.md compares 2
+to 5."""
 Z95 = 1.959964
 COOLDOWN = 10
 """Ratio of the steps before a cooldown to the steps in it."""

@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and an optimizer step that rejects non-finite numbers."""
+"""AdamW, its learning rate and its steps. Non-finite losses and gradients are rejected."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of a model that is already distributed. Matrices, vectors
+    """AdamW for the trainable parameters of a model that is already distributed. Matrices, vectors
     and the value head each form a parameter group. Raises: RecipeError if 8-bit state is requested
     but not available."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -150,7 +150,7 @@ def accumulate_gradient(
     model: Trained, batch: TokenBatch, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
     """Add up the gradient of a minibatch over micro-batches, which are divided among the processes.
-    `loss(rows)` returns the part of the loss that the rows with these indices contribute.
+    `loss(rows)` returns the contribution of the sequences with the indices `rows`.
 
     Returns: `loss/total` and metrics, combined over all rows as `LossTerms` describes. Raises:
     NonFiniteError if the loss is not finite, before the gradient is used.

@@ -149,7 +149,7 @@ class Outline:
         return float(self.prefill(prompt=1, rows=1).cache)
 
     def update(self, prompt: int, response: int, batch: float) -> Update:
-        """The cost of a micro-batch of `batch` sequences with these lengths."""
+        """The cost of a micro-batch of `batch` sequences with these prompt and response lengths."""
         return _of_many(lambda count: self._update(prompt, response, count), batch)
 
     @cache  # noqa: B019  an outline lives no longer than its plan
@@ -259,7 +259,7 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
-    return 5 * _attention_flops(*states) // 2  # the scores again, then each gradient
+    return 5 * _attention_flops(*states) // 2  # one product for the scores, four for gradients
 
 
 FLOPS: Mapping[Any, Callable[..., int]] = {

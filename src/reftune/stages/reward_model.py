@@ -7,10 +7,11 @@ loss on correct solutions keeps this likelihood meaningful.
 
     logit of correct = w · h_last + a log π(solution | prompt) + b
 
-Without the likelihood, the sample with the highest score is often a wrong solution that the
-classifier overrates; most such solutions have a low likelihood. Source: the language-modelling
-loss comes from Cobbe et al. (arXiv:2110.14168); the log-likelihood as a score comes from implicit
-reward models (arXiv:2412.01981). Differs: there is no reference model.
+The weights w, a and b are trained. Without the likelihood, the sample with the highest score is
+often a wrong solution that the classifier overrates; most such solutions have a low likelihood.
+Source: the language-modelling loss comes from Cobbe et al. (arXiv:2110.14168); the log-likelihood
+as a score comes from implicit reward models (arXiv:2412.01981). Differs: there is no reference
+model.
 """
 
 from __future__ import annotations
@@ -156,8 +157,8 @@ class Judging:
 
 
 class Judged(NamedTuple):
-    """The classifier's output for a batch. The class is a tuple because older versions of FSDP2
-    find no tensors in dataclasses."""
+    """The classifier's output for a batch. This is a tuple because older versions of FSDP2 do not
+    find tensors in dataclasses."""
 
     logits: Tensor
     """(B, 2) logits of wrong and correct, in fp32."""
@@ -166,7 +167,7 @@ class Judged(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A linear layer with two outputs and no bias on top of a policy's transformer."""
+    """A linear layer on top of a policy's transformer, with two outputs and no bias."""
 
     likelihood: nn.Linear | None
     """Maps a solution's log-likelihood to a summand of the logit of `correct`; None if unused."""
@@ -329,7 +330,8 @@ def accumulate_loss(
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
     """`dev/accuracy`, the share of problems whose highest-scored solution with an answer is
     correct; `dev/chance`, the share expected if a solution is chosen at random; and
-    `dev/chance_margin`, half the width of the 95% interval of the difference, paired by problem."""
+    `dev/chance_margin`, half the width of the 95% interval of their difference, paired by
+    problem."""
     chosen = [*map(voting.is_correct, winners(classifier, drawn))]
     chance = [len(samples.correct) / len(samples.texts) for samples in drawn]
     gains = torch.tensor(chosen, dtype=torch.double) - torch.tensor(chance, dtype=torch.double)

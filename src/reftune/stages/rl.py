@@ -167,8 +167,8 @@ class Trainer:
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
-        """Sample rollout `n` for `purpose`, and return it with its metrics. For a given recipe, the
-        samples depend only on the weights, `n` and `purpose`."""
+        """Sample rollout `n` for `purpose`, `rollout` or `prefit`, and return it with its metrics.
+        For a given recipe, the samples depend only on the weights, `n` and `purpose`."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
             len(train),
@@ -239,7 +239,7 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. A step whose loss or gradient is not finite ends the update.
+        return metrics. The first step whose loss or gradient is not finite ends the update.
 
         Raises: NonFiniteError unless the recipe allows skipping the step.
         """
@@ -320,7 +320,7 @@ SAMPLES_KEPT = 4
 """Number of solutions stored per step in samples.jsonl. `worth_showing` adds at most two."""
 PROBLEMS_FOLLOWED = 16
 """Number of training problems whose solutions take precedence in samples.jsonl, so that readers can
-see them change."""
+see how the solutions change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
@@ -343,8 +343,8 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
 
 
 def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
-    """`numbers`, which has one number for each response token of each sequence, as a tensor (B, R);
-    0 outside the responses."""
+    """`numbers`, one list per sequence with one number per response token, as a tensor (B, R); 0
+    outside the responses."""
     return tokens.unflatten(torch.tensor(list(chain(*numbers)), device=tokens.tokens.device))
 
 

@@ -56,7 +56,8 @@ class Collector:
         return max(0, min(room, self.lengths.max_prompt or math.inf))
 
     def fits(self, prompt: Sequence[int], response: Sequence[int], policy: Policy) -> bool:
-        """Whether a prompt and a response, sampled or gold, are within the limits of sampling."""
+        """Whether a response, sampled or gold, fits in `lengths.max_new` and, together with its
+        prompt, in the model's context."""
         longest = policy.context or math.inf
         return len(response) <= self.lengths.max_new and len(prompt) + len(response) <= longest
 

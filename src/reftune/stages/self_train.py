@@ -69,7 +69,7 @@ class Sampled(Stage, ABC):
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
         """Draw `num` samples of every problem, write them to `path`, one line per problem, and
-        return them. After an interruption, sampling continues after the last complete part.
+        return them. After an interruption, sampling continues as `SAMPLES_AT_ONCE` describes.
 
         For given settings, a problem's samples are a function of the sampler's weights, the seed
         and the problem's position.

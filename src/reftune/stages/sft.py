@@ -193,7 +193,7 @@ def train_in_epochs(
     until_plateau: bool = False,
 ) -> None:
     """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` includes the cost
-    of making the examples."""
+    of creating the examples."""
     steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
 
     def steps(epochs: float) -> int:

@@ -13,9 +13,9 @@ glibc accepts."""
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep the memory that any thread frees, instead of requesting zeroed pages
-    again at every step. Nothing changes if the C library is not glibc, or if environment variables
-    (`MALLOC_…`) configure its allocator."""
+    """Let the allocator keep freed blocks of up to `LARGEST_KEPT` bytes, from any thread, so that
+    steps need not request zeroed pages again. Nothing changes if the C library is not glibc, or
+    if environment variables (`MALLOC_…`) configure its allocator."""
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,6 +1,6 @@
 """Runs Llama-like transformers with few PyTorch calls, for training and for decoding.
 
-In small models, these calls and autograd cost more time than the arithmetic itself. In training,
+In small models, PyTorch's calls and autograd take longer than the arithmetic itself. In training,
 the norm, the rotary positions and the gated activation are therefore one autograd function each,
 with a closed-form gradient. In decoding, one product computes queries, keys and values, and another
 computes gate and up; both use copies of the weights in the compute dtype.
@@ -119,7 +119,7 @@ def _norm(hidden: Tensor, norm: Any) -> Tensor:
 def _attention(
     attention: Any, states: Tensor, cos: Tensor, sin: Tensor, packing: Packing
 ) -> Tensor:
-    """(T, H) → (T, H)."""
+    """The attention output, (T, H) → (T, H)."""
     queries, keys = num_heads(attention)
     parts = [layer(states) for layer in query_key_value(attention)]
     if hasattr(attention, "q_norm"):
@@ -140,7 +140,7 @@ def _attention(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = w x̂,  x̂ = x r,  r = (mean(x²) + ε)^(-1/2), over the last dimension.
+    """y = w x̂,  x̂ = x r,  r = (mean(x²) + ε)^(-1/2), over the last dimension. g is dL/dy.
 
     dL/dw = Σ g x̂        dL/dx = r (g w - x̂ mean(g w x̂))
     """
@@ -368,9 +368,9 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside the `with` block, compute linear layers with a read-only copy of their weights in
     `dtype`, in oneDNN's layout.
 
-    Their products then take a half to two thirds of the time. Copying 134 million weights takes 0.1
-    s. Some layers stay unchanged: small ones in fp32, all in bf16 if the CPU does not support bf16
-    products, and all on other devices.
+    Their products then take a half to two thirds of their usual time. Copying 134 million weights
+    takes 0.1 s. Layers that `_can_be_packed` rejects stay unchanged, such as small ones in fp32 and
+    all layers on other devices.
     """
     layers = [
         module

@@ -136,8 +136,8 @@ def derived_values(
 
 
 def _returning_derived(program: str) -> str:
-    """The program. If its last `return` looks up an option, this line is changed to return the last
-    computed value. Empty if there is no `return` or no such value."""
+    """The program, changed to return the last computed value if its last `return` looks up an
+    option. Empty if there is no `return` or no such value."""
     ends = list(_RETURN.finditer(program))
     if not ends:
         return ""
@@ -172,8 +172,9 @@ def diagnose(
     completions: Sequence[str],
     graded: Sequence[Graded],
 ) -> list[ChoiceRow]:
-    """One row per problem. `completions` and `graded` are the answers to the original question. It
-    is asked again with moved options and, if its gold option is a number, without options."""
+    """One row per problem. `completions` and `graded` are the answers to the original questions.
+    Each question is asked again with moved options and, if its gold option is a number, without
+    options."""
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
