@@ -31,12 +31,13 @@ def run(
     recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True
 ) -> dict[str, Any]:
     """Train all stages of a recipe and evaluate their models, as `reftune run` does. `recipe` is
-    the path of a file, a mapping with the file's content, or a `Recipe`. An unfinished run is
-    resumed. If a launcher starts several processes, all must call this function.
+    the path of a recipe file, a mapping of recipe keys without `extends`, or a `Recipe`. An
+    unfinished run is resumed. If a launcher starts several processes, all must call this function.
 
-    `overrides` are `key=value` strings, which are allowed only if `recipe` is a path. Returns: the
-    content of `summary.json`. Raises: ReftuneError if the run cannot start or continue;
-    `reftune.stages.loop.Interrupted` if SIGINT or SIGTERM stops the training.
+    `overrides` are `key=value` strings, which are allowed only if `recipe` is a path. If not
+    `quiet`, progress is shown on stderr. Returns: the content of `summary.json`. Raises:
+    ReftuneError if the run cannot start or continue; `reftune.stages.loop.Interrupted` if SIGINT or
+    SIGTERM stops the training.
     """
     with launch.processes():
         return _run(recipe, overrides, quiet=quiet)
@@ -75,12 +76,12 @@ def grade(
 ) -> Graded:
     """Grade a completion as in training and evaluation. `answer` is the gold answer: a number,
     text, the letter of a choice, or an answer of the kind that `answer_kind` names
-    (docs/datasets.md).
+    (docs/datasets.md). `choices` are the texts of multiple-choice options.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
 
-    Raises: DataError for any other answer; RecipeError for an unknown format; ReftuneError if a
+    Raises: DataError for any other answer; RecipeError for an unusable format; ReftuneError if a
     package or sandbox that grading needs is missing. The completion never causes an error.
     """
     row = {
@@ -129,12 +130,12 @@ def evaluate(
 ) -> Evaluation:
     """Let a model answer problems greedily, and grade the answers.
 
-    `model` is a run's `stages/NAME`, any other folder in Hugging Face format, a Hub id,
-    `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the keys
-    `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. For a stage folder,
-    `format` and `max_new` (tokens per answer) default to those of its run; for any other model,
-    they default to `nl` and 256. Raises: ReftuneError if the model, a problem or the format cannot
-    be used.
+    `model` is a run's folder `stages/NAME`, any other model folder in Hugging Face format, a Hub
+    id, `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the keys
+    `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. For a stage
+    folder, `format` and `max_new` (most tokens per answer) default to those of its run; for any
+    other model, they default to `nl` and 256. Raises: ReftuneError if the model, a problem or the
+    format cannot be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts

@@ -39,4 +39,5 @@ class ProcessError(ReftuneError):
 
 
 class NonFiniteError(ReftuneError):
-    """A loss or gradient that is not finite. The weights are unchanged."""
+    """A loss, gradient or other training quantity that is not finite. The weights were not
+    changed."""

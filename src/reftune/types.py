@@ -36,8 +36,8 @@ class Answer:
     value: Fraction | str
     """A Fraction for a number, a lower-case letter for a choice, and text for any other kind."""
     decimals: float | None = field(default=None, compare=False)
-    """Number of digits after a number's decimal point, as written in the data; inf for a fraction.
-    If None, the number has as many digits as its value needs."""
+    """Number of digits after a number's decimal point, as written in the data; inf for a number
+    written as a fraction. If None, the number has as many digits as its value needs."""
     percent: bool = False
     """Whether the answer is a number written with a percent sign."""
     items: tuple[str, ...] = ()
@@ -98,8 +98,8 @@ class Problem:
     """The gold answer as the data spells it; empty if unknown. `reftune check` shows it next to the
     answer that was read from it."""
     messages: tuple[Message, ...] = ()
-    """For a chat prompt, the turns before the answer; empty if the data has no conversations. Their
-    text, without the system message, is also in `question`."""
+    """For a chat prompt, the turns before the answer; empty if the data has no conversations. The
+    turns' text, without the system message, is also in `question`."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, which maps an answer's text to a score from 0 to 1. If None, answers
     are compared with the gold answer."""

@@ -148,7 +148,7 @@ def test_a_checkpoint_that_makes_no_sense_is_named_also_where_its_checksums_hold
     assert found is not None and found.step == 1
     assert (
         len(notes) == 1
-        and notes[0].startswith(f"{path}: torn or damaged: ")
+        and notes[0].startswith(f"{path}: incomplete or damaged: ")
         and "\n" not in notes[0]
     )
 

@@ -112,7 +112,7 @@ def test_an_override_of_a_bare_kind_keeps_the_kind(folder: Path):
         ),
         ("dataset.size=-1", "tiny.yaml: dataset.size: input should be greater than 0, got -1"),
         ("name=../up", "tiny.yaml: name: string should match pattern"),
-        ("model.path=gpt2", "tiny.yaml: model: give exactly one of path and scratch"),
+        ("model.path=gpt2", "tiny.yaml: model: set exactly one of path and scratch"),
         ("dataset=gsm8", "tiny.yaml: dataset: gsm8: unknown kind; "),
         ("dataset=5", "tiny.yaml: dataset: expected a kind ("),
         ("dataset={size: 5}", "tiny.yaml: dataset: expected a kind ("),

@@ -14,7 +14,8 @@ class Repacking:
         """Repack the weights for a CPU's matmuls, because a reload does not repack an output head
         that is tied to the embedding.
 
-        Layers that vLLM itself has repacked have no weight left. On a GPU, nothing is repacked.
+        Layers that vLLM itself has repacked are skipped; their `weight` is empty. On a GPU, nothing
+        is repacked.
         """
         for module in self.model_runner.get_model().modules():
             if "cpu_linear" in vars(module) and module.weight.numel():

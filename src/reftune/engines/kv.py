@@ -30,10 +30,9 @@ DROP_SHARE = 1 / 8
 """Share of the rows that must have finished before finished rows are dropped. Dropping rows copies
 the cache of the others."""
 ROOM = 64
-"""Number of tokens by which a full cache grows."""
+"""Number of tokens for which space is reserved whenever a cache is created or copied."""
 BLOCK = 256
-"""Vocabulary entries per block. To draw a token, the probabilities in each block are summed
-first."""
+"""Number of vocabulary entries in a block of `_invert`."""
 
 
 class Reader(NamedTuple):
@@ -41,7 +40,8 @@ class Reader(NamedTuple):
 
     forward: Callable[[Tensor, Tensor, Any], Tensor]
     """Takes new tokens (B, S), the mask (B, T) of cached and new tokens, and the cache, to which it
-    adds the new tokens. Returns the hidden states (B, H) of each row's last token."""
+    adds the new tokens' keys and values. Returns the hidden states (B, H) of each row's last
+    token."""
     head: Callable[[Tensor], Tensor]
     """Takes hidden states (B, H), and returns fp32 logits (B, V)."""
 
@@ -83,9 +83,9 @@ class Kv(Component):
 
 @contextmanager
 def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
-    """The reader of `policy`. It uses `model.speed` if possible, and transformers if not. `pack`
-    allows two speed-ups that do not work with fake tensors: reordered weights, and prefilling
-    without padding."""
+    """A `Reader` of `policy`. It uses `model.speed.llama` if that supports the model, and
+    transformers if not. `pack` allows speed-ups that do not work with fake tensors: reordered
+    weights and, in `model.speed.llama`, prefilling without padding."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
         yield Reader(decoder, decoder.logits)
@@ -114,7 +114,7 @@ class _Request:
     prompt: tuple[int, ...]
     token_ids: list[int] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
-    """The row's part of `_Rows.scores`."""
+    """(K, tokens) This request's part of `_Rows.scores`."""
 
 
 class _Decoder:
@@ -130,8 +130,8 @@ class _Decoder:
             and policy.value_backbone is None
             and (params.temperature > 0 and params.top_k == 0 and params.top_p == 1)
         )
-        """Whether `Policy.score` would give the same log-probabilities, values and entropies up to
-        rounding, so that the trainer need not compute them again."""
+        """Whether the scores computed here are those of `Policy.score` up to rounding, so that the
+        trainer need not compute them again."""
         self.eos_ids = torch.tensor(sorted(policy.eos_ids), device=self.device)
         self.active: list[_Request] = []
         self.cache: Any = None
@@ -172,8 +172,8 @@ class _Decoder:
         return cache, mask, self.reads.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
-        """One random number per row and token. A row's numbers depend only on the seed and the
-        request's position. Greedy decoding uses none."""
+        """Random numbers (B, M), one per row and token. A row's numbers depend only on the seed and
+        its request's position. Greedy decoding uses none."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
@@ -181,10 +181,10 @@ class _Decoder:
         return torch.from_numpy(np.stack(draws)).to(widest(self.device)).to(self.device)
 
     def step(self) -> None:
-        """Draw one token per row, drop finished rows if there are enough, and read the new
-        tokens."""
+        """Draw one token per row, drop finished rows if they are at least `DROP_SHARE` of all, and
+        run the model on the new tokens."""
         rows, stop, last = self.rows, self.policy.stop, self.params.max_new_tokens - 1
-        # Rows join at different times, so each uses the random number of its own step.
+        # Rows join at different times, so each has its own next place.
         places = rows.lengths.clamp(max=last)[:, None]
         uniforms = rows.uniforms.gather(1, places).squeeze(1)
         tokens, logprobs, entropies = draw_tokens(
@@ -245,7 +245,7 @@ class _Rows(NamedTuple):
     hidden: Tensor
     """(B, H) The hidden states that predict the next tokens."""
     tokens: Tensor
-    """(B, M + 1) Token ids; finished rows write to the last column."""
+    """(B, M + 1) Token ids. Finished rows write to the last column, which is never read."""
     scores: Tensor
     """(B, K, M + 1) Log-probabilities and, if K = 3, values and entropies."""
     lengths: Tensor
@@ -268,8 +268,8 @@ class _RoomyLayer(DynamicLayer):
     place."""
 
     seen: Tensor | None = None
-    """The keys as last written. If `keys` is another tensor, rows have been selected or stacked
-    since then."""
+    """The keys as last written. If `keys` is a different tensor, rows or columns have been added or
+    removed since then."""
     room: tuple[Tensor, Tensor]
 
     def update(
@@ -336,7 +336,7 @@ def draw_tokens(
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The first token (B,) of each row at which the running sum of `weights` (B, V) exceeds the
     share `uniforms` (B,) of the total, and the totals (B,). The search finds the block and then the
-    token in it, so it passes over the vocabulary once.
+    token in the block, so it passes over the vocabulary only once.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).to(widest(weights.device))
@@ -357,15 +357,15 @@ def widest(device: torch.device) -> torch.dtype:
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
     """The first column (B,) at which each row of the non-decreasing `cumulative` (B, N) exceeds
-    `threshold` (B,). If rounding leaves no such column, the last column at which the row
-    increases."""
+    `threshold` (B,). If rounding leaves no such column, this is the last column at which the
+    row increases."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
-    """The scores, with -inf for every token that is not among the `top_k` likeliest, or not in the
-    smallest set of tokens with at least `top_p` of the probability."""
+    """The scores, with -inf for every token outside the `top_k` likeliest and, of these, for
+    every token outside the smallest set with at least `top_p` of their probability."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)

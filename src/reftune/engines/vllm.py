@@ -1,10 +1,10 @@
 """Samples with vLLM, either in a process that reftune starts (colocated) or on servers that you
 start.
 
-Each call first passes the policy's current weights to vLLM through a folder, by default in memory.
-With LoRA, servers that already have the base get only the adapter, while a colocated engine gets
-merged weights. vLLM's log-probabilities differ slightly from the trainer's; an RL stage's
-`mismatch_cap` can correct for the difference.
+Each call of `generate` first passes the policy's current weights to vLLM through a folder, by
+default in memory. With LoRA, servers that already have the base get only the adapter, while a
+colocated engine gets merged weights. vLLM's log-probabilities differ slightly from the trainer's;
+an RL stage's `mismatch_cap` can correct for the difference.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Vllm(Component):
 
     @property
     def device_share(self) -> float:
-        """Share of the device's memory for vLLM's own weights and cache; 0 with servers."""
+        """Share of the device's memory for vLLM's copy of the weights and cache; 0 with servers."""
         return 0.0 if self.server else self.memory
 
     @property
@@ -77,8 +77,9 @@ class Vllm(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """See `reftune.engines.Engine`. Raises: EngineError if vLLM or a server fails; RecipeError
-        if vLLM is not installed or cannot run colocated."""
+        """See `reftune.engines.Engine`. Raises: EngineError if vLLM, a server or writing the
+        weights fails; RecipeError if a colocated vLLM is not installed or several processes
+        train."""
         if not any(world.any_of(len(prompts) > 0)):
             return []
         sample = self._by_servers if self.servers else self._colocated
@@ -108,7 +109,7 @@ class Vllm(Component):
         """Send the weights, which the main process writes once, to every server. Returns the name
         of the adapter to request, if there is one.
 
-        Raises: EngineError in all processes if a server fails.
+        Raises: EngineError in all processes if a server or writing the weights fails.
         """
         adapter = None
         with world.together(EngineError):
@@ -151,7 +152,7 @@ class Vllm(Component):
 
     @contextlib.contextmanager
     def _folder(self, policy: Policy, save: Callable[[Policy, Path], None]) -> Iterator[Path]:
-        """A new folder with weights, deleted when the block ends."""
+        """A new folder, filled by `save` and deleted when the block ends."""
         parent = self.weights_dir or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         with tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent) as name:
             folder = Path(name)
@@ -160,7 +161,7 @@ class Vllm(Component):
                 save(policy, folder)
             except (OSError, SafetensorError) as error:
                 raise EngineError(f"engine vllm: {folder}: cannot be written: {error}") from None
-            # a resumed run sends the base again; counting it would change the step's metrics
+            # a resumed run sends the base again; counting it would change this step's metrics
             if save is not save_base:
                 files = [path for path in folder.rglob("*") if path.is_file()]
                 traffic["sync_bytes"] += sum(path.stat().st_size for path in files)
@@ -185,8 +186,8 @@ class Vllm(Component):
 
     def _started(self, policy: Policy, folder: Path) -> Colocated:
         """The running engine if it was started with these settings, this dtype and this model
-        configuration. Otherwise, it is stopped, and a new one is started, which takes seconds to
-        minutes."""
+        configuration. Otherwise, any running engine is stopped, and a new one is started, which
+        takes seconds to minutes."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if _running and key not in _running:
             stop_engines()
@@ -196,7 +197,8 @@ class Vllm(Component):
 
 
 _running: dict[Any, Colocated] = {}
-"""The colocated engine of this process; at most one, because each reserves device memory."""
+"""Settings, dtype and model configuration → colocated engine; at most one, because each reserves
+device memory."""
 
 
 @atexit.register
@@ -266,7 +268,7 @@ class Server:
     address: str
 
     def load(self, folder: Path) -> None:
-        """Load the model in `folder`, and clear the caches of the previous model."""
+        """Load the weights in `folder`, and clear the prefix cache of the old weights."""
         arguments = {"weights_path": str(folder)}
         self.post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
         self.post("/reset_prefix_cache", {})
@@ -341,19 +343,19 @@ HINTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Served:
-    """What servers have of a LoRA policy: its base and one adapter."""
+    """The LoRA policy whose base some servers have loaded, and the name of its adapter there."""
 
     policy: weakref.ref[Policy]
     adapter: str
 
 
 _served: dict[Any, _Served] = {}
-"""Maps each `engine.server` to the policy that its servers have; filled only in the main
+"""Maps a value of `engine.server` to what its servers have loaded; filled only in the main
 process."""
 
 
 def own_servers(servers: Sequence[Server]) -> list[Server]:
-    """The servers that this process uses: one, or several if there are more servers than
+    """The servers that this process uses: one, or perhaps several if there are more servers than
     processes."""
     return list(servers[world.rank() % len(servers) :: world.world_size()])
 
@@ -399,7 +401,7 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
         "repetition_penalty": 1.0,
         "seed": derive_seed(params.seed) // 2 + position,
         "logprobs": 0,  # for the sampled token only
-        "ignore_eos": True,  # the model's own end tokens; ours are on the next line
+        "ignore_eos": True,  # the model's own end tokens; the policy's are on the next line
         "stop_token_ids": sorted(policy.eos_ids),
     }
 

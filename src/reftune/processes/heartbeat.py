@@ -14,8 +14,8 @@ INTERVAL_S = 1.0
 SOON_S = 4.0
 """Seconds of silence after which a process counts as dead if something has failed."""
 SILENCE_S = 45.0
-"""The same limit while nothing has failed. It is high because a library may block Python's threads
-for several seconds."""
+"""The limit while nothing has failed. It is higher because a library may block Python's threads for
+several seconds."""
 LEFT = b"left"
 
 

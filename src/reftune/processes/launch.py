@@ -19,20 +19,21 @@ from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another one, for example while the main process writes. The
+"""The longest that a process waits for another one, for example while the main process writes. The
 heartbeat reports a dead process much sooner."""
 
 _store: Any = None
-"""A store that all processes can read at any time; None before they have joined."""
+"""A store that all processes can read at any time; None unless this process has joined the
+others."""
 
 
 @contextmanager
 def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Join the processes that a launcher started, and leave them at the end of the block. Nothing
-    happens if there is only one process, or if this process has already joined. An error ends all
-    processes: the first process to fail raises it, and the others exit silently with status 1.
-    Raises: RecipeError for a launcher setting that is not supported; ProcessError if another
-    process has died."""
+    happens if there is only one process, or if this process has already joined. An error in the
+    block ends all processes: the first process to fail raises it, and the others exit silently with
+    status 1. Raises: RecipeError for a launcher setting that is not supported; ProcessError if
+    another process has died."""
     global _store
     if _store is not None or not _is_launched(environment):
         yield
@@ -185,7 +186,7 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
 
 
 def _wanted_replicas(environment: Mapping[str, str]) -> int:
-    """Number of process groups that each hold one copy of the model, from accelerate's
+    """Number of process groups that each hold one copy of the model, as set in accelerate's
     parallelism_config. Raises: RecipeError for sizes that are not supported."""
     if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return 1

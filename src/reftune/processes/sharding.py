@@ -48,8 +48,8 @@ class Sharding:
         """Inside the `with` block, give every process all weights of `model` to read, so that a
         forward pass involves no other process. All processes must enter the block. If `model` is
         split, its children are plain copies inside the block: call the children, not the model
-        itself. If `dtype` is given, the matrices of transformer blocks are in `dtype`, because
-        autocast would cast them anyway."""
+        itself. If `dtype` is also given, the copies of the transformer blocks' matrices are in
+        `dtype`, because autocast would cast them anyway."""
         yield
 
     def add_up_gradients(self, model: Any) -> None:
@@ -126,7 +126,6 @@ class Fsdp2(Sharding):
 
 
 current = Sharding()
-"""The sharding in use."""
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 """Maps each split model to its `_twin`, which holds the unsharded weights inside the block of
 `whole`."""

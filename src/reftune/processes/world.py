@@ -166,8 +166,8 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def shared_folder(path: Path) -> None:
-    """Check that all machines share the run folder. Raises: RecipeError in a process that does not
-    see the main process's file at `path`."""
+    """Check that all machines share the run folder `path`. Raises: RecipeError in a process that
+    does not see it."""
     wait(f"looking for {path}")
     if not path.exists():
         raise RecipeError(

@@ -108,7 +108,7 @@ def component_class(kind: str, *, group: str) -> Any:
     """The class that a kind names; for `file.py:Name`, the object called `Name`, such as a class or
     a function.
 
-    Raises: PydanticCustomError (see `refusal`) if there is no such class or object.
+    Raises: PydanticCustomError if there is none.
     """
     if ":" in kind:
         return _user_object(kind)

@@ -49,7 +49,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
-    # ValueErrors come from a date with month 13, an overlong number or bytes that are not UTF-8
+    # ValueErrors come, for example, from month 13, an overlong number or bytes that are not UTF-8
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -75,7 +75,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two tables. Values of `over` replace those of `base`, but mappings are merged unless
-    `over` names a different `kind`. A key that is null in `over` is removed."""
+    `over` names a different `kind`. A key of `base` that is null in `over` is removed."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

@@ -67,7 +67,7 @@ class ModelTable(Table):
     @model_validator(mode="after")
     def _one_source(self) -> ModelTable:
         if (self.path is None) == (self.scratch is None):
-            raise refusal("model_source", "give exactly one of path and scratch")
+            raise refusal("model_source", "set exactly one of path and scratch")
         if self.quantize is not None and self.lora is None:
             raise refusal(
                 "quantize", "quantize: weights in 4 bits cannot be trained; expected model.lora"
@@ -76,7 +76,7 @@ class ModelTable(Table):
 
     @property
     def max_tokens(self) -> int:
-        """`micro_batch_tokens` as a number; its upper limit if the key is still `auto`."""
+        """`micro_batch_tokens` as a number; while the key is `auto`, the upper limit of `auto`."""
         return 16384 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 

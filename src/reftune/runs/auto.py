@@ -67,8 +67,8 @@ def _choices(recipe: Recipe) -> Values:
 
 
 def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """The largest sizes with which every stage that predicts its cost fits in the device's
-    memory."""
+    """The most tokens per pass and rows decoded at once with which every stage that predicts its
+    cost fits in the device's memory."""
     if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))
@@ -89,8 +89,8 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether even the largest sizes fit easily, so that tracing is unnecessary. Each block is
-    assumed to keep at most 400 bytes per token and hidden unit."""
+    """Whether the largest sizes need less than a quarter of `room` (bytes), which makes tracing
+    unnecessary. Each block is assumed to keep at most 400 bytes per token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
@@ -124,7 +124,8 @@ def _stored(recipe: Recipe) -> Values:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """This process's device for the setting `wanted`. Raises: RecipeError if there is none."""
+    """This process's device for the setting `wanted`. Raises: RecipeError if this machine has no
+    such device."""
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise RecipeError("model.device: cuda, but torch finds no GPU; expected auto or cpu here")
@@ -139,8 +140,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def total_bytes(device: torch.device) -> float:
-    """Total memory of a device; for a CPU, this process's share of the machine's or container's
-    memory."""
+    """Total memory of a CUDA device; for any other device, this process's share of the machine's or
+    container's memory."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

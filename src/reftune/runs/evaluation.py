@@ -15,8 +15,7 @@ from reftune.storage.files import in_parts
 from reftune.types import Attempt, Completion, Graded, Problem, Verdict
 
 PROBLEMS_AT_ONCE = 250
-"""Number of problems in a part. An interrupted evaluation continues after the last complete
-part."""
+"""Number of problems in a part."""
 
 
 def evaluate(
@@ -29,8 +28,8 @@ def evaluate(
     path: Path,
 ) -> list[dict[str, Any]]:
     """Answer `problems` in parts, write the answers to `path`, and return all rows. Every sample is
-    a function of the weights, the seed and the problem's position, so an interruption changes
-    nothing."""
+    a function of the weights, the recipe, the method's name and the problem's position, so
+    interruptions change nothing."""
 
     def answer(start: int, part: Sequence[Problem]) -> list[dict[str, Any]]:
         seed = derive_seed(recipe.seed, method, "evaluate", start)

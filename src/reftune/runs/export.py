@@ -1,5 +1,5 @@
 """Exports a method's model, or only its adapters, with config, generation config, tokenizer and
-model card, so that it works as it did in training."""
+model card, so that clients can prompt it as in training."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     folder contains the whole model, into which any adapters are merged, so plain `from_pretrained`
     and vLLM can load it. With `adapter`, the folder contains only the adapters.
 
-    Raises: CheckpointError if the method is not finished, if `out` exists or, with `adapter`, if
-    the method has no adapters.
+    Raises: CheckpointError if the method is not finished, if `out` exists or cannot be written or,
+    with `adapter`, if the method has no adapters.
     """
     run = RunFolder(run_folder)
     stage = run.stage(method).path
@@ -67,8 +67,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
 
 
 def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
-    """Upload an exported model to the Hub repository `OWNER/NAME`, which is created if needed, and
-    return its address.
+    """Upload an exported model to the Hub repository `OWNER/NAME`, and return its address. A
+    missing repository is created; it is private unless `public`.
 
     Raises: ModelError if the Hub cannot be reached or rejects the upload; the folder is kept.
     """
@@ -232,15 +232,15 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
 
 # {table["name"]}: {method}
 
-This model was made by reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967), in a
+This model was made with reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967), in a
 stage of kind `{stage["kind"]}` that started from `{stage["init"]}`. It was trained on
 {_data(table)}.
 {_accuracy(run, method, evaluated_split(table))}
-The weights are those of step {stage["chosen_step"]}{choice}. They solve
+The weights are those of step {stage["chosen_step"]}{choice}. The model solves
 {stage["dev_accuracy"]:.1%} of {stage["dev_n"]} dev problems.
 
-The model was trained on one prompt format and one kind of question, and graded by its final answers
-only. Its reasoning was not checked, and programs that it writes are untrusted: run them in a
+The model was trained on one prompt format, and its solutions were graded by their final answers
+only. Their reasoning was not checked. Programs that the model writes are untrusted: run them in a
 sandbox.{_contents(base)}
 {"" if serving is None else _usage(serving, method, base)}
 ## Recipe
@@ -263,7 +263,7 @@ def _data(recipe: dict[str, Any]) -> str:
     source = dataset.get("train")
     if isinstance(source, str):
         return f"`{source}` (`{dataset['kind']}`)"
-    return f"the generated data `{dataset.get('kind')}`"
+    return f"the dataset `{dataset.get('kind')}`"
 
 
 def _accuracy(run: RunFolder, method: str, split: str) -> str:
@@ -287,17 +287,17 @@ def _usage(serving: Serving, method: str, base: Base | None) -> str:
     stops = [f"`{serving.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
     stops += [f"the string {text!r}, which is not part of the answer" for text in serving.stop]
     bos = "" if serving.adds_special_tokens else ", with no special token before it"
-    evaluated = "in this form" if base is None else "merged into the base"
+    evaluated = "weights were" if base is None else "adapters, merged into the base, were"
     return f"""
 ## Use
 
-An exact prompt{bos}:
+The exact prompt for one problem{bos}:
 
 {_fenced(text, "text")}
 
 A completion ends at {" or ".join(stops)}. In training, completions had at most
 {serving.limit} tokens.
-The weights were evaluated {evaluated}, in {serving.dtype}.
+The {evaluated} evaluated in {serving.dtype}.
 
 Run the following in this folder:
 
@@ -307,8 +307,8 @@ Run the following in this folder:
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
-    """Shell commands that start a server and send a request; empty for a base in 4 bits, which is
-    untested."""
+    """Shell commands that start vLLM and send a request; empty for a base in 4 bits, which is
+    untested with vLLM."""
     if base is not None and base.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"
@@ -371,7 +371,7 @@ def _python(serving: Serving, base: Base | None) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block that no line of `text` can end."""
+    """`text` as a code block, with a fence that `text` does not contain."""
     fence = "```"
     while fence in text:
         fence += "`"

@@ -56,7 +56,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     not repeated.
 
     Returns: the summary. Raises: ReftuneError if the run cannot start or continue; Interrupted if
-    it was asked to stop.
+    a signal stops the training.
     """
     with open_run(recipe, progress) as run:
         run.complete(report=True)
@@ -137,7 +137,7 @@ def unclaimed(recipe: Recipe, splits: Splits | None = None) -> Run:
 
 @contextmanager
 def threads_of(recipe: Recipe) -> Iterator[None]:
-    """Use the recipe's number of CPU threads, then restore the previous number."""
+    """Inside the block, use the recipe's number of CPU threads; afterwards, the previous number."""
     before = torch.get_num_threads()
     # setting the same number again makes decoding a quarter slower
     if recipe.threads in (None, before):
@@ -186,10 +186,11 @@ class Run:
         self.score_samples()
 
     def verify_inputs(self) -> None:
-        """Load the model and encode the problems, so that a run that cannot finish does not start.
+        """Load the model and encode the problems, to find unusable inputs before the run starts.
 
-        Raises: ModelError if the model cannot be used; DataError if a prompt is too long and the
-        recipe does not drop such prompts, or if no training row or no problem to evaluate is left.
+        Raises: ModelError or RecipeError if the model cannot be used; DataError if a prompt is too
+        long and the recipe does not drop such prompts, or if no training row or no problem to
+        evaluate is left.
         """
         policy = self.load_policy("base", trained=True)
         collector, stages = self.collector(policy), self.recipe.stages.values()
@@ -325,8 +326,8 @@ class Run:
         return problems
 
     def evaluate(self, method: str) -> None:
-        """Let a method's model answer `problems_to_evaluate`. On multiple choice, also check for
-        warning signs of reward hacking."""
+        """Let a method's model answer `problems_to_evaluate`, unless it already has. On multiple
+        choice, also check for warning signs of reward hacking."""
         problems, path = self.problems_to_evaluate(), self.folder.evaluation(method)
         rows = world.from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
@@ -383,8 +384,8 @@ class Run:
         return load_classifier(policy, Encoder(policy.tokenizer, self.recipe.format), folder)
 
     def check_reranker(self) -> None:
-        """Check the reranker's tokenizer. Raises: ModelError if a reranker from another run has a
-        different tokenizer."""
+        """Raises: ModelError if a reranker from another run does not have the base model's
+        tokenizer."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(
@@ -444,7 +445,7 @@ def is_model_folder(method: str) -> bool:
 
 
 def stage_folder(recipe: Recipe, method: str) -> StageFolder:
-    """The folder of a method of this recipe, or `method` itself if it is a folder."""
+    """The folder of a method of this recipe; for any other `method`, the folder at that path."""
     stages = recipe.stages.items()
     own = {"base", *(made for name, stage in stages for made in (*stage.produces, name))}
     return RunFolder(recipe.folder).stage(method) if method in own else StageFolder(Path(method))

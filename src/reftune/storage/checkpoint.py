@@ -1,5 +1,5 @@
-"""Checkpoints: everything that later steps of a stage depend on, written atomically as safetensors
-and JSON.
+"""Checkpoints: all that changes during a stage and affects its later steps, written atomically as
+safetensors and JSON.
 
 A checkpoint is a folder, such as `step-000120`, that a single rename puts in place. Loading it
 cannot run code. Its tensors are whole, so that any number of processes can continue from it.
@@ -78,7 +78,7 @@ def save_checkpoint(
     except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    # checkpoints of later steps were skipped as damaged
+    # any checkpoints of later steps were skipped as damaged
     newest = [path for number, path in _found(folder) if number <= step][-keep:]
     for _, path in _found(folder):
         if path not in newest:
@@ -141,7 +141,7 @@ def load_optimizer_tensors(
 
 def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
     """A stored value in the form that the optimizer expects. A scalar becomes an int unless it was
-    stored as a float. Any other tensor becomes this process's part of it."""
+    stored as a float. A tensor that is not a scalar is cut to this process's part."""
     if value.dim() > 0:
         return part_of(value, parameter)
     return value if value.is_floating_point() else int(value)
@@ -169,7 +169,7 @@ def _read(path: Path, step: int) -> Checkpoint:
         return Checkpoint(step=step, tensors=load_file(path / TENSORS), state=state, folder=path)
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {brief(error)}"
-        raise CheckpointError(f"{path}: torn or damaged: {reason}") from None
+        raise CheckpointError(f"{path}: incomplete or damaged: {reason}") from None
 
 
 def _sha256(path: Path) -> str:

@@ -156,12 +156,12 @@ def in_parts(
     *,
     at_once: int,
 ) -> list[dict[str, Any]]:
-    """Write one line per problem to `path`, in parts of `at_once` problems, and return the content
-    of all lines. `answer(start, part)` returns the lines of the part that begins at problem
+    """Write one line per problem to `path`, in parts of `at_once` problems, and return the objects
+    on all lines. `answer(start, part)` returns the objects for `part`, which begins at index
     `start`. Parts that are already complete in the file are kept."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
-    if done < len(problems):  # the last part is incomplete; samples are drawn for whole parts
+    if done < len(problems):  # keep only whole parts, because samples are drawn for whole parts
         done -= done % at_once
     results.keep(done)
     for start in range(done, len(problems), at_once):

@@ -1,6 +1,6 @@
 """The files of a run. Those in a model's or checkpoint's folder are named in the modules that write
-them. A run claims and locks its folder. A folder that belongs to another recipe, or contains other
-files, is rejected."""
+them. A run claims and locks its folder. A folder that belongs to another recipe, or that contains
+files but no recipe, is rejected."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class RunFolder:
         return self.path / "eval" / "choices" / f"{method}.jsonl"
 
     def trained(self) -> list[str]:
-        """The sorted names of the methods with a saved model."""
+        """The sorted names of finished stages and snapshots."""
         return sorted(path.parent.name for path in self.path.glob("stages/*/stage.json"))
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint of any stage."""
+        """The newest checkpoint of any stage; None if there is none."""
         found = self.path.glob("stages/*/checkpoints/step-*")
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -143,16 +143,16 @@ BEFORE_CLAIM = frozenset(
     + [path.name for path in (FIRST.environment, FIRST.data)]
     + [f".{path.name}.partial" for path in (FIRST.environment, FIRST.data, FIRST.recipe)]
 )
-"""Files that may remain from a run killed before it wrote `recipe.yaml`."""
+"""Names of files that may remain from a run killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
-    """Claim the folder for this run, and lock it inside the block. Stages for which `recipe` now
-    sets more steps or epochs are reopened. Raises: the errors of `refuse_foreign`; CheckpointError
-    if another process is using the folder, or if the folder cannot be written."""
+    """Claim the folder for this run, and lock it inside the block. A stage for which `recipe` now
+    sets more steps or epochs is reopened, so that it continues. Raises: the errors of
+    `refuse_foreign`; CheckpointError if the folder is in use or cannot be written."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
 
 @contextmanager
 def readable_errors(folder: RunFolder) -> Iterator[None]:
-    """Turn an operating system error inside the block into a CheckpointError."""
+    """Turn an OSError inside the block into a CheckpointError."""
     path = folder.path
     try:
         yield
@@ -242,7 +242,7 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
 
 def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
     stage, names = folder.stage(name), list(recipe.stages)
-    remedy = f"choose another run_dir, with init: {stage.path} to go on from its model"
+    remedy = f"choose another run_dir; to start from this model there, set init: {stage.path}"
     for later in names[names.index(name) + 1 :]:
         if folder.stage(later).path.exists():
             raise RecipeError(
