@@ -71,6 +71,17 @@ def test_what_would_not_run_as_asked_is_refused(environment, told):
         pass
 
 
+def test_a_process_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", "1")  # rank 0 has a GPU, so it has nothing to report
+    told = "more processes than GPUs on this machine, which has 1; expected at most one per GPU"
+    with (
+        pytest.raises(RecipeError, match=told),
+        processes({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}),
+    ):
+        pass
+
+
 def test_one_process_stays_alone():
     with processes({"WORLD_SIZE": "1"}):
         assert not torch.distributed.is_initialized()

@@ -19,12 +19,11 @@ from reftune.processes.sharding import Fsdp2, Sharding, held
 from reftune.processes.world import World, inhabited, is_main, world_size
 
 TIMEOUT = timedelta(hours=2)
-"""The longest that a process waits for another one, for example while the main process writes. The
-heartbeat reports a dead process much sooner."""
+"""Longest wait for another process, for example while the main process writes. The heartbeat
+reports a dead process much sooner."""
 
 _store: Any = None
-"""A store that all processes can read at any time; None unless this process has joined the
-others."""
+"""A store that all processes can read at any time; None unless this process has joined."""
 
 
 @contextmanager
@@ -40,6 +39,7 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    _choose_gpu(environment)
     heartbeat = None
     try:
         how = wanted_sharding(environment)
@@ -70,7 +70,7 @@ def first_to_tell() -> bool:
     """Whether this process is the first to end early and should therefore report why."""
     own = int(os.environ.get("RANK", "0"))
     if _store is None:
-        return own == 0  # before joining, all processes raise the same error
+        return own == 0  # processes that cannot join raise similar errors
     try:
         return _is_first(_store, own)
     # the store ended with the main process, which has reported its error; if that process was
@@ -117,13 +117,10 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
     return int(environment.get("WORLD_SIZE", "1")) > 1
 
 
-def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
-    """Join the other processes. Returns the world, the store that all processes share, and the
-    heartbeat."""
+def _choose_gpu(environment: Mapping[str, str]) -> None:
+    """Use the GPU with this process's local rank, if the machine has GPUs. Raises: RecipeError if
+    it has too few."""
     import torch
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
     local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if gpus and local >= gpus:
@@ -133,11 +130,21 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
         )
     if gpus:
         torch.cuda.set_device(local)
+
+
+def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
+    """Join the other processes. Returns the world, the store that all processes share, and the
+    heartbeat."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     store, own, size = next(iter(rendezvous("env://")))
     beside = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     world, end = World(rank=own, size=size, local_size=beside), store.clone()
     heartbeat = Heartbeat(store.clone(), own, size, lambda missing: _end(world, end, missing))
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo"
     dist.init_process_group(
         backend, store=PrefixStore("group", store), rank=own, world_size=size, timeout=TIMEOUT
     )
