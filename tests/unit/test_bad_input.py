@@ -222,13 +222,14 @@ LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
         ["model.scratch.context=18"],
         {},
         r"problem train-\d: prompt of 7 tokens; at most 6 fit .*context of 18 less 12 new",
-        r"prompt_length: 100\.0% are too long: .* at most 6 fit; raise lengths\.max_prompt",
+        r"prompt_length: 100\.0% of prompts are too long: .* at most 6 fit; raise"
+        r" lengths\.max_prompt",
     ),
     "prompt over the recipe's limit": (
         ["lengths.max_prompt=3"],
         {},
         r"problem train-\d: prompt of 7 tokens; at most 3 fit .*lengths\.max_prompt",
-        r"prompt_length: 100\.0% are too long: .* at most 3 fit",
+        r"prompt_length: 100\.0% of prompts are too long: .* at most 3 fit",
     ),
     "training prompt too long to sample from": (
         [RL],
@@ -244,8 +245,8 @@ LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
             r" lengths\.max_new=2 "
         ),
         (
-            r"target_length: 100\.0% are too long and not trained on: .*; lengths\.max_new=\d+"
-            r" keeps all"
+            r"target_length: 100\.0% of targets are too long and not trained on: .*;"
+            r" lengths\.max_new=\d+ keeps all"
         ),
     ),
     "no training row left: no rationales": (

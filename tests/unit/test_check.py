@@ -316,7 +316,7 @@ def test_the_context_limits_prompts_too():
 def test_targets_over_the_limit_are_counted_with_the_limit_that_would_keep_them():
     found = finding("target_length", lengths={"max_new": 3})
     assert found.level == "fail"
-    assert found.message.startswith("100.0% are too long")
+    assert found.message.startswith("100.0% of targets are too long")
     (longest,) = {int(row.split()[1]) for row in found.rows}
     assert found.remedy == f"lengths.max_new={longest} keeps all"
 
@@ -362,7 +362,7 @@ def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("reftune.advice.check.model.available_bytes", lambda device: 1e5)
     found = finding("memory")
     assert found.level == "fail"
-    assert "most of it for activations" in found.message
+    assert "the largest part for activations" in found.message
 
 
 def test_tasks_that_state_no_gold_have_none_to_grade():
@@ -444,7 +444,10 @@ def test_a_reward_is_tested_on_gold_solutions_made_wrong_and_rewritten():
     assert "false positives 0 of" in found.message and "false negatives 60 of 60" in found.message
     assert "false negative: a unit: 12 of 12" in found.rows
     robust = finding("reward_errors", format={"kind": "nl"})
-    assert robust.level == "ok" and "false negatives 0 of 60 (0.0%, at most 6.0%)" in robust.message
+    assert (
+        robust.level == "ok"
+        and "false negatives 0 of 60 (0.0%, 95% interval up to 6.0%)" in robust.message
+    )
 
 
 def test_a_reward_for_wrong_answers_is_rejected():

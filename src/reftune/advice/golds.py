@@ -1,4 +1,4 @@
-"""The kinds of gold answer found in the data, shown so that the user can notice a misreading."""
+"""The kinds of gold answer in the data, shown so that the user can notice a misreading."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Gpu:
     """FLOP/s."""
     float32: float
     memory: float
-    """Bytes per second."""
+    """Memory bandwidth in bytes per second."""
     link: float
     """Bytes per second, in each direction, to other GPUs of the same machine."""
 
@@ -48,7 +48,7 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """The hardware planned for, and the assumptions about it."""
+    """The hardware that a plan is made for, and the assumptions about it."""
 
     gpus: int
     memory: float
@@ -112,7 +112,7 @@ class Plan:
 
     recipe: str
     stage: str
-    """The stage that needs the most memory."""
+    """The planned stage that needs the most memory on one GPU."""
     weights: int
     trained: int
     dtype: str
@@ -128,8 +128,8 @@ class Plan:
     """Stage → the best division of the GPUs between sampling and training, and the step's
     seconds."""
     steps: Mapping[str, Step]
-    """Sampling stage → its step under `sharding` or, if that is None, under the sharding that needs
-    the least memory."""
+    """Sampling stage → its step under `sharding` or, if that is None, under whichever
+    sharding of all GPUs needs the least memory."""
     assumed: Mapping[str, Any]
 
 
@@ -145,7 +145,7 @@ def make_plan(
     tokens, by default `lengths.max_prompt` and `lengths.max_new`; an unset `max_prompt` means 256.
 
     Raises: RecipeError if none of these stages states its cost; ModelError if the configuration
-    cannot be read.
+    cannot be read; DataError as `load_splits`.
     """
     if recipe.model.dtype == "auto":  # every GPU in `GPUS` supports bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})
@@ -254,8 +254,8 @@ class Planner:
         )
 
     def generate(self, gpus: int) -> Phase:
-        """Sampling time per sequence. In each step, a GPU reads its prompts, then draws one token
-        for every row at a time."""
+        """Sampling time per sequence. In each step, a GPU reads its prompts and then samples for
+        many rows at once, token by token."""
         gpu, made, cost = self.hardware.gpu, self.estimate, self.estimate.cost
         outline, total = made.outline, made.outline.total
         rollouts = math.ceil(cost.sampled / gpus)

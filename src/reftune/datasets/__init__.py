@@ -1,4 +1,4 @@
-"""The datasets, which supply the problems of a run. Each has its own file."""
+"""The datasets, which supply the problems of a run. Each has its own module."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """All splits. Random choices, such as the draw of dev, depend on `seed`. Raises: DataError
-        if the data cannot be used; the message names the file and, if possible, the line."""
+        """All splits. Random choices, such as which questions become dev, depend on `seed`. Raises:
+        DataError for unusable data, with its source and, if possible, the line."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:

@@ -71,8 +71,7 @@ def program_of(solution: str) -> str | None:
     or if a step is not plain arithmetic.
 
     Each step assigns a variable, which is named after the words that follow the annotation. A
-    number that equals an earlier result is replaced by that result's variable. If several results
-    equal the number, the latest one's variable is used.
+    number that equals one or more earlier results is replaced by the latest one's variable.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}

@@ -22,10 +22,10 @@ from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""The text that pandas writes for a missing cell, or that Excel writes for a failed formula."""
+"""Matches what pandas shows for a missing cell, and what Excel shows for a failed formula."""
 MOST_WORDS = 30
 """Maximum number of words in a gold text if `answer_kind` is `auto`. A longer text is rejected,
-because it is probably a solution and not an answer."""
+because it is probably a solution rather than an answer."""
 
 
 class Jsonl(FileDataset):
@@ -45,7 +45,8 @@ class Jsonl(FileDataset):
     several_rationales: ClassVar[bool] = True
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. Raises: DataError with file and line."""
+        """The rows of a split as problems. Raises: DataError if a column is missing or a row
+        invalid."""
         if not rows:
             return []
         columns = self._columns(rows, is_train=split == "train")

@@ -34,7 +34,7 @@ OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
 SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"^[a-e]\s*[).]\s+(?=\S)", ""),  # some repeat their letter: `a ) a ) 350`, `d ) d . 3.6`
+        (r"^[a-e]\s*[).]\s+(?=\S)", ""),  # letters repeated: `a ) a ) 350`, `d ) d . 3.6`
         (r"^s\s*\.?\s*(?=[-0-9.])", "rs "),  # `s . 600` is a damaged `rs . 600`
         (r"^[a-z] = ", ""),
         (r"^–\s*(?=\d)", "-"),
@@ -54,7 +54,7 @@ MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
 
 
 def stem_key(problem: Problem) -> str:
-    """The question without its options, because different options do not make a question new."""
+    """The normalised question without its options: other options do not make a question new."""
     return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
 
 
@@ -168,7 +168,7 @@ class Mathqa(PaperDataset):
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
     """A program that computes the formula's value and returns the letter of the nearest option;
-    None if there is no readable formula, or if no option is a number."""
+    None if there is no readable formula, or if no option states a number."""
     steps = _steps(row)
     values = {
         letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)
@@ -231,7 +231,7 @@ def _literal(value: Fraction) -> str:
 
 def read_options(text: str) -> tuple[str, ...] | None:
     """The texts of the options, beginning with option a. `text` is written like
-    `a ) 38 , b ) 27.675 , …` or as a Python list of such pieces. None if it cannot be read."""
+    `a ) 38 , b ) 27.675 , …` or as a Python list like `["a ) 38", …]`. None if it is neither."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None
@@ -256,7 +256,7 @@ def option_value(text: str) -> Fraction | None:
 
 
 def option_answer(text: str) -> Answer | None:
-    """The number that an option consists of; None if it is anything else, such as `3 : 4`."""
+    """The number that an option consists of; None for any other option, such as `3 : 4`."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)

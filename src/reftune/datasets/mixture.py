@@ -17,7 +17,7 @@ from reftune.types import Problem
 
 
 class Part(Table):
-    """One of the datasets."""
+    """One of the datasets of a mixture."""
 
     dataset: component_field("datasets")  # type: ignore[valid-type]
     share: float | None = Field(None, gt=0, le=1)
@@ -36,7 +36,7 @@ class Mixture(Component):
         shares = [part.share for part in self.parts.values()]
         given = [share for share in shares if share is not None]
         if given and (len(given) < len(shares) or abs(sum(given) - 1) > 1e-6):
-            raise refusal("shares", "shares: expected one for each part, with a sum of 1")
+            raise refusal("shares", "shares: expected one for each part, with a sum of 1, or none")
         return self
 
     def load(self, *, seed: int) -> Splits:
@@ -72,8 +72,8 @@ class Mixture(Component):
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """The largest training set with the wanted shares, drawn with `seed`; all questions if no
-        shares are given."""
+        """The largest part of `train` in which each dataset has its share, drawn with `seed`; all
+        of `train` if no shares are set."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.types import Problem
 
 FINAL_ANSWER = re.compile(r"Therefore, the answer is <[^<>]*>\.?$")
-"""The sentence that ends the worked solutions of ReFT's authors."""
+"""Matches the sentence that ends the worked solutions of ReFT's authors."""
 
 
 class Svamp(PaperDataset):
@@ -42,8 +42,8 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the published dataset. Its rationale, if it has one, is a program
-        made from the equation."""
+        """The problem in a row of the published dataset. The rationale, if any, is a program
+        generated from the equation."""
         body = row.text("Body")  # a third of the bodies lack a final period
         return Problem(
             id=row.text("ID"),

@@ -126,7 +126,7 @@ class WordProblems(Component):
         )
 
     def _solution(self, story: _Story, rng: random.Random) -> tuple[str, str]:
-        """A style drawn with `rng`, and the worked solution in this style."""
+        """The number of a style drawn with `rng`, and the worked solution in this style."""
         style = rng.randrange(self.styles)
         write = _write_program if self.rationale == "program" else _write_prose
         return str(style), write(story, style)
@@ -368,7 +368,7 @@ class _Spelling:
 
 
 def _write_program(story: _Story, style: int) -> str:
-    """A program that assigns the quantities that have names in the style, and returns the
+    """A program that assigns each quantity that the style names to a variable, and returns the
     answer."""
     naming, swap, ending = _PROGRAM_STYLES[style]
     spelling = _Spelling(names=naming(story), swap=swap)

@@ -51,7 +51,7 @@ CHARACTER = (
         title="Distance from the start (KL)",
         explain=(
             "How much more probable a sampled solution is under the current model than under the"
-            " model that training started from, in nats."
+            " model that the stage started from, in nats."
         ),
     ),
     Metric(
@@ -121,7 +121,7 @@ MACHINERY = (
     Metric(
         key="policy/clip_fraction",
         title="Clipped tokens",
-        explain="Share of tokens whose probability has moved beyond PPO's clip range.",
+        explain="Share of tokens whose probability has moved beyond the clip range.",
         unit="percent",
     ),
     Metric(
@@ -151,7 +151,7 @@ MACHINERY = (
     Metric(
         key="optim/lr",
         title="Learning rate",
-        explain="How large the optimizer's steps are.",
+        explain="The factor that scales the optimizer's steps.",
         over_passes=True,
         exact=True,
     ),

@@ -76,7 +76,8 @@ def _order(place: Place) -> tuple[Any, ...]:
 def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
     """One cell for each combination of model, task and rationale. Votes use the first `k` samples.
 
-    Raises: the errors of `score_table`; DataError if two recipes would fill the same cell.
+    Raises: the errors of `comparable_groups` and `score_table`; DataError if two recipes would fill
+    the same cell.
     """
     places: dict[Place, list[RunResults]] = {}
     for run in runs:
@@ -106,7 +107,7 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
     """A score as JSON. The key `paper` has the paper's score in percent for the same model, task,
-    rationale, method and number of test questions, or None if there is no such score."""
+    rationale, method and number of test questions, or None if there is none."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)
@@ -217,6 +218,6 @@ def _note(found: Sequence[Cell]) -> str:
     return (
         "Percent of problems solved, ± half the width of the 95% interval. Number of seeds:"
         f" {seeds}. {NOT_SIGNIFICANT}: not significantly different from {display(baseline)} on the"
-        " same problems. In brackets: the paper's accuracy, if it reports one for the same model,"
-        " task, rationale and number of test questions."
+        " same problems. In brackets: the paper's accuracy for the same model, task, rationale"
+        " and number of test questions, if the paper reports one."
     )

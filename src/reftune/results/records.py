@@ -85,8 +85,7 @@ class RunResults:
     stages: Mapping[str, StageResults]
     """In the order of training; a stage's snapshots come before the stage."""
     evals: Mapping[str, tuple[EvalRow, ...]]
-    """Method → its evaluated problems, for the methods evaluated so far, in the order of
-    training."""
+    """Method evaluated so far → its problems. Methods are in the order of training."""
     missing: tuple[str, ...]
     """Names of the methods that the recipe evaluates and that have no results yet."""
 

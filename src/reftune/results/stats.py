@@ -105,7 +105,7 @@ def compare(
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided p-value of the hypothesis that a problem solved by only one method is equally
-    likely to be solved by either.
+    likely to be solved by either method.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
@@ -170,7 +170,7 @@ def hierarchical_bootstrap(
     one array per seed.
 
     A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
-    five seeds, the interval is too narrow, as with any bootstrap of so few values.
+    five seeds, the interval is too narrow, as is usual if so few values are resampled.
     """
     num_seeds = len(values)
     drawn = generator.integers(num_seeds, size=(num_resamples, num_seeds))

@@ -450,12 +450,12 @@ class Handover:
     stage: str
     init: str
     rise: float
-    """Change in dev accuracy over the last four evaluations before the stage, as a share of
-    problems."""
+    """Change in dev accuracy over the last four evaluations up to the initial model's step, as a
+    share of problems."""
     margin: float
     """Half the width of the rise's paired 95% interval."""
     accuracy: float
-    """Dev accuracy at the last evaluation before the stage."""
+    """Dev accuracy at the last of these evaluations."""
 
     @property
     def is_flat(self) -> bool:

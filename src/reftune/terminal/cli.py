@@ -2,7 +2,8 @@
 result.
 
 Results go to stdout, everything else to stderr. The exit status is 0 after success, 130 after an
-interruption, 2 after bad input or a full disk (with one line on stderr), and 1 after other errors.
+interruption, 2 after bad input, a failed check or a full disk (with one line on stderr), and 1
+after other errors.
 Heavy modules are imported inside the command that needs them, so that `--help` answers at once.
 """
 
@@ -334,7 +335,7 @@ def plan(
         typer.Option(help="The kind of GPU, which sets the peak rates."),
     ] = "h100",
     mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Assumed share of the GPU's peak arithmetic.")
+        float, typer.Option(min=0.01, max=1, help="Assumed share of the GPU's peak FLOP/s.")
     ] = 0.4,
     prompt: Annotated[
         int | None,
@@ -345,7 +346,9 @@ def plan(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Plan only this stage. Default: all, with the largest one's memory."),
+        typer.Option(
+            help="Plan only this stage. Default: all, with the most demanding one's memory."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

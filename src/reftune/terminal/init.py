@@ -37,7 +37,7 @@ INSTRUCTIONS: Mapping[str, str] = {
 """Kind of format → the instruction that precedes each question for an instruct model."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
-"""Stands for a model that is made from scratch, with the vocabulary of the data."""
+"""Stands for a model made from scratch, with the data's vocabulary."""
 DEFAULT_MAX_NEW = 256
 """Token limit of a solution if there is no rationale to measure and the context allows it."""
 LEAST_MAX_NEW = 16
@@ -69,7 +69,8 @@ def write_recipe(wishes: Wishes, out: Path) -> Splits:
     """Read the data and the tokenizer, and write the recipe to `out`. Returns: the data as the
     recipe reads it.
 
-    Raises: RecipeError if `out` exists; DataError, ModelError if the recipe could not run.
+    Raises: RecipeError if `out` exists; DataError or ModelError if the recipe could not
+    run.
     """
     if out.exists():
         raise RecipeError(f"{out}: exists already; choose another --out")
@@ -98,8 +99,8 @@ def default_out(data: str) -> Path:
 
 
 def guess_shape(data: str, named: Mapping[str, str] | None = None) -> Shape:
-    """The shape of the training rows. Raises: DataError if no column is found for question or
-    answer."""
+    """The shape of the training rows. Raises: DataError if the data is unreadable, or has no column
+    for question or answer."""
     return recognise(read_rows(data, "train"), named or {})
 
 

@@ -59,7 +59,7 @@ class StageView:
     numbers: dict[str, float] = field(default_factory=dict)
     """The latest value of every metric."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by phase (`generate`, `update`, …), summed since `first_step`."""
+    """Seconds by phase (`generate`, `update`, …), summed from the second recorded step on."""
     num_tokens: float = 0.0
     """Number of tokens trained on and sampled during `phase_seconds`."""
 
@@ -77,7 +77,7 @@ class StageView:
                 if name.startswith("time/"):
                     phase = name.removeprefix("time/").removesuffix("_s")
                     sums[phase] = sums.get(phase, 0.0) + metrics[name]
-            self.phase_seconds = sums  # a new object, for the live view's thread
+            self.phase_seconds = sums  # a new object: another thread may read the old
         self.step = step
         self.numbers.update(metrics)
 

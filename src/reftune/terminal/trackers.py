@@ -1,5 +1,5 @@
 """Logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers.
-`metrics.jsonl` remains the record."""
+`metrics.jsonl` contains them in any case."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class TrackedProgress(Progress):
         self._trackers = None
 
     def _tell(self, act: Callable[[GeneralTracker], None]) -> None:
-        """Call `act` with every tracker. A tracker that fails is
-        dropped, because the run does not depend on it."""
+        """Call `act` with every tracker. A tracker that fails is dropped, because the run does not
+        depend on it."""
         for tracker in list(self._trackers or ()):
             try:
                 act(tracker)

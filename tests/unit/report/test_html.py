@@ -136,6 +136,8 @@ def test_an_unfinished_run_shows_what_it_has(write_run: WriteRun) -> None:
     assert "Still to come: SFT, ReFT" in page
     assert "This run has not finished" in page
     assert "No answer yet" in page_of(write_run("other", evaluated=[]))
+    both = page_of(write_run("first"), write_run("second", seed=1, evaluated=["warmup"]))
+    assert "Not all runs have finished" in both
 
 
 def test_a_finished_run_does_not_reload(write_run: WriteRun) -> None:

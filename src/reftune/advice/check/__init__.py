@@ -1,4 +1,4 @@
-"""Before a run starts, finds problems that would spoil it, and suggests a remedy for each."""
+"""Finds, before a run starts, problems that would spoil it, and suggests a remedy for each."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "rewar
 """Names of the checks that work without the recipe's own model and data."""
 EXAMPLES = "paper/examples"
 UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
-"""If one of these checks fails, the model is not run, because it would crash or be far too slow."""
+"""If one of these checks fails, the model is not run, because it could crash or be far too slow."""
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
     """Load data and model, run the checks and, unless the model is unfit to run, sample a few
     solutions. Nothing is written to the run folder.
 
-    Raises: ReftuneError if the data or the model cannot be loaded, or if the stage graph is wrong.
+    Raises: ReftuneError if the data or the model cannot be loaded, or if the stage graph or a
+    waiver is wrong.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
@@ -84,7 +85,7 @@ def check_offline(recipe: Recipe) -> CheckReport:
 
 
 def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
-    """The checks of data, format and reward, which do not need the recipe's model."""
+    """Findings on data, format and reward, which do not need the recipe's model."""
     shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)  # type: ignore[call-arg]
     scratch = ModelTable(scratch=shape, dtype="float32")  # type: ignore[call-arg]
     run = unclaimed(recipe.model_copy(update={"model": scratch}), splits)
@@ -96,8 +97,8 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
 
 
 def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
-    """The recipe's dataset, or reftune's examples if the dataset's source is not on this machine.
-    Raises: DataError if there are no examples either."""
+    """The recipe's dataset or, if its source is not on this machine, reftune's examples; and a
+    finding that states which. Raises: DataError if there are no examples either."""
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
     if not isinstance(source, str) or Path(source).expanduser().exists():

@@ -20,7 +20,7 @@ from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 
 SMALL_DEV = 100
 """With fewer dev problems than this, the choice of a model is mostly luck: at 50% accuracy, the 95%
-interval is ± 10 points or wider."""
+interval is about ± 10 points or wider."""
 NUM_REWARDED = 64
 """Maximum number of training rows on which the reward is tested."""
 MAX_FALSE_POSITIVES = 0.05
@@ -28,7 +28,8 @@ MAX_FALSE_POSITIVES = 0.05
 
 
 def check_splits(subject: Subject) -> Finding:
-    """Check that there are enough problems for training and for choosing a model."""
+    """Check that there are rationales for supervised stages, test problems, and enough dev problems
+    to choose a model."""
     splits = subject.splits
     dropped = (
         ", ".join(f"{count} {reason}" for reason, count in splits.counts.items() if count)
@@ -43,13 +44,13 @@ def check_splits(subject: Subject) -> Finding:
     if not splits.test and subject.recipe.evaluate.split == "test":
         return fail(message, "add test problems, or set evaluate.split=dev")
     if len(splits.dev) < SMALL_DEV:
-        return warn(message, f"models are chosen on dev: give it {SMALL_DEV} problems or more")
+        return warn(message, f"models are chosen on dev: use {SMALL_DEV} dev problems or more")
     return ok(message)
 
 
 def check_gold_answers(subject: Subject) -> Finding:
     """Check that a solution that only states the gold answer is graded correct. Gold answers of the
-    kind `regex` are left out, because a pattern is not itself an answer."""
+    kind `regex` are left out, because a pattern is not an answer."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
@@ -252,12 +253,11 @@ def check_reward_errors(subject: Subject) -> Finding:
 
 
 def _error_rate(kind: str, count: int, total: int) -> str:
-    """An error rate as text: `false positives 3 of 384 (0.8%, at most 2.3%)`. The second percentage
-    is the upper end of the 95% interval."""
+    """An error rate as text: `false positives 3 of 384 (0.8%, 95% interval up to 2.3%)`."""
     if total == 0:
         return f"false {kind}s not tested"
     return (
-        f"false {kind}s {count} of {total} ({count / total:.1%}, at most"
+        f"false {kind}s {count} of {total} ({count / total:.1%}, 95% interval up to"
         f" {wilson(count, total)[1]:.1%})"
     )
 

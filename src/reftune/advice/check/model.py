@@ -28,7 +28,7 @@ from reftune.types import SamplingParams, Verdict
 NUM_SAMPLED = 32
 """Maximum number of dev questions that RL's initial model answers."""
 NUM_SHOWN = 3
-"""Number of answers shown."""
+"""Number of answers shown, and of prompts in `check_logprobs`."""
 NUM_TIMED = 512
 """Maximum number of rows used to estimate the time."""
 LONG_RUN_S = 24 * 3600
@@ -68,8 +68,8 @@ def check_memory(subject: Subject) -> Finding:
     parts = memory.parts
     free = available_bytes(policy.device) + memory.held["weights"]
     message = (
-        f"about {memory.peak / GIB:.1f} GiB of the {free / GIB:.1f} GiB that are free, most of it"
-        f" for {max(parts, key=parts.__getitem__)}"
+        f"about {memory.peak / GIB:.1f} GiB of the {free / GIB:.1f} GiB that are free, the largest"
+        f" part for {max(parts, key=parts.__getitem__)}"
     )
     if memory.peak <= free:
         return ok(message)

@@ -71,7 +71,7 @@ class CheckReport:
     recipe: str
     findings: tuple[Finding, ...]
     golds: tuple[GoldKind, ...]
-    """The kinds of gold answer found in the data, with examples."""
+    """The kinds of gold answer in the data, with examples."""
     preview: Preview | None
     method: str
     """The method whose samples are shown; see `Subject.method`."""

@@ -46,8 +46,8 @@ class Subject:
     prompts: dict[str, dict[str, list[int]]]
     """Split → problem id → prompt ids."""
     method: str
-    """The method whose weights `policy` has: the method that RL starts from, or `base` if that
-    method is not trained yet."""
+    """The method whose weights `policy` has: the first trained method that RL starts from, or
+    `base` if there is none."""
     num_methods: int
     """Number of methods in the final evaluation."""
 
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def fitting(self) -> dict[str, list[list[int]]]:
-        """Split → ids of each prompt that is not too long."""
+        """Split → token ids of each prompt that is not too long."""
         return {
             split: [ids for ids in prompts.values() if len(ids) <= self.prompt_limit]
             for split, prompts in self.prompts.items()
@@ -155,7 +155,7 @@ def share(part: Sized, whole: Sized) -> str:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of at least one value."""
+    """The mean of `values`, which must not be empty."""
     return sum(values) / len(values)
 
 

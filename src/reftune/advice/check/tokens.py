@@ -99,7 +99,7 @@ def check_prompt(subject: Subject) -> Finding:
 
 
 def check_prompt_length(subject: Subject) -> Finding:
-    """Check that every prompt fits, with `max_new` tokens after it."""
+    """Check that every prompt is within the limits, with `max_new` tokens after it."""
     limit, prompts = subject.prompt_limit, subject.prompts
     sizes = {split: {id_: len(ids) for id_, ids in of.items()} for split, of in prompts.items()}
     long = {
@@ -123,7 +123,7 @@ def check_prompt_length(subject: Subject) -> Finding:
             rows,
         )
     return fail(
-        f"{share(rows, every)} are too long: {message}",
+        f"{share(rows, every)} of prompts are too long: {message}",
         "raise lengths.max_prompt, lower lengths.max_new, or leave them out: lengths.too_long=drop",
         rows,
     )
@@ -140,11 +140,13 @@ def check_target_length(subject: Subject) -> Finding:
         return ok(message)
     report = fail if len(long) > MAX_LONG_TARGETS * len(sizes) else warn
     remedy = f"lengths.max_new={max(sizes.values())} keeps all"
-    return report(f"{share(long, sizes)} are too long and not trained on: {message}", remedy, long)
+    return report(
+        f"{share(long, sizes)} of targets are too long and not trained on: {message}", remedy, long
+    )
 
 
 def check_vocabulary(subject: Subject) -> Finding:
-    """Check that the model has an embedding for each id of the training rows, and that the
+    """Check that the model has an embedding for each token of the training rows, and that the
     tokenizer knows each word of prompts and targets."""
     size = subject.policy.model.get_input_embeddings().weight.shape[0]
     unknown = subject.policy.tokenizer.unk_token_id
@@ -190,7 +192,7 @@ def check_eos(subject: Subject) -> Finding:
     if end not in stop.ids:
         return fail(
             f"targets end in {tokenizer.decode([end])!r} (id {end}), but sampling stops at {stops}",
-            "use one tokenizer for both",
+            "use one tokenizer for training and sampling",
         )
     bad = [
         row.problem.id

@@ -49,7 +49,7 @@ class PaperDataset(FileDataset):
         )
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """The names of the authors' files, which depend on `rationale`."""
+        """Split → the name of the authors' file; that of train depends on `rationale`."""
         ending = "nl" if self.rationale == "nl" else "python_sdp"
         return {
             "train": [f"{self.authors_name}_{ending}.json"],

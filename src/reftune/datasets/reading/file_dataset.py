@@ -21,7 +21,7 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `problem` to leave a row out. The rows left out are counted by error message."""
+    """Raised by `problem` to leave a row out. Such rows are counted by error message."""
 
 
 class FileDataset(Component):
@@ -52,8 +52,8 @@ class FileDataset(Component):
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
-        """Row `n` of a made-up file, in which every row asks a different question. Only
-        the tests of the built-in datasets use it; your own dataset need not define it."""
+        """Row `n` of a made-up file, in which every row asks a different question. Only tests of
+        the built-in datasets call this method."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
@@ -67,8 +67,8 @@ class FileDataset(Component):
         return found
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without training problems that are unfit to learn from. In this base class,
-        these are problems whose rationale contradicts the gold answer."""
+        """`splits` without training problems that are unfit to learn from: here, those whose
+        rationale contradicts the gold answer."""
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
@@ -76,8 +76,8 @@ class FileDataset(Component):
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """Read and clean the files, and draw dev with `seed` if the recipe names no dev source.
-        Raises: DataError if a file or row cannot be read."""
+        """Read the files, clean the splits, and draw dev with `seed` if the recipe names no dev
+        source. Raises: DataError if the data cannot be read, or if `dev_size` is too large."""
         dropped, dropped_of_test = Counter[str](), Counter[str]()
         has_test = self.test is not None or not is_single_split(self.train)
         test_rows = self._rows(self.test or self.train, "test") if has_test else []

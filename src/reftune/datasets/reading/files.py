@@ -27,8 +27,8 @@ Records = Iterator[tuple[str, Mapping[str, Any]]]
 Line = tuple[str, Sequence[str | None]]
 """(`file:line`, cells) of each line of a table."""
 DELIMITERS = ",;\t|"
-"""Possible delimiters. The one that splits the first line into the most columns is used; on a tie,
-the one listed first here."""
+"""Possible delimiters of CSV. The one that splits the first line into the most columns is used; on
+a tie, the one listed first here."""
 
 
 def ending(path: PurePath) -> str:
@@ -175,7 +175,7 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 def _read_csv(path: Path) -> Records:
     """A table in UTF-8, UTF-16 or Windows-1252 (which Excel still writes), split at the delimiter
-    found in the first line."""
+    that the first line states or suggests."""
     text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -184,7 +184,7 @@ def _read_csv(path: Path) -> Records:
         )
     if "\n" not in text:  # line endings of old Macs
         text = text.replace("\r", "\n")
-    separator = re.match(r"sep=(.)\r?\n", text)  # Excel reads and writes such a line
+    separator = re.match(r"sep=(.)\r?\n", text)  # Excel reads such a line
     body = text if separator is None else text[separator.end() :]
     delimiter = _delimiter(body) if separator is None else separator[1]
     return _table(path, _csv_lines(path, body, delimiter, 1 if separator is None else 2))
@@ -207,7 +207,7 @@ def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Li
             line = first + reader.line_num
     except csv.Error as error:
         raise DataError(
-            f"{path}:{line}: not valid CSV ({error}); expected the columns of the first line"
+            f"{path}:{line}: not valid CSV ({error}); expected cells that are quoted correctly"
         ) from None
 
 
@@ -249,7 +249,7 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
 
     A nameless first column is taken for a pandas index and skipped; other nameless columns must be
     empty.
-    Raises: DataError for a line that does not fit the header.
+    Raises: DataError for a repeated column name, or a line that does not fit the header.
     """
     header: list[str] | None = None
     for where, cells in lines:

@@ -24,8 +24,8 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The value of a cell with a gold answer or, if the cell is a conversation, its reply. Raises:
-    DataError if there is no such cell, or if the conversation has no reply."""
+    """The value of a cell with a gold answer or, if the cell is a conversation, the conversation's
+    reply. Raises: DataError if the row has no such column, or if there is no reply."""
     value = row.value(column)
     if not is_conversation(value):
         return value

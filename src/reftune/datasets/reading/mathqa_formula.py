@@ -1,4 +1,4 @@
-"""MathQA's `linear_formula` as a Python program.
+"""Turns MathQA's `linear_formula` into the steps of a Python program.
 
 divide(n0,const_100)|multiply(n1,#0)|      with n0 = 5, n1 = 640      step_1 = 5 / 100
                                                                        step_2 = 640 * step_1
@@ -62,16 +62,16 @@ OPERATIONS: Mapping[str, str] = {
     "volume_cone": "math.pi * {} ** 2 * {} / 3",
     "volume_sphere": "4 / 3 * math.pi * {} ** 3",
 }
-"""Every operation that occurs in the dev and test files; operands are names or numbers. A formula
-with any other operation gets no program."""
+"""Operation → Python expression, for every operation in MathQA's dev and test files. A formula with
+any other operation gets no program."""
 
 EXACT_CONSTANTS: Mapping[str, str] = {"const_pi": "math.pi", "const_0_2778": "(5 / 18)"}
 """Exact values of constants that MathQA rounds. With the rounded 0.2778 for converting km/h to m/s,
 results would not match the options."""
 
 NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+")
-"""A number that MathQA counts among a problem's n0, n1, … A comma belongs to the number even if it
-does not group thousands."""
+"""Matches the numbers that MathQA calls n0, n1, … A comma belongs to a number even if it does not
+group thousands."""
 STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
 

@@ -23,8 +23,8 @@ class Options:
     """The data's label for each option, in lower case; empty if the options have no labels."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """The letter of the option that is labelled `gold` or, failing that, that stands at
-        position `gold`, counted from `positions_from`. None if there is no such option."""
+        """The letter of the option with the label `gold` or, failing that, at position `gold`,
+        counted from `positions_from`. None if there is no such option."""
         label, places = gold.strip().strip("().").lower(), range(len(self.texts))
         if label in self.labels:
             return string.ascii_lowercase[self.labels.index(label)]

@@ -55,8 +55,8 @@ class Row:
         return None if value is None or value == "" else self.text(column)
 
     def number_gold(self, column: str) -> Answer:
-        """The gold number in a column. Raises: DataError if the column is missing or contains no
-        number."""
+        """The gold number in a column. Raises: DataError if the column is missing or its value is
+        not one number."""
         value = self.value(column)
         answer = number_gold(value)
         if answer is None:
@@ -64,7 +64,7 @@ class Row:
         return answer
 
     def others(self, *used: str) -> dict[str, Any]:
-        """The columns that are not in `used`."""
+        """Name → value of the columns that are not in `used`."""
         return {name: value for name, value in self.columns.items() if name not in used}
 
     def value(self, column: str) -> Any:

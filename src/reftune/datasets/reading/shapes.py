@@ -14,7 +14,7 @@ from reftune.errors import DataError
 from reftune.recipe import Table
 
 NUM_LOOKED_AT = 20
-"""Number of rows that are examined to recognise the columns."""
+"""Number of rows examined to recognise the columns."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "question": (
         *("question", "prompt", "problem", "query", "context_messages", "messages"),
@@ -54,7 +54,7 @@ class Columns(Table):
 
     @property
     def names(self) -> list[str]:
-        """All columns in use, each once."""
+        """The names of all columns in use, each once."""
         values = [value for value in self.model_dump().values() if value is not None]
         flat = [name for value in values for name in ([value] if isinstance(value, str) else value)]
         return list(dict.fromkeys(flat))
@@ -137,7 +137,7 @@ class _Found:
         return self.first("choices", used)
 
     def any_worked(self, column: str) -> bool:
-        """Whether any cell of the column contains a worked solution with its answer."""
+        """Whether any cell of the column is a conversation, or a solution that marks its answer."""
         cells = [row.get(column) for row in self.rows]
         return any(
             is_conversation(cell) or (isinstance(cell, str) and worked_solution(cell) is not None)

@@ -1,5 +1,5 @@
-"""Builds splits from problems: it removes duplicates and contradictions, draws dev, and removes the
-questions of dev and test from train."""
+"""Builds splits from problems: removes duplicates and contradictions, draws dev, and leaves
+each question in only one split."""
 
 from __future__ import annotations
 

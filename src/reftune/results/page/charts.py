@@ -46,7 +46,7 @@ class Chart:
     key: str
     title: str
     explain: str
-    """An explanation of the chart for newcomers."""
+    """An explanation for newcomers."""
     series: tuple[Series, ...]
     kind: Literal["line", "area"] = "line"
     x_label: str = STEPS
@@ -119,8 +119,8 @@ def entries(groups: Sequence[Group]) -> list[Entry]:
 
 
 def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Chart]:
-    """A chart for each metric that some stage measured at more than one step. With several seeds, a
-    line shows their mean, and a band their range."""
+    """A chart for each metric that some stage measured at more than one step. With several
+    seeds, lines show the mean and bands the range over seeds."""
     charts = []
     for metric in metrics:
         series = [
@@ -336,8 +336,8 @@ class EqualCompute:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracies of `a` and `b` within as many training sequences as both have had;
-    None if either accuracy is missing."""
+    """The best dev accuracies of `a` and `b` within the number of training sequences that both
+    reached; None if either accuracy is missing."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:
         return None

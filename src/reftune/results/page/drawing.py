@@ -359,8 +359,8 @@ class _Name:
 
 
 def _name(series: Series, x: float, y: float, plot: _Plot) -> _Name:
-    """The name of a line, to the right of the line's end. In the page's main chart, it is above the
-    end if the line ends early."""
+    """The name of a line, to the right of the line's end. In the page's main chart, the name of a
+    line that ends early is above the end."""
     size = BOLD_LETTER * len(series.label)
     if not plot.is_hero or _ends_late(series, plot.last_x):
         return _Name(series, x + 8, y + 4)

@@ -243,7 +243,7 @@ def _facts(method: MethodScore) -> list[str]:
     facts = [
         None if dev is None else f"dev {percent(dev)}",
         None if method.looks is None else f"{method.looks} dev evaluations",
-        None if passes is None else f"{_count(passes)} sequences",
+        None if passes is None else f"{_count(passes)} training sequences",
         None if seconds is None else duration(seconds),
     ]
     return [fact for fact in facts if fact is not None]

@@ -56,7 +56,7 @@ function startProblems({ methods, rows, total }) {
   const kept = filters.map((filter) => ({ ...filter, rows: rows.filter(filter.keep) })).filter((filter) => filter.rows.length);
   kept.forEach((filter, index) => $("problem-filter").append(html("option", { value: index }, `${filter.name} (${filter.rows.length})`)));
   $("problem-filter").value = String(Math.max(0, kept.findIndex((filter) => filter.name === "methods disagree")));
-  $("problems-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} are on this page. Those on which methods disagree were chosen first. All are in eval/.` : "";
+  $("problems-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} problems are on this page. Those on which methods disagree were chosen first. The run folder’s eval/ has all of them.` : "";
 
   let found = [], place = 0;
   const search = () => {
