@@ -136,7 +136,7 @@ def predicted(path: Path) -> Memory:
         outline=outline_of(loaded.model, texts, device="cpu"),
         prompt=max(lengths),
         mean_prompt=sum(lengths) / len(lengths),
-        problems=len(splits.train),
+        requests=cost.sampled,
     ).memory
 
 

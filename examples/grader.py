@@ -1,7 +1,8 @@
 """A grader of your own decides which answers are right. Here, answers are lengths in km, m or cm.
 
-In a recipe: `format: {kind: nl, grading: examples/grader.py:same_length}`. The reward, the choice
-of a model on dev, votes and the evaluation all use it.
+In a recipe: `format: {kind: nl, grading: examples/grader.py:same_length}` and, so that "2.5 km" is
+not read as a number, `answer_kind: text` in `dataset`. The reward, the choice of a model on dev,
+votes and the evaluation all use the grader.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 
 from checking import UNMEASURED, check_only
 from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_offline, check_recipe
+from reftune.advice.check.model import requests_at_once
 from reftune.datasets import Splits
 from reftune.engines.kv import Kv
 from reftune.errors import RecipeError, RewardError
@@ -363,6 +364,16 @@ def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch):
     found = finding("memory")
     assert found.level == "fail"
     assert "the largest part for activations" in found.message
+
+
+def test_memory_counts_every_sample_of_a_problem():
+    rl = {"kind": "rl", "init": "sft", "steps": 1, "prompts": 4, "samples": 6}
+    rl["optimizer"] = {"learning_rate": 1e-3}
+    plain, sampling = recipe(), recipe(evaluate={"samples": 5})
+    learning = recipe(stages={"sft": plain.stages["sft"].model_dump(), "reft": rl})
+    splits = load_splits(plain)  # 3 dev problems, 1 test problem
+    asked = [requests_at_once(each, splits) for each in (plain, sampling, learning)]
+    assert asked == [3, 5, 24]
 
 
 def test_tasks_that_state_no_gold_have_none_to_grade():

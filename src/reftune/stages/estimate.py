@@ -89,8 +89,8 @@ class Estimate:
     """Total memory of a device."""
     mean_prompt: float | None = None
     """Length of the average prompt, in tokens, if known."""
-    problems: int | None = None
-    """Maximum number of problems answered in one call of the engine, if known."""
+    requests: int | None = None
+    """Maximum number of completions requested in one call of the engine, if known."""
 
     @property
     def response(self) -> int:
@@ -170,8 +170,8 @@ class Estimate:
 
     def _sampling(self, rows: int) -> dict[str, float]:
         """Bytes, by purpose, that an engine holds if it decodes with the policy's weights."""
-        if self.problems is not None:
-            rows = min(rows, math.ceil(self.problems / self.devices))
+        if self.requests is not None:
+            rows = min(rows, math.ceil(self.requests / self.devices))
         outline = self.outline
         prefill = outline.prefill(prompt=self.prompt, rows=rows)
         copy = float(prefill.casts)

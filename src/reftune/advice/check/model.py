@@ -8,6 +8,7 @@ from dataclasses import replace
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, learns_from_rationales, mean
 from reftune.advice.measured import available_bytes, measure_speed
+from reftune.datasets import Splits
 from reftune.errors import DataError
 from reftune.model.batch import token_batch
 from reftune.recipe import Recipe
@@ -16,6 +17,7 @@ from reftune.results.stats import wilson
 from reftune.results.summary import LastRise, last_rise
 from reftune.results.tables import rise_line
 from reftune.runs.auto import product_rates
+from reftune.runs.evaluation import PROBLEMS_AT_ONCE
 from reftune.runs.run import stage_folder
 from reftune.runs.sample import sample_rows
 from reftune.stages import NEEDED_ACCURACY
@@ -55,11 +57,9 @@ def check_memory(subject: Subject) -> Finding:
     outline = Outline(
         lambda: type(model)(copy.deepcopy(model.config)), recipe.model, device=policy.device.type
     )
-    problems = max(
-        len(getattr(subject.splits, recipe.evaluate.split)), *map(len, subject.prompts.values())
-    )
+    requests = requests_at_once(recipe, subject.splits)
     planned = [
-        replace(made, mean_prompt=mean(lengths), problems=problems).memory
+        replace(made, mean_prompt=mean(lengths), requests=requests).memory
         for made in estimates(recipe, outline, prompt=max(lengths)).values()
     ]
     if not planned:
@@ -78,6 +78,15 @@ def check_memory(subject: Subject) -> Finding:
         "lower model.micro_batch_tokens or engine.batch_size, or train adapters:"
         " model.lora.rank=16",
     )
+
+
+def requests_at_once(recipe: Recipe, splits: Splits) -> int:
+    """Maximum number of completions that a run requests in one call of the engine."""
+    table = recipe.evaluate
+    evaluated = min(len(getattr(splits, table.split)[: table.limit]), PROBLEMS_AT_ONCE)
+    costs = stage_costs(recipe, num_train=len(splits.train), num_dev=len(splits.dev)).values()
+    sampled = [number for cost in costs for number in (cost.sampled, cost.sampled_before)]
+    return max(len(splits.dev), evaluated * max(1, table.samples), *sampled)
 
 
 def check_dtype(subject: Subject) -> Finding:
