@@ -30,14 +30,14 @@ HEAD = """\
 # Recipe reference
 
 A *recipe* is the YAML file that describes a run. This page lists all recipe keys. The command line
-can set any of them (`stages.reft.steps=100`). With `extends: other.yaml`, a recipe inherits another
-one's keys: tables are merged unless their kinds differ, and `null` removes a key. A component's
-*kind* is a built-in name or your own class (`my_file.py:Name`). Write the kind alone (`engine: kv`)
-or in a table (`engine: {kind: kv, refill: 0.5}`).
+can set any of them (`stages.reft.steps=100`). With `extends: other.yaml`, a recipe inherits that
+file's keys: tables are merged unless their kinds differ, and `null` removes an inherited key. A
+*kind* is a built-in name or your own class (`my_file.py:Name`). Write it alone (`engine: kv`) or in
+a table (`engine: {kind: kv, refill: 0.5}`).
 
-If a key allows only certain values, all are listed, the default first. Terms such as *method* are
-explained under [Notation](algorithms.md#notation). "The paper" is the ReFT paper, and "the authors"
-are its authors.
+If a key allows only certain values, all are listed, the default first. A dash means unset. Terms
+such as *method* are explained under [Notation](algorithms.md#notation). "The paper" is the ReFT
+paper, by "the authors".
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""
@@ -71,7 +71,7 @@ def page() -> str:
 
 
 def _shared(tables: Mapping[str, Rows]) -> Shared:
-    """The keys with the same meaning in several kinds, and their defaults."""
+    """The keys with the same meaning in several kinds, and their default in each."""
     found: Shared = {}
     for kind, rows in tables.items():
         for key, (default, meaning) in rows.items():
@@ -90,7 +90,7 @@ def _defaults(of: Mapping[str, str]) -> str:
 def _section(title: str, model: type[BaseModel], rows: Rows, level: int = 2) -> Iterator[str]:
     """A heading, the first paragraph of the model's docstring, and a table of `rows`."""
     yield f"{'#' * level} {title}\n"
-    # a class without a docstring is described by that of its module
+    # without a docstring, a class is described by its module's docstring
     yield f"{_about(model.__dict__.get('__doc__') or inspect.getmodule(model).__doc__)}\n"
     if rows:
         yield _table(rows)

@@ -88,9 +88,9 @@ class Clipped(Algorithm, ABC):
     kl_coef: float = Field(0.01, ge=0)
     """Weight β of the KL penalty. With 0, no reference model is needed."""
     clip_low: float = Field(0.2, gt=0, lt=1)
-    """Probability ratios below 1 − `clip_low` are clipped."""
+    """Ratios π / π_old below 1 − `clip_low` are clipped."""
     clip_high: float = Field(0.2, gt=0)
-    """Probability ratios above 1 + `clip_high` are clipped."""
+    """Ratios π / π_old above 1 + `clip_high` are clipped."""
     reduction: Reduction = "sequence"
     """`sequence` averages the loss over the tokens of each response, then over responses. `token`
     averages it over all tokens."""

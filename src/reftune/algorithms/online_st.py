@@ -24,8 +24,8 @@ from reftune.types import Completion, Graded, Rollout, Verdict
 class OnlineSt(Algorithm):
     kind: Literal["online_st"] = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
-    """Maximum number of tokens in a prompt and its gold solution together; longer solutions are
-    truncated. Default: no limit."""
+    """Gold solutions are truncated so that prompt and solution together have at most this many
+    tokens. Default: no truncation."""
     dropout: bool = False
     """Keep dropout on during updates."""
 

@@ -27,8 +27,8 @@ class Ppo(Clipped):
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's λ."""
     value_clip: float = Field(0.2, gt=0)
-    """In the value loss, the value of each token is clipped to within this distance of the value
-    before the updates."""
+    """In the value loss, each token's value is clipped to within this distance of its value before
+    the updates."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
 

@@ -32,12 +32,12 @@ class Jsonl(FileDataset):
     """Reads [your own data](datasets.md#jsonl-your-own-data)."""
 
     columns: Columns | None = None
-    """Names of the columns that reftune does not recognise by itself. It recognises the default
-    names below and [other common names](datasets.md#jsonl-your-own-data)."""
+    """Names of your columns, unless they are the default names below or [other common
+    names](datasets.md#jsonl-your-own-data)."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How answers are compared; see [answer kinds](datasets.md#answer-kinds)."""
     positions_from: Literal[0, 1] | None = None
-    """Number of the first option, if gold answers are positions in the list of options."""
+    """Number of the first option, if gold answers are positions among the options."""
 
     decimal: Literal[".", ","] = "."
     """Decimal separator of the gold answers."""

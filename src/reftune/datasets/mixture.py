@@ -22,7 +22,7 @@ class Part(Table):
     dataset: component_field("datasets")  # type: ignore[valid-type]
     share: float | None = Field(None, gt=0, le=1)
     """Share of the mixture's training questions that come from this dataset. Set it for all
-    datasets or for none. Default: all training questions are used."""
+    datasets, with a sum of 1, or for none. Default: all training questions are used."""
 
 
 class Mixture(Component):

@@ -36,8 +36,7 @@ class ReasoningGym(Component):
     test_size: int = Field(500, ge=0)
     """Number of test questions, which do not depend on the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Determines which questions are generated. The run's seed decides which of them are used for
-    dev."""
+    """Determines which questions are generated. The run's seed chooses those used for dev."""
 
     def load(self, *, seed: int) -> Splits:
         """Generate all splits. Raises: RecipeError if the package is missing, or if it rejects the

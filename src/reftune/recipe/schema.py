@@ -37,13 +37,13 @@ class ModelTable(Table):
     """Set either `path` or `scratch`."""
 
     path: str | None = None
-    """A folder, a Hub id, or `smollm2-135m`, whose weights come in a Python package."""
+    """A model folder, a Hub id, or `smollm2-135m`, whose weights come in a Python package."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of forward and backward passes. `auto` is bfloat16 if the device supports it
-    natively, and float32 otherwise. Trained weights are always float32."""
+    """Precision of forward and backward passes. `auto` is bfloat16 if the device supports it at
+    full speed, and float32 otherwise. While they are trained, weights are float32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
     """`auto` is CUDA if available, and the CPU otherwise. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
@@ -55,8 +55,8 @@ class ModelTable(Table):
     device's memory, up to 16,384. Apart from rounding and dropout, this key does not affect the
     gradient."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. Updates then need much less memory but take about
-    a third longer."""
+    """Recompute activations in the backward pass, which saves much memory but lengthens updates by
+    about a third."""
     compile: bool = False
     """Use torch.compile for scoring and updates. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
@@ -86,10 +86,10 @@ class LengthTable(Table):
     max_prompt: int | None = Field(None, gt=0)
     """Longest prompt. Default: the model's context minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """`refuse` stops with an error if a prompt is too long. `drop` leaves such a question out of
-    training and, in dev and test, counts it as unanswered."""
+    """`refuse` stops with an error if a prompt is too long. `drop` leaves a question with such a
+    prompt out of training and, in dev and test, counts it as unanswered."""
     max_new: int = Field(256, gt=0)
-    """Longest solution. Longer gold solutions are not used for training."""
+    """Longest sampled solution. Longer gold solutions are not used for training."""
 
 
 class EvaluateTable(Table):
@@ -103,7 +103,7 @@ class EvaluateTable(Table):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     rerank: str | None = None
-    """Reward model that scores the samples: a stage, or another run's stage folder."""
+    """Reward model that scores the samples: a stage's name, or another run's stage folder."""
     stages: list[str] | None = None
     """Methods to evaluate. Default: all."""
     limit: int | None = Field(None, gt=0)
@@ -128,7 +128,7 @@ class CheckTable(Table):
     """What `reftune check` accepts."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
-    """At least this share of gold answers, and of gold rationales, must be graded correct."""
+    """Smallest accepted share of gold answers, and of gold rationales, that are graded correct."""
     waive: list[str] = Field(default_factory=list)
     """Names of checks that warn instead of failing."""
 
@@ -161,7 +161,7 @@ class Recipe(Table):
     evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
     check: CheckTable = CheckTable()  # type: ignore[call-arg]
     trackers: list[TrackerName] | None = None
-    """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if it is installed."""
+    """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
     tracker_rollouts: int = Field(16, ge=0)
     """Number of sampled solutions shown per step in wandb and Trackio."""
 

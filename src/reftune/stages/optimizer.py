@@ -28,7 +28,7 @@ class OptimizerTable(Table):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """`linear` and `cosine` lower the learning rate to 0 by the last step."""
     warmup: float = Field(0.0, ge=0, lt=1)
-    """The learning rate rises from 0 over this initial share of the steps."""
+    """Share of the steps, at the start, over which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms or the value head."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -39,7 +39,7 @@ class OptimizerTable(Table):
     """If a loss or gradient is not finite, `stop` ends the run with an error, and `skip` skips the
     step."""
     max_skipped: int = Field(10, gt=0)
-    """Maximum number of steps that a stage may skip."""
+    """Maximum number of skipped steps per stage; one more stops the run."""
 
 
 class Trained(Protocol):

@@ -62,8 +62,8 @@ class Rl(TrainingTable, Stage):
     weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample. If unset, advantages
     are not weighted."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """`uniform` draws the value head's weights from the interval ±1/√(hidden size), as the authors'
-    code does."""
+    """`zero` keeps the value head of `init`, which is 0 unless PPO trained it. `uniform` draws
+    weights from the interval ±1/√(hidden size), as the authors' code does."""
     value_model: Literal["shared", "separate"] = "shared"
     """Whether the value head shares the policy's transformer or has one of its own."""
     value_prefit: int = Field(0, ge=0)

@@ -52,7 +52,7 @@ class Sampled(Stage, ABC):
     """A stage that samples solutions to the training questions before its first step."""
 
     sampler: str = "warmup"
-    """Method whose model draws the samples."""
+    """Model that draws the samples: `base` or an earlier method."""
     samples: int = Field(100, gt=0)
     """Number of samples per training problem."""
     temperature: float = Field(1.0, gt=0)
@@ -137,9 +137,9 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """`paper` uses most gold solutions twice, as in the authors' files."""
+    """`paper` uses a gold solution twice unless a sample equals it, as in the authors' files."""
     sft: Schedule
-    """The keys of an `sft` stage, except `init`, `snapshots` and `until`."""
+    """The keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
 
     def line(self) -> str:
         sampled = f"{self.samples} samples per problem by {self.sampler}"

@@ -96,8 +96,8 @@ class Stage(Component, ABC):
     treat your own stage like the built-in ones."""
 
     init: str = "base"
-    """Start from `base`, a method, a folder of LoRA adapters, or another run's stage folder
-    (`runs/NAME/stages/NAME`)."""
+    """Start from the recipe's `model` (`base`), an earlier method, a folder of LoRA adapters, or
+    another run's stage folder (`runs/NAME/stages/NAME`)."""
 
     is_method: ClassVar[bool] = True
     """Whether the stage's model answers problems. If not, it is neither evaluated nor read by later

@@ -49,8 +49,8 @@ class Prompted(Component):
     """For `plain`: the prompt, which must contain `{question}` once. Default: the question and a
     line break."""
     examples: list[Shot] = Field(default_factory=list)
-    """For `plain`: worked examples before the question. Each consists of the template with the
-    example's question, followed by the example's solution and an empty line."""
+    """For `plain`: worked examples before the question, each written as the template with its own
+    question, followed by its solution and an empty line."""
     stop: list[str] = Field(default_factory=list)
     """Stop strings, in addition to the model's end tokens."""
 

@@ -40,8 +40,7 @@ class FunctionReward(Component):
     `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
-    """Time limit in seconds for one call, which rewards all samples of a step. A longer call stops
-    the run."""
+    """Seconds that a call, which rewards all samples of a step, may take before the run stops."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:

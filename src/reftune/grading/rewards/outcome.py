@@ -12,16 +12,14 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Outcome(Component):
-    """The reward of the ReFT paper, §3.1, except that a wrong choice or a wrong text earns
-    `wrong`."""
+    """The reward of the ReFT paper, §3.1, with rules for answers that are not numbers."""
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
     partial: float = Field(default=0.1, allow_inf_nan=False)
-    """Reward for a wrong answer if the gold answer is a number, an expression, or a list of
-    either."""
+    """Reward for a wrong answer if the gold answer consists only of numbers and expressions."""
     wrong: float = Field(default=0.0, allow_inf_nan=False)
-    """Reward for any other wrong answer, and for a completion without an answer."""
+    """Reward for any other wrong answer, and for no answer."""
     partial_on_choices: bool = False
     """Give `partial` for a wrong choice too, as the authors' code does."""
 
