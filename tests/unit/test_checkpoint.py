@@ -38,6 +38,20 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_files_and_then_their_folder_reach_the_disk_before_the_rename(tmp_path: Path, monkeypatch):
+    synced = []
+
+    def record(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append(str(path.relative_to(tmp_path)))
+
+    monkeypatch.setattr("os.fsync", record)
+    save(tmp_path / "checkpoints", 3)
+    partial = "checkpoints/.partial-step-000003"
+    files = {f"{partial}/{name}" for name in ("manifest.json", "state.json", "tensors.safetensors")}
+    assert set(synced[:3]) == files and synced[3:] == [partial, "checkpoints"]
+
+
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
     """Let no file grow past 8 KiB: writing more fails as on a full disk."""

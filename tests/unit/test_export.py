@@ -105,6 +105,9 @@ def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path,
     with pytest.raises(CheckpointError, match="model: exists already"):
         export_model(run_folder, "reft", tmp_path / "model")
     assert list((tmp_path / "model").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/model: cannot be written: Not a directory$"):
+        export_model(run_folder, "reft", tmp_path / "file" / "model")
 
 
 class Hub:

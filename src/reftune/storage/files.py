@@ -84,8 +84,8 @@ def link_files(source: Path, target: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Call `sync` on everything in `folder`."""
-    for path in folder.rglob("*"):
+    """Call `sync` on everything in `folder`, then on `folder` itself."""
+    for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
