@@ -106,8 +106,8 @@ def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path,
         export_model(run_folder, "reft", tmp_path / "model")
     assert list((tmp_path / "model").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"file/model: cannot be written: Not a directory$"):
-        export_model(run_folder, "reft", tmp_path / "file" / "model")
+    with pytest.raises(CheckpointError, match=r"file/a/model: cannot be written: Not a directory$"):
+        export_model(run_folder, "reft", tmp_path / "file" / "a" / "model")
 
 
 class Hub:
