@@ -81,10 +81,10 @@ NOTES = {
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
         "starts the value head at zero and makes eight more changes, most of which come from later "
-        "papers. The [last table](#what-each-part-of-modern-contributes) shows the effect of each. "
-        "Both methods sample the same number of solutions. Two parts, decoupled lambda and "
-        "positive nll, have since been [removed](experiments/critic.md"
-        "#what-the-parts-of-modern-contribute)."
+        "papers. The [last table](#what-each-part-of-modern-contributes) shows what each of the "
+        "eight contributes. Two of them, decoupled lambda and positive nll, were part of these "
+        "runs but have since been [removed from reftune](experiments/critic.md"
+        "#what-the-parts-of-modern-contribute). Both methods sample the same number of solutions."
     ),
     "tuned": (
         "*ReFT* is as above. *ReFT tuned* uses smaller rollouts and makes four passes over each "
@@ -108,15 +108,17 @@ NOTES = {
 }
 """Recipe → text above its table."""
 OPEN = [
-    "**No run on real data** has finished: on two cores without AMX, one seed would take about 10 "
-    "hours. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) reports a short run on a CPU with AMX "
-    "and three warm-ups on a GPU.",
+    "**No run on real data** is complete. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) "
+    "reports a warm-up of one epoch and 28 RL steps on two CPU cores, and three warm-ups on a GPU, "
+    "where time ran out before RL began. Without AMX (Intel's matrix instructions), even a "
+    "shortened run would take about 10 hours per seed on two cores.",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "variance of the reward; a perfect critic would explain half of it at the first token and "
     "nearly all of it at the last ones. Starting from a finished warm-up (five seeds), RLOO is 1.1 "
     "points [0.1, 2.3] better than PPO, no part of `modern` helps, and no method differs "
     "significantly from further SFT ([log](experiments/critic.md)).",
-    "**Two ideas** brought no gain on tuning seeds: RL from [prefixes of the gold "
+    "**Two ideas** brought no gain in trials on tuning seeds, so we did not run them on the "
+    "reported seeds: RL from [prefixes of the gold "
     "solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and skipping "
     "[questions that are solved every "
     "time](experiments/demo-search.md#solved-questions-that-rest) (three seeds).",

@@ -42,7 +42,8 @@ def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Whether two values that the grader read are one answer: equal numbers, or the same words.
+    """Whether two values that the grader read count as the same answer: equal numbers, or the same
+    words.
 
     The grader usually gives equal expressions one spelling, so they are compared as words.
     """
@@ -55,7 +56,8 @@ def same_answer(first: str, second: str) -> bool:
 
 
 def equality(grading: str | None) -> Same:
-    """The function that decides whether two values are one answer under a format's grading."""
+    """The function that decides whether two values count as the same answer under a format's
+    grading."""
     return operator.eq if grading == "paper" else same_answer
 
 

@@ -1,6 +1,6 @@
-"""Files that survive if the process is killed: text files and folders that a single rename puts in
-place, and files of JSON lines that can be cut back to their length at a checkpoint. If there are
-several processes, only the main one writes."""
+"""Files that survive if the process is killed: text files and folders that are complete before a
+rename puts them in place, and JSON Lines files that can be cut back to the length that they had at
+a checkpoint. If there are several processes, only the main one writes."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class PaperDataset(FileDataset):
         }
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without training problems whose rationale does not fit the gold answer: a
+        """`splits` without the training problems whose rationale does not match the gold answer. A
         program must return the gold answer, and prose must not state another answer."""
         if self.rationale == "program":
             return drop_wrong_programs(splits)

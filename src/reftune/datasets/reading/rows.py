@@ -83,8 +83,8 @@ class Row:
         return None if value is MISSING else value
 
     def _found(self, path: str) -> Any:
-        """The column with exactly this name or, if there is none, the value that the dotted path
-        leads to."""
+        """The value of the column named `path`. If there is no such column, the value that `path`
+        leads to as a dotted path, or MISSING."""
         if path in self.columns:
             return self.columns[path]
         value: Any = self.columns
