@@ -113,10 +113,10 @@ OPEN = [
     "where time ran out before RL began. Without AMX (Intel's matrix instructions), even a "
     "shortened run would take about 10 hours per seed on two cores.",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
-    "variance of the reward; a perfect critic would explain half of it at the first token and "
-    "nearly all of it at the last ones. Starting from a finished warm-up (five seeds), RLOO is 1.1 "
-    "points [0.1, 2.3] better than PPO, no part of `modern` helps, and no method differs "
-    "significantly from further SFT ([log](experiments/critic.md)).",
+    "variance of the reward; a perfect critic would explain almost half of it at the first token "
+    "and nearly all of it at the last ones. Starting from a finished warm-up (five seeds), RLOO is "
+    "1.1 points [0.1, 2.3] better than PPO, no part of `modern` shows a gain, and no method "
+    "differs significantly from further SFT ([log](experiments/critic.md)).",
     "**Two ideas** brought no gain in trials on tuning seeds, so we did not run them on the "
     "reported seeds: RL from [prefixes of the gold "
     "solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and skipping "

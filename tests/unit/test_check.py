@@ -367,7 +367,7 @@ def test_memory_that_the_machine_does_not_have_is_refused(monkeypatch):
 
 
 def test_memory_counts_every_sample_of_a_problem():
-    rl = {"kind": "rl", "init": "sft", "steps": 1, "prompts": 4, "samples": 6}
+    rl = {"kind": "rl", "init": "sft", "steps": 1, "prompts": 4, "samples": 6, "value_prefit": 9}
     rl["optimizer"] = {"learning_rate": 1e-3}
     plain, sampling = recipe(), recipe(evaluate={"samples": 5})
     learning = recipe(stages={"sft": plain.stages["sft"].model_dump(), "reft": rl})

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        say(f"output: {error.strerror}")
+        say(f"{error.filename or 'output'}: {error.strerror}")
         _drop_unwritten_output()
         sys.exit(BAD_INPUT)
     except ReftuneError as error:

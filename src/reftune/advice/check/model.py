@@ -24,6 +24,7 @@ from reftune.stages import NEEDED_ACCURACY
 from reftune.stages.estimate import estimates, stage_costs
 from reftune.stages.loop import LOOKS
 from reftune.stages.outline import Outline
+from reftune.stages.self_train import SAMPLES_AT_ONCE
 from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
 
@@ -85,7 +86,8 @@ def requests_at_once(recipe: Recipe, splits: Splits) -> int:
     table = recipe.evaluate
     evaluated = min(len(getattr(splits, table.split)[: table.limit]), PROBLEMS_AT_ONCE)
     costs = stage_costs(recipe, num_train=len(splits.train), num_dev=len(splits.dev)).values()
-    sampled = [number for cost in costs for number in (cost.sampled, cost.sampled_before)]
+    # a stage that samples in its steps draws no more at once before them
+    sampled = [cost.sampled or min(cost.sampled_before, SAMPLES_AT_ONCE) for cost in costs]
     return max(len(splits.dev), evaluated * max(1, table.samples), *sampled)
 
 
