@@ -36,8 +36,8 @@ SAMPLES = 16
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 """Shares of a solution's tokens, without its eos, that form the prefixes."""
 FOLDS = 5
-RIDGE = 10.0
-"""Penalty of the linear fit, on standardised inputs."""
+PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
+"""Candidates for the linear fit's penalty on the squared weights, with standardised inputs."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -60,7 +60,9 @@ def measure(run_folder: Path, stage: str) -> dict[str, list[float]]:
     places = np.array(SHARES)[:, None] * (lengths - 1)
     cuts = places.astype(np.int64)
     inputs, values = seen_by_the_head(policy, solved, cuts)
-    estimates = np.stack([estimated(policy, collector, solved, row) for row in cuts])
+    estimates = np.stack(
+        [estimated(policy, collector, solved, row, seed=seed) for seed, row in enumerate(cuts, 2)]
+    )
     return explained(estimates, values, fitted(inputs, estimates), rewards_of(solved))
 
 
@@ -80,7 +82,9 @@ def seen_by_the_head(policy: Policy, solved: Solved, cuts: Ints) -> tuple[Floats
     return features[rows], np.take_along_axis(values.T, cuts, axis=0)
 
 
-def estimated(policy: Policy, collector: Collector, solved: Solved, cuts: Ints) -> Floats:
+def estimated(
+    policy: Policy, collector: Collector, solved: Solved, cuts: Ints, *, seed: int
+) -> Floats:
     """(Q,) shares of right completions of each solution's first `cuts` tokens."""
     prefixes = [
         completion.token_ids[:cut]
@@ -93,7 +97,7 @@ def estimated(policy: Policy, collector: Collector, solved: Solved, cuts: Ints) 
     found = collector.engine.generate(
         policy,
         [[*prompt, *prefix] for prompt, prefix in zip(prompts, prefixes, strict=True)],
-        SamplingParams(max_new_tokens=longest, temperature=1.0, seed=2),
+        SamplingParams(max_new_tokens=longest, temperature=1.0, seed=seed),
     )
     texts = [
         policy.completion([*prefix, *completion.token_ids], ()).text
@@ -108,20 +112,46 @@ def estimated(policy: Policy, collector: Collector, solved: Solved, cuts: Ints) 
 
 
 def fitted(inputs: Floats, estimates: Floats) -> Floats:
-    """(S, Q) values by ridge regression of the estimates on (S, Q, H) inputs, each predicted from
-    the questions of the other folds."""
+    """(S, Q) values by ridge regression of the estimates on (S, Q, H) inputs. Each question's
+    values are predicted from the questions of the other folds, which also choose the penalty."""
     values = np.zeros_like(estimates)
-    folds = np.arange(estimates.shape[1]) % FOLDS
-    for fold in range(FOLDS):
-        held_out = folds == fold
+    for held_out in folds_of(estimates.shape[1]):
         known, targets = inputs[:, ~held_out], estimates[:, ~held_out]
-        centre, scale = known.mean(axis=(0, 1)), known.std(axis=(0, 1)) + 1e-9
-        rows = ((known - centre) / scale).reshape(-1, known.shape[-1])
-        offsets = (targets - targets.mean()).reshape(-1)
-        penalty = RIDGE * np.eye(rows.shape[1])
-        weights = np.linalg.solve(rows.T @ rows + penalty, rows.T @ offsets)
-        values[:, held_out] = (inputs[:, held_out] - centre) / scale @ weights + targets.mean()
+        penalty = min(PENALTIES, key=lambda each: error_of(known, targets, each))
+        values[:, held_out] = ridge(known, targets, inputs[:, held_out], penalty)
     return values
+
+
+def error_of(inputs: Floats, estimates: Floats, penalty: float) -> float:
+    """Squared error of the linear fit on questions that it has not seen, summed over the folds."""
+    return sum(
+        float(
+            (
+                (
+                    ridge(inputs[:, ~out], estimates[:, ~out], inputs[:, out], penalty)
+                    - estimates[:, out]
+                )
+                ** 2
+            ).sum()
+        )
+        for out in folds_of(estimates.shape[1])
+    )
+
+
+def folds_of(num_questions: int) -> list[NDArray[np.bool_]]:
+    """Fold → (Q,) True for its questions."""
+    return [np.arange(num_questions) % FOLDS == fold for fold in range(FOLDS)]
+
+
+def ridge(known: Floats, targets: Floats, new: Floats, penalty: float) -> Floats:
+    """The values of `new` inputs by a linear fit to (S, Q, H) `known` inputs and (S, Q) targets.
+    All shares have the same weights, but each has its own intercept."""
+    centre, scale = known.mean(axis=1, keepdims=True), known.std(axis=(0, 1)) + 1e-9
+    mean = targets.mean(axis=1, keepdims=True)
+    rows = ((known - centre) / scale).reshape(-1, known.shape[-1])
+    gram = rows.T @ rows + penalty * np.eye(rows.shape[1])
+    weights = np.linalg.solve(gram, rows.T @ (targets - mean).reshape(-1))
+    return mean + (new - centre) / scale @ weights
 
 
 def explained(
