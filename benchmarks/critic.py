@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from reftune.stages.rollouts import Collector, Solved
 from reftune.storage.checkpoint import load_latest
 from reftune.storage.files import write_atomically
 from reftune.storage.run_folder import RunFolder
-from reftune.types import SamplingParams, Verdict
+from reftune.types import Graded, SamplingParams, Verdict
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "critic.json"
 QUESTIONS = 300
@@ -57,18 +57,17 @@ def measure(run_folder: Path, stage: str) -> dict[str, list[float]]:
     collector = run.collector(policy)
     solved = collector.solve(policy, run.splits.train[:QUESTIONS], temperature=1.0, seed=1)
     lengths = np.array([len(completion.token_ids) for completion in solved.completions])
-    places = np.array(SHARES)[:, None] * (lengths - 1)
-    cuts = places.astype(np.int64)
+    cuts = (np.array(SHARES)[:, None] * (lengths - 1)).astype(np.int64)
     inputs, values = seen_by_the_head(policy, solved, cuts)
     estimates = np.stack(
         [estimated(policy, collector, solved, row, seed=seed) for seed, row in enumerate(cuts, 2)]
     )
-    return explained(estimates, values, fitted(inputs, estimates), rewards_of(solved))
+    return explained(estimates, values, fitted(inputs, estimates), right(solved.graded))
 
 
-def rewards_of(solved: Solved) -> Floats:
-    """(Q,) 1 for each right solution and 0 for each other one."""
-    return np.array([each.verdict is Verdict.CORRECT for each in solved.graded], dtype=float)
+def right(graded: Sequence[Graded]) -> Floats:
+    """1 for each right solution and 0 for each other one, in order."""
+    return np.array([each.verdict is Verdict.CORRECT for each in graded], dtype=float)
 
 
 def seen_by_the_head(policy: Policy, solved: Solved, cuts: Ints) -> tuple[Floats, Floats]:
@@ -77,9 +76,9 @@ def seen_by_the_head(policy: Policy, solved: Solved, cuts: Ints) -> tuple[Floats
     batch = token_batch(solved.prompts, responses, device=policy.device)
     lengths = [len(response) for response in responses]
     rows = cuts + np.cumsum([0, *lengths[:-1]])
-    features = policy.features(batch).double().cpu().numpy()
-    values = policy.score(batch).values.double().cpu().numpy()
-    return features[rows], np.take_along_axis(values.T, cuts, axis=0)
+    features = policy.features(batch)
+    values = policy.values(features).detach()
+    return features.double().cpu().numpy()[rows], values.double().cpu().numpy()[rows]
 
 
 def estimated(
@@ -104,8 +103,7 @@ def estimated(
         for prefix, completion in zip(prefixes, found, strict=True)
     ]
     graded = collector.encoder.format.grade(problems, texts)
-    right = np.array([each.verdict is Verdict.CORRECT for each in graded], dtype=float)
-    return right.reshape(-1, SAMPLES).mean(axis=1)
+    return right(graded).reshape(-1, SAMPLES).mean(axis=1)
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -114,33 +112,31 @@ def estimated(
 def fitted(inputs: Floats, estimates: Floats) -> Floats:
     """(S, Q) values by ridge regression of the estimates on (S, Q, H) inputs. Each question's
     values are predicted from the questions of the other folds, which also choose the penalty."""
+    return cross_predicted(inputs, estimates, best_penalty)
+
+
+def best_penalty(inputs: Floats, estimates: Floats) -> float:
+    """The penalty with the least squared error on questions that the fit has not seen."""
+
+    def error(penalty: float) -> float:
+        values = cross_predicted(inputs, estimates, lambda *_: penalty)
+        return float(((values - estimates) ** 2).sum())
+
+    return min(PENALTIES, key=error)
+
+
+def cross_predicted(
+    inputs: Floats, estimates: Floats, penalty_for: Callable[[Floats, Floats], float]
+) -> Floats:
+    """(S, Q) values, each predicted from the questions of the other folds. `penalty_for` gets the
+    inputs and estimates of those questions."""
     values = np.zeros_like(estimates)
-    for held_out in folds_of(estimates.shape[1]):
+    for fold in range(FOLDS):
+        held_out = np.arange(estimates.shape[1]) % FOLDS == fold
         known, targets = inputs[:, ~held_out], estimates[:, ~held_out]
-        penalty = min(PENALTIES, key=lambda each: error_of(known, targets, each))
+        penalty = penalty_for(known, targets)
         values[:, held_out] = ridge(known, targets, inputs[:, held_out], penalty)
     return values
-
-
-def error_of(inputs: Floats, estimates: Floats, penalty: float) -> float:
-    """Squared error of the linear fit on questions that it has not seen, summed over the folds."""
-    return sum(
-        float(
-            (
-                (
-                    ridge(inputs[:, ~out], estimates[:, ~out], inputs[:, out], penalty)
-                    - estimates[:, out]
-                )
-                ** 2
-            ).sum()
-        )
-        for out in folds_of(estimates.shape[1])
-    )
-
-
-def folds_of(num_questions: int) -> list[NDArray[np.bool_]]:
-    """Fold → (Q,) True for its questions."""
-    return [np.arange(num_questions) % FOLDS == fold for fold in range(FOLDS)]
 
 
 def ridge(known: Floats, targets: Floats, new: Floats, penalty: float) -> Floats:
@@ -185,9 +181,10 @@ def main() -> None:
     parser.add_argument("--stage", default="ppo")
     asked = parser.parse_args()
     rows = [measure(run_folder, asked.stage) for run_folder in asked.runs]
+    mean = means(rows)
     document = {"shares": SHARES, "samples": SAMPLES, "questions": QUESTIONS, "runs": rows}
-    write_atomically(RESULTS, json.dumps({**document, "mean": means(rows)}, indent=1) + "\n")
-    for key, numbers in means(rows).items():
+    write_atomically(RESULTS, json.dumps({**document, "mean": mean}, indent=1) + "\n")
+    for key, numbers in mean.items():
         print(f"{key:10}", *(f"{100 * number:6.1f}" for number in numbers))
 
 

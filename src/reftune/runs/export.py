@@ -17,7 +17,7 @@ from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
 from reftune.recipe import Recipe, parse_recipe
 from reftune.results.records import evaluated_split
 from reftune.runs.run import load_splits
-from reftune.storage.files import replace_folder, writing
+from reftune.storage.files import replace_folder
 from reftune.storage.run_folder import RunFolder
 from reftune.text import brief
 from reftune.types import BareText, Conversation, Problem
@@ -61,8 +61,6 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
         card = model_card(run, method, serving, base)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(out, fill)
     return out
 

@@ -53,6 +53,7 @@ def replace_folder(folder: Path, fill: Any) -> None:
         fill(partial)
         return
     with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         fill(partial)
         readable = partial.stat().st_mode & 0o444

@@ -84,7 +84,7 @@ def check_memory(subject: Subject) -> Finding:
 def requests_at_once(recipe: Recipe, splits: Splits) -> int:
     """Maximum number of completions that a run requests in one call of the engine."""
     table = recipe.evaluate
-    evaluated = min(len(getattr(splits, table.split)[: table.limit]), PROBLEMS_AT_ONCE)
+    evaluated = min(_num_evaluated(recipe, splits), PROBLEMS_AT_ONCE)
     costs = stage_costs(recipe, num_train=len(splits.train), num_dev=len(splits.dev)).values()
     # a stage that samples in its steps draws no more at once before them
     sampled = [cost.sampled or min(cost.sampled_before, SAMPLES_AT_ONCE) for cost in costs]
@@ -200,9 +200,14 @@ def num_answers(subject: Subject) -> int:
     """Number of answers in the final evaluation: a greedy answer per problem and method, plus
     samples."""
     table, methods = subject.recipe.evaluate, subject.num_methods
-    problems = len(getattr(subject.splits, table.split)[: table.limit])
+    problems = _num_evaluated(subject.recipe, subject.splits)
     sampled = methods if table.sampled is None else len(table.sampled)
     return problems * (methods + sampled * table.samples)
+
+
+def _num_evaluated(recipe: Recipe, splits: Splits) -> int:
+    table = recipe.evaluate
+    return len(getattr(splits, table.split)[: table.limit])
 
 
 def _rows_at_once(recipe: Recipe) -> int:
