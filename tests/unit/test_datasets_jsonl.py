@@ -51,6 +51,13 @@ def test_rationales_and_ids_may_be_missing(tmp_path: Path) -> None:
     assert problem.rationale is None
 
 
+@pytest.mark.parametrize("blank", ["", "  \n", float("nan")])
+def test_a_blank_rationale_is_a_missing_one(tmp_path: Path, blank: object) -> None:
+    # json.dumps writes what pandas shows for a missing text as NaN
+    splits = load(tmp_path, {**SUM, "rationale": blank}, {**SUM, "question": "3 + 2?"})
+    assert [problem.rationale for problem in splits.train] == [None, "2 + 3 = 5"]
+
+
 def test_a_question_may_have_several_rationales(tmp_path: Path) -> None:
     splits = load(tmp_path, SUM, {**SUM, "rationale": "count: 3, 4, 5"}, SUM)
     assert [problem.rationale for problem in splits.train] == ["2 + 3 = 5", "count: 3, 4, 5"]

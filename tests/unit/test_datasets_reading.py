@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ def test_parquet_rows_have_numbers(tmp_path: Path) -> None:
     rows = read_rows(str(tmp_path / "data.parquet"), "train")
     assert columns(rows) == ROWS
     assert rows[1].where == f"{tmp_path / 'data.parquet'}: row 2"
+
+
+def test_decimals_of_parquet_are_numbers_and_nan_is_missing(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "data.parquet"
+    values = {"answer": [Decimal("1.50"), Decimal("2.00")], "steps": [1.0, float("nan")]}
+    parquet.write_table(pyarrow.table(values), path)
+    assert columns(read_rows(str(path), "train")) == [
+        {"answer": 1.5, "steps": 1.0},
+        {"answer": 2, "steps": None},
+    ]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:

@@ -239,6 +239,58 @@ def test_options_in_numbered_columns_are_no_numbers(tmp_path: Path) -> None:
     assert (problem.choices, problem.answer) == (("w", "x", "y"), Answer(kind="choice", value="b"))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("first", "second", "third"),  # two names end in the same letter
+        ("distractor1", "distractor2", "correct_answer"),
+        ("A", "C", "B"),
+    ],
+)
+def test_every_named_column_of_options_is_one_option(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    row = {"question": "q", **dict(zip(names, OPTIONS, strict=True)), "gold": "14"}
+    (problem,) = load(tmp_path, row, columns={"choices": list(names), "answer": "gold"})
+    assert problem.choices == tuple(OPTIONS)
+    assert problem.answer == Answer(kind="choice", value="c")
+
+
+def test_an_empty_column_is_no_option(tmp_path: Path) -> None:
+    (problem,) = load(tmp_path, {"question": "q", "A": "x", "B": "y", "C": "", "answer": "B"})
+    assert problem.choices == ("x", "y")
+
+
+def test_a_gold_that_is_a_label_and_a_text_is_read_as_the_other_golds_are(tmp_path: Path) -> None:
+    # 4 is the text of the second option and the label of the fourth
+    options = {"option1": "3", "option2": "4", "option3": "5", "option4": "6"}
+    first = {"question": "2 + 2?", **options, "answer": "4"}
+    texts = load(tmp_path, first, {"question": "2 + 3?", **options, "answer": "5"})
+    assert [problem.answer.value for problem in texts] == ["b", "c"], "5 is not a label"
+    labels = load(tmp_path, first, {"question": "1 + 3?", **options, "answer": "2"})
+    assert [problem.answer.value for problem in labels] == ["d", "b"], "both are labels"
+
+
+@pytest.mark.parametrize("empty", ["", "[]", [], {}, {"text": [], "label": []}], ids=str)
+def test_a_row_without_options_is_no_multiple_choice(tmp_path: Path, empty: object) -> None:
+    (problem,) = load(tmp_path, {"question": "q", "choices": empty, "answer": "5"})
+    assert (problem.choices, problem.answer.kind) == ((), "number")
+
+
+def test_a_reply_is_the_rationale_if_the_gold_has_its_own_column(tmp_path: Path) -> None:
+    (problem,) = load(tmp_path, {"messages": [USER, REPLY], "answer": 13})
+    assert (problem.answer.value, problem.rationale) == (13, REPLY["content"])
+
+
+@pytest.mark.parametrize("content", ["", " ", None])
+def test_an_empty_system_message_is_left_out(tmp_path: Path, content: str | None) -> None:
+    empty = {"role": "system", "content": content}
+    (problem,) = load(tmp_path, {"messages": [empty, USER, REPLY]})
+    assert [turn.role for turn in problem.messages] == ["user"]
+    with pytest.raises(DataError, match="messages has no question"):
+        load(tmp_path, {"messages": [empty], "answer": 1})
+
+
 def test_a_question_that_holds_its_options_is_recognised(tmp_path: Path) -> None:
     options = [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]
     row = {"question": {"stem": "q", "choices": options}, "answerKey": "B"}
@@ -276,7 +328,11 @@ def test_rationales_are_read_with_the_decimal_separator_of_the_golds(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "data", "found"),
     [
-        ("data.jsonl", '{"question": "q", "answer": 5}\n{"question": "r", "answer": NaN}\n', "nan"),
+        (
+            "data.jsonl",
+            '{"question": "q", "answer": 5}\n{"question": "r", "answer": NaN}\n',
+            "None",
+        ),
         (
             "data.jsonl",
             '{"question": "q", "answer": 5}\n{"question": "r", "answer": null}\n',

@@ -11,7 +11,7 @@ from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.conversations import is_conversation, read_conversation
 from reftune.datasets.reading.file_dataset import Split
 from reftune.datasets.reading.golds import marked_text, worked_solution
-from reftune.datasets.reading.options import Options, read_options
+from reftune.datasets.reading.options import Options, has_options, read_options
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, refuse_type_changes
 from reftune.datasets.reading.shapes import Columns, recognise
@@ -51,7 +51,15 @@ class Jsonl(FileDataset):
             return []
         columns = self._columns(rows, is_train=split == "train")
         refuse_type_changes(rows, columns.names)
-        return [self._problem(row, columns) for row in rows]
+        options = [self._options(row, columns) for row in rows]
+        are_texts = any(
+            of_row is not None and of_row.is_only_text(str(row.get(columns.answer)))
+            for row, of_row in zip(rows, options, strict=True)
+        )
+        return [
+            self._problem(row, columns, of_row, golds_are_texts=are_texts)
+            for row, of_row in zip(rows, options, strict=True)
+        ]
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without training rows whose rationale contradicts the gold answer. Numbers in
@@ -59,7 +67,8 @@ class Jsonl(FileDataset):
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
-        return self._problem(row, self._columns([row], is_train=False))
+        columns = self._columns([row], is_train=False)
+        return self._problem(row, columns, self._options(row, columns))
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
@@ -76,19 +85,25 @@ class Jsonl(FileDataset):
                     rows[0].value(name)
         return recognise(rows, named).columns
 
-    def _problem(self, row: Row, columns: Columns) -> Problem:
-        question, messages = _question(row, columns.question)
-        options = None
-        if self.answer_kind in ("choice", "auto") and _has_options(row, columns.choices):
-            options = read_options(row, columns.choices or "")
-        elif self.answer_kind == "choice":
+    def _options(self, row: Row, columns: Columns) -> Options | None:
+        """The row's options; None if it has none, or if the answer kind needs none. Raises:
+        DataError if the answer kind needs options, or if they cannot be read."""
+        if self.answer_kind in ("choice", "auto") and has_options(row, columns.choices):
+            return read_options(row, columns.choices or "")
+        if self.answer_kind == "choice":
             raise DataError(
                 f"{row.where}: no options; answer_kind: choice expects a column of options"
                 " (dataset.columns.choices)"
             )
+        return None
+
+    def _problem(
+        self, row: Row, columns: Columns, options: Options | None, *, golds_are_texts: bool = False
+    ) -> Problem:
+        question, messages = _question(row, columns.question)
         cell = marked_text(row, columns.answer)
         try:
-            answer, text = self._gold(cell, options)
+            answer, text = self._gold(cell, options, are_texts=golds_are_texts)
         except DataError as error:
             raise DataError(f"{row.where}: {columns.answer} is {error}") from None
         if columns.rationale == columns.answer:
@@ -106,15 +121,19 @@ class Jsonl(FileDataset):
             columns=row.others(*columns.names),
         )
 
-    def _gold(self, cell: object, options: Options | None) -> tuple[Answer, str]:
-        """The answer in a cell, and the text that states it. Raises: DataError if the cell contains
-        no answer of the expected kind."""
+    def _gold(
+        self, cell: object, options: Options | None, *, are_texts: bool
+    ) -> tuple[Answer, str]:
+        """The answer in a cell, and the text that states it. If the gold answers `are_texts` of
+        options, one that is both a text and another option's label is read as the text. Raises:
+        DataError if the cell contains no answer of the expected kind."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), str(cell)
         stated = stated_gold(cell, reading)
         if options is not None:
-            letter = options.letter(str(stated), self.positions_from)
+            is_text = are_texts and options.is_text(str(stated))
+            letter = None if is_text else options.letter(str(stated), self.positions_from)
             try:
                 return read_gold(letter or stated, "choice", choices=options.texts), str(stated)
             except DataError as error:
@@ -156,11 +175,6 @@ def _rationale(row: Row, column: str | None) -> str | None:
     if is_conversation(row.get(column)):
         return read_conversation(row.value(column), row.where).reply
     return row.optional_text(column)
-
-
-def _has_options(row: Row, columns: str | list[str] | None) -> bool:
-    names = [columns] if isinstance(columns, str) else columns or ()
-    return any(row.get(name) is not None for name in names)
 
 
 def _id(row: Row, column: str | None) -> str:

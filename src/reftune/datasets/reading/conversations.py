@@ -48,19 +48,32 @@ def is_conversation(value: object) -> bool:
     )
 
 
+def is_answered(turns: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a conversation ends in the assistant's turn."""
+    return _role(turns[-1]) == "assistant"
+
+
 def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> Conversation:
-    """Read a row's turns. Raises: DataError for a turn that is not text or has an unknown role."""
-    turns = tuple(_message(turn, where) for turn in value)
-    is_answered = turns[-1].role == "assistant"
+    """Read a row's turns, leaving out an empty system message. Raises: DataError for any other turn
+    that is not text, or for one with an unknown role."""
+    turns = tuple(_message(turn, where) for turn in value if not _is_empty_system(turn))
     return Conversation(
-        before=turns[:-1] if is_answered else turns,
-        reply=turns[-1].content if is_answered else None,
+        before=turns[:-1] if is_answered(value) else turns,
+        reply=turns[-1].content if is_answered(value) else None,
     )
 
 
+def _is_empty_system(turn: Mapping[str, Any]) -> bool:
+    content = turn.get("content", turn.get("value"))
+    return _role(turn) == "system" and (content is None or not str(content).strip())
+
+
+def _role(turn: Mapping[str, Any]) -> Literal["system", "user", "assistant"] | None:
+    return ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+
+
 def _message(turn: Mapping[str, Any], where: str) -> Message:
-    speaker = turn.get("role", turn.get("from"))
-    role = ROLES.get(str(speaker).lower())
+    speaker, role = turn.get("role", turn.get("from")), _role(turn)
     content = _text(turn.get("content", turn.get("value")))
     if role is None:
         raise DataError(

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import logging
+import math
 import re
 import sys
 import zipfile
@@ -102,7 +103,7 @@ def _read_json(path: Path) -> Records:
     lines."""
     text = read_text(path)
     try:
-        whole = json.loads(text)
+        whole = _parse_json(text)
     except (ValueError, RecursionError) as error:
         if not text.lstrip().startswith("["):
             return json_lines(path, text.split("\n"))
@@ -121,6 +122,16 @@ def _read_json(path: Path) -> Records:
     )
 
 
+def _parse_json(text: str) -> Any:
+    """The value of a JSON text. NaN, which pandas writes for a missing value, becomes null. Raises:
+    ValueError or RecursionError if the text is not JSON."""
+    return json.loads(text, parse_constant=_constant)
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
+
+
 def _read_jsonl(path: Path) -> Records:
     return json_lines(path, read_text(path).split("\n"))
 
@@ -134,7 +145,7 @@ def _is_table(value: object) -> bool:
 
 def _json_list(path: Path, text: str, position: int) -> Records:
     """The objects of a valid JSON list whose content begins at `position`."""
-    more, decoder = re.compile(r"[^\s,\]]"), json.JSONDecoder()
+    more, decoder = re.compile(r"[^\s,\]]"), json.JSONDecoder(parse_constant=_constant)
     end, line, counted = re.compile(r"[\s,]*\]"), 1, 0
     while not end.match(text, position) and (begins := more.search(text, position)):
         line, counted = line + text.count("\n", counted, begins.start()), begins.start()
@@ -154,7 +165,7 @@ def json_lines(name: object, lines: Iterable[str]) -> Records:
             continue
         where = f"{name}:{number}"
         try:
-            value = json.loads(line)
+            value = _parse_json(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where}: not valid JSON ({_reason(error)}); expected one object per line"
@@ -280,12 +291,22 @@ def _read_parquet(path: Path) -> Records:
     from pyarrow import parquet
 
     try:
-        records = parquet.read_table(path).to_pylist()
+        records = [
+            {name: _plain(value) for name, value in record.items()}
+            for record in parquet.read_table(path).to_pylist()
+        ]
     # ValueError: text that is not UTF-8; OverflowError: a date out of range
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}: row {number}", record
+
+
+def _plain(value: Any) -> Any:
+    """A decimal as an ordinary number, and NaN as null; any other value is unchanged."""
+    if isinstance(value, Decimal):
+        value = int(value) if value == value.to_integral_value() else float(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,8 @@ from reftune.grading.options import unlettered
 from reftune.text import shown
 
 MOST = len(string.ascii_lowercase)
+NO_OPTIONS: tuple[object, ...] = (None, "", "[]", [], {}, {"text": [], "label": []})
+"""The cells of a question that is not multiple choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,20 +35,25 @@ class Options:
         place = int(label) - positions_from
         return string.ascii_lowercase[place] if place in places else None
 
+    def is_text(self, gold: str) -> bool:
+        """Whether `gold` is the text of an option."""
+        return gold.strip() in self.texts
+
+    def is_only_text(self, gold: str) -> bool:
+        """Whether `gold` is the text of an option, but not a label."""
+        return self.is_text(gold) and self.letter(gold, None) is None
+
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
     """The options of a row. A single column contains a list of option texts,
     `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, or one of
     these written as a string. If there are several columns, each contains one option, and empty
-    columns are skipped.
+    columns are skipped; the columns' last characters are the labels if they are consecutive letters
+    or digits, as in `option_a`, `option_b`.
 
     Raises: DataError if the only column is missing, or if there are not 2 to 26 options.
     """
-    if not isinstance(columns, str):
-        found = {column[-1].lower(): row.get(column) for column in columns}
-        value: Any = {label: text for label, text in found.items() if text is not None}
-    else:
-        value = row.value(columns)
+    value = row.value(columns) if isinstance(columns, str) else _in_columns(row, columns)
     options = _options(literal(value) if isinstance(value, str) else value)
     if options is None:
         raise DataError(
@@ -54,6 +61,23 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
             f" {shown(value)}; expected a list of 2 to {MOST} option texts"
         )
     return options
+
+
+def has_options(row: Row, columns: str | Sequence[str] | None) -> bool:
+    """Whether any of the columns contains an option."""
+    names = [columns] if isinstance(columns, str) else columns or ()
+    values = [row.get(name) for name in names]
+    return any(value not in NO_OPTIONS for value in values)
+
+
+def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
+    """The options in several columns, by label if the columns' names contain labels."""
+    filled = [(name, text) for name in columns if (text := row.get(name)) not in (None, "")]
+    labels = "".join(sorted(name[-1].lower() for name in columns))
+    is_labelled = labels in string.ascii_lowercase or labels in string.digits
+    if is_labelled:
+        return {name[-1].lower(): text for name, text in filled}
+    return [text for _, text in filled]
 
 
 def _options(value: object) -> Options | None:

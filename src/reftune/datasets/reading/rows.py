@@ -50,9 +50,10 @@ class Row:
         return value.strip()
 
     def optional_text(self, column: str) -> str | None:
-        """As `text`, but None if the column is missing, null or empty."""
+        """As `text`, but None if the column is missing, null or blank."""
         value = self.get(column)
-        return None if value is None or value == "" else self.text(column)
+        is_blank = value is None or (isinstance(value, str) and not value.strip())
+        return None if is_blank else self.text(column)
 
     def number_gold(self, column: str) -> Answer:
         """The gold number in a column. Raises: DataError if the column is missing or its value is

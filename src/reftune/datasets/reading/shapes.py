@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product, takewhile
 from typing import Any
 
-from reftune.datasets.reading.conversations import is_conversation
+from reftune.datasets.reading.conversations import is_answered, is_conversation
 from reftune.datasets.reading.golds import worked_solution
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
@@ -93,9 +93,12 @@ def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
     if answer is None:
         raise _nowhere(first, "answer", found)
     if "rationale" not in columns:
-        is_worked = answer == asked or found.any_worked(answer)
         rationale = found.first("rationale", {*used, answer})
-        columns["rationale"] = rationale or (answer if is_worked else None)
+        if rationale is None and (answer == asked or found.any_worked(answer)):
+            rationale = answer
+        elif rationale is None and isinstance(asked, str) and found.any_replied(asked):
+            rationale = asked
+        columns["rationale"] = rationale
     columns.setdefault("choices", found.choices({*used, answer}))
     columns.setdefault("id", found.first("id", {*used, answer}))
     return Shape(name=_name(first, columns), columns=Columns.model_validate(columns))
@@ -143,6 +146,11 @@ class _Found:
             is_conversation(cell) or (isinstance(cell, str) and worked_solution(cell) is not None)
             for cell in cells
         )
+
+    def any_replied(self, column: str) -> bool:
+        """Whether any cell of the column is a conversation that ends in the assistant's turn."""
+        cells = [row.get(column) for row in self.rows]
+        return any(is_conversation(cell) and is_answered(cell) for cell in cells)
 
 
 def _name(row: Row, columns: Mapping[str, Any]) -> str:
