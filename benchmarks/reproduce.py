@@ -2,9 +2,10 @@
 
 python benchmarks/reproduce.py 0 --only comparison        # run or resume one recipe with one seed
 python benchmarks/reproduce.py 0 1 2 3 4 --publish        # `make reproduce`: all, to docs/
-python benchmarks/reproduce.py --page                     # only write docs/results.md again
+python benchmarks/reproduce.py --page                     # only write the pages again
 
-Unless --publish or --page is set, tables and page are written to runs/reproduce.
+The pages are docs/results.md and docs/experiments/modern.md. Unless --publish or --page is set, all
+tables and pages are written to runs/reproduce.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from reftune.terminal.cli import main as reftune
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
+MODERN_PAGE = ROOT / "docs" / "experiments" / "modern.md"
 OWN = Path("runs") / "reproduce"
-"""Folder of the tables and the page, unless they are published."""
+"""Folder of the tables and pages, unless they are published."""
 TITLES = {
     "comparison": "Solutions are programs",
     "comparison-nl": "Solutions are in words",
@@ -60,17 +62,15 @@ NOTES = {
         "test problems.\n\n"
         "For SFT, reranking beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
         "points [2.4, 10.1]. Weighting the votes by score improves voting by 3.5 points [1.0, "
-        "6.9]. For ReFT, none of these three differences is significant: +0.5 [−2.3, +3.5], −0.2 "
-        "[−3.1, +2.7] and +0.7 [−0.7, +2.5]."
+        "6.9]. For ReFT, none of these three differences is significant."
     ),
     "reranking-nl": (
         "The reward model learns from 20 samples that SFT draws for each of the 3,000 training "
         "questions. SFT and ReFT are trained [as above](#solutions-are-in-words).\n\n"
-        "For SFT, reranking beats greedy decoding by 8.8 points [6.2, 11.5]. Its lead over voting, "
-        "1.7 points [−1.3, 4.3], is not significant, but weighting the votes by score improves "
-        "voting by 2.5 points [1.0, 4.1]. For ReFT, reranking beats voting by 2.5 points [0.5, "
-        "4.3]. Its lead over greedy decoding, 2.0 points [−0.1, 4.1], is not significant. After "
-        "reranking, ReFT no longer leads SFT."
+        "For SFT, reranking beats greedy decoding by 8.8 points [6.2, 11.5], but its lead over "
+        "voting is not significant. Weighting the votes by score improves voting by 2.5 points "
+        "[1.0, 4.1]. For ReFT, reranking beats voting by 2.5 points [0.5, 4.3], but its lead over "
+        "greedy decoding is not significant. After reranking, ReFT no longer leads SFT."
     ),
     "classifier-nl": (
         "The recipe is that of the previous section with the paper's reward model (`lm_coef: 0`). "
@@ -82,25 +82,25 @@ NOTES = {
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
         "starts the value head at zero and makes eight more changes, most of which come from later "
         "papers. The [last table](#what-each-part-of-modern-contributes) shows what each of the "
-        "eight contributes. Two of them, decoupled lambda and positive nll, were part of these "
-        "runs but have since been [removed from reftune](experiments/critic.md"
-        "#what-the-parts-of-modern-contribute). Both methods sample the same number of solutions."
+        "eight contributes. Two of them, decoupled lambda and positive nll, have since been "
+        "[removed from reftune](critic.md#what-the-parts-of-modern-contribute). Both methods "
+        "sample the same number of solutions."
     ),
     "tuned": (
-        "*ReFT* is as above. *ReFT tuned* uses smaller rollouts and makes four passes over each "
-        "instead of two. It starts the value head at zero, fits it before PPO starts, gives it "
-        "less weight in the loss, and doubles the KL coefficient. *ReFT tuned, two updates* makes "
-        "only two passes. The tuned settings were chosen on other seeds. All three methods sample "
-        "the same number of solutions."
+        "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT tuned* "
+        "uses smaller rollouts and makes four passes over each instead of two. It starts the value "
+        "head at zero, fits it before PPO starts, gives it less weight in the loss, and doubles "
+        "the KL coefficient. *ReFT tuned, two updates* makes only two passes. The tuned settings "
+        "were chosen on other seeds. All three methods sample the same number of solutions."
     ),
     "comparison-nl": (
         "All methods except offline self-training start from the same warm-up: 20 epochs over "
         "3,000 questions, or 60,000 gradient passes, each over one solution. By then, dev accuracy "
-        "has [levelled off](handover.md). SFT takes another 11,240 passes, ReFT 11,192, and online "
-        "self-training 11,200 to 11,600. The first 3,000 passes of ReFT and online self-training "
-        "are a supervised [cooldown](handover.md#what-was-compared), and the row *Warm-up* shows "
-        "the model after this cooldown. Offline self-training starts from the base model, as in "
-        "the paper. It takes 54,000 passes, a quarter fewer than the warm-up and SFT together.\n\n"
+        "has [levelled off](handover.md). SFT, ReFT and online self-training then take 11,192 to "
+        "11,600 more passes. For ReFT and online self-training, the first 3,000 of these are a "
+        "supervised [cooldown](handover.md#what-was-compared); the row *Warm-up* shows the model "
+        "after this cooldown. Offline self-training starts from the base model, as in the paper. "
+        "It takes 54,000 passes, a quarter fewer than the warm-up and SFT together.\n\n"
         "Voting adds 7.3 points to SFT but none to ReFT, probably because ReFT's samples vary "
         "less. When training started from an [unfinished "
         "warm-up](experiments/handover.md#first-attempts), no method beat SFT."
@@ -109,18 +109,18 @@ NOTES = {
 """Recipe → text above its table."""
 OPEN = [
     "**No run on real data** is complete. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) "
-    "reports a warm-up of one epoch and 28 RL steps on two CPU cores, and three warm-ups on a GPU, "
-    "where time ran out before RL began. Without AMX (Intel's matrix instructions), even a "
-    "shortened run would take about 10 hours per seed on two cores.",
+    "reports 28 RL steps on two CPU cores, and three warm-ups on a GPU, where time ran out before "
+    "RL began.",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
-    "variance of the reward; a perfect critic would explain almost half of it at the first token "
-    "and nearly all of it at the last ones. Starting from a finished warm-up (five seeds), RLOO is "
-    "1.1 points [0.1, 2.3] better than PPO, no part of `modern` shows a gain, and no method "
-    "differs significantly from further SFT ([log](experiments/critic.md)).",
-    "**Two ideas** brought no gain in trials on tuning seeds, so we did not run them on the "
-    "reported seeds: RL from [prefixes of the gold "
-    "solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and skipping "
-    "[questions that are solved every "
+    "reward's variance. Over five seeds from finished warm-ups, RLOO is 1.1 points [0.1, 2.3] "
+    "better than PPO, and no method differs significantly from further SFT "
+    "([log](experiments/critic.md)).",
+    "**PPO with changes from later papers** (`modern`) shows no gain over PPO, nor does any of its "
+    "parts: not on the [demo's questions](experiments/modern.md) (three seeds), and not with "
+    "[longer solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds).",
+    "**Two ideas** brought no gain on tuning seeds and were not run on others: RL from [prefixes "
+    "of the gold solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and "
+    "skipping [questions that are solved every "
     "time](experiments/demo-search.md#solved-questions-that-rest) (three seeds).",
 ]
 FINDINGS = [
@@ -183,7 +183,7 @@ def write(path: Path, text: str) -> None:
 
 
 def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of the results page, which depends only on the tables."""
+    """The text of the results page, which depends only on the tables; `modern` has its own page."""
     parts = [
         "# Results\n\n"
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
@@ -196,20 +196,34 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
         "Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN),
     ]
     for recipe, table in tables.items():
-        measured = (
-            f"This table covers {table['seeds']} seed{'s' * (table['seeds'] != 1)} of"
-            f" `recipes/demo/{recipe}.yaml` at commit {table['commit']}."
-        )
-        rivals = [table["baseline"], *["reft"] * (recipe in AGAINST_PAPER)]
-        results = methods_table(table, rivals)
-        parts += filter(None, [f"## {TITLES[recipe]}", NOTES.get(recipe, ""), measured, results])
-    if "modern" in tables:
-        parts.append(
-            "## What each part of `modern` contributes\n\n"
-            "A positive difference means that the part helps.\n\n"
-            + ablation_table(tables["modern"])
-        )
+        if recipe != "modern":
+            parts += [f"## {TITLES[recipe]}", *section(recipe, table)]
     return "\n\n".join(parts) + "\n"
+
+
+def modern_page(table: Mapping[str, Any]) -> str:
+    """The text of the page on `modern`, which depends only on its table."""
+    parts = [
+        f"# {TITLES['modern']}",
+        "Accuracies are in percent. Differences are in percentage points and paired by problem. "
+        "Brackets contain 95% confidence intervals over seeds and problems, and n.s. means not "
+        "significant.",
+        *section("modern", table),
+        "## What each part of `modern` contributes",
+        "A positive difference means that the part helps.",
+        ablation_table(table),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(recipe: str, table: Mapping[str, Any]) -> list[str]:
+    """A recipe's text, if there is one, the source of its table, and the table."""
+    measured = (
+        f"Over {table['seeds']} seed{'s' * (table['seeds'] != 1)} of"
+        f" `recipes/demo/{recipe}.yaml` at commit {table['commit']}:"
+    )
+    rivals = [table["baseline"], *["reft"] * (recipe in AGAINST_PAPER)]
+    return [*filter(None, [NOTES.get(recipe)]), measured, methods_table(table, rivals)]
 
 
 def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
@@ -304,28 +318,34 @@ def points_or_dash(found: Mapping[str, Any] | None) -> str:
     return "–" if found is None else points(found) + " n.s." * (not found["significant"])
 
 
-def write_page(results: Path, out: Path) -> None:
+def write_pages(results: Path, out: Path, modern_out: Path) -> None:
     paths = {recipe: results / f"reproduce-{recipe}.json" for recipe in TITLES}
     measured = {recipe: path for recipe, path in paths.items() if path.is_file()}
     tables = {recipe: json.loads(path.read_text("utf-8")) for recipe, path in measured.items()}
     write(out, page(tables))
+    if "modern" in tables:
+        write(modern_out, modern_page(tables["modern"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("seeds", nargs="*")
     parser.add_argument("--only", choices=TITLES, help="run only this recipe")
-    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--page", action="store_true", help="only write the pages")
     parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/reproduce")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="set recipe keys")
     options = parser.parse_args(arguments)
     is_published = options.page or options.publish
-    results, out = (RESULTS, PAGE) if is_published else (OWN, OWN / "results.md")
+    results, out, modern_out = (
+        (RESULTS, PAGE, MODERN_PAGE)
+        if is_published
+        else (OWN, OWN / "results.md", OWN / "modern.md")
+    )
     if not options.page:
         recipes = [options.only] if options.only else list(TITLES)
         run_all(recipes, options.seeds, options.set)
         write_tables(recipes, options.seeds, results)
-    write_page(results, out)
+    write_pages(results, out, modern_out)
     print(f"written: {out}")
 
 

@@ -35,9 +35,9 @@ file's keys: tables are merged unless their kinds differ, and `null` removes an 
 *kind* is a built-in name or your own class (`my_file.py:Name`). Write it alone (`engine: kv`) or in
 a table (`engine: {kind: kv, refill: 0.5}`).
 
-If a key allows only certain values, all are listed, the default first. A dash means unset. Terms
-such as *method* are explained under [Notation](algorithms.md#notation). "The paper" is the ReFT
-paper, by "the authors".
+If a key allows only certain values, all are listed, the default first. A dash means unset.
+[Notation](algorithms.md#notation) explains terms such as *method*. "The paper" is the ReFT paper,
+and "the authors" are its authors.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""

@@ -17,8 +17,7 @@ STD_FLOOR = 1e-4
 
 class Grpo(Clipped):
     """The KL penalty is part of the loss. `reduction: sequence` favours short correct answers over
-    long ones, because each token of a short answer weighs more; `reduction: token` does not (DAPO,
-    arXiv:2503.14476)."""
+    long ones; `reduction: token` does not (DAPO, arXiv:2503.14476)."""
 
     kind: Literal["grpo"] = "grpo"
     scale: Literal["std", "none"] = "std"

@@ -37,7 +37,7 @@ class Jsonl(FileDataset):
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How answers are compared; see [answer kinds](datasets.md#answer-kinds)."""
     positions_from: Literal[0, 1] | None = None
-    """Number of the first option, if gold answers are positions among the options."""
+    """The first option's number, if gold answers are positions among the options."""
 
     decimal: Literal[".", ","] = "."
     """Decimal separator of the gold answers."""

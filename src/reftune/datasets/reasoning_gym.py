@@ -34,7 +34,7 @@ class ReasoningGym(Component):
     train_size: int = Field(1000, gt=0)
     dev_size: int = Field(200, ge=0)
     test_size: int = Field(500, ge=0)
-    """Number of test questions, which do not depend on the other sizes."""
+    """The test questions do not depend on the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
     """Determines which questions are generated. The run's seed chooses those used for dev."""
 

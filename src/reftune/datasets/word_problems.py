@@ -61,7 +61,7 @@ class WordProblems(Component):
     """Upper limit for answers and intermediate results."""
     rationale: Literal["program", "nl"] = "program"
     styles: int = Field(4, ge=1, le=24)
-    """Number of ways of writing a rationale: at most 24, or 8 for `nl`."""
+    """Ways of writing a rationale: at most 24, or 8 for `nl`."""
     answer: Literal["number", "choice"] = "number"
     """`choice` gives each question four options."""
 

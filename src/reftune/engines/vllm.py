@@ -55,10 +55,10 @@ class Vllm(Component):
     colocated."""
     weights_dir: str | None = None
     """Folder through which weights are passed to vLLM. Default: `/dev/shm` (in memory) if it
-    exists, else the system's temporary folder."""
+    exists, otherwise the system's temporary folder."""
     batch_size: int = Field(256, gt=0)
-    """Maximum number of solutions decoded at once. With servers, this key limits
-    simultaneous requests, and solutions per request."""
+    """Maximum number of solutions decoded at once. With servers, this key limits simultaneous
+    requests, and solutions per request."""
     memory: float = Field(0.3, gt=0, le=1)
     """Share of the device's memory that colocated vLLM uses."""
     eager: bool = False

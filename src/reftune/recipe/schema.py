@@ -60,7 +60,7 @@ class ModelTable(Table):
     compile: bool = False
     """Use torch.compile for scoring and updates. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of the weights that are saved and then evaluated. `base` is the precision of the
+    """Precision of the saved weights, which are then evaluated. `base` is the precision of the
     files at `path`. Default: `base` with `lora`, and float32 otherwise."""
     trust_remote_code: bool = False
 
@@ -97,7 +97,7 @@ class EvaluateTable(Table):
 
     split: Literal["test", "dev"] = "test"
     samples: int = Field(0, ge=0)
-    """Number of solutions sampled per problem, for voting, reranking and pass@k."""
+    """Solutions sampled per problem, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
     """Methods from which solutions are sampled. Default: all."""
     temperature: float = Field(1.0, gt=0)
@@ -148,7 +148,7 @@ class Recipe(Table):
     run_dir: str | None = None
     """The run's folder. Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
-    """Number of CPU threads. With 1, results do not depend on the number of cores. Default: PyTorch
+    """CPU threads. With 1, results do not depend on the number of cores. Default: PyTorch
     chooses."""
     model: ModelTable
     dataset: component_field("datasets")  # type: ignore[valid-type]
@@ -163,7 +163,7 @@ class Recipe(Table):
     trackers: list[TrackerName] | None = None
     """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
     tracker_rollouts: int = Field(16, ge=0)
-    """Number of sampled solutions shown per step in wandb and Trackio."""
+    """Sampled solutions shown per step in wandb and Trackio."""
 
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:

@@ -94,7 +94,7 @@ class TrainingTable(Table):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """Number of checkpoints kept, in addition to the best model."""
+    """Checkpoints kept, in addition to the best model."""
     probe_choices: bool = False
     """On multiple choice, also look for [reward hacking](metrics.md#multiple-choice) in dev
     evaluations, which may then take three times as long."""

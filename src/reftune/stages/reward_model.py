@@ -66,7 +66,7 @@ class RewardModel(Schedule, Sampled):
     init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)
-    """Number of samples per dev problem, ideally the same as `evaluate.samples`."""
+    """Samples per dev problem, ideally as many as `evaluate.samples`."""
 
     is_method: ClassVar[bool] = False
 

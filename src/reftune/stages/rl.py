@@ -45,31 +45,30 @@ class Rl(TrainingTable, Stage):
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
     steps: int = Field(gt=0)
-    """Number of rollouts to sample and train on."""
+    """Rollouts to sample and train on."""
     prompts: int = Field(gt=0)
-    """Number of problems per rollout."""
+    """Problems per rollout."""
     samples: int = Field(1, gt=0)
-    """Number of samples per training problem."""
+    """Samples per training problem."""
     updates: int = Field(2, gt=0)
-    """Number of training passes over each rollout (PPO epochs)."""
+    """Training passes over each rollout (PPO epochs)."""
     minibatches: int = Field(1, gt=0)
-    """Number of optimizer steps per pass."""
+    """Optimizer steps per pass."""
     mask_truncated: bool = False
     """In the loss, ignore samples that were cut off at `lengths.max_new` (DAPO, §3.4)."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
     """Upper limit, usually 2, of the [importance
-    weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample. If unset, advantages
-    are not weighted."""
+    weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """`zero` keeps the value head of `init`, which is 0 unless PPO trained it. `uniform` draws
-    weights from the interval ±1/√(hidden size), as the authors' code does."""
+    """`zero` keeps the value head of `init`, which is 0 unless PPO trained it. `uniform` draws its
+    weights at random, as the authors' code does."""
     value_model: Literal["shared", "separate"] = "shared"
     """Whether the value head shares the policy's transformer or has one of its own."""
     value_prefit: int = Field(0, ge=0)
-    """Number of additional rollouts to which the value head is fitted before PPO starts."""
+    """Additional rollouts to which the value head is fitted before PPO starts."""
     eval_every: int = Field(10, gt=0)
-    """Number of steps between dev evaluations."""
+    """Steps between dev evaluations."""
 
     reads_questions: ClassVar[bool] = True
 

@@ -54,7 +54,7 @@ class Sampled(Stage, ABC):
     sampler: str = "warmup"
     """Model that draws the samples: `base` or an earlier method."""
     samples: int = Field(100, gt=0)
-    """Number of samples per training problem."""
+    """Samples per training problem."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     """Sample only from the `top_k` most likely tokens. 0 means from all tokens."""

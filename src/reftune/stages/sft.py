@@ -30,9 +30,9 @@ class Schedule(TrainingTable):
 
     epochs: float = Field(gt=0)
     batch_size: int = Field(gt=0)
-    """Number of sequences per optimizer step."""
+    """Sequences per optimizer step."""
     eval_every: float = Field(1.0, gt=0)
-    """Number of epochs between dev evaluations."""
+    """Epochs between dev evaluations."""
 
     def cost_of_rows(self, num_rows: int, *, sampled_before: int = 0) -> Cost:
         return Cost(

@@ -36,7 +36,7 @@ class FileDataset(Component):
     dev: str | None = None
     """Default: drawn from the training questions."""
     dev_size: int | None = Field(None, ge=0)
-    """Number of training questions drawn for dev. Default: a tenth, at most 500."""
+    """Training questions drawn for dev. Default: a tenth, at most 500."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
 
