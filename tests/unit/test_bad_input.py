@@ -372,6 +372,10 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
             ["sample", "recipe.yaml", "--method", "sft"],
             r"runs/tiny/stages/sft: method sft is not trained yet",
         ),
+        (
+            ["sample", "recipe.yaml", "dataset.test=null", "--method", "base", "--split", "test"],
+            r"--split: the dataset has no test problems; expected another split",
+        ),
         (["self-train", "recipe.yaml"], r"tiny: no stage of kind self_train; it has sft"),
         (
             ["demo", "stages.reft.stpes=1"],

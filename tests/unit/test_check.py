@@ -24,7 +24,8 @@ from reftune.recipe import (
     parse_recipe,
     shipped_recipes,
 )
-from reftune.runs.run import load_splits
+from reftune.runs.run import load_splits, open_run
+from reftune.stages.progress import Progress
 from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
@@ -421,7 +422,7 @@ def test_the_command_exits_with_2_if_a_check_fails(
     failed = replace(sound.findings[0], level="fail", message="0 train", remedy="give some")
     reports = [sound, replace(sound, findings=(failed, *sound.findings[1:]))]
     monkeypatch.setattr("reftune.advice.check.check_recipe", lambda recipe: reports.pop())
-    for status, err in ((2, "check failed: splits: 0 train; give some\n"), (0, "")):
+    for status, err in ((2, f"check failed: {failed.name}: 0 train; give some\n"), (0, "")):
         with pytest.raises(SystemExit) as caught:
             main(["check", "tiny.yaml", "--json"])
         assert caught.value.code == status
@@ -488,6 +489,37 @@ def test_a_dtype_many_times_slower_than_the_other_is_refused_and_the_model_not_r
 def test_a_dtype_a_few_times_slower_is_left_to_the_user(product_rates):
     product_rates["float32"] = 7 * product_rates["bfloat16"]
     assert finding("dtype", model={**MODEL, "dtype": "bfloat16"}).level == "ok"
+
+
+def test_the_folder_of_another_recipe_fails_and_its_models_are_not_checked(tmp_path):
+    # the folder has a finished warm-up, but of a recipe with another model
+    def folder_of(hidden_size: int) -> Recipe:
+        shape = ScratchTable(hidden_size=hidden_size, layers=1, heads=2, context=64)
+        rl = {
+            "kind": "rl",
+            "init": "sft",
+            "steps": 1,
+            "prompts": 2,
+            "optimizer": {"learning_rate": 1e-3},
+        }
+        return recipe(
+            run_dir=str(tmp_path / "run"),
+            model={"scratch": shape, "dtype": "float32", "micro_batch_tokens": 512},
+            stages={**recipe().stages, "reft": rl},
+        )
+
+    own, other = folder_of(32), folder_of(16)
+    with open_run(own, Progress()) as run:
+        run.train("sft")
+    checked = check_only(own, {"run_folder"})
+    assert (checked.method, [found.level for found in checked.findings]) == ("sft", ["ok"])
+    checked = check_only(other, {"run_folder"})
+    assert checked.method == "base"
+    (found,) = checked.failed
+    assert found.message == (
+        f"{tmp_path / 'run'}: belongs to another recipe: model.scratch.hidden_size was 32, now 16"
+    )
+    assert found.remedy == "choose another run_dir"
 
 
 # --- instruct models ------------------------------------------------------------------------------

@@ -143,7 +143,10 @@ def test_test_questions_are_scored_if_there_are_any_and_dev_if_not(here: Path):
             ["--data", "bare.csv", "--model", "scratch"],
             "learns from rationales, but the data has none; set --model",
         ),
-        (["--data", "bare.csv", "--model", "./nowhere"], "./nowhere: no tokenizer can be loaded"),
+        (
+            ["--data", "bare.csv", "--model", "./nowhere"],
+            "./nowhere: no such model folder; expected one",
+        ),
         (
             ["--data", "bare.csv", "--model", "scratch", "--out", "bare.csv"],
             "bare.csv: exists already",

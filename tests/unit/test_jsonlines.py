@@ -48,6 +48,12 @@ def test_a_torn_last_line_is_no_row(lines):
     assert steps(lines) == [0, 1, 2, 3]
 
 
+def test_a_damaged_line_is_named(lines):
+    lines.path.write_text(lines.path.read_text().replace('"step": 2', '"step"'))
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:3: damaged \(.*\); expected a JSON"):
+        lines.rows()
+
+
 def test_cutting_back_drops_a_torn_line_so_that_the_next_one_is_whole(lines):
     with lines.path.open("a") as file:
         file.write('{"stage": "reft", "st')

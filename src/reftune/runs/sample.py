@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reftune.errors import DataError
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
 from reftune.runs.auto import settled
@@ -20,12 +21,14 @@ def sample_method(
     """The rows of `sample_rows` for the first `num` problems of a split. The solutions come from
     `base` or from a finished method of the recipe's run.
 
-    Raises: RecipeError if the method is not trained yet.
+    Raises: RecipeError if the method is not trained yet; DataError if the split is empty.
     """
     recipe = settled(recipe)
     run = unclaimed(recipe)
-    policy = run.load_policy(method)
     problems: Sequence[Problem] = getattr(run.splits, split)[:num]
+    if not problems:
+        raise DataError(f"--split: the dataset has no {split} problems; expected another split")
+    policy = run.load_policy(method)
     return sample_rows(policy, run.collector(policy), problems, recipe, temperature=temperature)
 
 

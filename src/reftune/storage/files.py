@@ -143,8 +143,17 @@ class JsonLines:
         self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The objects on all complete lines; an incomplete last line is ignored."""
-        return [json.loads(line) for line in self._lines()]
+        """The objects on all complete lines; an incomplete last line is ignored. Raises:
+        CheckpointError for a damaged line."""
+        rows = []
+        for number, line in enumerate(self._lines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.path}:{number}: damaged ({error}); expected a JSON object"
+                ) from None
+        return rows
 
     def _lines(self) -> list[bytes]:
         return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []

@@ -20,7 +20,7 @@ from reftune.datasets.reading.shapes import Shape, recognise
 from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.encoder import Encoder
-from reftune.model.weights import SMOLLM2, smollm2_folder, word_tokenizer
+from reftune.model.weights import resolve, word_tokenizer
 from reftune.recipe import load_component, parse_recipe
 from reftune.runs.run import scratch_texts
 from reftune.seeds import derive_seed
@@ -237,7 +237,7 @@ def _config(model: str) -> Any:
 
 def _pretrained(kind: Any, model: str, what: str) -> Any:
     try:
-        return kind.from_pretrained(smollm2_folder() if model == SMOLLM2 else model)
+        return kind.from_pretrained(resolve(model))
     except (OSError, ValueError) as error:
         raise ModelError(f"{model}: no {what} can be loaded: {brief(error)}") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from reftune.errors import DataError
+from reftune.errors import CheckpointError, DataError
 from reftune.results import report_command, write_figures
 from reftune.results.page.gallery import MAX_TEXT, PROBLEMS_BYTES, SAMPLES_BYTES
 from reftune.results.page.html import duration, script_json
@@ -191,6 +191,13 @@ def test_durations_show_two_units() -> None:
         "2 h 5 min",
         "2 d 7 h",
     ]
+
+
+def test_figures_that_cannot_be_written_are_named(write_run: WriteRun, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "figures"):
+        with pytest.raises(CheckpointError, match=f"^{folder}: cannot be written: "):
+            write_figures([write_run(num_samples=2)], folder)
 
 
 def test_the_main_curves_are_written_as_figures(write_run: WriteRun, tmp_path: Path) -> None:

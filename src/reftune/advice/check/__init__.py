@@ -139,7 +139,8 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
 def _starting_method(run: Run) -> str:
     costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in run.recipe.stages.values()]
     inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
-    trained = [m for m in inits if run.folder.stage(m).is_done or is_model_folder(m)]
+    is_own = not data.run_folder_problem(run.recipe)
+    trained = [m for m in inits if (is_own and run.folder.stage(m).is_done) or is_model_folder(m)]
     return trained[0] if trained else "base"
 
 
@@ -159,6 +160,7 @@ def _named(*checks: Check) -> dict[str, Check]:
 
 
 CHECKS = _named(
+    data.check_run_folder,
     data.check_splits,
     data.check_gold_answers,
     data.check_gold_rationales,

@@ -9,13 +9,15 @@ from itertools import pairwise
 
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, learns_from_rationales, mean
-from reftune.errors import RewardError
+from reftune.errors import CheckpointError, RecipeError, RewardError
 from reftune.grading.formats.nl import DEFINITION, Nl
 from reftune.grading.formats.program import Program, programs_in
 from reftune.grading.perturbed import PRINTED, right_solutions, wrong_solutions
 from reftune.grading.sandbox import Sandbox, SandboxLimits
 from reftune.grading.sandbox.gaps import gap, missing_package
+from reftune.recipe import Recipe
 from reftune.results.stats import wilson
+from reftune.storage.run_folder import RunFolder, refuse_foreign
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 
 SMALL_DEV = 100
@@ -25,6 +27,24 @@ NUM_REWARDED = 64
 """Maximum number of training rows on which the reward is tested."""
 MAX_FALSE_POSITIVES = 0.05
 """Largest share of wrong solutions that may be rewarded before the check fails."""
+
+
+def check_run_folder(subject: Subject) -> Finding:
+    """Check that the run folder is new or belongs to this recipe."""
+    found = run_folder_problem(subject.recipe)
+    if not found:
+        return ok(str(subject.recipe.folder))
+    message, _, remedy = found.partition("; ")
+    return fail(message, remedy)
+
+
+def run_folder_problem(recipe: Recipe) -> str:
+    """Why a run of this recipe could not use its folder; empty if it could."""
+    try:
+        refuse_foreign(RunFolder(recipe.folder), recipe)
+    except (CheckpointError, RecipeError) as error:
+        return str(error)
+    return ""
 
 
 def check_splits(subject: Subject) -> Finding:

@@ -13,6 +13,7 @@ from reftune.results.page.charts import dev_chart, method_colours, training_char
 from reftune.results.page.drawing import LETTER, draw, px, tag
 from reftune.results.summary import ScoreTable, read_groups, score_table
 from reftune.results.tables import display
+from reftune.storage.files import writing
 
 ASSETS = Path(__file__).parent / "assets"
 WIDTH, HEIGHT, TITLE = 680, 320, 30
@@ -26,7 +27,8 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
     """Write the figure `accuracy`, with bars and intervals, and a figure for each curve, such as
     `dev_accuracy` and `maj@k`, each as .png and .svg. Returns: the paths.
 
-    Raises: DataError if a run is missing, damaged or unfinished, or if runs are not comparable.
+    Raises: DataError if a run is missing, damaged or unfinished, or if runs are not comparable;
+    CheckpointError if the folder cannot be written.
     """
     groups = read_groups(run_dirs)
     table, dev = score_table(groups), dev_chart(groups)
@@ -41,8 +43,9 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
         )
         for chart in curves
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return [path for name, svg in figures.items() for path in _save(Path(folder) / name, svg)]
+    with writing(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return [path for name, svg in figures.items() for path in _save(Path(folder) / name, svg)]
 
 
 def _save(stem: Path, svg: str) -> list[Path]:
