@@ -37,6 +37,9 @@ TITLES = {
     "tuned": "Our own PPO against the authors' settings",
 }
 """Recipe in recipes/demo → heading of its section."""
+WITHOUT_SECTION = ("classifier-nl", "modern")
+"""Recipes without a section on the results page: `classifier-nl` has a row in the table of
+findings, and `modern` has its own page."""
 RERANKED = {
     "comparison": ("comparison", "reranking"),
     "comparison-nl": ("classifier-nl", "reranking-nl"),
@@ -70,13 +73,11 @@ NOTES = {
         "For SFT, reranking beats greedy decoding by 8.8 points [6.2, 11.5], but its lead over "
         "voting is not significant. Weighting the votes by score improves voting by 2.5 points "
         "[1.0, 4.1]. For ReFT, reranking beats voting by 2.5 points [0.5, 4.3], but its lead over "
-        "greedy decoding is not significant. After reranking, ReFT no longer leads SFT."
-    ),
-    "classifier-nl": (
-        "The recipe is that of the previous section with the paper's reward model (`lm_coef: 0`). "
-        "Reranking is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by 25.1 "
-        "points [21.9, 28.5] for ReFT. In all five runs, the report warns that the reward model is "
-        "no better on dev than a random choice."
+        "greedy decoding is not significant. After reranking, ReFT no longer leads SFT.\n\n"
+        "The [paper's classifier](experiments/reranking.md#five-seeds-on-test-in-words) "
+        "(`lm_coef: 0`) is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by "
+        "25.1 points [21.9, 28.5] for ReFT. In all five runs, the report warns that it is no "
+        "better on dev than a random choice."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
@@ -115,9 +116,10 @@ OPEN = [
     "reward's variance. Over five seeds from finished warm-ups, RLOO is 1.1 points [0.1, 2.3] "
     "better than PPO, and no method differs significantly from further SFT "
     "([log](experiments/critic.md)).",
-    "**PPO with changes from later papers** (`modern`) shows no gain over PPO, nor does any of its "
-    "parts: not on the [demo's questions](experiments/modern.md) (three seeds), and not with "
-    "[longer solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds).",
+    "**PPO with changes from later papers** (`modern`) shows no gain over PPO, either on the "
+    "[demo's questions](experiments/modern.md) (three seeds) or with [longer "
+    "solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds). No "
+    "single part shows a gain either.",
     "**Two ideas** brought no gain on tuning seeds and were not run on others: RL from [prefixes "
     "of the gold solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and "
     "skipping [questions that are solved every "
@@ -183,7 +185,7 @@ def write(path: Path, text: str) -> None:
 
 
 def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of the results page, which depends only on the tables; `modern` has its own page."""
+    """The text of the results page, which depends only on the tables."""
     parts = [
         "# Results\n\n"
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
@@ -196,7 +198,7 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
         "Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN),
     ]
     for recipe, table in tables.items():
-        if recipe != "modern":
+        if recipe not in WITHOUT_SECTION:
             parts += [f"## {TITLES[recipe]}", *section(recipe, table)]
     return "\n\n".join(parts) + "\n"
 

@@ -29,7 +29,7 @@ class Mixture(Component):
     """Combines datasets. No question is in more than one split."""
 
     parts: dict[str, Part] = Field(min_length=2)
-    """A name of your choice → a dataset and its share."""
+    """Maps names of your choice to datasets and their shares."""
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> Self:

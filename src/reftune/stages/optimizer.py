@@ -39,7 +39,7 @@ class OptimizerTable(Table):
     """If a loss or gradient is not finite, `stop` ends the run with an error, and `skip` skips the
     step."""
     max_skipped: int = Field(10, gt=0)
-    """Maximum number of skipped steps per stage; one more stops the run."""
+    """Maximum number of skipped steps per stage."""
 
 
 class Trained(Protocol):

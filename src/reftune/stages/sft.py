@@ -47,7 +47,8 @@ class Schedule(TrainingTable):
 class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
-    """Method name → number of epochs after which the weights are saved under this name."""
+    """Maps the name of a method to the number of epochs after which the weights are saved under
+    this name."""
 
     until: Literal["plateau"] | None = None
     """`plateau` ends the stage soon after dev accuracy [levels off](handover.md). This needs
