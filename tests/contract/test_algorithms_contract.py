@@ -1,4 +1,5 @@
-"""The contract of every algorithm. A new file in src/reftune/algorithms joins automatically."""
+"""The contract of every algorithm. A new file in src/reftune/algorithms joins automatically; those
+of recipes/demo/critics.py are listed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 from reftune.recipe import known_kinds, load_component
 
-KINDS = known_kinds("algorithms")
+KINDS = [
+    *known_kinds("algorithms"),
+    *(f"demo/critics.py:{name}" for name in ("LambdaByLength", "Evpo", "Bpco")),
+]
 each_algorithm = pytest.mark.parametrize("kind", KINDS)
 
 

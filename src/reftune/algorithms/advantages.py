@@ -33,7 +33,12 @@ def token_rewards(
 
 
 def gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimates and value targets for right-padded responses.
 
