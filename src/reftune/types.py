@@ -45,13 +45,20 @@ class Answer:
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
-            sign = "%" * self.percent
-            if self.value.denominator == 1:
-                return str(self.value.numerator) + sign
-            decimal = float(self.value)
-            is_exact = Fraction(repr(decimal)) == self.value
-            return (repr(decimal) if is_exact else str(self.value)) + sign
+            return spell(self.value) + "%" * self.percent
         return self.value
+
+
+def spell(value: Fraction) -> str:
+    """The canonical spelling of a number, such as `18`, `0.5` or `1/3`. Equal numbers have the same
+    spelling."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    try:
+        decimal = repr(float(value))
+    except OverflowError:
+        return str(value)
+    return decimal if Fraction(decimal) == value else str(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -92,6 +92,10 @@ def test_a_gold_number_keeps_its_decimals(raw: object, value: str, decimals: flo
     assert (answer.value, answer.decimals) == (Fraction(value), decimals)
 
 
+def test_a_gold_fraction_beyond_floats_is_shown_as_a_fraction() -> None:
+    assert str(read_gold(f"{10**400}/3")) == f"{10**400}/3"
+
+
 @pytest.mark.parametrize("raw", [None, float("nan"), float("inf"), [], [1], {"a": 1}, "", "  "])
 def test_a_gold_that_is_no_answer_is_rejected(raw: object) -> None:
     with pytest.raises(DataError, match="expected a number, text or a letter"):

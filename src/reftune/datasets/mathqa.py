@@ -22,7 +22,7 @@ from reftune.datasets.reading.splits import Key, drop_untrainable, normalised
 from reftune.errors import DataError
 from reftune.grading.golds import literal, number_gold, number_in_gold
 from reftune.text import shown
-from reftune.types import Answer, Problem
+from reftune.types import Answer, Problem, spell
 
 LETTERS = "abcde"
 FORMULA_TOLERANCE = Fraction(1, 100)
@@ -223,7 +223,7 @@ def _ends_in_another_letter(problem: Problem) -> bool:
 
 
 def _literal(value: Fraction) -> str:
-    return str(Answer(kind="number", value=value)).replace("/", " / ")
+    return spell(value).replace("/", " / ")
 
 
 # --- options --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from reftune.grading.markers import (
     statements,
 )
 from reftune.grading.mathematics import looks_like_math
-from reftune.grading.numbers import CURRENCY, MONTHS, Number, numeral_at, same_number
+from reftune.grading.numbers import CURRENCY, MONTHS, UNIT_NAMES, Number, numeral_at, same_number
 from reftune.grading.plain_text import plain, same_text, with_decimal_points
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind
@@ -56,18 +56,15 @@ def read_gold(
     stated = stated_gold(raw, reading)
     if kind == "choice" or (kind == "auto" and choices):
         return Answer(kind="choice", value=_letter(stated, choices))
-    number = None if kind in ("text", "latex") else number_gold(stated, reading)
-    if number is not None:
-        return number
-    if kind == "number":
+    if kind in ("text", "latex"):
+        return Answer(kind=kind, value=str(stated))
+    number = number_gold(stated, reading)
+    if number is None and kind == "number":
         raise DataError(
             f"{shown(raw)}; expected a number, with at most a currency or one unit, or another"
             " answer_kind"
         )
-    text = str(stated)
-    if kind != "auto":
-        return Answer(kind=kind, value=text)
-    return worded_gold(text)
+    return number or worded_gold(str(stated))
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
@@ -88,10 +85,10 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
     if isinstance(raw, int):
         return Number(Fraction(raw), 0)
     if isinstance(raw, float):
-        return _whole_number(repr(raw)) if math.isfinite(raw) else None
+        return _whole_number(repr(raw))
     if not isinstance(raw, str) or len(raw) > MAX_GOLD_CHARS:
         return None
-    return _whole_number(with_decimal_points(raw) if reading.decimal == "," else raw)
+    return _whole_number(_with_points(raw, reading))
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
@@ -277,20 +274,17 @@ _NOT_WHOLE = re.compile(
 )
 """Matches spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2,
 05/06 may be a date, and reading 5_8 or 5k would be a guess."""
-_LETTERS = r"(?-i:[mgshlLJNVWAKCF])"
 _SYMBOLS = (
-    r"(?-i:[kmcdn]m|[kmµn]g|ft|in|yd|mi|hr|hrs|min|sec|[mµn]s|mph|kph|kmph|kmh|lbs?|oz|gal|[mdc][lL]"
-    r"|cc|[kMG]?Hz|[kMG]W|[kM]?Wh|[kM]?J|[kM]?cal|[kM]?Pa|atm|mol|rad|deg|[kMG]?eV|[km][VA]|kN"
-    r"|[KMGTk]B|[KMGT]iB|rpm|psi|bpm|[kmc]ms|mtrs?|mts|mps|kmps|[kmg]gs|gms?|mls|[cs]q?ft|mins"
-    r"|secs|tbsp|tsp|pcs|pts|qts|nos)"
+    r"[mgshlLJNVWAKCF]|[kmcdn]m|[kmµn]g|in|yd|mi|sec|[mµn]s|mph|kph|kmph|kmh|oz|gal|[mdc][lL]|cc"
+    r"|[kMG]?Hz|[kMG]W|[kM]?Wh|kJ|MJ|[kM]?cal|[kM]?Pa|atm|mol|rad|deg|[kMG]?eV|[km][VA]|kN|[KMGTk]B"
+    r"|[KMGT]iB|rpm|psi|bpm|[kmc]ms|mtrs?|mts|mps|kmps|[kmg]gs|gms?|mls|[cs]q?ft|secs|tbsp|tsp|pcs"
+    r"|pts|qts|nos"
 )
 _WORDS = (
-    r"(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo|milli)?grams?|(?:milli)?lit(?:er|re)s?|feet|foot"
-    r"|inch(?:es)?|yards?|miles?|pounds?|ounces?|gallons?|seconds?|minutes?|hours?|days?|weeks?"
-    r"|months?|years?|degrees?|units?|dollars?|cents?|watts?|volts?|joules?|newtons?|people|items?"
-    r"|knots?|tons?|tonnes?|acres?|hectares?|yrs?|mo|wks?|pt|px|hp|amps?"
+    rf"{UNIT_NAMES}|milligrams?|(?:milli)?lit(?:er|re)s?|miles?|units?|watts?|volts?|joules?"
+    r"|newtons?|people|items?|knots?|tons?|tonnes?|acres?|hectares?|yrs?|mo|wks?|pt|px|hp|amps?"
 )
-_BASE = rf"(?:{_SYMBOLS}|{_LETTERS}|{_WORDS})(?![^\W\d_])"
+_BASE = rf"(?:{_SYMBOLS}|{_WORDS})(?![^\W\d_])"
 _POWER = r"(?: ?\^ ?\{? ?-?[1-4] ?\}?|(?<=[a-z])[23](?!\d))?"
 _KNOWN_UNIT = re.compile(
     rf"(?:(?:square|cubic|sq\.?|cu\.?|fluid|fl\.?|nautical) )?{_BASE}{_POWER}"
@@ -299,25 +293,23 @@ _KNOWN_UNIT = re.compile(
     rf"|(?i:{CURRENCY})"
 )
 _NOT_UNITS = frozenset(
-    "am pm bn mn tn mln and or to of by at on und oder plus minus mod modulo base choose squared"
-    " cubed factorial half halves third thirds quarter quarters fourth fourths fifth fifths sixth"
-    " sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths"
-    " thousandth thousandths dozen dozens score gross pi tau phi theta alpha beta lambda sqrt log"
-    " ln exp sin cos tan inf infinity nan over under above below remainder rem approx ago bc ad"
-    " bce ce repeating recurring max maximum minimum oclock mil approximately about roughly"
-    " nearly almost ish fold one two three four five six seven eight nine ten eleven twelve"
-    " twenty thirty forty fifty sixty seventy eighty ninety ones tens hundreds thousands millions"
-    " billions is are was then else if because since for with vs versus not true false none null"
-    " unknown permille bps noon midnight monday tuesday wednesday thursday friday saturday sunday"
-    " mon tue tues wed thu thurs fri sat utc gmt est edt pst pdt cet ist uhr heures past januar"
-    " februar märz mai juni juli oktober dezember janvier février mars avril juin juillet août"
-    " septembre octobre novembre décembre enero febrero marzo abril mayo junio julio agosto"
-    " septiembre octubre noviembre diciembre".split()
+    "and und oder plus minus mod modulo base choose squared cubed factorial dozen dozens score"
+    " gross tau phi theta alpha beta lambda log exp sin cos tan inf infinity nan over under above"
+    " below remainder rem approx ago bce repeating recurring max maximum minimum oclock mil"
+    " approximately about roughly nearly almost ish fold one two three four five six seven eight"
+    " nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety ones tens"
+    " hundreds thousands millions billions are was then else because since for with versus not"
+    " true false none null unknown permille noon midnight monday tuesday wednesday thursday"
+    " friday saturday sunday mon tue tues wed thu thurs fri sat utc est edt cet ist uhr heures"
+    " past januar februar märz mai juni juli oktober dezember janvier février mars avril juin"
+    " juillet août septembre octobre novembre décembre enero febrero marzo abril mayo junio julio"
+    " agosto septiembre octubre noviembre diciembre".split()
 )
 """Words that do not count as units after a number, for example because they change the number's
 value or turn it into a time of day."""
 _FRACTION_WORD = re.compile(
-    r"(?:(?:thir|four|fif|six|seven|eigh|nine)teen|\w+tie|eleven|twelf|thousand|million|billion)ths?"
+    r"half|halves|(?:third|quarter|\w+(?:teen|tie)th|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf"
+    r"|hundred|thousand|million|billion)th)s?"
 )
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
 """Matches letters that may be a product, as in 2ab, rather than a unit: two letters, consonants,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reftune.grading.markers import answer_text, reasoning_text
-from reftune.types import Answer, Problem
+from reftune.types import Problem, spell
 
 MAX_SIZE = 10**6
 """Numbers of at least this absolute value are not changed, because a change of 1 may be within the
@@ -60,7 +60,7 @@ def other_answers(problem: Problem) -> dict[str, str]:
 
 def _number(value: Fraction) -> str:
     """A number in a spelling that `float()` accepts."""
-    text = str(Answer(kind="number", value=value))
+    text = spell(value)
     return repr(float(value)) if "/" in text else text
 
 

@@ -29,18 +29,11 @@ from reftune.grading.markers import (
     statements,
 )
 from reftune.grading.mathematics import same_expression
-from reftune.grading.numbers import (
-    FLOAT_DIGITS,
-    MAX_DIGITS,
-    number_of,
-    parse_number,
-    same_number,
-    spell,
-)
+from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, parse_number, same_number
 from reftune.grading.options import names_option, read_choice
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, with_decimal_points
 from reftune.grading.words import TAKEN_BACK, bare_words, states_words
-from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict
+from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict, spell
 
 MAX_VALUE_CHARS = 200
 """Maximum number of characters in `Graded.value` or in a quotation in a reason."""

@@ -16,7 +16,7 @@ MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
 words and characters."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
-_BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b|\s*\n")
+_BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b")
 _ANOTHER = re.compile(
     r"[\s,;:—–-]*(?:or|and|but|however|maybe|perhaps|possibly|alternatively|also|as well as"
     r"|sometimes|it depends)\b"
