@@ -208,6 +208,11 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
         {},
         r"model\.lora\.target_modules: .*nope",
     ),
+    "adapters of which one is on a layer there is not": (
+        ["model.lora.target_modules=[o_proj, qkv_porj]"],
+        {},
+        r"model\.lora\.target_modules: qkv_porj: no such module; did you mean qkv_proj\?",
+    ),
     "stage that starts from nothing": (
         ["stages.sft.init=nope"],
         {},

@@ -345,6 +345,23 @@ def test_options_and_instruction_are_part_of_the_user_s_turn():
     assert [turn.content for turn in prompt.turns] == ["Read.\n\nPick.\na ) 1 , b ) 2"]
 
 
+def test_a_template_that_omits_the_question_is_refused():
+    # templates of models that also read images expect a list of parts, and skip plain text
+    parts = "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    spelled = make_tokenizer(FAMILIES["qwen2.5"])
+    spelled.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | replace('3', 'three') }}"
+        "<|im_end|>\n{% endfor %}"
+    )
+    assert "Kofi has three figs" in Encoder(spelled, chat({})).text_of(chat({}).prompt(problem()))
+    silent = make_tokenizer(FAMILIES["qwen2.5"])
+    silent.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + parts + "<|im_end|>\n{% endfor %}"
+    )
+    with pytest.raises(RecipeError, match="chat template omits the question; expected a template"):
+        Encoder(silent, chat({})).prompt(problem())
+
+
 # --- where completions end ------------------------------------------------------------------------
 
 

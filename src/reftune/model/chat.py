@@ -23,8 +23,13 @@ OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The turns as the template writes them, up to where the assistant's reply begins. Raises:
     RecipeError if the tokenizer has no template, or if the template rejects the turns, omits the
-    system message, or does not accept one of the `template_args`."""
+    last turn or the system message, or does not accept one of the `template_args`."""
     text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
+    if prompt.turns[-1].content.strip() not in text and _omits_last(tokenizer, prompt):
+        raise RecipeError(
+            "format.style: chat: the tokenizer's chat template omits the question; expected a"
+            " template that accepts text, or style: plain"
+        )
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
             raise RecipeError(_no_system("it omits the system message"))
@@ -77,6 +82,12 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
     text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
     before, found, after = text.rpartition(PROBE)
     return (before, after) if found else ("", "")
+
+
+def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> bool:
+    """Whether the template omits the last turn, rather than changing its text."""
+    turns = (*prompt.turns[:-1], Message(role=prompt.turns[-1].role, content=PROBE))
+    return PROBE not in _render(tokenizer, turns, prompt.template_args, add_generation_prompt=True)
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:

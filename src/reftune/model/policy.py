@@ -25,7 +25,7 @@ from reftune.model.speed import attention, llama
 from reftune.processes import sharding, world
 from reftune.processes.sharding import transformer_blocks
 from reftune.recipe import LoraTable
-from reftune.text import brief
+from reftune.text import brief, did_you_mean
 from reftune.types import Completion
 
 if TYPE_CHECKING:
@@ -471,9 +471,21 @@ def _save_apart(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items()}, path)
 
 
+def _require_modules(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
+    """Check that each name in a list of targets is that of a module; PEFT only checks that one of
+    them is. Raises: ModelError if not."""
+    names = {f".{name}" for name, _ in model.named_modules()}
+    for target in targets if not isinstance(targets, str) else ():
+        if not any(name.endswith(f".{target}") for name in names):
+            linear = {name.rpartition(".")[2] for name in names}
+            hint = did_you_mean(target, linear) or "expected the name of a linear layer"
+            raise ModelError(f"model.lora.target_modules: {target}: no such module; {hint}")
+
+
 def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    _require_modules(model, table.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=table.rank,
