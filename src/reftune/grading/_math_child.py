@@ -1,21 +1,22 @@
 """Compares expressions for `mathematics.py`. This file runs as a script and imports nothing from
 reftune.
 
-Each line of standard input is a request: a JSON object with the keys `gold` and `answer`. The reply
-is a JSON object on one line of standard output, with the keys `equal` and `read`; `read` is null if
-the answer is not an expression. If the comparison fails, the reply has only the key `error`. The
-parent kills this process if a comparison takes too long.
+The only argument is the descriptor of a connection to the parent. Each request is a JSON object
+with the keys `gold` and `answer`. The reply is a JSON object with the keys `equal` and `read`;
+`read` is null if the answer is not an expression. If the comparison fails, the reply has only the
+key `error`. The parent kills this process if a comparison takes too long.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import resource
 import signal
 import sys
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from typing import Any
 
 MEMORY = 4 << 30
@@ -26,13 +27,13 @@ MAX_S = 60
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
-    results = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        signal.alarm(MAX_S)
-        results.write(json.dumps(reply(json.loads(line))) + "\n")
-        results.flush()
-        signal.alarm(0)
+    channel = Connection(int(sys.argv[1]))
+    with contextlib.suppress(EOFError):
+        while True:
+            request = json.loads(channel.recv_bytes())
+            signal.alarm(MAX_S)
+            channel.send_bytes(json.dumps(reply(request)).encode())
+            signal.alarm(0)
 
 
 def reply(request: dict[str, str]) -> dict[str, Any]:

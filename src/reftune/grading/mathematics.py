@@ -9,13 +9,12 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
+import multiprocessing
 import os
 import queue
 import re
-import select
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -119,7 +118,7 @@ def _verified(gold: str, answer: str) -> Comparison:
     known = _KNOWN.get((gold, answer))
     if known is not None:
         return known
-    reply = _asked(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
+    reply = _asked(json.dumps({"gold": gold, "answer": answer}).encode())
     if reply is None:
         return Comparison("timeout", reason=f"comparing took more than {TIMEOUT_S:g} s")
     result = json.loads(reply or b'{"error": "the worker died twice"}')
@@ -172,8 +171,8 @@ class _Worker:
         """The reply to `request`; empty if the process died twice, None if time ran out."""
         for _ in range(2):  # twice, because this request may not be the cause
             if self._process is None:
-                self._process = _started()
-            reply = _exchange(self._process, request, TIMEOUT_S)
+                self._start()
+            reply = self._exchange(request, TIMEOUT_S)
             if reply:
                 return reply
             self.close()
@@ -181,44 +180,34 @@ class _Worker:
                 return None
         return b""
 
+    def _start(self) -> None:
+        """Start a process and wait until it has imported math-verify."""
+        self._channel, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(CHILD), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._exchange(b'{"gold": "x", "answer": "x + 1"}', START_S)
+
+    def _exchange(self, request: bytes, timeout_s: float) -> bytes | None:
+        """The reply to `request`; empty if the process died, None if time ran out."""
+        try:
+            self._channel.send_bytes(request)
+            return self._channel.recv_bytes() if self._channel.poll(timeout_s) else None
+        except (OSError, EOFError):
+            return b""
+
     def close(self) -> None:
         if self._process is not None:
+            self._channel.close()
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
         self._process = None
-
-
-def _started() -> subprocess.Popen[bytes]:
-    """Start a process and wait until it has imported math-verify."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(CHILD)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    _exchange(process, b'{"gold": "x", "answer": "x + 1"}\n', START_S)
-    return process
-
-
-def _exchange(process: subprocess.Popen[bytes], line: bytes, timeout_s: float) -> bytes | None:
-    """The reply to `line`; empty if the process died, None if time ran out."""
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        process.stdin.write(line)
-        process.stdin.flush()
-    except OSError:
-        return b""
-    deadline, reply = time.monotonic() + timeout_s, b""
-    while not reply.endswith(b"\n"):
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            return None
-        chunk = os.read(process.stdout.fileno(), 1 << 16)
-        if not chunk:
-            return b""
-        reply += chunk
-    return reply
 
 
 _IDLE: queue.LifoQueue[_Worker] = queue.LifoQueue()
