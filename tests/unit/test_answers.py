@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from reftune.grading.golds import read_gold
 from reftune.grading.markers import answer_text
-from reftune.grading.numbers import Number, num_decimals, numbers_equal, parse_number
+from reftune.grading.numbers import Number, num_decimals, numbers_equal
 from reftune.grading.options import read_choice
 from reftune.grading.paper_rules import grade_completion_paper, grade_value_paper
+from reftune.grading.sentences import parse_number
 from reftune.grading.verdicts import MAX_VALUE_CHARS, grade_answer, grade_completion, grade_value
 from reftune.types import Answer, Graded, Problem, Verdict, spell
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from reftune.errors import DataError
 from reftune.grading.golds import literal, number_in_gold, read_gold
 from reftune.grading.markers import Reading
-from reftune.grading.numbers import Number, parse_number
+from reftune.grading.numbers import Number
 from reftune.grading.plain_text import with_decimal_points
+from reftune.grading.sentences import parse_number
 from reftune.types import Answer
 
 TABLE = Path(__file__).with_name("gold_table.jsonl")

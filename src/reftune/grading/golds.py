@@ -1,5 +1,5 @@
 """Reads the gold answers of the data, strictly: a gold answer is a number only if its whole text is
-one number, with or without a currency or unit. The module `numbers`, which reads completions, is
+one number, with or without a currency or unit. The module `sentences`, which reads completions, is
 lenient: it would read the gold answer "5 pm" as 5, and training would then reward wrong answers."""
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from reftune.grading.markers import (
     statements,
 )
 from reftune.grading.mathematics import looks_like_math
-from reftune.grading.numbers import CURRENCY, MONTHS, UNIT_NAMES, Number, numeral_at, same_number
+from reftune.grading.numbers import CURRENCY, Number, numeral_at, same_number
 from reftune.grading.plain_text import plain, same_text, with_decimal_points
+from reftune.grading.words import MONTHS, UNIT_NAMES
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind
 

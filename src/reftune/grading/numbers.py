@@ -1,16 +1,17 @@
-"""Reads and compares numbers as people write them."""
+"""Numbers as people write them: how numerals are read, and when two numbers are equal. Numbers in
+sentences are found by the module `sentences`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from math import gcd, inf
 
-from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, plain
-from reftune.grading.words import DOUBT, IS_WRONG, SORRY
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
+from reftune.grading.words import ONE_TO_TWELVE
 from reftune.types import Answer, spell
 
 MAX_DIGITS = 1_000
@@ -36,290 +37,6 @@ class Number:
     def times_ten_to(self, power: int) -> Number:
         """The number times 10^power, without a percent sign."""
         return Number(self.value * Fraction(10) ** power, max(0, self.decimals - power))
-
-
-def parse_number(text: str) -> Number | None:
-    """The number that the first line of `text` states: at the start of the line, after its last
-    `=`, or as the only number in a sentence.
-
-    Accepts, for example, thousands separators, exponents, `a/b`, `3 1/2`, `\\frac{a}{b}`, powers of
-    ten, "2.5 million" and percentages. Ignores currencies, units, formatting, words like "about",
-    and prose after the number. Returns None for anything else, such as unevaluated expressions ("3
-    + 4"), inequalities, ranges, alternatives like "5 or 6", compound quantities like "5 feet 6
-    inches", lists, ratios, nan and inf.
-    """
-    return stated_number(first_line(text))
-
-
-def stated_number(line: str) -> Number | None:
-    """Like `parse_number`, but for a line that is already plain text."""
-    answer = _after_equals(line)
-    return _leading_number(answer) or _only_number(answer)
-
-
-def last_number(text: str) -> str | None:
-    """The last number in `text`, in its canonical spelling; None if there is none."""
-    numbers = [_number(match) for match in _NUMBER.finditer(plain(text[-MAX_SEGMENT_CHARS:]))]
-    return next((spell(number.value) for number in reversed(numbers) if number is not None), None)
-
-
-# --- words that several patterns share ------------------------------------------------------------
-
-
-CURRENCY = (
-    r"(?:rs ?\.?|(?:inr|usd|eur|gbp|chf|jpy|cny|rmb|aud|cad|nzd|sgd|hkd|krw|rub|brl|mxn|zar|ngn|thb"
-    r"|vnd|idr|php|myr|sek|nok|dkk|pln|czk|huf|ils|aed|sar|egp|pkr|bdt|kes)(?![^\W\d_])|[$¢£¤¥฿₠-₿])"
-)
-MONTHS = (
-    r"(?:January|February|March|April|May|June|July|August|September|October|November|December"
-    r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)"
-)
-_ONE_TO_NINE = "one|two|three|four|five|six|seven|eight|nine"
-_ONE_TO_TWELVE = f"{_ONE_TO_NINE}|ten|eleven|twelve"
-_TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
-_COUNT = rf"(?:{_ONE_TO_TWELVE}|[a-z]{{3,5}}teen|{_TENS})"
-_THIRDS = "third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
-_PART = rf"(?:half|quarter|{_THIRDS})"
-UNIT_NAMES = (
-    r"dollars?|cents?|hours?|hrs?|minutes?|mins?|seconds?|feet|foot|ft|inch(?:es)?|yards?|pounds?"
-    r"|lbs?|ounces?|years?|months?|weeks?|days?|(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo)?grams?"
-    r"|gallons?|degrees?"
-)
-_UNITS = rf"{UNIT_NAMES}|[hs]|k?g|[kcdm]?m(?:[23]| [23](?=\W*$))?|(?:ft|in|yd|mi)[23]"
-_IF = r"(?:when|if|given(?: that)?|assuming|provided)"
-
-
-# --- what a line states ---------------------------------------------------------------------------
-
-
-def _after_equals(line: str) -> str:
-    """The part of a line that states the value, usually the text after the last `=` in the first
-    sentence. It is the whole line if there is no `=`, or if a number precedes an aside that
-    contains the `=`, as in "18, because 2 + 2 = 4" or "12 when n = 3". It is empty if the line
-    states different values, as in "x = 3 or x = 4", or only a multiple of an unknown, as in "2x =
-    6"."""
-    line = _LEADING_CONDITION.sub("", line)
-    sentence = _SENTENCE_END.split(line, maxsplit=1)[0]
-    equals = list(_EQUALS.finditer(sentence))
-    if not equals:
-        return line
-    first, last = sentence[: equals[0].start()], sentence[equals[-1].end() :]
-    aside = _ASIDE.search(sentence, 0, equals[0].end())
-    if aside is not None:
-        before = sentence[: aside.start()].rstrip()
-        if _UNFINISHED.search(before) is None and _leading_number(before) is not None:
-            return line  # 18, because 2 + 2 = 4
-        if _CONDITION.match(sentence, aside.start()) and any(map(str.isdigit, before)):
-            return before  # she gets 12 if n = 3
-    if len(set(_assigned_values(line))) > 1 and not _CONCLUDES.search(line):
-        return ""  # x = 3 or x = 4
-    other = _AND_UNKNOWN.search(first)
-    if other is not None and _leading_number(first[: other.start()]) is not None:
-        return ""  # 3 or x = 4
-    if len(equals) == 1 and _MULTIPLE.fullmatch(first):
-        return ""  # 2x = 6
-    if len(equals) == 1 and _UNKNOWN.fullmatch(last) and _ARITHMETIC.fullmatch(first):
-        return first  # 7 = x
-    if _ARITHMETIC.fullmatch(last) and _leading_number(last) is None:
-        return first if _leading_number(first) is not None else last  # 7 = 3 + 4
-    return line[equals[-1].end() :]
-
-
-_SENTENCE_END = re.compile(r"(?<!\brs)(?<!\brs )[.!?;](?= |$)", re.IGNORECASE)  # not that of Rs. 5
-_EQUALS = re.compile(r"(?<![<>!=])=+>?(?!=)|-+>")  # = == => ->
-_LEADING_CONDITION = re.compile(  # when n = 3, 12
-    rf"^(?:{_IF}|for|at) [^\W\d]{{1,3}} ?= ?-?[\d.,/]*\d(?: ?[,:]| then| it is| we get| we have)* ",
-    re.IGNORECASE,
-)
-_ASIDE = re.compile(  # because, at x =
-    rf", |[(:;]|\b(?:because|since|as|where|which|{_IF}"
-    r"|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){1,3}=)"
-    r"|(?:after|once|unless|under|using)(?= [^\W\d] ?=))\b",
-    re.IGNORECASE,
-)
-_CONDITION = re.compile(rf"{_IF} [^\W\d]{{1,3}} ?=", re.IGNORECASE)  # if n =
-_UNFINISHED = re.compile(r" \+ |[-+*/^]$|\b(?:is|are|was|were|of|by)$", re.IGNORECASE)  # 3 +, 12 is
-_CONCLUDES = re.compile(r"\b(?:so|thus|hence|therefore|then)\b|∴", re.IGNORECASE)
-_AND_UNKNOWN = re.compile(r"\b(?:or|and) [^\W\d]{1,3} ?$")  # or x
-_MULTIPLE = re.compile(r"\W*-?(?!1[a-z])[\d.]*\d ?\*? ?[abckn-rt-z]\W*")  # 2x
-_UNKNOWN = re.compile(r" ?[^\W\d]\W*")  # x
-_ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")  # 3 + 4
-
-
-def _assigned_values(line: str) -> Iterator[Fraction | None]:
-    """The values of the unknowns in a list of equations, such as "x = 3, y = 4". A value is None if
-    it is not a number."""
-    for clause in re.split(r" or | and |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
-        assignment = re.fullmatch(r" *[^\W\d]+\d{0,2} ?=([^=]+)", clause.rstrip("."))
-        if assignment is not None:
-            number = _leading_number(assignment[1])
-            yield None if number is None else number.value
-
-
-def _leading_number(line: str) -> Number | None:
-    """The number at the start of a plain line; None if there is none, or if the text after the
-    number makes it part of something larger, such as a range."""
-    lead = _LEAD_IN.match(line)
-    assert lead is not None  # pattern matches the empty string
-    bracketed = line.startswith("<", lead.end())
-    found = numeral_at(line, lead.end() + bracketed)
-    if found is None:
-        return None
-    number, end = found
-    rest = line[end:]
-    if bracketed:  # "<203>" is an answer, but "< 203" is not
-        inside, closing, rest = rest.partition(">")
-        if not closing or not re.fullmatch(r"[^<\d]*", inside):
-            return None
-    if lead.group()[-1:] in ("(", "[") and "," in line[lead.end() : end]:
-        return None  # a point, (2,251,252)
-    return None if _is_part_of_more(rest) and not _restates(number, rest) else number
-
-
-_LEAD_IN = re.compile(
-    r"(?:[ *_`\"'(\[{:,=#—•]|\b(?:about|approximately|approx|around|roughly|nearly|exactly|equal to"
-    r"|equals?|is|a total of|only|just|simply|now|then|thus|therefore|hence|so|also|again|indeed"
-    r"|actually)\b\.?)*",
-    re.IGNORECASE,
-)
-
-
-def _only_number(line: str) -> Number | None:
-    """The only number in the first sentence of a plain line, if it follows plain words, as in "each
-    child gets 12 sweets". None otherwise, or if the words may change the number's meaning, as in
-    "at least 12"."""
-    sentence = _SENTENCE_END.split(line, maxsplit=1)[0].lstrip(" :,*\"'")
-    digit = _DIGIT.search(sentence)
-    if digit is None:
-        return None
-    words, found = sentence[: digit.start()], numeral_at(sentence, digit.start())
-    if found is None or not _PLAIN_WORDS.fullmatch(words) or _NOT_ABOUT.search(words):
-        return None
-    rest = sentence[found[1] :]
-    is_alone = not _is_part_of_more(rest) and not any(map(str.isdigit, rest))
-    return found[0] if is_alone and "=" not in rest else None
-
-
-_DIGIT = re.compile(rf"(?:(?<!\w)-)?(?:(?<![^\W_]){CURRENCY} ?)?\.?\d", re.IGNORECASE)
-_PLAIN_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ ,:'\"](?!:)|-(?=[^\W\d_]))*")
-_NOT_ABOUT = re.compile(
-    r"\b(?:not?|never|none|neither|nor|cannot|without|except|but|instead|wrong|incorrect|unless|if"
-    r"|when|or|either|between|within|than|more|less|fewer|greater|larger|smaller|over|under|above"
-    r"|below|exceeds?|least|most|up|from|minimum|maximum|half|third|quarter|twice|double|triple"
-    rf"|thrice|dozens?|{_ONE_TO_TWELVE}|\w+teen|{_TENS}|hundred|thousand|squared?|cubed?|roots?|power"
-    r"|times|(?:product|sum|difference|quotient|reciprocal|inverse|opposite)(?= of)|plus|minus"
-    r"|divided|multiplied|log|ln|sin|cos|tan|base|mod|modulo|remainder|negative|absolute|steps?"
-    r"|equations?|eq|section|lines?|part|case|example|figure|table|problem|question|exercise"
-    r"|theorem|lemma|method"
-    r"|nicht|kein\w*|mindestens|höchstens|zwischen|al menos|entre|au moins|至少|最多|不是"
-    rf"|options?|choices?|(?<!total )of(?=\W*$)|(?-i:[b-zB-Z])(?= *$)|(?-i:{MONTHS}))\b|n't\b",
-    re.IGNORECASE,
-)
-
-
-# --- the text after a number ----------------------------------------------------------------------
-
-
-_LOOKAHEAD_CHARS = 120
-
-
-def _is_part_of_more(rest: str) -> bool:
-    """Whether the text after a number makes the number part of something larger, judged by the
-    kinds of the next words and symbols."""
-    shape = _KIND.sub(lambda match: _LETTERS[match.lastindex or 0], rest[:_LOOKAHEAD_CHARS])
-    return (
-        _CONTINUES.match(shape) is not None
-        or _CONTINUES_IN_WORDS.match(rest, 0, _LOOKAHEAD_CHARS) is not None
-    )
-
-
-_KINDS = {
-    "9": r"\d+",
-    # a remainder
-    "r": r"\b(?:remainder\b|rem(?= ?\d)|r(?= ?\d))",
-    # a function, constant or part, odds such as "in 4 cases", or a letter right after the number
-    "π": r"\A(?-i:a|[DEGHIOPQRSUXYZ])\b|[π√∞±‰\\]|\+/-|\bin \d+ (?:chance|times|cases|tries|odds)\b"
-    r"|\b(?:pi|sqrt|log|ln|squared|cubed|factorial|point(?= \d)|to the power|half|quarter"
-    rf"|and {_PART}|(?:and )?(?:an?|{_ONE_TO_NINE})[ -]{_PART}s?"
-    rf"|halves|(?:{_THIRDS}|thousandth)s)\b",
-    # a bound
-    "b": r"\b(?:(?:or|and) (?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over"
-    r"|under|up|upwards|beyond|older|younger|longer|later|earlier)|at (?:most|least)|minimum"
-    r"|maximum)\b",
-    "m": rf"\b(?-i:{MONTHS})\b",
-    # an operation
-    "+": r"[-*/|—]|\b(?:(?:less|more|fewer|greater|larger|smaller|higher|lower) than(?= ?\d)"
-    r"|plus|minus|times|multiplied by|divided by|mod|modulo)\b",
-    # an alternative, an addition, a range, a ratio
-    "o": r"\b(?:or|und|oder|ou|maybe|perhaps|possibly|otherwise|unless|although)\b",
-    "a": r"\b(?:(?:could|might|may) be|as well as|also|then)\b",
-    "t": r"\b(?:to|through|bis|and|et|versus|vs|until)\b",
-    "d": r"\b(?:by|choose|over|per)\b",
-    "i": r"\bin\b",
-    "u": rf"\b(?:{_UNITS})\b",
-    "x": r"\b(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])\b",  # an unknown
-    "p": r"\+",
-    "<": r"[<>≤≥≠]",
-    "(": r"[\[({$€£]",
-    "w": r"[^\W\d_]+",  # any other word
-}
-"""The kinds of words and symbols after a number, by the letter that stands for them in
-`_CONTINUES`. A word is of the first kind that it matches; other symbols stand for themselves."""
-_KIND = re.compile("|".join(f"({pattern})" for pattern in _KINDS.values()), re.IGNORECASE)
-_LETTERS = ("", *_KINDS)
-_CONTINUES = re.compile(
-    r"[)\]}'\"]*(?:"
-    # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5 (6), 5;6, 5? 6
-    r"[.,:]9| ?\.{2,3} ?9| ?[:;?] ?9| ?9|w_?9|\(9| \(9[.9]*\)"
-    # 3 + 4, 2**3, 5 - x, 7+, 3 apples + 4 apples
-    r"| ?[+p^]+ ?[(+p]* ?[9xπ]|p|(?: ?[uw]){1,2} ?[+p] ?[(+p]* ?9"
-    r"| ?π| ?x| ?<"  # 2π, 5x, 5 < x
-    # 5 or 6, 5 apples or perhaps 6, 5 to 6, 5 apples and 6 oranges, 5, but it could be 6
-    r"|(?: ?[uw.,;?(]){0,3} ?o(?: ?[ow]){0,2} ?[(+p]*9|(?: ?[uw]){0,2} ?t ?[(+p]*9"
-    r"|(?: ?[tuw,]){0,3} ?a ?[(+p]*9"
-    r"|(?: ?[uw.,(]){0,3} ?b|(?: ?[atuw.,(]){0,4} ?r"  # 7 or more, 7 apples at least; 5 remainder 2
-    r"|w?(?: ?w)? ?m| ?i ?9\W*$| ?d ?9"  # 5 March, 5th of March; 1 in 4; 5 by 6
-    r"| ?, ?[(+p]*9[.9+]* ?(?:$|[,.)ot\]}])| ?u[., t]*9)"  # 5, 6; 5 feet 6 inches
-)
-_NOUN = r"(?: (?!(?:for|by|in|of|because|with|from|at|as|so|since|not|but|or)\b)[^\W\d_]+)?"
-_CONTINUES_IN_WORDS = re.compile(
-    # 7 hundred fifty, 7 weeks and two days; 7 years and a half; 3 sixteenths; 12 plus
-    rf"{_NOUN} (?:(?:and|plus) )?{_COUNT}(?:[ -](?:hundred|{_COUNT}))?(?: (?:{_UNITS}))?"
-    r"(?= ?(?:$|[.,;:!?)]))"
-    rf"|{_NOUN} and (?:an? )?(?:half|quarter)\b| plus(?= ?(?:$|[.,]))"
-    r"| ?-?(?:elevenths?|twelfths?|[a-z]{3,5}teenths?|[a-z]{3,6}tieths?|(?:mill|bill)ionths?)\b"
-    # n = 3 gives 12; 5 if x > 0 and 6 otherwise
-    r"| (?:gives|yields) (?:us )?[-$(]*\d"
-    r"|[^.;]{0,80}\bif\b[^.;]{0,80}\b(?:otherwise|else)\b"
-    # 5? No, 6; 5, no wait, it is 6; 5; alternatively 6; 5. Hmm, no, 6
-    rf"|(?:[^\w+*/^=-]{{1,6}}| --? )(?:{DOUBT}[,.!]* ){{0,3}}{SORRY}\b"
-    r"(?:,? (?:no|wait|sorry)\b)*[,.:! ]+"
-    r"(?:(?:it|that|this)(?: is|'s) |it should be |make (?:it|that) )?[-$(]*\d"
-    # 5? No; 5 is wrong; 5. Wait, that's not right
-    r"| ?\? ?(?:no|nope|wrong)\b(?= ?(?:$|[.,;!]))"
-    rf"|[^\w+*/^=-]{{1,6}}(?:{DOUBT}[,.!]* ){{0,3}}{IS_WRONG}"
-    # 5 apples; 6 pears; 5 boys, 6 girls; 5 (Tom), 6 (Jane); 5 for Tom, 6 for Jane
-    rf"|(?:{_NOUN} ?[,;&]| ?\([^()\d]*\) ?[,;&]) ?\d[\d.,]*(?: (?!each\b)[^\W\d_]+| ?\([^()]*\))?"
-    r" ?(?:$|[.;,])"
-    r"| (?P<each>for|in) [^\W\d]+, (?:and )?\d[\d.,]* (?P=each)\b",
-    re.IGNORECASE,
-)
-
-
-def _restates(number: Number, rest: str) -> bool:
-    """Whether the text after a number repeats the number in another spelling: "12.5%, or 1/8"."""
-    found = _RESTATED.match(rest, 0, _LOOKAHEAD_CHARS)
-    again = None if found is None else numeral_at(rest, found.end())
-    if again is None or _is_part_of_more(rest[again[1] :]):
-        return False
-    return same_number(number, again[0]) or same_number(again[0], number)
-
-
-_RESTATED = re.compile(
-    r"[)\]}'\"]*(?: ?[^\W\d]+){0,2}?[ ,;]*"
-    r"(?:\(? ?(?:or|i\.? ?e\.?|that is|which is|equivalently)\b[ ,:]*|\()",
-    re.IGNORECASE,
-)
 
 
 # --- numerals -------------------------------------------------------------------------------------
@@ -348,10 +65,16 @@ def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     return Number(number.value, number.decimals, percent=True), percent.end()
 
 
+def last_number(text: str) -> str | None:
+    """The last number in `text`, in its canonical spelling; None if there is none."""
+    numbers = [_number(match) for match in _NUMBER.finditer(plain(text[-MAX_SEGMENT_CHARS:]))]
+    return next((spell(number.value) for number in reversed(numbers) if number is not None), None)
+
+
 def _number(match: re.Match[str]) -> Number | None:
     """The number in a match of `_NUMBER`; None if the number is too long or invalid, like 1/0."""
     written = match.groups()[match.lastindex :]  # the groups inside those of the form
-    parts = [part.replace(",", "").replace("_", "") for part in written if part is not None]
+    parts = [part.replace(",", "") for part in written if part is not None]
     if any(len(part) > MAX_DIGITS for part in parts):
         return None
     _, read = _FORMS[match.lastgroup or ""]
@@ -382,7 +105,7 @@ def _repeating(head: str, period: str) -> Number:
     period / ((10^n − 1)·10^d) to the value."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
-    return Number(tail + Fraction(head) if head.strip(".") else tail)
+    return Number(tail + Fraction(head + "0"))
 
 
 def _endless(decimal: str) -> Number | None:
@@ -402,6 +125,10 @@ def _in_base(digits: str, word: str) -> Number | None:
     return Number(Fraction(digits), 0) if is_in_base else None
 
 
+CURRENCY = (
+    r"(?:rs ?\.?|(?:inr|usd|eur|gbp|chf|jpy|cny|rmb|aud|cad|nzd|sgd|hkd|krw|rub|brl|mxn|zar|ngn|thb"
+    r"|vnd|idr|php|myr|sek|nok|dkk|pln|czk|huf|ils|aed|sar|egp|pkr|bdt|kes)(?![^\W\d_])|[$¢£¤¥฿₠-₿])"
+)
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
 """Indian groups of two digits are read as one number only if some group begins with 0 or a rupee
@@ -439,7 +166,7 @@ _PERCENT = re.compile(r" ?(?:%|per ?cent(?:age(?: points?)?)?\b|pct\b)", re.IGNO
 _PERIOD = re.compile(
     r"(?P<head>\d*\.\d*?)(?:(?P<digit>[1-9])(?P=digit){2,}|(?P<block>\d{2,20}?)(?P=block)+)"
 )
-_BASES = dict(zip(_ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixteen": 16}
+_BASES = dict(zip(ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixteen": 16}
 
 
 # --- equality -------------------------------------------------------------------------------------

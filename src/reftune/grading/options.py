@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 
 from reftune.grading.golds import number_in_gold
-from reftune.grading.numbers import parse_number, same_number, stated_number
+from reftune.grading.numbers import same_number
 from reftune.grading.plain_text import first_line, same_text
+from reftune.grading.sentences import parse_number, stated_number
 from reftune.grading.words import SORRY, TAKEN_BACK
 
 _CHOICE = re.compile(

@@ -29,10 +29,12 @@ from reftune.grading.markers import (
     statements,
 )
 from reftune.grading.mathematics import same_expression
-from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, parse_number, same_number
+from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, same_number
 from reftune.grading.options import names_option, read_choice
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, with_decimal_points
-from reftune.grading.words import TAKEN_BACK, bare_words, states_words
+from reftune.grading.sentences import parse_number
+from reftune.grading.words import ONE_TO_TWELVE, TAKEN_BACK, bare_words, states_words
+from reftune.text import printable
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict, spell
 
 MAX_VALUE_CHARS = 200
@@ -40,7 +42,6 @@ MAX_VALUE_CHARS = 200
 PATTERN_S = 0.5
 """Seconds allowed for matching an answer against a pattern."""
 
-_PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{…}'
 
 
@@ -66,8 +67,8 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 _NO_VALUE = re.compile(
     r"\b(?:not?|none|nothing|neither|never|cannot|unknown|unclear|undefined|undetermined|ambiguous"
-    r"|indeterminate|impossible|infinit\w*|inf|nan|zero|one|two|three|four|five|six|seven|eight|nine"
-    r"|ten|eleven|twelve|hundred|thousand)\b|n't\b|∞",
+    rf"|indeterminate|impossible|infinit\w*|inf|nan|zero|{ONE_TO_TWELVE}|hundred|thousand)\b"
+    r"|n't\b|∞",
     re.IGNORECASE,
 )
 """Matches words that state an answer without digits, such as number words and denials."""
@@ -75,13 +76,17 @@ _NO_VALUE = re.compile(
 
 def _says_something(statement: Statement, problem: Problem) -> bool:
     """Whether a statement seems to contain an answer, even one that cannot be read."""
-    is_worded = problem.answer.kind not in ("number", "choice") or problem.scorer is not None
-    if statement.text is None or is_worded:
-        return statement.text is None or bool(statement.text.strip())
+    if statement.text is None:
+        return True
+    if problem.answer.kind not in ("number", "choice") or problem.scorer is not None:
+        return bool(statement.text.strip())
     line = first_line(statement.text)
     if any(map(str.isdigit, line)) or _NO_VALUE.search(line):
         return True
     return problem.answer.kind == "choice" and names_option(line, problem.choices)
+
+
+# --- values of programs ---------------------------------------------------------------------------
 
 
 def grade_value(value: Any, problem: Problem) -> Graded:
@@ -105,11 +110,54 @@ def grade_sentence(text: str, problem: Problem) -> Graded:
     return grade_answer(text if stated is None else stated, problem)
 
 
+def value_text(value: Any) -> str | None:
+    """A program's value as text; None unless it is text or a finite number of limited length."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return str(value) if value.bit_length() < 3 * MAX_DIGITS else None
+    if isinstance(value, float | Decimal):
+        return str(value) if isfinite(value) else None
+    return value if isinstance(value, str) else None
+
+
+def _other_value_text(value: Any, gold: Answer) -> str | None:
+    """The text of a boolean, list or date that counts as an answer (see `grade_value`); None for
+    any other value."""
+    if gold.kind in ("number", "choice"):
+        return None
+    if isinstance(value, bool):
+        return ("no", "yes")[value] if bare_words(str(gold)) in ("no", "yes") else None
+    if isinstance(value, datetime.date):
+        return value.isoformat().removesuffix("T00:00:00")
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [value_text(each) for each in value]
+        if parts and all(part is not None for part in parts):
+            edges = str(gold)[:1] + str(gold)[-1:]
+            edges = edges if edges in ("()", "[)", "(]", "{}") else "[]"
+            return f"{edges[0]}{', '.join(map(str, parts))}{edges[1]}"
+    return None
+
+
+def describe(value: Any) -> str:
+    """A phrase for a value that is not an answer, to be used in a reason."""
+    if isinstance(value, bool | float | None):
+        return str(value)
+    if isinstance(value, int):
+        return "an integer too long to be an answer"
+    return f"a value of type {type(value).__name__}"
+
+
+# --- answers by kind ------------------------------------------------------------------------------
+
+
 _NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
 
 
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade an answer that may have units and prose around it."""
+    if not text.strip():
+        return no_answer("the answer is empty")
     if reading.decimal == "," and problem.answer.kind in _NUMERIC:
         text = with_decimal_points(text)
     if problem.scorer is not None:
@@ -135,8 +183,6 @@ def _grade_choice(text: str, problem: Problem) -> Graded:
 
 def _grade_words(text: str, problem: Problem) -> Graded:
     gold, words = str(problem.answer.value), text.strip()
-    if not words:
-        return no_answer("nothing after the marker")
     states = states_words(words, gold)
     if states == "unclear":
         return no_answer(f"more than one answer in {quote(text)}")
@@ -160,8 +206,6 @@ _TAKEN_BACK_LATER = re.compile(rf"[.,;?!]\s(?={TAKEN_BACK.pattern})", re.IGNOREC
 
 def _grade_pattern(text: str, problem: Problem) -> Graded:
     line, pattern = text.strip().partition("\n")[0].strip(), str(problem.answer.value)
-    if not line:
-        return no_answer("nothing after the marker")
     spellings = (line[:MAX_SEGMENT_CHARS], line[:MAX_SEGMENT_CHARS].rstrip(".,;:!"))
     try:
         right = any(regex.fullmatch(pattern, each, timeout=PATTERN_S) for each in spellings)
@@ -171,10 +215,36 @@ def _grade_pattern(text: str, problem: Problem) -> Graded:
     return judge(right, line, pattern)
 
 
+_PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
+
+
+def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
+    """Grade by the task's scorer, which expects the bare answer. It is tried on several versions of
+    the text; one score of 1 is enough."""
+    words = text.strip()
+    first = words.splitlines()[0].strip()
+    candidates = [words, words.rstrip(".!"), first, first_line(words).rstrip(".!")]
+    value, number = words, parse_number(words)
+    if number is not None and _PLAIN_NUMBER.fullmatch(str(problem.answer)):
+        value = str(number)
+        candidates.append(spell(number.value))
+    scores, error = [], ""
+    for candidate in dict.fromkeys(candidates):
+        try:
+            scores.append(float(scorer(candidate)))
+        except Exception as failure:  # noqa: BLE001  scorers parse model output, and few handle every text
+            error = f"the task's scorer failed: {type(failure).__name__}: {clip(str(failure))}"
+    if not scores:
+        return Graded.without_answer(Verdict.ERROR, error)
+    return judge(any(score >= 1 for score in scores), value, str(problem.answer))
+
+
+# --- answers of several parts ---------------------------------------------------------------------
+
+
 def _grade_spellings(text: str, problem: Problem) -> Graded:
     """The best of the grades for the accepted spellings."""
-    graded = [grade_answer(text, each) for each in _parts(problem)]
-    best = min(graded, key=_badness)
+    best = _best([grade_answer(text, each) for each in _parts(problem)])
     if best.verdict is Verdict.CORRECT:  # all spellings stand for one answer
         return judge(True, str(problem.answer.value), str(problem.answer.value))
     return best
@@ -185,7 +255,7 @@ def _grade_list(text: str, problem: Problem) -> Graded:
     parts, gold = _parts(problem), str(problem.answer.value)
     said = split_items(_listed_in(text, len(parts)))
     if not said:
-        return no_answer("nothing after the marker")
+        return no_answer(f"no items in {quote(text)}")
     if problem.answer.kind == "set":
         return _grade_set(said, parts, gold)
     graded = [grade_answer(item, part) for item, part in zip(said, parts, strict=False)]
@@ -197,7 +267,7 @@ def _grade_set(said: Sequence[str], parts: Sequence[Problem], gold: str) -> Grad
     found: set[int] = set()
     for item in said:
         tries = [grade_answer(item, part) for part in parts]
-        graded.append(min(tries, key=_badness))
+        graded.append(_best(tries))
         if graded[-1].verdict is Verdict.CORRECT:
             found.add(tries.index(graded[-1]))
     in_order = sorted(graded, key=lambda each: each.value or "")
@@ -226,6 +296,9 @@ def _listed_in(text: str, num_parts: int) -> str:
     return first
 
 
+_AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+(?=[A-Z])")
+
+
 def _parts(problem: Problem) -> list[Problem]:
     """One copy of the problem per part of its gold answer, with that part as the answer."""
     return [
@@ -234,48 +307,23 @@ def _parts(problem: Problem) -> list[Problem]:
     ]
 
 
-def needs_worker(gold: Answer) -> bool:
-    """Whether comparing answers with this gold answer may need a worker process."""
-    return "latex" in {gold.kind, *(part_answer(item).kind for item in gold.items)}
-
-
 @lru_cache(maxsize=10_000)
 def part_answer(item: str) -> Answer:
     """One part of a list or set, or one accepted spelling, as a gold answer."""
     return number_gold(item) or worded_gold(item)
 
 
-def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """Grade by the task's scorer, which expects the bare answer. It is tried on several versions of
-    the text; one score of 1 is enough."""
-    words = text.strip()
-    if not words:
-        return no_answer("nothing after the marker")
-    first = words.splitlines()[0].strip()
-    candidates = [words, words.rstrip(".!"), first, first_line(words).rstrip(".!")]
-    value, number = words, parse_number(words)
-    if number is not None and _PLAIN_NUMBER.fullmatch(str(problem.answer)):
-        value = str(number)
-        candidates.append(spell(number.value))
-    scores, error = [], ""
-    for candidate in dict.fromkeys(candidates):
-        try:
-            scores.append(float(scorer(candidate)))
-        except Exception as failure:  # noqa: BLE001  scorers parse model output, and few handle every text
-            error = f"the task's scorer failed: {type(failure).__name__}: {clip(str(failure))}"
-    if not scores:
-        return Graded.without_answer(Verdict.ERROR, error)
-    return judge(any(score >= 1 for score in scores), value, str(problem.answer))
+def needs_worker(gold: Answer) -> bool:
+    """Whether comparing answers with this gold answer may need a worker process."""
+    return "latex" in {gold.kind, *(part_answer(item).kind for item in gold.items)}
 
 
-def judge(right: bool, value: str, gold: str) -> Graded:
-    """A grade of CORRECT or WRONG, with a reason that quotes the answer and the gold answer."""
-    gold = clip(gold)
-    if len(value) > MAX_VALUE_CHARS:  # a checksum distinguishes long values that begin alike
-        value = f"{clip(value[:180])}… {zlib.crc32(value.encode('utf-8', 'replace')):08x}"
-    value = clip(value)
-    verdict, is_gold = (Verdict.CORRECT, "is") if right else (Verdict.WRONG, "is not")
-    return Graded(verdict=verdict, value=value, reason=f"{value} {is_gold} the gold answer {gold}")
+_PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
+"""Verdicts, from best to worst. After a timeout or error, the answer may still be right."""
+
+
+def _best(graded: Sequence[Graded]) -> Graded:
+    return min(graded, key=lambda each: _PRECEDENCE.index(each.verdict.value))
 
 
 _GRADERS: dict[AnswerKind, Callable[[str, Problem], Graded]] = {
@@ -288,15 +336,19 @@ _GRADERS: dict[AnswerKind, Callable[[str, Problem], Graded]] = {
     "set": _grade_list,
     "regex": _grade_pattern,
 }
-_PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
-"""Verdicts, from best to worst. After a timeout or error, the answer may still be right."""
 
 
-def _badness(graded: Graded) -> int:
-    return _PRECEDENCE.index(graded.verdict.value)
+# --- grades ---------------------------------------------------------------------------------------
 
 
-_AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+(?=[A-Z])")
+def judge(right: bool, value: str, gold: str) -> Graded:
+    """A grade of CORRECT or WRONG, with a reason that quotes the answer and the gold answer."""
+    gold = clip(gold)
+    if len(value) > MAX_VALUE_CHARS:  # a checksum distinguishes long values that begin alike
+        value = f"{clip(value[:180])}… {zlib.crc32(value.encode('utf-8', 'replace')):08x}"
+    value = clip(value)
+    verdict, is_gold = (Verdict.CORRECT, "is") if right else (Verdict.WRONG, "is not")
+    return Graded(verdict=verdict, value=value, reason=f"{value} {is_gold} the gold answer {gold}")
 
 
 def no_answer(reason: str) -> Graded:
@@ -313,45 +365,4 @@ def quote(text: str) -> str:
 def clip(text: str) -> str:
     """`text` as one line of limited length, with `�` for unprintable characters, because some of
     these cannot be encoded."""
-    line = " ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS]
-    return "".join(char if char.isprintable() else "�" for char in line)
-
-
-def value_text(value: Any) -> str | None:
-    """A program's value as text; None unless it is text or a finite number of limited length."""
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, int):
-        return str(value) if value.bit_length() < 3 * MAX_DIGITS else None
-    if isinstance(value, float | Decimal):
-        return str(value) if isfinite(value) else None
-    return value if isinstance(value, str) else None
-
-
-_EDGES = ("()", "[)", "(]", "{}")
-
-
-def _other_value_text(value: Any, gold: Answer) -> str | None:
-    """The text of a boolean, list or date that counts as an answer (see `grade_value`); None for
-    any other value."""
-    if gold.kind in ("number", "choice"):
-        return None
-    if isinstance(value, bool):
-        return ("no", "yes")[value] if bare_words(str(gold)) in ("no", "yes") else None
-    if isinstance(value, datetime.date):
-        return value.isoformat().removesuffix("T00:00:00")
-    if isinstance(value, list | tuple | set | frozenset):
-        parts = [value_text(each) for each in value]
-        if parts and all(part is not None for part in parts):
-            inside, edges = ", ".join(map(str, parts)), str(gold)[:1] + str(gold)[-1:]
-            return f"{edges[0]}{inside}{edges[-1]}" if edges in _EDGES else f"[{inside}]"
-    return None
-
-
-def describe(value: Any) -> str:
-    """A phrase for a value that is not an answer, to be used in a reason."""
-    if isinstance(value, bool | float | None):
-        return str(value)
-    if isinstance(value, int):
-        return "an integer too long to be an answer"
-    return f"a value of type {type(value).__name__}"
+    return printable(" ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS])

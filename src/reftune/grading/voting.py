@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from reftune.errors import DataError
-from reftune.grading.numbers import parse_number, same_number
+from reftune.grading.numbers import same_number
+from reftune.grading.sentences import parse_number
 from reftune.grading.words import same_words
 from reftune.types import Graded, Verdict
 

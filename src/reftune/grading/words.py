@@ -11,15 +11,17 @@ from typing import Literal
 
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 
-MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""Other text may follow the gold answer on its line only if the gold answer has at most this many
-words and characters."""
-
-_ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
-_BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b")
-_ANOTHER = re.compile(
-    r"[\s,;:—–-]*(?:or|and|but|however|maybe|perhaps|possibly|alternatively|also|as well as"
-    r"|sometimes|it depends)\b"
+ONE_TO_NINE = "one|two|three|four|five|six|seven|eight|nine"
+ONE_TO_TWELVE = f"{ONE_TO_NINE}|ten|eleven|twelve"
+TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+MONTHS = (
+    r"(?:January|February|March|April|May|June|July|August|September|October|November|December"
+    r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)"
+)
+UNIT_NAMES = (
+    r"dollars?|cents?|hours?|hrs?|minutes?|mins?|seconds?|feet|foot|ft|inch(?:es)?|yards?|pounds?"
+    r"|lbs?|ounces?|years?|months?|weeks?|days?|(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo)?grams?"
+    r"|gallons?|degrees?"
 )
 DOUBT = r"(?:oh|hmm+|oops|wait|no|but|well|actually|sorry)"
 SORRY = (
@@ -37,6 +39,17 @@ TAKEN_BACK = re.compile(
     re.IGNORECASE,
 )
 """Matches phrases that withdraw an answer, such as "No, …", "Hmm, …" and "That is wrong."."""
+
+MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
+"""Other text may follow the gold answer on its line only if the gold answer has at most this many
+words and characters."""
+
+_ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
+_BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b")
+_ANOTHER = re.compile(
+    r"[\s,;:—–-]*(?:or|and|but|however|maybe|perhaps|possibly|alternatively|also|as well as"
+    r"|sometimes|it depends)\b"
+)
 _OR_ELSE = re.compile(r"\W*(?:or|maybe|perhaps|possibly|alternatively)\b")
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")

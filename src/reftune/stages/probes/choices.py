@@ -20,8 +20,9 @@ from reftune.grading.formats import Format
 from reftune.grading.formats.program import Program
 from reftune.grading.golds import number_gold
 from reftune.grading.markers import reasoning_text
-from reftune.grading.numbers import last_number, parse_number
+from reftune.grading.numbers import last_number
 from reftune.grading.options import read_choice
+from reftune.grading.sentences import parse_number
 from reftune.seeds import derive_seed
 from reftune.storage.files import JsonLines
 from reftune.types import Answer, Graded, Problem, Verdict
