@@ -37,8 +37,8 @@ TITLES = {
     "tuned": "Our own PPO against the authors' settings",
 }
 """Recipe in recipes/demo → heading of its section."""
-WITHOUT_SECTION = ("classifier-nl", "modern")
-"""Recipes without a section on the results page: `classifier-nl` has a row in the table of
+WITHOUT_SECTION = ("reranking", "reranking-nl", "classifier-nl", "modern")
+"""Recipes without a section on the results page: those that rerank have rows in the table of
 findings, and `modern` has its own page."""
 RERANKED = {
     "comparison": ("comparison", "reranking"),
@@ -55,29 +55,13 @@ TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
 accuracy its settings were chosen."""
 NOTES = {
     "comparison": (
-        "The reward model is the paper's classifier, trained on the warm-up model's 20 samples "
-        "per question. With more than 8 samples to choose from, its choices get "
-        "[worse](experiments/reranking.md), because it overrates some unlikely mistakes."
-    ),
-    "reranking": (
-        "[Our reward model](algorithms.md#loss) learns from 100 samples that SFT draws for each of "
-        "the demo's 600 training questions. It then ranks samples that SFT and ReFT draw for 300 "
-        "test problems.\n\n"
-        "For SFT, reranking beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
-        "points [2.4, 10.1]. Weighting the votes by score improves voting by 3.5 points [1.0, "
-        "6.9]. For ReFT, none of these three differences is significant."
-    ),
-    "reranking-nl": (
-        "The reward model learns from 20 samples that SFT draws for each of the 3,000 training "
-        "questions. SFT and ReFT are trained [as above](#solutions-are-in-words).\n\n"
-        "For SFT, reranking beats greedy decoding by 8.8 points [6.2, 11.5], but its lead over "
-        "voting is not significant. Weighting the votes by score improves voting by 2.5 points "
-        "[1.0, 4.1]. For ReFT, reranking beats voting by 2.5 points [0.5, 4.3], but its lead over "
-        "greedy decoding is not significant. After reranking, ReFT no longer leads SFT.\n\n"
-        "The [paper's classifier](experiments/reranking.md#five-seeds-on-test-in-words) "
-        "(`lm_coef: 0`) is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by "
-        "25.1 points [21.9, 28.5] for ReFT. In all five runs, the report warns that it is no "
-        "better on dev than a random choice."
+        "Reranking uses the paper's classifier, trained on the warm-up model's 20 samples per "
+        "question. With more than 8 samples to choose from, its choices get "
+        "[worse](experiments/reranking.md), because it overrates some unlikely mistakes. [Our "
+        "reward model](algorithms.md#loss) also uses the solution's likelihood. With it, in [five "
+        "other runs](experiments/reranking.md#five-seeds-on-test), reranking SFT's samples beats "
+        "greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 points [2.4, 10.1]; for "
+        "ReFT, neither difference is significant."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
@@ -104,7 +88,12 @@ NOTES = {
         "It takes 54,000 passes, a quarter fewer than the warm-up and SFT together.\n\n"
         "Voting adds 7.3 points to SFT but none to ReFT, probably because ReFT's samples vary "
         "less. When training started from an [unfinished "
-        "warm-up](experiments/handover.md#first-attempts), no method beat SFT."
+        "warm-up](experiments/handover.md#first-attempts), no method beat SFT.\n\n"
+        "In [five other runs](experiments/reranking.md#five-seeds-on-test-in-words), reranking "
+        "with our reward model beats greedy decoding by 8.8 points [6.2, 11.5] for SFT, but not "
+        "significantly for ReFT, which no longer leads SFT after reranking. The paper's classifier "
+        "is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by 25.1 points "
+        "[21.9, 28.5] for ReFT."
     ),
 }
 """Recipe → text above its table."""

@@ -1,5 +1,5 @@
-"""lm-evaluation-harness, with the command and task file of docs/instruct.md, gives the evaluated
-answers.
+"""lm-evaluation-harness, with the command of docs/instruct.md and the task file of examples/, gives
+the evaluated answers.
 
 `make test-vllm`, whose environment has the harness, runs this file.
 """
@@ -24,7 +24,7 @@ from reftune.runs.run import load_splits
 
 pytest.importorskip("lm_eval")
 
-PAGE = Path(__file__).parents[2] / "docs" / "instruct.md"
+ROOT = Path(__file__).parents[2]
 CASES = [
     pytest.param("llama3", {"style": "chat", "system": "Add up."}, id="chat"),
     pytest.param(
@@ -39,11 +39,11 @@ CASES = [
 
 def documented() -> tuple[dict, list[str]]:
     """The documented task file, and the command's words."""
-    page = PAGE.read_text()
-    task = re.search(r"```yaml\n(task: .*?)```", page, re.DOTALL)
+    task = yaml.safe_load((ROOT / "examples" / "lm_eval.yaml").read_text())
+    page = (ROOT / "docs" / "instruct.md").read_text()
     command = re.search(r"```bash\n(lm_eval .*?)```", page, re.DOTALL)
-    assert task and command
-    return yaml.safe_load(task[1]), shlex.split(command[1].replace("\\\n", ""))
+    assert command
+    return task, shlex.split(command[1].replace("\\\n", ""))
 
 
 @pytest.mark.parametrize(("name", "format_keys"), CASES)

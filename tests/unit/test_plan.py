@@ -225,8 +225,9 @@ def test_a_configuration_that_makes_no_model_is_one_line(config, told, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_page_on_scaling_shows_what_the_command_prints(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+def test_the_pages_show_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    pages = ("scaling.md", "experiments/plan.md")
+    text = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in pages)
     monkeypatch.chdir(tmp_path)
     shown = re.findall(r"```bash\nreftune (plan .+?)```\n\n```text\n(.+?)```", text, re.S)
     assert len(shown) == 3
@@ -238,7 +239,7 @@ def test_the_page_on_scaling_shows_what_the_command_prints(tmp_path, monkeypatch
 
 def test_the_committed_accuracy_is_on_the_page_and_within_its_tolerance():
     document = json.loads((ROOT / "docs/results/plan_accuracy.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/experiments/plan.md").read_text(encoding="utf-8")
     assert len(document["rows"]) >= 5 and document["tolerance"] == 0.15
     for row in document["rows"]:
         assert abs(row["error"]) <= document["tolerance"]

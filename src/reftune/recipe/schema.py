@@ -52,8 +52,7 @@ class ModelTable(Table):
     needs `lora`."""
     micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
     """Maximum number of tokens in a forward and backward pass. `auto` uses as many as fit in the
-    device's memory, up to 16,384. Apart from rounding and dropout, this key does not affect the
-    gradient."""
+    device's memory, up to 16,384."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves much memory but lengthens updates by
     about a third."""

@@ -23,8 +23,7 @@ class PaperDataset(FileDataset):
     """Base class of GSM8K, SVAMP and MathQA."""
 
     rationale: Rationale = "program"
-    """Whether rationales are programs or natural language (`nl`). Programs are generated from the
-    data's annotations; the authors' files already contain programs."""
+    """Whether rationales are programs or natural language (`nl`)."""
 
     authors_name: ClassVar[str]
     """The prefix of the authors' file names."""

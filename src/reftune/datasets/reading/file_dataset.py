@@ -31,8 +31,7 @@ class FileDataset(Component):
     train: str
     """File, folder or Hub id; see [sources](datasets.md#sources)."""
     test: str | None = None
-    """Default: the test split of `train`, or no test questions if `train` is a file or a Hub id
-    that names a split."""
+    """The default [depends](datasets.md#sources) on `train`."""
     dev: str | None = None
     """Default: drawn from the training questions."""
     dev_size: int | None = Field(None, ge=0)
