@@ -194,52 +194,59 @@ _PART = rf"(?:half|quarter|{_THIRDS})"
 _UNITS = rf"{UNIT_NAMES}|[hs]|k?g|[kcdm]?m(?:[23]| [23](?=\W*$))?|(?:ft|in|yd|mi)[23]"
 _KINDS = {
     "9": r"\d+",
-    # a remainder
     "r": r"\b(?:remainder\b|rem(?= ?\d)|r(?= ?\d))",
-    # a function, constant or part, odds such as "in 4 cases", or a letter right after the number
+    # a letter right after the number, a function or constant, odds, a part: 5a, 2π, in 4 cases
     "π": r"\A(?-i:a|[DEGHIOPQRSUXYZ])\b|[π√∞±‰\\]|\+/-|\bin \d+ (?:chance|times|cases|tries|odds)\b"
     r"|\b(?:pi|sqrt|log|ln|squared|cubed|factorial|point(?= \d)|to the power|half|quarter"
     rf"|and {_PART}|(?:and )?(?:an?|{ONE_TO_NINE})[ -]{_PART}s?"
     rf"|halves|(?:{_THIRDS}|thousandth)s)\b",
-    # a bound
+    # a bound: or more, at least
     "b": r"\b(?:(?:or|and) (?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over"
     r"|under|up|upwards|beyond|older|younger|longer|later|earlier)|at (?:most|least)|minimum"
     r"|maximum)\b",
     "m": rf"\b(?-i:{MONTHS})\b",
-    # an operation
+    # an operation, except a plus sign
     "+": r"[-*/|—]|\b(?:(?:less|more|fewer|greater|larger|smaller|higher|lower) than(?= ?\d)"
     r"|plus|minus|times|multiplied by|divided by|mod|modulo)\b",
-    # an alternative, an addition, a range, a ratio
+    "p": r"\+",
+    # an alternative, an addition, a range
     "o": r"\b(?:or|und|oder|ou|maybe|perhaps|possibly|otherwise|unless|although)\b",
     "a": r"\b(?:(?:could|might|may) be|as well as|also|then)\b",
     "t": r"\b(?:to|through|bis|and|et|versus|vs|until)\b",
+    # a ratio
     "d": r"\b(?:by|choose|over|per)\b",
     "i": r"\bin\b",
     "u": rf"\b(?:{_UNITS})\b",
-    "x": r"\b(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])\b",  # an unknown
-    "p": r"\+",
+    # an unknown
+    "x": r"\b(?-i:i(?! ?\. ?e)|[xyznbjqrtuvw])\b",
     "<": r"[<>≤≥≠]",
     "(": r"[\[({$€£]",
-    "w": r"[^\W\d_]+",  # any other word
+    # any other word
+    "w": r"[^\W\d_]+",
 }
 """The kinds of words and symbols after a number, by the letter that stands for them in
 `_CONTINUES`. A word is of the first kind that it matches; other symbols stand for themselves."""
 _KIND = re.compile("|".join(f"({pattern})" for pattern in _KINDS.values()), re.IGNORECASE)
 _LETTERS = ("", *_KINDS)
 _CONTINUES = re.compile(
-    r"[)\]}'\"]*(?:"
-    # 1.2.3, 1,0000, 5:30, 3 : 4, 5..6, 5 6, 0x10, 5(6), 5 (6), 5;6, 5? 6
-    r"[.,:]9| ?\.{2,3} ?9| ?[:;?] ?9| ?9|w_?9|\(9| \(9[.9]*\)"
-    # 3 + 4, 2**3, 5 - x, 7+, 3 apples + 4 apples
-    r"| ?[+p^]+ ?[(+p]* ?[9xπ]|p|(?: ?[uw]){1,2} ?[+p] ?[(+p]* ?9"
+    r"[)\]}'\"]*(?:[.,:]9"  # 1.2.3, 1,0000, 5:30
+    r"| ?\.{2,3} ?9"  # 5..6
+    r"| ?[:;?] ?9"  # 3 : 4, 5;6, 5? 6
+    r"| ?9|w_?9|\(9| \(9[.9]*\)"  # 5 6, 0x10, 5(6), 5 (6)
+    r"| ?[+p^]+ ?[(+p]* ?[9xπ]|p"  # 3 + 4, 2**3, 5 - x, 7+
+    r"|(?: ?[uw]){1,2} ?[+p] ?[(+p]* ?9"  # 3 apples + 4 apples
     r"| ?π| ?x| ?<"  # 2π, 5x, 5 < x
-    # 5 or 6, 5 apples or perhaps 6, 5 to 6, 5 apples and 6 oranges, 5, but it could be 6
-    r"|(?: ?[uw.,;?(]){0,3} ?o(?: ?[ow]){0,2} ?[(+p]*9|(?: ?[uw]){0,2} ?t ?[(+p]*9"
-    r"|(?: ?[tuw,]){0,3} ?a ?[(+p]*9"
-    r"|(?: ?[uw.,(]){0,3} ?b|(?: ?[atuw.,(]){0,4} ?r"  # 7 or more, 7 apples at least; 5 remainder 2
-    r"|w?(?: ?w)? ?m| ?i ?9\W*$| ?d ?9"  # 5 March, 5th of March; 1 in 4; 5 by 6
-    r"| ?, ?[(+p]*9[.9+]* ?(?:$|[,.)ot\]}])| ?u[., t]*9)"  # 5, 6; 5 feet 6 inches
+    r"|(?: ?[uw.,;?(]){0,3} ?o(?: ?[ow]){0,2} ?[(+p]*9"  # 5 or 6, 5 apples or perhaps 6
+    r"|(?: ?[uw]){0,2} ?t ?[(+p]*9"  # 5 to 6, 5 apples and 6 oranges
+    r"|(?: ?[tuw,]){0,3} ?a ?[(+p]*9"  # 5, but it could be 6
+    r"|(?: ?[uw.,(]){0,3} ?b"  # 7 or more, 7 apples at least
+    r"|(?: ?[atuw.,(]){0,4} ?r"  # 5 remainder 2
+    r"|w?(?: ?w)? ?m"  # 5 March, 5th of March
+    r"| ?i ?9\W*$| ?d ?9"  # 1 in 4, 5 by 6
+    r"| ?, ?[(+p]*9[.9+]* ?(?:$|[,.)ot\]}])"  # 5, 6
+    r"| ?u[., t]*9)"  # 5 feet 6 inches
 )
+"""Matches the kinds after a number that is part of more."""
 _NOUN = r"(?: (?!(?:for|by|in|of|because|with|from|at|as|so|since|not|but|or)\b)[^\W\d_]+)?"
 _CONTINUES_IN_WORDS = re.compile(
     # 7 hundred fifty, 7 weeks and two days; 7 years and a half; 3 sixteenths; 12 plus
