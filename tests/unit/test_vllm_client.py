@@ -277,6 +277,27 @@ def test_a_server_that_answers_too_little_is_one_line(server, make_policy, monke
         engine(server).generate(make_policy(), PROMPTS, params())
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<html>a page of a proxy</html>",
+        [],
+        {"choices": [{"index": 0, "text": "as other servers answer", "logprobs": None}]},
+        {"choices": [{"index": 0, "token_ids": [3, 1], "logprobs": None}]},
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_not_vllm_s_is_one_line(server, make_policy, monkeypatch, answer):
+    monkeypatch.setattr(server, "answer", lambda path, body: (200, answer))
+    with pytest.raises(EngineError, match=r"^engine vllm: http\S+ answered '.*; expected choices"):
+        engine(server).generate(make_policy(), PROMPTS, params())
+
+
+def test_an_address_without_http_is_one_line(make_policy):
+    with pytest.raises(EngineError, match=r"no answer from 127.0.0.1:8000/\S+: .*unknown url type"):
+        Vllm(server="127.0.0.1:8000").generate(make_policy(), PROMPTS, params())
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(server, make_policy, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

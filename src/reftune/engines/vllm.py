@@ -37,6 +37,7 @@ from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.recipe import Component
 from reftune.seeds import derive_seed
+from reftune.text import shown
 from reftune.types import Completion, SamplingParams
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -295,22 +296,32 @@ class Server:
             else {"prompt": list(prompts)}
         )
         answer = self.post("/v1/completions", {**asked, "return_token_ids": True, **body})
-        choices = sorted(json.loads(answer)["choices"], key=lambda choice: choice["index"])
-        if len(choices) != len(prompts):
+        try:
+            choices = sorted(json.loads(answer)["choices"], key=lambda choice: choice["index"])
+            found = [
+                (list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"]))
+                for choice in choices
+            ]
+        except (ValueError, LookupError, TypeError):
             raise EngineError(
-                f"engine vllm: {self.address} returned {len(choices)} completions for"
+                f"engine vllm: {self.address} answered {shown(answer.decode(errors='replace'))};"
+                " expected choices with token_ids and logprobs, as vLLM returns"
+            ) from None
+        if len(found) != len(prompts):
+            raise EngineError(
+                f"engine vllm: {self.address} returned {len(found)} completions for"
                 f" {len(prompts)} prompts"
             )
-        return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+        return found
 
     def post(self, path: str, body: dict[str, Any]) -> bytes:
         """The answer to a JSON request. Raises: EngineError if the server does not answer, or
         answers with an error."""
         url = self.address + path
-        query = urllib.request.Request(
-            url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
         try:
+            query = urllib.request.Request(
+                url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
             with urllib.request.urlopen(query, timeout=TIMEOUT_S) as answer:
                 return bytes(answer.read())
         except urllib.error.HTTPError as error:
