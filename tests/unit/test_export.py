@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from huggingface_hub import HfApi
+from safetensors.torch import save_file
 
 from reftune.errors import CheckpointError, ModelError
 from reftune.runs.export import export_model, push_model
@@ -21,13 +23,13 @@ def run_folder(tmp_path: Path) -> Path:
     (stage / "checkpoints" / "step-000004").mkdir(parents=True)
     for name in (
         "config.json",
-        "model.safetensors",
         "tokenizer.json",
         "samples.jsonl",
         "sampled.jsonl",
         "nonfinite-000003.json",
     ):
         (stage / name).write_text(name)
+    save_file({"weight": torch.zeros(8)}, stage / "model.safetensors")
     document = {
         "kind": "rl",
         "init": "warmup",
@@ -108,6 +110,30 @@ def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path,
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/a/model: cannot be written: Not a directory$"):
         export_model(run_folder, "reft", tmp_path / "file" / "a" / "model")
+
+
+def test_weights_that_are_missing_or_incomplete_are_not_exported(run_folder: Path, tmp_path: Path):
+    stage = run_folder / "stages" / "reft"
+    whole = stage / "model.safetensors"
+    data = whole.read_bytes()
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match="stages/reft: cannot be exported: the weights"):
+            export_model(run_folder, "reft", tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    whole.write_bytes(data[:-1])
+    refused()
+    whole.unlink()
+    refused()
+    files = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    (stage / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (stage / files["a"]).write_bytes(data)
+    refused()
+    (stage / files["b"]).write_bytes(data)
+    assert {
+        path.name for path in export_model(run_folder, "reft", tmp_path / "model").iterdir()
+    } > {*files.values()}
 
 
 class Hub:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from reftune.errors import CheckpointError, ModelError, ReftuneError
 from reftune.model.adapters import export_adapters
@@ -33,8 +34,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     folder contains the whole model, into which any adapters are merged, so plain `from_pretrained`
     and vLLM can load it. With `adapter`, the folder contains only the adapters.
 
-    Raises: CheckpointError if the method is not finished, if `out` exists or cannot be written or,
-    with `adapter`, if the method has no adapters.
+    Raises: CheckpointError if the method is not finished or its weights cannot be read, if `out`
+    exists or cannot be written or, with `adapter`, if the method has no adapters.
     """
     run = RunFolder(run_folder)
     stage = run.stage(method).path
@@ -45,6 +46,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
         )
     if out.exists():
         raise CheckpointError(f"{out}: exists already; choose a folder that does not")
+    if not adapter:
+        _require_weights(stage)
     recipe, serving = _recipe_of(run), _serving(run, stage)
 
     def fill(folder: Path) -> None:
@@ -63,6 +66,22 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
 
     replace_folder(out, fill)
     return out
+
+
+def _require_weights(stage: Path) -> None:
+    """Check that all files with weights are there and complete. Raises: CheckpointError if not."""
+    index = stage / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    try:
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(names):
+            with safe_open(stage / name, framework="pt"):
+                pass  # opening compares the file's size with its header
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{stage}: cannot be exported: the weights cannot be read: {brief(error)}"
+        ) from None
 
 
 def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
