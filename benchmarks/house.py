@@ -201,7 +201,7 @@ def watched_run() -> Watch:
     """What `Watch` records of the smallest run."""
     from reftune.recipe import parse_recipe
     from reftune.runs.run import run_recipe
-    from reftune.stages.progress import Progress
+    from reftune.stages.stage import Progress
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:

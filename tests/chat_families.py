@@ -312,7 +312,7 @@ def run_of(tmp_path: Path, name: str, *, format_keys: dict[str, Any], **model: A
         },
     }
     from reftune.runs.run import run_recipe
-    from reftune.stages.progress import Progress
+    from reftune.stages.stage import Progress
 
     if not (tmp_path / "base").exists():
         save_model(name, tmp_path / "base")

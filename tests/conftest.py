@@ -248,8 +248,8 @@ def make_trainer(
 ) -> Callable[..., Trainer]:
     """The trainer of an RL stage that starts from the base model, before its first step."""
     from reftune.runs.run import open_run
-    from reftune.stages.progress import Progress
     from reftune.stages.rl import Rl, Trainer
+    from reftune.stages.stage import Progress
 
     def make(stage: dict[str, Any] | None = None, **changes: Any) -> Trainer:
         contexts: list[Any] = []

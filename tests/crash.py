@@ -26,7 +26,7 @@ from typing import Any
 import reftune.results.page.html  # noqa: F401  imported once here and not in every child
 from reftune.recipe import Recipe, dump_recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 from reftune.terminal.cli import main
 

@@ -10,8 +10,7 @@ import pytest
 
 from reftune.recipe import Table, component_class, known_kinds
 from reftune.runs.run import methods_to_evaluate, open_run
-from reftune.stages.progress import Progress
-from reftune.stages.stage import Cost, Stage
+from reftune.stages.stage import Cost, Progress, Stage
 from reftune.storage.files import JsonLines
 
 KNOWN: dict[str, Any] = {

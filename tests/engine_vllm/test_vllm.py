@@ -16,7 +16,7 @@ from reftune.model.batch import token_batch
 from reftune.recipe import LoraTable
 from reftune.runs.export import export_model
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.types import SamplingParams
 from vllm_servers import TRAINING, start
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 pytestmark = pytest.mark.fault
 

@@ -12,7 +12,7 @@ from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import DataError, EngineError, ReftuneError, RewardError
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 pytestmark = pytest.mark.fault
 

@@ -17,8 +17,8 @@ from reftune.model.value_head import fit_value_head
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
 from reftune.stages.loop import Loop
-from reftune.stages.progress import Progress
 from reftune.stages.reward_model import Classifier, Judged
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 
 pytestmark = pytest.mark.fault

@@ -19,9 +19,9 @@ from reftune.model.policy import Policy
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
 from reftune.stages.loop import Interrupted
-from reftune.stages.progress import Progress
 from reftune.stages.rl import Trainer
 from reftune.stages.sft import accumulate_nll
+from reftune.stages.stage import Progress
 from reftune.types import SamplingParams
 
 os.environ.setdefault(

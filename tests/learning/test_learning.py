@@ -14,7 +14,7 @@ import pytest
 
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 
 SEEDS = [0, 1, 2]

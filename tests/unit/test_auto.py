@@ -13,7 +13,7 @@ from reftune.recipe import ModelTable
 from reftune.runs import auto
 from reftune.runs.auto import fastest_dtype, product_rates
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 CPU = torch.device("cpu")
 

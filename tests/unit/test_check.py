@@ -25,7 +25,7 @@ from reftune.recipe import (
     shipped_recipes,
 )
 from reftune.runs.run import load_splits, open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 

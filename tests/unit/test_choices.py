@@ -27,7 +27,7 @@ from reftune.stages.probes.choices import (
     without_options,
     write_rows,
 )
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.types import Answer, Completion, Graded, Problem
 
 RHOMBUS = Problem(

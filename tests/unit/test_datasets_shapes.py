@@ -21,7 +21,7 @@ from reftune.datasets.reading.shapes import recognise
 from reftune.errors import DataError
 from reftune.recipe import parse_recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.types import Answer, Message, Problem
 
 Rows = Sequence[dict[str, Any]]

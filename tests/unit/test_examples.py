@@ -14,7 +14,7 @@ from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.policy import TokenScores
 from reftune.recipe import load_component, load_recipe
 from reftune.runs.run import run_recipe
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.types import Answer, Completion, Graded, Problem, SamplingParams, Verdict
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from reftune.model.policy import Policy
 from reftune.recipe import LoraTable, ModelTable, parse_recipe
 from reftune.runs.run import open_run
 from reftune.stages.optimizer import OptimizerTable, make_optimizer
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 

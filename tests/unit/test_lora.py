@@ -12,7 +12,7 @@ from reftune.model.policy import Policy
 from reftune.recipe import LoraTable
 from reftune.runs.run import open_run
 from reftune.stages.optimizer import trainable
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 

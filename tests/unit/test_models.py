@@ -15,7 +15,7 @@ from reftune.errors import ModelError
 from reftune.model.weights import load_model, load_pretrained, make_scratch, word_tokenizer
 from reftune.recipe import ModelTable, Recipe, ScratchTable
 from reftune.runs import run as run_module
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 TEXT = (
     "Ann has 12 kites. How many?\ndef solution():\n    ann_kites = 12 * 3\n    return ann_kites"
@@ -267,7 +267,7 @@ def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_s
     from transformers import PreTrainedTokenizerFast
 
     from reftune.runs.run import load_splits, run_recipe, scratch_texts
-    from reftune.stages.progress import Progress
+    from reftune.stages.stage import Progress
 
     recipe = make_recipe()
     model, plain = load_model(recipe.model, texts=scratch_texts(recipe.format, load_splits(recipe)))

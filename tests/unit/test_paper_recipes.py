@@ -13,7 +13,7 @@ import pytest
 from reftune.advice.check import check_offline
 from reftune.recipe import Recipe, load_recipe
 from reftune.runs.run import load_splits, run_recipe, scratch_texts
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
 NAMES = sorted(path.stem for path in PAPER.glob("*.yaml") if path.stem != "published")

@@ -11,7 +11,7 @@ from reftune.errors import RecipeError
 from reftune.runs.run import open_run
 from reftune.stages import loop as loop_module
 from reftune.stages.loop import History, Look, rise
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 
 

@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.terminal.live import LineProgress, RichProgress, StageView, make_progress
 from reftune.text import clock, printable
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict

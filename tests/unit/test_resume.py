@@ -22,7 +22,7 @@ from crash import assert_same_outcome, outcome, run_all
 from reftune.errors import CheckpointError, RecipeError
 from reftune.recipe import Recipe, dump_recipe
 from reftune.runs.run import open_run, run_stages
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 MakeRecipe = Callable[..., Recipe]
 

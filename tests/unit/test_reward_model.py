@@ -22,7 +22,6 @@ from reftune.recipe import Recipe
 from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
 from reftune.stages import reward_model
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step
-from reftune.stages.progress import Progress
 from reftune.stages.reward_model import (
     Classifier,
     Solution,
@@ -33,6 +32,7 @@ from reftune.stages.reward_model import (
     require_same_tokenizer,
 )
 from reftune.stages.self_train import Samples
+from reftune.stages.stage import Progress
 from reftune.types import Answer, Graded, Problem, Verdict
 
 WORDS = [f"w{letter}" for letter in "abcdefghijklmnopqrst"]

@@ -14,7 +14,6 @@ from reftune.errors import DataError, RecipeError
 from reftune.recipe import Recipe
 from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
 from reftune.stages import self_train
-from reftune.stages.progress import Progress
 from reftune.stages.self_train import (
     Samples,
     SelfTrain,
@@ -23,7 +22,7 @@ from reftune.stages.self_train import (
     join_as_paper,
     join_once,
 )
-from reftune.stages.stage import StageContext
+from reftune.stages.stage import Progress, StageContext
 from reftune.types import Graded, Problem, Verdict
 
 # --- joining --------------------------------------------------------------------------------------

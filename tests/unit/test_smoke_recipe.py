@@ -12,7 +12,7 @@ import pytest
 
 from reftune.recipe import Recipe, load_recipe
 from reftune.runs.run import run_recipe
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "demo" / "smoke.yaml"
 RL = ("online_st", "reft", "reft_modern", "grpo", "dr_grpo", "rloo")

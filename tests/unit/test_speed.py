@@ -16,7 +16,7 @@ from reftune.model.policy import Policy
 from reftune.model.speed import allocator, attention, llama
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 
 @pytest.fixture

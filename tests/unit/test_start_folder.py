@@ -16,7 +16,7 @@ from reftune.errors import ModelError, RecipeError
 from reftune.model.adapters import read_adapters
 from reftune.runs.export import export_model
 from reftune.runs.run import check_stage_graph, open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 
 

@@ -9,7 +9,7 @@ import pytest
 from checking import UNMEASURED, check_only
 from reftune.errors import DataError
 from reftune.runs.run import run_recipe
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 
 LONG = "The weather was fine. " * 40
 

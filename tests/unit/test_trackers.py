@@ -10,7 +10,7 @@ import pytest
 
 from reftune.errors import RecipeError
 from reftune.recipe import parse_recipe
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.terminal import trackers
 from reftune.terminal.trackers import TrackedProgress, tracked, tracker_names
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict

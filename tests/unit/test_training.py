@@ -30,10 +30,10 @@ from reftune.stages.optimizer import (
     rate,
     trainable,
 )
-from reftune.stages.progress import Progress
 from reftune.stages.rl import rollout_batch
 from reftune.stages.rollouts import Collector
 from reftune.stages.sft import Sft, accumulate_nll, gold_examples
+from reftune.stages.stage import Progress
 from reftune.types import Answer, Problem, SamplingParams
 
 

@@ -17,7 +17,7 @@ from reftune.errors import EngineError, RecipeError
 from reftune.processes.world import World, inhabited
 from reftune.recipe import LoraTable
 from reftune.runs.run import open_run
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.types import SamplingParams
 from stub_vllm import StubVllm, choices, stub_vllm
 

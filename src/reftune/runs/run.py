@@ -25,7 +25,6 @@ from reftune.runs.auto import choose_device, settled
 from reftune.runs.evaluation import accuracy, evaluate
 from reftune.seeds import derive_seed
 from reftune.stages.probes.choices import diagnose, write_rows
-from reftune.stages.progress import Progress
 from reftune.stages.reward_model import (
     WEIGHTS,
     Classifier,
@@ -36,7 +35,7 @@ from reftune.stages.reward_model import (
 )
 from reftune.stages.rollouts import Collector
 from reftune.stages.sft import gold_examples
-from reftune.stages.stage import Stage, StageContext
+from reftune.stages.stage import Progress, Stage, StageContext
 from reftune.storage.files import JsonLines, write_atomically
 from reftune.storage.run_folder import (
     RunFolder,

@@ -1,20 +1,22 @@
-"""The interface of a stage, and the context in which it runs."""
+"""The interface of a stage, the context in which it runs, and the events that it reports."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from reftune.datasets import Splits
-from reftune.model.policy import Policy
 from reftune.recipe import Component, Recipe
 from reftune.seeds import derive_seed
-from reftune.stages.progress import Progress
-from reftune.stages.rollouts import Collector
-from reftune.storage.files import JsonLines
-from reftune.storage.run_folder import StageFolder
+
+if TYPE_CHECKING:  # the live view reads `Progress` without torch
+    from reftune.datasets import Splits
+    from reftune.model.policy import Policy
+    from reftune.stages.rollouts import Collector
+    from reftune.storage.files import JsonLines
+    from reftune.storage.run_folder import StageFolder
+    from reftune.types import Rollout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +38,26 @@ class StageContext:
 
     def seed(self, *parts: int | str) -> int:
         return derive_seed(self.recipe.seed, self.name, *parts)
+
+
+class Progress:
+    """Receives the events that a stage reports. The methods of this class do nothing; subclasses
+    override them."""
+
+    def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
+        """A stage begins, or resumes after `done_steps` steps."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done; its metrics are named `group/name`."""
+
+    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """A step has sampled these solutions. There is at least one."""
+
+    def note(self, message: str) -> None:
+        """A message for the user, which stays on the screen."""
+
+    def close(self) -> None:
+        """No more events follow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ from reftune.processes.world import is_main
 
 if TYPE_CHECKING:
     from reftune.recipe import Recipe
-    from reftune.stages.progress import Progress
+    from reftune.stages.stage import Progress
 
 FAILED = 1
 BAD_INPUT = 2

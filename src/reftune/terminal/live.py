@@ -12,7 +12,7 @@ from reftune.types import Rollout, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.text import clock, printable
 
 SHOWN = (

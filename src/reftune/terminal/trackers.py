@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from reftune.errors import RecipeError
 from reftune.processes.world import is_main
 from reftune.recipe import Recipe, TrackerName
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.text import brief
 from reftune.types import Rollout
 

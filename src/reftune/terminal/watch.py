@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from reftune.errors import DataError
-from reftune.stages.progress import Progress
+from reftune.stages.stage import Progress
 from reftune.storage.run_folder import RunFolder
 from reftune.types import Answer, Attempt, Completion, Problem, Rollout
 
