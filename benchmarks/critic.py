@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from reftune.datasets import load_splits
 from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
 from reftune.recipe import load_recipe
-from reftune.runs.run import unclaimed
+from reftune.runs.models import Models
 from reftune.stages.optimizer import load_trainable
-from reftune.stages.rollouts import Collector, Solved
+from reftune.stages.rollouts import Collector, Solved, collector_of
 from reftune.storage.checkpoint import load_latest
 from reftune.storage.files import write_atomically
 from reftune.storage.run_folder import RunFolder
@@ -49,13 +50,13 @@ Ints = NDArray[np.int64]
 def measure(run_folder: Path, stage: str) -> dict[str, list[float]]:
     """The row of one run: each key has one number per share."""
     recipe = load_recipe(RunFolder(run_folder).recipe, [f"run_dir={run_folder}"])
-    run = unclaimed(recipe)
-    policy = run.load_policy(stage)
+    splits = load_splits(recipe)
+    policy = Models(recipe, splits).load(stage)
     checkpoint = load_latest(RunFolder(run_folder).stage(stage).checkpoints)
     assert checkpoint is not None, f"{run_folder}: no checkpoint of {stage}"
     load_trainable(policy, checkpoint.tensors)
-    collector = run.collector(policy)
-    solved = collector.solve(policy, run.splits.train[:QUESTIONS], temperature=1.0, seed=1)
+    collector = collector_of(recipe, policy)
+    solved = collector.solve(policy, splits.train[:QUESTIONS], temperature=1.0, seed=1)
     lengths = np.array([len(completion.token_ids) for completion in solved.completions])
     cuts = (np.array(SHARES)[:, None] * (lengths - 1)).astype(np.int64)
     inputs, values = seen_by_the_head(policy, solved, cuts)

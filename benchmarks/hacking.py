@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from benchmarks.reproduce import call, points
 
+from reftune.datasets import load_splits
 from reftune.grading.options import read_choice
 from reftune.recipe import Recipe, load_recipe
 from reftune.results.stats import compare_over_seeds, hierarchical_bootstrap
 from reftune.results.summary import comparison_json
-from reftune.runs.run import load_splits
 from reftune.seeds import generator
 from reftune.stages.probes.choices import derived_values, read_rows
 from reftune.storage.files import JsonLines

@@ -30,8 +30,9 @@ from typing import Any
 from reftune.datasets.reading.splits import normalised
 from reftune.recipe import dump_recipe, load_recipe
 from reftune.results import table_command
-from reftune.runs.run import methods_to_evaluate, threads_of, unclaimed
+from reftune.runs.run import Run, threads_of
 from reftune.seeds import derive_seed
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines, write_atomically
 from reftune.storage.run_folder import RunFolder
 
@@ -117,11 +118,11 @@ def evaluate(run: Path, held_out: Path | None) -> None:
             if not shared.is_symlink():
                 shared.symlink_to(Path("..") / shared.name)
         write_atomically(again.recipe, dump_recipe(recipe))
-        evaluation = unclaimed(recipe)
+        later = Run(recipe, Progress())
         with threads_of(recipe):
-            for method in methods_to_evaluate(recipe):
-                evaluation.evaluate(method)
-        evaluation.summarize()
+            for method in recipe.methods_to_evaluate:
+                later.evaluation.answer(method)
+        later.summarize()
 
 
 # --- all seeds ------------------------------------------------------------------------------------

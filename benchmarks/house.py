@@ -30,7 +30,7 @@ results runs advice terminal api
 """Rooms in the order of docs/design.md: each may import only those before it."""
 READ = """
 types recipe datasets/jsonl grading model/policy model/batch model/logprobs model/encoder
-model/value_head engines/kv algorithms stages runs/run storage/checkpoint terminal/cli
+model/value_head engines/kv algorithms stages runs/run runs/models storage/checkpoint terminal/cli
 """.split()
 """The files and folders to read in order to understand a ReFT run."""
 NOT_READ = """

@@ -22,10 +22,10 @@ from typing import Any
 import yaml
 from benchmarks.step import measured
 
+from reftune.datasets import load_splits
 from reftune.model.encoder import Encoder
-from reftune.model.weights import load_model, make_scratch
+from reftune.model.weights import load_model, make_scratch, scratch_texts
 from reftune.recipe import load_recipe
-from reftune.runs.run import load_splits, scratch_texts
 from reftune.stages.estimate import Estimate, Memory, stage_costs
 from reftune.stages.outline import outline_of
 

@@ -82,7 +82,11 @@ EVERY_STAGE: dict[str, Any] = {
 def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
     """Run every stage and evaluation that is not done yet, without the report."""
     with open_run(recipe, progress or Progress()) as run:
-        run.complete()
+        for stage in recipe.stages:
+            run.train(stage)
+            for method in run.evaluated_after(stage):
+                run.evaluation.answer(method)
+        run.evaluation.score_samples()
 
 
 def outcome(folder: Path) -> dict[str, Any]:

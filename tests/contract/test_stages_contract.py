@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reftune.recipe import Table, component_class, known_kinds
-from reftune.runs.run import methods_to_evaluate, open_run
+from reftune.runs.run import open_run
 from reftune.stages.stage import Cost, Progress, Stage
 from reftune.storage.files import JsonLines
 
@@ -68,7 +68,7 @@ def test_a_stage_leaves_a_model_and_what_it_cost(kind: str, recipe_of) -> None:
         assert (info["kind"], info["init"]) == (kind, "sft")
         assert info["sequence_passes"] > 0 and info["train_tokens"] > 0
         assert (folder.path / "model.safetensors").is_file()
-        run.load_policy("tried")
+        run.models.load("tried")
         steps = [
             row["step"] for row in JsonLines(run.folder.metrics).rows() if row["stage"] == "tried"
         ]
@@ -101,7 +101,7 @@ def test_only_methods_are_evaluated(kind: str, recipe_of) -> None:
     every = recipe.model_copy(
         update={"evaluate": recipe.evaluate.model_copy(update={"stages": None})}
     )
-    assert ("tried" in methods_to_evaluate(every)) == recipe.stages["tried"].is_method
+    assert ("tried" in every.methods_to_evaluate) == recipe.stages["tried"].is_method
 
 
 @each_stage

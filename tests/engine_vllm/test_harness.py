@@ -18,9 +18,9 @@ import yaml
 
 from chat_families import MAX_NEW, run_of
 from reftune import api
+from reftune.datasets import load_splits
 from reftune.recipe import parse_recipe
 from reftune.runs.export import export_model
-from reftune.runs.run import load_splits
 
 pytest.importorskip("lm_eval")
 

@@ -14,10 +14,10 @@ import yaml
 
 from chat_families import run_of, save_model
 from reftune import api
+from reftune.datasets import load_splits
 from reftune.model.encoder import Encoder
 from reftune.recipe import parse_recipe
 from reftune.runs.export import export_model
-from reftune.runs.run import load_splits
 from reftune.types import Conversation
 from vllm_servers import start
 

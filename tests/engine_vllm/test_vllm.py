@@ -198,7 +198,7 @@ def test_a_server_killed_in_a_step_costs_nothing_but_a_line(
     with open_run(
         make_recipe(run_dir=str(tmp_path / "base"), model={"scratch": shape}), Progress()
     ) as run:
-        run.load_policy("base").save(tmp_path / "model")
+        run.models.load("base").save(tmp_path / "model")
     command = f"vllm serve {tmp_path / 'model'} {TRAINING}"
     started = [start(command, tmp_path / f"server{number}.txt") for number in (0, 1)]
     try:

@@ -80,17 +80,17 @@ def test_a_run_writes_the_dtype_it_chose_and_keeps_it_on_another_machine(make_re
     recipe = make_recipe(model={"dtype": "auto"}, stages={"reft": None})
     machine(100, 800)
     with open_run(recipe, Progress()) as run:
-        assert run.load_policy("base").compute_dtype == torch.bfloat16
+        assert run.models.load("base").compute_dtype == torch.bfloat16
     assert stored(recipe)["model"]["dtype"] == "bfloat16"
     machine(800, 100)
     with open_run(recipe, Progress()) as run:
-        assert run.load_policy("base").compute_dtype == torch.bfloat16
+        assert run.models.load("base").compute_dtype == torch.bfloat16
     assert stored(recipe)["model"]["dtype"] == "bfloat16"
     fresh = make_recipe(
         model={"dtype": "auto"}, stages={"reft": None}, run_dir=f"{recipe.folder}-other"
     )
     with open_run(fresh, Progress()) as run:
-        assert run.load_policy("base").compute_dtype == torch.float32
+        assert run.models.load("base").compute_dtype == torch.float32
 
 
 def test_a_dtype_in_the_recipe_must_be_that_of_the_run(make_recipe, machine):

@@ -11,7 +11,7 @@ import pytest
 from checking import UNMEASURED, check_only
 from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_offline, check_recipe
 from reftune.advice.check.model import requests_at_once
-from reftune.datasets import Splits
+from reftune.datasets import Splits, load_splits
 from reftune.engines.kv import Kv
 from reftune.errors import RecipeError, RewardError
 from reftune.grading.formats.nl import Nl
@@ -24,7 +24,7 @@ from reftune.recipe import (
     parse_recipe,
     shipped_recipes,
 )
-from reftune.runs.run import load_splits, open_run
+from reftune.runs.run import open_run
 from reftune.stages.stage import Progress
 from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict

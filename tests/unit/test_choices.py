@@ -264,7 +264,7 @@ def test_a_run_on_multiple_choice_logs_and_prints_the_signs(make_recipe, monkeyp
         "ReFT",
     ]
     monkeypatch.setattr(
-        "reftune.runs.run.diagnose", lambda *arguments, **options: pytest.fail("asked again")
+        "reftune.runs.evaluation.diagnose", lambda *arguments, **options: pytest.fail("asked again")
     )
     assert run_recipe(recipe, progress=Progress()) == summary
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from reftune.datasets import Splits
+from reftune.datasets import Splits, load_splits
 from reftune.datasets.mixture import Mixture
-from reftune.runs.run import load_splits
 
 
 def part(folder: Path, name: str, numbers: range, tested: range = range(0)) -> dict[str, Any]:

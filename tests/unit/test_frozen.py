@@ -223,11 +223,11 @@ def test_what_was_learned_over_4_bits_is_saved_whole_and_trained_further(make_re
     recipe = make_recipe(stages={"reft": {"steps": 2}}, **changes)
     with open_run(recipe, Progress()) as run:
         run.train("sft")
-        answering, going_on = run.load_policy("warmup"), run.load_policy("warmup", trained=True)
+        answering, going_on = run.models.load("warmup"), run.models.load("warmup", trained=True)
         batch = token_batch([[3, 4, 5]], [[7, 8, 1]])
         before, after = (p.score(batch).logprobs for p in (answering, going_on))
         assert_close(after, before, atol=1e-4, rtol=0)
-        base = run.load_policy("base", trained=True).score(batch).logprobs
+        base = run.models.load("base", trained=True).score(batch).logprobs
         assert float((after - base).abs().max()) > 0.01, "something was learned"
         reference = going_on.make_reference()
         with torch.no_grad():

@@ -13,7 +13,7 @@ import pytest
 
 from reftune.datasets.reading.splits import normalised
 from reftune.recipe import load_recipe
-from reftune.runs.run import check_stage_graph
+from reftune.runs.models import check_stage_graph
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["warmup", "sft", "reft"]

@@ -14,7 +14,8 @@ import torch
 from reftune.errors import ModelError
 from reftune.model.weights import load_model, load_pretrained, make_scratch, word_tokenizer
 from reftune.recipe import ModelTable, Recipe, ScratchTable
-from reftune.runs import run as run_module
+from reftune.runs import models
+from reftune.runs.run import run_recipe
 from reftune.stages.stage import Progress
 
 TEXT = (
@@ -263,16 +264,18 @@ def test_a_cached_smollm2_is_used_as_it_is(monkeypatch, tmp_path, saved):
 def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_stops(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ):
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    from reftune.runs.run import load_splits, run_recipe, scratch_texts
+    from reftune.datasets import load_splits
+    from reftune.model.weights import scratch_texts
     from reftune.stages.stage import Progress
 
     recipe = make_recipe()
     model, plain = load_model(recipe.model, texts=scratch_texts(recipe.format, load_splits(recipe)))
     turned_ids = {word: len(plain) - 1 - id_ for word, id_ in plain.get_vocab().items()}
-    turned = Tokenizer(models.WordLevel(turned_ids, unk_token="<unk>"))
+    turned = Tokenizer(WordLevel(turned_ids, unk_token="<unk>"))
     turned.pre_tokenizer, turned.decoder = (
         plain.backend_tokenizer.pre_tokenizer,
         plain.backend_tokenizer.decoder,
@@ -328,9 +331,9 @@ def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(
         return load
 
     for name in ("load_model", "load_pretrained"):
-        monkeypatch.setattr(f"reftune.runs.run.{name}", counting(getattr(run_module, name)))
+        monkeypatch.setattr(models, name, counting(getattr(models, name)))
     recipe = make_recipe(evaluate={"samples": 0, "stages": None}, **changes)
-    run_module.run_recipe(recipe, progress=Progress())
+    run_recipe(recipe, progress=Progress())
     # SFT from the base model leaves warmup and sft; PPO starts from warmup, which stays loaded, and
     # the probes of choices use the evaluated model
     assert (recipe.folder / "eval" / "choices" / "reft.jsonl").exists() == bool(changes)

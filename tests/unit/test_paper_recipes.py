@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from reftune.advice.check import check_offline
+from reftune.datasets import load_splits
+from reftune.model.weights import scratch_texts
 from reftune.recipe import Recipe, load_recipe
-from reftune.runs.run import load_splits, run_recipe, scratch_texts
+from reftune.runs.run import run_recipe
 from reftune.stages.stage import Progress
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"

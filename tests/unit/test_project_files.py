@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from reftune.recipe import load_recipe
-from reftune.runs.run import check_stage_graph
+from reftune.runs.models import check_stage_graph
 from reftune.terminal.live import SHOWN, TOKEN_COUNTS
 from reftune.types import Verdict
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reftune.recipe import load_recipe
-from reftune.runs.run import check_stage_graph
+from reftune.runs.models import check_stage_graph
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo"

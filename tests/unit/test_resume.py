@@ -172,12 +172,12 @@ def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(
         with open_run(recipe, Progress()) as run:
             if "in parts of 4" not in kept:
                 path.unlink()
-                run.evaluate("sft")
+                run.evaluation.answer("sft")
                 kept["in parts of 4"] = path.read_bytes()
             path.write_bytes(
                 b"".join(kept["in parts of 4"].splitlines(keepends=True)[:whole_lines]) + torn
             )
-            run.evaluate("sft")
+            run.evaluation.answer("sft")
         assert path.read_bytes() == kept["in parts of 4"]
     finally:
         path.write_bytes(original)

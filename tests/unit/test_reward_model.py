@@ -19,7 +19,8 @@ from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.weights import word_tokenizer
 from reftune.recipe import Recipe
-from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
+from reftune.runs.models import check_stage_graph
+from reftune.runs.run import Run, open_run
 from reftune.stages import reward_model
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step
 from reftune.stages.reward_model import (
@@ -334,13 +335,13 @@ def test_a_run_with_a_reward_model_scores_every_sample_once(make_reranked):
     with open_run(recipe, Progress()) as run:
         run.train("sft")
         run.train("judge")
-        assert methods_to_evaluate(recipe) == ["sft"], "a reward model answers no problems"
-        run.evaluate("sft")
-        run.score_samples()
+        assert recipe.methods_to_evaluate == ["sft"], "a reward model answers no problems"
+        run.evaluation.answer("sft")
+        run.evaluation.score_samples()
         path = recipe.folder / "eval" / "sft.jsonl"
         scored = path.read_bytes()
-        run.evaluate("sft")
-        run.score_samples()
+        run.evaluation.answer("sft")
+        run.evaluation.score_samples()
     assert path.read_bytes() == scored
     scores = [
         [sample["score"] for sample in json.loads(line)["samples"]] for line in scored.splitlines()
@@ -387,11 +388,11 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
     with open_run(recipe, Progress()) as run:
         run.train("sft")
         run.train("judge")
-        run.evaluate("sft")
+        run.evaluation.answer("sft")
         path = recipe.folder / "eval" / "sft.jsonl"
         answered = [json.loads(line) for line in path.read_text().splitlines()]
         assert not any("score" in sample for row in answered for sample in row["samples"])
-        run.score_samples()
+        run.evaluation.score_samples()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row["samples"] = [
@@ -399,6 +400,12 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
             for sample in row["samples"]
         ]
     assert rows == answered
+    # its folder's name stands for the same reward model
+    scored = path.read_bytes()
+    path.write_text("".join(json.dumps(row) + "\n" for row in answered))
+    named = make_reranked(rerank=str(recipe.folder / "stages" / "judge"))
+    Run(named, Progress()).evaluation.score_samples()
+    assert path.read_bytes() == scored
 
 
 def test_another_runs_reward_model_is_found_by_its_folder_and_its_tokenizer_checked(

@@ -12,7 +12,8 @@ import pytest
 
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Recipe
-from reftune.runs.run import check_stage_graph, methods_to_evaluate, open_run
+from reftune.runs.models import check_stage_graph
+from reftune.runs.run import open_run
 from reftune.stages import self_train
 from reftune.stages.self_train import (
     Samples,
@@ -189,8 +190,8 @@ def test_the_stage_leaves_a_model_and_what_it_cost(make_stage_recipe: Callable[.
     recipe = make_stage_recipe(keep=1, gold="paper")
     with open_run(recipe, Progress()) as run:
         run.train("offline_st")
-        run.load_policy("offline_st")
-        assert methods_to_evaluate(recipe) == ["offline_st"]
+        run.models.load("offline_st")
+        assert recipe.methods_to_evaluate == ["offline_st"]
     folder = recipe.folder / "stages" / "offline_st"
     rows = [json.loads(line) for line in (folder / "sampled.jsonl").read_text().splitlines()]
     document = json.loads((folder / "stage.json").read_text())

@@ -15,11 +15,11 @@ from transformers import GenerationConfig
 
 from chat_families import FAMILIES, MAX_NEW, run_of, save_model
 from reftune import api
+from reftune.datasets import load_splits
 from reftune.errors import CheckpointError
 from reftune.model.encoder import Encoder
 from reftune.recipe import parse_recipe
 from reftune.runs.export import export_model
-from reftune.runs.run import load_splits
 from reftune.types import Conversation
 
 

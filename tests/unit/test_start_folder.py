@@ -15,7 +15,8 @@ from crash import outcome, run_all
 from reftune.errors import ModelError, RecipeError
 from reftune.model.adapters import read_adapters
 from reftune.runs.export import export_model
-from reftune.runs.run import check_stage_graph, open_run
+from reftune.runs.models import check_stage_graph
+from reftune.runs.run import open_run
 from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 
@@ -25,7 +26,7 @@ def test_a_stage_starts_from_the_folder_of_an_earlier_run_value_head_and_all(mak
     with open_run(first, Progress()) as run:
         run.train("sft")
         run.train("reft")
-        left = run.load_policy("reft")
+        left = run.models.load("reft")
     source = tmp_path / "first" / "stages" / "reft"
     second = make_recipe(
         run_dir=str(tmp_path / "second"),
@@ -33,7 +34,7 @@ def test_a_stage_starts_from_the_folder_of_an_earlier_run_value_head_and_all(mak
         evaluate={"stages": ["reft"]},
     )
     with open_run(second, Progress()) as run:
-        start = run.load_policy(str(source))
+        start = run.models.load(str(source))
         for (name, value), (_, other) in zip(
             start.named_parameters(), left.named_parameters(), strict=True
         ):
@@ -80,11 +81,11 @@ def test_a_stage_starts_from_a_folder_of_adapters(
     make_recipe, adapted, adapters, tmp_path, changes
 ):
     with open_run(adapted, Progress()) as run:
-        expected = run.load_policy("reft").model.state_dict()
-        base = run.load_policy("base").model.state_dict()
+        expected = run.models.load("reft").model.state_dict()
+        base = run.models.load("base").model.state_dict()
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **changes)
     with open_run(recipe, Progress()) as run:
-        found = run.load_policy(str(adapters)).model.state_dict()
+        found = run.models.load(str(adapters)).model.state_dict()
         assert any(not torch.equal(found[name], base[name]) for name in base)
         for name, value in expected.items():
             assert torch.allclose(found[name], value, atol=1e-6), name
@@ -96,12 +97,12 @@ def test_adapters_of_a_run_that_began_with_adapters_hold_both(make_recipe, adapt
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **LORA)
     with open_run(recipe, Progress()) as run:
         run.train("reft")
-        expected = run.load_policy("reft").model.state_dict()
+        expected = run.models.load("reft").model.state_dict()
     both = export_model(tmp_path / "second", "reft", tmp_path / "both", adapter=True)
     assert json.loads((both / "adapter_config.json").read_text())["r"] == 3 * 4
     third = start(make_recipe, both, run_dir=str(tmp_path / "third"))
     with open_run(third, Progress()) as run:
-        for name, value in run.load_policy(str(both)).model.state_dict().items():
+        for name, value in run.models.load(str(both)).model.state_dict().items():
             assert torch.allclose(expected[name], value, atol=1e-6), name
 
 
@@ -116,13 +117,13 @@ def test_over_a_base_in_4_bits_the_adapters_of_a_folder_are_trained_on(
     given = load_file(adapters / "adapter_model.safetensors")
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **in_4_bits())
     with open_run(recipe, Progress()) as run:
-        policy = run.load_policy(str(adapters), trained=True)
+        policy = run.models.load(str(adapters), trained=True)
         own = {name.replace(".default", ""): p for name, p in policy._adapters().items()}
         assert own.keys() == given.keys()
         assert all(torch.equal(given[name], own[name]) for name in given)
         run.train("reft")
         assert not all(torch.equal(given[name], own[name]) for name in given)
-        run.evaluate("reft")
+        run.evaluation.answer("reft")
     steps = JsonLines(recipe.folder / "metrics.jsonl").rows()
     first = next(row for row in steps if row["step"] == 1)
     assert abs(first["kl/reference"]) < 1e-4  # the reference also has the folder's adapters
@@ -148,7 +149,7 @@ def test_over_a_base_in_4_bits_other_adapters_are_refused(
 ):
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **in_4_bits(**lora))
     with open_run(recipe, Progress()) as run, pytest.raises(ModelError, match=message):
-        run.load_policy(str(adapters), trained=True)
+        run.models.load(str(adapters), trained=True)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_adapters_of_another_model_are_refused(make_recipe, adapters, tmp_path, 
         open_run(recipe, Progress()) as run,
         pytest.raises(ModelError, match=f"adapters: .*{message}"),
     ):
-        run.load_policy(str(adapters))
+        run.models.load(str(adapters))
 
 
 def test_the_adapters_of_another_base_are_refused_by_its_name(make_recipe, adapters, tmp_path):

@@ -381,7 +381,7 @@ def test_a_snapshot_is_the_model_of_that_very_step(make_recipe):
     recipe = make_recipe()
     with open_run(recipe, Progress()) as run:
         run.train("sft")
-        warmup = run.load_policy("warmup")
+        warmup = run.models.load("warmup")
     assert (
         json.loads((recipe.folder / "stages" / "warmup" / "stage.json").read_text())["chosen_step"]
         == 3

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 import pytest
 from pydantic import ValidationError
 
-from reftune.datasets import Splits
+from reftune.datasets import Splits, load_splits
 from reftune.datasets.word_problems import ARITHMETIC, NAMES, OBJECTS, WordProblems
 from reftune.errors import DataError
 from reftune.recipe import load_component, load_recipe, shipped_recipes
-from reftune.runs.run import load_splits
 from reftune.types import Problem
 
 NUMBER = re.compile(r"\d+")

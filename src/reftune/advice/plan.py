@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from reftune.datasets import load_splits
 from reftune.errors import RecipeError
+from reftune.model.weights import scratch_texts
 from reftune.recipe import Recipe
-from reftune.runs.run import load_splits, scratch_texts
 from reftune.stages.estimate import Estimate, Sharding, Sizes, estimates, stage_costs
 from reftune.stages.outline import FP32, outline_of
 from reftune.stages.stage import Pace

@@ -8,8 +8,11 @@ from reftune.datasets.reading.file_dataset import FileDataset
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import Splits
+from reftune.errors import DataError
+from reftune.recipe import Recipe
+from reftune.seeds import derive_seed
 
-__all__ = ["Dataset", "FileDataset", "Row", "Splits", "load_dataset"]
+__all__ = ["Dataset", "FileDataset", "Row", "Splits", "load_dataset", "load_splits"]
 
 
 class Dataset(Protocol):
@@ -31,3 +34,20 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     if is_ours or isinstance(dataset, FileDataset):  # these drop such problems themselves
         return splits
     return drop_contradictions(splits)
+
+
+def load_splits(recipe: Recipe) -> Splits:
+    """The recipe's problems. Raises: DataError if there is no training row or no dev problem."""
+    splits = load_dataset(recipe.dataset, seed=derive_seed(recipe.seed, "data"))
+    if not splits.train:
+        dropped = (
+            ", ".join(f"{count} {reason}" for reason, count in splits.counts.items())
+            or "nothing was dropped"
+        )
+        raise DataError(f"dataset: no training row is left ({dropped})")
+    if not splits.dev:
+        raise DataError(
+            "dataset: no dev problems, and models are chosen on dev; set dataset.dev_size or a dev"
+            " file"
+        )
+    return splits

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 from reftune.errors import ModelError
 from reftune.recipe import ModelTable, ScratchTable, shipped_recipes
 from reftune.text import brief
+from reftune.types import Conversation
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    from reftune.datasets import Splits
+    from reftune.grading.formats import Format
 
 SMOLLM2 = "smollm2-135m"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -261,6 +265,19 @@ def make_scratch(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Phi3ForCausalLM(config), tokenizer
+
+
+def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
+    """Training prompts and gold solutions, from which a from-scratch model takes its vocabulary."""
+    for problem in splits.train:
+        prompt = format_.prompt(problem)
+        yield from (
+            (turn.content for turn in prompt.turns)
+            if isinstance(prompt, Conversation)
+            else (prompt,)
+        )
+        if problem.rationale is not None:
+            yield format_.target(problem)
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import Field, PositiveInt, model_validator
 
 from reftune.recipe.kinds import Table, component_field, refusal
+from reftune.types import Problem
+
+if TYPE_CHECKING:
+    from reftune.datasets import Splits
 
 # --- the recipe -----------------------------------------------------------------------------------
 
@@ -114,6 +119,11 @@ class EvaluateTable(Table):
             raise refusal("rerank", "rerank: expected samples > 0, because samples are reranked")
         return self
 
+    def problems(self, splits: Splits) -> Sequence[Problem]:
+        """The problems that every method answers."""
+        problems: Sequence[Problem] = getattr(splits, self.split)
+        return problems[: self.limit]
+
     def num_samples(self, method: str) -> int:
         """Number of samples to draw per problem from a method's model."""
         return self.samples if self.sampled is None or method in self.sampled else 0
@@ -178,6 +188,22 @@ class Recipe(Table):
     @property
     def folder(self) -> Path:
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
+
+    def saved_by(self, stage: str) -> tuple[str, ...]:
+        """The names of the models that a stage saves: its snapshots and, last, the stage's own."""
+        return (*self.stages[stage].produces, stage)
+
+    def methods_of(self, stage: str) -> tuple[str, ...]:
+        """The methods among the models that a stage saves: all but a reward model."""
+        saved = self.saved_by(stage)
+        return saved if self.stages[stage].is_method else saved[:-1]
+
+    @property
+    def methods_to_evaluate(self) -> list[str]:
+        """The names of the methods to evaluate, in training order."""
+        methods = [method for stage in self.stages for method in self.methods_of(stage)]
+        wanted = self.evaluate.stages
+        return [method for method in methods if wanted is None or method in wanted]
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from reftune.datasets import load_splits
 from reftune.errors import CheckpointError, ModelError, ReftuneError
 from reftune.model.adapters import export_adapters
 from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
 from reftune.recipe import Recipe, parse_recipe
 from reftune.results.records import evaluated_split
-from reftune.runs.run import load_splits
 from reftune.storage.files import replace_folder
 from reftune.storage.run_folder import RunFolder
 from reftune.text import brief

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reftune.datasets import load_splits
 from reftune.errors import DataError
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
 from reftune.runs.auto import settled
-from reftune.runs.run import unclaimed
-from reftune.stages.rollouts import Collector
+from reftune.runs.models import Models
+from reftune.stages.rollouts import Collector, collector_of
 from reftune.text import printable
 from reftune.types import Attempt, Problem
 
@@ -24,12 +25,13 @@ def sample_method(
     Raises: RecipeError if the method is not trained yet; DataError if the split is empty.
     """
     recipe = settled(recipe)
-    run = unclaimed(recipe)
-    problems: Sequence[Problem] = getattr(run.splits, split)[:num]
+    splits = load_splits(recipe)
+    problems: Sequence[Problem] = getattr(splits, split)[:num]
     if not problems:
         raise DataError(f"--split: the dataset has no {split} problems; expected another split")
-    policy = run.load_policy(method)
-    return sample_rows(policy, run.collector(policy), problems, recipe, temperature=temperature)
+    policy = Models(recipe, splits).load(method)
+    collector = collector_of(recipe, policy)
+    return sample_rows(policy, collector, problems, recipe, temperature=temperature)
 
 
 def sample_rows(

@@ -21,7 +21,7 @@ from reftune.grading.rewards import Reward, SumOfParts
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import sharding, world
-from reftune.recipe import LengthTable
+from reftune.recipe import LengthTable, Recipe
 from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, Verdict
 
 
@@ -168,6 +168,16 @@ class Collector:
             )
             if reward is not None
         ]
+
+
+def collector_of(recipe: Recipe, policy: Policy) -> Collector:
+    """A collector with the recipe's engine, format, reward and limits."""
+    return Collector(
+        engine=recipe.engine,
+        encoder=Encoder(policy.tokenizer, recipe.format),
+        reward=recipe.reward,
+        lengths=recipe.lengths,
+    )
 
 
 def of_all_processes(

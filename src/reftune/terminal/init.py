@@ -20,9 +20,8 @@ from reftune.datasets.reading.shapes import Shape, recognise
 from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.encoder import Encoder
-from reftune.model.weights import resolve, word_tokenizer
+from reftune.model.weights import resolve, scratch_texts, word_tokenizer
 from reftune.recipe import load_component, parse_recipe
-from reftune.runs.run import scratch_texts
 from reftune.seeds import derive_seed
 from reftune.storage.files import write_atomically
 from reftune.text import brief

@@ -10,18 +10,13 @@ from reftune.advice.check import data, model, tokens
 from reftune.advice.check.report import CheckReport, Finding, ok
 from reftune.advice.check.subject import Subject, preview_of, subject_of
 from reftune.advice.golds import gold_kinds
-from reftune.datasets import Splits
+from reftune.datasets import Splits, load_splits
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
 from reftune.runs.auto import settled
-from reftune.runs.run import (
-    Run,
-    check_stage_graph,
-    is_model_folder,
-    load_splits,
-    threads_of,
-    unclaimed,
-)
+from reftune.runs.models import Models, check_stage_graph, is_model_folder
+from reftune.runs.run import threads_of
+from reftune.storage.run_folder import RunFolder
 from reftune.text import did_you_mean
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", "check_recipe"]
@@ -46,10 +41,10 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
     recipe = settled(recipe)
-    run = unclaimed(recipe)
-    method = _starting_method(run)
+    splits, method = load_splits(recipe), _starting_method(recipe)
     with threads_of(recipe):
-        subject = subject_of(run, run.load_policy(method, trained=True), method)
+        policy = Models(recipe, splits).load(method, trained=True)
+        subject = subject_of(recipe, splits, policy, method)
         findings = _findings(subject, CHECKS)
         if not any(finding.level == "fail" and finding.name in UNSAFE for finding in findings):
             findings += _findings(subject, MODEL_CHECKS)
@@ -88,11 +83,11 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
     """Findings on data, format and reward, which do not need the recipe's model."""
     shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)  # type: ignore[call-arg]
     scratch = ModelTable(scratch=shape, dtype="float32")  # type: ignore[call-arg]
-    run = unclaimed(recipe.model_copy(update={"model": scratch}), splits)
-    policy = run.load_policy("base")
+    recipe = recipe.model_copy(update={"model": scratch})
+    policy = Models(recipe, splits).load("base")
     arguments = " ".join(getattr(recipe.format, "template_args", ()))
     policy.tokenizer.chat_template = f"{{# {arguments} #}}{STAND_IN_TEMPLATE}"
-    subject = subject_of(run, policy)
+    subject = subject_of(recipe, splits, policy)
     return _findings(subject, {name: CHECKS[name] for name in OFFLINE})
 
 
@@ -136,11 +131,12 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
     ]
 
 
-def _starting_method(run: Run) -> str:
-    costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in run.recipe.stages.values()]
+def _starting_method(recipe: Recipe) -> str:
+    folder = RunFolder(recipe.folder)
+    costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in recipe.stages.values()]
     inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
-    is_own = not data.run_folder_problem(run.recipe)
-    trained = [m for m in inits if (is_own and run.folder.stage(m).is_done) or is_model_folder(m)]
+    is_own = not data.run_folder_problem(recipe)
+    trained = [m for m in inits if (is_own and folder.stage(m).is_done) or is_model_folder(m)]
     return trained[0] if trained else "base"
 
 

@@ -18,7 +18,7 @@ from reftune.results.summary import LastRise, last_rise
 from reftune.results.tables import rise_line
 from reftune.runs.auto import product_rates
 from reftune.runs.evaluation import PROBLEMS_AT_ONCE
-from reftune.runs.run import stage_folder
+from reftune.runs.models import stage_folder
 from reftune.runs.sample import sample_rows
 from reftune.stages import NEEDED_ACCURACY
 from reftune.stages.estimate import estimates, stage_costs
@@ -84,7 +84,7 @@ def check_memory(subject: Subject) -> Finding:
 def requests_at_once(recipe: Recipe, splits: Splits) -> int:
     """Maximum number of completions that a run requests in one call of the engine."""
     table = recipe.evaluate
-    evaluated = min(_num_evaluated(recipe, splits), PROBLEMS_AT_ONCE)
+    evaluated = min(len(table.problems(splits)), PROBLEMS_AT_ONCE)
     costs = stage_costs(recipe, num_train=len(splits.train), num_dev=len(splits.dev)).values()
     # a stage that samples in its steps draws no more at once before them
     sampled = [cost.sampled or min(cost.sampled_before, SAMPLES_AT_ONCE) for cost in costs]
@@ -199,15 +199,9 @@ def check_time(subject: Subject) -> Finding:
 def num_answers(subject: Subject) -> int:
     """Number of answers in the final evaluation: a greedy answer per problem and method, plus
     samples."""
-    table, methods = subject.recipe.evaluate, subject.num_methods
-    problems = _num_evaluated(subject.recipe, subject.splits)
+    table, methods = subject.recipe.evaluate, len(subject.recipe.methods_to_evaluate)
     sampled = methods if table.sampled is None else len(table.sampled)
-    return problems * (methods + sampled * table.samples)
-
-
-def _num_evaluated(recipe: Recipe, splits: Splits) -> int:
-    table = recipe.evaluate
-    return len(getattr(splits, table.split)[: table.limit])
+    return len(table.problems(subject.splits)) * (methods + sampled * table.samples)
 
 
 def _rows_at_once(recipe: Recipe) -> int:

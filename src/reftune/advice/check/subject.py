@@ -10,8 +10,7 @@ from reftune.datasets import Splits
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
-from reftune.runs.run import Run, methods_to_evaluate
-from reftune.stages.rollouts import Collector
+from reftune.stages.rollouts import Collector, collector_of
 from reftune.types import Problem
 
 
@@ -48,8 +47,6 @@ class Subject:
     method: str
     """The method whose weights `policy` has: the first trained method that RL starts from, or
     `base` if there is none."""
-    num_methods: int
-    """Number of methods in the final evaluation."""
 
     @property
     def encoder(self) -> Encoder:
@@ -83,29 +80,27 @@ class Subject:
         ]
 
 
-def subject_of(run: Run, policy: Policy, method: str = "base") -> Subject:
-    """A run's data as `policy` sees it."""
-    collector = run.collector(policy)
+def subject_of(recipe: Recipe, splits: Splits, policy: Policy, method: str = "base") -> Subject:
+    """The data as `policy`, which has the weights of `method`, sees it."""
+    collector = collector_of(recipe, policy)
     encoder = collector.encoder
-    splits = {"train": run.splits.train, "dev": run.splits.dev, "test": run.splits.test}
     prompts = {
-        name: {problem.id: encoder.prompt(problem) for problem in problems}
-        for name, problems in splits.items()
+        name: {problem.id: encoder.prompt(problem) for problem in getattr(splits, name)}
+        for name in ("train", "dev", "test")
     }
     rows = [
         _row(problem, encoder, prompts["train"][problem.id])
-        for problem in run.splits.train
+        for problem in splits.train
         if problem.rationale is not None
     ]
     return Subject(
-        recipe=run.recipe,
-        splits=run.splits,
+        recipe=recipe,
+        splits=splits,
         policy=policy,
         collector=collector,
         rows=rows,
         prompts=prompts,
         method=method,
-        num_methods=len(methods_to_evaluate(run.recipe)),
     )
 
 

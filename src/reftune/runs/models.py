@@ -1,0 +1,183 @@
+"""The models that a run reads by name: `base`, the methods that its stages save, and folders of
+models or adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from reftune.datasets import Splits
+from reftune.errors import RecipeError
+from reftune.model.adapters import require_continuable, with_adapters
+from reftune.model.encoder import stop_texts
+from reftune.model.policy import Policy
+from reftune.model.weights import (
+    is_adapter_folder,
+    load_model,
+    load_pretrained,
+    saved_dtype,
+    scratch_texts,
+)
+from reftune.processes import sharding
+from reftune.recipe import Recipe
+from reftune.runs.auto import choose_device
+from reftune.seeds import derive_seed
+from reftune.stages.reward_model import WEIGHTS
+from reftune.storage.run_folder import RunFolder, StageFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Models:
+    """Loads a recipe's models as policies, and keeps the one that was loaded last."""
+
+    def __init__(self, recipe: Recipe, splits: Splits) -> None:
+        self.recipe, self.splits = recipe, splits
+        self.kept: dict[tuple[str, bool], Policy] = {}
+        """At most one policy. Its key is the name, and whether the policy was built for training
+        with adapters or gradient checkpointing."""
+
+    def load(self, name: str, *, trained: bool = False) -> Policy:
+        """The policy of a model. With `trained`, it has adapters if the recipe sets `lora`; with a
+        4-bit base, these are the model's own, and otherwise new ones. The caller must not change
+        the policy; `take` is for that.
+
+        Raises: RecipeError for a method that is not trained yet, or for a setting that this machine
+        or FSDP2 does not support; ModelError if the model cannot be used.
+        """
+        table = self.recipe.model
+        is_other = table.lora is not None or table.gradient_checkpointing
+        key = (name, trained and is_other)
+        if key not in self.kept:
+            self.kept.clear()  # frees memory for the next policy
+            # a policy that was only read can be trained later, if both kinds are built alike
+            self.kept[key] = self._restored(name, trained=trained or not is_other)
+        return self.kept[key]
+
+    def take(self, name: str) -> Policy:
+        """A policy to train. It is not kept, because training changes it."""
+        policy = self.load(name, trained=True)
+        self.kept.clear()
+        return policy
+
+    def _restored(self, name: str, *, trained: bool) -> Policy:
+        """A policy with everything that was saved: weights, value head and adapters."""
+        table = self.recipe.model
+        if name != "base":
+            require_trained(self.recipe, [name])
+        torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
+        folder = stage_folder(self.recipe, name).path
+        continues = trained and table.quantize is not None
+        loaded = self._read(
+            "base" if continues else name, as_stored=not trained or table.lora is not None
+        )
+        policy = self._policy(*loaded, trained=trained)
+        if continues and name != "base":
+            if is_adapter_folder(folder):
+                require_continuable(folder, table)
+            policy.load_adapters(folder)
+        policy.load_value_head(folder)
+        policy.verify_head()
+        if trained and table.gradient_checkpointing:
+            policy.recompute_blocks()
+        if table.compile:
+            policy.compile_blocks()
+        return policy
+
+    def _read(
+        self, name: str, *, as_stored: bool
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model without value head, and its tokenizer. Adapters are merged into the base."""
+        table = self.recipe.model
+        if name == "base":
+            is_scratch = table.scratch is not None
+            texts = scratch_texts(self.recipe.format, self.splits) if is_scratch else ()
+            seed = derive_seed(self.recipe.seed, "base")
+            return load_model(table, texts=texts, seed=seed, as_stored=as_stored)
+        folder, trust = stage_folder(self.recipe, name).path, table.trust_remote_code
+        if is_adapter_folder(folder):
+            model, tokenizer = self._read("base", as_stored=as_stored)
+            return with_adapters(model, folder, base=table.path), tokenizer
+        return load_pretrained(folder, trust_remote_code=trust, as_stored=as_stored)
+
+    def _policy(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool
+    ) -> Policy:
+        """A policy with the recipe's settings on its device, with new adapters if it needs any."""
+        table = self.recipe.model
+        if trained and table.quantize is not None and sharding.current.splits:
+            raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
+        policy = Policy(
+            model,
+            tokenizer,
+            dtype=getattr(torch, table.dtype),
+            lora=table.lora if trained else None,
+            quantize=table.quantize if trained else None,
+            trained=trained,
+            stop=stop_texts(self.recipe.format),
+        )
+        policy.saved_dtype, policy.max_tokens = saved_dtype(table), table.max_tokens
+        return policy.to(choose_device(table.device))
+
+
+# --- the names in a recipe ------------------------------------------------------------------------
+
+
+def check_stage_graph(recipe: Recipe) -> None:
+    """Check that stages read only `base`, earlier methods or model folders, that no two stages save
+    the same method, and that `evaluate` names methods and a reward model that exist. Raises:
+    RecipeError if a check fails."""
+    known, made = ["base"], {"base"}
+    for name, stage in recipe.stages.items():
+        for method in stage.needs:
+            if method not in known and not is_model_folder(method):
+                key = next(key for key in type(stage).model_fields if getattr(stage, key) == method)
+                raise RecipeError(
+                    f"stages.{name}.{key}: {method} is not an earlier method; known here:"
+                    f" {', '.join(known)}"
+                )
+        for method in recipe.saved_by(name):
+            if method in made:
+                raise RecipeError(f"stages.{name}: two stages save the method {method}")
+            made.add(method)
+        known += recipe.methods_of(name)
+    for key in ("stages", "sampled"):
+        for method in getattr(recipe.evaluate, key) or ():
+            if method not in known[1:]:
+                raise RecipeError(
+                    f"evaluate.{key}: {method} is not a method; known: {', '.join(known[1:])}"
+                )
+    rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
+    rerank = recipe.evaluate.rerank
+    if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
+        raise RecipeError(
+            f"evaluate.rerank: {rerank} is not a reward model: neither one of this recipe's"
+            f" ({', '.join(rerankers) or 'it has none'}) nor a folder with a {WEIGHTS}"
+        )
+
+
+def require_trained(recipe: Recipe, names: Collection[str]) -> None:
+    """Check that each of `names` is a finished method or the path of a model folder. Raises:
+    RecipeError if one is neither."""
+    for name in names:
+        folder = RunFolder(recipe.folder).stage(name)
+        if not (folder.is_done or is_model_folder(name)):
+            raise RecipeError(
+                f"{folder.path}: method {name} is not trained yet; `reftune run` trains it"
+            )
+
+
+def stage_folder(recipe: Recipe, name: str) -> StageFolder:
+    """The folder of a model that the recipe saves; for any other `name`, the folder at that
+    path."""
+    own = {"base", *(saved for stage in recipe.stages for saved in recipe.saved_by(stage))}
+    return RunFolder(recipe.folder).stage(name) if name in own else StageFolder(Path(name))
+
+
+def is_model_folder(name: str) -> bool:
+    """Whether `name` is the path of a folder that contains a model or adapters."""
+    return (Path(name) / "config.json").is_file() or is_adapter_folder(Path(name))
