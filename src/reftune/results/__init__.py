@@ -10,12 +10,13 @@ from reftune.results import paper
 from reftune.results.page.figures import write_figures
 from reftune.results.page.html import write_report
 from reftune.results.records import read_run, require_finished
-from reftune.results.summary import comparable_groups, score_table, summarize
+from reftune.results.summary import comparable_groups, read_groups, score_table, summarize
 from reftune.results.tables import choices_table, remarks, render_table
 from reftune.storage.run_folder import RunFolder
 
 __all__ = [
     "choices_table",
+    "read_groups",
     "read_run",
     "remarks",
     "report_command",
@@ -28,8 +29,11 @@ __all__ = [
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
     """Write the HTML page for `reftune report RUN…`, by default as `report.html` in the first run's
-    folder. Returns: the page's path. Raises: the errors of `write_report`."""
-    return write_report(run_dirs, out or RunFolder(Path(run_dirs[0])).report)
+    folder. Runs may be unfinished. Returns: the page's path. Raises: DataError if a run is missing
+    or damaged, or if runs are not comparable; CheckpointError if the page cannot be written."""
+    path = Path(out or RunFolder(Path(run_dirs[0])).report)
+    write_report(read_groups(run_dirs, finished=False), path)
+    return path
 
 
 def table_command(

@@ -152,12 +152,9 @@ class ScoreTable:
 # --- one run: summary.json ------------------------------------------------------------------------
 
 
-def summarize(run_dir: Path | str) -> dict[str, Any]:
-    """The content of `summary.json`, with every pair of methods compared.
-
-    Raises: DataError if the run has not finished or is damaged.
-    """
-    (group,) = read_groups([run_dir])
+def summarize(group: Group) -> dict[str, Any]:
+    """The content of `summary.json` of a single finished run, with every pair of methods
+    compared."""
     (run,) = group.runs
     table = score_table([group])
     return {

@@ -175,19 +175,23 @@ class Run:
 
     def summarize(self) -> dict[str, Any]:
         """Write summary.json and report.html from the run's files, and return the summary."""
-        from reftune.results import summarize
+        from reftune.results import read_groups, summarize, write_report
 
-        summary = world.from_main(lambda: summarize(self.folder.path))
-        write_atomically(self.folder.summary, json.dumps(summary, indent=2))
-        self.report()
-        return summary
+        def written() -> dict[str, Any]:
+            groups = read_groups([self.folder.path])
+            summary = summarize(*groups)
+            write_atomically(self.folder.summary, json.dumps(summary, indent=2))
+            write_report(groups, self.folder.report)
+            return summary
+
+        return world.from_main(written)
 
     def report(self) -> None:
         """Write report.html for the run so far."""
-        from reftune.results import write_report
+        from reftune.results import read_groups, write_report
 
         if world.is_main():
-            write_report([self.folder.path], self.folder.report)
+            write_report(read_groups([self.folder.path], finished=False), self.folder.report)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reftune.results import summarize, write_report
+from reftune.results import read_groups, report_command, summarize
 from reftune.results.records import read_run
 from reftune.results.summary import rerankers
 from reftune.results.tables import remarks
@@ -53,7 +53,7 @@ def test_it_beats_chance_only_beyond_the_margin(judged, accuracy: float, beats: 
     assert (found.stage, found.accuracy, found.beats_chance) == ("judge", accuracy, beats)
     (line,) = remarks(read_run(folder))
     assert ("do not rerank with it" in line) is not beats
-    (row,) = summarize(folder)["rerankers"]
+    (row,) = summarize(*read_groups([folder]))["rerankers"]
     assert row == {
         "stage": "judge",
         "num_samples": 100,
@@ -74,7 +74,7 @@ def test_a_reward_model_chosen_at_its_start_is_not_taken_for_a_method(judged) ->
 def test_the_report_warns_in_one_line(judged) -> None:
     folder = judged(0.484, chance=0.622, margin=0.041)
     assert remarks(read_run(folder)) == [BAD]
-    page = write_report([folder], folder / "report.html").read_text(encoding="utf-8")
+    page = report_command([folder]).read_text(encoding="utf-8")
     assert html.unescape(page).count(BAD) == 1
 
 

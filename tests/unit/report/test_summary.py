@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ from reftune.results.summary import (
 from reftune.results.tables import display, headline, points
 
 WriteRun = Callable[..., Path]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return summarize(*read_groups([folder]))
 
 
 def answer(
@@ -66,7 +71,7 @@ def test_summary_counts_the_answers_in_the_files(write_run: WriteRun) -> None:
     answer(folder, "warmup", [1, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     answer(folder, "sft", [1, 1, 0, 0, 1, 0, 0, 0, 0, 0])
     answer(folder, "reft", [1, 1, 1, 1, 0, 1, 1, 1, 1, 0])
-    summary = summarize(folder)
+    summary = summary_of(folder)
     assert summary["methods"]["reft"] == {
         "accuracy": 0.8,
         "ci95": list(wilson(8, 10)),
@@ -94,8 +99,8 @@ def test_summary_counts_the_answers_in_the_files(write_run: WriteRun) -> None:
 
 def test_summary_is_a_function_of_the_files(write_run: WriteRun) -> None:
     folder = write_run(num_samples=3)
-    assert summarize(folder) == summarize(folder)
-    json.dumps(summarize(folder), allow_nan=False)
+    assert summary_of(folder) == summary_of(folder)
+    json.dumps(summary_of(folder), allow_nan=False)
 
 
 def test_votes_and_pass_at_k_come_from_the_samples(write_run: WriteRun) -> None:
@@ -116,7 +121,7 @@ def test_votes_and_pass_at_k_come_from_the_samples(write_run: WriteRun) -> None:
 
 
 def test_summary_names_votes_by_their_k(write_run: WriteRun) -> None:
-    summary = summarize(write_run(num_samples=3, num_problems=20))
+    summary = summary_of(write_run(num_samples=3, num_problems=20))
     assert {"maj@3", "maj@3_ci95", "pass@3"} <= set(summary["methods"]["reft"])
     assert ("reft maj@3", "sft maj@3") in [
         (found["a"], found["b"]) for found in summary["comparisons"]
@@ -179,14 +184,14 @@ def test_in_the_papers_grading_only_single_letters_vote_on_choices(
 
 def test_an_unfinished_run_has_no_summary(write_run: WriteRun) -> None:
     with pytest.raises(DataError, match="has not finished"):
-        summarize(write_run(evaluated=["warmup"]))
+        summary_of(write_run(evaluated=["warmup"]))
 
 
 def test_methods_of_a_run_must_share_their_problems(write_run: WriteRun) -> None:
     folder = write_run()
     answer(folder, "reft", [1, 0])
     with pytest.raises(DataError, match="different problems"):
-        summarize(folder)
+        summary_of(folder)
 
 
 # --- several runs ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from reftune.results.page import charts, gallery
 from reftune.results.page.drawing import draw
 from reftune.results.records import RunResults
 from reftune.results.stats import Comparison, Interval
-from reftune.results.summary import Group, MethodScore, ScoreTable, leader, read_groups, score_table
+from reftune.results.summary import Group, MethodScore, ScoreTable, leader, score_table
 from reftune.results.tables import (
     Headline,
     caption,
@@ -36,16 +36,10 @@ from reftune.storage.files import write_atomically
 ASSETS = Path(__file__).parent / "assets"
 
 
-def write_report(run_dirs: Sequence[Path | str], out_path: Path | str) -> Path:
-    """Write the page and return its path. Runs may be unfinished.
-
-    Raises: DataError if a run is missing or damaged, or if runs are not comparable; CheckpointError
-    if the page cannot be written.
-    """
-    out = Path(out_path)
-    page = render_report(read_groups(run_dirs, finished=False))
-    write_atomically(out, page.encode("utf-8", "replace").decode())
-    return out
+def write_report(groups: Sequence[Group], path: Path) -> None:
+    """Write the page. Runs may be unfinished. Raises: CheckpointError if the page cannot be
+    written."""
+    write_atomically(path, render_report(groups).encode("utf-8", "replace").decode())
 
 
 def render_report(groups: Sequence[Group]) -> str:
