@@ -110,8 +110,10 @@ def test_more_lines_than_a_batch_keep_their_order(tmp_path: Path) -> None:
             {"id": 1, "completion": "x", "answer": [5]},
             "2: answer: expected a number, text or a letter",
         ),
+        # JSON's NaN is a missing value, as in any other data file
+        ({"id": 1, "completion": "x", "answer": float("nan")}, "2: answer is missing"),
         (
-            {"id": 1, "completion": "x", "answer": float("nan")},
+            {"id": 1, "completion": "x", "answer": float("inf")},
             "2: answer: expected a number, text or a letter",
         ),
         (
