@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from crash import assert_same_outcome, outcome, run_all
-from reftune.errors import CheckpointError, RecipeError
+from reftune.errors import CheckpointError, DataError, RecipeError
 from reftune.recipe import Recipe, dump_recipe
 from reftune.runs.run import open_run, run_stages
 from reftune.stages.stage import Progress
@@ -337,6 +337,30 @@ def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_
         " another run_dir"
     )
     assert "seed was 0, now 7" in refused(make_recipe(seed=7), RecipeError)
+
+
+def test_a_run_whose_data_have_changed_is_not_continued(tmp_path, make_recipe):
+    path = tmp_path / "data.jsonl"
+
+    def recipe_with(*answers: int) -> Recipe:
+        rows = [
+            {"question": f"{answer} + 0?", "answer": answer, "rationale": f"It is {answer} ."}
+            for answer in answers
+        ]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        dataset = {"kind": "jsonl", "train": str(path), "dev_size": 1}
+        return make_recipe(dataset=dataset, format={"kind": "nl"}, evaluate={"split": "dev"})
+
+    recipe = recipe_with(1, 2, 3)
+    with open_run(recipe, Progress()):
+        pass
+    assert refused(recipe_with(1, 2, 3, 4), DataError) == (
+        f"{recipe.folder}: the train questions have changed since this run began; expected the same"
+        " data, or another run_dir"
+    )
+    (recipe.folder / "data.json").write_text('{"problems": {}}')  # from before there were hashes
+    with open_run(recipe, Progress()):
+        pass
 
 
 def test_a_run_from_before_a_recipe_key_existed_goes_on_where_the_key_has_its_default(make_recipe):

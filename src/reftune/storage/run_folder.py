@@ -5,6 +5,7 @@ files but no recipe, is rejected."""
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reftune.errors import CheckpointError, RecipeError
+from reftune.errors import CheckpointError, DataError, RecipeError
 from reftune.recipe import Recipe, dump_recipe, parse_recipe
 from reftune.storage.files import write_atomically
 
@@ -152,7 +153,8 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
     """Claim the folder for this run, and lock it inside the block. A stage for which `recipe` now
     sets more steps or epochs is reopened, so that it continues. Raises: the errors of
-    `refuse_foreign`; CheckpointError if the folder is in use or cannot be written."""
+    `refuse_foreign`; DataError if the problems have changed; CheckpointError if the folder is in
+    use or cannot be written."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -164,6 +166,7 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
                 # written last, because it claims the folder for this run
                 write_atomically(folder.recipe, dump_recipe(recipe))
             else:
+                refuse_changed_data(folder, splits)
                 for name in lengthened_stages(folder, recipe):
                     _reopen(folder, name)
                     write_atomically(folder.recipe, dump_recipe(recipe))
@@ -188,14 +191,47 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 def data_facts(splits: Splits) -> dict[str, Any]:
     """The content of `data.json`: the numbers of dropped rows and of problems in each split (for
-    train, with and without a rationale)."""
+    train, with and without a rationale), and a hash of each split."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
         "problems": sizes,
         "train_without_rationale": len(splits.train) - with_rationale,
         "dropped": dict(splits.counts),
+        "hashes": split_hashes(splits),
     }
+
+
+def split_hashes(splits: Splits) -> dict[str, str]:
+    """Split → a hash of what a run reads of its problems."""
+    return {
+        split: hashlib.sha256(
+            json.dumps(
+                [
+                    [p.id, p.question, p.choices, p.gold_text or str(p.answer), p.rationale]
+                    for p in problems
+                ]
+            ).encode()
+        ).hexdigest()
+        for split, problems in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
+    }
+
+
+def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
+    """Check that the problems are those with which the run began. Raises: DataError if not;
+    CheckpointError if the run's `data.json` cannot be read."""
+    if not folder.data.is_file():
+        return
+    try:
+        known = json.loads(folder.data.read_text(encoding="utf-8")).get("hashes", {})
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{folder.data}: damaged; expected a JSON object") from None
+    for split, now in split_hashes(splits).items():
+        if known.get(split, now) != now:
+            raise DataError(
+                f"{folder.path}: the {split} questions have changed since this run began; expected"
+                " the same data, or another run_dir"
+            )
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
