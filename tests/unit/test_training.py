@@ -421,6 +421,16 @@ def test_a_snapshot_at_a_dev_evaluation_needs_no_other(
 # --- reinforcement --------------------------------------------------------------------------------
 
 
+def test_a_rollout_without_a_reward_is_reported(trainer):
+    notes = []
+    progress = SimpleNamespace(note=notes.append, rollouts=lambda step, rollouts: None)
+    collector = replace(trainer.context.collector, reward=lambda *samples: [None] * len(samples[0]))
+    trainer.context = replace(trainer.context, progress=progress, collector=collector)
+    rollouts, _ = trainer.sample(3, "rollout")
+    assert rollouts == []
+    assert notes == ["reft rollout 3: every reward is None, so nothing is trained on"]
+
+
 def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypatch):
     rollouts, _ = trainer.sample(1, "rollout")
     batch, _ = trainer.score(rollouts)

@@ -182,6 +182,10 @@ class Trainer:
             seed=seed(purpose, "tokens", n),
         )
         rollouts = self.context.collector.rewarded(solved)
+        if not rollouts:
+            self.context.progress.note(
+                f"{self.context.name} {purpose} {n}: every reward is None, so nothing is trained on"
+            )
         if purpose == "rollout":
             self._show(n, rollouts)
         return rollouts, {
