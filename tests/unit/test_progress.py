@@ -1,5 +1,7 @@
 """The output of the three progress views, read back from a string."""
 
+import subprocess
+import sys
 from io import StringIO
 
 import pytest
@@ -147,3 +149,11 @@ def test_without_a_terminal_there_are_lines_and_nothing_when_quiet():
 
 def test_clock_reads_as_minutes_or_hours():
     assert [clock(s) for s in (0, 31.4, 62, 3723)] == ["0:00", "0:31", "1:02", "1:02:03"]
+
+
+def test_the_views_load_without_torch():
+    code = (
+        "import sys, reftune.terminal.live, reftune.terminal.watch;"
+        " assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
