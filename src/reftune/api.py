@@ -11,13 +11,14 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from reftune.errors import RecipeError
+from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
 from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
 from reftune.storage.run_folder import StageFolder
 from reftune.terminal.score import problem_of
+from reftune.text import shown
 from reftune.types import Completion, Graded, Problem, Verdict
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def evaluate(
     recipe = _recipe_of(model)
     policy = _policy(model)
     found = tuple(
-        p if isinstance(p, Problem) else problem_of({"id": i, **p}, f"problem {i}")
+        p if isinstance(p, Problem) else _asked({"id": i, **p}, f"problem {i}")
         for i, p in enumerate(problems)
     )
     put = _format(format or recipe.get("format") or "nl")
@@ -166,6 +167,13 @@ def evaluate(
     return Evaluation(
         problems=found, completions=tuple(solved.completions), graded=tuple(solved.graded)
     )
+
+
+def _asked(row: Mapping[str, Any], where: str) -> Problem:
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{where}: question is {shown(question)}; expected text")
+    return problem_of(row, where)
 
 
 def _policy(model: str | Path | Policy) -> Policy:

@@ -100,6 +100,8 @@ def test_evaluate_takes_a_policy_and_problems(make_policy):
     assert result.accuracy == 0.0
     with pytest.raises(RecipeError, match="no problems"):
         reftune.evaluate(make_policy("llama"), [])
+    with pytest.raises(DataError, match="problem 0: question is None; expected text"):
+        reftune.evaluate(make_policy("llama"), [{"prompt": "2 + 3?", "answer": 5}])
 
 
 def test_the_package_is_imported_fast():
