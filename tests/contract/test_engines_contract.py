@@ -12,14 +12,16 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from reftune.engines import kv
-from reftune.engines.kv import Kv, Reader, reader
+from reftune.engines.kv import Drawn, Kv, Reader, reader
 from reftune.model.batch import token_batch
 from reftune.model.encoder import StopRule
 from reftune.model.policy import Policy
@@ -372,12 +374,13 @@ def test_top_p_keeps_the_smallest_set_that_holds_p_and_renormalises(sampler, mak
 
 
 class Forwards:
-    """Records rows and columns of every forward pass of the default engine, and the rows' length so
-    far."""
+    """Records rows and columns of every forward pass of the default engine, the rows' length so far
+    and the last position that is read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.lengths: list[int] = []
+        self.positions: list[int] = []
 
         @contextmanager
         def counting(policy: Policy) -> Iterator[Reader]:
@@ -386,6 +389,7 @@ class Forwards:
                 def counted(tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
                     self.shapes.append(tuple(tokens.shape))
                     self.lengths.append(mask.shape[1])
+                    self.positions.append(int(mask.sum(1).max()) - 1)
                     return reads.forward(tokens, mask, cache)
 
                 yield reads._replace(forward=counted)
@@ -448,6 +452,31 @@ def test_waiting_prompts_take_the_place_of_finished_rows(make_policy, monkeypatc
     # 27 prompts in rows of 9, three batches one after the other, would take the longest row of each
     in_turn = sum(max(lengths[i : i + 9]) - 1 for i in (0, 9, 18))
     assert len(forwards.shapes) - len(forwards.prefills) < 0.9 * in_turn
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "codegen", "llama"])
+def test_a_finished_row_stays_within_the_context(make_policy, monkeypatch, family):
+    # Of 9 rows, the longest prompt reaches the context's end at its 8th token. The others end at
+    # their 6th, and 8 new rows take their places. One finished row of 9 is less than an eighth,
+    # so the first row stays for six steps after its end.
+    policy = make_policy(family)
+    prompts = [[7] * (policy.context - 8), *([i, i] for i in range(3, 19))]
+
+    def ending(seed: int, position: int) -> Any:  # of equal prompts, the last are read first
+        draws = [float(position > 8 and step == 6) for step in range(1, 9)]
+        return SimpleNamespace(random=lambda length: np.array(draws))
+
+    def draw(logits: Any, uniforms: Any, *_: Any, **__: Any) -> Drawn:
+        tokens = torch.where(uniforms > 0.5, 1, 5)  # 1 is the end token
+        return Drawn(tokens, torch.zeros(len(tokens)), torch.zeros(len(tokens)))
+
+    forwards = Forwards(monkeypatch)
+    monkeypatch.setattr(kv, "generator", ending)
+    monkeypatch.setattr(kv, "draw_tokens", draw)
+    completions = Kv(batch_size=9).generate(policy, prompts, params(max_new_tokens=8))
+    assert [len(c.token_ids) for c in completions] == [8] * 9 + [6] * 8
+    assert forwards.shapes[-1] == (9, 1), "the finished row left early; the test shows nothing"
+    assert max(forwards.positions) < policy.context
 
 
 def test_columns_that_no_row_needs_any_more_are_dropped(policy, monkeypatch):

@@ -135,7 +135,7 @@ class _Decoder:
         self.active: list[_Request] = []
         self.cache: Any = None
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)
-        """(B, T), 1 where the cache holds a token."""
+        """(B, T), 1 where the cache holds a token of the row's prompt or solution."""
         self.rows: _Rows
 
     def join(self, requests: list[_Request]) -> None:
@@ -208,7 +208,9 @@ class _Decoder:
             self._keep(keep)
             tokens = tokens[keep]
         if self.active:
-            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+            # a finished row that stays must not move on to positions beyond the model's context
+            goes_on = (~self.rows.done).to(self.mask.dtype)
+            self.mask = torch.cat([self.mask, goes_on[:, None]], dim=1)
             hidden = self.reads.forward(tokens[:, None], self.mask, self.cache)
             self.rows = self.rows._replace(hidden=hidden)
 
