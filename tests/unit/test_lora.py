@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from reftune.engines.kv import Kv
+from reftune.errors import ModelError
 from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
 from reftune.recipe import LoraTable
@@ -88,6 +89,31 @@ def test_the_saved_model_is_merged_and_plain(make_policy, tmp_path, family):
         )
     assert not any("lora" in name for name in model.state_dict())
     assert not list(tmp_path.glob("adapter_*"))
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "other"),
+    [
+        ("llama, tied", "embed_tokens", "lm_head"),
+        ("llama, tied", "lm_head", "model.embed_tokens"),
+        ("gpt2", "wte", "lm_head"),
+    ],
+)
+def test_an_adapter_on_a_tied_embedding_is_refused(make_policy, family, module, other):
+    # merged into the shared weight, it would change the layer without an adapter too
+    with pytest.raises(ModelError, match=rf"{module} shares its weight with {other}, so"):
+        make_policy(family, lora=LoraTable(rank=4, target_modules=[module]))
+
+
+def test_an_adapter_on_an_embedding_that_is_not_tied_is_merged(make_policy, tmp_path):
+    from reftune.model.weights import load_pretrained
+
+    table = LoraTable(rank=4, target_modules=["embed_tokens", "lm_head"])
+    policy = with_trained_adapters(make_policy("qwen2, untied", lora=table))
+    policy.save(tmp_path)
+    assert_close(
+        logprobs(Policy(*load_pretrained(tmp_path)).eval()), logprobs(policy), atol=2e-5, rtol=0
+    )
 
 
 def test_an_engine_samples_with_the_adapters_on(make_policy):

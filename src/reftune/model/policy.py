@@ -496,6 +496,25 @@ def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
     try:
         with warnings.catch_warnings():  # peft uses a name that transformers will remove
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules: {brief(error)}") from None
+    _require_own_weights(adapted)
+    return adapted
+
+
+def _require_own_weights(adapted: Any) -> None:
+    """Raises: ModelError if a layer with an adapter shares its weight with another layer, as a tied
+    embedding does. Merging the adapter would change the other layer too."""
+    layers: dict[int, list[str]] = {}
+    for name, parameter in adapted.get_base_model().named_parameters(remove_duplicate=False):
+        layers.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    for names in layers.values():
+        own = [name for name in names if name.endswith(".base_layer")]
+        if own and len(names) > 1:
+            first = own[0].removesuffix(".base_layer")
+            others = ", ".join(name.removesuffix(".base_layer") for name in names if name != own[0])
+            raise ModelError(
+                f"model.lora.target_modules: {first} shares its weight with {others}, so its"
+                " adapter could not be merged; expected other layers"
+            )
