@@ -240,12 +240,14 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
     """The runs in groups, in the given order. Within a group, recipes differ only in name, folder
-    and seed, and no two runs have the same seed."""
+    and seed, and no two runs have the same seed. A group's runs are in the order of their seeds, so
+    that groups are paired by seed."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]
         home = next((g for g in same if run.seed not in [other.seed for other in g]), None)
         gathered.append([run]) if home is None else home.append(run)
+    gathered = [sorted(group, key=lambda run: run.seed) for group in gathered]
     labels = [_group_label(group) for group in gathered]
     return [
         Group(label=label if labels.count(label) == 1 else str(group[0].folder), runs=tuple(group))

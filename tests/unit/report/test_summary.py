@@ -299,3 +299,30 @@ def test_labels_read_as_a_person_writes_them() -> None:
     assert display("my_method") == "my method"
     assert display("demo/reft maj@8") == "demo: ReFT maj@8"
     assert points(-0.0316) == "−3.2"
+
+
+def test_groups_are_paired_by_seed_in_whatever_order_the_runs_are_given(
+    write_run: WriteRun,
+) -> None:
+    # long gains 3 of 4 problems with seed 0, and loses 1 with seed 1
+    right = {
+        "short-0": [1, 0, 0, 0],
+        "short-1": [1, 1, 1, 0],
+        "long-0": [1, 1, 1, 1],
+        "long-1": [1, 1, 0, 0],
+    }
+    folders = {}
+    for name, solved in right.items():
+        folder = write_run(name, methods=["sft"], num_problems=4, seed=int(name[-1]))
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["stages"]["sft"]["epochs"] = len(name)  # the recipes differ
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        answer(folder, "sft", solved)
+        folders[name] = folder
+    for order in (
+        ["short-0", "short-1", "long-0", "long-1"],
+        ["short-0", "short-1", "long-1", "long-0"],
+    ):
+        (found,) = score_table(read_groups([folders[name] for name in order])).comparisons
+        assert (found.a, found.b) == ("long/sft", "short/sft")
+        assert found.by_seed == (0.75, -0.25), order
