@@ -105,6 +105,21 @@ def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_loo
     assert rises == pytest.approx([0.4] * 6 + [0.3, 0.2, 0.1])
 
 
+def test_a_snapshot_due_after_the_plateau_is_the_model_of_the_last_step(
+    make_recipe, flat_from_look
+):
+    # the stage ends at step 39, in epoch 13; other stages may start from the snapshot
+    flat_from_look(10)
+    snapshots = {"early": 2, "warmup": 15}
+    recipe = make_recipe(stages={"sft": {**UNTIL, "snapshots": snapshots}, "reft": {"steps": 1}})
+    with open_run(recipe, Progress()) as run:
+        run.train("sft")
+        assert run.is_trained("sft")
+        chosen = [run.folder.stage(m).facts()["chosen_step"] for m in ("early", "warmup")]
+        run.train("reft")
+    assert chosen == [6, 39]
+
+
 def test_a_stage_that_never_flattens_runs_all_its_epochs(make_recipe, flat_from_look):
     flat_from_look(1000)
     recipe = make_recipe(stages={"sft": {**UNTIL, "epochs": 4}, "reft": None})

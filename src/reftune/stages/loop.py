@@ -121,11 +121,12 @@ class Loop:
         start: Progression | None = None,
         until_plateau: bool = False,
     ) -> None:
-        """`snapshots` maps method names to steps. `look()` is the dev evaluation of a model that is
-        not a policy; `start` is the stage's state before step 1. With `until_plateau`, a stage
-        whose dev accuracy no longer rises ends with a cooldown: it runs for another tenth of the
-        steps taken so far, but not beyond `total_steps`, while the learning rate falls to 0. The
-        constructor distributes the model over the processes."""
+        """`snapshots` maps method names to steps; one due after a plateau has ended the stage is
+        taken at the last step. `look()` is the dev evaluation of a model that is not a policy;
+        `start` is the stage's state before step 1. With `until_plateau`, a stage whose dev accuracy
+        no longer rises ends with a cooldown: it runs for another tenth of the steps taken so far,
+        but not beyond `total_steps`, while the learning rate falls to 0. The constructor
+        distributes the model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -166,7 +167,7 @@ class Loop:
                 if self.state.step % self.eval_every == 0 or self.state.step == self.last_step:
                     accuracy = self._look()
                 for method, at in self.snapshots.items():
-                    if at == self.state.step:
+                    if self.state.step == min(at, self.last_step):
                         self._snapshot(method, accuracy)
                 self.state.seconds = time.perf_counter() - started
                 is_old = time.perf_counter() - last_save >= self.table.save_every_s

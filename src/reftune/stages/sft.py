@@ -48,7 +48,7 @@ class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
     """Maps the name of a method to the number of epochs after which the weights are saved under
-    this name."""
+    this name; if a plateau ends the stage earlier, they are saved at its end."""
 
     until: Literal["plateau"] | None = None
     """`plateau` ends the stage soon after dev accuracy [levels off](handover.md). This needs
