@@ -79,3 +79,17 @@ def test_features_that_never_vary_do_no_harm():
     fit_value_head(head, [(torch.ones(5, 3), torch.arange(5.0)) for _ in range(2)])
     assert torch.isfinite(head.weight).all()
     assert float(head(torch.ones(1, 3))) == pytest.approx(2, abs=1e-4)  # the mean of 0 … 4
+
+
+def test_without_any_rollout_the_head_stays_as_it_is():
+    # a reward function may return None for every sample of the pre-fit
+    head = nn.Linear(3, 1)
+    before = head.weight.clone()
+    assert fit_value_head(head, []) == 0.0
+    assert torch.equal(head.weight, before)
+
+
+def test_the_rollouts_of_the_prefit_count_towards_the_cost(trainer):
+    trainer.prefit()
+    sampled = [trainer.sample(n, "prefit")[1]["compute/sampled_tokens"] for n in (1, 2)]
+    assert trainer.loop.state.totals == {"compute/sampled_tokens": sum(sampled)}

@@ -25,10 +25,11 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
     With each of the `PENALTIES`, a head is fitted to all rollouts but the last. The penalty whose
     head best explains the last rollout's returns determines α. `rollouts` yields the features
     (N, H) and returns (N,) of one rollout at a time, so memory does not grow with their number.
+    Without any rollout, the head stays as it is.
 
     Returns: the share of the variance in the last rollout's returns that the fit to the others
-    explains; 0 if there is only one rollout, for which the middle penalty is used. Raises:
-    NonFiniteError if a feature or return is not finite.
+    explains; 0 if there is at most one rollout. For a single one, the middle penalty is used.
+    Raises: NonFiniteError if a feature or return is not finite.
     """
     sums, last = _Moments(head.in_features), None
     for features, returns in rollouts:
@@ -40,7 +41,8 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
         if last is not None:
             sums.add(*last)
         last = (features.double(), returns.double())
-    assert last is not None, "no rollout to fit the value head on"
+    if last is None:
+        return 0.0
     penalty, explained = PENALTIES[2], 0.0
     if sums.count > 0:
         explained, penalty = max((_explained(sums.solve(p), *last), p) for p in PENALTIES)

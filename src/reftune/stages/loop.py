@@ -208,13 +208,18 @@ class Loop:
 
     def _log(self, metrics: dict[str, float]) -> None:
         """Record the metrics of a step, with the stage's totals so far."""
-        for name in [name for name in metrics if name.startswith("compute/")]:
-            self.state.totals[name] = self.state.totals.get(name, 0) + metrics[name]
+        self.spend(metrics)
         skips = self.table.optimizer.on_nonfinite == "skip"
         skipped = {"optim/skipped": self.state.skipped} if skips else {}
         peak = self.table.optimizer.learning_rate
         learning_rate = peak * self._share(self.state.step)
         self._record({**metrics, "optim/lr": learning_rate, **self.state.totals, **skipped})
+
+    def spend(self, metrics: Mapping[str, float]) -> None:
+        """Add the `compute/…` metrics to the stage's totals."""
+        for name, value in metrics.items():
+            if name.startswith("compute/"):
+                self.state.totals[name] = self.state.totals.get(name, 0) + value
 
     def _record(self, metrics: dict[str, float]) -> None:
         where = {"stage": self.context.name, "step": self.state.step, "time": time.time()}

@@ -293,7 +293,7 @@ class Trainer:
     def prefit(self) -> None:
         """Fit the value head to the returns of the initial policy (VC-PPO, arXiv:2503.01491,
         §4.1)."""
-        rollouts = (self.sample(n, "prefit")[0] for n in range(1, self.stage.value_prefit + 1))
+        rollouts = (self._sample_to_fit(n) for n in range(1, self.stage.value_prefit + 1))
         pairs = (
             self._features_and_returns(batch)
             for batch in (rollout_batch(r, device=self.policy.device) for r in rollouts if r)
@@ -307,6 +307,12 @@ class Trainer:
             f"{self.context.name}: rollouts to pre-fit the value head: {self.stage.value_prefit}"
             + explained * (self.stage.value_prefit > 1)
         )
+
+    def _sample_to_fit(self, n: int) -> list[Rollout]:
+        """Rollout `n` for the value head. Its tokens count towards the stage's cost."""
+        rollouts, metrics = self.sample(n, "prefit")
+        self.loop.spend(metrics)
+        return rollouts
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Hidden states (N, H) and discounted returns (N,) of the response tokens. There is no KL
