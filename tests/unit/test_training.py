@@ -367,6 +367,36 @@ def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equal
     assert chosen == seen[12] != seen[8]  # seen[n] is the best model before evaluation n
 
 
+def test_the_best_model_keeps_its_step_if_the_stage_is_killed_before_the_next_checkpoint(
+    make_recipe, monkeypatch
+):
+    # 4 steps per epoch. The first attempt is killed in step 13, and the only checkpoint is that of
+    # step 0. On a GPU, the repeated steps may differ; here they score lower than the first time.
+    scores = iter([0.2, 0.5, 0.9, *[0.2, 0.5, 0.4, 0.3]])
+    monkeypatch.setattr(
+        "reftune.stages.loop.look_at_dev",
+        lambda context, **_: Look(metrics={"dev/accuracy": next(scores)}),
+    )
+    settings = {"epochs": 4, "snapshots": None, "save_every_s": 1000}
+    recipe = make_recipe(stages={"sft": settings, "reft": None})
+
+    class Killed(Progress):
+        def step(self, step, metrics):
+            if step == 13:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), open_run(recipe, Killed()) as run:
+        run.train("sft")
+    best = run_weights(recipe)
+    with open_run(recipe, Progress()) as run:
+        run.train("sft")
+    folder = recipe.folder / "stages" / "sft"
+    document = json.loads((folder / "stage.json").read_text())
+    assert (folder / "model.safetensors").read_bytes() == best
+    assert (document["chosen_step"], document["dev_accuracy"]) == (12, 0.9)
+    assert not (folder / "best.json").exists()  # it belongs to the checkpoints
+
+
 def run_weights(recipe) -> bytes | None:
     path = recipe.folder / "stages" / "sft" / "checkpoints" / "best" / "model.safetensors"
     return path.read_bytes() if path.exists() else None

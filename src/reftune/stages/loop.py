@@ -65,6 +65,10 @@ class Progression:
     seconds: float = 0.0
 
 
+BEST = "best.json"
+"""In the folder of the best model so far: its step, and its accuracy on dev."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop, and has saved a checkpoint or finished a stage. `str(self)` is the
     folder of the checkpoint or stage."""
@@ -297,8 +301,24 @@ class Loop:
         self._record({**look.metrics, **self._follow(look), **looks, **self.state.totals})
         if accuracy > self.state.best_accuracy:
             self.state.best_step, self.state.best_accuracy = self.state.step, accuracy
-            replace_folder(self.context.folder.best, self.model.save)
+            replace_folder(self.context.folder.best, self._save_best)
         return accuracy
+
+    def _save_best(self, folder: Path) -> None:
+        self.model.save(folder)
+        facts = {"step": self.state.best_step, "dev_accuracy": self.state.best_accuracy}
+        write_atomically(folder / BEST, json.dumps(facts))
+
+    def _adopt_best(self) -> None:
+        """If the best model was saved after the checkpoint, take its step and accuracy from its
+        folder. On a GPU, the repeated steps may not find as good a model again."""
+        path = self.context.folder.best / BEST
+        if not world.from_main(path.is_file):
+            return
+        facts = json.loads(world.from_main(partial(path.read_text, encoding="utf-8")))
+        if facts["step"] > self.state.step:
+            self.state.best_step = facts["step"]
+            self.state.best_accuracy = facts["dev_accuracy"]
 
     def _follow(self, look: Look) -> dict[str, float]:
         """The recent rise in dev accuracy, as metrics. With `until_plateau`, a plateau sets the
@@ -346,6 +366,7 @@ class Loop:
                 f"{found.folder}: belongs to another model or version: {reason}; choose another"
                 " run_dir"
             ) from None
+        self._adopt_best()
         context.metrics.truncate(metrics_bytes)
         self.samples.truncate(samples_bytes)
         if self.state.step > 0:
@@ -380,7 +401,7 @@ class Loop:
         """Put the model that was chosen on dev into the stage's folder. `stage.json`, written last,
         marks the stage as done."""
         folder = self.context.folder
-        link_files(folder.best, folder.path)
+        link_files(folder.best, folder.path, but=BEST)
         self._describe(folder, self.state.best_step, self.state.best_accuracy)
 
     def _describe(

@@ -68,13 +68,15 @@ def replace_folder(folder: Path, fill: Any) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def link_files(source: Path, target: Path) -> None:
-    """Add the files of `source` to `target`, as hard links if the file system supports them,
-    otherwise as copies. Raises: CheckpointError for a disk error."""
+def link_files(source: Path, target: Path, *, but: str = "") -> None:
+    """Add the files of `source`, except the one named `but`, to `target`, as hard links if the file
+    system supports them, otherwise as copies. Raises: CheckpointError for a disk error."""
     if not is_main():
         return
     with writing(target):
-        for path in (path for path in source.rglob("*") if path.is_file()):
+        for path in source.rglob("*"):
+            if not path.is_file() or path.name == but:
+                continue
             link = target / path.relative_to(source)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
