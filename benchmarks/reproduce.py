@@ -106,16 +106,16 @@ OPEN = [
     "RL began.",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "reward's variance. Over five seeds from finished warm-ups, RLOO is 1.1 points [0.1, 2.3] "
-    "better than PPO, and no method differs significantly from further SFT "
-    "([log](experiments/critic.md)).",
+    "better than PPO, and no method differs significantly from further SFT. Four variants of the "
+    "critic, and samples that start from prefixes of the gold solution, do not differ "
+    "significantly from PPO either ([log](experiments/critic.md)).",
     "**PPO with changes from later papers** (`modern`) shows no gain over PPO, either on the "
     "[demo's questions](experiments/modern.md) (three seeds) or with [longer "
     "solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds). No "
     "single part shows a gain either.",
-    "**Two ideas** brought no gain on tuning seeds and were not run on others: RL from [prefixes "
-    "of the gold solution](experiments/critic.md#prefixes-of-the-gold-solution) (one seed), and "
-    "skipping [questions that are solved every "
-    "time](experiments/demo-search.md#solved-questions-that-rest) (three seeds).",
+    "**Skipping [questions that are solved every "
+    "time](experiments/demo-search.md#solved-questions-that-rest)** brought no gain on three "
+    "tuning seeds and was not run on others.",
 ]
 FINDINGS = [
     ("ReFT beats supervised fine-tuning (SFT)", "reft", "sft"),
