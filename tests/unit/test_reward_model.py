@@ -258,9 +258,10 @@ def test_the_best_sample_with_an_answer_is_taken(classifier, monkeypatch):
         ),
         samples("2", ["b", "a", "a"], {"a": Verdict.CORRECT, "b": Verdict.WRONG}),
     ]
-    # chance: 1/3 and 2/3; gains: 2/3 and -2/3, whose standard deviation is (2/3) √2, over √2
+    # chance among the samples with an answer: 1/2 and 2/3; gains: 1/2 and -2/3, whose standard
+    # deviation is (7/12) √2, over √2
     assert dev_metrics(classifier, drawn) == pytest.approx(
-        {"dev/accuracy": 0.5, "dev/chance": 0.5, "dev/chance_margin": 1.96 * 2 / 3}, rel=1e-4
+        {"dev/accuracy": 0.5, "dev/chance": 7 / 12, "dev/chance_margin": 1.96 * 7 / 12}, rel=1e-4
     )
     one = dev_metrics(classifier, drawn[:1])
     assert one["dev/accuracy"] - one["dev/chance"] < one["dev/chance_margin"], "one proves nothing"

@@ -531,7 +531,8 @@ class Reranker:
     accuracy: float
     """Share of problems whose highest-scored sample with an answer is correct."""
     chance: float
-    """Share of correct samples: the expected accuracy of a random choice."""
+    """Share of correct samples among those with an answer, averaged over problems: the expected
+    accuracy of a random choice."""
     margin: float
     """Half the width of the 95% interval of `accuracy` − `chance`, paired by problem."""
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -329,11 +329,11 @@ def accumulate_loss(
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
     """`dev/accuracy`, the share of problems whose highest-scored solution with an answer is
-    correct; `dev/chance`, the share expected if a solution is chosen at random; and
+    correct; `dev/chance`, the share expected if such a solution is chosen at random; and
     `dev/chance_margin`, half the width of the 95% interval of their difference, paired by
     problem."""
     chosen = [*map(voting.is_correct, winners(classifier, drawn))]
-    chance = [len(samples.correct) / len(samples.texts) for samples in drawn]
+    chance = [_chance(samples, _may_win(classifier, samples)) for samples in drawn]
     gains = torch.tensor(chosen, dtype=torch.double) - torch.tensor(chance, dtype=torch.double)
     margin = Z95 * float(gains.std()) / math.sqrt(len(drawn)) if len(drawn) > 1 else 1.0
     return {
@@ -349,16 +349,24 @@ def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | N
     scores = iter(
         classifier.scores([(samples.problem, text) for samples in drawn for text in samples.texts])
     )
-    grading = getattr(classifier.encoder.format, "grading", None)
     return [
         voting.rerank_curve(
-            s.graded,
-            s.texts,
-            [next(scores) for _ in s.texts],
-            valid=voting.voters(grading, is_choice=s.problem.answer.kind == "choice"),
+            s.graded, s.texts, [next(scores) for _ in s.texts], valid=_may_win(classifier, s)
         )[-1]
         for s in drawn
     ]
+
+
+def _may_win(classifier: Classifier, samples: Samples) -> Callable[[Graded], bool]:
+    """The function that decides whether a solution to a problem may be chosen."""
+    grading = getattr(classifier.encoder.format, "grading", None)
+    return voting.voters(grading, is_choice=samples.problem.answer.kind == "choice")
+
+
+def _chance(samples: Samples, may_win: Callable[[Graded], bool]) -> float:
+    """The share of correct solutions among those that may be chosen; 0 if there are none."""
+    verdicts = [graded.verdict for graded in samples.graded if may_win(graded)]
+    return verdicts.count(Verdict.CORRECT) / max(1, len(verdicts))
 
 
 def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) -> None:
