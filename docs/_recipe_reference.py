@@ -35,7 +35,8 @@ file's keys: tables are merged unless their kinds differ, and `null` removes an 
 *kind* is a built-in name or your own class (`my_file.py:Name`). Write it alone (`engine: kv`) or in
 a table (`engine: {kind: kv, refill: 0.5}`).
 
-If a key allows only certain values, all are listed, the default first. A dash means unset.
+If a key allows only certain values, parentheses after the default list the others. A dash means
+unset.
 [Notation](algorithms.md#notation) explains terms such as *method*. "The paper" is the ReFT paper,
 and "the authors" are its authors.
 """
@@ -166,7 +167,8 @@ def _notes(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _default(field: Any) -> str:
-    """The default, followed by the other values if only certain values are allowed."""
+    """The default, followed in parentheses by the other values if only certain values are
+    allowed."""
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return ""
@@ -177,7 +179,8 @@ def _default(field: Any) -> str:
         return "**required**"
     if isinstance(value, bool):
         value = str(value).lower()
-    return ", ".join(["–" if value is None else f"`{value}`", *others])
+    default = "–" if value is None else f"`{value}`"
+    return f"{default} ({', '.join(others)})" if others else default
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

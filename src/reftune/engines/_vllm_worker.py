@@ -1,4 +1,5 @@
-"""Methods added to vLLM's worker processes. Only the workers import this module, by name."""
+"""The class whose methods vLLM adds to its workers. vLLM imports this module in the worker
+processes; nothing in reftune does."""
 
 from __future__ import annotations
 

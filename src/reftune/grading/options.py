@@ -88,7 +88,7 @@ def _begins_with(line: str, choice: str) -> bool:
 
 def _names_another(line: str, choices: Sequence[str], chosen: int) -> bool:
     """Whether another option follows the chosen one's text, as in "Paris, Rome", "Paris? No, Rome"
-    or "Paris (C)"."""
+    or, if Paris is option B, "Paris (C)"."""
     parts = re.split(
         rf"[,;:&?!.()] ?(?:(?:{SORRY}|or|maybe|perhaps|possibly)\b[, ]*)*| - ",
         line[:500],

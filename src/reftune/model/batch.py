@@ -188,7 +188,8 @@ def token_batch(
     *,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """A batch of `prompts` and `responses`. Padding has id 0, and no real token attends to it."""
+    """A batch with one row for each prompt and its response, padded on the right with id 0. No real
+    token attends to the padding."""
     assert all(prompts), (
         "a prompt must contain at least one token: its last token predicts the first response token"
     )

@@ -45,11 +45,11 @@ class Sharding:
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Inside the `with` block, give every process all weights of `model` to read, so that a
-        forward pass involves no other process. All processes must enter the block. If `model` is
-        split, its children are plain copies inside the block: call the children, not the model
-        itself. If `dtype` is also given, the copies of the transformer blocks' matrices are in
-        `dtype`, because autocast would cast them anyway."""
+        """Inside the `with` block, every process can read all the weights of `model`, so a forward
+        pass involves no other process. All processes must enter the block. If the weights are split
+        over the processes, the children of `model` are plain copies inside the block; call them,
+        not `model` itself. In these copies, the transformer blocks' matrices are in `dtype` if it
+        is given; autocast would cast them to it anyway."""
         yield
 
     def add_up_gradients(self, model: Any) -> None:

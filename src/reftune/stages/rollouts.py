@@ -183,8 +183,9 @@ def collector_of(recipe: Recipe, policy: Policy) -> Collector:
 def of_all_processes(
     completions: Sequence[Completion], graded: Sequence[Graded]
 ) -> tuple[list[Completion], list[Graded]]:
-    """The graded completions of all processes, in order. Tokens and their scores are exchanged as
-    tensors, and the rest as JSON in one tensor."""
+    """The graded completions of all processes, in the order of their ranks. Tokens and their
+    log-probabilities, values and entropies are exchanged as tensors, and the rest as JSON in one
+    tensor."""
     if world.world_size() == 1:
         return list(completions), list(graded)
     ids = torch.tensor([token for c in completions for token in c.token_ids], dtype=torch.long)

@@ -1,6 +1,6 @@
-"""The files of a run. Those in a model's or checkpoint's folder are named in the modules that write
-them. A run claims and locks its folder. A folder that belongs to another recipe, or that contains
-files but no recipe, is rejected."""
+"""The names and places of a run's files, except those inside a model's or a checkpoint's folder,
+which the modules that write them define. Also how a run claims and locks its folder. It rejects a
+folder that contains another recipe, or files but no recipe."""
 
 from __future__ import annotations
 

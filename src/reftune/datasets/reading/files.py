@@ -185,8 +185,9 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 
 def _read_csv(path: Path) -> Records:
-    """A table in UTF-8, UTF-16 or Windows-1252 (which Excel still writes), split at the delimiter
-    that the first line states or suggests."""
+    """The rows of a table in UTF-8, UTF-16 or Windows-1252, which Excel still writes. The delimiter
+    is the one that a first line such as `sep=;` names. Without such a line, it is the one of
+    `DELIMITERS` that splits the header into the most columns."""
     text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1

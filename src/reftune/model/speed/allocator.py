@@ -1,4 +1,5 @@
-"""Keeps freed memory in the process, so that steps do not request the same gigabytes again."""
+"""Keeps memory that PyTorch frees on the CPU in the process, so that later steps need not request
+it from the operating system again."""
 
 from __future__ import annotations
 
