@@ -83,12 +83,18 @@ def test_decimals_of_parquet_are_numbers_and_nan_is_missing(tmp_path: Path) -> N
     from pyarrow import parquet
 
     path = tmp_path / "data.parquet"
-    values = {"answer": [Decimal("1.50"), Decimal("2.00")], "steps": [1.0, float("nan")]}
+    values = {
+        "answer": [Decimal("1.50"), Decimal("2.00")],
+        "steps": [1.0, float("nan")],
+        "choices": [[Decimal("1.50"), Decimal("3.00")], None],
+    }
     parquet.write_table(pyarrow.table(values), path)
-    assert columns(read_rows(str(path), "train")) == [
-        {"answer": 1.5, "steps": 1.0},
-        {"answer": 2, "steps": None},
+    rows = columns(read_rows(str(path), "train"))
+    assert rows == [
+        {"answer": 1.5, "steps": 1.0, "choices": [1.5, 3]},
+        {"answer": 2, "steps": None, "choices": None},
     ]
+    assert "Decimal" not in str(rows), "Decimal('1.50') == 1.5"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
@@ -217,6 +223,14 @@ class FakeHub:
         if self.failure is not None:
             raise self.failure
         return iter(ROWS)
+
+
+def test_decimals_and_nan_of_the_hub_are_read_as_those_of_parquet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [{"answer": Decimal("1.50"), "steps": float("nan")}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: records)
+    assert str(columns(read_rows("owner/name", "train"))) == "[{'answer': 1.5, 'steps': None}]"
 
 
 @pytest.fixture

@@ -256,22 +256,53 @@ def test_every_named_column_of_options_is_one_option(
     assert problem.answer == Answer(kind="choice", value="c")
 
 
-def test_an_empty_column_is_no_option(tmp_path: Path) -> None:
-    (problem,) = load(tmp_path, {"question": "q", "A": "x", "B": "y", "C": "", "answer": "B"})
-    assert problem.choices == ("x", "y")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"A": "x", "B": "", "C": "y"},
+        {"A": "x", "B": " ", "C": "y"},
+        {"choices": {"A": "x", "B": None, "C": "y"}},
+    ],
+)
+def test_an_empty_option_is_no_option(tmp_path: Path, options: dict[str, object]) -> None:
+    (problem,) = load(tmp_path, {"question": "q", **options, "answer": "C"})
+    assert (problem.choices, problem.answer.value) == (("x", "y"), "b")
 
 
 def test_a_gold_that_is_a_label_and_a_text_is_read_as_the_other_golds_are(tmp_path: Path) -> None:
     # 4 is the text of the second option and the label of the fourth
     options = {"option1": "3", "option2": "4", "option3": "5", "option4": "6"}
     first = {"question": "2 + 2?", **options, "answer": "4"}
-    texts = load(tmp_path, first, {"question": "2 + 3?", **options, "answer": "5"})
+    five = {"question": "2 + 3?", **options, "answer": "5"}
+    texts = load(tmp_path, first, five)
     assert [problem.answer.value for problem in texts] == ["b", "c"], "5 is not a label"
     labels = load(tmp_path, first, {"question": "1 + 3?", **options, "answer": "2"})
     assert [problem.answer.value for problem in labels] == ["d", "b"], "both are labels"
+    worked = [{**row, "answer": f"We count. #### {row['answer']}"} for row in (first, five)]
+    assert [problem.answer.value for problem in load(tmp_path, *worked)] == ["b", "c"]
+    decimals = {name: float(text) for name, text in options.items()}
+    numbers = load(tmp_path, {**first, **decimals, "answer": 4}, {**five, **decimals, "answer": 5})
+    assert [problem.answer.value for problem in numbers] == ["b", "c"], "5 equals the text 5.0"
 
 
-@pytest.mark.parametrize("empty", ["", "[]", [], {}, {"text": [], "label": []}], ids=str)
+def test_one_gold_that_is_a_text_does_not_outweigh_many_labels(tmp_path: Path) -> None:
+    options = {"option1": "3", "option2": "4", "option3": "50", "option4": "60"}
+    golds = ["4", "1", "2", "50"]  # a label and a text; labels only; a text only
+    found = load(tmp_path, *({"question": g, **options, "answer": g} for g in golds))
+    assert [problem.answer.value for problem in found] == ["d", "a", "b", "c"]
+
+
+@pytest.mark.parametrize("answer", [1, 1.0, "1"])
+def test_golds_that_are_positions_are_not_read_as_texts(tmp_path: Path, answer: object) -> None:
+    # 1 is the first option's position, and the text of the second
+    row = {"question": "q", "choices": ["2", "1", "3"], "answer": answer}
+    (problem,) = load(tmp_path, row, positions_from=1)
+    assert problem.answer.value == "a"
+
+
+@pytest.mark.parametrize(
+    "empty", ["", " ", "[]", [], {}, {"text": [], "label": []}, {"A": None, "B": None}], ids=str
+)
 def test_a_row_without_options_is_no_multiple_choice(tmp_path: Path, empty: object) -> None:
     (problem,) = load(tmp_path, {"question": "q", "choices": empty, "answer": "5"})
     assert (problem.choices, problem.answer.kind) == ((), "number")

@@ -52,10 +52,7 @@ class Jsonl(FileDataset):
         columns = self._columns(rows, is_train=split == "train")
         refuse_type_changes(rows, columns.names)
         options = [self._options(row, columns) for row in rows]
-        are_texts = any(
-            of_row is not None and of_row.is_only_text(str(row.get(columns.answer)))
-            for row, of_row in zip(rows, options, strict=True)
-        )
+        are_texts = self._golds_are_texts(rows, options, columns.answer)
         return [
             self._problem(row, columns, of_row, golds_are_texts=are_texts)
             for row, of_row in zip(rows, options, strict=True)
@@ -97,6 +94,28 @@ class Jsonl(FileDataset):
             )
         return None
 
+    def _golds_are_texts(
+        self, rows: Sequence[Row], options: Sequence[Options | None], column: str
+    ) -> bool:
+        """Whether more gold answers are only the text of an option than only its label. False if
+        the gold answers are positions. Raises: DataError if a cell contains no gold answer."""
+        if self.positions_from is not None:
+            return False
+        surplus = 0
+        for row, of_row in zip(rows, options, strict=True):
+            if of_row is not None and of_row.labels:
+                gold = _spelled(self._stated(row, column))
+                surplus += of_row.has_text(gold) - of_row.has_label(gold)
+        return surplus > 0
+
+    def _stated(self, row: Row, column: str) -> object:
+        """The answer that a cell states. Raises: DataError if it states none."""
+        cell = marked_text(row, column)
+        try:
+            return stated_gold(cell, Reading(decimal=self.decimal))
+        except DataError as error:
+            raise DataError(f"{row.where}: {column} is {error}") from None
+
     def _problem(
         self, row: Row, columns: Columns, options: Options | None, *, golds_are_texts: bool = False
     ) -> Problem:
@@ -125,15 +144,15 @@ class Jsonl(FileDataset):
         self, cell: object, options: Options | None, *, are_texts: bool
     ) -> tuple[Answer, str]:
         """The answer in a cell, and the text that states it. If the gold answers `are_texts` of
-        options, one that is both a text and another option's label is read as the text. Raises:
-        DataError if the cell contains no answer of the expected kind."""
+        options, one that is both a text and a label is read as the text. Raises: DataError if the
+        cell contains no answer of the expected kind."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), str(cell)
         stated = stated_gold(cell, reading)
         if options is not None:
-            is_text = are_texts and options.is_text(str(stated))
-            letter = None if is_text else options.letter(str(stated), self.positions_from)
+            is_text = are_texts and options.has_text(_spelled(stated))
+            letter = None if is_text else options.letter(_spelled(stated), self.positions_from)
             try:
                 return read_gold(letter or stated, "choice", choices=options.texts), str(stated)
             except DataError as error:
@@ -153,6 +172,12 @@ class Jsonl(FileDataset):
                 " set dataset.answer_kind=text)"
             )
         return answer, str(stated)
+
+
+def _spelled(gold: object) -> str:
+    """A gold answer as a label or position is spelled; a whole float, such as 2.0, as `2`."""
+    is_whole = isinstance(gold, float) and gold.is_integer()
+    return f"{gold:.0f}" if is_whole else str(gold)
 
 
 def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:

@@ -377,7 +377,7 @@ def _letter(stated: object, choices: Sequence[str]) -> str:
             position < len(choices) and (not said or same_text(said, choices[position]))
         ):
             return letter
-    equal = [index for index, choice in enumerate(choices) if _same_option(text, choice)]
+    equal = [index for index, choice in enumerate(choices) if same_option(text, choice)]
     if len(equal) != 1:
         last = chr(ord("a") + len(choices) - 1)
         expected = f" from a to {last} or the text of one option" if choices else ""
@@ -385,8 +385,10 @@ def _letter(stated: object, choices: Sequence[str]) -> str:
     return chr(ord("a") + equal[0])
 
 
-def _same_option(text: str, choice: str) -> bool:
+def same_option(text: str, choice: str) -> bool:
+    """Whether a gold answer is the text of an option, or a number equal to it."""
     if same_text(text, choice):
         return True
-    said, number = number_in_gold(text), number_in_gold(choice)
+    said = number_in_gold(text)
+    number = None if said is None else number_in_gold(choice)
     return said is not None and number is not None and said.value == number.value

@@ -292,10 +292,7 @@ def _read_parquet(path: Path) -> Records:
     from pyarrow import parquet
 
     try:
-        records = [
-            {name: _plain(value) for name, value in record.items()}
-            for record in parquet.read_table(path).to_pylist()
-        ]
+        records = [plain(record) for record in parquet.read_table(path).to_pylist()]
     # ValueError: text that is not UTF-8; OverflowError: a date out of range
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
@@ -303,8 +300,12 @@ def _read_parquet(path: Path) -> Records:
         yield f"{path}: row {number}", record
 
 
-def _plain(value: Any) -> Any:
-    """A decimal as an ordinary number, and NaN as null; any other value is unchanged."""
+def plain(value: Any) -> Any:
+    """A value of Parquet with its decimals as ordinary numbers, and NaN as null."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
     if isinstance(value, Decimal):
         value = int(value) if value == value.to_integral_value() else float(value)
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -9,13 +9,11 @@ from typing import Any
 
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.grading.golds import literal
+from reftune.grading.golds import literal, same_option
 from reftune.grading.options import unlettered
 from reftune.text import shown
 
 MOST = len(string.ascii_lowercase)
-NO_OPTIONS: tuple[object, ...] = (None, "", "[]", [], {}, {"text": [], "label": []})
-"""The cells of a question that is not multiple choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +25,7 @@ class Options:
     def letter(self, gold: str, positions_from: int | None) -> str | None:
         """The letter of the option with the label `gold` or, failing that, at position `gold`,
         counted from `positions_from`. None if there is no such option."""
-        label, places = gold.strip().strip("().").lower(), range(len(self.texts))
+        label, places = _bare(gold), range(len(self.texts))
         if label in self.labels:
             return string.ascii_lowercase[self.labels.index(label)]
         if positions_from is None or not label.isdecimal():
@@ -35,21 +33,25 @@ class Options:
         place = int(label) - positions_from
         return string.ascii_lowercase[place] if place in places else None
 
-    def is_text(self, gold: str) -> bool:
-        """Whether `gold` is the text of an option."""
-        return gold.strip() in self.texts
+    def has_label(self, gold: str) -> bool:
+        """Whether `gold` is the label of an option."""
+        return _bare(gold) in self.labels
 
-    def is_only_text(self, gold: str) -> bool:
-        """Whether `gold` is the text of an option, but not a label."""
-        return self.is_text(gold) and self.letter(gold, None) is None
+    def has_text(self, gold: str) -> bool:
+        """Whether `gold` is the text of an option, or a number equal to it."""
+        return any(same_option(gold, text) for text in self.texts)
+
+
+def _bare(label: str) -> str:
+    return label.strip().strip("().").lower()
 
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
     """The options of a row. A single column contains a list of option texts,
-    `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, or one of
-    these written as a string. If there are several columns, each contains one option, and empty
-    columns are skipped; the columns' last characters are the labels if they are consecutive letters
-    or digits, as in `option_a`, `option_b`.
+    `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, in which
+    nulls are skipped, or one of these written as a string. If there are several columns, each
+    contains one option, and blank columns are skipped; the columns' last characters are the labels
+    if they are consecutive letters or digits, as in `option_a`, `option_b`.
 
     Raises: DataError if the only column is missing, or if there are not 2 to 26 options.
     """
@@ -66,13 +68,19 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
 def has_options(row: Row, columns: str | Sequence[str] | None) -> bool:
     """Whether any of the columns contains an option."""
     names = [columns] if isinstance(columns, str) else columns or ()
-    values = [row.get(name) for name in names]
-    return any(value not in NO_OPTIONS for value in values)
+    return not all(_is_empty(row.get(name)) for name in names)
+
+
+def _is_empty(cell: object) -> bool:
+    """Whether a cell of options is empty, or a mapping with nothing but empty cells."""
+    if isinstance(cell, Mapping):
+        return all(map(_is_empty, cell.values()))
+    return cell is None or cell == [] or (isinstance(cell, str) and cell.strip() in ("", "[]"))
 
 
 def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
     """The options in several columns, by label if the columns' names contain labels."""
-    filled = [(name, text) for name in columns if (text := row.get(name)) not in (None, "")]
+    filled = [(name, row.get(name)) for name in columns if not row.is_blank(name)]
     labels = "".join(sorted(name[-1].lower() for name in columns))
     is_labelled = labels in string.ascii_lowercase or labels in string.digits
     if is_labelled:
@@ -85,7 +93,8 @@ def _options(value: object) -> Options | None:
     if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
         labels, value = value.get("label") or (), value["text"]
     elif isinstance(value, Mapping):
-        labels, value = list(value), list(value.values())
+        filled = {label: text for label, text in value.items() if text is not None}
+        labels, value = list(filled), list(filled.values())
     elif isinstance(value, Sequence) and all(
         isinstance(item, Mapping) and "text" in item for item in value
     ):

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from reftune.datasets.reading.files import READERS, ending, first_line, read_file, type_name
+from reftune.datasets.reading.files import READERS, ending, first_line, plain, read_file, type_name
 from reftune.errors import DataError
 from reftune.grading.golds import number_gold
 from reftune.text import shown
@@ -51,9 +51,12 @@ class Row:
 
     def optional_text(self, column: str) -> str | None:
         """As `text`, but None if the column is missing, null or blank."""
+        return None if self.is_blank(column) else self.text(column)
+
+    def is_blank(self, column: str) -> bool:
+        """Whether the column is missing, null or blank."""
         value = self.get(column)
-        is_blank = value is None or (isinstance(value, str) and not value.strip())
-        return None if is_blank else self.text(column)
+        return value is None or (isinstance(value, str) and not value.strip())
 
     def number_gold(self, column: str) -> Answer:
         """The gold number in a column. Raises: DataError if the column is missing or its value is
@@ -203,6 +206,6 @@ def _read_hub(source: str, split: str, revision: str | None) -> list[Row]:
         ) from None
     where, stem = f"{source}: {chosen} row", f"{name.rpartition('/')[2]}-{chosen}"
     return [
-        Row(where=f"{where} {number}", id=f"{stem}-{number}", columns=record)
+        Row(where=f"{where} {number}", id=f"{stem}-{number}", columns=plain(record))
         for number, record in enumerate(records, start=1)
     ]
