@@ -33,7 +33,7 @@ class Jsonl(FileDataset):
 
     columns: Columns | None = None
     """Names of your columns, unless they are the default names below or [other common
-    names](datasets.md#jsonl-your-own-data)."""
+    names](datasets.md#row-shapes)."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How answers are compared; see [answer kinds](datasets.md#answer-kinds)."""
     positions_from: Literal[0, 1] | None = None
