@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 traffic: Counter[str] = Counter()
-"""Numbers of requests and bytes that the engine sent in its latest call, logged as `engine/…`."""
+"""Requests and bytes that this process's engine sent in its latest call, logged as `engine/…`."""
 
 
 class Engine(Protocol):
@@ -22,8 +22,8 @@ class Engine(Protocol):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion per prompt, in order.
+        """One completion per prompt, in the order of the prompts.
 
-        A completion depends only on the weights, its prompt, its position and `params`, not on the
-        other prompts.
+        A completion depends only on the weights, its prompt, its position (`params.first_position`
+        plus its index) and `params`, not on the other prompts.
         """

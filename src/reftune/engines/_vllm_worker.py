@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Repacking:
-    """A worker extension (`worker_extension_cls`)."""
+    """The extension of vLLM's workers that the engine requests as `worker_extension_cls`."""
 
     model_runner: Any
 

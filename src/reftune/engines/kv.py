@@ -30,7 +30,8 @@ DROP_SHARE = 1 / 8
 """Share of the rows that must have finished before finished rows are dropped. Dropping rows copies
 the cache of the others."""
 ROOM = 64
-"""Number of tokens for which space is reserved whenever a cache is created or copied."""
+"""Number of further tokens per row for which space is reserved whenever a cache is created or
+copied."""
 BLOCK = 256
 """Number of vocabulary entries in a block of `_invert`."""
 
@@ -39,9 +40,9 @@ class Reader(NamedTuple):
     """The functions through which a policy decodes."""
 
     forward: Callable[[Tensor, Tensor, Any], Tensor]
-    """Takes new tokens (B, S), the mask (B, T) of cached and new tokens, and the cache, to which it
-    adds the new tokens' keys and values. Returns the hidden states (B, H) of each row's last
-    token."""
+    """Takes new tokens (B, S), the mask (B, T) of cached and new tokens, both left-padded, and the
+    cache, to which it adds the new tokens' keys and values. Returns the hidden states (B, H) of
+    each row's last token."""
     head: Callable[[Tensor], Tensor]
     """Takes hidden states (B, H), and returns fp32 logits (B, V)."""
 
@@ -171,8 +172,8 @@ class _Decoder:
         return cache, mask, self.reads.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
-        """Random numbers (B, M), one per row and token. A row's numbers depend only on the seed and
-        its request's position. Greedy decoding uses none."""
+        """Random numbers (B, M) in [0, 1), one per row and token. A row's numbers depend only on
+        the seed and its request's position. Greedy decoding uses none."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)

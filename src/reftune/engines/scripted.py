@@ -16,7 +16,7 @@ class Scripted(Component):
     kind: str = "scripted"
     device_share: ClassVar[float] = 0.0
     texts: list[str] = Field(min_length=1)
-    """The completions, assigned to the prompts in order and repeated as needed."""
+    """The completions, assigned to the prompts in turn, starting over after the last."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams

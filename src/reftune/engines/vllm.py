@@ -58,8 +58,8 @@ class Vllm(Component):
     """Folder through which weights are passed to vLLM. Default: `/dev/shm` (in memory) if it
     exists, otherwise the system's temporary folder."""
     batch_size: int = Field(256, gt=0)
-    """Maximum number of solutions decoded at once. With servers, this key limits simultaneous
-    requests, and solutions per request."""
+    """Maximum number of solutions decoded at once. With servers, this key limits each training
+    process's simultaneous requests, and the solutions per request."""
     memory: float = Field(0.3, gt=0, le=1)
     """Share of the device's memory that colocated vLLM uses."""
     eager: bool = False
@@ -288,8 +288,8 @@ class Server:
         return True
 
     def complete(self, prompts: Sequence[list[int]], body: dict[str, Any]) -> list[Sampled]:
-        """One response per prompt, in order. When sampling, all prompts must be equal; see
-        `requests`."""
+        """One response per prompt, in the order of the prompts. When sampling, all prompts must be
+        equal; see `requests`."""
         asked = (
             {"prompt": prompts[0], "n": len(prompts)}
             if body["temperature"] > 0

@@ -26,13 +26,14 @@ Adapters = Mapping[str, Tensor]
 
 
 def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
-    """Write the adapters of `method` to `folder`, in PEFT's format.
+    """Write the adapters of `method` to `folder`, in PEFT's format. `model` is the recipe's table
+    of this name.
 
     Unless the base is quantized, each stage trains new adapters on the merged model that it starts
     from. Concatenating the adapters of all stages that lead to `method`, B = [B₁ B₂ …] and
-    A = [A₁; A₂; …], sums their products B A. If the stages were saved in fp32, the sum is exact up
-    to rounding. Raises: CheckpointError if a stage saved no adapters; ModelError if the initial
-    adapters cannot be read.
+    A = [A₁; A₂; …], sums their products B A. If the stages were saved in fp32, adding the sum to
+    the base gives the model of `method` up to rounding. Raises: CheckpointError if a stage saved no
+    adapters; ModelError if the adapters that the first stage starts from cannot be read.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -61,9 +62,10 @@ Scaled = tuple[Adapters, float]
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
-    """The base model, with the adapters in `folder` merged into it.
+    """The base model `model`, with the adapters in `folder` merged into it.
 
-    Raises: ModelError unless they are LoRA adapters of `base`, stored as safetensors.
+    Raises: ModelError unless they are LoRA adapters of the model named `base`, stored as
+    safetensors.
     """
     from peft import PeftModel
 

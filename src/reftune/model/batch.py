@@ -1,4 +1,4 @@
-"""Token batches, and the position that predicts each token.
+"""Token batches, and the positions that predict the response tokens.
 
 docs/algorithms.md explains the letters in shapes: B, L, R, N and T.
 """
@@ -63,11 +63,12 @@ class TokenBatch:
         return rows, columns - 1
 
     def response_tokens(self) -> Tensor:
-        """(N,) ids of all response tokens."""
+        """(N,) ids of all response tokens, in row-major order."""
         return self.tokens[self.response_index()]
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """The (N,) values of the response tokens as (B, R), with 0 elsewhere."""
+        """The (N,) values of the response tokens, in row-major order, as (B, R), with 0
+        elsewhere."""
         mask = self.response_mask
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
             mask, values
@@ -83,7 +84,8 @@ class TokenBatch:
         )
 
     def _is_read(self, owners: Tensor) -> Tensor:
-        """(B, L), True on the tokens that the model reads: all but padding and repeated prompts."""
+        """(B, L), True on the tokens that the model reads: all but padding and the prompts that an
+        earlier sequence has too."""
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         is_owner = owners == torch.arange(len(owners), device=owners.device)
         starts = self.prompt_lengths * ~is_owner
@@ -104,7 +106,7 @@ class TokenBatch:
 
     def packed(self) -> PackedTokens:
         """The sequences, one after another, without padding. A prompt that several sequences share
-        appears once."""
+        appears only in the first."""
         owners = self.owners()
         is_read = self._is_read(owners)
         places = is_read.flatten().cumsum(0).view_as(is_read) - 1
@@ -128,11 +130,11 @@ class TokenBatch:
 
 
 class Packing(NamedTuple):
-    """The layout of T packed tokens in S slots during attention. Sequences are grouped, and each
-    group is padded to its longest sequence."""
+    """The layout of T packed tokens in S slots during attention. Sequences are grouped by length,
+    and each group is padded on the right to its longest sequence."""
 
     slots: Tensor
-    """(S,) The index of each slot's token; arbitrary if the slot is empty."""
+    """(S,) The index, from 0 to T - 1, of each slot's token; arbitrary if the slot is empty."""
     is_read: Tensor
     """(S,) Whether the slot's output is used for its token; True for one slot per token."""
     order: Tensor
@@ -153,7 +155,7 @@ class PackedTokens:
     positions: Tensor
     """(T,) Position of each token in its sequence."""
     predictors: Tensor
-    """(N,) For each response token, the index of its predictor."""
+    """(N,) For each response token, the index of its predictor among the T tokens."""
     packing: Packing
 
 

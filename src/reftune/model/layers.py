@@ -41,7 +41,7 @@ def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> N
 def narrowable(
     model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings
 ) -> dict[int, nn.Parameter]:
-    """The matrices that `narrow` casts if they are frozen, keyed by `id`."""
+    """The matrices that `narrow` casts to `dtype` if they are frozen, keyed by `id`."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = {}
     for weight in (m.weight for m in model.modules() if _is_matrix(m)):
@@ -169,8 +169,8 @@ enough for four entries."""
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
-    """Replace the dropout layers of `model`, in place, with layers that draw masks seven times as
-    fast on a CPU."""
+    """Replace the dropout layers of `model`, in place, with layers that, on a CPU, draw masks seven
+    times as fast as PyTorch's."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -215,7 +215,8 @@ def _drop(values: Tensor, draws: Tensor, first_kept: int) -> Tensor:
 
 
 def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `forward(*args, **kwargs)`, and recompute its activations in the backward pass."""
+    """Call `forward(*args, **kwargs)` without keeping its activations; the backward pass recomputes
+    them."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -21,7 +21,7 @@ LOGITS_KEPT = 2**26
 """Maximum number of logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
 """Number of tokens per tile; more if the vocabulary is small. Each group of tokens requires a pass
-over the gradient of the whole weight."""
+over the gradient of the head's whole weight."""
 
 
 def token_logprobs(
@@ -183,7 +183,7 @@ class _Tile(NamedTuple):
     weight: Tensor
     """(C, H) The tile's rows of the weight, in the dtype of the product."""
     tokens: Tensor
-    """(n,) The column of each row's token; arbitrary if the token is outside the tile."""
+    """(n,) The column, within the tile, of each row's token; arbitrary if the token is outside."""
     is_inside: Tensor
     """(n,) Whether the row's token is in the tile."""
 

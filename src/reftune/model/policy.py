@@ -68,9 +68,10 @@ class Policy(nn.Module):
         quantize: Literal["nf4"] | None = None,
         trained: bool = True,
     ) -> None:
-        """Matrices that are never trained are kept in `dtype`: the base's with `lora`, or all if
-        `trained` is False. With `quantize`, those of linear layers are kept in 4 bits. `stop` lists
-        strings that end a completion, in addition to the end tokens that `stop_rule` finds."""
+        """`dtype` is the dtype of forward passes and of matrices that are never trained: the base's
+        with `lora`, or all if `trained` is False. With `quantize`, those of linear layers except
+        the output head are kept in 4 bits. `stop` lists strings that end a completion, in addition
+        to the end tokens that `stop_rule` finds."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
@@ -129,7 +130,8 @@ class Policy(nn.Module):
         values: Sequence[float] = (),
         entropies: Sequence[float] = (),
     ) -> Completion:
-        """The completion with the sampled tokens up to the end that `StopRule` finds."""
+        """The completion made up of `token_ids` and their scores, up to the end that `StopRule`
+        finds."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
         is_ended = bool(tokens) and tokens[-1] in self.stop.ids
@@ -279,7 +281,7 @@ class Policy(nn.Module):
         )
 
     def values(self, hidden: Tensor) -> Tensor:
-        """(N,) Values, computed in fp32 even under autocast."""
+        """(N,) Values of hidden states (N, H), computed in fp32 even under autocast."""
         with torch.autocast(self.device.type, enabled=False):
             result: Tensor = self.value_head(hidden.float()).squeeze(-1)
         return result

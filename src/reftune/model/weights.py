@@ -51,9 +51,9 @@ def load_model(
 
 
 def resolve(path: str | Path) -> Path | str:
-    """A folder or a Hub id, after resolving `smollm2-135m` and `~`. Raises: ModelError if the wheel
-    of `smollm2-135m` is needed but missing, or if `path` begins like a folder, with `.`, `/` or
-    `~`, but does not exist."""
+    """The folder that `path` names, with `smollm2-135m` and `~` resolved, or, if it names none, the
+    Hub id. Raises: ModelError if the wheel of `smollm2-135m` is needed but missing, or if `path`
+    begins like a folder, with `.`, `/` or `~`, but does not exist."""
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()
@@ -65,8 +65,9 @@ def resolve(path: str | Path) -> Path | str:
 
 
 def load_config(table: ModelTable) -> Any:
-    """The configuration of a pretrained model, from its folder, recipes/paper/models or the Hub.
-    Raises: ModelError if it cannot be loaded."""
+    """The configuration of a pretrained model, from its folder or, for a Hub id, from
+    recipes/paper/models if it is there and from the Hub if not. Raises: ModelError if it cannot be
+    loaded."""
     from transformers import AutoConfig
 
     assert table.path is not None
@@ -82,8 +83,8 @@ def load_config(table: ModelTable) -> Any:
 
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
-    """A causal LM of the same shape as `load_model`'s, built in fp32 from the configuration alone.
-    Raises: ModelError if it cannot be built."""
+    """A causal LM of the same shape as `load_model`'s, built in fp32 from the configuration alone,
+    with random weights. Raises: ModelError if it cannot be built."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -136,8 +137,8 @@ def load_pretrained(
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from a folder or the Hub. The weights are in fp32 or, with
-    `as_stored`, in the dtype of the files, for models that are not trained. Only safetensors are
-    read. Raises: ModelError if the model cannot be loaded."""
+    `as_stored`, in the dtype of the files, for models that are not trained. Weights in other
+    formats than safetensors are not read. Raises: ModelError if the model cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -282,7 +283,8 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per piece of `texts`, such as a word or a number (see
-    `WORD_PATTERN`), numbered by first appearance. Other pieces become `<unk>`."""
+    `WORD_PATTERN`), with ids in the order of first appearance. Pieces that are not in `texts`
+    become `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast

@@ -1,7 +1,7 @@
-"""Detects dead processes: every second, each process reports that it is alive and checks the
-others. Without these checks, a collective operation would wait for hours, or fail without naming
-the dead process. The heartbeats come from a separate thread, so a process that computes or writes
-for a long time still counts as alive."""
+"""Detects dead processes: every second, each process notes in a shared store that it is alive, and
+checks the others. Without these checks, a collective operation would wait for hours, or fail
+without naming the dead process. The heartbeats come from a separate thread, so a process that
+computes or writes for a long time still counts as alive."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 INTERVAL_S = 1.0
 SOON_S = 4.0
-"""Seconds of silence after which a process counts as dead if something has failed."""
+"""Seconds of silence after which another process counts as dead, once this process has met an
+error."""
 SILENCE_S = 45.0
-"""The limit while nothing has failed. It is higher because a library may block Python's threads for
+"""The same limit before any error. It is higher because a library may block Python's threads for
 several seconds."""
 LEFT = b"left"
 
@@ -24,7 +25,7 @@ class Heartbeat:
 
     def __init__(self, store: Any, rank: int, size: int, lost: Callable[[int], None]) -> None:
         """`store` is used for heartbeats only. A thread calls `lost` with the rank of a process
-        that falls silent."""
+        that has been silent for more than `SILENCE_S` seconds."""
         self._store, self._rank, self._lost = store, rank, lost
         self._others = [other for other in range(size) if other != rank]
         self._heard = {other: (b"", time.monotonic()) for other in self._others}
@@ -32,7 +33,8 @@ class Heartbeat:
         self._store.set(_key(rank), "0")
 
     def start(self) -> None:
-        """Call this after all processes have created their heartbeats."""
+        """Begin to send and watch heartbeats. Call this after all processes have created their
+        heartbeats."""
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True).start()
 
@@ -45,8 +47,8 @@ class Heartbeat:
         self._over.set()
 
     def missing(self) -> int | None:
-        """After a failure, the rank of a process that has been silent for more than `SOON_S`
-        seconds; None if no such process is found within twice that time."""
+        """After an error in this process, the rank of another that has been silent for more than
+        `SOON_S` seconds; None if no such process is found within twice that time."""
         deadline = time.monotonic() + 2 * SOON_S
         while time.monotonic() < deadline:
             rank, silent_s = self._most_silent()
@@ -83,8 +85,8 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """The rank of the process heard from least recently, and the seconds since then; 0 seconds
-        if it has left."""
+        """The rank of the other process heard from least recently, and the seconds since then; 0
+        seconds if it has left."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

@@ -1,4 +1,4 @@
-"""Joins the processes that a launcher, `torchrun` or `accelerate launch`, has started. Only this
+"""Connects the processes that a launcher, `torchrun` or `accelerate launch`, has started. Only this
 module reads the launcher's environment variables."""
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ TIMEOUT = timedelta(hours=2)
 reports a dead process much sooner."""
 
 _store: Any = None
-"""A store that all processes can read at any time; None unless this process has joined."""
+"""A store that all processes can read at any time; None unless this process is connected to
+others."""
 
 
 @contextmanager
 def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Join the processes that a launcher started, and leave them at the end of the block. Nothing
-    happens if there is only one process, or if this process has already joined. An error in the
-    block ends all processes: the first process to fail raises it, and the others exit silently with
-    status 1. Raises: RecipeError for a launcher setting that is not supported; ProcessError if
-    another process has died."""
+    """Connect this process to the others that a launcher started, until the block ends. Nothing
+    happens if there are no others, or if they are already connected. An error in the block ends all
+    processes: the first process to fail raises it, and the others exit silently with status 1.
+    Raises: RecipeError for a launcher setting that is not supported; ProcessError if another
+    process has died."""
     global _store
     if _store is not None or not _is_launched(environment):
         yield
@@ -119,7 +120,7 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
 
 def _choose_gpu(environment: Mapping[str, str]) -> None:
     """Use the GPU with this process's local rank, if the machine has GPUs. Raises: RecipeError if
-    it has too few."""
+    it has fewer GPUs than processes."""
     import torch
 
     local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -133,8 +134,8 @@ def _choose_gpu(environment: Mapping[str, str]) -> None:
 
 
 def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
-    """Join the other processes. Returns the world, the store that all processes share, and the
-    heartbeat."""
+    """Connect to the other processes. Returns this process's world, the store that all processes
+    share, and this process's heartbeat, already started."""
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -164,11 +165,11 @@ REFUSED = {
     ),
     "ACCELERATE_GRADIENT_CLIPPING": "expected none; set optimizer.max_grad_norm in the recipe",
 }
-"""Unsupported launcher settings, each with what to use instead."""
+"""Environment variables of unsupported launcher settings, each with what to use instead."""
 UNASKED = ("false", "none", "auto", "")
 """Values of a setting that is off or unset."""
 AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
-"""Values that request reftune's own behaviour."""
+"""For a variable in `REFUSED`, the value that requests what reftune does anyway."""
 
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Plain DDP: every process holds all weights, and gradients are summed once per optimizer
-    step."""
+    """Plain DDP: every process holds all weights, and gradients are summed over the processes once
+    per optimizer step."""
 
     splits: ClassVar[bool] = False
     """Whether weights, gradients and optimizer state are split across the processes."""
@@ -53,7 +53,8 @@ class Sharding:
         yield
 
     def add_up_gradients(self, model: Any) -> None:
-        """Sum the gradients over the processes, unless the backward passes have already done so."""
+        """Sum the gradients of `model` over the processes, unless the backward passes have already
+        done so."""
         if world.world_size() > 1:
             world.add_up(*(p.grad for p in model.parameters() if p.grad is not None))
 
@@ -78,7 +79,8 @@ class Fsdp2(Sharding):
             self._split(model)
 
     def _split(self, model: nn.Module) -> None:
-        """Split every parameter. Gradients are summed, not averaged, as the losses assume."""
+        """Split every parameter of `model` over the processes. Their gradients are summed, not
+        averaged, as the losses assume."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -143,7 +145,8 @@ def held(how: Sharding) -> Iterator[None]:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of `model`: the modules that transformers marks as not to be split."""
+    """The transformer blocks of `model`: the modules whose classes are listed in transformers'
+    `_no_split_modules`."""
     names = {
         name
         for module in model.modules()

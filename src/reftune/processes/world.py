@@ -4,8 +4,8 @@ communication.
 Every process runs the same code. The expensive parts are split by sample: decoding, grading, token
 scores and gradients. Their results are joined, so that every process has the same rollouts and
 takes the same optimizer step. Only the main process writes to the run folder and prints, but an
-error message may come from any process. `launch` joins the processes; `sharding` determines which
-process holds which weights.
+error message may come from any process. `launch` connects the processes; `sharding` determines
+which process holds which weights.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def join_tensors(part: Tensor) -> Tensor:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """The value of `make()`, which only the main process calls."""
+    """The value of `make()`, in every process. Only the main process calls it."""
     if _world is ALONE:
         return make()
     import torch.distributed as dist

@@ -1,1 +1,1 @@
-"""Whole runs: stages in order, evaluation, summary and export."""
+"""Whole runs: a recipe's stages in order, evaluation, summary and export."""

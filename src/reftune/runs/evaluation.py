@@ -132,8 +132,8 @@ class FinalEvaluation:
             add_scores(path, self.problems, classifier)
 
     def check_reranker(self) -> None:
-        """Raises: ModelError if a reranker from another run does not have the base model's
-        tokenizer."""
+        """Check that a reranker from another run has the base model's tokenizer. Raises: ModelError
+        if not."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(

@@ -65,7 +65,8 @@ class Models:
         return policy
 
     def _restored(self, name: str, *, trained: bool) -> Policy:
-        """A policy with everything that was saved: weights, value head and adapters."""
+        """The model `name` as a policy, with its value head. To be trained on a 4-bit base, it is
+        restored from its adapters, and otherwise from its weights."""
         table = self.recipe.model
         if name != "base":
             require_trained(self.recipe, [name])
@@ -107,7 +108,8 @@ class Models:
     def _policy(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool
     ) -> Policy:
-        """A policy with the recipe's settings on its device, with new adapters if it needs any."""
+        """A policy with the recipe's settings, on the recipe's device, with new adapters if it
+        needs any."""
         table = self.recipe.model
         if trained and table.quantize is not None and sharding.current.splits:
             raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")

@@ -1,4 +1,4 @@
-"""The main line of a run: train the stages in order, evaluate the models that they save (the
+"""The main line of a run: train a recipe's stages in order, evaluate the models that they save (the
 methods), and write a summary and a report. A run can be resumed at any point."""
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def evaluate_methods(
 @contextmanager
 def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     """Open or create a recipe's run folder, and lock it against other runs. Raises: CheckpointError
-    if the folder cannot be written, is in use or is not a run folder; RecipeError if it belongs to
-    another recipe, or if the stage graph is wrong; DataError or ModelError if the data or the model
-    cannot be used."""
+    if the folder cannot be written, is in use or is not a run folder; RecipeError if it contains
+    the run of a different recipe, or if the stage graph is wrong; DataError or ModelError if the
+    data or the model cannot be used."""
     check_stage_graph(recipe)
     recipe, folder = settled(recipe), RunFolder(recipe.folder)
     with readable_errors(folder):

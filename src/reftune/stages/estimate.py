@@ -26,7 +26,8 @@ USABLE = 0.9
 """Share of a device's memory that a plan may fill. The rest is left for what the estimate does not
 count."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
-"""Candidate micro-batch sizes in tokens, from large to small. Even larger ones are no faster."""
+"""Candidate micro-batch sizes in tokens, from large to small. Sizes above the first are no
+faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
 """Candidate numbers of rows to decode at once, from large to small."""
 PROMPT = 256
@@ -90,7 +91,7 @@ class Estimate:
     mean_prompt: float | None = None
     """Length of the average prompt, in tokens, if known."""
     requests: int | None = None
-    """Maximum number of completions requested in one call of the engine, if known."""
+    """Maximum number of completions that all processes together request in one call, if known."""
 
     @property
     def response(self) -> int:
@@ -111,8 +112,8 @@ class Estimate:
         return max(1.0, min(share, tokens) / self.length)
 
     def is_one_pass(self, tokens: int) -> bool:
-        """Whether all sequences of a step fit in one pass. If so, no gradients exist before the
-        backward pass."""
+        """Whether each device's sequences of a step fit in one pass. If so, no gradients exist
+        before the backward pass."""
         return math.ceil(self.cost.batch / self.devices) * self.length <= tokens
 
     @cached_property

@@ -98,7 +98,7 @@ class TrainingTable(Table):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """Checkpoints kept, in addition to the best model."""
+    """Number of latest checkpoints to keep, in addition to the best model."""
     probe_choices: bool = False
     """On multiple choice, also look for [reward hacking](metrics.md#multiple-choice) in dev
     evaluations, which may then take three times as long."""
@@ -108,7 +108,7 @@ class Loop:
     """Runs steps 1 to `total_steps` of a stage.
 
     The result of step n, which `run` takes with `step(n)`, may depend only on the weights, the
-    optimizer and `n`. The loop seeds torch before each step, so a resumed run repeats the same
+    optimizer and `n`. The loop seeds torch before each step, so a resumed run draws the same random
     numbers.
     """
 
@@ -310,8 +310,9 @@ class Loop:
         write_atomically(folder / BEST, json.dumps(facts))
 
     def _adopt_best(self) -> None:
-        """If the best model was saved after the checkpoint, take its step and accuracy from its
-        folder. On a GPU, the repeated steps may not find as good a model again."""
+        """If the best model was saved after the checkpoint that the stage resumes from, take its
+        step and accuracy from its folder. On a GPU, the repeated steps may not find as good a model
+        again."""
         path = self.context.folder.best / BEST
         if not world.from_main(path.is_file):
             return
@@ -509,9 +510,9 @@ class History:
         return rise(self.recent[0], self.recent[-1])
 
     def is_flat(self) -> bool:
-        """Whether dev accuracy has risen beyond chance, has reached `NEEDED_ACCURACY`, and no
-        longer rises. Accuracy is also flat before a model begins to learn, but that does not
-        count."""
+        """Whether dev accuracy has risen beyond chance since the first evaluation, has reached
+        `NEEDED_ACCURACY`, and no longer rises. Accuracy is also flat before a model begins to
+        learn, but that does not count."""
         latest = self.latest_rise()
         if latest is None or self.first is None or self.recent is None:
             return False

@@ -75,9 +75,9 @@ def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
-    """AdamW for the trainable parameters of a model that is already distributed. Matrices, vectors
-    and the value head each form a parameter group. Raises: RecipeError if 8-bit state is requested
-    but not available."""
+    """AdamW for the trainable parameters of a model that `Sharding.distribute` has prepared.
+    Matrices, vectors and the value head each form a parameter group. Raises: RecipeError if 8-bit
+    state is requested but not available."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]
@@ -150,7 +150,7 @@ def accumulate_gradient(
     model: Trained, batch: TokenBatch, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
     """Add up the gradient of a minibatch over micro-batches, which are divided among the processes.
-    `loss(rows)` returns the contribution of the sequences with the indices `rows`.
+    `loss(rows)` returns what the sequences with the indices `rows` contribute to the loss.
 
     Returns: `loss/total` and metrics, combined over all rows as `LossTerms` describes. Raises:
     NonFiniteError if the loss is not finite, before the gradient is used.

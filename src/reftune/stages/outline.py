@@ -110,8 +110,8 @@ class Outline:
 
     @cached_property
     def reference(self) -> float:
-        """Bytes of a frozen copy, with matrices in the compute dtype, and embeddings and vectors in
-        their original dtype."""
+        """Bytes of a frozen copy of the model, with matrices in the compute dtype, and embeddings
+        and vectors in their original dtype."""
         dtype = self.policy.compute_dtype
         cast = layers.narrowable(self.model, dtype, embeddings="none")
         return self._bytes({id_: float(dtype.itemsize) for id_ in cast})
@@ -145,7 +145,7 @@ class Outline:
 
     @property
     def cache_bytes(self) -> float:
-        """Bytes of one token's keys and values."""
+        """Bytes of one token's keys and values in all layers."""
         return float(self.prefill(prompt=1, rows=1).cache)
 
     def update(self, prompt: int, response: int, batch: float) -> Update:

@@ -49,7 +49,8 @@ from reftune.types import Graded, Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
-"""Standard deviation of the new layer's initial weights, the usual value for transformers."""
+"""Standard deviation of the initial weights of the classifier's head, the usual value for
+transformers."""
 SOLUTIONS_AT_ONCE = 8192
 """Maximum number of solutions held as tokens at the same time."""
 LIKELIHOOD = "likelihood"
@@ -62,7 +63,7 @@ CORRECT = 1
 class RewardModel(Schedule, Sampled):
     kind: Literal["reward_model"] = "reward_model"
     lm_coef: float = Field(0.3, ge=0)
-    """Weight of the language-modelling loss. With 0, the classifier is the paper's."""
+    """Weight of the language-modelling loss. With 0, the classifier is the ReFT paper's."""
     init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)
@@ -75,7 +76,7 @@ class RewardModel(Schedule, Sampled):
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """An upper bound, because repeated samples are used only once."""
+        """An upper bound on the cost, because samples that repeat are used only once."""
         num_solutions = self.samples * num_train
         return self.cost_of_rows(
             num_solutions, sampled_before=num_solutions + self.dev_samples * num_dev
@@ -114,7 +115,7 @@ class Solution:
 
 
 def labelled(samples: Samples) -> list[Solution]:
-    """The distinct solutions to a problem. Those without an answer count as wrong."""
+    """The distinct solutions among a problem's samples. Those without an answer count as wrong."""
     labels = {
         text: int(g.verdict is Verdict.CORRECT)
         for text, g in zip(samples.texts, samples.graded, strict=True)
@@ -226,8 +227,9 @@ class Classifier(nn.Module):
         return Judged(logits + nn.functional.pad(evidence, (CORRECT, 0)), logprobs)
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """A batch of prompts and solutions, truncated to the context. Every solution ends with the
-        end token, because the classifier reads the state that predicts this token."""
+        """A batch of prompts and solutions, each cut off at its end if the model's context is too
+        short. Every solution ends with the end token, because the classifier reads the state that
+        predicts this token."""
         longest = None if self.policy.context is None else self.policy.context - 1
         prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
         before = [prompts[problem.id] for problem, _ in solutions]
@@ -274,7 +276,7 @@ class Classifier(nn.Module):
                 save_file(layers, folder / WEIGHTS)
 
     def layers(self) -> dict[str, Tensor]:
-        """Name in the file → weights, for all layers except those of the transformer."""
+        """Name in the file `WEIGHTS` → weights, for all layers except those of the transformer."""
         if self.likelihood is None:
             return {"weight": self.head.weight}
         return {"weight": self.head.weight, **dict(self.likelihood.named_parameters(LIKELIHOOD))}
@@ -370,8 +372,8 @@ def _chance(samples: Samples, may_win: Callable[[Graded], bool]) -> float:
 
 
 def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) -> None:
-    """Add a `score` to every sample in an evaluation file. Raises: CheckpointError if the file
-    cannot be written."""
+    """Add `classifier`'s score to every sample in an evaluation file, whose rows are in the order
+    of `problems`. Raises: CheckpointError if the file cannot be written."""
     rows = world.from_main(JsonLines(path).rows)
     solutions = [
         (problem, sample["completion"])
@@ -390,7 +392,8 @@ def is_scored(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def require_same_tokenizer(classifier: Classifier, policy: Policy, *, where: str) -> None:
-    """Check that classifier and policy have the same tokenizer. Raises: ModelError if not."""
+    """Check that the tokenizers of classifier and policy have the same vocabulary. Raises:
+    ModelError if not."""
     own, other = (set(model.tokenizer.get_vocab().items()) for model in (classifier.policy, policy))
     if own != other:
         raise ModelError(

@@ -62,7 +62,7 @@ class Rl(TrainingTable, Stage):
     weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample."""
     value_init: Literal["uniform", "zero"] = "zero"
     """`zero` keeps the value head of `init`, which is 0 unless PPO trained it. `uniform` draws its
-    weights at random, as the authors' code does."""
+    weights at random, as ReFT's code does."""
     value_model: Literal["shared", "separate"] = "shared"
     """Whether the value head shares the policy's transformer or has one of its own."""
     value_prefit: int = Field(0, ge=0)
@@ -279,7 +279,8 @@ class Trainer:
         return accumulate_gradient(self.policy, batch.tokens, loss)
 
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
-        """The minibatches of all updates on rollout `n`, each with its own loss weights."""
+        """The minibatches of all passes over `batch`, taken from rollout `n`, each with its own
+        loss weights."""
         count = min(self.stage.minibatches, len(batch))
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)
@@ -328,8 +329,8 @@ class Trainer:
 SAMPLES_KEPT = 4
 """Number of solutions stored per step in samples.jsonl. `worth_showing` adds at most two."""
 PROBLEMS_FOLLOWED = 16
-"""Number of training problems whose solutions take precedence in samples.jsonl, so that readers can
-see how the solutions change."""
+"""Number of training problems, counted from the first, whose solutions take precedence in
+samples.jsonl, so that readers can see how the solutions change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:

@@ -76,8 +76,8 @@ class Collector:
         return replace(splits, train=train)
 
     def prompts(self, problems: Sequence[Problem], policy: Policy) -> list[list[int]]:
-        """The prompts as token ids. Raises: DataError for the first prompt that is too long, if
-        `lengths.too_long` is `refuse`."""
+        """The problems' prompts as token ids. Raises: DataError for the first prompt that is too
+        long, if `lengths.too_long` is `refuse`."""
         encoded: dict[str, list[int]] = {}
         limit = self.prompt_limit(policy)
         for problem in problems:

@@ -137,7 +137,8 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """`paper` uses a gold solution twice unless a sample equals it, as in the authors' files."""
+    """`paper` uses a gold solution twice unless a sample equals it, as in the files of ReFT's
+    authors."""
     sft: Schedule
     """The keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
 
@@ -146,7 +147,7 @@ class SelfTrain(Sampled):
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """An upper bound, because repeated samples are used only once."""
+        """An upper bound on the cost, because samples that repeat are used only once."""
         return self.sft.cost_of_rows(
             (1 + self.keep) * num_train, sampled_before=self.samples * num_train
         )

@@ -152,11 +152,12 @@ class Task(Protocol):
         """Number of examples."""
 
     def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        """Add up the gradient of these examples and return metrics. Raises: the errors of
-        `accumulate_gradient`."""
+        """Add up the gradient of the examples with these indices and return metrics. Raises: the
+        errors of `accumulate_gradient`."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-        """The examples in readable form, to be saved if the loss or the gradient is not finite."""
+        """The examples with these indices in readable form, to be saved if the loss or the gradient
+        is not finite."""
 
 
 class Imitation:

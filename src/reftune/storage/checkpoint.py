@@ -2,7 +2,8 @@
 safetensors and JSON.
 
 A checkpoint is a folder, such as `step-000120`, that a single rename puts in place. Loading it
-cannot run code. Its tensors are whole, so that any number of processes can continue from it.
+cannot run code. Its tensors are whole, even if the processes held parts of them, so any number of
+processes can continue from it.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def save_checkpoint(
     keep: int = 2,
 ) -> Path:
     """Write the checkpoint of `step` completely or not at all, and delete all others except the
-    `keep` - 1 before it. Returns the path `folder/step-…`. Raises: CheckpointError for a disk
-    error; older checkpoints then remain."""
+    latest `keep` - 1 of earlier steps. Returns the path `folder/step-…`. Raises: CheckpointError
+    for a disk error; older checkpoints then remain."""
     from safetensors.torch import save_file
 
     final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
@@ -87,8 +88,9 @@ def save_checkpoint(
 
 
 def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
-    """The newest checkpoint whose checksums match; None if there is none. Damaged checkpoints are
-    skipped, and reported through `note(message)` if `note` is given."""
+    """Of the checkpoints in `folder` whose checksums match, the one of the latest step; None if
+    there is none. Damaged checkpoints are skipped, and reported through `note(message)` if `note`
+    is given."""
     for step, path in reversed(_found(folder)):
         try:
             return _read(path, step)
@@ -99,8 +101,8 @@ def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state under flat names, `optimizer.INDEX.KEY`. Learning rates are left out,
-    because they depend only on the step."""
+    """The optimizer's state, keyed by `optimizer.INDEX.KEY`: the parameter's index, and a name such
+    as `exp_avg`. Learning rates are left out, because they depend only on the step."""
     import torch
 
     states = optimizer.state_dict()["state"]

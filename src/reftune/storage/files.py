@@ -69,8 +69,9 @@ def replace_folder(folder: Path, fill: Any) -> None:
 
 
 def link_files(source: Path, target: Path, *, but: str = "") -> None:
-    """Add the files of `source`, except the one named `but`, to `target`, as hard links if the file
-    system supports them, otherwise as copies. Raises: CheckpointError for a disk error."""
+    """Add all files under `source`, except any named `but`, to the same places under `target`,
+    replacing files there. They are hard links if the file system supports them, otherwise copies.
+    Raises: CheckpointError for a disk error."""
     if not is_main():
         return
     with writing(target):
@@ -169,8 +170,8 @@ def in_parts(
     at_once: int,
 ) -> list[dict[str, Any]]:
     """Write one line per problem to `path`, in parts of `at_once` problems, and return the objects
-    on all lines. `answer(start, part)` returns the objects for `part`, which begins at index
-    `start`. Parts that are already complete in the file are kept."""
+    on all lines. `answer(start, part)` returns one object per problem of `part`, in order; `start`
+    is the index of the first. Parts that are already complete in the file are kept."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
     if done < len(problems):  # keep only whole parts, because samples are drawn for whole parts

@@ -1,6 +1,6 @@
 """The names and places of a run's files, except those inside a model's or a checkpoint's folder,
 which the modules that write them define. Also how a run claims and locks its folder. It rejects a
-folder that contains another recipe, or files but no recipe."""
+folder with the recipe of a different run, or with files but no recipe."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RunFolder:
         return sorted(path.parent.name for path in self.path.glob("stages/*/stage.json"))
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint of any stage; None if there is none."""
+        """Path of the checkpoint written last, among those of all stages; None if there is none."""
         found = self.path.glob("stages/*/checkpoints/step-*")
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -151,10 +151,10 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
-    """Claim the folder for this run, and lock it inside the block. A stage for which `recipe` now
-    sets more steps or epochs is reopened, so that it continues. Raises: the errors of
-    `refuse_foreign`; DataError if the problems have changed; CheckpointError if the folder is in
-    use or cannot be written."""
+    """Claim the folder for this run, and lock it inside the block. A stage for which `recipe` sets
+    more steps or epochs than the folder's recipe is reopened, so that it continues. Raises: the
+    errors of `refuse_foreign`; DataError if the problems have changed since the run began;
+    CheckpointError if the folder is in use or cannot be written."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -235,8 +235,8 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether the folder is still unclaimed. Raises: the errors of `lengthened_stages`;
-    CheckpointError if the folder contains files that do not belong to a run."""
+    """Whether no run has claimed the folder yet. Raises: the errors of `lengthened_stages`;
+    CheckpointError if the folder has no recipe, but files that are not in `BEFORE_CLAIM`."""
     if folder.recipe.is_file():
         lengthened_stages(folder, recipe)
         return False
@@ -250,11 +250,11 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages, other than reward models, that have begun and for which `recipe`
-    sets more steps or epochs than before.
+    sets more steps or epochs than the folder's recipe.
 
-    Raises: RecipeError if anything else that affects results has changed, or if one of these stages
-    cannot continue, because a later stage has begun or the stage's own final checkpoint is gone;
-    CheckpointError if the folder's recipe cannot be read.
+    Raises: RecipeError if the recipes also differ in anything else that affects results, or if one
+    of these stages cannot continue, because a later stage has begun or the stage's own final
+    checkpoint is gone; CheckpointError if the folder's recipe cannot be read.
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
     wanted = yaml.safe_load(dump_recipe(recipe))
@@ -311,8 +311,8 @@ def _read_own_recipe(path: Path) -> dict[str, Any]:
 
 
 def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe, with the defaults of keys that reftune has added since; unchanged if the
-    recipe is no longer valid."""
+    """A stored recipe, with the defaults of keys that reftune has added since it was stored;
+    unchanged if the recipe is no longer valid."""
     try:
         return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
     except RecipeError:
@@ -320,8 +320,8 @@ def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first recipe key that affects results and has changed, with both values; None if there is
-    none."""
+    """The first key, in the order of `old`, that affects results and differs between the recipes,
+    with both values; None if there is none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             if where == "" and key in CHANGES_NO_RESULT:
@@ -350,7 +350,7 @@ def environment() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command that started this process."""
+    """The shell command that started this process."""
     program, *arguments = sys.argv
     is_ours = Path(program).name in ("reftune", "__main__.py")
     return shlex.join([*(["reftune"] if is_ours else ["python", program]), *arguments])

@@ -30,8 +30,8 @@ FAMILIES = (
 )
 """Classes in transformers that this file can run."""
 FEW_ROWS = 16
-"""The layout of a packed weight is chosen for this many rows. It speeds up products with more or
-fewer rows just as much."""
+"""Number of input rows for which the layout of a packed weight is chosen. This layout speeds up
+products with more or fewer rows just as much."""
 LARGE = 2**18
 """In fp32, oneDNN computes products with weights of at least this many elements. It is faster than
 MKL for few rows, because MKL hardly divides such products among threads."""
@@ -231,7 +231,8 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A causal LM prepared for decoding, valid only until its weights change; see `engines.kv`."""
+    """A causal LM prepared for decoding, valid only until the LM's weights change; see
+    `engines.kv`."""
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
         self.embedding = model.get_input_embeddings().weight.detach()
@@ -245,7 +246,7 @@ class Decoder:
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """The final hidden states (B, H) of each row's last token, from new tokens (B, S) and the
-        mask (B, T) of cached and new tokens."""
+        mask (B, T) of cached and new tokens. Rows are padded on the left."""
         with torch.autocast(tokens.device.type, enabled=False):
             rows, length = tokens.shape
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
@@ -272,7 +273,7 @@ class Decoder:
 
 
 class _Layout(NamedTuple):
-    """The layout of N tokens in rows, which are padded for attention only."""
+    """The layout of N tokens in B rows of S places. Rows are padded for attention only."""
 
     rows: int
     length: int
@@ -350,8 +351,8 @@ class _Norm:
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
-    """(B, 1, S, T), True if a token attends to a place. Even padding attends to itself, because a
-    softmax over nothing is NaN."""
+    """(B, 1, S, T), True if a new token attends to a place. Even padding attends to itself, because
+    a softmax over nothing is NaN."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible
@@ -368,9 +369,9 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside the `with` block, compute linear layers with a read-only copy of their weights in
     `dtype`, in oneDNN's layout.
 
-    Their products then take a half to two thirds of their usual time. Copying 134 million weights
-    takes 0.1 s. Layers that `_can_be_packed` rejects stay unchanged, such as small ones in fp32 and
-    all layers on other devices.
+    Their products then take a half to two thirds of the time that they take with the original
+    weights. Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects stay
+    unchanged, such as small ones in fp32 and all layers on devices other than the CPU.
     """
     layers = [
         module
@@ -390,8 +391,8 @@ def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = Tru
     """A single product in `dtype` that computes the outputs of `layers` for the same rows, side by
     side.
 
-    If oneDNN's layout would be faster, the product uses a copy of the weights in this layout or,
-    without `pack`, an ordinary copy of the same size.
+    If oneDNN's layout would be faster than the ordinary one, the product uses a copy of the weights
+    in this layout or, without `pack`, an ordinary copy of the same size.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
