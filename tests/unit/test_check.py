@@ -522,6 +522,24 @@ def test_the_folder_of_another_recipe_fails_and_its_models_are_not_checked(tmp_p
     assert found.remedy == "choose another run_dir"
 
 
+def test_a_run_folder_with_other_problems_fails(tmp_path):
+    own = recipe(run_dir=str(tmp_path / "run"))
+    with open_run(own, Progress()) as run:
+        hashes = json.loads(run.folder.data.read_text())["hashes"]
+    run.folder.data.write_text(json.dumps({"hashes": {**hashes, "dev": "of others"}}))
+    (found,) = check_only(own, {"run_folder"}).failed
+    changed = "the dev problems have changed since this run began"
+    assert found.message == f"{tmp_path / 'run'}: {changed}"
+    assert found.remedy == "expected the same data, or another run_dir"
+
+
+def test_a_file_in_place_of_the_run_folder_fails(tmp_path):
+    (tmp_path / "run").touch()
+    (found,) = check_only(recipe(run_dir=str(tmp_path / "run")), {"run_folder"}).failed
+    assert found.message == f"{tmp_path / 'run'}: cannot be a run folder: a file is in its place"
+    assert found.remedy == "choose another run_dir"
+
+
 # --- instruct models ------------------------------------------------------------------------------
 
 

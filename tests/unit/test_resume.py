@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ import torch
 import yaml
 
 from crash import assert_same_outcome, outcome, run_all
+from reftune.datasets import Splits
 from reftune.errors import CheckpointError, DataError, RecipeError
 from reftune.recipe import Recipe, dump_recipe
 from reftune.runs.run import open_run, run_stages
 from reftune.stages.stage import Progress
+from reftune.storage.run_folder import split_hashes
+from reftune.types import Answer, Message, Problem
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -355,12 +359,23 @@ def test_a_run_whose_data_have_changed_is_not_continued(tmp_path, make_recipe):
     with open_run(recipe, Progress()):
         pass
     assert refused(recipe_with(1, 2, 3, 4), DataError) == (
-        f"{recipe.folder}: the train questions have changed since this run began; expected the same"
+        f"{recipe.folder}: the train problems have changed since this run began; expected the same"
         " data, or another run_dir"
     )
     (recipe.folder / "data.json").write_text('{"problems": {}}')  # from before there were hashes
     with open_run(recipe, Progress()):
         pass
+
+
+def test_the_hash_of_a_split_covers_every_turn_of_a_conversation():
+    def hashed(*turns: tuple[str, str]) -> str:
+        messages = tuple(Message(role=role, content=content) for role, content in turns)
+        answer = Answer(kind="number", value=Fraction(2))
+        problem = Problem(id="1", question="1 + 1?", answer=answer, messages=messages)
+        return split_hashes(Splits(train=(problem,), dev=(), test=()))["train"]
+
+    asked = ("user", "1 + 1?")
+    assert hashed(("system", "Add."), asked) != hashed(("system", "Think."), asked)
 
 
 def test_a_run_from_before_a_recipe_key_existed_goes_on_where_the_key_has_its_default(make_recipe):

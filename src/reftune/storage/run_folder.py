@@ -27,6 +27,7 @@ from reftune.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from reftune.datasets import Splits
+    from reftune.types import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,18 +204,17 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 
 
 def split_hashes(splits: Splits) -> dict[str, str]:
-    """Split → a hash of what a run reads of its problems."""
+    """Split → a hash of its problems, without the columns that only a reward function reads."""
     return {
-        split: hashlib.sha256(
-            json.dumps(
-                [
-                    [p.id, p.question, p.choices, p.gold_text or str(p.answer), p.rationale]
-                    for p in problems
-                ]
-            ).encode()
-        ).hexdigest()
+        split: hashlib.sha256(json.dumps([*map(_hashed, problems)]).encode()).hexdigest()
         for split, problems in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
     }
+
+
+def _hashed(problem: Problem) -> list[Any]:
+    gold = problem.gold_text or str(problem.answer)
+    turns = [[turn.role, turn.content] for turn in problem.messages]
+    return [problem.id, problem.question, problem.choices, gold, problem.rationale, *turns]
 
 
 def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
@@ -229,7 +229,7 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
     for split, now in split_hashes(splits).items():
         if known.get(split, now) != now:
             raise DataError(
-                f"{folder.path}: the {split} questions have changed since this run began; expected"
+                f"{folder.path}: the {split} problems have changed since this run began; expected"
                 " the same data, or another run_dir"
             )
 

@@ -41,7 +41,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
     recipe = settled(recipe)
-    splits, method = load_splits(recipe), _starting_method(recipe)
+    splits = load_splits(recipe)
+    method = _starting_method(recipe, splits)
     with threads_of(recipe):
         policy = Models(recipe, splits).load(method, trained=True)
         subject = subject_of(recipe, splits, policy, method)
@@ -131,11 +132,11 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
     ]
 
 
-def _starting_method(recipe: Recipe) -> str:
+def _starting_method(recipe: Recipe, splits: Splits) -> str:
     folder = RunFolder(recipe.folder)
     costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in recipe.stages.values()]
     inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
-    is_own = not data.run_folder_problem(recipe)
+    is_own = not data.run_folder_problem(recipe, splits)
     trained = [m for m in inits if (is_own and folder.stage(m).is_done) or is_model_folder(m)]
     return trained[0] if trained else "base"
 

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, learns_from_rationales, mean
-from reftune.errors import CheckpointError, RecipeError, RewardError
+from reftune.datasets import Splits
+from reftune.errors import CheckpointError, DataError, RecipeError, RewardError
 from reftune.grading.formats.nl import DEFINITION, Nl
 from reftune.grading.formats.program import Program, programs_in
 from reftune.grading.perturbed import PRINTED, right_solutions, wrong_solutions
@@ -17,7 +18,12 @@ from reftune.grading.sandbox import Sandbox, SandboxLimits
 from reftune.grading.sandbox.gaps import gap, missing_package
 from reftune.recipe import Recipe
 from reftune.results.stats import wilson
-from reftune.storage.run_folder import RunFolder, refuse_foreign
+from reftune.storage.run_folder import (
+    RunFolder,
+    readable_errors,
+    refuse_changed_data,
+    refuse_foreign,
+)
 from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
 
 SMALL_DEV = 100
@@ -30,19 +36,22 @@ MAX_FALSE_POSITIVES = 0.05
 
 
 def check_run_folder(subject: Subject) -> Finding:
-    """Check that the run folder is new or belongs to this recipe."""
-    found = run_folder_problem(subject.recipe)
+    """Check that the run folder is new, or belongs to this recipe and these problems."""
+    found = run_folder_problem(subject.recipe, subject.splits)
     if not found:
         return ok(str(subject.recipe.folder))
     message, _, remedy = found.partition("; ")
-    return fail(message, remedy)
+    return fail(message, remedy or "choose another run_dir")
 
 
-def run_folder_problem(recipe: Recipe) -> str:
+def run_folder_problem(recipe: Recipe, splits: Splits) -> str:
     """Why a run of this recipe could not use its folder; empty if it could."""
+    folder = RunFolder(recipe.folder)
     try:
-        refuse_foreign(RunFolder(recipe.folder), recipe)
-    except (CheckpointError, RecipeError) as error:
+        with readable_errors(folder):
+            if not refuse_foreign(folder, recipe):
+                refuse_changed_data(folder, splits)
+    except (CheckpointError, DataError, RecipeError) as error:
         return str(error)
     return ""
 
