@@ -51,7 +51,7 @@ def measure(run_folder: Path, stage: str) -> dict[str, list[float]]:
     """The row of one run: each key has one number per share."""
     recipe = load_recipe(RunFolder(run_folder).recipe, [f"run_dir={run_folder}"])
     splits = load_splits(recipe)
-    policy = Models(recipe, splits).load(stage)
+    policy = Models(recipe, splits).take(stage)
     checkpoint = load_latest(RunFolder(run_folder).stage(stage).checkpoints)
     assert checkpoint is not None, f"{run_folder}: no checkpoint of {stage}"
     load_trainable(policy, checkpoint.tensors)

@@ -314,10 +314,10 @@ class Loop:
         step and accuracy from its folder. On a GPU, the repeated steps may not find as good a model
         again."""
         path = self.context.folder.best / BEST
-        if not world.from_main(path.is_file):
-            return
-        facts = json.loads(world.from_main(partial(path.read_text, encoding="utf-8")))
-        if facts["step"] > self.state.step:
+        facts = world.from_main(
+            lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        )
+        if facts is not None and facts["step"] > self.state.step:
             self.state.best_step = facts["step"]
             self.state.best_accuracy = facts["dev_accuracy"]
 
