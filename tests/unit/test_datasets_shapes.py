@@ -156,8 +156,12 @@ def test_a_position_counts_from_what_the_recipe_says(
     assert problem.answer.value == letter
     with pytest.raises(DataError, match=r":1: answer is 1; .*dataset.positions_from"):
         load(tmp_path, row)
-    with pytest.raises(DataError, match=r":1: answer is 4; expected a letter from a to c"):
-        load(tmp_path, {**row, "answer": 4}, positions_from=first)
+    # 9 is also a text, which must not hide that positions count from another number
+    outside = {**row, "choices": ["x", "y", "9"], "answer": 9}
+    with pytest.raises(
+        DataError, match=rf":1: answer is 9; expected a position from {first} to {first + 2}$"
+    ):
+        load(tmp_path, outside, positions_from=first)
 
 
 @pytest.mark.parametrize(

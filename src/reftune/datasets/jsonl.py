@@ -143,22 +143,14 @@ class Jsonl(FileDataset):
     def _gold(
         self, cell: object, options: Options | None, *, are_texts: bool
     ) -> tuple[Answer, str]:
-        """The answer in a cell, and the text that states it. If the gold answers `are_texts` of
-        options, one that is both a text and a label is read as the text. Raises: DataError if the
-        cell contains no answer of the expected kind."""
+        """The answer in a cell, and the text that states it. `are_texts` is passed to `_choice`.
+        Raises: DataError if the cell contains no answer of the expected kind."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), str(cell)
         stated = stated_gold(cell, reading)
         if options is not None:
-            is_text = are_texts and options.has_text(_spelled(stated))
-            letter = None if is_text else options.letter(_spelled(stated), self.positions_from)
-            try:
-                return read_gold(letter or stated, "choice", choices=options.texts), str(stated)
-            except DataError as error:
-                is_digits = str(stated).strip().isdecimal()
-                hint = " (if this is a position, set dataset.positions_from)" * is_digits
-                raise DataError(f"{error}{hint}") from None
+            return self._choice(stated, options, are_texts=are_texts), str(stated)
         answer = read_gold(stated, kind, reading=reading)
         if kind == "auto" and _MISSING.fullmatch(str(answer)):
             raise DataError(
@@ -172,6 +164,22 @@ class Jsonl(FileDataset):
                 " set dataset.answer_kind=text)"
             )
         return answer, str(stated)
+
+    def _choice(self, stated: object, options: Options, *, are_texts: bool) -> Answer:
+        """The option that a gold answer names. If the gold answers `are_texts` of options, one that
+        is both a text and a label is read as the text. Raises: DataError if it names no option."""
+        spelled, first = _spelled(stated), self.positions_from
+        is_text = are_texts and options.has_text(spelled)
+        letter = None if is_text else options.letter(spelled, first)
+        is_digits = spelled.strip().isdecimal()
+        if letter is None and is_digits and first is not None:
+            last = first + len(options.texts) - 1
+            raise DataError(f"{shown(stated)}; expected a position from {first} to {last}")
+        try:
+            return read_gold(letter or stated, "choice", choices=options.texts)
+        except DataError as error:
+            hint = " (if this is a position, set dataset.positions_from)" * is_digits
+            raise DataError(f"{error}{hint}") from None
 
 
 def _spelled(gold: object) -> str:
