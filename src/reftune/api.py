@@ -36,7 +36,7 @@ def run(
     unfinished run is resumed. If a launcher starts several processes, all must call this function.
 
     `overrides` are `key=value` strings, which are allowed only if `recipe` is a path. If not
-    `quiet`, progress is shown on stderr. Returns: the content of `summary.json`. Raises:
+    `quiet`, progress is shown on stderr. Returns: the content of the run's `summary.json`. Raises:
     ReftuneError if the run cannot start or continue; `reftune.stages.loop.Interrupted` if SIGINT or
     SIGTERM stops the training.
     """
@@ -77,7 +77,7 @@ def grade(
 ) -> Graded:
     """Grade a completion as in training and evaluation. `answer` is the gold answer: a number,
     text, the letter of a choice, or an answer of the kind that `answer_kind` names
-    (docs/datasets.md). `choices` are the texts of multiple-choice options.
+    (docs/datasets.md). `choices` are the texts of multiple-choice options, option a first.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
@@ -133,10 +133,10 @@ def evaluate(
 
     `model` is a run's folder `stages/NAME`, any other model folder in Hugging Face format, a Hub
     id, `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the keys
-    `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. For a stage
-    folder, `format` and `max_new` (most tokens per answer) default to those of its run; for any
-    other model, they default to `nl` and 256. Raises: ReftuneError if the model, a problem or the
-    format cannot be used.
+    `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. For a stage folder,
+    `format` and `max_new` (the maximum number of tokens per answer) default to those of its run;
+    for any other model, they default to `nl` and 256. Raises: ReftuneError if the model, a problem
+    or the format cannot be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts

@@ -23,7 +23,7 @@ class ModelError(ReftuneError):
 
 class CheckpointError(ReftuneError):
     """A run folder, checkpoint or export that cannot be read, written or continued, for example
-    because it is damaged or in use."""
+    because it is damaged or because another process uses it."""
 
 
 class RewardError(ReftuneError):
@@ -31,7 +31,7 @@ class RewardError(ReftuneError):
 
 
 class EngineError(ReftuneError):
-    """An engine that failed to fulfil a request."""
+    """An engine that failed to sample completions or to load the current weights."""
 
 
 class ProcessError(ReftuneError):
@@ -39,5 +39,5 @@ class ProcessError(ReftuneError):
 
 
 class NonFiniteError(ReftuneError):
-    """A loss, gradient or other training quantity that is not finite. The weights were not
-    changed."""
+    """A loss, gradient or other training quantity that is not finite. The error is raised before
+    the quantity changes any weights."""

@@ -22,8 +22,9 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
-    """The indices of the items at positions `start` to `start + count - 1` of an endless pass over
-    `num_items` items, which are reshuffled for every epoch."""
+    """The item indices at positions `start` to `start + count - 1`, counted from 0, of an endless
+    sequence of epochs. Each epoch contains the indices of all `num_items` items in a new random
+    order."""
     return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
 
 

@@ -32,7 +32,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A duration as `0:31` or `1:02:03`."""
+    """A duration in minutes and seconds, `0:31`, or in hours, minutes and seconds, `1:02:03`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

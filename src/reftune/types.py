@@ -37,11 +37,12 @@ class Answer:
     """A Fraction for a number, a lower-case letter for a choice, and text for any other kind."""
     decimals: float | None = field(default=None, compare=False)
     """Number of digits after a number's decimal point, as written in the data; inf for a number
-    written as a fraction. If None, the number has as many digits as its value needs."""
+    written as a fraction. None means as many as its exact value needs."""
     percent: bool = False
     """Whether the answer is a number written with a percent sign."""
     items: tuple[str, ...] = ()
-    """The accepted spellings (`any_of`) or the parts (`list`, `set`); empty for other kinds."""
+    """The accepted spellings (`any_of`) or the parts (`list`, `set`) of the answer; empty for other
+    kinds."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
@@ -96,7 +97,7 @@ class Problem:
     rationale: str | None = None
     """A worked solution as text, or a program that defines `solution()`."""
     choices: tuple[str, ...] = ()
-    """The texts of a multiple-choice question's options, in order from a; empty for other
+    """The texts of a multiple-choice question's options, option a first; empty for other
     questions."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the data that reftune does not use itself but passes to a user's reward function
@@ -105,8 +106,8 @@ class Problem:
     """The gold answer as the data spells it; empty if unknown. `reftune check` shows it next to the
     answer that was read from it."""
     messages: tuple[Message, ...] = ()
-    """For a chat prompt, the turns before the answer; empty if the data has no conversations. The
-    turns' text, without the system message, is also in `question`."""
+    """If the question is a conversation, the turns before the assistant's answer; empty otherwise.
+    Their text, without the system message, is also in `question`."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, which maps an answer's text to a score from 0 to 1. If None, answers
     are compared with the gold answer."""
@@ -127,9 +128,11 @@ class SamplingParams:
     """Sample only from the `top_k` most likely tokens; 0 means from the whole vocabulary."""
     top_p: float = 1.0
     seed: int = 0
-    """Every random number of a request is a function of this seed and the request's position."""
+    """Every random number of a request is a function of this seed and of the request's position in
+    the batch, counted from 0."""
     first_position: int = 0
-    """Position of the first request; above 0 if a call handles a later part of a batch."""
+    """Position in the batch of the call's first request; above 0 if the call handles a later part
+    of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,10 +142,10 @@ class Completion:
     token_ids: tuple[int, ...]
     """The sampled tokens, including the end token, if any."""
     text: str
-    """The decoded text, without special tokens, up to the stop string, if any."""
+    """The decoded text, without special tokens. It ends before the stop string, if any."""
     logprobs: tuple[float, ...]
-    """Log-probability of each token under the distribution from which it was drawn; for greedy
-    decoding, under the distribution at temperature 1."""
+    """Log-probability of each token, in nats, under the distribution from which it was drawn; for
+    greedy decoding, under the distribution at temperature 1."""
     finish_reason: Literal["eos", "stop", "length"]
     """What ended the completion: an end token, a stop string or the length limit."""
     values: tuple[float, ...] = ()
@@ -187,7 +190,8 @@ class Attempt:
         return self.graded.verdict is Verdict.CORRECT
 
     def to_row(self) -> dict[str, Any]:
-        """The attempt as a JSON object. Unset fields are omitted, except `value`."""
+        """The attempt as a JSON object. Fields that are not set are omitted, except `value`, which
+        is null."""
         seconds = self.graded.program_s
         optional = {
             "reason": self.graded.reason or None,
@@ -226,7 +230,8 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """A graded and rewarded solution to a problem."""
+    """A graded and rewarded solution to a problem: sampled from the policy, or the gold
+    solution."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]

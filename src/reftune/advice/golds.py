@@ -44,7 +44,7 @@ def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:
 
 
 def golds_text(kinds: Sequence[GoldKind]) -> str:
-    """One line per kind: `golds number 36: '1,234' → 1234, …`."""
+    """One line per kind, with its number of answers: `golds number 36: 1,234 → 1234, …`."""
     return printable("\n".join(f"golds  {_line(kind)}" for kind in kinds))
 
 

@@ -24,7 +24,7 @@ and allocates memory."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
 """Number of tokens sampled per row before the clock starts, and the minimum while it runs."""
 BUDGET_S = 8.0
-"""Target duration of a timed pass."""
+"""Target duration of a timed pass, in seconds."""
 STEADY_S = 0.5
 """A pass shorter than this is repeated until this many seconds have elapsed."""
 SCORING_COST = 1 / 3

@@ -23,7 +23,8 @@ NETWORK = 50 * GB
 """Bytes per second from a GPU to other machines: one 400 Gbit/s adapter per GPU, as in NVIDIA's DGX
 H100."""
 DECODE_EFFICIENCY = 0.5
-"""Share of the roofline that decoding is assumed to reach: the target in benchmarks/step.py."""
+"""Share of the roofline's speed that decoding is assumed to reach: the target in
+benchmarks/step.py."""
 ARITHMETIC = "arithmetic"
 
 
@@ -90,7 +91,7 @@ class Share:
     """Bytes by purpose."""
     peak: float
     busiest: str
-    """The phase in which the peak is reached."""
+    """The phase of a step in which the peak is reached."""
     fits: bool
 
 

@@ -1,5 +1,5 @@
-"""Turns rewards and values into advantages and returns. Masks are True on the response
-tokens that count."""
+"""Turns rewards and values into advantages and returns. Masks are True on the response tokens to
+include, and False on all others, such as padding."""
 
 from __future__ import annotations
 

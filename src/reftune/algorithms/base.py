@@ -50,12 +50,13 @@ class Algorithm(Component, ABC):
 
     @property
     def min_samples(self) -> int:
-        """Smallest number of samples per problem that allows learning."""
+        """Smallest number of samples per problem from which the algorithm can learn."""
         return 1
 
     @property
     def discount(self) -> float:
-        """The discount γ of the returns to which the value head is fitted before training."""
+        """The discount γ of the returns to which the value head is fitted before the stage's first
+        step."""
         return 1.0
 
     @property
@@ -193,8 +194,8 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 def policy_metrics(
     logprobs: Tensor, old_logprobs: Tensor, *, clip_low: float, clip_high: float, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Metrics of how far the policy has moved from the one that drew the samples: weighted means
-    and, for `policy/ratio_max`, a maximum."""
+    """Metrics of how far the policy has moved from the one that drew the samples: means over
+    tokens, weighted by `weights`, and, for `policy/ratio_max`, a maximum."""
     log_ratio = (logprobs - old_logprobs).detach().clamp(-20, 20)
     ratio = log_ratio.exp()
     clipped = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()

@@ -28,7 +28,7 @@ class Ppo(Clipped):
     """GAE's λ."""
     value_clip: float = Field(0.2, gt=0)
     """In the value loss, each token's value is clipped to within this distance of its value before
-    the updates."""
+    the step's updates."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
 

@@ -1,4 +1,4 @@
-"""The datasets, which supply the problems of a run. Each has its own module."""
+"""The datasets, which supply the problems of a run. Each kind has its own module."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """All splits. Random choices, such as which questions become dev, depend on `seed`. Raises:
-        DataError for unusable data, with its source and, if possible, the line."""
+        """The train, dev and test splits. Random choices, such as which questions become dev,
+        depend on `seed`. Raises: DataError for unusable data, with its source and, if possible, the
+        line."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
@@ -37,7 +38,8 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """The recipe's problems. Raises: DataError if there is no training row or no dev problem."""
+    """The splits of the recipe's dataset. Raises: DataError if there is no training row or no dev
+    problem."""
     splits = load_dataset(recipe.dataset, seed=derive_seed(recipe.seed, "data"))
     if not splits.train:
         dropped = (

@@ -70,8 +70,9 @@ def program_of(solution: str) -> str | None:
     """A program that computes the annotated steps of a solution; None if no step computes anything,
     or if a step is not plain arithmetic.
 
-    Each step assigns a variable, which is named after the words that follow the annotation. A
-    number that equals one or more earlier results is replaced by the latest one's variable.
+    Each step assigns a variable, which is named after the words that follow the step's annotation.
+    A number that equals the result of an earlier step is replaced by that step's variable, the
+    latest one if there are several.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}

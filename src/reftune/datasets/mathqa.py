@@ -85,10 +85,10 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. In train and dev of the published files, the formula's
-        value must be within 1% of the gold option. If it is not, a numeric problem is dropped, and
-        a multiple-choice problem is kept without its program. Multiple choice with `nl` is
-        exempt."""
+        """The rows of a split as problems. In train and dev of the published files, the value of a
+        row's formula must be within 1% of the gold option. If it is not, a numeric problem is
+        dropped, and a multiple-choice problem is kept without its program. Multiple choice with
+        `nl` is exempt."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)

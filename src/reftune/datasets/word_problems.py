@@ -61,7 +61,7 @@ class WordProblems(Component):
     """Upper limit for answers and intermediate results."""
     rationale: Literal["program", "nl"] = "program"
     styles: int = Field(4, ge=1, le=24)
-    """Ways of writing a rationale: at most 24, or 8 for `nl`."""
+    """Number of ways in which rationales are written: at most 24, or 8 for `nl`."""
     answer: Literal["number", "choice"] = "number"
     """`choice` gives each question four options."""
 
@@ -126,7 +126,7 @@ class WordProblems(Component):
         )
 
     def _solution(self, story: _Story, rng: random.Random) -> tuple[str, str]:
-        """The number of a style drawn with `rng`, and the worked solution in this style."""
+        """The index of a style drawn with `rng`, as text, and the worked solution in this style."""
         style = rng.randrange(self.styles)
         write = _write_program if self.rationale == "program" else _write_prose
         return str(style), write(story, style)

@@ -2,9 +2,10 @@
 reftune.
 
 The only argument is the descriptor of a connection to the parent. Each request is a JSON object
-with the keys `gold` and `answer`. The reply is a JSON object with the keys `equal` and `read`;
-`read` is null if the answer is not an expression. If the comparison fails, the reply has only the
-key `error`. The parent kills this process if a comparison takes too long.
+with the keys `gold` and `answer`. The reply is a JSON object with the keys `equal`, a boolean, and
+`read`, the parsed answer; `read` is null if the answer is not an expression. If the comparison
+fails, the reply has only the key `error`. The parent kills this process if a comparison takes too
+long.
 """
 
 from __future__ import annotations

@@ -31,9 +31,10 @@ from reftune.types import Answer, AnswerKind
 
 GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
-"""Strings longer than this do not count as numbers."""
+"""Text with more characters than this does not count as a number."""
 MOST_BETWEEN = 100
-"""Maximum number of characters in the earlier of two answers side by side, and between them."""
+"""Two answers count as side by side only if neither the earlier one nor the text between them has
+more characters than this."""
 SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
 
 
@@ -112,8 +113,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last marked answer and the marked answers beside it, in order. Two answers are side by
-    side if little more than "or", "and", symbols and a marker stands between them."""
+    """The last marked answer and any marked answers side by side with it, in the order of the text.
+    Two answers are side by side if little more than "or", "and", symbols and a marker stands
+    between them."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)

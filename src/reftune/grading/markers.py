@@ -38,10 +38,10 @@ class Statement:
     is_closed: bool = False
     """Whether the text is the content of a closed box or tag."""
     start: int = 0
-    """Index where the marker begins."""
+    """Index in the completion at which the marker begins."""
     end: int = 0
-    """Index where the statement ends: after the closing brace or tag or, if there is none, at the
-    end of the text that counts (see `statements`)."""
+    """Index in the completion at which the statement ends: after the closing brace or tag or, if
+    there is none, at the end of the text that counts (see `statements`)."""
 
 
 _THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
@@ -59,7 +59,7 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """The statements announced by the last `MAX_STATEMENTS` markers of a completion, in order.
+    """The statements announced by the last `MAX_STATEMENTS` markers of a completion, first to last.
     Markers include "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
     `reading.markers`.
 
@@ -108,7 +108,8 @@ def reasoning_text(completion: str) -> str:
 
 
 def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
-    """The start and end of the text that counts, as defined in `statements`."""
+    """The start and end index of the part of a completion that counts, as defined in
+    `statements`."""
     last = deque(_THOUGHT.finditer(completion), maxlen=1)
     start = 0
     if last:

@@ -236,7 +236,7 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Maximum number of comparisons kept for reuse, because samples of a problem repeat answers."""
+"""Maximum number of comparisons kept for reuse: samples of a problem often repeat an answer."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

@@ -45,7 +45,8 @@ class Number:
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     """The number at index `start` of a plain line, and the index after the number; None if there is
     no number. Any sign, currency, percent sign or word such as "million" is part of the number. The
-    caller must check the text that follows."""
+    caller must check whether the text after it makes it part of something larger, such as a
+    range."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -118,8 +119,8 @@ def _endless(decimal: str) -> Number | None:
 
 
 def _in_base(digits: str, word: str) -> Number | None:
-    """The digits alone, because MATH's graders read 52_8 as 52; None if they do not fit the
-    base."""
+    """The digits before the `_`, read in base ten because MATH's graders read 52_8 as 52; None if
+    they are not digits of the stated base."""
     base = int(word) if word.isdigit() else _BASES.get(word.lower(), 0)
     is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in digits)
     return Number(Fraction(digits), 0) if is_in_base else None

@@ -12,8 +12,8 @@ from reftune.grading.markers import answer_text, reasoning_text
 from reftune.types import Problem, spell
 
 MAX_SIZE = 10**6
-"""Numbers of at least this absolute value are not changed, because a change of 1 may be within the
-grader's tolerance."""
+"""Gold answers of at least this absolute value are not changed, because a change of 1 may be within
+the grader's tolerance."""
 PRINTED = "printed and not returned"
 """The change that makes a program print its answer instead of returning it. Formats that read
 scripts may accept such a program."""
@@ -23,7 +23,7 @@ _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Perturbed:
-    """A changed solution."""
+    """A changed gold solution."""
 
     kind: str
     """A description of the change."""
@@ -32,7 +32,7 @@ class Perturbed:
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
     """Solutions that look like the gold solution `target` but state another answer, two answers or
-    none. Yields nothing if the answer cannot be found in `target`."""
+    none. Yields nothing if `target` is text whose answer cannot be found."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 
@@ -45,7 +45,8 @@ def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
 
 
 def other_answers(problem: Problem) -> dict[str, str]:
-    """Answers other than the gold one, by kind of change; empty if none is certainly wrong."""
+    """Kind of change → the gold answer after that change; empty if no change makes it certainly
+    wrong."""
     gold = problem.answer.value
     if problem.answer.kind == "choice" and len(problem.choices) > 1:
         position = (ord(str(gold)) - ord("a") + 1) % len(problem.choices)

@@ -220,7 +220,7 @@ _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
     """Grade by the task's scorer, which expects the bare answer. It is tried on several versions of
-    the text; one score of 1 is enough."""
+    the text; a score of 1 for any of them is enough."""
     words = text.strip()
     first = words.splitlines()[0].strip()
     candidates = [words, words.rstrip(".!"), first, first_line(words).rstrip(".!")]
@@ -251,7 +251,7 @@ def _grade_spellings(text: str, problem: Problem) -> Graded:
 
 
 def _grade_list(text: str, problem: Problem) -> Graded:
-    """Grade part by part: a list in order, a set in any order."""
+    """Grade an answer part by part: a list in the order of the gold answer, a set in any order."""
     parts, gold = _parts(problem), str(problem.answer.value)
     said = split_items(_listed_in(text, len(parts)))
     if not said:

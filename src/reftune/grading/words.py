@@ -53,7 +53,8 @@ _ANOTHER = re.compile(
 _OR_ELSE = re.compile(r"\W*(?:or|maybe|perhaps|possibly|alternatively)\b")
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
-"""Matches names only. After another name, as in "Paris, London", these may be further answers."""
+"""Matches text that consists of names. After a gold answer that is a name, they may be further
+answers: "Paris, London"."""
 _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[.,]|[ t]00:00(?::00)?$")

@@ -74,8 +74,9 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two tables. Values of `over` replace those of `base`, but mappings are merged unless
-    `over` names a different `kind`. A key of `base` that is null in `over` is removed."""
+    """A copy of `base`, changed by `over`. A value in `over` replaces that in `base`, except that
+    two mappings are merged, unless `over` names a different `kind`. A key of `base` that is null in
+    `over` is removed."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

@@ -44,7 +44,7 @@ class ModelTable(Table):
     path: str | None = None
     """A model folder, a Hub id, or `smollm2-135m`, whose weights come in a Python package."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit of `path` on the Hub."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of forward and backward passes. `auto` is bfloat16 if the device supports it at
@@ -64,8 +64,8 @@ class ModelTable(Table):
     compile: bool = False
     """Use torch.compile for scoring and updates. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Precision of the saved weights, which are then evaluated. `base` is the precision of the
-    files at `path`. Default: `base` with `lora`, and float32 otherwise."""
+    """Precision in which weights are saved. The final evaluation uses the saved weights. `base` is
+    the precision of the files at `path`. Default: `base` with `lora`, and float32 otherwise."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -103,7 +103,7 @@ class EvaluateTable(Table):
     samples: int = Field(0, ge=0)
     """Solutions sampled per problem, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
-    """Methods from which solutions are sampled. Default: all."""
+    """Methods from which solutions are sampled. Default: all that are evaluated."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     rerank: str | None = None
@@ -111,7 +111,7 @@ class EvaluateTable(Table):
     stages: list[str] | None = None
     """Methods to evaluate. Default: all."""
     limit: int | None = Field(None, gt=0)
-    """Evaluate only the first `limit` problems."""
+    """Evaluate only the first `limit` problems of the split."""
 
     @model_validator(mode="after")
     def _samples_to_rerank(self) -> EvaluateTable:
@@ -190,7 +190,8 @@ class Recipe(Table):
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
 
     def saved_by(self, stage: str) -> tuple[str, ...]:
-        """The names of the models that a stage saves: its snapshots and, last, the stage's own."""
+        """The names of the models that a stage saves: its snapshots, in the order of the recipe,
+        and then its final model, which has the stage's name."""
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:

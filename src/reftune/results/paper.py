@@ -27,7 +27,7 @@ from reftune.storage.run_folder import RunFolder
 RULES = {"maj": "voting", "rerank": "reranking"}
 
 Place = tuple[str, str, str]
-"""Model, task and kind of rationale, under the paper's names for them, if any."""
+"""Model, task and kind of rationale, under the names that the paper uses, if any."""
 Cell = dict[str, Any]
 """The number of seeds, split sizes and scores of the runs at one place, as `--json` prints them."""
 

@@ -21,7 +21,7 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRow:
-    """One problem of the final evaluation."""
+    """One problem of the final evaluation, with the answers of one method."""
 
     id: str
     question: str
@@ -48,7 +48,7 @@ class TrainingSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricRow:
-    """All metrics of one step of one stage."""
+    """The metrics of one step of one stage."""
 
     step: int
     time: float
@@ -238,7 +238,8 @@ def _object(text: str, *, where: str) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
-    """The result of `parse` for each JSON line, except a last line that is still being written."""
+    """The result of `parse` for each JSON line of a file, except a last line that is still being
+    written."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:

@@ -51,7 +51,7 @@ class Comparison:
     """95% interval of the difference, bootstrapped over problems and, with several seeds, over
     seeds."""
     n: int
-    """Number of problems per seed."""
+    """Number of problems per seed; the smallest if seeds differ."""
     p_mcnemar: float | None = None
     """Two-sided p-value of McNemar's exact test, not corrected for the number of comparisons; None
     if there are several seeds."""

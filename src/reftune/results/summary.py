@@ -341,8 +341,8 @@ def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generat
 def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
-    """Comparisons of a later method with an earlier one. Two methods are compared if they are in
-    one group, if they are the same method in two groups, or if one of them is the baseline."""
+    """Comparisons of methods with earlier ones of `methods`. Two methods are compared if they are
+    in one group, if they are the same method in two groups, or if one of them is the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         if a.group is b.group or a.method == b.method or baseline in (a.label, b.label):
@@ -367,7 +367,8 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Decision rule → outcomes. Votes use `k` samples, by default as many as every problem has."""
+    """Decision rule → outcomes, in the order of `rows`. Votes use the first `k` samples, by default
+    as many as every problem has."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
     if drawn:
@@ -378,7 +379,7 @@ def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcome
 
 
 def num_samples(rows: Sequence[EvalRow]) -> int:
-    """Number of samples that every problem has."""
+    """The largest number of samples that every problem has."""
     return min(len(row.samples) for row in rows)
 
 
@@ -481,8 +482,7 @@ def handovers(run: RunResults) -> list[Handover]:
 
 
 class LastRise(NamedTuple):
-    """The rise in dev accuracy over the last four evaluations, its margin, and the accuracy
-    reached."""
+    """The rise in dev accuracy, its margin and the accuracy reached, as defined in `Handover`."""
 
     rise: float
     margin: float

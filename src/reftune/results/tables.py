@@ -148,7 +148,8 @@ def _chosen_sentence(table: ScoreTable) -> str:
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
-    """A line on whether RL or more SFT should follow, given the recent rise in dev accuracy."""
+    """A line on whether RL or more SFT should follow, given the `rise` in dev accuracy over the
+    last `num_looks` evaluations."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} evaluations"
     if rise <= margin:
         return f"dev accuracy is no longer rising ({points}): RL can take over"
@@ -183,7 +184,7 @@ def same_models(run: RunResults) -> list[str]:
 
 
 def sentence(handover: Handover) -> str:
-    """A line on whether the warm-up was finished."""
+    """A line on whether the warm-up was finished when the sampling stage began."""
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four evaluations"
     if handover.is_ready:
         return (
@@ -202,7 +203,7 @@ def sentence(handover: Handover) -> str:
 
 
 def reranker_sentence(found: Reranker) -> str:
-    """A line on whether a reward model beats a random choice."""
+    """A line on whether a reward model's choices among samples beat random ones on dev."""
     gain = f"{points(found.accuracy - found.chance)} ± {100 * found.margin:.1f} points"
     verdict = "better" if found.beats_chance else "no better"
     advice = "" if found.beats_chance else "; do not rerank with it"
@@ -216,8 +217,8 @@ def reranker_sentence(found: Reranker) -> str:
 
 
 def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
-    """The table's head, and a row per method with its score under each rule and its gain over the
-    baseline."""
+    """The table's head, and a row per method with its score under each decision rule and its gain
+    over the baseline."""
     rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))
     names = ["Greedy" if rule == GREEDY else rule for rule in rules]
     head = ["Method", *names, f"vs {display(table.baseline)}", "Paired test", "Dev", "Dev evals"]

@@ -1,4 +1,4 @@
-"""`reftune init` writes a commented recipe for a user's data, and tests it with the checks of
+"""`reftune init` writes a commented recipe for a user's data, after testing it with the checks of
 `reftune check` that need no model."""
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Wishes:
     """A kind of format: `nl`, `program` or a user's own `file.py:Name`."""
     test: str | None = None
     columns: Mapping[str, Any]
-    """Field → column, or a list of columns."""
+    """Field of `Columns` → a column of the data, or a list of columns."""
 
 
 def write_recipe(wishes: Wishes, out: Path) -> Splits:
@@ -98,8 +98,8 @@ def default_out(data: str) -> Path:
 
 
 def guess_shape(data: str, named: Mapping[str, str] | None = None) -> Shape:
-    """The shape of the training rows. Raises: DataError if the data is unreadable, or has no column
-    for question or answer."""
+    """The shape of the training rows of `data`; `named` maps fields to the columns that the user
+    named. Raises: DataError if the data is unreadable, or has no column for question or answer."""
     return recognise(read_rows(data, "train"), named or {})
 
 
@@ -206,7 +206,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The largest size, leaving out the share that may be too long."""
+    """The largest of the sorted `sizes`, leaving out the share that may be too long."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

@@ -59,7 +59,8 @@ class StageView:
     numbers: dict[str, float] = field(default_factory=dict)
     """The latest value of every metric."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by phase (`generate`, `update`, …), summed from the second recorded step on."""
+    """Seconds by phase of a step (`generate`, `update`, …), summed from the second recorded step
+    on."""
     num_tokens: float = 0.0
     """Number of tokens trained on and sampled during `phase_seconds`."""
 
@@ -102,7 +103,7 @@ class StageView:
         return [*facts, f"{self.num_tokens / seconds:,.0f} tok/s"] if seconds > 0 else facts
 
     def split(self) -> list[str]:
-        """Each phase's share of the time: `update 71%`, `generate 22%`, …"""
+        """Each phase's share of the steps' time, largest first: `update 71%`, `generate 22%`, …"""
         seconds = sum(self.phase_seconds.values())
         if seconds == 0 or len(self.phase_seconds) < 2:
             return []
@@ -175,7 +176,7 @@ class RichProgress(Progress):
         self._view.update(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Show the first of these solutions until the next call."""
+        """Show the first of `rollouts` until the next call."""
         self._sample = rollouts[0]
 
     def note(self, message: str) -> None:

@@ -1,5 +1,5 @@
-"""Logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers.
-`metrics.jsonl` contains them in any case."""
+"""Logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers. The
+run's `metrics.jsonl` contains them in any case."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TrackedProgress(Progress):
         self._progress.step(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Log the first solutions as a table, in trackers that have tables."""
+        """Log the first `tracker_rollouts` solutions as a table, in trackers that have tables."""
         rows = [table_row(step, rollout) for rollout in rollouts[: self._recipe.tracker_rollouts]]
 
         def log(tracker: GeneralTracker) -> None:

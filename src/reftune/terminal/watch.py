@@ -21,8 +21,8 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """The time of the last row shown or, once all rows of a run in progress are shown, the current
-    time."""
+    """The time, in Unix seconds, of the last row shown or, once all rows of a run in progress are
+    shown, the current time."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0
@@ -114,9 +114,9 @@ def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
-    """The stage's number of steps: the recipe's `steps` or, if that is not set, an extrapolation
-    from the recipe's `epochs` and the row's `progress/epoch`. If one of these is missing, the
-    result is the row's step."""
+    """The stage's number of steps: its key `steps` or, if that is not set, an extrapolation from
+    its `epochs` and the row's `progress/epoch`. If either of the last two is missing, the result is
+    the row's step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")

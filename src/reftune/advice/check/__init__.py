@@ -119,7 +119,8 @@ def _schedule(recipe: Recipe) -> Finding:
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """The findings in order; a failed check that the recipe waives becomes a warning."""
+    """One finding per check, in the order of `checks`; a failed check that the recipe waives
+    becomes a warning."""
     findings = [replace(check(subject), name=name) for name, check in checks.items()]
     waive = subject.recipe.check.waive
     return [

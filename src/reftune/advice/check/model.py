@@ -31,7 +31,7 @@ from reftune.types import SamplingParams, Verdict
 NUM_SAMPLED = 32
 """Maximum number of dev questions that RL's initial model answers."""
 NUM_SHOWN = 3
-"""Number of answers shown, and of prompts in `check_logprobs`."""
+"""Number of sampled answers shown, and of prompts in `check_logprobs`."""
 NUM_TIMED = 512
 """Maximum number of rows used to estimate the time."""
 LONG_RUN_S = 24 * 3600
@@ -51,7 +51,8 @@ GIB = 2**30
 
 
 def check_memory(subject: Subject) -> Finding:
-    """Check that training fits in memory, as estimated from the model's shape."""
+    """Check that training and sampling fit in the device's free memory, as estimated from the
+    model's shape."""
     policy, recipe = subject.policy, subject.recipe
     lengths = [len(ids) for of in subject.fitting.values() for ids in of] or [1]
     model = policy.base

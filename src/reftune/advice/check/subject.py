@@ -71,7 +71,7 @@ class Subject:
 
     @property
     def fitting_rows(self) -> list[Row]:
-        """The rows used in training: those whose prompt and target are not too long."""
+        """The rows on which a stage can train: those whose prompt and target are not too long."""
         most = self.recipe.lengths.max_new
         return [
             row
@@ -140,7 +140,7 @@ def preview_of(subject: Subject) -> Preview | None:
 
 
 def learns_from_rationales(subject: Subject) -> bool:
-    """Whether any stage reads rationales."""
+    """Whether any stage of the recipe needs gold rationales."""
     return any(stage.reads_rationales for stage in subject.recipe.stages.values())
 
 

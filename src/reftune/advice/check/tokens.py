@@ -99,7 +99,8 @@ def check_prompt(subject: Subject) -> Finding:
 
 
 def check_prompt_length(subject: Subject) -> Finding:
-    """Check that every prompt is within the limits, with `max_new` tokens after it."""
+    """Check that every prompt is within `max_prompt`, if set, and fits in the model's context with
+    `max_new` tokens after it."""
     limit, prompts = subject.prompt_limit, subject.prompts
     sizes = {split: {id_: len(ids) for id_, ids in of.items()} for split, of in prompts.items()}
     long = {

@@ -54,7 +54,7 @@ def is_answered(turns: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> Conversation:
-    """Read a row's turns, leaving out an empty system message. Raises: DataError for any other turn
+    """Read a row's turns, leaving out empty system messages. Raises: DataError for any other turn
     that is not text, or for one with an unknown role."""
     turns = tuple(_message(turn, where) for turn in value if not _is_empty_system(turn))
     return Conversation(

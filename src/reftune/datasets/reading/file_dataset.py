@@ -35,9 +35,10 @@ class FileDataset(Component):
     dev: str | None = None
     """Default: drawn from the training questions."""
     dev_size: int | None = Field(None, ge=0)
-    """Training questions drawn for dev. Default: a tenth, at most 500."""
+    """Number of training questions drawn for dev if `dev` is not set. Default: a tenth, at most
+    500."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit, if the data is on the Hub."""
 
     key: ClassVar[Key] = staticmethod(question_key)
     """Computes the key of a problem. Problems with equal keys ask the same question."""
@@ -71,7 +72,7 @@ class FileDataset(Component):
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """Split → file names that are tried before the usual ones."""
+        """Split → the names of its file in a folder that are tried before the usual ones."""
         return {}
 
     def load(self, *, seed: int) -> Splits:

@@ -144,7 +144,7 @@ def _is_table(value: object) -> bool:
 
 
 def _json_list(path: Path, text: str, position: int) -> Records:
-    """The objects of a valid JSON list whose content begins at `position`."""
+    """The objects of a valid JSON list whose content begins at the index `position` of `text`."""
     more, decoder = re.compile(r"[^\s,\]]"), json.JSONDecoder(parse_constant=_constant)
     end, line, counted = re.compile(r"[\s,]*\]"), 1, 0
     while not end.match(text, position) and (begins := more.search(text, position)):
@@ -259,9 +259,9 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
     """The records of a table. The first line that is not empty names the columns; empty cells are
     null, and empty lines are skipped.
 
-    A nameless first column is taken for a pandas index and skipped; other nameless columns must be
-    empty.
-    Raises: DataError for a repeated column name, or a line that does not fit the header.
+    A first column without a name is taken for a pandas index and skipped; any other column without
+    a name must be empty. Raises: DataError for a repeated column name, or a line that does not fit
+    the header.
     """
     header: list[str] | None = None
     for where, cells in lines:

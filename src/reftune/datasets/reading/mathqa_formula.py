@@ -76,8 +76,8 @@ STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
 
 def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | None:
-    """(name, expression) of the last step and of each step that it needs, in order; None if the
-    formula cannot be read."""
+    """(name, expression) of each step that the last step needs, in the order of the formula, and of
+    the last step itself. None if the formula cannot be read."""
     numbers = [number.replace(",", "") for number in NUMBER.findall(problem)]
     parsed = [STEP.fullmatch(text) for text in linear_formula.strip().strip("|").split("|")]
     templates = [OPERATIONS.get(match["operation"]) if match else None for match in parsed]
@@ -98,7 +98,8 @@ def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | 
 
 
 def _names_of_needed(operands: Sequence[Sequence[str]]) -> dict[int, str]:
-    """Position → name of the last step and of all steps that it depends on, in order."""
+    """Position in the formula → name, for the last step and all steps that it depends on, in the
+    order of the formula."""
     needed, open_positions = set(), [len(operands) - 1]
     while open_positions:
         position = open_positions.pop()

@@ -13,8 +13,8 @@ LARGEST_WHOLE = 10**15
 
 
 def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:
-    """The source of a function `solution()`, which makes the (name, expression) assignments in
-    order and then returns `result`, by default the last name."""
+    """The source of a function `solution()`, which makes the assignment of each (name, expression)
+    in `steps`, first to last, and returns the expression `result`, by default the last name."""
     result = result or steps[-1][0]
     needs_math = any("math." in expression for _, expression in steps)
     lines = (
@@ -26,8 +26,8 @@ def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> s
 
 
 def arithmetic(text: str, names: Mapping[float, str]) -> str | None:
-    """`text` as a Python expression, in which names replace the constants in `names`; None if
-    `text` is not plain arithmetic.
+    """`text` as a Python expression, in which each constant that is a key of `names` is replaced by
+    its name. None if `text` is not plain arithmetic.
 
     `48/2` → `48 / 2`; `( 4.0 - 3.0 )` → `4 - 3`; with {24: "clips"}: `48+24` → `48 + clips`.
     """

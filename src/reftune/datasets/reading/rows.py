@@ -23,7 +23,8 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "dev": ("dev", "validation", "valid", "val"),
     "test": ("test",),
 }
-"""Split → names of its file in a folder, most likely first. On the Hub, dev is `validation`."""
+"""Split → names of its file in a folder, without ending, in the order in which they are tried. On
+the Hub, dev is `validation`."""
 MISSING = object()
 
 
@@ -34,7 +35,7 @@ class Row:
     where: str
     """`file:line`, or the source and the row's number if the source has no lines."""
     id: str
-    """`FILE-NUMBER` or, on the Hub, `NAME-SPLIT-NUMBER`; used if the data has no ids."""
+    """`FILE-N` for the Nth row or, on the Hub, `NAME-SPLIT-N`; used if the data has no ids."""
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
@@ -148,7 +149,7 @@ def _path(source: str) -> Path:
 
 def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Check that each column has values of one type; null fits every type. Raises: DataError for
-    the first row whose value has a different type."""
+    the first row whose value differs in type from those of earlier rows."""
     for column in columns:
         filled = [(row, value) for row in rows if (value := row.get(column)) is not None]
         for row, value in filled:

@@ -32,7 +32,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "choices": ("choices", "options", "question.choices"),
     "id": ("id", "item_id", "key"),
 }
-"""Field → common names of its column, most likely first; compared in lower case."""
+"""Field → common names of its column, in the order in which they are tried; compared in lower
+case."""
 LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
 """Names of columns that contain one option each; `{}` is the option's letter or number."""
 
@@ -105,14 +106,15 @@ def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
 
 
 class _Found:
-    """The columns of a few rows, by lower-case name."""
+    """The columns of the rows examined, by lower-case name."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.by_lower = {str(name).lower(): str(name) for row in rows for name in row.columns}
 
     def first(self, field: str, used: set[str]) -> str | None:
-        """The most likely column for a field, among those not in `used`; None if there is none."""
+        """The first column in `NAMES` for a field, among those not in `used`; columns with values
+        come before empty ones. None if there is none."""
         names = [self.by_lower.get(name, name) for name in NAMES[field]]
         free = [name for name in names if name not in used]
         unfit = (type(None),) if field == "choices" else (type(None), Mapping)

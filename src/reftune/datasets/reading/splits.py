@@ -123,7 +123,7 @@ def _spaced(text: str) -> str:
 def _clean(
     problems: Iterable[Problem], key: Key, several_rationales: bool, counts: Counter[str]
 ) -> list[Asked]:
-    """The problems in order, without contradictions and duplicates, which are counted."""
+    """The problems, in the same order, without contradictions and duplicates, which are counted."""
     problems = list(problems)
     first: dict[str, Problem] = {}
     questions = [question_key(problem) for problem in problems]
@@ -151,7 +151,8 @@ def _clean(
 def _without(
     asked: Sequence[Asked], elsewhere: Iterable[Asked], counts: Counter[str]
 ) -> list[Asked]:
-    """The problems whose question is not asked `elsewhere`; the rest are counted as leaks."""
+    """The problems of `asked` whose question is not asked `elsewhere`; the rest are counted as
+    leaks."""
     taken = {question for question, _ in elsewhere}
     kept = [(question, problem) for question, problem in asked if question not in taken]
     counts["leak"] += len(asked) - len(kept)

@@ -10,8 +10,8 @@ from reftune.types import Conversation, Graded, Problem
 
 
 class Format(Protocol):
-    """The interface of every format. In every stage, the prompt has the same tokens, and the target
-    begins right after them."""
+    """The interface of every format. A problem's prompt has the same tokens in every stage, and its
+    target begins right after them."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
         """The text that the model continues, or the conversation that it answers. Any text except a
@@ -24,4 +24,4 @@ class Format(Protocol):
         """
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in order. No text may cause an error."""
+        """One grade per completion, in the same order. No completion may cause an error."""

@@ -72,7 +72,7 @@ class Nl(Prompted):
         return f"{rationale}\n{phrase} {answer}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in order; expressions are compared in parallel."""
+        """One grade per completion, in the same order; expressions are compared in parallel."""
         if len(completions) != len(problems):
             raise ValueError(f"{len(problems)} problems and {len(completions)} completions")
         if self.grading == "robust" and any(needs_worker(problem.answer) for problem in problems):

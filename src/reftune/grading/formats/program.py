@@ -126,7 +126,7 @@ class Program(Prompted):
         return body if self.style == "paper" else f"\n{body}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in order. Identical programs run only once."""
+        """One grade per completion, in the same order. Identical programs run only once."""
         if self.style == "compact":
             completions = [completion.removeprefix("\n") for completion in completions]
         pairs = list(zip(problems, completions, strict=True))
@@ -202,8 +202,8 @@ def _failed(result: ExecutionResult) -> Graded:
 
 
 def programs_in(completion: str) -> tuple[str, ...]:
-    """The programs to try, in order; none if the completion has neither a `solution` nor a
-    `return`."""
+    """The programs to try, one after the other; none if the completion has neither a `solution` nor
+    a `return`."""
     text, blocks = _text_and_blocks(completion)
     for program in (*reversed(blocks), textwrap.dedent(text) if text[:1].isspace() else text):
         if _SOLUTION.search(program):
@@ -216,10 +216,10 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, in order; none if the completion defines `solution`. Indented text
-    without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced block
-    that prints or, at the left margin, assigns to `result` or one of `ANSWER_NAMES`. If no block
-    does but the whole text does, the program is the whole text."""
+    """The programs to try, one after the other; none if the completion defines `solution`. Indented
+    text without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced
+    block that prints or, at the left margin, assigns to `result` or one of `ANSWER_NAMES`. If no
+    block does but the whole text does, the program is the whole text."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()

@@ -32,5 +32,5 @@ class Reward(Protocol):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One finite reward per completion, in order; None excludes the rollout. Raises:
-        RewardError if a reward cannot be computed."""
+        """One finite reward per completion, in the same order; None excludes the completion from
+        training. Raises: RewardError if a reward cannot be computed."""

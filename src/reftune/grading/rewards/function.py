@@ -9,9 +9,9 @@ arguments it names, or all of them if it takes `**kwargs`. It may be async. If t
 fails on a batch, it is called again with one sample at a time, to find one that causes an error.
 
 The function returns a list with one entry per completion: a number, a dict of named parts such as
-`{"correct": 1.0, "short": 0.1}`, or None to exclude the rollout. Instead of the list, it may return
-a dict of lists, such as `{"correct": [1.0, …], "short": [0.1, …]}`. The parts add up to the reward,
-and each part is logged as `reward_part/NAME`.
+`{"correct": 1.0, "short": 0.1}`, or None to exclude the completion from training. Instead of the
+list, it may return a dict of lists, such as `{"correct": [1.0, …], "short": [0.1, …]}`. The parts
+add up to the reward, and each part is logged as `reward_part/NAME`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class FunctionReward(Component):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One reward per completion, in order. Raises: RewardError if the function fails, takes too
-        long or returns anything but rewards."""
+        """One reward per completion, in the same order. Raises: RewardError if the function fails,
+        takes too long or returns anything but rewards."""
         samples = list(zip(problems, completions, graded, strict=True))
         if not samples:
             return []

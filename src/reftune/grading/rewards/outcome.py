@@ -29,7 +29,7 @@ class Outcome(Component):
         completions: Sequence[Completion],
         graded: Sequence[Graded],
     ) -> list[float | None]:
-        """One reward per grade, in order."""
+        """One reward per grade, in the same order."""
         return [self._of(problem, grade) for problem, grade in zip(problems, graded, strict=True)]
 
     def _of(self, problem: Problem, grade: Graded) -> float:

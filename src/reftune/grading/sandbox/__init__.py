@@ -74,7 +74,7 @@ class Sandbox:
 
     def run(self, programs: Sequence[str], call: str = "solution()") -> list[ExecutionResult]:
         """Execute each program, then evaluate the expression `call` in the program's scope. Returns
-        one result per program, in order.
+        one result per program, in the order of `programs`.
 
         Raises: ReftuneError if the sandbox cannot start.
         """

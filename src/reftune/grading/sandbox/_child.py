@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
-    """Fork a process for each request until the other side is gone."""
+    """Fork a process for each request until the other end of the socket closes."""
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(woken, False)
@@ -119,7 +119,7 @@ def is_closed(waiting: socket.socket) -> bool:
 
 
 def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
-    """A message and the descriptors it carries; both are empty once the other side is gone."""
+    """A message and the descriptors it carries; both are empty once the other end has closed."""
     try:
         message, extra, _, _ = requests.recvmsg(4096, socket.CMSG_SPACE(3 * struct.calcsize("i")))
     except OSError:
@@ -347,8 +347,8 @@ def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
 
 
 class Doorman:
-    """Refuses and reports a program's attempts to reach outside. Reading the files of Python and
-    its packages is allowed."""
+    """Refuses and reports a program's attempts to reach outside the sandbox. Reading the files of
+    Python and its packages is allowed."""
 
     def __init__(self, results: int, settings: dict[str, Any]) -> None:
         self.results = results

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MAX_VALUE_BYTES = 1 << 20
-"""Maximum size of a program's value in monty, in bytes."""
+"""Maximum size, in bytes, of the value of a program run by monty."""
 MAX_PRINTED_CHARS = 2000
 """Number of characters kept from the end of a program's output."""
 
@@ -100,5 +100,5 @@ def forbidden_error(text: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """The first line of `text`, truncated, with `�` for unprintable characters."""
+    """The first line of `text`, cut to 200 characters, with `�` for unprintable characters."""
     return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

@@ -52,7 +52,7 @@ PRELOADED = tuple(
 )
 _PACKAGE = re.compile(r"^[ \t]*(?:import|from)[ \t]+(numpy|pandas|scipy|sympy)\b", re.MULTILINE)
 INTERPRETER_MIB = 256
-"""Address space for the interpreter and its packages, in addition to the program's own."""
+"""MiB of address space for the interpreter and its packages, in addition to the program's limit."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 """The environment variables of a program. Without the first two, numpy reserves memory for one
 thread per core. The last one fixes the order of sets of strings."""
@@ -237,7 +237,7 @@ def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[byt
 
 
 def _received(status: socket.socket, timeout_s: float) -> bytes | None:
-    """The exit status; empty if the other side is gone, None if time ran out."""
+    """The program's exit status; empty if the forking process died, None if time ran out."""
     status.settimeout(max(0.01, timeout_s))
     try:
         return status.recv(16)

@@ -16,7 +16,7 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Maximum number of points per series; longer series are averaged in buckets."""
+"""Maximum number of points per series; a longer series is averaged in this many buckets."""
 
 STEPS, PASSES = "steps", "sequences"
 """Labels of the horizontal axes."""
@@ -72,8 +72,8 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label → CSS variable of its colour. Known methods have fixed colours, unless there are
-    several recipes."""
+    """Label of a method → CSS variable of its colour. Methods named in `_COLOURS` have fixed
+    colours, unless there are several groups of runs."""
     if any("/" in label for label in labels):
         return {
             label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
@@ -208,7 +208,7 @@ def _thinned(series: Series) -> Series:
 class _Look:
     step: int
     passes: float
-    """Number of sequences trained on before the evaluation."""
+    """Number of sequences that the stage had trained on before the evaluation."""
     accuracy: float
     n: int
 
@@ -282,7 +282,7 @@ def _dev_curve(run: RunResults, method: str) -> list[_Look]:
 
 
 def _looks(stage: StageResults) -> list[_Look]:
-    """The dev evaluations in the metrics; for a snapshot, the one in its `stage.json`."""
+    """The dev evaluations in the stage's metrics; for a snapshot, the one in its `stage.json`."""
     if stage.metrics or stage.chosen_step is None:
         return [
             _Look(
@@ -326,7 +326,8 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCompute:
-    """The best dev accuracies of two methods within the same number of training sequences."""
+    """The best dev accuracies of two methods within the same number of sequences trained on since
+    the base model."""
 
     a: str
     b: str
@@ -392,7 +393,8 @@ def _area_charts(
     explain: str,
     unit: Unit,
 ) -> list[Chart]:
-    """One chart per stage; each of the `layers` is a metric, a name and a colour."""
+    """One chart per stage that measured at least two of the `layers` at several steps. Each layer,
+    from the bottom up, is a metric, a name and a colour."""
     charts = []
     for entry in entries(groups):
         found = [(name, colour, _means(entry.stages, key)) for key, name, colour in layers]

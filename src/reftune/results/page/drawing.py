@@ -215,8 +215,8 @@ def _range(chart: Chart) -> tuple[float, float]:
 
 
 def _without_spikes(ys: Values) -> float:
-    """The upper end of the axis. Rare spikes may exceed it, so that they do not flatten the
-    curve."""
+    """The upper end of the vertical axis. Rare spikes may exceed it, so that they do not flatten
+    the curve."""
     usual, highest = float(np.quantile(ys, 0.98, method="lower")), float(ys.max())
     return 1.5 * usual if len(ys) > MANY_POINTS and 0 < 4 * usual < highest else highest
 
@@ -372,8 +372,8 @@ def _ends_late(series: Series, last_x: float) -> bool:
 
 
 def _written(names: Sequence[_Name], plot: _Plot) -> list[Markup]:
-    """The names as SVG text. Overlapping names are moved apart: first down, then up from the
-    bottom."""
+    """The names as SVG text. Overlapping names are moved apart: first down, then up if they pass
+    the bottom of the plot."""
     names = sorted(names, key=lambda name: name.y)
     for index, name in enumerate(names):
         above = [other.y + NAME_HEIGHT for other in names[:index] if other.overlaps(name)]

@@ -20,13 +20,15 @@ SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""Number of longest samples, and of slowest samples, that are chosen first from each stage."""
+"""Number of longest samples, and of samples whose programs ran longest, that are chosen first from
+each stage."""
 
 Json = dict[str, Any]
 
 
 def problems(groups: Sequence[Group]) -> Json:
-    """Problems of the final evaluation, with each method's answer in the first seed of its group.
+    """Problems of the final evaluation, with each method's greedy answer in the first seed of its
+    group.
 
     Problems on which methods disagree are chosen first. All chosen problems are shown in the
     evaluation's order.
@@ -88,8 +90,8 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 
 
 def _order(pool: Sequence[TrainingSample]) -> list[int]:
-    """Indices in the order of inclusion: the longest and slowest samples, then every 2ⁿ-th sample
-    with decreasing n, so that even the first few are spread over the whole stage."""
+    """Indices of samples, those to include first at the front: the longest and slowest, then every
+    2ⁿ-th with decreasing n, so that even the first few are spread over the whole stage."""
     tokens = [sample.attempt.num_tokens or 0 for sample in pool]
     seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
     extreme = {

@@ -37,8 +37,8 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def write_report(groups: Sequence[Group], path: Path) -> None:
-    """Write the page. Runs may be unfinished. Raises: CheckpointError if the page cannot be
-    written."""
+    """Write the page to `path`. Runs may be unfinished. Raises: CheckpointError if the page cannot
+    be written."""
     write_atomically(path, render_report(groups).encode("utf-8", "replace").decode())
 
 
@@ -244,7 +244,8 @@ def _facts(method: MethodScore) -> list[str]:
 
 
 def _votes(table: ScoreTable) -> str:
-    """A text that explains the marks of votes."""
+    """A text that explains the marks of the votes in the chart of accuracies; empty if there are no
+    votes."""
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
@@ -307,8 +308,8 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """The recipe keys, except name, seed and run_dir, in which groups differ, with each group's
-    value."""
+    """The recipe keys, except name, seed and run_dir, in which groups differ, each with the groups'
+    values in the order of `groups`."""
     flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(
         key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir")
