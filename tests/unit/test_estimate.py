@@ -8,6 +8,7 @@ import pytest
 from reftune.advice.check.model import num_answers
 from reftune.advice.measured import BUDGET_S, Speed, _sample_speed, _train_speed
 from reftune.model.batch import token_batch
+from reftune.recipe.schema import EvaluateTable
 from reftune.stages.estimate import stage_costs
 from reftune.stages.reward_model import RewardModel
 from reftune.stages.rl import Rl
@@ -22,8 +23,7 @@ LOOK_S = 2.0
 
 
 def recipe(**stages: Any) -> Any:
-    evaluate = SimpleNamespace(split="test", limit=40, samples=3, sampled=None)
-    return SimpleNamespace(stages=stages, evaluate=evaluate)
+    return SimpleNamespace(stages=stages, evaluate=EvaluateTable())
 
 
 def seconds(**stages: Any) -> dict[str, float]:
@@ -84,10 +84,14 @@ def test_a_users_own_stage_is_timed_by_its_own_cost_and_left_out_without_one():
 
 def test_evaluation_counts_methods_problems_and_samples():
     # 2 methods, 40 of the 50 problems, a greedy answer and 3 samples
-    subject: Any = SimpleNamespace(recipe=recipe(), splits=SPLITS, num_methods=2)
-    assert num_answers(subject) == 2 * 40 * 4
-    subject.recipe.evaluate.sampled = ["reft"]
-    assert num_answers(subject) == 40 * (2 + 3)
+    def answers(**keys: Any) -> int:
+        table = EvaluateTable(limit=40, samples=3, **keys)
+        recipe: Any = SimpleNamespace(evaluate=table, methods_to_evaluate=["sft", "reft"])
+        return num_answers(SimpleNamespace(recipe=recipe, splits=SPLITS))
+
+    assert answers() == 2 * 40 * 4
+    assert answers(sampled=["reft"]) == 40 * (2 + 3)
+    assert answers(sampled=["reft", "not evaluated"]) == 40 * (2 + 3)
 
 
 class Clock:

@@ -200,9 +200,9 @@ def check_time(subject: Subject) -> Finding:
 def num_answers(subject: Subject) -> int:
     """Number of answers in the final evaluation: a greedy answer per problem and method, plus
     samples."""
-    table, methods = subject.recipe.evaluate, len(subject.recipe.methods_to_evaluate)
-    sampled = methods if table.sampled is None else len(table.sampled)
-    return len(table.problems(subject.splits)) * (methods + sampled * table.samples)
+    table = subject.recipe.evaluate
+    answers = [1 + table.num_samples(method) for method in subject.recipe.methods_to_evaluate]
+    return len(table.problems(subject.splits)) * sum(answers)
 
 
 def _rows_at_once(recipe: Recipe) -> int:
