@@ -45,9 +45,9 @@ def gae(
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        G_t = A_t + V_t
 
     V is 0 after the last sampled token, whether the response ended there or was cut off at the
-    length limit. Both results are 0 where the mask is False. Shapes (B, R). Source: PPO
-    (arXiv:1707.06347), §5; ReFT (arXiv:2401.08967), §3.1. Differs: γ and λ are named as in ReFT's
-    code; the ReFT paper swaps the two symbols.
+    length limit. Both results are 0 where the mask is False. Shapes (B, R); λ is a number, or (B,)
+    with one per response. Source: PPO (arXiv:1707.06347), §5; ReFT (arXiv:2401.08967), §3.1.
+    Differs: γ and λ are named as in ReFT's code; the ReFT paper swaps the two symbols.
     """
     values = values * response_mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
