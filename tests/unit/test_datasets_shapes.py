@@ -289,6 +289,12 @@ def test_a_gold_that_is_a_label_and_a_text_is_read_as_the_other_golds_are(tmp_pa
     assert [problem.answer.value for problem in numbers] == ["b", "c"], "5 equals the text 5.0"
 
 
+def test_options_without_labels_have_none(tmp_path: Path) -> None:
+    options = [{"text": "x"}, {"text": "y"}, {"text": "None"}]
+    (problem,) = load(tmp_path, {"question": "q", "choices": options, "answer": "None"})
+    assert problem.answer == Answer(kind="choice", value="c")
+
+
 def test_one_gold_that_is_a_text_does_not_outweigh_many_labels(tmp_path: Path) -> None:
     options = {"option1": "3", "option2": "4", "option3": "50", "option4": "60"}
     golds = ["4", "1", "2", "50"]  # a label and a text; labels only; a text only

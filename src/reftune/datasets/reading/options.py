@@ -106,7 +106,7 @@ def _options(value: object) -> Options | None:
         or not all(isinstance(text, (str, int, float)) for text in value)
     ):
         return None
-    spelled = tuple(str(label).strip().lower() for label in labels)
+    spelled = tuple(str(label).strip().lower() for label in labels if label is not None)
     return Options(
         texts=unlettered([str(text).strip() for text in value]),
         labels=spelled if len(spelled) == len(value) else (),
