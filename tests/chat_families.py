@@ -108,6 +108,13 @@ PHI3 = (
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+R1 = (
+    "{{ bos_token }}{% for message in messages %}{% set content = message['content'] %}"
+    "{% if message['role'] == 'system' %}{{ content }}"
+    "{% elif message['role'] == 'user' %}{{ '<|User|>' + content }}"
+    "{% else %}{{ '<|Assistant|>' + content.split('</think>')[-1] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 FAMILIES = {
@@ -173,6 +180,15 @@ FAMILIES = {
         special=("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
         eos="<|endoftext|>",
         ends=("<|endoftext|>", "<|assistant|>", "<|end|>"),
+        end_of_turn="<|end|>",
+    ),
+    "r1": Family(
+        template=R1,
+        special=("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"),
+        plain=("<think>", "</think>"),
+        bos="<|begin|>",
+        eos="<|end|>",
+        ends=("<|end|>",),
         end_of_turn="<|end|>",
     ),
 }

@@ -41,7 +41,10 @@ def smollm2_tokenizer():
     return AutoTokenizer.from_pretrained(smollm2_folder())
 
 
-@pytest.fixture(params=[*FAMILIES, "smollm2"], scope="module")
+OPENS_NO_THOUGHT = [name for name in FAMILIES if name != "r1"]
+
+
+@pytest.fixture(params=[*OPENS_NO_THOUGHT, "smollm2"], scope="module")
 def case(request):
     """A tokenizer, the template's arguments, the token that ends a turn, and whether the template
     accepts a system message."""
@@ -197,7 +200,8 @@ def test_a_template_that_cuts_thoughts_does_not_cut_them_from_what_is_learned(op
     prompt, target = written(tokenizer, problem(rationale=THOUGHT))
     assert f"{prompt}{target}".endswith(f"<|im_start|>assistant\n{THOUGHT}<|im_end|>")
     assert prompt.endswith(f"<|im_start|>assistant\n{opens}")
-    assert written(tokenizer)[1] == f"{SAID}<|im_end|>"
+    closed = "\n</think>\n\n" if opens else ""
+    assert written(tokenizer)[1] == f"{closed}{SAID}<|im_end|>"
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\n\n"])
@@ -280,6 +284,86 @@ def test_input_that_a_template_rejects_is_reported_in_one_line():
     bare = copy.deepcopy(qwen)
     bare.chat_template = None
     assert "the tokenizer has no chat template; expected" in refused(bare, chat({}))
+
+
+# --- thoughts that the prompt opens ---------------------------------------------------------------
+
+EMPTY = "<think>\n\n</think>\n\n"
+PROGRAM = "def solution():\n    return 3 + 10"
+
+
+@pytest.mark.parametrize("opens", ["<think>", "<think>\n", "<think>\n\n"])
+def test_a_plain_solution_follows_an_empty_thought_if_the_prompt_opens_one(opens):
+    begins = ASSISTANT.replace("assistant\n", f"assistant\n{opens}")
+    tokenizer = templated(LOOP + "{% if add_generation_prompt %}" + begins + "{% endif %}")
+    encoder = Encoder(tokenizer, chat({}))
+    assert encoder.prompt(problem()) == as_template(
+        tokenizer, [("user", ASKED)], {}, add_generation_prompt=True
+    )
+    for rationale in (SAID, f"{EMPTY}{SAID}"):
+        prompt, target = written(tokenizer, problem(rationale=rationale))
+        assert f"{prompt}{target}".endswith(f"assistant\n{EMPTY}{SAID}<|im_end|>")
+    # a sampled solution is learned as it was sampled
+    for sampled in (f"{EMPTY}{SAID}".removeprefix(opens), f"3 and 10.\n</think>\n\n{SAID}"):
+        assert tokenizer.decode(encoder.continuation(problem(), sampled)) == f"{sampled}<|im_end|>"
+
+
+def test_a_template_that_writes_the_empty_thought_itself_writes_no_second_one():
+    # Qwen3-2507's
+    template = FAMILIES["qwen3, thinking"].template.replace(
+        "{{- '<|im_start|>assistant\n' }}{%- if enable",
+        "{{- '<|im_start|>assistant\n<think>\n' }}{%- if enable",
+    )
+    tokenizer = templated(template, "qwen3, thinking")
+    assert written(tokenizer)[0].endswith("assistant\n<think>\n")
+    assert written(tokenizer)[1] == f"\n</think>\n\n{SAID}<|im_end|>"
+    own = written(tokenizer, problem(rationale=THOUGHT))[1]
+    assert own == f"{THOUGHT.removeprefix('<think>')}<|im_end|>".removeprefix("\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        (SAID, Verdict.NO_ANSWER),
+        (f"{SAID}\n</think>", Verdict.NO_ANSWER),
+        (f"Perhaps the answer is 9.\n</think>\n\n{SAID}", Verdict.CORRECT),
+        (f"\n</think>\n\n{SAID}", Verdict.CORRECT),
+        (f"\n</think>\n\n<think>{SAID}", Verdict.NO_ANSWER),
+    ],
+)
+def test_a_completion_counts_from_where_the_prompt_s_thought_ends(text, verdict):
+    tokenizer = make_tokenizer(FAMILIES["r1"])
+    assert [g.verdict for g in Encoder(tokenizer, chat({})).grade([problem()], [text])] == [verdict]
+    programs = Encoder(tokenizer, Program(style="chat"))
+    (graded,) = programs.grade([problem()], [text.replace(SAID, PROGRAM)])
+    assert graded.verdict is verdict
+
+
+@pytest.mark.parametrize("name", OPENS_NO_THOUGHT)
+def test_without_a_thought_in_the_prompt_a_completion_is_graded_as_it_is(name):
+    family = FAMILIES[name]
+    encoder = Encoder(make_tokenizer(family), chat(family.template_args))
+    tagged = problem(question=f"{ASKED} Think after <think>")  # the user's tag opens no thought
+    for asked in (problem(), tagged):
+        verdicts = [g.verdict for g in encoder.grade([asked] * 2, [SAID, f"<think>{SAID}"])]
+        assert verdicts == [Verdict.CORRECT, Verdict.NO_ANSWER]
+        assert tagged.rationale in encoder.decode(encoder.target(asked))
+
+
+def test_a_sampled_thought_that_is_not_closed_is_not_closed_for_a_reward_model():
+    encoder = Encoder(make_tokenizer(FAMILIES["r1"]), chat({}))
+    (whole,) = encoder.with_thoughts([problem()], [SAID])
+    assert whole == f"<think>\n{SAID}"
+    said = encoder.tokenizer.decode(encoder.continuation(problem(), whole))
+    assert said == f"{SAID}<|end|>"
+
+
+def test_gold_solutions_are_graded_correct_after_a_prompt_that_opens_a_thought():
+    encoder = Encoder(make_tokenizer(FAMILIES["r1"]), chat({}, instruction="<think> first."))
+    problems = [problem(), problem(id="2", rationale=THOUGHT)]
+    texts = [encoder.decode(encoder.target(each)) for each in problems]
+    assert texts == [f"\n</think>\n\n{SAID}", THOUGHT.removeprefix("<think>\n")]
+    assert [g.verdict for g in encoder.grade(problems, texts)] == [Verdict.CORRECT] * 2
 
 
 # --- formats --------------------------------------------------------------------------------------

@@ -13,9 +13,12 @@ from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_offlin
 from reftune.advice.check.model import requests_at_once
 from reftune.datasets import Splits, load_splits
 from reftune.engines.kv import Kv
+from reftune.engines.scripted import Scripted
 from reftune.errors import RecipeError, RewardError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
+from reftune.model.policy import Policy
+from reftune.model.weights import load_model
 from reftune.recipe import (
     Component,
     Recipe,
@@ -25,6 +28,7 @@ from reftune.recipe import (
     shipped_recipes,
 )
 from reftune.runs.run import open_run
+from reftune.stages.rollouts import collector_of
 from reftune.stages.stage import Progress
 from reftune.terminal.cli import main
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
@@ -597,6 +601,23 @@ def test_the_report_holds_the_exact_ids_of_a_chat_prompt_and_target(tmp_path):
     )
     stops = named(report, "eos").message
     assert all(f"'{token}'" in stops for token in ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"))
+
+
+def test_the_report_shows_that_a_thought_opened_by_the_prompt_is_closed(tmp_path):
+    report = check_recipe(asking(tmp_path, "r1", style="chat"))
+    assert report.preview.prompt.endswith("<|Assistant|><think>\n")
+    assert report.preview.target == "\n</think>\n\n0 + 0 = 0 .\nThe answer is 0<|end|>"
+    assert named(report, "prompt").level == named(report, "gold_rationales").level == "ok"
+
+
+def test_a_solution_inside_the_prompt_s_thought_is_no_answer_and_is_kept_as_it_is(tmp_path):
+    recipe = asking(tmp_path, "r1", style="chat")
+    policy = Policy(*load_model(recipe.model))
+    inside, after = "The answer is 0", "\n</think>\n\nThe answer is 0"
+    recipe = recipe.model_copy(update={"engine": Scripted(texts=[inside, after])})
+    solved = collector_of(recipe, policy).solve(policy, [addition(0)] * 2)
+    assert [completion.text for completion in solved.completions] == [inside, after]
+    assert [graded.verdict for graded in solved.graded] == [Verdict.NO_ANSWER, Verdict.CORRECT]
 
 
 def test_bos_that_is_doubled_or_missing_is_a_warning(tmp_path):

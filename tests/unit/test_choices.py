@@ -185,7 +185,9 @@ class Answers:
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
-        self.encoder = type("Encoder", (), {"format": Nl()})
+        self.encoder = type(
+            "Encoder", (), {"format": Nl(), "with_thoughts": lambda _, texts: texts}
+        )
 
     def solve(self, policy: Any, problems: Any) -> Any:
         texts = [self.answer(problem) for problem in problems]

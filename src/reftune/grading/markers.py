@@ -44,7 +44,8 @@ class Statement:
     there is none, at the end of the text that counts (see `statements`)."""
 
 
-_THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+UP_TO_LAST_TAG = re.compile(r".*(?P<tag><(?P<closes>/?)think(?:ing)?>)", re.IGNORECASE | re.DOTALL)
+"""Matches a text up to its last `<think>` or `</think>`."""
 _PHRASES = (
     r"(?:the|my|our)\s{1,9}(?:final\s{1,9}|correct\s{1,9})?answer\s{1,9}"
     r"(?:to\s{1,9}(?:the|this)\s{1,9}(?:question|problem)\s{1,9})?is\b",
@@ -100,6 +101,12 @@ def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
     return found[-1].text if found else None
 
 
+def open_thought(text: str) -> str:
+    """The end of a text from the last `<think>` on, if it is not closed; otherwise empty."""
+    last = UP_TO_LAST_TAG.match(text)
+    return "" if last is None or last["closes"] else text[last.start("tag") :]
+
+
 def reasoning_text(completion: str) -> str:
     """The reasoning that leads to the answer: the text before the first built-in marker, or the
     whole completion if there is none."""
@@ -110,12 +117,10 @@ def reasoning_text(completion: str) -> str:
 def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
     """The start and end index of the part of a completion that counts, as defined in
     `statements`."""
-    last = deque(_THOUGHT.finditer(completion), maxlen=1)
-    start = 0
-    if last:
-        if not last[0][1]:
-            return len(completion), len(completion)
-        start = last[0].end()
+    last = UP_TO_LAST_TAG.match(completion)
+    if last is not None and not last["closes"]:
+        return len(completion), len(completion)
+    start = 0 if last is None else last.end()
     begins = start + len(completion[start:]) - len(completion[start:].lstrip())
     ends = [completion.find(stop, begins) for stop in reading.stop_at if stop]
     return start, min((end for end in ends if end >= 0), default=len(completion))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from reftune.errors import RecipeError
+from reftune.grading.markers import open_thought
 from reftune.text import brief
 from reftune.types import Conversation, Message
 
@@ -36,21 +37,32 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
     return text
 
 
+def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
+    """The end of the prompt's text, from the tag of a thought that the template opens after the
+    last turn and does not close, such as "<think>\\n" in R1's template. Empty if there is no such
+    thought. Raises: RecipeError as `prompt_text` does."""
+    return _opened(prompt_text(tokenizer, prompt), prompt)
+
+
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
     """The text that the template writes after the prompt, up to the end of the turn, if the
     assistant says `said`. Mistral's template begins a reply with a space, and Qwen3's with an empty
     `<think>` block. If the template omits a part of `said`, such as a thought, or changes the
     prompt when a reply follows, `said` is kept and only the text around it comes from the
-    template."""
+    template. If the prompt opens a thought of which `said` has no part, the reply closes it
+    first."""
     said = said.strip()
-    whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
     begun = prompt_text(tokenizer, prompt)
     before, after = _around(tokenizer, prompt)
+    end = _ending(tokenizer, after)[0]
+    if opened := _opened(begun, prompt):
+        return _continue_thought(opened, said) + end
+    whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
     fits = whole.startswith(begun) and whole.endswith(after)
     body = whole[len(begun) : len(whole) - len(after)] if fits else ""
     if "".join(said.split()) not in "".join(body.split()):
         body = _begin(begun, before, said, asked=prompt.turns[-1].content.strip())
-    return body + _ending(tokenizer, after)[0]
+    return body + end
 
 
 def end_of_turn(
@@ -100,8 +112,26 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
     if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
         return theirs.removeprefix(ours) + said
-    opened = ours.removeprefix(theirs).strip() if ours.startswith(theirs) else ""
-    return said.removeprefix(opened).lstrip("\n") if opened else said  # R1's prompts end in <think>
+    return said
+
+
+def _opened(begun: str, prompt: Conversation) -> str:
+    asked = prompt.turns[-1].content.strip()  # it may mention the tags
+    return open_thought(begun.rpartition(asked)[2] if asked else begun)
+
+
+def _continue_thought(opened: str, said: str) -> str:
+    """`said`, adapted so that it continues a prompt that ends in the thought `opened`. If `said`
+    has no part of this thought, the thought is closed first, as in Qwen3's empty block,
+    "<think>\\n\\n</think>\\n\\n"."""
+    tag = opened[: opened.index(">") + 1]
+    closing = tag.replace("<", "</")
+    rest = said.removeprefix(tag).lstrip("\n")
+    answer = rest.removeprefix(closing).lstrip("\n")
+    if answer == rest and (rest != said or closing in said):
+        return rest
+    missing = "\n\n"[len(opened) - len(opened.rstrip("\n")) :]
+    return f"{missing}{closing}\n\n{answer}"
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import ModelError
-from reftune.model.chat import end_of_turn, prompt_text, reply_text
+from reftune.model.chat import end_of_turn, opened_thought, prompt_text, reply_text
 from reftune.types import BareText, Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from reftune.grading.formats import Format
-    from reftune.types import Problem
+    from reftune.types import Graded, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,24 @@ class Encoder:
         if whole[: len(begun)] == begun:
             ids = whole[len(begun) :]
         return ids if ids[-1:] == [end] else [*ids, end]
+
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Graded]:
+        """The format's grades of texts that follow the problems' prompts."""
+        return self.format.grade(problems, self.with_thoughts(problems, texts))
+
+    def with_thoughts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[str]:
+        """Texts that follow the problems' prompts. If a prompt ends inside a thought, its texts
+        begin with the tag that opens the thought."""
+        opened: dict[str, str] = {}
+        for problem in problems:
+            if problem.id not in opened:
+                prompt = self.format.prompt(problem)
+                opened[problem.id] = (
+                    opened_thought(self.tokenizer, prompt)
+                    if isinstance(prompt, Conversation)
+                    else ""
+                )
+        return [opened[p.id] + text for p, text in zip(problems, texts, strict=True)]
 
     def end_of(self, prompt: str | Conversation) -> int:
         """The id of the token that ends a completion of `prompt`: in a chat, the template's

@@ -233,7 +233,9 @@ class Classifier(nn.Module):
         longest = None if self.policy.context is None else self.policy.context - 1
         prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
         before = [prompts[problem.id] for problem, _ in solutions]
-        written = [self.encoder.continuation(problem, text) for problem, text in solutions]
+        problems = [problem for problem, _ in solutions]
+        texts = self.encoder.with_thoughts(problems, [text for _, text in solutions])
+        written = list(map(self.encoder.continuation, problems, texts))
         room = [None if longest is None else longest - len(prompt) for prompt in before]
         after = [[*ids[:-1][:most], ids[-1]] for ids, most in zip(written, room, strict=True)]
         return token_batch(before, after, device=self.policy.device)

@@ -133,7 +133,7 @@ class Collector:
         )
         completions = [c if ok else unasked for c, ok in zip(completions, fits, strict=True)]
         generated = time.perf_counter()
-        graded = self.encoder.format.grade(problems[own], [c.text for c in completions])
+        graded = self.encoder.grade(problems[own], [c.text for c in completions])
         completions, graded = of_all_processes(completions, graded)
         return Solved(
             problems=problems,

@@ -24,7 +24,7 @@ from reftune.storage.run_folder import (
     refuse_changed_data,
     refuse_foreign,
 )
-from reftune.types import ANY_ANSWER, Answer, Completion, Problem, Verdict
+from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
 SMALL_DEV = 100
 """With fewer dev problems than this, the choice of a model is mostly luck: at 50% accuracy, the 95%
@@ -89,18 +89,16 @@ def check_gold_answers(subject: Subject) -> Finding:
         for each in subject.problems
         if each.answer != ANY_ANSWER and each.answer.kind != "regex"
     ]
-    return _gold_finding(
-        subject,
-        "gold answers",
-        problems,
-        [subject.encoder.format.target(problem) for problem in problems],
-    )
+    graded = format.grade(problems, [format.target(problem) for problem in problems])
+    return _gold_finding(subject, "gold answers", problems, graded)
 
 
 def check_gold_rationales(subject: Subject) -> Finding:
     """Check that gold rationales, encoded to tokens and decoded again, are graded correct."""
+    problems = [row.problem for row in subject.rows]
     texts = [subject.encoder.decode(row.target_ids) for row in subject.rows]
-    return _gold_finding(subject, "gold rationales", [row.problem for row in subject.rows], texts)
+    graded = subject.encoder.grade(problems, texts)
+    return _gold_finding(subject, "gold rationales", problems, graded)
 
 
 def check_sandbox(subject: Subject) -> Finding:
@@ -133,11 +131,10 @@ def _shortest_program(answer: Answer) -> str:
 
 
 def _gold_finding(
-    subject: Subject, what: str, problems: Sequence[Problem], texts: Sequence[str]
+    subject: Subject, what: str, problems: Sequence[Problem], graded: Sequence[Graded]
 ) -> Finding:
     if not problems:
         return ok(f"there are no {what}")
-    graded = subject.encoder.format.grade(problems, texts)
     wrong = [
         f"{problem.id}: {grade.verdict.value}: {grade.reason}"
         for problem, grade in zip(problems, graded, strict=True)

@@ -1,7 +1,8 @@
 """Rationales that are programs.
 
 A completion either continues `def solution():` or contains a whole program. The program is found by
-text search, because only the sandbox parses or runs a model's code. The program is the last fenced
+text search, because only the sandbox parses or runs a model's code. The text is what follows the
+last `</think>`; a completion that ends inside `<think>` has none. The program is the last fenced
 block that defines `solution` or, if no block does, the whole text. If nothing defines `solution`,
 the body of `solution` is the last fenced block with a `return` or, if no block has one, the whole
 text (if it has one).
@@ -31,6 +32,7 @@ from reftune.errors import DataError
 from reftune.grading.formats._grading import RULES, Grading, graded_by, own_grader
 from reftune.grading.formats._imports import without_unused_imports
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
+from reftune.grading.markers import UP_TO_LAST_TAG
 from reftune.grading.paper_rules import grade_value_paper, paper_response
 from reftune.grading.sandbox import Sandbox, SandboxKind
 from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
@@ -132,7 +134,7 @@ class Program(Prompted):
         pairs = list(zip(problems, completions, strict=True))
         if self.grading == "paper":
             return self._grade_paper(pairs)
-        candidates = [self._scripts(completion) for _, completion in pairs]
+        candidates = [self._scripts(_without_thoughts(completion)) for _, completion in pairs]
         results: dict[Script, ExecutionResult] = {}
         for turn in range(max(map(len, candidates), default=0)):
             results |= self._run_each(
@@ -199,6 +201,13 @@ def _failed(result: ExecutionResult) -> Graded:
 
 
 # --- completions → programs -----------------------------------------------------------------------
+
+
+def _without_thoughts(completion: str) -> str:
+    last = UP_TO_LAST_TAG.match(completion)
+    if last is None:
+        return completion
+    return completion[last.end() :].lstrip("\r\n") if last["closes"] else ""
 
 
 def programs_in(completion: str) -> tuple[str, ...]:

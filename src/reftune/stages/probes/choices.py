@@ -183,7 +183,8 @@ def diagnose(
     moved_options = [rotated(p, by) for p, by in zip(problems, turns, strict=True)]
     turned = collector.solve(policy, moved_options).graded
     numeric = _numeric(policy, collector, problems)
-    values = derived_values(collector.encoder.format, problems, completions)
+    texts = collector.encoder.with_thoughts(problems, completions)
+    values = derived_values(collector.encoder.format, problems, texts)
     rows = []
     for problem, grade, by, again, value in zip(
         problems, graded, turns, turned, values, strict=True
@@ -217,9 +218,9 @@ def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) 
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
-    solved, format = collector.solve(policy, asked), collector.encoder.format
-    texts = [completion.text for completion in solved.completions]
-    derived = [value or "" for value in derived_values(format, asked, texts)]
+    solved, encoder = collector.solve(policy, asked), collector.encoder
+    texts = encoder.with_thoughts(asked, [completion.text for completion in solved.completions])
+    derived = [value or "" for value in derived_values(encoder.format, asked, texts)]
     right = [graded.verdict is Verdict.CORRECT for graded in solved.graded]
     unread = [graded.value is None for graded in solved.graded]
     return {
