@@ -180,7 +180,7 @@ def _default(field: Any) -> str:
     if isinstance(value, bool):
         value = str(value).lower()
     default = "–" if value is None else f"`{value}`"
-    return f"{default} ({', '.join(others)})" if others else default
+    return f"{default} (or {', '.join(others)})" if others else default
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

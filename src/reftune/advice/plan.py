@@ -310,8 +310,8 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """The best division into sampling GPUs and training GPUs, which wait for each other because
-        samples come from the newest weights."""
+        """The division of the GPUs into sampling and training ones with the shortest step. The two
+        groups take turns, because samples come from the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best

@@ -20,6 +20,7 @@ class Part(Table):
     """One of the datasets of a mixture."""
 
     dataset: component_field("datasets")  # type: ignore[valid-type]
+    """A table like the recipe's `dataset`."""
     share: float | None = Field(None, gt=0, le=1)
     """Share of the mixture's training questions that come from this dataset. Set it for all
     datasets, with a sum of 1, or for none. Default: all training questions are used."""

@@ -99,7 +99,8 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """The result of `states_words`, judged by what follows the gold answer in the first line."""
+    """The result of `states_words` if the text's first line begins with the gold answer. `boundary`
+    is the mark or word that follows the answer, and `rest` is what follows that."""
     first_word = re.match(r"\W*(\w*)", rest)
     assert first_word is not None  # pattern matches the empty string
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):

@@ -124,8 +124,8 @@ def _stored(recipe: Recipe) -> Values:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """This process's device for the setting `wanted`. Raises: RecipeError if this machine has no
-    such device."""
+    """The device that this process uses if the recipe's `model.device` is `wanted`. Raises:
+    RecipeError if this machine has no such device."""
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise RecipeError("model.device: cuda, but torch finds no GPU; expected auto or cpu here")

@@ -1,4 +1,5 @@
-"""AdamW, its learning rate and its steps. Non-finite losses and gradients are rejected."""
+"""The AdamW optimizer of a stage, with its learning-rate schedule. If a loss or gradient is not
+finite, the run ends or the step is skipped, as the recipe says."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ CORRECT = 1
 class RewardModel(Schedule, Sampled):
     kind: Literal["reward_model"] = "reward_model"
     lm_coef: float = Field(0.3, ge=0)
-    """Weight of the language-modelling loss. With 0, the classifier is the ReFT paper's."""
+    """Weight of the language-modelling loss. With 0, the loss is that of the ReFT paper."""
     init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)

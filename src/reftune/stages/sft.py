@@ -47,11 +47,11 @@ class Schedule(TrainingTable):
 class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
-    """Maps the name of a method to the number of epochs after which the weights are saved under
-    this name; if a plateau ends the stage earlier, they are saved at its end."""
+    """Models to save on the way, as `{NAME: EPOCHS}`: after so many epochs, or when the stage ends
+    if that is earlier, the weights are saved as the method `NAME`."""
 
     until: Literal["plateau"] | None = None
-    """`plateau` ends the stage soon after dev accuracy [levels off](handover.md). This needs
+    """`plateau` ends the stage before `epochs` if dev accuracy [levels off](handover.md). This needs
     `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True
