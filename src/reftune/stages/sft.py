@@ -51,7 +51,7 @@ class Sft(Schedule, Stage):
     if that is earlier, the weights are saved as the method `NAME`."""
 
     until: Literal["plateau"] | None = None
-    """`plateau` ends the stage before `epochs` if dev accuracy [levels off](handover.md). This needs
+    """`plateau` ends the stage early if dev accuracy [levels off](handover.md). This needs
     `optimizer.schedule: constant`."""
 
     reads_rationales: ClassVar[bool] = True
