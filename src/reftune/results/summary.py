@@ -241,7 +241,7 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
     """The runs in groups, in the given order. Within a group, recipes differ only in name, folder
     and seed, and no two runs have the same seed. A group's runs are in the order of their seeds, so
-    that groups are paired by seed."""
+    that two groups with the same seeds are paired by seed."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]
