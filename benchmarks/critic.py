@@ -103,7 +103,7 @@ def estimated(
         policy.completion([*prefix, *completion.token_ids], ()).text
         for prefix, completion in zip(prefixes, found, strict=True)
     ]
-    graded = collector.encoder.format.grade(problems, texts)
+    graded = collector.encoder.grade(problems, texts)
     return right(graded).reshape(-1, SAMPLES).mean(axis=1)
 
 

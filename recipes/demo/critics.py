@@ -175,4 +175,4 @@ class PrefixCollector(Collector):
             policy.completion([*prefix, *completion.token_ids], ()).text
             for prefix, completion in zip(prefixes, solved.completions, strict=True)
         ]
-        return replace(solved, graded=self.encoder.format.grade(problems, texts))
+        return replace(solved, graded=self.encoder.grade(problems, texts))

@@ -62,6 +62,13 @@ def spell(value: Fraction) -> str:
     return decimal if Fraction(decimal) == value else str(value)
 
 
+def spell_decimal(value: Fraction) -> str:
+    """A number in a spelling that `float()` accepts: as in `spell`, but a fraction is rounded to a
+    decimal."""
+    text = spell(value)
+    return repr(float(value)) if "/" in text else text
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
     """One turn of a conversation."""

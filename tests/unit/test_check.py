@@ -120,6 +120,11 @@ class Pay(Component):
 MODEL = {"scratch": ScratchTable(hidden_size=32, layers=1, heads=2, context=64), "dtype": "float32"}
 
 
+def one_step_from(init: str) -> dict[str, Any]:
+    optimizer = {"learning_rate": 1e-3}
+    return {"kind": "rl", "init": init, "steps": 1, "prompts": 2, "optimizer": optimizer}
+
+
 def recipe(**changes: Any) -> Recipe:
     stages = {
         "sft": {"kind": "sft", "epochs": 1, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}
@@ -388,14 +393,7 @@ def test_tasks_that_state_no_gold_have_none_to_grade():
             problem, answer=ANY_ANSWER, rationale=None, scorer=lambda answer: float(answer == "5")
         )
 
-    rl = {
-        "kind": "rl",
-        "init": "base",
-        "steps": 1,
-        "prompts": 2,
-        "optimizer": {"learning_rate": 1e-3},
-    }
-    tables = {"dataset": Sums(kind="sums", edit=untold), "stages": {"reft": rl}}
+    tables = {"dataset": Sums(kind="sums", edit=untold), "stages": {"reft": one_step_from("base")}}
     report = check_only(recipe(**tables), UNMEASURED)
     messages = {found.name: found.message for found in report.findings}
     assert messages["gold_answers"] == "100.00% of 4 gold answers are graded correct"
@@ -499,17 +497,10 @@ def test_the_folder_of_another_recipe_fails_and_its_models_are_not_checked(tmp_p
     # the folder has a finished warm-up, but of a recipe with another model
     def folder_of(hidden_size: int) -> Recipe:
         shape = ScratchTable(hidden_size=hidden_size, layers=1, heads=2, context=64)
-        rl = {
-            "kind": "rl",
-            "init": "sft",
-            "steps": 1,
-            "prompts": 2,
-            "optimizer": {"learning_rate": 1e-3},
-        }
         return recipe(
             run_dir=str(tmp_path / "run"),
             model={"scratch": shape, "dtype": "float32", "micro_batch_tokens": 512},
-            stages={**recipe().stages, "reft": rl},
+            stages={**recipe().stages, "reft": one_step_from("sft")},
         )
 
     own, other = folder_of(32), folder_of(16)
@@ -558,15 +549,7 @@ def asking(tmp_path, name: str, **format_keys) -> Recipe:
         "dataset": {"kind": f"{__file__}:Sums"},
         "format": {"kind": "nl", **format_keys},
         "lengths": {"max_new": 64},
-        "stages": {
-            "reft": {
-                "kind": "rl",
-                "init": "base",
-                "steps": 1,
-                "prompts": 2,
-                "optimizer": {"learning_rate": 1e-4},
-            }
-        },
+        "stages": {"reft": one_step_from("base")},
     }
     return parse_recipe(content)
 

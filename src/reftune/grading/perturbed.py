@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reftune.grading.markers import answer_text, reasoning_text
-from reftune.types import Problem, spell
+from reftune.types import Problem, spell_decimal
 
 MAX_SIZE = 10**6
 """Gold answers of at least this absolute value are not changed, because a change of 1 may be within
@@ -55,14 +55,10 @@ def other_answers(problem: Problem) -> dict[str, str]:
         return {}
     values = {"off by one": gold + 1, "another sign": -gold, "ten times": 10 * gold}
     return {
-        kind: _number(value) for kind, value in values.items() if abs(value - gold) > Fraction(1, 2)
+        kind: spell_decimal(value)
+        for kind, value in values.items()
+        if abs(value - gold) > Fraction(1, 2)
     }
-
-
-def _number(value: Fraction) -> str:
-    """A number in a spelling that `float()` accepts."""
-    text = spell(value)
-    return repr(float(value)) if "/" in text else text
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ def _right_words(problem: Problem, target: str) -> Iterator[Perturbed]:
         return
     before, _ = parts
     gold = problem.answer.value
-    plain = _number(gold) if isinstance(gold, Fraction) else str(gold)
+    plain = spell_decimal(gold) if isinstance(gold, Fraction) else str(gold)
     spellings = {"a full stop": f"{plain}.", "bold": f"**{plain}**"}
     if isinstance(gold, Fraction):
         spellings |= {"a currency": f"${plain}", "a unit": f"{plain} pieces"}

@@ -42,10 +42,11 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     check_stage_graph(recipe)
     recipe = settled(recipe)
     splits = load_splits(recipe)
-    method = _starting_method(recipe, splits)
+    folder_problem = data.run_folder_problem(recipe, splits)
+    method = _starting_method(recipe, is_own=not folder_problem)
     with threads_of(recipe):
         policy = Models(recipe, splits).load(method, trained=True)
-        subject = subject_of(recipe, splits, policy, method)
+        subject = subject_of(recipe, splits, policy, method, folder_problem)
         findings = _findings(subject, CHECKS)
         if not any(finding.level == "fail" and finding.name in UNSAFE for finding in findings):
             findings += _findings(subject, MODEL_CHECKS)
@@ -133,11 +134,10 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
     ]
 
 
-def _starting_method(recipe: Recipe, splits: Splits) -> str:
+def _starting_method(recipe: Recipe, *, is_own: bool) -> str:
     folder = RunFolder(recipe.folder)
     costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in recipe.stages.values()]
     inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
-    is_own = not data.run_folder_problem(recipe, splits)
     trained = [m for m in inits if (is_own and folder.stage(m).is_done) or is_model_folder(m)]
     return trained[0] if trained else "base"
 

@@ -37,10 +37,9 @@ MAX_FALSE_POSITIVES = 0.05
 
 def check_run_folder(subject: Subject) -> Finding:
     """Check that the run folder is new, or belongs to this recipe and these problems."""
-    found = run_folder_problem(subject.recipe, subject.splits)
-    if not found:
+    if not subject.folder_problem:
         return ok(str(subject.recipe.folder))
-    message, _, remedy = found.partition("; ")
+    message, _, remedy = subject.folder_problem.partition("; ")
     return fail(message, remedy or "choose another run_dir")
 
 

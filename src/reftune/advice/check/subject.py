@@ -47,6 +47,8 @@ class Subject:
     method: str
     """The method whose weights `policy` has: the first trained method that RL starts from, or
     `base` if there is none."""
+    folder_problem: str = ""
+    """Why a run could not use the recipe's run folder; empty if it could."""
 
     @property
     def encoder(self) -> Encoder:
@@ -80,7 +82,9 @@ class Subject:
         ]
 
 
-def subject_of(recipe: Recipe, splits: Splits, policy: Policy, method: str = "base") -> Subject:
+def subject_of(
+    recipe: Recipe, splits: Splits, policy: Policy, method: str = "base", folder_problem: str = ""
+) -> Subject:
     """The data as `policy`, which has the weights of `method`, sees it."""
     collector = collector_of(recipe, policy)
     encoder = collector.encoder
@@ -101,6 +105,7 @@ def subject_of(recipe: Recipe, splits: Splits, policy: Policy, method: str = "ba
         rows=rows,
         prompts=prompts,
         method=method,
+        folder_problem=folder_problem,
     )
 
 

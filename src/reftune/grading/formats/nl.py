@@ -15,7 +15,7 @@ from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.mathematics import NUM_WORKERS
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
 from reftune.grading.verdicts import grade_completion, needs_worker
-from reftune.types import Answer, Conversation, Graded, Problem, Verdict
+from reftune.types import Answer, Conversation, Graded, Problem, Verdict, spell_decimal
 
 DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
 
@@ -91,5 +91,4 @@ class Nl(Prompted):
 
 def _decimal(answer: Answer) -> str:
     """The answer as text. A number is spelled so that `float()` can read it, unlike 1/3 or 25%."""
-    text = str(answer).removesuffix("%" * answer.percent)
-    return repr(float(answer.value)) if isinstance(answer.value, Fraction) and "/" in text else text
+    return spell_decimal(answer.value) if isinstance(answer.value, Fraction) else answer.value
