@@ -90,32 +90,29 @@ NOTES = {
         "less. When training started from an [unfinished "
         "warm-up](experiments/handover.md#first-attempts), no method beat SFT.\n\n"
         "In [five other runs](experiments/reranking.md#five-seeds-on-test-in-words), reranking "
-        "with our reward model beats greedy decoding by 8.8 points [6.2, 11.5] for SFT, but not "
-        "significantly for ReFT, which no longer leads SFT after reranking. The paper's classifier "
-        "is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by 25.1 points "
-        "[21.9, 28.5] for ReFT."
+        "with our reward model beats greedy decoding by 8.8 points [6.2, 11.5] for SFT. For ReFT, "
+        "the gain is not significant, and ReFT no longer leads SFT. The paper's classifier is "
+        "worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by 25.1 points [21.9, "
+        "28.5] for ReFT."
     ),
 }
 """Recipe → text above its table."""
 OPEN = [
     "**The only pretrained model** trained to the end is SmolLM2-135M-Instruct, on generated "
-    "questions that need one step: over three seeds, GRPO, with three times the gradient passes, "
-    "beats further SFT by 4.6 points [0.8, 8.3] ([log](experiments/smollm2-instruct.md)).",
+    "questions that need one step. Over three seeds, GRPO beats further SFT by 4.6 points [0.8, "
+    "8.3], but makes three times as many gradient passes ([log](experiments/smollm2-instruct.md)).",
     "**No run on real data** is complete. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) "
     "reports 28 RL steps on two CPU cores, and three warm-ups on a GPU, where time ran out before "
     "RL began.",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "reward's variance. Over five seeds from finished warm-ups, RLOO is 1.1 points [0.1, 2.3] "
-    "better than PPO, and no method differs significantly from further SFT. Four variants of the "
-    "critic, and samples that start from prefixes of the gold solution, do not differ "
-    "significantly from PPO either ([log](experiments/critic.md)).",
+    "better than PPO, and no method differs significantly from further SFT. Neither four variants "
+    "of the critic nor samples that start from prefixes of the gold solution differ significantly "
+    "from PPO ([log](experiments/critic.md)).",
     "**PPO with changes from later papers** (`modern`) shows no gain over PPO, either on the "
     "[demo's questions](experiments/modern.md) (three seeds) or with [longer "
-    "solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds). No "
-    "single part shows a gain either.",
-    "**Skipping [questions that are solved every "
-    "time](experiments/demo-search.md#solved-questions-that-rest)** brought no gain on three "
-    "tuning seeds and was not run on others.",
+    "solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds). Neither "
+    "does any single change.",
 ]
 FINDINGS = [
     ("ReFT beats supervised fine-tuning (SFT)", "reft", "sft"),

@@ -36,9 +36,8 @@ file's keys: tables are merged unless their kinds differ, and `null` removes an 
 a table (`engine: {kind: kv, refill: 0.5}`).
 
 If a key allows only certain values, parentheses after the default list the others. A dash means
-unset.
-[Notation](algorithms.md#notation) explains terms such as *method*. "The paper" is the ReFT paper,
-and "the authors" are its authors.
+unset. [Notation](algorithms.md#notation) explains terms such as *method*. "The paper" is the ReFT
+paper, and "the authors" are its authors.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""

@@ -27,8 +27,8 @@ class Ppo(Clipped):
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's λ."""
     value_clip: float = Field(0.2, gt=0)
-    """In the value loss, a token's new value is clipped if it is further than this from the value
-    that the token had when it was sampled."""
+    """In the value loss, a token's value is clipped to at most this far from its value when the
+    token was sampled."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
 

@@ -42,14 +42,14 @@ class Prompted(Component):
     system: str | None = None
     """For `chat`: the system message, if the data has none."""
     instruction: str | None = None
-    """For `chat`: text above the question in the user's last turn."""
+    """For `chat`: text above the question, in the user's last turn."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """For `chat`: variables of the chat template, such as `{enable_thinking: false}`."""
     template: str | None = None
     """For `plain`: the prompt, which must contain `{question}` once. Default: the question and a
     line break."""
     examples: list[Shot] = Field(default_factory=list)
-    """For `plain`: worked examples before the question, each written as the template with its own
+    """For `plain`: worked examples before the question. Each is the template with the example's
     question, followed by its solution and an empty line."""
     stop: list[str] = Field(default_factory=list)
     """Stop strings, in addition to the model's end tokens."""
