@@ -142,8 +142,8 @@ class Packing(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
-    """Two tensors cover the second sequence with each shared prompt: the indices of the prompt's
-    tokens, and of this sequence's slots for them. Two more cover the third, and so on."""
+    """For the second sequence of each shared prompt, two tensors: the indices of the prompt's
+    tokens, and of the sequence's slots for them. Then two more for the third, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

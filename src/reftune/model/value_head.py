@@ -18,17 +18,17 @@ features."""
 
 @torch.no_grad()
 def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Set `head` to the ridge solution on all rollouts.
+    """Fit `head` to the returns of all rollouts by ridge regression.
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
 
     With each of the `PENALTIES`, a head is fitted to all rollouts but the last. The penalty whose
     head best explains the last rollout's returns determines α. `rollouts` yields the features
     (N, H) and returns (N,) of one rollout at a time, so memory does not grow with their number.
-    Without any rollout, the head stays as it is.
+    A single rollout is fitted with the middle penalty; without any, the head stays as it is.
 
     Returns: the share of the variance in the last rollout's returns that the fit to the others
-    explains; 0 if there is at most one rollout. For a single one, the middle penalty is used.
+    explains; 0 if there is at most one rollout.
     Raises: NonFiniteError if a feature or return is not finite.
     """
     sums, last = _Moments(head.in_features), None

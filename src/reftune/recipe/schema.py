@@ -48,7 +48,8 @@ class ModelTable(Table):
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of forward and backward passes. `auto` is bfloat16 if the device supports it at
-    full speed, and float32 otherwise. Weights in training are always float32."""
+    full speed, and float32 otherwise. Weights that are trained are always
+    float32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
     """`auto` is CUDA if available, and the CPU otherwise. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None

@@ -266,7 +266,8 @@ class Loop:
         return {**metrics, "grad/norm": norm}
 
     def _leave_out(self, reason: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Save the batch of a step whose loss or gradient is not finite, and clear the gradient.
+        """Skip a step whose loss or gradient is not finite: save its batch, clear the gradient, and
+        count the step as skipped.
 
         Raises: NonFiniteError unless the recipe allows skipping the step.
         """

@@ -205,8 +205,8 @@ class Trainer:
     # --- score ---
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
-        """The rollouts as a batch, with values and with log-probabilities under the policy and the
-        reference; the second result contains metrics."""
+        """The rollouts as a batch, with their values and their log-probabilities under the policy
+        and the reference; and metrics."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
         scores = self._policy_scores(rollouts, batch)
@@ -279,8 +279,8 @@ class Trainer:
         return accumulate_gradient(self.policy, batch.tokens, loss)
 
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
-        """The minibatches of all passes over `batch`, taken from rollout `n`, each with its own
-        loss weights."""
+        """The minibatches of all passes over `batch`, the batch of rollout `n`. Each minibatch has
+        its own loss weights."""
         count = min(self.stage.minibatches, len(batch))
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)

@@ -41,8 +41,8 @@ class StageContext:
 
 
 class Progress:
-    """Receives the events that a stage reports. The methods of this class do nothing; subclasses
-    override them."""
+    """Receives the events that a stage reports. The methods do nothing here; subclasses override
+    them."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
         """A stage begins, or resumes after `done_steps` steps."""
