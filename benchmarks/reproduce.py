@@ -113,6 +113,9 @@ OPEN = [
     "[demo's questions](experiments/modern.md) (three seeds) or with [longer "
     "solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds). Neither "
     "does any single change.",
+    "**Skipping [questions that are solved every "
+    "time](experiments/demo-search.md#solved-questions-that-rest)** brought no gain on three "
+    "tuning seeds and was not run on others.",
 ]
 FINDINGS = [
     ("ReFT beats supervised fine-tuning (SFT)", "reft", "sft"),
