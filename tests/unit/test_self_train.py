@@ -155,7 +155,7 @@ def samples(problem: Problem, *texts: str, right: int) -> Samples:
 def test_the_samples_are_summed_up_in_one_line(context: StageContext):
     first, second = context.splits.train[:2]
     drawn = [samples(first, "a", "b", "c", right=1), samples(second, "d", right=0)]
-    assert describe(drawn) == "25% of 4 samples are correct; 1 of 2 problems have none"
+    assert describe(drawn) == "25% of 4 samples are correct; 1 of 2 problems have no correct sample"
 
 
 # --- the stage ------------------------------------------------------------------------------------

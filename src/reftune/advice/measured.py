@@ -114,8 +114,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Free memory of the device. On a CPU, it is at most this process's share of the machine's or
-    container's memory."""
+    """The device's free memory in bytes. On a CPU, it is at most this process's share of the
+    machine's or container's memory."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

@@ -43,8 +43,7 @@ ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 
 
 class WordProblems(Component):
-    """Generates word problems. The questions of dev and test do not depend on `train` or
-    `styles`."""
+    """Generates word problems. The dev and test questions do not depend on `train` or `styles`."""
 
     train: int = Field(1000, ge=1)
     dev: int = Field(300, ge=1)

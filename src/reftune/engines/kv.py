@@ -315,10 +315,10 @@ def draw_tokens(
 ) -> Drawn:
     """Draw one token per row.
 
-    `logits` are (B, V) in fp32. Sampling inverts the cumulative distribution at `uniforms`, (B,) in
-    [0, 1), so a row's token depends only on the row's logits and uniform number. Greedy tokens get
-    their log-probability at temperature 1, and entropy 0. Without `with_entropy`, the entropies of
-    sampled tokens are NaN.
+    `logits` are (B, V) in fp32. Sampling inverts the cumulative distribution at `uniforms`, which
+    has shape (B,) and values in [0, 1). A row's token therefore depends only on the row's logits
+    and uniform number. For greedy tokens, the log-probability is the one at temperature 1, and the
+    entropy is 0. Without `with_entropy`, the entropies of sampled tokens are NaN.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)

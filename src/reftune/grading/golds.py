@@ -388,7 +388,7 @@ def _letter(stated: object, choices: Sequence[str]) -> str:
 
 
 def same_option(text: str, choice: str) -> bool:
-    """Whether a gold answer is the text of an option, or a number equal to it."""
+    """Whether a gold answer matches an option, as text or as an equal number."""
     if same_text(text, choice):
         return True
     said = number_in_gold(text)

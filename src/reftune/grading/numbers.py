@@ -102,8 +102,8 @@ def _decimal(digits: str, power: str = "0") -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Number:
-    """A decimal such as 0.1(6), which is 1/6. A period of n digits after d other decimals adds
-    period / ((10^n − 1)·10^d) to the value."""
+    """A decimal such as 0.1(6), which is 1/6. A repeating block of n digits, after d decimal digits
+    that do not repeat, adds block / ((10^n − 1)·10^d) to the value."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return Number(tail + Fraction(head + "0"))

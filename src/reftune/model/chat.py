@@ -48,8 +48,8 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
     """The text that the template writes after the prompt, up to the end of the turn, if the
     assistant says `said`. Mistral's template begins a reply with a space, and Qwen3's with an empty
     `<think>` block. If the template omits a part of `said`, such as a thought, or changes the
-    prompt when a reply follows, `said` is kept and only the text around it comes from the
-    template. If the prompt opens a thought of which `said` has no part, the reply closes it
+    prompt when a reply follows, `said` is kept and only the text around it comes from the template.
+    If the prompt opens a thought and `said` contains none of it, the reply closes the thought
     first."""
     said = said.strip()
     begun = prompt_text(tokenizer, prompt)

@@ -70,8 +70,8 @@ GROUPS = {
 
 
 def known_kinds(group: str) -> list[str]:
-    """The kinds of a group of plug-ins that come with reftune: the names of the modules in the
-    group's package that define a public component."""
+    """The kinds that reftune ships for a group of plug-ins: the names of the modules in the group's
+    package that define a public component."""
     folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return [

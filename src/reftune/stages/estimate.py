@@ -170,7 +170,7 @@ class Estimate:
         return Memory(held=held, phases=phases)
 
     def _sampling(self, rows: int) -> dict[str, float]:
-        """Bytes, by purpose, that an engine holds if it decodes with the policy's weights."""
+        """The memory, in bytes by purpose, of an engine that decodes with the policy's weights."""
         if self.requests is not None:
             rows = min(rows, math.ceil(self.requests / self.devices))
         outline = self.outline

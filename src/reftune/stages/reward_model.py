@@ -303,9 +303,9 @@ def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifie
 def accumulate_loss(
     classifier: Classifier, solutions: Sequence[Solution], *, lm_coef: float = 0.0
 ) -> dict[str, float]:
-    """Add up the gradient of the loss, which is the labels' mean cross-entropy plus `lm_coef` times
-    the mean negative log-likelihood of the correct solutions' tokens. Returns: metrics. Raises: the
-    errors of `accumulate_gradient`."""
+    """Accumulate the gradient of the loss, which is the labels' mean cross-entropy plus `lm_coef`
+    times the mean negative log-likelihood of the correct solutions' tokens. Returns: metrics.
+    Raises: the errors of `accumulate_gradient`."""
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
     num_tokens = (labels * batch.response_lengths).sum().clamp(min=1)

@@ -121,13 +121,14 @@ def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
 
 
 def describe(drawn: Sequence[Samples]) -> str:
-    """A summary, such as `62% of 8,000 samples are correct; 31 of 1,000 problems have none`."""
+    """A summary, such as `62% of 8,000 samples are correct; 31 of 1,000 problems have no
+    correct sample`."""
     correct = sum(len(samples.correct) for samples in drawn)
     total = sum(len(samples.texts) for samples in drawn)
     unsolved = sum(not samples.correct for samples in drawn)
     return (
         f"{correct / total:.0%} of {total:,} samples are correct; {unsolved} of {len(drawn):,}"
-        " problems have none"
+        " problems have no correct sample"
     )
 
 

@@ -23,8 +23,8 @@ PROJECT = "reftune"
 
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
-    """A view that passes events on to `progress` and logs to the recipe's trackers; if there are
-    none, `progress` itself. Raises: as `tracker_names`."""
+    """A view that forwards events to `progress` and also logs them to the recipe's trackers; if
+    there are none, `progress` itself. Raises: the errors of `tracker_names`."""
     names = tracker_names(recipe) if is_main() else []
     return TrackedProgress(progress, names, recipe) if names else progress
 

@@ -1,5 +1,5 @@
 """Code that exists only for speed. If dropout is 0, removing this folder changes results only by
-rounding. To remove it, change its callers:
+rounding errors. To remove it, change its callers:
 
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out`, `attention.read_packed` and `llama.read_packed`: keep the branch of

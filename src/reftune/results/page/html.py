@@ -281,9 +281,9 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """The labels of the baseline and the best other method, with four counts of problems in the
-    first seed: solved by both, only by the best method, only by the baseline, and by neither. None
-    if there are fewer than two methods."""
+    """The labels of the baseline and of the best of the other methods, with four counts of problems
+    in the first seed: solved by both, only by that method, only by the baseline, and by neither.
+    None if there are fewer than two methods."""
     best = leader(table)
     if best is None:
         return None

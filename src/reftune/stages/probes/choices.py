@@ -107,8 +107,8 @@ def moved(letter: str, by: int, count: int) -> str:
 
 
 def without_options(problem: Problem) -> Problem | None:
-    """The problem without options, with the gold option's number as the answer; None if that option
-    is not a number."""
+    """The problem without its options, with the numeric value of the gold option as the answer;
+    None if the text of that option is not a number."""
     number = number_gold(problem.choices[LETTERS.index(str(problem.answer.value))])
     if number is None:
         return None
