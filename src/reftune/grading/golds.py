@@ -19,13 +19,14 @@ from reftune.grading.markers import (
     SIDE_BY_SIDE,
     Reading,
     Statement,
+    alternative_behind,
     marker_pattern,
     statements,
 )
 from reftune.grading.mathematics import looks_like_math
 from reftune.grading.numbers import CURRENCY, Number, numeral_at, same_number
 from reftune.grading.plain_text import plain, same_text, with_decimal_points
-from reftune.grading.words import MONTHS, UNIT_NAMES
+from reftune.grading.words import MONTHS, OTHER_MAGNITUDES, UNIT_NAMES
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind
 
@@ -124,7 +125,8 @@ def _stated(text: str, reading: Reading) -> list[str]:
     first = len(answers) - 1
     while first > 0 and _is_beside(text, *answers[first - 1], *answers[first], reading):
         first -= 1
-    return [said for _, said in answers[max(0, first) :]]
+    another = alternative_behind(text, answers[-1][0]) if answers else None
+    return [said for _, said in answers[max(0, first) :]] + ([another] if another else [])
 
 
 def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
@@ -132,18 +134,25 @@ def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
     said = (statement.text or "").strip()
     if statement.is_closed:
         return said
-    said = text[statement.end - len(statement.text or "") : min(end, statement.end)]
+    begin = statement.end - len(statement.text or "")
+    said, marker = text[begin : min(end, statement.end)], text[statement.start : begin]
     said = _BULLET.sub("", said)
+    if marker[0] == "|":  # a row of a table
+        return said.partition("|")[0].strip(" *_")
+    if '"' in marker:  # "answer": "12", as in JSON
+        return re.split(r"\s*(?:,\s*\"|\}\s*$)", said, maxsplit=1)[0].strip(' "')
     first, _, rest = said.strip(" \t\n:*_").partition("\n")
-    has_more = any(map(str.isdigit, rest)) and not first.rstrip(" *_").endswith(".")
+    is_apart = first.rstrip(" *_").endswith(".") or _EXPLANATION.match(rest) is not None
+    has_more = any(map(str.isdigit, rest)) and not is_apart
     first = first.removesuffix(".").strip(" *_")
-    sentence = re.split(r"[.;] ", first, maxsplit=1)[0]
+    sentence = re.split(r"\. |; (?!\W*\d)", first, maxsplit=1)[0]
     if number_in_gold(sentence, reading) is not None and not has_more:
         return sentence
     return said.strip() if has_more or text[statement.start] == "#" else first
 
 
 _BULLET = re.compile(r"^[ \t:*_]*\n\s*[-*+•] +")
+_EXPLANATION = re.compile(r"\W*(?:explanation|reason(?:ing)?|check|verification|note)\b", re.I)
 
 
 def _is_beside(
@@ -298,15 +307,15 @@ _KNOWN_UNIT = re.compile(
 _NOT_UNITS = frozenset(
     "and und oder plus minus mod modulo base choose squared cubed factorial dozen dozens score"
     " gross tau phi theta alpha beta lambda log exp sin cos tan inf infinity nan over under above"
-    " below remainder rem approx ago bce repeating recurring max maximum minimum oclock mil"
+    " below remainder rem approx ago bce repeating recurring max maximum minimum oclock"
     " approximately about roughly nearly almost ish fold one two three four five six seven eight"
     " nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety ones tens"
     " hundreds thousands millions billions are was then else because since for with versus not"
     " true false none null unknown permille noon midnight monday tuesday wednesday thursday"
     " friday saturday sunday mon tue tues wed thu thurs fri sat utc est edt cet ist uhr heures"
-    " past januar februar märz mai juni juli oktober dezember janvier février mars avril juin"
-    " juillet août septembre octobre novembre décembre enero febrero marzo abril mayo junio julio"
-    " agosto septiembre octubre noviembre diciembre".split()
+    " past north south east west januar februar märz mai juni juli oktober dezember janvier"
+    " février mars avril juin juillet août septembre octobre novembre décembre enero febrero"
+    " marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split()
 )
 """Words that do not count as units after a number, for example because they change the number's
 value or turn it into a time of day."""
@@ -317,7 +326,7 @@ _FRACTION_WORD = re.compile(
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
 """Matches letters that may be a product, as in 2ab, rather than a unit: two letters, consonants,
 `abc`, `xyz`, `uvw` or, only directly after the number, any three letters."""
-_MONTH = re.compile(MONTHS, re.IGNORECASE)
+_NOT_UNIT = re.compile(rf"{MONTHS}|{OTHER_MAGNITUDES}", re.IGNORECASE)
 
 
 def _whole_number(text: str) -> Number | None:
@@ -351,7 +360,7 @@ def _is_unit(rest: str) -> bool:
         return True
     if len(unit) == 1 and unit.isalpha():
         return False
-    if unit.lower() in _NOT_UNITS or _MONTH.fullmatch(unit.rstrip(".")):
+    if unit.lower() in _NOT_UNITS or _NOT_UNIT.fullmatch(unit.rstrip(".")):
         return False
     if _KNOWN_UNIT.fullmatch(unit) is not None:
         return True

@@ -94,6 +94,16 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
     return _OR.search(completion, before.start, after.start) is not None
 
 
+def alternative_behind(completion: str, statement: Statement) -> str | None:
+    """The rest of the line after a closed box and "or", as in "\\boxed{3} or 4". None unless it
+    begins with a number."""
+    found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
+    return None if found is None else completion[found.end() :].partition("\n")[0]
+
+
+_OR_NUMBER = re.compile(rf"{_SIGNS}\bor\b{_SIGNS}(?=-?\d|\\[dt]?frac)", re.IGNORECASE)
+
+
 def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
     """The text that the last marker of a completion announces; None if there is no marker, or if
     the last one opens a box that is never closed."""

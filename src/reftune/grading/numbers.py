@@ -155,14 +155,17 @@ _NUMBER = re.compile(
     rf"(?:{'|'.join(f'(?P<{name}>{pattern})' for name, (pattern, _) in _FORMS.items())})",
     re.IGNORECASE,
 )
-_POWERS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9}
-_POWERS |= {"trillion": 12, "mn": 6, "bn": 9, "tn": 12}
-_MAGNITUDE_WORD = rf" ?(?:{'|'.join(_POWERS)})s?\b| ?k\b| ?[万亿億]"
-_POWERS |= {"k": 3, "m": 6, "b": 9, "t": 12, "万": 4, "亿": 8, "億": 8}
-_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}|(?-i:[MB])\b", re.IGNORECASE)
-"""Without a currency, "5m" is read as a length, and "5 M" does not count as a number."""
-_MONEY_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}|(?-i: ?[MBT]|[mbt])\b", re.IGNORECASE)
-_SPACED_LETTER = re.compile(r" (?:M|B)\b(?! ?[-.&])")
+_POWERS = {"hundred": 2, "thousand": 3, "lakh": 5, "lac": 5, "million": 6, "crore": 7}
+_POWERS |= {"billion": 9, "trillion": 12, "quadrillion": 15, "mn": 6, "bn": 9, "tn": 12}
+_MAGNITUDE_WORD = rf" ?(?:{'|'.join(_POWERS)})s?\b| ?(?-i:k)\b| ?[万萬亿億만억]"
+_MAGNITUDE_WORD += r"| ?[千천](?![克米瓦卡升帕赫])| ?[百백](?![分帕])"
+_POWERS |= {"k": 3, "m": 6, "b": 9, "t": 12, "百": 2, "백": 2, "千": 3, "천": 3}
+_POWERS |= {"万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8}
+_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}|(?-i:[KMB])\b", re.IGNORECASE)
+"""Without a currency, "5m" is read as a length, and "5 M" and "300 K" do not count as
+numbers."""
+_MONEY_MAGNITUDE = re.compile(rf"{_MAGNITUDE_WORD}|(?-i: ?[KMBT]|[mbt])\b", re.IGNORECASE)
+_SPACED_LETTER = re.compile(r" [KMB]\b(?! ?[-.&])")
 _PERCENT = re.compile(r" ?(?:%|per ?cent(?:age(?: points?)?)?\b|pct\b)", re.IGNORECASE)
 _PERIOD = re.compile(
     r"(?P<head>\d*\.\d*?)(?:(?P<digit>[1-9])(?P=digit){2,}|(?P<block>\d{2,20}?)(?P=block)+)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reftune.grading.golds import number_in_gold
+from reftune.grading.golds import number_in_gold, same_option
 from reftune.grading.numbers import same_number
 from reftune.grading.plain_text import first_line, same_text
 from reftune.grading.sentences import parse_number, stated_number
@@ -20,7 +20,7 @@ _CHOICE = re.compile(
 _SECOND_CHOICE = re.compile(
     r"[)\].]? ?(?:[/,.;(]? ?(?:(?:or|and|&|maybe|perhaps|possibly) ){1,2}\(?[a-z]"
     r"(?: ?[)\]]| ?$|[.,;])"
-    r"|[/,] ?\(?[a-z] ?\)?(?:$|[.,;]| (?:and|or)\b)|.* or \(?[a-z] ?\))",
+    r"|[/,;|+] ?\(?[a-z] ?\)?(?:$|[.,;]| (?:and|or)\b)|.* or \(?[a-z] ?\))",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
@@ -52,11 +52,13 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     example if it names two letters.
     """
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
+    line = re.sub(r"\b(?:i\. ?e|e\. ?g)\b\.?", "that is", line, flags=re.IGNORECASE)
     match = _CHOICE.match(line)
     if match is not None and _is_choice(match["letter"].lower(), match["rest"], choices):
         letter, rest = match["letter"].lower(), match["rest"]
-        is_another = _SECOND_CHOICE.match(rest) or TAKEN_BACK.match(rest)
-        return None if is_another else letter
+        is_retracted = _SECOND_CHOICE.match(rest) or TAKEN_BACK.match(rest)
+        is_another = _names_another(rest, choices, ord(letter) - ord("a"))
+        return None if is_retracted or is_another else letter
     return _option_with_value(line, choices)
 
 
@@ -87,20 +89,34 @@ def _begins_with(line: str, choice: str) -> bool:
     return same_text(line, choice) or same_text(head, choice)
 
 
-def _names_another(line: str, choices: Sequence[str], chosen: int) -> bool:
-    """Whether another option follows the chosen one's text, as in "Paris, Rome", "Paris? No, Rome"
-    or, if Paris is option B, "Paris (C)"."""
-    parts = re.split(
-        rf"[,;:&?!.()] ?(?:(?:{SORRY}|or|maybe|perhaps|possibly)\b[, ]*)*| - ",
-        line[:500],
-        flags=re.I,
-    )
-    return not any(same_text(line, choice) for choice in choices) and any(
-        same_text(part, choice) or part.strip().lower() == chr(ord("a") + index)
-        for part in parts[1:]
+def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
+    """Whether another option is named beside the chosen one, as in "Paris, Rome", "Paris? No, Rome"
+    or, if Paris is option B, "Paris (C)" and "C) Paris"."""
+    if named := _named(said, choices):
+        return chosen not in named
+    parts = (_named(part, choices) for part in _SEPARATOR.split(said[:500]))
+    return any(named and chosen not in named for named in parts)
+
+
+_SEPARATOR = re.compile(
+    rf"[,;:&?!.()] ?(?:(?:{SORRY}|or|maybe|perhaps|possibly|so|(?:which|that) is|option|choice)\b"
+    r"[, ]*)*"
+    r"| - |\b(?:or|and)\b(?= \(?[a-z]\b)",
+    re.IGNORECASE,
+)
+
+
+def _named(part: str, choices: Sequence[str]) -> list[int]:
+    """The options that a part of a line names by their text, letter, or both."""
+    bare = part.strip(" ).:,(")
+    lettered = re.fullmatch(r"([a-z])(?:[ ).:]+(.*))?", bare, re.IGNORECASE)
+    letter, text = ("", "") if lettered is None else (lettered[1].lower(), lettered[2] or "")
+    return [
+        index
         for index, choice in enumerate(choices)
-        if index != chosen
-    )
+        if same_option(bare, choice)
+        or (letter == chr(ord("a") + index) and (not text or same_option(text, choice)))
+    ]
 
 
 def _option_with_value(line: str, choices: Sequence[str]) -> str | None:

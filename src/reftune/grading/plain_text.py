@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 MAX_SEGMENT_CHARS = 2_000
 """At most this many characters of an answer are searched for a number or choice, or compared as
@@ -20,7 +22,8 @@ _ASCII = str.maketrans(
         **dict.fromkeys("«【", "("),
         **dict.fromkeys("»】", ")"),
         **dict.fromkeys("。．٫", "."),
-        **dict.fromkeys("،、٬", ","),
+        "٬": ",",
+        **dict.fromkeys("،、", ", "),
         "٪": "%",
         "…": "...",
         "°": " degrees ",
@@ -72,26 +75,37 @@ _EMPHASIS = re.compile(
     r"(?<![\w)*`$])(?:[*_`]{1,3}(?=[^\s*_`])|\$(?=[^\s$\d.+-]))"
     r"|(?<=[^\s*_`$])[*_`$]{1,3}(?![\w*`$])"
 )
-_DOLLARS = re.compile(r"\b[a-z]{1,2} ?\$(?= ?[\d.])", re.IGNORECASE)
-_BULLET = re.compile(r"[-*+•–—] +")
+_DOLLARS = re.compile(r"\b(?:US ?|[A-Z]{1,2})\$(?= ?[\d.])")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of an answer in plain text, with single spaces."""
+
+    words: str
+    is_item: bool
+    """Whether a bullet or number, which `words` omits, makes the line an item of a list."""
 
 
 def first_line(text: str) -> str:
-    """The first line that contains a letter or digit, in plain text with single spaces; empty if no
-    line does. A line cut off at `MAX_SEGMENT_CHARS` ends in a backslash, so that no number that was
-    cut off is read. Bullets are removed, except from the first line of the text, where a dash may
-    be a minus sign."""
-    start = text.lstrip()
+    """The first of the `plain_lines`; empty if there is none."""
+    return next((line.words for line in plain_lines(text)), "")
+
+
+def plain_lines(text: str) -> Iterator[Line]:
+    """The lines that contain a letter or digit. A line cut off at `MAX_SEGMENT_CHARS` ends in a
+    backslash, so that no number that was cut off is read. The first line of the text is no item,
+    because its dash may be a minus sign."""
+    start, count = text.lstrip(), 0
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
     for line in segment.splitlines():
-        line = line if is_first else line.lstrip()
-        bullet = None if is_first else _BULLET.match(line)
+        bullet = None if is_first else re.match(rf"\s*(?:[-*+•–—]|{count + 1}[.)](?=.*\d)) +", line)
         words = " ".join(plain(line if bullet is None else line[bullet.end() :]).split())
-        if any(map(str.isalnum, words)):
-            return words
         is_first = False
-    return ""
+        if any(map(str.isalnum, words)):
+            count += 1
+            yield Line(words, bullet is not None)
 
 
 def plain(text: str) -> str:

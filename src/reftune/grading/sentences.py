@@ -11,15 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 
 from reftune.grading.numbers import CURRENCY, Number, numeral_at, same_number
-from reftune.grading.plain_text import first_line
+from reftune.grading.plain_text import Line, plain_lines
 from reftune.grading.words import (
     DOUBT,
     IS_WRONG,
     MONTHS,
     ONE_TO_NINE,
     ONE_TO_TWELVE,
+    OTHER_MAGNITUDES,
     SORRY,
     TENS,
     UNIT_NAMES,
@@ -36,7 +38,18 @@ def parse_number(text: str) -> Number | None:
     + 4"), inequalities, ranges, alternatives like "5 or 6", compound quantities like "5 feet 6
     inches", lists, ratios, nan and inf.
     """
-    return stated_number(first_line(text))
+    lines = list(islice(plain_lines(text), 2))
+    number = stated_number(lines[0].words) if lines else None
+    is_one = number is None or len(lines) < 2 or not _is_listed_beside(number, *lines)
+    return number if is_one else None
+
+
+def _is_listed_beside(number: Number, first: Line, second: Line) -> bool:
+    """Whether the first two lines are items of a list, or equations, that state two values."""
+    if first.is_item and second.is_item:
+        another = stated_number(second.words)
+        return another is not None and another.value != number.value
+    return len(set(_assigned_values(f"{first.words}; {second.words}"))) > 1
 
 
 def stated_number(line: str) -> Number | None:
@@ -64,6 +77,13 @@ def _after_equals(line: str) -> str:
             return line  # 18, because 2 + 2 = 4
         if _CONDITION.match(sentence, aside.start()) and any(map(str.isdigit, before)):
             return before  # she gets 12 if n = 3
+    aside = _LATER_ASIDE.search(sentence, equals[0].end())
+    if aside is not None:  # x = 12, because 12 + 3 = 15
+        inner = [each for each in equals if each.end() <= aside.start()]
+        value = sentence[inner[-1].end() : aside.start()].rstrip(" ,")
+        is_short = len(value.split()) <= MOST_WORDS and _UNFINISHED.search(value) is None
+        if is_short and _leading_number(value) is not None:
+            equals, last = inner, value
     if len(set(_assigned_values(line))) > 1 and not _CONCLUDES.search(line):
         return ""  # x = 3 or x = 4
     other = _AND_UNKNOWN.search(first)
@@ -78,18 +98,25 @@ def _after_equals(line: str) -> str:
     return line[equals[-1].end() :]
 
 
-_SENTENCE_END = re.compile(r"(?<!\brs)(?<!\brs )[.!?;](?= |$)", re.IGNORECASE)
-"""The point in "Rs. 5" ends no sentence."""
+_SENTENCE_END = re.compile(r"(?<!\brs)(?<!\brs )(?:[.?;]|!(?! ?=))(?= |$)", re.IGNORECASE)
+"""The point in "Rs. 5" and the sign in "5! = 120" end no sentence."""
 _IF = r"(?:when|if|given(?: that)?|assuming|provided)"
 _EQUALS = re.compile(r"(?<![<>!=])=+>?(?!=)|-+>")  # = == => ->
 _LEADING_CONDITION = re.compile(  # when n = 3, 12
     rf"^(?:{_IF}|for|at) [^\W\d]{{1,3}} ?= ?-?[\d.,/]*\d(?: ?[,:]| then| it is| we get| we have)* ",
     re.IGNORECASE,
 )
+_REASON = r"because|since|as(?! ?=)|where"
 _ASIDE = re.compile(  # because, at x =
-    rf", |[(:;]|\b(?:because|since|as|where|which|{_IF}"
-    r"|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){1,3}=)"
+    rf", |[(:;]|\b(?:{_REASON}|which|{_IF}|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){{1,3}}=)"
     r"|(?:after|once|unless|under|using)(?= [^\W\d] ?=))\b",
+    re.IGNORECASE,
+)
+MOST_WORDS = 4
+"""An aside only follows an answer with at most this many words, such as "x = 12 square feet"."""
+_LATER_ASIDE = re.compile(  # x = 12 (3 * 4 = 12), x = 12 if n = 3
+    rf" [(\[](?=[^()\[\]]*=)|\b(?:{_REASON}|check"
+    rf"|(?:{_IF}|with|at|for|in|on)(?= [^\W\d]{{1,3}} ?=))\b",
     re.IGNORECASE,
 )
 _CONDITION = re.compile(rf"{_IF} [^\W\d]{{1,3}} ?=", re.IGNORECASE)  # if n =
@@ -105,7 +132,8 @@ def _assigned_values(line: str) -> Iterator[Fraction | None]:
     """The values of the unknowns in a list of equations, such as "x = 3, y = 4". A value is None if
     it is not a number."""
     for clause in re.split(r" or | and |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
-        assignment = re.fullmatch(r" *[^\W\d]+\d{0,2} ?=([^=]+)", clause.rstrip("."))
+        clause = _LATER_ASIDE.split(clause, maxsplit=1)[0].rstrip(" .")
+        assignment = re.fullmatch(r" *[^\W\d]+\d{0,2} ?=([^=]+)", clause)
         if assignment is not None:
             number = _leading_number(assignment[1])
             yield None if number is None else number.value
@@ -148,6 +176,7 @@ def _only_number(line: str) -> Number | None:
     if digit is None:
         return None
     words, found = sentence[: digit.start()], numeral_at(sentence, digit.start())
+    words = words if digit[0][-2:].lstrip("-. ").isdigit() else words.removesuffix("of ")
     if found is None or not _PLAIN_WORDS.fullmatch(words) or _NOT_ABOUT.search(words):
         return None
     rest = sentence[found[1] :]
@@ -191,15 +220,16 @@ def _is_part_of_more(rest: str) -> bool:
 _COUNT = rf"(?:{ONE_TO_TWELVE}|[a-z]{{3,5}}teen|{TENS})"
 _THIRDS = "third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
 _PART = rf"(?:half|quarter|{_THIRDS})"
-_UNITS = rf"{UNIT_NAMES}|[hs]|k?g|[kcdm]?m(?:[23]| [23](?=\W*$))?|(?:ft|in|yd|mi)[23]"
+_UNITS = rf"{UNIT_NAMES}|[hs]|k?g|m?l|[kcdm]?m(?:[23]| [23](?=\W*$))?|(?:ft|in|yd|mi)[23]"
 _KINDS = {
     "9": r"\d+",
-    "r": r"\b(?:remainder\b|rem(?= ?\d)|r(?= ?\d))",
+    "r": r"\b(?:remainder\b|rem\.?(?= ?\d)|r(?= ?\d))",
     # a letter right after the number, a function or constant, odds, a part: 5a, 2π, in 4 cases
     "π": r"\A(?-i:a|[DEGHIOPQRSUXYZ])\b|[π√∞±‰\\]|\+/-|\bin \d+ (?:chance|times|cases|tries|odds)\b"
     r"|\b(?:pi|sqrt|log|ln|squared|cubed|factorial|point(?= \d)|to the power|half|quarter"
     rf"|and {_PART}|(?:and )?(?:an?|{ONE_TO_NINE})[ -]{_PART}s?"
-    rf"|halves|(?:{_THIRDS}|thousandth)s)\b",
+    rf"|halves|(?:{_THIRDS}|thousandth)s|repeating|recurring|{OTHER_MAGNITUDES})\b"
+    r"|兆(?![瓦赫帕])",
     # a bound: or more, at least
     "b": r"\b(?:(?:or|and) (?:more|less|fewer|greater|higher|lower|larger|smaller|above|below|over"
     r"|under|up|upwards|beyond|older|younger|longer|later|earlier)|at (?:most|least)|minimum"
@@ -207,12 +237,13 @@ _KINDS = {
     "m": rf"\b(?-i:{MONTHS})\b",
     # an operation, except a plus sign
     "+": r"[-*/|—]|\b(?:(?:less|more|fewer|greater|larger|smaller|higher|lower) than(?= ?\d)"
-    r"|plus|minus|times|multiplied by|divided by|mod|modulo)\b",
+    r"|plus|minus|times|multiplied by|divided by|mod|modulo)\b"
+    r"|\((?=mod\b)",
     "p": r"\+",
     # an alternative, an addition, a range
-    "o": r"\b(?:or|und|oder|ou|maybe|perhaps|possibly|otherwise|unless|although)\b",
+    "o": r"\b(?:or|und|oder|ou|o(?= ?\d)|maybe|perhaps|possibly|otherwise|unless|although)\b",
     "a": r"\b(?:(?:could|might|may) be|as well as|also|then)\b",
-    "t": r"\b(?:to|through|bis|and|et|versus|vs|until)\b",
+    "t": r"\b(?:vs\.|(?:to|through|bis|and|et|versus|vs|until|hasta|à|a(?= ?\d))\b)|&",
     # a ratio
     "d": r"\b(?:by|choose|over|per)\b",
     "i": r"\bin\b",
@@ -237,7 +268,7 @@ _CONTINUES = re.compile(
     r"|(?: ?[uw]){1,2} ?[+p] ?[(+p]* ?9"  # 3 apples + 4 apples
     r"| ?π| ?x| ?<"  # 2π, 5x, 5 < x
     r"|(?: ?[uw.,;?(]){0,3} ?o(?: ?[ow]){0,2} ?[(+p]*9"  # 5 or 6, 5 apples or perhaps 6
-    r"|(?: ?[uw]){0,2} ?t ?[(+p]*9"  # 5 to 6, 5 apples and 6 oranges
+    r"|(?: ?[uw]){0,2}[ +]?t[ (+p]*9"  # 5 to 6, 5-to-6, 5 apples and 6 oranges
     r"|(?: ?[tuw,]){0,3} ?a ?[(+p]*9"  # 5, but it could be 6
     r"|(?: ?[uw.,(]){0,3} ?b"  # 7 or more, 7 apples at least
     r"|(?: ?[atuw.,(]){0,4} ?r"  # 5 remainder 2
@@ -248,6 +279,7 @@ _CONTINUES = re.compile(
 )
 """Matches the kinds after a number that is part of more."""
 _NOUN = r"(?: (?!(?:for|by|in|of|because|with|from|at|as|so|since|not|but|or)\b)[^\W\d_]+)?"
+_SO = r"(?:so|which means)(?: [^\W\d]+){0,3}"
 _CONTINUES_IN_WORDS = re.compile(
     # 7 hundred fifty, 7 weeks and two days; 7 years and a half; 3 sixteenths; 12 plus
     rf"{_NOUN} (?:(?:and|plus) )?{_COUNT}(?:[ -](?:hundred|{_COUNT}))?(?: (?:{_UNITS}))?"
@@ -257,6 +289,12 @@ _CONTINUES_IN_WORDS = re.compile(
     # n = 3 gives 12; 5 if x > 0 and 6 otherwise
     r"| (?:gives|yields) (?:us )?[-$(]*\d"
     r"|[^.;]{0,80}\bif\b[^.;]{0,80}\b(?:otherwise|else)\b"
+    # 5 degrees below zero
+    r"|(?: degrees(?: [CF]\b)?)? below (?:zero|freezing)\b"
+    # 4.8, rounded to 5; 4.8, which means 5 buses; 4.8, so we need 5
+    r"|,? (?:which |that )?(?:is )?round(?:s|ed|ing)?(?: up| down| off)? to \d+\b"
+    r"(?! ?(?:d\.?p|dec|pl|s\.?f|sig))"
+    rf"|(?: [^\W\d]+){{0,2}}, {_SO} \d[\d,]*(?: [^\W\d]+){{0,4}}[.!]?$"
     # 5? No, 6; 5, no wait, it is 6; 5; alternatively 6; 5. Hmm, no, 6
     rf"|(?:[^\w+*/^=-]{{1,6}}| --? )(?:{DOUBT}[,.!]* ){{0,3}}{SORRY}\b"
     r"(?:,? (?:no|wait|sorry)\b)*[,.:! ]+"
@@ -266,7 +304,7 @@ _CONTINUES_IN_WORDS = re.compile(
     rf"|[^\w+*/^=-]{{1,6}}(?:{DOUBT}[,.!]* ){{0,3}}{IS_WRONG}"
     # 5 apples; 6 pears; 5 boys, 6 girls; 5 (Tom), 6 (Jane); 5 for Tom, 6 for Jane
     rf"|(?:{_NOUN} ?[,;&]| ?\([^()\d]*\) ?[,;&]) ?\d[\d.,]*(?: (?!each\b)[^\W\d_]+| ?\([^()]*\))?"
-    r" ?(?:$|[.;,])"
+    r" ?(?:$|[.;,]|and\b)"
     r"| (?P<each>for|in) [^\W\d]+, (?:and )?\d[\d.,]* (?P=each)\b",
     re.IGNORECASE,
 )
@@ -283,6 +321,6 @@ def _restates(number: Number, rest: str) -> bool:
 
 _RESTATED = re.compile(
     r"[)\]}'\"]*(?: ?[^\W\d]+){0,2}?[ ,;]*"
-    r"(?:\(? ?(?:or|i\.? ?e\.?|that is|which is|equivalently)\b[ ,:]*|\()",
+    rf"(?:\(? ?(?:or|i\.? ?e\.?|that is|which is|equivalently|{_SO})\b[ ,:]*|\()",
     re.IGNORECASE,
 )

@@ -24,6 +24,7 @@ from reftune.grading.markers import (
     DEFAULT,
     Reading,
     Statement,
+    alternative_behind,
     answer_text,
     is_alternative,
     statements,
@@ -58,9 +59,11 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
     graded = grade_answer(last.text, problem, reading)
     position = found.index(last)
     before = found[position - 1] if position else last
-    if graded.verdict is Verdict.CORRECT and is_alternative(completion, before, last):
-        other = grade_answer(before.text or "", problem, reading)
-        if other.verdict is not Verdict.CORRECT:
+    others = [before.text if is_alternative(completion, before, last) else None]
+    for other in [*others, alternative_behind(completion, last)]:
+        if graded.verdict is not Verdict.CORRECT or other is None:
+            continue
+        if grade_answer(other, problem, reading).verdict is not Verdict.CORRECT:
             return no_answer("more than one answer")
     return graded
 

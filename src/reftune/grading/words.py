@@ -23,6 +23,11 @@ UNIT_NAMES = (
     r"|lbs?|ounces?|years?|months?|weeks?|days?|(?:kilo|centi|milli)?met(?:er|re)s?|(?:kilo)?grams?"
     r"|gallons?|degrees?"
 )
+OTHER_MAGNITUDES = (
+    r"quintillions?|grand|thou|mil|mila|mille|mill(?:ón|ones|ionen|iards?|iarden?|iardi)|milioni"
+    r"|milh(?:ão|ões)|mio|mrd|tausend|hundert|dutzend"
+)
+"""Matches magnitudes that are not read, so that the number before them is not the answer."""
 DOUBT = r"(?:oh|hmm+|oops|wait|no|but|well|actually|sorry)"
 SORRY = (
     r"(?:no|wait|sorry|actually|correction|alternatively|(?:or )?rather|i mean|oops|hmm+|wrong"
@@ -35,7 +40,7 @@ IS_WRONG = (
 )
 TAKEN_BACK = re.compile(
     rf"\W*(?:{DOUBT}[,.!]* ){{0,3}}"
-    rf"(?:{SORRY}\b\s*(?:[,.:;!—–]|(?:wait|no)\b)|(?:i mean|actually|or rather)\b|{IS_WRONG})",
+    rf"(?:{SORRY}\b\s*(?:[,.:;!)—–]|(?:wait|no)\b)|(?:i mean|actually|or rather)\b|{IS_WRONG})",
     re.IGNORECASE,
 )
 """Matches phrases that withdraw an answer, such as "No, …", "Hmm, …" and "That is wrong."."""
