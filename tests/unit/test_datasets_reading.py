@@ -57,7 +57,7 @@ def test_csv_rows_know_the_line_they_start_in(tmp_path: Path) -> None:
     )
     rows = read_rows(source, "train")
     assert columns(rows) == [
-        {"question": "two\r\nlines, one comma", "answer": "3"},
+        {"question": "two\nlines, one comma", "answer": "3"},
         {"question": "plain", "answer": None},
     ]
     assert [row.where for row in rows] == [f"{source}:2", f"{source}:4"]
@@ -95,6 +95,13 @@ def test_decimals_of_parquet_are_numbers_and_nan_is_missing(tmp_path: Path) -> N
         {"answer": 2, "steps": None, "choices": None},
     ]
     assert "Decimal" not in str(rows), "Decimal('1.50') == 1.5"
+
+
+def test_line_breaks_of_windows_are_unix_line_breaks(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "3", "turns": [{"role": "user", "content": "a\r\nb\rc"}]}
+    source = write(tmp_path / "data.jsonl", json.dumps(row))
+    (read,) = columns(read_rows(source, "train"))
+    assert read["turns"][0]["content"] == "a\nb\nc"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:

@@ -289,6 +289,41 @@ def test_a_gold_that_is_a_label_and_a_text_is_read_as_the_other_golds_are(tmp_pa
     assert [problem.answer.value for problem in numbers] == ["b", "c"], "5 equals the text 5.0"
 
 
+def test_all_splits_read_a_gold_that_is_a_label_and_a_text_alike(tmp_path: Path) -> None:
+    # 4 is the text of the second option and the label of the fourth; only train has golds that
+    # are texts but not labels
+    options = {"option1": "3", "option2": "4", "option3": "5", "option4": "6"}
+    train = [{"question": f"2 + {n}?", **options, "answer": str(2 + n)} for n in (3, 4)]
+    test = {"question": "2 + 2?", **options, "answer": "4"}
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
+    (tmp_path / "test.jsonl").write_text(json.dumps(test))
+    recipe = {"kind": "jsonl", "train": str(tmp_path), "dev_size": 0}
+    splits = Jsonl.model_validate(recipe).load(seed=0)
+    assert [problem.answer.value for problem in splits.train] == ["c", "d"]
+    assert [problem.answer.value for problem in splits.test] == ["b"]
+
+
+def test_a_gold_that_is_a_letter_and_a_text_is_read_as_the_other_golds_are(tmp_path: Path) -> None:
+    options = {"option_a": "x", "option_b": "a", "option_c": "b"}
+    golds = load(tmp_path, *({"question": g, **options, "answer": g} for g in ("a", "x")))
+    assert [problem.answer.value for problem in golds] == ["b", "a"]
+
+
+def test_two_options_with_the_text_that_is_the_gold_are_refused(tmp_path: Path) -> None:
+    options = {"option1": "3", "option2": "3.0", "option3": "7"}
+    rows = [{"question": g, **options, "answer": g} for g in ("3", "7")]
+    with pytest.raises(DataError, match="several options are '3'; expected one"):
+        load(tmp_path, *rows)
+
+
+def test_the_tenth_column_of_options_follows_the_ninth(tmp_path: Path) -> None:
+    options = {f"option{n}": f"word{n}" for n in (1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)}
+    golds = [{"question": str(n), **options, "answer": n} for n in (10, 2, 11)]
+    found = load(tmp_path, *golds)
+    assert [problem.answer.value for problem in found] == ["j", "b", "k"]
+    assert found[0].choices == tuple(f"word{n}" for n in range(1, 12))
+
+
 def test_options_without_labels_have_none(tmp_path: Path) -> None:
     options = [{"text": "x"}, {"text": "y"}, {"text": "None"}]
     (problem,) = load(tmp_path, {"question": "q", "choices": options, "answer": "None"})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from reftune.datasets import FileDataset, Splits
@@ -44,19 +45,19 @@ class Jsonl(FileDataset):
 
     several_rationales: ClassVar[bool] = True
 
-    def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. Raises: DataError if a column is missing or a row
-        invalid."""
-        if not rows:
-            return []
-        columns = self._columns(rows, is_train=split == "train")
-        refuse_type_changes(rows, columns.names)
-        options = [self._options(row, columns) for row in rows]
-        are_texts = self._golds_are_texts(rows, options, columns.answer)
-        return [
-            self._problem(row, columns, of_row, golds_are_texts=are_texts)
-            for row, of_row in zip(rows, options, strict=True)
-        ]
+    def all_problems(
+        self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
+    ) -> dict[Split, list[Problem]]:
+        """The problems of each split. A gold answer that is one option's label and another's text
+        is read as most other gold answers of the dataset are. Raises: DataError if a column is
+        missing or a row invalid."""
+        read = {split: self._read(rows[split], is_train=split == "train") for split in rows}
+        votes = sum(each.votes for of_split in read.values() for each in of_split)
+        are_texts = votes > 0 and self.positions_from is None
+        return {
+            split: [each.as_text() if are_texts else each.problem for each in of_split]
+            for split, of_split in read.items()
+        }
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without training rows whose rationale contradicts the gold answer. Numbers in
@@ -64,12 +65,16 @@ class Jsonl(FileDataset):
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
-        columns = self._columns([row], is_train=False)
-        return self._problem(row, columns, self._options(row, columns))
+        return self._read_row(row, self._columns([row], is_train=False)).problem
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
         return {"question": f"What is {n}?", "answer": n}
+
+    def _read(self, rows: Sequence[Row], *, is_train: bool) -> list[_Read]:
+        columns = self._columns(rows, is_train=is_train)
+        refuse_type_changes(rows, columns.names)
+        return [self._read_row(row, columns) for row in rows]
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The columns that the user named and, for the other fields, the recognised ones. Raises:
@@ -94,63 +99,39 @@ class Jsonl(FileDataset):
             )
         return None
 
-    def _golds_are_texts(
-        self, rows: Sequence[Row], options: Sequence[Options | None], column: str
-    ) -> bool:
-        """Whether more gold answers are only the text of an option than only its label. False if
-        the gold answers are positions. Raises: DataError if a cell contains no gold answer."""
-        if self.positions_from is not None:
-            return False
-        surplus = 0
-        for row, of_row in zip(rows, options, strict=True):
-            if of_row is not None and of_row.labels:
-                gold = _spelled(self._stated(row, column))
-                surplus += of_row.has_text(gold) - of_row.has_label(gold)
-        return surplus > 0
-
-    def _stated(self, row: Row, column: str) -> object:
-        """The answer that a cell states. Raises: DataError if it states none."""
-        cell = marked_text(row, column)
-        try:
-            return stated_gold(cell, Reading(decimal=self.decimal))
-        except DataError as error:
-            raise DataError(f"{row.where}: {column} is {error}") from None
-
-    def _problem(
-        self, row: Row, columns: Columns, options: Options | None, *, golds_are_texts: bool = False
-    ) -> Problem:
+    def _read_row(self, row: Row, columns: Columns) -> _Read:
+        options = self._options(row, columns)
         question, messages = _question(row, columns.question)
         cell = marked_text(row, columns.answer)
         try:
-            answer, text = self._gold(cell, options, are_texts=golds_are_texts)
+            answer, stated = self._gold(cell, options)
         except DataError as error:
             raise DataError(f"{row.where}: {columns.answer} is {error}") from None
         if columns.rationale == columns.answer:
             rationale = worked_solution(cell) if isinstance(cell, str) else None
         else:
             rationale = _rationale(row, columns.rationale)
-        return Problem(
+        problem = Problem(
             id=_id(row, columns.id),
             question=question,
             messages=messages,
             answer=answer,
-            gold_text=text,
+            gold_text=str(stated),
             rationale=rationale,
             choices=() if options is None else options.texts,
             columns=row.others(*columns.names),
         )
+        return _Read(problem=problem, gold=_spelled(stated), options=options, where=row.where)
 
-    def _gold(
-        self, cell: object, options: Options | None, *, are_texts: bool
-    ) -> tuple[Answer, str]:
-        """The answer in a cell, and the text that states it. `are_texts` is passed to `_choice`.
-        Raises: DataError if the cell contains no answer of the expected kind."""
+    def _gold(self, cell: object, options: Options | None) -> tuple[Answer, object]:
+        """The answer in a cell, and what states it. Raises: DataError if the cell contains no
+        answer of the expected kind."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
-            return read_gold(cell, kind, reading=reading), str(cell)
+            return read_gold(cell, kind, reading=reading), cell
         stated = stated_gold(cell, reading)
         if options is not None:
-            return self._choice(stated, options, are_texts=are_texts), str(stated)
+            return self._choice(stated, options), stated
         answer = read_gold(stated, kind, reading=reading)
         if kind == "auto" and _MISSING.fullmatch(str(answer)):
             raise DataError(
@@ -163,14 +144,13 @@ class Jsonl(FileDataset):
                 " \\boxed{72} or 'The answer is 72' (if this is the answer,"
                 " set dataset.answer_kind=text)"
             )
-        return answer, str(stated)
+        return answer, stated
 
-    def _choice(self, stated: object, options: Options, *, are_texts: bool) -> Answer:
-        """The option that a gold answer names. If the gold answers `are_texts` of options, one that
-        is both a text and a label is read as the text. Raises: DataError if it names no option."""
+    def _choice(self, stated: object, options: Options) -> Answer:
+        """The option that a gold answer names by its label, position or text. Raises: DataError if
+        it names no option."""
         spelled, first = _spelled(stated), self.positions_from
-        is_text = are_texts and options.has_text(spelled)
-        letter = None if is_text else options.letter(spelled, first)
+        letter = options.letter(spelled, first)
         is_digits = spelled.strip().isdecimal()
         if letter is None and is_digits and first is not None:
             last = first + len(options.texts) - 1
@@ -180,6 +160,34 @@ class Jsonl(FileDataset):
         except DataError as error:
             hint = " (if this is a position, set dataset.positions_from)" * is_digits
             raise DataError(f"{error}{hint}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """A row's problem, whose gold answer is read as an option's label if it is one."""
+
+    problem: Problem
+    gold: str
+    """The gold answer as a label is spelled."""
+    options: Options | None
+    where: str
+
+    @property
+    def votes(self) -> int:
+        """1 if the gold answer is only an option's text, −1 if it is only a label; otherwise 0."""
+        if self.options is None or not self.options.labels:
+            return 0
+        return self.options.has_text(self.gold) - self.options.has_label(self.gold)
+
+    def as_text(self) -> Problem:
+        """The problem with a gold answer that is read as an option's text if it is one. Raises:
+        DataError if several options have this text."""
+        if self.options is None or not self.options.has_text(self.gold):
+            return self.problem
+        letter = self.options.letter_of_text(self.gold)
+        if letter is None:
+            raise DataError(f"{self.where}: several options are {shown(self.gold)}; expected one")
+        return replace(self.problem, answer=Answer(kind="choice", value=letter))
 
 
 def _spelled(gold: object) -> str:

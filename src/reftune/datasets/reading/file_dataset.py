@@ -66,6 +66,12 @@ class FileDataset(Component):
                 counts[str(reason)] += 1
         return found
 
+    def all_problems(
+        self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
+    ) -> dict[Split, list[Problem]]:
+        """The problems of each split. The rows left out are counted in the split's `counts`."""
+        return {split: self.problems(rows[split], split, counts[split]) for split in rows}
+
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without training problems that are unfit to learn from: here, those whose
         rationale contradicts the gold answer."""
@@ -78,21 +84,26 @@ class FileDataset(Component):
     def load(self, *, seed: int) -> Splits:
         """Read the files, clean the splits, and draw dev with `seed` if the recipe names no dev
         source. Raises: DataError if the data cannot be read, or if `dev_size` is too large."""
-        dropped, dropped_of_test = Counter[str](), Counter[str]()
-        has_test = self.test is not None or not is_single_split(self.train)
-        test_rows = self._rows(self.test or self.train, "test") if has_test else []
-        dev_rows = None if self.dev is None else self._rows(self.dev, "dev")
+        rows: dict[Split, Sequence[Row]] = {}
+        if self.test is not None or not is_single_split(self.train):
+            rows["test"] = self._rows(self.test or self.train, "test")
+        if self.dev is not None:
+            rows["dev"] = self._rows(self.dev, "dev")
+        rows["train"] = self._rows(self.train, "train")
+        counts = {split: Counter[str]() for split in rows}
+        problems = self.all_problems(rows, counts)
         splits = draw_splits(
-            train=self.problems(self._rows(self.train, "train"), "train", dropped),
-            dev=None if dev_rows is None else self.problems(dev_rows, "dev", dropped),
-            test=self.problems(test_rows, "test", dropped_of_test),
+            train=problems["train"],
+            dev=problems.get("dev"),
+            test=problems.get("test", ()),
             dev_size=self.dev_size,
             seed=seed,
             key=type(self).key,
             several_rationales=self.several_rationales,
         )
-        of_test = {f"test_{reason}": count for reason, count in (+dropped_of_test).items()}
-        return self.trainable(replace(splits, counts={**+dropped, **of_test, **splits.counts}))
+        of_test = {f"test_{name}": count for name, count in counts.pop("test", Counter()).items()}
+        dropped = sum(counts.values(), Counter(of_test))
+        return self.trainable(replace(splits, counts={**dropped, **splits.counts}))
 
     def _rows(self, source: str, split: Split) -> list[Row]:
         names = self.file_names().get(split, ())

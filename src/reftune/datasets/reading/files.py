@@ -292,7 +292,7 @@ def _read_parquet(path: Path) -> Records:
     from pyarrow import parquet
 
     try:
-        records = [plain(record) for record in parquet.read_table(path).to_pylist()]
+        records = parquet.read_table(path).to_pylist()
     # ValueError: text that is not UTF-8; OverflowError: a date out of range
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
@@ -301,11 +301,14 @@ def _read_parquet(path: Path) -> Records:
 
 
 def plain(value: Any) -> Any:
-    """A value of Parquet with its decimals as ordinary numbers, and NaN as null."""
+    """A value from a data source with Unix line breaks, decimals as ordinary numbers, and NaN as
+    null."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):
         return [plain(each) for each in value]
+    if isinstance(value, str) and "\r" in value:
+        return value.replace("\r\n", "\n").replace("\r", "\n")
     if isinstance(value, Decimal):
         value = int(value) if value == value.to_integral_value() else float(value)
     return None if isinstance(value, float) and math.isnan(value) else value

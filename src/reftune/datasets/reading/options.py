@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class Options:
         place = int(label) - positions_from
         return string.ascii_lowercase[place] if place in places else None
 
+    def letter_of_text(self, gold: str) -> str | None:
+        """The letter of the only option with the text `gold`; None unless there is exactly one."""
+        places = [place for place, text in enumerate(self.texts) if same_option(gold, text)]
+        return string.ascii_lowercase[places[0]] if len(places) == 1 else None
+
     def has_label(self, gold: str) -> bool:
         """Whether `gold` is the label of an option."""
         return _bare(gold) in self.labels
@@ -50,8 +56,8 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
     """The options of a row. A single column contains a list of option texts,
     `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, in which
     nulls are skipped, or one of these written as a string. If there are several columns, each
-    contains one option, and blank columns are skipped; the columns' last characters are the labels
-    if they are consecutive letters or digits, as in `option_a`, `option_b`.
+    contains one option, and blank columns are skipped; the ends of the columns' names are the
+    labels if they are consecutive letters or numbers, as in `option_a`, `option_b`.
 
     Raises: DataError if the only column is missing, or if there are not 2 to 26 options.
     """
@@ -81,10 +87,12 @@ def _is_empty(cell: object) -> bool:
 def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
     """The options in several columns, by label if the columns' names contain labels."""
     filled = [(name, row.get(name)) for name in columns if not row.is_blank(name)]
-    labels = "".join(sorted(name[-1].lower() for name in columns))
-    is_labelled = labels in string.ascii_lowercase or labels in string.digits
+    labels = {name: re.sub(r".*?(\d+|.)$", r"\1", name.lower()) for name in columns}
+    places = [int(label) if label.isdecimal() else ord(label) for label in labels.values()]
+    first = min(places)
+    is_labelled = sorted(places) == list(range(first, first + len(columns)))
     if is_labelled:
-        return {name[-1].lower(): text for name, text in filled}
+        return {labels[name]: text for name, text in filled}
     return [text for _, text in filled]
 
 

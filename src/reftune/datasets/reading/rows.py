@@ -163,7 +163,7 @@ def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
 def _rows_of(path: Path) -> list[Row]:
     stem = Path(path.name.removesuffix(".gz")).stem
     return [
-        Row(where=where, id=f"{stem}-{number}", columns=columns)
+        Row(where=where, id=f"{stem}-{number}", columns=plain(columns))
         for number, (where, columns) in enumerate(read_file(path), start=1)
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, takewhile
+from string import ascii_lowercase
 from typing import Any
 
 from reftune.datasets.reading.conversations import is_answered, is_conversation
@@ -134,7 +135,7 @@ class _Found:
 
     def choices(self, used: set[str]) -> str | list[str] | None:
         """One column with all options, or one column per option; None if there are none."""
-        for pattern, labels in product(LABELLED, ("abcdefghij", "123456789")):
+        for pattern, labels in product(LABELLED, (ascii_lowercase, tuple(map(str, range(1, 27))))):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
             if len(columns) >= 2:
