@@ -24,9 +24,9 @@ from reftune.grading.markers import (
     statements,
 )
 from reftune.grading.mathematics import looks_like_math
-from reftune.grading.numbers import CURRENCY, Number, numeral_at, same_number
+from reftune.grading.numbers import Number, numeral_at, same_number
 from reftune.grading.plain_text import plain, same_text, with_decimal_points
-from reftune.grading.words import MONTHS, OTHER_MAGNITUDES, UNIT_NAMES
+from reftune.grading.units import is_unit
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind
 
@@ -286,47 +286,6 @@ _NOT_WHOLE = re.compile(
 )
 """Matches spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2,
 05/06 may be a date, and reading 5_8 or 5k would be a guess."""
-_SYMBOLS = (
-    r"[mgshlLJNVWAKCF]|[kmcdn]m|[kmµn]g|in|yd|mi|sec|[mµn]s|mph|kph|kmph|kmh|oz|gal|[mdc][lL]|cc"
-    r"|[kMG]?Hz|[kMG]W|[kM]?Wh|kJ|MJ|[kM]?cal|[kM]?Pa|atm|mol|rad|deg|[kMG]?eV|[km][VA]|kN|[KMGTk]B"
-    r"|[KMGT]iB|rpm|psi|bpm|[kmc]ms|mtrs?|mts|mps|kmps|[kmg]gs|gms?|mls|[cs]q?ft|secs|tbsp|tsp|pcs"
-    r"|pts|qts|nos"
-)
-_WORDS = (
-    rf"{UNIT_NAMES}|milligrams?|(?:milli)?lit(?:er|re)s?|miles?|units?|watts?|volts?|joules?"
-    r"|newtons?|people|items?|knots?|tons?|tonnes?|acres?|hectares?|yrs?|mo|wks?|pt|px|hp|amps?"
-)
-_BASE = rf"(?:{_SYMBOLS}|{_WORDS})(?![^\W\d_])"
-_POWER = r"(?: ?\^ ?\{? ?-?[1-4] ?\}?|(?<=[a-z])[23](?!\d))?"
-_KNOWN_UNIT = re.compile(
-    rf"(?:(?:square|cubic|sq\.?|cu\.?|fluid|fl\.?|nautical) )?{_BASE}{_POWER}"
-    rf"(?: ?(?:/|\bper\b) ?{_BASE}{_POWER})?|N ?[-*]? ?m"
-    rf"|degrees? ?(?:C|F|K|[Cc]elsius|[Ff]ahrenheit)|(?:/|per) ?(?![A-Za-z]\b){_BASE}{_POWER}"
-    rf"|(?i:{CURRENCY})"
-)
-_NOT_UNITS = frozenset(
-    "and und oder plus minus mod modulo base choose squared cubed factorial dozen dozens score"
-    " gross tau phi theta alpha beta lambda log exp sin cos tan inf infinity nan over under above"
-    " below remainder rem approx ago bce repeating recurring max maximum minimum oclock"
-    " approximately about roughly nearly almost ish fold one two three four five six seven eight"
-    " nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety ones tens"
-    " hundreds thousands millions billions are was then else because since for with versus not"
-    " true false none null unknown permille noon midnight monday tuesday wednesday thursday"
-    " friday saturday sunday mon tue tues wed thu thurs fri sat utc est edt cet ist uhr heures"
-    " past north south east west januar februar märz mai juni juli oktober dezember janvier"
-    " février mars avril juin juillet août septembre octobre novembre décembre enero febrero"
-    " marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split()
-)
-"""Words that do not count as units after a number, for example because they change the number's
-value or turn it into a time of day."""
-_FRACTION_WORD = re.compile(
-    r"half|halves|(?:third|quarter|\w+(?:teen|tie)th|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf"
-    r"|hundred|thousand|million|billion)th)s?"
-)
-_VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
-"""Matches letters that may be a product, as in 2ab, rather than a unit: two letters, consonants,
-`abc`, `xyz`, `uvw` or, only directly after the number, any three letters."""
-_NOT_UNIT = re.compile(rf"{MONTHS}|{OTHER_MAGNITUDES}", re.IGNORECASE)
 
 
 def _whole_number(text: str) -> Number | None:
@@ -348,26 +307,7 @@ def _whole_number(text: str) -> Number | None:
     ordinal = _ORDINAL.match(rest)
     if ordinal is not None and number.value.denominator == 1:
         rest = rest[ordinal.end() :]
-    return number if _is_unit(rest) else None
-
-
-def _is_unit(rest: str) -> bool:
-    """Whether the text after a number is empty or one unit: a known unit, or a lower-case word."""
-    unit = rest.strip()
-    if unit[:1] == "(" and unit[-1:] == ")":
-        unit = unit[1:-1].strip()
-    if not unit:
-        return True
-    if len(unit) == 1 and unit.isalpha():
-        return False
-    if unit.lower() in _NOT_UNITS or _NOT_UNIT.fullmatch(unit.rstrip(".")):
-        return False
-    if _KNOWN_UNIT.fullmatch(unit) is not None:
-        return True
-    variables = _VARIABLES.fullmatch(unit)
-    if variables is not None and (variables["attached"] is None or rest[0] == unit[0]):
-        return False
-    return unit.isalpha() and unit.islower() and _FRACTION_WORD.fullmatch(unit) is None
+    return number if is_unit(rest) else None
 
 
 # --- choices --------------------------------------------------------------------------------------

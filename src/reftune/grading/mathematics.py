@@ -30,7 +30,7 @@ START_S = 120.0
 """Seconds allowed for a worker's first reply, including the import of math-verify."""
 MAX_EXPRESSION_CHARS = 1_000
 
-_FUNCTIONS = frozenset(
+FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt lim max min gcd lcm"
     " mod inf infty infinity det deg cdot times".split()
 )
@@ -139,7 +139,7 @@ def _words_in(expression: str) -> bool:
     name nor LaTeX, or a common two-letter word."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
-    return any(word in _SHORT_WORDS or (len(word) > 2 and word not in _FUNCTIONS) for word in words)
+    return any(word in _SHORT_WORDS or (len(word) > 2 and word not in FUNCTIONS) for word in words)
 
 
 def _spelling(expression: str) -> str:

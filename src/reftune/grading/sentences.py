@@ -142,18 +142,14 @@ def _assigned_values(line: str) -> Iterator[Fraction | None]:
 def _leading_number(line: str) -> Number | None:
     """The number at the start of a plain line; None if there is none, or if the text after the
     number makes it part of something larger, such as a range."""
+    line = _IN_ANGLES.sub(r"\1\2", line, count=1)  # "<203>" is an answer, but "< 203" is not
     lead = _LEAD_IN.match(line)
     assert lead is not None  # pattern matches the empty string
-    bracketed = line.startswith("<", lead.end())
-    found = numeral_at(line, lead.end() + bracketed)
+    found = numeral_at(line, lead.end())
     if found is None:
         return None
     number, end = found
     rest = line[end:]
-    if bracketed:  # "<203>" is an answer, but "< 203" is not
-        inside, closing, rest = rest.partition(">")
-        if not closing or not re.fullmatch(r"[^<\d]*", inside):
-            return None
     if lead.group()[-1:] in ("(", "[") and "," in line[lead.end() : end]:
         return None  # a point, (2,251,252)
     return None if _is_part_of_more(rest) and not _restates(number, rest) else number
@@ -165,6 +161,7 @@ _LEAD_IN = re.compile(
     r"|actually)\b\.?)*",
     re.IGNORECASE,
 )
+_IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNORECASE)
 
 
 def _only_number(line: str) -> Number | None:

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import re
 import unicodedata
+from itertools import product
 from typing import Literal
 
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
@@ -62,6 +63,8 @@ _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
 answers: "Paris, London"."""
 _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+_TIME = re.compile(r"(?<=\d)(?::00)?([ap])\.?m\b")  # 7:00p.m
+_RATIO = re.compile(r"(?<=\d)to(?=\d)")  # 3to2
 _NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[.,]|[ t]00:00(?::00)?$")
 _DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")
 
@@ -78,7 +81,8 @@ def bare_words(text: str) -> str:
     folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     less = _ARTICLE.sub("", " ".join(folded.split()))
-    return re.sub(r"[\s\"'`*_]+", "", less or folded).rstrip(".,;:!?")
+    bare = re.sub(r"[\s\"'`*_]+", "", less or folded).rstrip(".,;:!?")
+    return _RATIO.sub(":", _TIME.sub(r"\1m", bare))
 
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
@@ -131,7 +135,7 @@ def _date(text: str) -> datetime.date | None:
         return None
     line = _NOT_IN_DATES.sub(" ", " ".join(plain(text).casefold().split()).rstrip(".,;:!?"))
     words = " ".join(line.replace("sept ", "sep ").split())
-    for form in _DATES:
+    for form, year in product(_DATES, ("", " 9996")):  # "January 1" has no year
         with contextlib.suppress(ValueError):
-            return datetime.datetime.strptime(words, form).date()
+            return datetime.datetime.strptime(words + year, form).date()
     return None
