@@ -105,7 +105,7 @@ def attend_in_groups(
 
 def unpad(padded: Tensor, packing: Packing) -> Tensor:
     """(S, …) slots → (T, …) tokens."""
-    tokens: Tensor = _Unpad.apply(padded, packing.slots, packing.is_read, packing.order)  # type: ignore[no-untyped-call]
+    tokens: Tensor = _Unpad.apply(padded, packing)  # type: ignore[no-untyped-call]
     return tokens
 
 
@@ -155,15 +155,15 @@ def _attend_codegen(
 
 
 def _pad(tokens: Tensor, packing: Packing) -> Tensor:
-    padded: Tensor = _Pad.apply(tokens, packing.slots, packing.order, *packing.repeats)  # type: ignore[no-untyped-call]
+    padded: Tensor = _Pad.apply(tokens, packing)  # type: ignore[no-untyped-call]
     return padded
 
 
-def sum_slots(slots: Tensor, order: Tensor, repeats: Sequence[Tensor]) -> Tensor:
+def sum_slots(slots: Tensor, packing: Packing) -> Tensor:
     """The gradient (T, …) of each token: the sum of the gradients (S, …) of its slots. Empty slots
     have gradient 0, because no token attends to them."""
-    total = slots.index_select(0, order)
-    for tokens, further in zip(repeats[::2], repeats[1::2], strict=True):
+    total = slots.index_select(0, packing.order)
+    for tokens, further in zip(packing.repeats[::2], packing.repeats[1::2], strict=True):
         more = total.index_select(0, tokens) + slots.index_select(0, further)
         total.index_copy_(0, tokens, more)
     return total
@@ -173,26 +173,24 @@ class _Pad(torch.autograd.Function):
     """(T, …) tokens → (S, …) slots."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, slots: Tensor, order: Tensor, *repeats: Tensor) -> Tensor:
-        ctx.save_for_backward(order, *repeats)
-        return tokens.index_select(0, slots)
+    def forward(ctx: Any, tokens: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return tokens.index_select(0, packing.slots)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        order, *repeats = ctx.saved_tensors
-        return sum_slots(grads[0], order, repeats), None, None, *[None for _ in repeats]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return sum_slots(grads[0], ctx.packing), None
 
 
 class _Unpad(torch.autograd.Function):
     """(S, …) slots → (T, …) tokens. A slot that is not read gets gradient 0."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, slots: Tensor, is_read: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(slots, is_read)
-        return padded.index_select(0, order)
+    def forward(ctx: Any, padded: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return padded.index_select(0, packing.order)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        slots, is_read = ctx.saved_tensors
-        grad = grads[0].index_select(0, slots)
-        return grad.mul_(is_read.view(-1, *[1] * (grad.dim() - 1))), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].index_select(0, ctx.packing.slots)
+        return grad.mul_(ctx.packing.is_read.view(-1, *[1] * (grad.dim() - 1))), None

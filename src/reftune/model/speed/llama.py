@@ -1,15 +1,28 @@
 """Runs Llama-like transformers with few PyTorch calls, for training and for decoding.
 
-In small models, PyTorch's calls and autograd take longer than the arithmetic itself. In training,
-the norm, the rotary positions and the gated activation are therefore one autograd function each,
-with a closed-form gradient. In decoding, one product computes queries, keys and values, and another
-computes gate and up; both use copies of the weights in the compute dtype.
+In small models, PyTorch's calls and autograd take longer than the arithmetic itself. This file
+writes out the transformer's blocks. Each maps hidden states h to
+
+    h' = h + W_o attention(turn(W_q x), turn(W_k x), W_v x),    x = norm(h)
+    h'' = h' + W_down (silu(W_gate y) · W_up y),                y = norm(h')
+
+where `turn` applies rotary positions, and Qwen3 normalizes queries and keys before it. The two
+halves of this file replace these parts of transformers' own code:
+
+    part                   in training: `read_packed`        in decoding: `Decoder`
+    norm                   `_RmsNorm`                        one call of PyTorch
+    queries, keys, values  turned and padded: `_TurnAndPad`  one product for all three
+    attention              `attention.attend_in_groups`      over the cache, to all rows at once
+    silu(gate) · up        `_GatedSilu`                      one product for gate and up
+    products               the layers themselves             `linears.product`
+
+The classes `_RmsNorm`, `_TurnAndPad` and `_GatedSilu` are autograd functions with closed-form
+gradients. Their docstrings state the equations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +33,7 @@ from torch.nn import functional
 from reftune.model.batch import PackedTokens, Packing
 from reftune.model.layers import recomputed
 from reftune.model.speed.attention import attend_in_groups, has_window, sum_slots, unpad
+from reftune.model.speed.linears import product
 
 FAMILIES = (
     "LlamaForCausalLM",
@@ -29,14 +43,6 @@ FAMILIES = (
     "Qwen3ForCausalLM",
 )
 """Classes in transformers that this file can run."""
-FEW_ROWS = 16
-"""Number of input rows for which the layout of a packed weight is chosen. This layout speeds up
-products with more or fewer rows just as much."""
-LARGE = 2**18
-"""In fp32, oneDNN computes products with weights of at least this many elements. It is faster than
-MKL for few rows, because MKL hardly divides such products among threads."""
-Product = Callable[[Tensor], Tensor]
-"""Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 
 
 def is_written_out(model: Any) -> bool:
@@ -52,13 +58,7 @@ def is_written_out(model: Any) -> bool:
         return False
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         return False
-    layers = [
-        layer
-        for block in model.model.layers
-        for part in (block.self_attn, block.mlp)
-        for name, layer in part.named_children()
-        if name.endswith("_proj")
-    ]
+    layers = [layer for name, layer in model.named_modules() if name.endswith("_proj")]
     return all(type(layer) is nn.Linear for layer in (*layers, model.get_output_embeddings()))
 
 
@@ -100,7 +100,8 @@ def _read_block(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor, packing: P
     hidden = hidden + _dropped(block, "resid_attn_dropout", states)
     states = _norm(hidden, block.post_attention_layernorm)
     parts = [layer(states) for layer in gate_up(block.mlp)]
-    states = block.mlp.down_proj(_GatedSilu.apply(*parts))  # type: ignore[no-untyped-call]
+    gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
+    states = block.mlp.down_proj(_GatedSilu.apply(gate, up))  # type: ignore[no-untyped-call]
     return hidden + _dropped(block, "resid_mlp_dropout", states)
 
 
@@ -123,10 +124,12 @@ def _attention(
     queries, keys = num_heads(attention)
     parts = [layer(states) for layer in query_key_value(attention)]
     if hasattr(attention, "q_norm"):
-        for place, norm, heads in ((0, attention.q_norm, queries), (1, attention.k_norm, keys)):
-            parts[place] = _norm(parts[place].unflatten(1, (heads, -1)), norm).flatten(1)
+        for place, norm in enumerate((attention.q_norm, attention.k_norm)):
+            heads = parts[place].unflatten(1, (-1, attention.head_dim))
+            parts[place] = _norm(heads, norm).flatten(1)
+    states = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     padded = _TurnAndPad.apply(  # type: ignore[no-untyped-call]
-        cos, sin, packing, queries + keys, *parts
+        states, cos, sin, packing, queries + keys
     )
     attended = attend_in_groups(
         attention,
@@ -165,60 +168,52 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """silu(gate) · up, for gate and up as two tensors (T, I), or side by side in one (T, 2 I)."""
+    """y = silu(a) u,  silu(a) = a σ,  σ = 1 / (1 + e^(-a)), for gate a and up u, each (T, I). g is
+    dL/dy.
+
+    dL/da = g u (σ + silu(a) (1 - σ))        dL/du = g silu(a)
+    """
 
     @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(*parts)
-        gate, up = _halves(parts)
-        activated: Tensor = functional.silu(gate).mul_(up)
-        return activated
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        parts = ctx.saved_tensors  # read only once, because recomputed tensors are gone afterwards
-        gate, up = _halves(parts)
-        results = tuple(torch.empty_like(part) for part in parts)
-        grad_gate, grad_up = _halves(results)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
         share = torch.sigmoid(gate)
-        torch.mul(gate, share, out=grad_up)  # silu(gate)
-        slope = share.addcmul_(grad_up, 1 - share)
-        grad_up.mul_(grads[0])
-        torch.mul(slope.mul_(up), grads[0], out=grad_gate)
-        return results
-
-
-def _halves(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    return parts[0].chunk(2, -1) if len(parts) == 1 else parts
+        activated = gate * share
+        slope = share.addcmul_(activated, 1 - share)
+        return slope.mul_(up).mul_(grads[0]), activated.mul_(grads[0])
 
 
 class _TurnAndPad(torch.autograd.Function):
-    """Queries, keys and values (T, heads · D), in one part or three → (S, heads, D) slots, with
-    rotary positions applied to the first `turned` heads."""
+    """Queries, keys and values side by side, (T, heads · D) → (S, heads, D) slots. The first
+    `turned` heads are turned to their rotary positions, and their gradients are turned back."""
 
     @staticmethod
     def forward(
-        ctx: Any, cos: Tensor, sin: Tensor, packing: Packing, turned: int, *parts: Tensor
+        ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, packing: Packing, turned: int
     ) -> Tensor:
-        size = cos.shape[-1]
         ctx.save_for_backward(cos, sin)
-        ctx.packing, ctx.turned, ctx.widths = packing, turned, [part.shape[1] for part in parts]
-        states = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        heads = states.view(len(states), -1, size)
+        ctx.packing, ctx.turned = packing, turned
+        heads = states.view(len(states), -1, cos.shape[-1])
         heads = torch.cat([_turn(heads[:, :turned], cos, sin), heads[:, turned:]], 1)
         return heads.index_select(0, packing.slots)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        grad = sum_slots(grads[0], ctx.packing.order, ctx.packing.repeats)
+        grad = sum_slots(grads[0], ctx.packing)
         turned = grad[:, : ctx.turned]
         turned.copy_(_turn(turned, cos, -sin))
-        return (None, None, None, None, *grad.flatten(1).split(ctx.widths, 1))
+        return grad.flatten(1), None, None, None, None
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`states` (…, heads, D) with rotary positions applied. `cos` and `sin` are (…, 1, D)."""
+    """`states` (…, heads, D) with rotary positions applied: the halves (l, r) of a head become
+    (l cos - r sin, r cos + l sin). `cos` and `sin` are (…, 1, D)."""
     half = cos.shape[-1] // 2
     left, right = states.split(half, -1)
     turned = states * cos
@@ -236,13 +231,10 @@ class Decoder:
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
         self.embedding = model.get_input_embeddings().weight.detach()
-        self.rotary, self.dtype = model.model.rotary_emb, dtype
-        self.blocks = [
-            _Block(block, index, dtype, pack) for index, block in enumerate(model.model.layers)
-        ]
-        self.norm = _Norm(model.model.norm)
+        self.rotary, self.dtype, self.pack = model.model.rotary_emb, dtype, pack
+        self.blocks = [_Block(block, dtype, pack) for block in model.model.layers]
+        self.norm = _plain_norm(model.model.norm)
         self.head = product([model.get_output_embeddings()], dtype, pack=pack)
-        self.pack = pack
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """The final hidden states (B, H) of each row's last token, from new tokens (B, S) and the
@@ -293,15 +285,18 @@ class _Layout(NamedTuple):
 
 
 class _Block:
-    def __init__(self, block: Any, index: int, dtype: torch.dtype, pack: bool) -> None:
+    """A block of the transformer. Attributes of its modules are read only here, because PyTorch
+    takes long to look them up."""
+
+    def __init__(self, block: Any, dtype: torch.dtype, pack: bool) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self.index, self.dtype = index, dtype
+        self.index, self.dtype = attention.layer_idx, dtype
         self.head_size, self.scaling = attention.head_dim, attention.scaling
         self.queries, self.keys = num_heads(attention)
-        self.attention_norm = _Norm(block.input_layernorm)
-        self.mlp_norm = _Norm(block.post_attention_layernorm)
-        has_norms = hasattr(attention, "q_norm")
-        self.head_norms = (_Norm(attention.q_norm), _Norm(attention.k_norm)) if has_norms else None
+        self.attention_norm = _plain_norm(block.input_layernorm)
+        self.mlp_norm = _plain_norm(block.post_attention_layernorm)
+        head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+        self.head_norms = [_plain_norm(norm) for norm in head_norms]
         self.query_key_value = product(query_key_value(attention), dtype, pack=pack)
         self.output = product([attention.o_proj], dtype, pack=pack)
         self.gate_up = product(gate_up(mlp), dtype, pack=pack)
@@ -322,7 +317,7 @@ class _Block:
         heads = self.query_key_value(states).view(len(states), -1, self.head_size)
         turned, value = heads.split([self.queries + self.keys, self.keys], 1)
         turned = turned.float()
-        if self.head_norms is not None:
+        if self.head_norms:
             parts = turned.split([self.queries, self.keys], 1)
             turned = torch.cat(
                 [norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1
@@ -342,12 +337,11 @@ class _Block:
         return layout.pick(attended.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
-class _Norm:
-    def __init__(self, norm: Any) -> None:
-        self.weight, self.epsilon = norm.weight.detach(), norm.variance_epsilon
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+def _plain_norm(norm: Any) -> Callable[[Tensor], Tensor]:
+    weight = norm.weight.detach()
+    return partial(
+        functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=norm.variance_epsilon
+    )
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
@@ -359,70 +353,3 @@ def _visible(mask: Tensor, length: int) -> Tensor:
     own = torch.ones(length, mask.shape[1], dtype=torch.bool, device=mask.device)
     start = mask.shape[1] - length
     return (visible & own.tril(start)) | (own.tril(start) & own.triu(start))
-
-
-# --- products of linear layers --------------------------------------------------------------------
-
-
-@contextmanager
-def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the `with` block, compute linear layers with a read-only copy of their weights in
-    `dtype`, in oneDNN's layout.
-
-    Their products then take a half to two thirds of the time that they take with the original
-    weights. Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects stay
-    unchanged, such as small ones in fp32 and all layers on devices other than the CPU.
-    """
-    layers = [
-        module
-        for module in model.modules()
-        if type(module) is nn.Linear and _can_be_packed(module.weight, dtype)
-    ]
-    for layer in layers:
-        layer.forward = product([layer], dtype)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
-    """A single product in `dtype` that computes the outputs of `layers` for the same rows, side by
-    side.
-
-    If oneDNN's layout would be faster than the ordinary one, the product uses a copy of the weights
-    in this layout or, without `pack`, an ordinary copy of the same size.
-    """
-    weight = _joined([layer.weight for layer in layers], dtype)
-    bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
-    if not _can_be_packed(weight, dtype):
-        return partial(_plain_product, weight=weight, bias=bias)
-    if not pack:  # as much memory as a packed copy
-        return partial(_plain_product, weight=weight.clone(), bias=bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
-    return partial(_packed_product, weight=packed, bias=bias)
-
-
-def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    cast = [part.detach().to(dtype) for part in parts]
-    return cast[0] if len(parts) == 1 else torch.cat(cast)
-
-
-def _can_be_packed(weight: Tensor, dtype: torch.dtype) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.float32:
-        return weight.numel() >= LARGE
-    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _packed_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(
-        rows.to(weight.dtype), weight, bias, "none", [], ""
-    )
-    return result
-
-
-def _plain_product(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(rows.to(weight.dtype), weight, bias)
