@@ -22,7 +22,6 @@ from reftune.datasets import load_splits
 from reftune.grading.options import read_choice
 from reftune.recipe import Recipe, load_recipe
 from reftune.results.stats import compare_over_seeds, hierarchical_bootstrap
-from reftune.results.summary import comparison_json
 from reftune.seeds import generator
 from reftune.stages.probes.choices import derived_values, read_rows
 from reftune.storage.files import JsonLines
@@ -91,7 +90,7 @@ def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
             same_problems=False,
             generator=generator("hacking", sign),
         )
-        document[sign] = {**shares, "change": comparison_json(change)}
+        document[sign] = {**shares, "change": change.to_row()}
     return document
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import shipped_recipes
-from reftune.terminal.cli import find_recipe, main, newest_checkpoint
+from reftune.storage.run_folder import RunFolder
+from reftune.terminal.cli import find_recipe, main
 
 RECIPE = """
 name: tiny
@@ -222,7 +223,9 @@ def test_the_newest_checkpoint_is_by_time_not_by_number(tmp_path: Path):
     ):
         (tmp_path / "stages" / name).mkdir(parents=True)
         os.utime(tmp_path / "stages" / name, (seconds, seconds))
-    assert newest_checkpoint(tmp_path) == tmp_path / "stages/reft/checkpoints/step-000001"
+    assert (
+        RunFolder(tmp_path).newest_checkpoint() == tmp_path / "stages/reft/checkpoints/step-000001"
+    )
 
 
 def test_table_and_report_take_several_runs(

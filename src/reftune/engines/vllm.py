@@ -214,12 +214,13 @@ class Colocated:
     trainer."""
 
     def __init__(self, settings: Vllm, policy: Policy, folder: Path) -> None:
-        quiet = {
+        defaults = {
             "VLLM_LOGGING_STREAM": "ext://sys.stderr",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
-        for name, value in {**quiet, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}.items():
+        for name, value in defaults.items():
             os.environ.setdefault(name, value)
         with torch.random.fork_rng([]):
             vllm = _vllm()
@@ -343,11 +344,10 @@ class NotFoundError(EngineError):
 
 
 HINTS = {
-    path: f"expected {variable} in the server's environment{option}"
-    for path, variable, option in (
-        ("/collective_rpc", "VLLM_SERVER_DEV_MODE=1", ""),
-        ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", ", and --enable-lora"),
-    )
+    "/collective_rpc": "expected VLLM_SERVER_DEV_MODE=1 in the server's environment",
+    "/v1/load_lora_adapter": (
+        "expected VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in the server's environment, and --enable-lora"
+    ),
 }
 """For each path, a hint on how to start a server that supports it."""
 

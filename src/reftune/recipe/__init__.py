@@ -12,8 +12,6 @@ from reftune.recipe.kinds import (
 )
 from reftune.recipe.reading import load_recipe, merge, parse_recipe, read_yaml
 from reftune.recipe.schema import (
-    CheckTable,
-    EvaluateTable,
     LengthTable,
     LoraTable,
     ModelTable,
@@ -24,9 +22,7 @@ from reftune.recipe.schema import (
 )
 
 __all__ = [
-    "CheckTable",
     "Component",
-    "EvaluateTable",
     "LengthTable",
     "LoraTable",
     "ModelTable",

@@ -9,7 +9,7 @@ from typing import Literal
 from reftune.results import paper
 from reftune.results.page.figures import write_figures
 from reftune.results.page.html import write_report
-from reftune.results.records import read_run, require_finished
+from reftune.results.records import read_run, read_runs
 from reftune.results.summary import comparable_groups, read_groups, score_table, summarize
 from reftune.results.tables import choices_table, remarks, render_table
 from reftune.storage.run_folder import RunFolder
@@ -39,13 +39,12 @@ def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None
 def table_command(
     run_dirs: Sequence[Path | str],
     fmt: str = "text",
-    json: bool = False,
     *,
     layout: Literal["auto", "methods", "paper"] = "auto",
     k: int | None = None,
 ) -> str:
     """The output of `reftune table RUN…`: the results of the final evaluation, formatted as `text`,
-    `markdown`, `latex` or `json`. `json=True` overrides `fmt`.
+    `markdown`, `latex` or `json`.
 
     In the layout `methods`, one table compares all methods on the same problems. The layout `paper`
     follows the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of
@@ -53,10 +52,7 @@ def table_command(
     Raises: DataError if a run is missing, damaged or unfinished, if runs are not comparable, if
     there are fewer than `k` samples, or for an unknown `fmt`.
     """
-    fmt = "json" if json else fmt
-    runs = [read_run(folder) for folder in run_dirs]
-    for run in runs:
-        require_finished(run)
+    runs = read_runs(run_dirs)
     if layout == "paper" or (layout == "auto" and paper.is_several_tasks(runs)):
         return paper.render(paper.cells(runs, k=k), fmt)
     return render_table(score_table(comparable_groups(runs), k=k), fmt)

@@ -4,7 +4,7 @@ plug-in."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,10 +104,6 @@ class RunResults:
         return {key: value for key, value in self.recipe.items() if key not in apart}
 
     @property
-    def finished(self) -> bool:
-        return not self.missing
-
-    @property
     def wall_seconds(self) -> float:
         """Total training time in seconds. A stage's time includes that of its snapshots."""
         infos = [stage.info for stage in self.stages.values()]
@@ -156,22 +152,17 @@ def read_run(folder: Path | str) -> RunResults:
     )
 
 
-def require_finished(run: RunResults) -> None:
-    """Check that every method that the recipe evaluates has been evaluated. Raises: DataError if
-    one has not."""
-    if run.missing:
-        raise DataError(
-            f"{run.folder}: the run has not finished: no evaluation of {', '.join(run.missing)}; "
-            "`reftune run` with its recipe continues it"
-        )
-
-
-def same_problems(evals: Mapping[str, tuple[EvalRow, ...]]) -> bool:
-    """Whether all methods answered the same problems in the same order."""
-    return (
-        len({tuple((row.id, row.question, row.gold) for row in rows) for rows in evals.values()})
-        <= 1
-    )
+def read_runs(folders: Sequence[Path | str], *, finished: bool = True) -> list[RunResults]:
+    """Load the results of several runs. Raises: DataError as `read_run` or, if `finished`, if a
+    method that a recipe evaluates has not been evaluated."""
+    runs = [read_run(folder) for folder in folders]
+    for run in runs:
+        if finished and run.missing:
+            raise DataError(
+                f"{run.folder}: the run has not finished: no evaluation of"
+                f" {', '.join(run.missing)}; `reftune run` with its recipe continues it"
+            )
+    return runs
 
 
 # --- the files ------------------------------------------------------------------------------------

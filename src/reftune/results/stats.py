@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -64,6 +65,19 @@ class Comparison:
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]
+
+    def to_row(self) -> dict[str, Any]:
+        """The comparison as in `summary.json` and in the output of `reftune table --json`."""
+        single = self.p_mcnemar is not None
+        return {
+            "a": self.a,
+            "b": self.b,
+            "difference": self.difference,
+            "ci95": list(self.ci95),
+            "n": self.n,
+            "significant": self.significant,
+            **({"p_mcnemar": self.p_mcnemar} if single else {"by_seed": list(self.by_seed)}),
+        }
 
     def turned(self) -> Comparison:
         """The comparison with `a` and `b` exchanged."""

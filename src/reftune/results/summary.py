@@ -4,9 +4,9 @@ finished when RL began, and whether a reward model beats a random choice."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +17,11 @@ from numpy.typing import NDArray
 from reftune.errors import DataError
 from reftune.grading import voting
 from reftune.results import stats
-from reftune.results.records import (
-    EvalRow,
-    RunResults,
-    StageResults,
-    read_run,
-    require_finished,
-    same_problems,
-)
+from reftune.results.records import EvalRow, RunResults, StageResults, read_runs
 from reftune.results.stats import Comparison, Interval
 from reftune.stages import NEEDED_ACCURACY
 from reftune.stages.probes import choices
 from reftune.storage.run_folder import RunFolder
-from reftune.types import Graded
 
 GREEDY = "greedy"
 
@@ -160,7 +152,7 @@ def summarize(group: Group) -> dict[str, Any]:
     return {
         "name": run.name,
         "methods": {method.method: _method_json(method) for method in table.methods},
-        "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
+        "comparisons": [found.to_row() for found in table.comparisons],
         "handovers": [found.to_row() for found in handovers(run)],
         "rerankers": [found.to_row() for found in rerankers(run)],
         "wall_seconds": run.wall_seconds,
@@ -179,21 +171,6 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
     return result | ({"choices": choices.summary_of(rows)} if rows else {})
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as in `summary.json` and in the output of `reftune table --json`."""
-    result = {
-        "a": comparison.a,
-        "b": comparison.b,
-        "difference": comparison.difference,
-        "ci95": list(comparison.ci95),
-        "n": comparison.n,
-        "significant": comparison.significant,
-    }
-    if comparison.p_mcnemar is None:
-        return result | {"by_seed": list(comparison.by_seed)}
-    return result | {"p_mcnemar": comparison.p_mcnemar}
-
-
 # --- several runs ---------------------------------------------------------------------------------
 
 
@@ -203,11 +180,7 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
     Raises: DataError if a run is missing or damaged, if a run is unfinished and `finished` is True,
     or if the groups are not comparable.
     """
-    runs = [read_run(folder) for folder in run_dirs]
-    if finished:
-        for run in runs:
-            require_finished(run)
-    return comparable_groups(runs)
+    return comparable_groups(read_runs(run_dirs, finished=finished))
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
@@ -215,7 +188,7 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     problems or, with several groups, if runs answered different problems or the numbers of seeds
     differ."""
     for run in runs:
-        if not same_problems(run.evals):
+        if not _same_problems(run.evals.values()):
             raise DataError(
                 f"{run.folder}: its methods were evaluated on different problems; expected the same"
                 " problems in the same order"
@@ -261,9 +234,12 @@ def _group_label(runs: Sequence[RunResults]) -> str:
 
 
 def _share_problems(runs: Sequence[RunResults]) -> bool:
-    return same_problems(
-        {str(run.folder): next(iter(run.evals.values())) for run in runs if run.evals}
-    )
+    return _same_problems(next(iter(run.evals.values())) for run in runs if run.evals)
+
+
+def _same_problems(evals: Iterable[Sequence[EvalRow]]) -> bool:
+    """Whether all methods answered the same problems in the same order."""
+    return len({tuple((row.id, row.question, row.gold) for row in rows) for rows in evals}) <= 1
 
 
 def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
@@ -391,48 +367,27 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
     over all subsets of k samples. Raises: DataError if a problem has fewer than `max_k` samples.
     """
     voting.check_k(max_k, num_samples(rows))
-    rules = {
-        "maj": _majority_row,
-        "weighted": _weighted_row,
-        "rerank": _rerank_row,
-        "pass": _pass_row,
-    }
-    if any(sample.score is None for row in rows for sample in row.samples):
-        del rules["weighted"], rules["rerank"]
-    return {rule: np.array([curve(row, max_k) for row in rows]) for rule, curve in rules.items()}
+    is_scored = all(sample.score is not None for row in rows for sample in row.samples)
+    curves = [_row_curves(row, max_k, is_scored) for row in rows]
+    return {rule: np.array([row[rule] for row in curves]) for rule in curves[0]}
 
 
-def _majority_row(
-    row: EvalRow, max_k: int, *, weights: Sequence[float] | None = None
-) -> list[float]:
-    graded = [sample.graded for sample in row.samples[:max_k]]
-    same = voting.equality(row.grading)
-    winners = voting.majority_curve(graded, weights=weights, valid=_voters(row), same=same)
-    return [float(voting.is_correct(winner)) for winner in winners]
-
-
-def _weighted_row(row: EvalRow, max_k: int) -> list[float]:
-    return _majority_row(row, max_k, weights=_scores(row, max_k))
-
-
-def _rerank_row(row: EvalRow, max_k: int) -> list[float]:
-    graded = [sample.graded for sample in row.samples[:max_k]]
-    texts = [sample.completion for sample in row.samples[:max_k]]
-    winners = voting.rerank_curve(graded, texts, _scores(row, max_k), valid=_voters(row))
-    return [float(voting.is_correct(winner)) for winner in winners]
-
-
-def _scores(row: EvalRow, max_k: int) -> list[float]:
-    return [sample.score or 0.0 for sample in row.samples[:max_k]]
-
-
-def _voters(row: EvalRow) -> Callable[[Graded], bool]:
+def _row_curves(row: EvalRow, max_k: int, is_scored: bool) -> dict[str, list[float]]:
+    """One problem's `voting_curves`."""
+    samples = row.samples[:max_k]
+    graded = [sample.graded for sample in samples]
     is_choice = len(row.gold) == 1 and row.gold.isalpha()
-    return voting.voters(row.grading, is_choice=is_choice)
-
-
-def _pass_row(row: EvalRow, max_k: int) -> list[float]:
-    return _pass_curve(len(row.samples), sum(sample.correct for sample in row.samples), max_k)
+    valid = voting.voters(row.grading, is_choice=is_choice)
+    vote = partial(voting.majority_curve, graded, valid=valid, same=voting.equality(row.grading))
+    winners = {"maj": vote()}
+    if is_scored:
+        scores = [sample.score or 0.0 for sample in samples]
+        texts = [sample.completion for sample in samples]
+        winners["weighted"] = vote(weights=scores)
+        winners["rerank"] = voting.rerank_curve(graded, texts, scores, valid=valid)
+    curves = {rule: [float(voting.is_correct(w)) for w in won] for rule, won in winners.items()}
+    num_correct = sum(sample.correct for sample in row.samples)
+    return {**curves, "pass": _pass_curve(len(row.samples), num_correct, max_k)}
 
 
 @cache  # the counts repeat, and exact arithmetic on large integers is slow

@@ -18,7 +18,6 @@ from reftune.results.summary import (
     Reranker,
     Score,
     ScoreTable,
-    comparison_json,
     handovers,
     leader,
     rerankers,
@@ -92,10 +91,9 @@ def headline(table: ScoreTable) -> Headline:
         )
     best, base, chosen = leader(table), table.method(table.baseline), _chosen_sentence(table)
     against = None if best is None else table.between(best.label, base.label)
-    if best is None or against is None:
-        title = f"{display(base.label)} solves {percent(base.greedy.value)}"
-        return Headline(title=title, text=f"{_solves(base, table)}.", chosen=chosen)
     base_solves = f"{display(base.label)} solves {percent(base.greedy.value)}"
+    if best is None or against is None:
+        return Headline(title=base_solves, text=f"{_solves(base, table)}.", chosen=chosen)
     compared = f"{_solves(best, table)}, and {base_solves}"
     text = f"{compared}{_evidence(against)}.{_runner_up(best, base, table)}"
     return Headline(title=_title(against), text=text, chosen=chosen)
@@ -292,7 +290,7 @@ def render_table(table: ScoreTable, fmt: str) -> str:
         "seeds": table.num_seeds,
         "baseline": table.baseline,
         "methods": methods,
-        "comparisons": [comparison_json(comparison) for comparison in table.comparisons],
+        "comparisons": [found.to_row() for found in table.comparisons],
     }
     return json.dumps(document, indent=2)
 
@@ -315,11 +313,8 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
     widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
 
     def line(row: Row) -> str:
-        first, *others = (
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
+        _, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        return "  ".join([row[0].ljust(widths[0]), *others]).rstrip()
 
     return [line(head), "  ".join("─" * width for width in widths), *map(line, body)]
 

@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         say(f"{error.filename or 'output'}: {error.strerror}")
-        _drop_unwritten_output()
+        # the interpreter would write what is still in stdout's buffer again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BAD_INPUT)
     except ReftuneError as error:
         say(str(error))
@@ -90,12 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"{error.format_message()} (see reftune --help)")
         sys.exit(BAD_INPUT)
     sys.exit(status or 0)
-
-
-def _drop_unwritten_output() -> None:
-    """Discard what is still in stdout's buffer, which the interpreter would try to write again at
-    exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(message: str) -> None:
@@ -194,6 +189,7 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
     """A progress view that is closed at the end, even after an error. After an interruption, a
     message names the checkpoint to continue from."""
     from reftune.stages.loop import Interrupted, stop_signals
+    from reftune.storage.run_folder import RunFolder
     from reftune.terminal.live import make_progress
     from reftune.terminal.trackers import tracked
 
@@ -203,19 +199,12 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
             yield progress
     except (Interrupted, KeyboardInterrupt) as stop:
         progress.close()
-        checkpoint = str(stop) or newest_checkpoint(recipe.folder) or "none yet"
+        checkpoint = str(stop) or RunFolder(recipe.folder).newest_checkpoint() or "none yet"
         if first_to_tell():
             say(f"interrupted; checkpoint: {checkpoint}; the same command continues from there")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         progress.close()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in any stage of a run."""
-    from reftune.storage.run_folder import RunFolder
-
-    return RunFolder(folder).newest_checkpoint()
 
 
 # --- beginning ------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
     if instruction is not None:
         chat = {"kind": kind, "style": "chat", "instruction": instruction}
         format_ = load_component(chat, group="formats")
-    config = None if is_scratch else _config(wishes.model)
+    config = None if is_scratch else _pretrained("AutoConfig", wishes.model, "configuration")
     context = getattr(config, "max_position_embeddings", None)
     lengths = _lengths(splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch)
     environment = Environment(
@@ -222,21 +222,15 @@ def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
                 " --model"
             )
         return word_tokenizer(texts)
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = _pretrained(AutoTokenizer, model, "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = _pretrained("AutoTokenizer", model, "tokenizer")
     return tokenizer
 
 
-def _config(model: str) -> Any:
-    from transformers import AutoConfig
+def _pretrained(auto: str, model: str, what: str) -> Any:
+    import transformers
 
-    return _pretrained(AutoConfig, model, "configuration")
-
-
-def _pretrained(kind: Any, model: str, what: str) -> Any:
     try:
-        return kind.from_pretrained(resolve(model))
+        return getattr(transformers, auto).from_pretrained(resolve(model))
     except (OSError, ValueError) as error:
         raise ModelError(f"{model}: no {what} can be loaded: {brief(error)}") from None
 

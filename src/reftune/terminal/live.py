@@ -139,7 +139,7 @@ class LineProgress(Progress):
             self._print_view()
 
     def note(self, message: str) -> None:
-        print_line(printable(message), self._stream)
+        self._write(printable(message))
 
     def close(self) -> None:
         if self._pending:
@@ -148,7 +148,12 @@ class LineProgress(Progress):
     def _print_view(self) -> None:
         assert self._view is not None
         self._last_s, self._pending = self._time_s(), False
-        print_line(self._view.line(self._last_s), self._stream)
+        self._write(self._view.line(self._last_s))
+
+    def _write(self, line: str) -> None:
+        target = self._stream or sys.stderr  # the current stderr, which may have been replaced
+        target.write(f"{line}\n")
+        target.flush()
 
 
 class RichProgress(Progress):
@@ -233,10 +238,3 @@ def sample_panel(rollout: Rollout) -> RenderableType:
         subtitle_align="left",
         border_style=colour,
     )
-
-
-def print_line(line: str, stream: TextIO | None) -> None:
-    """Print to `stream`, or to the current stderr."""
-    target = sys.stderr if stream is None else stream
-    target.write(f"{line}\n")
-    target.flush()

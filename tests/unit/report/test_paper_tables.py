@@ -77,7 +77,7 @@ def test_the_papers_number_is_shown_only_if_the_experiment_is_the_same(
 ) -> None:
     same, part = write_task(test=1319), write_task("svamp", test=24)
     other = write_task("mathqa", test=1605, path="x/y", dataset={"answer": "choice"})
-    document = json.loads(table_command([same, part, other], json=True))
+    document = json.loads(table_command([same, part, other], "json"))
     paper = {
         (cell["model"], cell["task"]): cell["methods"]["reft"]["greedy"]["paper"]
         for cell in document

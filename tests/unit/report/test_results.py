@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from reftune.errors import DataError
-from reftune.results.records import read_run, require_finished
+from reftune.results.records import read_run, read_runs
 from reftune.results.tables import same_models
 from reftune.types import Verdict
 
@@ -29,7 +29,7 @@ def refused(folder: Path) -> str:
 def test_a_run_is_read_in_the_recipes_order(write_run: WriteRun) -> None:
     run = read_run(write_run(num_problems=7, num_samples=3))
     assert list(run.stages) == list(run.evals) == ["warmup", "sft", "reft"]
-    assert (run.name, run.seed, run.split, run.finished) == ("demo", 0, "test", True)
+    assert (run.name, run.seed, run.split, run.missing) == ("demo", 0, "test", ())
     assert len(run.evals["reft"]) == 7
     assert len(run.evals["reft"][0].samples) == 3
     assert isinstance(run.evals["reft"][0].greedy.graded.verdict, Verdict)
@@ -65,7 +65,7 @@ def test_methods_not_evaluated_yet_are_missing(write_run: WriteRun) -> None:
         DataError,
         match=r"^.*demo: the run has not finished: no evaluation of reft; `reftune run`[^\n]*$",
     ):
-        require_finished(run)
+        read_runs([run.folder])
 
 
 def test_a_snapshot_is_a_method_before_its_stage(write_run: WriteRun) -> None:
@@ -76,7 +76,7 @@ def test_a_snapshot_is_a_method_before_its_stage(write_run: WriteRun) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     run = read_run(folder)
     assert list(run.evals) == ["warmup", "sft", "reft"]
-    assert run.finished
+    assert not run.missing
 
 
 def test_an_evaluation_being_written_counts_as_missing(write_run: WriteRun) -> None:
@@ -92,7 +92,7 @@ def test_a_reward_model_is_not_evaluated(write_run: WriteRun) -> None:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["stages"]["judge"] = {"kind": "reward_model", "init": "sft"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    assert read_run(folder).finished
+    assert not read_run(folder).missing
 
 
 def test_only_chosen_stages_must_be_evaluated(write_run: WriteRun) -> None:
@@ -101,7 +101,7 @@ def test_only_chosen_stages_must_be_evaluated(write_run: WriteRun) -> None:
     (folder / "recipe.yaml").write_text(
         recipe.replace("evaluate:\n", "evaluate:\n  stages: [reft]\n")
     )
-    assert read_run(folder).finished
+    assert not read_run(folder).missing
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_latex_escapes_what_latex_reads(write_run: WriteRun) -> None:
 
 def test_json_is_one_document_with_unrounded_numbers(write_run: WriteRun) -> None:
     folders = [write_run(f"demo-s{seed}", seed=seed) for seed in range(2)]
-    table = json.loads(table_command(folders, json=True))
+    table = json.loads(table_command(folders, "json"))
     assert table["seeds"] == 2
     score = table["methods"]["reft"]["scores"]["greedy"]
     assert score["accuracy"] == pytest.approx(sum(score["by_seed"]) / 2)

@@ -219,17 +219,12 @@ def check_reward_errors(subject: Subject) -> Finding:
     rewards of gold solutions and of empty completions."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
+    reads_prints = getattr(subject.recipe.format, "scripts", "") == "read"
+    wrong = [(row.problem, x) for row in rows for x in wrong_solutions(row.problem, row.target)]
     changed = {
-        "positive": [
-            (p, x)
-            for p, gold in zip(problems, golds, strict=True)
-            for x in wrong_solutions(p, gold)
-            if x.kind != PRINTED or getattr(subject.recipe.format, "scripts", "") != "read"
-        ],
+        "positive": [(p, x) for p, x in wrong if not (x.kind == PRINTED and reads_prints)],
         "negative": [
-            (p, x)
-            for p, gold in zip(problems, golds, strict=True)
-            for x in right_solutions(p, gold)
+            (row.problem, x) for row in rows for x in right_solutions(row.problem, row.target)
         ],
     }
     if not any(changed.values()):

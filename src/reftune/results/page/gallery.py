@@ -9,7 +9,7 @@ from typing import Any
 
 from reftune.results.page.charts import entries, method_colours
 from reftune.results.records import TrainingSample
-from reftune.results.summary import Group, label_of
+from reftune.results.summary import Group, MethodScore
 from reftune.results.tables import display
 from reftune.types import Attempt
 
@@ -26,26 +26,22 @@ each stage."""
 Json = dict[str, Any]
 
 
-def problems(groups: Sequence[Group]) -> Json:
+def problems(methods: Sequence[MethodScore]) -> Json:
     """Problems of the final evaluation, with each method's greedy answer in the first seed of its
     group.
 
     Problems on which methods disagree are chosen first. All chosen problems are shown in the
     evaluation's order.
     """
-    pairs = [(group, name) for group in groups for name in group.methods]
-    names = [label_of(groups, group, name) for group, name in pairs]
-    colours = method_colours(names)
-    columns = [group.runs[0].evals[name] for group, name in pairs]
-    if not columns:
-        return {"methods": [], "rows": [], "total": 0}
+    colours = method_colours([method.label for method in methods])
+    columns = [method.group.runs[0].evals[method.method] for method in methods]
     rows = list(zip(*columns, strict=True))
     order = sorted(
         range(len(rows)), key=lambda index: len({row.greedy.correct for row in rows[index]}) == 1
     )
     packed = ((index, _problem(rows[index])) for index in order[:MAX_PROBLEMS])
     return {
-        "methods": [{"label": display(name), "colour": colours[name]} for name in names],
+        "methods": [{"label": display(name), "colour": colour} for name, colour in colours.items()],
         "rows": _within(packed, PROBLEMS_BYTES),
         "total": len(rows),
     }

@@ -19,7 +19,7 @@ from reftune.results.page import charts, gallery
 from reftune.results.page.drawing import draw
 from reftune.results.records import RunResults
 from reftune.results.stats import Comparison, Interval
-from reftune.results.summary import Group, MethodScore, ScoreTable, leader, score_table
+from reftune.results.summary import GREEDY, Group, MethodScore, ScoreTable, leader, score_table
 from reftune.results.tables import (
     Headline,
     caption,
@@ -51,7 +51,7 @@ def render_report(groups: Sequence[Group]) -> str:
     return _template().render(
         css=_asset("page.css"),
         js=_asset("charts.js") + _asset("page.js"),
-        data=script_json(_payload(groups, dev, panels)),
+        data=script_json(_payload(groups, table, dev, panels)),
         heading=_heading(groups, table),
         title_parts=_coloured_parts(headline(table).title, table),
         kicker=_kicker(groups),
@@ -156,12 +156,12 @@ def _panels(groups: Sequence[Group], table: ScoreTable) -> list[_Panel]:
 
 
 def _payload(
-    groups: Sequence[Group], dev: charts.Chart | None, panels: Sequence[_Panel]
+    groups: Sequence[Group], table: ScoreTable, dev: charts.Chart | None, panels: Sequence[_Panel]
 ) -> dict[str, Any]:
     drawn = [*([dev] if dev else []), *(chart for panel in panels for chart in panel.charts)]
     return {
         "charts": {chart.key: chart.json() for chart in drawn},
-        "problems": gallery.problems(groups),
+        "problems": gallery.problems(table.methods),
         "samples": gallery.samples(groups),
         "verdicts": VERDICTS,
     }
@@ -206,15 +206,14 @@ def _kicker(groups: Sequence[Group]) -> list[str]:
 class _Scale:
     """A horizontal axis, with positions in percent of its width."""
 
-    low: float
-    high: float
     ticks: tuple[float, ...]
+    """Round values, from one end of the axis to the other."""
 
     def at(self, value: float) -> str:
-        return f"{100 * (value - self.low) / (self.high - self.low):.2f}%"
+        return self.width((self.ticks[0], value))
 
     def width(self, interval: Interval) -> str:
-        return f"{100 * (interval[1] - interval[0]) / (self.high - self.low):.2f}%"
+        return f"{100 * (interval[1] - interval[0]) / (self.ticks[-1] - self.ticks[0]):.2f}%"
 
 
 def _scale(bounds: Iterable[float]) -> _Scale:
@@ -224,11 +223,7 @@ def _scale(bounds: Iterable[float]) -> _Scale:
     step = next((step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if spread / step <= 7), 0.25)
     first, last = int(min(known) // step), -int(-max(known) // step)
     last += first == last
-    return _Scale(
-        low=first * step,
-        high=last * step,
-        ticks=tuple(tick * step for tick in range(first, last + 1)),
-    )
+    return _Scale(ticks=tuple(tick * step for tick in range(first, last + 1)))
 
 
 def _facts(method: MethodScore) -> list[str]:
@@ -260,19 +255,12 @@ def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
     includes 0; None if there are no comparisons."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
-    of_baseline = [found for found in greedy if table.baseline in (found.a, found.b)]
-    of_best = [
-        found
-        for found in greedy
-        if best is not None and best.label in (found.a, found.b) and found not in of_baseline
-    ]
-    shown = [*of_baseline, *of_best]
+    ends = [table.baseline, *([] if best is None else [best.label])]
+    shown = dict.fromkeys(found for end in ends for found in greedy if end in (found.a, found.b))
     if not shown:
         return None
-    return {
-        "scale": _scale([0.0, *(bound for found in shown for bound in found.ci95)]),
-        "rows": shown,
-    }
+    bounds = [bound for found in shown for bound in found.ci95]
+    return {"scale": _scale([0.0, *bounds]), "rows": list(shown)}
 
 
 def _evidence(found: Comparison) -> str:
@@ -288,12 +276,8 @@ def _pair(table: ScoreTable) -> dict[str, Any] | None:
     if best is None:
         return None
     base = table.method(table.baseline)
-    rows_a, rows_b = (m.group.runs[0].evals[m.method] for m in (best, base))
-    pairs = [(a.greedy.correct, b.greedy.correct) for a, b in zip(rows_a, rows_b, strict=True)]
-    counts = [
-        pairs.count(pattern)
-        for pattern in ((True, True), (True, False), (False, True), (False, False))
-    ]
+    pairs = list(zip(*(method.outcomes[GREEDY][0] for method in (best, base)), strict=True))
+    counts = [pairs.count(pattern) for pattern in ((1, 1), (1, 0), (0, 1), (0, 0))]
     return {"a": best.label, "b": base.label, "counts": counts}
 
 
@@ -310,10 +294,8 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """The recipe keys, except name, seed and run_dir, in which groups differ, each with the groups'
     values in the order of `groups`."""
-    flat = [dict(_leaves(group.runs[0].recipe)) for group in groups]
-    keys = dict.fromkeys(
-        key for leaves in flat for key in leaves if key not in ("name", "seed", "run_dir")
-    )
+    flat = [dict(_leaves(group.runs[0].settings)) for group in groups]
+    keys = dict.fromkeys(key for leaves in flat for key in leaves)
     return [
         (key, [leaves.get(key, "–") for leaves in flat])
         for key in keys
