@@ -266,6 +266,15 @@ def test_a_recipe_is_found_as_a_path_before_those_that_come_with_reftune(
         find_recipe("nope")
 
 
+def test_a_run_folder_names_its_recipe_wherever_it_was_moved(calls: SimpleNamespace):
+    moved = Path("elsewhere/tiny")
+    moved.mkdir(parents=True)
+    (moved / "recipe.yaml").write_text(f"{RECIPE}run_dir: runs/tiny\n")
+    assert status("run", str(moved), "seed=3") == 0
+    _, recipe = calls.asked[0]
+    assert (recipe.name, recipe.seed, recipe.folder) == ("tiny", 3, moved)
+
+
 def test_recipes_come_with_reftune():
     assert (shipped_recipes() / "demo").is_dir()
 

@@ -51,7 +51,8 @@ app = typer.Typer(
 RecipeName = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="A YAML file, or a shipped recipe such as demo/demo.yaml."
+        metavar="RECIPE",
+        help="A YAML file, a run folder, or a shipped recipe such as demo/demo.yaml.",
     ),
 ]
 Overrides = Annotated[
@@ -544,8 +545,13 @@ def export(
 
 
 def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
+    """The recipe that `find_recipe` finds or, if `name` is a run folder, the recipe of that run."""
     from reftune.recipe import load_recipe
+    from reftune.storage.run_folder import RunFolder
 
+    own = RunFolder(Path(name)).recipe
+    if own.is_file():
+        return load_recipe(own, [*(overrides or ()), f"run_dir={name}"])
     return load_recipe(find_recipe(name), overrides or ())
 
 
