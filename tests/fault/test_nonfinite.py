@@ -33,11 +33,11 @@ def poison(patch: pytest.MonkeyPatch, stage: str, steps: set[int]) -> None:
     from reftune.stages import loop
 
     now: list[Any] = [None]
-    stepped = Loop._stepped
+    take = Loop._take
 
-    def watched(self: Loop, step: Any) -> dict[str, float]:
-        now[0] = (self.context.name, self.state.step)
-        return stepped(self, step)
+    def watched(self: Loop, step: Any) -> None:
+        now[0] = (self.context.name, self.state.step + 1)
+        take(self, step)
 
     def poisoned(original: Callable[..., float]) -> Callable[..., float]:
         def step(model: Any, optimizer: Any, **settings: Any) -> float:
@@ -47,7 +47,7 @@ def poison(patch: pytest.MonkeyPatch, stage: str, steps: set[int]) -> None:
 
         return step
 
-    patch.setattr(Loop, "_stepped", watched)
+    patch.setattr(Loop, "_take", watched)
     patch.setattr(loop, "optimizer_step", poisoned(loop.optimizer_step))
 
 

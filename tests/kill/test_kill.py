@@ -129,6 +129,24 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
     assert kills >= 3
 
 
+def die_between_renames(event: str, path: str, appends: bool) -> None:
+    """Send SIGKILL when a folder has been moved away, and before another takes its place."""
+    new = Path(path)
+    old = new.with_name(new.name.replace(".partial", ".old"))
+    if event == "os.rename" and new.is_dir() and old.exists() and old != new:
+        die(event, path, appends)
+
+
+def test_a_run_killed_while_a_folder_is_replaced_ends_with_the_same_bits(straight, make_recipe):
+    recipe = make_recipe(**EVERY_STAGE)
+    assert live(recipe, at=1, act=die_between_renames).status is None
+    (moved,) = recipe.folder.rglob(".*.old")
+    assert not moved.with_name(moved.stem.removeprefix(".")).exists()
+    assert live(recipe).status == 0
+    assert_same_outcome(recipe.folder, straight.outcome)
+    assert not [*recipe.folder.rglob(".*.old")]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(6))

@@ -23,7 +23,7 @@ from reftune.storage.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from reftune.storage.files import link_files, replace_folder, write_atomically
+from reftune.storage.files import link_files, replace_folder, restore_folder, write_atomically
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3.5)}
 
@@ -248,6 +248,29 @@ def test_a_folder_is_replaced_whole(tmp_path):
     replace_folder(tmp_path / "best", fill("new"))
     assert (tmp_path / "best" / "file").read_text() == "new"
     assert names(tmp_path / "best") == ["file"]
+    assert names(tmp_path) == ["best"]
+
+
+def test_a_folder_whose_replacement_was_killed_is_the_old_one_again(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> None:
+        if self.name == ".best.partial":
+            raise KeyboardInterrupt
+        rename(self, target)
+
+    replace_folder(tmp_path / "best", fill("old"))
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(tmp_path / "best", fill("new"))
+    monkeypatch.undo()
+    assert not (tmp_path / "best").exists()
+    restore_folder(tmp_path / "best")
+    assert (tmp_path / "best" / "file").read_text() == "old"
+    replace_folder(tmp_path / "best", fill("new"))
+    fill("old")(tmp_path / ".best.old")  # as if killed after the second renaming
+    restore_folder(tmp_path / "best")
+    assert (tmp_path / "best" / "file").read_text() == "new"
     assert names(tmp_path) == ["best"]
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -367,12 +368,17 @@ def test_the_stage_keeps_the_model_that_was_best_on_dev_and_the_earlier_of_equal
     assert chosen == seen[12] != seen[8]  # seen[n] is the best model before evaluation n
 
 
+@pytest.mark.parametrize(
+    ("killed_in", "chosen"),
+    [("step 13", (12, 0.9)), ("the replacement of the model of step 8", (8, 0.5))],
+)
 def test_the_best_model_keeps_its_step_if_the_stage_is_killed_before_the_next_checkpoint(
-    make_recipe, monkeypatch
+    make_recipe, monkeypatch, killed_in, chosen
 ):
-    # 4 steps per epoch. The first attempt is killed in step 13, and the only checkpoint is that of
-    # step 0. On a GPU, the repeated steps may differ; here they score lower than the first time.
-    scores = iter([0.2, 0.5, 0.9, *[0.2, 0.5, 0.4, 0.3]])
+    # 4 steps per epoch. The first attempt is killed after its third dev evaluation, and the only
+    # checkpoint is that of step 0. On a GPU, the repeated steps may differ; here they score lower.
+    scores = iter([0.2, 0.5, 0.9, *[0.2, 0.4, 0.4, 0.3]])
+    rename, seen = Path.rename, {}
     monkeypatch.setattr(
         "reftune.stages.loop.look_at_dev",
         lambda context, **_: Look(metrics={"dev/accuracy": next(scores)}),
@@ -382,18 +388,26 @@ def test_the_best_model_keeps_its_step_if_the_stage_is_killed_before_the_next_ch
 
     class Killed(Progress):
         def step(self, step, metrics):
+            seen[step] = run_weights(recipe)
             if step == 13:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), open_run(recipe, Killed()) as run:
-        run.train("sft")
-    best = run_weights(recipe)
+    def killed(self: Path, target: Path) -> None:
+        if self.name == ".best.partial" and killed_in != "step 13" and 12 in seen:
+            raise KeyboardInterrupt
+        rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt), open_run(recipe, Killed()) as run:
+            run.train("sft")
     with open_run(recipe, Progress()) as run:
         run.train("sft")
     folder = recipe.folder / "stages" / "sft"
     document = json.loads((folder / "stage.json").read_text())
-    assert (folder / "model.safetensors").read_bytes() == best
-    assert (document["chosen_step"], document["dev_accuracy"]) == (12, 0.9)
+    # seen[n] is the best model before evaluation n
+    assert (folder / "model.safetensors").read_bytes() == seen[13 if chosen[0] == 12 else 12]
+    assert (document["chosen_step"], document["dev_accuracy"]) == chosen
     assert not (folder / "best.json").exists()  # it belongs to the checkpoints
 
 
@@ -469,7 +483,6 @@ def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypa
     monkeypatch.setattr(
         ppo, "loss", lambda self, scores, rows: LossTerms(total=scores.logprobs.sum() * math.nan)
     )
-    trainer.loop.state.step = 5
     with pytest.raises(NonFiniteError) as error:
         trainer.update(trainer.algorithm.credit(batch), 5)
     path = trainer.context.folder.path / "nonfinite-000005.json"

@@ -318,7 +318,8 @@ def test_a_list_of_no_servers_is_refused(make_recipe):
         make_recipe(engine={"kind": "vllm", "server": []})
 
 
-def test_a_server_that_dies_in_a_step_costs_nothing_but_a_line(server, make_recipe, tmp_path):
+@pytest.mark.parametrize(("dies_in", "saved"), [("the last step", 3), ("its dev evaluation", 4)])
+def test_a_server_that_dies_costs_nothing_but_a_line(server, make_recipe, tmp_path, dies_in, saved):
     def run(folder):
         changes = {"engine": {"kind": "vllm", "server": server.address}, "run_dir": str(folder)}
         with open_run(make_recipe(stages=STAGES, **changes), Progress()) as run:
@@ -327,13 +328,15 @@ def test_a_server_that_dies_in_a_step_costs_nothing_but_a_line(server, make_reci
 
     straight = outcome(run(tmp_path / "straight"))
     path = "/v1/completions"
-    server.dies_at = path, len(server.requests(path)) * 2 // 3
+    greedy = [body["temperature"] == 0 for body in server.requests(path)]
+    last = max(i for i, is_dev in enumerate(greedy) if is_dev == (saved == 4))
+    server.dies_at = path, last
     server.asked.clear()
     with pytest.raises(
         EngineError, match=r"^engine vllm: no answer from .*the same command continues"
     ):
         run(tmp_path / "killed")
-    (checkpoint, *_) = sorted((tmp_path / "killed/stages/reft/checkpoints").glob("step-*"))[::-1]
-    assert checkpoint.name != "step-000000"  # the steps before its death are kept
+    checkpoint = max((tmp_path / "killed/stages/reft/checkpoints").glob("step-*"))
+    assert checkpoint.name == f"step-00000{saved}", dies_in
     server.dies_at = None
     assert_same_outcome(run(tmp_path / "killed"), straight)

@@ -39,7 +39,13 @@ from reftune.storage.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from reftune.storage.files import JsonLines, link_files, replace_folder, write_atomically
+from reftune.storage.files import (
+    JsonLines,
+    link_files,
+    replace_folder,
+    restore_folder,
+    write_atomically,
+)
 from reftune.storage.run_folder import StageFolder
 from reftune.text import brief
 from reftune.types import Verdict
@@ -63,6 +69,8 @@ class Progression:
     skipped: int = 0
     """Number of steps skipped because their loss or gradient was not finite."""
     seconds: float = 0.0
+    is_open: bool = False
+    """Whether the dev evaluation and the snapshots of `step` are still to be made."""
 
 
 BEST = "best.json"
@@ -139,7 +147,7 @@ class Loop:
         self.samples = JsonLines(context.folder.samples)
         self.state = start or Progression()
         self.until_plateau = until_plateau
-        self._stop = False
+        self._stop = self._is_saved = False
         sharding.current.distribute(model)
         self.optimizer = make_optimizer(model, table.optimizer)
 
@@ -163,27 +171,21 @@ class Loop:
                 if self.is_worth_a_look:
                     self._look()
                 self._save()
-            saved_at = self.state.step
-            while self.state.step < self.last_step:
-                self.state.step += 1
-                self._log(self._stepped(step))
-                accuracy = None
-                if self.state.step % self.eval_every == 0 or self.state.step == self.last_step:
-                    accuracy = self._look()
-                for method, at in self.snapshots.items():
-                    if self.state.step == min(at, self.last_step):
-                        self._snapshot(method, accuracy)
+            while self.state.is_open or self.state.step < self.last_step:
+                if not self.state.is_open:
+                    self._take(step)
+                with self._saving():
+                    self._close()
                 self.state.seconds = time.perf_counter() - started
                 is_old = time.perf_counter() - last_save >= self.table.save_every_s
                 stop, due = world.any_of(self._stop, world.is_main() and is_old)
                 self._stop = self._stop or stop  # a signal may have come in the meantime
                 if stop or due:
                     saved, last_save = self._save(), time.perf_counter()
-                    saved_at = self.state.step
                     if stop and self.state.step < self.last_step:
                         world.wait("the checkpoint")  # a launcher ends all processes once one ends
                         raise Interrupted(str(saved))
-            if saved_at < self.state.step:
+            if not self._is_saved:
                 self._save()  # a stage extended later continues from here
         self._finish()
         if self._stop:
@@ -197,17 +199,39 @@ class Loop:
         self._stop = True
         self.context.progress.note("stopping after this step; interrupt again to stop at once")
 
-    def _stepped(self, step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-        """Take a step and return its metrics. If the engine fails, save the result of the earlier
-        steps and re-raise the engine's error."""
+    def _take(self, step: Callable[[int], dict[str, float]]) -> None:
+        """Take the next step and record its metrics."""
+        n = self.state.step + 1
         # dropout differs between processes
         other = ("process", world.rank()) if world.rank() > 0 else ()
-        torch.manual_seed(self.context.seed("step", self.state.step, *other))
+        torch.manual_seed(self.context.seed("step", n, *other))
+        with self._saving():
+            metrics = step(n)
+        self.state.step, self.state.is_open, self._is_saved = n, True, False
+        self._log(metrics)
+
+    def _close(self) -> None:
+        """Evaluate on dev and save snapshots, if they are due at this step."""
+        step, last = self.state.step, self.last_step
+        methods = [method for method, at in self.snapshots.items() if step == min(at, last)]
+        if step % self.eval_every == 0 or step == last:
+            accuracy = self._look()
+        elif methods:
+            accuracy = self.look().metrics["dev/accuracy"]
+            self.state.looks += 1
+        for method in methods:
+            self._snapshot(method, accuracy)
+        self.state.is_open = self._is_saved = False
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Save a checkpoint if the engine fails inside the block, which must not have changed the
+        stage's state by then. Every process sees the engine's error."""
         try:
-            return step(self.state.step)
-        except EngineError:  # the weights have not changed, and every process sees the error
-            self.state.step -= 1
-            self._save()
+            yield
+        except EngineError:
+            if not self._is_saved:
+                self._save()
             raise
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -261,18 +285,18 @@ class Loop:
                 self.model, self.optimizer, share=self._share(n), max_grad_norm=table.max_grad_norm
             )
         except NonFiniteError as error:
-            self._leave_out(f"{self.context.name} step {n}: {error}", rows())
+            self._leave_out(n, error, rows())
             return {}
         return {**metrics, "grad/norm": norm}
 
-    def _leave_out(self, reason: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Skip a step whose loss or gradient is not finite: save its batch, clear the gradient, and
-        count the step as skipped.
+    def _leave_out(self, n: int, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Skip step `n`, whose loss or gradient is not finite: save its batch, clear the gradient,
+        and count the step as skipped.
 
         Raises: NonFiniteError unless the recipe allows skipping the step.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        path = self.context.folder.nonfinite(self.state.step)
+        path, reason = self.context.folder.nonfinite(n), f"{self.context.name} step {n}: {error}"
         unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
         document = {"where": reason, "weights_not_finite": unsound, "rows": list(rows)}
         write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False))
@@ -311,14 +335,15 @@ class Loop:
         write_atomically(folder / BEST, json.dumps(facts))
 
     def _adopt_best(self) -> None:
-        """If the best model was saved after the checkpoint that the stage resumes from, take its
-        step and accuracy from its folder. On a GPU, the repeated steps may not find as good a model
+        """If the best model is newer than the checkpoint that the stage resumes from, take its step
+        and accuracy from its folder. On a GPU, the repeated steps may not find as good a model
         again."""
+        restore_folder(self.context.folder.best)
         path = self.context.folder.best / BEST
         facts = world.from_main(
             lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         )
-        if facts is not None and facts["step"] > self.state.step:
+        if facts is not None and facts["step"] >= self.state.step:
             self.state.best_step = facts["step"]
             self.state.best_accuracy = facts["dev_accuracy"]
 
@@ -369,6 +394,7 @@ class Loop:
                 " run_dir"
             ) from None
         self._adopt_best()
+        self._is_saved = True
         context.metrics.truncate(metrics_bytes)
         self.samples.truncate(samples_bytes)
         if self.state.step > 0:
@@ -381,6 +407,7 @@ class Loop:
         for log in (self.context.metrics, self.samples):
             log.sync()
         sizes = {"metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()}
+        self._is_saved = True
         return save_checkpoint(
             self.context.folder.checkpoints,
             step=self.state.step,
@@ -389,13 +416,9 @@ class Loop:
             keep=self.table.keep,
         )
 
-    def _snapshot(self, method: str, accuracy: float | None) -> None:
-        """Save the current weights as `method`, with their accuracy on dev, which is measured if
-        `accuracy` is None."""
+    def _snapshot(self, method: str, accuracy: float) -> None:
+        """Save the current weights as `method`, with their accuracy on dev."""
         folder = self.context.folder.run.stage(method)
-        if accuracy is None:
-            accuracy = self.look().metrics["dev/accuracy"]
-            self.state.looks += 1
         replace_folder(folder.path, self.model.save)
         self._describe(folder, self.state.step, accuracy, snapshot_of=self.context.name)
 

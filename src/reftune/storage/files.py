@@ -46,12 +46,14 @@ def write_atomically(path: Path, text: str) -> None:
 def replace_folder(folder: Path, fill: Any) -> None:
     """Call `fill(partial)` to write a temporary folder `partial`, which then takes the place of
     `folder`. `fill` is called in every process, because weights may have to be gathered, but it
-    must write only in the main process. Raises: CheckpointError for a disk error."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
+    must write only in the main process. If the process is killed between the two renames, the old
+    folder has another name until `restore_folder` is called. Raises: CheckpointError for a disk
+    error."""
+    partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
     if not is_main():
         fill(partial)
         return
+    restore_folder(folder)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -60,12 +62,28 @@ def replace_folder(folder: Path, fill: Any) -> None:
         for path in partial.rglob("*"):  # safetensors writes files that only their owner may read
             path.chmod(path.stat().st_mode | readable)
         sync_files(partial)
-        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
         sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Undo what a `replace_folder` that was killed has left: put the old folder back if there is no
+    `folder`, and delete it if there is. Raises: CheckpointError for a disk error."""
+    old = _old(folder)
+    if not (is_main() and old.exists()):
+        return
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def link_files(source: Path, target: Path, *, but: str = "") -> None:
