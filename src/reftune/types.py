@@ -86,7 +86,7 @@ class Conversation:
     """A prompt made up of turns, which the tokenizer's chat template renders."""
 
     turns: tuple[Message, ...]
-    template_args: Mapping[str, Any] = field(default_factory=dict)
+    template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Variables passed to the chat template."""
 
 

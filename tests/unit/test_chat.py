@@ -4,17 +4,23 @@ completions end where the template ends a turn."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from chat_families import FAMILIES, make_tokenizer
+from reftune.engines.scripted import Scripted
 from reftune.errors import RecipeError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
+from reftune.grading.rewards.outcome import Outcome
 from reftune.model.chat import end_of_turn
 from reftune.model.encoder import Encoder, StopRule, bos_of
-from reftune.recipe import parse_recipe
+from reftune.model.policy import Policy
+from reftune.recipe import LengthTable, parse_recipe
+from reftune.stages.rollouts import Collector
 from reftune.types import Answer, Message, Problem, Verdict
 
 ASKED = "Kofi has 3 figs and gets 10 more. How many figs does Kofi have?"
@@ -348,6 +354,55 @@ def test_without_a_thought_in_the_prompt_a_completion_is_graded_as_it_is(name):
         verdicts = [g.verdict for g in encoder.grade([asked] * 2, [SAID, f"<think>{SAID}"])]
         assert verdicts == [Verdict.CORRECT, Verdict.NO_ANSWER]
         assert tagged.rationale in encoder.decode(encoder.target(asked))
+
+
+def test_tags_that_are_special_tokens_count_from_sampling_to_grading():
+    r1 = FAMILIES["r1"]
+    tokenizer = make_tokenizer(replace(r1, special=(*r1.special, *r1.plain, "<answer>"), plain=()))
+    assert {"<think>", "</think>", "<answer>"} <= set(tokenizer.all_special_tokens)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    closed = f"Perhaps the answer is 9.\n</think>\n\n{SAID}"
+    texts = [SAID, closed, f"\n</think>\n\n<think>{SAID}", "9 or\n</think>\n\n<answer>13"]
+    encoder = Encoder(tokenizer, chat({}))
+    collector = Collector(
+        engine=Scripted(texts=texts),
+        encoder=encoder,
+        reward=Outcome(),
+        lengths=LengthTable(max_new=100),
+    )
+    solved = collector.solve(Policy(model, tokenizer), [problem()] * len(texts))
+    assert [completion.text for completion in solved.completions] == texts
+    assert [graded.verdict for graded in solved.graded] == [
+        Verdict.NO_ANSWER,
+        Verdict.CORRECT,
+        Verdict.NO_ANSWER,
+        Verdict.CORRECT,
+    ]
+    # as in self-training
+    assert encoder.continuation(problem(), closed) == [*solved.completions[1].token_ids]
+    assert encoder.decode([*tokenizer.encode("<|User|>9</think>"), tokenizer.eos_token_id]) == (
+        "9</think>"
+    )
+
+
+def test_a_prompt_is_rendered_once_to_see_whether_it_opens_a_thought(monkeypatch):
+    tokenizer, rendered = make_tokenizer(FAMILIES["r1"]), []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(a) or render(*a, **k)
+    )
+    encoder = Encoder(tokenizer, chat({}))
+    for asked in (problem(), problem(), problem(question="Another of the same id?")):
+        assert encoder.with_thoughts([asked] * 2, [SAID] * 2) == [f"<think>\n{SAID}"] * 2
+    assert len(rendered) == 2
 
 
 def test_a_sampled_thought_that_is_not_closed_is_not_closed_for_a_reward_model():

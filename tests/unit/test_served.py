@@ -205,6 +205,13 @@ ADAPTED = [
     pytest.param("gemma", {"style": "chat"}, {}, "reft", id="chat"),
     pytest.param("gemma", {"style": "chat"}, {}, "sft", id="one stage"),
     pytest.param("gemma", {"style": "chat"}, {"quantize": "nf4"}, "reft", id="on 4 bits"),
+    pytest.param(
+        "gemma",
+        {"style": "chat"},
+        {"lora": {"rank": 4, "target_modules": ["embed_tokens", "q_proj", "lm_head"]}},
+        "reft",
+        id="on embeddings",
+    ),
     pytest.param("gemma", {"style": "paper"}, {}, "reft", id="no BOS"),
     pytest.param(
         "qwen3, not thinking",
@@ -224,11 +231,11 @@ def test_adapters_alone_write_on_their_base_what_was_evaluated(
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     # the base's own generation config samples, with a repetition penalty
-    run = trained(name, format_keys=format_keys, lora={"rank": 4}, **model_keys)
+    run = trained(name, format_keys=format_keys, **{"lora": {"rank": 4}, **model_keys})
     out = export_model(run, method, tmp_path / "adapter", adapter=True)
     assert not (out / "model.safetensors").exists()
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    quantized = {"quantization_config": bits} if model_keys else {}
+    quantized = {"quantization_config": bits} if "quantize" in model_keys else {}
     base = AutoModelForCausalLM.from_pretrained(
         run.parent / "base", dtype=torch.float32, **quantized
     )
@@ -246,7 +253,7 @@ def test_adapters_alone_write_on_their_base_what_was_evaluated(
     shown = load_splits(recipe).dev[0]
     greedy = api.evaluate(run / "stages" / method, [shown]).completions[0]
     assert printed_by_the_card(out, monkeypatch, capsys).removesuffix("\n") == greedy.text
-    assert ("vllm serve" in (out / "README.md").read_text()) == (not model_keys)
+    assert ("vllm serve" in (out / "README.md").read_text()) == ("quantize" not in model_keys)
 
 
 def test_adapters_of_a_run_without_lora_are_refused(tmp_path, trained):

@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checking import UNMEASURED, check_only
 from crash import outcome, run_all
-from reftune.errors import ModelError, RecipeError
+from reftune.errors import CheckpointError, ModelError, RecipeError
 from reftune.model.adapters import read_adapters
 from reftune.runs.export import export_model
 from reftune.runs.models import check_stage_graph
@@ -106,6 +106,68 @@ def test_adapters_of_a_run_that_began_with_adapters_hold_both(make_recipe, adapt
             assert torch.allclose(expected[name], value, atol=1e-6), name
 
 
+def adapters_of(recipe, folder, **config):
+    """A folder of random adapters of the recipe's base, in PEFT's format."""
+    from peft import LoraConfig, get_peft_model
+
+    with open_run(recipe, Progress()) as run:
+        base = run.models.take("base").base
+    table = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **config)
+    torch.manual_seed(3)
+    get_peft_model(base, table).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "rank"),
+    [
+        # o_proj has rank 2 + 4 and down_proj 5 + 4; all layers get the highest rank
+        (
+            {
+                "r": 5,
+                "lora_alpha": 8,
+                "target_modules": ["o_proj", "down_proj"],
+                "rank_pattern": {"o_proj": 2},
+                "alpha_pattern": {"down_proj": 3},
+            },
+            9,
+        ),
+        ({"r": 1, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear"}, 5),
+    ],
+    ids=["own ranks and alphas", "rsLoRA"],
+)
+def test_adapters_are_added_up_layer_by_layer(make_recipe, tmp_path, config, rank):
+    first = adapters_of(make_recipe(run_dir=str(tmp_path / "first")), tmp_path / "given", **config)
+    recipe = start(make_recipe, first, run_dir=str(tmp_path / "second"), **LORA)
+    with open_run(recipe, Progress()) as run:
+        run.train("reft")
+        expected = run.models.load("reft").model.state_dict()
+    both = export_model(recipe.folder, "reft", tmp_path / "both", adapter=True)
+    assert json.loads((both / "adapter_config.json").read_text())["r"] == rank
+    third = start(make_recipe, both, run_dir=str(tmp_path / "third"))
+    with open_run(third, Progress()) as run:
+        for name, value in run.models.load(str(both)).model.state_dict().items():
+            assert torch.allclose(expected[name], value, atol=1e-6), name
+
+
+def test_adapters_with_other_tensors_than_lora_s_are_not_added_up(adapters):
+    path = adapters / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert len(read_adapters(adapters)) == len(tensors) / 2
+    save_file({**tensors, "o_proj.lora_magnitude_vector": torch.ones(2)}, path)  # DoRA's
+    with pytest.raises(ModelError, match=r"o_proj\.lora_magnitude_vector is not a matrix of LoRA"):
+        read_adapters(adapters)
+
+
+def test_adapters_on_top_of_another_run_s_model_are_not_exported(make_recipe, adapted, tmp_path):
+    # the other run's warm-up must not be taken for this one's
+    recipe = start(make_recipe, adapted.folder / "stages" / "reft", **LORA)
+    with open_run(recipe, Progress()) as run:
+        run.train("reft")
+    with pytest.raises(CheckpointError, match=r"stages/reft: is not part of .*; --adapter expects"):
+        export_model(recipe.folder, "reft", tmp_path / "model", adapter=True)
+
+
 def in_4_bits(**lora):
     return {"model": {"lora": {"rank": 8, "alpha": 8, **lora}, "quantize": "nf4"}}
 
@@ -130,14 +192,14 @@ def test_over_a_base_in_4_bits_the_adapters_of_a_folder_are_trained_on(
     trained = export_model(tmp_path / "second", "reft", tmp_path / "trained", adapter=True)
     found = load_file(trained / "adapter_model.safetensors")
     assert {name: t.shape for name, t in found.items()} == {n: t.shape for n, t in given.items()}
-    assert read_adapters(trained)[1] == 1
+    assert {adapter.scaling for adapter in read_adapters(trained).values()} == {1}
 
 
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
         ({"alpha": 16}, r"alpha / rank = 1\.0; expected 2\.0, as in model\.lora"),
-        ({"rank": 4, "alpha": 4}, "not the adapters of this recipe: .*size"),
+        ({"rank": 4, "alpha": 4}, r"not the adapters of this recipe: .*size \(8, .*expected \(4,"),
         (
             {"target_modules": ["o_proj"]},
             "not the adapters of this recipe: .* only in the file or only in the model",
@@ -150,6 +212,28 @@ def test_over_a_base_in_4_bits_other_adapters_are_refused(
     recipe = start(make_recipe, adapters, run_dir=str(tmp_path / "second"), **in_4_bits(**lora))
     with open_run(recipe, Progress()) as run, pytest.raises(ModelError, match=message):
         run.models.load(str(adapters), trained=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"o_proj": 8}}, r"= 1\.0, 2\.0; expected 1"),
+        ({"r": 1, "lora_alpha": 1}, r"size \(1, .*expected \(8, "),
+    ],
+    ids=["another scaling in one layer", "rank 1, which could be broadcast"],
+)
+def test_over_a_base_in_4_bits_adapters_that_differ_in_part_are_refused(
+    make_recipe, tmp_path, config, message
+):
+    given = adapters_of(
+        make_recipe(run_dir=str(tmp_path / "first")),
+        tmp_path / "given",
+        target_modules="all-linear",
+        **config,
+    )
+    recipe = start(make_recipe, given, run_dir=str(tmp_path / "second"), **in_4_bits())
+    with open_run(recipe, Progress()) as run, pytest.raises(ModelError, match=message):
+        run.models.load(str(given), trained=True)
 
 
 @pytest.mark.parametrize(

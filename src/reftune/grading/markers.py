@@ -44,6 +44,8 @@ class Statement:
     there is none, at the end of the text that counts (see `statements`)."""
 
 
+TAG = re.compile(r"</?(?:think(?:ing)?|answer)>", re.IGNORECASE)
+"""Matches a tag that `statements` reads."""
 UP_TO_LAST_TAG = re.compile(r".*(?P<tag><(?P<closes>/?)think(?:ing)?>)", re.IGNORECASE | re.DOTALL)
 """Matches a text up to its last `<think>` or `</think>`."""
 _PHRASES = (

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from reftune.errors import CheckpointError, ModelError
-from reftune.model.policy import ADAPTERS, PEFT_ADAPTERS
+from reftune.model.policy import ADAPTERS, PEFT_ADAPTERS, peft_name
 from reftune.model.weights import ADAPTER_CONFIG, SMOLLM2, is_adapter_folder, smollm2_folder
-from reftune.recipe import ModelTable
+from reftune.recipe import LoraTable, ModelTable
 from reftune.storage.run_folder import RunFolder
 from reftune.text import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Adapters = Mapping[str, Tensor]
-"""Tensors, keyed by their names in PEFT: `….lora_A.weight` is (r, inputs), and `….lora_B.weight` is
-(outputs, r)."""
+
+class Adapter(NamedTuple):
+    """The adapter of one layer, which adds `scaling` · B A to the layer's weight."""
+
+    a: Tensor
+    """(r, inputs)"""
+    b: Tensor
+    """(outputs, r)"""
+    scaling: float
+    """alpha / r or, for rsLoRA, alpha / √r."""
+
+
+Adapters = Mapping[str, Adapter]
+"""Adapters, keyed by the names of their matrices A in PEFT's files."""
+_A = re.compile(r"_A(?=(\.weight)?$)")
+"""Matches the part of the name of a matrix A in which that of B differs."""
 
 
 def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
@@ -30,35 +49,28 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     of this name.
 
     Unless the base is quantized, each stage trains new adapters on the merged model that it starts
-    from. Concatenating the adapters of all stages that lead to `method`, B = [B₁ B₂ …] and
-    A = [A₁; A₂; …], sums their products B A. If the stages were saved in fp32, adding the sum to
-    the base gives the model of `method` up to rounding. Raises: CheckpointError if a stage saved no
-    adapters; ModelError if the adapters that the first stage starts from cannot be read.
+    from, so the result is the sum of the adapters of all stages that lead to `method`. If the
+    stages were saved in fp32, adding it to the base gives the model of `method` up to rounding.
+    Raises: CheckpointError if a stage saved no adapters or is another run's; ModelError if the
+    adapters that the first stage starts from cannot be read.
     """
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
-    chain = _chain(run, method, model)
-    joined = side_by_side(chain)
-    rank = sum(len(_rows_of_a(adapters)) for adapters, _ in chain)
-    path = model.get("path")
+    adapters = side_by_side(_chain(run, method, model))
+    first, path = next(iter(adapters.values())), model.get("path")
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=rank if len(chain) > 1 else round(chain[0][1] * rank),
-        target_modules=sorted({name.split(".lora_")[0].split(".")[-1] for name in joined}),
+        r=len(first.a),
+        lora_alpha=round(first.scaling * len(first.a)),
+        target_modules=sorted({name.split(".lora_")[0].split(".")[-1] for name in adapters}),
         base_model_name_or_path=str(smollm2_folder()) if path == SMOLLM2 else path,
         revision=model.get("revision"),
         inference_mode=True,
     )
-    save_file(
-        {name: tensor.contiguous() for name, tensor in joined.items()}, folder / PEFT_ADAPTERS
-    )
+    tensors = {name: adapter.a for name, adapter in adapters.items()}
+    tensors |= {_A.sub("_B", name): adapter.b for name, adapter in adapters.items()}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / PEFT_ADAPTERS)
     config.save_pretrained(str(folder))
-
-
-Scaled = tuple[Adapters, float]
-"""Adapters and their scaling, which is alpha / rank or, for rsLoRA, alpha / √rank."""
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
@@ -69,12 +81,12 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
     """
     from peft import PeftModel
 
-    adapters, _ = read_adapters(folder)
+    _, tensors = _read(folder)
     _require_base(folder, base)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
-        found = {_peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
-        strange = sorted(set(adapters) ^ found)
+        found = {peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
+        strange = sorted(tensors.keys() ^ found)
         if strange:
             raise ValueError(f"{strange[0]} is only in the file or only in the model")
         merged: PreTrainedModel = adapted.merge_and_unload()
@@ -83,31 +95,68 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
     return merged
 
 
-def read_adapters(folder: Path) -> Scaled:
-    """The LoRA adapters in a folder in PEFT's format, and their scaling. Raises: ModelError if they
-    cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_adapters(folder: Path) -> Adapters:
+    """The LoRA adapters in a folder in PEFT's format. Raises: ModelError if they cannot be read, or
+    if they include other tensors than LoRA's matrices."""
+    config, tensors = _read(folder)
+    with _readable(folder):
+        return _paired(tensors, partial(_scaling, config))
 
-    try:
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of LoRA adapters. Raises: ModelError if they cannot be
+    read."""
+    with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {config.get('peft_type')}; expected LORA")
-        rank = config["r"] ** (0.5 if config.get("use_rslora") else 1)
-        return load_file(folder / PEFT_ADAPTERS), config["lora_alpha"] / rank
+        return config, load_file(folder / PEFT_ADAPTERS)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: adapters cannot be read: {error}") from None
+        raise ModelError(f"{folder}: adapters cannot be read: {brief(error)}") from None
+
+
+def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """The scaling of the adapter whose matrix A is called `name`."""
+    from peft.utils.other import get_pattern_key
+
+    module = name.split(".lora_")[0].removeprefix("base_model.model.")
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    return float(alpha / rank ** (0.5 if config.get("use_rslora") else 1))
+
+
+def _paired(
+    tensors: Mapping[str, Tensor], scaling: Callable[[str, int], float]
+) -> dict[str, Adapter]:
+    """Adapters from their tensors; `scaling(name, r)` is that of the adapter whose matrix A has
+    this name and rank. Raises: ValueError for a tensor that is no such matrix; KeyError if one is
+    missing."""
+    firsts = [name for name in tensors if _A.search(name)]
+    strange = sorted(tensors.keys() - {*firsts, *(_A.sub("_B", name) for name in firsts)})
+    if strange:
+        raise ValueError(f"{strange[0]} is not a matrix of LoRA; expected A and B only")
+    return {
+        name: Adapter(tensors[name], tensors[_A.sub("_B", name)], scaling(name, len(tensors[name])))
+        for name in firsts
+    }
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
     """Check that a run can continue training the adapters in `folder`. Raises: ModelError if they
     cannot be read, or if their base model or scaling differs from the run's."""
-    _, scaling = read_adapters(folder)
+    found = sorted({adapter.scaling for adapter in read_adapters(folder).values()})
     _require_base(folder, table.path)
     wanted = table.lora and table.lora.alpha / table.lora.rank
-    if scaling != wanted:
+    if found != [wanted]:
         raise ModelError(
-            f"{folder}: adapters with alpha / rank = {scaling}; expected {wanted}, as in model.lora"
+            f"{folder}: adapters with alpha / rank = {', '.join(map(str, found))}; expected"
+            f" {wanted}, as in model.lora"
         )
 
 
@@ -121,46 +170,49 @@ def _require_base(folder: Path, base: str | None) -> None:
         )
 
 
-def side_by_side(chain: Sequence[Scaled]) -> dict[str, Tensor]:
-    """The sum of several sets of adapters, as one set with scaling 1. A single set keeps its own
-    scaling."""
+def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
+    """The sum of several sets of adapters, as one set with scaling 1 and the same rank in every
+    layer. A single set keeps its own scaling.
+
+        Σ sᵢ Bᵢ Aᵢ = B A,    B = [s₁ B₁  s₂ B₂ …  0],    A = [A₁; A₂; …; 0]
+    """
     if len(chain) == 1:
-        return dict(chain[0][0])
-    return {
-        name: torch.cat([adapters[name] for adapters, _ in chain], 0)
-        if ".lora_A." in name
-        else torch.cat([adapters[name] * scaling for adapters, scaling in chain], 1)
-        for name in chain[0][0]
-    }
+        return dict(chain[0])
+    of_layer: dict[str, list[Adapter]] = {}
+    for adapters in chain:
+        for name, adapter in adapters.items():
+            of_layer.setdefault(name, []).append(adapter)
+    rank = max(sum(len(adapter.a) for adapter in parts) for parts in of_layer.values())
+    return {name: _summed(parts, rank) for name, parts in of_layer.items()}
 
 
-def _rows_of_a(adapters: Adapters) -> Tensor:
-    return next(tensor for name, tensor in adapters.items() if ".lora_A." in name)
+def _summed(parts: Sequence[Adapter], rank: int) -> Adapter:
+    a = torch.cat([part.a for part in parts])
+    b = torch.cat([part.b * part.scaling for part in parts], 1)
+    missing = rank - len(a)
+    return Adapter(pad(a, (0, 0, 0, missing)), pad(b, (0, missing)), 1.0)
 
 
-def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Scaled]:
+def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
     """The sets of adapters whose sum turns the base into `method`, oldest first: the initial set,
     if there is one, then one per stage. With a 4-bit base, each stage continues training the set of
     the stage that it starts from, so the last set is enough.
     """
-    from safetensors.torch import load_file
-
-    table = model.get("lora") or {}
-    scaling = int(table.get("alpha", 32)) / int(table.get("rank", 16))
-    chain: list[Scaled] = []
+    table = LoraTable(**(model.get("lora") or {}))
+    chain: list[Adapters] = []
     while method != "base":
-        if is_adapter_folder(Path(method)):
+        stage = run.stage(method)
+        if not stage.is_done and is_adapter_folder(Path(method)):
             return [read_adapters(Path(method)), *chain]
-        path = run.stage(method).path / ADAPTERS
+        if stage.run != run:
+            raise CheckpointError(
+                f"{method}: is not part of {run.path}; --adapter expects stages that lead back to"
+                " the base"
+            )
+        path = stage.path / ADAPTERS
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; --adapter expects a run with model.lora")
-        tensors = load_file(path)
-        chain.insert(0, ({_peft_name(name): t for name, t in tensors.items()}, scaling))
-        stage = run.stage(method).facts()
-        method = "base" if model.get("quantize") is not None else stage["init"]
+        tensors = {peft_name(name): tensor for name, tensor in load_file(path).items()}
+        chain.insert(0, _paired(tensors, lambda name, rank: table.alpha / rank))
+        method = "base" if model.get("quantize") is not None else stage.facts()["init"]
     return chain
-
-
-def _peft_name(name: str) -> str:
-    """The tensor's name in PEFT's files, which omit the adapter's name."""
-    return name.replace(".default.", ".")

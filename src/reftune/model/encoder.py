@@ -7,10 +7,12 @@ export use the same rule for where a completion ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import ModelError
+from reftune.grading.markers import TAG
 from reftune.model.chat import end_of_turn, opened_thought, prompt_text, reply_text
 from reftune.types import BareText, Conversation
 
@@ -27,6 +29,10 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
+    _thoughts: dict[Conversation, str] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """The thought that each prompt opens, as found so far."""
 
     def __post_init__(self) -> None:
         require_eos(self.tokenizer)
@@ -67,16 +73,16 @@ class Encoder:
     def with_thoughts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[str]:
         """Texts that follow the problems' prompts. If a prompt ends inside a thought, its texts
         begin with the tag that opens the thought."""
-        opened: dict[str, str] = {}
-        for problem in problems:
-            if problem.id not in opened:
-                prompt = self.format.prompt(problem)
-                opened[problem.id] = (
-                    opened_thought(self.tokenizer, prompt)
-                    if isinstance(prompt, Conversation)
-                    else ""
-                )
+        distinct = {problem.id: problem for problem in problems}
+        opened = {id_: self._opened(self.format.prompt(p)) for id_, p in distinct.items()}
         return [opened[p.id] + text for p, text in zip(problems, texts, strict=True)]
+
+    def _opened(self, prompt: str | Conversation) -> str:
+        if not isinstance(prompt, Conversation):
+            return ""
+        if prompt not in self._thoughts:
+            self._thoughts[prompt] = opened_thought(self.tokenizer, prompt)
+        return self._thoughts[prompt]
 
     def end_of(self, prompt: str | Conversation) -> int:
         """The id of the token that ends a completion of `prompt`: in a chat, the template's
@@ -104,11 +110,24 @@ class Encoder:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of tokens, without special tokens. Spaces stay as sampled; transformers' clean-up
-    would change code."""
-    ids = list(token_ids)
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """The text of tokens, without special tokens other than tags that grading reads, such as
+    `</think>`. Spaces stay as sampled; transformers' clean-up would change code."""
+    ids, (tags, others) = list(token_ids), _special_ids(tokenizer)
+    has_tags = not tags.isdisjoint(ids)
+    text = tokenizer.decode(
+        [id_ for id_ in ids if id_ not in others] if has_tags else ids,
+        skip_special_tokens=not has_tags,
+        clean_up_tokenization_spaces=False,
+    )
     return str(text)
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], frozenset[int]]:
+    """The ids of the special tokens that are tags, and of all others."""
+    special = {id_: str(t) for id_, t in tokenizer.added_tokens_decoder.items() if t.special}
+    tags = frozenset(id_ for id_, text in special.items() if TAG.fullmatch(text))
+    return tags, frozenset(special) - tags
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ training the adapters, because quantizing the merged model would round away what
 learned."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
-"""Name of the adapters' file in PEFT's format. Its tensor names omit the adapter's name."""
+"""Name of the adapters' file in PEFT's format; see `peft_name`."""
 
 
 class TokenScores(NamedTuple):
@@ -432,7 +433,7 @@ class Policy(nn.Module):
         path = folder / ADAPTERS if (folder / ADAPTERS).is_file() else folder / PEFT_ADAPTERS
         try:
             saved, own = (
-                {name.replace(".default.", "."): value for name, value in tensors.items()}
+                {peft_name(name): value for name, value in tensors.items()}
                 for tensors in (load_file(path), self._adapters())
             )
             strange = sorted(saved.keys() ^ own.keys())
@@ -440,8 +441,11 @@ class Policy(nn.Module):
                 raise KeyError(f"{strange[0]} is only in the file or only in the model")
             with torch.no_grad():
                 for name, parameter in own.items():
+                    if saved[name].shape != parameter.shape:
+                        sizes = f"{tuple(saved[name].shape)}, expected {tuple(parameter.shape)}"
+                        raise ValueError(f"{name} has the size {sizes}")
                     parameter.copy_(saved[name])
-        except (OSError, KeyError, RuntimeError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise ModelError(f"{path}: not the adapters of this recipe: {error}") from None
         self.continues_adapters = True
 
@@ -466,6 +470,11 @@ class AdapterReference:
         whole = sharding.current.whole(self._policy, self._policy.compute_dtype)
         with whole, self._policy.with_adapters(self._adapters):
             return self._policy.score(batch, temperature=temperature)
+
+
+def peft_name(name: str) -> str:
+    """The name in PEFT's files of an adapter's tensor, which omits the name of the adapter."""
+    return name.replace(".default.", ".").removesuffix(".default")
 
 
 def _save_apart(tensors: Mapping[str, Tensor], path: Path) -> None:
