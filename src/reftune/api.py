@@ -150,6 +150,12 @@ def evaluate(
         p if isinstance(p, Problem) else _asked({"id": i, **p}, f"problem {i}")
         for i, p in enumerate(problems)
     )
+    with_id = {problem.id: problem for problem in found}
+    for problem in found:
+        if with_id[problem.id] != problem:
+            raise DataError(
+                f"problem {problem.id}: two problems have this id; expected different ids"
+            )
     put = _format(format or recipe.get("format") or "nl")
     lengths = LengthTable.model_validate(recipe.get("lengths") or {})
     collector = Collector(

@@ -102,6 +102,10 @@ def test_evaluate_takes_a_policy_and_problems(make_policy):
         reftune.evaluate(make_policy("llama"), [])
     with pytest.raises(DataError, match="problem 0: question is None; expected text"):
         reftune.evaluate(make_policy("llama"), [{"prompt": "2 + 3?", "answer": 5}])
+    rows = [{"id": 7, "question": question, "answer": 3} for question in ("wa", "wb")]
+    with pytest.raises(DataError, match="problem 7: two problems have this id"):
+        reftune.evaluate(make_policy("llama"), rows)
+    assert reftune.evaluate(make_policy("llama"), [problem] * 2, max_new=3).n == 2
 
 
 def test_the_package_is_imported_fast():

@@ -372,6 +372,10 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
             ["eval", "recipe.yaml", "--method", "sft"],
             r"runs/tiny/stages/sft: method sft is not trained yet",
         ),
+        (
+            ["eval", "recipe.yaml", "--method", "runs/other/stages/sft"],
+            r"tiny: no method runs/other/stages/sft; it has sft",
+        ),
         (["eval", "recipe.yaml"], r"runs/tiny/stages/sft: method sft is not trained yet"),
         (
             ["sample", "recipe.yaml", "--method", "sft"],

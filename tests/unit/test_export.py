@@ -103,6 +103,11 @@ def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path,
         match=r"stages/sft: not a finished method \(no stage\.json\); finished here: reft$",
     ):
         export_model(run_folder, "sft", tmp_path / "model")
+    classifier = run_folder / "stages" / "reft" / "classifier.safetensors"
+    classifier.touch()
+    with pytest.raises(CheckpointError, match="reft: a reward model, which answers no questions"):
+        export_model(run_folder, "reft", tmp_path / "model")
+    classifier.unlink()
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match="model: exists already"):
         export_model(run_folder, "reft", tmp_path / "model")

@@ -219,6 +219,25 @@ def test_pickled_weights_are_not_read(saved):
         load_pretrained(saved)
 
 
+@pytest.mark.parametrize("rationales", [True, False])
+def test_tokens_without_an_embedding_are_refused_before_the_run(
+    make_model, make_recipe, tmp_path, rationales
+):
+    tokenizer = word_tokenizer(["0 1 2 3 4 5 6 7 8 9"])
+    model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})  # and the embeddings are not resized
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    recipe = make_recipe(
+        model={"scratch": None, "path": str(tmp_path / "base")},
+        stages={} if rationales else {"sft": None, "reft": {"init": "base"}},
+        lengths={"max_new": 100},
+    )
+    with pytest.raises(ModelError, match=r"token <\|end\|> has the id \d+, but the model has only"):
+        run_recipe(recipe, progress=Progress())
+    assert not recipe.folder.exists()
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_model_s_own_code_runs_only_if_it_is_trusted(saved, tmp_path, monkeypatch, trusted):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))

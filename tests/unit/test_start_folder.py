@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from checking import UNMEASURED, check_only
 from crash import outcome, run_all
 from reftune.errors import CheckpointError, ModelError, RecipeError
-from reftune.model.adapters import read_adapters
+from reftune.model.adapters import export_adapters, read_adapters
 from reftune.runs.export import export_model
 from reftune.runs.models import check_stage_graph
 from reftune.runs.run import open_run
 from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
+from reftune.storage.run_folder import RunFolder
 
 
 def test_a_stage_starts_from_the_folder_of_an_earlier_run_value_head_and_all(make_recipe, tmp_path):
@@ -157,6 +159,19 @@ def test_adapters_with_other_tensors_than_lora_s_are_not_added_up(adapters):
     save_file({**tensors, "o_proj.lora_magnitude_vector": torch.ones(2)}, path)  # DoRA's
     with pytest.raises(ModelError, match=r"o_proj\.lora_magnitude_vector is not a matrix of LoRA"):
         read_adapters(adapters)
+
+
+def test_exported_adapters_find_their_base_from_any_folder(adapted, tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path, recorded in (
+        ("models/mine", str(tmp_path / "models" / "mine")),
+        ("owner/model", "owner/model"),
+        (None, None),
+    ):
+        export_adapters(RunFolder(adapted.folder), "reft", {**LORA["model"], "path": path}, Path())
+        config = json.loads(Path("adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == recorded
 
 
 def test_adapters_on_top_of_another_run_s_model_are_not_exported(make_recipe, adapted, tmp_path):

@@ -57,13 +57,13 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     from peft import LoraConfig
 
     adapters = side_by_side(_chain(run, method, model))
-    first, path = next(iter(adapters.values())), model.get("path")
+    first = next(iter(adapters.values()))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=len(first.a),
         lora_alpha=round(first.scaling * len(first.a)),
         target_modules=sorted({name.split(".lora_")[0].split(".")[-1] for name in adapters}),
-        base_model_name_or_path=str(smollm2_folder()) if path == SMOLLM2 else path,
+        base_model_name_or_path=_base_of(model.get("path")),
         revision=model.get("revision"),
         inference_mode=True,
     )
@@ -71,6 +71,15 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     tensors |= {_A.sub("_B", name): adapter.b for name, adapter in adapters.items()}
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / PEFT_ADAPTERS)
     config.save_pretrained(str(folder))
+
+
+def _base_of(path: str | None) -> str | None:
+    """`model.path` as adapters record it: a folder's absolute path, a Hub id, or None for a
+    from-scratch model."""
+    if path is None or path == SMOLLM2:
+        return path and str(smollm2_folder())
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.exists() else path
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:

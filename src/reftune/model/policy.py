@@ -8,7 +8,7 @@ import copy
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -120,6 +120,19 @@ class Policy(nn.Module):
     def context(self) -> int | None:
         """Maximum length of a sequence, in tokens; None if the config does not state it."""
         return getattr(self.model.config, "max_position_embeddings", None)
+
+    def require_known(self, sequences: Iterable[Sequence[int]]) -> None:
+        """Check that the model has an embedding for every token of `sequences`. Raises: ModelError
+        if not."""
+        size = self.base.get_input_embeddings().weight.shape[0]
+        largest = max(map(max, sequences))
+        if largest >= size:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ModelError(
+                f"the tokenizer's token {token} has the id {largest}, but the model has only"
+                f" {size} embeddings; expected the model's own tokenizer or, for added tokens,"
+                " resized embeddings"
+            )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return decode(self.tokenizer, token_ids)

@@ -16,8 +16,9 @@ from reftune.datasets import load_splits
 from reftune.errors import CheckpointError, ModelError, ReftuneError
 from reftune.model.adapters import export_adapters
 from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
-from reftune.recipe import Recipe, parse_recipe
+from reftune.recipe import parse_recipe
 from reftune.results.records import evaluated_split
+from reftune.stages.reward_model import WEIGHTS
 from reftune.storage.files import replace_folder
 from reftune.storage.run_folder import RunFolder
 from reftune.text import brief
@@ -34,8 +35,9 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     folder contains the whole model, into which any adapters are merged, so plain `from_pretrained`
     and vLLM can load it. With `adapter`, the folder contains only the adapters.
 
-    Raises: CheckpointError if the method is not finished or its weights cannot be read, if `out`
-    exists or cannot be written or, with `adapter`, if the method has no adapters.
+    Raises: CheckpointError if the method is not finished, is a reward model or has weights that
+    cannot be read, if `out` exists or cannot be written or, with `adapter`, if the method has no
+    adapters.
     """
     run = RunFolder(run_folder)
     stage = run.stage(method).path
@@ -44,11 +46,14 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
             f"{stage}: not a finished method (no stage.json); finished here:"
             f" {', '.join(run.trained()) or 'none'}"
         )
+    if (stage / WEIGHTS).is_file():
+        raise CheckpointError(f"{stage}: a reward model, which answers no questions")
     if out.exists():
         raise CheckpointError(f"{out}: exists already; choose a folder that does not")
     if not adapter:
         _require_weights(stage)
-    recipe, serving = _recipe_of(run), _serving(run, stage)
+    recipe = dict(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
+    serving = _serving(recipe, stage)
 
     def fill(folder: Path) -> None:
         if adapter:
@@ -129,6 +134,13 @@ class Serving:
         return self.encoder.format.prompt(self.problem)
 
     @property
+    def sent(self) -> str | list[dict[str, str]]:
+        """The prompt as a client sends it: text, or the messages of a chat."""
+        if not isinstance(self.prompt, Conversation):
+            return str(self.prompt)
+        return [{"role": turn.role, "content": turn.content} for turn in self.prompt.turns]
+
+    @property
     def stop(self) -> list[str]:
         return list(stop_texts(self.encoder.format))
 
@@ -167,19 +179,18 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's `--max-lora-rank` accepts."""
 
 
-def _serving(run: RunFolder, stage: Path) -> Serving | None:
+def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
     """The settings of a stage's model. None if the recipe, its data or the tokenizer can no longer
     be read; the card then shows no prompt, and the files stay as training left them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
-        recipe = parse_recipe(_recipe_of(run))
-        tokenizer = AutoTokenizer.from_pretrained(
-            stage, trust_remote_code=recipe.model.trust_remote_code
-        )
-        config = AutoConfig.from_pretrained(stage)
+        recipe = parse_recipe(table)
+        trust, splits = recipe.model.trust_remote_code, load_splits(recipe)
+        tokenizer = AutoTokenizer.from_pretrained(stage, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(stage, trust_remote_code=trust)
         generation = GenerationConfig.from_pretrained(stage)
-        problem = _example(recipe)
+        problem = next(iter((*splits.dev, *splits.train)))
     except (ReftuneError, OSError, ValueError):
         return None
     generation.max_new_tokens = recipe.lengths.max_new
@@ -193,15 +204,6 @@ def _serving(run: RunFolder, stage: Path) -> Serving | None:
     )
 
 
-def _recipe_of(run: RunFolder) -> dict[str, Any]:
-    return dict(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
-
-
-def _example(recipe: Recipe) -> Problem:
-    splits = load_splits(recipe)
-    return next(iter((*splits.dev, *splits.train)))
-
-
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
     """Make the tokenizer's defaults those of training: no BOS before a `BareText`, and the recipe's
     arguments for the chat template. A client can override these arguments."""
@@ -209,8 +211,7 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
         tokenizer.add_bos_token = False  # this rewrites the post-processor
     if isinstance(prompt, Conversation):
         defaults = "".join(
-            f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}"
-            "{%- endif -%}"
+            f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"
             for name, value in prompt.template_args.items()
         )
         own = tokenizer.chat_template
@@ -221,19 +222,13 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
         )
 
 
-def _literal(value: Any) -> str:
-    """A recipe's value as a Jinja literal."""
-    return "none" if value is None else json.dumps(value)
-
-
 # --- the card -------------------------------------------------------------------------------------
 
 
 def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base | None) -> str:
     """The model card, written from the run's files. `base` is the base model of exported adapters;
     None if the whole model is exported."""
-    recipe = run.recipe.read_text(encoding="utf-8")
-    stage = json.loads(run.stage(method).info.read_text(encoding="utf-8"))
+    recipe, stage = run.recipe.read_text(encoding="utf-8"), run.stage(method).facts()
     table = yaml.safe_load(recipe)
     path = (table.get("model") or {}).get("path") if base is None else base.path
     chosen = f", chosen as the best of {stage['looks']} dev evaluations"
@@ -263,9 +258,7 @@ sandbox.{_contents(base)}
 {"" if serving is None else _usage(serving, method, base)}
 ## Recipe
 
-```yaml
-{recipe.strip()}
-```
+{_fenced(recipe.strip(), "yaml")}
 """
 
 
@@ -337,7 +330,7 @@ def _shell(serving: Serving, name: str, base: Base | None) -> str:
             f"  --enable-lora --lora-modules {name}=. --max-lora-rank {rank}"
         )
     address = "http://localhost:8000/v1"
-    path = "chat/completions" if isinstance(serving.prompt, Conversation) else "completions"
+    path = "completions" if isinstance(serving.sent, str) else "chat/completions"
     body = json.dumps(request_body(serving, name), indent=2, ensure_ascii=False)
     commands = (
         f"{serve} --dtype {serving.dtype} &\n"
@@ -355,21 +348,15 @@ def request_body(serving: Serving, name: str) -> dict[str, Any]:
         body["stop"] = serving.stop
     if not isinstance(prompt, Conversation):
         special = {} if serving.adds_special_tokens else {"add_special_tokens": False}
-        return {**body, "prompt": str(prompt), **special}
+        return {**body, "prompt": serving.sent, **special}
     if prompt.template_args:
         body["chat_template_kwargs"] = dict(prompt.template_args)
-    return {**body, "messages": _messages(prompt)}
-
-
-def _messages(prompt: Conversation) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
+    return {**body, "messages": serving.sent}
 
 
 def _python(serving: Serving, base: Base | None) -> str:
-    prompt = serving.prompt
-    asked = _messages(prompt) if isinstance(prompt, Conversation) else str(prompt)
     options = ", return_full_text=False"
-    if not (serving.adds_special_tokens or isinstance(prompt, Conversation)):
+    if isinstance(serving.sent, str) and not serving.adds_special_tokens:
         options += ", add_special_tokens=False"
     if serving.stop:  # a generation config with stop strings would fail without a tokenizer
         options += f", stop_strings={serving.stop!r}, tokenizer=generate.tokenizer"
@@ -384,7 +371,10 @@ def _python(serving: Serving, base: Base | None) -> str:
     lines.append(f'generate = pipeline("text-generation", "."{load})')
     if base is not None:
         lines.append('generate.model.generation_config = GenerationConfig.from_pretrained(".")')
-    lines += [f"prompt = {asked!r}", f'print(generate(prompt{options})[0]["generated_text"])']
+    lines += [
+        f"prompt = {serving.sent!r}",
+        f'print(generate(prompt{options})[0]["generated_text"])',
+    ]
     return "\n".join([f"from transformers import {', '.join(sorted(names))}", "", *lines])
 
 

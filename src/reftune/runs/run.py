@@ -68,8 +68,13 @@ def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
     """Evaluate `methods` or, if none are given, all that the recipe evaluates. Returns: the
-    summary. Raises: RecipeError if a method is not trained yet, and the errors of `run_recipe`."""
+    summary. Raises: RecipeError if the recipe has no such method or it is not trained yet, and the
+    errors of `run_recipe`."""
     check_stage_graph(recipe)
+    known = [method for stage in recipe.stages for method in recipe.methods_of(stage)]
+    for method in methods:
+        if method not in known:
+            raise RecipeError(f"{recipe.name}: no method {method}; it has {', '.join(known)}")
     methods = methods or recipe.methods_to_evaluate
     require_trained(recipe, methods)
     with open_run(recipe, progress) as run:
@@ -117,7 +122,8 @@ class Run:
     def verify_inputs(self) -> None:
         """Load the model and encode the problems, to find unusable inputs before the run starts.
 
-        Raises: ModelError or RecipeError if the model cannot be used; DataError if a prompt is too
+        Raises: ModelError or RecipeError if the model cannot be used, for example because it has no
+        embedding for a token; DataError if a prompt is too
         long and the recipe does not drop such prompts, or if no training row is left.
         """
         policy, stages = self.models.load("base", trained=True), self.recipe.stages.values()
@@ -128,9 +134,11 @@ class Run:
         asked = [*self.splits.dev, *self.evaluation.problems]
         if any(stage.reads_questions for stage in stages):
             asked += train
-        collector.prompts(asked, policy)
+        encoded = collector.prompts(asked, policy)
         if any(stage.reads_rationales for stage in stages):
-            gold_examples(train, collector, policy)
+            encoded += [example.target for example in gold_examples(train, collector, policy)]
+        encoder = collector.encoder
+        policy.require_known([*encoded, [encoder.end_of(encoder.format.prompt(train[0]))]])
 
     def is_trained(self, name: str) -> bool:
         """Whether stage `name` has saved all its models."""
