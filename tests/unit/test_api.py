@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import reftune
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import dump_recipe
+from reftune.types import Answer
 
 
 def test_grade_judges_as_the_reward_does():
@@ -92,9 +94,8 @@ def test_evaluate_answers_as_the_run_did(finished: Path):
 
 
 def test_evaluate_takes_a_policy_and_problems(make_policy):
-    problem = reftune.Problem(
-        id="p", question="wa wb", answer=reftune.api.problem_of({"id": 1, "answer": 3}, "").answer
-    )
+    answer = Answer(kind="number", value=Fraction(3))
+    problem = reftune.Problem(id="p", question="wa wb", answer=answer)
     result = reftune.evaluate(make_policy("llama"), [problem], max_new=3)
     assert len(result.completions[0].token_ids) <= 3
     assert result.accuracy == 0.0

@@ -237,6 +237,24 @@ def test_scores_are_probabilities_and_equal_texts_are_read_once(classifier, monk
     assert scores == pytest.approx(logits.softmax(1)[:, 1].tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_scores_are_computed_in_fp32_from_states_in_bf16(make_policy, encoder, likelihood):
+    classifier = Classifier(make_policy("llama", dtype=torch.bfloat16), encoder, seed=1)
+    solutions = [
+        Solution(problem=problem("1"), text=text, label=label)
+        for text, label in (("wc wd we", 1), ("wf", 0))
+    ]
+    if likelihood:
+        classifier.add_likelihood(solutions)
+    with torch.no_grad():
+        classifier.head.weight.mul_(50)  # so that logits rounded to bf16 would differ
+        for one in solutions:
+            pair = (one.problem, one.text)
+            logits = classifier.judge(classifier.solution_batch([pair])).logits
+            assert logits.dtype == torch.float32
+            assert classifier.scores([pair]) == pytest.approx(logits.softmax(1)[:, 1].tolist())
+
+
 def test_dropout_plays_no_part_in_scores(make_policy, encoder):
     policy = make_policy("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)
     classifier = Classifier(policy, encoder).train()

@@ -136,7 +136,7 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
 
     module = name.split(".lora_")[0].removeprefix("base_model.model.")
     alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    alpha = alphas.get(get_pattern_key([*alphas], module), config["lora_alpha"])
     return float(alpha / rank ** (0.5 if config.get("use_rslora") else 1))
 
 

@@ -220,10 +220,11 @@ class Classifier(nn.Module):
                 output = self.policy.base.get_output_embeddings()
                 logprobs = batch.unflatten(token_logprobs(output, hidden, batch.response_tokens()))
         last = batch.response_lengths.cumsum(0) - 1
-        logits: Tensor = self.head(hidden[last].float())
-        if self.likelihood is None:
-            return Judged(logits)
-        evidence = self.likelihood(logprobs.sum(1, keepdim=True))
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = self.head(hidden[last].float())
+            if self.likelihood is None:
+                return Judged(logits)
+            evidence = self.likelihood(logprobs.sum(1, keepdim=True))
         return Judged(logits + nn.functional.pad(evidence, (CORRECT, 0)), logprobs)
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
