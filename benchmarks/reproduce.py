@@ -181,11 +181,13 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [
         "# Results\n\n"
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
-        "generated tasks. `make reproduce` trains all models and writes this page. Accuracies are "
-        "in percent. Differences are in percentage points and paired by problem. Brackets contain "
-        "95% confidence intervals over seeds and problems, and n.s. means not significant. Models "
-        "are chosen on dev and scored once on test. [Metrics](metrics.md#results) defines the "
-        "columns.",
+        "generated tasks. `make reproduce` trains all models, which takes roughly seven hours on "
+        "two CPU cores, and overwrites this page, [modern](experiments/modern.md) and their tables "
+        "in `docs/results/`. Without `--publish`, `benchmarks/reproduce.py` writes to "
+        "`runs/reproduce` instead. Accuracies are in percent. Differences are in percentage points "
+        "and paired by problem. Brackets contain 95% confidence intervals over seeds and problems, "
+        "and n.s. means not significant. Models are chosen on dev and scored once on test. "
+        "[Metrics](metrics.md#results) defines the columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
         "Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN),
     ]
