@@ -38,6 +38,10 @@ class Group:
     runs: tuple[RunResults, ...]
 
     @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs]
+
+    @property
     def methods(self) -> list[str]:
         """Names of the methods that every run has evaluated."""
         return [name for name in self.runs[0].evals if all(name in run.evals for run in self.runs)]
@@ -127,6 +131,13 @@ class ScoreTable:
         """Labels of the methods that other methods started from."""
         inits = {(method.group.label, method.init) for method in self.methods}
         return {m.label for m in self.methods if (m.group.label, m.method) in inits}
+
+    @property
+    def seeds_apart(self) -> dict[str, list[int]]:
+        """Label → seeds of each group; empty if all groups can be paired."""
+        groups = {method.group.label: method.group for method in self.methods}
+        is_whole = all(_are_paired(a, b) for a, b in combinations(groups.values(), 2))
+        return {} if is_whole else {label: group.seeds for label, group in groups.items()}
 
     def between(self, a: str, b: str) -> Comparison | None:
         """The comparison of `a` with `b`; None if they were not compared."""
@@ -318,13 +329,21 @@ def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
     """Comparisons of methods with earlier ones of `methods`. Two methods are compared if they are
-    in one group, if they are the same method in two groups, or if one of them is the baseline."""
+    in one group, if they are the same method in two groups that can be paired, or if one of them is
+    the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
-        if a.group is b.group or a.method == b.method or baseline in (a.label, b.label):
+        is_asked = a.method == b.method or baseline in (a.label, b.label)
+        if a.group is b.group or (is_asked and _are_paired(a.group, b.group)):
             for rule in a.outcomes:
                 if rule in b.outcomes and not rule.startswith("pass@"):
                     yield _compare(a, b, rule, shared, generator)
+
+
+def _are_paired(a: Group, b: Group) -> bool:
+    """Whether each run of `a` has a partner in `b`: the one with the same seed or, between single
+    runs, which are compared problem by problem, the only one."""
+    return a.seeds == b.seeds or len(a.runs) == len(b.runs) == 1
 
 
 def _compare(

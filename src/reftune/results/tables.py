@@ -261,9 +261,11 @@ def caption(table: ScoreTable) -> str:
         if table.num_seeds > 1
         else "exact McNemar p ≥ 0.05, not corrected for several comparisons"
     )
+    apart = "; ".join(f"{name} {', '.join(map(str, n))}" for name, n in table.seeds_apart.items())
+    unpaired = f" Groups with different seeds are not compared: {apart}." if apart else ""
     return (
         f"Accuracy in percent on {n:,} {table.split} problems{seeds}, 95% interval ({interval}); "
-        f"differences paired by problem, bootstrap; {NOT_SIGNIFICANT}: {test}."
+        f"differences paired by problem, bootstrap; {NOT_SIGNIFICANT}: {test}.{unpaired}"
     )
 
 

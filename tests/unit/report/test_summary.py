@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from reftune.errors import DataError
+from reftune.results import report_command
 from reftune.results.records import read_run
 from reftune.results.stats import mcnemar_exact, wilson
 from reftune.results.summary import (
@@ -23,7 +24,7 @@ from reftune.results.summary import (
     summarize,
     voting_curves,
 )
-from reftune.results.tables import display, headline, points
+from reftune.results.tables import display, headline, points, render_table
 
 WriteRun = Callable[..., Path]
 
@@ -299,6 +300,28 @@ def test_labels_read_as_a_person_writes_them() -> None:
     assert display("my_method") == "my method"
     assert display("demo/reft maj@8") == "demo: ReFT maj@8"
     assert points(-0.0316) == "−3.2"
+
+
+def test_groups_with_different_seeds_are_not_compared_and_a_line_says_so(
+    write_run: WriteRun,
+) -> None:
+    folders = []
+    for name, seed in (("short-0", 0), ("short-1", 1), ("long-1", 1), ("long-2", 2)):
+        folder = write_run(name, seed=seed)
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["stages"]["sft"]["epochs"] = len(name)  # the recipes differ
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        folders.append(folder)
+    table = score_table(read_groups(folders))
+    pairs = [(found.a.partition("/")[0], found.b.partition("/")[0]) for found in table.comparisons]
+    assert pairs and set(pairs) == {("short", "short"), ("long", "long")}
+    line = "Groups with different seeds are not compared: short 0, 1; long 1, 2."
+    assert line in render_table(table, "text")
+    assert line in report_command(folders, folders[0] / "page.html").read_text(encoding="utf-8")
+    # single runs are two models that answered the same problems
+    table = score_table(read_groups([folders[0], folders[3]]))
+    assert table.between("long-2/sft", "short-0/sft") is not None
+    assert "not compared" not in render_table(table, "text")
 
 
 def test_groups_are_paired_by_seed_in_whatever_order_the_runs_are_given(

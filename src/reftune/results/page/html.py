@@ -32,6 +32,7 @@ from reftune.results.tables import (
     rows,
 )
 from reftune.storage.files import write_atomically
+from reftune.text import counted
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -231,7 +232,7 @@ def _facts(method: MethodScore) -> list[str]:
     seconds = method.mean("wall_seconds")
     facts = [
         None if dev is None else f"dev {percent(dev)}",
-        None if method.looks is None else f"{method.looks} dev evaluations",
+        None if method.looks is None else counted(method.looks, "dev evaluation"),
         None if passes is None else f"{_count(passes)} training sequences",
         None if seconds is None else duration(seconds),
     ]
@@ -271,9 +272,9 @@ def _evidence(found: Comparison) -> str:
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
     """The labels of the baseline and of the best of the other methods, with four counts of problems
     in the first seed: solved by both, only by that method, only by the baseline, and by neither.
-    None if there are fewer than two methods."""
+    None if there are fewer than two methods, or if the two were not compared."""
     best = leader(table)
-    if best is None:
+    if best is None or table.between(best.label, table.baseline) is None:
         return None
     base = table.method(table.baseline)
     pairs = list(zip(*(method.outcomes[GREEDY][0] for method in (best, base)), strict=True))
