@@ -105,6 +105,26 @@ def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_loo
     assert rises == pytest.approx([0.4] * 6 + [0.3, 0.2, 0.1])
 
 
+def test_a_stage_that_ended_at_its_plateau_says_so_if_it_gets_more_epochs(
+    make_recipe, flat_from_look
+):
+    flat_from_look(10)
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append
+    for epochs in (20, 30):
+        notes.clear()
+        recipe = make_recipe(stages={"sft": {**UNTIL, "epochs": epochs}, "reft": None})
+        with open_run(recipe, progress) as run:
+            run.train("sft")
+            folder = run.folder.stage("sft")
+    assert folder.facts()["steps"] == 39
+    assert notes == [
+        "sft: ended at its plateau, at step 39, and is not trained further; to start another run"
+        f" from its model, set init: {folder.path}"
+    ]
+
+
 def test_a_snapshot_due_after_the_plateau_is_the_model_of_the_last_step(
     make_recipe, flat_from_look
 ):

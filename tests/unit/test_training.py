@@ -73,6 +73,12 @@ def test_a_cosine_rate_falls_to_zero_along_half_a_wave():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.9])
+def test_a_stage_s_only_step_trains_at_the_full_rate(schedule, warmup):
+    assert rates(1, schedule=schedule, warmup=warmup) == [1.0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 7, 100])
 def test_a_rate_is_a_share_of_the_peak(schedule, total_steps):
     assert all(0 <= share <= 1 for share in rates(total_steps, schedule=schedule, warmup=0.1))

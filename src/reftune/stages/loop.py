@@ -397,7 +397,13 @@ class Loop:
         self._is_saved = True
         context.metrics.truncate(metrics_bytes)
         self.samples.truncate(samples_bytes)
-        if self.state.step > 0:
+        if self.state.step == self.state.ends_at:
+            context.progress.note(
+                f"{context.name}: ended at its plateau, at step {self.state.step}, and is not"
+                " trained further; to start another run from its model, set init:"
+                f" {context.folder.path}"
+            )
+        elif self.state.step > 0:
             context.progress.note(
                 f"{context.name}: resumed at step {self.state.step} of {self.total_steps}"
             )

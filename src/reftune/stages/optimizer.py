@@ -27,7 +27,8 @@ class OptimizerTable(Table):
     value_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the value head. Default: `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """`linear` and `cosine` lower the learning rate to 0 by the last step."""
+    """`linear` and `cosine` lower the learning rate to 0 by the last step. A stage of a single step
+    takes it at the full rate."""
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of the steps, at the start, over which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
@@ -110,7 +111,10 @@ def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.O
 
 
 def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
-    """The learning rate at `step`, counted from 1, as a share of its peak."""
+    """The learning rate at `step`, counted from 1, as a share of its peak. A stage's only step has
+    the peak rate, because with the schedule's last rate, 0, it would train nothing."""
+    if total_steps == 1:
+        return 1.0
     warmup_steps = round(table.warmup * total_steps)
     if step <= warmup_steps:
         return step / warmup_steps
