@@ -25,6 +25,11 @@ def brief(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: `1 prompt` or `1,200 prompts`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """A hint such as `did you mean partial?`; empty if no known name is similar."""
     near = difflib.get_close_matches(str(name), list(known), n=1)

@@ -133,11 +133,11 @@ def test_too_many_skipped_steps_stop_the_run_even_after_a_resume(make_recipe, mo
     with monkeypatch.context() as patch:
         poison(patch, "sft", {2, 4})
         with pytest.raises(
-            NonFiniteError, match=r"sft step 4: .*; 1 steps were skipped before, as many as"
+            NonFiniteError, match=r"sft step 4: .*; 1 earlier step skipped, as many as"
         ):
             train(recipe, "sft")
     poison(monkeypatch, "sft", {6})  # it resumes from step 3, after a skipped step
-    with pytest.raises(NonFiniteError, match=r"sft step 6: .*; 1 steps were skipped before"):
+    with pytest.raises(NonFiniteError, match=r"sft step 6: .*; 1 earlier step skipped"):
         train(recipe, "sft")
 
 

@@ -171,7 +171,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "all of train is asked in test": (
         [],
         {"train.jsonl": rows(), "test.jsonl": rows()},
-        r"dev_size 2: only 0 training questions are left; expected a smaller",
+        r"dev_size 2: only 0 training questions left; expected a smaller",
     ),
     "no dev": (
         ["dataset.dev_size=0"],
@@ -258,7 +258,7 @@ LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
         [],
         {"train.jsonl": UNSOLVED},
         r"no training row is left of 6: 0 have a rationale",
-        r"splits: .* 0 train rows have a rationale.*; supervised stages need rationales",
+        r"splits: .* 0 train rows with a rationale.*; supervised stages need rationales",
     ),
     "no test problems": (
         ["dataset.test=null"],

@@ -109,7 +109,7 @@ class Words(Component):
 
 class Pay(Component):
     kind: str = "pay"
-    right: float = 1.0
+    right: Any = 1.0
     wrong: float = 0.1
     broken: bool = False
 
@@ -310,6 +310,9 @@ def test_a_constant_or_failing_reward_is_rejected():
     assert finding("reward", reward=Pay(kind="pay", wrong=1.0)).level == "fail"
     found = finding("reward", reward=Pay(kind="pay", broken=True))
     assert (found.level, found.message) == ("fail", "problem sum-0: score: division by zero")
+    found = finding("reward", reward=Pay(kind="pay", right="1"))
+    assert (found.level, found.remedy) == ("fail", "fix the reward function")
+    assert found.message == "reward pay: sample sum-0: expected a finite number or None, got '1'"
     # 12 gold solutions earn 1; shifted by one, only neighbours with equal answers are right
     assert finding("reward").message.startswith(
         "a gold solution earns 1, another problem's solution earns 0.1"

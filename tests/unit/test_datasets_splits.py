@@ -158,8 +158,7 @@ def test_by_default_dev_is_a_tenth_and_at_most_500() -> None:
 
 def test_a_dev_size_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(
-        DataError,
-        match="dev_size 3: only 3 training questions are left; expected a smaller dev_size",
+        DataError, match="dev_size 3: only 3 training questions left; expected a smaller dev_size"
     ):
         split(many(3), dev_size=3)
 

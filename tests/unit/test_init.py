@@ -10,7 +10,7 @@ from chat_families import save_model
 from reftune.errors import DataError
 from reftune.recipe import load_recipe
 from reftune.terminal.cli import find_recipe, main
-from reftune.terminal.init import default_out, guess_format, guess_shape
+from reftune.terminal.init import Wishes, default_out, guess_format, guess_shape
 
 PROGRAM = "def solution():\n    a = {a}\n    b = {b}\n    return a + b"
 
@@ -52,15 +52,17 @@ def test_the_recipe_passes_check(here: Path, capsys: pytest.CaptureFixture[str],
     write_csv(here / "mine.csv", ["Prompt", "gold", "solution"], rationale=rationale)
     assert status("init", "--data", "mine.csv", "--model", "scratch") == 0
     out, err = capsys.readouterr()
+    form = "program" if rationale is PROGRAM else "nl"
     assert out == "mine.yaml\n"
     assert err.splitlines() == [
         "columns: question is Prompt, answer is gold, rationale is solution",
         "read as plain rows",
+        f"no terminal to ask: format is {form}; --format chooses another",
         "golds  number 40: 30 → 30, 31 → 31, 32 → 32",
         "next: reftune check mine.yaml",
     ]
     recipe = load_recipe("mine.yaml")
-    assert recipe.format.kind == ("program" if rationale is PROGRAM else "nl")
+    assert recipe.format.kind == form
     assert list(recipe.stages) == ["sft", "reft"]
     assert (here / "mine.yaml").read_text().count("#") > 10, "it explains itself"
     assert status("check", "mine.yaml", "--json") == 0
@@ -162,6 +164,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     last = capsys.readouterr().err.splitlines()[-1]
     assert expected in last
     assert sorted(path.name for path in here.iterdir()) == ["bare.csv", "odd.csv"]
+
+
+def test_without_a_terminal_it_says_which_model_it_chose(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(wishes: Wishes, path: Path) -> None:
+        raise DataError(wishes.model)  # the model itself is not needed here
+
+    write_csv(here / "mine.csv", ["question", "answer", "rationale"])
+    monkeypatch.setattr("reftune.terminal.init.write_recipe", refuse)
+    assert status("init", "--data", "mine.csv", "--format", "nl") == 2
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "no terminal to ask: model is smollm2-135m; --model chooses another",
+        "smollm2-135m",
+    ]
 
 
 def test_on_a_terminal_it_asks_on_stderr(

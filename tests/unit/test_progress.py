@@ -9,7 +9,7 @@ from rich.console import Console
 
 from reftune.stages.stage import Progress
 from reftune.terminal.live import LineProgress, RichProgress, StageView, make_progress
-from reftune.text import clock, printable
+from reftune.text import clock, counted, printable
 from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
 
 
@@ -149,6 +149,15 @@ def test_without_a_terminal_there_are_lines_and_nothing_when_quiet():
 
 def test_clock_reads_as_minutes_or_hours():
     assert [clock(s) for s in (0, 31.4, 62, 3723)] == ["0:00", "0:31", "1:02", "1:02:03"]
+
+
+def test_one_is_counted_in_the_singular():
+    assert [counted(n, "dev row") for n in (0, 1, 2, 1200)] == [
+        "0 dev rows",
+        "1 dev row",
+        "2 dev rows",
+        "1,200 dev rows",
+    ]
 
 
 def test_the_views_load_without_torch():

@@ -56,7 +56,7 @@ def test_it_is_refused_by_default_with_the_key_that_drops_it(make_recipe, tables
 def test_dropped_it_is_not_trained_on_and_its_test_question_counts_as_wrong(make_recipe, tables):
     recipe, notes = tiny(make_recipe, tables, too_long="drop"), Notes()
     summary = run_recipe(recipe, progress=notes)
-    assert "sft: 1 training prompts are too long and were left out" in notes.lines
+    assert "sft: 1 training prompt left out as too long" in notes.lines
     assert summary["methods"]["reft"]["n"] == 12, "the long one counts too"
     rows = [
         json.loads(line)

@@ -32,10 +32,10 @@ from reftune.stages.optimizer import (
     trainable,
 )
 from reftune.stages.rl import rollout_batch
-from reftune.stages.rollouts import Collector
+from reftune.stages.rollouts import Collector, rewards_of
 from reftune.stages.sft import Sft, accumulate_nll, gold_examples
 from reftune.stages.stage import Progress
-from reftune.types import Answer, Problem, SamplingParams
+from reftune.types import Answer, Completion, Problem, SamplingParams
 
 
 def table(**settings) -> OptimizerTable:
@@ -273,12 +273,41 @@ def test_rollouts_without_a_reward_are_left_out(make_policy, tokenizer):
 
 def test_a_reward_that_is_no_number_names_its_problem(make_policy, tokenizer):
     team = collector(tokenizer, rewards=[math.nan])
-    with pytest.raises(RewardError, match="problem 3: reward nan is not a finite number"):
+    with pytest.raises(RewardError, match="sample 3: expected a finite number or None, got nan"):
         team.rewarded(team.solve(make_policy(), [problem(3, None)]))
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("return [1 / (c.text != 'b') for c in completions]", "sample 2: ZeroDivisionError: divis"),
+        ("raise KeyError(len(problems) > 1)", "sample 1: KeyError: False"),
+        ("raise SystemExit('over')", "sample 1: SystemExit: over"),
+        ("return None", "expected a list of 2 rewards, got NoneType"),
+        ("return [1.0]", "expected a list of 2 rewards, got 1"),
+        ("return [1.0, 'x']", "sample 2: expected a finite number or None, got 'x'"),
+        ("return [10 ** 400, 1.0]", "sample 1: expected a finite number or None, got 1000"),
+    ],
+)
+def test_a_reward_class_that_fails_is_one_line_as_a_function_is(tmp_path, source, message):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from reftune.recipe import Component\n"
+        "class Own(Component):\n"
+        "    def __call__(self, problems, completions, graded):\n"
+        f"        {source}\n"
+    )
+    reward = load_component(f"{file}:Own", group="rewards")
+    written = [
+        Completion(token_ids=(1,), text=text, logprobs=(0.0,), finish_reason="eos") for text in "ab"
+    ]
+    with pytest.raises(RewardError) as error:
+        rewards_of(reward, [problem(1, None), problem(2, None)], written, [None, None])
+    assert str(error.value).startswith(f"reward {file}:Own: {message}")
+
+
 def test_an_engine_that_loses_a_prompt_is_reported(make_policy, tokenizer):
-    with pytest.raises(EngineError, match="returned 1 completions for 2 prompts"):
+    with pytest.raises(EngineError, match="returned 1 completion for 2 prompts"):
         collector(tokenizer, engine=FakeEngine(missing=1)).solve(
             make_policy(), [problem(1, None)] * 2
         )

@@ -273,7 +273,7 @@ def test_a_server_that_takes_no_adapters_is_told_how_to_start(server, make_polic
 
 def test_a_server_that_answers_too_little_is_one_line(server, make_policy, monkeypatch):
     monkeypatch.setattr(server, "answer", lambda path, body: (200, {"choices": []}))
-    with pytest.raises(EngineError, match="returned 0 completions for 1 prompts"):
+    with pytest.raises(EngineError, match="returned 0 completions for 1 prompt"):
         engine(server).generate(make_policy(), PROMPTS, params())
 
 

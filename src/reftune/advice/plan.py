@@ -15,6 +15,7 @@ from reftune.recipe import Recipe
 from reftune.stages.estimate import Estimate, Sharding, Sizes, estimates, stage_costs
 from reftune.stages.outline import FP32, outline_of
 from reftune.stages.stage import Pace
+from reftune.text import counted
 
 GB = 10**9
 NODE = 8
@@ -278,7 +279,7 @@ class Planner:
         if arithmetic > reading + cache:
             slowest = ARITHMETIC
         elif reading >= cache:
-            slowest = f"reading the weights for {rows} rows"
+            slowest = f"reading the weights for {counted(rows, 'row')}"
         else:
             slowest = "reading the cache"
         costs[slowest] = rollouts / rows * made.response * token_s
@@ -370,9 +371,13 @@ def _step_text(plan: Plan, name: str, step: Step) -> str:
     rows.append(("all", f"{step.seconds:.3g} s", f"bottleneck: {step.bottleneck}"))
     if name in plan.split:
         found = plan.split[name]
-        who = f"{found['sampling_gpus']} GPUs sample and {found['training_gpus']} train"
+        sampling, training = found["sampling_gpus"], found["training_gpus"]
+        who = (
+            f"{counted(sampling, 'GPU')} sample{'s' * (sampling == 1)} and {training}"
+            f" train{'s' * (training == 1)}"
+        )
         rows.append(("split", f"{found['seconds']:.3g} s", f"{who}, in turn"))
     hours = f"{step.stage_seconds / 3600:,.1f} h"
-    rows.append(("stage", hours, f"{step.steps:,.0f} steps, without dev evaluations"))
+    rows.append(("stage", hours, f"{counted(round(step.steps), 'step')}, without dev evaluations"))
     lines = [f"  {label:<10}{time:>11}   {note}" for label, time, note in rows]
     return "\n".join([f"a step of {name} ({way}, {plan.topology})", *lines])

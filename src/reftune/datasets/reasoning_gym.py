@@ -14,7 +14,7 @@ from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.splits import draw_splits, question_key
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, unknown_key
-from reftune.text import did_you_mean
+from reftune.text import counted, did_you_mean
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
@@ -62,7 +62,8 @@ class ReasoningGym(Component):
                 break
         if len(drawn) < count:
             raise DataError(
-                f"reasoning_gym {self.task}: {len(drawn)} different {split} questions in"
+                f"reasoning_gym {self.task}:"
+                f" {counted(len(drawn), f'different {split} question')} in"
                 f" {PATIENCE * count} draws, expected {count}; make the splits smaller or widen"
                 " dataset.config"
             )

@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from reftune.datasets import Splits
 from reftune.errors import DataError
 from reftune.recipe import Component, refusal
+from reftune.text import counted
 from reftune.types import Answer, Problem
 
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
@@ -105,9 +106,10 @@ class WordProblems(Component):
             if story is not None and story.text not in seen:
                 return story
         raise DataError(
-            f"word_problems: no new question with {num_operations} operations after {len(seen)}"
-            f" questions, but the splits need {self.train + self.dev + self.test}; widen numbers,"
-            " raise people or max_value, or make the splits smaller"
+            f"word_problems: no new question with {counted(num_operations, 'operation')} after"
+            f" {counted(len(seen), 'question')}, but the splits need"
+            f" {self.train + self.dev + self.test}; widen numbers, raise people or max_value, or"
+            " make the splits smaller"
         )
 
     def _problem(

@@ -37,7 +37,7 @@ from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.recipe import Component
 from reftune.seeds import derive_seed
-from reftune.text import shown
+from reftune.text import counted, shown
 from reftune.types import Completion, SamplingParams
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -310,8 +310,8 @@ class Server:
             ) from None
         if len(found) != len(prompts):
             raise EngineError(
-                f"engine vllm: {self.address} returned {len(found)} completions for"
-                f" {len(prompts)} prompts"
+                f"engine vllm: {self.address} returned {counted(len(found), 'completion')} for"
+                f" {counted(len(prompts), 'prompt')}"
             )
         return found
 

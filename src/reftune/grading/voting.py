@@ -20,6 +20,7 @@ from reftune.errors import DataError
 from reftune.grading.numbers import same_number
 from reftune.grading.sentences import parse_number
 from reftune.grading.words import same_words
+from reftune.text import counted
 from reftune.types import Graded, Verdict
 
 Same = Callable[[str, str], bool]
@@ -133,6 +134,6 @@ def check_k(k: int, n: int) -> None:
     """Raises: DataError unless 1 ≤ k ≤ n."""
     if not 1 <= k <= n:
         raise DataError(
-            f"k = {k}: only {n} samples per problem were drawn; expected 1 to {n} (for more, set"
-            " evaluate.samples)"
+            f"k = {k}: only {counted(n, 'sample')} per problem drawn; expected 1 to {n} (for"
+            " more, set evaluate.samples)"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from reftune.results.records import evaluated_split
 from reftune.stages.reward_model import WEIGHTS
 from reftune.storage.files import replace_folder
 from reftune.storage.run_folder import RunFolder
-from reftune.text import brief
+from reftune.text import brief, counted
 from reftune.types import BareText, Conversation, Problem
 
 if TYPE_CHECKING:
@@ -231,8 +232,11 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
     recipe, stage = run.recipe.read_text(encoding="utf-8"), run.stage(method).facts()
     table = yaml.safe_load(recipe)
     path = (table.get("model") or {}).get("path") if base is None else base.path
-    chosen = f", chosen as the best of {stage['looks']} dev evaluations"
+    chosen = f", chosen as the best of {counted(stage['looks'], 'dev evaluation')}"
     choice = "" if stage.get("snapshot_of") else chosen
+    split, score = evaluated_split(table), _score(run, method)
+    is_told = split == "dev" and score is not None
+    on_dev = f" They solve\n{stage['dev_accuracy']:.1%} of {stage['dev_n']} dev problems."
     head = {
         "library_name": "transformers" if base is None else "peft",
         "pipeline_tag": "text-generation",
@@ -248,9 +252,8 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
 This model was made with reftune, which implements [ReFT](https://arxiv.org/abs/2401.08967), in a
 stage of kind `{stage["kind"]}` that started from `{stage["init"]}`. It was trained on
 {_data(table)}.
-{_accuracy(run, method, evaluated_split(table))}
-The weights are those of step {stage["chosen_step"]}{choice}. The model solves
-{stage["dev_accuracy"]:.1%} of {stage["dev_n"]} dev problems.
+{_accuracy(score, split)}
+The weights are those of step {stage["chosen_step"]}{choice}.{"" if is_told else on_dev}
 
 The model was trained on one prompt format, and its solutions were graded by their final answers
 only. Their reasoning was not checked. Programs that the model writes are untrusted: run them in a
@@ -277,14 +280,17 @@ def _data(recipe: dict[str, Any]) -> str:
     return f"the dataset `{dataset.get('kind')}`"
 
 
-def _accuracy(run: RunFolder, method: str, split: str) -> str:
+def _score(run: RunFolder, method: str) -> dict[str, Any] | None:
+    """The method's row in summary.json; None if its final evaluation is not done."""
     path = run.summary
-    methods: dict[str, Any] = (
-        json.loads(path.read_text(encoding="utf-8"))["methods"] if path.is_file() else {}
-    )
-    if method not in methods:
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"methods": {}}
+    found: dict[str, Any] | None = summary["methods"].get(method)
+    return found
+
+
+def _accuracy(score: Mapping[str, Any] | None, split: str) -> str:
+    if score is None:
         return "Its final evaluation is not done."
-    score = methods[method]
     low, high = score["ci95"]
     return (
         f"Its greedy accuracy on {score['n']} {split} problems is {score['accuracy']:.1%} (95%"

@@ -23,6 +23,7 @@ from reftune.stages.sft import gold_examples
 from reftune.stages.stage import Progress, StageContext
 from reftune.storage.files import JsonLines, write_atomically
 from reftune.storage.run_folder import RunFolder, claimed, readable_errors, refuse_foreign
+from reftune.text import counted
 
 
 def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
@@ -156,7 +157,9 @@ class Run:
         splits = collector.trainable(self.splits, policy)
         if len(splits.train) < len(self.splits.train):
             dropped = len(self.splits.train) - len(splits.train)
-            self.progress.note(f"{name}: {dropped} training prompts are too long and were left out")
+            self.progress.note(
+                f"{name}: {counted(dropped, 'training prompt')} left out as too long"
+            )
         context = StageContext(
             name=name,
             stage=stage,

@@ -47,7 +47,7 @@ from reftune.storage.files import (
     write_atomically,
 )
 from reftune.storage.run_folder import StageFolder
-from reftune.text import brief
+from reftune.text import brief, counted
 from reftune.types import Verdict
 
 
@@ -307,7 +307,8 @@ class Loop:
             raise NonFiniteError(message)
         if skipped == table.max_skipped:
             raise NonFiniteError(
-                f"{message}; {skipped} steps were skipped before, as many as max_skipped allows"
+                f"{message}; {counted(skipped, 'earlier step')} skipped, as many as max_skipped"
+                " allows"
             )
         self.state.skipped += 1
         self.context.progress.note(

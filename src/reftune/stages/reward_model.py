@@ -44,7 +44,7 @@ from reftune.stages.self_train import Sampled, Samples, describe
 from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, StageContext
 from reftune.storage.files import JsonLines, write_atomically
-from reftune.text import brief
+from reftune.text import brief, counted
 from reftune.types import Graded, Problem, Verdict
 
 WEIGHTS = "classifier.safetensors"
@@ -72,7 +72,7 @@ class RewardModel(Schedule, Sampled):
     is_method: ClassVar[bool] = False
 
     def line(self) -> str:
-        sampled = f"{self.samples} samples per problem by {self.sampler}"
+        sampled = f"{counted(self.samples, 'sample')} per problem by {self.sampler}"
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
@@ -89,7 +89,8 @@ class RewardModel(Schedule, Sampled):
         dev = self.draw(context, splits.dev, folder.drawn_dev, num=self.dev_samples)
         solutions = [solution for samples in train for solution in labelled(samples)]
         context.progress.note(
-            f"{context.name}: {len(solutions):,} different solutions to train on; {describe(train)}"
+            f"{context.name}: {counted(len(solutions), 'different solution')} to train on;"
+            f" {describe(train)}"
         )
         num_tokens = sum(samples.num_tokens for samples in (*train, *dev))
         start = Progression(

@@ -35,6 +35,7 @@ from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop, TrainingTable
 from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.stage import Cost, Stage, StageContext
+from reftune.text import counted
 from reftune.types import Attempt, Rollout, Verdict
 
 
@@ -91,8 +92,9 @@ class Rl(TrainingTable, Stage):
 
     def line(self) -> str:
         return (
-            f"{self.steps} rollouts of {self.prompts} × {self.samples} samples from {self.init} by"
-            f" {self.algorithm.kind}, {self.updates} updates each, learning rate"
+            f"{counted(self.steps, 'rollout')} of {self.prompts} ×"
+            f" {counted(self.samples, 'sample')} from {self.init} by {self.algorithm.kind},"
+            f" {counted(self.updates, 'update')} each, learning rate"
             f" {self.optimizer.learning_rate:g}"
         )
 

@@ -16,12 +16,13 @@ import torch
 
 from reftune.datasets import Splits
 from reftune.engines import Engine, traffic
-from reftune.errors import DataError, EngineError, RewardError
-from reftune.grading.rewards import Reward, SumOfParts
+from reftune.errors import DataError, EngineError, ReftuneError, RewardError
+from reftune.grading.rewards import Reward, SumOfParts, blame
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.processes import sharding, world
 from reftune.recipe import LengthTable, Recipe
+from reftune.text import counted, shown
 from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, Verdict
 
 
@@ -64,7 +65,7 @@ class Collector:
     def limits(self, policy: Policy) -> str:
         """The limits that `fits` checks, as text."""
         context = "" if policy.context is None else f" and the model's context of {policy.context}"
-        return f"lengths.max_new={self.lengths.max_new} tokens{context}"
+        return f"lengths.max_new={counted(self.lengths.max_new, 'token')}{context}"
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
         """`splits` without the training questions whose prompts are too long; unchanged unless the
@@ -85,7 +86,7 @@ class Collector:
                 prompt = encoded[problem.id] = self.encoder.prompt(problem)
                 if self.lengths.too_long == "refuse" and len(prompt) > limit:
                     raise DataError(
-                        f"problem {problem.id}: prompt of {len(prompt)} tokens; at most"
+                        f"problem {problem.id}: prompt of {counted(len(prompt), 'token')}; at most"
                         f" {limit:.0f} fit (lengths.max_prompt, and the model's context of"
                         f" {policy.context} less {self.lengths.max_new} new tokens);"
                         " lengths.too_long=drop leaves it out"
@@ -148,19 +149,16 @@ class Collector:
     def rewarded(self, solved: Solved) -> list[Rollout]:
         """The rollouts of solved problems, except those whose reward is None. Raises: RewardError
         if a reward cannot be computed or is not finite.
-
-        The main process computes every reward, so a reward function that compares samples sees all
-        of them.
         """
         columns = (solved.problems, solved.completions, solved.graded)
-        rewards = world.from_main(partial(self.reward, *columns))
+        rewards = rewards_of(self.reward, *columns)
         return [
             Rollout(
                 problem=problem,
                 prompt_ids=tuple(prompt),
                 completion=completion,
                 graded=graded,
-                reward=_finite(reward, problem),
+                reward=float(reward),
                 reward_parts=reward.parts if isinstance(reward, SumOfParts) else {},
             )
             for problem, completion, graded, prompt, reward in zip(
@@ -168,6 +166,36 @@ class Collector:
             )
             if reward is not None
         ]
+
+
+def rewards_of(
+    reward: Reward,
+    problems: Sequence[Problem],
+    completions: Sequence[Completion],
+    graded: Sequence[Graded],
+) -> list[float | None]:
+    """One reward per completion. The main process computes all of them, so that a reward can
+    compare samples. Raises: RewardError if the reward, which may be the user's own, fails or
+    returns anything but a finite number or None for each completion."""
+    columns, kind = (problems, completions, graded), getattr(reward, "kind", type(reward).__name__)
+    try:
+        rewards = world.from_main(partial(reward, *columns))
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        if isinstance(error, ReftuneError) or not world.is_main():
+            raise
+        samples = list(zip(*columns, strict=True))
+        raise blame(kind, lambda some: reward(*zip(*some, strict=True)), samples, error) from error
+    found = len(rewards) if hasattr(rewards, "__len__") else type(rewards).__name__
+    if found != len(problems):
+        expected = counted(len(problems), "reward")
+        raise RewardError(f"reward {kind}: expected a list of {expected}, got {found}")
+    for problem, value in zip(problems, rewards, strict=True):
+        if value is not None and not _is_finite(value):
+            raise RewardError(
+                f"reward {kind}: sample {problem.id}: expected a finite number or None, got"
+                f" {shown(value)}"
+            )
+    return rewards
 
 
 def collector_of(recipe: Recipe, policy: Policy) -> Collector:
@@ -229,19 +257,21 @@ def _require_whole(
     found = 0 if completions is None else len(completions)
     if completions is None or found != len(problems):
         raise EngineError(
-            f"engine {engine}: returned {found} completions for {len(problems)} prompts"
+            f"engine {engine}: returned {counted(found, 'completion')} for"
+            f" {counted(len(problems), 'prompt')}"
         )
     for problem, completion in zip(problems, completions, strict=True):
         tokens, logprobs = len(completion.token_ids), len(completion.logprobs)
         if tokens == 0 or tokens != logprobs:
             raise EngineError(
-                f"engine {engine}: problem {problem.id}: {tokens} tokens with {logprobs}"
+                f"engine {engine}: problem {problem.id}: {counted(tokens, 'token')} with {logprobs}"
                 " log-probabilities; expected at least one token (the eos) and as many"
                 " log-probabilities"
             )
 
 
-def _finite(reward: float, problem: Problem) -> float:
-    if not math.isfinite(reward):
-        raise RewardError(f"problem {problem.id}: reward {reward} is not a finite number")
-    return float(reward)
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -24,6 +24,7 @@ from reftune.stages.rollouts import Solved
 from reftune.stages.sft import Example, Imitation, Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.storage.files import JsonLines, in_parts
+from reftune.text import counted
 from reftune.types import Attempt, Graded, Problem, Verdict
 
 SAMPLES_AT_ONCE = 2000
@@ -77,7 +78,8 @@ class Sampled(Stage, ABC):
         rows = from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
             context.progress.note(
-                f"{context.name}: {num} samples of {len(problems)} problems by {self.sampler}"
+                f"{context.name}: {counted(num, 'sample')} of"
+                f" {counted(len(problems), 'problem')} by {self.sampler}"
             )
             policy = context.load(self.sampler)
 
@@ -144,7 +146,7 @@ class SelfTrain(Sampled):
     """The keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
 
     def line(self) -> str:
-        sampled = f"{self.samples} samples per problem by {self.sampler}"
+        sampled = f"{counted(self.samples, 'sample')} per problem by {self.sampler}"
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
@@ -160,7 +162,7 @@ class SelfTrain(Sampled):
         drawn = self.draw(context, context.splits.train, context.folder.drawn, num=self.samples)
         examples = self.examples(drawn, context)
         context.progress.note(
-            f"{context.name}: {len(examples)} rows to train on; {describe(drawn)}"
+            f"{context.name}: {counted(len(examples), 'row')} to train on; {describe(drawn)}"
         )
         spent = {"compute/sampled_tokens": float(sum(samples.num_tokens for samples in drawn))}
         start = Progression(totals=spent, seconds=time.perf_counter() - started)

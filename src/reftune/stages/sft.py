@@ -102,9 +102,8 @@ class Sft(Schedule, Stage):
 def schedule_line(schedule: Schedule, init: str) -> str:
     """A summary, such as `3 epochs of 32 from base, learning rate 0.001`."""
     rate = schedule.optimizer.learning_rate
-    return (
-        f"{schedule.epochs:g} epochs of {schedule.batch_size} from {init}, learning rate {rate:g}"
-    )
+    epochs = "1 epoch" if schedule.epochs == 1 else f"{schedule.epochs:g} epochs"
+    return f"{epochs} of {schedule.batch_size} from {init}, learning rate {rate:g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,12 +274,14 @@ def init(
 
 
 def _ask(question: str, default: str | None, *, flag: str) -> str:
-    """The user's answer on the terminal; the default if the answer is empty or there is no
-    terminal. Raises: RecipeError if there is neither a terminal nor a default."""
+    """The user's answer on the terminal; the default if the answer is empty. If there is no
+    terminal, the default, and a line that says so. Raises: RecipeError if there is neither a
+    terminal nor a default."""
     if sys.stdin.isatty():
         return str(typer.prompt(question, default=default, err=True))
     if default is None:
         raise RecipeError(f"{flag} is missing, and there is no terminal to ask")
+    say(f"no terminal to ask: {flag.strip('-')} is {default}; {flag} chooses another")
     return default
 
 

@@ -24,7 +24,7 @@ from reftune.model.weights import resolve, scratch_texts, word_tokenizer
 from reftune.recipe import load_component, parse_recipe
 from reftune.seeds import derive_seed
 from reftune.storage.files import write_atomically
-from reftune.text import brief
+from reftune.text import brief, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +118,8 @@ def _load(wishes: Wishes) -> Splits:
     splits = dataset.load(seed=derive_seed(0, "data"))
     if not splits.dev:
         raise DataError(
-            f"{wishes.data}: {len(splits.train)} questions are too few: none is left for dev"
+            f"{wishes.data}: {counted(len(splits.train), 'question')} cannot be split; expected at"
+            " least two, one for dev"
         )
     return splits
 

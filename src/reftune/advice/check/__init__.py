@@ -17,7 +17,7 @@ from reftune.runs.auto import settled
 from reftune.runs.models import Models, check_stage_graph, is_model_folder
 from reftune.runs.run import threads_of
 from reftune.storage.run_folder import RunFolder
-from reftune.text import did_you_mean
+from reftune.text import counted, did_you_mean
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", "check_recipe"]
 
@@ -116,7 +116,7 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
 
 def _schedule(recipe: Recipe) -> Finding:
     lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
-    return replace(ok(f"{len(lines)} stages"), rows=lines)
+    return replace(ok(counted(len(lines), "stage")), rows=lines)
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:

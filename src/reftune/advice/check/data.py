@@ -19,12 +19,14 @@ from reftune.grading.sandbox import Sandbox, SandboxLimits
 from reftune.grading.sandbox.gaps import gap, missing_package
 from reftune.recipe import Recipe
 from reftune.results.stats import wilson
+from reftune.stages.rollouts import rewards_of
 from reftune.storage.run_folder import (
     RunFolder,
     readable_errors,
     refuse_changed_data,
     refuse_foreign,
 )
+from reftune.text import counted
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
 SMALL_DEV = 100
@@ -66,7 +68,7 @@ def check_splits(subject: Subject) -> Finding:
     )
     message = (
         f"{len(splits.train)} train, {len(splits.dev)} dev, {len(splits.test)} test; "
-        f"{len(subject.rows)} train rows have a rationale; dropped: {dropped}"
+        f"{counted(len(subject.rows), 'train row')} with a rationale; dropped: {dropped}"
     )
     if not subject.rows and learns_from_rationales(subject):
         return fail(message, "supervised stages need rationales")
@@ -127,11 +129,11 @@ def check_sandbox(subject: Subject) -> Finding:
     gaps = Counter(filter(None, map(gap, results)))
     packages = Counter(filter(None, map(missing_package, results)))
     if not gaps and not packages:
-        return ok(f"monty runs all {len(sources)} gold programs")
+        return ok(f"monty runs all gold programs ({len(sources)})")
     listed = ", ".join(f"{name} ({count})" for name, count in (gaps + packages).most_common())
     message = (
-        f"{gaps.total() + packages.total()} of {len(sources)} gold programs need the subprocess"
-        f" sandbox: {listed}"
+        f"only the subprocess sandbox runs {gaps.total() + packages.total()} of"
+        f" {counted(len(sources), 'gold program')}: {listed}"
     )
     if format.sandbox == "subprocess" or (format.sandbox == "auto" and not packages):
         return ok(f"{message}; format.sandbox={format.sandbox} provides it")
@@ -184,9 +186,8 @@ def check_grader_refuses(subject: Subject) -> Finding:
     found = [f"{what} ({count})" for what, count in accepted.items() if count]
     if not found:
         return ok("empty completions, bare answers and other problems' solutions are all rejected")
-    message = (
-        f"{len(problems)} problems; graded correct although they solve nothing: {', '.join(found)}"
-    )
+    tried = counted(len(problems), "problem")
+    message = f"{tried}; graded correct although they solve nothing: {', '.join(found)}"
     remedy = (
         "a model may learn to write just that; use grading=robust, and rows whose answers differ"
     )
@@ -306,7 +307,7 @@ def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]
     written = [
         _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)
     ]
-    rewards = subject.recipe.reward(problems, written, graded)
+    rewards = rewards_of(subject.recipe.reward, problems, written, graded)
     return [reward or 0.0 for reward in rewards]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from reftune.advice.golds import GoldKind, golds_text
 from reftune.runs.sample import solution_text
-from reftune.text import printable
+from reftune.text import counted, printable
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -108,8 +108,8 @@ def _preview_text(preview: Preview) -> str:
     before = " ".join(repr(piece) for piece in preview.prompt_tokens[-BOUNDARY_TOKENS:])
     after = " ".join(repr(piece) for piece in preview.target_tokens[:BOUNDARY_TOKENS])
     return printable(
-        f"--- {preview.id}: {len(preview.prompt_tokens)} prompt tokens,"
-        f" {len(preview.target_tokens)} target tokens; ┃ marks where the model continues"
+        f"--- {preview.id}: {counted(len(preview.prompt_tokens), 'prompt token')},"
+        f" {counted(len(preview.target_tokens), 'target token')}; ┃ marks where the model continues"
         f" ---\n{preview.prompt}┃{preview.target}\n\n… {before} ┃ {after} …\n"
         f"{' '.join(map(str, preview.prompt_ids))} ┃ {' '.join(map(str, preview.target_ids))}"
     )

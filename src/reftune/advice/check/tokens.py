@@ -9,6 +9,7 @@ from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Row, Subject, learns_from_rationales, share, spread
 from reftune.model.chat import PROBE
 from reftune.model.encoder import bos_of
+from reftune.text import counted
 from reftune.types import Conversation
 
 MAX_LONG_TARGETS = 0.1
@@ -21,7 +22,9 @@ def check_boundary(subject: Subject) -> Finding:
     bos = bos_of(tokenizer)
     empty = [row.problem.id for row in rows if not row.prompt_ids or len(row.target_ids) < 2]
     if empty:
-        return fail(f"{len(empty)} rows have an empty prompt or target", "drop them", empty)
+        return fail(
+            f"{counted(len(empty), 'row')} with an empty prompt or target", "drop them", empty
+        )
     decoded = [
         tokenizer.decode(row.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for row in rows
@@ -155,14 +158,14 @@ def check_vocabulary(subject: Subject) -> Finding:
     if outside:
         remedy = "use the tokenizer that belongs to the model"
         return fail(
-            f"{len(outside)} rows have token ids beyond the model's {size} embeddings",
+            f"{counted(len(outside), 'row')} with token ids beyond the model's {size} embeddings",
             remedy,
             outside,
         )
     unwritable = [row.problem.id for row in subject.rows if unknown in row.target_ids]
     if unwritable:
         return fail(
-            f"{len(unwritable)} targets contain words unknown to the tokenizer",
+            f"{counted(len(unwritable), 'target')} with words unknown to the tokenizer",
             "the model could not write them",
             unwritable,
         )
@@ -174,7 +177,7 @@ def check_vocabulary(subject: Subject) -> Finding:
     unread = [name for name, ids in prompts.items() if unknown in ids]
     if unread:
         return warn(
-            f"{len(unread)} prompts contain words unknown to the tokenizer",
+            f"{counted(len(unread), 'prompt')} with words unknown to the tokenizer",
             "the model cannot tell them apart",
             unread,
         )
@@ -202,7 +205,7 @@ def check_eos(subject: Subject) -> Finding:
     ]
     if bad:
         return fail(
-            f"{len(bad)} targets contain one of {stops} before their end",
+            f"{counted(len(bad), 'target')} with one of {stops} before the end",
             "remove it from the data, or from format.stop",
             bad,
         )

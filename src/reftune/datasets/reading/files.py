@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from reftune.errors import DataError
-from reftune.text import shown
+from reftune.text import counted, shown
 
 LOG = logging.getLogger(__name__)
 Records = Iterator[tuple[str, Mapping[str, Any]]]
@@ -275,7 +275,8 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
             continue
         if len(cells) < len(header) or any(cells[len(header) :]):
             raise DataError(
-                f"{where}: {len(cells)} fields; expected {len(header)} as in the first line"
+                f"{where}: {counted(len(cells), 'field')}; expected {len(header)} as in the first"
+                " line"
             )
         pairs = list(zip(header, cells, strict=False))
         nameless = [cell for name, cell in pairs[1:] if not name and cell]

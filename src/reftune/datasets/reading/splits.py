@@ -13,6 +13,7 @@ from reftune.errors import DataError
 from reftune.grading.numbers import number_of, same_number
 from reftune.grading.words import same_words
 from reftune.seeds import derive_seed
+from reftune.text import counted
 from reftune.types import Answer, Problem
 
 Key = Callable[[Problem], str]
@@ -168,8 +169,8 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
         size = min(LARGEST_DEFAULT_DEV, max(len(by_question) // 10, len(by_question) > 1))
     if size and size >= len(by_question):
         raise DataError(
-            f"dev_size {size}: only {len(by_question)} training questions are left; expected a"
-            " smaller dev_size"
+            f"dev_size {size}: only {counted(len(by_question), 'training question')} left;"
+            " expected a smaller dev_size"
         )
     in_order = sorted(by_question, key=lambda question: derive_seed(seed, "dev", question))
     chosen = set(in_order[:size])

@@ -3,9 +3,10 @@ file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from reftune.errors import RewardError
 from reftune.types import Completion, Graded, Problem
 
 
@@ -34,3 +35,29 @@ class Reward(Protocol):
     ) -> list[float | None]:
         """One finite reward per completion, in the same order; None excludes the completion from
         training. Raises: RewardError if a reward cannot be computed."""
+
+
+Sample = tuple[Problem, Completion, Graded]
+
+
+def blame(
+    kind: str,
+    reward: Callable[[Sequence[Sample]], object],
+    samples: Sequence[Sample],
+    error: BaseException,
+) -> RewardError:
+    """The error of the first sample on which `reward` fails alone; if there is none, the batch's
+    error."""
+    for sample in samples if len(samples) > 1 else ():
+        try:
+            reward([sample])
+        except (Exception, SystemExit) as alone:  # noqa: BLE001  the user's code may raise anything
+            return blame(kind, reward, [sample], alone)
+    where = f"sample {samples[0][0].id}" if len(samples) == 1 else f"the batch {ids(samples)}"
+    reason = str(error).partition("\n")[0][:200]
+    return RewardError(f"reward {kind}: {where}: {type(error).__name__}: {reason}")
+
+
+def ids(samples: Sequence[Sample]) -> str:
+    """The first and the last problem of a batch, as error messages name it."""
+    return f"{samples[0][0].id} … {samples[-1][0].id}" if samples else "without samples"

@@ -30,8 +30,9 @@ from typing import Any
 from pydantic import Field
 
 from reftune.errors import RewardError
-from reftune.grading.rewards import SumOfParts
+from reftune.grading.rewards import Sample, SumOfParts, blame, ids
 from reftune.recipe import Component, component_class, refusal
+from reftune.text import counted
 from reftune.types import Completion, Graded, Problem
 
 
@@ -63,12 +64,12 @@ class FunctionReward(Component):
         except RewardError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything
-            raise self._blame(samples, error) from error
+            raise blame(self.kind, self._call, samples, error) from error
         return [
             self._value(reward, sample) for reward, sample in zip(rewards, samples, strict=True)
         ]
 
-    def _call(self, samples: Sequence[_Sample]) -> Sequence[Any]:
+    def _call(self, samples: Sequence[Sample]) -> Sequence[Any]:
         arguments = self._arguments(samples)
         try:
             with _time_limit(self.timeout_s):
@@ -76,24 +77,24 @@ class FunctionReward(Component):
         except _TimeUpError:
             raise RewardError(
                 f"reward {self.kind}: took more than timeout_s={self.timeout_s:g} for the batch"
-                f" {_names(samples)}"
+                f" {ids(samples)}"
             ) from None
         if isinstance(rewards, Mapping):
             rewards = _by_sample(rewards, len(samples))
         is_list = hasattr(rewards, "__len__") and getattr(rewards, "ndim", 1) > 0
         if not is_list or isinstance(rewards, str | bytes | Mapping):
             raise RewardError(
-                f"reward {self.kind}: expected a list of {len(samples)} numbers, got"
+                f"reward {self.kind}: expected a list of {counted(len(samples), 'number')}, got"
                 f" {type(rewards).__name__}"
             )
         if len(rewards) != len(samples):
             raise RewardError(
-                f"reward {self.kind}: expected {len(samples)} rewards, got {len(rewards)} for the"
-                f" batch {_names(samples)}"
+                f"reward {self.kind}: expected {counted(len(samples), 'reward')}, got"
+                f" {len(rewards)} for the batch {ids(samples)}"
             )
         return list(rewards)
 
-    def _arguments(self, samples: Sequence[_Sample]) -> dict[str, list[Any]]:
+    def _arguments(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         offered = _columns(samples)
         parameters = inspect.signature(_function(self.kind)).parameters.values()
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -111,7 +112,7 @@ class FunctionReward(Component):
             )
         return {name: column for name, column in offered.items() if name in named}
 
-    def _value(self, reward: Any, sample: _Sample) -> float | None:
+    def _value(self, reward: Any, sample: Sample) -> float | None:
         if reward is None:
             return None
         if not isinstance(reward, Mapping):
@@ -122,7 +123,7 @@ class FunctionReward(Component):
             )
         return SumOfParts({str(name): self._number(part, sample) for name, part in reward.items()})
 
-    def _number(self, reward: Any, sample: _Sample) -> float:
+    def _number(self, reward: Any, sample: Sample) -> float:
         try:
             number = math.nan if isinstance(reward, str | bytes) else float(reward)
         except (TypeError, ValueError, OverflowError):
@@ -133,22 +134,6 @@ class FunctionReward(Component):
                 f" {_line(reward)}"
             )
         return number
-
-    def _blame(self, samples: Sequence[_Sample], error: BaseException) -> RewardError:
-        """The error of the first sample that fails on its own, or the batch's error if none
-        does."""
-        for sample in samples if len(samples) > 1 else ():
-            try:
-                self._call([sample])
-            except (Exception, SystemExit) as alone:  # noqa: BLE001  the user's code may raise anything
-                return self._blame([sample], alone)
-        where = (
-            f"sample {samples[0][0].id}" if len(samples) == 1 else f"the batch {_names(samples)}"
-        )
-        return RewardError(
-            f"reward {self.kind}: {where}: {type(error).__name__}:"
-            f" {str(error).partition(chr(10))[0][:200]}"
-        )
 
 
 class _TimeUpError(BaseException):
@@ -182,10 +167,7 @@ def _function(kind: str) -> Callable[..., Any]:
     return function
 
 
-_Sample = tuple[Problem, Completion, Graded]
-
-
-def _columns(samples: Sequence[_Sample]) -> dict[str, list[Any]]:
+def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for problem, _, _ in samples for name in problem.columns)
     return {
         "answer": [str(problem.answer) for problem, _, _ in samples],
@@ -219,10 +201,6 @@ def _by_sample(parts: Mapping[Any, Any], count: int) -> Any:
     if not columns or not all(isinstance(c, list | tuple) and len(c) == count for c in columns):
         return parts
     return [dict(zip(parts, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _names(samples: Sequence[_Sample]) -> str:
-    return f"{samples[0][0].id} … {samples[-1][0].id}"
 
 
 def _line(value: Any) -> str:
