@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reftune.errors import DataError, RecipeError
+from reftune.errors import DataError, RecipeError, RewardError
 from reftune.recipe import load_recipe
 from reftune.terminal.score import score_as_recipe, score_file
 
@@ -170,6 +170,21 @@ def test_a_recipe_scores_with_its_own_format_and_reward(tmp_path: Path) -> None:
     assert [each["reward"] for each in scored] == [1.0, 0.25, 1.0]
     plain = as_recipe(tmp_path, *rows, kind="auto", format="{kind: program}")
     assert [each["verdict"] for each in plain] == ["no_answer", "no_answer", "correct"]
+
+
+def test_a_reward_class_of_a_recipe_that_fails_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from reftune.recipe import Component\n"
+        "class Mine(Component):\n"
+        "    def __call__(self, problems, completions, graded):\n"
+        "        return [1 / (c.text != '5') for c in completions]\n"
+    )
+    file, recipe = tmp_path / "completions.jsonl", tmp_path / "own.yaml"
+    file.write_text("\n".join(json.dumps(row(text, 5, id=text)) for text in ("4", "5")))
+    recipe.write_text(RECIPE.format(kind="auto", format="{kind: nl}"))
+    loaded = load_recipe(recipe, [f"reward={tmp_path / 'mine.py'}:Mine"])
+    with pytest.raises(RewardError, match=r"mine\.py:Mine: sample 5: ZeroDivisionError: division"):
+        list(score_as_recipe(file, loaded))
 
 
 def test_a_recipe_scores_with_its_own_answer_kind_and_a_line_may_have_another(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -40,12 +41,15 @@ def score_file(
 
 def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Grade a file of completions with a recipe's format, answer kind, sandbox, limits and reward;
-    see `score_lines`. Raises: DataError if a line cannot be read, before the first result."""
+    see `score_lines`. Raises: DataError if a line cannot be read, before the first result;
+    RewardError if the reward fails."""
+    from reftune.stages.rollouts import rewards_of
+
     decimals = [getattr(each, "decimal", ".") for each in (recipe.dataset, recipe.format)]
     return score_lines(
         read_text(file).split("\n"),
         recipe.format,
-        recipe.reward,
+        partial(rewards_of, recipe.reward),
         where=str(file),
         kind=getattr(recipe.dataset, "answer_kind", "auto"),
         reading=Reading(decimal="," if "," in decimals else "."),
