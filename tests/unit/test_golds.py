@@ -116,13 +116,16 @@ OPTIONS = ("10", "20 dollars", "Paris", "none of these")
     ("gold", "letter"),
     [("b", "b"), ("B", "b"), ("(c)", "c"), ("C.", "c"), ("b )", "b"), ("c) Paris", "c"),
      ("paris", "c"), ("20", "b"), ("$20.00", "b"), ("None of these.", "d"),
-     ("The answer is C", "c"), ("\\boxed{A}", "a")],
+     ("The answer is C", "c"), ("\\boxed{A}", "a"), ("option B", "b"), ("Choice (b): 20", "b"),
+     ("B - $20", "b"), ("C – Paris", "c"), ("B (20)", "b"), ('"D"', "d"), ("B,", "b")],
 )  # fmt: skip
 def test_a_choice_is_its_letter_or_its_option(gold: str, letter: str) -> None:
     assert read_gold(gold, choices=OPTIONS) == Answer(kind="choice", value=letter)
 
 
-@pytest.mark.parametrize("gold", ["e", "b) Paris", "London", "30", "a or b", "10 or 20", "a dog"])
+@pytest.mark.parametrize(
+    "gold", ["e", "b) Paris", "London", "30", "a or b", "10 or 20", "a dog", "b (10)", "B - -20"]
+)
 def test_a_choice_that_is_no_option_is_refused(gold: str) -> None:
     with pytest.raises(DataError, match="expected a letter from a to d"):
         read_gold(gold, choices=OPTIONS)
@@ -189,7 +192,9 @@ def test_an_answer_of_two_lines_is_not_its_first(gold: str) -> None:
     assert read_gold(gold) == Answer(kind="text", value="6 apples\n2 pears")
 
 
-@pytest.mark.parametrize("gold", ["5 + 5 = 10\n####", r"\boxed{}", r"\boxed{7", "The answer is"])
+@pytest.mark.parametrize(
+    "gold", ["5 + 5 = 10\n####", r"\boxed{}", r"\boxed{7", "The answer is", "<think>7</think>"]
+)
 def test_a_marker_without_an_answer_is_refused(gold: str) -> None:
     with pytest.raises(DataError, match="marks no answer"):
         read_gold(gold)

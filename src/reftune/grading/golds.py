@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from string import ascii_lowercase
 from typing import Any, Literal
 
 import regex
@@ -17,6 +18,7 @@ from reftune.errors import DataError
 from reftune.grading.markers import (
     DEFAULT,
     SIDE_BY_SIDE,
+    UP_TO_LAST_TAG,
     Reading,
     Statement,
     alternative_behind,
@@ -95,7 +97,8 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The answer after the last marker that announces one; the whole cell if there is no marker.
+    """The answer after the last marker that announces one. If there is no marker, the whole cell
+    after any `</think>`.
 
     Raises: DataError for different answers side by side, such as "\\boxed{3} or \\boxed{4}", and
     for markers without an answer.
@@ -108,9 +111,11 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
         raise DataError(
             f"{shown(raw)}, which marks {marked}; expected one answer, or answer_kind: {SEVERAL}"
         )
-    if not said and statements(raw, reading):
+    thought = UP_TO_LAST_TAG.match(raw)
+    answer = raw[thought.end() :] if thought is not None and thought["closes"] else raw
+    if not said and (statements(raw, reading) or (thought is not None and not answer.strip())):
         raise DataError(f"{shown(raw)}, which marks no answer; expected one after the marker")
-    return said[-1] if said else raw.strip()
+    return said[-1] if said else answer.strip()
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
@@ -313,7 +318,10 @@ def _whole_number(text: str) -> Number | None:
 # --- choices --------------------------------------------------------------------------------------
 
 
-_LETTER = re.compile(r"[(\[]?(?P<letter>[a-z])(?: ?[)\].:]+(?P<text>.*))?", re.IGNORECASE)
+_LETTER = re.compile(
+    r"(?:(?:option|choice|answer)\b[ :]*)?[(\[{\"']?(?P<letter>[a-z])(?P<rest>(?![a-z]).*)",
+    re.IGNORECASE,
+)
 
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
@@ -322,11 +330,13 @@ def _letter(stated: object, choices: Sequence[str]) -> str:
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:
-        letter, said = match["letter"].lower(), (match["text"] or "").strip()
-        position = ord(letter) - ord("a")
-        if not choices or (
-            position < len(choices) and (not said or same_text(said, choices[position]))
-        ):
+        letter, rest = match["letter"].lower(), match["rest"].lstrip()
+        said = rest.strip(" ()[]{}.:,;\"'")
+        if not choices and (not said or rest[0] in ")].:"):
+            return letter
+        option = dict(zip(ascii_lowercase, choices, strict=False)).get(letter)
+        spellings = (said, re.sub(r"^[-—] *", "", said))
+        if option is not None and (not said or any(same_option(s, option) for s in spellings)):
             return letter
     equal = [index for index, choice in enumerate(choices) if same_option(text, choice)]
     if len(equal) != 1:

@@ -99,8 +99,8 @@ def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
 
 
 _SEPARATOR = re.compile(
-    rf"[,;:&?!.()] ?(?:(?:{SORRY}|or|maybe|perhaps|possibly|so|(?:which|that) is|option|choice)\b"
-    r"[, ]*)*"
+    r"(?:[;&?!()]|[,:.](?!(?<=\d.)\d)) ?"
+    rf"(?:(?:{SORRY}|or|maybe|perhaps|possibly|so|(?:which|that) is|option|choice)\b[, ]*)*"
     r"| - |\b(?:or|and)\b(?= \(?[a-z]\b)",
     re.IGNORECASE,
 )
@@ -114,7 +114,8 @@ def _named(part: str, choices: Sequence[str]) -> list[int]:
     return [
         index
         for index, choice in enumerate(choices)
-        if same_option(bare, choice)
+        if same_option(part, choice)
+        or same_option(bare, choice)
         or (letter == chr(ord("a") + index) and (not text or same_option(text, choice)))
     ]
 

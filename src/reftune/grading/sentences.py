@@ -78,11 +78,12 @@ def _after_equals(line: str) -> str:
         if _CONDITION.match(sentence, aside.start()) and any(map(str.isdigit, before)):
             return before  # she gets 12 if n = 3
     aside = _LATER_ASIDE.search(sentence, equals[0].end())
-    if aside is not None:  # x = 12, because 12 + 3 = 15
+    if aside is not None and not _DERIVES.search(sentence, aside.end()):
+        # x = 12, because 12 + 3 = 15
         inner = [each for each in equals if each.end() <= aside.start()]
         value = sentence[inner[-1].end() : aside.start()].rstrip(" ,")
-        is_short = len(value.split()) <= MOST_WORDS and _UNFINISHED.search(value) is None
-        if is_short and _leading_number(value) is not None:
+        is_short = len(value.split()) <= MOST_WORDS and ", " not in value
+        if is_short and not _UNFINISHED.search(value) and _leading_number(value) is not None:
             equals, last = inner, value
     if len(set(_assigned_values(line))) > 1 and not _CONCLUDES.search(line):
         return ""  # x = 3 or x = 4
@@ -106,22 +107,24 @@ _LEADING_CONDITION = re.compile(  # when n = 3, 12
     rf"^(?:{_IF}|for|at) [^\W\d]{{1,3}} ?= ?-?[\d.,/]*\d(?: ?[,:]| then| it is| we get| we have)* ",
     re.IGNORECASE,
 )
-_REASON = r"because|since|as(?! ?=)|where"
+_REASON = r"because|since|as(?! ?=)"
 _ASIDE = re.compile(  # because, at x =
-    rf", |[(:;]|\b(?:{_REASON}|which|{_IF}|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){{1,3}}=)"
+    rf", |[(:;]|\b(?:{_REASON}|where|which|{_IF}|(?:with|at|for|in|on)(?= (?:[^\W\d]+ ?){{1,3}}=)"
     r"|(?:after|once|unless|under|using)(?= [^\W\d] ?=))\b",
     re.IGNORECASE,
 )
 MOST_WORDS = 4
 """An aside only follows an answer with at most this many words, such as "x = 12 square feet"."""
 _LATER_ASIDE = re.compile(  # x = 12 (3 * 4 = 12), x = 12 if n = 3
-    rf" [(\[](?=[^()\[\]]*=)|\b(?:{_REASON}|check"
-    rf"|(?:{_IF}|with|at|for|in|on)(?= [^\W\d]{{1,3}} ?=))\b",
+    r" [(\[](?=[^()\[\]]*=[^()\[\]=]*[)\]][^=]*$)"
+    rf"|\b(?:(?:{_REASON}|check)(?=[^()=]{{1,40}}=)"
+    rf"|(?:{_IF}|where|with|at|for|in|on)(?= \d*[^\W\d] ?=))\b",
     re.IGNORECASE,
 )
 _CONDITION = re.compile(rf"{_IF} [^\W\d]{{1,3}} ?=", re.IGNORECASE)  # if n =
 _UNFINISHED = re.compile(r" \+ |[-+*/^]$|\b(?:is|are|was|were|of|by)$", re.IGNORECASE)  # 3 +, 12 is
 _CONCLUDES = re.compile(r"\b(?:so|thus|hence|therefore|then)\b|∴", re.IGNORECASE)
+_DERIVES = re.compile(rf"{_CONCLUDES.pattern}|[=-] ?>", re.IGNORECASE)
 _AND_UNKNOWN = re.compile(r"\b(?:or|and) [^\W\d]{1,3} ?$")  # or x
 _MULTIPLE = re.compile(r"\W*-?(?!1[a-z])[\d.]*\d ?\*? ?[abckn-rt-z]\W*")  # 2x
 _UNKNOWN = re.compile(r" ?[^\W\d]\W*")  # x
@@ -173,7 +176,8 @@ def _only_number(line: str) -> Number | None:
     if digit is None:
         return None
     words, found = sentence[: digit.start()], numeral_at(sentence, digit.start())
-    words = words if digit[0][-2:].lstrip("-. ").isdigit() else words.removesuffix("of ")
+    if not digit[0].lstrip("-.")[0].isdigit():
+        words = words.removesuffix("of ")  # a profit of $5
     if found is None or not _PLAIN_WORDS.fullmatch(words) or _NOT_ABOUT.search(words):
         return None
     rest = sentence[found[1] :]

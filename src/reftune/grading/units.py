@@ -39,7 +39,7 @@ _NOT_UNIT = re.compile(
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
 """Matches letters that may be a product, as in 2ab, rather than a unit: two letters, consonants,
 `abc`, `xyz`, `uvw` or, only directly after the number, any three letters."""
-_KNOWN_WORD = re.compile(rf"{UNIT_NAMES}|units?|miles?")
+_KNOWN_WORD = re.compile(rf"{UNIT_NAMES}|units?|miles?|tons?")
 _POWER = r"(?: ?\^ ?\{? ?-?[1-4] ?\}?|(?<=[a-z])[23](?!\d))?"
 _UNIT = re.compile(
     rf"(?i:{CURRENCY})|N ?[-*]? ?m|degrees? ?(?:[CFK]|[Cc]elsius|[Ff]ahrenheit)"
@@ -62,7 +62,8 @@ def is_unit(rest: str) -> bool:
     is_area = found["prefix"] is not None or any(map(str.isdigit, unit))
     return all(
         word in _SYMBOLS
-        or (_KNOWN_WORD.fullmatch(word) is not None if is_area else _is_noun(word, rest))
+        or _KNOWN_WORD.fullmatch(word) is not None
+        or (not is_area and _is_noun(word, rest))
         for word in found.groups()[1:]
         if word is not None
     )
