@@ -80,6 +80,16 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
         {},
         r"lengths\.max_new: input should be greater than 0, got -3",
     ),
+    "a moment's decay of 1 or more": (
+        ["stages.sft.optimizer.betas=[0.9, 1]"],
+        {},
+        r"stages\.sft\.optimizer\.betas\.1: input should be less than 1, got 1",
+    ),
+    "a plug-in that is not Python": (
+        ["reward=train.jsonl:score"],
+        {},
+        r"reward: train\.jsonl: not a Python file; expected file\.py:name",
+    ),
     "no stages": (["stages={}"], {}, r"stages: dictionary should have at least 1 item"),
     "an override without =": (["lengths.max_new"], {}, r"'lengths\.max_new': expected key=value"),
     "torn YAML": ([], {"recipe.yaml": "name: [tiny\n"}, r"recipe\.yaml:2: not valid YAML"),
@@ -382,6 +392,10 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
             r"runs/tiny/stages/sft: method sft is not trained yet",
         ),
         (
+            ["sample", "recipe.yaml", "--method", "stf"],
+            r"stf: neither a method of this recipe \(sft\) nor a model folder",
+        ),
+        (
             ["sample", "recipe.yaml", "dataset.test=null", "--method", "base", "--split", "test"],
             r"--split: the dataset has no test problems; expected another split",
         ),
@@ -399,7 +413,7 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
         (["report", "runs/nope"], r"runs/nope: no such run folder"),
         (
             ["export", "runs/nope", "--out", "model", "--method", "sft"],
-            r"nope/stages/sft: not a finished method",
+            r"runs/nope: not a run folder: it has no recipe\.yaml",
         ),
         (["score", "nope.jsonl", "--format", "nl"], r"nope\.jsonl: cannot be read"),
         (

@@ -154,7 +154,8 @@ def _user_object(kind: str) -> Any:
     if not path.is_file():
         raise refusal("no_file", f"{file}: no such file")
     spec = importlib.util.spec_from_file_location(f"reftune_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise refusal("bad_file", f"{file}: not a Python file; expected file.py:name")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # pydantic looks up postponed annotations there
     try:

@@ -36,11 +36,13 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     folder contains the whole model, into which any adapters are merged, so plain `from_pretrained`
     and vLLM can load it. With `adapter`, the folder contains only the adapters.
 
-    Raises: CheckpointError if the method is not finished, is a reward model or has weights that
-    cannot be read, if `out` exists or cannot be written or, with `adapter`, if the method has no
-    adapters.
+    Raises: CheckpointError if there is no such run, if the method is not finished, is a reward
+    model or has weights that cannot be read, if `out` exists or cannot be written or, with
+    `adapter`, if the method has no adapters.
     """
     run = RunFolder(run_folder)
+    if not run.recipe.is_file():
+        raise CheckpointError(f"{run_folder}: not a run folder: it has no recipe.yaml")
     stage = run.stage(method).path
     if not run.stage(method).is_done:
         raise CheckpointError(

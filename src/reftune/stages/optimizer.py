@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -18,6 +18,8 @@ from reftune.model.batch import TokenBatch, own_micro_batches
 from reftune.processes import sharding, world
 from reftune.processes.sharding import assign, whole_tensor
 from reftune.recipe import Table
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerTable(Table):
@@ -33,7 +35,7 @@ class OptimizerTable(Table):
     """Share of the steps, at the start, over which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms or the value head."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
     """With 8, AdamW's moments need a quarter as much memory as with 32."""
     max_grad_norm: float = Field(1.0, gt=0)
