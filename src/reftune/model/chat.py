@@ -4,6 +4,7 @@ reply."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -37,6 +38,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
     return text
 
 
+@lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The end of the prompt's text, from the tag of a thought that the template opens after the
     last turn and does not close, such as "<think>\\n" in R1's template. Empty if there is no such

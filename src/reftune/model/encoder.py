@@ -7,7 +7,7 @@ export use the same rule for where a completion ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,6 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
-    _thoughts: dict[Conversation, str] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    """The thought that each prompt opens, as found so far."""
 
     def __post_init__(self) -> None:
         require_eos(self.tokenizer)
@@ -74,15 +70,13 @@ class Encoder:
         """Texts that follow the problems' prompts. If a prompt ends inside a thought, its texts
         begin with the tag that opens the thought."""
         distinct = {problem.id: problem for problem in problems}
-        opened = {id_: self._opened(self.format.prompt(p)) for id_, p in distinct.items()}
-        return [opened[p.id] + text for p, text in zip(problems, texts, strict=True)]
-
-    def _opened(self, prompt: str | Conversation) -> str:
-        if not isinstance(prompt, Conversation):
-            return ""
-        if prompt not in self._thoughts:
-            self._thoughts[prompt] = opened_thought(self.tokenizer, prompt)
-        return self._thoughts[prompt]
+        prompts = {id_: self.format.prompt(problem) for id_, problem in distinct.items()}
+        opened = {
+            id_: opened_thought(self.tokenizer, prompt)
+            for id_, prompt in prompts.items()
+            if isinstance(prompt, Conversation)
+        }
+        return [opened.get(p.id, "") + text for p, text in zip(problems, texts, strict=True)]
 
     def end_of(self, prompt: str | Conversation) -> int:
         """The id of the token that ends a completion of `prompt`: in a chat, the template's

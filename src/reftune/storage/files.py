@@ -43,7 +43,7 @@ def write_atomically(path: Path, text: str) -> None:
         sync(path.parent)
 
 
-def replace_folder(folder: Path, fill: Any) -> None:
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Call `fill(partial)` to write a temporary folder `partial`, which then takes the place of
     `folder`. `fill` is called in every process, because weights may have to be gathered, but it
     must write only in the main process. If the process is killed between the two renames, the old
