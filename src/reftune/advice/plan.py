@@ -51,7 +51,7 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """The hardware that a plan is made for, and the assumptions about it."""
+    """The hardware that a plan is made for, and what the plan assumes about this hardware."""
 
     gpus: int
     memory: float

@@ -236,8 +236,8 @@ class _Teller:
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Introduce a new person, who has more or fewer things than the person mentioned last, or
-        several times as many."""
+        """Introduce a new person, who has some number more or fewer things than the last person
+        mentioned, or a multiple of that person's."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()

@@ -204,8 +204,8 @@ def _summed(parts: Sequence[Adapter], rank: int) -> Adapter:
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
     """The sets of adapters whose sum turns the base into `method`, oldest first: the initial set,
-    if there is one, then one per stage. With a 4-bit base, each stage continues training the set of
-    the stage that it starts from, so the last set is enough.
+    if there is one, then one per stage. With a 4-bit base, a stage goes on training the set of the
+    stage from which it starts, so the last set is enough.
     """
     table = LoraTable(**(model.get("lora") or {}))
     chain: list[Adapters] = []

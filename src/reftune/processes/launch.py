@@ -119,8 +119,8 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
 
 
 def _choose_gpu(environment: Mapping[str, str]) -> None:
-    """Use the GPU with this process's local rank, if the machine has GPUs. Raises: RecipeError if
-    it has fewer GPUs than processes."""
+    """Use the GPU whose index is this process's local rank, if the machine has GPUs. Raises:
+    RecipeError if it has fewer GPUs than processes."""
     import torch
 
     local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()

@@ -229,8 +229,8 @@ def _object(text: str, *, where: str) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
-    """The result of `parse` for each JSON line of a file, except a last line that is still being
-    written."""
+    """The result of `parse` for each JSON line of a file, without the last line if it is still
+    being written."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:

@@ -156,8 +156,9 @@ def optimizer_step(
 def accumulate_gradient(
     model: Trained, batch: TokenBatch, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
-    """Add up the gradient of a minibatch over micro-batches, which are divided among the processes.
-    `loss(rows)` returns what the sequences with the indices `rows` contribute to the loss.
+    """Accumulate the gradient of a minibatch over micro-batches, which are divided among the
+    processes. `loss(rows)` returns what the sequences with the indices `rows` contribute to the
+    loss.
 
     Returns: `loss/total` and metrics, combined over all rows as `LossTerms` describes. Raises:
     NonFiniteError if the loss is not finite, before the gradient is used.

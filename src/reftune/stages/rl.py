@@ -270,7 +270,7 @@ class Trainer:
         }
 
     def accumulate(self, batch: RolloutBatch) -> dict[str, float]:
-        """Add up a minibatch's gradient and return metrics. Raises: the errors of
+        """Accumulate a minibatch's gradient and return metrics. Raises: the errors of
         `accumulate_gradient`."""
 
         def loss(index: Tensor) -> LossTerms:

@@ -137,7 +137,7 @@ def gold_examples(
 
 
 class Task(Protocol):
-    """The interface of a task that is learned in epochs over examples."""
+    """A model and the examples on which `train_in_epochs` trains it."""
 
     @property
     def model(self) -> Trained: ...
@@ -151,8 +151,8 @@ class Task(Protocol):
         """Number of examples."""
 
     def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        """Add up the gradient of the examples with these indices and return metrics. Raises: the
-        errors of `accumulate_gradient`."""
+        """Accumulate the gradient of the examples with these indices and return metrics. Raises:
+        the errors of `accumulate_gradient`."""
 
     def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         """The examples with these indices in readable form, to be saved if the loss or the gradient
@@ -229,7 +229,7 @@ def train_in_epochs(
 
 
 def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
-    """Add up the gradient of the responses' negative log-likelihood, averaged over tokens, and
+    """Accumulate the gradient of the responses' negative log-likelihood, averaged over tokens, and
     return this loss in nats per token.
 
     Raises: the errors of `accumulate_gradient`.

@@ -51,8 +51,8 @@ GIB = 2**30
 
 
 def check_memory(subject: Subject) -> Finding:
-    """Check that training and sampling fit in the device's free memory, as estimated from the
-    model's shape."""
+    """Estimate from the model's shape how much memory training and sampling need, and check that
+    this much is free on the device."""
     policy, recipe = subject.policy, subject.recipe
     lengths = [len(ids) for of in subject.fitting.values() for ids in of] or [1]
     model = policy.base

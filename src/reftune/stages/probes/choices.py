@@ -74,7 +74,7 @@ class ChoiceRow:
 
 
 def stem(problem: Problem) -> str:
-    """The question, without its last lines if these only list the lettered options."""
+    """The question, without any last lines that only list the lettered options."""
     lines = problem.question.strip().splitlines()
     options = zip(LETTERS, problem.choices, strict=False)
     wanted = _words("".join(map("".join, options)))
