@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers.cache_utils import Cache, DynamicCache
 
 from reftune.engines.kv import _RoomyLayer
-from reftune.model.speed import linears
+from reftune.model.speed import llama
 from reftune.model.speed.llama import FAMILIES, Decoder, is_written_out
 from reftune.recipe import LoraTable
 
@@ -55,7 +55,7 @@ def written_out(model: Any, steps: list[Tensor], mask: Tensor, dtype: torch.dtyp
     return found
 
 
-@pytest.mark.parametrize("large", [1, linears.LARGE], ids=["packed", "not packed"])
+@pytest.mark.parametrize("large", [1, llama.LARGE], ids=["packed", "not packed"])
 @pytest.mark.parametrize(
     "family",
     [
@@ -71,7 +71,7 @@ def written_out(model: Any, steps: list[Tensor], mask: Tensor, dtype: torch.dtyp
 )
 @torch.no_grad()
 def test_it_is_the_model(make_model, family, large, monkeypatch):
-    monkeypatch.setattr(linears, "LARGE", large)
+    monkeypatch.setattr(llama, "LARGE", large)
     changes: dict[str, Any] = {
         "mistral": {"sliding_window": None},
         "biased": {"attention_bias": True, "mlp_bias": True},

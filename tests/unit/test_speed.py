@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.policy import Policy
-from reftune.model.speed import allocator, attention, linears, llama
+from reftune.model.speed import allocator, attention, llama
 from reftune.recipe import Recipe
 from reftune.runs.run import open_run
 from reftune.stages.stage import Progress
@@ -58,12 +58,12 @@ NO_BF16 = pytest.mark.skipif(
 def test_packed_layers_multiply_as_before_and_are_put_back(
     make_policy, architecture, dtype, tolerance, monkeypatch
 ):
-    monkeypatch.setattr(linears, "LARGE", 1)
+    monkeypatch.setattr(llama, "LARGE", 1)
     policy = make_policy(architecture, dtype=dtype)
     model, tokens = policy.model, torch.tensor([[3, 4, 5], [7, 8, 9]])
     with torch.no_grad(), policy.arithmetic():
         expected = model(input_ids=tokens).logits
-        with linears.packed_linears(model, dtype):
+        with llama.packed_linears(model, dtype):
             packed = [module for module in model.modules() if "forward" in vars(module)]
             assert (
                 type(model.get_output_embeddings()) is torch.nn.Linear
@@ -77,7 +77,7 @@ def test_packed_layers_multiply_as_before_and_are_put_back(
 
 def test_small_layers_are_not_packed_in_fp32(make_policy):
     model = make_policy("llama").model
-    with linears.packed_linears(model, torch.float32):
+    with llama.packed_linears(model, torch.float32):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -149,7 +149,7 @@ def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         for name in names:
             monkeypatch.setattr(module, name, deleted)
-    monkeypatch.setattr(linears, "packed_linears", lambda model, dtype: nullcontext())
+    monkeypatch.setattr(llama, "packed_linears", lambda model, dtype: nullcontext())
 
 
 def train(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
 from reftune.model.policy import Policy
-from reftune.model.speed import linears, llama
+from reftune.model.speed import llama
 from reftune.recipe import Component
 from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
@@ -103,7 +103,7 @@ def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden
 
-    packed = linears.packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext()
+    packed = llama.packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext()
     with policy.decoding(), packed:
         yield Reader(forward, lambda hidden: policy.base.get_output_embeddings()(hidden).float())
 

@@ -4,7 +4,7 @@ rounding errors. To remove it, change its callers:
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out`, `attention.read_packed` and `llama.read_packed`: keep the branch of
   `_predictors` that pads.
-- `engines/kv.py` calls `llama.is_written_out`, `llama.Decoder` and `linears.packed_linears`: keep
+- `engines/kv.py` calls `llama.is_written_out`, `llama.Decoder` and `llama.packed_linears`: keep
   `forward`, which calls transformers. Without packing, the trainer scores the engine's samples.
 - `stages/outline.py` treats `ATTENTION` like `sdpa`: keep `sdpa`.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`: drop the call.

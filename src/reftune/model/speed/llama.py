@@ -14,7 +14,7 @@ halves of this file replace these parts of transformers' own code:
     queries, keys, values  turned and padded: `_TurnAndPad`  one product for all three
     attention              `attention.attend_in_groups`      over the cache, to all rows at once
     silu(gate) · up        `_GatedSilu`                      one product for gate and up
-    products               the layers themselves             `linears.product`
+    products               the layers themselves             `product`
 
 The classes `_RmsNorm`, `_TurnAndPad` and `_GatedSilu` are autograd functions with closed-form
 gradients. Their docstrings state the equations.
@@ -22,7 +22,8 @@ gradients. Their docstrings state the equations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +34,6 @@ from torch.nn import functional
 from reftune.model.batch import PackedTokens, Packing
 from reftune.model.layers import recomputed
 from reftune.model.speed.attention import attend_in_groups, has_window, sum_slots, unpad
-from reftune.model.speed.linears import product
 
 FAMILIES = (
     "LlamaForCausalLM",
@@ -43,6 +43,14 @@ FAMILIES = (
     "Qwen3ForCausalLM",
 )
 """Classes in transformers that this file can run."""
+FEW_ROWS = 16
+"""Number of input rows for which the layout of a packed weight is chosen. This layout speeds up
+products with more or fewer rows just as much."""
+LARGE = 2**18
+"""In fp32, oneDNN computes products with weights of at least this many elements. It is faster than
+MKL for few rows, because MKL hardly divides such products among threads."""
+Product = Callable[[Tensor], Tensor]
+"""Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 
 
 def is_written_out(model: Any) -> bool:
@@ -353,3 +361,62 @@ def _visible(mask: Tensor, length: int) -> Tensor:
     own = torch.ones(length, mask.shape[1], dtype=torch.bool, device=mask.device)
     start = mask.shape[1] - length
     return (visible & own.tril(start)) | (own.tril(start) & own.triu(start))
+
+
+# --- products of linear layers --------------------------------------------------------------------
+
+
+@contextmanager
+def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the `with` block, compute linear layers with a read-only copy of their weights in
+    `dtype`, in oneDNN's layout.
+
+    Their products then take a half to two thirds of the time that they take with the original
+    weights. Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects stay
+    unchanged, such as small ones in fp32 and all layers on devices other than the CPU.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and _can_be_packed(module.weight, dtype)
+    ]
+    for layer in layers:
+        layer.forward = product([layer], dtype)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
+    """A single product in `dtype` that computes the outputs of `layers` for the same rows, side by
+    side.
+
+    If oneDNN's layout would be faster than the ordinary one, the product uses a copy of the weights
+    in this layout or, without `pack`, an ordinary copy of the same size.
+    """
+    weight = _joined([layer.weight for layer in layers], dtype)
+    bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
+    if not _can_be_packed(weight, dtype):
+        return lambda rows: functional.linear(rows.to(dtype), weight, bias)
+    if not pack:
+        copied = weight.clone()
+        return lambda rows: functional.linear(rows.to(dtype), copied, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
+    return lambda rows: torch.ops.mkldnn._linear_pointwise(
+        rows.to(dtype), packed, bias, "none", [], ""
+    )
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    cast = [part.detach().to(dtype) for part in parts]
+    return cast[0] if len(parts) == 1 else torch.cat(cast)
+
+
+def _can_be_packed(weight: Tensor, dtype: torch.dtype) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float32:
+        return weight.numel() >= LARGE
+    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
