@@ -20,6 +20,10 @@ stages:
   sft: {kind: sft, epochs: 1, batch_size: 4, optimizer: {learning_rate: 1.0e-3}}
 """
 RL = "stages.reft={kind: rl, init: sft, steps: 1, prompts: 2, optimizer: {learning_rate: 1.0e-3}}"
+RANKER = (
+    "stages.ranker={kind: reward_model, init: sft, sampler: sft, samples: 2, epochs: 1,"
+    " batch_size: 4, optimizer: {learning_rate: 1.0e-3}}"
+)
 FOLDER = ["model.scratch=null", "model.path=./model"]
 ONE_LAYER = json.dumps(
     {
@@ -379,6 +383,10 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
             r"runs/tiny/stages/sft: method sft is not trained yet; `reftune run` trains it",
         ),
         (
+            ["rl", "recipe.yaml", RL, "stages.reft.init=stf"],
+            r"stages\.reft\.init: stf is not an earlier method; known here: base, sft",
+        ),
+        (
             ["eval", "recipe.yaml", "--method", "sft"],
             r"runs/tiny/stages/sft: method sft is not trained yet",
         ),
@@ -390,6 +398,10 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
         (
             ["sample", "recipe.yaml", "--method", "sft"],
             r"runs/tiny/stages/sft: method sft is not trained yet",
+        ),
+        (
+            ["sample", "recipe.yaml", RANKER, "--method", "ranker"],
+            r"ranker: a reward model, which answers no questions",
         ),
         (
             ["sample", "recipe.yaml", "--method", "stf"],

@@ -50,6 +50,7 @@ def run_stages(
     """Run only the stages of these kinds. Any other methods that these stages read must be trained
     already. Returns: stage name → content of its `stage.json`. Raises: the errors of
     `run_recipe`."""
+    check_stage_graph(recipe)
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
     if not names:

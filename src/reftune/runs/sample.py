@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reftune.datasets import load_splits
-from reftune.errors import DataError
+from reftune.errors import DataError, RecipeError
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
 from reftune.runs.auto import settled
@@ -22,8 +22,11 @@ def sample_method(
     """The rows of `sample_rows` for the first `num` problems of a split. The solutions come from
     `base` or from a finished method of the recipe's run.
 
-    Raises: RecipeError if the method is not trained yet; DataError if the split is empty.
+    Raises: RecipeError if the method is a reward model or not trained yet; DataError if the split
+    is empty.
     """
+    if method in recipe.stages and not recipe.stages[method].is_method:
+        raise RecipeError(f"{method}: a reward model, which answers no questions")
     recipe = settled(recipe)
     splits = load_splits(recipe)
     problems: Sequence[Problem] = getattr(splits, split)[:num]
