@@ -32,7 +32,6 @@ from reftune.results.tables import (
     rows,
 )
 from reftune.storage.files import write_atomically
-from reftune.text import counted
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -232,7 +231,7 @@ def _facts(method: MethodScore) -> list[str]:
     seconds = method.mean("wall_seconds")
     facts = [
         None if dev is None else f"dev {percent(dev)}",
-        None if method.looks is None else counted(method.looks, "dev evaluation"),
+        None if method.looks is None else f"dev evaluations: {method.looks}",
         None if passes is None else f"{_count(passes)} training sequences",
         None if seconds is None else duration(seconds),
     ]
