@@ -125,8 +125,8 @@ class Run:
         """Load the model and encode the problems, to find unusable inputs before the run starts.
 
         Raises: ModelError or RecipeError if the model cannot be used, for example because it has no
-        embedding for a token; DataError if a prompt is too
-        long and the recipe does not drop such prompts, or if no training row is left.
+        embedding for a token; DataError if a prompt is too long and the recipe does not drop such
+        prompts, or if no training row is left.
         """
         policy, stages = self.models.load("base", trained=True), self.recipe.stages.values()
         collector = collector_of(self.recipe, policy)
