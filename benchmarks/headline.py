@@ -185,7 +185,7 @@ def progress(run: Path) -> dict[str, Any]:
 def document(seeds: Sequence[Seed]) -> dict[str, Any]:
     def table(name: str) -> Any:
         runs = [seed.run / name for seed in seeds if is_finished(seed.run / name)]
-        return json.loads(table_command(runs, json=True)) if runs else None
+        return json.loads(table_command(runs, "json")) if runs else None
 
     return {
         "finished": all(seed.is_finished for seed in seeds),

@@ -157,7 +157,7 @@ def write_tables(recipes: Sequence[str], seeds: Sequence[str], results: Path) ->
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     for recipe in recipes:
         folders = [folder_of(recipe, seed) for seed in seeds_of(recipe, seeds)]
-        table = {"commit": commit, **json.loads(table_command(folders, json=True))}
+        table = {"commit": commit, **json.loads(table_command(folders, "json"))}
         write(results / f"reproduce-{recipe}.json", json.dumps(table, indent=2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from reftune.errors import DataError
 from reftune.results import table_command
 
 WriteRun = Callable[..., Path]
+ROOT = Path(__file__).parents[3]
 
 
 def test_text_columns_line_up(write_run: WriteRun) -> None:
@@ -81,3 +83,17 @@ def test_an_unknown_format_names_the_known_ones(write_run: WriteRun) -> None:
 def test_an_unfinished_run_has_no_table(write_run: WriteRun) -> None:
     with pytest.raises(DataError, match="has not finished"):
         table_command([write_run(evaluated=["warmup"])])
+
+
+def test_the_reproduction_stores_the_json_table_of_each_recipe(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce = runpy.run_path(str(ROOT / "benchmarks" / "reproduce.py"))
+    for seed in (0, 1):
+        write_run(f"runs/comparison-seed{seed}", seed=seed)
+    monkeypatch.chdir(tmp_path)
+    reproduce["write_tables"](["comparison"], ["0", "1"], tmp_path / "tables")
+    table = json.loads((tmp_path / "tables" / "reproduce-comparison.json").read_text())
+    assert table["seeds"] == 2
+    assert table["methods"].keys() == {"warmup", "sft", "reft"}
+    assert table["commit"]
