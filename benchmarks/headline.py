@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def progress(run: Path) -> dict[str, Any]:
     unfinished one."""
     folder = RunFolder(run)
     facts = {method: folder.stage(method).facts() for method in folder.trained()}
-    last = next(reversed(JsonLines(folder.metrics).rows()), {})
+    last: Mapping[str, Any] = next(reversed(JsonLines(folder.metrics).rows()), {})
     return {
         "finished": is_finished(run),
         "stages": {method: {name: facts[method][name] for name in SHOWN} for method in facts},

@@ -245,6 +245,7 @@ def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 def difference(table: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | None:
     """The comparison `a` minus `b` from the table, reversed if necessary; None if it is missing."""
+    found: Mapping[str, Any]
     for found in table["comparisons"]:
         pair = found["a"].partition("@")[0], found["b"].partition("@")[0]
         if pair == (a, b):

@@ -23,5 +23,6 @@ class Reinforce(Algorithm):
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
         """L = − Σ A log π, weighted by `batch.weights`, so that the gradient does not depend on how
         a rollout is split into micro-batches."""
+        assert batch.advantages is not None and batch.weights is not None
         loss = -(batch.advantages * scores.logprobs * batch.weights).sum()
         return LossTerms(total=loss, metrics={"policy/loss": loss.detach()})

@@ -36,7 +36,7 @@ class OneByOne(Component):
     def _complete(
         self, policy: Policy, prompt: Sequence[int], params: SamplingParams, place: int
     ) -> Completion:
-        draw = {"do_sample": False}
+        draw: dict[str, float] = {"do_sample": False}
         if params.temperature > 0:
             draw = {
                 "do_sample": True,
