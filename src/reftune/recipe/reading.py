@@ -40,13 +40,28 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {problem}") from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping that contains a key twice, as YAML does; PyYAML keeps the last value."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} occurs twice", problem_mark=key.start_mark
+                )
+            keys.add(str(key.value))
+        return node
+
+
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file as a dict, merged with the recipes that it extends. Raises: RecipeError if a
-    file is missing, is not YAML, contains no recipe, or extends itself."""
+    file is missing, is not YAML, contains a key twice or no recipe, or extends itself."""
     try:
         if path.resolve() in _seen:
             raise RecipeError(f"{path}: extends itself")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     # ValueErrors come, for example, from month 13, an overlong number or bytes that are not UTF-8
@@ -58,8 +73,11 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(
             f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
         ) from None
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(data).__name__}")
+    for key in data:
+        if not isinstance(key, str):
+            raise RecipeError(f"{path}: expected keys that are text, got {key!r}")
     bases = data.pop("extends", [])
     if not isinstance(bases, list):
         bases = [bases]
