@@ -201,11 +201,15 @@ class Recipe(Table):
         return saved if self.stages[stage].is_method else saved[:-1]
 
     @property
+    def methods(self) -> list[str]:
+        """The names of all methods, in training order."""
+        return [method for stage in self.stages for method in self.methods_of(stage)]
+
+    @property
     def methods_to_evaluate(self) -> list[str]:
         """The names of the methods to evaluate, in training order."""
-        methods = [method for stage in self.stages for method in self.methods_of(stage)]
         wanted = self.evaluate.stages
-        return [method for method in methods if wanted is None or method in wanted]
+        return [method for method in self.methods if wanted is None or method in wanted]
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -165,14 +165,13 @@ def check_stage_graph(recipe: Recipe) -> None:
 def require_trained(recipe: Recipe, names: Collection[str]) -> None:
     """Check that each of `names` is a finished method or the path of a model folder. Raises:
     RecipeError if one is neither."""
-    known = [method for stage in recipe.stages for method in recipe.methods_of(stage)]
     for name in names:
         folder = RunFolder(recipe.folder).stage(name)
         if not (folder.is_done or is_model_folder(name)):
-            if name not in known:
+            if name not in recipe.methods:
                 raise RecipeError(
-                    f"{name}: neither a method of this recipe ({', '.join(known)}) nor a model"
-                    " folder"
+                    f"{name}: neither a method of this recipe ({', '.join(recipe.methods)}) nor a"
+                    " model folder"
                 )
             raise RecipeError(
                 f"{folder.path}: method {name} is not trained yet; `reftune run` trains it"

@@ -73,10 +73,10 @@ def evaluate_methods(
     summary. Raises: RecipeError if the recipe has no such method or it is not trained yet, and the
     errors of `run_recipe`."""
     check_stage_graph(recipe)
-    known = [method for stage in recipe.stages for method in recipe.methods_of(stage)]
     for method in methods:
-        if method not in known:
-            raise RecipeError(f"{recipe.name}: no method {method}; it has {', '.join(known)}")
+        if method not in recipe.methods:
+            known = ", ".join(recipe.methods)
+            raise RecipeError(f"{recipe.name}: no method {method}; it has {known}")
     methods = methods or recipe.methods_to_evaluate
     require_trained(recipe, methods)
     with open_run(recipe, progress) as run:
